@@ -1,0 +1,1 @@
+"""Bundled plain models and the small trainer around them."""

@@ -1,0 +1,281 @@
+"""Plain GPT and BERT in torch alone: what a user would write who never heard of parallelism.
+
+Both are pre-norm Transformers with a fused query-key-value product and an output head tied to the
+token embedding. Nothing in them knows about devices; splitting them is the planner's work.
+They construct on the meta device and trace with a symbolic batch and sequence.
+
+Sources: Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3), Devlin et al. 2018 (BERT),
+Shoeybi et al. 2019, section 5.3 (why BERT's norms come first in large models).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GPT", "IGNORED_LABEL", "Bert", "BertConfig", "GPTConfig", "ModelOutput"]
+
+IGNORED_LABEL = -100
+INITIAL_DEVIATION = 0.02
+
+
+class ModelOutput(NamedTuple):
+    """loss: scalar mean over the labels that count, None without labels. logits: (b, s, V)."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GPTConfig:
+    """Sizes of a GPT. hidden must be a multiple of heads (ValueError); dropout is a probability."""
+
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    vocabulary: int = 50257
+    positions: int = 1024
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_heads(self.hidden, self.heads)
+
+    @classmethod
+    def gpt2(cls) -> "GPTConfig":
+        """124 million parameters (Radford et al. 2019, table 2, smallest)."""
+        return cls()
+
+    @classmethod
+    def gpt2_xl(cls) -> "GPTConfig":
+        """1.6 billion parameters (Radford et al. 2019, table 2, largest). 25 heads: an odd size."""
+        return cls(layers=48, hidden=1600, heads=25)
+
+    @classmethod
+    def gpt3(cls) -> "GPTConfig":
+        """175 billion parameters (Brown et al. 2020, table 2.1)."""
+        return cls(layers=96, hidden=12288, heads=96, positions=2048)
+
+
+@dataclass(frozen=True, slots=True)
+class BertConfig:
+    """Sizes of a BERT. hidden must be a multiple of heads (ValueError); dropout is a probability."""
+
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    vocabulary: int = 30522
+    positions: int = 512
+    token_types: int = 2
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_heads(self.hidden, self.heads)
+
+    @classmethod
+    def large(cls) -> "BertConfig":
+        """340 million parameters (Devlin et al. 2018, section 3)."""
+        return cls(layers=24, hidden=1024, heads=16)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (b, s, h) -> (b, s, h).
+
+    The rows of the fused weight (3h, h) are all queries, then all keys, then all values.
+    """
+
+    def __init__(self, hidden: int, heads: int, dropout: float, causal: bool) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.heads = heads
+        self.dropout = dropout
+        self.causal = causal
+        self.query_key_value = nn.Linear(hidden, 3 * hidden)
+        self.projection = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (b, s, h). mask: boolean, broadcasts to (b, heads, s, s), True where to attend."""
+        batch, sequence, _ = x.shape
+        query, key, value = (
+            part.view(batch, sequence, self.heads, self.hidden // self.heads).transpose(1, 2)
+            for part in self.query_key_value(x).split(self.hidden, dim=-1)
+        )
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal,
+        )
+        return self.projection(context.transpose(1, 2).reshape(batch, sequence, self.hidden))
+
+
+class FeedForward(nn.Module):
+    """(b, s, h) -> (b, s, 4h) -> (b, s, h). gelu: "tanh" (GPT-2) or "none" (exact, BERT)."""
+
+    def __init__(self, hidden: int, gelu: str) -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.expand = nn.Linear(hidden, 4 * hidden)
+        self.contract = nn.Linear(4 * hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(x), approximate=self.gelu))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block, (b, s, h) -> (b, s, h)."""
+
+    def __init__(self, config: GPTConfig | BertConfig, causal: bool, gelu: str) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden)
+        self.attention = Attention(config.hidden, config.heads, config.dropout, causal)
+        self.attention_dropout = nn.Dropout(config.dropout)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden)
+        self.feed_forward = FeedForward(config.hidden, gelu)
+        self.feed_forward_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask))
+        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class GPT(nn.Module):
+    """Causal language model; logits are the product with the token embedding (tied head)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocabulary, config.hidden)
+        self.position_embedding = nn.Embedding(config.positions, config.hidden)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config, causal=True, gelu="tanh") for _ in range(config.layers)
+        )
+        self.final_norm = nn.LayerNorm(config.hidden)
+        _initialize(self, config.layers)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
+        """Logits of the next token at every position, and the loss if labels are given.
+
+        input_ids: (b, s) integers, s at most config.positions (IndexError beyond).
+        labels: (b, s) the target of each position, already shifted; -100 does not count.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = self.embedding_dropout(x)
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.final_norm(x), self.token_embedding.weight)
+        return ModelOutput(_loss(logits, labels), logits)
+
+    def example_inputs(self, batch: int = 2, sequence: int | None = None) -> dict[str, Tensor]:
+        """Arguments of forward on the model's device, the same on every call.
+
+        sequence defaults to config.positions. labels are input_ids moved one position ahead.
+        """
+        sequence = self.config.positions if sequence is None else sequence
+        tokens = _example_tokens(self, (batch, sequence + 1), self.config.vocabulary)
+        return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+class Bert(nn.Module):
+    """Masked language model with pre-norm blocks; the decoder is tied to the token embedding."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocabulary, config.hidden)
+        self.position_embedding = nn.Embedding(config.positions, config.hidden)
+        self.token_type_embedding = nn.Embedding(config.token_types, config.hidden)
+        self.embedding_norm = nn.LayerNorm(config.hidden)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config, causal=False, gelu="none") for _ in range(config.layers)
+        )
+        self.final_norm = nn.LayerNorm(config.hidden)
+        self.head_dense = nn.Linear(config.hidden, config.hidden)
+        self.head_norm = nn.LayerNorm(config.hidden)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
+        _initialize(self, config.layers)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> ModelOutput:
+        """Logits of the original token at every position, and the loss if labels are given.
+
+        input_ids: (b, s) integers, s at most config.positions (IndexError beyond).
+        attention_mask: (b, s) of 1 (token) and 0 (padding); all ones without it.
+        token_type_ids: (b, s) integers below config.token_types; all zeros without it.
+        labels: (b, s) the original tokens; -100 where nothing was masked.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = x + self.token_type_embedding(token_type_ids)
+        x = self.embedding_dropout(self.embedding_norm(x))
+        mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, mask)
+        x = self.head_norm(F.gelu(self.head_dense(self.final_norm(x))))
+        logits = F.linear(x, self.token_embedding.weight, self.head_bias)
+        return ModelOutput(_loss(logits, labels), logits)
+
+    def example_inputs(self, batch: int = 2, sequence: int | None = None) -> dict[str, Tensor]:
+        """Arguments of forward on the model's device, the same on every call.
+
+        sequence defaults to config.positions. The last position of every row but the first is
+        padding, the second half of each row is of type 1, and every third token is a label.
+        """
+        sequence = self.config.positions if sequence is None else sequence
+        tokens = _example_tokens(self, (batch, sequence), self.config.vocabulary)
+        column = torch.arange(sequence, device=tokens.device).expand(batch, sequence)
+        row = torch.arange(batch, device=tokens.device)[:, None]
+        padding = (row > 0) & (column == sequence - 1)
+        return {
+            "input_ids": tokens,
+            "attention_mask": torch.where(padding, 0, 1),
+            "token_type_ids": (column * 2 // sequence).clamp(max=self.config.token_types - 1),
+            "labels": torch.where((column % 3 == 0) & ~padding, tokens, IGNORED_LABEL),
+        }
+
+
+def _check_heads(hidden: int, heads: int) -> None:
+    if heads < 1 or hidden % heads:
+        raise ValueError(f"hidden must be a multiple of heads: {hidden} hidden / {heads} heads")
+
+
+def _initialize(model: nn.Module, layers: int) -> None:
+    """Weights N(0, 0.02), biases 0, norms 1; what adds to the residual is 1/sqrt(2 layers) of that.
+
+    Source: Radford et al. 2019, section 2.3.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            residual = name.endswith(("attention.projection", "feed_forward.contract"))
+            scale = 1 / math.sqrt(2 * layers) if residual else 1.0
+            nn.init.normal_(module.weight, std=INITIAL_DEVIATION * scale)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Mean cross-entropy of logits (b, s, V) at labels (b, s), or None without labels."""
+    if labels is None:
+        return None
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
+
+
+def _example_tokens(model: nn.Module, shape: tuple[int, int], vocabulary: int) -> Tensor:
+    """Scattered tokens without a generator: the middle digits of scaled squares."""
+    device = next(model.parameters()).device
+    count = torch.arange(shape[0] * shape[1], device=device)
+    return ((count * count * 40_503 + 12_345) // 64 % vocabulary).view(shape)
