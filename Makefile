@@ -1,0 +1,86 @@
+# Needs Python 3.11 and make, nothing else: each target makes the environment that it uses.
+#   make demo     train a GPT and a BERT three ways and compare (about five minutes)
+#   make test     the tests
+# Options:  VENV=folder  PYTHON=interpreter  ARGS="what follows the command"
+
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS ?=
+
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+# Stamps: an environment is brought up to date when the pins or the dependencies have changed.
+BASE = $(VENV)/.installed-base
+TEST = $(VENV)/.installed-test
+DEV = $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help environment demo test broad slow lint format benchmarks clean
+
+help:
+	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
+	@echo "make test        the tests (without those marked slow, broad or optional)"
+	@echo "make broad       the tests that sweep many models and problems"
+	@echo "make slow        the tests marked slow"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff rewrite the sources"
+	@echo "make benchmarks  every file in benchmarks/"
+	@echo "make clean       remove what tools and runs left behind (the environment stays)"
+
+environment: $(DEV)
+
+demo: $(BASE)
+	$(VENV)/bin/python examples/demo.py $(ARGS)
+
+test: $(TEST)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+broad: $(TEST)
+	$(VENV)/bin/python -m pytest -m broad $(ARGS)
+
+slow: $(TEST)
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+lint: $(DEV)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
+
+format: $(DEV)
+	$(VENV)/bin/python -m ruff check --fix .
+	$(VENV)/bin/python -m ruff format .
+
+benchmarks: $(TEST)
+	@set -e; for file in benchmarks/*.py; do \
+		[ -e "$$file" ] || { echo "no benchmarks yet"; exit 0; }; \
+		echo "== $$file"; $(VENV)/bin/python "$$file" $(ARGS); \
+	done
+
+clean:
+	rm -rf out build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find autoparallel planners megatron_rules examples benchmarks tests \
+		-name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone, so that nothing else can choose another build of it.
+$(BASE): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) torch==2.13.0
+	$(PIP) -c constraints.txt --editable .
+	@touch $@
+
+# megatron-core is what the hand-written layers are judged against. --no-deps: the rest of what it
+# declares wants a GPU, and what it really imports is in the extra `test`.
+$(TEST): $(BASE)
+	$(PIP) -c constraints.txt --editable ".[test]"
+	$(PIP) --no-deps megatron-core==0.16.1
+	@touch $@
+
+$(DEV): $(TEST)
+	$(PIP) -c constraints.txt --editable ".[dev,test]"
+	@touch $@
