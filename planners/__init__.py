@@ -1,0 +1,29 @@
+"""Solvers for pairwise cost networks: numbers only, no torch.
+
+    problem = Problem((Variable("a", [0, 1]), Variable("b", [2, 0])), (Factor("a", "b", table),))
+    exact.solve(problem).text()
+
+`exact` eliminates variables and is the one to use; `ilp` is the cross-check and the fallback for
+problems that are not narrow; `exhaustive` is the oracle for small ones.
+"""
+
+from planners import exact, exhaustive, ilp
+from planners.exact import min_marginals
+from planners.memo import Memo
+from planners.ordering import TooWideError
+from planners.problem import Factor, InfeasibleError, Problem, Solution, Table, Variable
+
+__all__ = [
+    "Factor",
+    "InfeasibleError",
+    "Memo",
+    "Problem",
+    "Solution",
+    "Table",
+    "TooWideError",
+    "Variable",
+    "exact",
+    "exhaustive",
+    "ilp",
+    "min_marginals",
+]

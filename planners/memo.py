@@ -1,0 +1,203 @@
+"""Tables known by content, and every computation on them done once.
+
+Layers of a model repeat, so their tables are equal, so the messages between them are equal: a
+`Memo` gives equal tables one number and remembers every result by the numbers that went in.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planners.problem import Table
+
+# A table's number and, for each of its axes, the axis of the joint table it lies along.
+Operand = tuple[int, tuple[int, ...]]
+
+_CHUNK_ENTRIES = 2**18  # the joint table is walked in pieces of this size, which stay in cache
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A table restricted to allowed states, taken apart: offset plus tables over some axes."""
+
+    offset: float
+    tables: tuple[Operand, ...]
+
+
+class Memo:
+    """Interned tables and remembered results; hand it to several solves to share their work.
+
+    computed, reused: how many eliminations were done and how many were looked up. All tables stay
+    in memory as long as the memo lives.
+    """
+
+    def __init__(self) -> None:
+        self.tables: list[Table] = []
+        self.has_infinity: list[bool] = []
+        self.domains: list[NDArray[np.bool_]] = []
+        self.computed = 0
+        self.reused = 0
+        self._alive: list[Table] = []
+        self._by_object: dict[int, int] = {}
+        self._by_content: dict[tuple[tuple[int, ...], bytes], int] = {}
+        self._domain_by_content: dict[bytes, int] = {}
+        self._finite_domain: dict[int, int] = {}
+        self._revised: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._pieces: dict[tuple[int, tuple[int, ...]], Pieces] = {}
+        self._contracted: dict[
+            tuple[tuple[Operand, ...], tuple[int, ...], tuple[int, ...]], tuple[int, float]
+        ] = {}
+
+    def table(self, table: Table) -> int:
+        """The number of the table; each array object is digested once."""
+        number = self._by_object.get(id(table))
+        if number is None:
+            number = self._intern(table)
+            self._by_object[id(table)] = number
+            self._alive.append(table)  # so that its id is not given to another array
+        return number
+
+    def domain(self, allowed: NDArray[np.bool_]) -> int:
+        """The number of a set of states."""
+        content = allowed.tobytes()
+        number = self._domain_by_content.get(content)
+        if number is None:
+            number = len(self.domains)
+            self._domain_by_content[content] = number
+            self.domains.append(allowed)
+        return number
+
+    def finite_domain(self, unary: int) -> int:
+        """The number of the set of states that a unary table allows."""
+        if unary not in self._finite_domain:
+            allowed = cast(NDArray[np.bool_], np.isfinite(self.tables[unary]))
+            self._finite_domain[unary] = self.domain(allowed)
+        return self._finite_domain[unary]
+
+    def revised(self, table: int, first: int, second: int) -> tuple[int, int]:
+        """Both domains without the states that have no finite entry left in the table."""
+        key = (table, first, second)
+        if key not in self._revised:
+            finite = np.isfinite(self.tables[table])
+            finite &= self.domains[first][:, None] & self.domains[second]
+            rows, columns = (np.logical_or.reduce(finite, axis=axis) for axis in (1, 0))
+            self._revised[key] = (self.domain(rows), self.domain(columns))
+        return self._revised[key]
+
+    def pieces(self, table: int, domains: tuple[int, ...]) -> Pieces:
+        """The table restricted to the domains (one per axis), taken apart where that is exact.
+
+        Axes with a single state vanish; a sum of two vectors becomes two unary tables; what is
+        constant goes into the offset.
+        """
+        key = (table, domains)
+        known = self._pieces.get(key)
+        if known is None:
+            kept = [np.flatnonzero(self.domains[domain]) for domain in domains]
+            part = self.tables[table][np.ix_(*kept)]
+            axes = tuple(axis for axis, states in enumerate(kept) if len(states) > 1)
+            known = self._take_apart(part.reshape([len(kept[axis]) for axis in axes]), axes)
+            self._pieces[key] = known
+        return known
+
+    def contract(
+        self, operands: tuple[Operand, ...], shape: tuple[int, ...], kept: tuple[int, ...]
+    ) -> tuple[int, float]:
+        """The least, over all axes not kept, of the sum of the operands over a joint table.
+
+        kept: in the order of the result's axes. Returns the number of the result, whose smallest
+        entry is 0, and what was subtracted for that (+inf when nothing is finite).
+        """
+        operands = tuple(sorted(operands))
+        key = (operands, shape, kept)
+        known = self._contracted.get(key)
+        if known is not None:
+            self.reused += 1
+            return known
+        self.computed += 1
+        arrays = self.aligned(operands, len(shape))
+        result = _contract(arrays, shape, tuple(sorted(kept)))
+        order = [sorted(kept).index(axis) for axis in kept]
+        known = self._normalized(result.transpose(order))
+        self._contracted[key] = known
+        return known
+
+    def aligned(self, operands: tuple[Operand, ...], ndim: int) -> list[Table]:
+        """The operands' arrays, transposed and reshaped to broadcast over the joint table."""
+        arrays = []
+        for number, positions in operands:
+            table = self.tables[number]
+            if list(positions) != sorted(positions):
+                table = table.transpose(np.argsort(positions))
+            shape = [1] * ndim
+            for position, size in zip(sorted(positions), table.shape, strict=True):
+                shape[position] = size
+            arrays.append(table.reshape(shape))
+        return arrays
+
+    def _intern(self, table: Table) -> int:
+        table = np.ascontiguousarray(table)
+        data = table.tobytes()
+        # Small tables are their own digest.
+        digest = data if len(data) <= 64 else hashlib.blake2b(data, digest_size=32).digest()
+        key = (table.shape, digest)
+        number = self._by_content.get(key)
+        if number is None:
+            number = len(self.tables)
+            self._by_content[key] = number
+            self.tables.append(table)
+            self.has_infinity.append(bool(np.isinf(table).any()))
+        return number
+
+    def _normalized(self, table: Table) -> tuple[int, float]:
+        """The table's number after its smallest entry was subtracted, and that entry."""
+        offset = float(table.min())
+        if math.isfinite(offset):
+            table = table - offset
+        return self._intern(table), offset
+
+    def _take_apart(self, part: Table, axes: tuple[int, ...]) -> Pieces:
+        if not axes:
+            return Pieces(float(part), ())
+        if len(axes) == 2 and np.isfinite(part).all():
+            rows, columns = part[:, 0], part[0] - part[0, 0]
+            if np.array_equal(part, rows[:, None] + columns):
+                halves = [self._take_apart(rows, axes[:1]), self._take_apart(columns, axes[1:])]
+                return Pieces(
+                    sum(half.offset for half in halves),
+                    tuple(table for half in halves for table in half.tables),
+                )
+        number, offset = self._normalized(part)
+        return Pieces(offset, ((number, axes),) if self.tables[number].any() else ())
+
+
+def _contract(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -> Table:
+    """As Memo.contract, with kept in ascending order; never holds the whole joint table."""
+    arrays = sorted(arrays, key=lambda array: array.size)  # stable; small tables are summed first
+    rows_per_chunk = max(1, _CHUNK_ENTRIES // math.prod(shape[1:]))
+    dropped = tuple(axis for axis in range(1, len(shape)) if axis not in kept)
+    chunks: list[Table] = []
+    for start in range(0, shape[0], rows_per_chunk):
+        rows = slice(start, start + rows_per_chunk)
+        total = np.zeros([1] * len(shape))
+        for array in arrays:
+            total = total + (array[rows] if len(array) > 1 else array)
+        height = len(range(*rows.indices(shape[0])))
+        total = np.broadcast_to(total.min(axis=dropped, keepdims=True), _kept(shape, kept, height))
+        if 0 in kept:
+            chunks.append(total)
+        elif chunks:
+            chunks[0] = np.minimum(chunks[0], total.min(axis=0))
+        else:
+            chunks.append(total.min(axis=0))
+    result = np.concatenate(chunks) if 0 in kept else chunks[0]
+    return result.reshape([shape[axis] for axis in kept])
+
+
+def _kept(shape: tuple[int, ...], kept: tuple[int, ...], height: int) -> list[int]:
+    """The joint shape of one chunk, with the axes not kept reduced to size 1."""
+    return [height] + [shape[axis] if axis in kept else 1 for axis in range(1, len(shape))]

@@ -1,0 +1,139 @@
+"""Exact reductions of a problem before it is solved: fewer states, variables and tables."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planners.memo import Memo
+from planners.problem import Problem
+
+# The scope of a table as variable indices, in the order of the table's axes, and its number.
+Term = tuple[tuple[int, ...], int]
+
+
+class ContradictionError(Exception):
+    """No finite cost; candidates: indices of variables that by themselves cannot agree."""
+
+    def __init__(self, candidates: list[int]) -> None:
+        super().__init__(candidates)
+        self.candidates = candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What is left to decide, by variable index: which states, and which tables between them.
+
+    states[i]: the states of variable i that were kept. terms: over variables with at least two
+    states. offset_terms: constants to add to the cost. blamed[i]: the variables whose states made
+    variable i lose some of its own.
+    """
+
+    states: tuple[NDArray[np.intp], ...]
+    terms: tuple[Term, ...]
+    offset_terms: tuple[float, ...]
+    blamed: dict[int, dict[int, None]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many states each variable has left."""
+        return [len(states) for states in self.states]
+
+    def neighbors(self) -> list[dict[int, None]]:
+        """For each variable those it shares a table with (keys of a dict: sets have no order)."""
+        neighbors: list[dict[int, None]] = [{} for _ in self.states]
+        for scope, _ in self.terms:
+            if len(scope) == 2:
+                neighbors[scope[0]][scope[1]] = None
+                neighbors[scope[1]][scope[0]] = None
+        return neighbors
+
+
+def reduce(problem: Problem, memo: Memo) -> Network:
+    """Drop states that no finite assignment can have, then substitute variables of one state.
+
+    A state is dropped when its unary cost is +inf, or when some table has no finite entry for it
+    and any state left of the neighbour (arc consistency). Tables that are a sum of two vectors
+    are split, so that they connect nothing. Every assignment of finite cost keeps its cost.
+    Raises ContradictionError when a variable is left without a state.
+    """
+    unaries = [memo.table(variable.unary) for variable in problem.variables]
+    tables = [memo.table(factor.table) for factor in problem.factors]
+    index = {variable.name: place for place, variable in enumerate(problem.variables)}
+    scopes = [(index[factor.first], index[factor.second]) for factor in problem.factors]
+    blamed: dict[int, dict[int, None]] = {}
+    domains = _consistent_domains(unaries, scopes, tables, memo, blamed)
+
+    terms: list[Term] = []
+    offsets: list[float] = []
+
+    def add(number: int, scope: tuple[int, ...]) -> None:
+        pieces = memo.pieces(number, tuple(domains[place] for place in scope))
+        if pieces.offset:
+            offsets.append(pieces.offset)
+        for table, axes in pieces.tables:
+            terms.append((tuple(scope[axis] for axis in axes), table))
+
+    for place, number in enumerate(unaries):
+        add(number, (place,))
+    for scope, number in zip(scopes, tables, strict=True):
+        add(number, scope)
+    kept = {domain: np.flatnonzero(memo.domains[domain]) for domain in domains}
+    states = tuple(kept[domain] for domain in domains)
+    return Network(states, tuple(terms), tuple(offsets), blamed)
+
+
+def _consistent_domains(
+    unaries: list[int],
+    scopes: list[tuple[int, int]],
+    tables: list[int],
+    memo: Memo,
+    blamed: dict[int, dict[int, None]],
+) -> list[int]:
+    """The domain of every variable; fills in who is to blame for what was dropped."""
+    domains = [memo.finite_domain(number) for number in unaries]
+    empty = [place for place, domain in enumerate(domains) if not memo.domains[domain].any()]
+    if empty:
+        raise ContradictionError(empty[:1])
+    strict = [place for place, number in enumerate(tables) if memo.has_infinity[number]]
+    touching: dict[int, list[int]] = {}
+    for factor in strict:
+        for variable in scopes[factor]:
+            touching.setdefault(variable, []).append(factor)
+    queue = deque(strict)
+    queued = [False] * len(tables)
+    for factor in strict:
+        queued[factor] = True
+    while queue:
+        factor = queue.popleft()
+        queued[factor] = False
+        first, second = scopes[factor]
+        revised = memo.revised(tables[factor], domains[first], domains[second])
+        for variable, other, domain in (
+            (first, second, revised[0]),
+            (second, first, revised[1]),
+        ):
+            if domain == domains[variable]:
+                continue
+            domains[variable] = domain
+            blamed.setdefault(variable, {})[other] = None
+            if not memo.domains[domain].any():
+                raise ContradictionError(closure([variable], blamed))
+            for touched in touching[variable]:
+                if not queued[touched] and touched != factor:
+                    queued[touched] = True
+                    queue.append(touched)
+    return domains
+
+
+def closure(starts: list[int], blamed: dict[int, dict[int, None]]) -> list[int]:
+    """The variables that these variables' loss of states goes back to, themselves included."""
+    found = dict.fromkeys(starts)
+    pending = list(starts)
+    while pending:
+        for other in blamed.get(pending.pop(), {}):
+            if other not in found:
+                found[other] = None
+                pending.append(other)
+    return sorted(found)
