@@ -113,7 +113,7 @@ class _Program:
 
     def run(self, *, relaxed: bool, time_limit_seconds: float | None) -> highspy.Highs:
         """HiGHS after a run that ended as it should; raises as the public functions say."""
-        highs: highspy.Highs = highspy.Highs()  # type: ignore[no-untyped-call]
+        highs: highspy.Highs = highspy.Highs()
         options: dict[str, bool | int | float] = {
             "output_flag": False,
             "threads": 1,
