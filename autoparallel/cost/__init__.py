@@ -1,0 +1,1 @@
+"""Seconds and bytes of operators and collectives on given hardware."""

@@ -1,0 +1,389 @@
+"""Graph -> Graph: each pass makes one kind of thing explicit, and is verified after it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, map_leaves, numel_hint
+
+__all__ = ["PASSES", "at_least", "run_passes"]
+
+Rename = dict[str, str]
+
+
+def _renamed(node: Node, names: Rename) -> Node:
+    """The node with the values it reads renamed."""
+    if not names:
+        return node
+
+    def leaf(item: Any) -> Any:
+        return Ref(names[item.name]) if isinstance(item, Ref) and item.name in names else item
+
+    return replace(node, args=map_leaves(leaf, node.args), kwargs=map_leaves(leaf, node.kwargs))
+
+
+def _rebuilt(graph: Graph, nodes: list[Node], names: Rename) -> Graph:
+    """The graph of `nodes`, with what it returns renamed."""
+    return Graph(
+        tuple(nodes),
+        tuple(names.get(name, name) for name in graph.outputs),
+        tuple((path, names.get(name, name)) for path, name in graph.mutations),
+    )
+
+
+def _aliasing(test: Callable[[Node, Graph], str | None]) -> Callable[[Graph], Graph]:
+    """A pass that drops nodes whose result is just the value that `test` names."""
+
+    def run(graph: Graph) -> Graph:
+        nodes: list[Node] = []
+        names: Rename = {}
+        for node in graph.nodes:
+            node = _renamed(node, names)
+            same = test(node, graph) if node.kind == "call" else None
+            if same is None:
+                nodes.append(node)
+            else:
+                names[node.result.name] = same
+        return _rebuilt(graph, nodes, names)
+
+    return run
+
+
+def _first(node: Node) -> str:
+    reference = node.args[0]
+    assert isinstance(reference, Ref), node
+    return reference.name
+
+
+_IDENTITY = {
+    "aten.contiguous.default",
+    "aten.alias.default",
+    "aten.clone.default",
+    "aten.lift_fresh_copy.default",
+    "aten.detach_.default",
+}
+_SAME_SHAPE = {
+    "aten.view.default",
+    "aten.reshape.default",
+    "aten.expand.default",
+    "aten._unsafe_view.default",
+    "aten.slice.Tensor",
+    "aten.unflatten.int",
+    "aten.flatten.using_ints",
+    "aten.squeeze.dim",
+}
+_CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default"}
+
+
+def _is_identity(node: Node, graph: Graph) -> str | None:
+    if node.target in _IDENTITY:
+        return _first(node)
+    if len(node.results) != 1 or not node.args or not isinstance(node.args[0], Ref):
+        return None
+    operand = graph.values[_first(node)]
+    result = node.result
+    if node.target in _SAME_SHAPE and operand.shape == result.shape:
+        return operand.name
+    if node.target in _CASTS and operand.dtype == result.dtype:
+        return operand.name
+    if node.target == "aten.dropout.default" and (node.args[1] == 0 or not node.args[2]):
+        return operand.name
+    if (
+        node.target in ("aten.add.Tensor", "aten.sub.Tensor")
+        and not isinstance(node.args[1], (Ref, Sym))
+        and node.args[1] == 0
+        and operand.dtype == result.dtype
+    ):
+        return operand.name
+    return None
+
+
+drop_identities = _aliasing(_is_identity)
+drop_identities.__doc__ = """Casts to the same type, views to the same shape, dropout of nothing.
+
+Why: each would be an operator with strategies of its own. After: none left.
+"""
+
+
+def drop_empty_parts(graph: Graph) -> Graph:
+    """cat([%empty, %x]) becomes cat([%x]), and cat([%x]) becomes %x.
+
+    Why: caches start as tensors of shape (0,), which cat ignores whatever its dim.
+    After: no cat reads a tensor of shape (0,); a second run is a no-op.
+    """
+    nodes: list[Node] = []
+    names: Rename = {}
+    for node in graph.nodes:
+        node = _renamed(node, names)
+        if node.target == "aten.cat.default":
+            parts = tuple(part for part in node.args[0] if graph.values[part.name].shape != (0,))
+            if len(parts) == 1:
+                names[node.result.name] = parts[0].name
+                continue
+            node = replace(node, args=(parts or node.args[0], *node.args[1:]))
+        nodes.append(node)
+    return _rebuilt(graph, nodes, names)
+
+
+def explicit_sizes(graph: Graph) -> Graph:
+    """view(%x, (b, -1)) becomes view(%x, (b, 48)): sizes written out, one spelling for each view.
+
+    Why: a size is what the rewriter replaces by a local one. After: no -1 and no flatten left.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.target in _VIEWS:
+            node = replace(
+                node,
+                target="aten.reshape.default",
+                args=(node.args[0], node.result.shape),
+                kwargs=(),
+            )
+        elif node.target == "aten.expand.default":
+            node = replace(node, args=(node.args[0], node.result.shape), kwargs=())
+        nodes.append(node)
+    return _rebuilt(graph, nodes, {})
+
+
+_VIEWS = {
+    "aten.view.default",
+    "aten.reshape.default",
+    "aten._unsafe_view.default",
+    "aten.flatten.using_ints",
+    "aten.unflatten.int",
+}
+
+
+def unflatten_products(graph: Graph) -> Graph:
+    """reshape(addmm(%bias, reshape(%x, (b*s, k)), %w), (b, s, n)) becomes an n-d matmul and add.
+
+    Why: a batch and a sequence merged into one dim can be split by neither; the product never
+    needed them merged. After: no mm or addmm left whose operand was flattened to two dims;
+    the other mm and addmm are matmul and add.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.target not in ("aten.mm.default", "aten.addmm.default"):
+            nodes.append(node)
+            continue
+        bias = node.args[0] if node.target == "aten.addmm.default" else None
+        left, right = node.args[-2:]
+        flat = graph.producers[left.name]
+        result = node.result
+        shape, source, name = result.shape, left, result.name
+        operand = graph.values[left.name]
+        if flat.target == "aten.reshape.default":
+            before = graph.values[_first(flat)]
+            if len(before.shape) > 2 and before.shape[-1] == operand.shape[-1]:
+                source = Ref(before.name)
+                shape = (*before.shape[:-1], result.shape[-1])
+        whole = shape == result.shape
+        last = name if whole else f"{name}_nd"
+        product = last if bias is None else f"{name}_product"
+        value = Value(product, shape, result.dtype, result.requires_grad)
+        nodes.append(
+            replace(
+                node,
+                name=product,
+                target="aten.matmul.default",
+                results=(value,),
+                args=(source, right),
+                kwargs=(),
+            )
+        )
+        if bias is not None:
+            nodes.append(
+                replace(
+                    node,
+                    name=last,
+                    target="aten.add.Tensor",
+                    results=(replace(value, name=last),),
+                    args=(Ref(product), bias),
+                    kwargs=(),
+                )
+            )
+        if not whole:
+            nodes.append(
+                replace(
+                    node,
+                    target="aten.reshape.default",
+                    args=(Ref(last), result.shape),
+                    kwargs=(),
+                )
+            )
+    return _rebuilt(graph, nodes, {})
+
+
+def merge_reshapes(graph: Graph) -> Graph:
+    """reshape(reshape(%x, a), b) becomes reshape(%x, b).
+
+    Why: flattening and unflattening again must not hide a dim in between.
+    After: no reshape reads a reshape.
+    """
+    nodes: list[Node] = []
+    kept: dict[str, Node] = {}
+    for node in graph.nodes:
+        if node.target == "aten.reshape.default":
+            before = kept.get(_first(node))
+            if before is not None and before.target == "aten.reshape.default":
+                node = replace(node, args=(before.args[0], node.args[1]))
+        nodes.append(node)
+        for value in node.results:
+            kept[value.name] = node
+    return _rebuilt(graph, nodes, {})
+
+
+def split_bias(graph: Graph) -> Graph:
+    """linear(%x, %w, %bias) becomes add(linear(%x, %w), %bias).
+
+    Why: a row-parallel product is reduced before the bias is added, or the bias counts
+    world_size times. After: no linear has a bias; surviving nodes keep name, shape and dtype.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.target == "aten.linear.default" and len(node.args) > 2 and node.args[2] is not None:
+            value = replace(node.result, name=f"{node.name}_product")
+            nodes.append(replace(node, name=value.name, results=(value,), args=node.args[:2]))
+            node = replace(
+                node, target="aten.add.Tensor", args=(Ref(value.name), node.args[2]), kwargs=()
+            )
+        nodes.append(node)
+    return _rebuilt(graph, nodes, {})
+
+
+def split_mean(graph: Graph) -> Graph:
+    """mean(%x, dims) becomes sum(%x, dims) / count, with the global count.
+
+    Why: a mean over a split dim must not divide by the local count. After: no mean left.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.target in ("aten.mean.dim", "aten.mean.default"):
+            shape = graph.values[_first(node)].shape
+            dims = node.args[1] if len(node.args) > 1 else node.keyword("dim")
+            if dims is None or dims == ():
+                dims = tuple(range(len(shape)))
+            dims = dims if isinstance(dims, tuple) else (dims,)
+            count = count_of(tuple(shape[dim] for dim in dims))
+            keep = node.args[2] if len(node.args) > 2 else node.keyword("keepdim", False)
+            kwargs = tuple(pair for pair in node.kwargs if pair[0] == "dtype")
+            total = replace(node.result, name=f"{node.name}_sum")
+            nodes.append(
+                replace(
+                    node,
+                    name=total.name,
+                    target="aten.sum.dim_IntList",
+                    results=(total,),
+                    args=(node.args[0], dims, keep),
+                    kwargs=kwargs,
+                )
+            )
+            node = replace(
+                node, target="aten.div.Tensor", args=(Ref(total.name), count), kwargs=()
+            )
+        nodes.append(node)
+    return _rebuilt(graph, nodes, {})
+
+
+def count_of(shape: tuple[Dim, ...]) -> Dim:
+    """Number of elements: a plain int, or an expression in the inputs' sizes."""
+    expr: Any = 1
+    for dim in shape:
+        expr = expr * (dim.expr if isinstance(dim, Sym) else dim)
+    return expr if isinstance(expr, int) else Sym(expr, numel_hint(shape))
+
+
+def functional(graph: Graph) -> Graph:
+    """%y = add_(%x, 1) becomes %y = add(%x, 1), and later reads of %x read %y.
+
+    Why: a value must have one meaning. After: no in-place op left on a value that is not a view.
+    """
+    nodes: list[Node] = []
+    names: Rename = {}
+    for node in graph.nodes:
+        node = _renamed(node, names)
+        packet, _, overload = node.target.removeprefix("aten.").partition(".")
+        if node.kind == "call" and packet.endswith("_") and not packet.endswith("__"):
+            target = _first(node)
+            node = replace(node, target=f"aten.{packet[:-1]}.{overload}")
+            for old, new in list(names.items()):
+                if new == target:
+                    names[old] = node.result.name
+            names[target] = node.result.name
+        nodes.append(node)
+    return _rebuilt(graph, nodes, names)
+
+
+def drop_unused(graph: Graph) -> Graph:
+    """What nobody reads goes, but for inputs. Why: it would be planned. After: all is read."""
+    needed = set(graph.outputs) | {name for _, name in graph.mutations}
+    nodes: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node.kind != "input" and not any(value.name in needed for value in node.results):
+            continue
+        needed.update(node.operands())
+        nodes.append(node)
+    return _rebuilt(graph, nodes[::-1], {})
+
+
+def at_least(graph: Graph, elements: int) -> Graph:
+    """The same program with hints as for inputs of at least `elements` elements.
+
+    Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. The
+    last symbolic dim of every input grows by one common factor; names and expressions stay.
+    """
+    inputs = [node.result for node in graph.nodes if node.kind == "input"]
+    largest = max(
+        (numel_hint(tuple(d for d in value.shape if isinstance(d, Sym))) for value in inputs),
+        default=elements,
+    )
+    factor = -(-elements // max(largest, 1))
+    hints: dict[Any, int] = {}
+    for value in inputs:
+        symbolic = [dim for dim in value.shape if isinstance(dim, Sym)]
+        for index, dim in enumerate(symbolic):
+            if dim.expr.is_Symbol:
+                hints.setdefault(dim.expr, dim.hint * (factor if index == len(symbolic) - 1 else 1))
+    if factor <= 1 or not hints:
+        return graph
+    scaled: dict[Any, Sym] = {}
+
+    def grow(leaf: Any) -> Any:
+        if not isinstance(leaf, Sym):
+            return leaf
+        if leaf.expr not in scaled:
+            scaled[leaf.expr] = Sym(leaf.expr, int(leaf.expr.subs(hints)))
+        return scaled[leaf.expr]
+
+    nodes = tuple(
+        replace(
+            node,
+            results=tuple(replace(v, shape=map_leaves(grow, v.shape)) for v in node.results),
+            args=map_leaves(grow, node.args),
+        )
+        for node in graph.nodes
+    )
+    return replace(graph, nodes=nodes)
+
+
+PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    functional,
+    drop_empty_parts,
+    drop_identities,
+    explicit_sizes,
+    unflatten_products,
+    merge_reshapes,
+    drop_identities,
+    split_bias,
+    split_mean,
+    drop_unused,
+)
+
+
+def run_passes(graph: Graph) -> Graph:
+    """All passes in order, each verified."""
+    for run in PASSES:
+        graph = run(graph).verify()
+    return graph

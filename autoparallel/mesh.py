@@ -1,0 +1,39 @@
+"""The device mesh: named axes and their sizes, without devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoparallel.errors import PlanError
+
+__all__ = ["Mesh"]
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Mesh:
+    """Named axes of devices, outermost first: `Mesh(tp=8)`.
+
+    axes: ((name, size), ...). A size of 1 is valid and changes nothing.
+    Raises PlanError for a size below 1.
+    """
+
+    axes: tuple[tuple[str, int], ...]
+
+    def __init__(self, **axes: int) -> None:
+        for name, size in axes.items():
+            if not isinstance(size, int) or size < 1:
+                raise PlanError(
+                    f"mesh axis {name!r} has size {size!r}", fix="give a positive whole number"
+                )
+        object.__setattr__(self, "axes", tuple(axes.items()))
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks: the product of the axes' sizes."""
+        result = 1
+        for _, size in self.axes:
+            result *= size
+        return result
+
+    def __str__(self) -> str:
+        return "Mesh(" + ", ".join(f"{name}={size}" for name, size in self.axes) + ")"

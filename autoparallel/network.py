@@ -1,0 +1,541 @@
+"""From a graph to a cost network, and from its solution to choices: strategies become states.
+
+One variable per op (its strategies), one per parameter (how it is stored), one per value that
+several ops read (the set of placements that it is converted to, each once), one per returned value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from autoparallel.cost.collectives import conversion_seconds
+from autoparallel.cost.compute import OpCost, nbytes, op_cost, update_seconds
+from autoparallel.cost.hardware import Hardware
+from autoparallel.errors import PlanError, UnsupportedOpError
+from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
+from autoparallel.options import Options
+from autoparallel.placement import (
+    Invariant,
+    Movement,
+    Placement,
+    Shard,
+    gradient,
+    local_size,
+    movement,
+)
+from autoparallel.rules.registry import find_rule
+from autoparallel.rules.rule import (
+    OpCall,
+    ShardingRule,
+    Strategy,
+    Tile,
+    Unsplittable,
+    is_possible,
+    place,
+    strategies,
+    tile_of,
+)
+from planners import Factor, Problem, Variable
+
+__all__ = ["Network", "build_network"]
+
+INVARIANT = Invariant()
+_MOST_TARGETS = 3
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What all calls of one signature share: rule, and everything derived from it."""
+
+    call: OpCall
+    rule: ShardingRule | None
+
+
+@dataclass
+class Network:
+    """The problem of one graph, and what its states mean.
+
+    strategies: per call node. storages: per parameter node. outputs: per returned value.
+    costs: per call node, per strategy, what it takes. rules: per call node. weights: values that
+    come from parameters alone.
+    """
+
+    graph: Graph
+    world_size: int
+    hardware: Hardware
+    options: Options
+    strategies: dict[str, tuple[Strategy, ...]] = field(default_factory=dict)
+    storages: dict[str, tuple[Placement, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[Placement, ...]] = field(default_factory=dict)
+    costs: dict[str, tuple[OpCost, ...]] = field(default_factory=dict)
+    factors: list[Factor] = field(default_factory=list)
+    fans: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    updates: dict[str, np.ndarray] = field(default_factory=dict)
+    rules: dict[str, ShardingRule | None] = field(default_factory=dict)
+    weights: frozenset[str] = frozenset()
+
+    def problem(self, product_weight: float = 1.0, pins: Mapping[str, Placement] = {}) -> Problem:  # noqa: B006
+        """The numbers. product_weight: what a second of matrix products counts.
+
+        pins: storage of parameters (by node name) that is given. Raises PlanError for a pin that
+        the parameter cannot take.
+        """
+        interned: dict[tuple[Any, ...], np.ndarray] = {}
+        variables: list[Variable] = []
+        for name, choices in self.storages.items():
+            unary = self.updates[name]
+            if name in pins:
+                if pins[name] not in choices:
+                    raise PlanError(
+                        f"parameter {name} cannot be stored as {pins[name]}",
+                        why=f"it can be {', '.join(map(str, choices))}",
+                    )
+                allowed = np.array([choice == pins[name] for choice in choices])
+                unary = np.where(allowed, unary, np.inf)
+            variables.append(Variable(name, unary))
+        for name, costs in self.costs.items():
+            key = tuple(self.priced(cost, product_weight) for cost in costs)
+            unary = interned.setdefault(key, np.array(key))
+            variables.append(Variable(name, unary))
+        for name, choices in self.outputs.items():
+            key = (0.0,) * len(choices)
+            variables.append(Variable(f"return:{name}", interned.setdefault(key, np.array(key))))
+        for name, unary in self.fans:
+            variables.append(Variable(name, unary))
+        return Problem(tuple(variables), tuple(self.factors))
+
+
+    def priced(self, cost: OpCost, product_weight: float) -> float:
+        """What an op counts in the objective.
+
+        Without sequence parallelism all but the products counts as done whole, so that only they
+        are worth splitting and activations stay whole between them.
+        """
+        spread = self.options.sequence_parallel or self.options.data_parallel
+        traffic = cost.traffic if spread else cost.whole_traffic
+        return product_weight * cost.product + traffic + cost.communication
+
+
+def build_network(
+    graph: Graph,
+    world_size: int,
+    hardware: Hardware,
+    options: Options,
+    stored: Mapping[str, Placement] | None = None,
+) -> Network:
+    """All strategies, and what they cost with their neighbours.
+
+    stored: placements that parameters (by path) have already, which they keep.
+    Raises UnsupportedOpError that lists every differentiable op without a rule.
+    """
+    builder = _Builder(graph, world_size, hardware, options, stored or {})
+    return builder.build()
+
+
+class _Builder:
+    def __init__(
+        self,
+        graph: Graph,
+        world_size: int,
+        hardware: Hardware,
+        options: Options,
+        stored: Mapping[str, Placement],
+    ) -> None:
+        self.graph, self.world_size = graph, world_size
+        self.hardware, self.options, self.stored = hardware, options, stored
+        self.network = Network(graph, world_size, hardware, options)
+        self.kinds: dict[str, _Kind] = {}
+        self.weights = _weights(graph)
+        self.network.weights = frozenset(self.weights)
+        self.inert = _inert(graph)
+        self.shards: dict[str, dict[Shard, None]] = {name: {} for name in graph.values}
+        self.tiles: dict[str, dict[Tile, None]] = {}
+        self.tables: dict[Any, np.ndarray] = {}
+
+    def build(self) -> Network:
+        self.find_rules()
+        if self.world_size > 1:
+            self.find_tiles()
+        shared: dict[Any, tuple[tuple[Strategy, ...], tuple[OpCost, ...]]] = {}
+        for node in self.graph.calls:
+            kind = self.kinds[node.name]
+            key = (id(kind), tuple(self.tiles.get(node.name, ())))
+            if key not in shared:
+                choices = self.strategies(node, kind)
+                shared[key] = (
+                    choices,
+                    tuple(
+                        op_cost(kind.call, kind.rule, choice, self.hardware, self.world_size)
+                        for choice in choices
+                    ),
+                )
+            self.network.strategies[node.name], self.network.costs[node.name] = shared[key]
+            self.network.rules[node.name] = kind.rule
+        for node in self.graph.nodes:
+            if node.kind == "parameter":
+                self.store(node)
+        self.returns()
+        self.connect()
+        return self.network
+
+    def find_rules(self) -> None:
+        """One rule per distinct call; every op without one, all at once."""
+        known: dict[Any, _Kind] = {}
+        missing: dict[str, list[Node]] = {}
+        values = self.graph.values
+
+        def shape_of(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                value = values[leaf.name]
+                return (value.shape, value.dtype, value.requires_grad)
+            return (type(leaf).__name__, leaf)
+
+        for node in self.graph.calls:
+            names = node.operands()
+            twins = tuple(names.index(name) for name in names)
+            key = (
+                node.target,
+                map_leaves(shape_of, node.args),
+                map_leaves(shape_of, node.kwargs),
+                tuple(result.shape for result in node.results),
+                twins,
+                node.name in self.inert,
+            )
+            if key not in known:
+                call = OpCall(node, tuple(values[name] for name in names))
+                made = None
+                if node.name not in self.inert:
+                    author = find_rule(node.target)
+                    if author is not None:
+                        made = author(call)
+                    elif any(result.requires_grad for result in node.results):
+                        missing.setdefault(node.target, []).append(node)
+                known[key] = _Kind(call, made)
+            elif node.target in missing:
+                missing[node.target].append(node)
+            self.kinds[node.name] = known[key]
+        if missing and self.options.unknown_ops == "error":
+            raise _unsupported(missing)
+
+    def find_tiles(self) -> None:
+        """Ways to split, from every loop's own to what its neighbours need, until nothing is new.
+
+        A view that divides a dim, or cuts it into blocks, asks the product that made the value to
+        split the same way; so do readers of what the producers offer. Where two symbolic dims cost
+        the same, the inner one (the sequence) is preferred to the outer one (the batch).
+        """
+        work: list[tuple[str, Tile]] = []
+        for node in self.graph.calls:
+            rule = self.kinds[node.name].rule
+            if rule is None or node.name in self.inert:
+                continue
+            found = self.tiles.setdefault(node.name, {})
+            symbolic = [loop for loop in rule.loops if isinstance(rule.sizes[loop], Sym)]
+            static = [loop for loop in rule.loops if loop not in symbolic]
+            for loop in (*static, *reversed(symbolic)):
+                tile = Tile(loop)
+                if self.is_allowed(node, rule, tile):
+                    found[tile] = None
+                    work.append((node.name, tile))
+        calls = {node.name: node for node in self.graph.calls}
+        while work:
+            later: list[tuple[str, Tile]] = []
+            for name, tile in work:
+                later += self.spread(calls[name], tile)
+            work = later
+
+    def spread(self, node: Node, tile: Tile) -> list[tuple[str, Tile]]:
+        """Tell the neighbours how the tensors of `node` lie when it is split by `tile`."""
+        rule = self.kinds[node.name].rule
+        assert rule is not None
+        fresh: list[tuple[str, Tile]] = []
+        tensors = [*node.operands(), *(value.name for value in node.results)]
+        for name, dims in zip(tensors, (*rule.operands, *rule.results), strict=True):
+            try:
+                shard = place(rule, dims, tile, self.world_size)
+            except Unsplittable:
+                continue
+            if shard is None or shard in self.shards[name]:
+                continue
+            self.shards[name][shard] = None
+            for neighbour in (self.graph.producers[name], *self.graph.readers[name]):
+                if neighbour.kind == "call" and neighbour.name != node.name:
+                    fresh += self.receive(neighbour, name, shard)
+        return fresh
+
+    def receive(self, node: Node, name: str, shard: Shard) -> list[tuple[str, Tile]]:
+        """The tiles of `node` that give its tensor `name` that shard, if they are new."""
+        rule = self.kinds[node.name].rule
+        if rule is None or node.name in self.inert:
+            return []
+        fresh: list[tuple[str, Tile]] = []
+        tensors = [*node.operands(), *(value.name for value in node.results)]
+        for own, dims in zip(tensors, (*rule.operands, *rule.results), strict=True):
+            if own != name:
+                continue
+            tile = tile_of(rule, dims, shard, self.world_size)
+            if tile is None or tile in self.tiles[node.name]:
+                continue
+            if self.is_allowed(node, rule, tile):
+                self.tiles[node.name][tile] = None
+                fresh.append((node.name, tile))
+        return fresh
+
+    def is_allowed(self, node: Node, rule: ShardingRule, tile: Tile) -> bool:
+        """Whether the options and the sizes let this call be split so."""
+        if tile.loop in rule.whole or not is_possible(rule, tile, self.world_size):
+            return False
+        if isinstance(rule.sizes[tile.loop], Sym) and not (
+            self.options.sequence_parallel or self.options.data_parallel
+        ):
+            return False
+        if self.options.data_parallel:
+            return True
+        if rule.flops and isinstance(rule.sizes[tile.loop], Sym):
+            return False
+        for operand, dims in zip(node.operands(), rule.operands, strict=True):
+            matrix = operand in self.weights and sum(bool(names) for names in dims) >= 2
+            if matrix and not any(tile.loop in names for names in dims):
+                return False
+        return True
+
+    def strategies(self, node: Node, kind: _Kind) -> tuple[Strategy, ...]:
+        operands = tuple(operand.requires_grad for operand in kind.call.operands)
+        results = tuple(result.requires_grad for result in kind.call.results)
+        rule = kind.rule
+        if rule is None:
+            rule = ShardingRule(((),) * len(operands), ((),) * len(results), {})
+            if node.name in self.inert:
+                operands = (False,) * len(operands)
+        return strategies(rule, self.tiles.get(node.name, ()), operands, results, self.world_size)
+
+    def store(self, node: Node) -> None:
+        """How one parameter may be stored, and what its update costs."""
+        value = node.result
+        choices: tuple[Placement, ...] = (INVARIANT,)
+        if node.target in self.stored:
+            choices = (self.stored[node.target],)
+        elif value.requires_grad or self.shards[value.name]:
+            choices = (INVARIANT, *self.shards[value.name])
+        costs = []
+        for choice in choices:
+            fraction = 1.0
+            if isinstance(choice, Shard):
+                size = value.shape[choice.dim]
+                assert isinstance(size, int)
+                fraction = local_size(size, choice, self.world_size) / size
+            seconds = update_seconds(value, choice, fraction, self.hardware)
+            costs.append(seconds if value.requires_grad else 0.0)
+        self.network.storages[node.name] = choices
+        self.network.updates[node.name] = self.intern(tuple(costs))
+
+    def returns(self) -> None:
+        """How a value may be returned: whole; beside a loss, also split as it is."""
+        values = [self.graph.values[name] for name in self.graph.outputs]
+        has_loss = any(not value.shape and value.requires_grad for value in values)
+        for value in values:
+            choices: tuple[Placement, ...] = (INVARIANT,)
+            if has_loss and value.shape:
+                plain = [s for s in self.shards[value.name] if s.blocks == 1 and s.unit == 1]
+                choices = (INVARIANT, *plain)
+            self.network.outputs[value.name] = choices
+
+    def intern(self, key: tuple[float, ...]) -> np.ndarray:
+        return self.tables.setdefault(key, np.array(key))
+
+    def made(self, name: str) -> tuple[str | None, tuple[Placement, ...]]:
+        """The variable that decides how a value is made, and the placement in each state."""
+        node = self.graph.producers[name]
+        if node.kind == "call":
+            at = [value.name for value in node.results].index(name)
+            states = self.network.strategies[node.name]
+            return node.name, tuple(strategy.results[at] for strategy in states)
+        if node.kind == "parameter":
+            return node.name, self.network.storages[node.name]
+        return None, (INVARIANT,)
+
+    def needs(self, name: str) -> list[tuple[str, tuple[tuple[Placement, ...], ...]]]:
+        """Per reading variable and state, the placements in which it reads the value."""
+        found: list[tuple[str, tuple[tuple[Placement, ...], ...]]] = []
+        for node in self.graph.readers[name]:
+            at = [i for i, operand in enumerate(node.operands()) if operand == name]
+            states = self.network.strategies[node.name]
+            found.append(
+                (
+                    node.name,
+                    tuple(
+                        tuple(dict.fromkeys(strategy.operands[i] for i in at))
+                        for strategy in states
+                    ),
+                )
+            )
+        if name in self.network.outputs:
+            choices = self.network.outputs[name]
+            found.append((f"return:{name}", tuple((choice,) for choice in choices)))
+        for _, written in self.graph.mutations:
+            if written == name:
+                found.append(("", ((INVARIANT,),)))
+        return found
+
+    def connect(self) -> None:
+        """Conversion tables between what is made and what is read."""
+        for name, value in self.graph.values.items():
+            needs = self.needs(name)
+            if not needs:
+                continue
+            variable, made = self.made(name)
+            targets = tuple(
+                dict.fromkeys(target for _, states in needs for need in states for target in need)
+            )
+            costs = self.conversions(value, made, targets)
+            if not costs.any():
+                continue
+            if len(needs) == 1:
+                reader, states = needs[0]
+                self.couple(variable, reader, self.paid(costs, targets, states))
+                continue
+            most = min(len(needs), len(targets), _MOST_TARGETS)
+            sets = self.target_sets(needs, targets, most)
+            fan = f"{name}*"
+            paid = self.paid(costs, targets, sets)
+            if variable is None:
+                self.network.fans.append((fan, paid[0]))
+            else:
+                self.network.fans.append((fan, self.intern((0.0,) * len(sets))))
+                self.couple(variable, fan, paid)
+            for reader, states in needs:
+                self.couple(fan, reader, self.offers(sets, states))
+
+    def target_sets(
+        self,
+        needs: list[tuple[str, tuple[tuple[Placement, ...], ...]]],
+        targets: tuple[Placement, ...],
+        most: int,
+    ) -> tuple[tuple[Placement, ...], ...]:
+        """Sets of placements that a value may be converted to, the smallest first."""
+        largest = max(len(need) for _, states in needs for need in states)
+        counts = range(1, max(most, largest) + 1)
+        return tuple(group for count in counts for group in combinations(targets, count))
+
+    def conversions(
+        self, value: Value, made: tuple[Placement, ...], targets: tuple[Placement, ...]
+    ) -> np.ndarray:
+        """Seconds from every placement made to every target; infinite where forbidden."""
+        weight = value.name in self.weights
+        grad = value.requires_grad
+        key = ("c", nbytes(value), grad, weight, made, targets)
+        if key not in self.tables:
+            self.tables[key] = np.array(
+                [[self.convert(value, one, two, weight) for two in targets] for one in made]
+            )
+        return self.tables[key]
+
+    def convert(self, value: Value, one: Placement, two: Placement, weight: bool) -> float:
+        if one == two:
+            return 0.0
+        options = self.options
+        move = movement(one, two)
+        back = movement(gradient(two), gradient(one)) if value.requires_grad else Movement.NONE
+        if Movement.REDUCE_SCATTER in (move, back) and not (
+            options.sequence_parallel or options.data_parallel
+        ):
+            return np.inf
+        if weight and not options.data_parallel:
+            matrix = sum(size != 1 for size in value.shape) > 1
+            if matrix or move is not Movement.NONE:
+                return np.inf
+        return conversion_seconds(
+            one, two, nbytes(value), value.requires_grad, self.hardware, self.world_size
+        )
+
+    def paid(
+        self,
+        costs: np.ndarray,
+        targets: tuple[Placement, ...],
+        states: tuple[tuple[Placement, ...], ...],
+    ) -> np.ndarray:
+        """table[made, state]: every placement in the state's set is paid once."""
+        key = ("p", id(costs), targets, states)
+        if key not in self.tables:
+            place_of = {target: index for index, target in enumerate(targets)}
+            columns = [
+                costs[:, [place_of[target] for target in state]].sum(axis=1) for state in states
+            ]
+            self.tables[key] = np.stack(columns, axis=1)
+        return self.tables[key]
+
+    def offers(
+        self,
+        sets: tuple[tuple[Placement, ...], ...],
+        states: tuple[tuple[Placement, ...], ...],
+    ) -> np.ndarray:
+        """table[set, state]: zero where the set holds all that the state reads."""
+        key = ("o", sets, states)
+        if key not in self.tables:
+            self.tables[key] = np.array(
+                [[0.0 if set(need) <= set(group) else np.inf for need in states] for group in sets]
+            )
+        return self.tables[key]
+
+    def couple(self, first: str | None, second: str, table: np.ndarray) -> None:
+        """A factor, folded into a fan's own costs where one side has no variable."""
+        if first is None and not second:
+            return
+        if first is None:
+            self.network.fans.append((f"{second}+{len(self.network.fans)}", np.zeros(1)))
+            self.network.factors.append(Factor(self.network.fans[-1][0], second, table[:1]))
+        elif not second:
+            self.network.fans.append((f"{first}+{len(self.network.fans)}", np.zeros(1)))
+            self.network.factors.append(Factor(first, self.network.fans[-1][0], table))
+        elif table.any():
+            self.network.factors.append(Factor(first, second, table))
+
+
+def _weights(graph: Graph) -> set[str]:
+    """Values that come from parameters alone: the parameters, their casts and transposes."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        operands = node.operands()
+        alone = bool(operands) and all(name in found for name in operands)
+        if node.kind == "parameter" or (node.kind == "call" and alone):
+            found.update(value.name for value in node.results)
+    return found
+
+
+def _inert(graph: Graph) -> set[str]:
+    """Calls that no gradient and no parameter touches: masks, positions, rotary tables.
+
+    Every rank computes them whole.
+    """
+    touched: set[str] = set()
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.kind == "parameter" or any(value.requires_grad for value in node.results):
+            touched.update(value.name for value in node.results)
+        elif node.kind == "call" and any(name in touched for name in node.operands()):
+            touched.update(value.name for value in node.results)
+        elif node.kind == "call":
+            found.add(node.name)
+    return found
+
+
+def _unsupported(missing: Mapping[str, list[Node]]) -> UnsupportedOpError:
+    rows = []
+    for target, nodes in sorted(missing.items()):
+        first = nodes[0]
+        place_text = ", ".join(text for text in (first.where, first.line) if text)
+        rows.append(f"{target}, {len(nodes)} calls, first in {place_text or 'the model'}")
+    return UnsupportedOpError(
+        f"no sharding rule for {', '.join(sorted(missing))}",
+        where="\n".join(rows),
+        why="a gradient flows through these ops, and how they may be split is not known",
+        fix="register a rule (autoparallel.rules.registry.rule), or pass unknown_ops='replicate' "
+        "to keep their tensors whole",
+    )
+
+

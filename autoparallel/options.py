@@ -1,0 +1,36 @@
+"""What a plan may and may not do. Everything here changes the plan; nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoparallel.errors import PlanError
+
+__all__ = ["Options"]
+
+_UNKNOWN_OPS = ("replicate", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Choices of the user.
+
+    sequence_parallel: activations between the split products may be split along dims whose size
+    comes from the inputs (the sequence, the batch), with reduce-scatter and all-gather in place of
+    all-reduce. data_parallel: products may be split along such dims too; without it a weight
+    matrix is used just as it is stored. hardware: preset name. unknown_ops: what to do with a differentiable op that has
+    no rule: "error" or "replicate" (keep its tensors whole). tokens: plan as for inputs of at
+    least this many elements, however small the example inputs are.
+    """
+
+    sequence_parallel: bool = True
+    data_parallel: bool = False
+    hardware: str = "auto"
+    unknown_ops: str = "error"
+    tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.unknown_ops not in _UNKNOWN_OPS:
+            raise PlanError(
+                f"unknown_ops={self.unknown_ops!r}", fix=f"choose one of {', '.join(_UNKNOWN_OPS)}"
+            )

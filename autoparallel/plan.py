@@ -1,0 +1,221 @@
+"""The plan: a placement for everything, what it costs, and how it was proven. JSON round-trips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autoparallel.errors import PlanError
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Movement, Placement, gradient, movement, parse_placement
+
+if TYPE_CHECKING:
+    from autoparallel.graph.capture import Captured
+
+__all__ = ["Conversion", "OpChoice", "ParameterChoice", "Plan"]
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OpChoice:
+    """How one op runs. name, target, where, line: of its node. operands, results: placements.
+
+    reads, makes: names of the values, in the same order. kernel: the communicating kernel, if
+    it needs one. seconds: predicted, forward and backward. flops: of products, forward, on the
+    busiest rank; whole_flops: unsplit.
+    """
+
+    name: str
+    target: str
+    where: str
+    line: str
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    operands: tuple[Placement, ...]
+    results: tuple[Placement, ...]
+    kernel: str = ""
+    seconds: float = 0.0
+    flops: float = 0.0
+    whole_flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterChoice:
+    """How one parameter is stored. path: in the model. shape: of the whole. nbytes: likewise.
+
+    reason: why it is left whole, empty if it is split.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    nbytes: int
+    storage: Placement
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A value made as `source` and read as `target` by `readers`, converted once.
+
+    shape: of the whole value for the sizes planned for, as text ("s0, s1, 768"). nbytes: of the
+    whole. forward, backward: what it takes. seconds: predicted for both.
+    """
+
+    value: str
+    source: Placement
+    target: Placement
+    readers: tuple[str, ...]
+    shape: str
+    nbytes: int
+    requires_grad: bool
+    seconds: float = 0.0
+
+    @property
+    def forward(self) -> Movement:
+        """What it does in the forward pass."""
+        return movement(self.source, self.target)
+
+    @property
+    def backward(self) -> Movement:
+        """What it does to the gradient."""
+        if not self.requires_grad:
+            return Movement.NONE
+        return movement(gradient(self.target), gradient(self.source))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement for everything.
+
+    model: the class's name. cost: what was minimized; lower_bound: no plan costs less; method: how
+    that is known. seconds: predicted time of a step's work that depends on the plan.
+    product_weight: what a second of matrix products counted in the cost (1 unless the model is so
+    small that leaving it whole would be the fastest; then as much as makes splitting pay).
+    fingerprint: of the graph it was made for. outputs: placement of each returned tensor.
+    captured: the graph itself, where the plan was made in this process.
+    """
+
+    model: str
+    mesh: Mesh
+    options: Options
+    hardware: str
+    fingerprint: str
+    parameters: tuple[ParameterChoice, ...]
+    ops: tuple[OpChoice, ...]
+    conversions: tuple[Conversion, ...]
+    outputs: tuple[Placement, ...]
+    cost: float
+    lower_bound: float
+    method: str
+    seconds: float
+    product_weight: float
+    captured: Captured | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.mesh.world_size
+
+    @property
+    def storage(self) -> Mapping[str, Placement]:
+        """How each parameter, by its path, is stored."""
+        return {parameter.path: parameter.storage for parameter in self.parameters}
+
+    @property
+    def split_flops(self) -> float:
+        """Share of the matrix products' FLOPs that belong to ops that are split."""
+        whole = sum(op.whole_flops for op in self.ops)
+        split = sum(op.whole_flops for op in self.ops if op.flops < op.whole_flops)
+        return split / whole if whole else 1.0
+
+    @property
+    def split_parameter_bytes(self) -> float:
+        """Share of the bytes of parameters of two dims and more that is split."""
+        matrices = [p for p in self.parameters if len(p.shape) > 1]
+        whole = sum(p.nbytes for p in matrices)
+        return sum(p.nbytes for p in matrices if not p.reason) / whole if whole else 1.0
+
+    def to_json(self) -> str:
+        """Versioned JSON, the same text for the same plan."""
+        rows: dict[str, Any] = {
+            "version": VERSION,
+            "model": self.model,
+            "mesh": dict(self.mesh.axes),
+            "options": {name: getattr(self.options, name) for name in Options.__slots__},
+            "hardware": self.hardware,
+            "fingerprint": self.fingerprint,
+            "cost": self.cost,
+            "lower_bound": self.lower_bound,
+            "method": self.method,
+            "seconds": self.seconds,
+            "product_weight": self.product_weight,
+            "outputs": [str(placement) for placement in self.outputs],
+            "parameters": [_row(parameter) for parameter in self.parameters],
+            "ops": [_row(op) for op in self.ops],
+            "conversions": [_row(conversion) for conversion in self.conversions],
+        }
+        return json.dumps(rows, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that was written. Raises PlanError for another version or a broken text."""
+        try:
+            rows = json.loads(text)
+            version = rows.pop("version")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise PlanError("not a plan", why="the text is not a plan's JSON") from None
+        if version != VERSION:
+            raise PlanError(f"a plan of version {version}", fix=f"plan again (version {VERSION})")
+        try:
+            return Plan(
+                model=rows["model"],
+                mesh=Mesh(**rows["mesh"]),
+                options=Options(**rows["options"]),
+                hardware=rows["hardware"],
+                fingerprint=rows["fingerprint"],
+                parameters=tuple(_load(ParameterChoice, row) for row in rows["parameters"]),
+                ops=tuple(_load(OpChoice, row) for row in rows["ops"]),
+                conversions=tuple(_load(Conversion, row) for row in rows["conversions"]),
+                outputs=tuple(map(parse_placement, rows["outputs"])),
+                cost=rows["cost"],
+                lower_bound=rows["lower_bound"],
+                method=rows["method"],
+                seconds=rows["seconds"],
+                product_weight=rows["product_weight"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError("not a plan", why=f"{type(error).__name__}: {error}") from None
+
+
+
+def _row(item: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name in type(item).__slots__:
+        value = getattr(item, name)
+        if isinstance(value, tuple):
+            value = [part if isinstance(part, (int, str)) else str(part) for part in value]
+        elif not isinstance(value, (str, int, float, bool)):
+            value = str(value)
+        made[name] = value
+    return made
+
+
+def _load(kind: Any, row: Mapping[str, Any]) -> Any:
+    placed = {
+        OpChoice: ("operands", "results"),
+        ParameterChoice: ("storage",),
+        Conversion: ("source", "target"),
+    }[kind]
+    made: dict[str, Any] = {}
+    for name, value in row.items():
+        if name in placed:
+            many = isinstance(value, list)
+            made[name] = tuple(map(parse_placement, value)) if many else parse_placement(value)
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**made)

@@ -1,0 +1,1 @@
+"""What each operator allows: one rule per op, everything else derived from it."""

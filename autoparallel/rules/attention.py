@@ -1,0 +1,67 @@
+"""Fused attention."""
+
+from __future__ import annotations
+
+from autoparallel.graph.graph import Dim
+from autoparallel.rules.registry import rule
+from autoparallel.rules.rule import Dims, Loops, OpCall, ShardingRule
+
+
+@rule("aten.scaled_dot_product_attention.default")
+def attention(call: OpCall) -> ShardingRule:
+    """y[.., n, s, e] = sum_t softmax_t(sum_d q[.., n, s, d] k[.., n, t, d]) v[.., n, t, e].
+
+    Batch and heads are free; queries too unless the causal mask counts from the first one;
+    keys need a kernel. With grouped heads, n = (g, m): keys and values have g alone.
+    """
+    query, key, value = call.operands[:3]
+    rank = len(query.shape)
+    causal = bool(call.argument(5, "is_causal", False))
+    grouped = bool(call.node.keyword("enable_gqa", False))
+    sizes: dict[str, Dim] = {}
+
+    def named(tensor_shape: tuple[Dim, ...], last: tuple[str, str]) -> list[Loops]:
+        row: list[Loops] = []
+        for index, size in enumerate(tensor_shape):
+            position = index + rank - len(tensor_shape)
+            name = last[position - rank + 2] if position >= rank - 2 else f"b{position}"
+            row.append((name,) if size != 1 else ())
+            if size != 1:
+                sizes.setdefault(name, size)
+        return row
+
+    q, k, v = (
+        named(query.shape, ("s", "d")),
+        named(key.shape, ("t", "d")),
+        named(value.shape, ("t", "e")),
+    )
+    y = named(call.results[0].shape, ("s", "e"))
+    head = rank - 3
+    heads, groups = query.shape[head], key.shape[head]
+    if grouped and heads != groups:
+        assert isinstance(heads, int) and isinstance(groups, int)
+        sizes.pop(f"b{head}", None)
+        sizes["m"] = heads // groups
+        inner: Loops = ("m",)
+        outer: Loops = ()
+        if groups > 1:
+            sizes["g"] = groups
+            outer = ("g",)
+        q[head] = y[head] = outer + inner
+        k[head] = v[head] = outer
+    operands: list[Dims] = [tuple(q), tuple(k), tuple(v)]
+    for mask in call.operands[3:]:
+        row = named(mask.shape, ("s", "t"))
+        at = len(mask.shape) - 3
+        if at >= 0 and row[at]:
+            row[at] = q[head]
+        operands.append(tuple(row))
+    whole = {"d", "t"} | ({"s"} if causal else set())
+    return ShardingRule(
+        tuple(operands),
+        (tuple(y),),
+        sizes,
+        whole=frozenset(whole),
+        linear=(frozenset({2}),),
+        flops=4 if query.shape[-1] == value.shape[-1] else 4,
+    )

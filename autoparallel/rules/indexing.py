@@ -1,0 +1,18 @@
+"""Look-ups."""
+
+from __future__ import annotations
+
+from autoparallel.placement import Partial
+from autoparallel.rules.registry import rule
+from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
+
+
+@rule("aten.embedding.default")
+def embedding(call: OpCall) -> ShardingRule:
+    """y[..., h] = w[index[...], h]. Split over the rows with a mask, each rank adds its own."""
+    return ShardingRule.parse(
+        "v h, ... -> ... h",
+        call,
+        linear=[{0}],
+        kernels={"v": Kernel("embedding_rows", Partial())},
+    )

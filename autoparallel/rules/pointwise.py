@@ -1,0 +1,129 @@
+"""Ops that compute each element by itself, after broadcasting."""
+
+from __future__ import annotations
+
+from autoparallel.graph.graph import Dim
+from autoparallel.rules.registry import rule
+from autoparallel.rules.rule import Loops, OpCall, ShardingRule
+
+_NONLINEAR = """
+abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh deg2rad elu erf erfc erfinv exp exp2
+expm1 floor gelu hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid
+logical_not logit mish reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh softplus
+sqrt square tan tanh threshold trunc celu isnan isinf isfinite clamp clamp_min clamp_max
+nan_to_num frac sgn digamma lgamma
+""".split()
+
+_LINEAR_UNARY = [
+    "aten.neg.default",
+    "aten.to.dtype",
+    "aten.to.dtype_layout",
+    "aten.to.device",
+    "aten._to_copy.default",
+    "aten.clone.default",
+    "aten.contiguous.default",
+    "aten.alias.default",
+    "aten.mul.Scalar",
+    "aten.div.Scalar",
+    "aten.detach.default",
+    "aten.positive.default",
+]
+
+_BINARY_NONLINEAR = """
+eq ne lt le gt ge maximum minimum pow atan2 fmod remainder floor_divide logical_and logical_or
+logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ fmax fmin hypot copysign
+""".split()
+
+
+def broadcast(call: OpCall) -> tuple[tuple[tuple[Loops, ...], ...], dict[str, Dim]]:
+    """Loops of every operand and of the results: one per dim of the result, aligned right."""
+    shape = call.results[0].shape
+    sizes: dict[str, Dim] = {}
+    for index, size in enumerate(shape):
+        if size != 1:
+            sizes[f"d{index}"] = size
+    dims: list[tuple[Loops, ...]] = []
+    for tensor in (*call.operands, *call.results):
+        offset = len(shape) - len(tensor.shape)
+        dims.append(
+            tuple(
+                () if size == 1 else (f"d{offset + index}",)
+                for index, size in enumerate(tensor.shape)
+            )
+        )
+    return tuple(dims), sizes
+
+
+def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
+    """y[i] = f(a[i], b[i], ...): every dim of the result can be split."""
+    dims, sizes = broadcast(call)
+    count = len(call.operands)
+    groups = tuple(frozenset(group) for group in linear)
+    return ShardingRule(dims[:count], dims[count:], sizes, linear=groups)
+
+
+@rule(
+    *(f"aten.{name}.default" for name in _NONLINEAR),
+    *(f"aten.clamp.{name}" for name in ("Tensor",)),
+    *(
+        f"aten.{name}.{overload}"
+        for name in _BINARY_NONLINEAR
+        for overload in ("Tensor", "Scalar", "default", "Tensor_Tensor", "Tensor_Scalar")
+    ),
+    "aten.pow.Scalar_Tensor",
+    "aten.masked_fill.Scalar",
+    "aten.addcmul.default",
+    "aten.addcdiv.default",
+)
+def nonlinear(call: OpCall) -> ShardingRule:
+    """A pending sum does not pass: f(a + b) is not f(a) + f(b)."""
+    return pointwise(call)
+
+
+@rule(*_LINEAR_UNARY)
+def linear_unary(call: OpCall) -> ShardingRule:
+    """f(a + b) = f(a) + f(b)."""
+    if not call.operands[0].dtype.is_floating_point or not call.results[0].dtype.is_floating_point:
+        return pointwise(call)
+    return pointwise(call, {0})
+
+
+@rule("aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar")
+def add(call: OpCall) -> ShardingRule:
+    """Linear in both operands together. A constant added to a pending sum would count twice."""
+    return pointwise(call, {0, 1}) if len(call.operands) == 2 else pointwise(call)
+
+
+@rule("aten.mul.Tensor")
+def mul(call: OpCall) -> ShardingRule:
+    """Linear in each operand by itself. x * x is linear in neither."""
+    if len(call.operands) == 1:
+        return pointwise(call, {0})
+    if call.operands[0].name == call.operands[1].name:
+        return pointwise(call)
+    return pointwise(call, {0}, {1})
+
+
+@rule("aten.div.Tensor")
+def div(call: OpCall) -> ShardingRule:
+    """Linear in the dividend."""
+    same = len(call.operands) == 2 and call.operands[0].name == call.operands[1].name
+    return pointwise(call) if same else pointwise(call, {0})
+
+
+@rule("aten.where.self")
+def where(call: OpCall) -> ShardingRule:
+    """Linear in both branches together."""
+    return pointwise(call, {1, 2})
+
+
+@rule("aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default")
+def filled(call: OpCall) -> ShardingRule:
+    """A constant of the operand's shape: its values do not depend on the operand's."""
+    return pointwise(call)
+
+
+@rule("aten.dropout.default")
+def dropout(call: OpCall) -> ShardingRule:
+    """A mask keyed by the global element index, so linear with the same mask on all ranks."""
+    return pointwise(call, {0})

@@ -1,0 +1,311 @@
+"""A rule says of which loops an operator is made; this file derives all its strategies from that.
+
+Every dimension of every operand and result is a product of loops, outermost first, as in einsum.
+Splitting one loop over a mesh axis fixes all placements: an operand that has the loop is Shard,
+one without it is Replicate; a result that has it is Shard, one without it is Partial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from autoparallel.graph.graph import Dim, Node, Sym, Value, hint
+from autoparallel.placement import (
+    Collective,
+    Invariant,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+)
+
+__all__ = ["Kernel", "OpCall", "ShardingRule", "Strategy", "Tile", "Unsplittable", "is_possible", "normalized", "place", "strategies", "tile_of"]
+
+Loops = tuple[str, ...]
+Dims = tuple[Loops, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OpCall:
+    """One call of an op: the node and the tensors that it reads, repeats kept."""
+
+    node: Node
+    operands: tuple[Value, ...]
+
+    @property
+    def results(self) -> tuple[Value, ...]:
+        """The tensors that it makes."""
+        return self.node.results
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument given by position or by keyword."""
+        if len(self.node.args) > position:
+            return self.node.args[position]
+        return self.node.keyword(name, default)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A function of autoparallel.runtime.kernels that runs the op on a part and communicates.
+
+    result: placement of every result. collectives: (kind, bytes of the full tensor) forward.
+    """
+
+    name: str
+    result: Placement
+    collectives: tuple[tuple[Collective, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardingRule:
+    """The loop nest of one op call.
+
+    operands, results: per tensor, per dim, the loops that make it up. sizes: of each loop.
+    whole: loops that cannot be split. linear: sets of operands through which, jointly, a pending
+    sum passes. kernels: for loops that need one to be split. flops: per point of the loop nest
+    (2 for a product); 0 where moving bytes is all the work. free: a view, no work at all.
+    local_args: the call's args for given local shapes of its results.
+    """
+
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    sizes: Mapping[str, Dim]
+    whole: frozenset[str] = frozenset()
+    linear: tuple[frozenset[int], ...] = ()
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    flops: int = 0
+    free: bool = False
+    local_args: Callable[[OpCall, tuple[tuple[Any, ...], ...]], tuple[Any, ...]] | None = None
+
+    @staticmethod
+    def parse(
+        notation: str,
+        call: OpCall,
+        *,
+        whole: Iterable[str] = (),
+        linear: Iterable[Iterable[int]] = (),
+        kernels: Mapping[str, Kernel] | None = None,
+        flops: int = 0,
+    ) -> ShardingRule:
+        """A rule in einsum-like notation: "... k, n k -> ... n".
+
+        Names are loops; "..." stands for the dims that are left; "1" is a dim without a loop.
+        Sizes are read off the call's tensors. Raises ValueError where the notation has another
+        number of tensors or dims than the call.
+        """
+        left, _, right = notation.partition("->")
+        tensors = [*call.operands, *call.results]
+        texts = [text.split() for text in (left + "," + right).split(",")]
+        if len(texts) != len(tensors):
+            raise ValueError(f"{notation!r} for {len(tensors)} tensors")
+        sizes: dict[str, Dim] = {}
+        dims: list[Dims] = []
+        for words, tensor in zip(texts, tensors, strict=True):
+            rank = len(tensor.shape)
+            if "..." in words:
+                at = words.index("...")
+                extra = rank - len(words) + 1
+                words = [*words[:at], *(f"_{extra - i}" for i in range(extra)), *words[at + 1 :]]
+            if len(words) != rank:
+                raise ValueError(f"{notation!r} for {tensor}")
+            row: list[Loops] = []
+            for word, size in zip(words, tensor.shape, strict=True):
+                if word == "1" or (size == 1 and sizes.get(word, 1) != 1):
+                    row.append(())
+                elif size == 1:
+                    row.append(())
+                else:
+                    row.append((word,))
+                    sizes.setdefault(word, size)
+            dims.append(tuple(row))
+        count = len(call.operands)
+        return ShardingRule(
+            tuple(dims[:count]),
+            tuple(dims[count:]),
+            sizes,
+            whole=frozenset(whole),
+            linear=tuple(frozenset(group) for group in linear),
+            kernels=kernels or {},
+            flops=flops,
+        )
+
+    @cached_property
+    def loops(self) -> tuple[str, ...]:
+        """Every loop, in order of appearance."""
+        found: dict[str, None] = {}
+        for dims in (*self.operands, *self.results):
+            for names in dims:
+                found.update(dict.fromkeys(names))
+        return tuple(found)
+
+    @cached_property
+    def points(self) -> int:
+        """Number of points of the loop nest, for the example inputs."""
+        count = 1
+        for name in self.loops:
+            count *= hint(self.sizes[name])
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A way to split one loop: as `Shard` splits a dim, into blocks of runs of `unit`."""
+
+    loop: str
+    blocks: int = 1
+    unit: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One way to run an op on one mesh axis: a placement for every operand and result.
+
+    tile: what is split, None if nothing is. fraction: the largest rank's share of the work.
+    """
+
+    operands: tuple[Placement, ...]
+    results: tuple[Placement, ...]
+    tile: Tile | None = None
+    fraction: float = 1.0
+    kernel: Kernel | None = None
+
+    def __str__(self) -> str:
+        sides = (", ".join(map(str, side)) for side in (self.operands, self.results))
+        return " -> ".join(sides)
+
+
+def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
+    """The same parts with unit 1, where the runs of each block divide by the number of ranks."""
+    if isinstance(size, Sym) or shard.unit == 1:
+        return shard
+    if (size // (shard.blocks * shard.unit)) % world_size == 0:
+        return Shard(shard.dim, shard.blocks)
+    return shard
+
+
+def place(rule: ShardingRule, dims: Dims, tile: Tile, world_size: int) -> Shard | None:
+    """How a tensor of `dims` lies when `tile` is split; None where it has no such loop.
+
+    Raises Unsplittable where no Shard says it: a symbolic size inside a merged dim.
+    """
+    for index, names in enumerate(dims):
+        if tile.loop not in names:
+            continue
+        at = names.index(tile.loop)
+        blocks, unit = tile.blocks, tile.unit
+        total = 1
+        for position, name in enumerate(names):
+            size = rule.sizes[name]
+            if isinstance(size, Sym):
+                if len(names) > 1:
+                    raise Unsplittable
+                return Shard(index)
+            total *= size
+            if position < at:
+                blocks *= size
+            elif position > at:
+                unit *= size
+        return normalized(Shard(index, blocks, unit), total, world_size)
+    return None
+
+
+class Unsplittable(Exception):
+    """This loop cannot be split in this way."""
+
+
+def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Tile | None:
+    """The tile that gives a tensor of `dims` the placement `shard`. Inverse of `place`."""
+    names = dims[shard.dim]
+    before = 1
+    sizes = [rule.sizes[name] for name in names]
+    if any(isinstance(size, Sym) for size in sizes):
+        plain = len(names) == 1 and shard.blocks == 1 and shard.unit == 1
+        return Tile(names[0]) if plain else None
+    whole = 1
+    for size in sizes:
+        assert isinstance(size, int)
+        whole *= size
+    after = whole
+    for name, size in zip(names, sizes, strict=True):
+        assert isinstance(size, int)
+        after //= size
+        if shard.blocks % before == 0 and size % (shard.blocks // before) == 0:
+            blocks = shard.blocks // before
+            if size // blocks > 1:
+                if shard.unit % after == 0 and (size // blocks) % (shard.unit // after) == 0:
+                    return Tile(name, blocks, shard.unit // after)
+                if shard.unit == 1 and (whole // shard.blocks) % (world_size * after) == 0:
+                    return Tile(name, blocks)
+        before *= size
+    return None
+
+
+def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
+    """Whether every rank (but for the last ones of an uneven split) gets something."""
+    size = rule.sizes[tile.loop]
+    if isinstance(size, Sym):
+        return tile.blocks == 1 and tile.unit == 1
+    runs, rest = divmod(size, tile.blocks * tile.unit)
+    return rest == 0 and runs >= world_size
+
+
+def _share(rule: ShardingRule, tile: Tile, world_size: int) -> float:
+    runs = hint(rule.sizes[tile.loop]) // (tile.blocks * tile.unit)
+    return -(-runs // world_size) / runs
+
+
+def strategies(
+    rule: ShardingRule,
+    tiles: Iterable[Tile],
+    operand_grads: tuple[bool, ...],
+    result_grads: tuple[bool, ...],
+    world_size: int,
+) -> tuple[Strategy, ...]:
+    """All strategies of one op on one mesh axis, the plainest first.
+
+    operand_grads, result_grads: whether a gradient flows through each tensor. A tensor without
+    one is Invariant where one with a gradient would be Replicate.
+    """
+    replicate = Replicate()
+
+    def rep(grad: bool) -> Placement:
+        return replicate if grad else Invariant()
+
+    found: dict[Strategy, None] = {}
+    whole = Strategy(
+        tuple([Invariant()] * len(operand_grads)), tuple([Invariant()] * len(result_grads))
+    )
+    found[whole] = None
+    if world_size == 1:
+        return (whole,)
+    if any(operand_grads):
+        found[Strategy(tuple(map(rep, operand_grads)), tuple(map(rep, result_grads)))] = None
+    for tile in tiles:
+        kernel = rule.kernels.get(tile.loop)
+        if tile.loop in rule.whole or (kernel is not None and (tile.blocks, tile.unit) != (1, 1)):
+            continue
+        if not is_possible(rule, tile, world_size):
+            continue
+        try:
+            operands = tuple(
+                place(rule, dims, tile, world_size) or rep(grad)
+                for dims, grad in zip(rule.operands, operand_grads, strict=True)
+            )
+            without = kernel.result if kernel else Partial()
+            results = tuple(
+                place(rule, dims, tile, world_size) or without for dims in rule.results
+            )
+        except Unsplittable:
+            continue
+        found[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None
+    for group in rule.linear:
+        operands = tuple(
+            Partial() if index in group else rep(grad) for index, grad in enumerate(operand_grads)
+        )
+        found[Strategy(operands, tuple([Partial()] * len(result_grads)))] = None
+    return tuple(found)
+
+

@@ -1,0 +1,228 @@
+"""From a captured model to a plan: build the network, solve it, read the solution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autoparallel.cost.collectives import conversion_seconds
+from autoparallel.cost.compute import nbytes
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.errors import PlanError
+from autoparallel.graph.capture import Captured
+from autoparallel.graph.graph import Graph, hint
+from autoparallel.graph.passes import at_least
+from autoparallel.mesh import Mesh
+from autoparallel.network import Network, build_network
+from autoparallel.options import Options
+from autoparallel.placement import Invariant, Placement, Shard
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from planners import InfeasibleError, Memo, Solution, exact
+
+__all__ = ["search"]
+
+ENOUGH_SPLIT = 0.95
+_WEIGHTS = tuple(8.0**power for power in range(8))
+
+
+def search(
+    captured: Captured,
+    model: str,
+    mesh: Mesh,
+    options: Options,
+    stored: Mapping[str, Placement] | None = None,
+    pins: Mapping[str, Placement] | None = None,
+) -> Plan:
+    """The plan of least cost.
+
+    stored: placements (by path) that parameters have already and keep. pins: placements (by path)
+    to be tried. A model too small to be worth splitting is split all the same: products are
+    weighted more, step by step, until 95% of their FLOPs are split or more weight splits no more.
+    Raises UnsupportedOpError, and PlanError where the pins contradict each other.
+    """
+    graph = at_least(captured.graph, options.tokens)
+    hardware = find_hardware(options.hardware)
+    network = build_network(graph, mesh.world_size, hardware, options, stored)
+    paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
+    unknown = [path for path in pins or {} if path not in paths]
+    if unknown:
+        raise PlanError(f"no parameter {unknown[0]!r} is read by the model")
+    pinned = {paths[path]: placement for path, placement in (pins or {}).items()}
+    memo = Memo()
+    best: tuple[float, float, Solution] | None = None
+    for weight in _WEIGHTS if mesh.world_size > 1 else (1.0,):
+        try:
+            solution = exact.solve(network.problem(weight, pinned), memo=memo)
+        except InfeasibleError as error:
+            raise PlanError(
+                "no plan is possible", why=str(error), fix="loosen the options or the pins"
+            ) from error
+        share = _split_share(network, solution)
+        if best is None or share > best[1] + 1e-9:
+            best = (weight, share, solution)
+        if share >= ENOUGH_SPLIT:
+            break
+    assert best is not None
+    return _read(captured, graph, model, mesh, options, network, best[2], best[0])
+
+
+def _split_share(network: Network, solution: Solution) -> float:
+    """Share of the FLOPs of products with a weight that belong to ops that are split."""
+    whole = split = 0.0
+    for node in network.graph.calls:
+        rule = network.rules[node.name]
+        if rule is None or not rule.flops:
+            continue
+        if not any(name in network.weights for name in node.operands()):
+            continue
+        flops = float(rule.flops * rule.points)
+        whole += flops
+        if network.costs[node.name][solution.assignment[node.name]].flops < flops:
+            split += flops
+    return split / whole if whole else 1.0
+
+
+def _read(
+    captured: Captured,
+    graph: Graph,
+    model: str,
+    mesh: Mesh,
+    options: Options,
+    network: Network,
+    solution: Solution,
+    weight: float,
+) -> Plan:
+    """The solution in the words of the model."""
+    chosen = solution.assignment
+    ops: list[OpChoice] = []
+    seconds = 0.0
+    made: dict[str, Placement] = {}
+    for node in graph.nodes:
+        if node.kind != "call":
+            storage: Placement = Invariant()
+            if node.kind == "parameter":
+                storage = network.storages[node.name][chosen[node.name]]
+                seconds += float(network.updates[node.name][chosen[node.name]])
+            made[node.result.name] = storage
+            continue
+        strategy = network.strategies[node.name][chosen[node.name]]
+        cost = network.costs[node.name][chosen[node.name]]
+        rule = network.rules[node.name]
+        seconds += cost.seconds
+        for value, placement in zip(node.results, strategy.results, strict=True):
+            made[value.name] = placement
+        ops.append(
+            OpChoice(
+                name=node.name,
+                target=node.target,
+                where=node.where,
+                line=node.line,
+                reads=tuple(node.operands()),
+                makes=tuple(value.name for value in node.results),
+                operands=strategy.operands,
+                results=strategy.results,
+                kernel=strategy.kernel.name if strategy.kernel else "",
+                seconds=cost.seconds,
+                flops=cost.flops,
+                whole_flops=float(rule.flops * rule.points) if rule is not None else 0.0,
+            )
+        )
+    outputs = tuple(
+        network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs
+    )
+    conversions = _conversions(graph, network, ops, made, outputs)
+    seconds += sum(conversion.seconds for conversion in conversions)
+    return Plan(
+        model=model,
+        mesh=mesh,
+        options=options,
+        hardware=network.hardware.name,
+        fingerprint=captured.graph.fingerprint,
+        parameters=_parameters(graph, network, chosen),
+        ops=tuple(ops),
+        conversions=conversions,
+        outputs=outputs,
+        cost=solution.cost,
+        lower_bound=solution.lower_bound,
+        method=solution.method,
+        seconds=seconds,
+        product_weight=weight,
+        captured=captured,
+    )
+
+
+def _parameters(
+    graph: Graph, network: Network, chosen: Mapping[str, int]
+) -> tuple[ParameterChoice, ...]:
+    rows = []
+    for node in graph.nodes:
+        if node.kind != "parameter":
+            continue
+        choices = network.storages[node.name]
+        storage = choices[chosen[node.name]]
+        reason = ""
+        if not isinstance(storage, Shard):
+            reason = (
+                "splitting it would cost more than it saves"
+                if len(choices) > 1
+                else _why_whole(graph, network, node.result.name)
+            )
+        value = node.result
+        shape = tuple(hint(dim) for dim in value.shape)
+        rows.append(ParameterChoice(node.name, node.target, shape, nbytes(value), storage, reason))
+    return tuple(rows)
+
+
+def _why_whole(graph: Graph, network: Network, name: str) -> str:
+    if network.world_size == 1:
+        return "there is one rank"
+    readers = graph.readers[name]
+    shapes = graph.values[name].shape
+    targets = ", ".join(dict.fromkeys(node.target for node in readers))
+    large = [hint(dim) for dim in shapes if hint(dim) >= network.world_size]
+    if not large:
+        return f"no dim of {tuple(map(hint, shapes))} has {network.world_size} parts"
+    return f"{targets} needs it whole"
+
+
+def _conversions(
+    graph: Graph,
+    network: Network,
+    ops: list[OpChoice],
+    made: Mapping[str, Placement],
+    outputs: tuple[Placement, ...],
+) -> tuple[Conversion, ...]:
+    """Every value that is read otherwise than it is made, once per target."""
+    wanted: dict[tuple[str, Placement], list[str]] = {}
+    for op in ops:
+        for value, placement in zip(op.reads, op.operands, strict=True):
+            if placement != made[value]:
+                wanted.setdefault((value, placement), []).append(op.name)
+    for value, placement in zip(graph.outputs, outputs, strict=True):
+        if placement != made[value]:
+            wanted.setdefault((value, placement), []).append("return")
+    for path, value in graph.mutations:
+        if made[value] != Invariant():
+            wanted.setdefault((value, Invariant()), []).append(f"write {path}")
+    rows = []
+    for (name, target), readers in wanted.items():
+        value = graph.values[name]
+        rows.append(
+            Conversion(
+                value=name,
+                source=made[name],
+                target=target,
+                readers=tuple(dict.fromkeys(readers)),
+                shape=", ".join(map(str, value.shape)),
+                nbytes=nbytes(value),
+                requires_grad=value.requires_grad,
+                seconds=conversion_seconds(
+                    made[name],
+                    target,
+                    nbytes(value),
+                    value.requires_grad,
+                    network.hardware,
+                    network.world_size,
+                ),
+            )
+        )
+    return tuple(rows)
