@@ -1,6 +1,8 @@
 """Run a function in several gloo processes on this machine, for tests."""
 
 import multiprocessing
+import os
+import sys
 import tempfile
 import time
 import traceback
@@ -27,7 +29,8 @@ def run_processes(
     has not finished in time; in both cases no process is left behind.
     """
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         processes = [
             context.Process(
                 target=_work,
@@ -39,9 +42,9 @@ def run_processes(
         for process in processes:
             process.start()
         try:
-            _wait(processes, Path(folder), time.monotonic() + timeout_seconds)
+            _wait(processes, folder, time.monotonic() + timeout_seconds)
             return [
-                torch.load(Path(folder) / f"result_{rank}.pt", weights_only=False)
+                torch.load(folder / f"result_{rank}", weights_only=False)
                 for rank in range(world_size)
             ]
         finally:
@@ -55,10 +58,12 @@ def _work(
     rank: int,
     world_size: int,
     arguments: tuple[Any, ...],
-    folder: str,
+    folder: Path,
     timeout_seconds: float,
 ) -> None:
     torch.set_num_threads(1)
+    # Written elsewhere and renamed into place, so that a reader sees a whole file or none.
+    written = folder / f"written_{rank}"
     try:
         dist.init_process_group(
             "gloo",
@@ -68,35 +73,36 @@ def _work(
             timeout=timedelta(seconds=timeout_seconds),
         )
         result = function(rank, *arguments)
+        torch.save(result, written)
+        written.rename(folder / f"result_{rank}")
         # A rank that leaves early would break the others' last collective.
-        dist.barrier()
-        dist.destroy_process_group()
-        torch.save(result, f"{folder}/result_{rank}.pt")
+        while len([*folder.glob("result_*"), *folder.glob("failure_*")]) < world_size:
+            time.sleep(0.02)
     except BaseException:
-        # Renamed into place, so that a reader sees the whole text or none.
-        text = Path(folder) / f"failure_{rank}.writing"
-        text.write_text(f"{time.monotonic()}\n{traceback.format_exc()}")
-        text.rename(Path(folder) / f"failure_{rank}.txt")
-        raise SystemExit(1) from None
+        written.write_text(f"{time.monotonic()}\n{traceback.format_exc()}")
+        written.rename(folder / f"failure_{rank}")
+    # Without the tear-down: gloo's threads now and then abort a process that is ending.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _wait(processes: list[Any], folder: Path, deadline: float) -> None:
     while any(process.exitcode is None for process in processes):
-        if any(process.exitcode for process in processes):
+        if any(process.exitcode for process in processes) or any(folder.glob("failure_*")):
             break
         if time.monotonic() > deadline:
             late = [rank for rank, process in enumerate(processes) if process.exitcode is None]
             raise TimeoutError(f"ranks {late} did not finish in time")
         time.sleep(0.02)
-    if all(process.exitcode == 0 for process in processes):
-        return
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise RuntimeError(f"a process ended without a word; exit codes {codes}")
     # When one rank fails the others soon fail too, of a lost connection: the first is the cause.
     failures = []
-    for path in folder.glob("failure_*.txt"):
+    for path in folder.glob("failure_*"):
         seconds, _, text = path.read_text().partition("\n")
-        failures.append((float(seconds), path.stem.removeprefix("failure_"), text))
+        failures.append((float(seconds), path.name.removeprefix("failure_"), text))
     if failures:
         _, rank, text = min(failures)
         raise RuntimeError(f"rank {rank} of {len(processes)} failed:\n{text}")
-    codes = [process.exitcode for process in processes]
-    raise RuntimeError(f"a process ended without a word; exit codes {codes}")

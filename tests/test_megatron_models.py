@@ -104,9 +104,12 @@ def work_on_two(rank: int) -> dict[str, Any]:
 
     torch.manual_seed(13)
     dropping = ParallelGPT(GPTConfig(2, 12, 3, 101, 11, dropout=0.4))
-    results["dropped losses"] = [
-        dropping(**plain_model("gpt")[1]).loss.item() for _ in range(2)
-    ] + [dropping.eval()(**plain_model("gpt")[1]).loss.item()]
+    inputs = GPT(GPT_CONFIG).example_inputs(BATCH, SEQUENCE)
+    losses = [dropping(**inputs).loss for _ in range(2)]
+    losses[0].backward()
+    results["dropped gradient"] = dropping.final_norm.weight.grad
+    losses.append(dropping.eval()(**inputs).loss)
+    results["dropped losses"] = [loss.item() for loss in losses]
 
     model = ParallelGPT(GPT_CONFIG, sequence_parallel=True)
     tokens = torch.zeros(1, 7, dtype=torch.long)
@@ -225,7 +228,8 @@ def test_dropout_is_common_outside_and_own_inside(two: list[dict[str, Any]]) -> 
         assert 400 < mask.count_nonzero() < 600
         for other in masks[:position]:
             assert not torch.equal(mask, other)
-    # The copies on the ranks stay equal only if all that is outside drops alike.
+    # The gradients of a whole parameter stay equal only if all that is outside drops alike.
+    torch.testing.assert_close(first["dropped gradient"], second["dropped gradient"])
     assert first["dropped losses"] == pytest.approx(second["dropped losses"], rel=1e-6)
     assert len({round(loss, 5) for loss in first["dropped losses"]}) == 3
 

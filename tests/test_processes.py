@@ -1,5 +1,6 @@
 """The helper that starts processes returns what they return and says why they failed."""
 
+import os
 import time
 
 import pytest
@@ -20,6 +21,12 @@ def fail_on_one(rank: int) -> None:
     dist.barrier()
 
 
+def die_on_one(rank: int) -> None:
+    if rank == 1:
+        os._exit(7)
+    time.sleep(1000)
+
+
 def never_finish(rank: int) -> None:
     time.sleep(1000)
 
@@ -32,6 +39,11 @@ def test_results_come_in_order() -> None:
 def test_failure_tells_its_cause() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)rank 1 of 2 failed.*the rank that failed"):
         run_processes(fail_on_one, 2)
+
+
+def test_sudden_death_tells_the_exit_code() -> None:
+    with pytest.raises(RuntimeError, match=r"exit codes \[None, 7\]"):
+        run_processes(die_on_one, 2)
 
 
 def test_timeout() -> None:

@@ -61,7 +61,7 @@ class GPTConfig:
 
 @dataclass(frozen=True, slots=True)
 class BertConfig:
-    """Sizes of a BERT. hidden must be a multiple of heads (ValueError); dropout is a probability."""
+    """Sizes of a BERT; hidden and dropout as for GPTConfig."""
 
     layers: int = 12
     hidden: int = 768
