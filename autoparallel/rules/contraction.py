@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 
@@ -11,7 +13,8 @@ LINEAR_IN_EACH = ({0}, {1})
 @rule("aten.linear.default")
 def linear(call: OpCall) -> ShardingRule:
     """y[..., n] = sum_k x[..., k] w[n, k]. Split n: column-parallel, k: row-parallel."""
-    return ShardingRule.parse("... k, n k -> ... n", call, linear=LINEAR_IN_EACH, flops=2)
+    made = ShardingRule.parse("... k, n k -> ... n", call, linear=LINEAR_IN_EACH, flops=2)
+    return replace(made, takes_bias=True)
 
 
 @rule("aten.mm.default")

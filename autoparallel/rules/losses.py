@@ -15,7 +15,8 @@ _MEAN, _NONE = 1, 0
 def cross_entropy(call: OpCall) -> ShardingRule:
     """loss = mean over tokens t of logsumexp_c(x[t, c]) - x[t, target[t]].
 
-    Split over classes: three all-reduces of one number per token (arXiv:1909.08053, section 3).
+    Split over classes: an all-reduce of one number per token and one of two (Megatron-LM takes
+    three of one, arXiv:1909.08053, section 3).
     Split over tokens: each rank sums its own and divides by the global count.
     """
     logits = call.operands[0]
@@ -41,7 +42,9 @@ def cross_entropy(call: OpCall) -> ShardingRule:
         return ShardingRule.parse(f"{', '.join(rows)} -> {out}", call, whole=names)
     per_token = numel_hint(logits.shape[:1]) * logits.dtype.itemsize
     classes = Kernel(
-        "cross_entropy_classes", Invariant(), ((Collective.ALL_REDUCE, per_token),) * 3
+        "cross_entropy_classes",
+        Invariant(),
+        ((Collective.ALL_REDUCE, per_token), (Collective.ALL_REDUCE, 2 * per_token)),
     )
     if reduction == _NONE:
         return ShardingRule.parse("t c, t -> t", call, kernels={"c": classes})

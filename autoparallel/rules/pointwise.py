@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoparallel.graph.graph import Dim
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Loops, OpCall, ShardingRule
@@ -126,4 +128,4 @@ def filled(call: OpCall) -> ShardingRule:
 @rule("aten.dropout.default")
 def dropout(call: OpCall) -> ShardingRule:
     """A mask keyed by the global element index, so linear with the same mask on all ranks."""
-    return pointwise(call, {0})
+    return replace(pointwise(call, {0}), random="dropout")

@@ -67,7 +67,9 @@ class ShardingRule:
     whole: loops that cannot be split. linear: sets of operands through which, jointly, a pending
     sum passes. kernels: for loops that need one to be split. flops: per point of the loop nest
     (2 for a product); 0 where moving bytes is all the work. free: a view, no work at all.
-    local_args: the call's args for given local shapes of its results.
+    local_args: the call's args for given local shapes of its results. random: name of the function
+    of autoparallel.runtime.rng that runs it, if it draws numbers. takes_bias: the op adds a vector
+    over the result's last dim if it is given one more operand.
     """
 
     operands: tuple[Dims, ...]
@@ -79,6 +81,8 @@ class ShardingRule:
     flops: int = 0
     free: bool = False
     local_args: Callable[[OpCall, tuple[tuple[Any, ...], ...]], tuple[Any, ...]] | None = None
+    random: str = ""
+    takes_bias: bool = False
 
     @staticmethod
     def parse(

@@ -1,0 +1,400 @@
+"""Readable Python for one rank: the graph's ops on local tensors, conversions where they differ.
+
+It knows no op by name: what an op's arguments become on a part is its rule's business.
+"""
+
+from __future__ import annotations
+
+import keyword
+import linecache
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.nn import functional
+from torch.utils._sympy.printers import PythonPrinter
+
+from autoparallel.errors import PlanError
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym
+from autoparallel.placement import (
+    Invariant,
+    Partial,
+    Placement,
+    Shard,
+    local_size,
+    part_bounds,
+)
+from autoparallel.plan import OpChoice, Plan
+from autoparallel.rules.registry import find_rule
+from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.runtime import collectives, kernels, rng
+from autoparallel.runtime.groups import Group
+
+__all__ = ["Program", "emit"]
+
+_INVARIANT = Invariant()
+
+
+class _Code(str):
+    """An expression, printed without quotes."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """One rank's program. source: its text.
+
+    run(parameters, buffers, constants, inputs, device) returns the local outputs and the values
+    to write back. parameters, buffers, constants: paths, in the order in which run takes them.
+    outputs: (placement, shape) of what it returns; shape entries are ints or expressions in
+    `symbols`, which names the input dims that define them: (symbol, input, dim).
+    """
+
+    source: str
+    run: Callable[..., tuple[list[torch.Tensor], list[torch.Tensor]]]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs: tuple[tuple[Placement, tuple[Dim, ...]], ...]
+    mutations: tuple[str, ...]
+
+
+def emit(graph: Graph, plan: Plan, group: Group, name: str = "model") -> Program:
+    """The program of one rank of `group`.
+
+    Raises PlanError where the plan was made for another graph or another number of ranks.
+    """
+    if plan.fingerprint != graph.fingerprint:
+        raise PlanError(
+            "the plan was made for another model",
+            why=f"the model's graph is {graph.fingerprint}, the plan's {plan.fingerprint}",
+            fix="plan again with this model and these example inputs",
+        )
+    if plan.world_size != group.world_size:
+        raise PlanError(
+            f"a plan for {plan.world_size} ranks on {group.world_size}", fix="plan again"
+        )
+    return _Emitter(graph, plan, group, name).program()
+
+
+class _Emitter:
+    def __init__(self, graph: Graph, plan: Plan, group: Group, name: str) -> None:
+        self.graph, self.plan, self.group, self.name = graph, plan, group, name
+        self.choices = {op.name: op for op in plan.ops}
+        self.placements = _placements(graph, plan)
+        self.lines: list[tuple[str, tuple[str, ...], str]] = []
+        self.converted: dict[tuple[str, Placement], str] = {}
+        self.constants: dict[str, Any] = {}
+        self.symbols: dict[Any, str] = {}
+        self.sizes: dict[Dim, str] = {}
+        self.printer = PythonPrinter()
+        self.rules = {node.name: self.rule_of(node) for node in graph.calls}
+        self.fused = self.find_fused()
+
+    def program(self) -> Program:
+        kinds: dict[str, list[Node]] = {"parameter": [], "buffer": [], "constant": [], "input": []}
+        for node in self.graph.nodes:
+            if node.kind != "call":
+                kinds[node.kind].append(node)
+        head = []
+        for kind, nodes in kinds.items():
+            names = ", ".join(_identifier(node.result.name) for node in nodes)
+            if nodes:
+                head.append(f"[{names}] = {kind}s")
+        for node in kinds["input"]:
+            for dim, size in enumerate(node.result.shape):
+                if isinstance(size, Sym) and size.expr.is_Symbol and size.expr not in self.symbols:
+                    self.symbols[size.expr] = str(size.expr)
+                    head.append(f"{size.expr} = {_identifier(node.result.name)}.size({dim})")
+        for node in self.graph.calls:
+            self.call(node)
+        returned = []
+        for value, placement in zip(self.graph.outputs, self.plan.outputs, strict=True):
+            returned.append(self.read(value, placement))
+        written = [self.read(value, _INVARIANT) for _, value in self.graph.mutations]
+        body = [*head, *self.with_deletions((*returned, *written))]
+        body.append(f"return [{', '.join(returned)}], [{', '.join(written)}]")
+        source = "def forward(parameters, buffers, constants, inputs, device):\n" + "".join(
+            f"    {line}\n" for line in body
+        )
+        shapes = tuple(
+            (placement, self.graph.values[value].shape)
+            for value, placement in zip(self.graph.outputs, self.plan.outputs, strict=True)
+        )
+        return Program(
+            source,
+            self.compile(source),
+            tuple(node.target for node in kinds["parameter"]),
+            tuple(node.target for node in kinds["buffer"]),
+            tuple(node.target for node in kinds["constant"]),
+            shapes,
+            tuple(path for path, _ in self.graph.mutations),
+        )
+
+    def compile(self, source: str) -> Callable[..., Any]:
+        """The function, with its text known to tracebacks."""
+        file = f"<autoparallel {self.name} rank {self.group.rank} of {self.group.world_size}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+        world_size, rank = self.group.world_size, self.group.rank
+
+        def part(size: int) -> int:
+            start, stop = part_bounds(size, world_size, rank)
+            return stop - start
+
+        namespace: dict[str, Any] = {
+            "torch": torch,
+            "F": functional,
+            "kernels": kernels,
+            "rng": rng,
+            "math": math,
+            "convert": collectives.convert,
+            "move": collectives.move,
+            "pending_sum": collectives.pending_sum,
+            "group": self.group,
+            "part": part,
+            **self.constants,
+        }
+        exec(compile(source, file, "exec"), namespace)  # noqa: S102
+        made: Callable[..., Any] = namespace["forward"]
+        return made
+
+    def find_fused(self) -> dict[str, str]:
+        """Products whose bias can be added in the same call: product's node -> add's node.
+
+        Nothing may happen in between: one reader, and the product is read as it is made.
+        """
+        found: dict[str, str] = {}
+        for node in self.graph.calls:
+            if not node.target.startswith("aten.add.") or len(node.operands()) != 2 or node.kwargs:
+                continue
+            first, second = node.operands()
+            product = self.graph.producers[first]
+            rule = self.rules.get(product.name)
+            if rule is None or not rule.takes_bias:
+                continue
+            choice, own = self.choices[product.name], self.choices[node.name]
+            alone = len(self.graph.readers[first]) == 1 and first not in self.graph.outputs
+            vector = len(self.graph.values[second].shape) == 1
+            same = own.operands[0] == choice.results[0] and not isinstance(
+                choice.results[0], Partial
+            )
+            wide = self.graph.values[second].shape == node.result.shape[-1:]
+            if alone and vector and same and wide and first != second:
+                found[product.name] = node.name
+        return found
+
+    def call(self, node: Node) -> None:
+        """Emit one op: conversions of what it reads, then itself."""
+        if node.name in self.fused:
+            return
+        choice = self.choices[node.name]
+        reads = [
+            self.read(name, placement)
+            for name, placement in zip(node.operands(), choice.operands, strict=True)
+        ]
+        args, kwargs = node.args, dict(node.kwargs)
+        target, rule = node.target, self.rules[node.name]
+        producer = self.graph.producers[node.operands()[0]] if node.operands() else None
+        if producer is not None and self.fused.get(producer.name) == node.name:
+            inner = self.choices[producer.name]
+            operands = [
+                self.read(name, placement)
+                for name, placement in zip(producer.operands(), inner.operands, strict=True)
+            ]
+            reads = [*operands, reads[1]]
+            target, text = producer.target, ", ".join(reads)
+        else:
+            args = self.local_args(node, choice)
+            text = self.arguments(args, kwargs, reads)
+        results = [_identifier(value.name) for value in node.results]
+        if choice.kernel:
+            size = self.split_size(node, choice)
+            expression = f"kernels.{choice.kernel}({text}, group=group, size={size})"
+        elif rule is not None and rule.random:
+            expression = f"rng.{rule.random}({text}, {self.random(node, choice)})"
+        else:
+            expression = self.spelled(target, text, reads)
+        made_here = any(isinstance(p, Partial) for p in choice.results)
+        if made_here and not choice.kernel and Partial() not in choice.operands:
+            if len(results) == 1:
+                expression = f"pending_sum({expression}, group)"
+        line = f"{', '.join(results)} = {expression}"
+        self.lines.append((line, tuple(reads), results[0] if len(results) == 1 else ""))
+
+    def local_args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
+        """The call's args for this rank's part of its results."""
+        rule = self.rules[node.name]
+        split = any(isinstance(placement, Shard) for placement in choice.results)
+        if rule is None or rule.local_args is None or not split:
+            return node.args
+        call = self.call_of(node)
+        shapes = tuple(
+            tuple(
+                self.local_dim(size, placement if _splits(placement, dim) else None)
+                for dim, size in enumerate(value.shape)
+            )
+            for value, placement in zip(node.results, choice.results, strict=True)
+        )
+        return rule.local_args(call, shapes)
+
+    def call_of(self, node: Node) -> OpCall:
+        return OpCall(node, tuple(self.graph.values[name] for name in node.operands()))
+
+    def rule_of(self, node: Node) -> ShardingRule | None:
+        author = find_rule(node.target)
+        return author(self.call_of(node)) if author is not None else None
+
+    def local_dim(self, size: Dim, placement: Placement | None) -> Any:
+        if not isinstance(placement, Shard):
+            return size
+        if isinstance(size, Sym):
+            return _Code(f"part({self.expression(size)})")
+        return local_size(size, placement, self.group.world_size, self.group.rank)
+
+    def split_size(self, node: Node, choice: OpChoice) -> str:
+        """Size of the whole along the loop that the kernel splits."""
+        for name, placement in zip(node.operands(), choice.operands, strict=True):
+            if isinstance(placement, Shard):
+                return self.expression(self.graph.values[name].shape[placement.dim])
+        raise AssertionError(f"{node.name}: a kernel without a split operand")
+
+    def random(self, node: Node, choice: OpChoice) -> str:
+        """What a random op must know to draw the same numbers for the same elements."""
+        placement = choice.results[0]
+        shape = ", ".join(self.expression(size) for size in node.result.shape)
+        key = rng.op_key(node.name)
+        return f"key={key}, shape=({shape},), placement={self.constant(placement)}, group=group"
+
+    def read(self, name: str, placement: Placement) -> str:
+        """The identifier of a value as `placement`; emits its conversion at the first use."""
+        made = self.placements[name]
+        if made == placement:
+            return _identifier(name)
+        key = (name, placement)
+        if key not in self.converted:
+            value = self.graph.values[name]
+            variant = f"{_identifier(name)}_{_suffix(placement)}"
+            function = "convert" if value.requires_grad else "move"
+            size = ""
+            if isinstance(made, Shard):
+                size = f", {self.expression(value.shape[made.dim])}"
+            source, target = self.constant(made), self.constant(placement)
+            line = f"{variant} = {function}({_identifier(name)}, group, {source}, {target}{size})"
+            self.lines.append((line, (_identifier(name),), variant))
+            self.converted[key] = variant
+        return self.converted[key]
+
+    def constant(self, placement: Placement) -> str:
+        """A placement by a short name in the program's namespace."""
+        name = _suffix(placement)
+        self.constants[name] = placement
+        return name
+
+    def expression(self, size: Any) -> str:
+        if not isinstance(size, Sym):
+            return repr(size)
+        known = {symbol: sympy.Symbol(text) for symbol, text in self.symbols.items()}
+        unknown = size.expr.free_symbols - set(known)
+        if unknown:
+            raise PlanError(f"size {size} does not follow from the inputs' sizes")
+        return str(self.printer.doprint(size.expr.subs(known)))
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], reads: list[str]) -> str:
+        names = iter(reads)
+        parts = [self.argument(arg, names) for arg in args]
+        parts += [f"{key}={self.argument(value, names)}" for key, value in kwargs.items()]
+        return ", ".join(parts)
+
+    def argument(self, item: Any, names: Any) -> str:
+        if isinstance(item, Ref):
+            return str(next(names))
+        if isinstance(item, _Code):
+            return str(item)
+        if isinstance(item, Sym):
+            return self.expression(item)
+        if isinstance(item, tuple):
+            return "[" + ", ".join(self.argument(part, names) for part in item) + "]"
+        if isinstance(item, torch.device):
+            return "device"
+        if isinstance(item, float) and item in (float("inf"), float("-inf")):
+            return f"float('{item}')"
+        if isinstance(item, (int, float, str, bool, type(None), torch.dtype)):
+            return repr(item)
+        if isinstance(item, (torch.layout, torch.memory_format)):
+            return repr(item)
+        key = f"constant_{len(self.constants)}"
+        self.constants[key] = item
+        return key
+
+    def spelled(self, target: str, text: str, reads: list[str]) -> str:
+        """The call of an op, as a person would write it where torch has such a function."""
+        space, _, rest = target.partition(".")
+        name, _, overload = rest.partition(".")
+        if space == "aten" and overload not in _AS_IS and not name.startswith("_"):
+            if hasattr(torch._C._nn, name):
+                own = getattr(torch._C._nn, name)
+                public = getattr(functional, name, None) is own
+                return f"{'F' if public else 'torch._C._nn'}.{name}({text})"
+            if hasattr(torch._C._VariableFunctions, name) and name not in _METHODS:
+                return f"torch.{name}({text})"
+            if hasattr(torch.Tensor, name) and reads and text.startswith(reads[0]):
+                others = text[len(reads[0]) :].removeprefix(", ")
+                return f"{reads[0]}.{name}({others})"
+        return f"torch.ops.{target}({text})"
+
+    def with_deletions(self, kept: tuple[str, ...]) -> list[str]:
+        """The lines, with each value's name deleted after its last use, to free its memory."""
+        last: dict[str, int] = {}
+        for index, (_, reads, _) in enumerate(self.lines):
+            for name in reads:
+                last[name] = index
+        made = {name for _, _, name in self.lines if name}
+        done: dict[int, list[str]] = {}
+        for name, index in last.items():
+            if name in made and name not in kept:
+                done.setdefault(index, []).append(name)
+        rows = []
+        for index, (line, _, _) in enumerate(self.lines):
+            rows.append(line)
+            if index in done:
+                rows.append("del " + ", ".join(done[index]))
+        return rows
+
+
+_AS_IS = {"dtype_layout", "Tensor_Scalar_out"}
+_METHODS = {"to"}
+
+
+def _placements(graph: Graph, plan: Plan) -> Mapping[str, Placement]:
+    """How every value is made."""
+    storage = plan.storage
+    found: dict[str, Placement] = {}
+    for node in graph.nodes:
+        if node.kind != "call":
+            found[node.result.name] = storage.get(node.target, _INVARIANT)
+            if node.kind != "parameter":
+                found[node.result.name] = _INVARIANT
+    for op in plan.ops:
+        found.update(zip(op.makes, op.results, strict=True))
+    return found
+
+
+def _splits(placement: Placement, dim: int) -> bool:
+    return isinstance(placement, Shard) and placement.dim == dim
+
+
+def _suffix(placement: Placement) -> str:
+    if not isinstance(placement, Shard):
+        return str(placement)
+    extra = f"_blocks{placement.blocks}" if placement.blocks != 1 else ""
+    extra += f"_unit{placement.unit}" if placement.unit != 1 else ""
+    return f"S{placement.dim}{extra}"
+
+
+def _identifier(name: str) -> str:
+    return f"{name}_" if keyword.iskeyword(name) else name
+

@@ -1,0 +1,1 @@
+"""What the emitted modules call: conversions, communicating kernels, the module around them."""

@@ -1,0 +1,149 @@
+"""Operators on parts that know where their part begins, and communicate inside if they must.
+
+Each takes the op's own arguments, with local tensors, then `group` and the sizes of the whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from autoparallel.placement import part_bounds
+from autoparallel.runtime.collectives import pending_sum
+from autoparallel.runtime.groups import Group
+
+__all__ = ["cross_entropy_classes", "cross_entropy_tokens", "embedding_rows"]
+
+_NONE, _MEAN = 0, 1
+
+
+def _require_below(index: torch.Tensor, size: int, what: str) -> None:
+    """Out-of-range indices are an error in the unsplit op; with a mask they would be zeros."""
+    inside = ((index >= 0) & (index < size)).all()
+    if index.is_cuda:
+        torch._assert_async(inside)
+    elif index.device.type != "meta" and not bool(inside):
+        raise IndexError(f"{what} out of range: all must be in [0, {size})")
+
+
+def embedding_rows(
+    weight: torch.Tensor,
+    index: torch.Tensor,
+    padding: int = -1,
+    scale: bool = False,
+    sparse: bool = False,
+    *,
+    group: Group,
+    size: int,
+) -> torch.Tensor:
+    """Rows of a table whose rows are split: own rows or zeros, a pending sum over the ranks.
+
+    size: rows of the whole table. Raises IndexError for an index outside it.
+    """
+    with torch.no_grad():
+        _require_below(index, size, "embedding index")
+        start, stop = part_bounds(size, group.world_size, group.rank)
+        local = index - start
+        elsewhere = (local < 0) | (local >= stop - start)
+        local = local.masked_fill(elsewhere, 0)
+    if stop == start:
+        rows = weight.new_zeros((*index.shape, weight.size(1))) + weight.sum()
+        return pending_sum(rows, group)
+    own_padding = padding - start if start <= padding < stop else -1
+    rows = torch.embedding(weight, local, own_padding)
+    return pending_sum(rows.masked_fill(elsewhere.unsqueeze(-1), 0), group)
+
+
+class _CrossEntropyClasses(torch.autograd.Function):
+    """Loss per token with the classes split; two all-reduces, of one and of two numbers a token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, ignored: int, group: Group, size: int
+    ) -> torch.Tensor:
+        start, stop = part_bounds(size, group.world_size, group.rank)
+        kept = target != ignored
+        _require_below(target.masked_fill(~kept, 0), size, "target class")
+        local = target - start
+        here = kept & (local >= 0) & (local < stop - start)
+        local = local.masked_fill(~here, 0).unsqueeze(1)
+        if stop > start:
+            highest = logits.amax(1)
+        else:
+            highest = logits.new_full(target.shape, float("-inf"))
+        highest = group.all_reduce(highest, "max")
+        shifted = logits - highest.unsqueeze(1)
+        exponents = shifted.exp()
+        if stop > start:
+            picked = shifted.gather(1, local).squeeze(1).masked_fill(~here, 0)
+        else:
+            picked = logits.new_zeros(target.shape)
+        picked, total = group.all_reduce(torch.stack([picked, exponents.sum(1)])).unbind(0)
+        ctx.save_for_backward(exponents.div_(total.unsqueeze(1)), local, here, kept)
+        return (total.log() - picked).masked_fill(~kept, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        probabilities, local, here, kept = ctx.saved_tensors
+        result = probabilities.clone()
+        if result.size(1):
+            result.scatter_add_(1, local, -here.to(result.dtype).unsqueeze(1))
+        result.mul_((grad * kept).unsqueeze(1))
+        return result, None, None, None, None
+
+    @staticmethod
+    def spmd_typecheck(
+        *, logits: torch.Tensor, target: torch.Tensor, ignored: int, group: Group, size: int
+    ) -> Any:
+        """Classes split in, one logical loss out."""
+        import spmd_types
+        from spmd_types import rules
+
+        axis = group.process_group  # type: ignore[attr-defined]
+        rules.ignore(target)
+        summed = rules.einsum("tc->t", logits, out_partial_axes={axis})
+        return rules.all_reduce(summed, axis, src=spmd_types.P, dst=spmd_types.I)
+
+
+def cross_entropy_classes(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: None = None,
+    reduction: int = _MEAN,
+    ignored: int = -100,
+    smoothing: float = 0.0,
+    *,
+    group: Group,
+    size: int,
+) -> torch.Tensor:
+    """Cross-entropy of (t, c / n) logits, the same on every rank. size: classes of the whole.
+
+    Raises IndexError for a target outside [0, size) that is not `ignored`.
+    """
+    losses: torch.Tensor = _CrossEntropyClasses.apply(logits, target, ignored, group, size)
+    if reduction == _NONE:
+        return losses
+    total = losses.sum()
+    return total / (target != ignored).sum() if reduction == _MEAN else total
+
+
+def cross_entropy_tokens(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: None = None,
+    reduction: int = _MEAN,
+    ignored: int = -100,
+    smoothing: float = 0.0,
+    *,
+    group: Group,
+    size: int,
+) -> torch.Tensor:
+    """Cross-entropy of (t / n, c) logits: a pending sum; a mean is over all ranks' tokens."""
+    total = torch._C._nn.cross_entropy_loss(logits, target, None, 2, ignored)
+    if reduction == _MEAN:
+        with torch.no_grad():
+            count = group.all_reduce((target != ignored).sum())
+        total = total / count
+    return pending_sum(total, group)
+
