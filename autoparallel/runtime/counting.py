@@ -55,6 +55,7 @@ _NOT_COUNTED = frozenset(
         "c10d::recv_any_source_",
         "_c10d_functional::irecv",
         "_c10d_functional::wait_tensor",
+        "_c10d_functional::_wrap_tensor_autograd",
     }
 )
 
