@@ -1,0 +1,243 @@
+"""The road: model -> graph -> problem -> plan -> sharded module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autoparallel.errors import InputsNeededError, PlanError, WorldSizeError
+from autoparallel.graph.capture import (
+    Captured,
+    bind_inputs,
+    capture,
+    find_example_inputs,
+    refuse_wrapped,
+    split_example,
+)
+from autoparallel.graph.passes import run_passes
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Placement
+from autoparallel.plan import Plan
+from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
+from autoparallel.runtime.module import parallel_module
+from autoparallel.runtime.simulate import Simulation, simulate_plan
+from autoparallel.search import search
+
+__all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
+
+CHECKED_CALLS = 2
+
+
+def autoparallelize(
+    model: nn.Module,
+    world_size: int,
+    *,
+    example_inputs: Any = None,
+    sequence_parallel: bool = True,
+    data_parallel: bool = False,
+    hardware: str = "auto",
+    unknown_ops: str = "error",
+    check_inputs: int = CHECKED_CALLS,
+) -> nn.Module:
+    """The model, split over `world_size` ranks, as an ordinary module for this rank.
+
+    model: any module; it is left as it is. world_size: number of processes; 1 changes nothing.
+    example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
+    model's own (see make_plan), and where it has none, planning waits for the first call.
+    sequence_parallel, data_parallel, hardware, unknown_ops: see Options.
+    check_inputs: number of first calls in which the ranks compare their inputs.
+    Under torchrun, starts the process group if there is none.
+    Raises AutoParallelError or a child of it; see autoparallel.errors.
+    """
+    refuse_wrapped(model)
+    group = _group(world_size)
+    options = Options(sequence_parallel, data_parallel, hardware, unknown_ops)
+    if example_inputs is None:
+        try:
+            example_inputs = find_example_inputs(model)
+        except InputsNeededError:
+            return _Waiting(model, world_size, options, check_inputs)
+    plan = make_plan(
+        model,
+        world_size,
+        example_inputs=example_inputs,
+        sequence_parallel=sequence_parallel,
+        data_parallel=data_parallel,
+        hardware=hardware,
+        unknown_ops=unknown_ops,
+    )
+    return _apply(model, plan, group, check_inputs)
+
+
+def make_plan(
+    model: nn.Module,
+    world_size: int,
+    *,
+    example_inputs: Any = None,
+    sequence_parallel: bool = True,
+    data_parallel: bool = False,
+    hardware: str = "auto",
+    unknown_ops: str = "error",
+    pins: Mapping[str, Placement] | None = None,
+) -> Plan:
+    """The plan of least cost. Needs no devices, no processes and no weights (meta is fine).
+
+    Without example_inputs, the model's `example_inputs()` or Hugging Face `dummy_inputs` are used;
+    raises InputsNeededError where there is neither. pins: how parameters, by path, are to be
+    stored. Other arguments: see autoparallelize.
+    """
+    refuse_wrapped(model)
+    options = Options(sequence_parallel, data_parallel, hardware, unknown_ops)
+    if example_inputs is None:
+        example_inputs = find_example_inputs(model)
+    args, kwargs = split_example(example_inputs)
+    captured = _trace(model, args, kwargs)
+    mesh = Mesh(tp=world_size)
+    return search(captured, type(model).__name__, mesh, options, pins=pins)
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: Any = None,
+    check_inputs: int = CHECKED_CALLS,
+) -> nn.Module:
+    """The model, split as `plan` says, as an ordinary module for this rank.
+
+    A plan read from JSON has no graph: the model is traced again, with example_inputs as in
+    make_plan. Raises PlanError where plan and model do not belong together.
+    """
+    refuse_wrapped(model)
+    group = _group(plan.world_size)
+    if plan.captured is None:
+        if example_inputs is None:
+            example_inputs = find_example_inputs(model)
+        args, kwargs = split_example(example_inputs)
+        plan = replace(plan, captured=_trace(model, args, kwargs))
+    assert plan.captured is not None
+    if plan.captured.graph.fingerprint != plan.fingerprint:
+        raise PlanError(
+            f"the plan was made for another {plan.model}",
+            why="the traced program differs from the one planned for",
+            fix="plan again, or pass the example_inputs and the mode (train, eval) planned for",
+        )
+    return _apply(model, plan, group, check_inputs)
+
+
+def simulate(
+    model: nn.Module,
+    world_size: int,
+    *,
+    example_inputs: Any = None,
+    plan: Plan | None = None,
+    backward: Any = True,
+    **options: Any,
+) -> Simulation:
+    """All ranks in this process: outputs and gradients put together, collectives counted.
+
+    plan: one made before; else it is made with `options` (those of make_plan). backward: whether,
+    or a function from the output to a loss. Needs no launcher; any world size.
+    """
+    if example_inputs is None:
+        example_inputs = find_example_inputs(model)
+    if plan is None:
+        plan = make_plan(model, world_size, example_inputs=example_inputs, **options)
+    args, kwargs = split_example(example_inputs)
+    return simulate_plan(model, plan, args, kwargs, backward)
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    captured = capture(model, args, kwargs)
+    return replace(captured, graph=run_passes(captured.graph))
+
+
+def _apply(model: nn.Module, plan: Plan, group: Group, check_inputs: int) -> nn.Module:
+    def replan(
+        skeleton: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        stored: Mapping[str, Placement],
+    ) -> Plan:
+        captured = _trace(skeleton, args, kwargs)
+        return search(captured, plan.model, plan.mesh, plan.options, stored=stored)
+
+    mesh = None
+    if isinstance(group, ProcessGroup):
+        kind = "cuda" if torch.cuda.is_available() and _backend() == "nccl" else "cpu"
+        names = tuple(name for name, _ in plan.mesh.axes)
+        mesh = DeviceMesh.from_group(group.process_group, kind, mesh_dim_names=names)
+    return parallel_module(model, plan, group, mesh, replan, check_inputs)
+
+
+def _backend() -> str:
+    return str(dist.get_backend())
+
+
+def _group(world_size: int) -> Group:
+    """This process's place among the ranks; under torchrun, starts the process group.
+
+    Raises WorldSizeError where the ranks that run are not those asked for.
+    """
+    if world_size == 1 and not dist.is_initialized():
+        return SingleGroup()
+    if not dist.is_initialized():
+        launched = os.environ.get("WORLD_SIZE")
+        if launched is None or "RANK" not in os.environ:
+            raise WorldSizeError(
+                f"{world_size} ranks were asked for, and this is a single process",
+                why="no process group is initialized, and torchrun did not start this process",
+                fix=f"torchrun --standalone --nproc-per-node {world_size} your_script.py\n"
+                f"(or try it in one process: autoparallel.simulate(model, {world_size}))",
+            )
+        if int(launched) != world_size:
+            raise _other_size(world_size, int(launched))
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.get_world_size() != world_size:
+        raise _other_size(world_size, dist.get_world_size())
+    return ProcessGroup(dist.group.WORLD)
+
+
+def _other_size(asked: int, launched: int) -> WorldSizeError:
+    return WorldSizeError(
+        f"{asked} ranks were asked for, {launched} are running",
+        why="every rank holds one part of the model",
+        fix=f"pass world_size={launched}, or torchrun --nproc-per-node {asked}",
+    )
+
+
+class _Waiting(nn.Module):
+    """Stands for a model whose inputs are not known yet; becomes the parallel one when called."""
+
+    def __init__(
+        self, model: nn.Module, world_size: int, options: Options, check_inputs: int
+    ) -> None:
+        super().__init__()
+        self.__dict__["waiting"] = (model, world_size, options, check_inputs)
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        for name, parameter in model.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model, world_size, options, check_inputs = self.__dict__["waiting"]
+        model.train(self.training)
+        bind_inputs(model, args, kwargs)
+        captured = _trace(model, args, kwargs)
+        plan = search(captured, type(model).__name__, Mesh(tp=world_size), options)
+        made = _apply(model, plan, _group(world_size), check_inputs)
+        self.__class__ = made.__class__
+        self.__dict__ = made.__dict__
+        return self(*args, **kwargs)

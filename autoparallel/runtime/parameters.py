@@ -1,0 +1,210 @@
+"""Parameters of a parallel module: DTensors outside, plain local leaves inside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as DTensorReplicate
+from torch.distributed.tensor import Shard as DTensorShard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from autoparallel.errors import AutoParallelError
+from autoparallel.placement import Invariant, Placement, Shard
+from autoparallel.runtime.collectives import move, take_part
+from autoparallel.runtime.groups import Group
+
+__all__ = ["Leaf", "as_distributed", "materialize", "shallow_copy", "whole_tensor"]
+
+
+def _distributed_placement(placement: Placement) -> Any:
+    if not isinstance(placement, Shard):
+        return DTensorReplicate()
+    if placement.blocks != 1:
+        return _StridedShard(placement.dim, split_factor=placement.blocks)
+    return DTensorShard(placement.dim)
+
+
+def as_distributed(
+    local: torch.Tensor, placement: Placement, shape: tuple[int, ...], mesh: DeviceMesh
+) -> DTensor:
+    """The whole tensor of `shape` of which this rank holds `local`."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local,
+        mesh,
+        [_distributed_placement(placement)],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
+def whole_tensor(tensor: torch.Tensor, placement: Placement, group: Group) -> torch.Tensor:
+    """The whole value on every rank, of a parameter or its gradient. A collective call.
+
+    Right for every placement, blocks and uneven runs included.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(placement, Shard):
+        return local.detach().clone()
+    size = tensor.shape[placement.dim]
+    return move(local.detach(), group, placement, Invariant(), size)
+
+
+class Leaf:
+    """One parameter: the DTensor that the user sees and the local tensor that computes.
+
+    The local leaf shares the DTensor's memory. Its gradient is handed over as a DTensor as soon
+    as it is complete, because going through autograd costs far more for many parameters.
+    """
+
+    def __init__(
+        self,
+        owner: dict[str, Any],
+        name: str,
+        placement: Placement,
+        mesh: DeviceMesh | None,
+    ) -> None:
+        self.owner, self.name, self.placement, self.mesh = owner, name, placement, mesh
+        self.parameter: nn.Parameter | None = None
+        self.local: torch.Tensor | None = None
+
+    def get(self) -> torch.Tensor:
+        """The local leaf of the parameter as it is now."""
+        parameter = self.owner[self.name]
+        if not isinstance(parameter, DTensor):
+            return parameter  # type: ignore[no-any-return]
+        held = parameter._local_tensor
+        local = self.local
+        if (
+            parameter is not self.parameter
+            or local is None
+            or local.data_ptr() != held.data_ptr()
+            or local.dtype != held.dtype
+        ):
+            local = held.detach()
+            self.parameter, self.local = parameter, local
+        if local.requires_grad != parameter.requires_grad:
+            local.requires_grad_(parameter.requires_grad)
+            if parameter.requires_grad:
+                local.register_post_accumulate_grad_hook(self.hand_over)
+        return local
+
+    def hand_over(self, local: torch.Tensor) -> None:
+        """Move the leaf's finished gradient to the parameter, adding to what is there."""
+        parameter, grad = self.parameter, local.grad
+        local.grad = None
+        assert parameter is not None and grad is not None and self.mesh is not None
+        if parameter.grad is None:
+            shape = tuple(parameter.shape)
+            parameter.grad = as_distributed(grad, self.placement, shape, self.mesh)
+        else:
+            parameter.grad._local_tensor.add_(grad)
+
+
+def shallow_copy(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """The same module tree with dicts of its own; parameters and buffers are shared."""
+    memo = {} if memo is None else memo
+    if id(module) not in memo:
+        made = module.__class__.__new__(module.__class__)
+        made.__dict__ = dict(module.__dict__)
+        memo[id(module)] = made
+        for name, value in module.__dict__.items():
+            if isinstance(value, dict) and name.startswith("_"):
+                made.__dict__[name] = copy.copy(value)
+        made.__dict__["_modules"] = {
+            name: None if child is None else shallow_copy(child, memo)
+            for name, child in module._modules.items()
+        }
+    return memo[id(module)]
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the model without memory, for tracing: everything on the meta device."""
+    made = shallow_copy(model)
+    known: dict[int, Any] = {}
+    for module in made.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in known:
+                    known[id(parameter)] = nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
+                        requires_grad=parameter.requires_grad,
+                    )
+                module._parameters[name] = known[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in known:
+                    known[id(buffer)] = torch.empty_like(buffer, device="meta")
+                module._buffers[name] = known[id(buffer)]
+    return made
+
+
+def _children_first(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The order of nn.Module.apply."""
+    for name, child in module.named_children():
+        yield from _children_first(child, f"{path}.{name}" if path else name)
+    yield path, module
+
+
+def materialize(
+    model: nn.Module, storage: dict[str, Placement], group: Group, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """This rank's parts of a meta model's parameters, and its buffers, by path.
+
+    Module by module, in the order of nn.Module.apply, the whole is allocated, filled by the
+    model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`), cut,
+    and freed. Every rank draws the same numbers, so the parts are those of one device with the
+    same seed that runs `model.apply(model._init_weights)`.
+    Raises AutoParallelError that lists the modules that have no initializer.
+    """
+    own = getattr(model, "_init_weights", None)
+    parts: dict[str, torch.Tensor] = {}
+    missing: list[str] = []
+    for path, module in _children_first(model):
+        tensors = {**module._parameters, **module._buffers}
+        real = shallow_copy(module)
+        for name, value in tensors.items():
+            if value is None:
+                continue
+            made = value if not value.is_meta else torch.empty_like(value, device=device)
+            if isinstance(value, nn.Parameter):
+                real._parameters[name] = nn.Parameter(made, value.requires_grad)
+            else:
+                real._buffers[name] = made
+        if any(value is not None and value.is_meta for value in tensors.values()):
+            reset = getattr(real, "reset_parameters", None)
+            if callable(own):
+                own(real)
+            elif callable(reset):
+                reset()
+            else:
+                missing.append(path or type(model).__name__)
+                continue
+        for name, value in tensors.items():
+            if value is None:
+                continue
+            full = f"{path}.{name}" if path else name
+            made = (real._parameters.get(name) if name in module._parameters else None)
+            filled = made if made is not None else real._buffers[name]
+            assert filled is not None
+            placed = storage.get(full)
+            part = filled.detach()
+            if isinstance(placed, Shard):
+                part = take_part(part, placed, group.world_size, group.rank).clone()
+            parts[full] = part
+    if missing:
+        raise AutoParallelError(
+            "the model is on the meta device and cannot be initialized",
+            where=", ".join(missing),
+            why="these modules own parameters and have no reset_parameters(), and the model has "
+            "no _init_weights(module)",
+            fix="give them reset_parameters(), or pass the model with real weights",
+        )
+    return parts

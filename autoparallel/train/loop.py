@@ -1,0 +1,148 @@
+"""A trainer: AdamW, warm-up and cosine, clipping, held-out evaluation, and what it all costs.
+
+It knows nothing of parallelism. A model over many processes trains as one in one process does:
+every process runs this loop on the same batches.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autoparallel.runtime.counting import CollectiveCounter
+from autoparallel.train.config import TrainConfig
+from autoparallel.train.data import Batches
+from autoparallel.train.metrics import RunRecord, Traffic
+from autoparallel.train.progress import progress
+
+__all__ = ["clip_gradients", "evaluate", "loss_of", "train"]
+
+FinishGradients = Callable[[nn.Module, float], Any]
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    name: str = "train",
+    finish_gradients: FinishGradients | None = None,
+) -> RunRecord:
+    """Train the model in place.
+
+    finish_gradients(model, clip_norm): what happens between backward and the step; the default is
+    torch's clip_grad_norm_, and hand-written parallel models need their own.
+    In a process group every rank must call this with equal arguments; rank 0 shows progress.
+    """
+    finish = clip_gradients if finish_gradients is None else finish_gradients
+    optimizer = make_optimizer(model, config)
+    device = next(model.parameters()).device
+    counted_step = min(1, config.steps - 1)
+    counters = {phase: CollectiveCounter() for phase in ("forward", "backward", "update")}
+    losses, seconds = [], []
+    held_out = [(0, evaluate(model, batches, config.evaluation_batches))]
+
+    with progress(name, config.steps, enabled=_rank() == 0) as report:
+        for step in range(config.steps):
+            batch = {key: value.to(device) for key, value in batches.train(step).items()}
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step)
+
+            def phase(name: str, counted: bool = step == counted_step) -> AbstractContextManager:
+                return counters[name] if counted else nullcontext()
+
+            start = time.perf_counter()
+            with phase("forward"):
+                loss = loss_of(model(**batch))
+            with phase("backward"):
+                loss.backward()
+            with phase("update"):
+                finish(model, config.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())  # waits for the device
+            seconds.append(time.perf_counter() - start)
+
+            done = step + 1
+            if done % config.evaluate_every == 0 or done == config.steps:
+                held_out.append((done, evaluate(model, batches, config.evaluation_batches)))
+            report(done, f"loss {losses[-1]:.3f}  held out {held_out[-1][1]:.3f}")
+
+    traffic = {
+        phase: Traffic.of(counter.counts, counter.nbytes_by_kind)
+        for phase, counter in counters.items()
+    }
+    return RunRecord(
+        name=name,
+        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        local_parameters=sum(_local(parameter).numel() for parameter in model.parameters()),
+        losses=tuple(losses),
+        held_out=tuple(held_out),
+        step_seconds=tuple(seconds),
+        untimed_steps=config.untimed_steps,
+        counted_step=counted_step,
+        **traffic,
+    )
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves vectors (biases, norms) alone.
+
+    Source: Loshchilov & Hutter 2019; the two groups are those of Brown et al. 2020's descendants.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+def clip_gradients(model: nn.Module, clip_norm: float) -> None:
+    """Scale all gradients so that their common norm is at most clip_norm."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, count: int) -> float:
+    """Mean loss over the first `count` batches of held-out text; the mode is left as it was."""
+    training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    total = 0.0
+    for index in range(count):
+        batch = {key: value.to(device) for key, value in batches.held_out(index).items()}
+        total += loss_of(model(**batch)).item()
+    model.train(training)
+    return total / count
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a model returned: its `loss`, the key "loss", or its first item.
+
+    Raises ValueError if there is none.
+    """
+    if isinstance(output, Tensor):
+        loss: Any = output
+    elif isinstance(output, dict):
+        loss = output.get("loss")
+    else:
+        loss = output.loss if hasattr(output, "loss") else output[0]
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        raise ValueError(f"the model returned no scalar loss but {type(output).__name__}")
+    return loss
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this rank holds."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
