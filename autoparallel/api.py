@@ -28,6 +28,7 @@ from autoparallel.placement import Placement
 from autoparallel.plan import Plan
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.module import parallel_module
+from autoparallel.runtime.parameters import shallow_copy
 from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.search import search
 
@@ -64,7 +65,7 @@ def autoparallelize(
         try:
             example_inputs = find_example_inputs(model)
         except InputsNeededError:
-            return _Waiting(model, world_size, options, check_inputs)
+            return _waiting_module(model, world_size, options, check_inputs)
     plan = make_plan(
         model,
         world_size,
@@ -217,27 +218,52 @@ def _other_size(asked: int, launched: int) -> WorldSizeError:
     )
 
 
-class _Waiting(nn.Module):
-    """Stands for a model whose inputs are not known yet; becomes the parallel one when called."""
-
-    def __init__(
-        self, model: nn.Module, world_size: int, options: Options, check_inputs: int
-    ) -> None:
-        super().__init__()
-        self.__dict__["waiting"] = (model, world_size, options, check_inputs)
-        for name, child in model.named_children():
-            self.add_module(name, child)
-        for name, parameter in model.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        self.train(model.training)
+class _Waiting:
+    """Mixed into the user's class until the first call shows what the inputs are."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, world_size, options, check_inputs = self.__dict__["waiting"]
-        model.train(self.training)
+        model, world_size, options, check_inputs = self.__dict__["_waiting"]
+        model.train(self.training)  # type: ignore[attr-defined]
         bind_inputs(model, args, kwargs)
         captured = _trace(model, args, kwargs)
         plan = search(captured, type(model).__name__, Mesh(tp=world_size), options)
         made = _apply(model, plan, _group(world_size), check_inputs)
-        self.__class__ = made.__class__
+        _keep_identity(self, made)  # type: ignore[arg-type]
+        self.__class__ = made.__class__  # type: ignore[assignment]
         self.__dict__ = made.__dict__
-        return self(*args, **kwargs)
+        return self(*args, **kwargs)  # type: ignore[operator]
+
+
+def _waiting_module(
+    model: nn.Module, world_size: int, options: Options, check_inputs: int
+) -> nn.Module:
+    """A copy of the model that plans itself when it is first called.
+
+    Its parameters are objects of its own from the start, so that an optimizer may take them now.
+    """
+    made = shallow_copy(model)
+    kind = type(model)
+    made.__class__ = type(f"Parallel{kind.__name__}", (_Waiting, kind), {})
+    made.__dict__["_waiting"] = (model, world_size, options, check_inputs)
+    twins: dict[int, nn.Parameter] = {}
+    for module in made.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                module._parameters[name] = twins.setdefault(id(parameter), own)
+    return made
+
+
+def _keep_identity(waiting: nn.Module, made: nn.Module) -> None:
+    """Give the waiting module's parameter objects the parts that were made for them."""
+    before = dict(waiting.named_parameters(remove_duplicate=False))
+    swapped: set[int] = set()
+    for path, module in made.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            known = before[f"{path}.{name}" if path else name]
+            if id(known) not in swapped:
+                torch.utils.swap_tensors(known, parameter)
+                swapped.add(id(known))
+            module._parameters[name] = known

@@ -34,7 +34,7 @@ from autoparallel.rules.rule import (
     ShardingRule,
     Strategy,
     Tile,
-    Unsplittable,
+    UnsplittableError,
     is_possible,
     place,
     strategies,
@@ -79,7 +79,7 @@ class Network:
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
 
-    def problem(self, product_weight: float = 1.0, pins: Mapping[str, Placement] = {}) -> Problem:  # noqa: B006
+    def problem(self, product_weight: float = 1.0, pins: Mapping[str, Placement] = {}) -> Problem:
         """The numbers. product_weight: what a second of matrix products counts.
 
         pins: storage of parameters (by node name) that is given. Raises PlanError for a pin that
@@ -108,7 +108,6 @@ class Network:
         for name, unary in self.fans:
             variables.append(Variable(name, unary))
         return Problem(tuple(variables), tuple(self.factors))
-
 
     def priced(self, cost: OpCost, product_weight: float) -> float:
         """What an op counts in the objective.
@@ -258,7 +257,7 @@ class _Builder:
         for name, dims in zip(tensors, (*rule.operands, *rule.results), strict=True):
             try:
                 shard = place(rule, dims, tile, self.world_size)
-            except Unsplittable:
+            except UnsplittableError:
                 continue
             if shard is None or shard in self.shards[name]:
                 continue
@@ -515,9 +514,9 @@ def _inert(graph: Graph) -> set[str]:
     touched: set[str] = set()
     found: set[str] = set()
     for node in graph.nodes:
-        if node.kind == "parameter" or any(value.requires_grad for value in node.results):
-            touched.update(value.name for value in node.results)
-        elif node.kind == "call" and any(name in touched for name in node.operands()):
+        grad = any(value.requires_grad for value in node.results)
+        reads = node.kind == "call" and any(name in touched for name in node.operands())
+        if node.kind == "parameter" or grad or reads:
             touched.update(value.name for value in node.results)
         elif node.kind == "call":
             found.add(node.name)
@@ -537,5 +536,3 @@ def _unsupported(missing: Mapping[str, list[Node]]) -> UnsupportedOpError:
         fix="register a rule (autoparallel.rules.registry.rule), or pass unknown_ops='replicate' "
         "to keep their tensors whole",
     )
-
-

@@ -18,9 +18,9 @@ class Options:
     sequence_parallel: activations between the split products may be split along dims whose size
     comes from the inputs (the sequence, the batch), with reduce-scatter and all-gather in place of
     all-reduce. data_parallel: products may be split along such dims too; without it a weight
-    matrix is used just as it is stored. hardware: preset name. unknown_ops: what to do with a differentiable op that has
-    no rule: "error" or "replicate" (keep its tensors whole). tokens: plan as for inputs of at
-    least this many elements, however small the example inputs are.
+    matrix is used just as it is stored. hardware: preset name. unknown_ops: what to do with a
+    differentiable op that has no rule: "error" or "replicate" (keep its tensors whole). tokens:
+    plan as for inputs of at least this many elements, however small the example inputs are.
     """
 
     sequence_parallel: bool = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 
 __all__ = [
     "Collective",
@@ -158,7 +158,7 @@ _MOVEMENTS: dict[tuple[type, type], Movement] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def movement(source: Placement, target: Placement) -> Movement:
     """What brings a tensor that lies as `source` to lie as `target`, forward only.
 

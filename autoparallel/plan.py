@@ -192,7 +192,6 @@ class Plan:
             raise PlanError("not a plan", why=f"{type(error).__name__}: {error}") from None
 
 
-
 def _row(item: Any) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name in type(item).__slots__:

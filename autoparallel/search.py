@@ -126,9 +126,7 @@ def _read(
                 whole_flops=float(rule.flops * rule.points) if rule is not None else 0.0,
             )
         )
-    outputs = tuple(
-        network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs
-    )
+    outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
     conversions = _conversions(graph, network, ops, made, outputs)
     seconds += sum(conversion.seconds for conversion in conversions)
     return Plan(
@@ -204,22 +202,22 @@ def _conversions(
         if made[value] != Invariant():
             wanted.setdefault((value, Invariant()), []).append(f"write {path}")
     rows = []
-    for (name, target), readers in wanted.items():
-        value = graph.values[name]
+    for (name, target), reading in wanted.items():
+        whole = graph.values[name]
         rows.append(
             Conversion(
                 value=name,
                 source=made[name],
                 target=target,
-                readers=tuple(dict.fromkeys(readers)),
-                shape=", ".join(map(str, value.shape)),
-                nbytes=nbytes(value),
-                requires_grad=value.requires_grad,
+                readers=tuple(dict.fromkeys(reading)),
+                shape=", ".join(map(str, whole.shape)),
+                nbytes=nbytes(whole),
+                requires_grad=whole.requires_grad,
                 seconds=conversion_seconds(
                     made[name],
                     target,
-                    nbytes(value),
-                    value.requires_grad,
+                    nbytes(whole),
+                    whole.requires_grad,
                     network.hardware,
                     network.world_size,
                 ),

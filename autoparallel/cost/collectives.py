@@ -29,9 +29,7 @@ def collective_seconds(kind: Collective, nbytes: float, link: Link, world_size: 
     return link.floor_seconds + steps * per_step
 
 
-def movement_seconds(
-    move: Movement, nbytes: float, hardware: Hardware, world_size: int
-) -> float:
+def movement_seconds(move: Movement, nbytes: float, hardware: Hardware, world_size: int) -> float:
     """Predicted time of one move of a tensor of `nbytes` bytes in full, in seconds.
 
     A slice is a view. A pad or a keep-on-first writes the whole tensor once.

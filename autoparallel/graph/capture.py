@@ -129,7 +129,7 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arguments = rebuild(self.inputs, list(tensors))
-        bound = inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self.bound.signature, arguments)
         result = self.model(*bound.args, **bound.kwargs)
         flat, skeleton = flatten(result)
         self.traced.append(skeleton)
@@ -167,13 +167,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     flat = _Flat(model, bound, inputs, traced)
     flat.train(model.training)
     automatic = torch.export.Dim.AUTO
-    shapes = (tuple({dim: automatic for dim in range(sample.dim())} for sample in samples),)
+    shapes = (tuple(dict.fromkeys(range(sample.dim()), automatic) for sample in samples),)
     training = {path: module.training for path, module in model.named_modules()}
     try:
         with _quiet():
-            program = torch.export.export(
-                flat, tuple(samples), strict=False, dynamic_shapes=shapes
-            )
+            program = torch.export.export(flat, tuple(samples), strict=False, dynamic_shapes=shapes)
     except Exception as error:
         raise _explain(error, model) from error
     finally:
@@ -342,8 +340,8 @@ class _Importer:
             enabled, module, *operands = node.args
             inner = grad and bool(enabled)
         else:
-            *modes, module, operands = *node.args[:4], node.args[4], list(node.args[5:])
-            if modes[2]:
+            enabled, module, operands = node.args[2], node.args[4], list(node.args[5:])
+            if enabled:
                 raise CaptureError(
                     "an autocast region inside the model is not supported",
                     where=_origin(node)[0],

@@ -63,8 +63,14 @@ class Program:
     mutations: tuple[str, ...]
 
 
-def emit(graph: Graph, plan: Plan, group: Group, name: str = "model") -> Program:
-    """The program of one rank of `group`.
+def emit(
+    graph: Graph,
+    plan: Plan,
+    group: Group,
+    name: str = "model",
+    alter: Callable[[str], str] | None = None,
+) -> Program:
+    """The program of one rank of `group`. alter: changes its text before it is compiled.
 
     Raises PlanError where the plan was made for another graph or another number of ranks.
     """
@@ -78,7 +84,7 @@ def emit(graph: Graph, plan: Plan, group: Group, name: str = "model") -> Program
         raise PlanError(
             f"a plan for {plan.world_size} ranks on {group.world_size}", fix="plan again"
         )
-    return _Emitter(graph, plan, group, name).program()
+    return _Emitter(graph, plan, group, name).program(alter)
 
 
 class _Emitter:
@@ -95,7 +101,7 @@ class _Emitter:
         self.rules = {node.name: self.rule_of(node) for node in graph.calls}
         self.fused = self.find_fused()
 
-    def program(self) -> Program:
+    def program(self, alter: Callable[[str], str] | None) -> Program:
         kinds: dict[str, list[Node]] = {"parameter": [], "buffer": [], "constant": [], "input": []}
         for node in self.graph.nodes:
             if node.kind != "call":
@@ -121,6 +127,7 @@ class _Emitter:
         source = "def forward(parameters, buffers, constants, inputs, device):\n" + "".join(
             f"    {line}\n" for line in body
         )
+        source = alter(source) if alter is not None else source
         shapes = tuple(
             (placement, self.graph.values[value].shape)
             for value, placement in zip(self.graph.outputs, self.plan.outputs, strict=True)
@@ -158,7 +165,7 @@ class _Emitter:
             "part": part,
             **self.constants,
         }
-        exec(compile(source, file, "exec"), namespace)  # noqa: S102
+        exec(compile(source, file, "exec"), namespace)
         made: Callable[..., Any] = namespace["forward"]
         return made
 
@@ -209,7 +216,7 @@ class _Emitter:
             target, text = producer.target, ", ".join(reads)
         else:
             args = self.local_args(node, choice)
-            text = self.arguments(args, kwargs, reads)
+            text = self.arguments(args, {**kwargs, **_reduction(node)}, reads)
         results = [_identifier(value.name) for value in node.results]
         if choice.kernel:
             size = self.split_size(node, choice)
@@ -218,10 +225,9 @@ class _Emitter:
             expression = f"rng.{rule.random}({text}, {self.random(node, choice)})"
         else:
             expression = self.spelled(target, text, reads)
-        made_here = any(isinstance(p, Partial) for p in choice.results)
-        if made_here and not choice.kernel and Partial() not in choice.operands:
-            if len(results) == 1:
-                expression = f"pending_sum({expression}, group)"
+        pending = choice.results == (Partial(),) and Partial() not in choice.operands
+        if pending and not choice.kernel:
+            expression = f"pending_sum({expression}, group)"
         line = f"{', '.join(results)} = {expression}"
         self.lines.append((line, tuple(reads), results[0] if len(results) == 1 else ""))
 
@@ -383,6 +389,21 @@ def _placements(graph: Graph, plan: Plan) -> Mapping[str, Placement]:
     return found
 
 
+def _reduction(node: Node) -> dict[str, Any]:
+    """The schema's default of `reduction`, written out where the call leaves it to the default.
+
+    torch's Python bindings of losses have another default (none) than the ops (mean).
+    """
+    packet, _, overload = node.target.removeprefix("aten.").partition(".")
+    op = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if op is None or not node.target.startswith("aten."):
+        return {}
+    for index, argument in enumerate(op._schema.arguments):
+        if argument.name == "reduction" and len(node.args) <= index:
+            return {} if "reduction" in dict(node.kwargs) else {"reduction": argument.default_value}
+    return {}
+
+
 def _splits(placement: Placement, dim: int) -> bool:
     return isinstance(placement, Shard) and placement.dim == dim
 
@@ -397,4 +418,3 @@ def _suffix(placement: Placement) -> str:
 
 def _identifier(name: str) -> str:
     return f"{name}_" if keyword.iskeyword(name) else name
-

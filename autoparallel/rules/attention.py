@@ -39,7 +39,8 @@ def attention(call: OpCall) -> ShardingRule:
     head = rank - 3
     heads, groups = query.shape[head], key.shape[head]
     if grouped and heads != groups:
-        assert isinstance(heads, int) and isinstance(groups, int)
+        assert isinstance(heads, int)
+        assert isinstance(groups, int)
         sizes.pop(f"b{head}", None)
         sizes["m"] = heads // groups
         inner: Loops = ("m",)
@@ -63,5 +64,5 @@ def attention(call: OpCall) -> ShardingRule:
         sizes,
         whole=frozenset(whole),
         linear=(frozenset({2}),),
-        flops=4 if query.shape[-1] == value.shape[-1] else 4,
+        flops=4,
     )

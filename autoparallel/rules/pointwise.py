@@ -9,11 +9,11 @@ from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Loops, OpCall, ShardingRule
 
 _NONLINEAR = """
-abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh deg2rad elu erf erfc erfinv exp exp2
-expm1 floor gelu hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid
-logical_not logit mish reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh softplus
-sqrt square tan tanh threshold trunc celu isnan isinf isfinite clamp clamp_min clamp_max
-nan_to_num frac sgn digamma lgamma
+abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh deg2rad elu erf erfc erfinv exp
+exp2 expm1 floor gelu hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid
+logical_not logit mish reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh
+softplus sqrt square tan tanh threshold trunc celu isnan isinf isfinite clamp clamp_min
+clamp_max nan_to_num frac sgn digamma lgamma
 """.split()
 
 _LINEAR_UNARY = [
@@ -90,7 +90,9 @@ def linear_unary(call: OpCall) -> ShardingRule:
     return pointwise(call, {0})
 
 
-@rule("aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar")
+@rule(
+    "aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar"
+)
 def add(call: OpCall) -> ShardingRule:
     """Linear in both operands together. A constant added to a pending sum would count twice."""
     return pointwise(call, {0, 1}) if len(call.operands) == 2 else pointwise(call)

@@ -22,7 +22,19 @@ from autoparallel.placement import (
     Shard,
 )
 
-__all__ = ["Kernel", "OpCall", "ShardingRule", "Strategy", "Tile", "Unsplittable", "is_possible", "normalized", "place", "strategies", "tile_of"]
+__all__ = [
+    "Kernel",
+    "OpCall",
+    "ShardingRule",
+    "Strategy",
+    "Tile",
+    "UnsplittableError",
+    "is_possible",
+    "normalized",
+    "place",
+    "strategies",
+    "tile_of",
+]
 
 Loops = tuple[str, ...]
 Dims = tuple[Loops, ...]
@@ -117,9 +129,7 @@ class ShardingRule:
                 raise ValueError(f"{notation!r} for {tensor}")
             row: list[Loops] = []
             for word, size in zip(words, tensor.shape, strict=True):
-                if word == "1" or (size == 1 and sizes.get(word, 1) != 1):
-                    row.append(())
-                elif size == 1:
+                if word == "1" or (size == 1 and sizes.get(word, 1) != 1) or size == 1:
                     row.append(())
                 else:
                     row.append((word,))
@@ -193,7 +203,7 @@ def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
 def place(rule: ShardingRule, dims: Dims, tile: Tile, world_size: int) -> Shard | None:
     """How a tensor of `dims` lies when `tile` is split; None where it has no such loop.
 
-    Raises Unsplittable where no Shard says it: a symbolic size inside a merged dim.
+    Raises UnsplittableError where no Shard says it: a symbolic size inside a merged dim.
     """
     for index, names in enumerate(dims):
         if tile.loop not in names:
@@ -205,7 +215,7 @@ def place(rule: ShardingRule, dims: Dims, tile: Tile, world_size: int) -> Shard 
             size = rule.sizes[name]
             if isinstance(size, Sym):
                 if len(names) > 1:
-                    raise Unsplittable
+                    raise UnsplittableError
                 return Shard(index)
             total *= size
             if position < at:
@@ -216,7 +226,7 @@ def place(rule: ShardingRule, dims: Dims, tile: Tile, world_size: int) -> Shard 
     return None
 
 
-class Unsplittable(Exception):
+class UnsplittableError(Exception):
     """This loop cannot be split in this way."""
 
 
@@ -299,10 +309,8 @@ def strategies(
                 for dims, grad in zip(rule.operands, operand_grads, strict=True)
             )
             without = kernel.result if kernel else Partial()
-            results = tuple(
-                place(rule, dims, tile, world_size) or without for dims in rule.results
-            )
-        except Unsplittable:
+            results = tuple(place(rule, dims, tile, world_size) or without for dims in rule.results)
+        except UnsplittableError:
             continue
         found[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None
     for group in rule.linear:
@@ -311,5 +319,3 @@ def strategies(
         )
         found[Strategy(operands, tuple([Partial()] * len(result_grads)))] = None
     return tuple(found)
-
-

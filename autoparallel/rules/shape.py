@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -97,11 +98,11 @@ def _cut(
     cuts_i = _boundaries([hint(before[k]) for k in run_i])
     cuts_j = _boundaries([hint(after[k]) for k in run_j])
     cuts = sorted({*cuts_i, *cuts_j})
-    if any(high % low for low, high in zip(cuts, cuts[1:], strict=False)):
+    if any(high % low for low, high in pairwise(cuts)):
         _opaque(before, run_i, left, sizes, whole)
         return
     names: dict[tuple[int, int], str] = {}
-    for low, high in reversed(list(zip(cuts, cuts[1:], strict=False))):
+    for low, high in reversed(list(pairwise(cuts))):
         name = f"l{run_i[0]}_{len(names)}"
         names[low, high] = name
         sizes[name] = high // low
@@ -158,9 +159,7 @@ def reshape(call: OpCall) -> ShardingRule:
 def _carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
     """A view whose result's dim i is the operand's dim sources[i] (None: a new dim of size 1)."""
     operand = call.operands[0]
-    sizes: dict[str, Dim] = {
-        f"d{i}": size for i, size in enumerate(operand.shape) if size != 1
-    }
+    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(operand.shape) if size != 1}
     names = tuple((f"d{i}",) if size != 1 else () for i, size in enumerate(operand.shape))
     result = tuple(() if source is None else names[source] for source in sources)
     kept = {source for source in sources if source is not None}
@@ -227,9 +226,7 @@ def expand(call: OpCall) -> ShardingRule:
     offset = len(result.shape) - len(operand.shape)
     sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(result.shape) if size != 1}
     right = tuple((f"d{i}",) if size != 1 else () for i, size in enumerate(result.shape))
-    left = tuple(
-        () if size == 1 else (f"d{offset + i}",) for i, size in enumerate(operand.shape)
-    )
+    left = tuple(() if size == 1 else (f"d{offset + i}",) for i, size in enumerate(operand.shape))
     return ShardingRule(
         (left,), (right,), sizes, linear=SUM_PASSES, free=True, local_args=_local_shape
     )
@@ -271,9 +268,7 @@ def split(call: OpCall) -> ShardingRule:
     parts = [result.shape[dim] for result in call.results]
     made = _cut_dim(call, dim, all(part == parts[0] for part in parts))
 
-    def local_args(
-        call: OpCall, shapes: tuple[tuple[Any, ...], ...]
-    ) -> tuple[Any, ...]:
+    def local_args(call: OpCall, shapes: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:
         spec = call.node.args[1]
         if call.node.target == "aten.split.Tensor":
             spec = shapes[0][dim]

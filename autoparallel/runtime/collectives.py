@@ -24,7 +24,7 @@ from autoparallel.placement import (
 )
 from autoparallel.runtime.groups import Group
 
-__all__ = ["convert", "join_parts", "move", "pending_sum", "take_part"]
+__all__ = ["convert", "join_parts", "move", "pending_sum", "spmd_type", "take_part"]
 
 
 def _run_length(size: int, shard: Shard, world_size: int, rank: int) -> tuple[int, int]:
@@ -192,7 +192,7 @@ class Convert(torch.autograd.Function):
         return moved.view_as(x) if moved is x else moved
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         back = move(grad, ctx.group, gradient(ctx.target), gradient(ctx.source), ctx.size)
         return back, None, None, None, None
 
@@ -205,7 +205,7 @@ class Convert(torch.autograd.Function):
 
         axis = group.process_group  # type: ignore[attr-defined]
         step = movement(source, target)
-        one, two = _spmd_type(source), _spmd_type(target)
+        one, two = spmd_type(source), spmd_type(target)
         if step is Movement.ALL_REDUCE:
             return rules.all_reduce(x, axis, src=one, dst=two)
         if step is Movement.ALL_GATHER:
@@ -217,7 +217,8 @@ class Convert(torch.autograd.Function):
         return rules.convert(x, axis, src=one, dst=two)
 
 
-def _spmd_type(placement: Placement) -> Any:
+def spmd_type(placement: Placement) -> Any:
+    """The name that `spmd_types` has for a placement."""
     import spmd_types
 
     if isinstance(placement, Shard):
@@ -237,7 +238,7 @@ def convert(
 
     size: of the whole along the source's split dim; not read for other sources.
     """
-    return Convert.apply(x, group, source, target, size)  # type: ignore[no-any-return]
+    return Convert.apply(x, group, source, target, size)
 
 
 def pending_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -246,5 +247,5 @@ def pending_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
     checker = sys.modules.get("spmd_types")
     if checker is not None and checker.is_type_checking():
         axis = group.process_group  # type: ignore[attr-defined]
-        return checker.reinterpret(x, axis, src=checker.V, dst=checker.P)  # type: ignore[no-any-return]
+        return checker.reinterpret(x, axis, src=checker.V, dst=checker.P)
     return x

@@ -69,17 +69,17 @@ class ProcessGroup(Group):
 
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
         reduced = self.ops.all_reduce(tensor.contiguous(), operation, self.name)
-        return self.ops.wait_tensor(reduced)  # type: ignore[no-any-return]
+        return self.ops.wait_tensor(reduced)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.contiguous().unsqueeze(0)
         gathered = self.ops.all_gather_into_tensor(flat, self.world_size, self.name)
-        return self.ops.wait_tensor(gathered)  # type: ignore[no-any-return]
+        return self.ops.wait_tensor(gathered)
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.contiguous()
         scattered = self.ops.reduce_scatter_tensor(flat, "sum", self.world_size, self.name)
-        return self.ops.wait_tensor(scattered).squeeze(0)  # type: ignore[no-any-return]
+        return self.ops.wait_tensor(scattered).squeeze(0)
 
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]

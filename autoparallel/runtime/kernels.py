@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from autoparallel.placement import part_bounds
 from autoparallel.runtime.collectives import pending_sum
@@ -84,7 +85,7 @@ class _CrossEntropyClasses(torch.autograd.Function):
         return (total.log() - picked).masked_fill(~kept, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         probabilities, local, here, kept = ctx.saved_tensors
         result = probabilities.clone()
         if result.size(1):
@@ -102,8 +103,8 @@ class _CrossEntropyClasses(torch.autograd.Function):
 
         axis = group.process_group  # type: ignore[attr-defined]
         rules.ignore(target)
-        summed = rules.einsum("tc->t", logits, out_partial_axes={axis})
-        return rules.all_reduce(summed, axis, src=spmd_types.P, dst=spmd_types.I)
+        summed = rules.einsum("tc->t", logits)
+        return rules.all_reduce(summed, axis, src=spmd_types.V, dst=spmd_types.I)
 
 
 def cross_entropy_classes(
@@ -140,10 +141,9 @@ def cross_entropy_tokens(
     size: int,
 ) -> torch.Tensor:
     """Cross-entropy of (t / n, c) logits: a pending sum; a mean is over all ranks' tokens."""
-    total = torch._C._nn.cross_entropy_loss(logits, target, None, 2, ignored)
+    total = functional.cross_entropy(logits, target, ignore_index=ignored, reduction="sum")
     if reduction == _MEAN:
         with torch.no_grad():
             count = group.all_reduce((target != ignored).sum())
         total = total / count
     return pending_sum(total, group)
-

@@ -170,9 +170,7 @@ def _fill(
                     part = parameter.detach().clone()
                 data = part
                 if mesh is not None:
-                    data = as_distributed(
-                        part.contiguous(), placed, tuple(parameter.shape), mesh
-                    )
+                    data = as_distributed(part.contiguous(), placed, tuple(parameter.shape), mesh)
                 twins[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
             elif full in parts and mesh is not None:
                 twins[id(parameter)].data.to_local().copy_(parts[full])  # type: ignore[attr-defined]

@@ -72,14 +72,14 @@ class Leaf:
         mesh: DeviceMesh | None,
     ) -> None:
         self.owner, self.name, self.placement, self.mesh = owner, name, placement, mesh
-        self.parameter: nn.Parameter | None = None
+        self.parameter: Any = None
         self.local: torch.Tensor | None = None
 
     def get(self) -> torch.Tensor:
         """The local leaf of the parameter as it is now."""
         parameter = self.owner[self.name]
         if not isinstance(parameter, DTensor):
-            return parameter  # type: ignore[no-any-return]
+            return parameter
         held = parameter._local_tensor
         local = self.local
         if (
@@ -100,7 +100,9 @@ class Leaf:
         """Move the leaf's finished gradient to the parameter, adding to what is there."""
         parameter, grad = self.parameter, local.grad
         local.grad = None
-        assert parameter is not None and grad is not None and self.mesh is not None
+        assert parameter is not None
+        assert grad is not None
+        assert self.mesh is not None
         if parameter.grad is None:
             shape = tuple(parameter.shape)
             parameter.grad = as_distributed(grad, self.placement, shape, self.mesh)
@@ -191,8 +193,7 @@ def materialize(
             if value is None:
                 continue
             full = f"{path}.{name}" if path else name
-            made = (real._parameters.get(name) if name in module._parameters else None)
-            filled = made if made is not None else real._buffers[name]
+            filled = (real._parameters if name in module._parameters else real._buffers)[name]
             assert filled is not None
             placed = storage.get(full)
             part = filled.detach()

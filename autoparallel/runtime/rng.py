@@ -126,4 +126,3 @@ def dropout(
         drawn = uniform(shape, key, whole, group, x.device, generator())
         kept = (drawn >= probability).to(x.dtype) / (1 - probability)
     return x * kept
-

@@ -100,7 +100,7 @@ def simulate_plan(
                 path: leaf.grad for path, leaf in zip(program.parameters, leaves, strict=True)
             }
             results[group.rank] = (outputs, gradients)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             errors.append((group.rank, error))
             group.abort()
 

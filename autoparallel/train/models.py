@@ -137,6 +137,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.hidden)
         self.feed_forward = FeedForward(config.hidden, gelu)
         self.feed_forward_dropout = nn.Dropout(config.dropout)
+        for last in (self.attention.projection, self.feed_forward.contract):
+            last.__dict__["initial_scale"] = 1 / math.sqrt(2 * config.layers)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask))
@@ -149,14 +151,18 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocabulary, config.hidden)
-        self.position_embedding = nn.Embedding(config.positions, config.hidden)
-        self.embedding_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            Block(config, causal=True, gelu="tanh") for _ in range(config.layers)
-        )
-        self.final_norm = nn.LayerNorm(config.hidden)
-        _initialize(self, config.layers)
+        with torch.device("meta"):
+            self.token_embedding = nn.Embedding(config.vocabulary, config.hidden)
+            self.position_embedding = nn.Embedding(config.positions, config.hidden)
+            self.embedding_dropout = nn.Dropout(config.dropout)
+            self.blocks = nn.ModuleList(
+                Block(config, causal=True, gelu="tanh") for _ in range(config.layers)
+            )
+            self.final_norm = nn.LayerNorm(config.hidden)
+        _initialize(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _fill(module)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
         """Logits of the next token at every position, and the loss if labels are given.
@@ -188,19 +194,25 @@ class Bert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocabulary, config.hidden)
-        self.position_embedding = nn.Embedding(config.positions, config.hidden)
-        self.token_type_embedding = nn.Embedding(config.token_types, config.hidden)
-        self.embedding_norm = nn.LayerNorm(config.hidden)
-        self.embedding_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            Block(config, causal=False, gelu="none") for _ in range(config.layers)
-        )
-        self.final_norm = nn.LayerNorm(config.hidden)
-        self.head_dense = nn.Linear(config.hidden, config.hidden)
-        self.head_norm = nn.LayerNorm(config.hidden)
-        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
-        _initialize(self, config.layers)
+        with torch.device("meta"):
+            self.token_embedding = nn.Embedding(config.vocabulary, config.hidden)
+            self.position_embedding = nn.Embedding(config.positions, config.hidden)
+            self.token_type_embedding = nn.Embedding(config.token_types, config.hidden)
+            self.embedding_norm = nn.LayerNorm(config.hidden)
+            self.embedding_dropout = nn.Dropout(config.dropout)
+            self.blocks = nn.ModuleList(
+                Block(config, causal=False, gelu="none") for _ in range(config.layers)
+            )
+            self.final_norm = nn.LayerNorm(config.hidden)
+            self.head_dense = nn.Linear(config.hidden, config.hidden)
+            self.head_norm = nn.LayerNorm(config.hidden)
+            self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
+        _initialize(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _fill(module)
+        if isinstance(module, Bert):
+            nn.init.zeros_(module.head_bias)
 
     def forward(
         self,
@@ -253,18 +265,30 @@ def _check_heads(hidden: int, heads: int) -> None:
         raise ValueError(f"hidden must be a multiple of heads: {hidden} hidden / {heads} heads")
 
 
-def _initialize(model: nn.Module, layers: int) -> None:
+def _initialize(model: "GPT | Bert") -> None:
+    """Give a model built on the meta device its memory and weights, unless it is to stay there.
+
+    Nothing but `_init_weights` draws numbers, so a meta model that is filled part by part gets
+    the weights that this gives for the same seed.
+    """
+    device = torch.get_default_device()
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.apply(model._init_weights)
+
+
+def _fill(module: nn.Module) -> None:
     """Weights N(0, 0.02), biases 0, norms 1; what adds to the residual is 1/sqrt(2 layers) of that.
 
     Source: Radford et al. 2019, section 2.3.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            residual = name.endswith(("attention.projection", "feed_forward.contract"))
-            scale = 1 / math.sqrt(2 * layers) if residual else 1.0
-            nn.init.normal_(module.weight, std=INITIAL_DEVIATION * scale)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Linear | nn.Embedding):
+        scale = getattr(module, "initial_scale", 1.0)
+        nn.init.normal_(module.weight, std=INITIAL_DEVIATION * scale)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:

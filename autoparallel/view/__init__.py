@@ -1,0 +1,1 @@
+"""What a person sees of a plan: a report for the terminal, a picture."""

@@ -1,0 +1,203 @@
+"""The plan as text: what is split and how, what is communicated where, what it costs."""
+
+from __future__ import annotations
+
+import io
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from autoparallel.placement import Collective, Movement
+from autoparallel.plan import Conversion, ParameterChoice, Plan
+from autoparallel.view.fold import Folded, fold
+from autoparallel.view.words import Words, bytes_text, movement_text, op_text, seconds_text
+
+__all__ = ["collective_totals", "plan_text", "print_plan"]
+
+WIDTH = 140  # of a report that is not written to a terminal
+
+
+def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None = None) -> None:
+    """Print the plan; plain text, 140 columns wide, where it is not printed on a terminal.
+
+    file: where to, standard output if not given. console: rich's, instead of one made here.
+    """
+    if console is None:
+        console = Console(file=file, highlight=False)
+        if not console.is_terminal:
+            console = Console(file=file, highlight=False, width=WIDTH, color_system=None)
+    words = Words(plan)
+    console.print(_header(plan))
+    console.print(_parameters(plan, words))
+    console.print(_communications(plan, words))
+    console.print(_totals(plan))
+    for line in (*_kernels(plan), *_whole(plan)):
+        console.print(line)
+
+
+def plan_text(plan: Plan) -> str:
+    """What print_plan prints, as plain text."""
+    file = io.StringIO()
+    print_plan(plan, console=Console(file=file, width=WIDTH, color_system=None, highlight=False))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def collective_totals(plan: Plan) -> dict[tuple[str, Collective], tuple[int, int]]:
+    """(direction, collective) to number and bytes in one step, of the conversions of the plan.
+
+    direction: "forward" or "backward". Bytes are those of the full tensors.
+    """
+    found: dict[tuple[str, Collective], tuple[int, int]] = {}
+    for direction in ("forward", "backward"):
+        for collective in Collective:
+            sizes = [
+                conversion.nbytes
+                for conversion in plan.conversions
+                if getattr(conversion, direction).collective is collective
+            ]
+            if sizes:
+                found[direction, collective] = len(sizes), sum(sizes)
+    return found
+
+
+def _header(plan: Plan) -> Table:
+    ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+    gap = plan.cost - plan.lower_bound
+    share = gap / plan.lower_bound if plan.lower_bound else 0.0
+    options = plan.options
+    allowed = [
+        name.replace("_", " ")
+        for name in ("sequence_parallel", "data_parallel")
+        if getattr(options, name)
+    ]
+    rows = [
+        ("model", plan.model),
+        ("mesh", f"{plan.mesh}, {ranks}"),
+        ("hardware", plan.hardware),
+        ("allowed", ", ".join(allowed) or "no splits of batch or sequence"),
+        ("planned for", f"inputs of at least {options.tokens} tokens"),
+        ("predicted", f"{seconds_text(plan.seconds)} a step"),
+        ("cost", f"{plan.cost:.6g}, lower bound {plan.lower_bound:.6g}, gap {share:.2%}"),
+        ("method", plan.method),
+    ]
+    if plan.product_weight != 1:
+        rows.append(
+            (
+                "product weight",
+                f"{plan.product_weight:g}: the model is so small that leaving it whole would be "
+                "the fastest on this hardware. To split it all the same, a second of matrix "
+                f"products counts {plan.product_weight:g} seconds in the cost (not in the "
+                "predicted time).",
+            )
+        )
+    rows += [
+        ("split", f"{plan.split_flops:.1%} of the FLOPs of matrix products"),
+        ("", f"{plan.split_parameter_bytes:.1%} of the bytes of parameter matrices"),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def _table(title: str, columns: list[tuple[str, bool]], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for name, right in columns:
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _times(folded: Folded) -> str:
+    return f"×{folded.count}" if folded.count > 1 else ""
+
+
+def _parameters(plan: Plan, words: Words) -> Table:
+    def split(parameter: ParameterChoice) -> str:
+        text = words.split(parameter)
+        return f"{text}: {parameter.reason}" if parameter.reason else text
+
+    rows = fold((p.path, (p.shape, p.storage, split(p)), p) for p in plan.parameters)
+    return _table(
+        "Parameters",
+        [("parameter", False), ("", False), ("shape", False), ("placement", False), ("split", False)],
+        [
+            (
+                row.path,
+                _times(row),
+                " × ".join(map(str, row.first.shape)) or "scalar",
+                str(row.first.storage),
+                split(row.first),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _communications(plan: Plan, words: Words) -> Table:
+    moves = [c for c in plan.conversions if c.forward.collective or c.backward.collective]
+
+    def content(conversion: Conversion) -> tuple[object, ...]:
+        op = words.producers.get(conversion.value)
+        return (
+            op.target if op else "",
+            conversion.source,
+            conversion.target,
+            conversion.shape,
+            conversion.nbytes,
+            conversion.requires_grad,
+        )
+
+    rows = fold((words.where(c.value), content(c), c) for c in moves)
+    columns = ["value", "made in", "", "change", "forward", "backward", "shape", "bytes", "time"]
+    return _table(
+        "Communications (one step; bytes and time of each)",
+        [(name, name in ("bytes", "time")) for name in columns],
+        [
+            (
+                row.first.value,
+                row.path,
+                _times(row),
+                f"{row.first.source} → {row.first.target}",
+                movement_text(row.first.forward),
+                movement_text(row.first.backward),
+                row.first.shape,
+                bytes_text(row.first.nbytes),
+                seconds_text(row.first.seconds),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _totals(plan: Plan) -> Table:
+    rows = [
+        (direction, collective.value.replace("_", "-"), str(count), bytes_text(nbytes))
+        for (direction, collective), (count, nbytes) in collective_totals(plan).items()
+    ]
+    if not rows:
+        rows = [("forward and backward", "none", "0", "0 B")]
+    columns = [("pass", False), ("collective", False), ("count", True), ("bytes", True)]
+    return _table("Collectives in one step", columns, rows)
+
+
+def _kernels(plan: Plan) -> list[str]:
+    kernels: dict[str, int] = {}
+    for op in plan.ops:
+        if op.kernel:
+            kernels[op.kernel] = kernels.get(op.kernel, 0) + 1
+    if not kernels:
+        return []
+    text = ", ".join(f"{name} ×{count}" for name, count in kernels.items())
+    return [f"Run by a kernel that may communicate inside, which is not counted above: {text}\n"]
+
+
+def _whole(plan: Plan) -> list[str]:
+    return []
+
+
+_ = (Movement, op_text)

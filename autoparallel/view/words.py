@@ -1,0 +1,133 @@
+"""Plain words for placements, movements and sizes. What a split is called follows from placements.
+
+The loop that is split says what a split is: it is summed ("row") where the reading op's result is
+a pending sum, and it is not ("column") where the result is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from autoparallel.placement import Movement, Partial, Placement, Shard
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+
+__all__ = ["Words", "bytes_text", "movement_text", "op_text", "seconds_text"]
+
+# What a split of the parameter read first is called where a kernel of ours runs the op.
+_KERNELS = {"embedding_rows": "rows of the table"}
+
+
+class Words:
+    """The plan, indexed for telling it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.parameters: Mapping[str, ParameterChoice] = {p.name: p for p in plan.parameters}
+
+    @cached_property
+    def producers(self) -> Mapping[str, OpChoice]:
+        """The op that makes each value."""
+        return {value: op for op in self.plan.ops for value in op.makes}
+
+    @cached_property
+    def readers(self) -> Mapping[str, list[tuple[OpChoice, int]]]:
+        """The ops that read each value, with the position of the operand."""
+        found: dict[str, list[tuple[OpChoice, int]]] = {}
+        for op in self.plan.ops:
+            for position, value in enumerate(op.reads):
+                found.setdefault(value, []).append((op, position))
+        return found
+
+    @cached_property
+    def converted(self) -> Mapping[tuple[str, str], Conversion]:
+        """(value, reader) to the conversion between them. A reader is an op's name or "return"."""
+        return {
+            (conversion.value, reader): conversion
+            for conversion in self.plan.conversions
+            for reader in conversion.readers
+        }
+
+    def where(self, value: str) -> str:
+        """The module in which a value is made, "(input)" for an input."""
+        if value in self.parameters:
+            return self.parameters[value].path
+        op = self.producers.get(value)
+        return "(input)" if op is None else op.where or "(model)"
+
+    def split(self, parameter: ParameterChoice) -> str:
+        """How a parameter is split, in words; "whole" if it is not."""
+        if not isinstance(parameter.storage, Shard):
+            return "whole"
+        names = dict.fromkeys(self.splits(parameter.name))
+        text = " + ".join(names) or f"dim {parameter.storage.dim}"
+        return text + self._parts(parameter.storage)
+
+    def splits(self, value: str) -> list[str]:
+        """What the split of a value is called by each op that reads it, through views."""
+        found = []
+        for op, position in self.readers.get(value, ()):
+            placement = op.operands[position]
+            if not isinstance(placement, Shard):
+                if (value, op.name) in self.converted:
+                    found.append("stored in parts, gathered for use")
+                continue
+            if len(op.reads) == 1 and not op.whole_flops and len(op.makes) == 1:
+                found += self.splits(op.makes[0])
+            else:
+                found.append(self._split(op, position))
+        return found
+
+    def _split(self, op: OpChoice, position: int) -> str:
+        placement = op.operands[position]
+        assert isinstance(placement, Shard)
+        if op.kernel:
+            return _KERNELS.get(op.kernel, f"dim {placement.dim}")
+        if all(isinstance(result, Partial) for result in op.results):
+            return "row: input dim"
+        others = [
+            operand for place, operand in enumerate(op.operands) if place != position
+        ]
+        if not op.whole_flops and any(isinstance(other, Shard) for other in others):
+            return "along with what it is applied to"
+        if any(isinstance(other, Shard) for other in others):
+            return f"dim {placement.dim}, each part with its part of the input"
+        return "column: output dim"
+
+    @staticmethod
+    def _parts(shard: Shard) -> str:
+        text = f", in {shard.blocks} blocks" if shard.blocks > 1 else ""
+        return text + (f", in whole runs of {shard.unit}" if shard.unit > 1 else "")
+
+
+def movement_text(move: Movement) -> str:
+    """ "all-reduce", "–" for nothing."""
+    return "–" if move is Movement.NONE else move.value.replace("_", "-")
+
+
+def op_text(target: str) -> str:
+    """ "linear" for "aten.linear.default"."""
+    parts = target.split(".")
+    return parts[1] if len(parts) > 2 else parts[0]
+
+
+def placement_text(placement: Placement) -> str:
+    """ "whole" for I, else as it prints."""
+    return str(placement)
+
+
+def bytes_text(nbytes: float) -> str:
+    """ "2.0 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """ "1.48 ms"."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return "0 s" if seconds == 0 else f"{seconds * 1e9:.3g} ns"
