@@ -88,12 +88,15 @@ def make_plan(
     hardware: str = "auto",
     unknown_ops: str = "error",
     pins: Mapping[str, Placement] | None = None,
+    product_weight: float | None = None,
 ) -> Plan:
     """The plan of least cost. Needs no devices, no processes and no weights (meta is fine).
 
     Without example_inputs, the model's `example_inputs()` or Hugging Face `dummy_inputs` are used;
     raises InputsNeededError where there is neither. pins: how parameters, by path, are to be
-    stored. Other arguments: see autoparallelize.
+    stored. product_weight: what a second of matrix products counts in the cost; by default 1, and
+    more only for a model so small that leaving it whole would be the fastest. Other arguments: see
+    autoparallelize.
     """
     refuse_wrapped(model)
     options = Options(sequence_parallel, data_parallel, hardware, unknown_ops)
@@ -102,7 +105,14 @@ def make_plan(
     args, kwargs = split_example(example_inputs)
     captured = _trace(model, args, kwargs)
     mesh = Mesh(tp=world_size)
-    return search(captured, type(model).__name__, mesh, options, pins=pins)
+    return search(
+        captured,
+        type(model).__name__,
+        mesh,
+        options,
+        pins=pins,
+        product_weight=product_weight,
+    )
 
 
 def apply_plan(

@@ -31,25 +31,30 @@ def search(
     options: Options,
     stored: Mapping[str, Placement] | None = None,
     pins: Mapping[str, Placement] | None = None,
+    product_weight: float | None = None,
 ) -> Plan:
     """The plan of least cost.
 
     stored: placements (by path) that parameters have already and keep. pins: placements (by path)
     to be tried. A model too small to be worth splitting is split all the same: products are
-    weighted more, step by step, until 95% of their FLOPs are split or more weight splits no more.
+    weighted more, step by step, until 95% of their FLOPs are split or more weight splits no more;
+    product_weight fixes the weight instead.
     Raises UnsupportedOpError, and PlanError where the pins contradict each other.
     """
     graph = at_least(captured.graph, options.tokens)
     hardware = find_hardware(options.hardware)
     network = build_network(graph, mesh.world_size, hardware, options, stored)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
-    unknown = [path for path in pins or {} if path not in paths]
+    unknown = [path for path in pins or {} if path not in captured.aliases]
     if unknown:
-        raise PlanError(f"no parameter {unknown[0]!r} is read by the model")
-    pinned = {paths[path]: placement for path, placement in (pins or {}).items()}
+        raise PlanError(
+            f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
+        )
+    pinned = {paths[path]: pin for path, pin in (pins or {}).items() if path in paths}
     memo = Memo()
     best: tuple[float, float, Solution] | None = None
-    for weight in _WEIGHTS if mesh.world_size > 1 else (1.0,):
+    weights = _WEIGHTS if mesh.world_size > 1 else (1.0,)
+    for weight in weights if product_weight is None else (product_weight,):
         try:
             solution = exact.solve(network.problem(weight, pinned), memo=memo)
         except InfeasibleError as error:

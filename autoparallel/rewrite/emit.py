@@ -345,9 +345,9 @@ class _Emitter:
                 own = getattr(torch._C._nn, name)
                 public = getattr(functional, name, None) is own
                 return f"{'F' if public else 'torch._C._nn'}.{name}({text})"
-            if hasattr(torch._C._VariableFunctions, name) and name not in _METHODS:
+            if hasattr(torch._C._VariableFunctions, name):
                 return f"torch.{name}({text})"
-            if hasattr(torch.Tensor, name) and reads and text.startswith(reads[0]):
+            if name in _METHODS and reads and text.startswith(reads[0]):
                 others = text[len(reads[0]) :].removeprefix(", ")
                 return f"{reads[0]}.{name}({others})"
         return f"torch.ops.{target}({text})"
@@ -372,7 +372,7 @@ class _Emitter:
 
 
 _AS_IS = {"dtype_layout", "Tensor_Scalar_out"}
-_METHODS = {"to"}
+_METHODS = {"expand", "repeat", "to"}
 
 
 def _placements(graph: Graph, plan: Plan) -> Mapping[str, Placement]:

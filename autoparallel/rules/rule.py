@@ -258,12 +258,12 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Ti
 
 
 def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
-    """Whether every rank (but for the last ones of an uneven split) gets something."""
+    """Whether every rank gets something (of a symbolic dim, which may be short, maybe nothing)."""
     size = rule.sizes[tile.loop]
     if isinstance(size, Sym):
         return tile.blocks == 1 and tile.unit == 1
     runs, rest = divmod(size, tile.blocks * tile.unit)
-    return rest == 0 and runs >= world_size
+    return rest == 0 and (world_size - 1) * -(-runs // world_size) < runs
 
 
 def _share(rule: ShardingRule, tile: Tile, world_size: int) -> float:

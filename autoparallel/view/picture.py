@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from autoparallel.placement import Movement, Placement
+from autoparallel.placement import Invariant, Movement, Placement
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.view.fold import index_text
-from autoparallel.view.words import Words
+from autoparallel.view.words import Words, is_unary
 
 __all__ = ["Arrow", "Box", "Picture", "Pill", "draw"]
 
 
 @dataclass(slots=True)
 class Box:
-    """Ops drawn as one. where: their module. inputs: names of values, if it stands for one."""
+    """Ops drawn as one. where: their module.
+
+    kind: "op"; "side" for work that all ranks do on the inputs; "input", "output" and "next" (the
+    next of a run of layers) have no ops.
+    """
 
     name: str
     where: str
@@ -73,24 +77,32 @@ class _Drawing:
         self.image: dict[str, str] = {}  # value of a hidden op -> value of the one that is drawn
         self.hidden: set[str] = set()
         self.repeats: dict[str, tuple[str, int]] = {}
+        inside = [op for op in plan.ops if not within or f"{op.where}.".startswith(f"{within}.")]
         if folded:
-            self._fold()
-        self.ops = [op for op in plan.ops if op.name not in self.hidden and self._inside(op)]
+            self._fold(inside)
+        self.ops = [op for op in inside if op.name not in self.hidden]
         self.alias: dict[str, str] = {}  # result of a view -> what it views
         self.boxes: list[Box] = []
         self.box_of: dict[str, Box] = {}  # by value
+        self.last: Box | None = None
         self.pills: dict[tuple[str, Placement], Pill] = {}
         self.arrows: dict[Arrow, None] = {}
 
-    def _inside(self, op: OpChoice) -> bool:
-        return not self.within or (op.where + ".").startswith(self.within + ".")
-
     def picture(self) -> Picture:
+        """Boxes first, then what runs between them."""
+        side = self._side_work()
         for op in self.ops:
-            if self._is_view(op):
+            if op.name in side:
+                box = side[op.name]
+                if box is not None:
+                    self._put(op, box)
+                    continue
+            if op.name in side or self._is_view(op):
                 self.alias.update(dict.fromkeys(op.makes, op.reads[0]))
-            else:
-                self._place(op)
+                continue
+            if self.last is None or not self._goes_on(self.last, op):
+                self.last = Box(op.name, op.where)
+            self._put(op, self.last)
         for box in list(self.boxes):
             for op in box.ops:
                 self._connect(op, box)
@@ -101,13 +113,13 @@ class _Drawing:
 
     # -- repeated modules
 
-    def _fold(self) -> None:
+    def _fold(self, ops: list[OpChoice]) -> None:
         """Find runs of siblings with one structure, outermost first; hide all but the first."""
-        depth = max((op.where.count(".") + 1 for op in self.plan.ops if op.where), default=0)
-        for position in range(depth):
+        paths = [op.where.split(".") for op in ops]
+        start = self.within.count(".") + 1 if self.within else 0
+        for position in range(start, max(map(len, paths), default=0)):
             members: dict[str, dict[int, list[OpChoice]]] = {}
-            for op in self.plan.ops:
-                parts = op.where.split(".")
+            for op, parts in zip(ops, paths, strict=True):
                 if op.name in self.hidden or len(parts) <= position:
                     continue
                 if parts[position].isdigit():
@@ -140,7 +152,6 @@ class _Drawing:
     def _signature(self, path: str, ops: list[OpChoice]) -> Hashable:
         """What ops do, how, and on what: equal for modules that are drawn alike."""
         made: dict[str, int] = {}
-        names = {op.name for op in ops}
         rows = []
         for op in ops:
             reads: list[Hashable] = []
@@ -152,28 +163,71 @@ class _Drawing:
                     local = parameter.path[len(path) :] if inside else parameter.path
                     reads.append((local, parameter.shape, parameter.storage))
                 elif value in made:
-                    reads.append((made[value], conversion and (conversion.source, conversion.target)))
+                    move = conversion and (conversion.source, conversion.target)
+                    reads.append((made[value], move))
                 else:
                     reads.append("outside")
             made.update({value: len(made) + place for place, value in enumerate(op.makes)})
             rows.append(
                 (op.target, op.where[len(path) :], op.kernel, op.operands, op.results, tuple(reads))
             )
-        del names
         return tuple(rows)
 
     # -- boxes
+
+    def _put(self, op: OpChoice, box: Box) -> None:
+        if not box.ops:
+            self.boxes.append(box)
+        box.ops.append(op)
+        self.box_of.update(dict.fromkeys(op.makes, box))
 
     def _data(self, op: OpChoice) -> list[str]:
         return [value for value in op.reads if value not in self.words.parameters]
 
     def _is_view(self, op: OpChoice) -> bool:
         """Whether an op takes no time and has one operand: it is drawn as part of an arrow."""
-        if op.seconds or op.kernel or op.whole_flops or len(op.reads) != 1:
+        if op.seconds or not is_unary(op):
             return False
-        if op.reads[0] in self.words.parameters:
-            return True
         return not _communicates(self.words.converted.get((op.reads[0], op.name)))
+
+    def _side_work(self) -> dict[str, Box | None]:
+        """Ops that prepare masks, positions and labels, whole on all ranks: by name, their box.
+
+        These depend on inputs alone. What hangs together is one box; None stands for ops that
+        are part of an arrow: chains of ops with one operand, and those within a repeated layer.
+        """
+        made: set[str] = set()
+        groups: dict[str, list[OpChoice]] = {}  # by value: all that hangs together with it
+        side: dict[str, Box | None] = {}
+        outside = {value for op in self.ops for value in op.makes}
+        for op in self.ops:
+            from_side = all(value in made or value not in outside for value in self._data(op))
+            takes_part = len(self._data(op)) == len(op.reads) and from_side
+            whole = all(isinstance(result, Invariant) for result in op.results)
+            if not takes_part or not whole or op.whole_flops or op.kernel or self.within:
+                continue
+            repeated = any(part.isdigit() for part in op.where.split("."))
+            if repeated and not is_unary(op):
+                continue
+            made.update(op.makes)
+            if repeated:
+                side[op.name] = None
+                continue
+            group = [op]
+            for value in op.reads:
+                other = groups.get(value, group)
+                if other is not group:
+                    group += other
+                    for joined in other:
+                        groups.update(dict.fromkeys(joined.makes, group))
+            groups.update(dict.fromkeys(op.makes, group))
+        for group in {id(group): group for group in groups.values()}.values():
+            where = group[0].where
+            for op in group:
+                where = _common(where, op.where)
+            box = None if all(map(is_unary, group)) else Box(group[0].name, where, kind="side")
+            side.update(dict.fromkeys((op.name for op in group), box))
+        return side
 
     def _root(self, value: str) -> str:
         value = self.image.get(value, value)
@@ -182,16 +236,8 @@ class _Drawing:
             value = self.image.get(value, value)
         return value
 
-    def _place(self, op: OpChoice) -> None:
-        """Put an op into the box made last, if it goes on with its work, or a new one."""
-        box = self.boxes[-1] if self.boxes else None
-        if box is None or not self._goes_on(box, op):
-            box = Box(op.name, op.where)
-            self.boxes.append(box)
-        box.ops.append(op)
-        self.box_of.update(dict.fromkeys(op.makes, box))
-
     def _goes_on(self, box: Box, op: OpChoice) -> bool:
+        """Whether an op only goes on with the work of the box: same module, same placement."""
         last = box.ops[-1]
         if box.where != op.where or op.whole_flops or op.kernel or last.kernel:
             return False
@@ -238,26 +284,27 @@ class _Drawing:
         self.arrows[Arrow(self.pills[key].name, target.name)] = None
 
     def _ends(self) -> None:
-        """What leaves: results, and what goes to the next of a run of layers."""
-        read = {value for op in self.plan.ops for value in op.reads}
-        drawn = {op.name for box in self.boxes for op in box.ops}
+        """What leaves: results, what others read, what the next of a run of layers is sent."""
+        drawn = {op.name for op in self.ops}
         for box in [box for box in self.boxes if box.ops]:
-            for value in (value for op in box.ops for value in op.makes):
-                conversion = self.words.converted.get((value, "return"))
-                if value not in read or conversion is not None:
-                    end = Box(f"return {value}", self.within, kind="output")
-                    self.boxes.append(end)
-                    self._arrow(box, end, conversion)
-        for conversion in self.plan.conversions:
-            elsewhere = not drawn.intersection(conversion.readers)
-            source = self.box_of.get(self._root(conversion.value))
-            if not elsewhere or source is None or not _communicates(conversion):
-                continue
-            if conversion.value in self.image or "return" in conversion.readers:
-                continue
-            end = Box(f"next {conversion.value}", source.where, kind="next")
+            for value in [value for op in box.ops for value in op.makes]:
+                returned = self.words.converted.get((value, "return"))
+                readers = [op for op, _ in self.words.readers.get(value, ())]
+                if returned is not None or not readers:
+                    self._end(f"return {value}", "output", box, returned)
+                for op in readers:
+                    conversion = self.words.converted.get((value, op.name))
+                    if op.name in self.hidden:
+                        if _communicates(conversion):
+                            self._end(f"next {value}", "next", box, conversion)
+                    elif op.name not in drawn:
+                        self._end(f"to {op.where or op.name}", "output", box, conversion)
+
+    def _end(self, name: str, kind: str, source: Box, conversion: Conversion | None) -> None:
+        end = Box(name, source.where if kind == "next" else self.within, kind=kind)
+        if all(box.name != name for box in self.boxes):
             self.boxes.append(end)
-            self._arrow(source, end, conversion)
+        self._arrow(source, end, conversion)
 
 
 def _communicates(conversion: Conversion | None) -> bool:

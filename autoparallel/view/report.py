@@ -124,7 +124,13 @@ def _parameters(plan: Plan, words: Words) -> Table:
     rows = fold((p.path, (p.shape, p.storage, split(p)), p) for p in plan.parameters)
     return _table(
         "Parameters",
-        [("parameter", False), ("", False), ("shape", False), ("placement", False), ("split", False)],
+        [
+            ("parameter", False),
+            ("", False),
+            ("shape", False),
+            ("placement", False),
+            ("split", False),
+        ],
         [
             (
                 row.path,

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
-from autoparallel.placement import Movement, Partial, Placement, Shard
+from autoparallel.placement import Movement, Partial, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 
-__all__ = ["Words", "bytes_text", "movement_text", "op_text", "seconds_text"]
+__all__ = ["Words", "bytes_text", "is_unary", "movement_text", "op_text", "seconds_text"]
 
 # What a split of the parameter read first is called where a kernel of ours runs the op.
 _KERNELS = {"embedding_rows": "rows of the table"}
+_PHRASES = {"column": "column: output dim", "row": "row: input dim"}
 
 
 class Words:
@@ -67,37 +68,57 @@ class Words:
         """What the split of a value is called by each op that reads it, through views."""
         found = []
         for op, position in self.readers.get(value, ()):
-            placement = op.operands[position]
-            if not isinstance(placement, Shard):
+            if not isinstance(op.operands[position], Shard):
                 if (value, op.name) in self.converted:
                     found.append("stored in parts, gathered for use")
-                continue
-            if len(op.reads) == 1 and not op.whole_flops and len(op.makes) == 1:
+            elif is_unary(op) and len(op.makes) == 1:
                 found += self.splits(op.makes[0])
             else:
-                found.append(self._split(op, position))
+                found.append(_PHRASES.get(name := self._split(op, position), name))
         return found
 
+    def origin(self, value: str) -> str:
+        """The value that this one is a view or a cast of, itself if it is none."""
+        while (op := self.producers.get(value)) is not None and is_unary(op):
+            value = op.reads[0]
+        return value
+
+    def role(self, op: OpChoice) -> str:
+        """What an op's split is called: "column-parallel"; empty if there is no word for it."""
+        for position, value in enumerate(op.reads):
+            split = isinstance(op.operands[position], Shard)
+            if split and self.origin(value) in self.parameters and (op.whole_flops or op.kernel):
+                name = self._split(op, position)
+                return f"{name}-parallel" if name in _PHRASES else name
+        if not op.whole_flops:
+            return ""
+        result = op.results[0]
+        return f"split along dim {result.dim}" if isinstance(result, Shard) else ""
+
     def _split(self, op: OpChoice, position: int) -> str:
+        """ "row" or "column" where that is what the split of an operand is, else a phrase."""
         placement = op.operands[position]
         assert isinstance(placement, Shard)
         if op.kernel:
             return _KERNELS.get(op.kernel, f"dim {placement.dim}")
         if all(isinstance(result, Partial) for result in op.results):
-            return "row: input dim"
-        others = [
-            operand for place, operand in enumerate(op.operands) if place != position
-        ]
-        if not op.whole_flops and any(isinstance(other, Shard) for other in others):
-            return "along with what it is applied to"
-        if any(isinstance(other, Shard) for other in others):
+            return "row"
+        others = (*op.operands[:position], *op.operands[position + 1 :])
+        if not any(isinstance(other, Shard) for other in others):
+            return "column"
+        if op.whole_flops:
             return f"dim {placement.dim}, each part with its part of the input"
-        return "column: output dim"
+        return "along with the activation"
 
     @staticmethod
     def _parts(shard: Shard) -> str:
         text = f", in {shard.blocks} blocks" if shard.blocks > 1 else ""
         return text + (f", in whole runs of {shard.unit}" if shard.unit > 1 else "")
+
+
+def is_unary(op: OpChoice) -> bool:
+    """Whether an op makes what it makes from one operand, and is no product."""
+    return len(op.reads) == 1 and not op.whole_flops and not op.kernel
 
 
 def movement_text(move: Movement) -> str:
@@ -109,11 +130,6 @@ def op_text(target: str) -> str:
     """ "linear" for "aten.linear.default"."""
     parts = target.split(".")
     return parts[1] if len(parts) > 2 else parts[0]
-
-
-def placement_text(placement: Placement) -> str:
-    """ "whole" for I, else as it prints."""
-    return str(placement)
 
 
 def bytes_text(nbytes: float) -> str:

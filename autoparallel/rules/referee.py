@@ -1,0 +1,387 @@
+"""The judge of rules: a strategy is right if split, run and join equal unsplit, both ways.
+
+It runs the op through the emitter, one thread per rank, so that what it judges is what a plan
+runs. Nothing here depends on how a strategy was found: derived from a rule, or guessed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+
+from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard, gradient
+from autoparallel.plan import OpChoice, ParameterChoice, Plan
+from autoparallel.rewrite.emit import emit
+from autoparallel.rules.registry import find_rule
+from autoparallel.rules.rule import (
+    OpCall,
+    ShardingRule,
+    Strategy,
+    Tile,
+    is_possible,
+    strategies,
+)
+from autoparallel.runtime.collectives import take_part
+from autoparallel.runtime.groups import Group, LocalGroup, SingleGroup, thread_groups
+
+__all__ = ["Example", "derived", "fault", "make_example", "part_of", "tiles_of", "uneven_parts"]
+
+_TOLERANCE = 1e-10
+_PATIENCE_SECONDS = 60.0
+_INVARIANT = Invariant()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One call of an op with real tensors, and what it gives unsplit.
+
+    tensors: the operands by name. results: of the unsplit op. seeds: the gradients that come in,
+    None for a result without one. gradients: of the operands that take one, by name.
+    """
+
+    graph: Graph
+    node: Node
+    tensors: Mapping[str, torch.Tensor]
+    results: tuple[torch.Tensor, ...]
+    seeds: tuple[torch.Tensor | None, ...]
+    gradients: Mapping[str, torch.Tensor]
+    extents: tuple[torch.Tensor, ...] = ()
+
+    @cached_property
+    def call(self) -> OpCall:
+        """The call as a rule sees it."""
+        names = self.node.operands()
+        return OpCall(self.node, tuple(self.graph.values[name] for name in names))
+
+    def __str__(self) -> str:
+        return str(self.node)
+
+
+def _numbers(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Of magnitude 0.5 to 2, of both signs: no zeros, and no two alike."""
+    size = torch.rand(shape, generator=generator, dtype=torch.float64) * 1.5 + 0.5
+    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return size * sign
+
+
+def make_example(
+    target: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    symbolic: Mapping[int, str] | None = None,
+) -> Example:
+    """A call of `target` on real tensors; those that require a gradient are given one.
+
+    args: nested tuples with tensors, one that occurs twice being one operand twice. symbolic:
+    sizes that the program is to take from its inputs, as expressions: {5: "s0", 10: "2*s0"}.
+    """
+    expressions = {size: Sym(sympy.sympify(e), size) for size, e in (symbolic or {}).items()}
+    found: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+
+    def reference(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            name = found.setdefault(id(leaf), f"x{len(found)}")
+            tensors[name] = leaf
+            return Ref(name)
+        if isinstance(leaf, int) and not isinstance(leaf, bool):
+            return expressions.get(leaf, leaf)
+        return leaf
+
+    def value(name: str, tensor: torch.Tensor, grad: bool) -> Value:
+        shape = tuple(expressions.get(size, size) for size in tensor.shape)
+        return Value(name, shape, tensor.dtype, grad and tensor.dtype.is_floating_point)
+
+    named = map_leaves(reference, args)
+    options = tuple((key, map_leaves(reference, item)) for key, item in (kwargs or {}).items())
+    flows = any(tensor.requires_grad for tensor in tensors.values())
+    node = Node("y", "call", target, (), named, options)
+    results = _run_whole(node, tensors)
+    values = tuple(value(f"y{index}", result, flows) for index, result in enumerate(results))
+    node = replace(node, results=values)
+    nodes = [
+        Node(name, "parameter", name, (value(name, tensor, tensor.requires_grad),))
+        for name, tensor in tensors.items()
+    ]
+    extents = {size: sym for size, sym in expressions.items() if sym.expr.is_Symbol}
+    if extents:
+        empty = Value("extents", tuple(extents.values()), torch.float64)
+        nodes.insert(0, Node("extents", "input", "0", (empty,)))
+    graph = Graph((*nodes, node), tuple(result.name for result in values)).verify()
+    author = find_rule(target)
+    if author is not None and author(OpCall(node, _operands(graph, node))).random:
+        names = node.operands()
+        alone = Strategy((_INVARIANT,) * len(names), (_INVARIANT,) * len(values))
+        results = _run(graph, node, alone, SingleGroup(), tensors, ())
+    generator = torch.Generator().manual_seed(len(target))
+    seeds = tuple(
+        _numbers(result.shape, generator).to(result.dtype) if result.requires_grad else None
+        for result in results
+    )
+    return Example(
+        graph,
+        node,
+        {name: tensor.detach() for name, tensor in tensors.items()},
+        tuple(result.detach() for result in results),
+        seeds,
+        _gradients(tensors, results, seeds),
+        (torch.empty(tuple(extents)),) if extents else (),
+    )
+
+
+def _operands(graph: Graph, node: Node) -> tuple[Value, ...]:
+    return tuple(graph.values[name] for name in node.operands())
+
+
+def _run_whole(node: Node, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The op itself, as torch defines it."""
+
+    def actual(leaf: Any) -> Any:
+        return tensors[leaf.name] if isinstance(leaf, Ref) else leaf
+
+    operation: Any = torch.ops
+    for part in node.target.split("."):
+        operation = getattr(operation, part)
+    kwargs = {key: map_leaves(actual, item) for key, item in node.kwargs}
+    made = operation(*map_leaves(actual, _plain(node.args)), **_plain(kwargs))
+    return (made,) if isinstance(made, torch.Tensor) else tuple(made)
+
+
+def _plain(structure: Any) -> Any:
+    """Arguments with the sizes that are symbolic in the program as numbers."""
+    if isinstance(structure, dict):
+        return {key: _plain(item) for key, item in structure.items()}
+    return map_leaves(lambda leaf: leaf.hint if isinstance(leaf, Sym) else leaf, structure)
+
+
+def _gradients(
+    tensors: Mapping[str, torch.Tensor],
+    results: tuple[torch.Tensor, ...],
+    seeds: tuple[torch.Tensor | None, ...],
+) -> dict[str, torch.Tensor]:
+    """Gradient of every operand that requires one; zeros where none comes."""
+    pairs = [
+        (result, seed) for result, seed in zip(results, seeds, strict=True) if seed is not None
+    ]
+    wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    if not pairs or not wanted:
+        return {}
+    ends, starts = zip(*pairs, strict=True)
+    made = torch.autograd.grad(ends, tuple(wanted.values()), starts, allow_unused=True)
+    return {
+        name: torch.zeros_like(tensor) if grad is None else grad
+        for (name, tensor), grad in zip(wanted.items(), made, strict=True)
+    }
+
+
+def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[Tile]:
+    """Every way to split every loop: into all blocks of runs of all units that its size allows."""
+    for loop in rule.loops:
+        size = rule.sizes[loop]
+        yield Tile(loop)
+        if isinstance(size, Sym):
+            continue
+        for blocks in range(1, size // world_size + 1):
+            for unit in range(1, size // (blocks * world_size) + 1):
+                tile = Tile(loop, blocks, unit)
+                if (blocks, unit) != (1, 1) and is_possible(rule, tile, world_size):
+                    yield tile
+
+
+def derived(example: Example, rule: ShardingRule, world_size: int) -> tuple[Strategy, ...]:
+    """Everything that `rule` allows for this call on `world_size` ranks."""
+    operands = tuple(operand.requires_grad for operand in example.call.operands)
+    results = tuple(result.requires_grad for result in example.call.results)
+    return strategies(rule, tiles_of(rule, world_size), operands, results, world_size)
+
+
+def uneven_parts(
+    whole: torch.Tensor, world_size: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Tensors of both signs and of different sizes that add up to `whole`."""
+    if whole.dtype == torch.bool:
+        raise TypeError("truth values have no pending sum")
+    parts = []
+    for rank in range(1, world_size):
+        noise = _numbers(whole.shape, generator) * (rank + 1)
+        if not whole.dtype.is_floating_point:
+            noise = (noise * 4).round()
+        parts.append(noise.to(whole.dtype))
+    rest = whole.clone()
+    for part in parts:
+        rest = rest - part
+    return [rest, *parts]
+
+
+def part_of(
+    whole: torch.Tensor, placement: Placement, world_size: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """What each rank holds of `whole`."""
+    if isinstance(placement, Shard):
+        return [take_part(whole, placement, world_size, rank) for rank in range(world_size)]
+    if isinstance(placement, Partial):
+        return uneven_parts(whole, world_size, generator)
+    return [whole] * world_size
+
+
+def fault(example: Example, strategy: Strategy, world_size: int) -> str:
+    """What is wrong with running the call by `strategy` on `world_size` ranks; "" if nothing is.
+
+    Every rank gets its part of the operands and of the incoming gradients; the parts that it
+    returns must be those of the unsplit results and gradients.
+    """
+    generator = torch.Generator().manual_seed(world_size)
+    storage = _storage(example, strategy)
+    try:
+        leaves = {
+            name: part_of(tensor, storage[name], world_size, generator)
+            for name, tensor in example.tensors.items()
+        }
+        seeds = [
+            [None] * world_size
+            if seed is None
+            else part_of(seed, gradient(placement), world_size, generator)
+            for seed, placement in zip(example.seeds, strategy.results, strict=True)
+        ]
+    except TypeError as error:
+        return str(error)
+    made: list[Any] = [None] * world_size
+    errors: dict[int, BaseException] = {}
+
+    def run(group: LocalGroup) -> None:
+        try:
+            mine = {
+                name: parts[group.rank]
+                .clone(memory_format=torch.contiguous_format)
+                .requires_grad_(name in example.gradients)
+                for name, parts in leaves.items()
+            }
+            arguments = (example.graph, example.node, strategy, group, mine, example.extents)
+            results = _run(*arguments)
+            incoming = tuple(parts[group.rank] for parts in seeds)
+            made[group.rank] = (results, _gradients(mine, results, incoming))
+        except BaseException as error:
+            errors[group.rank] = error
+            group.abort()
+
+    groups = thread_groups(world_size)
+    threads = [threading.Thread(target=run, args=(group,), daemon=True) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_PATIENCE_SECONDS)
+        if thread.is_alive():
+            groups[0].abort()
+    if errors:
+        own = {r: e for r, e in errors.items() if not isinstance(e, threading.BrokenBarrierError)}
+        rank, error = next(iter(sorted((own or errors).items())))
+        return f"rank {rank} failed: {type(error).__name__}: {str(error)[:300]}"
+    for index, (whole, placement) in enumerate(zip(example.results, strategy.results, strict=True)):
+        wrong = _difference([results[index] for results, _ in made], whole, placement)
+        if wrong:
+            return f"result {index}: {wrong}"
+    for name, whole in example.gradients.items():
+        wrong = _difference(
+            [gradients[name] for _, gradients in made], whole, gradient(storage[name])
+        )
+        if wrong:
+            return f"gradient of operand {name}: {wrong}"
+    return ""
+
+
+def _storage(example: Example, strategy: Strategy) -> dict[str, Placement]:
+    """How each operand lies before the call.
+
+    One that is read in two ways starts as a copy, and the emitter converts it to each.
+    """
+    found: dict[str, Placement] = {}
+    for name, placement in zip(example.node.operands(), strategy.operands, strict=True):
+        found[name] = placement if found.get(name, placement) == placement else _INVARIANT
+    return found
+
+
+def _run(
+    graph: Graph,
+    node: Node,
+    strategy: Strategy,
+    group: Group,
+    operands: Mapping[str, torch.Tensor],
+    extents: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, ...]:
+    """The emitted program of one rank, run on its parts."""
+    names = tuple(node.operands())
+    found: dict[str, Placement] = {}
+    for name, placement in zip(names, strategy.operands, strict=True):
+        found[name] = placement if found.get(name, placement) == placement else _INVARIANT
+    choice = OpChoice(
+        node.name,
+        node.target,
+        node.where,
+        node.line,
+        names,
+        tuple(value.name for value in node.results),
+        strategy.operands,
+        strategy.results,
+        strategy.kernel.name if strategy.kernel else "",
+    )
+    plan = Plan(
+        model="example",
+        mesh=Mesh(axis=group.world_size),
+        options=Options(),
+        hardware="",
+        fingerprint=graph.fingerprint,
+        parameters=tuple(
+            ParameterChoice(name, name, (), 0, placement) for name, placement in found.items()
+        ),
+        ops=(choice,),
+        conversions=(),
+        outputs=strategy.results,
+        cost=0.0,
+        lower_bound=0.0,
+        method="",
+        seconds=0.0,
+        product_weight=1.0,
+    )
+    program = emit(graph, plan, group, node.target)
+    leaves = [operands[path] for path in program.parameters]
+    results, _ = program.run(leaves, [], [], list(extents), torch.device("cpu"))
+    return tuple(results)
+
+
+def _difference(parts: list[torch.Tensor], whole: torch.Tensor, placement: Placement) -> str:
+    """Where what the ranks hold is not `whole` under `placement`; "" if it is."""
+    parts = [part.detach() for part in parts]
+    world_size = len(parts)
+    if any(part.dtype != whole.dtype for part in parts):
+        return f"dtype {[str(part.dtype) for part in parts]}, not {whole.dtype}"
+    if isinstance(placement, Partial):
+        if any(part.shape != whole.shape for part in parts):
+            return f"shapes {[tuple(part.shape) for part in parts]}, not {tuple(whole.shape)}"
+        return _apart("the sum over ranks", torch.stack(parts).sum(0).to(whole.dtype), whole)
+    for rank, part in enumerate(parts):
+        expected = whole
+        if isinstance(placement, Shard):
+            expected = take_part(whole, placement, world_size, rank)
+        wrong = _apart(f"rank {rank}", part, expected)
+        if wrong:
+            return wrong
+    return ""
+
+
+def _apart(what: str, actual: torch.Tensor, expected: torch.Tensor) -> str:
+    if actual.shape != expected.shape:
+        return f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    if actual.is_floating_point():
+        if torch.allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+            return ""
+        return f"{what} is off by {(actual - expected).abs().max().item():.3g}"
+    return "" if torch.equal(actual, expected) else f"{what} differs"

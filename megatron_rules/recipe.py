@@ -1,0 +1,100 @@
+"""The published partition, stated as a plan: which parameter Megatron-LM splits, and how.
+
+This is a person's table for one kind of model, by parameter names. The planner never reads it; it
+is what the planner's own plan is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from autoparallel.api import make_plan
+from autoparallel.placement import Invariant, Placement, Shard
+from autoparallel.plan import Plan
+
+__all__ = ["PARTITIONS", "partition", "recipe"]
+
+COLUMN, ROW = Shard(0), Shard(1)
+FUSED = Shard(0, blocks=3)
+
+# Per kind of model (the class's name), patterns of parameter paths. What no pattern names is
+# whole: norms, biases of row-parallel products, position embeddings, BERT's dense head.
+# Sources: arXiv:1909.08053 section 3 (column then row, heads, vocabulary).
+PARTITIONS: Mapping[str, tuple[tuple[str, Placement], ...]] = {
+    "GPT": (
+        ("token_embedding.weight", COLUMN),
+        ("*.query_key_value.*", FUSED),
+        ("*.projection.weight", ROW),
+        ("*.feed_forward.expand.*", COLUMN),
+        ("*.feed_forward.contract.weight", ROW),
+    ),
+    "Bert": (
+        ("token_embedding.weight", COLUMN),
+        ("head_bias", COLUMN),
+        ("*.query_key_value.*", FUSED),
+        ("*.projection.weight", ROW),
+        ("*.feed_forward.expand.*", COLUMN),
+        ("*.feed_forward.contract.weight", ROW),
+    ),
+    # Hugging Face's GPT-2 keeps its weights transposed: (in, out).
+    "GPT2LMHeadModel": (
+        ("lm_head.weight", COLUMN),
+        ("*.c_attn.weight", Shard(1, blocks=3)),
+        ("*.c_attn.bias", FUSED),
+        ("*.attn.c_proj.weight", Shard(0)),
+        ("*.c_fc.weight", Shard(1)),
+        ("*.c_fc.bias", COLUMN),
+        ("*.mlp.c_proj.weight", Shard(0)),
+    ),
+    "BertForMaskedLM": (
+        ("cls.predictions.decoder.*", COLUMN),
+        ("*.self.query.*", COLUMN),
+        ("*.self.key.*", COLUMN),
+        ("*.self.value.*", COLUMN),
+        ("*.attention.output.dense.weight", ROW),
+        ("*.intermediate.dense.*", COLUMN),
+        ("*.layer.*.output.dense.weight", ROW),
+    ),
+    "LlamaForCausalLM": (
+        ("model.embed_tokens.weight", COLUMN),
+        ("lm_head.weight", COLUMN),
+        ("*.q_proj.weight", COLUMN),
+        ("*.k_proj.weight", COLUMN),
+        ("*.v_proj.weight", COLUMN),
+        ("*.o_proj.weight", ROW),
+        ("*.gate_proj.weight", COLUMN),
+        ("*.up_proj.weight", COLUMN),
+        ("*.down_proj.weight", ROW),
+    ),
+}
+
+
+def partition(model: nn.Module) -> dict[str, Placement]:
+    """How Megatron-LM stores each parameter, by path.
+
+    Raises ValueError for a kind of model that nobody has written a table for.
+    """
+    kind = type(model).__name__
+    if kind not in PARTITIONS:
+        raise ValueError(f"no published partition for {kind}; there is one for {list(PARTITIONS)}")
+    found: dict[str, Placement] = {}
+    for path, _ in model.named_parameters(remove_duplicate=False):
+        matches = (place for pattern, place in PARTITIONS[kind] if fnmatchcase(path, pattern))
+        found[path] = next(matches, Invariant())
+    return found
+
+
+def recipe(
+    model: nn.Module, world_size: int, *, example_inputs: Any = None, **options: Any
+) -> Plan:
+    """Megatron-LM's partition of `model` as a plan: parameters as published, the rest follows.
+
+    options: those of make_plan. Raises ValueError as `partition` does.
+    """
+    return make_plan(
+        model, world_size, example_inputs=example_inputs, pins=partition(model), **options
+    )

@@ -1,0 +1,131 @@
+"""Loss, logits and every gradient equal the unsplit model's, in float64 and in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import (
+    FAMILIES,
+    Float64,
+    build,
+    gradients_of,
+    inputs_for,
+    loss_and_logits,
+    relative_error,
+    worst_gradient,
+)
+from processes import run_processes
+
+import autoparallel
+from autoparallel.runtime.module import state_of
+from autoparallel.runtime.parameters import whole_tensor
+
+TOLERANCE = 1e-10
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eight_simulated_ranks(name: str, sequence_parallel: bool) -> None:
+    """Vocabulary 211 and a sequence of 10 do not divide by 8."""
+    with Float64():
+        model, inputs = build(name), inputs_for(name)
+        loss, logits = loss_and_logits(model(**inputs))
+        expected = gradients_of(model, inputs)
+        result = autoparallel.simulate(
+            model, 8, example_inputs=inputs, sequence_parallel=sequence_parallel
+        )
+    own_loss, own_logits = loss_and_logits(result.output)
+    assert relative_error(own_loss, loss.detach()) < TOLERANCE
+    assert relative_error(own_logits, logits.detach()) < TOLERANCE
+    assert worst_gradient(dict(result.gradients), expected)[0] < TOLERANCE
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_head_counts_that_do_not_divide(world_size: int) -> None:
+    """Six heads: parts of unequal size, or whole where there are too few."""
+    model = build("gpt", hidden=36, heads=6)
+    inputs = inputs_for("gpt")
+    result = autoparallel.simulate(model, world_size, example_inputs=inputs)
+    assert worst_gradient(dict(result.gradients), gradients_of(model, inputs))[0] < TOLERANCE
+
+
+def compare_processes(rank: int, cases: list[tuple[str, bool]]) -> dict[tuple[str, bool], Any]:
+    """Errors of each case on real gloo processes."""
+    torch.set_num_threads(1)
+    found: dict[tuple[str, bool], Any] = {}
+    world_size = torch.distributed.get_world_size()
+    for name, sequence_parallel in cases:
+        with Float64():
+            model, inputs = build(name, layers=1), inputs_for(name)
+            loss, logits = loss_and_logits(model(**inputs))
+            expected = gradients_of(model, inputs)
+            parallel = autoparallel.autoparallelize(
+                model, world_size, example_inputs=inputs, sequence_parallel=sequence_parallel
+            )
+            own_loss, own_logits = loss_and_logits(parallel(**inputs))
+            own_loss.backward()
+            if hasattr(own_logits, "full_tensor"):
+                own_logits = own_logits.full_tensor()
+            state = state_of(parallel)
+            own = {
+                path: whole_tensor(p.grad, state.storage[path], state.group)
+                for path, p in parallel.named_parameters(remove_duplicate=False)
+                if p.grad is not None
+            }
+        found[name, sequence_parallel] = (
+            relative_error(own_loss.detach(), loss.detach()),
+            relative_error(own_logits.detach(), logits.detach()),
+            *worst_gradient(own, expected),
+        )
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gloo_processes(world_size: int) -> None:
+    """All families, with and without sequence parallelism, in one launch."""
+    cases = [(name, split) for name in FAMILIES for split in (False, True)]
+    for results in run_processes(compare_processes, world_size, cases, timeout_seconds=400):
+        assert list(results) == cases
+        for case, (loss, logits, gradient, where) in results.items():
+            assert max(loss, logits, gradient) < TOLERANCE, (case, loss, logits, gradient, where)
+
+
+def train_three_ways(rank: int) -> list[list[float]]:
+    """Losses of 20 AdamW steps in float32: automatic, Megatron's layers, plain."""
+    from megatron_rules.models import ParallelGPT
+
+    torch.set_num_threads(1)
+    world_size = torch.distributed.get_world_size()
+    plain = build("gpt").float()
+    inputs = inputs_for("gpt", batch=4, sequence=16)
+    manual = ParallelGPT(plain.config, sequence_parallel=True)
+    manual.load_plain(plain.state_dict())
+    automatic = autoparallel.autoparallelize(plain, world_size, example_inputs=inputs)
+    curves = []
+    for model in (automatic, manual, plain):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        curve = []
+        for step in range(20):
+            batch = {key: value.roll(step, 0) for key, value in inputs.items()}
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            if hasattr(model, "finish_gradients"):
+                model.finish_gradients()
+            if model is not manual:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+            optimizer.step()
+            curve.append(float(loss))
+        curves.append(curve)
+    return curves
+
+
+def test_twenty_steps_give_the_same_three_curves() -> None:
+    """Automatic, by hand and plain, from the same weights on the same batches."""
+    for automatic, manual, plain in run_processes(train_three_ways, 2):
+        assert plain[-1] < 0.8 * plain[0]
+        for own, other, reference in zip(automatic, manual, plain, strict=True):
+            assert abs(own - reference) < 1e-4
+            assert abs(other - reference) < 1e-4

@@ -1,0 +1,158 @@
+"""Megatron's partition comes out of the cost alone, on models the planner knows nothing about."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import HIDDEN, TRANSFORMERS, VOCABULARY, build, inputs_for, loss_and_logits
+from processes import run_processes
+
+import autoparallel
+from autoparallel.placement import Invariant, Shard
+from autoparallel.runtime.counting import CollectiveCounter
+from megatron_rules.recipe import partition, recipe
+
+BATCH, SEQUENCE = 3, 10
+TOKENS = BATCH * SEQUENCE * HIDDEN
+Case = tuple[str, bool]
+
+
+def count(rank: int, cases: list[Case]) -> dict[Case, Any]:
+    """Collectives of the running module, forward and backward, with one layer and with three."""
+    torch.set_num_threads(1)
+    found: dict[Case, Any] = {}
+    for name, sequence_parallel in cases:
+        rows = []
+        for layers in (1, 3):
+            inputs = inputs_for(name, BATCH, SEQUENCE)
+            model = autoparallel.autoparallelize(
+                build(name, layers).float(),
+                torch.distributed.get_world_size(),
+                example_inputs=inputs,
+                sequence_parallel=sequence_parallel,
+                check_inputs=0,
+            )
+            with CollectiveCounter() as forward:
+                loss, _ = loss_and_logits(model(**inputs))
+            with CollectiveCounter() as backward:
+                loss.backward()
+            rows.append([[(e.kind, e.numel) for e in c.events] for c in (forward, backward)])
+        found[name, sequence_parallel] = rows
+    return found
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[Case, Any]:
+    """All families in one launch of two processes."""
+    cases = [(name, split) for name in TRANSFORMERS for split in (False, True)]
+    results: dict[Case, Any] = run_processes(count, 2, cases, timeout_seconds=400)[0]
+    return results
+
+
+def per_layer(one: list[Any], three: list[Any]) -> Counter[tuple[str, int]]:
+    """What each further layer adds."""
+    added = Counter(map(tuple, three))
+    added.subtract(Counter(map(tuple, one)))
+    assert all(number % 2 == 0 for number in added.values())
+    return Counter({key: number // 2 for key, number in added.items() if number})
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_two_all_reduces_forward_and_two_backward(counted: dict[Case, Any], name: str) -> None:
+    """arXiv:1909.08053, section 3: nothing else crosses the links in a layer."""
+    one, three = counted[name, False]
+    for direction in (0, 1):
+        layer = per_layer(one[direction], three[direction])
+        assert layer == {("all_reduce", TOKENS): 2}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_sequence_parallelism_takes_their_place(counted: dict[Case, Any], name: str) -> None:
+    """arXiv:2205.05198, section 4.2.2; small sums of norms' and biases' gradients besides."""
+    one, three = counted[name, True]
+    for direction in (0, 1):
+        layer = per_layer(one[direction], three[direction])
+        large = {key: number for key, number in layer.items() if key[1] > 4 * HIDDEN}
+        kinds: Counter[str] = Counter()
+        for (kind, _), number in large.items():
+            kinds[kind] += number
+        assert kinds == {"all_gather": 2, "reduce_scatter": 2}
+        small = {kind for kind, numel in layer if numel <= 4 * HIDDEN}
+        assert small <= ({"all_reduce"} if direction else set())
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_logits_never_cross_the_links(
+    counted: dict[Case, Any], name: str, sequence_parallel: bool
+) -> None:
+    """The largest tensor exchanged is far smaller than the (b, s, V) logits."""
+    for run in counted[name, sequence_parallel]:
+        assert max(numel for events in run for _, numel in events) < BATCH * SEQUENCE * VOCABULARY
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_weights_are_split_as_published(name: str, world_size: int) -> None:
+    """Column then row, heads, fused weights in three blocks, the tied table by vocabulary."""
+    model, inputs = build(name), inputs_for(name)
+    plan = autoparallel.make_plan(model, world_size, example_inputs=inputs, sequence_parallel=False)
+    published = partition(model)
+    for parameter in plan.parameters:
+        expected = published[parameter.path]
+        inside = re.search(r"\.\d+\.", parameter.path)
+        if inside or (len(parameter.shape) == 2 and name != "hf-llama" and expected != Invariant()):
+            assert parameter.storage == expected, parameter.path
+    assert plan.split_flops == 1.0
+    heads = [op for op in plan.ops if "attention" in op.target]
+    assert heads
+    assert all(placement == Shard(1) for op in heads for placement in op.operands[:3])
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("hardware", ["cpu", "dgx-a100"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_no_dearer_than_the_recipe(name: str, hardware: str, sequence_parallel: bool) -> None:
+    """Under the same objective."""
+    model, inputs = build(name), inputs_for(name)
+    options: dict[str, Any] = {
+        "example_inputs": inputs,
+        "hardware": hardware,
+        "sequence_parallel": sequence_parallel,
+    }
+    own = autoparallel.make_plan(model, 4, **options)
+    published = recipe(model, 4, product_weight=own.product_weight, **options)
+    assert own.cost <= published.cost * (1 + 1e-12)
+
+
+def test_the_planner_knows_no_names() -> None:
+    """No module's or parameter's name, and no model's, stands in what decides."""
+    root = Path(autoparallel.__file__).parent
+    words = re.compile(
+        r"attn|c_fc|c_proj|qkv|lm_head|mlp|gpt|bert|llama|q_proj|wte|query_key|token_embedding"
+        r"|feed_forward|\.blocks\.|named_parameters",
+        re.IGNORECASE,
+    )
+    files = [*root.glob("rules/*.py"), *root.glob("cost/*.py"), *root.glob("rewrite/*.py")]
+    files += [root / "network.py", root / "search.py", root / "graph" / "passes.py"]
+    files += list((root.parent / "planners").glob("*.py"))
+    found = [
+        f"{file.name}:{number}: {line.strip()}"
+        for file in files
+        for number, line in enumerate(_code(file), 1)
+        if words.search(line)
+    ]
+    assert not found
+
+
+def _code(file: Path) -> list[str]:
+    """The file's lines without docstrings and comments: what a program can act on."""
+    text = re.sub(
+        r'""".*?"""', lambda match: "\n" * match[0].count("\n"), file.read_text(), flags=re.S
+    )
+    return [line.partition("#")[0] for line in text.splitlines()]

@@ -1,0 +1,54 @@
+"""The type system of spmd_types accepts what is emitted, and refuses it with a conversion gone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import spmd_types
+import torch.distributed as dist
+from families import TRANSFORMERS, build, inputs_for
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import autoparallel
+from autoparallel.runtime.typecheck import typecheck_plan
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.fixture
+def fake_processes() -> Iterator[None]:
+    """Rank 0 of two that do not exist."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.usefixtures("fake_processes")
+def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bool) -> None:
+    """Each conversion in turn is replaced by its operand: every one is missed."""
+    model, inputs = build(name, layers=1).float(), inputs_for(name)
+    plan = autoparallel.make_plan(
+        model, 2, example_inputs=inputs, sequence_parallel=sequence_parallel
+    )
+    sources: list[str] = []
+
+    def keep(source: str) -> str:
+        sources.append(source)
+        return source
+
+    typecheck_plan(model, plan, (), inputs, alter=keep)
+    conversions = [line for line in sources[0].splitlines() if "= convert(" in line]
+    assert conversions
+    for line in conversions:
+        broken = re.sub(r"= convert\((\w+),.*", r"= \1", line)
+        # Where a split dim is joined or cut, the shapes do not fit either.
+        with pytest.raises((spmd_types.SpmdTypeError, RuntimeError)) as caught:
+            typecheck_plan(
+                model, plan, (), inputs, alter=lambda s, o=line, n=broken: s.replace(o, n)
+            )
+        if not re.search(r"\bS\d", line.partition("group,")[2]):
+            assert isinstance(caught.value, spmd_types.SpmdTypeError)
