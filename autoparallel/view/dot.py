@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from os import PathLike
@@ -43,40 +46,76 @@ _FORWARD = "#c2185b"
 _BACKWARD = "#6a3fa0"
 _FONT = "DejaVu Sans,Verdana,sans-serif"
 _GREY = "#546e7a"
-_DEPTH = 3
+_GAP = "&#160;&#160;&#160;"
+_DEPTH = 3  # of nested modules that are framed
+_NAMED = 6  # ops in a box that are named
 
 
-def write_svg(plan: Plan, path: str | PathLike[str], *, layers: Layers = "fold") -> None:
+def write_svg(
+    plan: Plan, path: str | PathLike[str], *, layers: Layers = "fold", within: str = ""
+) -> None:
     """Write the picture as one self-contained SVG file, the same for the same plan.
 
-    layers: "fold" draws repeated modules once, "all" draws every one.
+    layers: "fold" draws repeated modules once, "all" draws every one. within: as for to_dot.
     """
-    import pygraphviz
-
-    graph = pygraphviz.AGraph(string=to_dot(plan, layers=layers))
-    Path(path).write_bytes(graph.draw(path=None, format="svg", prog="dot"))
+    Path(path).write_bytes(_render(to_dot(plan, layers=layers, within=within)))
 
 
 def to_dot(plan: Plan, *, layers: Layers = "fold", within: str = "") -> str:
-    """The picture as DOT text. within: a module's path, to draw only what is in it."""
+    """The picture as DOT text. within: a module's path, to draw only what is in it.
+
+    Raises ValueError for other layers, and where nothing is in the module.
+    """
     if layers not in ("fold", "all"):
         raise ValueError(f'layers must be "fold" or "all", not {layers!r}')
     picture = draw(plan, layers == "fold", within)
+    if within and not picture.boxes:
+        raise ValueError(f"no op of {plan.model} is in a module {within!r}")
     graph = graphviz.Digraph("plan")
-    graph.attr("graph", fontname=_FONT, bgcolor="white", label=_legend(plan), labelloc="t")
-    graph.attr("graph", nodesep="0.25", ranksep="0.3", pad="0.2", fontsize="10")
+    graph.attr("graph", fontname=_FONT, fontsize="10", bgcolor="white", pad="0.15")
+    graph.attr("graph", label=_legend(plan, within), labelloc="t", nodesep="0.2", ranksep="0.22")
     graph.attr("node", fontname=_FONT, fontsize="10", shape="box", style="rounded,filled")
-    graph.attr("node", margin="0.1,0.05", height="0.3")
+    graph.attr("node", margin="0.12,0.03", height="0.2", color=_GREY)
     graph.attr("edge", fontname=_FONT, fontsize="8", color="#607d8b", arrowsize="0.6")
     _fill(graph, _tree(picture), _Painter(plan, picture), "", 0)
     pills = {pill.name: pill for pill in picture.pills}
     for arrow in picture.arrows:
-        pill = pills.get(arrow.source) or pills.get(arrow.target)
         attributes: dict[str, str] = {}
+        pill = pills.get(arrow.source) or pills.get(arrow.target)
         if pill is not None:
-            attributes = {"color": _colour(pill.conversion), "penwidth": "2.5"}
-        graph.edge(_key(arrow.source), _key(arrow.target), label=arrow.label, **attributes)
+            width = "2.5" if arrow.target in pills else "1.5"
+            attributes = {"color": _colour(pill.conversion), "penwidth": width}
+        if arrow.label:
+            attributes.update(label=f" {arrow.label}", fontcolor=_GREY)
+        graph.edge(arrow.source, arrow.target, **attributes)
     return str(graph.source)
+
+
+def _render(source: str) -> bytes:
+    """The SVG of a DOT text, by the engine that comes with pygraphviz: no `dot` is needed."""
+    import pygraphviz
+
+    with _without_font_warnings():
+        svg = pygraphviz.AGraph(string=source).draw(path=None, format="svg", prog="dot")
+    assert isinstance(svg, bytes)
+    return svg
+
+
+@contextmanager
+def _without_font_warnings() -> Iterator[None]:
+    """Keep from stderr what the engine's own fontconfig says about a newer system's settings."""
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file:
+                if not line.startswith(b"Fontconfig warning"):
+                    os.write(2, line)
 
 
 @dataclass(slots=True)
@@ -93,7 +132,8 @@ class _Module:
 
 def _tree(picture: Picture) -> _Module:
     root = _Module()
-    for item in (*picture.boxes, *picture.pills):
+    items: tuple[Box | Pill, ...] = (*picture.boxes, *picture.pills)
+    for item in items:
         module = root
         for part in item.where.split(".") if item.where else ():
             module = module.children.setdefault(part, _Module())
@@ -142,64 +182,85 @@ class _Painter:
         return f"<<b>{escape(local)}</b>{times if count > 1 else ''}>"
 
     def paint(self, graph: Any, item: Box | Pill, path: str) -> None:
+        """Add one node. path: of the cluster that it is in."""
         if isinstance(item, Pill):
-            self._pill(graph, item)
-        elif item.kind == "op":
+            colour = _colour(item.conversion)
+            first, *others = self._moves(item.conversion)
+            kinds = _small(f"{item.conversion.source} → {item.conversion.target}")
+            rows = _rows([f"{first}{_GAP}{kinds}", *others])
+            graph.node(item.name, rows, fillcolor="white", color=colour, penwidth="2.5")
+        elif item.ops:
             self._box(graph, item, path)
         else:
-            label = {"input": item.name, "output": item.name, "next": "next layer"}[item.kind]
-            graph.node(_key(item.name), label, shape="plaintext", style="", fontcolor=_GREY)
+            label = {"input": f"input {item.name}", "next": "next layer"}.get(item.kind, item.name)
+            if item.kind == "input" and item.name in self.words.producers:
+                label = f"from {self.words.where(item.name)}"
+            graph.node(item.name, label, shape="plaintext", style="", fontcolor=_GREY)
 
     def _box(self, graph: Any, box: Box, path: str) -> None:
+        names = list(dict.fromkeys(op_text(op.target) for op in box.ops))
+        ops = escape(", ".join(names[:_NAMED]))
+        if len(names) > _NAMED:
+            ops += ", …"
+        local = box.where.removeprefix(path).removeprefix(".")
+        if box.kind == "side" and len(box.ops) > 1:
+            local = f"{len(box.ops)} ops on inputs alone"
+        roles = [role for op in box.ops if (role := self.words.role(op))]
         placement = box.placement
+        rows = [f"<b>{escape(local) or ops}</b>{_GAP}{_badge(placement)}"]
+        role = f"<b>{escape(roles[0])}</b>" if roles else ""
+        if local or role:
+            rows.append(
+                f'<font point-size="9">{" — ".join(filter(None, [local and ops, role]))}</font>'
+            )
+        rows += [_small(text) for text in (*self._shares(box), *self._parameters(box))]
         kind = type(placement) if placement is not None else Invariant
-        local = box.where[len(path) + 1 :] if path and box.where != path else box.where
-        local = "" if box.where == path else local
-        names = ", ".join(dict.fromkeys(op_text(op.target) for op in box.ops))
-        rows = [f"<b>{escape(names)}</b>  {_badge(placement)}"]
-        if local:
-            rows.append(_small(escape(local)))
-        rows += self._parameters(box)
         graph.node(
-            _key(box.name),
+            box.name,
             _rows(rows),
             fillcolor=_FILL[kind],
             color=_LINE[kind],
             tooltip="\n".join(op.name for op in box.ops),
         )
 
+    def _shares(self, box: Box) -> list[str]:
+        """What each rank does of a product, and who communicates inside."""
+        found = [f"kernel {escape(op.kernel)}" for op in box.ops if op.kernel]
+        for op in box.ops:
+            if op.whole_flops and self.plan.world_size > 1:
+                found.append(f"{op.flops / op.whole_flops:.0%} of the FLOPs on each rank")
+        return found
+
     def _parameters(self, box: Box) -> list[str]:
         rows = []
         for op in box.ops:
             for value in op.reads:
-                parameter = self.words.parameters.get(value)
+                parameter = self.words.parameters.get(self.words.origin(value))
                 if parameter is None:
                     continue
-                name = parameter.path.removeprefix(op.where + ".") if op.where else parameter.path
-                split = self.words.split(parameter) if not parameter.reason else "whole"
-                text = f"{escape(name)}  {parameter.storage}  {escape(split)}"
+                name = parameter.path.removeprefix(f"{op.where}.") if op.where else parameter.path
+                shape = "×".join(map(str, parameter.shape))
+                how = "whole" if parameter.reason else str(parameter.storage)
                 conversion = self.words.converted.get((value, op.name))
-                rows.append(_small(text + (_moves(conversion) if conversion else "")))
+                moves = self._moves(conversion) if conversion else []
+                rows.append(_GAP.join([f"{escape(name)} {shape} <b>{how}</b>", *moves]))
         return rows
 
-    def _pill(self, graph: Any, pill: Pill) -> None:
-        conversion = pill.conversion
-        rows = [f"<b>{conversion.source} → {conversion.target}</b>"]
-        rows.append(_small(_moves(conversion).strip()))
-        colour = _colour(conversion)
-        graph.node(_key(pill.name), _rows(rows), fillcolor="white", color=colour, penwidth="2.5")
+    def _moves(self, conversion: Conversion) -> list[str]:
+        """What is communicated, forward and backward."""
+        found = []
+        for name, move, colour in (
+            ("forward", conversion.forward, _FORWARD),
+            ("backward", conversion.backward, _BACKWARD),
+        ):
+            if move.collective:
+                what = f"{movement_text(move)} {bytes_text(conversion.nbytes)}"
+                found.append(f'<font color="{colour}">{name}: <b>{what}</b></font>')
+        return found
 
 
-def _moves(conversion: Conversion) -> str:
-    found = []
-    for name, move, colour in (
-        ("forward", conversion.forward, _FORWARD),
-        ("backward", conversion.backward, _BACKWARD),
-    ):
-        if move.collective:
-            text = f"{name}: {movement_text(move)} {bytes_text(conversion.nbytes)}"
-            found.append(f'<font color="{colour}"><b>{escape(text)}</b></font>')
-    return "  " + "  ".join(found) if found else ""
+def _colour(conversion: Conversion) -> str:
+    return _FORWARD if conversion.forward.collective else _BACKWARD
 
 
 def _rows(rows: list[str]) -> str:
@@ -217,25 +278,20 @@ def _badge(placement: Placement | None) -> str:
     return f'<font color="{_LINE[type(placement)]}"><b>{placement}</b></font>'
 
 
-def _colour(conversion: Conversion) -> str:
-    return _FORWARD if conversion.forward.collective else _BACKWARD
-
-
-def _key(name: str) -> str:
-    return name.replace(":", "_")
-
-
-def _legend(plan: Plan) -> str:
-    cells = "".join(
-        f'<td bgcolor="{_FILL[kind]}" color="{_LINE[kind]}" border="1">{text}</td>'
+def _legend(plan: Plan, within: str) -> str:
+    cells = [
+        f'<td bgcolor="{_FILL[kind]}" color="{_LINE[kind]}" border="1" style="rounded">{text}</td>'
         for kind, text in _MEANING
+    ]
+    forward = f'<td><font color="{_FORWARD}"><b>━</b> communicates in forward</font></td>'
+    backward = f'<td><font color="{_BACKWARD}"><b>━</b> only in backward</font></td>'
+    what = f"{within} of {plan.model}" if within else plan.model
+    title = (
+        f'<font point-size="13"><b>{escape(what)}</b> on {escape(str(plan.mesh))}, '
+        f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}</font>"
     )
-    lines = (
-        f'<td><font color="{_FORWARD}"><b>━ communicates in forward</b></font></td>'
-        f'<td><font color="{_BACKWARD}"><b>━ only in backward</b></font></td>'
-    )
-    title = f'<font point-size="14"><b>{escape(plan.model)}</b> on {escape(str(plan.mesh))}</font>'
+    table = '<table border="0" cellborder="0" cellspacing="5" cellpadding="5">'
     return (
-        '<<table border="0" cellborder="0" cellspacing="4" cellpadding="3">'
-        f'<tr><td colspan="6">{title}</td></tr><tr>{cells}{lines}</tr></table>>'
+        f'<{table}<tr><td colspan="3">{title}</td></tr>'
+        f"<tr>{cells[0]}{cells[1]}{forward}</tr><tr>{cells[2]}{cells[3]}{backward}</tr></table>>"
     )

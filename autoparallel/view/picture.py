@@ -221,7 +221,9 @@ class _Drawing:
                     for joined in other:
                         groups.update(dict.fromkeys(joined.makes, group))
             groups.update(dict.fromkeys(op.makes, group))
+        order = {op.name: place for place, op in enumerate(self.ops)}
         for group in {id(group): group for group in groups.values()}.values():
+            group.sort(key=lambda op: order[op.name])
             where = group[0].where
             for op in group:
                 where = _common(where, op.where)
