@@ -86,9 +86,9 @@ def _groups(
     for name, child in children.items():
         if not child._modules or homes[id(child)] > 1:
             continue
-        print_ = _fingerprint(child, positions, occurrences)
-        if print_ is not None:
-            alike.setdefault(print_, []).append((_join(path, name), child))
+        mark = _fingerprint(child, positions, occurrences)
+        if mark is not None:
+            alike.setdefault(mark, []).append((_join(path, name), child))
     for members in alike.values():
         if len(members) >= _FEWEST:
             inside = {name for name, _ in members[0][1].named_modules()}

@@ -10,6 +10,7 @@ raises Unfoldable, and the caller traces the whole model instead.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,9 +89,10 @@ class Folding:
         self.failure: Unfoldable | None = None
         self.hidden: dict[str, nn.Module] = {}
         self.traced: dict[int, list[Traced]] = {}
-        self.paths: dict[int, str] = {}
+        self.blocks: dict[int, tuple[str, nn.Module]] = {}
         self.calls: dict[int, tuple[str, Traced]] = {}
         self.twins: dict[int, Traced] = {}
+        self.marks: dict[int, str] = {}
         self._keys = itertools.count()
         self._inside = False
 
@@ -98,6 +100,15 @@ class Folding:
         """The exception to raise; remembered, as the model may catch it."""
         self.failure = self.failure or Unfoldable(reason, path)
         return self.failure
+
+    def repeats(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of the blocks that are one block's copies, for every block that was copied."""
+        copies: dict[int, list[str]] = {}
+        for path, traced in self.calls.values():
+            found = copies.setdefault(traced.key, [traced.path])
+            if path not in found:
+                found.append(path)
+        return tuple(map(tuple, copies.values()))
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -125,15 +136,15 @@ class Folding:
                         if key not in kinds:
                             kinds[key] = self._kind(number, *key)
                         become(module, kinds[key])
-                    self.paths[id(vars(block))] = path
+                    self.blocks[id(vars(block))] = (path, block)
                     if not shown:
                         self.hidden[path] = block
             yield
         finally:
             for module, kind in reversed(changed):
                 module.__class__ = kind
-            for key in self.calls:
-                _results.pop(key, None)
+            for number in self.calls:
+                _results.pop(number, None)
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -143,6 +154,11 @@ class Folding:
             yield
         finally:
             self.running = False
+
+    def _nothing(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        if self.running:
+            raise self.fail("the model looks at the parameters of a block")
+        return {}
 
     def _kind(self, group: int, base: type, mode: str, watched: tuple[str, ...]) -> type:
         """A subclass for a block that runs, one that is hidden, or a module inside of one."""
@@ -161,14 +177,15 @@ class Folding:
             body[name] = watch(name)
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            path = folding.paths[id(vars(module))]
+            path, block = folding.blocks[id(vars(module))]
             if folding._inside:
                 raise folding.fail("a block is called by another block")
             if mode == "hidden":
                 return folding._call(group, path, args, kwargs)
             folding._inside = True
             try:
-                return folding._trace(group, path, module, base, args, kwargs)
+                run = functools.partial(base.forward, module)  # type: ignore[attr-defined]
+                return folding._trace(group, path, block, run, args, kwargs)
             finally:
                 folding._inside = False
 
@@ -187,8 +204,9 @@ class Folding:
         if mode == "hidden":
             body["named_children"] = hide("named_children")
             body["named_modules"] = _only_itself(folding)
+            body["_parameters"] = body["_buffers"] = property(folding._nothing)
             body["state_dict"] = lambda module, *args, destination=None, **kwargs: destination
-            original = base.__getattr__
+            original: Any = nn.Module.__getattr__
 
             def look(module: Any, name: str) -> Any:
                 inner = ("_parameters", "_buffers", "_modules")
@@ -199,20 +217,21 @@ class Folding:
             body["__getattr__"] = look
         return type(base)(base.__name__, (base,), body)
 
-    def _trace(self, group: int, path: str, module: Any, base: type, args: Any, kwargs: Any) -> Any:
+    def _trace(
+        self, group: int, path: str, block: nn.Module, run: Any, args: Any, kwargs: Any
+    ) -> Any:
         """Run a block that is traced, with a mark before and one behind."""
         tensors, skeleton = flatten((args, kwargs))
         constants = _constants(skeleton)
         versions = [tensor._version for tensor in tensors]
-        held = (state_of(module), token_of((args, kwargs), {}, depth=2))
+        held = (state_of(block), token_of((args, kwargs), {}, depth=2))
         twin = self._find(group, tensors, constants)
         key = next(self._keys)
+        self.marks[key] = path
         torch.ops.autoparallel.enter(tensors, key)
-        result = base.forward(module, *args, **kwargs)  # type: ignore[attr-defined]
-        if [tensor._version for tensor in tensors] != versions or (
-            state_of(module),
-            token_of((args, kwargs), {}, depth=2),
-        ) != held:
+        result = run(*args, **kwargs)
+        now = (state_of(block), token_of((args, kwargs), {}, depth=2))
+        if now != held or [tensor._version for tensor in tensors] != versions:
             raise self.fail(f"{path} changes what it is called with or what it holds")
         outputs, shape = flatten(result)
         known = {id(tensor): index for index, tensor in enumerate(tensors)}
@@ -265,7 +284,7 @@ def _only_itself(folding: Folding) -> Any:
         """The block without what it holds, which is how the tracer does not see it."""
         if folding.running:
             raise folding.fail("the model walks through its modules")
-        yield prefix, _Bare(module)
+        yield prefix, module
 
     return named_modules
 

@@ -1,0 +1,440 @@
+"""From an exported program to a Graph; opaque calls become copies of the block they stand for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+
+from autoparallel.errors import CaptureError
+from autoparallel.graph.folding import Folding
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves, map_leaves
+
+__all__ = ["Importer"]
+
+
+_NUMBER = re.compile(r"_\d+$")
+_PREFIXES = {"parameter": "p_", "buffer": "b_", "constant": "c_", "input": "tensors_"}
+_MARKS = ("autoparallel.enter.default", "autoparallel.leave.default")
+
+
+@dataclass
+class _Region:
+    """What the call of one block became: nodes[start:stop], from inputs to outputs by name."""
+
+    path: str
+    inputs: tuple[str, ...]
+    start: int
+    stop: int = -1
+    outputs: tuple[str, ...] = ()
+
+
+class Importer:
+    """Translates an exported program into a Graph.
+
+    program: exported from a module whose attribute `model` is the user's model. folding: how its
+    blocks were hidden. Every name is chosen here, in the order of definition, so that a folded
+    program has the names of a fully traced one.
+    """
+
+    def __init__(self, program: Any, model: nn.Module, folding: Folding) -> None:
+        self.program, self.model, self.folding = program, model, folding
+        self.nodes: list[Node] = []
+        self.flows: list[bool] = []
+        self.known: dict[Any, Any] = {}
+        self.sizes: dict[Any, Dim] = {}
+        self.counts: dict[str, int] = {}
+        self.taken: set[str] = set()
+        self.constants: dict[str, torch.Tensor] = {}
+        self.own: dict[str, int] = {}
+        self.by_tensor: dict[int, str] = {}
+        self.regions: dict[int, _Region] = {}
+        self.blocks: dict[str, dict[int, str]] = {}
+        self.symbols: set[Any] = set()
+
+    def graph(self) -> Graph:
+        """The verified graph. Raises CaptureError, and Unfoldable where hiding was not right."""
+        signature = self.program.graph_signature
+        module = self.program.graph_module
+        for node in module.graph.nodes:
+            if node.op == "placeholder" and node.name in signature.user_inputs:
+                self.stored("input", str(len(self.nodes)), node.meta["val"], True, node)
+        inputs = self.nodes
+        self.nodes, self.flows = [], []
+        self.attributes(signature, module)
+        self.nodes += inputs
+        self.flows += [True] * len(inputs)
+        for node in inputs:
+            for size in node.result.shape:
+                self.symbols |= size.expr.free_symbols if isinstance(size, Sym) else set()
+        returned = self.body(module, grad=True)
+        outputs: list[str] = []
+        mutations: list[tuple[str, str]] = []
+        for spec, leaf in zip(signature.output_specs, returned, strict=True):
+            kind = spec.kind.name
+            if kind == "BUFFER_MUTATION":
+                mutations.append((spec.target.removeprefix("model."), leaf.name))
+            elif kind == "USER_OUTPUT":
+                outputs.append(leaf.name)
+            else:
+                raise CaptureError(
+                    f"the model writes to {spec.target or 'one of its inputs'} in its forward",
+                    why=f"export reports {kind}",
+                    fix="return the new value instead",
+                )
+        graph = Graph(tuple(self.nodes), tuple(outputs), tuple(mutations))
+        self.check(graph)
+        return graph.verify()
+
+    def attributes(self, signature: Any, module: Any) -> None:
+        """Parameters and buffers, seen by the tracer or hidden, in the model's order; constants.
+
+        A tensor that has several paths is known by the last one, as export has it.
+        """
+        seen = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+        holes = {
+            target.removeprefix("model."): seen[name]
+            for name, target in (
+                *signature.inputs_to_parameters.items(),
+                *signature.inputs_to_buffers.items(),
+            )
+        }
+        hidden = tuple(f"{path}." for path in self.folding.hidden)
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        stored: list[tuple[str, str, torch.Tensor]] = [
+            *(("parameter", *named) for named in parameters),
+            *(("buffer", *named) for named in buffers),
+        ]
+        for kind, path, tensor in stored:
+            if path in holes or path.startswith(hidden):
+                example = holes[path].meta["val"] if path in holes else tensor
+                trained = kind == "parameter" and tensor.requires_grad
+                name = self.stored(kind, path, example, trained, holes.get(path))
+                self.own[name] = id(tensor)
+                self.by_tensor[id(tensor)] = name
+        for node in holes.values():
+            self.known[node] = Ref(self.by_tensor[self.own[self.known[node].name]])
+        kept: dict[Any, Ref] = {}
+        for hole, target in signature.inputs_to_lifted_tensor_constants.items():
+            value = self.program.constants[target]
+            path = target.removeprefix("model.")
+            place, _, last = path.rpartition("lifted_tensor_")
+            content: Any = path
+            if last.isdigit() and not value.is_meta:
+                content = (value.dtype, tuple(value.shape), value.device, str(value.tolist()))
+                path = f"{place}lifted_tensor_{len(kept)}"
+            if content not in kept:
+                kept[content] = Ref(self.stored("constant", path, seen[hole].meta["val"], False))
+                self.constants[path] = value
+            self.known[seen[hole]] = kept[content]
+
+    def stored(
+        self, kind: str, target: str, example: torch.Tensor, grad: bool, node: Any = None
+    ) -> str:
+        """Add the node of a tensor that is there before the program runs. Returns its name."""
+        plain = re.sub(r"[^a-zA-Z0-9]", "_", target).lower()
+        name = self.fresh(_PREFIXES[kind] + plain)
+        self.nodes.append(Node(name, kind, target, (self.value(name, example, grad),)))
+        self.flows.append(grad)
+        if node is not None:
+            self.known[node] = Ref(name)
+        return name
+
+    def fresh(self, base: str, results: int = 1) -> str:
+        """The first of base, base_1, base_2, ... that clashes with no value's or node's name."""
+        while True:
+            count = self.counts.get(base, 0)
+            self.counts[base] = count + 1
+            name = f"{base}_{count}" if count else base
+            if results == 1:
+                made = {name}
+            else:
+                made = {f"{name}_{index}" for index in range(results)}
+            if not made & self.taken:
+                self.taken |= made
+                return name
+
+    def body(self, module: Any, grad: bool) -> tuple[Any, ...]:
+        """Translate the calls of one (sub)graph. Returns what it returns."""
+        tensors = {value.name: value for node in self.nodes for value in node.results}
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                self.known[node] = getattr(module, node.target)
+            elif node.op == "call_function":
+                self.call(node, tensors, grad)
+            elif node.op == "output":
+                found = self.leaf_all(node.args[0])
+                return found if isinstance(found, tuple) else (found,)
+        raise AssertionError("a graph without an output")
+
+    def call(self, node: Any, tensors: dict[str, Value], grad: bool) -> None:
+        target = node.target
+        name = str(target)
+        if name.startswith("aten._assert_tensor_metadata") or name in _GUARDS:
+            return
+        if name in _MARKS:
+            self.mark(node, name)
+            return
+        if name == "autoparallel.block.default":
+            self.copy(node, tensors)
+            return
+        example = node.meta.get("val")
+        if isinstance(example, (torch.SymInt, int, torch.SymFloat, torch.SymBool)):
+            self.known[node] = self.scalar(example)
+            return
+        if getattr(target, "__name__", "") == "getitem":
+            source = self.known[node.args[0]]
+            self.known[node] = source[node.args[1]]
+            return
+        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            self.inline(node, name, tensors, grad)
+            return
+        args = self.leaf_all(node.args)
+        kwargs = tuple((key, self.leaf_all(value)) for key, value in node.kwargs.items())
+        probe = Node("", "call", name, (), args, kwargs)
+        flows = grad and any(tensors[operand].requires_grad for operand in probe.operands())
+        single = isinstance(example, torch.Tensor)
+        base = _NUMBER.sub("", node.name)
+        own = self.fresh(base, 1 if single else len(example))
+        if single:
+            results: tuple[Value, ...] = (self.value(own, example, flows),)
+            self.known[node] = Ref(own)
+        else:
+            results = tuple(
+                self.value(f"{own}_{index}", item, flows) for index, item in enumerate(example)
+            )
+            self.known[node] = tuple(Ref(value.name) for value in results)
+        where, line = _origin(node)
+        self.add(Node(own, "call", name, results, args, kwargs, where, line), grad, tensors)
+
+    def add(self, node: Node, grad: bool, tensors: dict[str, Value]) -> None:
+        """Append a call. grad: whether gradients are recorded where it is."""
+        self.nodes.append(node)
+        self.flows.append(grad)
+        tensors.update((value.name, value) for value in node.results)
+
+    def inline(self, node: Any, name: str, tensors: dict[str, Value], grad: bool) -> None:
+        """A region that export wraps: its body joins the graph."""
+        if name == "wrap_with_set_grad_enabled":
+            enabled, module, *operands = node.args
+            inner = grad and bool(enabled)
+        else:
+            enabled, module, operands = node.args[2], node.args[4], list(node.args[5:])
+            if enabled:
+                raise CaptureError(
+                    "an autocast region inside the model is not supported",
+                    where=_origin(node)[0],
+                    fix="cast explicitly, or run the whole model in the lower precision",
+                )
+            inner = grad
+        body = self.known[module]
+        holes = [item for item in body.graph.nodes if item.op == "placeholder"]
+        for hole, operand in zip(holes, operands, strict=True):
+            self.known[hole] = self.leaf_all(operand)
+        before = len(self.nodes)
+        self.known[node] = self.body(body, inner)
+        for item in self.nodes[before:]:
+            tensors.update((value.name, value) for value in item.results)
+
+    def mark(self, node: Any, name: str) -> None:
+        """A block that was traced begins or ends here."""
+        refs = self.leaf_all(node.args[0])
+        if not all(isinstance(ref, Ref) for ref in refs):
+            raise self.folding.fail("a block is called with a tensor from outside of the program")
+        names, key = tuple(ref.name for ref in refs), node.args[1]
+        if name == _MARKS[0]:
+            self.regions[key] = _Region(self.folding.marks[key], names, len(self.nodes))
+            return
+        region = self.regions[key]
+        region.outputs, region.stop = names, len(self.nodes)
+        self.confine(region)
+        twin = self.folding.twins.get(key)
+        if twin is not None and self.text(region) != self.text(self.regions[twin.key]):
+            raise self.folding.fail(f"{region.path} computes something else than {twin.path}")
+
+    def confine(self, region: _Region) -> None:
+        """A region may read its inputs and what is its own, and must write to neither."""
+        internal = {
+            value.name for node in self.nodes[region.start : region.stop] for value in node.results
+        }
+        inputs = set(region.inputs)
+        if any(name in self.own and self.is_own(name, region.path) for name in inputs):
+            raise self.folding.fail(f"{region.path} is called with its own parameter")
+        for node in self.nodes[region.start : region.stop]:
+            operands = node.operands()
+            for name in operands:
+                if name in internal or name in inputs or name.startswith(_PREFIXES["constant"]):
+                    continue
+                if name not in self.own or not self.is_own(name, region.path):
+                    raise self.folding.fail(f"{region.path} reads %{name} from elsewhere")
+            packet = node.target.partition(".")[2].partition(".")[0]
+            in_place = packet.endswith("_") and not packet.endswith("__")
+            if in_place and operands[0] not in internal:
+                raise self.folding.fail(f"{region.path} writes to %{operands[0]}")
+            for leaf in leaves((node.args, node.kwargs, *(v.shape for v in node.results))):
+                if isinstance(leaf, Sym) and not leaf.expr.free_symbols <= self.symbols:
+                    raise self.folding.fail(f"{region.path} has sizes that depend on values")
+        if not internal.issuperset(region.outputs):
+            raise self.folding.fail(f"{region.path} returns what it did not make")
+
+    def is_own(self, name: str, path: str) -> bool:
+        """Whether a stored tensor belongs to the block at `path`, perhaps among others."""
+        return self.own[name] in self.inside(path)
+
+    def inside(self, path: str) -> dict[int, str]:
+        """Paths inside a block by the tensor's id."""
+        if path not in self.blocks:
+            block = self.model.get_submodule(path)
+            self.blocks[path] = {
+                id(tensor): inner
+                for inner, tensor in (
+                    *block.named_parameters(remove_duplicate=False),
+                    *block.named_buffers(remove_duplicate=False),
+                )
+            }
+        return self.blocks[path]
+
+    def text(self, region: _Region) -> list[Any]:
+        """The region without names: equal for regions that compute the same."""
+        numbers: dict[str, Any] = {name: index for index, name in enumerate(region.inputs)}
+        own = self.inside(region.path)
+
+        def plain(leaf: Any) -> Any:
+            if not isinstance(leaf, Ref):
+                return (type(leaf), leaf)
+            if leaf.name in numbers:
+                return numbers[leaf.name]
+            return own.get(self.own.get(leaf.name, 0), leaf.name)
+
+        rows: list[Any] = []
+        for node, grad in zip(
+            self.nodes[region.start : region.stop],
+            self.flows[region.start : region.stop],
+            strict=True,
+        ):
+            args, kwargs = map_leaves(plain, node.args), map_leaves(plain, node.kwargs)
+            shapes = [(value.shape, value.dtype) for value in node.results]
+            rows.append((node.target, args, kwargs, shapes, grad))
+            for value in node.results:
+                numbers[value.name] = len(numbers)
+        return [*rows, [numbers[name] for name in region.outputs]]
+
+    def copy(self, node: Any, tensors: dict[str, Value]) -> None:
+        """The nodes of the block that was traced, for the block of an opaque call."""
+        path, traced = self.folding.calls[node.args[1]]
+        region = self.regions[traced.key]
+        refs = self.leaf_all(node.args[0])
+        if not all(isinstance(ref, Ref) for ref in refs):
+            raise self.folding.fail("a block is called with a tensor from outside of the program")
+        renamed: dict[str, str] = {}
+        for old, ref in zip(region.inputs, refs, strict=True):
+            if renamed.setdefault(old, ref.name) != ref.name:
+                raise self.folding.fail(f"{path} is called otherwise than {region.path}")
+        if len(set(renamed.values())) != len(renamed):
+            raise self.folding.fail(f"{path} is called otherwise than {region.path}")
+        block = {inner: tensor for tensor, inner in self.inside(path).items()}
+        for tensor, inner in self.inside(region.path).items():
+            renamed[self.by_tensor[tensor]] = self.by_tensor[block[inner]]
+
+        def leaf(item: Any) -> Any:
+            if isinstance(item, Ref) and item.name in renamed:
+                return Ref(renamed[item.name])
+            return item
+
+        for index in range(region.start, region.stop):
+            like, grad = self.nodes[index], self.flows[index]
+            args, kwargs = map_leaves(leaf, like.args), map_leaves(leaf, like.kwargs)
+            own = self.fresh(_NUMBER.sub("", like.name), len(like.results))
+            made = replace(like, name=own, args=args, kwargs=kwargs)
+            flows = grad and any(tensors[operand].requires_grad for operand in made.operands())
+            single = len(like.results) == 1 and like.results[0].name == like.name
+            results = []
+            for position, value in enumerate(like.results):
+                name = own if single else f"{own}_{position}"
+                renamed[value.name] = name
+                floating = value.dtype.is_floating_point or value.dtype.is_complex
+                results.append(replace(value, name=name, requires_grad=flows and floating))
+            where = like.where
+            if where == region.path or where.startswith(f"{region.path}."):
+                where = path + where.removeprefix(region.path)
+            self.add(replace(made, results=tuple(results), where=where), grad, tensors)
+        self.known[node] = tuple(Ref(renamed[name]) for name in region.outputs)
+
+    def check(self, graph: Graph) -> None:
+        """Nobody reads from a traced block what it did not return."""
+        inner: dict[str, int] = {}
+        for key, region in self.regions.items():
+            for node in graph.nodes[region.start : region.stop]:
+                for value in node.results:
+                    if value.name not in region.outputs:
+                        inner[value.name] = key
+        for index, node in enumerate(graph.nodes):
+            for name in node.operands():
+                if name in inner:
+                    region = self.regions[inner[name]]
+                    if not region.start <= index < region.stop:
+                        raise self.folding.fail(f"%{name} is read outside of {region.path}")
+        for name in (*graph.outputs, *(name for _, name in graph.mutations)):
+            if name in inner:
+                raise self.folding.fail(f"%{name} leaves {self.regions[inner[name]].path}")
+
+    def leaf_all(self, item: Any) -> Any:
+        """Arguments with nodes replaced by what they stand for; lists become tuples."""
+        if isinstance(item, torch.fx.Node):
+            return self.known[item]
+        if isinstance(item, (list, tuple)):
+            return tuple(self.leaf_all(part) for part in item)
+        if isinstance(item, slice):
+            raise AssertionError("a slice in an aten call")
+        return item
+
+    def scalar(self, example: Any) -> Any:
+        if isinstance(example, (torch.SymInt, torch.SymFloat)):
+            return self.size(example)
+        return example
+
+    def size(self, size: Any) -> Dim:
+        if isinstance(size, int):
+            return size
+        expr = size.node.expr
+        if expr not in self.sizes:
+            if expr.is_number:
+                self.sizes[expr] = int(expr)
+            else:
+                self.sizes[expr] = Sym(sympy.sympify(expr), int(size.node.hint))
+        return self.sizes[expr]
+
+    def value(self, name: str, example: torch.Tensor, grad: bool) -> Value:
+        shape = tuple(self.size(size) for size in example.shape)
+        floating = example.dtype.is_floating_point or example.dtype.is_complex
+        return Value(name, shape, example.dtype, grad and floating)
+
+
+_GUARDS = {
+    "aten.sym_constrain_range_for_size.default",
+    "aten.sym_constrain_range.default",
+    "aten._assert_scalar.default",
+    "aten._assert_async.msg",
+}
+
+
+def _origin(node: Any) -> tuple[str, str]:
+    """Module path and source line that made an exported node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for qualified, _ in stack.values():
+        path = qualified or path
+    path = path.removeprefix("model").removeprefix(".")
+    line = ""
+    trace = node.meta.get("stack_trace") or ""
+    rows = [row.strip() for row in trace.splitlines() if row.strip().startswith("File ")]
+    if rows:
+        parts = rows[-1].split('"')
+        number = rows[-1].split("line ")[-1].split(",")[0]
+        line = f"{parts[1].rsplit('/', 1)[-1]}:{number}" if len(parts) > 1 else ""
+    return path, line
