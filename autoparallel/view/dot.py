@@ -31,14 +31,14 @@ _FILL: Mapping[type, str] = {
     Partial: "#fbe0b4",
 }
 _LINE: Mapping[type, str] = {
-    Invariant: "#90a4ae",
+    Invariant: "#78909c",
     Replicate: "#009e73",
     Shard: "#2b7bba",
     Partial: "#d08700",
 }
 _MEANING = (
     (Invariant, "whole (I)"),
-    (Replicate, "whole, used by each rank for its part (R)"),
+    (Replicate, "whole, for split work (R)"),
     (Shard, "split along dim d: S(d)"),
     (Partial, "sum pending (P)"),
 )
@@ -48,6 +48,7 @@ _FONT = "DejaVu Sans,Verdana,sans-serif"
 _GREY = "#546e7a"
 _GAP = "&#160;&#160;&#160;"
 _DEPTH = 3  # of nested modules that are framed
+_LEAF = 3  # boxes in a module without children that need no frame
 _NAMED = 6  # ops in a box that are named
 
 
@@ -77,7 +78,7 @@ def to_dot(plan: Plan, *, layers: Layers = "fold", within: str = "") -> str:
     graph.attr("node", fontname=_FONT, fontsize="10", shape="box", style="rounded,filled")
     graph.attr("node", margin="0.12,0.03", height="0.2", color=_GREY)
     graph.attr("edge", fontname=_FONT, fontsize="8", color="#607d8b", arrowsize="0.6")
-    _fill(graph, _tree(picture), _Painter(plan, picture), "", 0)
+    _fill(graph, _tree(picture), _Painter(plan, picture), "", "")
     pills = {pill.name: pill for pill in picture.pills}
     for arrow in picture.arrows:
         attributes: dict[str, str] = {}
@@ -95,15 +96,18 @@ def _render(source: str) -> bytes:
     """The SVG of a DOT text, by the engine that comes with pygraphviz: no `dot` is needed."""
     import pygraphviz
 
-    with _without_font_warnings():
+    with _without_chatter():
         svg = pygraphviz.AGraph(string=source).draw(path=None, format="svg", prog="dot")
     assert isinstance(svg, bytes)
     return svg
 
 
 @contextmanager
-def _without_font_warnings() -> Iterator[None]:
-    """Keep from stderr what the engine's own fontconfig says about a newer system's settings."""
+def _without_chatter() -> Iterator[None]:
+    """Keep from stderr what says nothing about the picture.
+
+    The engine's own fontconfig warns of the settings of a newer system, pygraphviz of size.
+    """
     with tempfile.TemporaryFile() as file:
         kept = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -114,7 +118,7 @@ def _without_font_warnings() -> Iterator[None]:
             os.close(kept)
             file.seek(0)
             for line in file:
-                if not line.startswith(b"Fontconfig warning"):
+                if not line.startswith((b"Fontconfig warning", b"Warning: graph has")):
                     os.write(2, line)
 
 
@@ -141,30 +145,27 @@ def _tree(picture: Picture) -> _Module:
     return root
 
 
-def _fill(graph: Any, module: _Module, painter: _Painter, path: str, depth: int) -> None:
+def _fill(
+    graph: Any, module: _Module, painter: _Painter, path: str, above: str, depth: int = 0
+) -> None:
+    """Draw what is in a module. path: of it. above: of the frame that it is drawn in."""
     for item in module.items:
-        painter.paint(graph, item, path)
+        painter.paint(graph, item, above)
     for name, child in module.children.items():
         inner = f"{path}.{name}" if path else name
         while len(child.children) == 1 and not child.items:
             (name, child) = next(iter(child.children.items()))
             inner = f"{inner}.{name}"
-        leaf = not child.children and child.size <= 3
+        numbered = not child.items and all(key.isdigit() for key in child.children)
+        leaf = not child.children and child.size <= _LEAF
         repeated = inner in painter.picture.repeats
-        if (leaf or depth >= _DEPTH) and not repeated:
-            _flatten(graph, child, painter, path)
+        if not repeated and (numbered or leaf or depth >= _DEPTH):
+            _fill(graph, child, painter, inner, above, depth)
             continue
-        with graph.subgraph(name=f"cluster_{inner}") as cluster:
-            cluster.attr(label=painter.title(inner, path), style="rounded", labeljust="l")
-            cluster.attr(color="#b0bec5", bgcolor="#fafbfc" if depth % 2 else "#f5f7f8")
-            _fill(cluster, child, painter, inner, depth + 1)
-
-
-def _flatten(graph: Any, module: _Module, painter: _Painter, path: str) -> None:
-    for item in module.items:
-        painter.paint(graph, item, path)
-    for child in module.children.values():
-        _flatten(graph, child, painter, path)
+        with graph.subgraph(name=f"cluster_{inner}") as frame:
+            frame.attr(label=painter.title(inner, above), style="rounded", labeljust="l")
+            frame.attr(color="#b0bec5", bgcolor="#fafbfc" if depth % 2 else "#f5f7f8")
+            _fill(frame, child, painter, inner, inner, depth + 1)
 
 
 class _Painter:
@@ -174,10 +175,9 @@ class _Painter:
         self.words = Words(plan)
 
     def title(self, path: str, above: str) -> str:
+        """Of a module's frame: its name within the frame above, and how often it occurs."""
         name, count = self.picture.repeats.get(path, (path, 1))
-        local = name[len(above) + 1 :] if above and name.startswith(above + ".") else name
-        if above and count == 1:
-            local = path[len(above) + 1 :]
+        local = name.removeprefix(f"{above}.")
         times = f' <font color="{_FORWARD}" point-size="13"><b>×{count}</b></font>'
         return f"<<b>{escape(local)}</b>{times if count > 1 else ''}>"
 
@@ -275,19 +275,22 @@ def _small(text: str) -> str:
 def _badge(placement: Placement | None) -> str:
     if placement is None:
         return ""
-    return f'<font color="{_LINE[type(placement)]}"><b>{placement}</b></font>'
+    text = "whole" if isinstance(placement, Invariant) else str(placement)
+    return f'<font color="{_LINE[type(placement)]}"><b>{text}</b></font>'
 
 
 def _legend(plan: Plan, within: str) -> str:
-    cells = [
-        f'<td bgcolor="{_FILL[kind]}" color="{_LINE[kind]}" border="1" style="rounded">{text}</td>'
-        for kind, text in _MEANING
-    ]
-    forward = f'<td><font color="{_FORWARD}"><b>━</b> communicates in forward</font></td>'
-    backward = f'<td><font color="{_BACKWARD}"><b>━</b> only in backward</font></td>'
+    cells = []
+    for kind, text in _MEANING:
+        colours = f'bgcolor="{_FILL[kind]}" color="{_LINE[kind]}"'
+        cells.append(f'<td {colours} border="1" style="rounded">{_GAP}{text}{_GAP}</td>')
+    forward = (
+        f'<td align="left"><font color="{_FORWARD}"><b>━</b> communicates in forward</font></td>'
+    )
+    backward = f'<td align="left"><font color="{_BACKWARD}"><b>━</b> only in backward</font></td>'
     what = f"{within} of {plan.model}" if within else plan.model
     title = (
-        f'<font point-size="13"><b>{escape(what)}</b> on {escape(str(plan.mesh))}, '
+        f'<font point-size="13"><b>{escape(what)}</b>&#160; on {escape(str(plan.mesh))}, '
         f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}</font>"
     )
     table = '<table border="0" cellborder="0" cellspacing="5" cellpadding="5">'

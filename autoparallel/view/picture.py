@@ -199,9 +199,10 @@ class _Drawing:
         made: set[str] = set()
         groups: dict[str, list[OpChoice]] = {}  # by value: all that hangs together with it
         side: dict[str, Box | None] = {}
-        outside = {value for op in self.ops for value in op.makes}
         for op in self.ops:
-            from_side = all(value in made or value not in outside for value in self._data(op))
+            from_side = all(
+                value in made or value not in self.words.producers for value in self._data(op)
+            )
             takes_part = len(self._data(op)) == len(op.reads) and from_side
             whole = all(isinstance(result, Invariant) for result in op.results)
             if not takes_part or not whole or op.whole_flops or op.kernel or self.within:

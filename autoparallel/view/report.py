@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from rich import box
@@ -11,18 +12,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autoparallel.placement import Collective, Movement
+from autoparallel.placement import Collective, Invariant, Partial, Placement, Replicate, Shard
 from autoparallel.plan import Conversion, ParameterChoice, Plan
 from autoparallel.view.fold import Folded, fold
-from autoparallel.view.words import Words, bytes_text, movement_text, op_text, seconds_text
+from autoparallel.view.words import Words, bytes_text, movement_text, seconds_text
 
 __all__ = ["collective_totals", "plan_text", "print_plan"]
 
-WIDTH = 140  # of a report that is not written to a terminal
+WIDTH = 160  # of a report that is not written to a terminal
+
+_STYLES: Mapping[type, str] = {
+    Invariant: "dim",
+    Replicate: "green",
+    Shard: "bold cyan",
+    Partial: "yellow",
+}
 
 
 def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None = None) -> None:
-    """Print the plan; plain text, 140 columns wide, where it is not printed on a terminal.
+    """Print the plan; plain text, 160 columns wide, where it is not printed on a terminal.
 
     file: where to, standard output if not given. console: rich's, instead of one made here.
     """
@@ -31,12 +39,13 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
         if not console.is_terminal:
             console = Console(file=file, highlight=False, width=WIDTH, color_system=None)
     words = Words(plan)
+    tables = (_parameters(plan, words), _communications(plan, words), _totals(plan), _whole(plan))
     console.print(_header(plan))
-    console.print(_parameters(plan, words))
-    console.print(_communications(plan, words))
-    console.print(_totals(plan))
-    for line in (*_kernels(plan), *_whole(plan)):
-        console.print(line)
+    for table in tables:
+        if table is not None:
+            console.print(table)
+    for line in _kernels(plan):
+        console.print(Text(line))
 
 
 def plan_text(plan: Plan) -> str:
@@ -83,6 +92,7 @@ def _header(plan: Plan) -> Table:
         ("predicted", f"{seconds_text(plan.seconds)} a step"),
         ("cost", f"{plan.cost:.6g}, lower bound {plan.lower_bound:.6g}, gap {share:.2%}"),
         ("method", plan.method),
+        ("returns", ", ".join(map(_returned, plan.outputs)) or "nothing"),
     ]
     if plan.product_weight != 1:
         rows.append(
@@ -104,12 +114,18 @@ def _header(plan: Plan) -> Table:
     return table
 
 
-def _table(title: str, columns: list[tuple[str, bool]], rows: Sequence[tuple[str, ...]]) -> Table:
+def _returned(placement: Placement) -> str:
+    return "whole" if isinstance(placement, Invariant) else f"split as {placement}"
+
+
+def _table(
+    title: str, columns: list[tuple[str, bool]], rows: Sequence[tuple[str | Text, ...]]
+) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for name, right in columns:
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
@@ -137,7 +153,7 @@ def _parameters(plan: Plan, words: Words) -> Table:
                 row.path,
                 _times(row),
                 " × ".join(map(str, row.first.shape)) or "scalar",
-                str(row.first.storage),
+                Text(str(row.first.storage), style=_STYLES[type(row.first.storage)]),
                 split(row.first),
             )
             for row in rows
@@ -160,18 +176,18 @@ def _communications(plan: Plan, words: Words) -> Table:
         )
 
     rows = fold((words.where(c.value), content(c), c) for c in moves)
-    columns = ["value", "made in", "", "change", "forward", "backward", "shape", "bytes", "time"]
+    columns = ["value", "where", "", "change", "forward", "backward", "shape", "bytes", "time"]
     return _table(
         "Communications (one step; bytes and time of each)",
         [(name, name in ("bytes", "time")) for name in columns],
         [
             (
-                row.first.value,
+                "(parameter)" if row.first.value in words.parameters else row.first.value,
                 row.path,
                 _times(row),
                 f"{row.first.source} → {row.first.target}",
-                movement_text(row.first.forward),
-                movement_text(row.first.backward),
+                Text(movement_text(row.first.forward), style="magenta"),
+                Text(movement_text(row.first.backward), style="blue"),
                 row.first.shape,
                 bytes_text(row.first.nbytes),
                 seconds_text(row.first.seconds),
@@ -192,19 +208,30 @@ def _totals(plan: Plan) -> Table:
     return _table("Collectives in one step", columns, rows)
 
 
+def _whole(plan: Plan) -> Table | None:
+    """What is left whole, by reason."""
+    rows: dict[str, list[ParameterChoice]] = {}
+    for parameter in plan.parameters:
+        if parameter.reason:
+            rows.setdefault(parameter.reason, []).append(parameter)
+    if not rows:
+        return None
+    columns = [("why", False), ("parameters", True), ("bytes", True), ("of all", True)]
+    whole = sum(parameter.nbytes for parameter in plan.parameters)
+    return _table(
+        "Left whole",
+        columns,
+        [
+            (reason, str(len(group)), bytes_text(size), f"{size / whole:.2%}")
+            for reason, group in rows.items()
+            for size in [sum(parameter.nbytes for parameter in group)]
+        ],
+    )
+
+
 def _kernels(plan: Plan) -> list[str]:
-    kernels: dict[str, int] = {}
-    for op in plan.ops:
-        if op.kernel:
-            kernels[op.kernel] = kernels.get(op.kernel, 0) + 1
+    kernels = Counter(op.kernel for op in plan.ops if op.kernel)
     if not kernels:
         return []
     text = ", ".join(f"{name} ×{count}" for name, count in kernels.items())
-    return [f"Run by a kernel that may communicate inside, which is not counted above: {text}\n"]
-
-
-def _whole(plan: Plan) -> list[str]:
-    return []
-
-
-_ = (Movement, op_text)
+    return [f"Run by kernels that may communicate inside, which is not counted above: {text}"]
