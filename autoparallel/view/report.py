@@ -90,7 +90,7 @@ def _header(plan: Plan) -> Table:
         ("allowed", ", ".join(allowed) or "no splits of batch or sequence"),
         ("planned for", f"inputs of at least {options.tokens} tokens"),
         ("predicted", f"{seconds_text(plan.seconds)} a step"),
-        ("cost", f"{plan.cost:.6g}, lower bound {plan.lower_bound:.6g}, gap {share:.2%}"),
+        ("cost", f"{plan.cost:.6g} (what was minimized), lower bound {plan.lower_bound:.6g}, gap {share:.2%}"),
         ("method", plan.method),
         ("returns", ", ".join(map(_returned, plan.outputs)) or "nothing"),
     ]
