@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import InputsNeededError, PlanError, WorldSizeError
 from autoparallel.graph.capture import (
@@ -24,11 +25,11 @@ from autoparallel.graph.capture import (
 from autoparallel.graph.passes import run_passes
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Placement
+from autoparallel.placement import Invariant, Placement
 from autoparallel.plan import Plan
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.module import parallel_module
-from autoparallel.runtime.parameters import shallow_copy
+from autoparallel.runtime.parameters import as_distributed, shallow_copy
 from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.search import search
 
@@ -65,6 +66,8 @@ def autoparallelize(
         try:
             example_inputs = find_example_inputs(model)
         except InputsNeededError:
+            if any(parameter.is_meta for parameter in model.parameters()):
+                raise
             return _waiting_module(model, world_size, options, check_inputs)
     plan = make_plan(
         model,
@@ -181,16 +184,17 @@ def _apply(model: nn.Module, plan: Plan, group: Group, check_inputs: int) -> nn.
         captured = _trace(skeleton, args, kwargs)
         return search(captured, plan.model, plan.mesh, plan.options, stored=stored)
 
-    mesh = None
-    if isinstance(group, ProcessGroup):
-        kind = "cuda" if torch.cuda.is_available() and _backend() == "nccl" else "cpu"
-        names = tuple(name for name, _ in plan.mesh.axes)
-        mesh = DeviceMesh.from_group(group.process_group, kind, mesh_dim_names=names)
+    mesh = _device_mesh(group, plan.mesh)
     return parallel_module(model, plan, group, mesh, replan, check_inputs)
 
 
-def _backend() -> str:
-    return str(dist.get_backend())
+def _device_mesh(group: Group, mesh: Mesh) -> DeviceMesh | None:
+    """The ranks as DTensor wants them; None for a single process."""
+    if not isinstance(group, ProcessGroup):
+        return None
+    kind = "cuda" if torch.cuda.is_available() and dist.get_backend() == "nccl" else "cpu"
+    names = tuple(name for name, _ in mesh.axes)
+    return DeviceMesh.from_group(group.process_group, kind, mesh_dim_names=names)
 
 
 def _group(world_size: int) -> Group:
@@ -237,7 +241,8 @@ class _Waiting:
         bind_inputs(model, args, kwargs)
         captured = _trace(model, args, kwargs)
         plan = search(captured, type(model).__name__, Mesh(tp=world_size), options)
-        made = _apply(model, plan, _group(world_size), check_inputs)
+        source = _with_weights_of(model, self)  # type: ignore[arg-type]
+        made = _apply(source, plan, _group(world_size), check_inputs)
         _keep_identity(self, made)  # type: ignore[arg-type]
         self.__class__ = made.__class__  # type: ignore[assignment]
         self.__dict__ = made.__dict__
@@ -255,25 +260,47 @@ def _waiting_module(
     kind = type(model)
     made.__class__ = type(f"Parallel{kind.__name__}", (_Waiting, kind), {})
     made.__dict__["_waiting"] = (model, world_size, options, check_inputs)
+    mesh = _device_mesh(_group(world_size), Mesh(tp=world_size))
     twins: dict[int, nn.Parameter] = {}
     for module in made.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                data: torch.Tensor = parameter.detach().clone()
+                if mesh is not None:
+                    data = as_distributed(data, Invariant(), tuple(data.shape), mesh)
+                own = nn.Parameter(data, parameter.requires_grad)
                 module._parameters[name] = twins.setdefault(id(parameter), own)
+    return made
+
+
+def _with_weights_of(model: nn.Module, waiting: nn.Module) -> nn.Module:
+    """The plain model with the waiting module's weights, which may have been loaded since."""
+    made = shallow_copy(model)
+    held = dict(waiting.named_parameters(remove_duplicate=False))
+    twins: dict[int, nn.Parameter] = {}
+    for path, module in made.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                own = held[f"{path}.{name}" if path else name]
+                local = own.to_local() if isinstance(own, DTensor) else own
+                plain = nn.Parameter(local.detach(), own.requires_grad)
+                module._parameters[name] = twins.setdefault(id(parameter), plain)
     return made
 
 
 def _keep_identity(waiting: nn.Module, made: nn.Module) -> None:
     """Give the waiting module's parameter objects the parts that were made for them."""
     before = dict(waiting.named_parameters(remove_duplicate=False))
-    swapped: set[int] = set()
+    filled: set[int] = set()
     for path, module in made.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             known = before[f"{path}.{name}" if path else name]
-            if id(known) not in swapped:
-                torch.utils.swap_tensors(known, parameter)
-                swapped.add(id(known))
+            if id(known) not in filled:
+                filled.add(id(known))
+                if isinstance(known, DTensor):
+                    known._local_tensor, known._spec = parameter._local_tensor, parameter._spec
+                else:
+                    known.data = parameter.data
             module._parameters[name] = known

@@ -163,49 +163,68 @@ def materialize(
     Module by module, in the order of nn.Module.apply, the whole is allocated, filled by the
     model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`), cut,
     and freed. Every rank draws the same numbers, so the parts are those of one device with the
-    same seed that runs `model.apply(model._init_weights)`.
-    Raises AutoParallelError that lists the modules that have no initializer.
+    same seed that runs `model.apply(model._init_weights)`. An initializer of a module may also
+    fill what its children own, but nothing deeper.
+    Raises AutoParallelError that lists the modules, or their parameters, that nothing fills.
     """
     own = getattr(model, "_init_weights", None)
     parts: dict[str, torch.Tensor] = {}
     missing: list[str] = []
     for path, module in _children_first(model):
-        tensors = {**module._parameters, **module._buffers}
-        real = shallow_copy(module)
-        for name, value in tensors.items():
-            if value is None:
-                continue
-            made = value if not value.is_meta else torch.empty_like(value, device=device)
-            if isinstance(value, nn.Parameter):
-                real._parameters[name] = nn.Parameter(made, value.requires_grad)
-            else:
-                real._buffers[name] = made
-        if any(value is not None and value.is_meta for value in tensors.values()):
-            reset = getattr(real, "reset_parameters", None)
-            if callable(own):
-                own(real)
-            elif callable(reset):
-                reset()
-            else:
-                missing.append(path or type(model).__name__)
-                continue
-        for name, value in tensors.items():
-            if value is None:
-                continue
+        real, held = _allocated(module, path, device)
+        if not held:
+            continue
+        reset = getattr(real, "reset_parameters", None)
+        owns = any("." not in name for name in held)
+        if callable(own):
+            own(real)
+        elif owns and callable(reset):
+            reset()
+        elif owns:
+            missing.append(path or type(model).__name__)
+            continue
+        for name, tensor in held.items():
             full = f"{path}.{name}" if path else name
-            filled = (real._parameters if name in module._parameters else real._buffers)[name]
-            assert filled is not None
-            placed = storage.get(full)
-            part = filled.detach()
+            if full in parts and bool(tensor.isnan().any()):
+                continue
+            part, placed = tensor.detach(), storage.get(full)
             if isinstance(placed, Shard):
                 part = take_part(part, placed, group.world_size, group.rank).clone()
             parts[full] = part
+    for path, part in parts.items():
+        if part.is_floating_point() and bool(part.isnan().any()):
+            missing.append(path)
     if missing:
         raise AutoParallelError(
             "the model is on the meta device and cannot be initialized",
             where=", ".join(missing),
-            why="these modules own parameters and have no reset_parameters(), and the model has "
-            "no _init_weights(module)",
+            why="no reset_parameters() of theirs and no _init_weights(module) of the model fills them",
             fix="give them reset_parameters(), or pass the model with real weights",
         )
     return parts
+
+
+def _allocated(
+    module: nn.Module, path: str, device: torch.device
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A copy of the module whose own and whose children's meta tensors have memory.
+
+    Floating ones are filled with NaN, so that what an initializer leaves alone can be told.
+    """
+    real = shallow_copy(module)
+    held: dict[str, torch.Tensor] = {}
+    for prefix, owner in (("", real), *((f"{n}.", m) for n, m in real.named_children())):
+        for tensors in (owner._parameters, owner._buffers):
+            for name, value in tensors.items():
+                if value is None:
+                    continue
+                made = value
+                if value.is_meta:
+                    made = torch.empty_like(value, device=device)
+                    if made.is_floating_point():
+                        made.fill_(float("nan"))
+                if isinstance(value, nn.Parameter):
+                    made = nn.Parameter(made, value.requires_grad)
+                tensors[name] = made
+                held[prefix + name] = made
+    return real, held

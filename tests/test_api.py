@@ -1,0 +1,221 @@
+"""The parallel module behaves as the user's own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import MLP, build, inputs_for, relative_error
+from processes import run_processes
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import autoparallel
+from autoparallel.placement import Shard
+from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
+
+
+class Elaborate(nn.Module):
+    """Nested inputs, keyword-only arguments, nested outputs, a buffer that counts, no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"a": nn.Linear(8, 16), "b": nn.Linear(16, 8)})
+        self.register_buffer("seen", torch.zeros(8))
+        self.double()
+
+    def forward(
+        self, pair: tuple[torch.Tensor, dict[str, torch.Tensor]], *, scale: float = 1.0
+    ) -> dict[str, Any]:
+        first, others = pair
+        hidden = torch.tanh(self.layers["a"](first)) * scale
+        y = self.layers["b"](hidden) + others["shift"]
+        return {"y": y, "inside": [hidden, ("constant", 3)], "none": None}
+
+
+def test_one_rank_changes_nothing() -> None:
+    """Plain parameters, same numbers, bit for bit."""
+    model, inputs = build("gpt"), inputs_for("gpt")
+    parallel = autoparallel.autoparallelize(model, 1, example_inputs=inputs)
+    assert isinstance(parallel, GPT)
+    assert not any(isinstance(p, DTensor) for p in parallel.parameters())
+    assert torch.equal(parallel(**inputs).loss, model(**inputs).loss)
+
+
+def test_structures_go_in_and_come_out() -> None:
+    """Dicts, tuples, constants and keyword arguments; other constants are traced anew."""
+    torch.manual_seed(0)
+    model = Elaborate()
+    pair = (torch.randn(4, 8).double(), {"shift": torch.randn(8).double()})
+    parallel = autoparallel.autoparallelize(model, 1, example_inputs=(pair,))
+    for scale in (1.0, 0.5):
+        own, expected = parallel(pair, scale=scale), model(pair, scale=scale)
+        assert list(own) == list(expected)
+        assert torch.equal(own["y"], expected["y"])
+        assert torch.equal(own["inside"][0], expected["inside"][0])
+        assert own["inside"][1] == ("constant", 3)
+        assert own["none"] is None
+
+
+def test_plans_are_deterministic_and_round_trip() -> None:
+    """The same bytes twice; JSON gives back an equal plan."""
+    model, inputs = build("hf-llama", layers=1), inputs_for("hf-llama")
+    one = autoparallel.make_plan(model, 4, example_inputs=inputs)
+    two = autoparallel.make_plan(copy.deepcopy(model), 4, example_inputs=inputs)
+    assert one.to_json() == two.to_json()
+    assert autoparallel.Plan.from_json(one.to_json()) == one
+    assert one.lower_bound == pytest.approx(one.cost)
+
+
+def test_planning_leaves_the_model_alone() -> None:
+    """No attribute, mode or gradient of the user's model changes."""
+    model, inputs = build("bert").eval(), inputs_for("bert")
+    before = {path: value.clone() for path, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    autoparallel.make_plan(model, 4, example_inputs=inputs)
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(before[path], value) for path, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_meta_models_get_the_weights_of_one_device() -> None:
+    """Filled part by part, with the same seed."""
+    for kind, config in (
+        (GPT, GPTConfig(layers=2, hidden=16, heads=2, vocabulary=31, positions=8)),
+        (Bert, BertConfig(layers=1, hidden=16, heads=2, vocabulary=31, positions=8)),
+    ):
+        torch.manual_seed(5)
+        expected = kind(config).state_dict()
+        with torch.device("meta"):
+            model = kind(config)
+        torch.manual_seed(5)
+        parallel = autoparallel.autoparallelize(model, 1)
+        for path, value in parallel.state_dict().items():
+            assert torch.equal(value, expected[path]), path
+
+
+@pytest.mark.parametrize("kind", [GPT, Bert])
+def test_dropout_does_not_depend_on_the_plan(kind: type[nn.Module]) -> None:
+    """The same mask, in attention too, at 1, 2, 4 and 8 ranks and under either option."""
+    config = GPTConfig if kind is GPT else BertConfig
+    torch.manual_seed(1)
+    model = kind(config(layers=1, hidden=32, heads=8, vocabulary=31, positions=16, dropout=0.3))
+    model.double().train()
+    reference = autoparallel.simulate(model, 1)
+    assert (
+        relative_error(reference.output.loss, autoparallel.simulate(model.eval(), 1).output.loss)
+        > 1e-4
+    )
+    model.train()
+    for world_size in (2, 4, 8):
+        for sequence_parallel in (False, True):
+            result = autoparallel.simulate(model, world_size, sequence_parallel=sequence_parallel)
+            assert relative_error(result.output.loss, reference.output.loss) < 1e-12
+            for path, gradient in reference.gradients.items():
+                assert relative_error(result.gradients[path], gradient, 1e-9) < 1e-9, path
+
+
+def behave(rank: int) -> None:
+    """All that a training script does to a module, against the unsplit one."""
+    torch.set_num_threads(1)
+    model, inputs = build("gpt", layers=1), inputs_for("gpt")
+    parallel = autoparallel.autoparallelize(model, 2, example_inputs=inputs)
+    assert [name for name, _ in parallel.named_parameters()] == [
+        name for name, _ in model.named_parameters()
+    ]
+    assert [name for name, _ in parallel.named_modules()] == [
+        name for name, _ in model.named_modules()
+    ]
+    assert all(isinstance(parameter, DTensor) for parameter in parallel.parameters())
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, parallel)]
+    for step in range(3):
+        for accumulate in range(2):
+            for each in (model, parallel):
+                batch = {key: value.roll(step + accumulate, 0) for key, value in inputs.items()}
+                each(**batch).loss.backward()
+        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.1) for m in (model, parallel)]
+        assert relative_error(norms[1].full_tensor(), norms[0]) < 1e-10
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    state = autoparallel.full_state_dict(parallel)
+    for path, value in model.state_dict().items():
+        assert relative_error(state[path], value) < 1e-10, path
+        assert relative_error(parallel.state_dict()[path].full_tensor(), value) < 1e-10, path
+    # Another mode, batch and length: another program, the same parameters.
+    tokens = {"input_ids": inputs["input_ids"][:2, :7]}
+    with torch.no_grad():
+        own, expected = parallel.eval()(**tokens).logits, model.eval()(**tokens).logits
+    own = own.full_tensor() if isinstance(own, DTensor) else own
+    assert relative_error(own, expected) < 1e-10
+    # Whole weights are taken, and so are the module's own.
+    fresh = build("gpt", layers=1)
+    parallel.load_state_dict(fresh.state_dict())
+    parallel.load_state_dict(parallel.state_dict())
+    parallel.train()
+    fresh.train()
+    for size, length in ((1, 5), (4, 12)):
+        batch = {key: value[:1, :1].expand(size, length) for key, value in inputs.items()}
+        batch = {key: (value + torch.arange(length)) % 31 for key, value in batch.items()}
+        assert relative_error(parallel(**batch).loss, fresh(**batch).loss) < 1e-10
+    # A plan from a file.
+    text = parallel.plan.to_json()
+    again = autoparallel.apply_plan(fresh, autoparallel.Plan.from_json(text), example_inputs=inputs)
+    assert relative_error(again(**inputs).loss, fresh(**inputs).loss) < 1e-10
+
+
+def wait_for_inputs(rank: int) -> None:
+    """Without example inputs, the first call plans; an optimizer made before it still works."""
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    model, inputs = MLP().double(), inputs_for("mlp")
+    parallel = autoparallel.autoparallelize(model, 2)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, parallel)]
+    for _ in range(2):
+        losses = []
+        for each, optimizer in zip((model, parallel), optimizers, strict=True):
+            loss = each(**inputs)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        assert relative_error(losses[1], losses[0]) < 1e-12
+    assert any(isinstance(p.storage, Shard) for p in parallel.plan.parameters)
+
+
+def tied_on_meta(rank: int) -> None:
+    """Each rank fills its own parts of a Hugging Face model; tied weights are one parameter."""
+    torch.set_num_threads(1)
+    model, inputs = build("hf-gpt2", layers=1), inputs_for("hf-gpt2")
+    parallel = autoparallel.autoparallelize(model, 2, example_inputs=inputs)
+    assert parallel.transformer.wte.weight is parallel.lm_head.weight
+    assert len(list(parallel.parameters())) == len(list(model.parameters()))
+    assert type(parallel).__mro__[2] is type(model)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    torch.manual_seed(9)
+    filled = autoparallel.autoparallelize(empty, 2, example_inputs=inputs)
+    torch.manual_seed(9)
+    whole = autoparallel.full_state_dict(filled)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    reference = empty.to_empty(device="cpu")
+    reference.tie_weights()
+    reference.apply(reference._init_weights)
+    for path, value in reference.state_dict().items():
+        if "attn.bias" not in path:
+            assert torch.equal(whole[path], value), path
+
+
+def behaviours(rank: int) -> None:
+    """One launch for all."""
+    behave(rank)
+    wait_for_inputs(rank)
+    tied_on_meta(rank)
+
+
+def test_a_training_script_sees_no_difference() -> None:
+    """On two gloo processes."""
+    run_processes(behaviours, 2, timeout_seconds=300)

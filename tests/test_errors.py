@@ -1,0 +1,233 @@
+"""Bad input: the error says what, where in the user's model, why, and how to fix it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import build, inputs_for
+from processes import run_processes
+from torch import nn
+
+import autoparallel
+from autoparallel.errors import (
+    AutoParallelError,
+    CaptureError,
+    InputMismatchError,
+    InputsNeededError,
+    PlanError,
+    UnsupportedOpError,
+    WorldSizeError,
+    WrappedModelError,
+)
+
+
+class Branching(nn.Module):
+    """Chooses a path by the values of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if x.sum() > 0:
+            x = self.second(x)
+        return x
+
+
+@torch.library.custom_op("autoparallel_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """An op that nobody wrote a rule for."""
+    return x * 2
+
+
+@torch.library.custom_op("autoparallel_tests::thrice", mutates_args=())
+def thrice(x: torch.Tensor) -> torch.Tensor:
+    """Another one."""
+    return x * 3
+
+
+for _op, _factor in ((twice, 2), (thrice, 3)):
+    _op.register_fake(torch.empty_like)
+    _op.register_autograd(lambda ctx, grad, factor=_factor: grad * factor)
+
+
+class Unknown(nn.Module):
+    """Calls ops without rules in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return thrice(twice(self.inner(twice(x))))
+
+
+def says(error: AutoParallelError, *words: str) -> None:
+    """The message has its parts, and these words."""
+    text = str(error)
+    assert "fix:" in text
+    for word in words:
+        assert word in text, f"{word!r} is not in {text!r}"
+
+
+def test_no_example_inputs() -> None:
+    """Nothing to follow through the model, and nobody to ask."""
+    with pytest.raises(InputsNeededError) as caught:
+        autoparallel.make_plan(nn.Linear(8, 8), 2)
+    says(caught.value, "Linear", "example_inputs=")
+
+
+def test_inputs_that_do_not_fit_forward() -> None:
+    """A misspelt keyword is not silently dropped."""
+    with pytest.raises(CaptureError) as caught:
+        autoparallel.make_plan(nn.Linear(8, 8), 2, example_inputs={"y": torch.zeros(2, 8)})
+    says(caught.value, "Linear.forward", "'input'")
+
+
+def test_data_dependent_control_flow() -> None:
+    """The user's own line is named."""
+    with pytest.raises(CaptureError) as caught:
+        autoparallel.make_plan(Branching(), 2, example_inputs=torch.zeros(4, 8))
+    says(caught.value, "branches on the values", "test_errors.py", "if x.sum() > 0", "torch.where")
+
+
+def test_ops_without_a_rule_are_listed_at_once() -> None:
+    """Both ops, how often each is called, and where."""
+    with pytest.raises(UnsupportedOpError) as caught:
+        autoparallel.make_plan(Unknown(), 2, example_inputs=torch.zeros(4, 8))
+    says(
+        caught.value,
+        "autoparallel_tests.twice.default, 2 calls",
+        "autoparallel_tests.thrice.default, 1 calls",
+        "test_errors.py",
+        'unknown_ops="replicate"'.replace('"', "'"),
+    )
+
+
+def test_ops_without_a_rule_can_be_kept_whole() -> None:
+    """The same numbers, with the op's tensors whole."""
+    torch.manual_seed(0)
+    model, x = Unknown().double(), torch.randn(4, 8, dtype=torch.float64)
+    result = autoparallel.simulate(
+        model, 2, example_inputs=x, unknown_ops="replicate", backward=lambda y: y.square().sum()
+    )
+    y = model(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(result.output, y.detach())
+    torch.testing.assert_close(result.gradients["inner.0.weight"], model.inner[0].weight.grad)
+
+
+@pytest.mark.parametrize("option", [{"unknown_ops": "guess"}, {"hardware": "abacus"}])
+def test_misspelt_options(option: dict[str, str]) -> None:
+    """The known values are named."""
+    with pytest.raises(PlanError) as caught:
+        autoparallel.make_plan(
+            nn.Linear(8, 8),
+            2,
+            example_inputs=torch.zeros(4, 8),
+            **option,  # type: ignore[arg-type]
+        )
+    says(caught.value, "choose one of")
+
+
+def test_a_world_size_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single process is told what to type."""
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(WorldSizeError) as caught:
+        autoparallel.autoparallelize(nn.Linear(8, 8), 4, example_inputs=torch.zeros(4, 8))
+    says(caught.value, "torchrun", "--nproc-per-node 4", "simulate")
+
+
+def test_a_world_size_that_is_not_the_launched_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before any process group is started."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(WorldSizeError) as caught:
+        autoparallel.autoparallelize(nn.Linear(8, 8), 4, example_inputs=torch.zeros(4, 8))
+    says(caught.value, "4 ranks were asked for, 2 are running")
+
+
+def test_a_mesh_without_ranks() -> None:
+    """Zero ranks cannot hold a model."""
+    with pytest.raises(PlanError):
+        autoparallel.make_plan(nn.Linear(8, 8), 0, example_inputs=torch.zeros(4, 8))
+
+
+def test_a_plan_for_another_model() -> None:
+    """The fingerprint of the traced program tells them apart."""
+    x = torch.zeros(4, 8)
+    plan = autoparallel.make_plan(nn.Linear(8, 8), 1, example_inputs=x)
+    other = autoparallel.Plan.from_json(plan.to_json())
+    with pytest.raises(PlanError) as caught:
+        autoparallel.apply_plan(nn.Linear(8, 6), other, example_inputs=x)
+    says(caught.value, "another")
+    with pytest.raises(PlanError):
+        autoparallel.Plan.from_json("{}")
+    with pytest.raises(PlanError):
+        autoparallel.Plan.from_json(plan.to_json().replace('"version": 1', '"version": 99'))
+
+
+def test_a_pin_that_cannot_be() -> None:
+    """What can be is listed."""
+    model, inputs = build("mlp"), inputs_for("mlp")
+    with pytest.raises(PlanError) as caught:
+        autoparallel.make_plan(
+            model, 2, example_inputs=inputs, pins={"first.weight": autoparallel.Shard(0, blocks=8)}
+        )
+    assert "first_weight" in str(caught.value)
+    with pytest.raises(PlanError):
+        autoparallel.make_plan(
+            model, 2, example_inputs=inputs, pins={"frist.weight": autoparallel.Shard(0)}
+        )
+
+
+def check_in_processes(rank: int) -> dict[str, str]:
+    """What needs a real process group."""
+    torch.set_num_threads(1)
+    found: dict[str, str] = {}
+    x = torch.ones(4, 8)
+
+    def expect(name: str, kind: type[Exception], function: object) -> None:
+        try:
+            function()  # type: ignore[operator]
+        except kind as error:
+            found[name] = str(error)
+
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(8, 8))
+    expect(
+        "wrapped",
+        WrappedModelError,
+        lambda: autoparallel.autoparallelize(wrapped, 2, example_inputs=x),
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = fully_shard(nn.Linear(8, 8))
+    expect(
+        "sharded",
+        WrappedModelError,
+        lambda: autoparallel.autoparallelize(sharded, 2, example_inputs=x),
+    )
+    expect(
+        "size",
+        WorldSizeError,
+        lambda: autoparallel.autoparallelize(nn.Linear(8, 8), 3, example_inputs=x),
+    )
+    model = autoparallel.autoparallelize(nn.Linear(8, 8), 2, example_inputs=x)
+    expect("twice", WrappedModelError, lambda: autoparallel.autoparallelize(model, 2))
+    expect("inputs", InputMismatchError, lambda: model(x + rank))
+    unchecked = autoparallel.autoparallelize(nn.Linear(8, 8), 2, example_inputs=x, check_inputs=0)
+    unchecked(x + rank)
+    return found
+
+
+def test_errors_among_processes() -> None:
+    """Wrapped models, another number of ranks, inputs that differ between ranks."""
+    for found in run_processes(check_in_processes, 2):
+        assert "already wrapped in DistributedDataParallel" in found["wrapped"]
+        assert "already" in found["sharded"]
+        assert "3 ranks were asked for, 2 are running" in found["size"]
+        assert "already distributed" in found["twice"]
+        assert "different inputs: input" in found["inputs"]
+        assert "check_inputs=0" in found["inputs"]
