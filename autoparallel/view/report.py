@@ -77,6 +77,7 @@ def _header(plan: Plan) -> Table:
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
     gap = plan.cost - plan.lower_bound
     share = gap / plan.lower_bound if plan.lower_bound else 0.0
+    bound = f"lower bound {plan.lower_bound:.6g}, gap {share:.2%}"
     options = plan.options
     allowed = [
         name.replace("_", " ")
@@ -90,7 +91,7 @@ def _header(plan: Plan) -> Table:
         ("allowed", ", ".join(allowed) or "no splits of batch or sequence"),
         ("planned for", f"inputs of at least {options.tokens} tokens"),
         ("predicted", f"{seconds_text(plan.seconds)} a step"),
-        ("cost", f"{plan.cost:.6g} (what was minimized), lower bound {plan.lower_bound:.6g}, gap {share:.2%}"),
+        ("minimized", f"cost {plan.cost:.6g}, {bound}"),
         ("method", plan.method),
         ("returns", ", ".join(map(_returned, plan.outputs)) or "nothing"),
     ]
