@@ -13,18 +13,15 @@ class TrainConfig:
     steps: optimizer steps. warmup_steps: of a linear rise to learning_rate, then a cosine falls to
     final_fraction of it. weight_decay: on matrices alone. clip_norm: largest norm of the gradient.
     evaluate_every, evaluation_batches: in steps; batches of held-out text per evaluation.
-    epsilon: of AdamW. At 1e-8 the sign of a gradient that is nothing but rounding decides a whole
-    first step of its weight, and runs that only round differently part early; 1e-6 is BERT's.
     untimed_steps: first steps that the median step time leaves out.
     """
 
     steps: int = 150
     learning_rate: float = 1e-3
-    warmup_steps: int = 20
+    warmup_steps: int = 40
     final_fraction: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-6
     clip_norm: float = 1.0
     evaluate_every: int = 50
     evaluation_batches: int = 4

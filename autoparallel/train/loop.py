@@ -101,9 +101,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon
-    )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
 def clip_gradients(model: nn.Module, clip_norm: float) -> None:

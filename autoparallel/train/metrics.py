@@ -1,6 +1,7 @@
 """What a training run tells: losses, step times, and the communication that was counted."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -111,9 +112,12 @@ def largest_difference(
 ) -> float:
     """Largest absolute difference of two curves, over the first `steps` points if given.
 
-    Raises ValueError if the curves differ in length.
+    Not a number if a point of either is none. Raises ValueError if the curves differ in length.
     """
     if len(first) != len(second):
         raise ValueError(f"curves of {len(first)} and of {len(second)} points")
     pairs = zip(first[:steps], second[:steps], strict=True)
-    return max((abs(one - other) for one, other in pairs), default=0.0)
+    differences = [abs(one - other) for one, other in pairs]
+    if any(math.isnan(difference) for difference in differences):
+        return math.nan  # which max would pass over
+    return max(differences, default=0.0)
