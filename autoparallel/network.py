@@ -155,6 +155,11 @@ class _Builder:
         self.shards: dict[str, dict[Shard, None]] = {name: {} for name in graph.values}
         self.tiles: dict[str, dict[Tile, None]] = {}
         self.tables: dict[Any, np.ndarray] = {}
+        self.reads = {node.name: node.operands() for node in graph.calls}
+        self.tensors = {
+            node.name: (*self.reads[node.name], *(value.name for value in node.results))
+            for node in graph.calls
+        }
 
     def build(self) -> Network:
         self.find_rules()
@@ -195,7 +200,7 @@ class _Builder:
             return (type(leaf).__name__, leaf)
 
         for node in self.graph.calls:
-            names = node.operands()
+            names = self.reads[node.name]
             twins = tuple(names.index(name) for name in names)
             key = (
                 node.target,
@@ -253,8 +258,9 @@ class _Builder:
         rule = self.kinds[node.name].rule
         assert rule is not None
         fresh: list[tuple[str, Tile]] = []
-        tensors = [*node.operands(), *(value.name for value in node.results)]
-        for name, dims in zip(tensors, (*rule.operands, *rule.results), strict=True):
+        for name, dims in zip(
+            self.tensors[node.name], (*rule.operands, *rule.results), strict=True
+        ):
             try:
                 shard = place(rule, dims, tile, self.world_size)
             except UnsplittableError:
@@ -273,8 +279,7 @@ class _Builder:
         if rule is None or node.name in self.inert:
             return []
         fresh: list[tuple[str, Tile]] = []
-        tensors = [*node.operands(), *(value.name for value in node.results)]
-        for own, dims in zip(tensors, (*rule.operands, *rule.results), strict=True):
+        for own, dims in zip(self.tensors[node.name], (*rule.operands, *rule.results), strict=True):
             if own != name:
                 continue
             tile = tile_of(rule, dims, shard, self.world_size)
@@ -297,7 +302,7 @@ class _Builder:
             return True
         if rule.flops and isinstance(rule.sizes[tile.loop], Sym):
             return False
-        for operand, dims in zip(node.operands(), rule.operands, strict=True):
+        for operand, dims in zip(self.reads[node.name], rule.operands, strict=True):
             matrix = operand in self.weights and sum(bool(names) for names in dims) >= 2
             if matrix and not any(tile.loop in names for names in dims):
                 return False
@@ -362,7 +367,7 @@ class _Builder:
         """Per reading variable and state, the placements in which it reads the value."""
         found: list[tuple[str, tuple[tuple[Placement, ...], ...]]] = []
         for node in self.graph.readers[name]:
-            at = [i for i, operand in enumerate(node.operands()) if operand == name]
+            at = [i for i, operand in enumerate(self.reads[node.name]) if operand == name]
             states = self.network.strategies[node.name]
             found.append(
                 (

@@ -20,7 +20,7 @@ from planners import InfeasibleError, Memo, Solution, exact
 
 __all__ = ["search"]
 
-ENOUGH_SPLIT = 0.95
+ENOUGH_SPLIT = 0.99
 _WEIGHTS = tuple(8.0**power for power in range(8))
 
 
@@ -37,7 +37,7 @@ def search(
 
     stored: placements (by path) that parameters have already and keep. pins: placements (by path)
     to be tried. A model too small to be worth splitting is split all the same: products are
-    weighted more, step by step, until 95% of their FLOPs are split or more weight splits no more;
+    weighted more, step by step, until 99% of their FLOPs are split or more weight splits no more;
     product_weight fixes the weight instead.
     Raises UnsupportedOpError, and PlanError where the pins contradict each other.
     """
@@ -50,7 +50,14 @@ def search(
         raise PlanError(
             f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
         )
-    pinned = {paths[path]: pin for path, pin in (pins or {}).items() if path in paths}
+    pinned: dict[str, Placement] = {}
+    for path, pin in (pins or {}).items():
+        name = paths.get(captured.aliases[path])
+        if name is not None and pinned.setdefault(name, pin) != pin:
+            raise PlanError(
+                f"{path} is tied to {captured.aliases[path]}, which is pinned to {pinned[name]}",
+                fix="pin one of the two, or both alike",
+            )
     memo = Memo()
     best: tuple[float, float, Solution] | None = None
     weights = _WEIGHTS if mesh.world_size > 1 else (1.0,)

@@ -43,6 +43,7 @@ PARTITIONS: Mapping[str, tuple[tuple[str, Placement], ...]] = {
     # Hugging Face's GPT-2 keeps its weights transposed: (in, out).
     "GPT2LMHeadModel": (
         ("lm_head.weight", COLUMN),
+        ("transformer.wte.weight", COLUMN),
         ("*.c_attn.weight", Shard(1, blocks=3)),
         ("*.c_attn.bias", FUSED),
         ("*.attn.c_proj.weight", Shard(0)),
@@ -52,6 +53,8 @@ PARTITIONS: Mapping[str, tuple[tuple[str, Placement], ...]] = {
     ),
     "BertForMaskedLM": (
         ("cls.predictions.decoder.*", COLUMN),
+        ("cls.predictions.bias", COLUMN),
+        ("bert.embeddings.word_embeddings.weight", COLUMN),
         ("*.self.query.*", COLUMN),
         ("*.self.key.*", COLUMN),
         ("*.self.value.*", COLUMN),

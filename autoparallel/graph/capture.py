@@ -8,7 +8,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ _ATTEMPTS = 3
 class Captured:
     """graph: the program. inputs, outputs: skeletons of what goes in and what comes out.
 
-    aliases: for each parameter path the path that is kept (another one for tied weights).
+    aliases: for each parameter path the one that stands for it (another one for tied weights).
     constants: tensors that the forward makes from numbers, by the targets of "constant" nodes.
     repeats: paths of modules that are instances of one traced block.
     """
@@ -148,6 +148,18 @@ class _Flat(nn.Module):
 
 
 @contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Modules get their attributes back: the traced forward, or export, may have set some."""
+    held = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in held:
+            now.clear()
+            now.update(before)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporting logs and warns about what the graph below makes explicit anyway."""
     loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx")]
@@ -202,30 +214,31 @@ def _traced(model: nn.Module, bound: inspect.BoundArguments, folding: Folding) -
     flat = _Flat(model, bound, inputs, outputs, folding)
     automatic = torch.export.Dim.AUTO
     shapes = (tuple(dict.fromkeys(range(sample.dim()), automatic) for sample in samples),)
-    training = {path: module.training for path, module in model.named_modules()}
     try:
-        with _quiet(), folding.installed():
+        with _quiet(), _left_alone(model), folding.installed():
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=shapes)
     except Unfoldable:
         raise
     except Exception as error:
         raise _explain(error, model) from error
-    finally:
-        for path, module in model.named_modules():
-            module.training = training[path]
     if folding.failure is not None:
         raise folding.failure
     importer = Importer(program, model, folding)
-    graph = importer.graph()
-    kept: dict[int, str] = {}
-    used = {node.target for node in graph.nodes if node.kind == "parameter"}
-    named = list(model.named_parameters(remove_duplicate=False))
-    for path, parameter in named:
-        if path in used:
-            kept[id(parameter)] = path
-    aliases = {path: kept.setdefault(id(parameter), path) for path, parameter in named}
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    aliases = {path: first.setdefault(id(parameter), path) for path, parameter in named}
+    graph = _by_first_name(importer.graph(), aliases)
     repeats = folding.repeats()
     return Captured(graph, inputs, outputs[-1], aliases, importer.constants, repeats)
+
+
+def _by_first_name(graph: Graph, aliases: Mapping[str, str]) -> Graph:
+    """Tied weights go by the name that `named_parameters` gives them, whichever was traced."""
+    nodes = tuple(
+        replace(node, target=aliases[node.target]) if node.kind == "parameter" else node
+        for node in graph.nodes
+    )
+    return replace(graph, nodes=nodes)
 
 
 def _sample(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoparallel.graph.graph import Dim
+from autoparallel.graph.graph import Dim, hint
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Loops, OpCall, ShardingRule
 
@@ -12,7 +12,8 @@ def attention(call: OpCall) -> ShardingRule:
     """y[.., n, s, e] = sum_t softmax_t(sum_d q[.., n, s, d] k[.., n, t, d]) v[.., n, t, e].
 
     Batch and heads are free; queries too unless the causal mask counts from the first one;
-    keys need a kernel. With grouped heads, n = (g, m): keys and values have g alone.
+    keys need a kernel. The two products share (n, s, t) but not d and e, so a point of the nest
+    counts 2 (d + e) / (d e) FLOPs. With grouped heads, n = (g, m): keys and values have g alone.
     """
     query, key, value = call.operands[:3]
     rank = len(query.shape)
@@ -57,6 +58,7 @@ def attention(call: OpCall) -> ShardingRule:
         if at >= 0 and row[at]:
             row[at] = q[head]
         operands.append(tuple(row))
+    width, depth = hint(query.shape[-1]), hint(value.shape[-1])
     whole = {"d", "t"} | ({"s"} if causal else set())
     return ShardingRule(
         tuple(operands),
@@ -64,5 +66,5 @@ def attention(call: OpCall) -> ShardingRule:
         sizes,
         whole=frozenset(whole),
         linear=(frozenset({2}),),
-        flops=4,
+        flops=2 * (width + depth) / (width * depth),
     )

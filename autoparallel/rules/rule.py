@@ -90,7 +90,7 @@ class ShardingRule:
     whole: frozenset[str] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
-    flops: int = 0
+    flops: float = 0
     free: bool = False
     local_args: Callable[[OpCall, tuple[tuple[Any, ...], ...]], tuple[Any, ...]] | None = None
     random: str = ""
@@ -104,7 +104,7 @@ class ShardingRule:
         whole: Iterable[str] = (),
         linear: Iterable[Iterable[int]] = (),
         kernels: Mapping[str, Kernel] | None = None,
-        flops: int = 0,
+        flops: float = 0,
     ) -> ShardingRule:
         """A rule in einsum-like notation: "... k, n k -> ... n".
 
