@@ -17,7 +17,7 @@ from autoparallel.cost.collectives import conversion_seconds
 from autoparallel.cost.compute import OpCost, nbytes, op_cost, update_seconds
 from autoparallel.cost.hardware import Hardware
 from autoparallel.errors import PlanError, UnsupportedOpError
-from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
+from autoparallel.graph.graph import Graph, Node, Ref, Value, map_leaves
 from autoparallel.options import Options
 from autoparallel.placement import (
     Invariant,
@@ -29,17 +29,8 @@ from autoparallel.placement import (
     movement,
 )
 from autoparallel.rules.registry import find_rule
-from autoparallel.rules.rule import (
-    OpCall,
-    ShardingRule,
-    Strategy,
-    Tile,
-    UnsplittableError,
-    is_possible,
-    place,
-    strategies,
-    tile_of,
-)
+from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, strategies
+from autoparallel.tiling import Tiling, inert_calls, weight_values
 from planners import Factor, Problem, Variable
 
 __all__ = ["Network", "build_network"]
@@ -149,26 +140,22 @@ class _Builder:
         self.hardware, self.options, self.stored = hardware, options, stored
         self.network = Network(graph, world_size, hardware, options)
         self.kinds: dict[str, _Kind] = {}
-        self.weights = _weights(graph)
+        self.weights = weight_values(graph)
         self.network.weights = frozenset(self.weights)
-        self.inert = _inert(graph)
-        self.shards: dict[str, dict[Shard, None]] = {name: {} for name in graph.values}
-        self.tiles: dict[str, dict[Tile, None]] = {}
+        self.inert = inert_calls(graph)
         self.tables: dict[Any, np.ndarray] = {}
         self.reads = {node.name: node.operands() for node in graph.calls}
-        self.tensors = {
-            node.name: (*self.reads[node.name], *(value.name for value in node.results))
-            for node in graph.calls
-        }
 
     def build(self) -> Network:
         self.find_rules()
-        if self.world_size > 1:
-            self.find_tiles()
+        rules = {
+            name: None if name in self.inert else kind.rule for name, kind in self.kinds.items()
+        }
+        self.tiling = Tiling(self.graph, rules, self.weights, self.options, self.world_size)
         shared: dict[Any, tuple[tuple[Strategy, ...], tuple[OpCost, ...]]] = {}
         for node in self.graph.calls:
             kind = self.kinds[node.name]
-            key = (id(kind), tuple(self.tiles.get(node.name, ())))
+            key = (id(kind), tuple(self.tiling.tiles.get(node.name, ())))
             if key not in shared:
                 choices = self.strategies(node, kind)
                 shared[key] = (
@@ -226,88 +213,6 @@ class _Builder:
         if missing and self.options.unknown_ops == "error":
             raise _unsupported(missing)
 
-    def find_tiles(self) -> None:
-        """Ways to split, from every loop's own to what its neighbours need, until nothing is new.
-
-        A view that divides a dim, or cuts it into blocks, asks the product that made the value to
-        split the same way; so do readers of what the producers offer. Where two symbolic dims cost
-        the same, the inner one (the sequence) is preferred to the outer one (the batch).
-        """
-        work: list[tuple[str, Tile]] = []
-        for node in self.graph.calls:
-            rule = self.kinds[node.name].rule
-            if rule is None or node.name in self.inert:
-                continue
-            found = self.tiles.setdefault(node.name, {})
-            symbolic = [loop for loop in rule.loops if isinstance(rule.sizes[loop], Sym)]
-            static = [loop for loop in rule.loops if loop not in symbolic]
-            for loop in (*static, *reversed(symbolic)):
-                tile = Tile(loop)
-                if self.is_allowed(node, rule, tile):
-                    found[tile] = None
-                    work.append((node.name, tile))
-        calls = {node.name: node for node in self.graph.calls}
-        while work:
-            later: list[tuple[str, Tile]] = []
-            for name, tile in work:
-                later += self.spread(calls[name], tile)
-            work = later
-
-    def spread(self, node: Node, tile: Tile) -> list[tuple[str, Tile]]:
-        """Tell the neighbours how the tensors of `node` lie when it is split by `tile`."""
-        rule = self.kinds[node.name].rule
-        assert rule is not None
-        fresh: list[tuple[str, Tile]] = []
-        for name, dims in zip(
-            self.tensors[node.name], (*rule.operands, *rule.results), strict=True
-        ):
-            try:
-                shard = place(rule, dims, tile, self.world_size)
-            except UnsplittableError:
-                continue
-            if shard is None or shard in self.shards[name]:
-                continue
-            self.shards[name][shard] = None
-            for neighbour in (self.graph.producers[name], *self.graph.readers[name]):
-                if neighbour.kind == "call" and neighbour.name != node.name:
-                    fresh += self.receive(neighbour, name, shard)
-        return fresh
-
-    def receive(self, node: Node, name: str, shard: Shard) -> list[tuple[str, Tile]]:
-        """The tiles of `node` that give its tensor `name` that shard, if they are new."""
-        rule = self.kinds[node.name].rule
-        if rule is None or node.name in self.inert:
-            return []
-        fresh: list[tuple[str, Tile]] = []
-        for own, dims in zip(self.tensors[node.name], (*rule.operands, *rule.results), strict=True):
-            if own != name:
-                continue
-            tile = tile_of(rule, dims, shard, self.world_size)
-            if tile is None or tile in self.tiles[node.name]:
-                continue
-            if self.is_allowed(node, rule, tile):
-                self.tiles[node.name][tile] = None
-                fresh.append((node.name, tile))
-        return fresh
-
-    def is_allowed(self, node: Node, rule: ShardingRule, tile: Tile) -> bool:
-        """Whether the options and the sizes let this call be split so."""
-        if tile.loop in rule.whole or not is_possible(rule, tile, self.world_size):
-            return False
-        if isinstance(rule.sizes[tile.loop], Sym) and not (
-            self.options.sequence_parallel or self.options.data_parallel
-        ):
-            return False
-        if self.options.data_parallel:
-            return True
-        if rule.flops and isinstance(rule.sizes[tile.loop], Sym):
-            return False
-        for operand, dims in zip(self.reads[node.name], rule.operands, strict=True):
-            matrix = operand in self.weights and sum(bool(names) for names in dims) >= 2
-            if matrix and not any(tile.loop in names for names in dims):
-                return False
-        return True
-
     def strategies(self, node: Node, kind: _Kind) -> tuple[Strategy, ...]:
         operands = tuple(operand.requires_grad for operand in kind.call.operands)
         results = tuple(result.requires_grad for result in kind.call.results)
@@ -316,7 +221,9 @@ class _Builder:
             rule = ShardingRule(((),) * len(operands), ((),) * len(results), {})
             if node.name in self.inert:
                 operands = (False,) * len(operands)
-        return strategies(rule, self.tiles.get(node.name, ()), operands, results, self.world_size)
+        return strategies(
+            rule, self.tiling.tiles.get(node.name, ()), operands, results, self.world_size
+        )
 
     def store(self, node: Node) -> None:
         """How one parameter may be stored, and what its update costs."""
@@ -324,8 +231,8 @@ class _Builder:
         choices: tuple[Placement, ...] = (INVARIANT,)
         if node.target in self.stored:
             choices = (self.stored[node.target],)
-        elif value.requires_grad or self.shards[value.name]:
-            choices = (INVARIANT, *self.shards[value.name])
+        elif value.requires_grad or self.tiling.shards[value.name]:
+            choices = (INVARIANT, *self.tiling.shards[value.name])
         costs = []
         for choice in choices:
             fraction = 1.0
@@ -345,7 +252,7 @@ class _Builder:
         for value in values:
             choices: tuple[Placement, ...] = (INVARIANT,)
             if has_loss and value.shape:
-                plain = [s for s in self.shards[value.name] if s.blocks == 1 and s.unit == 1]
+                plain = [s for s in self.tiling.shards[value.name] if s.blocks == 1 and s.unit == 1]
                 choices = (INVARIANT, *plain)
             self.network.outputs[value.name] = choices
 
@@ -498,34 +405,6 @@ class _Builder:
             self.network.factors.append(Factor(first, self.network.fans[-1][0], table))
         elif table.any():
             self.network.factors.append(Factor(first, second, table))
-
-
-def _weights(graph: Graph) -> set[str]:
-    """Values that come from parameters alone: the parameters, their casts and transposes."""
-    found: set[str] = set()
-    for node in graph.nodes:
-        operands = node.operands()
-        alone = bool(operands) and all(name in found for name in operands)
-        if node.kind == "parameter" or (node.kind == "call" and alone):
-            found.update(value.name for value in node.results)
-    return found
-
-
-def _inert(graph: Graph) -> set[str]:
-    """Calls that no gradient and no parameter touches: masks, positions, rotary tables.
-
-    Every rank computes them whole.
-    """
-    touched: set[str] = set()
-    found: set[str] = set()
-    for node in graph.nodes:
-        grad = any(value.requires_grad for value in node.results)
-        reads = node.kind == "call" and any(name in touched for name in node.operands())
-        if node.kind == "parameter" or grad or reads:
-            touched.update(value.name for value in node.results)
-        elif node.kind == "call":
-            found.add(node.name)
-    return found
 
 
 def _unsupported(missing: Mapping[str, list[Node]]) -> UnsupportedOpError:

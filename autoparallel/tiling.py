@@ -1,0 +1,156 @@
+"""Which ways to split each op are worth considering: its own, and those its neighbours need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autoparallel.graph.graph import Graph, Node, Sym
+from autoparallel.options import Options
+from autoparallel.placement import Shard
+from autoparallel.rules.rule import (
+    ShardingRule,
+    Tile,
+    UnsplittableError,
+    is_possible,
+    place,
+    tile_of,
+)
+
+__all__ = ["Tiling", "inert_calls", "weight_values"]
+
+
+class Tiling:
+    """tiles: per call, the ways to split it. shards: per value, the ways in which it may lie.
+
+    rules: per call node; calls without one are left alone. weights: see weight_values.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        rules: Mapping[str, ShardingRule | None],
+        weights: set[str],
+        options: Options,
+        world_size: int,
+    ) -> None:
+        self.graph, self.rules, self.weights = graph, rules, weights
+        self.options, self.world_size = options, world_size
+        self.reads = {node.name: node.operands() for node in graph.calls}
+        self.tensors = {
+            node.name: (*self.reads[node.name], *(value.name for value in node.results))
+            for node in graph.calls
+        }
+        self.shards: dict[str, dict[Shard, None]] = {name: {} for name in graph.values}
+        self.tiles: dict[str, dict[Tile, None]] = {}
+        if world_size > 1:
+            self.find_tiles()
+
+    def find_tiles(self) -> None:
+        """Ways to split, from every loop's own to what its neighbours need, until nothing is new.
+
+        A view that divides a dim, or cuts it into blocks, asks the product that made the value to
+        split the same way; so do readers of what the producers offer. Where two symbolic dims cost
+        the same, the inner one (the sequence) is preferred to the outer one (the batch).
+        """
+        work: list[tuple[str, Tile]] = []
+        for node in self.graph.calls:
+            rule = self.rules[node.name]
+            if rule is None:
+                continue
+            found = self.tiles.setdefault(node.name, {})
+            symbolic = [loop for loop in rule.loops if isinstance(rule.sizes[loop], Sym)]
+            static = [loop for loop in rule.loops if loop not in symbolic]
+            for loop in (*static, *reversed(symbolic)):
+                tile = Tile(loop)
+                if self.is_allowed(node, rule, tile):
+                    found[tile] = None
+                    work.append((node.name, tile))
+        calls = {node.name: node for node in self.graph.calls}
+        while work:
+            later: list[tuple[str, Tile]] = []
+            for name, tile in work:
+                later += self.spread(calls[name], tile)
+            work = later
+
+    def spread(self, node: Node, tile: Tile) -> list[tuple[str, Tile]]:
+        """Tell the neighbours how the tensors of `node` lie when it is split by `tile`."""
+        rule = self.rules[node.name]
+        assert rule is not None
+        fresh: list[tuple[str, Tile]] = []
+        for name, dims in zip(
+            self.tensors[node.name], (*rule.operands, *rule.results), strict=True
+        ):
+            try:
+                shard = place(rule, dims, tile, self.world_size)
+            except UnsplittableError:
+                continue
+            if shard is None or shard in self.shards[name]:
+                continue
+            self.shards[name][shard] = None
+            for neighbour in (self.graph.producers[name], *self.graph.readers[name]):
+                if neighbour.kind == "call" and neighbour.name != node.name:
+                    fresh += self.receive(neighbour, name, shard)
+        return fresh
+
+    def receive(self, node: Node, name: str, shard: Shard) -> list[tuple[str, Tile]]:
+        """The tiles of `node` that give its tensor `name` that shard, if they are new."""
+        rule = self.rules[node.name]
+        if rule is None:
+            return []
+        fresh: list[tuple[str, Tile]] = []
+        for own, dims in zip(self.tensors[node.name], (*rule.operands, *rule.results), strict=True):
+            if own != name:
+                continue
+            tile = tile_of(rule, dims, shard, self.world_size)
+            if tile is None or tile in self.tiles[node.name]:
+                continue
+            if self.is_allowed(node, rule, tile):
+                self.tiles[node.name][tile] = None
+                fresh.append((node.name, tile))
+        return fresh
+
+    def is_allowed(self, node: Node, rule: ShardingRule, tile: Tile) -> bool:
+        """Whether the options and the sizes let this call be split so."""
+        if tile.loop in rule.whole or not is_possible(rule, tile, self.world_size):
+            return False
+        if isinstance(rule.sizes[tile.loop], Sym) and not (
+            self.options.sequence_parallel or self.options.data_parallel
+        ):
+            return False
+        if self.options.data_parallel:
+            return True
+        if rule.flops and isinstance(rule.sizes[tile.loop], Sym):
+            return False
+        for operand, dims in zip(self.reads[node.name], rule.operands, strict=True):
+            matrix = operand in self.weights and sum(bool(names) for names in dims) >= 2
+            if matrix and not any(tile.loop in names for names in dims):
+                return False
+        return True
+
+
+def weight_values(graph: Graph) -> set[str]:
+    """Values that come from parameters alone: the parameters, their casts and transposes."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        operands = node.operands()
+        alone = bool(operands) and all(name in found for name in operands)
+        if node.kind == "parameter" or (node.kind == "call" and alone):
+            found.update(value.name for value in node.results)
+    return found
+
+
+def inert_calls(graph: Graph) -> set[str]:
+    """Calls that no gradient and no parameter touches: masks, positions, rotary tables.
+
+    Every rank computes them whole.
+    """
+    touched: set[str] = set()
+    found: set[str] = set()
+    for node in graph.nodes:
+        grad = any(value.requires_grad for value in node.results)
+        reads = node.kind == "call" and any(name in touched for name in node.operands())
+        if node.kind == "parameter" or grad or reads:
+            touched.update(value.name for value in node.results)
+        elif node.kind == "call":
+            found.add(node.name)
+    return found
