@@ -1,0 +1,619 @@
+"""Capture of repeated blocks: the folded graph is the fully traced one, whatever the model does."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import TRANSFORMERS, build, inputs_for
+from torch import nn
+
+from autoparallel.graph.capture import Captured, capture
+
+LAYERS = 6
+FAMILY_LAYERS = 4
+WIDTH = 12
+
+
+def both(model: nn.Module, *args: Any, **kwargs: Any) -> Captured:
+    """The folded capture, after it was compared with the full one and the model was left alone."""
+    kinds = [(path, type(module)) for path, module in model.named_modules()]
+    held = {path: dict(vars(module)) for path, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    folded = capture(model, args, kwargs)
+    full = capture(model, args, kwargs, fold=False)
+    assert str(folded.graph) == str(full.graph)
+    assert folded.graph == full.graph
+    assert [node.where for node in folded.graph.nodes] == [node.where for node in full.graph.nodes]
+    assert [node.line for node in folded.graph.nodes] == [node.line for node in full.graph.nodes]
+    assert (folded.inputs, folded.outputs) == (full.inputs, full.outputs)
+    assert folded.aliases == full.aliases
+    assert folded.constants.keys() == full.constants.keys()
+    assert full.repeats == ()
+    assert [(path, type(module)) for path, module in model.named_modules()] == kinds
+    for path, module in model.named_modules():
+        assert vars(module).keys() == held[path].keys()
+        changed = [n for n, value in held[path].items() if vars(module)[n] is not value]
+        assert changed == [], path
+    assert all(torch.equal(value, state[path]) for path, value in model.state_dict().items())
+    return folded
+
+
+class Block(nn.Module):
+    """Two products and a norm; `options` become attributes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.first = nn.Linear(WIDTH, 20)
+        self.second = nn.Linear(20, WIDTH)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(torch.relu(self.first(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self, blocks: Any) -> None:
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def stack(kind: type[Block] = Block, **options: Any) -> Stack:
+    return Stack(kind(**options) for _ in range(LAYERS))
+
+
+def numbered(kind: type[Block], **options: Any) -> Stack:
+    return Stack(kind(layer_idx=index, **options) for index in range(LAYERS))
+
+
+def sample() -> torch.Tensor:
+    return torch.randn(3, 5, WIDTH)
+
+
+def instances(captured: Captured) -> list[int]:
+    return [len(paths) for paths in captured.repeats]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_families_are_folded(name: str, training: bool) -> None:
+    """The first block is copied to all but the last, which is traced as a check."""
+    model = build(name, layers=FAMILY_LAYERS).train(training)
+    if hasattr(model, "config") and name.startswith("hf-"):
+        model.config.use_cache = False
+    captured = both(model, **inputs_for(name))
+    assert instances(captured) == [FAMILY_LAYERS - 1]
+
+
+@pytest.mark.parametrize("name", ["hf-gpt2", "hf-llama"])
+def test_a_cache_is_captured(name: str) -> None:
+    """Blocks that append keys and values to a cache: the graph returns those of every layer."""
+    model = build(name, layers=FAMILY_LAYERS).eval()
+    model.config.use_cache = True
+    inputs = inputs_for(name)
+    captured = both(model, **inputs)
+    assert len(captured.graph.outputs) >= 2 * FAMILY_LAYERS
+
+
+def test_a_shared_layer_is_captured() -> None:
+    """ALBERT: one layer, called again and again."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AlbertConfig(
+        vocab_size=97,
+        embedding_size=16,
+        hidden_size=WIDTH,
+        num_hidden_layers=FAMILY_LAYERS,
+        num_attention_heads=3,
+        intermediate_size=20,
+    )
+    tokens = torch.randint(97, (3, 5))
+    both(transformers.AlbertForMaskedLM(config).eval(), input_ids=tokens, labels=tokens)
+
+
+def test_the_same_block_under_two_names() -> None:
+    shared = Block()
+    both(Stack([Block(), shared, Block(), shared, Block(), Block()]), sample())
+
+
+class Wide(Block):
+    """Another class with the same parameters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - self.second(torch.tanh(self.first(self.norm(x))))
+
+
+def test_alternating_kinds_are_two_groups() -> None:
+    captured = both(Stack((Block, Wide)[index % 2]() for index in range(8)), sample())
+    assert instances(captured) == [3, 3]
+    assert all(len({int(path[-1]) % 2 for path in paths}) == 1 for paths in captured.repeats)
+
+
+def test_blocks_with_different_attributes_are_kept_apart() -> None:
+    class Scaled(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * super().forward(x)
+
+    captured = both(Stack(Scaled(scale=0.5 if i == 2 else 1.0) for i in range(7)), sample())
+    assert instances(captured) == [5]
+    assert "blocks.2" not in captured.repeats[0]
+
+
+class Idle(Block):
+    """Has a number and does not use it, as Hugging Face blocks without a cache."""
+
+    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        if cache is not None:
+            cache[self.layer_idx] = x
+        return super().forward(x)
+
+
+def test_an_unread_number_does_not_matter() -> None:
+    assert instances(both(numbered(Idle), sample())) == [LAYERS - 1]
+
+
+class OddIsDifferent(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -super().forward(x) if self.layer_idx % 2 else super().forward(x)
+
+
+class ThreeIsDifferent(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -super().forward(x) if self.layer_idx == 3 else super().forward(x)
+
+
+class FarIsDifferent(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * [1.0, 1.0, 2.0, 1.0, 1.0, 1.0][self.layer_idx]
+
+
+class CountsItsCalls(Block):
+    """State of its own: the second call does something else."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+class CountsInContextStack(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.context.depth = 0
+        return super().forward(x)
+
+
+class CountsInContext(Block):
+    """State shared by all blocks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.context.depth += 1
+        return -super().forward(x) if self.context.depth % 7 == 3 else super().forward(x)
+
+
+class InPlace(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += self.second(torch.relu(self.first(self.norm(x))))
+        return x
+
+
+class InPlaceOnAView(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x[:, 1:].mul_(2)
+        return super().forward(x)
+
+
+class ReturnsAView(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1)
+
+
+class CountsInABuffer(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps.add_(1)
+        return super().forward(x)
+
+
+class Context:
+    """A plain object that blocks share."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.kept: list[torch.Tensor] = []
+        self.bias: Any = None
+
+
+class KeepsAside(Block):
+    """A second result that is handed over behind the caller's back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(self.norm(x))
+        self.context.kept.append(hidden.mean())
+        return x + self.second(hidden)
+
+
+class KeepsAsideStack(Stack):
+    def forward(self, x: torch.Tensor) -> Any:
+        self.context.kept.clear()
+        return super().forward(x), sum(self.context.kept)
+
+
+class ReadsAside(Block):
+    """An input that is handed over behind the caller's back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.context.bias
+
+
+class ReadsAsideStack(Stack):
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.stem(x)
+        for index, block in enumerate(self.blocks):
+            self.context.bias = torch.relu(x) if index == 2 else torch.tanh(x)
+            x = block(x)
+        return x
+
+
+class LeavesAnAttribute(Block):
+    penalty: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(self.norm(x))
+        self.penalty = hidden.square().mean()
+        return x + self.second(hidden)
+
+
+class LeavesAnAttributeStack(Stack):
+    def forward(self, x: torch.Tensor) -> Any:
+        x = super().forward(x)
+        return x, sum(block.penalty for block in self.blocks if block.penalty is not None)
+
+
+class PenalizesWeights(Stack):
+    """Reads the parameters of blocks from outside."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = super().forward(x)
+        return x, sum(parameter.square().sum() for parameter in self.parameters())
+
+
+class PenalizesOneWeight(Stack):
+    def forward(self, x: torch.Tensor) -> Any:
+        x = super().forward(x)
+        return x, sum(block.first.weight.square().sum() for block in self.blocks)
+
+
+class LooksForAWeight(Stack):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x) * sum(hasattr(block, "first") for block in self.blocks)
+
+
+class SwallowsErrors(Stack):
+    """A fold that gives up must not be taken for the model's own error."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.stem(x)
+        for block in self.blocks:
+            try:
+                x = x + block.first.weight.sum()
+            except Exception:
+                x = x * 2
+            x = block(x)
+        return x
+
+
+class CountsParameters(Stack):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x) * len(list(self.parameters()))
+
+
+class CallsAPart(Stack):
+    def forward(self, x: torch.Tensor) -> Any:
+        x = super().forward(x)
+        return self.blocks[2].second(self.blocks[3].first(x))
+
+
+def with_context(kind: type[Stack], block: type[Block]) -> Stack:
+    context = Context()
+    model = kind(block(context=context) for _ in range(LAYERS))
+    model.context = context
+    return model
+
+
+def hooked() -> Stack:
+    model = stack()
+    model.blocks[3].register_forward_hook(lambda module, args, result: result * 2)
+    return model
+
+
+def hooked_inside() -> Stack:
+    model = stack()
+    model.blocks[3].first.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return model
+
+
+def patched() -> Stack:
+    model = stack()
+    block = model.blocks[3]
+    block.forward = lambda x: Block.forward(block, x) * 3
+    return model
+
+
+def frozen() -> Stack:
+    model = stack()
+    model.blocks[3].first.weight.requires_grad_(False)
+    return model
+
+
+def one_in_eval_mode() -> Stack:
+    model = Stack(Dropping() for _ in range(LAYERS))
+    model.blocks[3].eval()
+    return model
+
+
+class Dropping(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def tied_to_the_stem() -> Stack:
+    model = Stack(Square() for _ in range(LAYERS))
+    model.blocks[3].mix.weight = model.stem.weight
+    return model
+
+
+class Square(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(super().forward(x))
+
+
+def own_function() -> Stack:
+    """An attribute that is a function: the same one is equal, another one is not."""
+
+    class Applies(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.function(super().forward(x))
+
+    return Stack(Applies(function=torch.tanh if i == 3 else torch.relu) for i in range(LAYERS))
+
+
+ODD_ONES = {
+    "odd": lambda: numbered(OddIsDifferent),
+    "three": lambda: numbered(ThreeIsDifferent),
+    "far": lambda: numbered(FarIsDifferent),
+    "own-count": lambda: stack(CountsItsCalls),
+    "shared-count": lambda: with_context(CountsInContextStack, CountsInContext),
+    "in-place": lambda: stack(InPlace),
+    "in-place-view": lambda: stack(InPlaceOnAView),
+    "returns-view": lambda: stack(ReturnsAView),
+    "buffer-count": lambda: stack(CountsInABuffer),
+    "keeps-aside": lambda: with_context(KeepsAsideStack, KeepsAside),
+    "reads-aside": lambda: with_context(ReadsAsideStack, ReadsAside),
+    "leaves-attribute": lambda: LeavesAnAttributeStack(LeavesAnAttribute() for _ in range(LAYERS)),
+    "all-weights": lambda: PenalizesWeights(Block() for _ in range(LAYERS)),
+    "one-weight": lambda: PenalizesOneWeight(Block() for _ in range(LAYERS)),
+    "looks": lambda: LooksForAWeight(Block() for _ in range(LAYERS)),
+    "swallows": lambda: SwallowsErrors(Block() for _ in range(LAYERS)),
+    "counts": lambda: CountsParameters(Block() for _ in range(LAYERS)),
+    "part": lambda: CallsAPart(Block() for _ in range(LAYERS)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ONES)
+def test_what_cannot_be_folded_is_traced(name: str) -> None:
+    """Blocks that look the same and are not, or are looked into: no block is copied."""
+    model = ODD_ONES[name]()
+    folded = capture(model, (sample(),), {})
+    full = capture(ODD_ONES[name](), (sample(),), {}, fold=False)
+    assert str(folded.graph) == str(full.graph)
+    assert folded.repeats == ()
+    assert not any(kind.__name__ == "forward" for kind in map(type, model.modules()))
+
+
+@pytest.mark.parametrize(
+    "make", [hooked, hooked_inside, patched, frozen, one_in_eval_mode, tied_to_the_stem,
+             own_function],
+)  # fmt: skip
+def test_the_one_that_differs_is_traced(make: Any) -> None:
+    """The others are folded all the same."""
+    captured = both(make(), sample())
+    assert instances(captured) == [LAYERS - 2]
+    assert "blocks.3" not in captured.repeats[0]
+
+
+class UNet(Stack):
+    """Blocks out of sequence, joined by skip connections; one is left out, one is called twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        first = self.blocks[1](x)
+        second = self.blocks[3](first)
+        third = self.blocks[0](second) + first
+        fourth = self.blocks[5](third + second)
+        return self.blocks[2](fourth) + self.blocks[3](fourth)
+
+
+class Skips(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for index, block in enumerate(self.blocks):
+            if index != 2:
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [UNet, Skips])
+def test_blocks_in_another_order(kind: type[Stack]) -> None:
+    both(kind(Block() for _ in range(LAYERS)), sample())
+
+
+def test_sequential_and_slices() -> None:
+    assert instances(both(nn.Sequential(*[Block() for _ in range(LAYERS)]), sample())) == [5]
+
+    class Sliced(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks[1:5]:
+                x = block(x)
+            return x
+
+    both(Sliced(Block() for _ in range(LAYERS)), sample())
+
+
+class TwoStreams(Block):
+    """Structured inputs and outputs, one of them passed on, None at the first block."""
+
+    def forward(self, x: torch.Tensor, extra: dict[str, Any]) -> Any:
+        total = extra["total"]
+        y = super().forward(x)
+        return y, {"total": y if total is None else total + y, "mask": extra["mask"]}
+
+
+class TwoStreamStack(Stack):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        extra: dict[str, Any] = {"total": None, "mask": mask}
+        for block in self.blocks:
+            x, extra = block(x, extra)
+        return x * extra["mask"], extra["total"]
+
+
+def test_structures_pass_through() -> None:
+    """None at first, then one tensor twice, then two: the third block is the one that is copied."""
+    model = TwoStreamStack(TwoStreams() for _ in range(LAYERS))
+    captured = both(model, sample(), torch.ones(3, 5, 1))
+    assert captured.repeats == (("blocks.2", "blocks.3", "blocks.4"),)
+
+
+class SameTwice(Block):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * y
+
+
+class SameTwiceStack(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x, x if index != 3 else torch.tanh(x))
+        return x
+
+
+def test_one_tensor_given_twice() -> None:
+    both(SameTwiceStack(SameTwice() for _ in range(LAYERS)), sample())
+
+
+class Growing(Stack):
+    """Every block sees another length."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(torch.cat([x, x[:, :1]], 1))
+        return x
+
+
+def test_sizes_that_change_from_block_to_block() -> None:
+    both(Growing(Block() for _ in range(LAYERS)), sample())
+
+
+class Tied(Block):
+    """Own buffers, a tied pair inside, a constant, a module that all blocks share."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.shared = shared
+        self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.key.weight = self.query.weight
+        self.register_buffer("kept", torch.ones(WIDTH))
+        self.register_buffer("lost", torch.ones(WIDTH), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.query(x) * self.kept + self.key(self.shared(x)) * self.lost
+        return super().forward(x) + torch.tensor([0.5] * WIDTH, device=x.device)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_own_shared_and_tied_tensors(meta: bool) -> None:
+    shared = nn.BatchNorm1d(5).eval()
+    model = Stack(Tied(shared) for _ in range(LAYERS)).eval()
+    if not meta:
+        assert instances(both(model, sample())) == [LAYERS - 1]
+    else:
+        model = model.to("meta")
+        folded, full = (capture(model, (sample(),), {}, fold=fold) for fold in (True, False))
+        assert str(folded.graph) == str(full.graph)
+
+
+def test_gradients_flow_as_in_the_full_trace() -> None:
+    """The first block's input has no gradient, those of the others have."""
+    model = stack()
+    model.stem.requires_grad_(False)
+    assert instances(both(model, sample())) == [LAYERS - 1]
+
+
+class WithoutGradient(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            for block in self.blocks[:4]:
+                x = block(x)
+        for block in self.blocks[4:]:
+            x = block(x)
+        return x
+
+
+class PartlyWithoutGradient(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = torch.sigmoid(self.first(x).mean())
+        return super().forward(x) * scale
+
+
+def test_regions_without_gradient() -> None:
+    both(WithoutGradient(Block() for _ in range(LAYERS)), sample())
+    both(stack(PartlyWithoutGradient), sample())
+
+
+def test_a_cycle_of_two_lists() -> None:
+    """Encoder and decoder: each list has its own template."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = stack()
+            self.decoder = Stack(Wide() for _ in range(LAYERS))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.decoder(self.encoder(x))
+
+    assert instances(both(Two(), sample())) == [LAYERS - 1] * 2
+
+
+def test_capture_is_deterministic_and_restores_after_errors() -> None:
+    class Broken(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if bool(x.sum() > 0) else x
+
+    model = stack()
+    texts = [str(capture(model, (sample(),), {}).graph) for _ in range(2)]
+    assert texts[0] == texts[1]
+    broken = Broken(Block() for _ in range(LAYERS))
+    with pytest.raises(Exception, match="branches on the values"):
+        capture(broken, (sample(),), {})
+    assert all(type(module) is Block for module in broken.blocks)
+    assert broken(sample()).shape == (3, 5, WIDTH)
