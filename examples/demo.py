@@ -179,8 +179,8 @@ def parse() -> Any:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a text file or a folder of text (default: Python's own)")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the results")
-    parser.add_argument("--steps", type=int, default=150, help="for the GPT; 0 leaves it out")
-    parser.add_argument("--bert-steps", type=int, default=60, help="for the BERT; 0 leaves it out")
+    parser.add_argument("--steps", type=int, default=120, help="for the GPT; 0 leaves it out")
+    parser.add_argument("--bert-steps", type=int, default=45, help="for the BERT; 0 leaves it out")
     parser.add_argument("--methods", nargs="+", choices=trainer.METHODS, default=trainer.METHODS)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one run")
     parser.add_argument(

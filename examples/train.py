@@ -163,7 +163,7 @@ def parse(arguments: list[str] | None) -> Any:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="gpt")
     parser.add_argument("--method", choices=METHODS, default="automatic")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--data", help="a text file or a folder of text (default: Python's own)")
     parser.add_argument("--record", type=Path, help="write losses, times and traffic there (JSON)")
     parser.add_argument(

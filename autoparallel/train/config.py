@@ -16,7 +16,7 @@ class TrainConfig:
     untimed_steps: first steps that the median step time leaves out.
     """
 
-    steps: int = 150
+    steps: int = 120
     learning_rate: float = 1e-3
     warmup_steps: int = 40
     final_fraction: float = 0.1
