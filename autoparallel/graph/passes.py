@@ -165,6 +165,9 @@ _VIEWS = {
     "aten._unsafe_view.default",
     "aten.flatten.using_ints",
     "aten.unflatten.int",
+    "aten.squeeze.default",
+    "aten.squeeze.dim",
+    "aten.squeeze.dims",
 }
 
 

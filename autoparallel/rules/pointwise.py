@@ -8,7 +8,7 @@ from autoparallel.graph.graph import Dim
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Loops, OpCall, ShardingRule
 
-_NONLINEAR = """
+UNARY = """
 abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh deg2rad elu erf erfc erfinv exp
 exp2 expm1 floor gelu hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid
 logical_not logit mish reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh
@@ -31,10 +31,21 @@ _LINEAR_UNARY = [
     "aten.positive.default",
 ]
 
-_BINARY_NONLINEAR = """
-eq ne lt le gt ge maximum minimum pow atan2 fmod remainder floor_divide logical_and logical_or
-logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ fmax fmin hypot copysign
-""".split()
+_OVERLOADS = {
+    "Tensor Scalar": """
+        eq ne lt le gt ge fmod remainder bitwise_and bitwise_or bitwise_xor copysign
+        __and__ __or__ __xor__
+    """,
+    "default": "maximum minimum fmax fmin hypot atan2 logical_and logical_or logical_xor",
+    "default Scalar": "floor_divide",
+    "Tensor_Tensor Tensor_Scalar Scalar": "pow",
+}
+BINARY = tuple(
+    f"{name}.{overload}"
+    for overloads, names in _OVERLOADS.items()
+    for name in names.split()
+    for overload in overloads.split()
+)
 
 
 def broadcast(call: OpCall) -> tuple[tuple[tuple[Loops, ...], ...], dict[str, Dim]]:
@@ -65,14 +76,9 @@ def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
 
 
 @rule(
-    *(f"aten.{name}.default" for name in _NONLINEAR),
-    *(f"aten.clamp.{name}" for name in ("Tensor",)),
-    *(
-        f"aten.{name}.{overload}"
-        for name in _BINARY_NONLINEAR
-        for overload in ("Tensor", "Scalar", "default", "Tensor_Tensor", "Tensor_Scalar")
-    ),
-    "aten.pow.Scalar_Tensor",
+    *(f"aten.{name}.default" for name in UNARY),
+    *(f"aten.{target}" for target in BINARY),
+    "aten.clamp.Tensor",
     "aten.masked_fill.Scalar",
     "aten.addcmul.default",
     "aten.addcdiv.default",

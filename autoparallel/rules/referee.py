@@ -18,7 +18,7 @@ import torch
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard, gradient
+from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.rules.registry import find_rule
@@ -45,7 +45,8 @@ class Example:
     """One call of an op with real tensors, and what it gives unsplit.
 
     tensors: the operands by name. results: of the unsplit op. seeds: the gradients that come in,
-    None for a result without one. gradients: of the operands that take one, by name.
+    None for a result without one. gradients: of the operands that take one, by name. extents: an
+    input whose sizes are the symbols of the program, if it has any.
     """
 
     graph: Graph
@@ -113,6 +114,7 @@ def make_example(
         for name, tensor in tensors.items()
     ]
     extents = {size: sym for size, sym in expressions.items() if sym.expr.is_Symbol}
+    sizes = (torch.empty(tuple(extents)),) if extents else ()
     if extents:
         empty = Value("extents", tuple(extents.values()), torch.float64)
         nodes.insert(0, Node("extents", "input", "0", (empty,)))
@@ -121,7 +123,7 @@ def make_example(
     if author is not None and author(OpCall(node, _operands(graph, node))).random:
         names = node.operands()
         alone = Strategy((_INVARIANT,) * len(names), (_INVARIANT,) * len(values))
-        results = _run(graph, node, alone, SingleGroup(), tensors, ())
+        results = _run(graph, node, alone, SingleGroup(), tensors, sizes)
     generator = torch.Generator().manual_seed(len(target))
     seeds = tuple(
         _numbers(result.shape, generator).to(result.dtype) if result.requires_grad else None
@@ -134,7 +136,7 @@ def make_example(
         tuple(result.detach() for result in results),
         seeds,
         _gradients(tensors, results, seeds),
-        (torch.empty(tuple(extents)),) if extents else (),
+        sizes,
     )
 
 
@@ -240,7 +242,7 @@ def fault(example: Example, strategy: Strategy, world_size: int) -> str:
     returns must be those of the unsplit results and gradients.
     """
     generator = torch.Generator().manual_seed(world_size)
-    storage = _storage(example, strategy)
+    storage = _storage(example.node, strategy)
     try:
         leaves = {
             name: part_of(tensor, storage[name], world_size, generator)
@@ -283,8 +285,8 @@ def fault(example: Example, strategy: Strategy, world_size: int) -> str:
             groups[0].abort()
     if errors:
         own = {r: e for r, e in errors.items() if not isinstance(e, threading.BrokenBarrierError)}
-        rank, error = next(iter(sorted((own or errors).items())))
-        return f"rank {rank} failed: {type(error).__name__}: {str(error)[:300]}"
+        rank = min(own or errors)
+        return f"rank {rank} failed: {type(errors[rank]).__name__}: {str(errors[rank])[:300]}"
     for index, (whole, placement) in enumerate(zip(example.results, strategy.results, strict=True)):
         wrong = _difference([results[index] for results, _ in made], whole, placement)
         if wrong:
@@ -298,13 +300,13 @@ def fault(example: Example, strategy: Strategy, world_size: int) -> str:
     return ""
 
 
-def _storage(example: Example, strategy: Strategy) -> dict[str, Placement]:
+def _storage(node: Node, strategy: Strategy) -> dict[str, Placement]:
     """How each operand lies before the call.
 
     One that is read in two ways starts as a copy, and the emitter converts it to each.
     """
     found: dict[str, Placement] = {}
-    for name, placement in zip(example.node.operands(), strategy.operands, strict=True):
+    for name, placement in zip(node.operands(), strategy.operands, strict=True):
         found[name] = placement if found.get(name, placement) == placement else _INVARIANT
     return found
 
@@ -318,16 +320,12 @@ def _run(
     extents: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, ...]:
     """The emitted program of one rank, run on its parts."""
-    names = tuple(node.operands())
-    found: dict[str, Placement] = {}
-    for name, placement in zip(names, strategy.operands, strict=True):
-        found[name] = placement if found.get(name, placement) == placement else _INVARIANT
     choice = OpChoice(
         node.name,
         node.target,
         node.where,
         node.line,
-        names,
+        tuple(node.operands()),
         tuple(value.name for value in node.results),
         strategy.operands,
         strategy.results,
@@ -340,7 +338,8 @@ def _run(
         hardware="",
         fingerprint=graph.fingerprint,
         parameters=tuple(
-            ParameterChoice(name, name, (), 0, placement) for name, placement in found.items()
+            ParameterChoice(name, name, (), 0, placement)
+            for name, placement in _storage(node, strategy).items()
         ),
         ops=(choice,),
         conversions=(),

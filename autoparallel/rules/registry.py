@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
 from importlib import import_module
+
+import torch
 
 from autoparallel.rules.rule import OpCall, ShardingRule
 
@@ -23,6 +27,20 @@ _ROOMS = (
 )
 
 
+def _of_numbers(author: Author) -> Author:
+    """The same rule without pending sums of truth values: `or` is not a sum."""
+
+    @wraps(author)
+    def made(call: OpCall) -> ShardingRule:
+        found = author(call)
+        truths = {i for i, value in enumerate(call.operands) if value.dtype == torch.bool}
+        if not any(truths & group for group in found.linear):
+            return found
+        return replace(found, linear=tuple(g for g in found.linear if not truths & g))
+
+    return made
+
+
 def rule(*targets: str) -> Callable[[Author], Author]:
     """Register the function as the rule of these ops ("aten.mm.default")."""
 
@@ -30,7 +48,7 @@ def rule(*targets: str) -> Callable[[Author], Author]:
         for target in targets:
             if target in _RULES:
                 raise ValueError(f"{target} has a rule already: {_RULES[target].__module__}")
-            _RULES[target] = author
+            _RULES[target] = _of_numbers(author)
         return author
 
     return register

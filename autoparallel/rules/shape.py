@@ -211,12 +211,14 @@ def unsqueeze(call: OpCall) -> ShardingRule:
 
 @rule("aten.squeeze.dim", "aten.squeeze.default", "aten.squeeze.dims")
 def squeeze(call: OpCall) -> ShardingRule:
-    """Dims of size 1 go."""
+    """Dims of size 1 go. A named dim of another size stays whole: its part may be of size 1."""
     shape = call.operands[0].shape
     dims = call.argument(1, "dim", tuple(range(len(shape))))
     dims = dims if isinstance(dims, tuple) else (dims,)
-    gone = {_axis(dim, len(shape)) for dim in dims}
-    return _carried(call, [i for i, size in enumerate(shape) if i not in gone or size != 1])
+    named = {_axis(dim, len(shape)) for dim in dims}
+    made = _carried(call, [i for i, size in enumerate(shape) if i not in named or size != 1])
+    kept = {f"d{i}" for i in named if shape[i] != 1}
+    return replace(made, whole=made.whole | kept)
 
 
 @rule("aten.expand.default")
