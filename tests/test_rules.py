@@ -1,11 +1,16 @@
 """Every strategy of every rule, run on parts and joined, equals the unsplit op."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from sample_calls import CALLS
+from sample_calls import CALLS, call, x
 
-from autoparallel.rules.referee import derived, fault
+from autoparallel.placement import Invariant, Partial, Replicate, Shard
+from autoparallel.rules.pointwise import pointwise
+from autoparallel.rules.referee import derived, fault, uneven_parts
 from autoparallel.rules.registry import find_rule, registered
+from autoparallel.rules.rule import ShardingRule, Strategy
 
 
 @pytest.mark.parametrize("target", registered())
@@ -32,3 +37,115 @@ def test_every_strategy_is_sound(call):
             if found:
                 faults.append(f"{strategy} on {world_size}: {found}")
     assert faults == []
+
+
+def softmax_split_along_its_dim(call):
+    return replace(find_rule(call.node.target)(call), whole=frozenset())
+
+
+def blocks_in_another_order(call):
+    def turned(dims):
+        return tuple(names[::-1] if len(names) == 2 else names for names in dims)
+
+    rule = find_rule(call.node.target)(call)
+    return replace(
+        rule,
+        operands=tuple(map(turned, rule.operands)),
+        results=tuple(map(turned, rule.results)),
+    )
+
+
+WRONG_RULES = {
+    "a bias counted on every rank": (
+        call("add.Tensor", x(4, 5), x(5)),
+        lambda call: pointwise(call, {0}),
+        "P, R -> P",
+    ),
+    "a pending sum through relu": (
+        call("relu.default", x(4, 5)),
+        lambda call: pointwise(call, {0}),
+        "P -> P",
+    ),
+    "softmax split along its own dim": (
+        call("softmax.int", x(4, 5), 1),
+        softmax_split_along_its_dim,
+        "S(1) -> S(1)",
+    ),
+    "a mean that divides by the local count": (
+        call("mean.dim", x(4, 5), (1,)),
+        lambda call: ShardingRule.parse("a b -> a", call),
+        "S(1) -> P",
+    ),
+    "parts of a split in another order": (
+        call("chunk.default", x(12, 5), 3),
+        blocks_in_another_order,
+        "S(0) -> S(0), S(0), S(0)",
+    ),
+    "parts of a cat in another order": (
+        call("cat.default", (x(5, 4), x(5, 4)), 1),
+        blocks_in_another_order,
+        "S(1), S(1) -> S(1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RULES)
+def test_a_wrong_rule_is_caught(name):
+    """And its strategies that are right are not."""
+    sample, author, wrong = WRONG_RULES[name]
+    example = sample.example()
+    choices = derived(example, author(example.call), 2)
+    faults = {str(strategy): fault(example, strategy, 2) for strategy in choices}
+    assert faults[wrong].startswith(("result 0: ", "rank 0 failed: "))
+    assert not any(found for strategy, found in faults.items() if set(strategy) <= set("IR, ->"))
+
+
+WRONG_STRATEGIES = {
+    "column-parallel without the sum of the input's gradient": (
+        (Invariant(), Shard(0)),
+        (Shard(1),),
+        "gradient of operand x0: rank 0 is off by",
+    ),
+    "row-parallel without the sum": (
+        (Shard(1), Shard(1)),
+        (Invariant(),),
+        "result 0: rank 0 is off by",
+    ),
+    "a replica that every rank uses alike": (
+        (Invariant(), Invariant()),
+        (Replicate(),),
+        "gradient of operand x0: rank 0 is off by",
+    ),
+    "a replica whose gradient is whole on every rank": (
+        (Replicate(), Replicate()),
+        (Invariant(),),
+        "gradient of operand x0: the sum over ranks is off by",
+    ),
+    "a product of two pending sums": (
+        (Partial(), Partial()),
+        (Partial(),),
+        "result 0: the sum over ranks is off by",
+    ),
+    "a part where the whole is needed": (
+        (Shard(1), Replicate()),
+        (Partial(),),
+        "rank 0 failed: RuntimeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_STRATEGIES)
+def test_a_wrong_strategy_is_caught(name):
+    operands, results, message = WRONG_STRATEGIES[name]
+    example = call("linear.default", x(4, 6), x(8, 6)).example()
+    assert fault(example, Strategy(operands, results), 2).startswith(message)
+
+
+def test_pending_sums_are_uneven():
+    """An even split, or one of one sign, would let `abs` look linear."""
+    whole = x(4, 5).detach()
+    for world_size in (2, 3, 4):
+        parts = uneven_parts(whole, world_size, torch.Generator().manual_seed(0))
+        assert torch.allclose(torch.stack(parts).sum(0), whole)
+        assert all((part > 0).any() and (part < 0).any() for part in parts)
+        assert not torch.allclose(torch.stack(parts).abs().sum(0), whole.abs())

@@ -33,7 +33,16 @@ from autoparallel.rules.rule import (
 from autoparallel.runtime.collectives import take_part
 from autoparallel.runtime.groups import Group, LocalGroup, SingleGroup, thread_groups
 
-__all__ = ["Example", "derived", "fault", "make_example", "part_of", "tiles_of", "uneven_parts"]
+__all__ = [
+    "Example",
+    "derived",
+    "difference",
+    "fault",
+    "make_example",
+    "part_of",
+    "tiles_of",
+    "uneven_parts",
+]
 
 _TOLERANCE = 1e-10
 _PATIENCE_SECONDS = 60.0
@@ -200,10 +209,11 @@ def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[Tile]:
 
 
 def derived(example: Example, rule: ShardingRule, world_size: int) -> tuple[Strategy, ...]:
-    """Everything that `rule` allows for this call on `world_size` ranks."""
+    """Everything that `rule` allows for this call on `world_size` ranks, each once."""
     operands = tuple(operand.requires_grad for operand in example.call.operands)
     results = tuple(result.requires_grad for result in example.call.results)
-    return strategies(rule, tiles_of(rule, world_size), operands, results, world_size)
+    found = strategies(rule, tiles_of(rule, world_size), operands, results, world_size)
+    return tuple({(str(choice), choice.kernel): choice for choice in reversed(found)}.values())[::-1]
 
 
 def uneven_parts(
@@ -288,11 +298,11 @@ def fault(example: Example, strategy: Strategy, world_size: int) -> str:
         rank = min(own or errors)
         return f"rank {rank} failed: {type(errors[rank]).__name__}: {str(errors[rank])[:300]}"
     for index, (whole, placement) in enumerate(zip(example.results, strategy.results, strict=True)):
-        wrong = _difference([results[index] for results, _ in made], whole, placement)
+        wrong = difference([results[index] for results, _ in made], whole, placement)
         if wrong:
             return f"result {index}: {wrong}"
     for name, whole in example.gradients.items():
-        wrong = _difference(
+        wrong = difference(
             [gradients[name] for _, gradients in made], whole, gradient(storage[name])
         )
         if wrong:
@@ -356,7 +366,7 @@ def _run(
     return tuple(results)
 
 
-def _difference(parts: list[torch.Tensor], whole: torch.Tensor, placement: Placement) -> str:
+def difference(parts: list[torch.Tensor], whole: torch.Tensor, placement: Placement) -> str:
     """Where what the ranks hold is not `whole` under `placement`; "" if it is."""
     parts = [part.detach() for part in parts]
     world_size = len(parts)

@@ -1,0 +1,112 @@
+"""Every move between placements, both ways, against parts cut from the whole."""
+
+import threading
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+
+from autoparallel.placement import (
+    Invariant,
+    Partial,
+    Replicate,
+    Shard,
+    gradient,
+    local_size,
+    movement,
+)
+from autoparallel.rules.referee import difference, part_of
+from autoparallel.runtime.collectives import convert, join_parts, move, take_part
+from autoparallel.runtime.groups import thread_groups
+
+SHAPE = (7, 12, 5)
+SHARDS = (
+    Shard(0),
+    Shard(1),
+    Shard(1, blocks=2),
+    Shard(1, blocks=3),
+    Shard(1, unit=3),
+    Shard(1, blocks=2, unit=2),
+    Shard(2),
+)
+PLACEMENTS = (Invariant(), Replicate(), *SHARDS, Partial())
+
+
+def is_a_move(source, target):
+    """A pending sum is kept as it is, and nothing but a pending sum becomes another one."""
+    return source == target or (type(source), type(target)) != (Partial, Partial)
+
+
+PAIRS = [pair for pair in product(PLACEMENTS, PLACEMENTS) if is_a_move(*pair)]
+
+
+def on_every_rank(world_size, function):
+    """function(group) on threads; returns what each rank made and the collectives of rank 0."""
+    made, errors = [None] * world_size, []
+
+    def run(group):
+        try:
+            made[group.rank] = function(group)
+        except BaseException as error:
+            errors.append(error)
+            group.abort()
+
+    groups = thread_groups(world_size)
+    threads = [threading.Thread(target=run, args=(group,)) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    return made, groups[0].counts
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def test_convert_moves_values_and_gradients(source, target, world_size):
+    """The table of the placements: what each rank gets, what goes back, and what crosses."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    seed = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    parts = part_of(whole, source, world_size, generator)
+    seeds = part_of(seed, gradient(target), world_size, generator)
+    size = SHAPE[source.dim] if isinstance(source, Shard) else 0
+
+    def run(group):
+        mine = parts[group.rank].clone().requires_grad_()
+        made = convert(mine, group, source, target, size)
+        made.backward(seeds[group.rank])
+        return made, mine.grad
+
+    made, counts = on_every_rank(world_size, run)
+    assert difference([value for value, _ in made], whole, target) == ""
+    assert difference([grad for _, grad in made], seed, gradient(source)) == ""
+    steps = (movement(source, target), movement(gradient(target), gradient(source)))
+    assert counts == Counter(step.value for step in steps if step.collective)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def test_move_keeps_the_kind(source, target, kind):
+    """Tensors without a gradient move alike; truth values have no pending sum."""
+    if kind == torch.bool and (source == Partial() or target == Partial()):
+        return
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-9, 9, SHAPE, generator=generator)
+    whole = whole > 0 if kind == torch.bool else whole
+    parts = part_of(whole, source, 3, generator)
+    size = SHAPE[source.dim] if isinstance(source, Shard) else 0
+    made, _ = on_every_rank(3, lambda group: move(parts[group.rank], group, source, target, size))
+    assert difference(made, whole, target) == ""
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shard", SHARDS, ids=str)
+def test_parts_join(shard, world_size):
+    whole = torch.arange(7 * 12 * 5).reshape(SHAPE)
+    parts = [take_part(whole, shard, world_size, rank) for rank in range(world_size)]
+    sizes = [local_size(SHAPE[shard.dim], shard, world_size, r) for r in range(world_size)]
+    assert [part.size(shard.dim) for part in parts] == sizes
+    assert sizes == sorted(sizes, reverse=True)
+    assert torch.equal(join_parts(parts, shard), whole)
