@@ -33,7 +33,7 @@ from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, strategies
 from autoparallel.tiling import Tiling, inert_calls, weight_values
 from planners import Factor, Problem, Variable
 
-__all__ = ["Network", "build_network"]
+__all__ = ["Network", "build_network", "reduced_together"]
 
 INVARIANT = Invariant()
 _MOST_TARGETS = 3
@@ -143,6 +143,7 @@ class _Builder:
         self.weights = weight_values(graph)
         self.network.weights = frozenset(self.weights)
         self.inert = inert_calls(graph)
+        self.together = reduced_together(graph)
         self.tables: dict[Any, np.ndarray] = {}
         self.reads = {node.name: node.operands() for node in graph.calls}
 
@@ -339,7 +340,8 @@ class _Builder:
         """Seconds from every placement made to every target; infinite where forbidden."""
         weight = value.name in self.weights
         grad = value.requires_grad
-        key = ("c", nbytes(value), grad, weight, made, targets)
+        together = value.name in self.together
+        key = ("c", nbytes(value), grad, weight, together, made, targets)
         if key not in self.tables:
             self.tables[key] = np.array(
                 [[self.convert(value, one, two, weight) for two in targets] for one in made]
@@ -361,7 +363,13 @@ class _Builder:
             if matrix or move is not Movement.NONE:
                 return np.inf
         return conversion_seconds(
-            one, two, nbytes(value), value.requires_grad, self.hardware, self.world_size
+            one,
+            two,
+            nbytes(value),
+            value.requires_grad,
+            self.hardware,
+            self.world_size,
+            together=value.name in self.together,
         )
 
     def paid(
@@ -405,6 +413,14 @@ class _Builder:
             self.network.factors.append(Factor(first, self.network.fans[-1][0], table))
         elif table.any():
             self.network.factors.append(Factor(first, second, table))
+
+
+def reduced_together(graph: Graph) -> frozenset[str]:
+    """Parameters whose gradients, where they are to be summed over ranks, can wait for the end.
+
+    Those are all: nothing in the backward pass reads a parameter's gradient.
+    """
+    return frozenset(node.result.name for node in graph.nodes if node.kind == "parameter")
 
 
 def _unsupported(missing: Mapping[str, list[Node]]) -> UnsupportedOpError:

@@ -63,7 +63,8 @@ class Conversion:
     """A value made as `source` and read as `target` by `readers`, converted once.
 
     shape: of the whole value for the sizes planned for, as text ("s0, s1, 768"). nbytes: of the
-    whole. forward, backward: what it takes. seconds: predicted for both.
+    whole. forward, backward: what it takes. seconds: predicted for both. together: a parameter's
+    gradient, reduced at the end of the backward pass in one collective with others like it.
     """
 
     value: str
@@ -74,6 +75,7 @@ class Conversion:
     nbytes: int
     requires_grad: bool
     seconds: float = 0.0
+    together: bool = False
 
     @property
     def forward(self) -> Movement:

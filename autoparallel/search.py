@@ -12,7 +12,7 @@ from autoparallel.graph.capture import Captured
 from autoparallel.graph.graph import Graph, hint
 from autoparallel.graph.passes import at_least
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network, build_network
+from autoparallel.network import Network, build_network, reduced_together
 from autoparallel.options import Options
 from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
@@ -213,6 +213,7 @@ def _conversions(
     for path, value in graph.mutations:
         if made[value] != Invariant():
             wanted.setdefault((value, Invariant()), []).append(f"write {path}")
+    together = reduced_together(graph)
     rows = []
     for (name, target), reading in wanted.items():
         whole = graph.values[name]
@@ -232,7 +233,9 @@ def _conversions(
                     whole.requires_grad,
                     network.hardware,
                     network.world_size,
+                    together=name in together,
                 ),
+                together=name in together,
             )
         )
     return tuple(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.placement import Collective, Movement, Placement, gradient, movement
 
@@ -48,8 +50,15 @@ def conversion_seconds(
     requires_grad: bool,
     hardware: Hardware,
     world_size: int,
+    together: bool = False,
 ) -> float:
-    """Predicted time, forward and backward, of converting a tensor from source to target."""
+    """Predicted time, forward and backward, of converting a tensor from source to target.
+
+    together: the collectives are made in one call with others, whose latency is not counted.
+    """
+    if together:
+        free = Link(hardware.link.bytes_per_second, 0.0, 0.0)
+        hardware = replace(hardware, link=free)
     seconds = movement_seconds(movement(source, target), nbytes, hardware, world_size)
     if requires_grad:
         back = movement(gradient(target), gradient(source))

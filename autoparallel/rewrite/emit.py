@@ -23,6 +23,7 @@ from autoparallel.placement import (
     Invariant,
     Partial,
     Placement,
+    Replicate,
     Shard,
     local_size,
     part_bounds,
@@ -50,6 +51,8 @@ class Program:
 
     run(parameters, buffers, constants, inputs, device) returns the local outputs and the values
     to write back. parameters, buffers, constants: paths, in the order in which run takes them.
+    deferred: paths of parameters that the program reads as Replicate though they are Invariant:
+    their gradients are to be summed over the ranks by whoever runs it (`sum_together`).
     outputs: (placement, shape) of what it returns; shape entries are ints or expressions in
     `symbols`, which names the input dims that define them: (symbol, input, dim).
     """
@@ -61,6 +64,7 @@ class Program:
     constants: tuple[str, ...]
     outputs: tuple[tuple[Placement, tuple[Dim, ...]], ...]
     mutations: tuple[str, ...]
+    deferred: tuple[str, ...]
 
 
 def emit(
@@ -100,6 +104,7 @@ class _Emitter:
         self.printer = PythonPrinter()
         self.rules = {node.name: self.rule_of(node) for node in graph.calls}
         self.fused = self.find_fused()
+        self.deferred = self.find_deferred()
 
     def program(self, alter: Callable[[str], str] | None) -> Program:
         kinds: dict[str, list[Node]] = {"parameter": [], "buffer": [], "constant": [], "input": []}
@@ -140,6 +145,7 @@ class _Emitter:
             tuple(node.target for node in kinds["constant"]),
             shapes,
             tuple(path for path, _ in self.graph.mutations),
+            tuple(node.target for node in kinds["parameter"] if node.name in self.deferred),
         )
 
     def compile(self, source: str) -> Callable[..., Any]:
@@ -193,6 +199,21 @@ class _Emitter:
             if alone and vector and same and wide and first != second:
                 found[product.name] = node.name
         return found
+
+    def find_deferred(self) -> set[str]:
+        """Parameters that are whole, and that every reader wants as Replicate."""
+        wanted: dict[str, set[Placement]] = {}
+        for op in self.plan.ops:
+            for name, placement in zip(op.reads, op.operands, strict=True):
+                wanted.setdefault(name, set()).add(placement)
+        return {
+            node.name
+            for node in self.graph.nodes
+            if node.kind == "parameter"
+            and self.placements[node.name] == _INVARIANT
+            and wanted.get(node.name) == {Replicate()}
+            and node.name not in self.graph.outputs
+        }
 
     def call(self, node: Node) -> None:
         """Emit one op: conversions of what it reads, then itself."""
@@ -278,7 +299,7 @@ class _Emitter:
     def read(self, name: str, placement: Placement) -> str:
         """The identifier of a value as `placement`; emits its conversion at the first use."""
         made = self.placements[name]
-        if made == placement:
+        if made == placement or name in self.deferred:
             return _identifier(name)
         key = (name, placement)
         if key not in self.converted:

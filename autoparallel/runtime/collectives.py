@@ -24,7 +24,7 @@ from autoparallel.placement import (
 )
 from autoparallel.runtime.groups import Group
 
-__all__ = ["convert", "join_parts", "move", "pending_sum", "spmd_type", "take_part"]
+__all__ = ["convert", "join_parts", "move", "pending_sum", "spmd_type", "sum_together", "take_part"]
 
 
 def _run_length(size: int, shard: Shard, world_size: int, rank: int) -> tuple[int, int]:
@@ -239,6 +239,18 @@ def convert(
     size: of the whole along the source's split dim; not read for other sources.
     """
     return Convert.apply(x, group, source, target, size)
+
+
+def sum_together(tensors: list[torch.Tensor], group: Group) -> list[torch.Tensor]:
+    """The sums over ranks, in one all-reduce per type of element."""
+    sums: list[torch.Tensor] = list(tensors)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        places = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[index].reshape(-1) for index in places])
+        parts = group.all_reduce(flat).split([tensors[index].numel() for index in places])
+        for index, part in zip(places, parts, strict=True):
+            sums[index] = part.view(tensors[index].shape)
+    return sums
 
 
 def pending_sum(x: torch.Tensor, group: Group) -> torch.Tensor:

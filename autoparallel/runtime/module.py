@@ -21,6 +21,7 @@ from autoparallel.runtime import rng
 from autoparallel.runtime.collectives import take_part
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.parameters import (
+    Bundle,
     Leaf,
     as_distributed,
     materialize,
@@ -185,11 +186,13 @@ def _add(made: nn.Module, state: State, plan: Plan, training: bool) -> _Entry:
     captured = plan.captured
     assert captured is not None
     program = emit(captured.graph, plan, state.group, plan.model)
+    bundle = Bundle(state.group)
     leaves = []
     for path in program.parameters:
         owner, _, name = path.rpartition(".")
         holder = made.get_submodule(owner)._parameters
-        leaves.append(Leaf(holder, name, state.storage[path], state.mesh))
+        waits = bundle if path in program.deferred else None
+        leaves.append(Leaf(holder, name, state.storage[path], state.mesh, path, waits))
     inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
     entry = _Entry(
         plan,

@@ -16,10 +16,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Invariant, Placement, Shard
-from autoparallel.runtime.collectives import move, take_part
+from autoparallel.runtime.collectives import move, sum_together, take_part
 from autoparallel.runtime.groups import Group
 
-__all__ = ["Leaf", "as_distributed", "materialize", "shallow_copy", "whole_tensor"]
+__all__ = ["Bundle", "Leaf", "as_distributed", "materialize", "shallow_copy", "whole_tensor"]
 
 
 def _distributed_placement(placement: Placement) -> Any:
@@ -57,6 +57,27 @@ def whole_tensor(tensor: torch.Tensor, placement: Placement, group: Group) -> to
     return move(local.detach(), group, placement, Invariant(), size)
 
 
+class Bundle:
+    """Gradients to be summed over the ranks in one collective, when the backward pass ends."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.waiting: list[tuple[Leaf, torch.Tensor]] = []
+
+    def add(self, leaf: Leaf, grad: torch.Tensor) -> None:
+        """Keep a leaf's local gradient until the end of this backward pass."""
+        if not self.waiting:
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+        self.waiting.append((leaf, grad))
+
+    def finish(self) -> None:
+        """Sum all, and hand each to its parameter. Ranks agree on the order: that of the names."""
+        waiting, self.waiting = sorted(self.waiting, key=lambda item: item[0].path), []
+        sums = sum_together([grad for _, grad in waiting], self.group)
+        for (leaf, _), total in zip(waiting, sums, strict=True):
+            leaf.give(total)
+
+
 class Leaf:
     """One parameter: the DTensor that the user sees and the local tensor that computes.
 
@@ -70,8 +91,11 @@ class Leaf:
         name: str,
         placement: Placement,
         mesh: DeviceMesh | None,
+        path: str,
+        bundle: Bundle | None = None,
     ) -> None:
         self.owner, self.name, self.placement, self.mesh = owner, name, placement, mesh
+        self.path, self.bundle = path, bundle
         self.parameter: Any = None
         self.local: torch.Tensor | None = None
 
@@ -97,11 +121,18 @@ class Leaf:
         return local
 
     def hand_over(self, local: torch.Tensor) -> None:
-        """Move the leaf's finished gradient to the parameter, adding to what is there."""
-        parameter, grad = self.parameter, local.grad
+        """Move the leaf's finished gradient to the parameter, or to the bundle it waits in."""
+        grad = local.grad
         local.grad = None
-        assert parameter is not None
         assert grad is not None
+        if self.bundle is not None:
+            self.bundle.add(self, grad)
+        else:
+            self.give(grad)
+
+    def give(self, grad: torch.Tensor) -> None:
+        """Add a finished local gradient to the parameter's."""
+        parameter = self.parameter
         assert self.mesh is not None
         if parameter.grad is None:
             shape = tuple(parameter.shape)
@@ -198,7 +229,7 @@ def materialize(
         raise AutoParallelError(
             "the model is on the meta device and cannot be initialized",
             where=", ".join(missing),
-            why="no reset_parameters() of theirs and no _init_weights(module) of the model fills them",
+            why="no reset_parameters() of theirs and no _init_weights(module) fills them",
             fix="give them reset_parameters(), or pass the model with real weights",
         )
     return parts
@@ -214,7 +245,8 @@ def _allocated(
     real = shallow_copy(module)
     held: dict[str, torch.Tensor] = {}
     for prefix, owner in (("", real), *((f"{n}.", m) for n, m in real.named_children())):
-        for tensors in (owner._parameters, owner._buffers):
+        own: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for tensors in own:
             for name, value in tensors.items():
                 if value is None:
                     continue

@@ -16,7 +16,7 @@ from autoparallel.placement import Partial, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
-from autoparallel.runtime.collectives import join_parts, take_part
+from autoparallel.runtime.collectives import join_parts, sum_together, take_part
 from autoparallel.runtime.groups import LocalGroup, thread_groups
 from autoparallel.structure import flatten, rebuild
 
@@ -96,6 +96,15 @@ def simulate_plan(
                 loss = _loss_of(local) if backward is True else backward(local)
                 if loss is not None:
                     loss.backward()
+            summed = [
+                leaf
+                for path, leaf in zip(program.parameters, leaves, strict=True)
+                if path in program.deferred and leaf.grad is not None
+            ]
+            grads = [leaf.grad for leaf in summed if leaf.grad is not None]
+            totals = sum_together(grads, group) if grads else []
+            for leaf, total in zip(summed, totals, strict=True):
+                leaf.grad = total
             gradients = {
                 path: leaf.grad for path, leaf in zip(program.parameters, leaves, strict=True)
             }

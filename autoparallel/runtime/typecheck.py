@@ -15,7 +15,7 @@ from torch import nn
 
 from autoparallel.errors import PlanError
 from autoparallel.graph.capture import bind_inputs
-from autoparallel.placement import Shard
+from autoparallel.placement import Replicate, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.runtime.collectives import spmd_type, take_part
@@ -43,7 +43,7 @@ def typecheck_plan(
     captured = plan.captured
     if captured is None:
         raise PlanError("the plan has no graph", fix="plan again in this process")
-    world = dist.group.WORLD
+    world: Any = dist.group.WORLD
     group = ProcessGroup(world)
     program = emit(captured.graph, plan, group, plan.model, alter)
     inputs, _ = flatten(dict(bind_inputs(model, args, kwargs).arguments))
@@ -61,6 +61,8 @@ def typecheck_plan(
     with spmd_types.set_current_mesh(mesh), checker.typecheck(local=True):
         for path, leaf in zip(program.parameters, leaves, strict=True):
             placed = plan.storage[path]
+            if path in program.deferred:
+                placed = Replicate()
             kind = spmd_types.V if isinstance(placed, Shard) else spmd_type(placed)
             spmd_types.assert_type(leaf, {world: kind})
         for tensor in (*inputs, *buffers.values(), *captured.constants.values()):

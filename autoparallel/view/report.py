@@ -58,18 +58,21 @@ def plan_text(plan: Plan) -> str:
 def collective_totals(plan: Plan) -> dict[tuple[str, Collective], tuple[int, int]]:
     """(direction, collective) to number and bytes in one step, of the conversions of the plan.
 
-    direction: "forward" or "backward". Bytes are those of the full tensors.
+    direction: "forward" or "backward". Bytes are those of the full tensors. What is done together
+    counts as one.
     """
     found: dict[tuple[str, Collective], tuple[int, int]] = {}
     for direction in ("forward", "backward"):
         for collective in Collective:
-            sizes = [
-                conversion.nbytes
+            made = [
+                conversion
                 for conversion in plan.conversions
                 if getattr(conversion, direction).collective is collective
             ]
-            if sizes:
-                found[direction, collective] = len(sizes), sum(sizes)
+            if made:
+                alone = [conversion for conversion in made if not conversion.together]
+                number = len(alone) + (len(alone) < len(made))
+                found[direction, collective] = number, sum(c.nbytes for c in made)
     return found
 
 
