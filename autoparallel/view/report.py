@@ -191,7 +191,10 @@ def _communications(plan: Plan, words: Words) -> Table:
                 _times(row),
                 f"{row.first.source} → {row.first.target}",
                 Text(movement_text(row.first.forward), style="magenta"),
-                Text(movement_text(row.first.backward), style="blue"),
+                Text(
+                    movement_text(row.first.backward) + (" together" if row.first.together else ""),
+                    style="blue",
+                ),
                 row.first.shape,
                 bytes_text(row.first.nbytes),
                 seconds_text(row.first.seconds),
