@@ -38,6 +38,7 @@ _library.define("block(Tensor[] inputs, int key) -> Tensor[]")
 _library.define("enter(Tensor[] inputs, int key) -> ()")
 _library.define("leave(Tensor[] outputs, int key) -> ()")
 _results: dict[int, tuple[torch.Tensor, ...]] = {}
+_keys = itertools.count()
 
 
 @torch.library.register_fake("autoparallel::block")
@@ -93,7 +94,6 @@ class Folding:
         self.calls: dict[int, tuple[str, Traced]] = {}
         self.twins: dict[int, Traced] = {}
         self.marks: dict[int, str] = {}
-        self._keys = itertools.count()
         self._inside = False
 
     def fail(self, reason: str, path: str = "") -> Unfoldable:
@@ -226,7 +226,7 @@ class Folding:
         versions = [tensor._version for tensor in tensors]
         held = (state_of(block), token_of((args, kwargs), {}, depth=2))
         twin = self._find(group, tensors, constants)
-        key = next(self._keys)
+        key = next(_keys)
         self.marks[key] = path
         torch.ops.autoparallel.enter(tensors, key)
         result = run(*args, **kwargs)
@@ -261,7 +261,7 @@ class Folding:
         traced = self._find(group, tensors, _constants(skeleton))
         if traced is None:
             raise self.fail(f"{path} is called as no block before it", path)
-        key = next(self._keys)
+        key = next(_keys)
         _results[key] = traced.made
         self.calls[key] = (path, traced)
         made = torch.ops.autoparallel.block(tensors, key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -12,25 +11,13 @@ from torch import nn
 
 from autoparallel.errors import CaptureError
 from autoparallel.graph.folding import Folding
-from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves, map_leaves
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves
+from autoparallel.graph.regions import MARKS, OPAQUE, Regions, base_of
 
 __all__ = ["Importer"]
 
 
-_NUMBER = re.compile(r"_\d+$")
 _PREFIXES = {"parameter": "p_", "buffer": "b_", "constant": "c_", "input": "tensors_"}
-_MARKS = ("autoparallel.enter.default", "autoparallel.leave.default")
-
-
-@dataclass
-class _Region:
-    """What the call of one block became: nodes[start:stop], from inputs to outputs by name."""
-
-    path: str
-    inputs: tuple[str, ...]
-    start: int
-    stop: int = -1
-    outputs: tuple[str, ...] = ()
 
 
 class Importer:
@@ -52,9 +39,10 @@ class Importer:
         self.constants: dict[str, torch.Tensor] = {}
         self.own: dict[str, int] = {}
         self.by_tensor: dict[int, str] = {}
-        self.regions: dict[int, _Region] = {}
-        self.blocks: dict[str, dict[int, str]] = {}
+        self.lifted: set[str] = set()
+        self.writes: dict[str, tuple[str, ...]] = {}
         self.symbols: set[Any] = set()
+        self.regions = Regions(self)
 
     def graph(self) -> Graph:
         """The verified graph. Raises CaptureError, and Unfoldable where hiding was not right."""
@@ -87,7 +75,7 @@ class Importer:
                     fix="return the new value instead",
                 )
         graph = Graph(tuple(self.nodes), tuple(outputs), tuple(mutations))
-        self.check(graph)
+        self.regions.check(graph)
         return graph.verify()
 
     def attributes(self, signature: Any, module: Any) -> None:
@@ -131,6 +119,7 @@ class Importer:
             if content not in kept:
                 kept[content] = Ref(self.stored("constant", path, seen[hole].meta["val"], False))
                 self.constants[path] = value
+                self.lifted.add(kept[content].name)
             self.known[seen[hole]] = kept[content]
 
     def stored(
@@ -177,11 +166,11 @@ class Importer:
         name = str(target)
         if name.startswith("aten._assert_tensor_metadata") or name in _GUARDS:
             return
-        if name in _MARKS:
-            self.mark(node, name)
+        if name in MARKS:
+            self.regions.mark(node, name)
             return
-        if name == "autoparallel.block.default":
-            self.copy(node, tensors)
+        if name == OPAQUE:
+            self.regions.copy(node, tensors)
             return
         example = node.meta.get("val")
         if isinstance(example, (torch.SymInt, int, torch.SymFloat, torch.SymBool)):
@@ -199,8 +188,7 @@ class Importer:
         probe = Node("", "call", name, (), args, kwargs)
         flows = grad and any(tensors[operand].requires_grad for operand in probe.operands())
         single = isinstance(example, torch.Tensor)
-        base = _NUMBER.sub("", node.name)
-        own = self.fresh(base, 1 if single else len(example))
+        own = self.fresh(base_of(node.name), 1 if single else len(example))
         if single:
             results: tuple[Value, ...] = (self.value(own, example, flows),)
             self.known[node] = Ref(own)
@@ -210,6 +198,7 @@ class Importer:
             )
             self.known[node] = tuple(Ref(value.name) for value in results)
         where, line = _origin(node)
+        self.writes[own] = _written(target, args)
         self.add(Node(own, "call", name, results, args, kwargs, where, line), grad, tensors)
 
     def add(self, node: Node, grad: bool, tensors: dict[str, Value]) -> None:
@@ -240,148 +229,6 @@ class Importer:
         self.known[node] = self.body(body, inner)
         for item in self.nodes[before:]:
             tensors.update((value.name, value) for value in item.results)
-
-    def mark(self, node: Any, name: str) -> None:
-        """A block that was traced begins or ends here."""
-        refs = self.leaf_all(node.args[0])
-        if not all(isinstance(ref, Ref) for ref in refs):
-            raise self.folding.fail("a block is called with a tensor from outside of the program")
-        names, key = tuple(ref.name for ref in refs), node.args[1]
-        if name == _MARKS[0]:
-            self.regions[key] = _Region(self.folding.marks[key], names, len(self.nodes))
-            return
-        region = self.regions[key]
-        region.outputs, region.stop = names, len(self.nodes)
-        self.confine(region)
-        twin = self.folding.twins.get(key)
-        if twin is not None and self.text(region) != self.text(self.regions[twin.key]):
-            raise self.folding.fail(f"{region.path} computes something else than {twin.path}")
-
-    def confine(self, region: _Region) -> None:
-        """A region may read its inputs and what is its own, and must write to neither."""
-        internal = {
-            value.name for node in self.nodes[region.start : region.stop] for value in node.results
-        }
-        inputs = set(region.inputs)
-        if any(name in self.own and self.is_own(name, region.path) for name in inputs):
-            raise self.folding.fail(f"{region.path} is called with its own parameter")
-        for node in self.nodes[region.start : region.stop]:
-            operands = node.operands()
-            for name in operands:
-                if name in internal or name in inputs or name.startswith(_PREFIXES["constant"]):
-                    continue
-                if name not in self.own or not self.is_own(name, region.path):
-                    raise self.folding.fail(f"{region.path} reads %{name} from elsewhere")
-            packet = node.target.partition(".")[2].partition(".")[0]
-            in_place = packet.endswith("_") and not packet.endswith("__")
-            if in_place and operands[0] not in internal:
-                raise self.folding.fail(f"{region.path} writes to %{operands[0]}")
-            for leaf in leaves((node.args, node.kwargs, *(v.shape for v in node.results))):
-                if isinstance(leaf, Sym) and not leaf.expr.free_symbols <= self.symbols:
-                    raise self.folding.fail(f"{region.path} has sizes that depend on values")
-        if not internal.issuperset(region.outputs):
-            raise self.folding.fail(f"{region.path} returns what it did not make")
-
-    def is_own(self, name: str, path: str) -> bool:
-        """Whether a stored tensor belongs to the block at `path`, perhaps among others."""
-        return self.own[name] in self.inside(path)
-
-    def inside(self, path: str) -> dict[int, str]:
-        """Paths inside a block by the tensor's id."""
-        if path not in self.blocks:
-            block = self.model.get_submodule(path)
-            self.blocks[path] = {
-                id(tensor): inner
-                for inner, tensor in (
-                    *block.named_parameters(remove_duplicate=False),
-                    *block.named_buffers(remove_duplicate=False),
-                )
-            }
-        return self.blocks[path]
-
-    def text(self, region: _Region) -> list[Any]:
-        """The region without names: equal for regions that compute the same."""
-        numbers: dict[str, Any] = {name: index for index, name in enumerate(region.inputs)}
-        own = self.inside(region.path)
-
-        def plain(leaf: Any) -> Any:
-            if not isinstance(leaf, Ref):
-                return (type(leaf), leaf)
-            if leaf.name in numbers:
-                return numbers[leaf.name]
-            return own.get(self.own.get(leaf.name, 0), leaf.name)
-
-        rows: list[Any] = []
-        for node, grad in zip(
-            self.nodes[region.start : region.stop],
-            self.flows[region.start : region.stop],
-            strict=True,
-        ):
-            args, kwargs = map_leaves(plain, node.args), map_leaves(plain, node.kwargs)
-            shapes = [(value.shape, value.dtype) for value in node.results]
-            rows.append((node.target, args, kwargs, shapes, grad))
-            for value in node.results:
-                numbers[value.name] = len(numbers)
-        return [*rows, [numbers[name] for name in region.outputs]]
-
-    def copy(self, node: Any, tensors: dict[str, Value]) -> None:
-        """The nodes of the block that was traced, for the block of an opaque call."""
-        path, traced = self.folding.calls[node.args[1]]
-        region = self.regions[traced.key]
-        refs = self.leaf_all(node.args[0])
-        if not all(isinstance(ref, Ref) for ref in refs):
-            raise self.folding.fail("a block is called with a tensor from outside of the program")
-        renamed: dict[str, str] = {}
-        for old, ref in zip(region.inputs, refs, strict=True):
-            if renamed.setdefault(old, ref.name) != ref.name:
-                raise self.folding.fail(f"{path} is called otherwise than {region.path}")
-        if len(set(renamed.values())) != len(renamed):
-            raise self.folding.fail(f"{path} is called otherwise than {region.path}")
-        block = {inner: tensor for tensor, inner in self.inside(path).items()}
-        for tensor, inner in self.inside(region.path).items():
-            renamed[self.by_tensor[tensor]] = self.by_tensor[block[inner]]
-
-        def leaf(item: Any) -> Any:
-            if isinstance(item, Ref) and item.name in renamed:
-                return Ref(renamed[item.name])
-            return item
-
-        for index in range(region.start, region.stop):
-            like, grad = self.nodes[index], self.flows[index]
-            args, kwargs = map_leaves(leaf, like.args), map_leaves(leaf, like.kwargs)
-            own = self.fresh(_NUMBER.sub("", like.name), len(like.results))
-            made = replace(like, name=own, args=args, kwargs=kwargs)
-            flows = grad and any(tensors[operand].requires_grad for operand in made.operands())
-            single = len(like.results) == 1 and like.results[0].name == like.name
-            results = []
-            for position, value in enumerate(like.results):
-                name = own if single else f"{own}_{position}"
-                renamed[value.name] = name
-                floating = value.dtype.is_floating_point or value.dtype.is_complex
-                results.append(replace(value, name=name, requires_grad=flows and floating))
-            where = like.where
-            if where == region.path or where.startswith(f"{region.path}."):
-                where = path + where.removeprefix(region.path)
-            self.add(replace(made, results=tuple(results), where=where), grad, tensors)
-        self.known[node] = tuple(Ref(renamed[name]) for name in region.outputs)
-
-    def check(self, graph: Graph) -> None:
-        """Nobody reads from a traced block what it did not return."""
-        inner: dict[str, int] = {}
-        for key, region in self.regions.items():
-            for node in graph.nodes[region.start : region.stop]:
-                for value in node.results:
-                    if value.name not in region.outputs:
-                        inner[value.name] = key
-        for index, node in enumerate(graph.nodes):
-            for name in node.operands():
-                if name in inner:
-                    region = self.regions[inner[name]]
-                    if not region.start <= index < region.stop:
-                        raise self.folding.fail(f"%{name} is read outside of {region.path}")
-        for name in (*graph.outputs, *(name for _, name in graph.mutations)):
-            if name in inner:
-                raise self.folding.fail(f"%{name} leaves {self.regions[inner[name]].path}")
 
     def leaf_all(self, item: Any) -> Any:
         """Arguments with nodes replaced by what they stand for; lists become tuples."""
@@ -421,6 +268,19 @@ _GUARDS = {
     "aten._assert_scalar.default",
     "aten._assert_async.msg",
 }
+
+
+def _written(target: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names of the values that a call writes to."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return ()
+    changed = [
+        args[index] if index < len(args) else None
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return tuple(leaf.name for leaf in leaves(tuple(changed)) if isinstance(leaf, Ref))
 
 
 def _origin(node: Any) -> tuple[str, str]:
