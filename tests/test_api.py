@@ -24,12 +24,15 @@ class Elaborate(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict({"a": nn.Linear(8, 16), "b": nn.Linear(16, 8)})
         self.register_buffer("seen", torch.zeros(8))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.double()
 
     def forward(
         self, pair: tuple[torch.Tensor, dict[str, torch.Tensor]], *, scale: float = 1.0
     ) -> dict[str, Any]:
         first, others = pair
+        self.calls.add_(1)
+        self.seen += first.detach().mean(0)
         hidden = torch.tanh(self.layers["a"](first)) * scale
         y = self.layers["b"](hidden) + others["shift"]
         return {"y": y, "inside": [hidden, ("constant", 3)], "none": None}
@@ -57,6 +60,8 @@ def test_structures_go_in_and_come_out() -> None:
         assert torch.equal(own["inside"][0], expected["inside"][0])
         assert own["inside"][1] == ("constant", 3)
         assert own["none"] is None
+        assert torch.equal(parallel.calls, model.calls)
+        assert relative_error(parallel.seen, model.seen) < 1e-14
 
 
 def test_plans_are_deterministic_and_round_trip() -> None:

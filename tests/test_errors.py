@@ -131,6 +131,26 @@ def test_misspelt_options(option: dict[str, str]) -> None:
     says(caught.value, "choose one of")
 
 
+class WritesThroughAView(nn.Module):
+    """Changes half of a tensor in place, and reads the whole of it later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        y[:, :4].mul_(2)
+        return y.relu()
+
+
+def test_writing_through_a_view_is_refused() -> None:
+    """It would be silently wrong to change the view alone."""
+    with pytest.raises(CaptureError) as caught:
+        autoparallel.make_plan(WritesThroughAView(), 2, example_inputs=torch.zeros(4, 8))
+    says(caught.value, "aten.mul_", "shares memory", "without the underscore")
+
+
 def test_a_world_size_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single process is told what to type."""
     for name in ("WORLD_SIZE", "RANK"):

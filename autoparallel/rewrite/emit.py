@@ -96,7 +96,7 @@ class _Emitter:
         self.graph, self.plan, self.group, self.name = graph, plan, group, name
         self.choices = {op.name: op for op in plan.ops}
         self.placements = _placements(graph, plan)
-        self.lines: list[tuple[str, tuple[str, ...], str]] = []
+        self.lines: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
         self.converted: dict[tuple[str, Placement], str] = {}
         self.constants: dict[str, Any] = {}
         self.symbols: dict[Any, str] = {}
@@ -250,7 +250,7 @@ class _Emitter:
         if pending and not choice.kernel:
             expression = f"pending_sum({expression}, group)"
         line = f"{', '.join(results)} = {expression}"
-        self.lines.append((line, tuple(reads), results[0] if len(results) == 1 else ""))
+        self.lines.append((line, tuple(reads), tuple(results)))
 
     def local_args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
         """The call's args for this rank's part of its results."""
@@ -311,7 +311,7 @@ class _Emitter:
                 size = f", {self.expression(value.shape[made.dim])}"
             source, target = self.constant(made), self.constant(placement)
             line = f"{variant} = {function}({_identifier(name)}, group, {source}, {target}{size})"
-            self.lines.append((line, (_identifier(name),), variant))
+            self.lines.append((line, (_identifier(name),), (variant,)))
             self.converted[key] = variant
         return self.converted[key]
 
@@ -379,7 +379,7 @@ class _Emitter:
         for index, (_, reads, _) in enumerate(self.lines):
             for name in reads:
                 last[name] = index
-        made = {name for _, _, name in self.lines if name}
+        made = {name for _, _, names in self.lines for name in names}
         done: dict[int, list[str]] = {}
         for name, index in last.items():
             if name in made and name not in kept:
