@@ -77,8 +77,7 @@ def test_sequence_parallelism_takes_their_place(counted: dict[Case, Any], name: 
     fewer, more = counted[name, True]
     for direction in (0, 1):
         runs = [
-            [event for event in run[direction] if event[0] != "all_reduce"]
-            for run in (fewer, more)
+            [event for event in run[direction] if event[0] != "all_reduce"] for run in (fewer, more)
         ]
         layer = per_layer(*runs)
         assert layer == {("all_gather", TOKENS): 2, ("reduce_scatter", TOKENS): 2}

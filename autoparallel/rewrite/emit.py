@@ -324,6 +324,12 @@ class _Emitter:
     def expression(self, size: Any) -> str:
         if not isinstance(size, Sym):
             return repr(size)
+        if size not in self.sizes:
+            self.sizes[size] = self.printed(size)
+        return self.sizes[size]
+
+    def printed(self, size: Sym) -> str:
+        """The expression in the names that the program gives to the inputs' sizes."""
         known = {symbol: sympy.Symbol(text) for symbol, text in self.symbols.items()}
         unknown = size.expr.free_symbols - set(known)
         if unknown:
