@@ -269,7 +269,8 @@ def _require_equal(inputs: list[torch.Tensor], names: list[str], state: State) -
         return
     sums = torch.stack([_digest(tensor) for tensor in inputs])
     rows = state.group.all_gather(sums.contiguous())
-    different = (rows != rows[0]).any(-1).any(0)
+    same = (rows == rows[0]) | (rows.isnan() & rows[0].isnan())
+    different = ~same.all(-1).all(0)
     if bool(different.any()):
         which = [index for index, bad in enumerate(different.tolist()) if bad]
         shown = ", ".join(names[i] if len(names) == len(inputs) else f"input {i}" for i in which)
