@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sample_calls import CALLS, call, x
+from calls import call, x
+from sample_calls import CALLS
 
 from autoparallel.placement import Invariant, Partial, Replicate, Shard
 from autoparallel.rules.pointwise import pointwise

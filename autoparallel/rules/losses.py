@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from autoparallel.graph.graph import numel_hint
 from autoparallel.placement import Collective, Invariant, Partial
-from autoparallel.rules.pointwise import broadcast
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 
@@ -52,15 +51,42 @@ def cross_entropy(call: OpCall) -> ShardingRule:
     return ShardingRule.parse("t c, t -> ", call, kernels={"c": classes, "t": tokens})
 
 
-@rule("aten.mse_loss.default", "aten.l1_loss.default", "aten.smooth_l1_loss.default")
-def elementwise_loss(call: OpCall) -> ShardingRule:
-    """Reduced over all elements: whole, unless it is not reduced at all."""
-    dims, sizes = broadcast(call) if call.results[0].shape else ((), {})
-    if dims:
-        return ShardingRule(dims[:2], dims[2:], sizes)
-    notation = " ".join(f"d{i}" for i in range(len(call.operands[0].shape)))
+@rule("aten.nll_loss.default", "aten.nll_loss_nd.default")
+def nll_loss(call: OpCall) -> ShardingRule:
+    """-x[t, target[t], ..]: classes stay whole; so does all else if the mean is taken."""
+    reduction = call.argument(3, "reduction", _MEAN)
+    rank = len(call.operands[0].shape)
+    names = ["c"] if rank == 1 else ["t", "c", *(f"x{i}" for i in range(rank - 2))]
+    tokens = " ".join(name for name in names if name != "c")
+    weight = ", c" * (len(call.operands) - 2)
     return ShardingRule.parse(
-        f"{notation}, {notation} -> ",
+        f"{' '.join(names)}, {tokens}{weight} -> {tokens if reduction == _NONE else ''}",
         call,
-        whole=[f"d{i}" for i in range(len(call.operands[0].shape))],
+        whole=names if reduction == _MEAN else ["c"],
+    )
+
+
+_REDUCTION_AT = {
+    "aten.mse_loss.default": 2,
+    "aten.l1_loss.default": 2,
+    "aten.smooth_l1_loss.default": 2,
+    "aten.huber_loss.default": 2,
+    "aten.soft_margin_loss.default": 2,
+    "aten.kl_div.default": 2,
+    "aten.binary_cross_entropy.default": 3,
+    "aten.binary_cross_entropy_with_logits.default": 4,
+}
+
+
+@rule(*_REDUCTION_AT)
+def elementwise_loss(call: OpCall) -> ShardingRule:
+    """A loss of each element by itself, or their sum. A mean stays whole: it needs the count."""
+    reduction = call.argument(_REDUCTION_AT[call.node.target], "reduction", _MEAN)
+    rank = max(len(operand.shape) for operand in call.operands)
+    names = [f"d{i}" for i in range(rank)]
+    rows = [" ".join(names[rank - len(operand.shape) :]) for operand in call.operands]
+    return ShardingRule.parse(
+        f"{', '.join(rows)} -> {' '.join(names) if reduction == _NONE else ''}",
+        call,
+        whole=names if reduction == _MEAN else [],
     )

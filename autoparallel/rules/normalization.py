@@ -1,17 +1,80 @@
-"""Normalizations over the last dims, which stay whole."""
+"""Normalizations: the dims over which they take the mean stay whole."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+from autoparallel.graph.graph import Dim
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.rule import Loops, OpCall, Shapes, ShardingRule
 
 
-@rule("aten.layer_norm.default", "aten.rms_norm.default")
+@rule("aten.layer_norm.default", "aten.rms_norm.default", "aten.native_layer_norm.default")
 def last_dims(call: OpCall) -> ShardingRule:
     """y[..., n] = (x - mean_n) / deviation_n * w[n] + b[n]: all but the last dims are free."""
     count = len(call.node.args[1])
     inner = " ".join(f"n{i}" for i in range(count))
     affine = f", {inner}" * (len(call.operands) - 1)
+    statistics = (", ... " + " ".join(["1"] * count)) * (len(call.results) - 1)
     return ShardingRule.parse(
-        f"... {inner}{affine} -> ... {inner}", call, whole=[f"n{i}" for i in range(count)]
+        f"... {inner}{affine} -> ... {inner}{statistics}",
+        call,
+        whole=[f"n{i}" for i in range(count)],
+    )
+
+
+def _channels(call: OpCall, whole: str) -> ShardingRule:
+    """x[b, c, s] with vectors over c. whole: the initials of the loops that cannot be split."""
+    spatial = [f"s{i}" for i in range(len(call.operands[0].shape) - 2)]
+    row = " ".join(["b", "c", *spatial])
+    vectors = ", c" * (len(call.operands) - 1)
+    names = [name for name in ("b", "c", *spatial) if name[0] in whole]
+    return ShardingRule.parse(f"{row}{vectors} -> {row}", call, whole=names)
+
+
+@rule("aten.batch_norm.default")
+def batch_norm(call: OpCall) -> ShardingRule:
+    """y[b, c, s] = (x - mean_c) / deviation_c * w[c] + bias[c].
+
+    With statistics of its own, the mean is over b and s. If it also keeps running ones, it writes
+    to its operands, which only the whole op may do.
+    """
+    trains, keeps = bool(call.node.args[5]), call.node.args[3] is not None
+    return _channels(call, ("bcs" if keeps else "bs") if trains else "")
+
+
+@rule("aten.instance_norm.default")
+def instance_norm(call: OpCall) -> ShardingRule:
+    """As batch_norm, with a mean for each b."""
+    trains, keeps = bool(call.node.args[5]), call.node.args[3] is not None
+    return _channels(call, ("bcs" if keeps else "s") if trains else "")
+
+
+@rule("aten.group_norm.default")
+def group_norm(call: OpCall) -> ShardingRule:
+    """y[b, g c, s] = (x - mean_(c, s)) / deviation_(c, s) * w[g c] + bias[g c].
+
+    b and g are free.
+    """
+    groups = call.node.args[1]
+    made = _channels(call, "cs")
+    channels = call.operands[0].shape[1]
+    assert isinstance(channels, int)
+    own: dict[str, Dim] = {"g": groups, "c": channels // groups}
+    own = {name: size for name, size in own.items() if size != 1}
+
+    def divided(dims: tuple[Loops, ...]) -> tuple[Loops, ...]:
+        return tuple(tuple(own) if names == ("c",) else names for names in dims)
+
+    def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
+        args = call.node.args
+        return (args[0], shapes[0][1] * groups // channels, *args[2:])
+
+    return replace(
+        made,
+        operands=tuple(map(divided, made.operands)),
+        results=tuple(map(divided, made.results)),
+        sizes={name: size for name, size in made.sizes.items() if name != "c"} | own,
+        local_args=local_args,
     )

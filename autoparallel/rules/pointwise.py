@@ -13,7 +13,7 @@ abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh deg2rad elu erf e
 exp2 expm1 floor gelu hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid
 logical_not logit mish reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh
 softplus sqrt square tan tanh threshold trunc celu isnan isinf isfinite clamp clamp_min
-clamp_max nan_to_num frac sgn digamma lgamma
+clamp_max nan_to_num frac sgn digamma lgamma absolute clip special_expit
 """.split()
 
 _LINEAR_UNARY = [
@@ -25,10 +25,12 @@ _LINEAR_UNARY = [
     "aten.clone.default",
     "aten.contiguous.default",
     "aten.alias.default",
-    "aten.mul.Scalar",
-    "aten.div.Scalar",
     "aten.detach.default",
     "aten.positive.default",
+    "aten.negative.default",
+    "aten.mul.Scalar",
+    "aten.div.Scalar",
+    "aten.true_divide.Scalar",
 ]
 
 _OVERLOADS = {
@@ -79,7 +81,8 @@ def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
     *(f"aten.{name}.default" for name in UNARY),
     *(f"aten.{target}" for target in BINARY),
     "aten.clamp.Tensor",
-    "aten.masked_fill.Scalar",
+    "aten.masked_fill.Tensor",
+    "aten.where.Scalar",
     "aten.addcmul.default",
     "aten.addcdiv.default",
 )
@@ -97,14 +100,19 @@ def linear_unary(call: OpCall) -> ShardingRule:
 
 
 @rule(
-    "aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar"
+    "aten.add.Tensor",
+    "aten.sub.Tensor",
+    "aten.subtract.Tensor",
+    "aten.add.Scalar",
+    "aten.sub.Scalar",
+    "aten.rsub.Scalar",
 )
 def add(call: OpCall) -> ShardingRule:
     """Linear in both operands together. A constant added to a pending sum would count twice."""
     return pointwise(call, {0, 1}) if len(call.operands) == 2 else pointwise(call)
 
 
-@rule("aten.mul.Tensor")
+@rule("aten.mul.Tensor", "aten.multiply.Tensor")
 def mul(call: OpCall) -> ShardingRule:
     """Linear in each operand by itself. x * x is linear in neither."""
     if len(call.operands) == 1:
@@ -114,7 +122,7 @@ def mul(call: OpCall) -> ShardingRule:
     return pointwise(call, {0}, {1})
 
 
-@rule("aten.div.Tensor")
+@rule("aten.div.Tensor", "aten.divide.Tensor", "aten.true_divide.Tensor")
 def div(call: OpCall) -> ShardingRule:
     """Linear in the dividend."""
     same = len(call.operands) == 2 and call.operands[0].name == call.operands[1].name
@@ -125,6 +133,47 @@ def div(call: OpCall) -> ShardingRule:
 def where(call: OpCall) -> ShardingRule:
     """Linear in both branches together."""
     return pointwise(call, {1, 2})
+
+
+@rule("aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.masked_fill.Scalar")
+def where_number(call: OpCall) -> ShardingRule:
+    """One branch is a number, which would count on every rank unless it is zero."""
+    at = 1 if call.node.target == "aten.where.ScalarSelf" else 2
+    if call.argument(at, "value") != 0:
+        return pointwise(call)
+    return pointwise(call, {0 if "masked" in call.node.target else 1})
+
+
+@rule("aten.lerp.Scalar", "aten.lerp.Tensor")
+def lerp(call: OpCall) -> ShardingRule:
+    """Linear in both ends together."""
+    return pointwise(call, {0, 1})
+
+
+@rule("aten.div.Tensor_mode", "aten.div.Scalar_mode")
+def rounded_div(call: OpCall) -> ShardingRule:
+    """What is rounded is not a sum."""
+    return pointwise(call)
+
+
+@rule("aten.prelu.default")
+def prelu(call: OpCall) -> ShardingRule:
+    """A slope per channel, the second dim, or one for all."""
+    shape, slopes = call.operands[0].shape, call.operands[1].shape
+    names = [f"d{i}" for i in range(len(shape))]
+    slope = names[min(1, len(names) - 1)] if slopes else ""
+    row = " ".join(names)
+    return ShardingRule.parse(f"{row}, {slope} -> {row}", call)
+
+
+@rule("aten.type_as.default")
+def type_as(call: OpCall) -> ShardingRule:
+    """A cast. Of the other tensor only the type is read."""
+    row = " ".join(f"d{i}" for i in range(len(call.operands[0].shape)))
+    other = " ".join(["1"] * len(call.operands[1].shape))
+    kinds = (call.operands[0].dtype, call.results[0].dtype)
+    numbers = all(kind.is_floating_point for kind in kinds)
+    return ShardingRule.parse(f"{row}, {other} -> {row}", call, linear=[{0}] if numbers else [])
 
 
 @rule("aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default")

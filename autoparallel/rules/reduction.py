@@ -6,10 +6,17 @@ from autoparallel.graph.graph import Dim
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Loops, OpCall, ShardingRule
 
+_DIMS_AT = {"aten.linalg_vector_norm.default": 2, "aten.norm.ScalarOpt_dim": 2}
+_ALL_DIMS = tuple(
+    f"aten.{name}.default" for name in ("max", "min", "any", "all", "prod", "var", "std")
+)
+
 
 def _reduced_dims(call: OpCall) -> set[int]:
     rank = len(call.operands[0].shape)
-    dims = call.argument(1, "dim")
+    dims = call.argument(_DIMS_AT.get(call.node.target, 1), "dim")
+    if call.node.target in _ALL_DIMS:
+        dims = None
     if dims is None or dims == ():
         return set(range(rank))
     return {dim % rank for dim in (dims if isinstance(dims, tuple) else (dims,))}
@@ -58,6 +65,9 @@ def sum_(call: OpCall) -> ShardingRule:
     "aten.std.correction",
     "aten.max.dim",
     "aten.min.dim",
+    "aten.std.dim",
+    *_DIMS_AT,
+    *_ALL_DIMS,
 )
 def whole_reduction(call: OpCall) -> ShardingRule:
     """Not a plain sum: the reduced dims stay whole."""
@@ -67,7 +77,36 @@ def whole_reduction(call: OpCall) -> ShardingRule:
     return ShardingRule((left,), (right,) * len(call.results), _sizes(call), whole=whole)
 
 
-@rule("aten.cumsum.default", "aten.softmax.int", "aten.log_softmax.int", "aten._softmax.default")
+@rule("aten.topk.default", "aten.sort.default")
+def ordered(call: OpCall) -> ShardingRule:
+    """Places along one dim, which stays whole, in the order of their values."""
+    position = 2 if "topk" in call.node.target else 1
+    dim = call.argument(position, "dim", -1) % max(len(call.operands[0].shape), 1)
+    left, right = _reduction(call, {dim})
+    whole = frozenset(left[dim] if left else ())
+    return ShardingRule((left,), (right,) * 2, _sizes(call), whole=whole)
+
+
+@rule("aten.cosine_similarity.default")
+def cosine_similarity(call: OpCall) -> ShardingRule:
+    """A product of vectors along one dim, which stays whole."""
+    rank = max(len(operand.shape) for operand in call.operands)
+    names = [f"d{i}" for i in range(rank)]
+    gone = names[call.argument(2, "dim", 1) % rank]
+    rows = [" ".join(names[rank - len(operand.shape) :]) for operand in call.operands]
+    kept = " ".join(name for name in names if name != gone)
+    return ShardingRule.parse(f"{', '.join(rows)} -> {kept}", call, whole=[gone])
+
+
+@rule(
+    "aten.cumsum.default",
+    "aten.cumprod.default",
+    "aten.logcumsumexp.default",
+    "aten.softmax.int",
+    "aten.log_softmax.int",
+    "aten._softmax.default",
+    "aten._log_softmax.default",
+)
 def along_dim(call: OpCall) -> ShardingRule:
     """Every element depends on the others along one dim, which stays whole."""
     shape = call.operands[0].shape

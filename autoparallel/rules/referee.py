@@ -213,7 +213,9 @@ def derived(example: Example, rule: ShardingRule, world_size: int) -> tuple[Stra
     operands = tuple(operand.requires_grad for operand in example.call.operands)
     results = tuple(result.requires_grad for result in example.call.results)
     found = strategies(rule, tiles_of(rule, world_size), operands, results, world_size)
-    return tuple({(str(choice), choice.kernel): choice for choice in reversed(found)}.values())[::-1]
+    return tuple({(str(choice), choice.kernel): choice for choice in reversed(found)}.values())[
+        ::-1
+    ]
 
 
 def uneven_parts(

@@ -24,6 +24,9 @@ _ROOMS = (
     "attention",
     "indexing",
     "losses",
+    "cutting",
+    "convolution",
+    "recurrent",
 )
 
 

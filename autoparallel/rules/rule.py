@@ -25,6 +25,7 @@ from autoparallel.placement import (
 __all__ = [
     "Kernel",
     "OpCall",
+    "Shapes",
     "ShardingRule",
     "Strategy",
     "Tile",
@@ -38,6 +39,7 @@ __all__ = [
 
 Loops = tuple[str, ...]
 Dims = tuple[Loops, ...]
+Shapes = tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class ShardingRule:
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     flops: float = 0
     free: bool = False
-    local_args: Callable[[OpCall, tuple[tuple[Any, ...], ...]], tuple[Any, ...]] | None = None
+    local_args: Callable[[OpCall, Shapes], tuple[Any, ...]] | None = None
     random: str = ""
     takes_bias: bool = False
 

@@ -10,7 +10,7 @@ import sympy
 
 from autoparallel.graph.graph import Dim, Sym, hint
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Dims, Loops, OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, Loops, OpCall, Shapes, ShardingRule
 
 SUM_PASSES = (frozenset({0}),)
 
@@ -137,7 +137,7 @@ def _boundaries(sizes: list[int]) -> list[int]:
     return bounds
 
 
-def _local_shape(call: OpCall, shapes: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:
+def _local_shape(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
     return (call.node.args[0], shapes[0], *call.node.args[2:])
 
 
@@ -156,7 +156,7 @@ def reshape(call: OpCall) -> ShardingRule:
     )
 
 
-def _carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
+def carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
     """A view whose result's dim i is the operand's dim sources[i] (None: a new dim of size 1)."""
     operand = call.operands[0]
     sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(operand.shape) if size != 1}
@@ -169,18 +169,18 @@ def _carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
     )
 
 
-def _axis(dim: int, rank: int) -> int:
+def axis(dim: int, rank: int) -> int:
     return dim % rank if rank else 0
 
 
-@rule("aten.transpose.int", "aten.swapaxes.default")
+@rule("aten.transpose.int", "aten.swapaxes.default", "aten.swapdims.default")
 def transpose(call: OpCall) -> ShardingRule:
     """Two dims change places."""
     rank = len(call.operands[0].shape)
     order: list[int | None] = list(range(rank))
-    one, two = _axis(call.node.args[1], rank), _axis(call.node.args[2], rank)
+    one, two = axis(call.node.args[1], rank), axis(call.node.args[2], rank)
     order[one], order[two] = order[two], order[one]
-    return _carried(call, order)
+    return carried(call, order)
 
 
 @rule("aten.t.default", "aten.numpy_T.default", "aten.mT.default")
@@ -190,14 +190,35 @@ def matrix_transpose(call: OpCall) -> ShardingRule:
     order: list[int | None] = list(range(rank))
     if rank >= 2:
         order[-1], order[-2] = order[-2], order[-1]
-    return _carried(call, order)
+    return carried(call, order)
+
+
+@rule("aten.movedim.int", "aten.movedim.intlist", "aten.moveaxis.int", "aten.moveaxis.intlist")
+def movedim(call: OpCall) -> ShardingRule:
+    """Some dims move to given places, the others keep their order."""
+    rank = len(call.operands[0].shape)
+    sources, targets = (
+        [axis(dim, rank) for dim in (item if isinstance(item, tuple) else (item,))]
+        for item in call.node.args[1:3]
+    )
+    moved = dict(zip(targets, sources, strict=True))
+    others = iter([dim for dim in range(rank) if dim not in sources])
+    return carried(call, [moved[i] if i in moved else next(others) for i in range(rank)])
+
+
+@rule("aten.diagonal.default")
+def diagonal(call: OpCall) -> ShardingRule:
+    """Two dims become one, the last; neither can be split."""
+    rank = len(call.operands[0].shape)
+    gone = {axis(call.argument(2, "dim1", 0), rank), axis(call.argument(3, "dim2", 1), rank)}
+    return carried(call, [*(i for i in range(rank) if i not in gone), None])
 
 
 @rule("aten.permute.default")
 def permute(call: OpCall) -> ShardingRule:
     """Dims in another order."""
     rank = len(call.operands[0].shape)
-    return _carried(call, [_axis(dim, rank) for dim in call.node.args[1]])
+    return carried(call, [axis(dim, rank) for dim in call.node.args[1]])
 
 
 @rule("aten.unsqueeze.default")
@@ -205,8 +226,8 @@ def unsqueeze(call: OpCall) -> ShardingRule:
     """A new dim of size 1."""
     rank = len(call.operands[0].shape)
     order: list[int | None] = list(range(rank))
-    order.insert(_axis(call.node.args[1], rank + 1), None)
-    return _carried(call, order)
+    order.insert(axis(call.node.args[1], rank + 1), None)
+    return carried(call, order)
 
 
 @rule("aten.squeeze.dim", "aten.squeeze.default", "aten.squeeze.dims")
@@ -215,8 +236,8 @@ def squeeze(call: OpCall) -> ShardingRule:
     shape = call.operands[0].shape
     dims = call.argument(1, "dim", tuple(range(len(shape))))
     dims = dims if isinstance(dims, tuple) else (dims,)
-    named = {_axis(dim, len(shape)) for dim in dims}
-    made = _carried(call, [i for i, size in enumerate(shape) if i not in named or size != 1])
+    named = {axis(dim, len(shape)) for dim in dims}
+    made = carried(call, [i for i, size in enumerate(shape) if i not in named or size != 1])
     kept = {f"d{i}" for i in named if shape[i] != 1}
     return replace(made, whole=made.whole | kept)
 
@@ -234,159 +255,82 @@ def expand(call: OpCall) -> ShardingRule:
     )
 
 
-def _cut_dim(call: OpCall, dim: int, equal: bool) -> ShardingRule:
-    """Results are parts of the operand along `dim`: blocks laid end to end, if they are equal."""
-    shape = call.operands[0].shape
-    count = len(call.results)
-    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
-    names: list[Loops] = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
-    result = list(names)
+@rule("aten.repeat.default", "aten.tile.default")
+def repeat(call: OpCall) -> ShardingRule:
+    """Dims as a whole repeat: the repetitions are the outer loop.
+
+    Those of a dim of size 1 are all there is of it, so they can be split.
+    """
+    operand, result = call.operands[0], call.results[0]
+    offset = len(result.shape) - len(operand.shape)
+    shape = (1,) * offset + operand.shape
+    sizes: dict[str, Dim] = {}
     whole: set[str] = set()
-    part = call.results[0].shape[dim]
-    if equal and isinstance(part, int):
-        names[dim] = ("part", "inner")
-        result[dim] = ("inner",)
-        sizes["part"], sizes["inner"] = count, part
-        whole.add("part")
-        sizes.pop(f"d{dim}", None)
-    else:
-        result[dim] = ()
-        if names[dim]:
-            whole.add(names[dim][0])
+    dims: list[Loops] = []
+    times = (1,) * (len(result.shape) - len(call.node.args[1])) + tuple(call.node.args[1])
+    for i, (size, count) in enumerate(zip(shape, times, strict=True)):
+        own = {f"r{i}": count, f"d{i}": size}
+        own = {name: number for name, number in own.items() if number != 1}
+        if size != 1:
+            whole.add(f"r{i}")
+        sizes.update(own)
+        dims.append(tuple(own))
+
+    def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
+        local = tuple(
+            part if size == 1 else count
+            for part, size, count in zip(shapes[0], shape, times, strict=True)
+        )
+        return (call.node.args[0], local)
+
+    left = tuple(tuple(name for name in names if name[0] == "d") for names in dims[offset:])
     return ShardingRule(
-        (tuple(names),),
-        (tuple(result),) * count,
+        (left,),
+        (tuple(dims),),
         sizes,
         whole=frozenset(whole),
         linear=SUM_PASSES,
-        free=True,
+        local_args=local_args,
     )
 
 
-@rule("aten.split.Tensor", "aten.chunk.default", "aten.split_with_sizes.default")
-def split(call: OpCall) -> ShardingRule:
-    """Equal parts are blocks of the operand's dim; each block can be split by itself."""
-    dim = _axis(call.argument(2, "dim", 0), len(call.operands[0].shape))
-    parts = [result.shape[dim] for result in call.results]
-    made = _cut_dim(call, dim, all(part == parts[0] for part in parts))
-
-    def local_args(call: OpCall, shapes: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:
-        spec = call.node.args[1]
-        if call.node.target == "aten.split.Tensor":
-            spec = shapes[0][dim]
-        elif call.node.target == "aten.split_with_sizes.default":
-            spec = tuple(shape[dim] for shape in shapes)
-        return (call.node.args[0], spec, *call.node.args[2:])
-
-    return replace(made, local_args=local_args)
-
-
-@rule("aten.unbind.int")
-def unbind(call: OpCall) -> ShardingRule:
-    """The dim goes; each result is one place along it."""
-    return _without(call, _axis(call.argument(1, "dim", 0), len(call.operands[0].shape)))
-
-
-@rule("aten.select.int")
-def select(call: OpCall) -> ShardingRule:
-    """One place along the dim, which stays whole."""
-    return _without(call, _axis(call.node.args[1], len(call.operands[0].shape)))
-
-
-def _without(call: OpCall, dim: int) -> ShardingRule:
-    rank = len(call.operands[0].shape)
-    made = _carried(call, [i for i in range(rank) if i != dim])
-    return replace(made, results=made.results * len(call.results))
-
-
-@rule("aten.slice.Tensor")
-def slice_(call: OpCall) -> ShardingRule:
-    """Part of one dim, which stays whole."""
-    return _keep_dim_whole(call, _axis(call.argument(1, "dim", 0), len(call.operands[0].shape)))
-
-
-@rule("aten.flip.default", "aten.roll.default")
-def moved(call: OpCall) -> ShardingRule:
-    """Elements move along some dims, which stay whole."""
-    made = _carried(call, list(range(len(call.operands[0].shape))))
-    dims = call.argument(2 if "roll" in call.node.target else 1, "dims", ())
-    rank = len(call.operands[0].shape)
-    kept = {f"d{_axis(dim, rank)}" for dim in dims} if dims else set(made.sizes)
-    return replace(made, whole=made.whole | kept, free=False)
-
-
-def _keep_dim_whole(call: OpCall, dim: int) -> ShardingRule:
-    made = _carried(call, list(range(len(call.operands[0].shape))))
-    result = list(made.results[0])
-    result[dim] = ()
-    name = made.operands[0][dim]
-    return replace(made, results=(tuple(result),), whole=made.whole | frozenset(name))
-
-
-@rule("aten.constant_pad_nd.default", "aten.pad.default")
-def pad(call: OpCall) -> ShardingRule:
-    """Padded dims stay whole. Zeros added to a pending sum are zeros of the sum."""
-    rank = len(call.operands[0].shape)
-    made = _carried(call, list(range(rank)))
-    amounts = call.node.args[1]
-    result = list(made.results[0])
-    whole = set(made.whole)
-    for index in range(len(amounts) // 2):
-        dim = rank - 1 - index
-        if amounts[2 * index] != 0 or amounts[2 * index + 1] != 0:
-            whole.update(made.operands[0][dim])
-            result[dim] = ()
-    value = call.argument(3, "value") if "pad.default" in call.node.target else None
-    constant = call.argument(2, "mode", "constant") in ("constant", 0, 0.0)
-    zero = constant and value in (None, 0, 0.0)
+@rule("aten.repeat_interleave.self_int")
+def repeat_interleave(call: OpCall) -> ShardingRule:
+    """Every place along one dim repeats: the repetitions are the inner loop."""
+    operand = call.operands[0]
+    dim = call.argument(2, "dim")
+    if dim is None or call.node.keyword("output_size") is not None:
+        dims = tuple((f"d{i}",) if size != 1 else () for i, size in enumerate(operand.shape))
+        sizes = {f"d{i}": size for i, size in enumerate(operand.shape) if size != 1}
+        result: Dims = ((),) * len(call.results[0].shape)
+        return ShardingRule((dims,), (result,), sizes, whole=frozenset(sizes), linear=SUM_PASSES)
+    made = carried(call, list(range(len(operand.shape))))
+    row = list(made.results[0])
+    at = axis(dim, len(row))
+    row[at] = (*row[at], "times")
     return replace(
         made,
-        results=(tuple(result),),
-        whole=frozenset(whole),
-        linear=SUM_PASSES if zero else (),
+        results=(tuple(row),),
+        sizes={**made.sizes, "times": call.node.args[1]},
+        whole=made.whole | {"times"},
         free=False,
     )
 
 
-@rule("aten.cat.default")
-def cat(call: OpCall) -> ShardingRule:
-    """Joined along one dim, which stays whole; equal parts are blocks of it."""
-    dim = _axis(call.argument(1, "dim", 0), len(call.results[0].shape))
-    shape = call.results[0].shape
+@rule("aten.pixel_shuffle.default")
+def pixel_shuffle(call: OpCall) -> ShardingRule:
+    """Channels become pixels: (c r q, h, w) to (c, h r, w q)."""
+    factor = call.node.args[1]
+    *batch, _, height, width = call.operands[0].shape
+    shape = (*batch, call.results[0].shape[-3], height, width)
+    rows = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
     sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
-    names: list[Loops] = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
-    parts = [operand.shape[dim] for operand in call.operands]
-    operand, result = list(names), list(names)
-    whole: frozenset[str] = frozenset()
-    if all(part == parts[0] for part in parts) and isinstance(parts[0], int):
-        operand[dim], result[dim] = ("inner",), ("part", "inner")
-        sizes.pop(f"d{dim}", None)
-        sizes["part"], sizes["inner"] = len(parts), parts[0]
-        whole = frozenset({"part"})
-    else:
-        operand[dim] = ()
-        whole = frozenset(names[dim])
+    sizes |= {"r": factor, "q": factor}
+    *first, channel, high, wide = rows
     return ShardingRule(
-        (tuple(operand),) * len(call.operands),
-        (tuple(result),),
+        ((*first, (*channel, "r", "q"), high, wide),),
+        ((*first, channel, (*high, "r"), (*wide, "q")),),
         sizes,
-        whole=whole,
-        linear=(frozenset(range(len(call.operands))),),
-    )
-
-
-@rule("aten.stack.default")
-def stack(call: OpCall) -> ShardingRule:
-    """A new dim, one place per operand."""
-    rank = len(call.results[0].shape)
-    dim = _axis(call.argument(1, "dim", 0), rank)
-    made = _carried(call, list(range(rank - 1)))
-    result = list(made.operands[0])
-    result.insert(dim, ())
-    return replace(
-        made,
-        operands=made.operands * len(call.operands),
-        results=(tuple(result),),
-        linear=(frozenset(range(len(call.operands))),),
-        free=False,
+        whole=frozenset({"r", "q"}),
+        linear=SUM_PASSES,
     )

@@ -1,0 +1,116 @@
+"""Convolutions, pooling and resampling: windows over the last dims, which stay whole."""
+
+from __future__ import annotations
+
+import re
+
+from autoparallel.graph.graph import Dim
+from autoparallel.rules.registry import rule
+from autoparallel.rules.rule import Dims, OpCall, Shapes, ShardingRule
+
+
+def _spatial(target: str) -> int:
+    """Number of dims that the windows run over: the 2 of "aten.conv2d.default"."""
+    match = re.search(r"(\d)d", target)
+    assert match is not None, target
+    return int(match.group(1))
+
+
+_GROUPS = 6
+
+
+def _local_groups(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
+    """As many groups as the part of the result has channels for."""
+    args, channel = call.node.args, -1 - _spatial(call.node.target)
+    if len(args) <= _GROUPS or args[_GROUPS] == 1:
+        return args
+    each = call.results[0].shape[channel] // args[_GROUPS]
+    return (*args[:_GROUPS], shapes[0][channel] // each, *args[_GROUPS + 1 :])
+
+
+@rule(
+    *(f"aten.conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")),
+    "aten.conv_transpose1d.default",
+    "aten.conv_transpose2d.input",
+    "aten.conv_transpose3d.input",
+)
+def convolution(call: OpCall) -> ShardingRule:
+    """y[b, g o, s] = sum_(i, k) x[b, g i, s + k] w[g o, i, k] + bias[g o].
+
+    The weight of a transposed one is w[g i, o, k]. Batch and output channels are free, input
+    channels a sum; with several groups, these are free and their own output channels are not. A
+    bias must count once, so then the sum stays whole.
+    """
+    x, weight = call.operands[:2]
+    spatial = _spatial(call.node.target)
+    transposed = "transpose" in call.node.target
+    groups = call.argument(_GROUPS, "groups", 1)
+    one, two = weight.shape[:2]
+    assert isinstance(one, int)
+    shared: dict[str, Dim] = {"g": groups, "io"[not transposed]: one // groups}
+    shared["io"[transposed]] = two
+    shared["b"] = x.shape[0] if len(x.shape) == spatial + 2 else 1
+    kernel = [f"k{index}" for index in range(spatial)]
+    places = [f"s{index}" for index in range(spatial)]
+    shared |= dict(zip(kernel, weight.shape[2:], strict=True))
+    shared |= dict(zip(places, call.results[0].shape[-spatial:], strict=True))
+    sizes = {name: size for name, size in shared.items() if size != 1}
+
+    def dims(*rows: str) -> Dims:
+        return tuple(tuple(name for name in row.split() if name in sizes) for row in rows)
+
+    batch = ("b",) if len(x.shape) == spatial + 2 else ()
+    first, second = ("g i", "o") if transposed else ("g o", "i")
+    bias = len(call.operands) > 2
+    operands = [dims(*batch, "g i", *[""] * spatial), dims(first, second, *kernel)]
+    if bias:
+        operands.append(dims("g o"))
+    whole = {*kernel, *places} | ({"i"} if bias else set()) | ({"o"} if groups != 1 else set())
+    if call.node.keyword("groups", 1) != 1:
+        whole |= {"g"}
+    return ShardingRule(
+        tuple(operands),
+        (dims(*batch, "g o", *places),),
+        sizes,
+        whole=frozenset(whole),
+        linear=tuple(frozenset({each, 2} if bias else {each}) for each in (0, 1)),
+        flops=2,
+        local_args=_local_groups,
+    )
+
+
+def _leading(call: OpCall, linear: bool) -> ShardingRule:
+    count = len(call.operands[0].shape) - _spatial(call.node.target)
+    names = " ".join([f"d{index}" for index in range(count)])
+    windows = " ".join(["1"] * _spatial(call.node.target))
+    results = ", ".join([f"{names} {windows}"] * len(call.results))
+    return ShardingRule.parse(
+        f"{names} {windows} -> {results}", call, linear=[{0}] if linear else []
+    )
+
+
+@rule(
+    *(f"aten.{kind}_pool{n}d.default" for kind in ("max", "adaptive_max") for n in (1, 2, 3)),
+    "aten.max_pool2d_with_indices.default",
+)
+def max_pool(call: OpCall) -> ShardingRule:
+    """Every batch entry and channel by itself."""
+    return _leading(call, linear=False)
+
+
+_INTERPOLATIONS = (
+    *(f"nearest{n}d" for n in (1, 2, 3)),
+    "linear1d",
+    "bilinear2d",
+    "bicubic2d",
+    "trilinear3d",
+)
+
+
+@rule(
+    *(f"aten.{kind}_pool{n}d.default" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)),
+    *(f"aten.upsample_{kind}.vec" for kind in _INTERPOLATIONS),
+)
+def window_sum(call: OpCall) -> ShardingRule:
+    """Every batch entry and channel by itself, and weighted sums of its elements."""
+    return _leading(call, linear=True)

@@ -1,0 +1,199 @@
+"""Cutting tensors along a dim, and putting them together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from autoparallel.graph.graph import Dim
+from autoparallel.rules.registry import rule
+from autoparallel.rules.rule import Loops, OpCall, Shapes, ShardingRule
+from autoparallel.rules.shape import SUM_PASSES, axis, carried
+
+
+def _cut_dim(call: OpCall, dim: int, equal: bool, count: int = 0) -> ShardingRule:
+    """Results are parts of the operand along `dim`: blocks laid end to end, if they are equal."""
+    shape = call.operands[0].shape
+    count = count or len(call.results)
+    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
+    names: list[Loops] = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
+    result = list(names)
+    whole: set[str] = set()
+    part = call.results[0].shape[dim]
+    if equal and isinstance(part, int):
+        names[dim] = ("part", "inner")
+        result[dim] = ("inner",)
+        sizes["part"], sizes["inner"] = count, part
+        whole.add("part")
+        sizes.pop(f"d{dim}", None)
+    else:
+        result[dim] = ()
+        if names[dim]:
+            whole.add(names[dim][0])
+    return ShardingRule(
+        (tuple(names),),
+        (tuple(result),) * len(call.results),
+        sizes,
+        whole=frozenset(whole),
+        linear=SUM_PASSES,
+        free=True,
+    )
+
+
+@rule(
+    "aten.split.Tensor",
+    "aten.chunk.default",
+    "aten.split_with_sizes.default",
+    "aten.tensor_split.sections",
+)
+def split(call: OpCall) -> ShardingRule:
+    """Equal parts are blocks of the operand's dim; each block can be split by itself."""
+    dim = axis(call.argument(2, "dim", 0), len(call.operands[0].shape))
+    parts = [result.shape[dim] for result in call.results]
+    made = _cut_dim(call, dim, all(part == parts[0] for part in parts))
+
+    def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
+        spec = call.node.args[1]
+        if call.node.target == "aten.split.Tensor":
+            spec = shapes[0][dim] or tuple(0 for _ in shapes)
+        elif call.node.target == "aten.chunk.default":
+            spec = len(shapes)
+        elif call.node.target == "aten.split_with_sizes.default":
+            spec = tuple(shape[dim] for shape in shapes)
+        return (call.node.args[0], spec, *call.node.args[2:])
+
+    return replace(made, local_args=local_args)
+
+
+@rule("aten.unbind.int")
+def unbind(call: OpCall) -> ShardingRule:
+    """The dim goes; each result is one place along it."""
+    return _without(call, axis(call.argument(1, "dim", 0), len(call.operands[0].shape)))
+
+
+@rule("aten.select.int")
+def select(call: OpCall) -> ShardingRule:
+    """One place along the dim, which stays whole."""
+    return _without(call, axis(call.node.args[1], len(call.operands[0].shape)))
+
+
+def _without(call: OpCall, dim: int) -> ShardingRule:
+    rank = len(call.operands[0].shape)
+    made = carried(call, [i for i in range(rank) if i != dim])
+    return replace(made, results=made.results * len(call.results))
+
+
+@rule("aten.slice.Tensor", "aten.narrow.default")
+def slice_(call: OpCall) -> ShardingRule:
+    """Part of one dim, which stays whole."""
+    return _keep_dim_whole(call, axis(call.argument(1, "dim", 0), len(call.operands[0].shape)))
+
+
+@rule("aten.unfold.default")
+def unfold(call: OpCall) -> ShardingRule:
+    """Windows of one dim, which stays whole; a new last dim runs through each."""
+    made = _keep_dim_whole(call, axis(call.node.args[1], len(call.operands[0].shape)))
+    return replace(made, results=((*made.results[0], ()),))
+
+
+@rule("aten.tril.default", "aten.triu.default")
+def triangle(call: OpCall) -> ShardingRule:
+    """What is kept depends on the places in the two last dims, which stay whole."""
+    rank = len(call.operands[0].shape)
+    made = carried(call, list(range(rank)))
+    kept = {name for names in made.operands[0][-2:] for name in names}
+    return replace(made, whole=made.whole | kept, free=False)
+
+
+@rule("aten.glu.default")
+def gated(call: OpCall) -> ShardingRule:
+    """The first half of one dim times the sigmoid of the second: two blocks."""
+    dim = axis(call.argument(1, "dim", -1), len(call.operands[0].shape))
+    return replace(_cut_dim(call, dim, True, count=2), linear=(), free=False)
+
+
+@rule("aten.flip.default", "aten.roll.default")
+def moved(call: OpCall) -> ShardingRule:
+    """Elements move along some dims, which stay whole."""
+    made = carried(call, list(range(len(call.operands[0].shape))))
+    dims = call.argument(2 if "roll" in call.node.target else 1, "dims", ())
+    rank = len(call.operands[0].shape)
+    kept = {f"d{axis(dim, rank)}" for dim in dims} if dims else set(made.sizes)
+    return replace(made, whole=made.whole | kept, free=False)
+
+
+def _keep_dim_whole(call: OpCall, dim: int) -> ShardingRule:
+    made = carried(call, list(range(len(call.operands[0].shape))))
+    result = list(made.results[0])
+    result[dim] = ()
+    name = made.operands[0][dim]
+    return replace(made, results=(tuple(result),), whole=made.whole | frozenset(name))
+
+
+@rule("aten.constant_pad_nd.default", "aten.pad.default")
+def pad(call: OpCall) -> ShardingRule:
+    """Padded dims stay whole. Zeros added to a pending sum are zeros of the sum."""
+    rank = len(call.operands[0].shape)
+    made = carried(call, list(range(rank)))
+    amounts = call.node.args[1]
+    result = list(made.results[0])
+    whole = set(made.whole)
+    for index in range(len(amounts) // 2):
+        dim = rank - 1 - index
+        if amounts[2 * index] != 0 or amounts[2 * index + 1] != 0:
+            whole.update(made.operands[0][dim])
+            result[dim] = ()
+    value = call.argument(3, "value") if "pad.default" in call.node.target else None
+    constant = call.argument(2, "mode", "constant") in ("constant", 0, 0.0)
+    zero = constant and value in (None, 0, 0.0)
+    return replace(
+        made,
+        results=(tuple(result),),
+        whole=frozenset(whole),
+        linear=SUM_PASSES if zero else (),
+        free=False,
+    )
+
+
+@rule("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
+def cat(call: OpCall) -> ShardingRule:
+    """Joined along one dim, which stays whole; equal parts are blocks of it."""
+    dim = axis(call.argument(1, "dim", 0), len(call.results[0].shape))
+    shape = call.results[0].shape
+    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
+    names: list[Loops] = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
+    parts = [operand.shape[dim] for operand in call.operands]
+    operand, result = list(names), list(names)
+    whole: frozenset[str] = frozenset()
+    if all(part == parts[0] for part in parts) and isinstance(parts[0], int):
+        operand[dim], result[dim] = ("inner",), ("part", "inner")
+        sizes.pop(f"d{dim}", None)
+        sizes["part"], sizes["inner"] = len(parts), parts[0]
+        whole = frozenset({"part"})
+    else:
+        operand[dim] = ()
+        whole = frozenset(names[dim])
+    return ShardingRule(
+        (tuple(operand),) * len(call.operands),
+        (tuple(result),),
+        sizes,
+        whole=whole,
+        linear=(frozenset(range(len(call.operands))),),
+    )
+
+
+@rule("aten.stack.default")
+def stack(call: OpCall) -> ShardingRule:
+    """A new dim, one place per operand."""
+    rank = len(call.results[0].shape)
+    dim = axis(call.argument(1, "dim", 0), rank)
+    made = carried(call, list(range(rank - 1)))
+    result = list(made.operands[0])
+    result.insert(dim, ())
+    return replace(
+        made,
+        operands=made.operands * len(call.operands),
+        results=(tuple(result),),
+        linear=(frozenset(range(len(call.operands))),),
+        free=False,
+    )

@@ -1,0 +1,66 @@
+"""Calls of ops on real tensors: independent sizes differ, and no value is zero."""
+
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+
+from autoparallel.rules.referee import Example, make_example
+
+_SEED = count()
+
+
+@dataclass
+class Call:
+    """target(*args, **kwargs). symbolic: sizes that the program takes from its inputs."""
+
+    target: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    symbolic: dict[int, str] = field(default_factory=dict)
+
+    def example(self) -> Example:
+        return make_example(self.target, self.args, self.kwargs, self.symbolic)
+
+    def __str__(self) -> str:
+        def word(item):
+            if isinstance(item, torch.Tensor):
+                return "x".join(map(str, item.shape)) or "scalar"
+            if isinstance(item, tuple):
+                return "(" + ",".join(map(word, item)) + ")"
+            return str(item)
+
+        words = [word(arg) for arg in self.args]
+        words += [f"{key}={word(value)}" for key, value in self.kwargs.items()]
+        words += ["symbolic"] if self.symbolic else []
+        return f"{self.target}({','.join(words)})"
+
+
+def x(*shape: int, low: float = 0.2, high: float = 0.9, signs: bool = True) -> torch.Tensor:
+    """Trainable numbers of magnitude low to high, of both signs unless told otherwise."""
+    generator = torch.Generator().manual_seed(next(_SEED))
+    numbers = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
+    if signs:
+        numbers *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return numbers.requires_grad_()
+
+
+def fixed(*shape: int) -> torch.Tensor:
+    """Numbers that take no gradient."""
+    return x(*shape).detach()
+
+
+def ints(*shape: int, low: int = 1, high: int = 9) -> torch.Tensor:
+    """Whole numbers low <= n < high."""
+    generator = torch.Generator().manual_seed(next(_SEED))
+    return torch.randint(low, high, shape, generator=generator)
+
+
+def truth(*shape: int) -> torch.Tensor:
+    """Truth values."""
+    return ints(*shape) % 2 == 0
+
+
+def call(target: str, *args: Any, symbolic: dict[int, str] | None = None, **kwargs: Any) -> Call:
+    return Call(f"aten.{target}", args, kwargs, symbolic or {})

@@ -1,0 +1,210 @@
+"""Calls of every op that sums, looks up, or is a layer of its own. See sample_calls.py."""
+
+import torch
+from calls import Call, call, fixed, ints, truth, x
+
+
+def reduction() -> list[Call]:
+    symbolic = {4: "s0", 5: "s1"}
+    return [
+        call("sum.dim_IntList", x(4, 5, 6), (1,)),
+        call("sum.dim_IntList", x(4, 5, 6), (0, -1), True),
+        call("sum.dim_IntList", x(4, 5, 6), (1, 2), symbolic=symbolic),
+        call("sum.dim_IntList", truth(4, 5), (1,)),
+        call("sum.default", x(4, 5)),
+        call("amax.default", x(4, 5, 6), (1,)),
+        call("amin.default", x(4, 5, 6), (0, 2), True),
+        call("amax.default", x(4, 5)),
+        call("argmax.default", x(4, 5, 6), 1),
+        call("argmax.default", x(4, 5)),
+        call("argmin.default", x(4, 5, 6), -1, True),
+        call("logsumexp.default", x(4, 5, 6), (1,)),
+        call("any.dim", truth(4, 5, 6), 1),
+        call("all.dim", truth(4, 5, 6), 1, True),
+        call("prod.dim_int", x(4, 5, 6), 1),
+        call("var.correction", x(4, 5, 6), (1,), correction=0),
+        call("var.dim", x(4, 5, 6), (-1,), True),
+        call("std.correction", x(4, 5, 6), (1, 2), correction=1, keepdim=True),
+        call("max.dim", x(4, 5, 6), 1),
+        call("min.dim", x(4, 5, 6), -1, True),
+        call("std.dim", x(4, 5, 6), (1,), False),
+        *(call(f"{name}.default", x(4, 5)) for name in ("max", "min", "prod", "var", "std")),
+        *(call(f"{name}.default", truth(4, 5)) for name in ("any", "all")),
+        call("std.default", x(4, 5), False),
+        call("amax.default", x(5, 6), (1,), symbolic={5: "s0"}),
+        call("argmax.default", x(5, 6), 1, symbolic={5: "s0"}),
+        call("softmax.int", x(5, 6), -1, symbolic={5: "s0"}),
+        call("cumsum.default", x(5, 6), 1, symbolic={5: "s0"}),
+        call("linalg_vector_norm.default", x(4, 5, 6), 2, (1,), True),
+        call("linalg_vector_norm.default", x(4, 5, 6)),
+        call("norm.ScalarOpt_dim", x(4, 5, 6), 2, (-1,)),
+        call("topk.default", x(4, 5, 6), 2),
+        call("topk.default", x(4, 5, 6), 3, 1),
+        call("sort.default", x(4, 5, 6)),
+        call("sort.default", x(4, 5, 6), 0, True),
+        call("cosine_similarity.default", x(4, 5, 6), x(5, 6), -1),
+        call("cosine_similarity.default", x(4, 5, 6), x(4, 5, 6)),
+        call("cumsum.default", x(4, 5, 6), 1),
+        call("cumprod.default", x(4, 5, 6), 1),
+        call("logcumsumexp.default", x(4, 5, 6), -1),
+        call("softmax.int", x(4, 5, 6), -1),
+        call("log_softmax.int", x(4, 5, 6), 1),
+        call("_softmax.default", x(4, 5, 6), -2, False),
+        call("_log_softmax.default", x(4, 5, 6), -2, False),
+    ]
+
+
+def normalization() -> list[Call]:
+    train, evaluate = (True, 0.1, 1e-5, False), (False, 0.1, 1e-5, False)
+    means, spreads = fixed(6), x(6, signs=False).detach()
+    return [
+        call("layer_norm.default", x(4, 5, 6), (6,), x(6), x(6)),
+        call("layer_norm.default", x(4, 5, 6), (5, 6), x(5, 6)),
+        call("layer_norm.default", x(4, 5, 6), (6,)),
+        call("rms_norm.default", x(4, 5, 6), (6,), x(6), 1e-5),
+        call("rms_norm.default", x(4, 5, 6), (6,)),
+        call("layer_norm.default", x(5, 6), (6,), x(6), x(6), symbolic={5: "s0"}),
+        call("group_norm.default", x(5, 12, 7), 4, x(12), x(12), symbolic={5: "s0"}),
+        call("native_layer_norm.default", x(4, 5, 6), (6,), x(6), x(6), 1e-5),
+        call("native_layer_norm.default", x(4, 5, 6), (5, 6), None, None, 1e-5),
+        call("group_norm.default", x(5, 12, 7), 4, x(12), x(12)),
+        call("group_norm.default", x(5, 10, 3, 7), 5),
+        call("group_norm.default", x(5, 6), 1),
+        call("batch_norm.default", x(5, 6, 7), x(6), x(6), None, None, *train),
+        call("batch_norm.default", x(5, 6, 7), None, None, means, spreads, *train),
+        call("batch_norm.default", x(5, 6), x(6), x(6), means, spreads, *evaluate),
+        call("instance_norm.default", x(5, 6, 7), None, None, None, None, *train),
+        call("instance_norm.default", x(5, 6, 7), x(6), x(6), None, None, *train),
+        call("instance_norm.default", x(5, 6, 7), x(6), x(6), means, spreads, *evaluate),
+    ]
+
+
+def attention() -> list[Call]:
+    name = "scaled_dot_product_attention.default"
+    q, k, v = x(4, 6, 5, 8), x(4, 6, 7, 8), x(4, 6, 7, 9)
+    grouped = (x(4, 12, 5, 8), x(4, 3, 7, 8), x(4, 3, 7, 8))
+    return [
+        call(name, q, k, v),
+        call(name, q, k, v, fixed(5, 7)),
+        call(name, q, k, v, truth(4, 1, 5, 7) | True),
+        call(name, q, k, v, fixed(4, 6, 5, 7)),
+        call(name, q, k, v, None, 0.0, True),
+        call(name, q, k, v, is_causal=True, scale=0.3),
+        call(name, *grouped, enable_gqa=True),
+        call(name, *grouped, truth(12, 1, 7) | True, enable_gqa=True),
+        call(name, x(6, 5, 8), x(6, 7, 8), x(6, 7, 8)),
+        call(name, x(5, 7, 8, 6), x(5, 7, 8, 6), x(5, 7, 8, 6), symbolic={5: "s0", 8: "s1"}),
+        call(name, x(4, 5, 8, 6), x(4, 5, 8, 6), x(4, 5, 8, 6), symbolic={4: "s0", 8: "s1"}),
+    ]
+
+
+def indexing() -> list[Call]:
+    return [
+        call("embedding.default", x(9, 6), ints(4, 5, high=9)),
+        call("embedding.default", x(10, 6), ints(4, 5, low=0, high=10), 3),
+        call("embedding.default", x(9, 6), ints(4, 5, low=0), -1, True, False),
+        call("embedding.default", x(9, 6), ints(4, 5), symbolic={4: "s0", 5: "s1"}),
+        call("index_select.default", x(4, 5, 6), 1, ints(7, high=5)),
+        call("index_select.default", x(4, 5, 6), -1, ints(1, high=5)),
+        call("gather.default", x(4, 7, 5), 1, ints(4, 6, 5, high=7)),
+        call("gather.default", x(5, 7, 6), -1, ints(5, 7, 3, high=6), symbolic={5: "s0"}),
+        call("gather.default", x(4, 7, 5), -1, ints(4, 6, 3, high=5)),
+        call("index.Tensor", x(4, 7, 5), (None, ints(6, high=7))),
+        call("index.Tensor", x(7, 4, 5), (ints(3, 6, high=7),)),
+        call("index.Tensor", x(7, 8, 5), (ints(3, 1, high=7), ints(6, high=8))),
+        call("index.Tensor", x(4, 7, 5, 8), (None, ints(6, high=7), None, ints(6, high=8))),
+        call("index.Tensor", x(4, 7, 5), (None, truth(7))),
+        call("index.Tensor", ints(4, 7), (None, ints(6, high=7)), symbolic={6: "s0"}),
+    ]
+
+
+def losses() -> list[Call]:
+    logits, target = x(8, 9), ints(8)
+    ignored = torch.where(torch.arange(8) % 3 == 0, -100, target)
+    name = "cross_entropy_loss.default"
+    calls = [call(name, x(5, 9), ints(5), None, reduction) for reduction in (0, 1, 2)]
+    calls += [call(name, logits, ignored, None, reduction) for reduction in (0, 1, 2)]
+    calls += [
+        call(name, logits, target),
+        call(name, logits, target, None, 1, 4),
+        call(name, logits, target, x(9, signs=False).detach()),
+        call(name, logits, target, None, 1, -100, 0.1),
+        call(name, logits, x(8, 9)),
+        call(name, x(4, 9, 5), ints(4, 5)),
+        call(name, x(4, 9, 5), ints(4, 5), None, 0),
+        call(name, x(9), ints()),
+        call(name, x(8, 6), ints(8, high=6), None, 1, symbolic={8: "s0"}),
+        call(name, x(5, 7), ints(5, high=7), None, 1, symbolic={5: "s0"}),
+    ]
+    for loss in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"):
+        calls += [call(f"{loss}.default", x(4, 5), x(4, 5), way) for way in (0, 1, 2)]
+    zero_one, weight = x(4, 5, signs=False), x(5, signs=False).detach()
+    for way in (0, 1, 2):
+        calls += [
+            call("soft_margin_loss.default", x(4, 5), fixed(4, 5), way),
+            call("kl_div.default", x(4, 5), zero_one, way),
+            call("kl_div.default", x(4, 5), x(4, 5), way, log_target=True),
+            call("binary_cross_entropy.default", zero_one, zero_one.detach(), weight, way),
+            call("nll_loss.default", x(8, 9), ignored, None, way),
+            call("nll_loss_nd.default", x(4, 9, 5), ints(4, 5), x(9, signs=False).detach(), way),
+        ]
+        name = "binary_cross_entropy_with_logits.default"
+        calls.append(call(name, x(4, 5), zero_one.detach(), None, weight, way))
+        calls.append(call(name, x(4, 5), zero_one.detach(), weight, None, way))
+    calls.append(call("mse_loss.default", x(4, 5), x(4, 5)))
+    return calls
+
+
+def convolution() -> list[Call]:
+    calls = [
+        call("conv1d.default", x(5, 6, 9), x(8, 6, 3)),
+        call("conv1d.default", x(6, 9), x(8, 6, 3), x(8)),
+        call("conv1d.padding", x(4, 6, 9), x(8, 6, 3), x(8), (1,), "same"),
+        call("conv1d.default", x(4, 8, 9), x(8, 1, 3), x(8), (1,), (2,), (1,), 8),
+        call("conv1d.default", x(3, 10, 7), x(15, 2, 3), None, (1,), (0,), (1,), 5),
+        call("conv2d.default", x(5, 6, 7, 8), x(8, 6, 3, 2), None, (2, 1), (1, 1)),
+        call("conv2d.padding", x(4, 6, 7, 8), x(5, 6, 3, 2), None, (1, 1), "valid"),
+        call("conv2d.default", x(3, 6, 7, 8), x(5, 6, 2, 2), symbolic={3: "s0"}),
+        call("conv3d.default", x(2, 4, 5, 6, 7), x(5, 4, 2, 2, 3)),
+        call("conv3d.padding", x(2, 4, 5, 6, 7), x(5, 4, 2, 2, 3), x(5)),
+        call("conv_transpose1d.default", x(5, 6, 9), x(6, 8, 3), x(8)),
+        call("conv_transpose1d.default", x(3, 8, 9), x(8, 2, 3), None, (2,), (0,), (0,), 4),
+        call("conv_transpose2d.input", x(5, 6, 7, 8), x(6, 4, 2, 2), None, (2, 2)),
+        call("conv_transpose3d.input", x(2, 4, 3, 6, 7), x(4, 5, 2, 2, 3)),
+        call("max_pool2d_with_indices.default", x(3, 4, 9, 8), (2, 2)),
+        call("upsample_nearest1d.vec", x(4, 5, 6), None, (2.0,)),
+        call("upsample_nearest2d.vec", x(3, 4, 5, 6), None, (2.0, 2.0)),
+        call("upsample_nearest3d.vec", x(2, 3, 4, 5, 6), None, (2.0, 2.0, 2.0)),
+        call("upsample_linear1d.vec", x(4, 5, 6), (9,), False, None),
+        call("upsample_bilinear2d.vec", x(3, 4, 5, 6), (8, 9), True, None),
+        call("upsample_bicubic2d.vec", x(3, 4, 5, 6), (8, 9), False, None),
+        call("upsample_trilinear3d.vec", x(2, 3, 4, 5, 6), (7, 8, 9), False, None),
+    ]
+    for n, operand in ((1, x(4, 5, 9)), (2, x(3, 4, 9, 8)), (3, x(2, 4, 7, 6, 8))):
+        calls += [
+            call(f"max_pool{n}d.default", operand, (2,) * n, (2,) * n),
+            call(f"avg_pool{n}d.default", operand, (2,) * n, (2,) * n),
+            call(f"adaptive_max_pool{n}d.default", operand, (3,) * n),
+            call(f"adaptive_avg_pool{n}d.default", operand, (3,) * n),
+        ]
+    return [*calls, call("avg_pool2d.default", x(5, 9, 8), (3, 3))]
+
+
+def recurrent() -> list[Call]:
+    def weights(gates: int, features: int = 3, hidden: int = 4) -> tuple[torch.Tensor, ...]:
+        rows = gates * hidden
+        return x(rows, features), x(rows, hidden), x(rows), x(rows)
+
+    def state() -> torch.Tensor:
+        return x(1, 5, 4)
+
+    calls = [
+        call(f"{name}.input", x(6, 5, 3), state(), weights(gates), *_ONE_LAYER, False)
+        for name, gates in (("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1))
+    ]
+    both = (state(), state())
+    calls.append(call("lstm.input", x(5, 6, 3), both, weights(4), *_ONE_LAYER, True))
+    return calls
+
+
+_ONE_LAYER = (True, 1, 0.0, True, False)
