@@ -192,7 +192,7 @@ def _add(made: nn.Module, state: State, plan: Plan, training: bool) -> _Entry:
         owner, _, name = path.rpartition(".")
         holder = made.get_submodule(owner)._parameters
         waits = bundle if path in program.deferred else None
-        leaves.append(Leaf(holder, name, state.storage[path], state.mesh, path, waits))
+        leaves.append(Leaf(holder, name, path, waits))
     inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
     entry = _Entry(
         plan,

@@ -89,13 +89,10 @@ class Leaf:
         self,
         owner: dict[str, Any],
         name: str,
-        placement: Placement,
-        mesh: DeviceMesh | None,
         path: str,
         bundle: Bundle | None = None,
     ) -> None:
-        self.owner, self.name, self.placement, self.mesh = owner, name, placement, mesh
-        self.path, self.bundle = path, bundle
+        self.owner, self.name, self.path, self.bundle = owner, name, path, bundle
         self.parameter: Any = None
         self.local: torch.Tensor | None = None
 
@@ -133,10 +130,8 @@ class Leaf:
     def give(self, grad: torch.Tensor) -> None:
         """Add a finished local gradient to the parameter's."""
         parameter = self.parameter
-        assert self.mesh is not None
         if parameter.grad is None:
-            shape = tuple(parameter.shape)
-            parameter.grad = as_distributed(grad, self.placement, shape, self.mesh)
+            parameter.grad = DTensor(grad, parameter._spec, requires_grad=False)
         else:
             parameter.grad._local_tensor.add_(grad)
 
