@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from autoparallel.errors import CaptureError
+from autoparallel.graph.attention_dropout import explicit_attention_dropout
+from autoparallel.graph.edit import Rename, first_operand, rebuilt, renamed
+from autoparallel.graph.functional import functional
 from autoparallel.graph.graph import (
     Dim,
     Graph,
@@ -16,34 +16,11 @@ from autoparallel.graph.graph import (
     Ref,
     Sym,
     Value,
-    hint,
     map_leaves,
     numel_hint,
 )
 
 __all__ = ["PASSES", "at_least", "run_passes"]
-
-Rename = dict[str, str]
-
-
-def _renamed(node: Node, names: Rename) -> Node:
-    """The node with the values it reads renamed."""
-    if not names:
-        return node
-
-    def leaf(item: Any) -> Any:
-        return Ref(names[item.name]) if isinstance(item, Ref) and item.name in names else item
-
-    return replace(node, args=map_leaves(leaf, node.args), kwargs=map_leaves(leaf, node.kwargs))
-
-
-def _rebuilt(graph: Graph, nodes: list[Node], names: Rename) -> Graph:
-    """The graph of `nodes`, with what it returns renamed."""
-    return Graph(
-        tuple(nodes),
-        tuple(names.get(name, name) for name in graph.outputs),
-        tuple((path, names.get(name, name)) for path, name in graph.mutations),
-    )
 
 
 def _aliasing(test: Callable[[Node, Graph], str | None]) -> Callable[[Graph], Graph]:
@@ -53,21 +30,15 @@ def _aliasing(test: Callable[[Node, Graph], str | None]) -> Callable[[Graph], Gr
         nodes: list[Node] = []
         names: Rename = {}
         for node in graph.nodes:
-            node = _renamed(node, names)
+            node = renamed(node, names)
             same = test(node, graph) if node.kind == "call" else None
             if same is None:
                 nodes.append(node)
             else:
                 names[node.result.name] = same
-        return _rebuilt(graph, nodes, names)
+        return rebuilt(graph, nodes, names)
 
     return run
-
-
-def _first(node: Node) -> str:
-    reference = node.args[0]
-    assert isinstance(reference, Ref), node
-    return reference.name
 
 
 _IDENTITY = {
@@ -92,10 +63,10 @@ _CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_
 
 def _is_identity(node: Node, graph: Graph) -> str | None:
     if node.target in _IDENTITY:
-        return _first(node)
+        return first_operand(node)
     if len(node.results) != 1 or not node.args or not isinstance(node.args[0], Ref):
         return None
-    operand = graph.values[_first(node)]
+    operand = graph.values[first_operand(node)]
     result = node.result
     if node.target in _SAME_SHAPE and operand.shape == result.shape:
         return operand.name
@@ -129,7 +100,7 @@ def drop_empty_parts(graph: Graph) -> Graph:
     nodes: list[Node] = []
     names: Rename = {}
     for node in graph.nodes:
-        node = _renamed(node, names)
+        node = renamed(node, names)
         if node.target == "aten.cat.default":
             parts = tuple(part for part in node.args[0] if graph.values[part.name].shape != (0,))
             if len(parts) == 1:
@@ -137,11 +108,13 @@ def drop_empty_parts(graph: Graph) -> Graph:
                 continue
             node = replace(node, args=(parts or node.args[0], *node.args[1:]))
         nodes.append(node)
-    return _rebuilt(graph, nodes, names)
+    return rebuilt(graph, nodes, names)
 
 
 def explicit_sizes(graph: Graph) -> Graph:
     """view(%x, (b, -1)) becomes view(%x, (b, 48)): sizes written out, one spelling for each view.
+
+    And one for each expansion: broadcast_tensors([%x, %y]) becomes expand(%x, ..), expand(%y, ..).
 
     Why: a size is what the rewriter replaces by a local one. After: no -1 and no flatten left.
     """
@@ -154,10 +127,15 @@ def explicit_sizes(graph: Graph) -> Graph:
                 args=(node.args[0], node.result.shape),
                 kwargs=(),
             )
-        elif node.target == "aten.expand.default":
-            node = replace(node, args=(node.args[0], node.result.shape), kwargs=())
+        elif node.target in _EXPANSIONS:
+            parts = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
+            for part, value in zip(parts, node.results, strict=True):
+                name = node.name if len(parts) == 1 else value.name
+                own = replace(node, name=name, results=(value,), args=(part, value.shape))
+                nodes.append(replace(own, target="aten.expand.default", kwargs=()))
+            continue
         nodes.append(node)
-    return _rebuilt(graph, nodes, {})
+    return rebuilt(graph, nodes, {})
 
 
 _VIEWS = {
@@ -169,6 +147,14 @@ _VIEWS = {
     "aten.squeeze.default",
     "aten.squeeze.dim",
     "aten.squeeze.dims",
+    "aten.view_as.default",
+    "aten.reshape_as.default",
+}
+_EXPANSIONS = {
+    "aten.expand.default",
+    "aten.expand_as.default",
+    "aten.broadcast_to.default",
+    "aten.broadcast_tensors.default",
 }
 
 
@@ -191,7 +177,7 @@ def unflatten_products(graph: Graph) -> Graph:
         shape, source, name = result.shape, left, result.name
         operand = graph.values[left.name]
         if flat.target == "aten.reshape.default":
-            before = graph.values[_first(flat)]
+            before = graph.values[first_operand(flat)]
             if len(before.shape) > 2 and before.shape[-1] == operand.shape[-1]:
                 source = Ref(before.name)
                 shape = (*before.shape[:-1], result.shape[-1])
@@ -229,7 +215,7 @@ def unflatten_products(graph: Graph) -> Graph:
                     kwargs=(),
                 )
             )
-    return _rebuilt(graph, nodes, {})
+    return rebuilt(graph, nodes, {})
 
 
 def merge_reshapes(graph: Graph) -> Graph:
@@ -242,13 +228,13 @@ def merge_reshapes(graph: Graph) -> Graph:
     kept: dict[str, Node] = {}
     for node in graph.nodes:
         if node.target == "aten.reshape.default":
-            before = kept.get(_first(node))
+            before = kept.get(first_operand(node))
             if before is not None and before.target == "aten.reshape.default":
                 node = replace(node, args=(before.args[0], node.args[1]))
         nodes.append(node)
         for value in node.results:
             kept[value.name] = node
-    return _rebuilt(graph, nodes, {})
+    return rebuilt(graph, nodes, {})
 
 
 def split_bias(graph: Graph) -> Graph:
@@ -266,7 +252,7 @@ def split_bias(graph: Graph) -> Graph:
                 node, target="aten.add.Tensor", args=(Ref(value.name), node.args[2]), kwargs=()
             )
         nodes.append(node)
-    return _rebuilt(graph, nodes, {})
+    return rebuilt(graph, nodes, {})
 
 
 def split_mean(graph: Graph) -> Graph:
@@ -277,7 +263,7 @@ def split_mean(graph: Graph) -> Graph:
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.target in ("aten.mean.dim", "aten.mean.default"):
-            shape = graph.values[_first(node)].shape
+            shape = graph.values[first_operand(node)].shape
             dims = node.args[1] if len(node.args) > 1 else node.keyword("dim")
             if dims is None or dims == ():
                 dims = tuple(range(len(shape)))
@@ -298,7 +284,7 @@ def split_mean(graph: Graph) -> Graph:
             )
             node = replace(node, target="aten.div.Tensor", args=(Ref(total.name), count), kwargs=())
         nodes.append(node)
-    return _rebuilt(graph, nodes, {})
+    return rebuilt(graph, nodes, {})
 
 
 def count_of(shape: tuple[Dim, ...]) -> Dim:
@@ -307,159 +293,6 @@ def count_of(shape: tuple[Dim, ...]) -> Dim:
     for dim in shape:
         expr = expr * (dim.expr if isinstance(dim, Sym) else dim)
     return expr if isinstance(expr, int) else Sym(expr, numel_hint(shape))
-
-
-def explicit_attention_dropout(graph: Graph) -> Graph:
-    """scaled_dot_product_attention with dropout becomes products, softmax and dropout.
-
-    Why: the fused kernel draws its own numbers, which would depend on how heads are split.
-    After: no fused attention drops anything; rows that attend to nothing give zeros, as fused.
-    """
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        attention = node.target == "aten.scaled_dot_product_attention.default"
-        probability = node.args[4] if attention and len(node.args) > 4 else 0.0
-        probability = node.keyword("dropout_p", probability) if attention else 0.0
-        if probability:
-            nodes += _spelled_attention(node, graph, probability)
-        else:
-            nodes.append(node)
-    return _rebuilt(graph, nodes, {})
-
-
-def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Node]:
-    """softmax(q k^T scale + mask), dropped, times v."""
-    made: list[Node] = []
-    grad, dtype = node.result.requires_grad, node.result.dtype
-
-    def call(
-        suffix: str,
-        op: str,
-        args: tuple[Any, ...],
-        shape: tuple[Dim, ...],
-        kind: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> Ref:
-        name = f"{node.name}_{suffix}" if suffix else node.name
-        value = Value(name, shape, kind or dtype, grad and kind is None)
-        options = tuple(kwargs.items())
-        made.append(Node(name, "call", op, (value,), args, options, node.where, node.line))
-        return Ref(name)
-
-    query, key, value = node.args[:3]
-    q, k, v = (graph.values[item.name].shape for item in (query, key, value))
-    if node.keyword("enable_gqa", False) and q[-3] != k[-3]:
-        assert isinstance(q[-3], int)
-        assert isinstance(k[-3], int)
-        times = q[-3] // k[-3]
-        repeated = []
-        for label, item, shape in (("keys", key, k), ("values", value, v)):
-            wide = (*shape[:-2], 1, *shape[-2:])
-            item = call(f"{label}_1", "aten.unsqueeze.default", (item, -3), wide)
-            wide = (*shape[:-2], times, *shape[-2:])
-            item = call(f"{label}_2", "aten.expand.default", (item, wide), wide)
-            shape = (*shape[:-3], q[-3], *shape[-2:])
-            repeated.append(call(label, "aten.reshape.default", (item, shape), shape))
-        key, value = repeated
-        k = (*k[:-3], q[-3], *k[-2:])
-    scores = (*node.result.shape[:-1], k[-2])
-    turned = (*k[:-2], k[-1], k[-2])
-    flipped = call("turned", "aten.transpose.int", (key, -2, -1), turned)
-    x = call("scores", "aten.matmul.default", (query, flipped), scores)
-    scale = node.keyword("scale") or hint(q[-1]) ** -0.5
-    x = call("scaled", "aten.mul.Tensor", (x, scale), scores)
-    mask = node.args[3] if len(node.args) > 3 else node.keyword("attn_mask")
-    causal = node.args[5] if len(node.args) > 5 else node.keyword("is_causal", False)
-    hidden: Ref | None = None
-    if causal:
-        square = (q[-2], k[-2])
-        allowed = call(
-            "ones",
-            "aten.ones.default",
-            (square,),
-            square,
-            torch.bool,
-            device=torch.device("cpu"),
-            dtype=torch.bool,
-        )
-        mask = call("causal", "aten.tril.default", (allowed,), square, torch.bool)
-    if mask is not None and (causal or graph.values[mask.name].dtype == torch.bool):
-        shape = (q[-2], k[-2]) if causal else graph.values[mask.name].shape
-        hidden = call("hidden", "aten.logical_not.default", (mask,), shape, torch.bool)
-        lowest = torch.finfo(dtype).min
-        x = call("masked", "aten.masked_fill.Scalar", (x, hidden, lowest), scores)
-    elif mask is not None:
-        x = call("biased", "aten.add.Tensor", (x, mask), scores)
-    x = call("probabilities", "aten.softmax.int", (x, -1), scores)
-    if hidden is not None:
-        x = call("visible", "aten.masked_fill.Scalar", (x, hidden, 0.0), scores)
-    x = call("dropped", "aten.dropout.default", (x, probability, True), scores)
-    call("", "aten.matmul.default", (x, value), node.result.shape)
-    return made
-
-
-def functional(graph: Graph) -> Graph:
-    """%y = add_(%x, 1) becomes %y = add(%x, 1), and later reads of %x read %y.
-
-    Why: a value must have one meaning. After: no in-place op left; what was written to a buffer is
-    in the graph's mutations. Raises CaptureError where the memory written is also seen through
-    another value that is read later, or belongs to an input or a parameter.
-    """
-    nodes: list[Node] = []
-    names: Rename = {}
-    memory: dict[str, str] = {}
-    last: dict[str, int] = {}
-    for index, node in enumerate(graph.nodes):
-        last.update(dict.fromkeys(node.operands(), index))
-    last.update(dict.fromkeys(graph.outputs, len(graph.nodes)))
-    mutations = dict(graph.mutations)
-    for index, node in enumerate(graph.nodes):
-        original = node
-        node = _renamed(node, names)
-        packet, _, overload = node.target.removeprefix("aten.").partition(".")
-        reads = original.operands()
-        if node.kind == "call" and packet.endswith("_") and not packet.endswith("__"):
-            written = reads[0]
-            owner = memory.get(written, written)
-            others = [
-                name
-                for name, base in memory.items()
-                if base == owner and name != written and last.get(name, -1) > index
-            ]
-            if owner != written and last.get(owner, -1) > index:
-                others.append(owner)
-            home = graph.producers[owner]
-            if others or home.kind in ("input", "parameter"):
-                raise CaptureError(
-                    f"{node.target} writes to memory that is read under another name",
-                    where=", ".join(text for text in (node.where, node.line) if text),
-                    why=f"%{written} shares memory with %{(others or [owner])[0]}",
-                    fix="use the op that returns a new tensor (without the underscore)",
-                )
-            node = replace(node, target=f"aten.{packet[:-1]}.{overload}")
-            for old, new in list(names.items()):
-                if new == names.get(written, written):
-                    names[old] = node.result.name
-            names[written] = node.result.name
-            memory[node.result.name] = owner
-            if home.kind == "buffer":
-                mutations[home.target] = node.result.name
-        elif node.kind == "call" and reads and packet in _SHARES_MEMORY:
-            for value in node.results:
-                memory[value.name] = memory.get(reads[0], reads[0])
-        nodes.append(node)
-    made = _rebuilt(graph, nodes, names)
-    final = tuple((path, names.get(name, name)) for path, name in mutations.items())
-    return replace(made, mutations=final)
-
-
-_SHARES_MEMORY = frozenset(
-    """
-    view reshape _unsafe_view expand slice select transpose permute t unsqueeze squeeze split
-    split_with_sizes chunk unbind narrow diagonal alias detach flatten unflatten movedim swapaxes
-    expand_as view_as unfold contiguous to numpy_T mT
-    """.split()
-)
 
 
 def drop_unused(graph: Graph) -> Graph:
@@ -471,7 +304,7 @@ def drop_unused(graph: Graph) -> Graph:
             continue
         needed.update(node.operands())
         nodes.append(node)
-    return _rebuilt(graph, nodes[::-1], {})
+    return rebuilt(graph, nodes[::-1], {})
 
 
 def at_least(graph: Graph, elements: int) -> Graph:

@@ -1,0 +1,38 @@
+"""What every pass needs: nodes that read other values, and graphs of other nodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
+
+__all__ = ["Rename", "first_operand", "rebuilt", "renamed"]
+
+Rename = dict[str, str]
+
+
+def renamed(node: Node, names: Rename) -> Node:
+    """The node with the values it reads renamed."""
+    if not names:
+        return node
+
+    def leaf(item: Any) -> Any:
+        return Ref(names[item.name]) if isinstance(item, Ref) and item.name in names else item
+
+    return replace(node, args=map_leaves(leaf, node.args), kwargs=map_leaves(leaf, node.kwargs))
+
+
+def rebuilt(graph: Graph, nodes: list[Node], names: Rename) -> Graph:
+    """The graph of `nodes`, with what it returns renamed."""
+    return Graph(
+        tuple(nodes),
+        tuple(names.get(name, name) for name in graph.outputs),
+        tuple((path, names.get(name, name)) for path, name in graph.mutations),
+    )
+
+
+def first_operand(node: Node) -> str:
+    reference = node.args[0]
+    assert isinstance(reference, Ref), node
+    return reference.name
