@@ -1,0 +1,86 @@
+"""Models of other layers than transformers: the same losses and gradients split as whole."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import autoparallel
+
+
+class Convolutions(nn.Module):
+    """Plain, grouped and biased convolutions, pooling, group and batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, bias=False)
+        self.groups = nn.GroupNorm(4, 8)
+        self.second = nn.Conv2d(8, 15, 3)
+        self.batch = nn.BatchNorm2d(15)
+        self.depthwise = nn.Conv2d(15, 15, 3, groups=15, padding=1)
+        self.head = nn.Linear(15, 7)
+
+    def forward(self, x, labels):
+        x = F.relu(self.groups(self.first(x)))
+        x = F.max_pool2d(F.relu(self.batch(self.second(x))), 2)
+        x = F.adaptive_avg_pool2d(self.depthwise(x), 1).flatten(1)
+        return F.cross_entropy(self.head(x), labels)
+
+
+class Mixture(nn.Module):
+    """Einsum attention, a recurrent layer, gates, look-ups by index, and losses of three kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(19, 12)
+        self.query = nn.Linear(12, 24, bias=False)
+        self.key = nn.Linear(12, 24, bias=False)
+        self.recurrent = nn.GRU(12, 12, batch_first=True)
+        self.gate = nn.Linear(12, 48)
+        self.down = nn.Linear(24, 12)
+        self.head = nn.Linear(12, 19)
+
+    def forward(self, tokens, labels):
+        x = self.embedding(tokens)
+        batch, length = tokens.shape
+        query = self.query(x).view(batch, length, 4, 6)
+        key = self.key(x).view(batch, length, 4, 6)
+        scores = torch.einsum("bshd,bthd->bhst", query, key)
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        values = x.unsqueeze(1).repeat(1, 4, 1, 1)
+        x = x + torch.einsum("bhst,bhtd->bsd", weights, values)
+        x = x + self.recurrent(x)[0] + self.down(F.glu(self.gate(x)))
+        chosen = x.index_select(1, torch.tensor([0, 2]))
+        some = x[torch.arange(batch), labels[:, 0] % 3]
+        loss = F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+        loss = loss + F.mse_loss(some, chosen.mean(1))
+        return loss + F.binary_cross_entropy_with_logits(chosen, torch.sigmoid(chosen).detach())
+
+
+def sample(kind):
+    torch.manual_seed(3)
+    if kind is Convolutions:
+        return torch.randn(5, 3, 12, 12, dtype=torch.float64), torch.randint(0, 7, (5,))
+    return torch.randint(0, 19, (4, 5)), torch.randint(0, 19, (4, 5))
+
+
+@pytest.mark.parametrize("data_parallel", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", [Convolutions, Mixture])
+def test_split_equals_whole(kind, world_size, data_parallel):
+    inputs = sample(kind)
+    model = kind().double()
+    whole = copy.deepcopy(model)
+    loss = whole(*inputs)
+    loss.backward()
+    split = autoparallel.simulate(
+        model, world_size, example_inputs=inputs, data_parallel=data_parallel
+    )
+    assert split.collectives
+    assert torch.allclose(split.output, loss, rtol=1e-10, atol=1e-10)
+    for path, parameter in whole.named_parameters():
+        found = split.gradients[path]
+        assert torch.allclose(found, parameter.grad, rtol=1e-9, atol=1e-9), path
