@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 
 from autoparallel.cost.collectives import conversion_seconds
 from autoparallel.cost.compute import OpCost, nbytes, op_cost, update_seconds
@@ -201,12 +202,12 @@ class _Builder:
             if key not in known:
                 call = OpCall(node, tuple(values[name] for name in names))
                 made = None
-                if node.name not in self.inert:
-                    author = find_rule(node.target)
-                    if author is not None:
-                        made = author(call)
-                    elif any(result.requires_grad for result in node.results):
-                        missing.setdefault(node.target, []).append(node)
+                author = find_rule(node.target)
+                if author is not None and node.name not in self.inert:
+                    made = author(call)
+                grad = any(result.requires_grad for result in node.results)
+                if author is None and self.world_size > 1 and (grad or _draws(node.target)):
+                    missing.setdefault(node.target, []).append(node)
                 known[key] = _Kind(call, made)
             elif node.target in missing:
                 missing[node.target].append(node)
@@ -415,6 +416,13 @@ class _Builder:
             self.network.factors.append(Factor(first, second, table))
 
 
+def _draws(target: str) -> bool:
+    """Whether an op draws numbers of its own, which every rank would draw differently."""
+    packet, _, overload = target.removeprefix("aten.").partition(".")
+    op = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    return op is not None and torch.Tag.nondeterministic_seeded in op.tags
+
+
 def reduced_together(graph: Graph) -> frozenset[str]:
     """Parameters whose gradients, where they are to be summed over ranks, can wait for the end.
 
@@ -432,7 +440,8 @@ def _unsupported(missing: Mapping[str, list[Node]]) -> UnsupportedOpError:
     return UnsupportedOpError(
         f"no sharding rule for {', '.join(sorted(missing))}",
         where="\n".join(rows),
-        why="a gradient flows through these ops, and how they may be split is not known",
+        why="a gradient flows through these ops, or they draw random numbers, and how they may be "
+        "split, or drawn alike on all ranks, is not known",
         fix="register a rule (autoparallel.rules.registry.rule), or pass unknown_ops='replicate' "
         "to keep their tensors whole",
     )

@@ -131,6 +131,26 @@ def test_misspelt_options(option: dict[str, str]) -> None:
     says(caught.value, "choose one of")
 
 
+class Draws(nn.Module):
+    """Adds noise of its own, without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + torch.randn_like(x)
+
+
+def test_random_ops_without_a_common_generator_are_refused() -> None:
+    """Every rank would draw other numbers; one rank may."""
+    x = torch.zeros(4, 8)
+    with pytest.raises(UnsupportedOpError) as caught:
+        autoparallel.make_plan(Draws(), 2, example_inputs=x)
+    says(caught.value, "aten.randn_like.default", "draw random numbers")
+    autoparallel.make_plan(Draws(), 1, example_inputs=x)
+
+
 class WritesThroughAView(nn.Module):
     """Changes half of a tensor in place, and reads the whole of it later."""
 
