@@ -212,7 +212,9 @@ class _Builder:
             elif node.target in missing:
                 missing[node.target].append(node)
             self.kinds[node.name] = known[key]
-        if missing and self.options.unknown_ops == "error":
+        if self.options.unknown_ops == "replicate":
+            missing = {target: nodes for target, nodes in missing.items() if _draws(target)}
+        if missing:
             raise _unsupported(missing)
 
     def strategies(self, node: Node, kind: _Kind) -> tuple[Strategy, ...]:

@@ -148,6 +148,8 @@ def test_random_ops_without_a_common_generator_are_refused() -> None:
     with pytest.raises(UnsupportedOpError) as caught:
         autoparallel.make_plan(Draws(), 2, example_inputs=x)
     says(caught.value, "aten.randn_like.default", "draw random numbers")
+    with pytest.raises(UnsupportedOpError):
+        autoparallel.make_plan(Draws(), 2, example_inputs=x, unknown_ops="replicate")
     autoparallel.make_plan(Draws(), 1, example_inputs=x)
 
 
