@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
     from autoparallel.runtime.module import full_state_dict
+    from autoparallel.view.dot import write_svg
+    from autoparallel.view.report import print_plan
 
 _HOMES = {
     "apply_plan": "api",
@@ -29,6 +31,8 @@ _HOMES = {
     "Shard": "placement",
     "Plan": "plan",
     "full_state_dict": "runtime.module",
+    "print_plan": "view.report",
+    "write_svg": "view.dot",
 }
 
 __all__ = [
@@ -43,7 +47,9 @@ __all__ = [
     "autoparallelize",
     "full_state_dict",
     "make_plan",
+    "print_plan",
     "simulate",
+    "write_svg",
 ]
 
 
