@@ -182,7 +182,8 @@ class _Emitter:
         """
         found: dict[str, str] = {}
         for node in self.graph.calls:
-            if not node.target.startswith("aten.add.") or len(node.operands()) != 2 or node.kwargs:
+            addition = self.rules.get(node.name)
+            if addition is None or not addition.adds:
                 continue
             first, second = node.operands()
             product = self.graph.producers[first]

@@ -109,7 +109,10 @@ def linear_unary(call: OpCall) -> ShardingRule:
 )
 def add(call: OpCall) -> ShardingRule:
     """Linear in both operands together. A constant added to a pending sum would count twice."""
-    return pointwise(call, {0, 1}) if len(call.operands) == 2 else pointwise(call)
+    if len(call.operands) != 2:
+        return pointwise(call)
+    plain = call.node.target == "aten.add.Tensor" and not call.node.kwargs
+    return replace(pointwise(call, {0, 1}), adds=plain)
 
 
 @rule("aten.mul.Tensor", "aten.multiply.Tensor")

@@ -83,7 +83,7 @@ class ShardingRule:
     (2 for a product); 0 where moving bytes is all the work. free: a view, no work at all.
     local_args: the call's args for given local shapes of its results. random: name of the function
     of autoparallel.runtime.rng that runs it, if it draws numbers. takes_bias: the op adds a vector
-    over the result's last dim if it is given one more operand.
+    over the result's last dim if it is given one more operand. adds: the op is such an addition.
     """
 
     operands: tuple[Dims, ...]
@@ -97,6 +97,7 @@ class ShardingRule:
     local_args: Callable[[OpCall, Shapes], tuple[Any, ...]] | None = None
     random: str = ""
     takes_bias: bool = False
+    adds: bool = False
 
     @staticmethod
     def parse(
