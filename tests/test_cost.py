@@ -1,0 +1,61 @@
+"""Conversions are priced forward and backward, by the ring's closed forms."""
+
+from __future__ import annotations
+
+import pytest
+
+from autoparallel.cost.collectives import collective_seconds, conversion_seconds
+from autoparallel.cost.hardware import Hardware, Link
+from autoparallel.placement import Collective, parse_placement
+
+RANKS, NBYTES = 4, 1000.0
+BANDWIDTH, HOP, FLOOR, MEMORY = 10.0, 2.0, 5.0, 50.0
+HARDWARE = Hardware("test", ((4, 1.0),), MEMORY, Link(BANDWIDTH, HOP, FLOOR), "made up")
+
+# Written out from the definition of each collective, not from the code.
+RING = FLOOR + (RANKS - 1) * (NBYTES / RANKS / BANDWIDTH + HOP)
+TWO_RINGS = FLOOR + 2 * (RANKS - 1) * (NBYTES / RANKS / BANDWIDTH + HOP)
+EXCHANGE = FLOOR + (RANKS - 1) * (NBYTES / RANKS**2 / BANDWIDTH + HOP)
+WRITE = NBYTES / MEMORY
+
+# source, target -> seconds forward, seconds backward (the gradient's way back).
+TABLE = {
+    ("I", "R"): (0.0, TWO_RINGS),
+    ("I", "S(0)"): (0.0, RING),
+    ("I", "P"): (WRITE, 0.0),
+    ("R", "I"): (0.0, WRITE),
+    ("R", "S(0)"): (0.0, WRITE),
+    ("R", "P"): (WRITE, WRITE),
+    ("S(0)", "I"): (RING, 0.0),
+    ("S(0)", "R"): (RING, RING),
+    ("S(0)", "S(1)"): (EXCHANGE, EXCHANGE),
+    ("S(0)", "P"): (WRITE, 0.0),
+    ("P", "I"): (TWO_RINGS, 0.0),
+    ("P", "R"): (TWO_RINGS, TWO_RINGS),
+    ("P", "S(0)"): (RING, RING),
+}
+
+
+@pytest.mark.parametrize(("source", "target"), TABLE)
+def test_both_directions_are_paid(source: str, target: str) -> None:
+    """Without a gradient only the way forward."""
+    ends = parse_placement(source), parse_placement(target)
+    forward, backward = TABLE[source, target]
+    both = conversion_seconds(*ends, NBYTES, True, HARDWARE, RANKS)
+    assert both == pytest.approx(forward + backward)
+    assert conversion_seconds(*ends, NBYTES, False, HARDWARE, RANKS) == pytest.approx(forward)
+
+
+def test_sums_made_together_pay_no_latency() -> None:
+    """Only the bytes are counted, twice around the ring."""
+    ends = parse_placement("I"), parse_placement("R")
+    seconds = conversion_seconds(*ends, NBYTES, True, HARDWARE, RANKS, together=True)
+    assert seconds == pytest.approx(2 * (RANKS - 1) * NBYTES / RANKS / BANDWIDTH)
+
+
+@pytest.mark.parametrize("kind", Collective)
+def test_one_rank_pays_nothing(kind: Collective) -> None:
+    """Impossible sizes are refused."""
+    assert collective_seconds(kind, NBYTES, HARDWARE.link, 1) == 0.0
+    with pytest.raises(ValueError, match="bytes on"):
+        collective_seconds(kind, -1.0, HARDWARE.link, 2)
