@@ -33,6 +33,7 @@ def _local_groups(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
     "aten.conv_transpose1d.default",
     "aten.conv_transpose2d.input",
     "aten.conv_transpose3d.input",
+    takes_empty=False,
 )
 def convolution(call: OpCall) -> ShardingRule:
     """y[b, g o, s] = sum_(i, k) x[b, g i, s + k] w[g o, i, k] + bias[g o].
@@ -92,6 +93,7 @@ def _leading(call: OpCall, linear: bool) -> ShardingRule:
 @rule(
     *(f"aten.{kind}_pool{n}d.default" for kind in ("max", "adaptive_max") for n in (1, 2, 3)),
     "aten.max_pool2d_with_indices.default",
+    takes_empty=False,
 )
 def max_pool(call: OpCall) -> ShardingRule:
     """Every batch entry and channel by itself."""
@@ -110,6 +112,7 @@ _INTERPOLATIONS = (
 @rule(
     *(f"aten.{kind}_pool{n}d.default" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)),
     *(f"aten.upsample_{kind}.vec" for kind in _INTERPOLATIONS),
+    takes_empty=False,
 )
 def window_sum(call: OpCall) -> ShardingRule:
     """Every batch entry and channel by itself, and weighted sums of its elements."""

@@ -152,6 +152,7 @@ def pad(call: OpCall) -> ShardingRule:
         whole=frozenset(whole),
         linear=SUM_PASSES if zero else (),
         free=False,
+        takes_empty=constant,
     )
 
 

@@ -33,7 +33,7 @@ def _channels(call: OpCall, whole: str) -> ShardingRule:
     return ShardingRule.parse(f"{row}{vectors} -> {row}", call, whole=names)
 
 
-@rule("aten.batch_norm.default")
+@rule("aten.batch_norm.default", takes_empty=False)
 def batch_norm(call: OpCall) -> ShardingRule:
     """y[b, c, s] = (x - mean_c) / deviation_c * w[c] + bias[c].
 
@@ -44,14 +44,14 @@ def batch_norm(call: OpCall) -> ShardingRule:
     return _channels(call, ("bcs" if keeps else "bs") if trains else "")
 
 
-@rule("aten.instance_norm.default")
+@rule("aten.instance_norm.default", takes_empty=False)
 def instance_norm(call: OpCall) -> ShardingRule:
     """As batch_norm, with a mean for each b."""
     trains, keeps = bool(call.node.args[5]), call.node.args[3] is not None
     return _channels(call, ("bcs" if keeps else "s") if trains else "")
 
 
-@rule("aten.group_norm.default")
+@rule("aten.group_norm.default", takes_empty=False)
 def group_norm(call: OpCall) -> ShardingRule:
     """y[b, g c, s] = (x - mean_(c, s)) / deviation_(c, s) * w[g c] + bias[g c].
 

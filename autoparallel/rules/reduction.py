@@ -68,6 +68,7 @@ def sum_(call: OpCall) -> ShardingRule:
     "aten.std.dim",
     *_DIMS_AT,
     *_ALL_DIMS,
+    takes_empty=False,
 )
 def whole_reduction(call: OpCall) -> ShardingRule:
     """Not a plain sum: the reduced dims stay whole."""

@@ -44,14 +44,20 @@ def _of_numbers(author: Author) -> Author:
     return made
 
 
-def rule(*targets: str) -> Callable[[Author], Author]:
-    """Register the function as the rule of these ops ("aten.mm.default")."""
+def rule(*targets: str, takes_empty: bool = True) -> Callable[[Author], Author]:
+    """Register the function as the rule of these ops ("aten.mm.default").
+
+    takes_empty: see ShardingRule.
+    """
 
     def register(author: Author) -> Author:
+        def made(call: OpCall) -> ShardingRule:
+            return replace(author(call), takes_empty=takes_empty)
+
         for target in targets:
             if target in _RULES:
                 raise ValueError(f"{target} has a rule already: {_RULES[target].__module__}")
-            _RULES[target] = _of_numbers(author)
+            _RULES[target] = _of_numbers(author if takes_empty else wraps(author)(made))
         return author
 
     return register

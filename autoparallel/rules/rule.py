@@ -20,6 +20,7 @@ from autoparallel.placement import (
     Placement,
     Replicate,
     Shard,
+    part_bounds,
 )
 
 __all__ = [
@@ -84,6 +85,8 @@ class ShardingRule:
     local_args: the call's args for given local shapes of its results. random: name of the function
     of autoparallel.runtime.rng that runs it, if it draws numbers. takes_bias: the op adds a vector
     over the result's last dim if it is given one more operand. adds: the op is such an addition.
+    takes_empty: it also runs on a part without elements, which ranks are left with where a loop is
+    shorter than they are many.
     """
 
     operands: tuple[Dims, ...]
@@ -98,6 +101,7 @@ class ShardingRule:
     random: str = ""
     takes_bias: bool = False
     adds: bool = False
+    takes_empty: bool = True
 
     @staticmethod
     def parse(
@@ -261,12 +265,17 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Ti
 
 
 def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
-    """Whether every rank gets something (of a symbolic dim, which may be short, maybe nothing)."""
+    """Whether the loop has such runs, more than one, and one for every rank if all need one.
+
+    A symbolic dim may turn out shorter than the number of ranks; the last ones then get nothing.
+    """
     size = rule.sizes[tile.loop]
     if isinstance(size, Sym):
         return tile.blocks == 1 and tile.unit == 1
     runs, rest = divmod(size, tile.blocks * tile.unit)
-    return rest == 0 and (world_size - 1) * -(-runs // world_size) < runs
+    if rest or runs < 2:
+        return False
+    return rule.takes_empty or part_bounds(runs, world_size, world_size - 1)[0] < runs
 
 
 def _share(rule: ShardingRule, tile: Tile, world_size: int) -> float:

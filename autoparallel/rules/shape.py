@@ -317,7 +317,7 @@ def repeat_interleave(call: OpCall) -> ShardingRule:
     )
 
 
-@rule("aten.pixel_shuffle.default")
+@rule("aten.pixel_shuffle.default", takes_empty=False)
 def pixel_shuffle(call: OpCall) -> ShardingRule:
     """Channels become pixels: (c r q, h, w) to (c, h r, w q)."""
     factor = call.node.args[1]
