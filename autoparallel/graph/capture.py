@@ -16,6 +16,7 @@ from torch import nn
 
 from autoparallel.errors import CaptureError, InputsNeededError, WrappedModelError
 from autoparallel.graph.blocks import find_groups
+from autoparallel.graph.draws import DecidedDraws
 from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.importer import Importer
@@ -140,7 +141,7 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arguments = rebuild(self.inputs, list(tensors))
         bound = inspect.BoundArguments(self.bound.signature, arguments)
-        with self.folding.forward():
+        with self.folding.forward(), DecidedDraws():
             result = self.model(*bound.args, **bound.kwargs)
         flat, skeleton = flatten(result)
         self.outputs.append(skeleton)

@@ -1,0 +1,54 @@
+"""Comparisons of random draws that are decided before the number is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["DecidedDraws"]
+
+_Comparison = Callable[[float], bool | None]
+# What a number in [0, 1) compared with `bound` gives, where that is the same for all of them.
+_DECIDED: dict[str, _Comparison] = {
+    "lt": lambda bound: True if bound >= 1 else False if bound <= 0 else None,
+    "le": lambda bound: True if bound >= 1 else False if bound < 0 else None,
+    "gt": lambda bound: True if bound < 0 else False if bound >= 1 else None,
+    "ge": lambda bound: True if bound <= 0 else False if bound >= 1 else None,
+    "eq": lambda bound: False if bound < 0 or bound >= 1 else None,
+    "ne": lambda bound: True if bound < 0 or bound >= 1 else None,
+}
+
+
+class DecidedDraws(TorchFunctionMode):
+    """While a forward is traced, a draw of one number from [0, 1) knows its range.
+
+    `torch.rand([]) < probability` decides whether a layer is dropped. A graph has one path for all
+    data, but at probability 0 or 1 there is only one. Every other use of the draw is traced as it
+    is, and refused by the tracer where the path depends on it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: dict[int, torch.Tensor] = {}  # kept, so that their ids stay theirs
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", "").strip("_")
+        if name in _DECIDED and len(args) == 2 and not kwargs and id(args[0]) in self.draws:
+            verdict = None
+            if isinstance(args[1], (bool, int, float)):
+                verdict = _DECIDED[name](float(args[1]))
+            if verdict is not None:
+                content: Any = verdict
+                for _ in range(self.draws[id(args[0])].dim()):
+                    content = [content]
+                return torch.tensor(content)
+        result = function(*args, **(kwargs or {}))
+        drawn = function is torch.rand or function is torch.rand_like
+        if drawn and all(isinstance(size, int) and size == 1 for size in result.shape):
+            self.draws[id(result)] = result
+        return result
