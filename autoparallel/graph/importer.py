@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -12,6 +13,7 @@ from torch import nn
 from autoparallel.errors import CaptureError
 from autoparallel.graph.folding import Folding
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves
+from autoparallel.graph.memory import owner_of, shares_memory
 from autoparallel.graph.regions import MARKS, OPAQUE, Regions, base_of
 
 __all__ = ["Importer"]
@@ -41,6 +43,8 @@ class Importer:
         self.by_tensor: dict[int, str] = {}
         self.lifted: set[str] = set()
         self.writes: dict[str, tuple[str, ...]] = {}
+        self.memory: dict[str, str] = {}
+        self.trained: set[str] = set()
         self.symbols: set[Any] = set()
         self.regions = Regions(self)
 
@@ -186,7 +190,7 @@ class Importer:
         args = self.leaf_all(node.args)
         kwargs = tuple((key, self.leaf_all(value)) for key, value in node.kwargs.items())
         probe = Node("", "call", name, (), args, kwargs)
-        flows = grad and any(tensors[operand].requires_grad for operand in probe.operands())
+        flows = grad and self.carries(probe.operands(), tensors)
         single = isinstance(example, torch.Tensor)
         own = self.fresh(base_of(node.name), 1 if single else len(example))
         if single:
@@ -199,7 +203,19 @@ class Importer:
             self.known[node] = tuple(Ref(value.name) for value in results)
         where, line = _origin(node)
         self.writes[own] = _written(target, args)
+        if flows:
+            self.trained |= {owner_of(written, self.memory) for written in self.writes[own]}
+        if results and shares_memory(name):
+            operand = probe.operands()[0]
+            self.memory.update((value.name, operand) for value in results)
         self.add(Node(own, "call", name, results, args, kwargs, where, line), grad, tensors)
+
+    def carries(self, operands: list[str], tensors: Mapping[str, Value]) -> bool:
+        """Whether a gradient flows through one of them, maybe since it was written to."""
+        return any(
+            tensors[name].requires_grad or owner_of(name, self.memory) in self.trained
+            for name in operands
+        )
 
     def add(self, node: Node, grad: bool, tensors: dict[str, Value]) -> None:
         """Append a call. grad: whether gradients are recorded where it is."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from autoparallel.graph.attention_dropout import explicit_attention_dropout
 from autoparallel.graph.edit import Rename, first_operand, rebuilt, renamed
 from autoparallel.graph.functional import functional
@@ -155,6 +157,36 @@ _EXPANSIONS = {
     "aten.expand_as.default",
     "aten.broadcast_to.default",
     "aten.broadcast_tensors.default",
+}
+
+
+def creations_alone(graph: Graph) -> Graph:
+    """new_zeros(%x, (b, 4)) becomes zeros((b, 4)) of the type of %x.
+
+    Why: of the operand only the type is read, and a constant depends on nobody's placement.
+    After: no new_empty, new_zeros, new_ones and new_full left.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.target in _CREATIONS:
+            value = replace(node.result, requires_grad=False)
+            kwargs = (("dtype", value.dtype), ("device", torch.device("cpu")))
+            node = replace(
+                node,
+                target=_CREATIONS[node.target],
+                results=(value,),
+                args=node.args[1:],
+                kwargs=kwargs,
+            )
+        nodes.append(node)
+    return rebuilt(graph, nodes, {})
+
+
+_CREATIONS = {
+    "aten.new_empty.default": "aten.empty.memory_format",
+    "aten.new_zeros.default": "aten.zeros.default",
+    "aten.new_ones.default": "aten.ones.default",
+    "aten.new_full.default": "aten.full.default",
 }
 
 
@@ -349,6 +381,7 @@ def at_least(graph: Graph, elements: int) -> Graph:
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     functional,
+    creations_alone,
     explicit_attention_dropout,
     drop_empty_parts,
     drop_identities,

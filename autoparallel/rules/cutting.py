@@ -198,3 +198,24 @@ def stack(call: OpCall) -> ShardingRule:
         linear=(frozenset(range(len(call.operands))),),
         free=False,
     )
+
+
+@rule("aten.slice_scatter.default", "aten.select_scatter.default")
+def scattered(call: OpCall) -> ShardingRule:
+    """A tensor with a part of one dim replaced. That dim stays whole, all others are free."""
+    rank = len(call.operands[0].shape)
+    made = carried(call, list(range(rank)))
+    dim = axis(call.argument(2, "dim", 0), rank)
+    own = made.operands[0]
+    part = list(own)
+    if "slice" in call.node.target:
+        part[dim] = ()
+    else:
+        del part[dim]
+    return replace(
+        made,
+        operands=(own, tuple(part)),
+        whole=made.whole | frozenset(own[dim]),
+        linear=(frozenset({0, 1}),),
+        free=False,
+    )
