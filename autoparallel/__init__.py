@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
     from autoparallel.runtime.module import full_state_dict
+    from autoparallel.runtime.seeds import manual_seed, rng_state, set_rng_state
     from autoparallel.view.dot import write_svg
     from autoparallel.view.report import print_plan
 
@@ -31,6 +32,9 @@ _HOMES = {
     "Shard": "placement",
     "Plan": "plan",
     "full_state_dict": "runtime.module",
+    "manual_seed": "runtime.seeds",
+    "rng_state": "runtime.seeds",
+    "set_rng_state": "runtime.seeds",
     "print_plan": "view.report",
     "write_svg": "view.dot",
 }
@@ -47,7 +51,10 @@ __all__ = [
     "autoparallelize",
     "full_state_dict",
     "make_plan",
+    "manual_seed",
     "print_plan",
+    "rng_state",
+    "set_rng_state",
     "simulate",
     "write_svg",
 ]

@@ -30,6 +30,7 @@ from autoparallel.plan import Plan
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.parameters import as_distributed, shallow_copy
+from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.search import search
 
@@ -47,6 +48,7 @@ def autoparallelize(
     data_parallel: bool = False,
     hardware: str = "auto",
     unknown_ops: str = "error",
+    rng: str = "counter",
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """The model, split over `world_size` ranks, as an ordinary module for this rank.
@@ -54,14 +56,14 @@ def autoparallelize(
     model: any module; it is left as it is. world_size: number of processes; 1 changes nothing.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
     model's own (see make_plan), and where it has none, planning waits for the first call.
-    sequence_parallel, data_parallel, hardware, unknown_ops: see Options.
+    sequence_parallel, data_parallel, hardware, unknown_ops, rng: see Options.
     check_inputs: number of first calls in which the ranks compare their inputs.
     Under torchrun, starts the process group if there is none.
     Raises AutoParallelError or a child of it; see autoparallel.errors.
     """
     refuse_wrapped(model)
     group = _group(world_size)
-    options = Options(sequence_parallel, data_parallel, hardware, unknown_ops)
+    options = Options(sequence_parallel, data_parallel, hardware, unknown_ops, rng=rng)
     if example_inputs is None:
         try:
             example_inputs = find_example_inputs(model)
@@ -77,6 +79,7 @@ def autoparallelize(
         data_parallel=data_parallel,
         hardware=hardware,
         unknown_ops=unknown_ops,
+        rng=rng,
     )
     return _apply(model, plan, group, check_inputs)
 
@@ -90,6 +93,7 @@ def make_plan(
     data_parallel: bool = False,
     hardware: str = "auto",
     unknown_ops: str = "error",
+    rng: str = "counter",
     pins: Mapping[str, Placement] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
@@ -102,7 +106,7 @@ def make_plan(
     autoparallelize.
     """
     refuse_wrapped(model)
-    options = Options(sequence_parallel, data_parallel, hardware, unknown_ops)
+    options = Options(sequence_parallel, data_parallel, hardware, unknown_ops, rng=rng)
     if example_inputs is None:
         example_inputs = find_example_inputs(model)
     args, kwargs = split_example(example_inputs)
@@ -244,6 +248,7 @@ class _Waiting:
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
         made = _apply(source, plan, _group(world_size), check_inputs)
         _keep_identity(self, made)  # type: ignore[arg-type]
+        made.__dict__["_generator"] = self.__dict__["_generator"]
         self.__class__ = made.__class__  # type: ignore[assignment]
         self.__dict__ = made.__dict__
         return self(*args, **kwargs)  # type: ignore[operator]
@@ -260,7 +265,9 @@ def _waiting_module(
     kind = type(model)
     made.__class__ = type(f"Parallel{kind.__name__}", (_Waiting, kind), {})
     made.__dict__["_waiting"] = (model, world_size, options, check_inputs)
-    mesh = _device_mesh(_group(world_size), Mesh(tp=world_size))
+    group = _group(world_size)
+    mesh = _device_mesh(group, Mesh(tp=world_size))
+    give_generator(made, options.rng, group, mesh)
     twins: dict[int, nn.Parameter] = {}
     for module in made.modules():
         for name, parameter in module._parameters.items():

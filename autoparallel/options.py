@@ -9,6 +9,7 @@ from autoparallel.errors import PlanError
 __all__ = ["Options"]
 
 _UNKNOWN_OPS = ("replicate", "error")
+_RNG = ("counter", "fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,9 @@ class Options:
     all-reduce. data_parallel: products may be split along such dims too; without it a weight
     matrix is used just as it is stored. hardware: preset name. unknown_ops: what to do with a
     differentiable op that has no rule: "error" or "replicate" (keep its tensors whole). tokens:
-    plan as for inputs of at least this many elements, however small the example inputs are.
+    plan as for inputs of at least this many elements, however small the example inputs are. rng:
+    "counter" draws the same random numbers under every plan; "fast" draws from torch's generators,
+    one stream per shard.
     """
 
     sequence_parallel: bool = True
@@ -28,9 +31,10 @@ class Options:
     hardware: str = "auto"
     unknown_ops: str = "error"
     tokens: int = 8192
+    rng: str = "counter"
 
     def __post_init__(self) -> None:
-        if self.unknown_ops not in _UNKNOWN_OPS:
-            raise PlanError(
-                f"unknown_ops={self.unknown_ops!r}", fix=f"choose one of {', '.join(_UNKNOWN_OPS)}"
-            )
+        for name, known in (("unknown_ops", _UNKNOWN_OPS), ("rng", _RNG)):
+            value = getattr(self, name)
+            if value not in known:
+                raise PlanError(f"{name}={value!r}", fix=f"choose one of {', '.join(known)}")

@@ -101,27 +101,6 @@ def test_meta_models_get_the_weights_of_one_device() -> None:
             assert torch.equal(value, expected[path]), path
 
 
-@pytest.mark.parametrize("kind", [GPT, Bert])
-def test_dropout_does_not_depend_on_the_plan(kind: type[nn.Module]) -> None:
-    """The same mask, in attention too, at 1, 2, 4 and 8 ranks and under either option."""
-    config = GPTConfig if kind is GPT else BertConfig
-    torch.manual_seed(1)
-    model = kind(config(layers=1, hidden=32, heads=8, vocabulary=31, positions=16, dropout=0.3))
-    model.double().train()
-    reference = autoparallel.simulate(model, 1)
-    assert (
-        relative_error(reference.output.loss, autoparallel.simulate(model.eval(), 1).output.loss)
-        > 1e-4
-    )
-    model.train()
-    for world_size in (2, 4, 8):
-        for sequence_parallel in (False, True):
-            result = autoparallel.simulate(model, world_size, sequence_parallel=sequence_parallel)
-            assert relative_error(result.output.loss, reference.output.loss) < 1e-12
-            for path, gradient in reference.gradients.items():
-                assert relative_error(result.gradients[path], gradient, 1e-9) < 1e-9, path
-
-
 def behave(rank: int) -> None:
     """All that a training script does to a module, against the unsplit one."""
     torch.set_num_threads(1)

@@ -29,6 +29,7 @@ from autoparallel.runtime.parameters import (
     shallow_copy,
     whole_tensor,
 )
+from autoparallel.runtime.seeds import generator_of, give_generator
 from autoparallel.structure import Skeleton, flatten, rebuild
 
 __all__ = ["State", "full_state_dict", "parallel_module", "state_of"]
@@ -77,7 +78,6 @@ class State:
     storage: dict[str, Placement]
     replan: Replan
     checks: int
-    generator: rng.Generator = field(default_factory=rng.Generator)
     entries: dict[tuple[bool, Skeleton], list[_Entry]] = field(default_factory=dict)
 
     @property
@@ -130,6 +130,7 @@ def parallel_module(
     _fill(model, made, storage, group, mesh)
     state = State(skeleton, group, mesh, storage, replan, checks)
     made.__dict__["_autoparallel"] = state
+    give_generator(made, plan.options.rng, group, mesh)
     made.register_load_state_dict_pre_hook(_split_loaded)
     _add(made, state, plan, model.training)
     return made
@@ -227,10 +228,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     buffers = [module.get_buffer(path) for path in program.buffers]
     device = parameters[0].device if parameters else torch.device("cpu")
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
-    with rng.using(state.generator):
+    with rng.using(generator_of(module)):
         outputs, written = program.run(parameters, buffers, constants, inputs, device)
-    if module.training:
-        state.generator.step += 1
     for path, value in zip(program.mutations, written, strict=True):
         module.get_buffer(path).copy_(value.detach())
     returned = [

@@ -1,32 +1,51 @@
 """Random ops that do not depend on the plan.
 
-Every element draws from a counter-based generator keyed by (seed, step, op, its index in the
-whole tensor), so that a mask is the same bit for bit however the tensor is split.
+Every element draws from a counter-based generator keyed by (seed, step, op, its place in the
+whole tensor), so that a mask is the same bit for bit however the tensor is split. The other mode,
+"fast", draws from torch's own generators, one stream per shard: its numbers depend on the plan.
+Both are functions of (seed, step), which is all that a checkpoint must hold.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
-from autoparallel.placement import Invariant, Partial, Placement, Shard
-from autoparallel.runtime.collectives import take_part
+from autoparallel.errors import AutoParallelError
+from autoparallel.placement import Placement, Shard, local_size, part_bounds
 from autoparallel.runtime.groups import Group
 
-__all__ = ["Generator", "dropout", "generator", "op_key", "using"]
+__all__ = ["Generator", "dropout", "generator", "op_key", "uniform", "using"]
 
-_MASK = 0xFFFFFFFF
+_WORD = 0xFFFFFFFF
+_LONG = 0xFFFFFFFFFFFFFFFF
+# Elements that one thread works on at a time: two buffers of this many words stay in its cache.
+_CHUNK = 1 << 16
+# Forward passes whose recomputation can still be told from a new pass.
+_REMEMBERED = 4096
 
 
 @dataclass
 class Generator:
-    """seed: of the run. step: forward passes so far. Both belong into a checkpoint."""
+    """Where a module's random numbers come from.
+
+    seed: of the run, the same on every rank. step: passes so far that drew numbers. mode:
+    "counter" (the same numbers under every plan) or "fast" (torch's generators, a stream per
+    shard). streams, drawing: of the pass under way, those generators and its step. tickets: by
+    which a repeated pass is recognized, and the steps of those passes.
+    """
 
     seed: int = 0
     step: int = 0
+    mode: str = "counter"
+    streams: dict[tuple[int, torch.device], torch.Generator] = field(default_factory=dict)
+    tickets: dict[int, int] = field(default_factory=dict, repr=False)
+    drawing: int | None = None
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint must hold."""
@@ -34,14 +53,64 @@ class Generator:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where the checkpoint was."""
-        self.seed, self.step = state["seed"], state["step"]
+        self.seed, self.step = int(state["seed"]), int(state["step"])
+
+    def between_passes(self) -> None:
+        """No pass is under way: the next one counts as a step when it first draws."""
+        self.streams.clear()
+        self.drawing = None
+
+    def current_step(self) -> int:
+        """The step of this pass, which from now on counts as one that draws.
+
+        A pass that repeats an earlier one (torch.utils.checkpoint recomputes activations in the
+        backward pass) draws what that one drew. It is recognized by torch's own generator, which
+        checkpointing sets back: every pass takes one number from it, its ticket.
+        Raises AutoParallelError for a pass inside a backward pass that repeats none.
+        """
+        if self.drawing is not None:
+            return self.drawing
+        if torch.compiler.is_compiling():
+            self.drawing = self.step
+            return self.step
+        ticket = int(torch.empty((), dtype=torch.int64).random_())
+        if torch._C._current_graph_task_id() == -1:
+            self.tickets.pop(ticket, None)
+            self.tickets[ticket] = self.drawing = self.step
+            self.step += 1
+            while len(self.tickets) > _REMEMBERED:
+                del self.tickets[next(iter(self.tickets))]
+            return self.drawing
+        if ticket not in self.tickets:
+            raise AutoParallelError(
+                "a recomputed forward pass cannot draw the random numbers that it drew before",
+                why="it runs inside a backward pass, and torch's generator is not where it was at "
+                "the start of any earlier pass",
+                fix="checkpoint with preserve_rng_state=True, torch's default",
+            )
+        self.drawing = self.tickets[ticket]
+        return self.drawing
+
+    def words(self, key: int) -> tuple[int, int]:
+        """Two words of 32 bits that an op's numbers of this pass are keyed by."""
+        mixed = _mixed_long(self.seed, self.current_step(), key)
+        return mixed >> 32, mixed & _WORD
+
+    def stream(self, placement: Placement, rank: int, device: torch.device) -> torch.Generator:
+        """torch's generator for a tensor that lies so. Ranks that hold the same values share it."""
+        owner = rank + 1 if isinstance(placement, Shard) else 0
+        if (owner, device) not in self.streams:
+            seed = _mixed_long(self.seed, self.current_step(), owner) >> 1
+            made = torch.Generator(device)
+            self.streams[owner, device] = made.manual_seed(seed)
+        return self.streams[owner, device]
 
 
 _current = threading.local()
 
 
 class using:  # noqa: N801
-    """Context in which random ops draw from `generator`."""
+    """Context of one pass, in which random ops draw from `source`."""
 
     def __init__(self, source: Generator) -> None:
         self.source = source
@@ -49,9 +118,11 @@ class using:  # noqa: N801
     def __enter__(self) -> None:
         self.before = getattr(_current, "generator", None)
         _current.generator = self.source
+        self.source.between_passes()
 
     def __exit__(self, *_: object) -> None:
         _current.generator = self.before
+        self.source.between_passes()
 
 
 def generator() -> Generator:
@@ -65,13 +136,134 @@ def op_key(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def _mixed(bits: torch.Tensor) -> torch.Tensor:
-    """32 well-mixed bits of 32 (Wellons' lowbias32), in the low half of int64."""
-    bits = bits ^ (bits >> 16)
-    bits = (bits * 0x7FEB352D) & _MASK
-    bits = bits ^ (bits >> 15)
-    bits = (bits * 0x846CA68B) & _MASK
-    return bits ^ (bits >> 16)
+def _mixed_long(*values: int) -> int:
+    """64 well-mixed bits of all values, in order (Steele et al. 2014, splitmix64)."""
+    bits = 0
+    for value in values:
+        bits = ((bits ^ (value & _LONG)) + 0x9E3779B97F4A7C15) & _LONG
+        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _LONG
+        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _LONG
+        bits ^= bits >> 31
+    return bits
+
+
+def _signed(word: int) -> int:
+    """The 32-bit integer with the same bits, as torch's int32 has it."""
+    return ((word + 0x80000000) & _WORD) - 0x80000000
+
+
+def _mix(bits: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    """Mixes int32 words in place, one to one (Wellons' lowbias32). spare: of the same shape.
+
+    int32 wraps as the unsigned words would; only the shift needs its sign bits cleared.
+    """
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        torch.bitwise_right_shift(bits, shift, out=spare)
+        bits.bitwise_xor_(spare.bitwise_and_((1 << (32 - shift)) - 1))
+        if factor != 1:
+            bits.mul_(_signed(factor))
+    return bits
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Some neighbouring dims of a tensor taken as one: its rows, or its columns.
+
+    sizes: of the whole. shard: which of these dims is split, if one is. factor, key: what sets
+    the words of this side apart from those of other sides, ops, steps and seeds.
+    """
+
+    sizes: tuple[int, ...]
+    shard: Shard | None
+    group: Group
+    factor: int
+    key: int
+
+    @property
+    def local_sizes(self) -> tuple[int, ...]:
+        """Sizes of this rank's part."""
+        shard, group = self.shard, self.group
+        if shard is None:
+            return self.sizes
+        own = local_size(self.sizes[shard.dim], shard, group.world_size, group.rank)
+        return (*self.sizes[: shard.dim], own, *self.sizes[shard.dim + 1 :])
+
+    def words(self, length: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        """int32 words of this rank's places, `length` at a time, each with where it starts.
+
+        Different places of the whole have different words, if there are at most 2^32 of them.
+        """
+        count = prod(self.local_sizes)
+        for start in range(0, count, length):
+            place = self._places(start, min(start + length, count), device)
+            bits = place if place.dtype == torch.int32 else (place & _WORD).to(torch.int32)
+            bits = bits.mul_(_signed(self.factor)).add_(_signed(self.key))
+            spare = torch.empty_like(bits)
+            _mix(bits, spare)
+            if prod(self.sizes) > _WORD + 1:
+                _mix(bits.add_((place >> 32).to(torch.int32)), spare)
+            yield start, bits
+
+    def _places(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """Where this rank's elements [start, stop) of the side are in the whole of it.
+
+        int32 where that is enough.
+        """
+        shard, first = self.shard, 0
+        if shard is not None:
+            size = self.sizes[shard.dim] // shard.blocks
+            runs = part_bounds(size // shard.unit, self.group.world_size, self.group.rank)
+            first, last = runs[0] * shard.unit, runs[1] * shard.unit
+        if shard is None or (shard.blocks == 1 and shard.dim == 0):
+            offset = first * prod(self.sizes[1:])
+            kind = torch.int32 if prod(self.sizes) <= _WORD >> 1 else torch.int64
+            return torch.arange(offset + start, offset + stop, dtype=kind, device=device)
+        index = torch.arange(start, stop, device=device)
+        below = prod(self.sizes[shard.dim + 1 :])
+        above, inside = index // ((last - first) * below), index // below
+        inside = inside.remainder_(last - first).add_(first)
+        return above.mul_(size).add_(inside).mul_(below).add_(index.remainder_(below))
+
+
+def _sides(
+    shape: tuple[int, ...], placement: Placement, group: Group, words: tuple[int, int]
+) -> tuple[_Side, _Side]:
+    """Rows and columns of a tensor of `shape`: its dims, cut where fewest of both come out."""
+    costs = [prod(shape[:at]) + prod(shape[at:]) for at in range(len(shape) + 1)]
+    at = costs.index(min(costs))
+    shards: list[Shard | None] = [None, None]
+    if isinstance(placement, Shard):
+        second = placement.dim >= at
+        dim = placement.dim - at if second else placement.dim
+        shards[second] = Shard(dim, placement.blocks, placement.unit)
+    rows = _Side(shape[:at], shards[0], group, 1, words[0])
+    return rows, _Side(shape[at:], shards[1], group, 0x9E3779B1, words[1])
+
+
+def _drawn(
+    rows: _Side, columns: _Side, device: torch.device
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Random int32 words of this rank's elements, piece by piece: (rows, columns, words).
+
+    The words of a piece are gone when the next one is asked for. An element's word is
+    mix(row's word ^ column's word), where those are mixed from its place and the key.
+    """
+    height, width = prod(rows.local_sizes), prod(columns.local_sizes)
+    most = max(1, height * width)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        most = min(most, _CHUNK * torch.get_num_threads())
+    high = max(1, most // max(1, width))
+    buffer, spare = torch.empty((2, most), dtype=torch.int32, device=device).unbind(0)
+    for left, across in columns.words(most, device):
+        for top, block in rows.words(most, device):
+            for down in block.split(high):
+                shape = (len(down), len(across))
+                count = shape[0] * shape[1]
+                bits = buffer[:count].view(shape)
+                torch.bitwise_xor(down[:, None], across, out=bits)
+                _mix(bits, spare[:count].view(shape))
+                yield slice(top, top + shape[0]), slice(left, left + shape[1]), bits
+                top += shape[0]
 
 
 def uniform(
@@ -82,25 +274,41 @@ def uniform(
     device: torch.device,
     source: Generator,
 ) -> torch.Tensor:
-    """Uniform numbers in [0, 1) for the local part of a tensor of `shape`, float32.
+    """Uniform numbers in [0, 1) for the local part of a tensor of `shape`, float32, 24 bits."""
+    if source.mode == "fast":
+        local = list(shape)
+        if isinstance(placement, Shard):
+            size = shape[placement.dim]
+            local[placement.dim] = local_size(size, placement, group.world_size, group.rank)
+        stream = source.stream(placement, group.rank, device)
+        return torch.rand(local, generator=stream, device=device)
+    rows, columns = _sides(shape, placement, group, source.words(key))
+    made = torch.empty((prod(rows.local_sizes), prod(columns.local_sizes)), device=device)
+    for down, across, bits in _drawn(rows, columns, device):
+        made[down, across] = bits.bitwise_right_shift_(8).add_(1 << 23)
+    return made.mul_(1.0 / (1 << 24)).view(rows.local_sizes + columns.local_sizes)
 
-    Element i of the whole draws from mixed(mixed(low half of i + key) + high half + seed, step).
-    """
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    stride = 1
-    for dim in reversed(range(len(shape))):
-        place = torch.arange(shape[dim], device=device)
-        if isinstance(placement, Shard) and placement.dim == dim:
-            shard = Shard(0, placement.blocks, placement.unit)
-            place = take_part(place, shard, group.world_size, group.rank)
-        index = index + (place * stride).reshape(-1, *[1] * (len(shape) - 1 - dim))
-        stride *= shape[dim]
-    salt = (source.seed * 0x9E3779B1 + source.step * 0x85EBCA6B + key) & _MASK
-    bits = _mixed(((index & _MASK) + salt) & _MASK)
-    if stride > _MASK:
-        bits = _mixed((bits + (index >> 32)) & _MASK)
-    bits = _mixed((bits + (salt ^ 0x27D4EB2F)) & _MASK)
-    return (bits >> 8).to(torch.float32) * (1.0 / (1 << 24))
+
+def _noise(
+    x: torch.Tensor,
+    probability: float,
+    key: int,
+    shape: tuple[int, ...],
+    placement: Placement,
+    group: Group,
+    source: Generator,
+) -> torch.Tensor:
+    """What dropout multiplies x by: 0 with `probability`, else 1 / (1 - probability)."""
+    scale = 1 / (1 - probability)
+    if source.mode == "fast":
+        stream = source.stream(placement, group.rank, x.device)
+        return x.new_empty(x.shape).bernoulli_(1 - probability, generator=stream).mul_(scale)
+    rows, columns = _sides(shape, placement, group, source.words(key))
+    made = x.new_empty((prod(rows.local_sizes), prod(columns.local_sizes)))
+    least = _signed(0x80000000 + round(probability * (1 << 32)))
+    for down, across, bits in _drawn(rows, columns, x.device):
+        made[down, across] = bits.ge_(least)
+    return made.mul_(scale).view(x.shape)
 
 
 def dropout(
@@ -121,8 +329,6 @@ def dropout(
         return x
     if probability == 1:
         return x * 0
-    whole: Placement = placement if isinstance(placement, (Shard, Partial)) else Invariant()
     with torch.no_grad():
-        drawn = uniform(shape, key, whole, group, x.device, generator())
-        kept = (drawn >= probability).to(x.dtype) / (1 - probability)
-    return x * kept
+        noise = _noise(x, probability, key, shape, placement, group, generator())
+    return x * noise

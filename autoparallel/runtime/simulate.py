@@ -83,7 +83,7 @@ def simulate_plan(
                 if isinstance(placed, Shard):
                     part = take_part(whole, placed, group.world_size, group.rank)
                 leaves.append(part.clone().requires_grad_(weights[path].requires_grad))
-            with rng.using(rng.Generator(seed)):
+            with rng.using(rng.Generator(seed, mode=plan.options.rng)):
                 outputs, _ = program.run(
                     leaves,
                     [buffers[path] for path in program.buffers],
