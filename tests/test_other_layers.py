@@ -60,8 +60,30 @@ class Mixture(nn.Module):
         return loss + F.binary_cross_entropy_with_logits(chosen, torch.sigmoid(chosen).detach())
 
 
+class Stops(nn.Module):
+    """Gradients stop in regions of torch.no_grad, also where these compute nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(9, 12)
+        self.second = nn.Linear(12, 7)
+
+    def forward(self, x, labels):
+        x = self.first(x)
+        with torch.no_grad():
+            same = x.reshape(x.shape).contiguous()
+            gate = torch.sigmoid(x * 2)
+            with torch.enable_grad():
+                inner = x.sin()
+            seventh = self.second.weight[labels % 7] + 1
+        x = x * same + gate * (x > 0) + inner
+        return F.cross_entropy(self.second(x + seventh), labels)
+
+
 def sample(kind):
     torch.manual_seed(3)
+    if kind is Stops:
+        return torch.randn(5, 9, dtype=torch.float64), torch.randint(0, 7, (5,))
     if kind is Convolutions:
         return torch.randn(5, 3, 12, 12, dtype=torch.float64), torch.randint(0, 7, (5,))
     return torch.randint(0, 19, (4, 5)), torch.randint(0, 19, (4, 5))
@@ -69,7 +91,7 @@ def sample(kind):
 
 @pytest.mark.parametrize("data_parallel", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("kind", [Convolutions, Mixture])
+@pytest.mark.parametrize("kind", [Convolutions, Mixture, Stops])
 def test_split_equals_whole(kind, world_size, data_parallel):
     inputs = sample(kind)
     model = kind().double()

@@ -21,6 +21,7 @@ from autoparallel.graph.graph import (
     map_leaves,
     numel_hint,
 )
+from autoparallel.graph.stops import explicit_stops
 
 __all__ = ["PASSES", "at_least", "run_passes"]
 
@@ -382,6 +383,7 @@ def at_least(graph: Graph, elements: int) -> Graph:
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     functional,
     creations_alone,
+    explicit_stops,
     explicit_attention_dropout,
     drop_empty_parts,
     drop_identities,
