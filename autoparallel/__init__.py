@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autoparallel.mesh import Mesh
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
+    from autoparallel.runtime.checkpoint import load_checkpoint, save_checkpoint
     from autoparallel.runtime.module import full_state_dict
     from autoparallel.runtime.seeds import manual_seed, rng_state, set_rng_state
     from autoparallel.view.dot import write_svg
@@ -32,8 +33,10 @@ _HOMES = {
     "Shard": "placement",
     "Plan": "plan",
     "full_state_dict": "runtime.module",
+    "load_checkpoint": "runtime.checkpoint",
     "manual_seed": "runtime.seeds",
     "rng_state": "runtime.seeds",
+    "save_checkpoint": "runtime.checkpoint",
     "set_rng_state": "runtime.seeds",
     "print_plan": "view.report",
     "write_svg": "view.dot",
@@ -50,10 +53,12 @@ __all__ = [
     "apply_plan",
     "autoparallelize",
     "full_state_dict",
+    "load_checkpoint",
     "make_plan",
     "manual_seed",
     "print_plan",
     "rng_state",
+    "save_checkpoint",
     "set_rng_state",
     "simulate",
     "write_svg",

@@ -3,6 +3,8 @@
     python examples/train.py --method plain
     torchrun --nproc-per-node 2 examples/train.py --method automatic
     torchrun --nproc-per-node 2 examples/train.py --method megatron --model bert
+    torchrun --nproc-per-node 2 examples/train.py --checkpoints out/run   # stop it, and start it
+    torchrun --nproc-per-node 4 examples/train.py --checkpoints out/run   # again at any size
 
 All three start from the same weights and see the same batches, so their losses can be compared.
 What the planner needs of a user is one line: see build_model.
@@ -22,7 +24,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import autoparallel
-from autoparallel.train.config import TrainConfig
+from autoparallel.train.config import Checkpoints, TrainConfig
 from autoparallel.train.data import Batches, Objective, TokenizedCorpus, prepare_corpus
 from autoparallel.train.loop import train
 from autoparallel.train.metrics import RunRecord
@@ -114,7 +116,13 @@ def finish_hand_written(model: nn.Module, clip_norm: float) -> None:
             parameter.grad *= scale
 
 
-def run(method: str, settings: Settings, config: TrainConfig, data: str | None) -> RunRecord:
+def run(
+    method: str,
+    settings: Settings,
+    config: TrainConfig,
+    data: str | None,
+    checkpoints: Checkpoints | None = None,
+) -> RunRecord:
     """Train by one method, in this process or in all processes that torchrun started."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
@@ -126,6 +134,7 @@ def run(method: str, settings: Settings, config: TrainConfig, data: str | None) 
         config,
         name=f"{settings.model}, {method}",
         finish_gradients=finish_hand_written if method == "megatron" else None,
+        checkpoints=checkpoints,
     )
 
 
@@ -134,7 +143,11 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options = parse(arguments)
     settings = Settings(options.model, sequence_parallel=options.sequence_parallel)
-    result = run(options.method, settings, TrainConfig(steps=options.steps), options.data)
+    config = TrainConfig(steps=options.steps)
+    checkpoints = None
+    if options.checkpoints is not None:
+        checkpoints = Checkpoints(options.checkpoints, options.checkpoint_every)
+    result = run(options.method, settings, config, options.data, checkpoints)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(
             f"{result.name}: held-out loss {result.held_out[0][1]:.3f} -> "
@@ -166,13 +179,18 @@ def parse(arguments: list[str] | None) -> Any:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--data", help="a text file or a folder of text (default: Python's own)")
     parser.add_argument("--record", type=Path, help="write losses, times and traffic there (JSON)")
+    parser.add_argument("--checkpoints", type=Path, help="save there, and go on from the newest")
+    parser.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS")
     parser.add_argument(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="allow splitting the activations along the sequence",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.checkpoints is not None and options.method == "megatron":
+        parser.error("--checkpoints: hand-written parts do not say where in the whole they belong")
+    return options
 
 
 if __name__ == "__main__":

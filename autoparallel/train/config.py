@@ -1,9 +1,38 @@
 """What a training run is told: length, learning rate, when to evaluate."""
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["TrainConfig"]
+__all__ = ["Checkpoints", "TrainConfig"]
+
+_STEP = re.compile(r"step_(\d+)(\.replaced)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """Where checkpoints go and how often. folder: of all. every: in steps; the last is kept too.
+
+    A run goes on from the newest in the folder.
+    """
+
+    folder: Path
+    every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+
+    def after(self, steps: int) -> Path:
+        """The checkpoint made when that many steps were done."""
+        return self.folder / f"step_{steps:08}"
+
+    def newest(self) -> Path | None:
+        """The one of the most steps. Whatever has this name is whole: see save_checkpoint."""
+        found = [_STEP.fullmatch(path.name) for path in sorted(self.folder.glob("step_*"))]
+        steps = [int(match[1]) for match in found if match is not None]
+        return self.after(max(steps)) if steps else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autoparallel.runtime.checkpoint import load_checkpoint, save_checkpoint
 from autoparallel.runtime.counting import CollectiveCounter
-from autoparallel.train.config import TrainConfig
+from autoparallel.train.config import Checkpoints, TrainConfig
 from autoparallel.train.data import Batches
 from autoparallel.train.metrics import RunRecord, Traffic
 from autoparallel.train.progress import progress
@@ -32,23 +33,31 @@ def train(
     *,
     name: str = "train",
     finish_gradients: FinishGradients | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> RunRecord:
     """Train the model in place.
 
     finish_gradients(model, clip_norm): what happens between backward and the step; the default is
-    torch's clip_grad_norm_, and hand-written parallel models need their own.
+    torch's clip_grad_norm_, and hand-written parallel models need their own. checkpoints: where to
+    save, and to go on from if there is one; the number of ranks may have changed since.
     In a process group every rank must call this with equal arguments; rank 0 shows progress.
     """
     finish = clip_gradients if finish_gradients is None else finish_gradients
     optimizer = make_optimizer(model, config)
     device = next(model.parameters()).device
-    counted_step = min(1, config.steps - 1)
+    history: dict[str, list[Any]] = {"losses": [], "seconds": [], "held_out": []}
+    newest = checkpoints.newest() if checkpoints is not None else None
+    if newest is not None:
+        history = load_checkpoint(newest, model, optimizer)["history"]
+    losses, seconds, held_out = history["losses"], history["seconds"], history["held_out"]
+    begun = len(losses)
+    counted_step = min(begun + 1, config.steps - 1)
     counters = {phase: CollectiveCounter() for phase in ("forward", "backward", "update")}
-    losses, seconds = [], []
-    held_out = [(0, evaluate(model, batches, config.evaluation_batches))]
+    if not held_out:
+        held_out.append((0, evaluate(model, batches, config.evaluation_batches)))
 
     with progress(name, config.steps, enabled=_rank() == 0) as report:
-        for step in range(config.steps):
+        for step in range(begun, config.steps):
             batch = {key: value.to(device) for key, value in batches.train(step).items()}
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step)
@@ -71,6 +80,8 @@ def train(
             done = step + 1
             if done % config.evaluate_every == 0 or done == config.steps:
                 held_out.append((done, evaluate(model, batches, config.evaluation_batches)))
+            if checkpoints and (done % checkpoints.every == 0 or done == config.steps):
+                save_checkpoint(checkpoints.after(done), model, optimizer, {"history": history})
             report(done, f"loss {losses[-1]:.3f}  held out {held_out[-1][1]:.3f}")
 
     traffic = {
