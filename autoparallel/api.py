@@ -27,6 +27,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Invariant, Placement
 from autoparallel.plan import Plan
+from autoparallel.rules.registry import find_rule
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.parameters import as_distributed, shallow_copy
@@ -174,7 +175,7 @@ def simulate(
 
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-    captured = capture(model, args, kwargs)
+    captured = capture(model, args, kwargs, known=lambda name: find_rule(name) is not None)
     return replace(captured, graph=run_passes(captured.graph))
 
 

@@ -12,7 +12,8 @@ from autoparallel.rules.pointwise import BINARY, UNARY
 _DOMAINS = {
     "acosh": (1.1, 2.0),
     **dict.fromkeys(("log", "log10", "log1p", "log2", "sqrt", "rsqrt"), (0.2, 0.9)),
-    **dict.fromkeys(("logit", "digamma", "lgamma"), (0.2, 0.9)),
+    **dict.fromkeys(("logit", "digamma", "lgamma", "special_ndtri", "special_entr"), (0.2, 0.9)),
+    "mvlgamma": (2.0, 3.0),
 }
 _MORE_ARGUMENTS = {
     "clamp": (-0.5, 0.6),
@@ -20,7 +21,9 @@ _MORE_ARGUMENTS = {
     "clamp_max": (0.4,),
     "clip": (-0.5, 0.6),
     "threshold": (0.1, 0.7),
+    "mvlgamma": (2,),
 }
+_WITHOUT_GRADIENT = {"nextafter", "heaviside"}
 
 
 def _unary(name: str) -> Call:
@@ -31,15 +34,27 @@ def _unary(name: str) -> Call:
     return call(f"{name}.default", operand, *_MORE_ARGUMENTS.get(name, ()))
 
 
-_ON_INTEGERS = {"__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor"}
+_ON_INTEGERS = set(
+    """
+    __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor __lshift__ __rshift__ gcd lcm
+    bitwise_left_shift bitwise_right_shift floor_divide
+    """.split()
+)
 
 
 def _binary(target: str) -> Call:
     name, _, overload = target.partition(".")
-    if name in _ON_INTEGERS or name == "floor_divide":
+    if name in _ON_INTEGERS:
         left, right, number = ints(7, 5), ints(5), 3
-    elif name == "pow":
-        left, right, number = x(7, 5, signs=False), x(5), 2.5
+    elif name in ("pow", "xlogy", "special_xlog1py"):
+        left, right, number = x(7, 5, signs=False), x(5, signs=name == "pow"), 2.5
+        right = right if name == "pow" else x(5, signs=False)
+    elif name in _WITHOUT_GRADIENT:
+        left, right, number = fixed(7, 5), fixed(5), 0.7
+    elif name == "special_zeta":
+        left, right, number = x(7, 5, low=1.2, high=2, signs=False).detach(), x(5, signs=False), 0.7
+    elif name == "ldexp":
+        left, right, number = x(7, 5), ints(5, high=4), 0.7
     else:
         left, right, number = x(7, 5), x(5), 0.7
     if overload == "Scalar" and name == "pow":
@@ -57,6 +72,12 @@ def _pointwise() -> list[Call]:
         *map(_binary, BINARY),
         call("clamp.Tensor", x(4, 5), fixed(5)),
         call("clamp.Tensor", x(4, 5), fixed(4, 5) - 1, fixed(5) + 1),
+        call("clamp_min.Tensor", x(4, 5), fixed(5)),
+        call("clamp_max.Tensor", x(4, 1), x(4, 5)),
+        call("isin.Tensor_Scalar", ints(4, 5), 3),
+        call("fill.Tensor", fixed(4, 5), x()),
+        call("fill.Scalar", fixed(4, 5), 0.3),
+        call("zero.default", x(4, 5)),
         call("masked_fill.Scalar", x(3, 4, 5), truth(4, 5), 0.5),
         call("masked_fill.Scalar", truth(4, 5), truth(5), True),
         call("masked_fill.Scalar", x(3, 4, 5), truth(4, 5), 0.0),
@@ -77,6 +98,7 @@ def _pointwise() -> list[Call]:
         call("type_as.default", ints(4, 5), x(3, 6)),
         call("addcmul.default", x(4, 5), x(5), x(4, 1), value=0.5),
         call("addcdiv.default", x(4, 5), x(5), x(4, 5), value=0.5),
+        call("addcmul.default", x(4, 5), kept, kept),
         call("neg.default", x(4, 5)),
         call("neg.default", ints(4, 5)),
         call("to.dtype", x(4, 5), torch.float64),
@@ -149,6 +171,7 @@ def _contraction() -> list[Call]:
         call("matmul.default", x(2, 1, 4, 5), x(3, 5, 6)),
         call("matmul.default", x(4, 5), x(3, 5, 6)),
         call("matmul.default", x(3, 4, 5), x(1, 5, 6)),
+        call("vdot.default", x(5), x(5)),
         call("mv.default", x(4, 5), x(5)),
         call("dot.default", x(5), x(5)),
         call("outer.default", x(4), x(5)),
@@ -200,6 +223,13 @@ def _shape() -> list[Call]:
         call("repeat_interleave.self_int", x(4, 5), 3),
         call("pixel_shuffle.default", x(3, 20, 4, 5), 2),
         call("pixel_shuffle.default", x(8, 4, 5), 2),
+        call("pixel_unshuffle.default", x(3, 5, 8, 6), 2),
+        call("channel_shuffle.default", x(3, 20, 4), 4),
+        call("channel_shuffle.default", x(3, 7, 4), 1),
+        call("view_as_complex.default", fixed(4, 5, 2)),
+        call("view_as_real.default", torch.complex(fixed(4, 5), fixed(4, 5))),
+        call("diag_embed.default", x(4, 5)),
+        call("diag_embed.default", x(4, 5, 6), 1, 0, 2),
         call("t.default", x(4, 5)),
         call("numpy_T.default", x(4, 5)),
         call("mT.default", x(3, 4, 5)),
@@ -229,6 +259,13 @@ def _cutting() -> list[Call]:
         call("tensor_split.sections", x(5, 7), 3, 1),
         call("split_with_sizes.default", x(5, 12), (4, 4, 4), 1),
         call("split_with_sizes.default", x(5, 12), (6, 2, 4), 1),
+        call("slice_scatter.default", x(4, 9, 5), x(4, 3, 5), 1, 2, 8, 2),
+        call("slice_scatter.default", x(9, 5), fixed(4, 5), 0, 5),
+        call("slice_scatter.default", x(5, 9), x(5, 9), -1, symbolic={5: "s0"}),
+        call("select_scatter.default", x(4, 9, 5), x(4, 5), 1, -2),
+        call("diagonal_scatter.default", x(4, 5, 6), x(5, 4), 0, 0, 2),
+        call("rot90.default", x(4, 5, 6), 1, (0, 2)),
+        call("rot90.default", x(4, 5, 6), 2, (1, 2)),
         call("glu.default", x(5, 12)),
         call("glu.default", x(8, 5), 0),
         call("unbind.int", x(4, 3, 5), 1),

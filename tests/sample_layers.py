@@ -3,6 +3,8 @@
 import torch
 from calls import Call, call, fixed, ints, truth, x
 
+_OF_ALL = ("max", "min", "prod", "var", "std", "median", "nanmedian")
+
 
 def reduction() -> list[Call]:
     symbolic = {4: "s0", 5: "s1"}
@@ -12,6 +14,34 @@ def reduction() -> list[Call]:
         call("sum.dim_IntList", x(4, 5, 6), (1, 2), symbolic=symbolic),
         call("sum.dim_IntList", truth(4, 5), (1,)),
         call("sum.default", x(4, 5)),
+        call("sum.dim_IntList", x(), ()),
+        call("sum.dim_IntList", x(1, 5), (0,), True),
+        call("nansum.default", x(4, 5, 6), (1,)),
+        call("nansum.default", x(4, 5)),
+        call("count_nonzero.default", truth(4, 5)),
+        call("count_nonzero.default", truth(4, 5), 1),
+        call("count_nonzero.dim_IntList", ints(4, 5, 6, low=0, high=3), (0, 2)),
+        call("trace.default", x(4, 5)),
+        call("aminmax.default", x(4, 5, 6), dim=1),
+        call("aminmax.default", x(4, 5)),
+        call("any.dims", truth(4, 5, 6), (0, 2)),
+        call("all.dims", truth(4, 5, 6), (1,), True),
+        call("median.dim", x(4, 5, 6), 1),
+        call("nanmedian.dim", x(4, 5, 6), -1, True),
+        call("norm.Scalar", x(4, 5)),
+        call("var_mean.correction", x(4, 5, 6), (1,), correction=0),
+        call("std_mean.correction", x(4, 5, 6), (0, -1), keepdim=True),
+        call("renorm.default", x(4, 5, 6), 2, 1, 0.5),
+        call("cdist.default", x(3, 4, 6), x(3, 5, 6)),
+        call("kthvalue.default", x(4, 5, 6), 2),
+        call("mode.default", ints(4, 5, 6), 1),
+        call("cummax.default", x(4, 5, 6), 1),
+        call("cummin.default", x(4, 5, 6), -1),
+        call("sort.stable", x(4, 5, 6), stable=True, dim=1),
+        call("amax.default", ints(4, 5, 6), (1,)),
+        call("amax.default", torch.ones(4, 5, 6).double().requires_grad_(), (1,)),
+        call("argmax.default", ints(4, 7, high=3), 1),
+        call("max.dim", ints(4, 5, 6), 0),
         call("amax.default", x(4, 5, 6), (1,)),
         call("amin.default", x(4, 5, 6), (0, 2), True),
         call("amax.default", x(4, 5)),
@@ -28,11 +58,15 @@ def reduction() -> list[Call]:
         call("max.dim", x(4, 5, 6), 1),
         call("min.dim", x(4, 5, 6), -1, True),
         call("std.dim", x(4, 5, 6), (1,), False),
-        *(call(f"{name}.default", x(4, 5)) for name in ("max", "min", "prod", "var", "std")),
+        *(call(f"{name}.default", x(4, 5)) for name in _OF_ALL),
         *(call(f"{name}.default", truth(4, 5)) for name in ("any", "all")),
         call("std.default", x(4, 5), False),
         call("amax.default", x(5, 6), (1,), symbolic={5: "s0"}),
         call("argmax.default", x(5, 6), 1, symbolic={5: "s0"}),
+        call("argmin.default", x(5, 6), 0, symbolic={5: "s0"}),
+        call("logsumexp.default", x(4, 5), (0, 1), True),
+        call("log_softmax.int", x(5, 6), 0, symbolic={5: "s0"}),
+        call("softmax.int", x(4, 5), 1, torch.float64),
         call("softmax.int", x(5, 6), -1, symbolic={5: "s0"}),
         call("cumsum.default", x(5, 6), 1, symbolic={5: "s0"}),
         call("linalg_vector_norm.default", x(4, 5, 6), 2, (1,), True),
@@ -57,6 +91,7 @@ def reduction() -> list[Call]:
 def normalization() -> list[Call]:
     train, evaluate = (True, 0.1, 1e-5, False), (False, 0.1, 1e-5, False)
     means, spreads = fixed(6), x(6, signs=False).detach()
+    name = "_native_batch_norm_legit_functional.default"
     return [
         call("layer_norm.default", x(4, 5, 6), (6,), x(6), x(6)),
         call("layer_norm.default", x(4, 5, 6), (5, 6), x(5, 6)),
@@ -73,6 +108,11 @@ def normalization() -> list[Call]:
         call("batch_norm.default", x(5, 6, 7), x(6), x(6), None, None, *train),
         call("batch_norm.default", x(5, 6, 7), None, None, means, spreads, *train),
         call("batch_norm.default", x(5, 6), x(6), x(6), means, spreads, *evaluate),
+        call("native_batch_norm.default", x(5, 6, 7), x(6), x(6), None, None, *train[:3]),
+        call("native_batch_norm.default", x(5, 6), None, None, None, None, *train[:3]),
+        call(name, x(5, 6, 7), x(6), x(6), means, spreads, *train[:3]),
+        call(name, x(3, 6, 4, 2), None, None, means, spreads, *train[:3]),
+        call(name, x(5, 6, 3), x(6), x(6), means, spreads, *train[:3], symbolic={5: "s0"}),
         call("instance_norm.default", x(5, 6, 7), None, None, None, None, *train),
         call("instance_norm.default", x(5, 6, 7), x(6), x(6), None, None, *train),
         call("instance_norm.default", x(5, 6, 7), x(6), x(6), means, spreads, *evaluate),
@@ -98,8 +138,54 @@ def attention() -> list[Call]:
     ]
 
 
+def places(*shape: int, axis: int = 1) -> torch.Tensor:
+    """An index in which no place occurs twice along a dim."""
+    return fixed(*shape).argsort(axis)
+
+
 def indexing() -> list[Call]:
     return [
+        call("scatter.src", x(4, 7, 5), 1, places(4, 7, 5), x(4, 7, 5)),
+        call("scatter.src", x(4, 7, 5), -1, places(4, 2, 5, axis=2), fixed(4, 6, 5)),
+        call("scatter.value", x(4, 7, 5), 1, ints(4, 3, 5, high=7), 0.5),
+        call("scatter.value", x(4, 7, 5), 1, ints(4, 3, 5, high=7), 0),
+        call("scatter_add.default", x(4, 7, 5), 1, ints(4, 6, 5, high=7), x(4, 6, 5)),
+        call("scatter_add.default", x(7), 0, ints(6, high=7), x(6)),
+        call("scatter_add.default", x(4, 7, 5), 1, ints(4, 6, 3, high=7), fixed(4, 6, 5)),
+        call("scatter_add.default", x(5, 7), 1, ints(5, 6, high=7), x(5, 6), symbolic={5: "s0"}),
+        *(
+            call("scatter_reduce.two", x(4, 7), 0, ints(6, 7, high=4), x(6, 7), way)
+            for way in ("sum", "mean", "amax", "prod")
+        ),
+        call("index_add.default", x(4, 7, 5), 1, ints(6, high=7), x(4, 6, 5), alpha=2),
+        call("index_copy.default", x(4, 7, 5), -2, torch.tensor([5, 1]), x(4, 2, 5)),
+        call("index_fill.int_Scalar", x(4, 7, 5), 1, ints(6, high=7), 0.5),
+        call("index_fill.int_Scalar", x(4, 7, 5), 1, ints(6, high=7), 0),
+        call("index_fill.int_Tensor", x(4, 7, 5), 1, ints(6, high=7), x()),
+        call("index_reduce.default", x(4, 7), 1, ints(6, high=7), x(4, 6), "mean"),
+        call("index_put.default", x(7, 5, 6), (torch.tensor([3, 1]),), x(2, 5, 6)),
+        call("index_put.default", x(4, 7, 5), (None, torch.tensor([3, 1])), x(2, 5)),
+        call("index_put.default", x(4, 7, 5), (None, torch.tensor([3, 1])), x(4, 1, 1)),
+        call("index_put.default", x(7, 8, 5), (ints(3, 1, high=7), ints(6, high=8)), x(), True),
+        call(
+            "index_put.default",
+            x(4, 7, 5, 8),
+            (ints(6, high=4), None, None, ints(6, high=8)),
+            x(6, 7, 5),
+            True,
+        ),
+        call("index_put.default", x(4, 7, 5), (None, truth(7)), x()),
+        call("index_put.default", x(4, 7, 5), (truth(4, 7),), x(5)),
+        call("_unsafe_index_put.default", x(7, 5), (torch.tensor([3, 1]),), x(2, 5)),
+        call("bucketize.Tensor", x(4, 5), fixed(6).sort().values),
+        call("isin.Tensor_Tensor", ints(4, 5), ints(3)),
+        call("searchsorted.Tensor", fixed(4, 6).sort().values, x(4, 5)),
+        call("searchsorted.Tensor", fixed(6).sort().values, x(4, 5), right=True),
+        call("take.default", x(4, 5), ints(3, 6, high=20)),
+        call("masked_scatter.default", x(4, 5), truth(4, 5), x(20)),
+        call("put.default", x(4, 5), torch.tensor([3, 11]), x(2)),
+        call("index_select.default", ints(7, 5), 0, ints(4, high=7)),
+        call("gather.default", ints(7, 5), 0, ints(4, 5, high=7)),
         call("embedding.default", x(9, 6), ints(4, 5, high=9)),
         call("embedding.default", x(10, 6), ints(4, 5, low=0, high=10), 3),
         call("embedding.default", x(9, 6), ints(4, 5, low=0), -1, True, False),
@@ -167,6 +253,19 @@ def convolution() -> list[Call]:
         call("conv2d.default", x(3, 6, 7, 8), x(5, 6, 2, 2), symbolic={3: "s0"}),
         call("conv3d.default", x(2, 4, 5, 6, 7), x(5, 4, 2, 2, 3)),
         call("conv3d.padding", x(2, 4, 5, 6, 7), x(5, 4, 2, 2, 3), x(5)),
+        call("conv2d.default", x(5, 6, 7, 8), x(8, 6, 3, 2), x(8), (2, 1), padding=(1, 1)),
+        call("conv2d.default", x(3, 6, 7, 8), x(5, 6, 2, 2), x(5), symbolic={3: "s0"}),
+        call("im2col.default", x(5, 4, 7, 8), (3, 2), (1, 1), (1, 0), (2, 1)),
+        call("im2col.default", x(5, 7, 8), (3, 2), (1, 1), (1, 0), (2, 1)),
+        call("col2im.default", x(5, 24, 28), (7, 8), (3, 2), (1, 1), (1, 0), (2, 1)),
+        call("grid_sampler.default", x(5, 4, 6, 7), fixed(5, 3, 8, 2), 0, 0, False),
+        call("grid_sampler.default", x(4, 3, 6, 7), x(4, 3, 8, 2), 0, 1, True),
+        call("affine_grid_generator.default", x(5, 2, 3), (5, 3, 6, 7), False),
+        call("_upsample_nearest_exact1d.vec", x(4, 5, 6), None, (2.0,)),
+        call("_upsample_nearest_exact2d.vec", x(3, 4, 5, 6), (7, 9), None),
+        call("_upsample_nearest_exact3d.vec", x(2, 3, 4, 5, 6), None, (2.0, 2.0, 2.0)),
+        call("_upsample_bilinear2d_aa.vec", x(3, 4, 8, 9), (5, 6), False, None),
+        call("_upsample_bicubic2d_aa.vec", x(3, 4, 8, 9), (5, 6), True, None),
         call("conv_transpose1d.default", x(5, 6, 9), x(6, 8, 3), x(8)),
         call("conv_transpose1d.default", x(3, 8, 9), x(8, 2, 3), None, (2,), (0,), (0,), 4),
         call("conv_transpose2d.input", x(5, 6, 7, 8), x(6, 4, 2, 2), None, (2, 2)),

@@ -20,6 +20,7 @@ from autoparallel.graph.draws import DecidedDraws
 from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.importer import Importer
+from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.structure import Skeleton, flatten, rebuild
 
 __all__ = ["Captured", "bind_inputs", "capture", "find_example_inputs", "refuse_wrapped"]
@@ -131,8 +132,10 @@ class _Flat(nn.Module):
         inputs: Skeleton,
         outputs: list[Skeleton],
         folding: Folding,
+        known: Known,
     ) -> None:
         super().__init__()
+        self.known = known
         self.model = model
         self.bound, self.inputs, self.folding = bound, inputs, folding
         self.outputs = outputs
@@ -141,7 +144,7 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arguments = rebuild(self.inputs, list(tensors))
         bound = inspect.BoundArguments(self.bound.signature, arguments)
-        with self.folding.forward(), DecidedDraws():
+        with self.folding.forward(), DecidedDraws(), spelled_out(self.known):
             result = self.model(*bound.args, **bound.kwargs)
         flat, skeleton = flatten(result)
         self.outputs.append(skeleton)
@@ -176,14 +179,24 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _all(_: str) -> bool:
+    return True
+
+
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, fold: bool = True
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    fold: bool = True,
+    known: Known = _all,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval).
 
     Every dimension of the inputs stays symbolic unless the model fixes it (sizes 0 and 1 are
     fixed). Nothing is computed: the inputs may be on the meta device. fold: trace only some of
-    the blocks that are equal; the graph is the same, and sooner there.
+    the blocks that are equal; the graph is the same, and sooner there. known: whether an op, by its
+    name, is to be traced as itself; others are traced as the ops by which torch defines them.
     Raises CaptureError, with the user's source line, where the model cannot be traced.
     """
     bound = bind_inputs(model, args, kwargs)
@@ -193,7 +206,7 @@ def capture(
             groups = find_groups(model)
             if not groups:
                 break
-            return _traced(model, bound, Folding(groups, apart))
+            return _traced(model, bound, Folding(groups, apart), known)
         except Unfoldable as reason:
             _log.info("blocks are traced one by one: %s", reason)
             if not reason.path:
@@ -203,16 +216,18 @@ def capture(
             # Whatever it is, the full trace has it too, and then it is explained.
             _log.info("blocks are traced one by one: %r", error)
             break
-    return _traced(model, bound, Folding((), frozenset()))
+    return _traced(model, bound, Folding((), frozenset()), known)
 
 
-def _traced(model: nn.Module, bound: inspect.BoundArguments, folding: Folding) -> Captured:
+def _traced(
+    model: nn.Module, bound: inspect.BoundArguments, folding: Folding, known: Known
+) -> Captured:
     """One trace. Raises CaptureError, and Unfoldable where blocks were hidden wrongly."""
     tensors, inputs = flatten(dict(bound.arguments))
     device = next((parameter.device for parameter in model.parameters()), None)
     samples = tuple(_sample(tensor, device) for tensor in tensors)
     outputs: list[Skeleton] = []
-    flat = _Flat(model, bound, inputs, outputs, folding)
+    flat = _Flat(model, bound, inputs, outputs, folding, known)
     automatic = torch.export.Dim.AUTO
     shapes = (tuple(dict.fromkeys(range(sample.dim()), automatic) for sample in samples),)
     try:

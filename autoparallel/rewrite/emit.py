@@ -246,7 +246,9 @@ class _Emitter:
         elif rule is not None and rule.random:
             expression = f"rng.{rule.random}({text}, {self.random(node, choice)})"
         else:
-            expression = self.spelled(target, text, reads)
+            holes = any(isinstance(arg, tuple) and None in arg for arg in args)
+            expression = f"torch.ops.{target}({text})" if holes else ""
+            expression = expression or self.spelled(target, text, reads)
         pending = choice.results == (Partial(),) and Partial() not in choice.operands
         if pending and not choice.kernel:
             expression = f"pending_sum({expression}, group)"

@@ -53,7 +53,7 @@ def mv(call: OpCall) -> ShardingRule:
     return ShardingRule.parse("m k, k -> m", call, linear=LINEAR_IN_EACH, flops=2)
 
 
-@rule("aten.dot.default")
+@rule("aten.dot.default", "aten.vdot.default")
 def dot(call: OpCall) -> ShardingRule:
     """y = sum_k a[k] b[k]."""
     return ShardingRule.parse("k, k -> ", call, linear=LINEAR_IN_EACH, flops=2)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from autoparallel.graph.graph import Dim
+from autoparallel.placement import Partial
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Dims, OpCall, Shapes, ShardingRule
+from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
 
 
 def _spatial(target: str) -> int:
@@ -39,8 +41,8 @@ def convolution(call: OpCall) -> ShardingRule:
     """y[b, g o, s] = sum_(i, k) x[b, g i, s + k] w[g o, i, k] + bias[g o].
 
     The weight of a transposed one is w[g i, o, k]. Batch and output channels are free, input
-    channels a sum; with several groups, these are free and their own output channels are not. A
-    bias must count once, so then the sum stays whole.
+    channels a sum, for which a bias must count once; with several groups, these are free and their
+    own output channels are not.
     """
     x, weight = call.operands[:2]
     spatial = _spatial(call.node.target)
@@ -66,7 +68,10 @@ def convolution(call: OpCall) -> ShardingRule:
     operands = [dims(*batch, "g i", *[""] * spatial), dims(first, second, *kernel)]
     if bias:
         operands.append(dims("g o"))
-    whole = {*kernel, *places} | ({"i"} if bias else set()) | ({"o"} if groups != 1 else set())
+    whole = {*kernel, *places} | ({"o"} if groups != 1 else set())
+    kernels = {"i": Kernel("convolution_inputs", Partial())} if bias else {}
+    if bias and (transposed or groups != 1):
+        whole |= {"i"}
     if call.node.keyword("groups", 1) != 1:
         whole |= {"g"}
     return ShardingRule(
@@ -76,6 +81,7 @@ def convolution(call: OpCall) -> ShardingRule:
         whole=frozenset(whole),
         linear=tuple(frozenset({each, 2} if bias else {each}) for each in (0, 1)),
         flops=2,
+        kernels=kernels,
         local_args=_local_groups,
     )
 
@@ -107,13 +113,63 @@ _INTERPOLATIONS = (
     "bicubic2d",
     "trilinear3d",
 )
+_MORE_INTERPOLATIONS = (
+    *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)),
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+)
 
 
 @rule(
     *(f"aten.{kind}_pool{n}d.default" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)),
     *(f"aten.upsample_{kind}.vec" for kind in _INTERPOLATIONS),
+    *(f"aten.{kind}.vec" for kind in _MORE_INTERPOLATIONS),
     takes_empty=False,
 )
 def window_sum(call: OpCall) -> ShardingRule:
     """Every batch entry and channel by itself, and weighted sums of its elements."""
     return _leading(call, linear=True)
+
+
+@rule("aten.im2col.default", "aten.col2im.default", takes_empty=False)
+def columns(call: OpCall) -> ShardingRule:
+    """Windows laid out as columns, (b, c, h, w) to (b, c k, l), and their sum the other way."""
+    image = call.operands[0] if "im2col" in call.node.target else call.results[0]
+    table = call.results[0] if "im2col" in call.node.target else call.operands[0]
+    batched = len(image.shape) == 4
+    channels, rows = image.shape[-3], table.shape[-2]
+    assert isinstance(channels, int)
+    assert isinstance(rows, int)
+    sizes: dict[str, Dim] = {"b": image.shape[0] if batched else 1, "c": channels}
+    sizes["k"] = rows // channels
+    sizes = {name: size for name, size in sizes.items() if size != 1}
+
+    def dims(*texts: str) -> Dims:
+        kept = tuple(tuple(name for name in text.split() if name in sizes) for text in texts)
+        return kept if batched else kept[1:]
+
+    image_dims, table_dims = dims("b", "c", "", ""), dims("b", "c k", "")
+    sides = (image_dims, table_dims) if "im2col" in call.node.target else (table_dims, image_dims)
+    return ShardingRule(
+        (sides[0],), (sides[1],), sizes, whole=frozenset({"k"}), linear=(frozenset({0}),)
+    )
+
+
+@rule("aten.grid_sampler.default", takes_empty=False)
+def grid_sampler(call: OpCall) -> ShardingRule:
+    """Pixels at given places: every batch entry and channel by itself."""
+    windows = " ".join(["1"] * (len(call.operands[0].shape) - 2))
+    return ShardingRule.parse(f"b c {windows}, b {windows} 1 -> b c {windows}", call, linear=[{0}])
+
+
+@rule("aten.affine_grid_generator.default", takes_empty=False)
+def affine_grid(call: OpCall) -> ShardingRule:
+    """Places of pixels under a linear map of each batch entry."""
+    windows = " ".join(["1"] * (len(call.results[0].shape) - 2))
+
+    def local_args(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
+        size = call.node.args[1]
+        return (call.node.args[0], (shapes[0][0], *size[1:]), *call.node.args[2:])
+
+    made = ShardingRule.parse(f"b 1 1 -> b {windows} 1", call, linear=[{0}])
+    return replace(made, local_args=local_args)

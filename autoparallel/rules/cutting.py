@@ -105,6 +105,54 @@ def triangle(call: OpCall) -> ShardingRule:
     return replace(made, whole=made.whole | kept, free=False)
 
 
+@rule("aten.slice_scatter.default", "aten.select_scatter.default")
+def scattered_slice(call: OpCall) -> ShardingRule:
+    """A tensor with other values in part of one dim, which stays whole."""
+    rank = len(call.operands[0].shape)
+    dim = axis(call.argument(2, "dim", 0), rank)
+    made = carried(call, list(range(rank)))
+    row = made.operands[0]
+    part = [*row[:dim], *([] if "select" in call.node.target else [()]), *row[dim + 1 :]]
+    return replace(
+        made,
+        operands=(row, tuple(part)),
+        whole=made.whole | frozenset(row[dim]),
+        linear=(frozenset({0, 1}),),
+        free=False,
+    )
+
+
+@rule("aten.diagonal_scatter.default")
+def scattered_diagonal(call: OpCall) -> ShardingRule:
+    """A tensor with another diagonal of two dims, which stay whole."""
+    rank = len(call.operands[0].shape)
+    gone = {axis(call.argument(3, "dim1", 0), rank), axis(call.argument(4, "dim2", 1), rank)}
+    made = carried(call, list(range(rank)))
+    row = made.operands[0]
+    part = [*(names for i, names in enumerate(row) if i not in gone), ()]
+    return replace(
+        made,
+        operands=(row, tuple(part)),
+        whole=made.whole | {name for i in gone for name in row[i]},
+        linear=(frozenset({0, 1}),),
+        free=False,
+    )
+
+
+@rule("aten.rot90.default")
+def rot90(call: OpCall) -> ShardingRule:
+    """Two dims, which stay whole, turn."""
+    rank = len(call.operands[0].shape)
+    times, dims = call.argument(1, "k", 1), call.argument(2, "dims", (0, 1))
+    one, two = (axis(dim, rank) for dim in dims)
+    order: list[int | None] = list(range(rank))
+    if times % 2:
+        order[one], order[two] = two, one
+    made = carried(call, order)
+    kept = {name for dim in (one, two) for name in made.operands[0][dim]}
+    return replace(made, whole=made.whole | kept, free=False)
+
+
 @rule("aten.glu.default")
 def gated(call: OpCall) -> ShardingRule:
     """The first half of one dim times the sigmoid of the second: two blocks."""
@@ -143,14 +191,16 @@ def pad(call: OpCall) -> ShardingRule:
         if amounts[2 * index] != 0 or amounts[2 * index + 1] != 0:
             whole.update(made.operands[0][dim])
             result[dim] = ()
-    value = call.argument(3, "value") if "pad.default" in call.node.target else None
-    constant = call.argument(2, "mode", "constant") in ("constant", 0, 0.0)
-    zero = constant and value in (None, 0, 0.0)
+    constant, value = True, call.argument(2, "value", 0)
+    if call.node.target == "aten.pad.default":
+        constant = call.argument(2, "mode", "constant") == "constant"
+        value = call.argument(3, "value")
+    zero = value in (None, 0)
     return replace(
         made,
         results=(tuple(result),),
         whole=frozenset(whole),
-        linear=SUM_PASSES if zero else (),
+        linear=SUM_PASSES if zero or not constant else (),
         free=False,
         takes_empty=constant,
     )

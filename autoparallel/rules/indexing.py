@@ -50,8 +50,8 @@ def index_select(call: OpCall) -> ShardingRule:
         (tuple(names), index),
         (tuple(result),),
         {**sizes, "i": count},
-        whole=frozenset(names[dim]),
         linear=(frozenset({0}),),
+        kernels={name: Kernel("index_select_split", Partial()) for name in names[dim]},
     )
 
 
@@ -61,11 +61,11 @@ def gather(call: OpCall) -> ShardingRule:
     x, index = call.operands
     names, sizes = _own(call)
     dim = call.node.args[1] % len(names)
-    whole = set(names[dim])
+    whole: set[str] = set()
     row: list[Loops] = []
     for i, (size, count) in enumerate(zip(x.shape, index.shape, strict=True)):
         if i == dim or size != count:
-            whole.update(names[i])
+            whole.update(names[i] if i != dim else ())
             row.append((f"i{i}",) if i == dim and count != 1 else ())
             sizes[f"i{i}"] = count
         else:
@@ -76,6 +76,7 @@ def gather(call: OpCall) -> ShardingRule:
         sizes,
         whole=frozenset(whole),
         linear=(frozenset({0}),),
+        kernels={name: Kernel("gather_split", Partial()) for name in names[dim]},
     )
 
 
@@ -115,4 +116,151 @@ def index(call: OpCall) -> ShardingRule:
         sizes,
         whole=frozenset(name for dim in indexed for name in names[dim]),
         linear=(frozenset({0}),),
+    )
+
+
+@rule(
+    "aten.scatter.src",
+    "aten.scatter.value",
+    "aten.scatter_add.default",
+    "aten.scatter_reduce.two",
+)
+def scatter(call: OpCall) -> ShardingRule:
+    """x[a, index[a, i, b], b] is set to, or joined with, y[a, i, b].
+
+    Dims other than that of the places are free where all of them is written.
+    """
+    x, index = call.operands[:2]
+    names, sizes = _own(call)
+    dim = call.node.args[1] % max(len(names), 1)
+    whole = set(names[dim] if names else ())
+    source = call.operands[2:]
+    for i, size in enumerate(x.shape):
+        counts = [index.shape[i], *(tensor.shape[i] for tensor in source)]
+        if i != dim and any(count != size for count in counts):
+            whole.update(names[i])
+    rows: list[Dims] = []
+    for tensor in (index, *source):
+        row = [
+            () if i == dim or (name and name[0] in whole) else name for i, name in enumerate(names)
+        ]
+        rows.append(tuple(row[: len(tensor.shape)]))
+    sums: tuple[frozenset[int], ...] = ()
+    if source and call.argument(4, "reduce", "sum") in ("sum", "mean"):
+        sums = (frozenset({0, 2}),)
+    elif not source and call.argument(3, "value") == 0:
+        sums = (frozenset({0}),)
+    return ShardingRule(
+        (tuple(names), *rows), (tuple(names),), sizes, whole=frozenset(whole), linear=sums
+    )
+
+
+@rule(
+    "aten.index_add.default",
+    "aten.index_copy.default",
+    "aten.index_fill.int_Scalar",
+    "aten.index_fill.int_Tensor",
+    "aten.index_reduce.default",
+)
+def index_write(call: OpCall) -> ShardingRule:
+    """x[a, index[i], b] is set to, or joined with, y[a, i, b]: all other dims are free."""
+    names, sizes = _own(call)
+    dim = call.node.args[1] % max(len(names), 1)
+    whole = frozenset(names[dim]) if names else frozenset()
+    index: Dims = ((),) * len(call.operands[1].shape)
+    rows: list[Dims] = [tuple(names), index]
+    sums = frozenset({0})
+    if len(call.operands) > 2:
+        sums = frozenset({0, 2})
+        written = call.operands[2].shape
+        row = [() if i == dim else name for i, name in enumerate(names)]
+        rows.append(tuple(row[: len(written)]) if written else ())
+    passes = "reduce" not in call.node.target
+    if "int_Scalar" in call.node.target:
+        passes = call.argument(3, "value") == 0
+    return ShardingRule(
+        tuple(rows), (tuple(names),), sizes, whole=whole, linear=(sums,) if passes else ()
+    )
+
+
+@rule("aten.index_put.default", "aten._unsafe_index_put.default")
+def index_put(call: OpCall) -> ShardingRule:
+    """x[.., index[i], ..] is set to, or joined with, y[.., i, ..]: other dims are free.
+
+    Values are aligned right with what `x[.., index, ..]` gives.
+    """
+    x, values = call.operands[0], call.operands[-1]
+    names, sizes = _own(call)
+    places = call.node.args[1]
+    indexed = [dim for dim, item in enumerate(places) if isinstance(item, Ref)]
+    indices = call.operands[1:-1]
+    linear = (frozenset({0, len(call.operands) - 1}),)
+    if any(operand.dtype == torch.bool for operand in indices):
+        covered: set[int] = set()
+        at = 0
+        tensors = iter(indices)
+        for item in places:
+            width = max(len(next(tensors).shape), 1) if isinstance(item, Ref) else 1
+            covered |= set(range(at, at + width)) if isinstance(item, Ref) else set()
+            at += width
+        indexed = sorted(covered)
+        wide = 1
+    else:
+        wide = max(len(operand.shape) for operand in indices)
+    side_by_side = indexed[-1] - indexed[0] == len(indexed) - 1
+    start = indexed[0] if side_by_side else 0
+    rest = [row for dim, row in enumerate(names) if dim not in indexed]
+    shape = [x.shape[dim] for dim in range(len(names)) if dim not in indexed]
+    nothing: list[Loops] = [()] * wide
+    result = [*rest[:start], *nothing, *rest[start:]]
+    whole = {name for dim in indexed for name in names[dim]}
+    offset = len(result) - len(values.shape)
+    row = [
+        () if size == 1 else result[offset + i] if offset + i >= 0 else ()
+        for i, size in enumerate(values.shape)
+    ]
+    assert len(shape) == len(rest)
+    rows: list[Dims] = [((),) * len(operand.shape) for operand in indices]
+    return ShardingRule(
+        (tuple(names), *rows, tuple(row)),
+        (tuple(names),),
+        sizes,
+        whole=frozenset(whole),
+        linear=linear,
+    )
+
+
+@rule("aten.bucketize.Tensor", "aten.isin.Tensor_Tensor")
+def compared(call: OpCall) -> ShardingRule:
+    """Each element by itself, compared with all of a list."""
+    row = " ".join(f"d{i}" for i in range(len(call.operands[0].shape)))
+    others = " ".join(["1"] * len(call.operands[1].shape))
+    return ShardingRule.parse(f"{row}, {others} -> {row}", call)
+
+
+@rule("aten.searchsorted.Tensor")
+def searchsorted(call: OpCall) -> ShardingRule:
+    """Places in sorted rows: a list for all, or one for each place of the leading dims."""
+    rows, values = call.operands[:2]
+    names = [f"d{i}" for i in range(len(values.shape))]
+    own = ["1"] if len(rows.shape) == 1 else [*names[:-1], "1"]
+    texts = [" ".join(own), " ".join(names), *[" ".join(own)] * (len(call.operands) - 2)]
+    return ShardingRule.parse(f"{', '.join(texts)} -> {' '.join(names)}", call)
+
+
+@rule("aten.take.default")
+def take(call: OpCall) -> ShardingRule:
+    """Any elements of a tensor, which stays whole."""
+    places = " ".join(f"i{i}" for i in range(len(call.operands[1].shape)))
+    source = " ".join(["1"] * len(call.operands[0].shape))
+    return ShardingRule.parse(f"{source}, {places} -> {places}", call, linear=[{0}])
+
+
+@rule("aten.masked_scatter.default", "aten.put.default")
+def all_whole(call: OpCall) -> ShardingRule:
+    """Which element goes where depends on all the others."""
+    tensors = (*call.operands, *call.results)
+    rows: list[Dims] = [((),) * len(tensor.shape) for tensor in tensors]
+    return ShardingRule(
+        tuple(rows[:-1]), (rows[-1],), {}, linear=(frozenset({0, len(call.operands) - 1}),)
     )

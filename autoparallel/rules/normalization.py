@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autoparallel.graph.graph import Dim
+from autoparallel.graph.graph import Dim, numel_hint
+from autoparallel.placement import Collective, Invariant
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Loops, OpCall, Shapes, ShardingRule
+from autoparallel.rules.rule import Kernel, Loops, OpCall, Shapes, ShardingRule
 
 
 @rule("aten.layer_norm.default", "aten.rms_norm.default", "aten.native_layer_norm.default")
@@ -30,7 +31,8 @@ def _channels(call: OpCall, whole: str) -> ShardingRule:
     row = " ".join(["b", "c", *spatial])
     vectors = ", c" * (len(call.operands) - 1)
     names = [name for name in ("b", "c", *spatial) if name[0] in whole]
-    return ShardingRule.parse(f"{row}{vectors} -> {row}", call, whole=names)
+    rest = ", c" * (len(call.results) - 1)
+    return ShardingRule.parse(f"{row}{vectors} -> {row}{rest}", call, whole=names)
 
 
 @rule("aten.batch_norm.default", takes_empty=False)
@@ -42,6 +44,26 @@ def batch_norm(call: OpCall) -> ShardingRule:
     """
     trains, keeps = bool(call.node.args[5]), call.node.args[3] is not None
     return _channels(call, ("bcs" if keeps else "bs") if trains else "")
+
+
+@rule(
+    "aten.native_batch_norm.default",
+    "aten._native_batch_norm_legit_functional.default",
+    takes_empty=False,
+)
+def batch_statistics(call: OpCall) -> ShardingRule:
+    """Batch norm with the batch's own mean and deviation, and the running ones as results.
+
+    A split of what they are taken over needs those of all ranks: two numbers per channel are
+    gathered, and two summed backward.
+    """
+    x = call.operands[0]
+    made = _channels(call, "")
+    nbytes = 2 * numel_hint(x.shape[1:2]) * max(x.dtype.itemsize, 4)
+    moved = ((Collective.ALL_GATHER, nbytes), (Collective.ALL_REDUCE, nbytes))
+    kernel = Kernel("batch_norm_split", Invariant(), moved)
+    taken = [name for name in made.sizes if name != "c"]
+    return replace(made, kernels=dict.fromkeys(taken, kernel))
 
 
 @rule("aten.instance_norm.default", takes_empty=False)

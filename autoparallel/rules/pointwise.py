@@ -14,6 +14,8 @@ exp2 expm1 floor gelu hardsigmoid hardswish hardtanh leaky_relu log log10 log1p 
 logical_not logit mish reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh
 softplus sqrt square tan tanh threshold trunc celu isnan isinf isfinite clamp clamp_min
 clamp_max nan_to_num frac sgn digamma lgamma absolute clip special_expit
+rad2deg signbit sinc i0 isposinf isneginf hardshrink softshrink angle mvlgamma
+special_i0e special_i1 special_i1e special_entr special_erfcx special_log_ndtr special_ndtri
 """.split()
 
 _LINEAR_UNARY = [
@@ -36,9 +38,13 @@ _LINEAR_UNARY = [
 _OVERLOADS = {
     "Tensor Scalar": """
         eq ne lt le gt ge fmod remainder bitwise_and bitwise_or bitwise_xor copysign
-        __and__ __or__ __xor__
+        __and__ __or__ __xor__ __lshift__ __rshift__
     """,
-    "default": "maximum minimum fmax fmin hypot atan2 logical_and logical_or logical_xor",
+    "Tensor": "xlogy ldexp bitwise_left_shift bitwise_right_shift",
+    "default": """
+        maximum minimum fmax fmin hypot atan2 logical_and logical_or logical_xor logaddexp
+        logaddexp2 nextafter heaviside gcd lcm special_xlog1py special_zeta
+    """,
     "default Scalar": "floor_divide",
     "Tensor_Tensor Tensor_Scalar Scalar": "pow",
 }
@@ -81,10 +87,10 @@ def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
     *(f"aten.{name}.default" for name in UNARY),
     *(f"aten.{target}" for target in BINARY),
     "aten.clamp.Tensor",
-    "aten.masked_fill.Tensor",
+    "aten.clamp_min.Tensor",
+    "aten.clamp_max.Tensor",
     "aten.where.Scalar",
-    "aten.addcmul.default",
-    "aten.addcdiv.default",
+    "aten.isin.Tensor_Scalar",
 )
 def nonlinear(call: OpCall) -> ShardingRule:
     """A pending sum does not pass: f(a + b) is not f(a) + f(b)."""
@@ -130,6 +136,28 @@ def div(call: OpCall) -> ShardingRule:
     """Linear in the dividend."""
     same = len(call.operands) == 2 and call.operands[0].name == call.operands[1].name
     return pointwise(call) if same else pointwise(call, {0})
+
+
+@rule("aten.addcmul.default", "aten.addcdiv.default")
+def add_product(call: OpCall) -> ShardingRule:
+    """x + a b or x + a / b: linear in x and one factor together, but for a divisor."""
+    names = [operand.name for operand in call.operands]
+    if names[1] == names[2]:
+        return pointwise(call)
+    factors = ({0, 1}, {0, 2}) if "addcmul" in call.node.target else ({0, 1},)
+    return pointwise(call, *factors)
+
+
+@rule("aten.masked_fill.Tensor")
+def masked_fill(call: OpCall) -> ShardingRule:
+    """Linear in both the tensor and the value together."""
+    return pointwise(call, {0, 2})
+
+
+@rule("aten.fill.Tensor")
+def fill(call: OpCall) -> ShardingRule:
+    """The value, repeated. Of the other tensor only the shape is read."""
+    return pointwise(call)
 
 
 @rule("aten.where.self")
@@ -179,7 +207,11 @@ def type_as(call: OpCall) -> ShardingRule:
     return ShardingRule.parse(f"{row}, {other} -> {row}", call, linear=[{0}] if numbers else [])
 
 
-@rule("aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default")
+@rule(
+    *(f"aten.{name}_like.default" for name in ("zeros", "ones", "full")),
+    "aten.zero.default",
+    "aten.fill.Scalar",
+)
 def filled(call: OpCall) -> ShardingRule:
     """A constant of the operand's shape: its values do not depend on the operand's."""
     return pointwise(call)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from autoparallel.graph.graph import Dim
+from autoparallel.graph.graph import Dim, numel_hint
+from autoparallel.placement import Collective, Invariant
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Loops, OpCall, ShardingRule
+from autoparallel.rules.rule import Kernel, Loops, OpCall, ShardingRule
 
 _DIMS_AT = {"aten.linalg_vector_norm.default": 2, "aten.norm.ScalarOpt_dim": 2}
 _ALL_DIMS = tuple(
-    f"aten.{name}.default" for name in ("max", "min", "any", "all", "prod", "var", "std")
+    f"aten.{name}.default"
+    for name in ("max", "min", "any", "all", "prod", "var", "std", "median", "nanmedian")
 )
 
 
@@ -51,9 +53,30 @@ def sum_(call: OpCall) -> ShardingRule:
     return ShardingRule((left,), (right,), _sizes(call), linear=(frozenset({0}),))
 
 
+@rule("aten.nansum.default", "aten.count_nonzero.default", "aten.count_nonzero.dim_IntList")
+def sum_of_terms(call: OpCall) -> ShardingRule:
+    """A sum of what is not linear in the operand."""
+    left, right = _reduction(call, _reduced_dims(call))
+    return ShardingRule((left,), (right,), _sizes(call))
+
+
+@rule("aten.trace.default")
+def trace(call: OpCall) -> ShardingRule:
+    """A sum over places that no split of one dim holds together."""
+    left, _ = _reduction(call, set())
+    sizes = _sizes(call)
+    return ShardingRule((left,), ((),), sizes, whole=frozenset(sizes), linear=(frozenset({0}),))
+
+
 @rule(
     "aten.amax.default",
     "aten.amin.default",
+    "aten.aminmax.default",
+    "aten.any.dims",
+    "aten.all.dims",
+    "aten.median.dim",
+    "aten.nanmedian.dim",
+    "aten.norm.Scalar",
     "aten.argmax.default",
     "aten.argmin.default",
     "aten.logsumexp.default",
@@ -61,6 +84,8 @@ def sum_(call: OpCall) -> ShardingRule:
     "aten.all.dim",
     "aten.prod.dim_int",
     "aten.var.correction",
+    "aten.var_mean.correction",
+    "aten.std_mean.correction",
     "aten.var.dim",
     "aten.std.correction",
     "aten.max.dim",
@@ -73,19 +98,72 @@ def sum_(call: OpCall) -> ShardingRule:
 def whole_reduction(call: OpCall) -> ShardingRule:
     """Not a plain sum: the reduced dims stay whole."""
     reduced = _reduced_dims(call)
+    if call.node.target == "aten.norm.Scalar":
+        reduced = set(range(len(call.operands[0].shape)))
     left, right = _reduction(call, reduced)
     whole = frozenset(name for i in reduced for name in left[i])
-    return ShardingRule((left,), (right,) * len(call.results), _sizes(call), whole=whole)
+    kernel = _COMMUNICATING.get(call.node.target)
+    kernels: dict[str, Kernel] = {}
+    if kernel is not None and len(whole) == 1 and len(reduced) == 1:
+        kernels = {name: _reducing(call, kernel[0], kernel[1]) for name in whole}
+        whole = frozenset()
+    return ShardingRule(
+        (left,), (right,) * len(call.results), _sizes(call), whole=whole, kernels=kernels
+    )
 
 
-@rule("aten.topk.default", "aten.sort.default")
+# Kernels for a split of the reduced dim, and how often they reduce one number per result.
+_COMMUNICATING = {
+    "aten.logsumexp.default": ("logsumexp_split", 2),
+    "aten.amax.default": ("amax_split", 2),
+    "aten.amin.default": ("amin_split", 2),
+    "aten.max.dim": ("max_split", 2),
+    "aten.min.dim": ("min_split", 2),
+    "aten.argmax.default": ("argmax_split", 2),
+    "aten.argmin.default": ("argmin_split", 2),
+    "aten.softmax.int": ("softmax_split", 3),
+    "aten._softmax.default": ("softmax_split", 3),
+    "aten.log_softmax.int": ("log_softmax_split", 3),
+    "aten._log_softmax.default": ("log_softmax_split", 3),
+}
+
+
+def _reducing(call: OpCall, kernel: str, times: int) -> Kernel:
+    """A kernel that all-reduces one number for each of the operand's rows, `times` times."""
+    operand = call.operands[0]
+    dim = call.argument(1, "dim")
+    dim = dim[0] if isinstance(dim, tuple) else dim
+    rows = numel_hint(operand.shape) // max(numel_hint((operand.shape[dim],)), 1)
+    moved = (Collective.ALL_REDUCE, rows * operand.dtype.itemsize)
+    return Kernel(kernel, Invariant(), (moved,) * times)
+
+
+_PLACES = ("topk", "kthvalue", "sort", "mode", "cummax", "cummin")
+
+
+@rule(*(f"aten.{name}.default" for name in _PLACES), "aten.sort.stable")
 def ordered(call: OpCall) -> ShardingRule:
     """Places along one dim, which stays whole, in the order of their values."""
-    position = 2 if "topk" in call.node.target else 1
+    position = 2 if call.node.target in ("aten.topk.default", "aten.kthvalue.default") else 1
     dim = call.argument(position, "dim", -1) % max(len(call.operands[0].shape), 1)
     left, right = _reduction(call, {dim})
     whole = frozenset(left[dim] if left else ())
     return ShardingRule((left,), (right,) * 2, _sizes(call), whole=whole)
+
+
+@rule("aten.renorm.default")
+def renorm(call: OpCall) -> ShardingRule:
+    """Each place along one dim is scaled by its norm, which is over all others."""
+    left, _ = _reduction(call, set())
+    sizes = _sizes(call)
+    kept = left[call.node.args[2] % len(left)]
+    return ShardingRule((left,), (left,), sizes, whole=frozenset(sizes) - set(kept))
+
+
+@rule("aten.cdist.default")
+def cdist(call: OpCall) -> ShardingRule:
+    """Distances of all pairs of rows; a row stays whole."""
+    return ShardingRule.parse("... m k, ... n k -> ... m n", call, whole="k")
 
 
 @rule("aten.cosine_similarity.default")
@@ -116,4 +194,13 @@ def along_dim(call: OpCall) -> ShardingRule:
     )
     whole = frozenset(names[call.node.args[1] % len(shape)]) if shape else frozenset()
     passes = (frozenset({0}),) if call.node.target == "aten.cumsum.default" else ()
-    return ShardingRule((names,), (names,), _sizes(call), whole=whole, linear=passes)
+    kernel = _COMMUNICATING.get(call.node.target)
+    kernels = {name: _reducing(call, kernel[0], kernel[1]) for name in whole if kernel}
+    return ShardingRule(
+        (names,),
+        (names,),
+        _sizes(call),
+        whole=whole - set(kernels),
+        linear=passes,
+        kernels=kernels,
+    )

@@ -391,7 +391,7 @@ def difference(parts: list[torch.Tensor], whole: torch.Tensor, placement: Placem
 def _apart(what: str, actual: torch.Tensor, expected: torch.Tensor) -> str:
     if actual.shape != expected.shape:
         return f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    if actual.is_floating_point():
+    if actual.is_floating_point() or actual.is_complex():
         if torch.allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
             return ""
         return f"{what} is off by {(actual - expected).abs().max().item():.3g}"

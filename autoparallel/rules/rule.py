@@ -66,7 +66,8 @@ class OpCall:
 class Kernel:
     """A function of autoparallel.runtime.kernels that runs the op on a part and communicates.
 
-    result: placement of every result. collectives: (kind, bytes of the full tensor) forward.
+    result: placement of every result without the loop. collectives: (kind, bytes of the full
+    tensor), backward ones among them.
     """
 
     name: str

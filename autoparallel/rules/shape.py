@@ -334,3 +334,64 @@ def pixel_shuffle(call: OpCall) -> ShardingRule:
         whole=frozenset({"r", "q"}),
         linear=SUM_PASSES,
     )
+
+
+@rule("aten.pixel_unshuffle.default", takes_empty=False)
+def pixel_unshuffle(call: OpCall) -> ShardingRule:
+    """Pixels become channels: (c, h r, w q) to (c r q, h, w)."""
+    factor = call.node.args[1]
+    *batch, channels, _, _ = call.operands[0].shape
+    shape = (*batch, channels, *call.results[0].shape[-2:])
+    rows = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
+    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
+    sizes |= {"r": factor, "q": factor}
+    *first, channel, high, wide = rows
+    return ShardingRule(
+        ((*first, channel, (*high, "r"), (*wide, "q")),),
+        ((*first, (*channel, "r", "q"), high, wide),),
+        sizes,
+        whole=frozenset({"r", "q"}),
+        linear=SUM_PASSES,
+    )
+
+
+@rule("aten.channel_shuffle.default", takes_empty=False)
+def channel_shuffle(call: OpCall) -> ShardingRule:
+    """Groups of channels are dealt like cards: (b, g c, ..) to (b, c g, ..)."""
+    groups = call.node.args[1]
+    shape = call.operands[0].shape
+    channels = shape[1]
+    assert isinstance(channels, int)
+    rows: list[Loops] = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
+    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
+    sizes.pop("d1", None)
+    own = {"g": groups, "c": channels // groups}
+    own = {name: size for name, size in own.items() if size != 1}
+    sizes |= own
+    left, right = list(rows), list(rows)
+    left[1], right[1] = tuple(own), tuple(own)[::-1]
+    return ShardingRule(
+        (tuple(left),), (tuple(right),), sizes, whole=frozenset({"g"}), linear=SUM_PASSES
+    )
+
+
+@rule("aten.view_as_real.default", "aten.view_as_complex.default")
+def complex_view(call: OpCall) -> ShardingRule:
+    """The real and the imaginary part are a last dim of two, or not."""
+    rank = min(len(call.operands[0].shape), len(call.results[0].shape))
+    row = " ".join(f"d{i}" for i in range(rank))
+    left, right = row, f"{row} 1"
+    if len(call.operands[0].shape) > rank:
+        left, right = right, left
+    made = ShardingRule.parse(f"{left} -> {right}", call, linear=SUM_PASSES)
+    return replace(made, free=True)
+
+
+@rule("aten.diag_embed.default")
+def diag_embed(call: OpCall) -> ShardingRule:
+    """The last dim becomes the diagonal of two; neither can be split."""
+    rank = len(call.results[0].shape)
+    new = {axis(call.argument(2, "dim1", -2), rank), axis(call.argument(3, "dim2", -1), rank)}
+    others = iter(range(rank - 2))
+    made = carried(call, [None if i in new else next(others) for i in range(rank)])
+    return replace(made, free=False)

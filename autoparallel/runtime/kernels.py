@@ -13,8 +13,37 @@ from torch.nn import functional
 from autoparallel.placement import part_bounds
 from autoparallel.runtime.collectives import pending_sum
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.statistics import (
+    amax_split,
+    amin_split,
+    argmax_split,
+    argmin_split,
+    batch_norm_split,
+    log_softmax_split,
+    logsumexp_split,
+    max_split,
+    min_split,
+    softmax_split,
+)
 
-__all__ = ["cross_entropy_classes", "cross_entropy_tokens", "embedding_rows"]
+__all__ = [
+    "amax_split",
+    "amin_split",
+    "argmax_split",
+    "argmin_split",
+    "batch_norm_split",
+    "convolution_inputs",
+    "cross_entropy_classes",
+    "cross_entropy_tokens",
+    "embedding_rows",
+    "gather_split",
+    "index_select_split",
+    "log_softmax_split",
+    "logsumexp_split",
+    "max_split",
+    "min_split",
+    "softmax_split",
+]
 
 _NONE, _MEAN = 0, 1
 
@@ -54,6 +83,71 @@ def embedding_rows(
     own_padding = padding - start if start <= padding < stop else -1
     rows = torch.embedding(weight, local, own_padding)
     return pending_sum(rows.masked_fill(elsewhere.unsqueeze(-1), 0), group)
+
+
+def _places_here(index: torch.Tensor, size: int, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places along a split dim of `size`: counted from this rank's part, and which are not in it.
+
+    Those are given as place 0.
+    """
+    _require_below(index, size, "index")
+    start, stop = part_bounds(size, group.world_size, group.rank)
+    local = index - start
+    elsewhere = (local < 0) | (local >= stop - start)
+    return local.masked_fill(elsewhere, 0), elsewhere
+
+
+def gather_split(
+    x: torch.Tensor,
+    dim: int,
+    index: torch.Tensor,
+    sparse_grad: bool = False,
+    *,
+    group: Group,
+    size: int,
+) -> torch.Tensor:
+    """x[a, index[a, i, b], b] along a split dim: own elements or zeros, a pending sum."""
+    with torch.no_grad():
+        local, elsewhere = _places_here(index, size, group)
+    if not x.size(dim):
+        shape = [min(counts) for counts in zip(x.shape, index.shape, strict=True)]
+        shape[dim] = index.size(dim)
+        return pending_sum(x.new_zeros(shape) + x.sum(), group)
+    return pending_sum(x.gather(dim, local).masked_fill(elsewhere, 0), group)
+
+
+def index_select_split(
+    x: torch.Tensor, dim: int, index: torch.Tensor, *, group: Group, size: int
+) -> torch.Tensor:
+    """x[.., index[i], ..] along a split dim: own elements or zeros, a pending sum."""
+    with torch.no_grad():
+        local, elsewhere = _places_here(index, size, group)
+    shape = [1] * x.dim()
+    shape[dim] = index.numel()
+    if not x.size(dim):
+        whole = list(x.shape)
+        whole[dim] = index.numel()
+        return pending_sum(x.new_zeros(whole) + x.sum(), group)
+    made = x.index_select(dim, local).masked_fill(elsewhere.reshape(shape), 0)
+    return pending_sum(made, group)
+
+
+def convolution_inputs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *options: Any,
+    group: Group,
+    size: int,
+    **more: Any,
+) -> torch.Tensor:
+    """A convolution whose input channels are split: a pending sum with the bias on one rank.
+
+    options, more: the op's other arguments.
+    """
+    run = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
+    own = bias * (1 if group.rank == 0 else 0)
+    return pending_sum(run(x, weight, own, *options, **more), group)
 
 
 class _CrossEntropyClasses(torch.autograd.Function):

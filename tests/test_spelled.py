@@ -1,0 +1,175 @@
+"""Ops that are traced as others: the same values and gradients, split as whole."""
+
+import copy
+
+import pytest
+import torch
+from calls import fixed, ints, truth
+from torch import nn
+from torch.nn import functional as F
+
+import autoparallel
+
+
+class Model(nn.Module):
+    """A layer with weights, then the function; a result that is no loss is made one."""
+
+    def __init__(self, width, function):
+        super().__init__()
+        self.layer = nn.Linear(6, width)
+        self.function = function
+
+    def forward(self, x, *others):
+        made = self.function(self.layer(x), *others)
+        tensors = made if isinstance(made, tuple) else (made,)
+        return sum(tensor.sin().sum() for tensor in tensors)
+
+
+def ignoring(target):
+    return torch.where(torch.arange(target.numel()).reshape(target.shape) % 3 == 0, -100, target)
+
+
+def losses():
+    target, soft = ignoring(ints(8)), fixed(8, 9).softmax(-1)
+    weight = fixed(9).abs()
+    for way in ("mean", "sum", "none"):
+        plain = {"reduction": way}
+        cases = {
+            "cross_entropy": (lambda x, t, p=plain: F.cross_entropy(x, t, **p), target),
+            "cross_entropy smoothed": (
+                lambda x, t, p=plain: F.cross_entropy(x, t, label_smoothing=0.1, **p),
+                target,
+            ),
+            "cross_entropy weighted": (
+                lambda x, t, w, p=plain: F.cross_entropy(x, t, w, label_smoothing=0.1, **p),
+                target,
+                weight,
+            ),
+            "cross_entropy soft": (
+                lambda x, t, w, p=plain: F.cross_entropy(x, t, w, label_smoothing=0.1, **p),
+                soft,
+                weight,
+            ),
+            "cross_entropy in the plane": (
+                lambda x, t, p=plain: F.cross_entropy(x.reshape(2, 4, 9).mT, t, **p),
+                target.reshape(2, 4),
+            ),
+            "nll_loss": (
+                lambda x, t, w, p=plain: F.nll_loss(x.log_softmax(-1), t, w, **p),
+                target,
+                weight,
+            ),
+            "nll_loss in the plane": (
+                lambda x, t, p=plain: F.nll_loss(x.reshape(2, 4, 9).log_softmax(2).mT, t, **p),
+                target.reshape(2, 4),
+            ),
+            "mse_loss": (lambda x, y, p=plain: F.mse_loss(x, y, **p), fixed(8, 9)),
+            "l1_loss": (lambda x, y, p=plain: F.l1_loss(x, y, **p), fixed(8, 9)),
+            "smooth_l1_loss": (
+                lambda x, y, p=plain: F.smooth_l1_loss(x, y, beta=0.4, **p),
+                fixed(8, 9),
+            ),
+            "huber_loss": (lambda x, y, p=plain: F.huber_loss(x, y, delta=0.4, **p), fixed(8, 9)),
+            "kl_div": (lambda x, y, p=plain: F.kl_div(x.log_softmax(-1), y, **p), soft),
+            "kl_div log": (
+                lambda x, y, p=plain: F.kl_div(x.log_softmax(-1), y.log(), log_target=True, **p),
+                soft,
+            ),
+            "bce": (lambda x, y, p=plain: F.binary_cross_entropy(x.sigmoid(), y, **p), soft),
+            "bce with logits": (
+                lambda x, y, w, p=plain: F.binary_cross_entropy_with_logits(
+                    x, y, weight=w, pos_weight=w + 1, **p
+                ),
+                soft,
+                weight,
+            ),
+            "soft_margin_loss": (
+                lambda x, y, p=plain: F.soft_margin_loss(x, y.sign(), **p),
+                fixed(8, 9),
+            ),
+            "poisson_nll_loss": (lambda x, y, p=plain: F.poisson_nll_loss(x, y, **p), soft),
+            "hinge_embedding_loss": (
+                lambda x, y, p=plain: F.hinge_embedding_loss(x, y.sign(), **p),
+                fixed(8, 9),
+            ),
+            "cosine_embedding_loss": (
+                lambda x, y, t, p=plain: F.cosine_embedding_loss(x, y, t.sign(), 0.1, **p),
+                fixed(8, 9),
+                fixed(8),
+            ),
+            "triplet_margin_loss": (
+                lambda x, y, z, p=plain: F.triplet_margin_loss(x, y, z, **p),
+                fixed(8, 9),
+                fixed(8, 9),
+            ),
+            "multilabel_soft_margin_loss": (
+                lambda x, y, p=plain: F.multilabel_soft_margin_loss(x, y, **p),
+                soft,
+            ),
+        }
+        for name, case in cases.items():
+            yield f"{name}, {way}", case
+
+
+def bags(weight, index, mode, start):
+    return F.embedding_bag(index, weight, start, mode=mode)
+
+
+def others():
+    yield "addmm", (lambda x, b, w: torch.addmm(b, x, w, beta=0.5, alpha=2), fixed(5), fixed(9, 5))
+    yield "addmv", (lambda x, b, v: torch.addmv(b, x, v, beta=2), fixed(8), fixed(9))
+    yield (
+        "addbmm",
+        (
+            lambda x, b, w: torch.addbmm(b, x.reshape(2, 4, 9), w, alpha=2),
+            fixed(4, 5),
+            fixed(2, 9, 5),
+        ),
+    )
+    yield "addr", (lambda x, a, b: torch.addr(x, a, b, alpha=0.5), fixed(8), fixed(9))
+    yield "hstack", (lambda x, y: torch.hstack([x, y, x]), fixed(8, 5))
+    yield "kron", (torch.kron, fixed(2, 3))
+    yield "tensordot", (lambda x, w: torch.tensordot(x, w, 1), fixed(9, 3, 2))
+    yield "one_hot", (lambda x, t: x * F.one_hot(t, 9), ints(8))
+    yield "channel dim", (lambda x: F.local_response_norm(x.reshape(2, 4, 9), 2),)
+    yield "take_along_dim", (lambda x, i: x.take_along_dim(i, 1), ints(8, 3, high=9))
+    yield "pairwise_distance", (F.pairwise_distance, fixed(8, 9))
+    yield "quantile", (lambda x: torch.quantile(x, 0.3, dim=1),)
+    yield "diff", (lambda x: torch.diff(x, dim=1),)
+    yield "std_mean", (lambda x: torch.std_mean(x, 1),)
+    yield "meshgrid", (lambda x: torch.meshgrid(x[0], x[1], indexing="ij"),)
+    yield (
+        "where with numbers",
+        (lambda x, m: torch.where(m, x, 0.0) + x.masked_fill(m, 2), truth(9)),
+    )
+    yield "a mask of one value", (lambda x, m: written(x, m), truth(8, 9))
+
+
+def written(x, mask):
+    made = x.clone()
+    made[mask] = 0.5
+    return made
+
+
+CASES = {**dict(losses()), **dict(others())}
+BROAD = [name for name in CASES if name.endswith((", sum", ", none"))]
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.broad if name in BROAD else ()) for name in CASES],
+)
+def test_split_equals_whole(name):
+    function, *inputs = CASES[name]
+    torch.manual_seed(0)
+    model = Model(9, function).double()
+    whole = copy.deepcopy(model)
+    x = fixed(8, 6)
+    loss = whole(x, *inputs)
+    loss.backward()
+    split = autoparallel.simulate(model, 3, example_inputs=(x, *inputs), data_parallel=True)
+    assert torch.allclose(split.output, loss, rtol=1e-10, atol=1e-10)
+    for path, parameter in whole.named_parameters():
+        found = split.gradients[path]
+        assert torch.allclose(found, parameter.grad, rtol=1e-9, atol=1e-9), path
