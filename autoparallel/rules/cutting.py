@@ -105,23 +105,6 @@ def triangle(call: OpCall) -> ShardingRule:
     return replace(made, whole=made.whole | kept, free=False)
 
 
-@rule("aten.slice_scatter.default", "aten.select_scatter.default")
-def scattered_slice(call: OpCall) -> ShardingRule:
-    """A tensor with other values in part of one dim, which stays whole."""
-    rank = len(call.operands[0].shape)
-    dim = axis(call.argument(2, "dim", 0), rank)
-    made = carried(call, list(range(rank)))
-    row = made.operands[0]
-    part = [*row[:dim], *([] if "select" in call.node.target else [()]), *row[dim + 1 :]]
-    return replace(
-        made,
-        operands=(row, tuple(part)),
-        whole=made.whole | frozenset(row[dim]),
-        linear=(frozenset({0, 1}),),
-        free=False,
-    )
-
-
 @rule("aten.diagonal_scatter.default")
 def scattered_diagonal(call: OpCall) -> ShardingRule:
     """A tensor with another diagonal of two dims, which stay whole."""
