@@ -84,6 +84,24 @@ def truths(x: Tensor) -> Tensor:
     return x.masked_fill(mask, 0.25)
 
 
+def without_gradient(x: Tensor) -> Tensor:
+    y = x * 2
+    z = torch.zeros_like(x)
+    with torch.no_grad():
+        y[:, 0] += 1
+        y[:, 1] = 3.0
+        y.mul_(1.5)
+        z[:, 2:] = x[:, 2:]
+    return y * y + x * z
+
+
+def stopped_gradients(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x.abs().amax(1, keepdim=True)
+        centre = (x * scale).mean(1, keepdim=True)
+    return (x - centre) / scale + x.detach() * x
+
+
 PROGRAMS = [
     two_slices,
     a_view_read_after_its_owner_was_written,
@@ -93,6 +111,8 @@ PROGRAMS = [
     another_type,
     a_broadcast_copy,
     truths,
+    without_gradient,
+    stopped_gradients,
 ]
 
 

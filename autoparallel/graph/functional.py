@@ -132,26 +132,36 @@ class _Functional:
             )
         for name in node.operands():
             self.refresh(name, node)
-        self.names[target] = self.new_value(renamed(node, self.names), self.current(target))
+        before = self.current(target)
+        self.names[target] = self.new_value(renamed(node, self.names), before)
         version = self.versions[owner] = self.versions.get(owner, 0) + 1
         self.fresh[target] = version
         result = node.results[0].name
         self.names[result] = self.names[target]
         self.views[result], self.fresh[result] = target, version
-        self.write_back(target, version, node)
+        top, before = self.write_back(target, before, version, node)
+        if not node.result.requires_grad:
+            self.names[top] = self.without_gradient(node, before, self.current(top))
+            self.versions[owner] = self.fresh[top] = version + 1
         if home.kind == "buffer":
             self.mutations[home.target] = owner
 
-    def write_back(self, child: str, version: int, writer: Node) -> None:
-        """Make anew what `child` is a view of, up to the owner of the memory."""
+    def write_back(
+        self, child: str, before: Value, version: int, writer: Node
+    ) -> tuple[str, Value]:
+        """Make anew what `child` is a view of, up to the owner of the memory.
+
+        Returns the last that was made, and what stood for it before the write.
+        """
         while child in self.views:
             parent = self.views[child]
             if child in self.made_by:
                 view, index = self.made_by[child]
                 if not is_view(view.target):
                     self.refuse_later_reads(writer, child)
-                    return
+                    break
                 self.refresh_before(parent, version, writer)
+                before = self.current(parent)
                 if self.current(parent).shape == self.current(child).shape and (
                     packet_of(view.target) == "slice"
                 ):
@@ -174,6 +184,7 @@ class _Functional:
                 self.names[parent] = self.names[child]
             self.fresh[parent] = version
             child = parent
+        return child, before
 
     def refresh_before(self, name: str, version: int, writer: Node) -> None:
         """As refresh, for what a view was a view of just before the write of `version`."""
@@ -232,6 +243,25 @@ class _Functional:
         wide = replace(own, name=self.free(own.name), dtype=made)
         self.append(replace(node, name=wide.name, results=(wide,)))
         return self.make(node, "aten.to.dtype", own, Ref(wide.name), before.dtype)
+
+    def without_gradient(self, writer: Node, before: Value, after: Value) -> str:
+        """What is written where no gradient is recorded: autograd does not see the change.
+
+        A gradient that flowed through the memory flows on as if nothing had been written, which
+        is that of after + (before - before) with all but the first `before` detached.
+        """
+        if after.requires_grad:
+            plain = replace(after, name=self.free(after.name), requires_grad=False)
+            self.make(writer, "aten.detach.default", plain, Ref(after.name))
+            after = plain
+        if not before.requires_grad:
+            return after.name
+        fixed = replace(before, name=self.free(before.name), requires_grad=False)
+        self.make(writer, "aten.detach.default", fixed, Ref(before.name))
+        nothing = replace(before, name=self.free(before.name))
+        self.make(writer, "aten.sub.Tensor", nothing, Ref(before.name), Ref(fixed.name))
+        joined = replace(before, name=self.free(after.name))
+        return self.make(writer, "aten.add.Tensor", joined, Ref(after.name), Ref(nothing.name))
 
     def make(self, like: Node, target: str, result: Value, *args: Any) -> str:
         self.append(

@@ -44,6 +44,7 @@ class Importer:
         self.lifted: set[str] = set()
         self.writes: dict[str, tuple[str, ...]] = {}
         self.memory: dict[str, str] = {}
+        self.written: dict[str, str] = {}
         self.trained: set[str] = set()
         self.symbols: set[Any] = set()
         self.regions = Regions(self)
@@ -189,8 +190,9 @@ class Importer:
             return
         args = self.leaf_all(node.args)
         kwargs = tuple((key, self.leaf_all(value)) for key, value in node.kwargs.items())
+        written = _written(target, args)
         probe = Node("", "call", name, (), args, kwargs)
-        flows = grad and self.carries(probe.operands(), tensors)
+        flows = self.records(probe, grad, tensors)
         single = isinstance(example, torch.Tensor)
         own = self.fresh(base_of(node.name), 1 if single else len(example))
         if single:
@@ -202,19 +204,26 @@ class Importer:
             )
             self.known[node] = tuple(Ref(value.name) for value in results)
         where, line = _origin(node)
-        self.writes[own] = _written(target, args)
-        if flows:
-            self.trained |= {owner_of(written, self.memory) for written in self.writes[own]}
+        self.writes[own] = written
+        for memory in written if results else ():
+            self.written[results[0].name] = memory
+            if flows:
+                self.trained.add(owner_of(owner_of(memory, self.written), self.memory))
         if results and shares_memory(name):
             operand = probe.operands()[0]
             self.memory.update((value.name, operand) for value in results)
         self.add(Node(own, "call", name, results, args, kwargs, where, line), grad, tensors)
 
+    def records(self, node: Node, grad: bool, tensors: Mapping[str, Value]) -> bool:
+        """Whether a gradient flows back through a call. grad: whether any is recorded there."""
+        return grad and not _stops(node.target) and self.carries(node.operands(), tensors)
+
     def carries(self, operands: list[str], tensors: Mapping[str, Value]) -> bool:
         """Whether a gradient flows through one of them, maybe since it was written to."""
+        names = [owner_of(name, self.written) for name in operands]
         return any(
             tensors[name].requires_grad or owner_of(name, self.memory) in self.trained
-            for name in operands
+            for name in names
         )
 
     def add(self, node: Node, grad: bool, tensors: dict[str, Value]) -> None:
@@ -284,6 +293,12 @@ _GUARDS = {
     "aten._assert_scalar.default",
     "aten._assert_async.msg",
 }
+
+
+def _stops(target: str) -> bool:
+    """Whether no gradient flows back through an op of numbers: of its operand it reads no value."""
+    packet = target.split(".")[1]
+    return packet == "detach" or packet.endswith("_like") or packet.startswith("new_")
 
 
 def _written(target: Any, args: tuple[Any, ...]) -> tuple[str, ...]:

@@ -153,7 +153,7 @@ class Regions:
             args, kwargs = map_leaves(leaf, like.args), map_leaves(leaf, like.kwargs)
             own = self.importer.fresh(base_of(like.name), len(like.results))
             made = replace(like, name=own, args=args, kwargs=kwargs)
-            flows = grad and self.importer.carries(made.operands(), tensors)
+            flows = self.importer.records(made, grad, tensors)
             single = len(like.results) == 1 and like.results[0].name == like.name
             results = []
             for position, value in enumerate(like.results):
