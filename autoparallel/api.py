@@ -28,6 +28,7 @@ from autoparallel.options import Options
 from autoparallel.placement import Invariant, Placement
 from autoparallel.plan import Plan
 from autoparallel.rules.registry import find_rule
+from autoparallel.rules.unknown import learn
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.parameters import as_distributed, shallow_copy
@@ -48,7 +49,7 @@ def autoparallelize(
     sequence_parallel: bool = True,
     data_parallel: bool = False,
     hardware: str = "auto",
-    unknown_ops: str = "error",
+    unknown_ops: str = "discover",
     rng: str = "counter",
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
@@ -93,7 +94,7 @@ def make_plan(
     sequence_parallel: bool = True,
     data_parallel: bool = False,
     hardware: str = "auto",
-    unknown_ops: str = "error",
+    unknown_ops: str = "discover",
     rng: str = "counter",
     pins: Mapping[str, Placement] | None = None,
     product_weight: float | None = None,
@@ -142,6 +143,9 @@ def apply_plan(
             example_inputs = find_example_inputs(model)
         args, kwargs = split_example(example_inputs)
         plan = replace(plan, captured=_trace(model, args, kwargs))
+        assert plan.captured is not None
+        if plan.options.unknown_ops == "discover" and plan.world_size > 1:
+            learn(plan.captured.graph)
     assert plan.captured is not None
     if plan.captured.graph.fingerprint != plan.fingerprint:
         raise PlanError(

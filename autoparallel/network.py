@@ -31,6 +31,7 @@ from autoparallel.placement import (
 )
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, strategies
+from autoparallel.rules.unknown import find_unknown
 from autoparallel.tiling import Tiling, inert_calls, weight_values
 from planners import Factor, Problem, Variable
 
@@ -180,6 +181,7 @@ class _Builder:
         """One rule per distinct call; every op without one, all at once."""
         known: dict[Any, _Kind] = {}
         missing: dict[str, list[Node]] = {}
+        reasons: dict[str, str] = {}
         values = self.graph.values
 
         def shape_of(leaf: Any) -> Any:
@@ -205,9 +207,12 @@ class _Builder:
                 author = find_rule(node.target)
                 if author is not None and node.name not in self.inert:
                     made = author(call)
-                grad = any(result.requires_grad for result in node.results)
-                if author is None and self.world_size > 1 and (grad or _draws(node.target)):
-                    missing.setdefault(node.target, []).append(node)
+                if author is None and self.world_size > 1:
+                    made, why = self.unwritten(call)
+                    grad = any(result.requires_grad for result in node.results)
+                    if made is None and (grad or _draws(node.target)):
+                        missing.setdefault(node.target, []).append(node)
+                        reasons.setdefault(node.target, why)
                 known[key] = _Kind(call, made)
             elif node.target in missing:
                 missing[node.target].append(node)
@@ -215,7 +220,13 @@ class _Builder:
         if self.options.unknown_ops == "replicate":
             missing = {target: nodes for target, nodes in missing.items() if _draws(target)}
         if missing:
-            raise _unsupported(missing)
+            raise _unsupported(missing, reasons)
+
+    def unwritten(self, call: OpCall) -> tuple[ShardingRule | None, str]:
+        """The rule of a call whose op has none, if it is to be discovered and can be."""
+        if self.options.unknown_ops != "discover" or call.node.name in self.inert:
+            return None, ""
+        return find_unknown(call)
 
     def strategies(self, node: Node, kind: _Kind) -> tuple[Strategy, ...]:
         operands = tuple(operand.requires_grad for operand in kind.call.operands)
@@ -433,17 +444,25 @@ def reduced_together(graph: Graph) -> frozenset[str]:
     return frozenset(node.result.name for node in graph.nodes if node.kind == "parameter")
 
 
-def _unsupported(missing: Mapping[str, list[Node]]) -> UnsupportedOpError:
+def _unsupported(
+    missing: Mapping[str, list[Node]], reasons: Mapping[str, str]
+) -> UnsupportedOpError:
     rows = []
     for target, nodes in sorted(missing.items()):
         first = nodes[0]
         place_text = ", ".join(text for text in (first.where, first.line) if text)
         rows.append(f"{target}, {len(nodes)} calls, first in {place_text or 'the model'}")
+    why = [f"{target}: {reasons[target]}" for target in sorted(missing) if reasons[target]]
+    if len(why) < len(missing):
+        why.append(
+            "a gradient flows through these ops, or they draw random numbers, and how they may be "
+            "split, or drawn alike on all ranks, is not known"
+        )
+    discovered = ", and none could be discovered" if any(reasons.values()) else ""
     return UnsupportedOpError(
-        f"no sharding rule for {', '.join(sorted(missing))}",
+        f"no sharding rule for {', '.join(sorted(missing))}{discovered}",
         where="\n".join(rows),
-        why="a gradient flows through these ops, or they draw random numbers, and how they may be "
-        "split, or drawn alike on all ranks, is not known",
+        why="\n".join(why),
         fix="register a rule (autoparallel.rules.registry.rule), or pass unknown_ops='replicate' "
         "to keep their tensors whole",
     )

@@ -8,7 +8,7 @@ from autoparallel.errors import PlanError
 
 __all__ = ["Options"]
 
-_UNKNOWN_OPS = ("replicate", "error")
+_UNKNOWN_OPS = ("discover", "replicate", "error")
 _RNG = ("counter", "fast")
 
 
@@ -20,16 +20,17 @@ class Options:
     comes from the inputs (the sequence, the batch), with reduce-scatter and all-gather in place of
     all-reduce. data_parallel: products may be split along such dims too; without it a weight
     matrix is used just as it is stored. hardware: preset name. unknown_ops: what to do with a
-    differentiable op that has no rule: "error" or "replicate" (keep its tensors whole). tokens:
-    plan as for inputs of at least this many elements, however small the example inputs are. rng:
-    "counter" draws the same random numbers under every plan; "fast" draws from torch's generators,
-    one stream per shard.
+    differentiable op that has no rule: "discover" one by running the op on small tensors (an error
+    where that fails), "replicate" (keep its tensors whole) or "error". tokens: plan as for inputs
+    of at least this many elements, however small the example inputs are. rng: "counter" draws the
+    same random numbers under every plan; "fast" draws from torch's generators, one stream per
+    shard.
     """
 
     sequence_parallel: bool = True
     data_parallel: bool = False
     hardware: str = "auto"
-    unknown_ops: str = "error"
+    unknown_ops: str = "discover"
     tokens: int = 8192
     rng: str = "counter"
 

@@ -26,7 +26,7 @@ class OpChoice:
 
     reads, makes: names of the values, in the same order. kernel: the communicating kernel, if
     it needs one. seconds: predicted, forward and backward. flops: of products, forward, on the
-    busiest rank; whole_flops: unsplit.
+    busiest rank; whole_flops: unsplit. discovered: the op's rule, if it was found by trial.
     """
 
     name: str
@@ -41,6 +41,7 @@ class OpChoice:
     seconds: float = 0.0
     flops: float = 0.0
     whole_flops: float = 0.0
+    discovered: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,7 @@ def _read(
                 seconds=cost.seconds,
                 flops=cost.flops,
                 whole_flops=float(rule.flops * rule.points) if rule is not None else 0.0,
+                discovered=rule.discovered if rule is not None else "",
             )
         )
     outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)

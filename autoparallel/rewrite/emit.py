@@ -29,7 +29,7 @@ from autoparallel.placement import (
     part_bounds,
 )
 from autoparallel.plan import OpChoice, Plan
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime import collectives, kernels, rng
 from autoparallel.runtime.groups import Group
@@ -73,8 +73,11 @@ def emit(
     group: Group,
     name: str = "model",
     alter: Callable[[str], str] | None = None,
+    rules: Mapping[str, ShardingRule | None] | None = None,
 ) -> Program:
     """The program of one rank of `group`. alter: changes its text before it is compiled.
+
+    rules: of calls, by node name, that are to be used in place of those that are known.
 
     Raises PlanError where the plan was made for another graph or another number of ranks.
     """
@@ -88,11 +91,18 @@ def emit(
         raise PlanError(
             f"a plan for {plan.world_size} ranks on {group.world_size}", fix="plan again"
         )
-    return _Emitter(graph, plan, group, name).program(alter)
+    return _Emitter(graph, plan, group, name, rules or {}).program(alter)
 
 
 class _Emitter:
-    def __init__(self, graph: Graph, plan: Plan, group: Group, name: str) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        group: Group,
+        name: str,
+        rules: Mapping[str, ShardingRule | None],
+    ) -> None:
         self.graph, self.plan, self.group, self.name = graph, plan, group, name
         self.choices = {op.name: op for op in plan.ops}
         self.placements = _placements(graph, plan)
@@ -102,7 +112,10 @@ class _Emitter:
         self.symbols: dict[Any, str] = {}
         self.sizes: dict[Dim, str] = {}
         self.printer = PythonPrinter()
-        self.rules = {node.name: self.rule_of(node) for node in graph.calls}
+        self.rules = {
+            node.name: rules[node.name] if node.name in rules else known_rule(self.call_of(node))
+            for node in graph.calls
+        }
         self.fused = self.find_fused()
         self.deferred = self.find_deferred()
 
@@ -242,7 +255,8 @@ class _Emitter:
         results = [_identifier(value.name) for value in node.results]
         if choice.kernel:
             size = self.split_size(node, choice)
-            expression = f"kernels.{choice.kernel}({text}, group=group, size={size})"
+            extra = self.kernel_arguments(node, choice)
+            expression = f"kernels.{choice.kernel}({text}, group=group, size={size}{extra})"
         elif rule is not None and rule.random:
             expression = f"rng.{rule.random}({text}, {self.random(node, choice)})"
         else:
@@ -274,10 +288,6 @@ class _Emitter:
     def call_of(self, node: Node) -> OpCall:
         return OpCall(node, tuple(self.graph.values[name] for name in node.operands()))
 
-    def rule_of(self, node: Node) -> ShardingRule | None:
-        author = find_rule(node.target)
-        return author(self.call_of(node)) if author is not None else None
-
     def local_dim(self, size: Dim, placement: Placement | None) -> Any:
         if not isinstance(placement, Shard):
             return size
@@ -290,6 +300,17 @@ class _Emitter:
         for name, placement in zip(node.operands(), choice.operands, strict=True):
             if isinstance(placement, Shard):
                 return self.expression(self.graph.values[name].shape[placement.dim])
+        raise AssertionError(f"{node.name}: a kernel without a split operand")
+
+    def kernel_arguments(self, node: Node, choice: OpChoice) -> str:
+        """What the kernel of the split loop is called with besides."""
+        rule = self.rules[node.name]
+        assert rule is not None, node.name
+        for dims, placement in zip(rule.operands, choice.operands, strict=True):
+            for loop in dims[placement.dim] if isinstance(placement, Shard) else ():
+                kernel = rule.kernels.get(loop)
+                if kernel is not None and kernel.name == choice.kernel:
+                    return "".join(f", {name}={value!r}" for name, value in kernel.arguments)
         raise AssertionError(f"{node.name}: a kernel without a split operand")
 
     def random(self, node: Node, choice: OpChoice) -> str:

@@ -247,11 +247,18 @@ def part_of(
     return [whole] * world_size
 
 
-def fault(example: Example, strategy: Strategy, world_size: int) -> str:
+def fault(
+    example: Example,
+    strategy: Strategy,
+    world_size: int,
+    rule: ShardingRule | None = None,
+    tolerance: float = _TOLERANCE,
+) -> str:
     """What is wrong with running the call by `strategy` on `world_size` ranks; "" if nothing is.
 
     Every rank gets its part of the operands and of the incoming gradients; the parts that it
-    returns must be those of the unsplit results and gradients.
+    returns must be those of the unsplit results and gradients. rule: the op's, where it is not to
+    be the registered one. tolerance: relative and absolute, 1e-10 for float64.
     """
     generator = torch.Generator().manual_seed(world_size)
     storage = _storage(example.node, strategy)
@@ -280,7 +287,7 @@ def fault(example: Example, strategy: Strategy, world_size: int) -> str:
                 for name, parts in leaves.items()
             }
             arguments = (example.graph, example.node, strategy, group, mine, example.extents)
-            results = _run(*arguments)
+            results = _run(*arguments, rule)
             incoming = tuple(parts[group.rank] for parts in seeds)
             made[group.rank] = (results, _gradients(mine, results, incoming))
         except BaseException as error:
@@ -300,12 +307,15 @@ def fault(example: Example, strategy: Strategy, world_size: int) -> str:
         rank = min(own or errors)
         return f"rank {rank} failed: {type(errors[rank]).__name__}: {str(errors[rank])[:300]}"
     for index, (whole, placement) in enumerate(zip(example.results, strategy.results, strict=True)):
-        wrong = difference([results[index] for results, _ in made], whole, placement)
+        wrong = difference([results[index] for results, _ in made], whole, placement, tolerance)
         if wrong:
             return f"result {index}: {wrong}"
     for name, whole in example.gradients.items():
         wrong = difference(
-            [gradients[name] for _, gradients in made], whole, gradient(storage[name])
+            [gradients[name] for _, gradients in made],
+            whole,
+            gradient(storage[name]),
+            tolerance,
         )
         if wrong:
             return f"gradient of operand {name}: {wrong}"
@@ -330,6 +340,7 @@ def _run(
     group: Group,
     operands: Mapping[str, torch.Tensor],
     extents: tuple[torch.Tensor, ...],
+    rule: ShardingRule | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The emitted program of one rank, run on its parts."""
     choice = OpChoice(
@@ -362,13 +373,19 @@ def _run(
         seconds=0.0,
         product_weight=1.0,
     )
-    program = emit(graph, plan, group, node.target)
+    rules = None if rule is None else {node.name: rule}
+    program = emit(graph, plan, group, node.target, rules=rules)
     leaves = [operands[path] for path in program.parameters]
     results, _ = program.run(leaves, [], [], list(extents), torch.device("cpu"))
     return tuple(results)
 
 
-def difference(parts: list[torch.Tensor], whole: torch.Tensor, placement: Placement) -> str:
+def difference(
+    parts: list[torch.Tensor],
+    whole: torch.Tensor,
+    placement: Placement,
+    tolerance: float = _TOLERANCE,
+) -> str:
     """Where what the ranks hold is not `whole` under `placement`; "" if it is."""
     parts = [part.detach() for part in parts]
     world_size = len(parts)
@@ -377,22 +394,23 @@ def difference(parts: list[torch.Tensor], whole: torch.Tensor, placement: Placem
     if isinstance(placement, Partial):
         if any(part.shape != whole.shape for part in parts):
             return f"shapes {[tuple(part.shape) for part in parts]}, not {tuple(whole.shape)}"
-        return _apart("the sum over ranks", torch.stack(parts).sum(0).to(whole.dtype), whole)
+        total = torch.stack(parts).sum(0).to(whole.dtype)
+        return _apart("the sum over ranks", total, whole, tolerance)
     for rank, part in enumerate(parts):
         expected = whole
         if isinstance(placement, Shard):
             expected = take_part(whole, placement, world_size, rank)
-        wrong = _apart(f"rank {rank}", part, expected)
+        wrong = _apart(f"rank {rank}", part, expected, tolerance)
         if wrong:
             return wrong
     return ""
 
 
-def _apart(what: str, actual: torch.Tensor, expected: torch.Tensor) -> str:
+def _apart(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
     if actual.shape != expected.shape:
         return f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     if actual.is_floating_point() or actual.is_complex():
-        if torch.allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+        if torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
             return ""
         return f"{what} is off by {(actual - expected).abs().max().item():.3g}"
     return "" if torch.equal(actual, expected) else f"{what} differs"

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from importlib import import_module
+from typing import Any
 
 import torch
 
+from autoparallel.graph.graph import Ref, map_leaves
 from autoparallel.rules.rule import OpCall, ShardingRule
 
-__all__ = ["find_rule", "registered", "rule"]
+__all__ = ["find_rule", "known_rule", "registered", "remember", "rule", "signature"]
 
 Author = Callable[[OpCall], ShardingRule]
 _RULES: dict[str, Author] = {}
+_REMEMBERED: dict[Any, ShardingRule] = {}
 _ROOMS = (
     "pointwise",
     "contraction",
@@ -78,3 +81,32 @@ def registered() -> tuple[str, ...]:
     """Every op that has a rule."""
     _load()
     return tuple(sorted(_RULES))
+
+
+def signature(call: OpCall) -> Any:
+    """What a rule of `call` may depend on: equal for calls that differ in names alone."""
+    operands = iter(call.operands)
+
+    def kind(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            value = next(operands)
+            return (value.shape, value.dtype, value.requires_grad)
+        return (type(leaf).__name__, leaf)
+
+    return (
+        call.node.target,
+        map_leaves(kind, call.node.args),
+        map_leaves(kind, call.node.kwargs),
+        tuple((result.shape, result.dtype, result.requires_grad) for result in call.results),
+    )
+
+
+def remember(call: OpCall, made: ShardingRule) -> None:
+    """Keep a rule that was found for this call, for as long as this process lives."""
+    _REMEMBERED[signature(call)] = made
+
+
+def known_rule(call: OpCall) -> ShardingRule | None:
+    """The rule of this call: the written one, else one that was found, else None."""
+    author = find_rule(call.node.target)
+    return author(call) if author is not None else _REMEMBERED.get(signature(call))

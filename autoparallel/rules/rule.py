@@ -67,12 +67,13 @@ class Kernel:
     """A function of autoparallel.runtime.kernels that runs the op on a part and communicates.
 
     result: placement of every result without the loop. collectives: (kind, bytes of the full
-    tensor), backward ones among them.
+    tensor), backward ones among them. arguments: what else it is called with, by name.
     """
 
     name: str
     result: Placement
     collectives: tuple[tuple[Collective, int], ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class ShardingRule:
     of autoparallel.runtime.rng that runs it, if it draws numbers. takes_bias: the op adds a vector
     over the result's last dim if it is given one more operand. adds: the op is such an addition.
     takes_empty: it also runs on a part without elements, which ranks are left with where a loop is
-    shorter than they are many.
+    shorter than they are many. reasons: why loops are whole, where there is more to say.
+    discovered: the rule in einsum-like words, if nobody wrote it.
     """
 
     operands: tuple[Dims, ...]
@@ -103,6 +105,8 @@ class ShardingRule:
     takes_bias: bool = False
     adds: bool = False
     takes_empty: bool = True
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    discovered: str = ""
 
     @staticmethod
     def parse(

@@ -44,7 +44,7 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
     for table in tables:
         if table is not None:
             console.print(table)
-    for line in _kernels(plan):
+    for line in (*_kernels(plan), *_discovered(plan)):
         console.print(Text(line))
 
 
@@ -242,3 +242,10 @@ def _kernels(plan: Plan) -> list[str]:
         return []
     text = ", ".join(f"{name} ×{count}" for name, count in kernels.items())
     return [f"Run by kernels that may communicate inside, which is not counted above: {text}"]
+
+
+def _discovered(plan: Plan) -> list[str]:
+    """Rules that nobody wrote, each once."""
+    found = Counter((op.target, op.discovered) for op in plan.ops if op.discovered)
+    rows = [f"  {target} ×{count}: {rule}" for (target, rule), count in found.items()]
+    return ["Rules found by running the op on small tensors:", *rows] if rows else []

@@ -1,0 +1,239 @@
+"""The shape pattern of a call: which of its sizes follow which, and the call at other sizes.
+
+What an op does to the sizes of one call tells what it does to any that follow the same pattern,
+so a rule can be found on small tensors, and be used for large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves
+from autoparallel.rules.rule import OpCall
+
+__all__ = ["Pattern", "Probe", "ProbeError", "Term", "Values", "integers_of", "replace_integers"]
+
+
+class ProbeError(Exception):
+    """Why an op cannot be probed, as the rest of a sentence that starts with the op."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A size: a number times the product of some of the pattern's independent sizes."""
+
+    factor: int
+    atoms: tuple[int, ...] = ()
+
+    def at(self, sizes: Mapping[int, int]) -> int:
+        """Its value where the independent sizes are these."""
+        value = self.factor
+        for atom in self.atoms:
+            value *= sizes[atom]
+        return value
+
+    def of(self, sizes: Mapping[int, Dim]) -> Dim:
+        """The same for sizes that may be symbolic."""
+        known = [sizes[atom] for atom in self.atoms]
+        symbols = [size for size in known if isinstance(size, Sym)]
+        number = self.factor
+        for size in known:
+            number *= hint(size)
+        if not symbols:
+            return number
+        if len(known) == 1 and self.factor == 1:
+            return symbols[0]
+        expression: Any = sympy.Integer(self.factor)
+        for size in known:
+            expression = expression * (size.expr if isinstance(size, Sym) else size)
+        return Sym(expression, number)
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """The sizes of a call: of every dim of every operand, and its integer arguments, in order."""
+
+    operands: tuple[tuple[Term, ...], ...]
+    integers: tuple[Term, ...]
+
+    @property
+    def atoms(self) -> tuple[int, ...]:
+        """Its independent sizes."""
+        return tuple(sorted({atom for term in self.terms() for atom in term.atoms}))
+
+    def terms(self) -> Iterator[Term]:
+        """All of its sizes."""
+        for row in self.operands:
+            yield from row
+        yield from self.integers
+
+    def solve(self, call: OpCall) -> dict[int, Dim] | None:
+        """The independent sizes of `call`; None if it does not follow the pattern."""
+        integers = integers_of(call)
+        if len(self.operands) != len(call.operands) or len(self.integers) != len(integers):
+            return None
+        pairs: list[tuple[Term, Dim]] = []
+        for row, operand in zip(self.operands, call.operands, strict=True):
+            if len(row) != len(operand.shape):
+                return None
+            pairs += zip(row, operand.shape, strict=True)
+        pairs += zip(self.integers, integers, strict=True)
+        found: dict[int, Dim] = {}
+        while True:
+            before = len(found)
+            for term, size in pairs:
+                unknown = [atom for atom in term.atoms if atom not in found]
+                if len(unknown) == 1:
+                    rest = Term(term.factor, tuple(a for a in term.atoms if a in found))
+                    value = _over(size, rest.of(found))
+                    if value is None:
+                        return None
+                    found[unknown[0]] = value
+            if len(found) == before:
+                break
+        if len(found) != len(self.atoms):
+            return None
+        return found if all(term.of(found) == size for term, size in pairs) else None
+
+
+def _over(size: Dim, divisor: Dim) -> Dim | None:
+    """size / divisor; None where that is no whole number."""
+    if isinstance(size, int) and isinstance(divisor, int):
+        return size // divisor if size % divisor == 0 else None
+    if divisor == 1:
+        return size
+    one = size.expr if isinstance(size, Sym) else sympy.Integer(size)
+    two = divisor.expr if isinstance(divisor, Sym) else sympy.Integer(divisor)
+    quotient = sympy.cancel(one / two)
+    if hint(size) % hint(divisor):
+        return None
+    if quotient.is_Integer:
+        return int(quotient)
+    return Sym(quotient, hint(size) // hint(divisor))
+
+
+def _is_size(leaf: Any) -> bool:
+    return isinstance(leaf, Sym) or (isinstance(leaf, int) and not isinstance(leaf, bool))
+
+
+def integers_of(call: OpCall) -> list[Dim]:
+    """The integer arguments of a call, in order."""
+    structure = (call.node.args, call.node.kwargs)
+    return [leaf for leaf in leaves(structure) if _is_size(leaf)]
+
+
+def replace_integers(structure: Any, integers: Iterator[Any]) -> Any:
+    """The same nested tuples with other integers."""
+    return map_leaves(lambda leaf: next(integers) if _is_size(leaf) else leaf, structure)
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What operands are filled with: numbers of magnitude low to high, of both signs or positive.
+
+    bounds: per operand of whole numbers that are places along some dim, that dim's size.
+    """
+
+    low: float = 0.2
+    high: float = 0.9
+    signs: bool = True
+    bounds: tuple[Term | None, ...] = ()
+
+
+class Probe:
+    """A call that can be run at other sizes, on the CPU.
+
+    dtype: what stands for every floating point type.
+    """
+
+    def __init__(self, call: OpCall, dtype: torch.dtype = torch.float64) -> None:
+        self.call, self.dtype = call, dtype
+        operation: Any = torch.ops
+        for part in call.node.target.split("."):
+            operation = getattr(operation, part)
+        self.operation = operation
+        self.runs = 0
+
+    def own(self) -> Pattern:
+        """The pattern that fits this call's sizes alone."""
+        return Pattern(
+            tuple(
+                tuple(Term(hint(size)) for size in operand.shape) for operand in self.call.operands
+            ),
+            tuple(Term(hint(value)) for value in integers_of(self.call)),
+        )
+
+    def tensors(
+        self, pattern: Pattern, sizes: Mapping[int, int], values: Values, seed: int
+    ) -> list[torch.Tensor]:
+        """An operand of the pattern's shape each, without gradients."""
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for index, (operand, row) in enumerate(
+            zip(self.call.operands, pattern.operands, strict=True)
+        ):
+            shape = tuple(term.at(sizes) for term in row)
+            bound = values.bounds[index] if values.bounds else None
+            limit = bound.at(sizes) if bound is not None else None
+            made.append(self.fill(shape, operand.dtype, values, limit, generator))
+        return made
+
+    def fill(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        values: Values,
+        limit: int | None,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """Random numbers of one operand. limit: whole numbers are below it."""
+        if dtype == torch.bool:
+            return torch.randint(0, 2, shape, generator=generator) == 1
+        if not dtype.is_floating_point:
+            if dtype.is_complex:
+                raise ProbeError("reads complex numbers, which are not probed")
+            low, high = (1, 3) if limit is None else (0, limit)
+            return torch.randint(low, high, shape, generator=generator).to(dtype)
+        made = torch.rand(shape, generator=generator, dtype=torch.float64)
+        made = made * (values.high - values.low) + values.low
+        if values.signs:
+            made *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        return made.to(self.dtype)
+
+    def arguments(
+        self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments with these operands, and with the pattern's integers."""
+        integers = iter([term.at(sizes) for term in pattern.integers])
+        operands = iter(tensors)
+
+        def actual(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return next(operands)
+            if isinstance(leaf, torch.device):
+                return torch.device("cpu")
+            if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+                return self.dtype
+            return leaf
+
+        node = self.call.node
+        args = map_leaves(actual, replace_integers(node.args, integers))
+        kwargs = {
+            key: map_leaves(actual, replace_integers(item, integers)) for key, item in node.kwargs
+        }
+        return args, kwargs
+
+    def run(
+        self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """The results. Raises whatever the op raises."""
+        self.runs += 1
+        args, kwargs = self.arguments(pattern, sizes, tensors)
+        with torch.no_grad():
+            made = self.operation(*args, **kwargs)
+        return (made,) if isinstance(made, torch.Tensor) else tuple(made)

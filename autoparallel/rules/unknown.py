@@ -1,0 +1,44 @@
+"""Calls of ops that nobody wrote a rule for: find one, or say why none is found."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from autoparallel.graph.graph import Graph
+from autoparallel.rules.discover import ProbeError, discover
+from autoparallel.rules.registry import find_rule, known_rule, remember, signature
+from autoparallel.rules.rule import OpCall, ShardingRule
+
+__all__ = ["find_unknown", "learn"]
+
+_REASONS: dict[Any, str] = {}
+
+
+def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
+    """The rule of a call whose op has none, or None and why there is none: "the op ..."."""
+    known = known_rule(call)
+    if known is not None:
+        return known, ""
+    key = signature(call)
+    if key not in _REASONS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = discover(call).rule(call)
+        except ProbeError as error:
+            found, why = None, f"the op {error}"
+        else:
+            why = "the op's sizes follow no pattern that was found"
+        if found is not None:
+            remember(call, found)
+            return found, ""
+        _REASONS[key] = why
+    return None, _REASONS[key]
+
+
+def learn(graph: Graph) -> None:
+    """Find the rules that a plan of this graph was made with, where it was made elsewhere."""
+    for node in graph.calls:
+        if find_rule(node.target) is None:
+            find_unknown(OpCall(node, tuple(graph.values[name] for name in node.operands())))

@@ -1,0 +1,161 @@
+"""Rules for ops that have none: found by trial, the same as a person would write, and sound."""
+
+from __future__ import annotations
+
+import custom_ops
+import pytest
+import torch
+from calls import Call, truth, x
+from torch import nn
+
+import autoparallel
+from autoparallel.errors import UnsupportedOpError
+from autoparallel.graph.graph import Node, Ref, Value
+from autoparallel.rules.discover import ProbeError, discover
+from autoparallel.rules.referee import derived, fault
+from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.view.report import plan_text
+
+
+def probed(name: str, *args: object, symbolic: dict[int, str] | None = None) -> Call:
+    return Call(f"probed.{name}.default", args, {}, symbolic or {})
+
+
+def rule_of(call: Call) -> ShardingRule:
+    example = call.example()
+    rule = discover(example.call).rule(example.call)
+    assert rule is not None
+    return rule
+
+
+SYMBOLIC = {4: "s0", 5: "s1"}
+FOUND = [
+    (probed("gated", x(4, 5, 12)), "a b (c d) -> a b d; c whole"),
+    (probed("gated", x(4, 5, 12), symbolic=SYMBOLIC), "a b (c d) -> a b d; c whole"),
+    (
+        probed("fused_heads", x(4, 5, 36), 3),
+        "a b (c d e) -> a d b e, a d b e, a d b e; c whole; linear in 0",
+    ),
+    (
+        probed("fused_heads", x(4, 5, 576), 12, symbolic=SYMBOLIC),
+        "a b (c d e) -> a d b e, a d b e, a d b e; c whole; linear in 0",
+    ),
+    (
+        probed("head_norm", x(4, 5, 12), x(12), 3),
+        "a b (c d), (c e) -> a b (c e); d e whole; linear in 1",
+    ),
+    (probed("scan", x(6, 6, 6), x(6)), "a b c, c -> a d c; b d whole; linear in 0"),
+    (probed("magnitude", x(4, 5)), "a b -> a b"),
+    (probed("masked_sum", x(5, 5), truth(5, 5)), "a b, a b -> a; b summed; linear in 0"),
+    (
+        probed("biased_product", x(4, 5, 6), x(6, 6), x(6)),
+        "a b c, d e, e -> a b e; c d whole; linear in 0+2, 1+2",
+    ),
+    (probed("softmax_product", x(4, 4), x(4, 4)), "a b, c d -> a d; b c whole; linear in 1"),
+    (probed("merge_heads", x(4, 4, 4, 4)), "a b c d -> a c (b d); linear in 0"),
+    (
+        probed("merge_heads", x(3, 6, 5, 7), symbolic={3: "s0", 5: "s1"}),
+        "a b c d -> a c (b d); linear in 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), FOUND, ids=lambda item: str(item)[:60])
+def test_rules_of_ops_that_nobody_knows(call: Call, words: str) -> None:
+    """Equal sizes do not forge loops; what is found is sound on 4 ranks and at the call's sizes."""
+    example = call.example()
+    rule = discover(example.call).rule(example.call)
+    assert rule is not None
+    assert rule.discovered == words
+    assert all(rule.reasons[loop] for loop in rule.whole)
+    for world_size in (2, 4):
+        for strategy in derived(example, rule, world_size):
+            wrong = fault(example, strategy, world_size, rule)
+            assert not wrong, f"{strategy} on {world_size}: {wrong}"
+
+
+REFUSED = {
+    "noisy": ((), "gives other results when it is run again"),
+    "picky": (("fast",), "failed on probe inputs: ValueError: mode 'fast' is not known"),
+    "clipped": ((), "is not what it is taken for: R -> R: gradient of operand x0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_ops_that_cannot_be_probed_say_why(name: str) -> None:
+    """Random ones, ones that fail, and ones whose backward is not linear."""
+    arguments, why = REFUSED[name]
+    value = Value("x", (4, 5), torch.float32, True)
+    made = Value("y", (4, 5), torch.float32, True)
+    node = Node("y", "call", f"probed.{name}.default", (made,), (Ref("x"), *arguments))
+    with pytest.raises(ProbeError) as caught:
+        discover(OpCall(node, (value,)))
+    assert why in str(caught.value)
+
+
+class Mixer(nn.Module):
+    """Ops without rules between products: fused heads, a scan, a gate."""
+
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.entry = nn.Linear(8, 3 * width)
+        self.scale = nn.Parameter(torch.randn(width))
+        self.decay = nn.Parameter(torch.rand(width))
+        self.gates = nn.Linear(width, 4 * width)
+        self.out = nn.Linear(2 * width, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = torch.ops.probed.fused_heads(self.entry(x), self.heads)
+        y = torch.ops.probed.merge_heads(q * k + v)
+        y = torch.ops.probed.head_norm(y, self.scale, self.heads)
+        y = torch.ops.probed.scan(y, self.decay)
+        return self.out(torch.ops.probed.gated(self.gates(y)))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_model_of_unknown_ops_is_split(world_size: int) -> None:
+    """All products are, and outputs and gradients equal those of the unsplit model."""
+    torch.manual_seed(0)
+    model, inputs = Mixer().double(), torch.randn(3, 5, 8, dtype=torch.float64)
+    plan = autoparallel.make_plan(model, world_size, example_inputs=inputs)
+    assert plan.split_flops > 0.99
+    found = {op.target: op.discovered for op in plan.ops if op.target.startswith("probed.")}
+    assert found["probed.gated.default"] == "a b (c d) -> a b d; c whole"
+    assert "probed.scan.default" in plan_text(plan)
+    result = autoparallel.simulate(
+        model, world_size, example_inputs=inputs, plan=plan, backward=lambda y: y.square().sum()
+    )
+    y = model(inputs)
+    y.square().sum().backward()
+    torch.testing.assert_close(result.output, y.detach())
+    for path, parameter in model.named_parameters():
+        torch.testing.assert_close(result.gradients[path], parameter.grad)
+
+
+class Refused(nn.Module):
+    """Two ops that cannot be discovered, one that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.probed.noisy(torch.ops.probed.magnitude(self.inner(x)))
+        return torch.ops.probed.picky(y, "fast")
+
+
+def test_all_offenders_are_listed_with_their_reasons() -> None:
+    """What, where, why of each, and the fix."""
+    with pytest.raises(UnsupportedOpError) as caught:
+        autoparallel.make_plan(Refused(), 2, example_inputs=torch.zeros(4, 8))
+    text = str(caught.value)
+    assert "none could be discovered" in text
+    assert "probed.noisy.default: the op gives other results when it is run again" in text
+    assert "probed.picky.default: the op failed on probe inputs: ValueError" in text
+    assert "test_discover.py" in text
+    assert "unknown_ops='replicate'" in text
+    assert "magnitude" not in text
+
+
+assert custom_ops.GATED is not None  # importing it registers the ops
