@@ -294,9 +294,29 @@ def _cutting() -> list[Call]:
     ]
 
 
+def _grouped() -> list[Call]:
+    """transformers' op takes float64; torch's own only float32 here, and strides of 16 bytes."""
+    import transformers.integrations.moe  # noqa: F401
+
+    def small(*shape: int) -> torch.Tensor:
+        return x(*shape).detach().float().requires_grad_()
+
+    ends = torch.tensor([4, 4, 6, 9, 11], dtype=torch.int32)
+    some, none = ends.long(), torch.tensor([0, 0, 11, 11, 11], dtype=torch.int32)
+    name = "transformers.grouped_mm_fallback.default"
+    return [
+        Call(name, (x(11, 6), x(5, 6, 7), ends)),
+        Call(name, (x(11, 8), x(5, 8, 6), some)),
+        Call(name, (x(11, 6), x(5, 6, 4), none), symbolic={11: "s0"}),
+        call("_grouped_mm.default", small(11, 16), small(5, 16, 24), ends),
+        call("_grouped_mm.default", small(5, 12, 16), small(5, 16, 24)),
+    ]
+
+
 CALLS = (
     *_pointwise(),
     *_contraction(),
+    *_grouped(),
     *_shape(),
     *_cutting(),
     *sample_layers.reduction(),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autoparallel.placement import Partial
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 
 LINEAR_IN_EACH = ({0}, {1})
 WITH_BIAS = ({0, 1}, {0, 2})
@@ -104,4 +105,50 @@ def einsum(call: OpCall) -> ShardingRule:
         whole=twice,
         linear=[{index} for index in range(len(texts))],
         flops=2,
+    )
+
+
+_ALIGNED_BYTES = 16  # what torch demands of the strides of a grouped product's operands
+
+
+@rule(
+    "aten._grouped_mm.default",
+    "transformers.grouped_mm_fallback.default",
+    takes_empty=False,
+)
+def grouped_mm(call: OpCall) -> ShardingRule:
+    """y[t, n] = sum_k x[t, k] w[e(t), k, n], with e(t) the first e for which t < ends[e].
+
+    Rows are sorted by the matrix (the expert) that they are multiplied with. Matrices can be split
+    with a kernel: each rank multiplies the rows of its own, the others are zeros.
+    """
+    left, right = call.operands[:2]
+    itemsize = left.dtype.itemsize
+    grain = -(-_ALIGNED_BYTES // itemsize) if call.node.target.startswith("aten") else 1
+    shapes = (len(left.shape), len(right.shape))
+    more = [" ".join(["1"] * len(operand.shape)) for operand in call.operands[2:]]
+    notation = {
+        (2, 3): "t k, e k n -> t n",
+        (3, 3): "e t k, e k n -> e t n",
+        (2, 2): "t k, k n -> e t n",
+        (3, 2): "e t k, k n -> t n",
+    }[shapes]
+    operands, results = notation.split(" -> ")
+    summed_once = {"k"} if call.argument(3, "bias") is not None else set()
+    grouped = {(2, 3): {"t"}, (3, 3): set(), (2, 2): {"k", "e"}, (3, 2): {"n", "e"}}[shapes]
+    alone = shapes == (2, 3) and len(call.operands) == 3 and call.argument(4, "out_dtype") is None
+    made = ShardingRule.parse(
+        f"{', '.join([operands, *more])} -> {results}",
+        call,
+        whole=grouped | summed_once | (set() if alone or shapes == (3, 3) else {"e"}),
+        linear=() if summed_once else LINEAR_IN_EACH,
+        kernels={"e": Kernel("grouped_mm_matrices", Partial())} if alone else {},
+        flops=2,
+    )
+    count = made.sizes.get("e", 1)
+    assert isinstance(count, int)
+    return replace(
+        made,
+        grain=dict.fromkeys(("k", "n"), grain),
+        flops=2 if shapes == (3, 3) else 2 / count,
     )

@@ -20,7 +20,6 @@ from autoparallel.placement import (
     Placement,
     Replicate,
     Shard,
-    part_bounds,
 )
 
 __all__ = [
@@ -87,6 +86,7 @@ class ShardingRule:
     local_args: the call's args for given local shapes of its results. random: name of the function
     of autoparallel.runtime.rng that runs it, if it draws numbers. takes_bias: the op adds a vector
     over the result's last dim if it is given one more operand. adds: the op is such an addition.
+    grain: of loops whose parts must have a multiple of so many elements.
     takes_empty: it also runs on a part without elements, which ranks are left with where a loop is
     shorter than they are many. reasons: why loops are whole, where there is more to say.
     discovered: the rule in einsum-like words, if nobody wrote it.
@@ -104,6 +104,7 @@ class ShardingRule:
     random: str = ""
     takes_bias: bool = False
     adds: bool = False
+    grain: Mapping[str, int] = field(default_factory=dict)
     takes_empty: bool = True
     reasons: Mapping[str, str] = field(default_factory=dict)
     discovered: str = ""
@@ -270,7 +271,7 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Ti
 
 
 def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
-    """Whether the loop has such runs, more than one, and one for every rank if all need one.
+    """Whether the loop has such runs, and their parts are such as the op takes.
 
     A symbolic dim may turn out shorter than the number of ranks; the last ones then get nothing.
     """
@@ -280,7 +281,11 @@ def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
     runs, rest = divmod(size, tile.blocks * tile.unit)
     if rest or runs < 2:
         return False
-    return rule.takes_empty or part_bounds(runs, world_size, world_size - 1)[0] < runs
+    grain = rule.grain.get(tile.loop, 1)
+    step = -(-runs // world_size)
+    if any(count * tile.blocks * tile.unit % grain for count in (step, runs % step)):
+        return False
+    return rule.takes_empty or (world_size - 1) * step < runs
 
 
 def _share(rule: ShardingRule, tile: Tile, world_size: int) -> float:

@@ -37,6 +37,7 @@ __all__ = [
     "cross_entropy_tokens",
     "embedding_rows",
     "gather_split",
+    "grouped_mm_matrices",
     "index_select_split",
     "log_softmax_split",
     "logsumexp_split",
@@ -148,6 +149,42 @@ def convolution_inputs(
     run = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
     own = bias * (1 if group.rank == 0 else 0)
     return pending_sum(run(x, weight, own, *options, **more), group)
+
+
+def grouped_mm_matrices(
+    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *, group: Group, size: int
+) -> torch.Tensor:
+    """Rows times the matrix of their group, the matrices split: own rows or zeros, a pending sum.
+
+    x: (t, k), sorted by group. weight: (e / n, k, n). ends: (e,), where the rows of each end. size:
+    e of the whole. The own rows come first, in their order, so that no size must be known to the
+    host; what lies behind them is masked, both ways.
+    """
+    start, stop = part_bounds(size, group.world_size, group.rank)
+    with torch.no_grad():
+        places = torch.arange(x.size(0), device=x.device)
+        first = ends[start - 1] if start else ends.new_zeros(())
+        own_ends = ends[start:stop] - first
+        mine = (places < own_ends[-1]).unsqueeze(1)
+        here = (places + first) % max(x.size(0), 1)
+        back = (places - first) % max(x.size(0), 1)
+    rows = _grouped_mm(x[here].masked_fill(~mine, 0), weight, own_ends.to(ends.dtype))
+    return pending_sum(rows.masked_fill(~mine, 0)[back], group)
+
+
+def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """torch's grouped product; one product after the other for types and sizes it does not take."""
+    sizes = (x.size(1), weight.size(1), weight.size(2))
+    aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
+    if x.dtype == torch.bfloat16 and aligned:
+        return torch._grouped_mm(x, weight, ends)
+    parts = []
+    start = 0
+    for matrix, stop in zip(weight.unbind(0), ends.tolist(), strict=True):
+        parts.append(x[start:stop] @ matrix)
+        start = stop
+    parts.append(x.new_zeros((x.size(0) - start, weight.size(2))))
+    return torch.cat(parts)
 
 
 class _CrossEntropyClasses(torch.autograd.Function):
