@@ -44,7 +44,7 @@ __all__ = [
     "uneven_parts",
 ]
 
-_TOLERANCE = 1e-10
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _PATIENCE_SECONDS = 60.0
 _INVARIANT = Invariant()
 
@@ -252,14 +252,18 @@ def fault(
     strategy: Strategy,
     world_size: int,
     rule: ShardingRule | None = None,
-    tolerance: float = _TOLERANCE,
+    tolerance: float | None = None,
 ) -> str:
     """What is wrong with running the call by `strategy` on `world_size` ranks; "" if nothing is.
 
     Every rank gets its part of the operands and of the incoming gradients; the parts that it
     returns must be those of the unsplit results and gradients. rule: the op's, where it is not to
-    be the registered one. tolerance: relative and absolute, 1e-10 for float64.
+    be the registered one. tolerance: relative and absolute; by default 1e-10 for float64, 1e-4
+    where there are operands of float32.
     """
+    if tolerance is None:
+        kinds = [tensor.dtype for tensor in (*example.tensors.values(), *example.results)]
+        tolerance = max((_TOLERANCE.get(kind, 0.0) for kind in kinds), default=0.0)
     generator = torch.Generator().manual_seed(world_size)
     storage = _storage(example.node, strategy)
     try:
@@ -288,7 +292,8 @@ def fault(
             }
             arguments = (example.graph, example.node, strategy, group, mine, example.extents)
             results = _run(*arguments, rule)
-            incoming = tuple(parts[group.rank] for parts in seeds)
+            own = (parts[group.rank] for parts in seeds)
+            incoming = tuple(None if part is None else part.contiguous() for part in own)
             made[group.rank] = (results, _gradients(mine, results, incoming))
         except BaseException as error:
             errors[group.rank] = error
@@ -384,7 +389,7 @@ def difference(
     parts: list[torch.Tensor],
     whole: torch.Tensor,
     placement: Placement,
-    tolerance: float = _TOLERANCE,
+    tolerance: float = _TOLERANCE[torch.float64],
 ) -> str:
     """Where what the ranks hold is not `whole` under `placement`; "" if it is."""
     parts = [part.detach() for part in parts]
