@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import zoo
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from zoo import HEADS, HIDDEN, LAYERS, VOCABULARY
 
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
 FAMILIES = ("mlp", "gpt", "bert", "hf-gpt2", "hf-bert", "hf-llama")
 TRANSFORMERS = FAMILIES[1:]
-HIDDEN, HEADS, VOCABULARY, LAYERS = 32, 8, 211, 2
 BATCH, SEQUENCE = 3, 10
 
 
@@ -46,32 +47,7 @@ def _make(name: str, layers: int, **changes: Any) -> nn.Module:
         return GPT(GPTConfig(**sizes))
     if name == "bert":
         return Bert(BertConfig(**sizes))
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    encoder = {
-        **common,
-        "num_hidden_layers": layers,
-        "hidden_size": HIDDEN,
-        "num_attention_heads": HEADS,
-        "intermediate_size": 4 * HIDDEN,
-    }
-    if name == "hf-gpt2":
-        config = transformers.GPT2Config(
-            **common, n_layer=layers, n_embd=HIDDEN, n_head=HEADS, n_positions=32,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )  # fmt: skip
-        return transformers.GPT2LMHeadModel(config)
-    if name == "hf-bert":
-        config = transformers.BertConfig(
-            **encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        )
-        return transformers.BertForMaskedLM(config)
-    assert name == "hf-llama", name
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**encoder, num_key_value_heads=HEADS // 2)
-    )
+    return zoo.FAMILIES[name.removeprefix("hf-")].make(layers, 0.0)
 
 
 def inputs_for(name: str, batch: int = BATCH, sequence: int = SEQUENCE) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""Every family of models: loss and all gradients equal the unsplit module's, in training.
+
+Without dropout, the unsplit module is the user's own; with dropout, it is ours on one rank, which
+draws the same masks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from families import Float64, relative_error, worst_gradient
+
+import autoparallel
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.plan import Plan
+from autoparallel.search import search
+
+TOLERANCE = 1e-9
+WORLD_SIZES = (3, 8, 2, 4)
+DROPOUT = 0.1
+PENDING = ("swin", "rwkv", "mixtral", "deepseek-v3")
+PENDING_DROPOUT = ("lstm", "gru", "u-net")
+NAMES = [name for name in zoo.FAMILIES if name not in PENDING]
+DROPPING = [n for n in NAMES if zoo.FAMILIES[n].drops and n not in PENDING_DROPOUT]
+
+Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    loss: torch.Tensor = output["loss"] if isinstance(output, dict) else output.loss
+    return loss.detach()
+
+
+@cache
+def traced(name: str, dropout: float) -> Plan:
+    """The plan for one rank, whose graph is that of all."""
+    with Float64():
+        model = zoo.build(name, dropout=dropout)
+        return autoparallel.make_plan(model, 1, example_inputs=zoo.inputs_for(name))
+
+
+def run(name: str, world_size: int, dropout: float) -> Result:
+    """Loss and gradients on that many simulated ranks, put together."""
+    plan = traced(name, dropout)
+    assert plan.captured is not None
+    if world_size > 1:
+        plan = search(plan.captured, plan.model, Mesh(tp=world_size), Options())
+    with Float64():
+        model, inputs = zoo.build(name, dropout=dropout), zoo.inputs_for(name)
+    made = autoparallel.simulate(model, world_size, example_inputs=inputs, plan=plan)
+    return loss_of(made.output), dict(made.gradients)
+
+
+def run_unsplit(name: str) -> Result:
+    """Loss and gradients of the user's own module."""
+    with Float64():
+        model = zoo.build(name)
+        output = model(**zoo.inputs_for(name))
+        (output["loss"] if isinstance(output, dict) else output.loss).backward()
+    named = model.named_parameters(remove_duplicate=False)
+    return loss_of(output), {path: p.grad for path, p in named if p.grad is not None}
+
+
+def compare(actual: Result, expected: Result) -> None:
+    assert relative_error(actual[0], expected[0]) < TOLERANCE
+    error, where = worst_gradient(actual[1], expected[1])
+    assert error < TOLERANCE, where
+
+
+def each_once(names: list[str], first: int) -> list[tuple[str, int]]:
+    """The names with world sizes in turn."""
+    return [(name, WORLD_SIZES[(i + first) % 4]) for i, name in enumerate(names)]
+
+
+def every_other(names: list[str], first: int) -> list[tuple[str, int]]:
+    """What `each_once` leaves out."""
+    chosen = each_once(names, first)
+    return [(n, size) for n in names for size in sorted(WORLD_SIZES) if (n, size) not in chosen]
+
+
+@pytest.mark.parametrize(("name", "world_size"), each_once(NAMES, 0))
+def test_split_equals_the_users_module(name: str, world_size: int) -> None:
+    compare(run(name, world_size, 0.0), run_unsplit(name))
+
+
+@pytest.mark.parametrize(("name", "world_size"), each_once(DROPPING, 1))
+def test_dropout_does_not_depend_on_the_plan(name: str, world_size: int) -> None:
+    compare(run(name, world_size, DROPOUT), run(name, 1, DROPOUT))
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize(("name", "world_size"), every_other(NAMES, 0))
+def test_split_equals_the_users_module_everywhere(name: str, world_size: int) -> None:
+    compare(run(name, world_size, 0.0), run_unsplit(name))
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize(("name", "world_size"), every_other(DROPPING, 1))
+def test_dropout_does_not_depend_on_the_plan_anywhere(name: str, world_size: int) -> None:
+    compare(run(name, world_size, DROPOUT), run(name, 1, DROPOUT))
