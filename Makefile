@@ -17,12 +17,13 @@ DEV = $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help environment demo test broad slow lint format benchmarks clean
+.PHONY: help environment demo test broad fuzz slow lint format benchmarks clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
 	@echo "make test        the tests (without those marked slow, broad or optional)"
 	@echo "make broad       the tests that sweep many models and problems"
+	@echo "make fuzz        thousands of random programs, new ones each time; says what they covered"
 	@echo "make slow        the tests marked slow"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the sources"
@@ -39,6 +40,9 @@ test: $(TEST)
 
 broad: $(TEST)
 	$(VENV)/bin/python -m pytest -m broad $(ARGS)
+
+fuzz: $(TEST)
+	$(VENV)/bin/python -m pytest -m fuzz -s $(ARGS)
 
 slow: $(TEST)
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

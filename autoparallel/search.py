@@ -18,7 +18,7 @@ from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from planners import InfeasibleError, Memo, Solution, exact
 
-__all__ = ["search"]
+__all__ = ["read_plan", "search"]
 
 ENOUGH_SPLIT = 0.99
 _WEIGHTS = tuple(8.0**power for power in range(8))
@@ -74,7 +74,7 @@ def search(
         if share >= ENOUGH_SPLIT:
             break
     assert best is not None
-    return _read(captured, graph, model, mesh, options, network, best[2], best[0])
+    return read_plan(captured, model, mesh, network, best[2], best[0])
 
 
 def _split_share(network: Network, solution: Solution) -> float:
@@ -93,18 +93,16 @@ def _split_share(network: Network, solution: Solution) -> float:
     return split / whole if whole else 1.0
 
 
-def _read(
+def read_plan(
     captured: Captured,
-    graph: Graph,
     model: str,
     mesh: Mesh,
-    options: Options,
     network: Network,
     solution: Solution,
     weight: float,
 ) -> Plan:
-    """The solution in the words of the model."""
-    chosen = solution.assignment
+    """A solution of the network in the words of the model. weight: what products counted in it."""
+    chosen, graph = solution.assignment, network.graph
     ops: list[OpChoice] = []
     seconds = 0.0
     made: dict[str, Placement] = {}
@@ -145,7 +143,7 @@ def _read(
     return Plan(
         model=model,
         mesh=mesh,
-        options=options,
+        options=network.options,
         hardware=network.hardware.name,
         fingerprint=captured.graph.fingerprint,
         parameters=_parameters(graph, network, chosen),

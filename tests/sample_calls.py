@@ -100,6 +100,8 @@ def _pointwise() -> list[Call]:
         call("addcdiv.default", x(4, 5), x(5), x(4, 5), value=0.5),
         call("addcmul.default", x(4, 5), kept, kept),
         call("neg.default", x(4, 5)),
+        call("rsub.Tensor", x(4, 5), x(5)),
+        call("rsub.Tensor", x(4, 5), x(5), alpha=2),
         call("neg.default", ints(4, 5)),
         call("to.dtype", x(4, 5), torch.float64),
         call("to.dtype", ints(4, 5), torch.float64),

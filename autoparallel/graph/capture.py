@@ -9,8 +9,10 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ from autoparallel.errors import CaptureError, InputsNeededError, WrappedModelErr
 from autoparallel.graph.blocks import find_groups
 from autoparallel.graph.draws import DecidedDraws
 from autoparallel.graph.folding import Folding, Unfoldable
-from autoparallel.graph.graph import Graph
+from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.importer import Importer
 from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.structure import Skeleton, flatten, rebuild
@@ -36,7 +38,8 @@ class Captured:
 
     aliases: for each parameter path the one that stands for it (another one for tied weights).
     constants: tensors that the forward makes from numbers, by the targets of "constant" nodes.
-    repeats: paths of modules that are instances of one traced block.
+    repeats: paths of modules that are instances of one traced block. guards: what the tracer
+    took for granted about the symbolic sizes, such as which way a branch goes.
     """
 
     graph: Graph
@@ -45,6 +48,45 @@ class Captured:
     aliases: Mapping[str, str]
     constants: Mapping[str, torch.Tensor]
     repeats: tuple[tuple[str, ...], ...] = ()
+    guards: tuple[sympy.Basic, ...] = ()
+
+    def fits(self, inputs: list[torch.Tensor]) -> bool:
+        """Whether the program is right for tensors of these types and sizes.
+
+        Where it is not, tracing with them would give another program.
+        """
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs)
+        types = [tensor.dtype for tensor in inputs]
+        values = [node.result for node in self.graph.nodes if node.kind == "input"]
+        if types != [value.dtype for value in values]:
+            return False
+        if shapes not in self._known_shapes:
+            self._known_shapes[shapes] = self._holds(shapes, [value.shape for value in values])
+        return self._known_shapes[shapes]
+
+    @cached_property
+    def _known_shapes(self) -> dict[tuple[tuple[int, ...], ...], bool]:
+        return {}
+
+    def _holds(self, shapes: tuple[tuple[int, ...], ...], expected: list[tuple[Dim, ...]]) -> bool:
+        sizes: dict[Any, int] = {}
+        derived: list[tuple[sympy.Expr, int]] = []
+        for shape, dims in zip(shapes, expected, strict=True):
+            if len(shape) != len(dims):
+                return False
+            for actual, dim in zip(shape, dims, strict=True):
+                if not isinstance(dim, Sym):
+                    if actual != dim:
+                        return False
+                elif dim.expr.is_Symbol:
+                    # The tracer treats 0 and 1 apart.
+                    if actual < 2 or sizes.setdefault(dim.expr, actual) != actual:
+                        return False
+                else:
+                    derived.append((dim.expr, actual))
+        if any(expr.subs(sizes) != actual for expr, actual in derived):
+            return False
+        return all(guard.subs(sizes) != sympy.false for guard in self.guards)
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -230,9 +272,10 @@ def _traced(
     flat = _Flat(model, bound, inputs, outputs, folding, known)
     automatic = torch.export.Dim.AUTO
     shapes = (tuple(dict.fromkeys(range(sample.dim()), automatic) for sample in samples),)
+    dynamic = shapes if samples else None
     try:
         with _quiet(), _left_alone(model), folding.installed():
-            program = torch.export.export(flat, samples, strict=False, dynamic_shapes=shapes)
+            program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
     except Unfoldable:
         raise
     except Exception as error:
@@ -245,7 +288,9 @@ def _traced(
     aliases = {path: first.setdefault(id(parameter), path) for path, parameter in named}
     graph = _by_first_name(importer.graph(), aliases)
     repeats = folding.repeats()
-    return Captured(graph, inputs, outputs[-1], aliases, importer.constants, repeats)
+    return Captured(
+        graph, inputs, outputs[-1], aliases, importer.constants, repeats, importer.guards
+    )
 
 
 def _by_first_name(graph: Graph, aliases: Mapping[str, str]) -> Graph:

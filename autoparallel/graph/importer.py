@@ -47,12 +47,15 @@ class Importer:
         self.written: dict[str, str] = {}
         self.trained: set[str] = set()
         self.symbols: set[Any] = set()
+        self.guards: tuple[sympy.Basic, ...] = ()
+        self.equal: dict[Any, Any] = {}
         self.regions = Regions(self)
 
     def graph(self) -> Graph:
         """The verified graph. Raises CaptureError, and Unfoldable where hiding was not right."""
         signature = self.program.graph_signature
         module = self.program.graph_module
+        self.read_guards(module)
         for node in module.graph.nodes:
             if node.op == "placeholder" and node.name in signature.user_inputs:
                 self.stored("input", str(len(self.nodes)), node.meta["val"], True, node)
@@ -64,6 +67,7 @@ class Importer:
         for node in inputs:
             for size in node.result.shape:
                 self.symbols |= size.expr.free_symbols if isinstance(size, Sym) else set()
+        self.guards = tuple(guard for guard in self.guards if guard.free_symbols <= self.symbols)
         returned = self.body(module, grad=True)
         outputs: list[str] = []
         mutations: list[tuple[str, str]] = []
@@ -270,10 +274,24 @@ class Importer:
             return self.size(example)
         return example
 
+    def read_guards(self, module: Any) -> None:
+        """What the tracer assumed about sizes, and which expressions are numbers by that."""
+        examples = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+        sizes = [size for item in examples for size in getattr(item, "shape", ())]
+        made = next((size.node.shape_env for size in sizes if not isinstance(size, int)), None)
+        if made is None:
+            return
+        self.guards = tuple(dict.fromkeys(guard.expr for guard in made.guards))
+        for guard in self.guards:
+            if isinstance(guard, sympy.Eq) and guard.rhs.is_number and not guard.lhs.is_Symbol:
+                self.equal[guard.lhs] = guard.rhs
+
     def size(self, size: Any) -> Dim:
         if isinstance(size, int):
             return size
         expr = size.node.expr
+        if self.equal:
+            expr = expr.xreplace(self.equal)
         if expr not in self.sizes:
             if expr.is_number:
                 self.sizes[expr] = int(expr)

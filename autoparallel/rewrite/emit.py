@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils._sympy.printers import PythonPrinter
 
 from autoparallel.errors import PlanError
-from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value
 from autoparallel.placement import (
     Invariant,
     Partial,
@@ -240,6 +240,14 @@ class _Emitter:
         ]
         args, kwargs = node.args, dict(node.kwargs)
         target, rule = node.target, self.rules[node.name]
+        pads = rule is not None and not rule.takes_empty and not choice.kernel
+        if pads:
+            reads = [
+                self.some(read, self.graph.values[name], placement)
+                for read, name, placement in zip(
+                    reads, node.operands(), choice.operands, strict=True
+                )
+            ]
         producer = self.graph.producers[node.operands()[0]] if node.operands() else None
         if producer is not None and self.fused.get(producer.name) == node.name:
             inner = self.choices[producer.name]
@@ -263,11 +271,32 @@ class _Emitter:
             holes = any(isinstance(arg, tuple) and None in arg for arg in args)
             expression = f"torch.ops.{target}({text})" if holes else ""
             expression = expression or self.spelled(target, text, reads)
+        if pads:
+            expression = self.shortened(expression, node, choice)
         pending = choice.results == (Partial(),) and Partial() not in choice.operands
         if pending and not choice.kernel:
             expression = f"pending_sum({expression}, group)"
         line = f"{', '.join(results)} = {expression}"
         self.lines.append((line, tuple(reads), tuple(results)))
+
+    def some(self, read: str, value: Value, placement: Placement) -> str:
+        """The operand, with one place of zeros where inputs may be so short that it has none."""
+        if not _may_be_empty(value, placement):
+            return read
+        assert isinstance(placement, Shard)
+        name = f"{read}_some"
+        line = f"{name} = kernels.some({read}, {placement.dim})"
+        self.lines.append((line, (read,), (name,)))
+        return name
+
+    def shortened(self, expression: str, node: Node, choice: OpChoice) -> str:
+        """The results without what came of such zeros."""
+        for value, placement in zip(node.results, choice.results, strict=True):
+            if _may_be_empty(value, placement):
+                assert isinstance(placement, Shard)
+                length = self.local_dim(value.shape[placement.dim], placement)
+                return f"kernels.shortened({expression}, {placement.dim}, {length})"
+        return expression
 
     def local_args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
         """The call's args for this rank's part of its results."""
@@ -453,6 +482,11 @@ def _reduction(node: Node) -> dict[str, Any]:
         if argument.name == "reduction" and len(node.args) <= index:
             return {} if "reduction" in dict(node.kwargs) else {"reduction": argument.default_value}
     return {}
+
+
+def _may_be_empty(value: Value, placement: Placement) -> bool:
+    """Whether a rank may hold nothing, for some inputs."""
+    return isinstance(placement, Shard) and isinstance(value.shape[placement.dim], Sym)
 
 
 def _splits(placement: Placement, dim: int) -> bool:

@@ -109,6 +109,7 @@ def linear_unary(call: OpCall) -> ShardingRule:
     "aten.add.Tensor",
     "aten.sub.Tensor",
     "aten.subtract.Tensor",
+    "aten.rsub.Tensor",
     "aten.add.Scalar",
     "aten.sub.Scalar",
     "aten.rsub.Scalar",

@@ -189,7 +189,9 @@ class Convert(torch.autograd.Function):
         if isinstance(target, Shard) and isinstance(source, Shard) and source.dim == target.dim:
             ctx.size = size
         moved = move(x, group, source, target, size)
-        return moved.view_as(x) if moved is x else moved
+        # view_as may give dims of size 1 other strides, and torch's batch norm of a tensor with
+        # such strides has a wrong gradient.
+        return torch.ops.aten.alias(x) if moved is x else moved
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

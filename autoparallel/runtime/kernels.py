@@ -43,7 +43,9 @@ __all__ = [
     "logsumexp_split",
     "max_split",
     "min_split",
+    "shortened",
     "softmax_split",
+    "some",
 ]
 
 _NONE, _MEAN = 0, 1
@@ -56,6 +58,25 @@ def _require_below(index: torch.Tensor, size: int, what: str) -> None:
         torch._assert_async(inside)
     elif index.device.type != "meta" and not bool(inside):
         raise IndexError(f"{what} out of range: all must be in [0, {size})")
+
+
+def some(part: torch.Tensor, dim: int) -> torch.Tensor:
+    """The part, or one place of zeros along `dim` where it has none: for ops that refuse nothing.
+
+    The zeros depend on the part, so that the backward pass communicates on this rank as on others.
+    """
+    if part.size(dim):
+        return part
+    shape = list(part.shape)
+    shape[dim] = 1
+    return part.new_zeros(shape) + part.sum().to(part.dtype)
+
+
+def shortened(results: Any, dim: int, length: int) -> Any:
+    """The first `length` places of every result, which are all but where `some` put zeros."""
+    if isinstance(results, torch.Tensor):
+        return results if results.size(dim) == length else results.narrow(dim, 0, length)
+    return tuple(shortened(result, dim, length) for result in results)
 
 
 def embedding_rows(

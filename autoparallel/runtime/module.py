@@ -46,22 +46,6 @@ class _Entry:
     program: Program
     leaves: list[Leaf]
     shapes: list[tuple[Any, ...]]
-    dtypes: list[torch.dtype]
-
-    def fits(self, inputs: list[torch.Tensor]) -> bool:
-        """Whether the sizes are those that the program was made for, where they are fixed."""
-        known: dict[Any, int] = {}
-        for tensor, shape, dtype in zip(inputs, self.shapes, self.dtypes, strict=True):
-            if tensor.dim() != len(shape) or tensor.dtype != dtype:
-                return False
-            for actual, size in zip(tensor.shape, shape, strict=True):
-                if isinstance(size, Sym):
-                    expected = known.setdefault(size.expr, actual) if size.expr.is_Symbol else None
-                    if expected is not None and (expected != actual or actual < 2):
-                        return False
-                elif actual != size:
-                    return False
-        return True
 
 
 @dataclass
@@ -201,7 +185,6 @@ def _add(made: nn.Module, state: State, plan: Plan, training: bool) -> _Entry:
         program,
         leaves,
         [value.shape for value in inputs],
-        [value.dtype for value in inputs],
     )
     state.entries.setdefault((training, captured.inputs), []).append(entry)
     return entry
@@ -216,7 +199,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         _require_equal(inputs, list(bound.arguments), state)
     entry = None
     for candidate in state.entries.get((module.training, skeleton), ()):
-        if candidate.fits(inputs):
+        if candidate.captured.fits(inputs):
             entry = candidate
             break
     if entry is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 
 from autoparallel.errors import PlanError
 from autoparallel.graph.capture import bind_inputs
-from autoparallel.placement import Partial, Shard
+from autoparallel.placement import Invariant, Partial, Placement, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
@@ -27,12 +28,17 @@ __all__ = ["Simulation", "simulate_plan"]
 class Simulation:
     """output: what the model returns, put together. gradients: by parameter path, whole.
 
-    collectives: kind -> number on rank 0, forward and backward.
+    collectives: kind -> number on rank 0, forward and backward. input_gradients: of every input
+    tensor, in order, None where none came. buffers: by path, as the forward left them.
+    apart: where ranks hold the same by the plan, the sum of their differences.
     """
 
     output: Any
     gradients: Mapping[str, torch.Tensor]
     collectives: Mapping[str, int]
+    input_gradients: tuple[torch.Tensor | None, ...]
+    buffers: Mapping[str, torch.Tensor]
+    apart: float
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:
@@ -65,6 +71,13 @@ def simulate_plan(
             "these inputs are not built as those planned for",
             why=f"{skeleton} against {captured.inputs}",
         )
+    if not captured.fits(inputs):
+        raise PlanError(
+            "these inputs have other sizes or types than those planned for",
+            why="the program was traced for "
+            + ", ".join(str(n.result) for n in captured.graph.nodes if n.kind == "input"),
+            fix="plan with inputs like these",
+        )
     groups = thread_groups(plan.world_size)
     weights = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -83,14 +96,17 @@ def simulate_plan(
                 if isinstance(placed, Shard):
                     part = take_part(whole, placed, group.world_size, group.rank)
                 leaves.append(part.clone().requires_grad_(weights[path].requires_grad))
+            given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+            held = {path: buffers[path].clone() for path in program.buffers}
             with rng.using(rng.Generator(seed, mode=plan.options.rng)):
-                outputs, _ = program.run(
+                outputs, written = program.run(
                     leaves,
-                    [buffers[path] for path in program.buffers],
+                    list(held.values()),
                     [captured.constants[path] for path in program.constants],
-                    inputs,
+                    given,
                     device,
                 )
+            held.update(zip(program.mutations, written, strict=True))
             if backward:
                 local = rebuild(captured.outputs, outputs)
                 loss = _loss_of(local) if backward is True else backward(local)
@@ -108,7 +124,8 @@ def simulate_plan(
             gradients = {
                 path: leaf.grad for path, leaf in zip(program.parameters, leaves, strict=True)
             }
-            results[group.rank] = (outputs, gradients)
+            own = [tensor.grad for tensor in given]
+            results[group.rank] = _Ran(outputs, gradients, own, held)
         except BaseException as error:
             errors.append((group.rank, error))
             group.abort()
@@ -121,24 +138,70 @@ def simulate_plan(
     if errors:
         first = [e for e in errors if not isinstance(e[1], threading.BrokenBarrierError)]
         raise (first or errors)[0][1]
-    whole = []
-    for index, placement in enumerate(plan.outputs):
-        parts = [results[rank][0][index] for rank in range(plan.world_size)]
-        whole.append(_joined(parts, placement))
+    joined = _Joined()
+    whole = [
+        joined.of([ran.outputs[index] for ran in results], placement)
+        for index, placement in enumerate(plan.outputs)
+    ]
     gradients: dict[str, torch.Tensor] = {}
-    for path in results[0][1]:
-        parts = [results[rank][1][path] for rank in range(plan.world_size)]
-        if parts[0] is not None:
-            gradients[path] = _joined(parts, storage[path])
+    for path in results[0].gradients:
+        gradient = joined.maybe([ran.gradients[path] for ran in results], storage[path])
+        if gradient is not None:
+            gradients[path] = gradient
     for path, kept in captured.aliases.items():
         if kept in gradients:
             gradients[path] = gradients[kept]
-    return Simulation(rebuild(captured.outputs, whole), gradients, dict(groups[0].counts))
+    return Simulation(
+        rebuild(captured.outputs, whole),
+        gradients,
+        dict(groups[0].counts),
+        tuple(
+            joined.maybe([ran.inputs[index] for ran in results], Invariant())
+            for index in range(len(inputs))
+        ),
+        {
+            path: joined.of([ran.buffers[path] for ran in results], Invariant())
+            for path in results[0].buffers
+        },
+        joined.apart,
+    )
 
 
-def _joined(parts: list[torch.Tensor], placement: Any) -> torch.Tensor:
-    if isinstance(placement, Shard):
-        return join_parts([part.detach() for part in parts], placement)
-    if isinstance(placement, Partial):
-        return torch.stack([part.detach() for part in parts]).sum(0)
-    return parts[0].detach()
+@dataclass(frozen=True)
+class _Ran:
+    """What one rank has in the end. inputs: their gradients."""
+
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor | None]
+    inputs: list[torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+
+
+class _Joined:
+    """Puts the ranks' parts together. apart: how far those differed that should be the same."""
+
+    def __init__(self) -> None:
+        self.apart = 0.0
+
+    def maybe(self, parts: list[torch.Tensor | None], placement: Placement) -> torch.Tensor | None:
+        """The whole of gradients, None where no rank has one."""
+        if all(part is None for part in parts):
+            return None
+        example = next(part for part in parts if part is not None)
+        if not isinstance(placement, Shard):
+            parts = [torch.zeros_like(example) if part is None else part for part in parts]
+        return self.of([part for part in parts if part is not None], placement)
+
+    def of(self, parts: list[torch.Tensor], placement: Placement) -> torch.Tensor:
+        """The whole tensor."""
+        parts = [part.detach() for part in parts]
+        if isinstance(placement, Shard):
+            return join_parts(parts, placement)
+        if isinstance(placement, Partial):
+            return torch.stack(parts).sum(0)
+        first = parts[0]
+        for part in parts[1:]:
+            away = (part.to(torch.float64) - first.to(torch.float64)).abs().nan_to_num(math.inf)
+            same = (part == first) | (part.isnan() & first.isnan())
+            self.apart = max(self.apart, float(away.masked_fill(same, 0.0).sum()))
+        return parts[0]

@@ -1,0 +1,54 @@
+"""Programs that once failed, as small as they could be made. Each is split in all ways below."""
+
+from __future__ import annotations
+
+from fuzz_programs import Program
+from fuzz_split import Split
+
+__all__ = ["REGRESSIONS", "WAYS"]
+
+WAYS = tuple(
+    Split(world_size, seed, 0.0, data_parallel)
+    for world_size in (2, 3, 5)
+    for seed in (0, 1)
+    for data_parallel in (False, True)
+)
+
+REGRESSIONS = {
+    "no input": Program("""
+        p0 = parameter(5)
+        return p0.tanh()
+    """),
+    "a size that is 1 for all that fits, though it is written otherwise": Program("""
+        i0 = input(1, 12, 2)
+        v0 = i0[:, :, 1::2]
+        v1 = v0 / v0.square().add(1)
+        return (v1 * v1).sum(), v1
+    """),
+    "a branch on a size": Program("""
+        i0 = input(3, 6)
+        v0 = i0 * 2 if i0.size(0) > 4 else i0 * 3
+        return v0 + 1 if i0.size(1) % 2 == 0 else v0
+    """),
+    "strides of a dim of size 1, which torch's batch norm reads wrongly": Program("""
+        g0 = given(1, 9, 2, 12)
+        p0 = parameter(12)
+        p1 = parameter(12)
+        v0 = g0.movedim(3, -3)
+        v1 = F.batch_norm(v0, None, None, p0, p1, training=True)
+        return v1
+    """),
+    "ops that refuse nothing, where a rank has nothing for some inputs": Program("""
+        i0 = input(4, 9, 3, 4)
+        p0 = parameter(5, 9, 1, 1)
+        v0 = F.interpolate(i0, scale_factor=2.0)
+        v1 = F.adaptive_avg_pool2d(v0, 2)
+        v2 = F.conv2d(v0, p0).var((1, 2, 3))
+        return (v1 * v0.mean()).sum(), v2
+    """),
+    "a number minus a tensor, as torch spells it": Program("""
+        p0 = parameter(4, 5)
+        p1 = parameter(5)
+        return torch.rsub(p0, p1)
+    """),
+}

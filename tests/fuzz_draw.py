@@ -1,0 +1,70 @@
+"""Drawing whole programs, and the ways in which they are to be split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fuzz_layers import LAYERS, LOSSES
+from fuzz_pen import Pen, SkippedError
+from fuzz_programs import Program
+from fuzz_split import Split
+from fuzz_steps import COMPUTE
+from fuzz_views import VIEWS
+from hypothesis import strategies as st
+
+__all__ = ["divided", "programs", "splits", "written"]
+
+Number = Callable[[int, int], int]
+STEPS = (*COMPUTE, *VIEWS, *LAYERS, *VIEWS)
+MOST_LINES = 16
+
+
+def written(number: Number) -> Program:
+    """A program whose every line matters to what it returns."""
+    pen = Pen(number)
+    for _ in range(pen.number(1, 2)):
+        sizes = [pen.size() for _ in range(pen.one((2, 3, 1, 4)))]
+        pen.declare(pen.one(("input", "given", "parameter")), *sizes)
+    while len(pen.lines) < MOST_LINES and pen.number(0, 11):
+        attempt(pen, pen.one(STEPS))
+    returned = []
+    if pen.number(0, 2):
+        loss = attempt(pen, pen.one(LOSSES))
+        returned += [loss] if loss else []
+    if not returned or pen.maybe():
+        returned += [pen.value() for _ in range(pen.number(1, 3))]
+    if pen.number(0, 4) == 4:
+        others = [n for n, t in pen.values.items() if not t.is_floating_point()]
+        returned += [pen.one(others)] if others else []
+    texts = (", ".join(returned), f"{{'a': {returned[0]}, 'b': ({', '.join(returned[1:])})}}")
+    return Program(pen.text(texts[pen.number(0, 3) == 3]))
+
+
+def attempt(pen: Pen, step: Any) -> str:
+    """The step, where it fits."""
+    try:
+        return str(step(pen) or "")
+    except (SkippedError, RuntimeError, IndexError):
+        return ""
+
+
+def divided(number: Number) -> Split:
+    """World size, options, and the seed of the costs."""
+    return Split(
+        number(2, 5),
+        number(0, 999),
+        (0.0, 0.3, 1.0)[number(0, 2)],
+        data_parallel=number(0, 1) == 1,
+        sequence_parallel=number(0, 1) == 0,
+    )
+
+
+@st.composite
+def programs(draw: Any) -> Program:
+    return written(lambda low, high: int(draw(st.integers(low, high))))
+
+
+@st.composite
+def splits(draw: Any) -> Split:
+    return divided(lambda low, high: int(draw(st.integers(low, high))))

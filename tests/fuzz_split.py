@@ -1,0 +1,264 @@
+"""Splitting a program by random costs, and comparing what all ranks give with what one gives."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from fuzz_programs import Program
+
+import autoparallel
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.errors import CaptureError
+from autoparallel.graph.capture import capture
+from autoparallel.graph.graph import Sym
+from autoparallel.graph.passes import at_least, run_passes
+from autoparallel.mesh import Mesh
+from autoparallel.network import build_network
+from autoparallel.options import Options
+from autoparallel.plan import Plan
+from autoparallel.runtime.simulate import Simulation, simulate_plan
+from autoparallel.search import read_plan
+from autoparallel.structure import flatten
+from planners import Factor, Problem, Variable, exact
+
+__all__ = ["Coverage", "Split", "Subject", "UnfitError"]
+
+TOLERANCE = 1e-9
+
+
+class UnfitError(Exception):
+    """A program that torch itself cannot run backward, or that capture is right to refuse."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """seed: of the costs. conversions: what a conversion costs beside an op, about."""
+
+    world_size: int
+    seed: int = 0
+    conversions: float = 0.3
+    data_parallel: bool = False
+    sequence_parallel: bool = True
+
+
+@dataclass
+class Coverage:
+    """What was tried."""
+
+    programs: int = 0
+    refused: int = 0
+    other_sizes: int = 0
+    traced_again: int = 0
+    worlds: Counter[int] = field(default_factory=Counter)
+    strategies: dict[str, Counter[str]] = field(default_factory=dict)
+    conversions: Counter[str] = field(default_factory=Counter)
+
+    def add(self, plan: Plan) -> None:
+        """Count what a plan chose."""
+        self.worlds[plan.world_size] += 1
+        for op in plan.ops:
+            sides = (", ".join(map(str, side)) for side in (op.operands, op.results))
+            self.strategies.setdefault(op.target, Counter())[" -> ".join(sides)] += 1
+        for row in plan.conversions:
+            self.conversions[f"{row.source!s} -> {row.target!s}"] += 1
+
+    def __str__(self) -> str:
+        rows = [
+            f"{self.programs} programs, {self.refused} of them refused by capture; "
+            f"{sum(self.worlds.values())} plans, on "
+            + ", ".join(f"{size} ranks {count}" for size, count in sorted(self.worlds.items()))
+            + f"; {self.other_sizes} runs with other sizes of the inputs, "
+            f"{self.traced_again} of them traced again",
+            f"{sum(map(len, self.strategies.values()))} strategies of {len(self.strategies)} ops:",
+        ]
+        for target, found in sorted(self.strategies.items()):
+            rows.append(f"  {target}: {len(found)} strategies in {sum(found.values())} calls")
+        rows.append(f"{len(self.conversions)} kinds of conversions:")
+        rows += [f"  {kind}: {count}" for kind, count in sorted(self.conversions.items())]
+        return "\n".join(rows)
+
+
+@dataclass
+class _Ran:
+    """outputs: flat. gradients: of parameters by path, of inputs by position. buffers: by path."""
+
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+
+
+class Subject:
+    """A program, captured once, to be split in many ways."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.model = program.model()
+        inputs = tuple(program.arguments())
+        self.expected = self.whole(inputs)
+        try:
+            captured = capture(self.model, inputs, {})
+            self.captured = replace(captured, graph=run_passes(captured.graph))
+        except CaptureError as error:
+            if "memory that is read under another name" in str(error):
+                raise UnfitError(str(error)) from error
+            raise
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return "drop" in self.program.text
+
+    def whole(self, inputs: tuple[torch.Tensor, ...]) -> _Ran:
+        """What torch gives. Raises UnfitError where it cannot, or where numbers run away."""
+        model = copy.deepcopy(self.model)
+        try:
+            output = model(*inputs)
+            outputs, _ = flatten(output)
+            loss_of(output).backward()
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise UnfitError(str(error)) from error
+        gradients = {path: p.grad for path, p in model.named_parameters() if p.grad is not None}
+        gradients |= {str(i): t.grad for i, t in enumerate(inputs) if t.grad is not None}
+        made = _Ran([tensor.detach() for tensor in outputs], gradients, dict(model.named_buffers()))
+        for tensor in (*made.outputs, *gradients.values(), *made.buffers.values()):
+            if tensor.is_floating_point() and not bool((tensor.abs() < 1e5).all()):
+                raise UnfitError("numbers run away")
+        return made
+
+    def plan(self, split: Split) -> Plan:
+        """The best plan by random costs."""
+        options = Options(split.sequence_parallel, split.data_parallel, "dgx-a100")
+        graph = at_least(self.captured.graph, options.tokens)
+        mesh = Mesh(tp=split.world_size)
+        network = build_network(
+            graph, mesh.world_size, find_hardware(options.hardware), options, {}
+        )
+        problem = randomized(network.problem(), split)
+        return read_plan(self.captured, "Model", mesh, network, exact.solve(problem), 1.0)
+
+    def check(self, split: Split, coverage: Coverage) -> None:
+        """Raises AssertionError where the ranks together give something else than one."""
+        plan = self.plan(split)
+        coverage.add(plan)
+        assert Plan.from_json(plan.to_json()) == plan
+        self.compare(plan, tuple(self.program.arguments()), self.expected)
+        other = self.other_sizes(split)
+        if not other:
+            return
+        inputs = tuple(self.program.arguments(other))
+        try:
+            expected = self.whole(inputs)
+        except UnfitError:
+            return
+        coverage.other_sizes += 1
+        if self.captured.fits(list(inputs)):
+            self.compare(plan, inputs, expected)
+        elif not self.draws:
+            coverage.traced_again += 1
+            module = autoparallel.autoparallelize(
+                self.model, 1, example_inputs=tuple(self.program.arguments())
+            )
+            outputs, _ = flatten(module(*inputs))
+            found = {place: tensor.detach() for place, tensor in enumerate(outputs)}
+            wrong = list(_apart("output", found, dict(enumerate(expected.outputs))))
+            assert not wrong, "\n".join(wrong)
+
+    def compare(self, plan: Plan, inputs: tuple[torch.Tensor, ...], expected: _Ran) -> None:
+        """One plan on one set of inputs."""
+        if self.draws:
+            whole = self.plan(Split(1))
+            expected = _ran(simulate_plan(self.model, whole, fresh(inputs), {}, loss_of))
+        made = simulate_plan(self.model, plan, fresh(inputs), {}, loss_of)
+        assert made.apart <= TOLERANCE, (
+            f"ranks that should hold the same are {made.apart:.3g} apart"
+        )
+        differences = list(_differences(_ran(made), expected))
+        assert not differences, "\n".join(differences)
+
+    def other_sizes(self, split: Split) -> dict[tuple[str, int], int]:
+        """Other numbers for the sizes that capture kept symbolic."""
+        rng = np.random.default_rng(split.seed + 1)
+        drawn: dict[Any, int] = {}
+        found: dict[tuple[str, int], int] = {}
+        nodes = [node for node in self.captured.graph.nodes if node.kind == "input"]
+        for name, node in zip(self.program.inputs, nodes, strict=True):
+            for dim, size in enumerate(node.result.shape):
+                if isinstance(size, Sym) and size.expr.is_Symbol:
+                    found[name, dim] = drawn.setdefault(size.expr, int(rng.integers(2, 9)))
+        return found
+
+
+def fresh(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The same tensors without gradients of earlier runs."""
+    return tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The sum of the scalars that the program returns, or else of all that it returns, weighted.
+
+    Beside a scalar, what else is returned may be split, so that a rank has but a part of it.
+    """
+    tensors = [tensor for tensor in flatten(output)[0] if tensor.is_floating_point()]
+    scalars = [tensor for tensor in tensors if tensor.dim() == 0]
+    total = torch.zeros((), dtype=torch.float64, requires_grad=True) * 1.0
+    for tensor in scalars or tensors:
+        weights = torch.linspace(0.3, 1.1, tensor.numel(), dtype=torch.float64)
+        total = total + (tensor * weights.reshape(tensor.shape)).sum()
+    return total
+
+
+def randomized(problem: Problem, split: Split) -> Problem:
+    """The same choices at random costs: what is forbidden stays forbidden."""
+    rng = np.random.default_rng(split.seed)
+
+    def table(old: np.ndarray, scale: float) -> np.ndarray:
+        return np.where(np.isinf(old), np.inf, rng.random(old.shape) * scale)
+
+    return Problem(
+        tuple(Variable(v.name, table(v.unary, 1.0)) for v in problem.variables),
+        tuple(
+            Factor(f.first, f.second, table(f.table, split.conversions)) for f in problem.factors
+        ),
+    )
+
+
+def _ran(made: Simulation) -> _Ran:
+    outputs, _ = flatten(made.output)
+    gradients = dict(made.gradients)
+    gradients |= {str(i): t for i, t in enumerate(made.input_gradients) if t is not None}
+    return _Ran(outputs, gradients, dict(made.buffers))
+
+
+def _differences(made: _Ran, expected: _Ran) -> Iterator[str]:
+    """Everything that is not as it should be."""
+    yield from _apart("output", dict(enumerate(made.outputs)), dict(enumerate(expected.outputs)))
+    yield from _apart("gradient", made.gradients, expected.gradients)
+    yield from _apart("buffer", made.buffers, {p: expected.buffers[p] for p in made.buffers})
+
+
+def _apart(
+    what: str, made: Mapping[Any, torch.Tensor], expected: Mapping[Any, torch.Tensor]
+) -> Iterator[str]:
+    for key in (*expected, *(key for key in made if key not in expected)):
+        one, two = made.get(key), expected.get(key)
+        if one is None or two is None:
+            rest = one if two is None else two
+            if rest is not None and bool((rest != 0).any()):
+                yield f"{what} {key}: {'missing' if one is None else 'not expected'}"
+        elif (one.shape, one.dtype) != (two.shape, two.dtype):
+            yield f"{what} {key}: {one.dtype}{list(one.shape)}, not {two.dtype}{list(two.shape)}"
+        elif one.is_floating_point():
+            away = float((one - two).abs().max()) if one.numel() else 0.0
+            bound = TOLERANCE * max(1.0, float(two.abs().max()) if two.numel() else 0.0)
+            if not (math.isfinite(away) and away <= bound):
+                yield f"{what} {key} is off by {away:.3g}"
+        elif not torch.equal(one, two):
+            yield f"{what} {key} differs"

@@ -1,0 +1,71 @@
+"""Random programs, split by random costs, give what they give unsplit: results and gradients.
+
+A failure prints a program and a way to split it; put both into fuzz_corpus.py as a regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fuzz_corpus import REGRESSIONS, WAYS
+from fuzz_draw import programs, splits
+from fuzz_programs import Program
+from fuzz_split import Coverage, Split, Subject, UnfitError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+WAYS_EACH = 2
+CALM = settings(
+    deadline=None,
+    print_blob=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+quiet = pytest.mark.filterwarnings(
+    "ignore:reduction. 'mean' divides", "ignore:Using padding='same' with even kernel"
+)
+
+
+@pytest.fixture(scope="module")
+def coverage() -> Iterator[Coverage]:
+    """What all programs of this file covered: shown with -s."""
+    found = Coverage()
+    yield found
+    print(f"\n{found}")
+
+
+def judge(program: Program, ways: list[Split], coverage: Coverage) -> None:
+    coverage.programs += 1
+    try:
+        subject = Subject(program)
+    except UnfitError:
+        coverage.refused += 1
+        return
+    for way in ways:
+        subject.check(way, coverage)
+
+
+some_ways = st.lists(splits(), min_size=WAYS_EACH, max_size=WAYS_EACH)
+
+
+@quiet
+@settings(CALM, max_examples=100, derandomize=True)
+@given(programs(), some_ways)
+def test_random_programs(coverage: Coverage, program: Program, ways: list[Split]) -> None:
+    judge(program, ways, coverage)
+
+
+@quiet
+@pytest.mark.fuzz
+@settings(CALM, max_examples=2000)
+@given(programs(), some_ways)
+def test_many_random_programs(coverage: Coverage, program: Program, ways: list[Split]) -> None:
+    judge(program, ways, coverage)
+
+
+@quiet
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_what_failed_once(coverage: Coverage, name: str) -> None:
+    subject = Subject(REGRESSIONS[name])
+    for way in WAYS:
+        subject.check(way, coverage)
