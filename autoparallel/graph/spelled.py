@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import decompose, get_proxy_mode
 from torch.nn import functional
 
-__all__ = ["Known", "spelled_out"]
+__all__ = ["Known", "spelled_out", "spelling"]
 
 Known = Callable[[str], bool]
 _Spelling = Callable[..., Any]
@@ -36,6 +37,11 @@ def spelling(*targets: str) -> Callable[[_Spelling], _Spelling]:
         return function
 
     return register
+
+
+def _load() -> None:
+    """The other rooms with spellings."""
+    import_module("autoparallel.graph.spelled_random")
 
 
 class _Table(Mapping[Any, _Spelling]):
@@ -67,6 +73,9 @@ class _Table(Mapping[Any, _Spelling]):
         composite = op.namespace == "aten" and op._can_decompose() and op._schema.returns
         if not composite or self.known(str(op)) or str(op) in _AS_THEY_ARE:
             return None
+        packet, _, overload = str(op).rpartition(".")
+        if packet.endswith("_") and self.known(f"{packet[:-1]}.{overload}"):
+            return None
         return op.decompose
 
 
@@ -80,6 +89,7 @@ def spelled_out(known: Known) -> Iterator[None]:
     if get_proxy_mode() is None:
         yield
         return
+    _load()
     with decompose(_Table(known)):
         yield
 

@@ -31,8 +31,9 @@ from autoparallel.placement import (
 from autoparallel.plan import OpChoice, Plan
 from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
-from autoparallel.runtime import collectives, kernels, rng
+from autoparallel.runtime import collectives, draws, kernels
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.rng import op_key
 
 __all__ = ["Program", "emit"]
 
@@ -175,7 +176,7 @@ class _Emitter:
             "torch": torch,
             "F": functional,
             "kernels": kernels,
-            "rng": rng,
+            "rng": draws,
             "math": math,
             "convert": collectives.convert,
             "move": collectives.move,
@@ -345,9 +346,9 @@ class _Emitter:
     def random(self, node: Node, choice: OpChoice) -> str:
         """What a random op must know to draw the same numbers for the same elements."""
         placement = choice.results[0]
-        shape = ", ".join(self.expression(size) for size in node.result.shape)
-        key = rng.op_key(node.name)
-        return f"key={key}, shape=({shape},), placement={self.constant(placement)}, group=group"
+        shape = "".join(f"{self.expression(size)}, " for size in node.result.shape)
+        key = op_key(node.name)
+        return f"key={key}, shape=({shape}), placement={self.constant(placement)}, group=group"
 
     def read(self, name: str, placement: Placement) -> str:
         """The identifier of a value as `placement`; emits its conversion at the first use."""

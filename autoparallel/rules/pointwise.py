@@ -216,9 +216,3 @@ def type_as(call: OpCall) -> ShardingRule:
 def filled(call: OpCall) -> ShardingRule:
     """A constant of the operand's shape: its values do not depend on the operand's."""
     return pointwise(call)
-
-
-@rule("aten.dropout.default")
-def dropout(call: OpCall) -> ShardingRule:
-    """A mask keyed by the global element index, so linear with the same mask on all ranks."""
-    return replace(pointwise(call, {0}), random="dropout")

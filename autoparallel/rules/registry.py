@@ -20,6 +20,7 @@ _RULES: dict[str, Author] = {}
 _REMEMBERED: dict[Any, ShardingRule] = {}
 _ROOMS = (
     "pointwise",
+    "random",
     "contraction",
     "shape",
     "reduction",
