@@ -18,6 +18,7 @@ from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.runtime import rng
+from autoparallel.runtime.agreement import digest, require_same_start
 from autoparallel.runtime.collectives import take_part
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.parameters import (
@@ -111,6 +112,7 @@ def parallel_module(
     for name, module in model.named_modules():
         for own in module._parameters:
             storage.setdefault(f"{name}.{own}" if name else own, Invariant())
+    require_same_start(model, group)
     _fill(model, made, storage, group, mesh)
     state = State(skeleton, group, mesh, storage, replan, checks)
     made.__dict__["_autoparallel"] = state
@@ -158,8 +160,6 @@ def _fill(
                 if mesh is not None:
                     data = as_distributed(part.contiguous(), placed, tuple(parameter.shape), mesh)
                 twins[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
-            elif full in parts and mesh is not None:
-                twins[id(parameter)].data.to_local().copy_(parts[full])  # type: ignore[attr-defined]
             module._parameters[name] = twins[id(parameter)]
         for name, buffer in original._buffers.items():
             if buffer is not None:
@@ -249,7 +249,7 @@ def _require_equal(inputs: list[torch.Tensor], names: list[str], state: State) -
     """
     if not inputs:
         return
-    sums = torch.stack([_digest(tensor) for tensor in inputs])
+    sums = torch.stack([digest(tensor) for tensor in inputs])
     rows = state.group.all_gather(sums.contiguous())
     same = (rows == rows[0]) | (rows.isnan() & rows[0].isnan())
     different = ~same.all(-1).all(0)
@@ -264,14 +264,6 @@ def _require_equal(inputs: list[torch.Tensor], names: list[str], state: State) -
             fix="give every rank the same batch (seed the sampler alike), or switch the check "
             "off with check_inputs=0 where differences are meant",
         )
-
-
-def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Three numbers that tell tensors apart: shape, sum, and sum weighted by position."""
-    flat = tensor.detach().reshape(-1).to(torch.float64)
-    place = torch.arange(flat.numel(), device=flat.device, dtype=torch.float64)
-    sizes = float(sum(size * 31**index for index, size in enumerate(tensor.shape)))
-    return torch.stack([flat.new_tensor(sizes), flat.sum(), (flat * ((place * 0.618) % 1)).sum()])
 
 
 def _split_loaded(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:

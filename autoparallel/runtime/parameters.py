@@ -189,8 +189,8 @@ def materialize(
     Module by module, in the order of nn.Module.apply, the whole is allocated, filled by the
     model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`), cut,
     and freed. Every rank draws the same numbers, so the parts are those of one device with the
-    same seed that runs `model.apply(model._init_weights)`. An initializer of a module may also
-    fill what its children own, but nothing deeper.
+    same seed that runs `model.apply(model._init_weights)`; a tied parameter is what was drawn for
+    it last. An initializer of a module may also fill what its children own, but nothing deeper.
     Raises AutoParallelError that lists the modules, or their parameters, that nothing fills.
     """
     own = getattr(model, "_init_weights", None)
@@ -216,7 +216,12 @@ def materialize(
             part, placed = tensor.detach(), storage.get(full)
             if isinstance(placed, Shard):
                 part = take_part(part, placed, group.world_size, group.rank).clone()
+            parts.pop(full, None)  # so that they stand in the order in which they were drawn
             parts[full] = part
+    named: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    named.update(model.named_parameters(remove_duplicate=False))
+    drawn_last = {id(named[path]): part for path, part in parts.items()}
+    parts = {path: drawn_last[id(named[path])] for path in parts}
     for path, part in parts.items():
         if part.is_floating_point() and bool(part.isnan().any()):
             missing.append(path)

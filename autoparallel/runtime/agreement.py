@@ -1,0 +1,56 @@
+"""Whether the ranks start from the same: what each cuts its part out of must be one whole."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from autoparallel.errors import AutoParallelError
+from autoparallel.runtime.groups import Group, ProcessGroup
+
+__all__ = ["digest", "require_same_start"]
+
+_SAMPLE = 1024
+
+
+def require_same_start(model: nn.Module, group: Group) -> None:
+    """Compare samples of all weights between the ranks; of a meta model, torch's random state.
+
+    A collective call. Raises AutoParallelError, on every rank, naming the tensors that differ.
+    """
+    if not isinstance(group, ProcessGroup):
+        return
+    names, sums = [], []
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_meta:
+            flat = tensor.detach().flatten()
+            names.append(path)
+            sums.append(digest(flat[:: max(1, flat.numel() // _SAMPLE)]))
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        names.append("torch's random state")
+        sums.append(digest(torch.get_rng_state()))
+    if not sums:
+        return
+    device = "cuda" if dist.get_backend(group.process_group) == "nccl" else "cpu"
+    rows = group.all_gather(torch.stack([each.to(device) for each in sums]))
+    different = ((rows != rows[0]) & ~(rows.isnan() & rows[0].isnan())).any(-1).any(0).tolist()
+    wrong = [name for name, bad in zip(names, different, strict=True) if bad]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise AutoParallelError(
+            f"the ranks start from different models: {', '.join(wrong[:4])}{more}",
+            where=f"rank {group.rank}, {type(model).__name__}",
+            why="each rank keeps its part of the whole, and the wholes are not the same",
+            fix="torch.manual_seed(seed) with one seed on every rank before the model is built, or "
+            "load the same weights on every rank",
+        )
+
+
+def digest(tensor: torch.Tensor) -> torch.Tensor:
+    """Three numbers that tell tensors apart: shape, sum, and sum weighted by position."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    flat = real.detach().reshape(-1).to(torch.float64)
+    place = torch.arange(flat.numel(), device=flat.device, dtype=torch.float64)
+    sizes = float(sum(size * 31**index for index, size in enumerate(tensor.shape)))
+    return torch.stack([flat.new_tensor(sizes), flat.sum(), (flat * ((place * 0.618) % 1)).sum()])
