@@ -255,6 +255,7 @@ def check_in_processes(rank: int) -> dict[str, str]:
         WorldSizeError,
         lambda: autoparallel.autoparallelize(nn.Linear(8, 8), 3, example_inputs=x),
     )
+    torch.manual_seed(0)
     model = autoparallel.autoparallelize(nn.Linear(8, 8), 2, example_inputs=x)
     expect("twice", WrappedModelError, lambda: autoparallel.autoparallelize(model, 2))
     expect("inputs", InputMismatchError, lambda: model(x + rank))
