@@ -16,7 +16,7 @@ from autoparallel.network import Network, build_network, reduced_together
 from autoparallel.options import Options
 from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from planners import InfeasibleError, Memo, Solution, exact
+from planners import InfeasibleError, Memo, Solution, TooWideError, conditioning, exact
 
 __all__ = ["read_plan", "search"]
 
@@ -59,11 +59,19 @@ def search(
                 fix="pin one of the two, or both alike",
             )
     memo = Memo()
+    given: tuple[str, ...] | None = None
     best: tuple[float, float, Solution] | None = None
     weights = _WEIGHTS if mesh.world_size > 1 else (1.0,)
     for weight in weights if product_weight is None else (product_weight,):
+        problem = network.problem(weight, pinned)
         try:
-            solution = exact.solve(network.problem(weight, pinned), memo=memo)
+            if given is None:
+                try:
+                    solution = exact.solve(problem, memo=memo)
+                except TooWideError:
+                    given = conditioning.cutset(problem)
+            if given is not None:
+                solution = conditioning.solve(problem, given=given, memo=memo)
         except InfeasibleError as error:
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"

@@ -3,11 +3,11 @@
     problem = Problem((Variable("a", [0, 1]), Variable("b", [2, 0])), (Factor("a", "b", table),))
     exact.solve(problem).text()
 
-`exact` eliminates variables and is the one to use; `ilp` is the cross-check and the fallback for
-problems that are not narrow; `exhaustive` is the oracle for small ones.
+`exact` eliminates variables and is the one to use; `conditioning` is for problems that are too wide
+for it, and proves a bound; `ilp` is the cross-check; `exhaustive` is the oracle for small ones.
 """
 
-from planners import exact, exhaustive, ilp
+from planners import conditioning, exact, exhaustive, ilp
 from planners.exact import min_marginals
 from planners.memo import Memo
 from planners.ordering import TooWideError
@@ -22,6 +22,7 @@ __all__ = [
     "Table",
     "TooWideError",
     "Variable",
+    "conditioning",
     "exact",
     "exhaustive",
     "ilp",

@@ -18,6 +18,7 @@ from planners import (
     Table,
     TooWideError,
     Variable,
+    conditioning,
     exact,
     exhaustive,
     ilp,
@@ -459,6 +460,50 @@ def test_malformed_problems_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Problem(variables, factors)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(seed=seeds)
+def test_conditioning_brackets_brute_force(seed: int) -> None:
+    """With tables that allow nearly nothing, so that the cutset is large: the bound holds."""
+    rng = np.random.default_rng(seed)
+    problem = random_problem(rng, int(rng.integers(3, 9)), 3, 4)
+    try:
+        expected = exhaustive.solve(problem).cost
+    except InfeasibleError:
+        with pytest.raises(InfeasibleError):
+            conditioning.solve(problem, max_table_entries=4)
+        return
+    solution = conditioning.solve(problem, max_table_entries=4)
+    slack = 1e-9 * sum(abs(term) for term in problem.terms(solution.assignment)) + 1e-9
+    assert solution.lower_bound <= expected + slack <= solution.cost + 2 * slack
+    assert problem.cost(solution.assignment) == solution.cost
+    again = conditioning.solve(problem, max_table_entries=4)
+    assert (again.assignment, again.lower_bound) == (solution.assignment, solution.lower_bound)
+
+
+def test_conditioning_of_a_grid() -> None:
+    """As wide as it is long: near the integer program's optimum, which lies above the bound."""
+    rng = np.random.default_rng(3)
+    side, states = 8, 4
+    variables = tuple(
+        Variable(f"v{i}_{j}", rng.random(states)) for i in range(side) for j in range(side)
+    )
+    factors = tuple(
+        Factor(f"v{i}_{j}", f"v{i + di}_{j + dj}", rng.random((states, states)))
+        for i in range(side)
+        for j in range(side)
+        for di, dj in ((0, 1), (1, 0))
+        if i + di < side and j + dj < side
+    )
+    problem = Problem(variables, factors)
+    names = conditioning.cutset(problem, 4**4)
+    assert 0 < len(names) < side * side / 2
+    solution = conditioning.solve(problem, given=names, max_table_entries=4**4)
+    optimum = exact.solve(problem).cost
+    assert solution.lower_bound <= optimum <= solution.cost
+    assert solution.gap <= 0.02 * solution.cost
+    assert solution.cost <= 1.02 * optimum
 
 
 def test_malformed_assignments_are_refused() -> None:
