@@ -51,4 +51,18 @@ REGRESSIONS = {
         p1 = parameter(5)
         return torch.rsub(p0, p1)
     """),
+    "sizes that add up to a fixed one": Program("""
+        i0 = input(7)
+        i1 = input(6)
+        p0 = parameter(12, 13)
+        return F.linear(torch.cat((i0, i1)), p0)
+    """),
+    "a number that follows from a size, and is no whole number": Program("""
+        i0 = input(4, 4, 6)
+        p0 = parameter(4, 2)
+        p1 = parameter(4, 2, 2)
+        v0a, v0b, v0c = i0.chunk(3, dim=-1)
+        v1 = v0b * (0.1 / v0b.size(2))
+        return torch.baddbmm(p0, v0b, p1), v1
+    """),
 }

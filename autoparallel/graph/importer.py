@@ -294,7 +294,8 @@ class Importer:
             expr = expr.xreplace(self.equal)
         if expr not in self.sizes:
             if expr.is_number:
-                self.sizes[expr] = int(expr)
+                number = int if expr.is_integer else float
+                self.sizes[expr] = number(expr)
             else:
                 self.sizes[expr] = Sym(sympy.sympify(expr), int(size.node.hint))
         return self.sizes[expr]

@@ -377,7 +377,9 @@ def at_least(graph: Graph, elements: int) -> Graph:
         )
         for node in graph.nodes
     )
-    return replace(graph, nodes=nodes)
+    # Sizes that add up to a fixed one cannot all grow.
+    possible = all(size.hint >= 0 for size in scaled.values())
+    return replace(graph, nodes=nodes) if possible else graph
 
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
