@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,25 +14,31 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from autoparallel.errors import InputsNeededError, PlanError, WorldSizeError
+from autoparallel.copies import shallow_copy
+from autoparallel.errors import (
+    CaptureError,
+    InputMismatchError,
+    InputsNeededError,
+    PlanError,
+    WorldSizeError,
+)
+from autoparallel.graph.breaks import Broken, trace, trace_parts
 from autoparallel.graph.capture import (
     Captured,
     bind_inputs,
-    capture,
     find_example_inputs,
     refuse_wrapped,
     split_example,
 )
-from autoparallel.graph.passes import run_passes
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
+from autoparallel.parts import Planner, search_parts
 from autoparallel.placement import Invariant, Placement
 from autoparallel.plan import Plan
-from autoparallel.rules.registry import find_rule
 from autoparallel.rules.unknown import learn
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.module import parallel_module
-from autoparallel.runtime.parameters import as_distributed, shallow_copy
+from autoparallel.runtime.parameters import as_distributed
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.search import search
@@ -51,6 +58,7 @@ def autoparallelize(
     hardware: str = "auto",
     unknown_ops: str = "discover",
     rng: str = "counter",
+    strict_capture: bool = False,
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """The model, split over `world_size` ranks, as an ordinary module for this rank.
@@ -58,14 +66,21 @@ def autoparallelize(
     model: any module; it is left as it is. world_size: number of processes; 1 changes nothing.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
     model's own (see make_plan), and where it has none, planning waits for the first call.
-    sequence_parallel, data_parallel, hardware, unknown_ops, rng: see Options.
+    sequence_parallel, data_parallel, hardware, unknown_ops, rng, strict_capture: see Options.
     check_inputs: number of first calls in which the ranks compare their inputs.
     Under torchrun, starts the process group if there is none.
     Raises AutoParallelError or a child of it; see autoparallel.errors.
     """
     refuse_wrapped(model)
     group = _group(world_size)
-    options = Options(sequence_parallel, data_parallel, hardware, unknown_ops, rng=rng)
+    options = Options(
+        sequence_parallel,
+        data_parallel,
+        hardware,
+        unknown_ops,
+        rng=rng,
+        strict_capture=strict_capture,
+    )
     if example_inputs is None:
         try:
             example_inputs = find_example_inputs(model)
@@ -82,6 +97,7 @@ def autoparallelize(
         hardware=hardware,
         unknown_ops=unknown_ops,
         rng=rng,
+        strict_capture=strict_capture,
     )
     return _apply(model, plan, group, check_inputs)
 
@@ -96,6 +112,7 @@ def make_plan(
     hardware: str = "auto",
     unknown_ops: str = "discover",
     rng: str = "counter",
+    strict_capture: bool = False,
     pins: Mapping[str, Placement] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
@@ -108,20 +125,19 @@ def make_plan(
     autoparallelize.
     """
     refuse_wrapped(model)
-    options = Options(sequence_parallel, data_parallel, hardware, unknown_ops, rng=rng)
+    options = Options(
+        sequence_parallel,
+        data_parallel,
+        hardware,
+        unknown_ops,
+        rng=rng,
+        strict_capture=strict_capture,
+    )
     if example_inputs is None:
         example_inputs = find_example_inputs(model)
     args, kwargs = split_example(example_inputs)
-    captured = _trace(model, args, kwargs)
-    mesh = Mesh(tp=world_size)
-    return search(
-        captured,
-        type(model).__name__,
-        mesh,
-        options,
-        pins=pins,
-        product_weight=product_weight,
-    )
+    traced = _trace(model, args, kwargs, options)
+    return _search(model, traced, Mesh(tp=world_size), options, pins, product_weight)
 
 
 def apply_plan(
@@ -138,21 +154,14 @@ def apply_plan(
     """
     refuse_wrapped(model)
     group = _group(plan.world_size)
-    if plan.captured is None:
+    if not plan.is_traced:
         if example_inputs is None:
             example_inputs = find_example_inputs(model)
         args, kwargs = split_example(example_inputs)
-        plan = replace(plan, captured=_trace(model, args, kwargs))
-        assert plan.captured is not None
+        plan = _with_graphs(plan, _trace(model, args, kwargs, plan.options))
         if plan.options.unknown_ops == "discover" and plan.world_size > 1:
-            learn(plan.captured.graph)
-    assert plan.captured is not None
-    if plan.captured.graph.fingerprint != plan.fingerprint:
-        raise PlanError(
-            f"the plan was made for another {plan.model}",
-            why="the traced program differs from the one planned for",
-            fix="plan again, or pass the example_inputs and the mode (train, eval) planned for",
-        )
+            for graph in plan.graphs:
+                learn(graph)
     return _apply(model, plan, group, check_inputs)
 
 
@@ -175,35 +184,94 @@ def simulate(
     if plan is None:
         plan = make_plan(model, world_size, example_inputs=example_inputs, **options)
     args, kwargs = split_example(example_inputs)
-    return simulate_plan(model, plan, args, kwargs, backward)
+    planner = Planner(plan.model, plan.mesh, plan.options)
+    return simulate_plan(model, plan, args, kwargs, backward, replan=planner)
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-    captured = capture(model, args, kwargs, known=lambda name: find_rule(name) is not None)
-    return replace(captured, graph=run_passes(captured.graph))
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
+) -> Captured | Broken:
+    """The graph of the model or, where there is none, those of its largest parts."""
+    bind_inputs(model, args, kwargs)
+    try:
+        return trace(model, args, kwargs)
+    except CaptureError as error:
+        broken = trace_parts(model, args, kwargs, error)
+    if options.strict_capture:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced whole",
+            where="\n".join(map(str, broken.breaks)),
+            why="strict_capture=True asks for one graph",
+            fix="see the reasons above, or leave strict_capture out: the submodules that can be "
+            "traced are split, and the rest runs as it is",
+        )
+    return broken
+
+
+def _search(
+    model: nn.Module,
+    traced: Captured | Broken,
+    mesh: Mesh,
+    options: Options,
+    pins: Mapping[str, Placement] | None = None,
+    product_weight: float | None = None,
+) -> Plan:
+    if isinstance(traced, Broken):
+        return search_parts(traced, model, mesh, options, pins, product_weight)
+    name = type(model).__name__
+    return search(traced, name, mesh, options, pins=pins, product_weight=product_weight)
+
+
+def _with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:
+    """The plan with the graphs that it was made for. Raises PlanError where they are others."""
+    own = traced.fingerprint if isinstance(traced, Broken) else traced.graph.fingerprint
+    if own != plan.fingerprint:
+        raise PlanError(
+            f"the plan was made for another {plan.model}",
+            why="the traced program differs from the one planned for",
+            fix="plan again, or pass the example_inputs and the mode (train, eval) planned for",
+        )
+    if isinstance(traced, Captured):
+        return replace(plan, captured=traced)
+    known = {path: part.captured for part in traced.parts for path in part.paths}
+    parts = (
+        replace(part, plan=replace(part.plan, captured=known[part.paths[0]])) for part in plan.parts
+    )
+    return replace(plan, parts=tuple(parts))
 
 
 def _apply(model: nn.Module, plan: Plan, group: Group, check_inputs: int) -> nn.Module:
-    def replan(
-        skeleton: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        stored: Mapping[str, Placement],
-    ) -> Plan:
-        captured = _trace(skeleton, args, kwargs)
-        return search(captured, plan.model, plan.mesh, plan.options, stored=stored)
-
     mesh = _device_mesh(group, plan.mesh)
-    return parallel_module(model, plan, group, mesh, replan, check_inputs)
+    if plan.breaks:
+        _require_same(plan, group)
+    planner = Planner(plan.model, plan.mesh, plan.options)
+    return parallel_module(model, plan, group, mesh, planner, check_inputs)
+
+
+def _require_same(plan: Plan, group: Group) -> None:
+    """Parts are found by running the example inputs, so that they depend on their values."""
+    digest = hashlib.sha256(plan.to_json().encode()).digest()[:7]
+    rows = group.all_gather(torch.tensor([int.from_bytes(digest)], device=_device()))
+    if bool((rows != rows[0]).any()):
+        raise InputMismatchError(
+            "the ranks have found different parts of the model that can be split",
+            why="the path through the model depends on the values of the example inputs",
+            fix="pass the same example_inputs on every rank",
+        )
+
+
+def _device() -> str:
+    """Where the process group communicates."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return "cuda" if nccl and torch.cuda.is_available() else "cpu"
 
 
 def _device_mesh(group: Group, mesh: Mesh) -> DeviceMesh | None:
     """The ranks as DTensor wants them; None for a single process."""
     if not isinstance(group, ProcessGroup):
         return None
-    kind = "cuda" if torch.cuda.is_available() and dist.get_backend() == "nccl" else "cpu"
     names = tuple(name for name, _ in mesh.axes)
-    return DeviceMesh.from_group(group.process_group, kind, mesh_dim_names=names)
+    return DeviceMesh.from_group(group.process_group, _device(), mesh_dim_names=names)
 
 
 def _group(world_size: int) -> Group:
@@ -248,8 +316,8 @@ class _Waiting:
         model, world_size, options, check_inputs = self.__dict__["_waiting"]
         model.train(self.training)  # type: ignore[attr-defined]
         bind_inputs(model, args, kwargs)
-        captured = _trace(model, args, kwargs)
-        plan = search(captured, type(model).__name__, Mesh(tp=world_size), options)
+        traced = _trace(model, args, kwargs, options)
+        plan = _search(model, traced, Mesh(tp=world_size), options)
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
         made = _apply(source, plan, _group(world_size), check_inputs)
         _keep_identity(self, made)  # type: ignore[arg-type]

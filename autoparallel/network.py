@@ -119,13 +119,15 @@ def build_network(
     hardware: Hardware,
     options: Options,
     stored: Mapping[str, Placement] | None = None,
+    whole_outputs: bool = False,
 ) -> Network:
     """All strategies, and what they cost with their neighbours.
 
-    stored: placements that parameters (by path) have already, which they keep.
+    stored: placements that parameters (by path) have already, which they keep. whole_outputs:
+    whether all that is returned must be whole.
     Raises UnsupportedOpError that lists every differentiable op without a rule.
     """
-    builder = _Builder(graph, world_size, hardware, options, stored or {})
+    builder = _Builder(graph, world_size, hardware, options, stored or {}, whole_outputs)
     return builder.build()
 
 
@@ -137,8 +139,9 @@ class _Builder:
         hardware: Hardware,
         options: Options,
         stored: Mapping[str, Placement],
+        whole_outputs: bool,
     ) -> None:
-        self.graph, self.world_size = graph, world_size
+        self.graph, self.world_size, self.whole_outputs = graph, world_size, whole_outputs
         self.hardware, self.options, self.stored = hardware, options, stored
         self.network = Network(graph, world_size, hardware, options)
         self.kinds: dict[str, _Kind] = {}
@@ -266,7 +269,7 @@ class _Builder:
         has_loss = any(not value.shape and value.requires_grad for value in values)
         for value in values:
             choices: tuple[Placement, ...] = (INVARIANT,)
-            if has_loss and value.shape:
+            if has_loss and value.shape and not self.whole_outputs:
                 plain = [s for s in self.tiling.shards[value.name] if s.blocks == 1 and s.unit == 1]
                 choices = (INVARIANT, *plain)
             self.network.outputs[value.name] = choices

@@ -25,6 +25,7 @@ class Options:
     of at least this many elements, however small the example inputs are. rng: "counter" draws the
     same random numbers under every plan; "fast" draws from torch's generators, one stream per
     shard.
+    strict_capture: refuse a model that cannot be traced whole, in place of splitting what can be.
     """
 
     sequence_parallel: bool = True
@@ -33,6 +34,7 @@ class Options:
     unknown_ops: str = "discover"
     tokens: int = 8192
     rng: str = "counter"
+    strict_capture: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("unknown_ops", _UNKNOWN_OPS), ("rng", _RNG)):

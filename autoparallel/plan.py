@@ -14,8 +14,9 @@ from autoparallel.placement import Movement, Placement, gradient, movement, pars
 
 if TYPE_CHECKING:
     from autoparallel.graph.capture import Captured
+    from autoparallel.graph.graph import Graph
 
-__all__ = ["Conversion", "OpChoice", "ParameterChoice", "Plan"]
+__all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Part", "Plan"]
 
 VERSION = 1
 
@@ -91,6 +92,31 @@ class Conversion:
         return movement(gradient(self.target), gradient(self.source))
 
 
+@dataclass(frozen=True, slots=True)
+class Break:
+    """A module whose forward stays the user's Python, run alike on all ranks.
+
+    path: in the model, empty for the model itself. line: of the source, empty if unknown. reason:
+    why it cannot be traced.
+    """
+
+    path: str
+    line: str
+    reason: str
+
+    def __str__(self) -> str:
+        line = f" ({self.line})" if self.line else ""
+        return f"{self.path or 'the model itself'}: {self.reason}{line}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plan for the modules at `paths`, which are equal. What goes in and comes out is whole."""
+
+    paths: tuple[str, ...]
+    plan: Plan
+
+
 @dataclass(frozen=True)
 class Plan:
     """A placement for everything.
@@ -101,6 +127,9 @@ class Plan:
     small that leaving it whole would be the fastest; then as much as makes splitting pay).
     fingerprint: of the graph it was made for. outputs: placement of each returned tensor.
     captured: the graph itself, where the plan was made in this process.
+    breaks: where the model cannot be traced whole, the modules that stay Python. parts: the plans
+    of the others; ops, conversions and parameters are then those of all parts, named by the
+    part's path, and those parameters besides that Python reads.
     """
 
     model: str
@@ -118,6 +147,8 @@ class Plan:
     seconds: float
     product_weight: float
     captured: Captured | None = field(default=None, compare=False, repr=False)
+    breaks: tuple[Break, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -143,8 +174,25 @@ class Plan:
         whole = sum(p.nbytes for p in matrices)
         return sum(p.nbytes for p in matrices if not p.reason) / whole if whole else 1.0
 
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The graphs that the plan is for; none where it was read from a text."""
+        if self.captured is not None:
+            return (self.captured.graph,)
+        return tuple(graph for part in self.parts for graph in part.plan.graphs)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the graphs are there; a plan that was read has none."""
+        if self.breaks:
+            return all(part.plan.is_traced for part in self.parts)
+        return self.captured is not None
+
     def to_json(self) -> str:
         """Versioned JSON, the same text for the same plan."""
+        return json.dumps(self._rows(), indent=1) + "\n"
+
+    def _rows(self) -> dict[str, Any]:
         rows: dict[str, Any] = {
             "version": VERSION,
             "model": self.model,
@@ -162,37 +210,51 @@ class Plan:
             "ops": [_row(op) for op in self.ops],
             "conversions": [_row(conversion) for conversion in self.conversions],
         }
-        return json.dumps(rows, indent=1) + "\n"
+        if self.breaks:
+            rows["breaks"] = [_row(item) for item in self.breaks]
+            rows["parts"] = [
+                {"paths": list(part.paths), "plan": part.plan._rows()} for part in self.parts
+            ]
+        return rows
 
     @staticmethod
     def from_json(text: str) -> Plan:
         """The plan that was written. Raises PlanError for another version or a broken text."""
         try:
             rows = json.loads(text)
-            version = rows.pop("version")
+            version = rows["version"]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise PlanError("not a plan", why="the text is not a plan's JSON") from None
         if version != VERSION:
             raise PlanError(f"a plan of version {version}", fix=f"plan again (version {VERSION})")
         try:
-            return Plan(
-                model=rows["model"],
-                mesh=Mesh(**rows["mesh"]),
-                options=Options(**rows["options"]),
-                hardware=rows["hardware"],
-                fingerprint=rows["fingerprint"],
-                parameters=tuple(_load(ParameterChoice, row) for row in rows["parameters"]),
-                ops=tuple(_load(OpChoice, row) for row in rows["ops"]),
-                conversions=tuple(_load(Conversion, row) for row in rows["conversions"]),
-                outputs=tuple(map(parse_placement, rows["outputs"])),
-                cost=rows["cost"],
-                lower_bound=rows["lower_bound"],
-                method=rows["method"],
-                seconds=rows["seconds"],
-                product_weight=rows["product_weight"],
-            )
+            return Plan._from_rows(rows)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError("not a plan", why=f"{type(error).__name__}: {error}") from None
+
+    @staticmethod
+    def _from_rows(rows: Mapping[str, Any]) -> Plan:
+        return Plan(
+            model=rows["model"],
+            mesh=Mesh(**rows["mesh"]),
+            options=Options(**rows["options"]),
+            hardware=rows["hardware"],
+            fingerprint=rows["fingerprint"],
+            parameters=tuple(_load(ParameterChoice, row) for row in rows["parameters"]),
+            ops=tuple(_load(OpChoice, row) for row in rows["ops"]),
+            conversions=tuple(_load(Conversion, row) for row in rows["conversions"]),
+            outputs=tuple(map(parse_placement, rows["outputs"])),
+            cost=rows["cost"],
+            lower_bound=rows["lower_bound"],
+            method=rows["method"],
+            seconds=rows["seconds"],
+            product_weight=rows["product_weight"],
+            breaks=tuple(Break(**row) for row in rows.get("breaks", ())),
+            parts=tuple(
+                Part(tuple(part["paths"]), Plan._from_rows(part["plan"]))
+                for part in rows.get("parts", ())
+            ),
+        )
 
 
 def _row(item: Any) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def search(
     """
     graph = at_least(captured.graph, options.tokens)
     hardware = find_hardware(options.hardware)
-    network = build_network(graph, mesh.world_size, hardware, options, stored)
+    network = build_network(
+        graph, mesh.world_size, hardware, options, stored, whole_outputs=captured.part
+    )
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     unknown = [path for path in pins or {} if path not in captured.aliases]
     if unknown:

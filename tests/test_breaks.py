@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
 import pytest
 import torch
+from broken_models import LAYERS, MIDDLES, WIDTH, build, inputs
+from families import relative_error, worst_gradient
 from torch import nn
 
+import autoparallel
 from autoparallel.errors import CaptureError
 from autoparallel.graph.capture import capture
-
-WIDTH = 12
+from autoparallel.placement import Invariant, Shard
+from autoparallel.runtime.python import common_numbers
+from autoparallel.runtime.rng import Generator
+from autoparallel.view.report import plan_text
 
 
 class Drops(nn.Module):
@@ -64,3 +70,160 @@ def test_draws_within_their_range_decide_nothing(compare: Any) -> None:
     """And what is computed from a draw has another range."""
     with pytest.raises(CaptureError, match="branches on the values"):
         capture(Drops(compare), (torch.randn(3, WIDTH),), {})
+
+
+def expected(model: nn.Module, batch: dict[str, Any], passes: int = 1) -> list[Any]:
+    """Loss and gradients of the unsplit model, which draws what a split one does."""
+    generator, found = Generator(), []
+    for _ in range(passes):
+        with common_numbers(generator):
+            output = model(**batch)
+        model.zero_grad()
+        output["loss"].backward()
+        named = model.named_parameters(remove_duplicate=False)
+        gradients = {path: own.grad.clone() for path, own in named if own.grad is not None}
+        found.append((output["loss"].detach(), gradients))
+    return found
+
+
+# The parts of the middle that are split.
+BLOCKS = tuple(f"middle.blocks.{index}" for index in range(LAYERS))
+WANTED = {
+    "Keeping": tuple(f"{block}.{name}" for block in BLOCKS for name in ("norm", "up", "down")),
+    "Counts": (*BLOCKS, "middle.norm"),
+}
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_what_can_be_traced_is_split(name: str) -> None:
+    """Loss and every gradient in float64; the largest traceable modules are the parts."""
+    batch = inputs()
+    plan = autoparallel.make_plan(build(name), 2, example_inputs=batch)
+    assert plan.breaks[0].path == ""
+    parts = {path for part in plan.parts for path in part.paths}
+    assert parts == {"embed", "first", "last", "head", *WANTED.get(name, BLOCKS)}
+    assert all(item.reason for item in plan.breaks)
+    assert autoparallel.Plan.from_json(plan.to_json()) == plan
+    result = autoparallel.simulate(build(name), 2, example_inputs=batch, plan=plan)
+    ((loss, gradients),) = expected(build(name), batch)
+    assert relative_error(result.output["loss"], loss) < 1e-12
+    assert worst_gradient(dict(result.gradients), gradients)[0] < 1e-10
+    assert set(result.collectives) == {"all_reduce", "all_gather", "reduce_scatter"}
+
+
+def test_equal_parts_share_a_plan() -> None:
+    """Also those that the example run happened to leave out."""
+    plan = autoparallel.make_plan(build("Drops"), 2, example_inputs=inputs())
+    assert BLOCKS in [part.paths for part in plan.parts]
+    assert plan.storage["middle.blocks.2.up.weight"] == Shard(0)
+    assert plan.storage["middle.scale"] == Invariant()
+    # The tied head, which computes more than the look-up, decides how both are stored.
+    assert plan.storage["embed.weight"] == Shard(0)
+    assert plan.split_flops > 0.99
+
+
+def test_views_of_a_plan_in_parts(tmp_path: Any) -> None:
+    """The report says what is Python and why; the picture has all parts."""
+    plan = autoparallel.make_plan(build("Branches"), 2, example_inputs=inputs())
+    text = plan_text(plan)
+    assert "Branches.forward branches on the values of a tensor" in text
+    assert "broken_models.py" in text
+    assert "middle.blocks.{0..2}.up.weight" in text
+    autoparallel.write_svg(plan, tmp_path / "plan.svg")
+    picture = (tmp_path / "plan.svg").read_text()
+    assert "middle.blocks.{0..2}" in picture
+
+
+def test_strict_capture_lists_all_breaks() -> None:
+    for call in (autoparallel.make_plan, autoparallel.autoparallelize):
+        with pytest.raises(CaptureError) as raised:
+            call(build("Packed"), 1, example_inputs=inputs(), strict_capture=True)
+        for name in ("Packed.forward", "LSTM.forward", "broken_models.py", "middle.recurrent"):
+            assert name in str(raised.value)
+
+
+class Hopeless(nn.Module):
+    """Its only submodule with parameters cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Branching()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale if x.sum() > 0 else x
+
+
+def test_errors_say_what_to_do() -> None:
+    """Nothing to split; no weights to run with; inputs that do not work."""
+    with pytest.raises(CaptureError, match="nothing of Hopeless can be split") as raised:
+        autoparallel.make_plan(Hopeless(), 2, example_inputs=torch.randn(3, WIDTH))
+    assert "inner: Branching.forward branches" in str(raised.value)
+    with pytest.raises(CaptureError, match="real weights"):
+        autoparallel.make_plan(build("Branches").to("meta"), 2, example_inputs=inputs())
+    batch = inputs()
+    batch["x"] = batch["x"] + 31
+    with pytest.raises(CaptureError, match="example run of Model failed"):
+        autoparallel.make_plan(build("Branches"), 2, example_inputs=batch)
+
+
+def test_the_example_run_leaves_no_trace() -> None:
+    """Buffers, attributes, hooks and generators are as before."""
+    model = build("Counts")
+    before = {path: dict(vars(module)) for path, module in model.named_modules()}
+    state = {path: value.clone() for path, value in model.state_dict().items()}
+    numbers = torch.get_rng_state()
+    autoparallel.make_plan(model, 2, example_inputs=inputs())
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert all(torch.equal(state[path], value) for path, value in model.state_dict().items())
+    for path, module in model.named_modules():
+        assert vars(module).keys() == before[path].keys()
+        assert all(vars(module)[name] is value for name, value in before[path].items())
+        assert not module._forward_pre_hooks
+
+
+class Dropping(nn.Module):
+    """Dropout in a block that is called several times, in Python and in front of a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(WIDTH, 20), nn.Dropout(0.5), nn.Linear(20, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        calls = [self.block(x) for _ in range(3)]
+        y = nn.functional.dropout(sum(calls), 0.5, self.training)
+        return ((y if y.sum() != 0.123 else x) * torch.rand([]).double()).sum(), calls
+
+
+def test_random_numbers_are_the_plans_at_no_world_size() -> None:
+    """Masks differ from call to call and are the same at 1, 2 and 4 ranks; the user's generator is
+    left alone."""
+    torch.manual_seed(2)
+    model, x = Dropping().double(), torch.randn(6, WIDTH).double()
+    results = []
+    for world_size in (1, 2, 4):
+        torch.manual_seed(world_size)
+        results.append(autoparallel.simulate(model, world_size, example_inputs=x,
+                                             backward=lambda output: output[0]))  # fmt: skip
+    loss, calls = results[0].output
+    assert all(relative_error(one, two) > 0.1 for one, two in itertools.pairwise(calls))
+    for other in results[1:]:
+        assert relative_error(other.output[0], loss) < 1e-12
+        gradients = dict(other.gradients)
+        assert worst_gradient(gradients, dict(results[0].gradients))[0] < 1e-10
+    parallel = autoparallel.autoparallelize(model, 1, example_inputs=x)
+    torch.manual_seed(4)
+    first, second = parallel(x)[0], parallel(x)[0]
+    drawn = torch.rand([])
+    torch.manual_seed(4)
+    torch.empty(2, dtype=torch.int64).random_()  # one number for each pass, to tell repeats
+    assert drawn == torch.rand([])
+    assert relative_error(first, second) > 1e-3

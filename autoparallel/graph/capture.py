@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import traceback
 import warnings
@@ -19,6 +20,7 @@ from torch import nn
 from autoparallel.errors import CaptureError, InputsNeededError, WrappedModelError
 from autoparallel.graph.blocks import find_groups
 from autoparallel.graph.draws import DecidedDraws
+from autoparallel.graph.effects import effects, refuse_effects
 from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.importer import Importer
@@ -39,7 +41,8 @@ class Captured:
     aliases: for each parameter path the one that stands for it (another one for tied weights).
     constants: tensors that the forward makes from numbers, by the targets of "constant" nodes.
     repeats: paths of modules that are instances of one traced block. guards: what the tracer
-    took for granted about the symbolic sizes, such as which way a branch goes.
+    took for granted about the symbolic sizes, such as which way a branch goes. part: whether the
+    module is called by Python that goes on with what it returns.
     """
 
     graph: Graph
@@ -49,6 +52,7 @@ class Captured:
     constants: Mapping[str, torch.Tensor]
     repeats: tuple[tuple[str, ...], ...] = ()
     guards: tuple[sympy.Basic, ...] = ()
+    part: bool = False
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
         """Whether the program is right for tensors of these types and sizes.
@@ -175,19 +179,24 @@ class _Flat(nn.Module):
         outputs: list[Skeleton],
         folding: Folding,
         known: Known,
+        part: bool,
     ) -> None:
         super().__init__()
         self.known = known
         self.model = model
-        self.bound, self.inputs, self.folding = bound, inputs, folding
+        self.bound, self.inputs, self.folding, self.part = bound, inputs, folding, part
         self.outputs = outputs
         self.training = model.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arguments = rebuild(self.inputs, list(tensors))
         bound = inspect.BoundArguments(self.bound.signature, arguments)
+        held = effects(self.model, arguments) if self.part else {}
+        # Not __call__: the model's own hooks run where the program is called.
         with self.folding.forward(), DecidedDraws(), spelled_out(self.known):
-            result = self.model(*bound.args, **bound.kwargs)
+            result = self.model.forward(*bound.args, **bound.kwargs)
+        if self.part:
+            refuse_effects(held, effects(self.model, arguments))
         flat, skeleton = flatten(result)
         self.outputs.append(skeleton)
         return tuple(flat)
@@ -213,7 +222,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -232,6 +241,7 @@ def capture(
     *,
     fold: bool = True,
     known: Known = _all,
+    part: bool = False,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval).
 
@@ -239,6 +249,7 @@ def capture(
     fixed). Nothing is computed: the inputs may be on the meta device. fold: trace only some of
     the blocks that are equal; the graph is the same, and sooner there. known: whether an op, by its
     name, is to be traced as itself; others are traced as the ops by which torch defines them.
+    part: Python calls the model and may look at all that it does: side effects are refused.
     Raises CaptureError, with the user's source line, where the model cannot be traced.
     """
     bound = bind_inputs(model, args, kwargs)
@@ -248,7 +259,7 @@ def capture(
             groups = find_groups(model)
             if not groups:
                 break
-            return _traced(model, bound, Folding(groups, apart), known)
+            return _traced(model, bound, Folding(groups, apart), known, part)
         except Unfoldable as reason:
             _log.info("blocks are traced one by one: %s", reason)
             if not reason.path:
@@ -258,25 +269,29 @@ def capture(
             # Whatever it is, the full trace has it too, and then it is explained.
             _log.info("blocks are traced one by one: %r", error)
             break
-    return _traced(model, bound, Folding((), frozenset()), known)
+    return _traced(model, bound, Folding((), frozenset()), known, part)
 
 
 def _traced(
-    model: nn.Module, bound: inspect.BoundArguments, folding: Folding, known: Known
+    model: nn.Module,
+    bound: inspect.BoundArguments,
+    folding: Folding,
+    known: Known,
+    part: bool,
 ) -> Captured:
     """One trace. Raises CaptureError, and Unfoldable where blocks were hidden wrongly."""
     tensors, inputs = flatten(dict(bound.arguments))
     device = next((parameter.device for parameter in model.parameters()), None)
     samples = tuple(_sample(tensor, device) for tensor in tensors)
     outputs: list[Skeleton] = []
-    flat = _Flat(model, bound, inputs, outputs, folding, known)
+    flat = _Flat(model, bound, inputs, outputs, folding, known, part)
     automatic = torch.export.Dim.AUTO
     shapes = (tuple(dict.fromkeys(range(sample.dim()), automatic) for sample in samples),)
     dynamic = shapes if samples else None
     try:
         with _quiet(), _left_alone(model), folding.installed():
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
-    except Unfoldable:
+    except (Unfoldable, CaptureError):
         raise
     except Exception as error:
         raise _explain(error, model) from error
@@ -289,7 +304,14 @@ def _traced(
     graph = _by_first_name(importer.graph(), aliases)
     repeats = folding.repeats()
     return Captured(
-        graph, inputs, outputs[-1], aliases, importer.constants, repeats, importer.guards
+        graph,
+        inputs,
+        outputs[-1],
+        aliases,
+        importer.constants,
+        repeats,
+        importer.guards,
+        part,
     )
 
 

@@ -183,6 +183,14 @@ class Importer:
             return
         example = node.meta.get("val")
         if isinstance(example, (torch.SymInt, int, torch.SymFloat, torch.SymBool)):
+            if not isinstance(example, int) and example.node.hint is None:
+                where, line = _origin(node)
+                raise CaptureError(
+                    "the forward computes with a tensor's value in Python",
+                    where=f"{line}  in {where}" if where else line,
+                    why="the value is not known before the model runs (.item(), int(), float())",
+                    fix="keep it a tensor of no dims, which broadcasts as a number does",
+                )
             self.known[node] = self.scalar(example)
             return
         if getattr(target, "__name__", "") == "getitem":

@@ -1,4 +1,4 @@
-"""Whether the ranks start from the same: what each cuts its part out of must be one whole."""
+"""Whether the ranks work on the same: the model that each cuts its part out of, and the inputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autoparallel.errors import AutoParallelError
+from autoparallel.errors import AutoParallelError, InputMismatchError
 from autoparallel.runtime.groups import Group, ProcessGroup
 
-__all__ = ["digest", "require_same_start"]
+__all__ = ["digest", "require_equal", "require_same_start"]
 
 _SAMPLE = 1024
 
@@ -44,6 +44,30 @@ def require_same_start(model: nn.Module, group: Group) -> None:
             why="each rank keeps its part of the whole, and the wholes are not the same",
             fix="torch.manual_seed(seed) with one seed on every rank before the model is built, or "
             "load the same weights on every rank",
+        )
+
+
+def require_equal(inputs: list[torch.Tensor], names: list[str], group: Group, model: str) -> None:
+    """Compare cheap sums of all inputs between the ranks.
+
+    Raises InputMismatchError, on every rank, naming the inputs that differ.
+    """
+    if not inputs:
+        return
+    sums = torch.stack([digest(tensor) for tensor in inputs])
+    rows = group.all_gather(sums.contiguous())
+    same = (rows == rows[0]) | (rows.isnan() & rows[0].isnan())
+    different = ~same.all(-1).all(0)
+    if bool(different.any()):
+        which = [index for index, bad in enumerate(different.tolist()) if bad]
+        shown = ", ".join(names[i] if len(names) == len(inputs) else f"input {i}" for i in which)
+        raise InputMismatchError(
+            f"the ranks were given different inputs: {shown}",
+            where=f"rank {group.rank}, call of {model}",
+            why="all ranks of a tensor-parallel group work on one batch; the plan says that "
+            "inputs are equal",
+            fix="give every rank the same batch (seed the sampler alike), or switch the check "
+            "off with check_inputs=0 where differences are meant",
         )
 
 

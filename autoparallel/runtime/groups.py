@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from autoparallel.randomness import restore, snapshot
 
 __all__ = ["Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]
 
@@ -95,17 +99,31 @@ class ProcessGroup(Group):
 class _Meeting:
     """Where the threads of a simulated group exchange what they brought."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, in_turn: bool) -> None:
         self.barrier = threading.Barrier(world_size)
         self.brought: list[Any] = [None] * world_size
         self.counts: dict[str, int] = {}
+        self.turn = threading.Lock() if in_turn else None
 
     def exchange(self, rank: int, item: Any) -> list[Any]:
         self.brought[rank] = item
-        self.barrier.wait()
+        self.wait()
         items = list(self.brought)
-        self.barrier.wait()
+        self.wait()
         return items
+
+    def wait(self) -> None:
+        """Until all are here. Global random generators are then where this rank left them."""
+        if self.turn is None:
+            self.barrier.wait()
+            return
+        numbers = snapshot()
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
+            restore(numbers)
 
 
 class LocalGroup(Group):
@@ -140,12 +158,22 @@ class LocalGroup(Group):
         items = self.meeting.exchange(self.rank, tensors)
         return [item[self.rank].clone() for item in items]
 
+    def run(self, function: Callable[[], None]) -> None:
+        """Run a rank's work, in turns with the others where that was asked for."""
+        turn = self.meeting.turn
+        with turn if turn is not None else contextlib.nullcontext():
+            function()
+
     def abort(self) -> None:
         """Wake the others after a failure: they would wait for ever."""
         self.meeting.barrier.abort()
 
 
-def thread_groups(world_size: int) -> list[LocalGroup]:
-    """One group object per simulated rank."""
-    meeting = _Meeting(world_size)
+def thread_groups(world_size: int, in_turn: bool = False) -> list[LocalGroup]:
+    """One group object per simulated rank.
+
+    in_turn: one rank works at a time, and the next where it must wait, so that ranks do not disturb
+    each other's use of what is global in a process, like random generators.
+    """
+    meeting = _Meeting(world_size, in_turn)
     return [LocalGroup(meeting, rank, world_size) for rank in range(world_size)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +13,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from autoparallel.errors import InputMismatchError
+from autoparallel.copies import on_meta, shallow_copy
+from autoparallel.errors import CaptureError, PlanError
 from autoparallel.graph.capture import Captured, bind_inputs
 from autoparallel.graph.graph import Sym
 from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.runtime import rng
-from autoparallel.runtime.agreement import digest, require_same_start
+from autoparallel.runtime.agreement import require_equal, require_same_start
 from autoparallel.runtime.collectives import take_part
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.parameters import (
@@ -26,16 +29,23 @@ from autoparallel.runtime.parameters import (
     Leaf,
     as_distributed,
     materialize,
-    on_meta,
-    shallow_copy,
     whole_tensor,
 )
+from autoparallel.runtime.python import WholeParameters, common_numbers, held_by
 from autoparallel.runtime.seeds import generator_of, give_generator
 from autoparallel.structure import Skeleton, flatten, rebuild
 
 __all__ = ["State", "full_state_dict", "parallel_module", "state_of"]
 
-Replan = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Mapping[str, Placement]], Plan]
+_log = logging.getLogger(__name__)
+
+# From the model on the meta device, the path of a module in it, its inputs, how its parameters are
+# stored and whether Python calls it, to a plan. Raises CaptureError where it cannot be traced.
+Replan = Callable[
+    [nn.Module, str, tuple[Any, ...], Mapping[str, Any], Mapping[str, Placement], bool], Plan
+]
+# Programs of one module. Python that computes constants for it would make new ones for ever.
+_MOST_PROGRAMS = 16
 
 
 @dataclass
@@ -50,25 +60,59 @@ class _Entry:
 
 
 @dataclass
-class State:
-    """Everything that the parallel module adds to the user's.
+class Tree:
+    """What all split modules of one model share.
 
-    skeleton: the original on the meta device, to trace other modes and inputs. entries: programs
-    by (training, structure of the inputs). checks: calls left that compare the ranks' inputs.
+    root: the model. skeleton: the same on the meta device. whole: the parameters as Python reads
+    them. depth: how many Python forwards are at work.
     """
 
+    root: nn.Module
     skeleton: nn.Module
     group: Group
     mesh: DeviceMesh | None
-    storage: dict[str, Placement]
     replan: Replan
+    strict: bool
+    whole: WholeParameters
+    depth: int = 0
+
+
+@dataclass
+class State:
+    """Everything that the parallel module adds to the user's.
+
+    path: in the model. skeleton: the original on the meta device, to trace other modes and inputs.
+    storage: of its parameters, by path. checks: calls left that compare the ranks' inputs.
+    entries: programs by (training, structure of the inputs). python: modes (training) in which the
+    module cannot be traced, and stays the user's Python. own: the user's forward. plan: the one
+    that decided how parameters are stored.
+    """
+
+    path: str
+    tree: Tree
+    skeleton: nn.Module
+    storage: dict[str, Placement]
     checks: int
+    own: Callable[..., Any]
+    plan: Plan | None
     entries: dict[tuple[bool, Skeleton], list[_Entry]] = field(default_factory=dict)
+    python: set[bool] = field(default_factory=set)
+    settled: bool = False
 
     @property
-    def plan(self) -> Plan:
-        """The first plan: the one that decided how parameters are stored."""
-        return next(iter(self.entries.values()))[0].plan
+    def group(self) -> Group:
+        """The ranks."""
+        return self.tree.group
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The ranks as DTensor has them."""
+        return self.tree.mesh
+
+    @property
+    def generator(self) -> rng.Generator:
+        """Where random numbers come from."""
+        return generator_of(self.tree.root)
 
 
 def state_of(module: nn.Module) -> State:
@@ -86,7 +130,9 @@ class _Parallel:
     @property
     def plan(self) -> Plan:
         """The plan that this module follows."""
-        return state_of(self).plan  # type: ignore[arg-type]
+        found = state_of(self).plan  # type: ignore[arg-type]
+        assert found is not None
+        return found
 
 
 def parallel_module(
@@ -100,26 +146,66 @@ def parallel_module(
     """A module of the user's class whose parameters are split as `plan` says.
 
     Parameters become DTensors on `mesh` (plain ones for a single rank); the original is not
-    changed. A model on the meta device is materialized part by part.
+    changed. A model on the meta device is materialized part by part. Where the plan has parts,
+    each of them becomes such a module in its place.
     """
-    captured = plan.captured
-    assert captured is not None
     skeleton = on_meta(model)
     made = shallow_copy(model)
-    kind = type(model)
-    made.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), {})
-    storage = {path: plan.storage.get(kept, Invariant()) for path, kept in captured.aliases.items()}
-    for name, module in model.named_modules():
-        for own in module._parameters:
-            storage.setdefault(f"{name}.{own}" if name else own, Invariant())
     require_same_start(model, group)
+    named = list(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    kept = {path: first.setdefault(id(parameter), path) for path, parameter in named}
+    storage = {path: plan.storage.get(alias, Invariant()) for path, alias in kept.items()}
     _fill(model, made, storage, group, mesh)
-    state = State(skeleton, group, mesh, storage, replan, checks)
-    made.__dict__["_autoparallel"] = state
+    whole = WholeParameters(made, storage, group, first)
     give_generator(made, plan.options.rng, group, mesh)
-    made.register_load_state_dict_pre_hook(_split_loaded)
-    _add(made, state, plan, model.training)
+    tree = Tree(made, skeleton, group, mesh, replan, plan.options.strict_capture, whole)
+    state = _become(made, "", tree, skeleton, storage, plan)
+    state.checks = checks
+    if plan.captured is not None:
+        _add(made, state, plan, made.training)
+    for item in plan.breaks:
+        inner = made.get_submodule(item.path)
+        known = state if inner is made else _inner(made, inner, item.path, None)
+        known.python.add(inner.training)
+    for part in plan.parts:
+        for path in part.paths:
+            inner = made.get_submodule(path)
+            _add(inner, _inner(made, inner, path, part.plan), part.plan, inner.training)
     return made
+
+
+def _become(
+    module: nn.Module,
+    path: str,
+    tree: Tree,
+    skeleton: nn.Module,
+    storage: dict[str, Placement],
+    plan: Plan | None,
+) -> State:
+    """Make a split module of one in the copied tree. It has no program yet."""
+    own = module.__dict__.pop("forward", None)
+    if own is None:
+        own = functools.partial(type(module).forward, module)
+    kind: Any = type(module)
+    module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), {})
+    state = State(path, tree, skeleton, storage, 0, own, plan)
+    module.__dict__["_autoparallel"] = state
+    module.register_load_state_dict_pre_hook(_split_loaded)
+    return state
+
+
+def _inner(root: nn.Module, module: nn.Module, path: str, plan: Plan | None) -> State:
+    """Make a split module of the one at `path` below `root`."""
+    state = state_of(root)
+    storage: dict[str, Placement] = {}
+    for below, inner in module.named_modules(remove_duplicate=False):
+        for name in held_by(inner):
+            own = f"{below}.{name}" if below else name
+            storage[own] = state.storage.get(f"{path}.{own}", Invariant())
+    skeleton = state.skeleton.get_submodule(path)
+    full = f"{state.path}.{path}" if state.path else path
+    return _become(module, full, state.tree, skeleton, storage, plan)
 
 
 def _fill(
@@ -175,7 +261,7 @@ def _add(made: nn.Module, state: State, plan: Plan, training: bool) -> _Entry:
     leaves = []
     for path in program.parameters:
         owner, _, name = path.rpartition(".")
-        holder = made.get_submodule(owner)._parameters
+        holder = held_by(made.get_submodule(owner))
         waits = bundle if path in program.deferred else None
         leaves.append(Leaf(holder, name, path, waits))
     inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
@@ -192,26 +278,23 @@ def _add(made: nn.Module, state: State, plan: Plan, training: bool) -> _Entry:
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     state = state_of(module)
+    if module.training in state.python and not state.entries and state.checks <= 0:
+        return _run_python(module, state, args, kwargs)
     bound = bind_inputs(state.skeleton, args, kwargs)
     inputs, skeleton = flatten(dict(bound.arguments))
     if state.checks > 0 and state.group.world_size > 1:
         state.checks -= 1
-        _require_equal(inputs, list(bound.arguments), state)
-    entry = None
-    for candidate in state.entries.get((module.training, skeleton), ()):
-        if candidate.captured.fits(inputs):
-            entry = candidate
-            break
+        name = type(state.skeleton).__name__
+        require_equal(inputs, list(bound.arguments), state.group, name)
+    entry = _entry(module, state, inputs, skeleton, args, kwargs)
     if entry is None:
-        state.skeleton.train(module.training)
-        plan = state.replan(state.skeleton, args, kwargs, state.storage)
-        entry = _add(module, state, plan, module.training)
+        return _run_python(module, state, args, kwargs)
     program = entry.program
     parameters = [leaf.get() for leaf in entry.leaves]
     buffers = [module.get_buffer(path) for path in program.buffers]
     device = parameters[0].device if parameters else torch.device("cpu")
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
-    with rng.using(generator_of(module)):
+    with rng.using(state.generator):
         outputs, written = program.run(parameters, buffers, constants, inputs, device)
     for path, value in zip(program.mutations, written, strict=True):
         module.get_buffer(path).copy_(value.detach())
@@ -220,6 +303,72 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         for output, (placement, shape) in zip(outputs, program.outputs, strict=True)
     ]
     return rebuild(entry.captured.outputs, returned)
+
+
+def _entry(
+    module: nn.Module,
+    state: State,
+    inputs: list[torch.Tensor],
+    skeleton: Skeleton,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> _Entry | None:
+    """The program that fits a call, made now if there is none yet; None where Python must run."""
+    for candidate in state.entries.get((module.training, skeleton), ()):
+        if candidate.captured.fits(inputs):
+            return candidate
+    if module.training in state.python:
+        return None
+    for path, inner in state.skeleton.named_modules():
+        inner.training = module.get_submodule(path).training
+    part = state.path != "" or state.tree.depth > 0
+    try:
+        root = state.tree.skeleton
+        plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
+    except (CaptureError, PlanError) as error:
+        if state.tree.strict:
+            raise
+        _log.warning("%s runs as plain Python from now on: %s", state.path or "the model", error)
+        state.python.add(module.training)
+        return None
+    if sum(map(len, state.entries.values())) >= _MOST_PROGRAMS:
+        _log.warning(
+            "%s was called in %d ways and runs as plain Python from now on, where it is called in "
+            "others", state.path or "the model", _MOST_PROGRAMS,
+        )  # fmt: skip
+        state.python.update((False, True))
+        return None
+    return _add(module, state, plan, module.training)
+
+
+def _run_python(
+    module: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """The user's own forward, on whole values; what it calls is split where it can be."""
+    if not state.settled:
+        state.settled = True
+        _settle(module, module, "")
+    tree = state.tree
+    if tree.depth:
+        return state.own(*args, **kwargs)
+    tree.depth += 1
+    try:
+        with tree.whole.shown(), common_numbers(state.generator):
+            return state.own(*args, **kwargs)
+    finally:
+        tree.depth -= 1
+
+
+def _settle(root: nn.Module, module: nn.Module, path: str) -> None:
+    """The nearest modules below that have parameters and a forward are split when first called."""
+    for name, child in module._modules.items():
+        if child is None or "_autoparallel" in child.__dict__:
+            continue
+        below = f"{path}.{name}" if path else name
+        if type(child).forward is nn.Module.forward:
+            _settle(root, child, below)
+        elif any(held_by(inner) for inner in child.modules()):
+            _inner(root, child, below, None)
 
 
 def _returned(
@@ -242,36 +391,13 @@ def _returned(
     return as_distributed(output, placement, whole, state.mesh)
 
 
-def _require_equal(inputs: list[torch.Tensor], names: list[str], state: State) -> None:
-    """Compare cheap sums of all inputs between the ranks.
-
-    Raises InputMismatchError, on every rank, naming the inputs that differ.
-    """
-    if not inputs:
-        return
-    sums = torch.stack([digest(tensor) for tensor in inputs])
-    rows = state.group.all_gather(sums.contiguous())
-    same = (rows == rows[0]) | (rows.isnan() & rows[0].isnan())
-    different = ~same.all(-1).all(0)
-    if bool(different.any()):
-        which = [index for index, bad in enumerate(different.tolist()) if bad]
-        shown = ", ".join(names[i] if len(names) == len(inputs) else f"input {i}" for i in which)
-        raise InputMismatchError(
-            f"the ranks were given different inputs: {shown}",
-            where=f"rank {state.group.rank}, call of {type(state.skeleton).__name__}",
-            why="all ranks of a tensor-parallel group work on one batch; the plan says that "
-            "inputs are equal",
-            fix="give every rank the same batch (seed the sampler alike), or switch the check "
-            "off with check_inputs=0 where differences are meant",
-        )
-
-
-def _split_loaded(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+def _split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let load_state_dict take whole tensors: each rank keeps its part of them."""
     state = state_of(module)
     if state.mesh is None:
         return
-    for path, placement in state.storage.items():
+    for own, placement in state.storage.items():
+        path = prefix + own
         value = state_dict.get(path)
         if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
             part = value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch.distributed.tensor import Replicate as DTensorReplicate
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from autoparallel.copies import shallow_copy
 from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.runtime.collectives import move, sum_together, take_part
 from autoparallel.runtime.groups import Group
 
-__all__ = ["Bundle", "Leaf", "as_distributed", "materialize", "shallow_copy", "whole_tensor"]
+__all__ = ["Bundle", "Leaf", "as_distributed", "materialize", "whole_tensor"]
 
 
 def _distributed_placement(placement: Placement) -> Any:
@@ -99,9 +99,10 @@ class Leaf:
     def get(self) -> torch.Tensor:
         """The local leaf of the parameter as it is now."""
         parameter = self.owner[self.name]
-        if not isinstance(parameter, DTensor):
+        distributed = isinstance(parameter, DTensor)
+        if not distributed and self.bundle is None:
             return parameter
-        held = parameter._local_tensor
+        held = parameter._local_tensor if distributed else parameter.data
         local = self.local
         if (
             parameter is not self.parameter
@@ -109,7 +110,8 @@ class Leaf:
             or local.data_ptr() != held.data_ptr()
             or local.dtype != held.dtype
         ):
-            local = held.detach()
+            with torch.inference_mode(False):
+                local = held.detach()
             self.parameter, self.local = parameter, local
         if local.requires_grad != parameter.requires_grad:
             local.requires_grad_(parameter.requires_grad)
@@ -130,48 +132,14 @@ class Leaf:
     def give(self, grad: torch.Tensor) -> None:
         """Add a finished local gradient to the parameter's."""
         parameter = self.parameter
+        distributed = isinstance(parameter, DTensor)
         if parameter.grad is None:
-            parameter.grad = DTensor(grad, parameter._spec, requires_grad=False)
+            parameter.grad = (
+                DTensor(grad, parameter._spec, requires_grad=False) if distributed else grad
+            )
         else:
-            parameter.grad._local_tensor.add_(grad)
-
-
-def shallow_copy(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """The same module tree with dicts of its own; parameters and buffers are shared."""
-    memo = {} if memo is None else memo
-    if id(module) not in memo:
-        made = module.__class__.__new__(module.__class__)
-        made.__dict__ = dict(module.__dict__)
-        memo[id(module)] = made
-        for name, value in module.__dict__.items():
-            if isinstance(value, dict) and name.startswith("_"):
-                made.__dict__[name] = copy.copy(value)
-        made.__dict__["_modules"] = {
-            name: None if child is None else shallow_copy(child, memo)
-            for name, child in module._modules.items()
-        }
-    return memo[id(module)]
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of the model without memory, for tracing: everything on the meta device."""
-    made = shallow_copy(model)
-    known: dict[int, Any] = {}
-    for module in made.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in known:
-                    known[id(parameter)] = nn.Parameter(
-                        torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
-                        requires_grad=parameter.requires_grad,
-                    )
-                module._parameters[name] = known[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                if id(buffer) not in known:
-                    known[id(buffer)] = torch.empty_like(buffer, device="meta")
-                module._buffers[name] = known[id(buffer)]
-    return made
+            held = parameter.grad._local_tensor if distributed else parameter.grad
+            held.add_(grad)
 
 
 def _children_first(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

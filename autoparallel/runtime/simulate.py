@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
 from autoparallel.runtime.collectives import join_parts, sum_together, take_part
 from autoparallel.runtime.groups import LocalGroup, thread_groups
-from autoparallel.structure import flatten, rebuild
+from autoparallel.runtime.module import Replan, parallel_module, state_of
+from autoparallel.runtime.seeds import manual_seed
+from autoparallel.structure import Skeleton, flatten, rebuild
 
 __all__ = ["Simulation", "simulate_plan"]
 
@@ -54,16 +56,20 @@ def simulate_plan(
     kwargs: Mapping[str, Any],
     backward: bool | Callable[[Any], torch.Tensor] = True,
     seed: int = 0,
+    replan: Replan | None = None,
 ) -> Simulation:
     """Run `plan` on all its ranks, forward and, if the model returns a loss, backward.
 
     model: the whole model with real weights. backward: False, True (the scalar output that has a
-    gradient) or a function from the rank's local output to its loss.
+    gradient) or a function from the rank's local output to its loss. replan: plans modules of a
+    model in parts when they are called otherwise than in the example run.
     Raises PlanError for a plan without its graph; otherwise whatever a rank raised.
     """
-    captured = plan.captured
-    if captured is None:
+    if not plan.is_traced:
         raise PlanError("the plan has no graph", fix="simulate(model, world_size, ...) plans anew")
+    if plan.captured is None:
+        return _simulate_parts(model, plan, args, kwargs, backward, seed, replan)
+    captured = plan.captured
     bound = bind_inputs(model, args, kwargs)
     inputs, skeleton = flatten(dict(bound.arguments))
     if skeleton != captured.inputs:
@@ -130,6 +136,55 @@ def simulate_plan(
             errors.append((group.rank, error))
             group.abort()
 
+    _run_ranks(groups, run, errors)
+    made = _together(results, groups[0], storage, plan.outputs, captured.outputs)
+    gradients = dict(made.gradients)
+    for path, kept in captured.aliases.items():
+        if kept in gradients:
+            gradients[path] = gradients[kept]
+    return replace(made, gradients=gradients)
+
+
+def _together(
+    results: list[_Ran],
+    group: LocalGroup,
+    storage: Mapping[str, Placement],
+    outputs: tuple[Placement, ...],
+    structure: Skeleton,
+) -> Simulation:
+    """What the ranks have in the end, put together. structure: of what the model returns."""
+    joined = _Joined()
+    whole = [
+        joined.of([ran.outputs[index] for ran in results], placement)
+        for index, placement in enumerate(outputs)
+    ]
+    gradients: dict[str, torch.Tensor] = {}
+    for path in results[0].gradients:
+        gradient = joined.maybe([ran.gradients[path] for ran in results], storage[path])
+        if gradient is not None:
+            gradients[path] = gradient
+    return Simulation(
+        rebuild(structure, whole),
+        gradients,
+        dict(group.counts),
+        tuple(
+            joined.maybe([ran.inputs[index] for ran in results], Invariant())
+            for index in range(len(results[0].inputs))
+        ),
+        {
+            path: joined.of([ran.buffers[path] for ran in results], Invariant())
+            for path in results[0].buffers
+        },
+        joined.apart,
+    )
+
+
+def _run_ranks(
+    groups: list[LocalGroup],
+    run: Callable[[LocalGroup], None],
+    errors: list[tuple[int, BaseException]],
+) -> None:
+    """Run all ranks. Raises what the first that failed has raised."""
     threads = [threading.Thread(target=run, args=(group,)) for group in groups]
     for thread in threads:
         thread.start()
@@ -138,33 +193,56 @@ def simulate_plan(
     if errors:
         first = [e for e in errors if not isinstance(e[1], threading.BrokenBarrierError)]
         raise (first or errors)[0][1]
-    joined = _Joined()
-    whole = [
-        joined.of([ran.outputs[index] for ran in results], placement)
-        for index, placement in enumerate(plan.outputs)
-    ]
-    gradients: dict[str, torch.Tensor] = {}
-    for path in results[0].gradients:
-        gradient = joined.maybe([ran.gradients[path] for ran in results], storage[path])
-        if gradient is not None:
-            gradients[path] = gradient
-    for path, kept in captured.aliases.items():
-        if kept in gradients:
-            gradients[path] = gradients[kept]
-    return Simulation(
-        rebuild(captured.outputs, whole),
-        gradients,
-        dict(groups[0].counts),
-        tuple(
-            joined.maybe([ran.inputs[index] for ran in results], Invariant())
-            for index in range(len(inputs))
-        ),
-        {
-            path: joined.of([ran.buffers[path] for ran in results], Invariant())
-            for path in results[0].buffers
-        },
-        joined.apart,
-    )
+
+
+def _simulate_parts(
+    model: nn.Module,
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    backward: bool | Callable[[Any], torch.Tensor],
+    seed: int,
+    replan: Replan | None,
+) -> Simulation:
+    """The same for a model in parts: each rank is a parallel module in a thread of its own."""
+
+    def refuse(*_: Any) -> Plan:
+        raise PlanError("a module is called otherwise than in the example run")
+
+    groups = thread_groups(plan.world_size, in_turn=True)
+    results: list[Any] = [None] * plan.world_size
+    errors: list[tuple[int, BaseException]] = []
+
+    tensors, skeleton = flatten((args, dict(kwargs)))
+
+    def work(group: LocalGroup) -> None:
+        made = parallel_module(model, plan, group, None, replan or refuse, 0)
+        manual_seed(made, seed)
+        given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        own_args, own_kwargs = rebuild(skeleton, given)
+        output = made(*own_args, **own_kwargs)
+        if backward:
+            loss = _loss_of(output) if backward is True else backward(output)
+            if loss is not None:
+                loss.backward()
+        outputs, returned = flatten(output)
+        named = made.named_parameters(remove_duplicate=False)
+        gradients = {path: own.grad for path, own in named}
+        inputs = [tensor.grad for tensor in given]
+        ran = _Ran(outputs, gradients, inputs, dict(made.named_buffers()))
+        results[group.rank] = (ran, returned, state_of(made).storage)
+
+    def run(group: LocalGroup) -> None:
+        try:
+            group.run(lambda: work(group))
+        except BaseException as error:
+            errors.append((group.rank, error))
+            group.abort()
+
+    _run_ranks(groups, run, errors)
+    first, returned, storage = results[0]
+    outputs = (Invariant(),) * len(first.outputs)
+    return _together([ran for ran, _, _ in results], groups[0], storage, outputs, returned)
 
 
 @dataclass(frozen=True)

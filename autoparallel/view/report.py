@@ -39,7 +39,13 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
         if not console.is_terminal:
             console = Console(file=file, highlight=False, width=WIDTH, color_system=None)
     words = Words(plan)
-    tables = (_parameters(plan, words), _communications(plan, words), _totals(plan), _whole(plan))
+    tables = (
+        _breaks(plan),
+        _parameters(plan, words),
+        _communications(plan, words),
+        _totals(plan),
+        _whole(plan),
+    )
     console.print(_header(plan))
     for table in tables:
         if table is not None:
@@ -98,6 +104,8 @@ def _header(plan: Plan) -> Table:
         ("method", plan.method),
         ("returns", ", ".join(map(_returned, plan.outputs)) or "nothing"),
     ]
+    if plan.breaks:
+        rows[-1] = ("returns", "what its Python returns, whole")
     if plan.product_weight != 1:
         rows.append(
             (
@@ -201,6 +209,18 @@ def _communications(plan: Plan, words: Words) -> Table:
             )
             for row in rows
         ],
+    )
+
+
+def _breaks(plan: Plan) -> Table | None:
+    """What is not traced, and why."""
+    if not plan.breaks:
+        return None
+    rows = fold((item.path, (item.line, item.reason), item) for item in plan.breaks)
+    return _table(
+        "Plain Python, run alike on all ranks (what it calls is split; see the parts below)",
+        [("module", False), ("", False), ("why", False), ("where", False)],
+        [(row.path or "(model)", _times(row), row.first.reason, row.first.line) for row in rows],
     )
 
 

@@ -1,0 +1,264 @@
+"""Models that no tracer takes whole, each for a reason of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+WIDTH, WORDS, LAYERS = 12, 31, 3
+
+
+class Block(nn.Module):
+    """Two products and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Embedding, something in the middle, a tied head and a loss. x: (b, s) of words."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.first, self.middle, self.last = Block(), middle, Block()
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(self.last(self.middle(self.first(self.embed(x)))))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+class Several(nn.Module):
+    """Blocks for what follows."""
+
+    def __init__(self, block: type[nn.Module] = Block) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(LAYERS))
+        self.scale = nn.Parameter(torch.full((WIDTH,), 0.9))
+
+
+class Branches(Several):
+    """Takes one of two paths, by the sign of a sum; a parameter of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x) * self.scale if x.sum() > 0 else block(-x)
+        return x
+
+
+class Items(Several):
+    """Computes with a tensor's value in Python."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        top = x.max().item()
+        for block in self.blocks:
+            x = block(x) * (1.0 + top / 10)
+        return x
+
+
+class Loops(Several):
+    """Calls its blocks a number of times that depends on the data: some twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index in range(int(x.abs().sum()) % 3 + 4):
+            x = self.blocks[index % LAYERS](x)
+        return x
+
+
+class Numpy(Several):
+    """A detour through numpy, which torch does not follow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = torch.from_numpy(np.tanh(x.detach().numpy()))
+        for block in self.blocks:
+            x = block(x) * weights
+        return x
+
+
+class Remarks(Several):
+    """Logs values, and takes its blocks from a generator."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (block for block in self.blocks):
+            x = block(x)
+            logging.getLogger(__name__).info("mean %.3f", float(x.mean()))
+        return x
+
+
+class Drops(Several):
+    """Leaves out layers by chance, as BART and OPT do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            if self.training and torch.rand([]) < 0.5:
+                continue
+            x = block(x)
+        return x
+
+
+@dataclasses.dataclass
+class Result:
+    """What a block may return."""
+
+    x: torch.Tensor
+    extra: torch.Tensor | None = None
+
+
+class Structured(Block):
+    """Keyword arguments only; a dataclass, or a dict, or a tuple with None."""
+
+    def forward(  # type: ignore[override]
+        self, *, x: torch.Tensor, mask: torch.Tensor | None = None, kind: str = "dataclass"
+    ) -> Any:
+        y = super().forward(x)
+        if mask is not None:
+            y = y * mask
+        if kind == "dataclass":
+            return Result(y)
+        return {"x": y, "none": None} if kind == "dict" else (None, (y, mask))
+
+
+class Structures(Several):
+    """One block, called in three ways."""
+
+    def __init__(self) -> None:
+        super().__init__(Structured)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() == 0.123:
+            return x
+        x = self.blocks[0](x=x).x
+        x = self.blocks[0](x=x, mask=x > 0, kind="dict")["x"]
+        _, (x, mask) = self.blocks[1](x=x, mask=torch.ones(WIDTH).double(), kind="tuple")
+        return self.blocks[1](x=x).x * mask
+
+
+class WithoutGradient(Several):
+    """A block under no_grad, one that is frozen, one whose input has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            constant = self.blocks[0](x)
+            if constant.sum() == 0.123:
+                return x
+        return self.blocks[1](x) + self.blocks[2](constant)
+
+
+class Reads(Several):
+    """Python reads parameters of a block that is split, directly and in a sum over all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() == 0.123:
+            return x
+        for block in self.blocks:
+            x = block(x)
+        penalty = sum(parameter.square().sum() for parameter in self.parameters())
+        up = self.blocks[1].up
+        return x + nn.functional.linear(nn.functional.linear(x, up.weight), up.weight.T) + penalty
+
+
+class Keeps(Block):
+    """Leaves a tensor behind, in an attribute or in a list that it is given."""
+
+    kept: Any = None
+
+    def forward(self, x: torch.Tensor, box: list[Any] | None = None) -> torch.Tensor:
+        y = super().forward(x)
+        if box is None:
+            self.kept = y.mean()
+        else:
+            box.append(y.mean())
+        return y
+
+
+class Keeping(Several):
+    """Reads what its blocks leave behind."""
+
+    def __init__(self) -> None:
+        super().__init__(Keeps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() == 0.123:
+            return x
+        x = self.blocks[0](x)
+        box: list[Any] = []
+        x = self.blocks[1](x, box)
+        return x * self.blocks[0].kept * box[0]
+
+
+class Packed(Several):
+    """A recurrent network on packed sequences, and blocks in a plain list and a bound method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        self.listed = [self.blocks[0], self.blocks[1]]
+        self.method = self.run
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.listed:
+            x = block(x)
+        return x * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = (x[:, 0, 0] > 0).long().cpu() + x.size(1) - 1
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, _ = pad_packed_sequence(
+            self.recurrent(packed)[0], batch_first=True, total_length=x.size(1)
+        )
+        return self.method(y)
+
+
+class Counts(Several):
+    """Buffers that Python and a block write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if int(self.calls) % 2:
+            x = self.blocks[0](x)
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+MIDDLES: dict[str, type[Several]] = {
+    kind.__name__: kind
+    for kind in (
+        Branches, Items, Loops, Numpy, Remarks, Drops, Structures, WithoutGradient, Reads,
+        Keeping, Packed, Counts,
+    )
+}  # fmt: skip
+
+
+def build(name: str) -> Model:
+    """The model, float64, in train mode, the same weights at every call."""
+    torch.manual_seed(11)
+    return Model(MIDDLES[name]()).double()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """A batch of three sequences of seven words."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(WORDS, (3, 7), generator=generator)
+    return {"x": x, "labels": x.roll(1)}
