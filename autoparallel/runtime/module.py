@@ -292,6 +292,13 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     program = entry.program
     parameters = [leaf.get() for leaf in entry.leaves]
     buffers = [module.get_buffer(path) for path in program.buffers]
+    if program.mutations:
+        # What the backward pass keeps of a buffer must not change when it is written to below.
+        written_to = set(program.mutations)
+        buffers = [
+            buffer.clone() if path in written_to else buffer
+            for path, buffer in zip(program.buffers, buffers, strict=True)
+        ]
     device = parameters[0].device if parameters else torch.device("cpu")
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
     with rng.using(state.generator):
