@@ -70,8 +70,14 @@ def inputs_for(name: str, batch: int = BATCH, sequence: int = SEQUENCE) -> dict[
     return inputs
 
 
+# Not those that make tensors: the tracer holds them to the type that they were told.
+_CASTING = {torch.Tensor.to, torch.Tensor.type}
+_CASTING |= {torch.softmax, torch.Tensor.softmax, nn.functional.softmax}
+_CASTING |= {torch.log_softmax, torch.Tensor.log_softmax, nn.functional.log_softmax}
+
+
 class Float64(TorchFunctionMode):
-    """Casts to float32 become casts to float64.
+    """Casts to float32 become casts to float64, whichever function is told to make them.
 
     Hugging Face models cast norms and logits to float32 whatever their own type is, which would
     hide differences below 1e-7.
@@ -85,7 +91,7 @@ class Float64(TorchFunctionMode):
 
         if function is torch.Tensor.float:
             return args[0].double()
-        if function is torch.Tensor.to:
+        if function in _CASTING:
             args = tuple(map(widen, args))
             kwargs = {key: widen(value) for key, value in (kwargs or {}).items()}
         return function(*args, **(kwargs or {}))

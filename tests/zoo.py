@@ -17,7 +17,7 @@ from torch import nn
 from zoo_layers import CLASSES, HEADS, HIDDEN, VOCABULARY
 
 __all__ = ["FAMILIES", "HEADS", "HIDDEN", "LAYERS", "TRANSFORMERS", "VOCABULARY", "Family"]
-__all__ += ["build", "inputs_for"]
+__all__ += ["build", "build_reference", "inputs_for"]
 
 LAYERS, BATCH, SEQUENCE, POSITIONS = 2, 3, 11, 32
 INNER, IMAGE = 4 * HIDDEN, 32
@@ -44,6 +44,18 @@ def build(name: str, layers: int = LAYERS, dropout: float = 0.0) -> nn.Module:
     """The model in float64 and train mode, the same weights at every call."""
     torch.manual_seed(7)
     return FAMILIES[name].make(layers, dropout).double().train()
+
+
+def build_reference(name: str) -> nn.Module:
+    """The same model for plain torch: with experts one by one, in matrix products of any type.
+
+    Torch's grouped matrix products, which are Hugging Face's choice, take no float64.
+    """
+    model = build(name)
+    config = getattr(model, "config", None)
+    if getattr(config, "_experts_implementation", None) == "grouped_mm":
+        config._experts_implementation = "eager"
+    return model
 
 
 def inputs_for(name: str) -> Inputs:

@@ -22,6 +22,7 @@ from autoparallel.graph.graph import (
     numel_hint,
 )
 from autoparallel.graph.stops import explicit_stops
+from autoparallel.graph.unmerge import explicit_bias_of_batches, unmerge_batches
 
 __all__ = ["PASSES", "at_least", "run_passes"]
 
@@ -390,6 +391,8 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     drop_empty_parts,
     drop_identities,
     explicit_sizes,
+    explicit_bias_of_batches,
+    unmerge_batches,
     unflatten_products,
     merge_reshapes,
     drop_identities,
