@@ -21,10 +21,10 @@ from autoparallel.rules.found import Follows, Found
 from autoparallel.rules.pattern import Probe, ProbeError, Term, integers_of
 from autoparallel.rules.referee import Example
 from autoparallel.rules.rule import Dims, OpCall, Tile
-from autoparallel.rules.shrink import Shrunk, shrink
+from autoparallel.rules.shrink import Shrunk, shrink, sorted_atoms
 from autoparallel.rules.trial import Trial
 
-__all__ = ["ProbeError", "discover"]
+__all__ = ["ProbeError", "confirmed", "discover"]
 
 _MOST_OPERANDS = 4
 
@@ -51,6 +51,21 @@ def discover(call: OpCall) -> Found:
     return found
 
 
+def confirmed(found: Found, call: OpCall) -> bool:
+    """Whether a rule that was found before still holds, on one set of sizes."""
+    probe = Probe(call, getattr(torch, found.dtype))
+    shrunk = Shrunk(found.pattern, sorted_atoms(found.pattern, call), found.values)
+    try:
+        trial = Trial(probe, shrunk)
+        rule = found.rule(trial.cases[0].call)
+        if rule is None or found.rule(call) is None:
+            return False
+        choices = trial.strategies(trial.cases[0], rule, trial.tiles(rule, 2), 2)
+        return not any(trial.wrong(trial.cases[0], rule, choice, 2) for choice in choices)
+    except Exception:
+        return False
+
+
 def _refuse(probe: Probe) -> None:
     """Raises ProbeError for ops that no rule can help, by what their schemas say."""
     operation = probe.operation
@@ -67,22 +82,12 @@ def _best(probe: Probe) -> Found:
     shrunk = shrink(probe)
     found = _Author(probe, shrunk).found()
     if found.whole and shrunk.tied is not None:
-        tied = replace(
-            shrunk,
-            pattern=shrunk.tied,
-            order=tuple(atom for atom in shrunk.order if atom in shrunk.tied.atoms),
-            tied=None,
-        )
-        tied = replace(tied, order=_order(tied, probe.call))
+        order = sorted_atoms(shrunk.tied, probe.call)
+        tied = replace(shrunk, pattern=shrunk.tied, order=order, tied=None)
         other = _Author(probe, tied).found()
         if _split_dims(other) > _split_dims(found):
             return other
     return found
-
-
-def _order(shrunk: Shrunk, call: OpCall) -> tuple[int, ...]:
-    atoms = shrunk.pattern.solve(call) or {}
-    return tuple(sorted(shrunk.pattern.atoms, key=lambda atom: (hint(atoms[atom]), atom)))
 
 
 def _split_dims(found: Found) -> int:
@@ -108,6 +113,8 @@ class _Author:
             structure.operands,
             structure.results,
             whole=tuple((loop, "") for loop in structure.loops),
+            values=self.shrunk.values,
+            dtype=str(self.probe.dtype).removeprefix("torch."),
             note=self.note(),
         )
         for loop in structure.carried:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoparallel.graph.graph import Dim, Sym, hint, leaves
 from autoparallel.placement import Collective, parse_placement
-from autoparallel.rules.pattern import Pattern, Term, integers_of, replace_integers
+from autoparallel.rules.pattern import Pattern, Term, Values, integers_of, replace_integers
 from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
 
 __all__ = ["Follows", "Found", "FoundKernel", "notation"]
@@ -43,7 +43,8 @@ class Found:
 
     loops: their sizes; factor 0 where it is whatever the dim is. whole: loops that cannot be split,
     and why. linear: as in ShardingRule. follows: integers that follow a local size. kernels: per
-    loop. takes_empty: as in ShardingRule. note: what else is worth knowing.
+    loop. takes_empty: as in ShardingRule. values, dtype: what the
+    op was probed with. note: what else is worth knowing.
     """
 
     target: str
@@ -56,6 +57,8 @@ class Found:
     follows: tuple[Follows, ...] = ()
     kernels: tuple[tuple[str, FoundKernel], ...] = ()
     takes_empty: bool = False
+    values: Values = field(default_factory=Values)
+    dtype: str = "float64"
     note: str = ""
 
     def rule(self, call: OpCall) -> ShardingRule | None:
@@ -92,7 +95,8 @@ class Found:
             takes_empty=self.takes_empty,
             reasons=reasons,
         )
-        return replace(made, discovered=notation(made))
+        words = "; ".join(text for text in (notation(made), self.note) if text)
+        return replace(made, discovered=words)
 
     def stuck(self, call: OpCall) -> list[str]:
         """Loops that cannot be split in this call: an integer is no multiple of a symbol."""
@@ -152,6 +156,13 @@ class Found:
                 for loop, kernel in self.kernels
             },
             "takes_empty": self.takes_empty,
+            "values": [
+                self.values.low,
+                self.values.high,
+                self.values.signs,
+                [None if bound is None else _row(bound) for bound in self.values.bounds],
+            ],
+            "dtype": self.dtype,
             "note": self.note,
         }
 
@@ -176,6 +187,8 @@ class Found:
                 for loop, (name, result, arguments, gathers) in rows["kernels"].items()
             ),
             takes_empty=bool(rows["takes_empty"]),
+            values=_values(*rows["values"]),
+            dtype=rows["dtype"],
             note=rows["note"],
         )
 
@@ -199,6 +212,11 @@ def _row(term: Term) -> list[Any]:
 def _term(item: Any) -> Term:
     factor, atoms = item
     return Term(int(factor), tuple(int(atom) for atom in atoms))
+
+
+def _values(low: float, high: float, signs: bool, bounds: list[Any]) -> Values:
+    terms = (None if bound is None else _term(bound) for bound in bounds)
+    return Values(low, high, signs, tuple(terms))
 
 
 def _tuples(item: Any) -> Any:
@@ -238,8 +256,3 @@ def notation(rule: ShardingRule) -> str:
 
 def _letter(index: int) -> str:
     return chr(ord("a") + index) if index < 26 else f"a{index}"
-
-
-def without_whole(found: Found, loop: str) -> Found:
-    """The same, with a loop that may be split."""
-    return replace(found, whole=tuple(pair for pair in found.whole if pair[0] != loop))

@@ -17,8 +17,9 @@ import torch
 
 from autoparallel.graph.graph import Dim, Sym, hint
 from autoparallel.rules.pattern import Pattern, Probe, ProbeError, Term, Values, integers_of
+from autoparallel.rules.rule import OpCall
 
-__all__ = ["Shrunk", "assignment", "shrink"]
+__all__ = ["Shrunk", "assignment", "related_terms", "shrink", "sorted_atoms"]
 
 # Irregular, so that sums and differences of sizes in one row are not those in another.
 _POOLS = (
@@ -37,6 +38,7 @@ _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16)
 _MOST_MULTIPLE = 8
 _MOST_ELEMENTS = 1 << 17
 _MOST_TOGETHER = 8
+_MOST_CONSTANT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,26 @@ def shrink(probe: Probe) -> Shrunk:
     values = search.bounded(freed)
     tied = pattern if freed != pattern else None
     return Shrunk(freed, search.ordered(freed), values, tied)
+
+
+def related_terms(probe: Probe) -> str:
+    """The call's sizes by their relations alone: equal for calls whose sizes are equally related.
+
+    Numbers of integers that are no sizes are kept.
+    """
+    pattern = next(_Search(probe).candidates(True, True, 1))
+    symbolic = ["s" if isinstance(slot.size, Sym) else "" for slot in _Search(probe).slots]
+    words = [
+        f"{mark}{term.factor}{''.join(f'*{atom}' for atom in term.atoms)}"
+        for mark, term in zip(symbolic, pattern.terms(), strict=True)
+    ]
+    return " ".join(words)
+
+
+def sorted_atoms(pattern: Pattern, call: OpCall) -> tuple[int, ...]:
+    """The pattern's independent sizes from the smallest to the largest of the call."""
+    atoms = pattern.solve(call) or {}
+    return tuple(sorted(pattern.atoms, key=lambda atom: (hint(atoms.get(atom, 0)), atom)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,20 +289,33 @@ class _Search:
                     groups.setdefault(term, []).append(slot)
             for term, group in groups.items():
                 for chosen in self.subsets(term, group, groups):
-                    free = self.freed(terms, term, chosen)
+                    factors = (1,) if len(chosen) == len(group) else (1, term.factor)
+                    free = self.freed(terms, factors, chosen)
                     if free is not None:
                         terms, changed = free, True
                         break
                 if changed:
                     break
-        return _pattern(self.probe, terms)
+        return self.settled(_pattern(self.probe, terms))
+
+    def settled(self, pattern: Pattern) -> Pattern:
+        """Integers that no dim follows are what they are: they may mean more than sizes."""
+        followed = {atom for row in pattern.operands for term in row for atom in term.atoms}
+        fixed = tuple(
+            term
+            if followed.issuperset(term.atoms) or hint(size) > _MOST_CONSTANT
+            else Term(hint(size))
+            for term, size in zip(pattern.integers, integers_of(self.probe.call), strict=True)
+        )
+        other = replace(pattern, integers=fixed)
+        return other if other != pattern and self.runs(other) else pattern
 
     def subsets(
         self, term: Term, group: list[_Slot], groups: Mapping[Term, list[_Slot]]
     ) -> Iterator[tuple[_Slot, ...]]:
         """Slots that may turn out to be free of the others together. Not integers alone."""
         shared = any(other != term and set(other.atoms) & set(term.atoms) for other in groups)
-        limit = len(group) // 2 if not shared else len(group)
+        limit = len(group) if shared or term.factor != 1 else len(group) // 2
         if len(group) > _MOST_TOGETHER:
             limit = 1
         for count in range(1, limit + 1):
@@ -296,11 +331,11 @@ class _Search:
                     yield chosen
 
     def freed(
-        self, terms: dict[_Slot, Term], term: Term, chosen: tuple[_Slot, ...]
+        self, terms: dict[_Slot, Term], factors: tuple[int, ...], chosen: tuple[_Slot, ...]
     ) -> dict[_Slot, Term] | None:
         """The terms with a new size at `chosen`, if the op runs so."""
         size = chosen[0].size
-        for factor in dict.fromkeys((1, term.factor)):
+        for factor in dict.fromkeys(factors):
             if isinstance(size, Sym) and factor != 1:
                 continue
             if hint(size) % factor:

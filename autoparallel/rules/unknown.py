@@ -6,7 +6,9 @@ import warnings
 from typing import Any
 
 from autoparallel.graph.graph import Graph
-from autoparallel.rules.discover import ProbeError, discover
+from autoparallel.rules.cache import key_of, load, store
+from autoparallel.rules.discover import ProbeError, confirmed, discover
+from autoparallel.rules.found import Found
 from autoparallel.rules.registry import find_rule, known_rule, remember, signature
 from autoparallel.rules.rule import OpCall, ShardingRule
 
@@ -25,7 +27,7 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = discover(call).rule(call)
+                found = _cached(call).rule(call)
         except ProbeError as error:
             found, why = None, f"the op {error}"
         else:
@@ -35,6 +37,16 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
             return found, ""
         _REASONS[key] = why
     return None, _REASONS[key]
+
+
+def _cached(call: OpCall) -> Found:
+    """The stored rule if it still holds; else a new one, which is stored. Raises ProbeError."""
+    key = key_of(call)
+    found = load(key)
+    if found is None or not confirmed(found, call):
+        found = discover(call)
+        store(key, found)
+    return found
 
 
 def learn(graph: Graph) -> None:

@@ -1,0 +1,129 @@
+"""Discovered rules on disk, so that each op is probed once, not in every process.
+
+One file per op and shape pattern under AUTOPARALLEL_CACHE, else XDG_CACHE_HOME/autoparallel, else
+~/.cache/autoparallel. A file that cannot be read, or is of another version of torch, of the op or
+of this program, is as good as none; a folder that cannot be written to is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._library.custom_ops import OPDEFS
+
+from autoparallel.graph.graph import Ref, Sym, map_leaves
+from autoparallel.rules.found import Found
+from autoparallel.rules.pattern import Probe
+from autoparallel.rules.rule import OpCall
+from autoparallel.rules.shrink import related_terms
+
+__all__ = ["folder", "key_of", "load", "store"]
+
+VERSION = 1
+
+
+def folder() -> Path:
+    """Where the files are."""
+    moved = os.environ.get("AUTOPARALLEL_CACHE")
+    if moved:
+        return Path(moved)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "autoparallel"
+
+
+def key_of(call: OpCall) -> str:
+    """What a rule depends on: the op as it is registered, and the pattern of the call's sizes."""
+    probe = Probe(call)
+    operands = iter(call.operands)
+
+    def word(leaf: Any) -> str:
+        if isinstance(leaf, Ref):
+            value = next(operands)
+            kind = "float" if value.dtype.is_floating_point else str(value.dtype)
+            return f"tensor {kind}{' grad' if value.requires_grad else ''}"
+        if isinstance(leaf, Sym) or (isinstance(leaf, int) and not isinstance(leaf, bool)):
+            return "integer"
+        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+            return "float dtype"
+        return f"{type(leaf).__name__} {leaf}"
+
+    results = [
+        (len(value.shape), [size == 1 for size in value.shape], value.requires_grad)
+        for value in call.results
+    ]
+    rows = {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "op": str(probe.operation._schema),
+        "source": _source(call.node.target),
+        "args": map_leaves(word, (call.node.args, call.node.kwargs)),
+        "sizes": related_terms(probe),
+        "results": results,
+    }
+    return json.dumps(rows)
+
+
+def _source(target: str) -> str:
+    """Digest of what is known of the op's implementation; "" for torch's own."""
+    space, name, overload = target.split(".")
+    if space == "aten":
+        return ""
+    definition = OPDEFS.get(f"{space}::{name}")
+    if definition is None:
+        suffix = "" if overload == "default" else f".{overload}"
+        text = torch._C._dispatch_dump(f"{space}::{name}{suffix}")
+    else:
+        functions = (
+            definition._init_fn,
+            definition._abstract_fn,
+            definition._setup_context_fn,
+            definition._backward_fn,
+        )
+        text = "\n".join(map(_text, functions))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _text(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        return code.co_code.hex() if code is not None else str(type(function))
+
+
+def _path(key: str) -> Path:
+    return folder() / "rules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def load(key: str) -> Found | None:
+    """The rule that was stored under `key`; None if there is none that can be read."""
+    try:
+        rows = json.loads(_path(key).read_text())
+        return Found.from_json(rows["found"]) if rows["key"] == json.loads(key) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def store(key: str, found: Found) -> None:
+    """Write a rule, whole or not at all: other processes may read and write the same file."""
+    text = json.dumps({"key": json.loads(key), "found": found.to_json()}, indent=1) + "\n"
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError:
+        return
