@@ -9,7 +9,7 @@ from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.capture import Captured
-from autoparallel.graph.graph import Graph, hint
+from autoparallel.graph.graph import Graph, Node, hint
 from autoparallel.graph.passes import at_least
 from autoparallel.mesh import Mesh
 from autoparallel.network import Network, build_network, reduced_together
@@ -200,7 +200,20 @@ def _why_whole(graph: Graph, network: Network, name: str) -> str:
     large = [hint(dim) for dim in shapes if hint(dim) >= network.world_size]
     if not large:
         return f"no dim of {tuple(map(hint, shapes))} has {network.world_size} parts"
-    return f"{targets} needs it whole"
+    why = _reasons(network, readers, name)
+    return f"{targets} needs it whole{': ' if why else ''}{why}"
+
+
+def _reasons(network: Network, readers: tuple[Node, ...], name: str) -> str:
+    """Why loops of this operand are whole, where a rule that nobody wrote says it."""
+    found: dict[str, None] = {}
+    for node in readers:
+        rule = network.rules[node.name]
+        for operand, dims in zip(node.operands(), rule.operands if rule else (), strict=bool(rule)):
+            if rule is not None and operand == name:
+                loops = (loop for names in dims for loop in names)
+                found.update({rule.reasons[loop]: None for loop in loops if loop in rule.reasons})
+    return "; ".join(found)
 
 
 def _conversions(

@@ -114,3 +114,41 @@ CLIPPED = define(
     clipped,
     backward=lambda ctx, grad: (grad * 2).clamp(-1, 1),
 )
+
+
+def counted_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1) / (x != 0).sum(-1)
+
+
+def lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return table[:, index.clamp(0, None)] if bool((index >= 0).all()) else _refuse(index)
+
+
+def _refuse(index: torch.Tensor) -> torch.Tensor:
+    raise IndexError(f"{index.min()} is below zero")
+
+
+def looped_lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return table[:, index]
+
+
+def token_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits, target, reduction="none", ignore_index=-1)
+
+
+COUNTED = define("counted_mean", "(Tensor x) -> Tensor", counted_mean)
+LOOKUP = define(
+    "lookup",
+    "(Tensor table, Tensor index) -> Tensor",
+    lookup,
+    lambda table, index: table.new_empty(table.shape[0], *index.shape),
+)
+LOOPED = define("looped_lookup", "(Tensor table, Tensor index) -> Tensor", looped_lookup)
+TOKEN_LOSS = define("token_loss", "(Tensor logits, Tensor target) -> Tensor", token_loss)
+CLIPPED_BY_ALL = define(
+    "clipped_by_all",
+    "(Tensor x) -> Tensor",
+    lambda x: x / torch.clamp(x.abs().max(), min=1.0),
+)
+POWER_SUM = define("power_sum", "(Tensor x) -> Tensor", lambda x: x.square().sum(-1).sqrt())
+AVERAGE = define("average", "(Tensor x, Tensor y) -> Tensor", lambda x, y: (x - y).square().mean())

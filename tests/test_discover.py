@@ -5,7 +5,7 @@ from __future__ import annotations
 import custom_ops
 import pytest
 import torch
-from calls import Call, truth, x
+from calls import Call, ints, truth, x
 from torch import nn
 
 import autoparallel
@@ -28,6 +28,7 @@ def rule_of(call: Call) -> ShardingRule:
     return rule
 
 
+_MEAN = "a b, a b -> (); a by weighted_mean; b by weighted_mean"
 SYMBOLIC = {4: "s0", 5: "s1"}
 FOUND = [
     (probed("gated", x(4, 5, 12)), "a b (c d) -> a b d; c whole"),
@@ -57,6 +58,19 @@ FOUND = [
         probed("merge_heads", x(3, 6, 5, 7), symbolic={3: "s0", 5: "s1"}),
         "a b c d -> a c (b d); linear in 0",
     ),
+    (
+        probed("lookup", x(4, 9), ints(3, 5, high=9)),
+        "a b, c d -> a c d; b by masked_lookup; linear in 0",
+    ),
+    (
+        probed("looped_lookup", x(4, 9), ints(3, 5, high=9)),
+        "a b, c d -> a c d; b whole; linear in 0",
+    ),
+    (probed("token_loss", x(4, 9), ints(4)), "a b, a -> a; b whole"),
+    (probed("average", x(4, 5), x(4, 5)), _MEAN),
+    (probed("counted_mean", x(4, 5)), "a b -> a; b whole"),
+    (probed("power_sum", x(4, 5)), "a b -> a; b by combined_parts"),
+    (probed("clipped_by_all", x(4, 5)), "a b -> a b; a b whole"),
 ]
 
 

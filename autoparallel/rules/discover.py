@@ -18,6 +18,7 @@ from autoparallel.graph.graph import hint
 from autoparallel.placement import part_bounds
 from autoparallel.rules.dependence import Structure, find_structure
 from autoparallel.rules.found import Follows, Found
+from autoparallel.rules.kinds import kernels_for
 from autoparallel.rules.pattern import Probe, ProbeError, Term, integers_of
 from autoparallel.rules.referee import Example
 from autoparallel.rules.rule import Dims, OpCall, Tile
@@ -143,7 +144,17 @@ class _Author:
             other = replace(free, follows=follows)
             if not self.trial.try_loop(other, loop) and not self.broken(made, other):
                 return other
-        return _kept(made, loop, why)
+        for kernel in kernels_for(self.probe, self.shrunk, made, loop):
+            other = replace(free, kernels=(*made.kernels, (loop, kernel)))
+            if not self.trial.try_loop(other, loop):
+                return other
+        return _kept(made, loop, self.reason(made, loop, why))
+
+    def reason(self, made: Found, loop: str, why: str) -> str:
+        """Why the loop is whole, in words that a plan can show."""
+        if any(loop in names for dims in made.operands for names in dims):
+            return f"its parts by themselves give other results, and no kernel is known ({why})"
+        return f"a part of it cannot be made by itself ({why})"
 
     def broken(self, made: Found, other: Found) -> bool:
         """Whether integers that follow break the split of a loop that was right without."""
@@ -209,7 +220,7 @@ class _Author:
     # -- pending sums
 
     def sums(self, made: Found) -> Found:
-        """Sets of operands through which a pending sum passes, none a part of another's."""
+        """Sets of operands through which a pending sum passes."""
         numbers = [
             index
             for index, operand in enumerate(self.probe.call.operands)
@@ -221,7 +232,7 @@ class _Author:
             if not few and count not in (1, 2, len(numbers)):
                 continue
             for group in combinations(numbers, count):
-                if any(set(small) <= set(group) for small in found):
+                if not few and any(set(small) <= set(group) for small in found):
                     continue
                 if not self.trial.try_sum(made, group):
                     found.append(group)
@@ -310,4 +321,5 @@ def _renamed(made: Found, chosen: tuple[str, ...]) -> Found:
 def _kept(made: Found, loop: str, why: str) -> Found:
     """The rule with the loop whole."""
     rest = tuple(pair for pair in made.whole if pair[0] != loop)
-    return replace(made, whole=(*rest, (loop, why)))
+    kernels = tuple(pair for pair in made.kernels if pair[0] != loop)
+    return replace(made, whole=(*rest, (loop, why)), kernels=kernels)

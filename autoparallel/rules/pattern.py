@@ -12,11 +12,15 @@ from typing import Any
 
 import sympy
 import torch
+from torch._library.custom_ops import OPDEFS
 
 from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves
 from autoparallel.rules.rule import OpCall
 
 __all__ = ["Pattern", "Probe", "ProbeError", "Term", "Values", "integers_of", "replace_integers"]
+
+
+_GUARD = 4096
 
 
 class ProbeError(Exception):
@@ -136,13 +140,16 @@ def replace_integers(structure: Any, integers: Iterator[Any]) -> Any:
 class Values:
     """What operands are filled with: numbers of magnitude low to high, of both signs or positive.
 
-    bounds: per operand of whole numbers that are places along some dim, that dim's size.
+    bounds: per operand of whole numbers that are places along some dim, that dim's size. step: they
+    are multiples of it, if it is not 0. zeros: the share of them that is zero.
     """
 
     low: float = 0.2
     high: float = 0.9
     signs: bool = True
     bounds: tuple[Term | None, ...] = ()
+    step: float = 0.0
+    zeros: float = 0.0
 
 
 class Probe:
@@ -159,6 +166,18 @@ class Probe:
         self.operation = operation
         self.runs = 0
 
+    @property
+    def checks(self) -> bool:
+        """Whether the op refuses operands that do not fit each other.
+
+        Torch's public ops do, and so do those that are written in Python, out of such. Others may
+        read or write past the end of a tensor instead.
+        """
+        space, name, _ = self.call.node.target.split(".")
+        if space == "aten":
+            return not name.startswith(("_", "native_"))
+        return f"{space}::{name}" in OPDEFS
+
     def own(self) -> Pattern:
         """The pattern that fits this call's sizes alone."""
         return Pattern(
@@ -169,9 +188,18 @@ class Probe:
         )
 
     def tensors(
-        self, pattern: Pattern, sizes: Mapping[int, int], values: Values, seed: int
+        self,
+        pattern: Pattern,
+        sizes: Mapping[int, int],
+        values: Values,
+        seed: int,
+        guarded: bool = False,
     ) -> list[torch.Tensor]:
-        """An operand of the pattern's shape each, without gradients."""
+        """An operand of the pattern's shape each, without gradients.
+
+        guarded: each lies amid memory that is not a number, so that an op that does not check
+        sizes, and reads past the end of an operand, gives itself away (and harms nobody).
+        """
         generator = torch.Generator().manual_seed(seed)
         made = []
         for index, (operand, row) in enumerate(
@@ -180,7 +208,8 @@ class Probe:
             shape = tuple(term.at(sizes) for term in row)
             bound = values.bounds[index] if values.bounds else None
             limit = bound.at(sizes) if bound is not None else None
-            made.append(self.fill(shape, operand.dtype, values, limit, generator))
+            tensor = self.fill(shape, operand.dtype, values, limit, generator)
+            made.append(_amid_nothing(tensor) if guarded else tensor)
         return made
 
     def fill(
@@ -201,6 +230,10 @@ class Probe:
             return torch.randint(low, high, shape, generator=generator).to(dtype)
         made = torch.rand(shape, generator=generator, dtype=torch.float64)
         made = made * (values.high - values.low) + values.low
+        if values.step:
+            made = (made / values.step).ceil() * values.step
+        if values.zeros:
+            made *= torch.rand(shape, generator=generator) >= values.zeros
         if values.signs:
             made *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
         return made.to(self.dtype)
@@ -228,6 +261,15 @@ class Probe:
         }
         return args, kwargs
 
+    def guarded_run(
+        self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """The results of guarded operands. Raises ValueError where they are not finite."""
+        results = self.run(pattern, sizes, tensors)
+        if not all(bool(result.isfinite().all()) for result in results):
+            raise ValueError("its results are not finite")
+        return results
+
     def run(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
@@ -237,3 +279,13 @@ class Probe:
         with torch.no_grad():
             made = self.operation(*args, **kwargs)
         return (made,) if isinstance(made, torch.Tensor) else tuple(made)
+
+
+def _amid_nothing(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, with memory that is not a number (or far out of range) on both sides."""
+    nothing: float | bool = float("nan")
+    if not tensor.dtype.is_floating_point:
+        nothing = tensor.dtype == torch.bool or torch.iinfo(tensor.dtype).max
+    memory = torch.full((tensor.numel() + 2 * _GUARD,), nothing, dtype=tensor.dtype)
+    inner = memory[_GUARD : _GUARD + tensor.numel()].view(tensor.shape)
+    return inner.copy_(tensor)

@@ -10,7 +10,7 @@ import torch
 from autoparallel.graph.graph import Sym, hint
 from autoparallel.placement import Partial
 from autoparallel.rules.found import Found
-from autoparallel.rules.pattern import Pattern, Probe, ProbeError
+from autoparallel.rules.pattern import Pattern, Probe, ProbeError, Values
 from autoparallel.rules.referee import Example, fault, make_example
 from autoparallel.rules.rule import ShardingRule, Strategy, Tile, is_possible, strategies
 from autoparallel.rules.shrink import Shrunk, assignment
@@ -56,10 +56,16 @@ class Trial:
     def case(self, which: int, symbolic: bool = False) -> Example:
         return self.example(assignment(self.shrunk.order, which), which, symbolic)
 
-    def example(self, sizes: Mapping[int, int], seed: int, symbolic: bool = False) -> Example:
+    def example(
+        self,
+        sizes: Mapping[int, int],
+        seed: int,
+        symbolic: bool = False,
+        values: Values | None = None,
+    ) -> Example:
         """The call at these sizes. symbolic: its symbols are symbols there too."""
         probe, pattern = self.probe, self.shrunk.pattern
-        tensors = probe.tensors(pattern, sizes, self.shrunk.values, 7 + seed)
+        tensors = probe.tensors(pattern, sizes, values or self.shrunk.values, 7 + seed)
         for operand, tensor in zip(probe.call.operands, tensors, strict=True):
             if operand.requires_grad and self.gradients and tensor.dtype.is_floating_point:
                 tensor.requires_grad_()
@@ -138,11 +144,32 @@ class Trial:
     def final(self) -> Iterator[_Case]:
         """Cases that no choice was made on: other sizes, the call's integers, its symbols."""
         yield _Case(self.case(2), (2, 3))
+        for example in self.unusual():
+            yield _Case(example, (2,))
         own = self.own_integers()
         if own is not None:
             yield _Case(own, (2, 3))
         if any(isinstance(size, Sym) for o in self.probe.call.operands for size in o.shape):
             yield _Case(self.case(1, symbolic=True), (2,))
+
+    def unusual(self) -> Iterator[Example]:
+        """The call with numbers that an op may treat differently: many alike, zeros, large ones."""
+        plain = self.shrunk.values
+        changes: tuple[dict[str, float], ...] = (
+            {"step": 0.25},
+            {"zeros": 0.4},
+            {"high": 20 * plain.high},
+        )
+        for values in (replace(plain, **change) for change in changes):  # type: ignore[arg-type]
+            try:
+                made = self.example(assignment(self.shrunk.order, 1), 5, values=values)
+            except ProbeError:
+                raise
+            except Exception:
+                continue
+            numbers = (*made.results, *made.gradients.values())
+            if all(bool(tensor.isfinite().all()) for tensor in numbers):
+                yield made
 
     def own_integers(self) -> Example | None:
         """The call with its own integers, where they are small: they may mean more than sizes."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from autoparallel.placement import part_bounds
 from autoparallel.runtime.collectives import pending_sum
+from autoparallel.runtime.generic import combined_parts, masked_lookup, weighted_mean
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.statistics import (
     amax_split,
@@ -32,6 +33,7 @@ __all__ = [
     "argmax_split",
     "argmin_split",
     "batch_norm_split",
+    "combined_parts",
     "convolution_inputs",
     "cross_entropy_classes",
     "cross_entropy_tokens",
@@ -41,11 +43,13 @@ __all__ = [
     "index_select_split",
     "log_softmax_split",
     "logsumexp_split",
+    "masked_lookup",
     "max_split",
     "min_split",
     "shortened",
     "softmax_split",
     "some",
+    "weighted_mean",
 ]
 
 _NONE, _MEAN = 0, 1

@@ -1,0 +1,139 @@
+"""Discovered rules on disk: found again, proven again, and none at all where they are broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import custom_ops
+import pytest
+from calls import Call, x
+
+from autoparallel.rules import registry, unknown
+from autoparallel.rules.cache import folder, key_of, load, store
+from autoparallel.rules.discover import discover
+from autoparallel.rules.found import Found
+from autoparallel.rules.rule import OpCall
+
+GATED = "a b (c d) -> a b d; c whole"
+assert custom_ops.GATED is not None  # importing it registers the ops
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for the files; nothing is remembered in this process."""
+    monkeypatch.setenv("AUTOPARALLEL_CACHE", str(tmp_path / "moved"))
+    monkeypatch.setattr(registry, "_REMEMBERED", {})
+    monkeypatch.setattr(unknown, "_REASONS", {})
+    return tmp_path / "moved"
+
+
+@pytest.fixture
+def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops that were probed, as they are."""
+    seen: list[str] = []
+
+    def counted(call: OpCall) -> Found:
+        seen.append(call.node.target)
+        return discover(call)
+
+    monkeypatch.setattr(unknown, "discover", counted)
+    return seen
+
+
+def gated(*shape: int) -> OpCall:
+    return Call("probed.gated.default", (x(*shape),)).example().call
+
+
+def words(call: OpCall) -> str:
+    """The rule, as a new process would find it."""
+    registry._REMEMBERED.clear()
+    rule, why = unknown.find_unknown(call)
+    assert rule is not None, why
+    return rule.discovered
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+def test_an_op_is_probed_once_for_all_sizes_of_a_pattern(cache: Path, probes: list[str]) -> None:
+    """Other sizes that are related in the same way need no second look; another relation does."""
+    assert words(gated(4, 5, 14)) == GATED
+    assert len(probes) == 1
+    assert len(files(cache)) == 1
+    assert words(gated(4, 5, 14)) == words(gated(6, 7, 22)) == GATED
+    assert len(probes) == 1
+    assert words(gated(4, 7, 8)) == GATED
+    assert len(probes) == 2
+
+
+def test_the_key_is_of_the_op_and_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version of torch, numbers that are no sizes, gradients, and the op's own source."""
+    plain = gated(4, 5, 14)
+    other = Call("probed.magnitude.default", (x(4, 5, 14),)).example().call
+    fixed = Call("probed.gated.default", (x(4, 5, 14).detach(),)).example().call
+    keys = {key_of(plain), key_of(other), key_of(fixed)}
+    monkeypatch.setattr("torch.__version__", "0.0")
+    keys.add(key_of(plain))
+    monkeypatch.undo()
+    monkeypatch.setattr("autoparallel.rules.cache._text", lambda function: "changed")
+    keys.add(key_of(plain))
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', "{}\n" * 3])
+def test_a_broken_file_is_as_good_as_none(text: str, cache: Path, probes: list[str]) -> None:
+    """It is written anew, whole."""
+    words(gated(4, 5, 14))
+    (path,) = files(cache)
+    whole = path.read_text()
+    path.write_text(text)
+    assert words(gated(4, 5, 14)) == GATED
+    assert len(probes) == 2
+    assert path.read_text() == whole
+
+
+def test_a_stored_rule_that_is_wrong_is_not_believed(cache: Path, probes: list[str]) -> None:
+    """What is on disk saves the search, not the proof."""
+    call = gated(4, 5, 14)
+    words(call)
+    (path,) = files(cache)
+    rows = json.loads(path.read_text())
+    rows["found"]["linear"] = [[0]]
+    path.write_text(json.dumps(rows))
+    assert words(call) == GATED
+    assert len(probes) == 2
+    rows["found"]["linear"] = []
+    assert json.loads(path.read_text()) == rows
+
+
+def test_a_rule_survives_the_way_to_disk_and_back(cache: Path) -> None:
+    """Every field, of a rule with integers that follow and of one with a kernel."""
+    samples = [
+        Call("probed.head_norm.default", (x(4, 5, 12), x(12), 3)),
+        Call("probed.power_sum.default", (x(4, 5),)),
+    ]
+    for sample in samples:
+        call = sample.example().call
+        found = discover(call)
+        store(key_of(call), found)
+        assert load(key_of(call)) == found
+
+
+def test_where_the_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The program's own variable, then the desktop's, then the home; none of them has to exist."""
+    monkeypatch.setenv("AUTOPARALLEL_CACHE", "/moved")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/desktop")
+    assert folder() == Path("/moved")
+    monkeypatch.delenv("AUTOPARALLEL_CACHE")
+    assert folder() == Path("/desktop/autoparallel")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert folder() == Path.home() / ".cache" / "autoparallel"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("AUTOPARALLEL_CACHE", str(blocked))
+    call = gated(4, 5, 14)
+    store(key_of(call), discover(call))
+    assert load(key_of(call)) is None
+    assert blocked.read_text() == ""
