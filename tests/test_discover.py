@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import custom_ops
 import pytest
 import torch
@@ -11,9 +16,13 @@ from torch import nn
 import autoparallel
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Node, Ref, Value
+from autoparallel.rewrite.emit import emit
+from autoparallel.rules import registry
 from autoparallel.rules.discover import ProbeError, discover
 from autoparallel.rules.referee import derived, fault
 from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.unknown import learn
+from autoparallel.runtime.groups import thread_groups
 from autoparallel.view.report import plan_text
 
 
@@ -29,6 +38,14 @@ def rule_of(call: Call) -> ShardingRule:
 
 
 _MEAN = "a b, a b -> (); a by weighted_mean; b by weighted_mean"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read that another run has left behind."""
+    monkeypatch.setenv("AUTOPARALLEL_CACHE", str(tmp_path))
+
+
 SYMBOLIC = {4: "s0", 5: "s1"}
 FOUND = [
     (probed("gated", x(4, 5, 12)), "a b (c d) -> a b d; c whole"),
@@ -170,6 +187,67 @@ def test_all_offenders_are_listed_with_their_reasons() -> None:
     assert "test_discover.py" in text
     assert "unknown_ops='replicate'" in text
     assert "magnitude" not in text
+
+
+class Looped(nn.Module):
+    """A parameter that a custom op needs whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 24))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(8, device=x.device)
+        return self.inner(x) * torch.ops.probed.looped_lookup(self.table, places)
+
+
+def test_the_plan_says_why_a_parameter_is_whole() -> None:
+    """In the words of the rule that was found."""
+    plan = autoparallel.make_plan(Looped(), 2, example_inputs=torch.zeros(4, 8))
+    reasons = {parameter.path: parameter.reason for parameter in plan.parameters}
+    assert "probed.looped_lookup.default needs it whole: its parts" in reasons["table"]
+
+
+def test_a_plan_of_unknown_ops_is_applied_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan read from JSON has no rules with it: they are found again."""
+    model, inputs = Mixer().double(), torch.randn(3, 5, 8, dtype=torch.float64)
+    plan = autoparallel.make_plan(model, 2, example_inputs=inputs)
+    read = autoparallel.Plan.from_json(plan.to_json())
+    assert read == plan
+    monkeypatch.setattr(registry, "_REMEMBERED", {})
+    learn(plan.captured.graph)
+    groups = thread_groups(2)
+    sources = [emit(plan.captured.graph, read, group).source for group in groups]
+    assert sources == [emit(plan.captured.graph, plan, group).source for group in groups]
+    assert "torch.ops.probed.fused_heads.default(" in sources[0]
+    assert ", 2)" in next(line for line in sources[0].splitlines() if "fused_heads.default" in line)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        (sys.executable,),
+        pytest.param(
+            (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            marks=pytest.mark.broad,
+        ),
+    ],
+    ids=["one process", "two processes"],
+)
+def test_the_example_runs(launcher: tuple[str, ...], tmp_path: Path) -> None:
+    """Its losses are those of the unsplit model, and it shows what it found."""
+    root = Path(__file__).parent.parent
+    command = [*launcher, str(root / "examples" / "custom_op.py"), "--steps", "4"]
+    environment = {**os.environ, "AUTOPARALLEL_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=root, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "found:    a b (c d) -> a b d; c whole" in done.stdout
+    assert "found:    a b c, c -> a d c; b d whole; linear in 0" in done.stdout
+    assert "gated: S(2, blocks=2) -> S(2)" in done.stdout
+    assert list(tmp_path.rglob("*.json"))
 
 
 assert custom_ops.GATED is not None  # importing it registers the ops

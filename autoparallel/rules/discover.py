@@ -148,13 +148,7 @@ class _Author:
             other = replace(free, kernels=(*made.kernels, (loop, kernel)))
             if not self.trial.try_loop(other, loop):
                 return other
-        return _kept(made, loop, self.reason(made, loop, why))
-
-    def reason(self, made: Found, loop: str, why: str) -> str:
-        """Why the loop is whole, in words that a plan can show."""
-        if any(loop in names for dims in made.operands for names in dims):
-            return f"its parts by themselves give other results, and no kernel is known ({why})"
-        return f"a part of it cannot be made by itself ({why})"
+        return _kept(made, loop, _reason(made, loop))
 
     def broken(self, made: Found, other: Found) -> bool:
         """Whether integers that follow break the split of a loop that was right without."""
@@ -273,7 +267,7 @@ class _Author:
                 if not why:
                     continue
                 if strategy.tile is not None:
-                    made = _kept(made, strategy.tile.loop, why)
+                    made = _kept(made, strategy.tile.loop, _reason(made, strategy.tile.loop))
                     break
                 group = tuple(index for index, p in enumerate(strategy.operands) if str(p) == "P")
                 if group not in made.linear:
@@ -316,6 +310,13 @@ def _renamed(made: Found, chosen: tuple[str, ...]) -> Found:
         loops=tuple(pair for pair in made.loops if pair[0] not in gone),
         whole=tuple(pair for pair in made.whole if pair[0] not in gone),
     )
+
+
+def _reason(made: Found, loop: str) -> str:
+    """Why a loop is whole, in words that a plan can show."""
+    if any(loop in names for dims in made.operands for names in dims):
+        return "its parts by themselves give other results, and no kernel is known that mends it"
+    return "a part of it cannot be made by itself"
 
 
 def _kept(made: Found, loop: str, why: str) -> Found:
