@@ -3,6 +3,11 @@
 import torch
 from calls import Call, call, fixed, ints, truth, x
 
+
+def complex_numbers(*shape: int) -> torch.Tensor:
+    return torch.complex(fixed(*shape), fixed(*shape)).requires_grad_()
+
+
 _OF_ALL = ("max", "min", "prod", "var", "std", "median", "nanmedian")
 
 
@@ -31,6 +36,10 @@ def reduction() -> list[Call]:
         call("norm.Scalar", x(4, 5)),
         call("var_mean.correction", x(4, 5, 6), (1,), correction=0),
         call("std_mean.correction", x(4, 5, 6), (0, -1), keepdim=True),
+        call("_fft_r2c.default", x(4, 5, 8), (2,), 0, True),
+        call("_fft_r2c.default", x(4, 5, 8), (1, 2), 1, False),
+        call("_fft_c2c.default", complex_numbers(4, 5, 6), (1,), 0, True),
+        call("_fft_c2r.default", complex_numbers(4, 5, 6), (0,), 2, 6),
         call("renorm.default", x(4, 5, 6), 2, 1, 0.5),
         call("cdist.default", x(3, 4, 6), x(3, 5, 6)),
         call("kthvalue.default", x(4, 5, 6), 2),

@@ -235,6 +235,7 @@ class _Functional:
                 filled = replace(own, requires_grad=False)
                 return self.make(node, "aten.full_like.default", filled, Ref(before.name), number)
         plain = node.target.replace(packet, _FUNCTIONAL.get(packet, packet[:-1]), 1)
+        plain = _OTHER_OVERLOADS.get(plain, plain)
         node = replace(node, target=plain)
         made = self.dtype(node, before)
         if made == before.dtype:
@@ -289,6 +290,9 @@ class _Functional:
         return made.dtype
 
 
+_OTHER_OVERLOADS = {
+    "aten.transpose.default": "aten.transpose.int",
+}
 _FUNCTIONAL = {f"__i{name}__": f"__{name}__" for name in ("and", "or", "xor", "lshift", "rshift")}
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from autoparallel.errors import CaptureError
+from autoparallel.graph.autocast import casts_of
 from autoparallel.graph.folding import Folding
-from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves, map_leaves
 from autoparallel.graph.memory import owner_of, shares_memory
 from autoparallel.graph.regions import MARKS, OPAQUE, Regions, base_of
 
@@ -50,6 +53,7 @@ class Importer:
         self.guards: tuple[sympy.Basic, ...] = ()
         self.equal: dict[Any, Any] = {}
         self.regions = Regions(self)
+        self.autocast: tuple[str, torch.dtype] | None = None
 
     def graph(self) -> Graph:
         """The verified graph. Raises CaptureError, and Unfoldable where hiding was not right."""
@@ -202,10 +206,14 @@ class Importer:
             return
         args = self.leaf_all(node.args)
         kwargs = tuple((key, self.leaf_all(value)) for key, value in node.kwargs.items())
+        if self.autocast is not None:
+            args, kwargs = self.cast(node, args, kwargs, tensors, grad)
         written = _written(target, args)
         probe = Node("", "call", name, (), args, kwargs)
         flows = self.records(probe, grad, tensors)
         single = isinstance(example, torch.Tensor)
+        if example is None and not target._schema.is_mutable:
+            return  # it only checks its operands
         own = self.fresh(base_of(node.name), 1 if single else len(example))
         if single:
             results: tuple[Value, ...] = (self.value(own, example, flows),)
@@ -238,6 +246,54 @@ class Importer:
             for name in names
         )
 
+    def cast(
+        self, node: Any, args: Any, kwargs: Any, tensors: dict[str, Value], grad: bool
+    ) -> tuple[Any, Any]:
+        """The arguments of a call under autocast, after explicit casts that do the same."""
+        assert self.autocast is not None
+        if self.folding.groups:
+            raise self.folding.fail("an autocast region, in which equal blocks may not be equal")
+        device, dtype = self.autocast
+        examples = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda item: item.meta["val"])
+        found: dict[int, torch.dtype] | None = None
+        places = {
+            leaf.device.type for leaf in tree_leaves(examples) if isinstance(leaf, torch.Tensor)
+        }
+        if places <= {device}:
+            found = casts_of(node.target, *examples, device, dtype)
+        if found is None:
+            where, line = _origin(node)
+            on = ", ".join(sorted(places))
+            raise CaptureError(
+                f"what autocast does to {node.target} cannot be told",
+                where=", ".join(text for text in (where, line) if text),
+                why=f"the region is for {device}, and the model is on {on}"
+                if places != {device}
+                else "casts of its operands do not explain it",
+                fix="cast explicitly, or run the whole model in the lower precision",
+            )
+        place = -1
+        where, line = _origin(node)
+
+        def leaf(item: Any) -> Any:
+            nonlocal place
+            if not isinstance(item, Ref):
+                return item
+            place += 1
+            if place not in found or found[place] == tensors[item.name].dtype:
+                return item
+            own = self.fresh(f"{item.name}_cast")
+            flows = grad and tensors[item.name].requires_grad
+            value = replace(tensors[item.name], name=own, dtype=found[place], requires_grad=flows)
+            cast = (item, found[place])
+            self.writes[own] = ()
+            self.add(
+                Node(own, "call", "aten.to.dtype", (value,), cast, (), where, line), grad, tensors
+            )
+            return Ref(own)
+
+        return map_leaves(leaf, args), map_leaves(leaf, kwargs)
+
     def add(self, node: Node, grad: bool, tensors: dict[str, Value]) -> None:
         """Append a call. grad: whether gradients are recorded where it is."""
         self.nodes.append(node)
@@ -251,19 +307,16 @@ class Importer:
             inner = grad and bool(enabled)
         else:
             enabled, module, operands = node.args[2], node.args[4], list(node.args[5:])
-            if enabled:
-                raise CaptureError(
-                    "an autocast region inside the model is not supported",
-                    where=_origin(node)[0],
-                    fix="cast explicitly, or run the whole model in the lower precision",
-                )
             inner = grad
         body = self.known[module]
         holes = [item for item in body.graph.nodes if item.op == "placeholder"]
         for hole, operand in zip(holes, operands, strict=True):
             self.known[hole] = self.leaf_all(operand)
-        before = len(self.nodes)
+        before, outer = len(self.nodes), self.autocast
+        if name == "wrap_with_autocast":
+            self.autocast = (node.args[0], node.args[1]) if enabled else None
         self.known[node] = self.body(body, inner)
+        self.autocast = outer
         for item in self.nodes[before:]:
             tensors.update((value.name, value) for value in item.results)
 
@@ -305,6 +358,13 @@ class Importer:
                 number = int if expr.is_integer else float
                 self.sizes[expr] = number(expr)
             else:
+                if not size.node.has_hint():
+                    raise CaptureError(
+                        "the number of elements of a tensor depends on the values of another",
+                        why="nonzero, masked_select, x[mask] and their like return as many "
+                        "elements as fit, which no two ranks need agree on",
+                        fix="keep the shape: torch.where(mask, x, 0), masked_fill, or weights",
+                    )
                 self.sizes[expr] = Sym(sympy.sympify(expr), int(size.node.hint))
         return self.sizes[expr]
 

@@ -67,6 +67,9 @@ class _Table(Mapping[Any, _Spelling]):
     def find(self, op: Any) -> _Spelling | None:
         if not isinstance(op, torch._ops.OpOverload):
             return None
+        drawn = torch.Tag.nondeterministic_seeded in op.tags
+        if not drawn and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            return None  # autocast casts the operands of the op as a whole
         own = _SPELLINGS.get(str(op))
         if own is not None:
             return own
@@ -239,12 +242,6 @@ def cross_entropy(
     even = -weighted.sum(dim)
     losses = torch.where(kept, own * (1 - smoothing) + even * (smoothing / classes), 0.0)
     return _reduced(losses, weights, reduction)
-
-
-@spelling("aten.unsafe_split.Tensor", "aten.unsafe_split_with_sizes.default")
-def unsafe_split(x: Any, sizes: Any, dim: int = 0) -> Any:
-    """Parts that share no memory are parts all the same."""
-    return torch.split(x, sizes, dim)
 
 
 @spelling("aten.scatter.reduce", "aten.scatter.value_reduce")

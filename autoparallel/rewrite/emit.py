@@ -407,7 +407,7 @@ class _Emitter:
             return "[" + ", ".join(self.argument(part, names) for part in item) + "]"
         if isinstance(item, torch.device):
             return "device"
-        if isinstance(item, float) and item in (float("inf"), float("-inf")):
+        if isinstance(item, float) and not math.isfinite(item):
             return f"float('{item}')"
         if isinstance(item, (int, float, str, bool, type(None), torch.dtype)):
             return repr(item)

@@ -138,10 +138,9 @@ def columns(call: OpCall) -> ShardingRule:
     table = call.results[0] if "im2col" in call.node.target else call.operands[0]
     batched = len(image.shape) == 4
     channels, rows = image.shape[-3], table.shape[-2]
-    assert isinstance(channels, int)
-    assert isinstance(rows, int)
-    sizes: dict[str, Dim] = {"b": image.shape[0] if batched else 1, "c": channels}
-    sizes["k"] = rows // channels
+    sizes: dict[str, Dim] = {"b": image.shape[0] if batched else 1}
+    if isinstance(channels, int) and isinstance(rows, int):
+        sizes |= {"c": channels, "k": rows // channels}
     sizes = {name: size for name, size in sizes.items() if size != 1}
 
     def dims(*texts: str) -> Dims:

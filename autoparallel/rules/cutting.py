@@ -45,6 +45,8 @@ def _cut_dim(call: OpCall, dim: int, equal: bool, count: int = 0) -> ShardingRul
     "aten.chunk.default",
     "aten.split_with_sizes.default",
     "aten.tensor_split.sections",
+    "aten.split_with_sizes_copy.default",
+    "aten.unsafe_split_with_sizes.default",
 )
 def split(call: OpCall) -> ShardingRule:
     """Equal parts are blocks of the operand's dim; each block can be split by itself."""
@@ -54,15 +56,21 @@ def split(call: OpCall) -> ShardingRule:
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
         spec = call.node.args[1]
-        if call.node.target == "aten.split.Tensor":
+        if call.node.target.endswith("split.Tensor"):
             spec = shapes[0][dim] or tuple(0 for _ in shapes)
         elif call.node.target == "aten.chunk.default":
             spec = len(shapes)
-        elif call.node.target == "aten.split_with_sizes.default":
+        elif "with_sizes" in call.node.target:
             spec = tuple(shape[dim] for shape in shapes)
         return (call.node.args[0], spec, *call.node.args[2:])
 
     return replace(made, local_args=local_args)
+
+
+@rule("aten.unsafe_split.Tensor", takes_empty=False)
+def unsafe_split(call: OpCall) -> ShardingRule:
+    """As split; of a part without elements it makes but one."""
+    return split(call)
 
 
 @rule("aten.unbind.int")

@@ -87,6 +87,7 @@ def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
     *(f"aten.{name}.default" for name in UNARY),
     *(f"aten.{target}" for target in BINARY),
     "aten.clamp.Tensor",
+    "aten.polar.default",
     "aten.clamp_min.Tensor",
     "aten.clamp_max.Tensor",
     "aten.where.Scalar",
@@ -174,6 +175,23 @@ def where_number(call: OpCall) -> ShardingRule:
     if call.argument(at, "value") != 0:
         return pointwise(call)
     return pointwise(call, {0 if "masked" in call.node.target else 1})
+
+
+@rule("aten.complex.default")
+def parts(call: OpCall) -> ShardingRule:
+    """Linear in the real and the imaginary part together."""
+    return pointwise(call, {0, 1})
+
+
+@rule("aten.linalg_cross.default")
+def cross(call: OpCall) -> ShardingRule:
+    """Linear in each vector by itself; the dim of their three elements stays whole."""
+    made = pointwise(call, {0}, {1})
+    rank = len(call.results[0].shape)
+    dim = call.node.keyword("dim", -1) % rank
+    if call.operands[0].name == call.operands[-1].name:
+        made = pointwise(call)
+    return replace(made, whole=frozenset(made.results[0][dim]))
 
 
 @rule("aten.lerp.Scalar", "aten.lerp.Tensor")

@@ -151,6 +151,17 @@ def ordered(call: OpCall) -> ShardingRule:
     return ShardingRule((left,), (right,) * 2, _sizes(call), whole=whole)
 
 
+@rule("aten._fft_r2c.default", "aten._fft_c2c.default", "aten._fft_c2r.default", takes_empty=False)
+def fourier(call: OpCall) -> ShardingRule:
+    """Sums over some dims, which stay whole, with a weight for each frequency."""
+    left, _ = _reduction(call, set())
+    rank = len(left)
+    dims = {dim % rank for dim in call.node.args[1]}
+    right = tuple(() if i in dims else names for i, names in enumerate(left))
+    whole = frozenset(name for i in dims for name in left[i])
+    return ShardingRule((left,), (right,), _sizes(call), whole=whole, linear=(frozenset({0}),))
+
+
 @rule("aten.renorm.default")
 def renorm(call: OpCall) -> ShardingRule:
     """Each place along one dim is scaled by its norm, which is over all others."""

@@ -44,7 +44,7 @@ __all__ = [
     "uneven_parts",
 ]
 
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4}
 _PATIENCE_SECONDS = 60.0
 _INVARIANT = Invariant()
 
@@ -109,7 +109,7 @@ def make_example(
 
     def value(name: str, tensor: torch.Tensor, grad: bool) -> Value:
         shape = tuple(expressions.get(size, size) for size in tensor.shape)
-        return Value(name, shape, tensor.dtype, grad and tensor.dtype.is_floating_point)
+        return Value(name, shape, tensor.dtype, grad and _is_number(tensor.dtype))
 
     named = map_leaves(reference, args)
     options = tuple((key, map_leaves(reference, item)) for key, item in (kwargs or {}).items())
@@ -147,6 +147,11 @@ def make_example(
         _gradients(tensors, results, seeds),
         sizes,
     )
+
+
+def _is_number(dtype: torch.dtype) -> bool:
+    """Whether a gradient may flow through tensors of this type."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _operands(graph: Graph, node: Node) -> tuple[Value, ...]:

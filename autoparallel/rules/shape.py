@@ -361,11 +361,12 @@ def channel_shuffle(call: OpCall) -> ShardingRule:
     groups = call.node.args[1]
     shape = call.operands[0].shape
     channels = shape[1]
-    assert isinstance(channels, int)
     rows: list[Loops] = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
     sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
     sizes.pop("d1", None)
-    own = {"g": groups, "c": channels // groups}
+    own: dict[str, int] = {}
+    if isinstance(channels, int):
+        own = {"g": groups, "c": channels // groups}
     own = {name: size for name, size in own.items() if size != 1}
     sizes |= own
     left, right = list(rows), list(rows)
