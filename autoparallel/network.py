@@ -377,7 +377,7 @@ class _Builder:
             return np.inf
         if weight and not options.data_parallel:
             matrix = sum(size != 1 for size in value.shape) > 1
-            if matrix or move is not Movement.NONE:
+            if matrix or move not in (Movement.NONE, Movement.KEEP_ON_FIRST):
                 return np.inf
         return conversion_seconds(
             one,

@@ -98,8 +98,6 @@ def _pointwise() -> list[Call]:
         call("div.Scalar_mode", ints(4, 5), 2, rounding_mode="trunc"),
         call("prelu.default", x(4, 5, 6), x(5)),
         call("prelu.default", x(4, 5), x(1)),
-        call("type_as.default", x(4, 5), x(3, 6)),
-        call("type_as.default", ints(4, 5), x(3, 6)),
         call("addcmul.default", x(4, 5), x(5), x(4, 1), value=0.5),
         call("addcdiv.default", x(4, 5), x(5), x(4, 5), value=0.5),
         call("addcmul.default", x(4, 5), kept, kept),

@@ -62,7 +62,7 @@ _SAME_SHAPE = {
     "aten.flatten.using_ints",
     "aten.squeeze.dim",
 }
-_CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default"}
+_CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"}
 
 
 def _is_identity(node: Node, graph: Graph) -> str | None:
@@ -162,11 +162,11 @@ _EXPANSIONS = {
 }
 
 
-def creations_alone(graph: Graph) -> Graph:
-    """new_zeros(%x, (b, 4)) becomes zeros((b, 4)) of the type of %x.
+def types_alone(graph: Graph) -> Graph:
+    """new_zeros(%x, (b, 4)) becomes zeros((b, 4)), and type_as(%y, %x) to(%y), of the type of %x.
 
-    Why: of the operand only the type is read, and a constant depends on nobody's placement.
-    After: no new_empty, new_zeros, new_ones and new_full left.
+    Why: of the operand only the type is read, so it matters to nobody how it lies.
+    After: no new_empty, new_zeros, new_ones, new_full, type_as and to.other left.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
@@ -180,10 +180,14 @@ def creations_alone(graph: Graph) -> Graph:
                 args=node.args[1:],
                 kwargs=kwargs,
             )
+        elif node.target in _CASTS_TO_ANOTHER:
+            dtype = node.result.dtype
+            node = replace(node, target="aten.to.dtype", args=(node.args[0], dtype), kwargs=())
         nodes.append(node)
     return rebuilt(graph, nodes, {})
 
 
+_CASTS_TO_ANOTHER = {"aten.type_as.default", "aten.to.other"}
 _CREATIONS = {
     "aten.new_empty.default": "aten.empty.memory_format",
     "aten.new_zeros.default": "aten.zeros.default",
@@ -385,7 +389,7 @@ def at_least(graph: Graph, elements: int) -> Graph:
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     functional,
-    creations_alone,
+    types_alone,
     explicit_stops,
     explicit_attention_dropout,
     drop_empty_parts,

@@ -216,16 +216,6 @@ def prelu(call: OpCall) -> ShardingRule:
     return ShardingRule.parse(f"{row}, {slope} -> {row}", call)
 
 
-@rule("aten.type_as.default")
-def type_as(call: OpCall) -> ShardingRule:
-    """A cast. Of the other tensor only the type is read."""
-    row = " ".join(f"d{i}" for i in range(len(call.operands[0].shape)))
-    other = " ".join(["1"] * len(call.operands[1].shape))
-    kinds = (call.operands[0].dtype, call.results[0].dtype)
-    numbers = all(kind.is_floating_point for kind in kinds)
-    return ShardingRule.parse(f"{row}, {other} -> {row}", call, linear=[{0}] if numbers else [])
-
-
 @rule(
     *(f"aten.{name}_like.default" for name in ("zeros", "ones", "full")),
     "aten.zero.default",
