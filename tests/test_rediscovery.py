@@ -157,3 +157,64 @@ def _code(file: Path) -> list[str]:
         r'""".*?"""', lambda match: "\n" * match[0].count("\n"), file.read_text(), flags=re.S
     )
     return [line.partition("#")[0] for line in text.splitlines()]
+
+
+def hugging_face(name: str, layers: int) -> torch.nn.Module:
+    """A model of real width, without weights. Eight ranks, of which the last may get no head."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    width, heads = (1600, 25) if name == "Llama" else (2048, 16)
+    sizes: dict[str, Any] = {"vocab_size": 50304, "use_cache": False}
+    if name == "GPTJ":
+        sizes |= {"n_embd": width, "n_layer": layers, "n_head": heads, "rotary_dim": 64}
+    else:
+        sizes |= {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    if name == "Falcon":
+        sizes |= {"num_kv_heads": 8, "new_decoder_architecture": True, "bias": False}
+    if name == "Llama":
+        sizes |= {"intermediate_size": 4 * width, "num_key_value_heads": heads}
+    if name == "Gemma3":
+        sizes |= {"intermediate_size": 4 * width, "num_key_value_heads": 8, "head_dim": 128}
+    config = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**sizes))
+    made: torch.nn.Module = model.to(torch.bfloat16).train()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("GPTJ", 1), ("GPTNeoX", 1), ("Falcon", 1), ("Gemma3", 2), ("Llama", 2)],
+)
+def test_all_reduces_of_a_layer_of_other_families(name: str, expected: int) -> None:
+    """Attention and MLP side by side need one, one after the other two; each way.
+
+    However query, key and value are fused: head by head (GPT-NeoX), in groups (Falcon); with norms
+    of single heads (Gemma 3) and with 25 heads on 8 ranks (Llama).
+    """
+    tokens = torch.zeros(4, 2048, dtype=torch.long)
+    counts = []
+    for layers in (2, 3):
+        plan = autoparallel.make_plan(
+            hugging_face(name, layers),
+            8,
+            example_inputs={"input_ids": tokens, "labels": tokens},
+            sequence_parallel=False,
+            hardware="dgx-a100",
+        )
+        assert plan.product_weight == 1
+        assert plan.split_flops > 0.99
+        counts.append(
+            Counter(
+                (direction, getattr(conversion, direction).value, conversion.shape.split(", ")[-1])
+                for conversion in plan.conversions
+                for direction in ("forward", "backward")
+                if getattr(conversion, direction).collective and not conversion.together
+            )
+        )
+    counts[1].subtract(counts[0])
+    width = "1600" if name == "Llama" else "2048"
+    assert {key: count for key, count in counts[1].items() if count} == {
+        (direction, "all_reduce", width): expected for direction in ("forward", "backward")
+    }
