@@ -152,3 +152,25 @@ CLIPPED_BY_ALL = define(
 )
 POWER_SUM = define("power_sum", "(Tensor x) -> Tensor", lambda x: x.square().sum(-1).sqrt())
 AVERAGE = define("average", "(Tensor x, Tensor y) -> Tensor", lambda x, y: (x - y).square().mean())
+
+
+def single_only(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype != torch.float32:
+        raise TypeError(f"no kernel for {x.dtype}")
+    return x.exp()
+
+
+SINGLE = define("single_only", "(Tensor x) -> Tensor", single_only, torch.empty_like)
+FORWARD = torch.library.custom_op(
+    "probed::forward_only", lambda x: x.sin(), mutates_args=(), schema="(Tensor x) -> Tensor"
+)
+FORWARD.register_fake(torch.empty_like)
+
+
+def _broken(ctx, grad):
+    raise KeyError("saved")
+
+
+BROKEN = define(
+    "broken_backward", "(Tensor x) -> Tensor", lambda x: x.cos(), torch.empty_like, _broken
+)

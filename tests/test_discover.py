@@ -108,6 +108,7 @@ def test_rules_of_ops_that_nobody_knows(call: Call, words: str) -> None:
 REFUSED = {
     "noisy": ((), "gives other results when it is run again"),
     "picky": (("fast",), "failed on probe inputs: ValueError: mode 'fast' is not known"),
+    "broken_backward": ((), "failed on probe inputs, in its backward: KeyError"),
     "clipped": ((), "is not what it is taken for: R -> R: gradient of operand x0"),
 }
 
@@ -122,6 +123,27 @@ def test_ops_that_cannot_be_probed_say_why(name: str) -> None:
     with pytest.raises(ProbeError) as caught:
         discover(OpCall(node, (value,)))
     assert why in str(caught.value)
+
+
+def plain(name: str) -> OpCall:
+    """A call of an op on one float32 tensor, without running it."""
+    value = Value("x", (4, 5), torch.float32, True)
+    made = Value("y", (4, 5), torch.float32, True)
+    return OpCall(Node("y", "call", f"probed.{name}.default", (made,), (Ref("x"),)), (value,))
+
+
+def test_an_op_of_one_precision_is_probed_in_it() -> None:
+    """The judge is looser then."""
+    found = discover(plain("single_only"))
+    assert (found.dtype, found.whole, found.linear) == ("float32", (), ())
+
+
+def test_an_op_without_a_backward_is_proven_forward() -> None:
+    """And the rule says so."""
+    call = plain("forward_only")
+    rule = discover(call).rule(call)
+    assert rule is not None
+    assert rule.discovered.startswith("a b -> a b; proven forward only: backward failed:")
 
 
 class Mixer(nn.Module):

@@ -8,6 +8,7 @@ of the other. Where the dims are of different sizes, they may share a part of it
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -119,15 +120,14 @@ class _Observed:
                 for dim, size in enumerate(tensor.shape):
                     if size == 1:
                         continue
+                    made: dict[int, tuple[torch.Tensor, ...]] = {}
                     for i in range(size):
                         moved = tensor.clone()
                         moved.select(dim, i).copy_(other.select(dim, i))
                         inputs = [*tensors[:operand], moved, *tensors[operand + 1 :]]
-                        try:
-                            results = probe.run(pattern, sizes, inputs)
-                        except Exception:
-                            continue
-                        self.compare(changed, (operand, dim), size, i, whole, results)
+                        with suppress(Exception):
+                            made[i] = probe.run(pattern, sizes, inputs)
+                    self.compare(changed, (operand, dim), size, whole, made)
             if known == sum(int(matrix.sum()) for matrix in changed.values()):
                 break
         for (one, two), matrix in changed.items():
@@ -139,22 +139,26 @@ class _Observed:
         changed: dict[tuple[Place, Place], torch.Tensor],
         place: Place,
         size: int,
-        i: int,
         before: tuple[torch.Tensor, ...],
-        after: tuple[torch.Tensor, ...],
+        after: dict[int, tuple[torch.Tensor, ...]],
     ) -> None:
-        for index, (one, two) in enumerate(zip(before, after, strict=True)):
-            if one.shape != two.shape:
+        """Note which slices of the results differ where slice i of an operand does: after[i]."""
+        for index, one in enumerate(before):
+            others = [results[index] for results in after.values()]
+            if any(other.shape != one.shape for other in others):
                 raise ProbeError("gives results whose sizes depend on the numbers that it reads")
-            differs = one != two
+            if not others:
+                continue
+            differs = torch.stack(others) != one
             for dim, length in enumerate(one.shape):
                 if length == 1:
                     continue
                 key = (place, (self.count + index, dim))
                 if key not in changed:
                     changed[key] = torch.zeros(size, length, dtype=torch.bool)
-                rest = [d for d in range(one.dim()) if d != dim]
-                changed[key][i] |= differs.any(rest) if rest else differs
+                rest = [d + 1 for d in range(one.dim()) if d != dim]
+                rows = differs.any(rest) if rest else differs
+                changed[key][list(after)] |= rows
 
     def untouched(self, changed: dict[tuple[Place, Place], torch.Tensor]) -> None:
         """An operand whose numbers change nothing gives its shape: dims of one size are one."""
@@ -280,7 +284,9 @@ def _named(
             for at in reversed(range(len(points[place]) - 1 if size > 1 else 0)):
                 key = root((place, at))
                 name = names.setdefault(key, f"l{len(names)}")
-                if name not in loops:
+                if name not in loops and tensor < count and len(points[place]) == 2:
+                    loops[name] = pattern.operands[tensor][dim]
+                elif name not in loops:
                     values = [each[place][at + 1] // each[place][at] for each in cuts]
                     if len(points[place]) == 2:
                         values.append(shapes[tensor][dim])
@@ -318,6 +324,9 @@ def _term(pattern: Pattern, sizes: list[dict[int, int]], values: list[int]) -> T
     """The size that has these values at these sizes; factor 0 where there is none."""
     if len(set(values)) == 1:
         return Term(values[0])
+    for known in pattern.terms():
+        if known.atoms and [known.at(each) for each in sizes] == values:
+            return known
     products = [atoms for count in (1, 2, 3) for atoms in combinations(pattern.atoms, count)]
     for atoms in products:
         quotients = {

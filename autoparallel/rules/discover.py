@@ -74,6 +74,8 @@ def _refuse(probe: Probe) -> None:
         raise ProbeError("draws random numbers, which every rank would draw differently")
     if operation._schema.is_mutable:
         raise ProbeError("writes to its inputs")
+    if "c10d" in probe.call.node.target.partition(".")[0]:
+        raise ProbeError("communicates by itself")
     if not probe.call.operands:
         raise ProbeError("reads no tensors")
 
@@ -83,9 +85,7 @@ def _best(probe: Probe) -> Found:
     shrunk = shrink(probe)
     found = _Author(probe, shrunk).found()
     if found.whole and shrunk.tied is not None:
-        order = sorted_atoms(shrunk.tied, probe.call)
-        tied = replace(shrunk, pattern=shrunk.tied, order=order, tied=None)
-        other = _Author(probe, tied).found()
+        other = _Author(probe, shrunk.tied).found()
         if _split_dims(other) > _split_dims(found):
             return other
     return found

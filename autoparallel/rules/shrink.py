@@ -28,9 +28,9 @@ _POOLS = (
     (5, 7, 8, 11, 12, 13, 16, 17, 19, 20, 21, 23),
 )
 _LOW_POOLS = (
-    (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14),
-    (4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 16, 17),
-    (3, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 18),
+    (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13),
+    (3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 16),
+    (2, 4, 5, 6, 8, 9, 11, 12, 13, 14, 15, 16),
 )
 _MANY = 5
 _DOMAINS = (Values(), Values(signs=False), Values(1.1, 2.0, signs=False))
@@ -45,13 +45,13 @@ _MOST_CONSTANT = 64
 class Shrunk:
     """order: the pattern's independent sizes from the smallest to the largest of the call.
 
-    tied: the pattern before sizes that may differ were set free of each other, if there were any.
+    tied: the same before sizes that may differ were set free of each other, if there were any.
     """
 
     pattern: Pattern
     order: tuple[int, ...]
     values: Values
-    tied: Pattern | None = None
+    tied: Shrunk | None = None
 
 
 def assignment(order: tuple[int, ...], which: int) -> dict[int, int]:
@@ -76,7 +76,9 @@ def shrink(probe: Probe) -> Shrunk:
         return Shrunk(pattern, search.ordered(pattern), replace(search.values, bounds=plain))
     freed = search.relaxed(pattern)
     values = search.bounded(freed)
-    tied = pattern if freed != pattern else None
+    tied = None
+    if freed != pattern:
+        tied = Shrunk(pattern, search.ordered(pattern), search.bounded(pattern))
     return Shrunk(freed, search.ordered(freed), values, tied)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch._library.custom_ops import OPDEFS
 
 from autoparallel.graph.graph import Sym, hint
 from autoparallel.placement import Partial
@@ -49,8 +50,10 @@ class Trial:
         except ProbeError:
             raise
         except Exception as error:
-            self.gradients = False
-            self.backward_error = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            words = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            if not self.gradients or _has_backward(probe):
+                raise ProbeError(f"failed on probe inputs, in its backward: {words}") from error
+            self.gradients, self.backward_error = False, words
             self.cases = {which: self.case(which) for which in (0, 1)}
 
     def case(self, which: int, symbolic: bool = False) -> Example:
@@ -75,7 +78,7 @@ class Trial:
         made = make_example(probe.call.node.target, args, kwargs, names)
         again = make_example(probe.call.node.target, args, kwargs, names)
         for old, new in zip(made.results, again.results, strict=True):
-            if not torch.equal(old, new):
+            if not torch.allclose(old, new, rtol=0, atol=0, equal_nan=True):
                 raise ProbeError("gives other results when it is run again: it draws numbers")
         for old, tensor in zip(before, tensors, strict=True):
             if not torch.equal(old, tensor.detach()):
@@ -204,6 +207,12 @@ class Trial:
                 if loop not in rule.whole and is_possible(rule, tile, world_size):
                     found.append(tile)
         return found
+
+
+def _has_backward(probe: Probe) -> bool:
+    """Whether the op can be differentiated, or may be."""
+    definition = OPDEFS.get("::".join(probe.call.node.target.split(".")[:2]))
+    return definition is None or definition._backward_fn is not None
 
 
 def _elements(pattern: Pattern, sizes: Mapping[int, int]) -> int:
