@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import random
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,17 @@ class Drops(Several):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             if self.training and torch.rand([]) < 0.5:
+                continue
+            x = block(x)
+        return x
+
+
+class PythonDrops(Several):
+    """The same with the generators of Python and numpy, which a tracer does not see."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            if random.random() + np.random.uniform() < 1:
                 continue
             x = block(x)
         return x
@@ -245,8 +257,8 @@ class Counts(Several):
 MIDDLES: dict[str, type[Several]] = {
     kind.__name__: kind
     for kind in (
-        Branches, Items, Loops, Numpy, Remarks, Drops, Structures, WithoutGradient, Reads,
-        Keeping, Packed, Counts,
+        Branches, Items, Loops, Numpy, Remarks, Drops, PythonDrops, Structures,
+        WithoutGradient, Reads, Keeping, Packed, Counts,
     )
 }  # fmt: skip
 

@@ -122,6 +122,65 @@ def test_equal_parts_share_a_plan() -> None:
     assert plan.split_flops > 0.99
 
 
+def test_a_published_model_drops_layers() -> None:
+    """Hugging Face's OPT: layers are left out alike on all ranks. Its loss is in float32."""
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=97, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=4, ffn_dim=64,
+        num_attention_heads=4, max_position_embeddings=32, dropout=0.0, layerdrop=0.5,
+        use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.OPTForCausalLM(config).double().train()
+    ids = torch.randint(3, 97, (2, 9))
+    batch = {"input_ids": ids, "labels": ids}
+    result = autoparallel.simulate(model, 2, example_inputs=batch)
+    ((loss, gradients),) = expected(model, batch)
+    layers = {path.split(".")[3] for path in gradients if ".layers." in path}
+    assert 0 < len(layers) < 4
+    assert relative_error(result.output["loss"], loss) < 1e-6
+    assert worst_gradient(dict(result.gradients), gradients)[0] < 1e-5
+
+
+def hooked(model: nn.Module) -> list[str]:
+    """Hooks that change what goes in and comes out, on the model, a part and a module inside."""
+    calls: list[str] = []
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, result: Any) -> Any:
+            calls.append(name)
+            return {**result, "loss": result["loss"] * 2} if name == "model" else result * 1.5
+
+        return hook
+
+    model.register_forward_hook(after("model"))
+    model.first.register_forward_hook(after("part"))
+    model.first.up.register_forward_hook(after("inside"))
+    model.first.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return calls
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_hooks_run_once(broken: bool) -> None:
+    """Those of the model and of its parts at each call; those inside of a graph belong to it."""
+    model = build("Branches")
+    if not broken:
+        model.middle = model.middle.blocks[0]
+    calls = hooked(model)
+    ((loss, gradients),) = expected(model, inputs())
+    calls.clear()
+    parallel = autoparallel.autoparallelize(model, 1, example_inputs=inputs())
+    assert bool(parallel.plan.breaks) == broken
+    calls.clear()
+    own = parallel(**inputs())["loss"]
+    assert relative_error(own.detach(), loss) < 1e-12
+    assert calls == (["part", "model"] if broken else ["model"])
+    own.backward()
+    named = parallel.named_parameters(remove_duplicate=False)
+    assert worst_gradient({n: p.grad for n, p in named if p.grad is not None}, gradients)[0] < 1e-10
+
+
 def test_views_of_a_plan_in_parts(tmp_path: Any) -> None:
     """The report says what is Python and why; the picture has all parts."""
     plan = autoparallel.make_plan(build("Branches"), 2, example_inputs=inputs())

@@ -25,6 +25,7 @@ from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.importer import Importer
 from autoparallel.graph.spelled import Known, spelled_out
+from autoparallel.randomness import python_numbers
 from autoparallel.structure import Skeleton, flatten, rebuild
 
 __all__ = ["Captured", "bind_inputs", "capture", "find_example_inputs", "refuse_wrapped"]
@@ -192,11 +193,18 @@ class _Flat(nn.Module):
         arguments = rebuild(self.inputs, list(tensors))
         bound = inspect.BoundArguments(self.bound.signature, arguments)
         held = effects(self.model, arguments) if self.part else {}
+        numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         with self.folding.forward(), DecidedDraws(), spelled_out(self.known):
             result = self.model.forward(*bound.args, **bound.kwargs)
         if self.part:
             refuse_effects(held, effects(self.model, arguments))
+        if python_numbers() != numbers:
+            raise CaptureError(
+                f"{type(self.model).__name__}.forward draws random numbers with Python or numpy",
+                why="a graph would have the numbers of this one trace for ever",
+                fix="draw them with torch, or in a module that is not traced",
+            )
         flat, skeleton = flatten(result)
         self.outputs.append(skeleton)
         return tuple(flat)

@@ -6,14 +6,17 @@ import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from autoparallel.randomness import restore, snapshot
 
-__all__ = ["Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]
+__all__ = ["Group", "LocalGroup", "ProcessGroup", "SingleGroup", "run_ranks", "thread_groups"]
+
+
+Result = TypeVar("Result")
 
 
 class Group(ABC):
@@ -158,12 +161,6 @@ class LocalGroup(Group):
         items = self.meeting.exchange(self.rank, tensors)
         return [item[self.rank].clone() for item in items]
 
-    def run(self, function: Callable[[], None]) -> None:
-        """Run a rank's work, in turns with the others where that was asked for."""
-        turn = self.meeting.turn
-        with turn if turn is not None else contextlib.nullcontext():
-            function()
-
     def abort(self) -> None:
         """Wake the others after a failure: they would wait for ever."""
         self.meeting.barrier.abort()
@@ -177,3 +174,31 @@ def thread_groups(world_size: int, in_turn: bool = False) -> list[LocalGroup]:
     """
     meeting = _Meeting(world_size, in_turn)
     return [LocalGroup(meeting, rank, world_size) for rank in range(world_size)]
+
+
+def run_ranks(groups: list[LocalGroup], work: Callable[[LocalGroup], Result]) -> list[Result]:
+    """What `work` returns on each rank, each in a thread of its own.
+
+    Raises what the rank raised that failed first.
+    """
+    results: dict[int, Result] = {}
+    errors: list[BaseException] = []
+
+    def run(group: LocalGroup) -> None:
+        turn = group.meeting.turn
+        with turn if turn is not None else contextlib.nullcontext():
+            try:
+                results[group.rank] = work(group)
+            except BaseException as error:
+                errors.append(error)
+                group.abort()
+
+    threads = [threading.Thread(target=run, args=(group,)) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        first = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        raise (first or errors)[0]
+    return [results[group.rank] for group in groups]

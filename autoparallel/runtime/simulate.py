@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
 from autoparallel.runtime.collectives import join_parts, sum_together, take_part
-from autoparallel.runtime.groups import LocalGroup, thread_groups
+from autoparallel.runtime.groups import LocalGroup, run_ranks, thread_groups
 from autoparallel.runtime.module import Replan, parallel_module, state_of
 from autoparallel.runtime.seeds import manual_seed
 from autoparallel.structure import Skeleton, flatten, rebuild
@@ -88,55 +87,47 @@ def simulate_plan(
     weights = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     device = next((p.device for p in weights.values()), torch.device("cpu"))
-    results: list[Any] = [None] * plan.world_size
-    errors: list[tuple[int, BaseException]] = []
     storage = plan.storage
 
-    def run(group: LocalGroup) -> None:
-        try:
-            program = emit(captured.graph, plan, group, plan.model)
-            leaves = []
-            for path in program.parameters:
-                whole, placed = weights[path].detach(), storage[path]
-                part = whole
-                if isinstance(placed, Shard):
-                    part = take_part(whole, placed, group.world_size, group.rank)
-                leaves.append(part.clone().requires_grad_(weights[path].requires_grad))
-            given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
-            held = {path: buffers[path].clone() for path in program.buffers}
-            with rng.using(rng.Generator(seed, mode=plan.options.rng)):
-                outputs, written = program.run(
-                    leaves,
-                    list(held.values()),
-                    [captured.constants[path] for path in program.constants],
-                    given,
-                    device,
-                )
-            held.update(zip(program.mutations, written, strict=True))
-            if backward:
-                local = rebuild(captured.outputs, outputs)
-                loss = _loss_of(local) if backward is True else backward(local)
-                if loss is not None:
-                    loss.backward()
-            summed = [
-                leaf
-                for path, leaf in zip(program.parameters, leaves, strict=True)
-                if path in program.deferred and leaf.grad is not None
-            ]
-            grads = [leaf.grad for leaf in summed if leaf.grad is not None]
-            totals = sum_together(grads, group) if grads else []
-            for leaf, total in zip(summed, totals, strict=True):
-                leaf.grad = total
-            gradients = {
-                path: leaf.grad for path, leaf in zip(program.parameters, leaves, strict=True)
-            }
-            own = [tensor.grad for tensor in given]
-            results[group.rank] = _Ran(outputs, gradients, own, held)
-        except BaseException as error:
-            errors.append((group.rank, error))
-            group.abort()
+    def work(group: LocalGroup) -> _Ran:
+        program = emit(captured.graph, plan, group, plan.model)
+        leaves = []
+        for path in program.parameters:
+            whole, placed = weights[path].detach(), storage[path]
+            part = whole
+            if isinstance(placed, Shard):
+                part = take_part(whole, placed, group.world_size, group.rank)
+            leaves.append(part.clone().requires_grad_(weights[path].requires_grad))
+        given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        held = {path: buffers[path].clone() for path in program.buffers}
+        with rng.using(rng.Generator(seed, mode=plan.options.rng)):
+            outputs, written = program.run(
+                leaves,
+                list(held.values()),
+                [captured.constants[path] for path in program.constants],
+                given,
+                device,
+            )
+        held.update(zip(program.mutations, written, strict=True))
+        if backward:
+            local = rebuild(captured.outputs, outputs)
+            loss = _loss_of(local) if backward is True else backward(local)
+            if loss is not None:
+                loss.backward()
+        summed = [
+            leaf
+            for path, leaf in zip(program.parameters, leaves, strict=True)
+            if path in program.deferred and leaf.grad is not None
+        ]
+        grads = [leaf.grad for leaf in summed if leaf.grad is not None]
+        totals = sum_together(grads, group) if grads else []
+        for leaf, total in zip(summed, totals, strict=True):
+            leaf.grad = total
+        gradients = {path: leaf.grad for path, leaf in zip(program.parameters, leaves, strict=True)}
+        own = [tensor.grad for tensor in given]
+        return _Ran(outputs, gradients, own, held)
 
-    _run_ranks(groups, run, errors)
+    results = run_ranks(groups, work)
     made = _together(results, groups[0], storage, plan.outputs, captured.outputs)
     gradients = dict(made.gradients)
     for path, kept in captured.aliases.items():
@@ -179,22 +170,6 @@ def _together(
     )
 
 
-def _run_ranks(
-    groups: list[LocalGroup],
-    run: Callable[[LocalGroup], None],
-    errors: list[tuple[int, BaseException]],
-) -> None:
-    """Run all ranks. Raises what the first that failed has raised."""
-    threads = [threading.Thread(target=run, args=(group,)) for group in groups]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        first = [e for e in errors if not isinstance(e[1], threading.BrokenBarrierError)]
-        raise (first or errors)[0][1]
-
-
 def _simulate_parts(
     model: nn.Module,
     plan: Plan,
@@ -210,12 +185,9 @@ def _simulate_parts(
         raise PlanError("a module is called otherwise than in the example run")
 
     groups = thread_groups(plan.world_size, in_turn=True)
-    results: list[Any] = [None] * plan.world_size
-    errors: list[tuple[int, BaseException]] = []
-
     tensors, skeleton = flatten((args, dict(kwargs)))
 
-    def work(group: LocalGroup) -> None:
+    def work(group: LocalGroup) -> tuple[_Ran, Skeleton, Mapping[str, Placement]]:
         made = parallel_module(model, plan, group, None, replan or refuse, 0)
         manual_seed(made, seed)
         given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
@@ -230,16 +202,9 @@ def _simulate_parts(
         gradients = {path: own.grad for path, own in named}
         inputs = [tensor.grad for tensor in given]
         ran = _Ran(outputs, gradients, inputs, dict(made.named_buffers()))
-        results[group.rank] = (ran, returned, state_of(made).storage)
+        return ran, returned, state_of(made).storage
 
-    def run(group: LocalGroup) -> None:
-        try:
-            group.run(lambda: work(group))
-        except BaseException as error:
-            errors.append((group.rank, error))
-            group.abort()
-
-    _run_ranks(groups, run, errors)
+    results = run_ranks(groups, work)
     first, returned, storage = results[0]
     outputs = (Invariant(),) * len(first.outputs)
     return _together([ran for ran, _, _ in results], groups[0], storage, outputs, returned)

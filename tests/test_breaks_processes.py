@@ -1,0 +1,208 @@
+"""A model in parts on real processes, and in other modes than it was planned for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from broken_models import Block, Branches, build, inputs
+from families import relative_error, worst_gradient
+from processes import run_processes
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+import autoparallel
+from autoparallel.parts import Planner
+from autoparallel.runtime.groups import run_ranks, thread_groups
+from autoparallel.runtime.module import parallel_module, state_of
+from autoparallel.runtime.parameters import whole_tensor
+from autoparallel.runtime.python import common_numbers
+from autoparallel.runtime.rng import Generator
+
+
+def whole_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every gradient of a parallel module, put together. A collective call."""
+    state = state_of(module)
+    named = module.named_parameters(remove_duplicate=False)
+    return {
+        path: whole_tensor(own.grad, state.storage[path], state.group)
+        for path, own in named
+        if own.grad is not None
+    }
+
+
+def train(rank: int) -> list[float]:
+    """Some steps of each model beside the plain one; then saving, loading and evaluating."""
+    torch.set_num_threads(1)
+    losses = []
+    for name in ("Branches", "Drops", "Reads", "Packed", "Counts"):
+        model, batch = build(name), inputs()
+        torch.manual_seed(0)
+        parallel = autoparallel.autoparallelize(model, 2, example_inputs=batch)
+        assert [path for path, _ in parallel.named_parameters()] == [
+            path for path, _ in model.named_parameters()
+        ]
+        assert all(isinstance(own, DTensor) for own in parallel.parameters())
+        assert parallel.embed.weight is parallel.head.weight
+        generator = Generator(seed=autoparallel.rng_state(parallel)["seed"])
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, parallel)]
+        for step in range(3):
+            batch = {key: value.roll(step, 0) for key, value in inputs().items()}
+            torch.manual_seed(rank)
+            own = parallel(**batch)["loss"]
+            own.backward()
+            with common_numbers(generator):
+                loss = model(**batch)["loss"]
+            loss.backward()
+            assert relative_error(own.detach(), loss.detach()) < 1e-10, (name, step)
+            named = model.named_parameters(remove_duplicate=False)
+            gradients = {path: p.grad for path, p in named if p.grad is not None}
+            assert worst_gradient(whole_gradients(parallel), gradients)[0] < 1e-9, (name, step)
+            norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (model, parallel)]
+            assert relative_error(norms[1].full_tensor(), norms[0]) < 1e-10
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(float(own))
+        state = autoparallel.full_state_dict(parallel)
+        for path, value in model.state_dict().items():
+            assert relative_error(state[path].double(), value.double()) < 1e-9, (name, path)
+        parallel.eval()
+        model.eval()
+        with torch.no_grad():
+            own, expected = parallel(**batch)["logits"], model(**batch)["logits"]
+        own = own.full_tensor() if isinstance(own, DTensor) else own
+        assert relative_error(own, expected) < 1e-10, name
+        other = build(name)
+        other.load_state_dict(state)
+        parallel.load_state_dict(build(name).state_dict())
+        parallel.load_state_dict(other.state_dict())
+        after = autoparallel.full_state_dict(parallel)
+        assert all(torch.equal(after[path], value) for path, value in state.items())
+    return losses
+
+
+def test_two_processes() -> None:
+    """Training, clipping, state dicts and evaluation; both ranks go the same way."""
+    first, second = run_processes(train, 2, timeout_seconds=900)
+    assert first == second
+
+
+class Recomputes(nn.Module):
+    """Dropout in a split block and in Python, recomputed in the backward pass or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(Block(), nn.Dropout(0.5))
+        self.python = PythonBlock()
+        self.again = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            for part in (self.block, self.python):
+                x = checkpoint(part, x, use_reentrant=False) if self.again else part(x)
+        return x.square().sum() if x.sum() != 0.123 else x.sum()
+
+
+class PythonBlock(Branches):
+    """Branches, and drops elements."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_recomputed_parts_draw_what_they_drew() -> None:
+    torch.manual_seed(3)
+    model, x = Recomputes().double(), torch.randn(4, 12).double()
+    results = []
+    for again in (False, True):
+        parallel = autoparallel.autoparallelize(model, 1, example_inputs=x)
+        assert {item.path for item in parallel.plan.breaks} == {"", "python"}
+        autoparallel.manual_seed(parallel, 1)
+        parallel.again = again
+        loss = parallel(x)
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in parallel.named_parameters()}))
+    (loss, gradients), (other, others) = results
+    assert relative_error(other, loss) < 1e-12
+    assert worst_gradient(others, gradients)[0] < 1e-10
+
+
+def test_plans_are_applied_from_json_and_made_at_the_first_call() -> None:
+    model, batch = build("Branches"), inputs()
+    expected = model(**batch)["loss"].detach()
+    plan = autoparallel.make_plan(model, 1, example_inputs=batch)
+    read = autoparallel.Plan.from_json(plan.to_json())
+    applied = autoparallel.apply_plan(model, read, example_inputs=batch)
+    assert relative_error(applied(**batch)["loss"].detach(), expected) < 1e-12
+    with pytest.raises(autoparallel.AutoParallelError, match="made for another"):
+        autoparallel.apply_plan(build("Keeping"), read, example_inputs=batch)
+    waiting = autoparallel.autoparallelize(model, 1)
+    optimizer = torch.optim.SGD(waiting.parameters(), lr=0.1)
+    loss = waiting(**batch)["loss"]
+    assert relative_error(loss.detach(), expected) < 1e-12
+    loss.backward()
+    optimizer.step()
+    assert relative_error(waiting(**batch)["loss"].detach(), expected) > 1e-3
+    assert torch.equal(model(**batch)["loss"], expected)
+
+
+class OnlyInEvaluation(nn.Module):
+    """Traced whole in training; in evaluation it looks at values, and so does a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = Block(), Careful(), 1.0
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if not self.training and x.sum() == 0.123:
+            return x
+        return self.second(self.first(x) * scale).sum()
+
+
+class Careful(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if self.training or x.sum() > 0 else -x)
+
+
+def test_breaks_that_are_met_later() -> None:
+    """In another mode: what is stored split is gathered where Python reads it."""
+    torch.manual_seed(3)
+    model, x = OnlyInEvaluation().double(), torch.randn(4, 12).double()
+    plan = autoparallel.make_plan(model, 2, example_inputs=x)
+    assert not plan.breaks
+
+    def passes(module: Any) -> Any:
+        outputs = []
+        for training in (True, False, True, False):
+            module.train(training)
+            outputs.append(module(x))
+        return outputs
+
+    results = on_ranks(model, plan, passes)
+    for own, expected in zip(results, passes(copy.deepcopy(model)), strict=True):
+        assert relative_error(own.detach(), expected.detach()) < 1e-12
+
+
+def test_constants_that_never_repeat_end_in_python() -> None:
+    """A number that Python computes anew for each call would be a new program each time."""
+    torch.manual_seed(3)
+    model, x = OnlyInEvaluation().double(), torch.randn(4, 12).double()
+    parallel = autoparallel.autoparallelize(model, 1, example_inputs=x)
+    for index in range(20):
+        own, expected = parallel(x, scale=index / 7), model(x, scale=index / 7)
+        assert relative_error(own.detach(), expected.detach()) < 1e-12
+    assert sum(map(len, state_of(parallel).entries.values())) == 16
+    assert len(state_of(parallel.first).entries) == 1
+
+
+def on_ranks(model: nn.Module, plan: autoparallel.Plan, work: Any) -> Any:
+    """What `work` returns on rank 0 of a simulated group."""
+    groups = thread_groups(plan.world_size, in_turn=True)
+    planner = Planner(plan.model, plan.mesh, plan.options)
+    return run_ranks(
+        groups, lambda group: work(parallel_module(model, plan, group, None, planner, 0))
+    )[0]
