@@ -355,7 +355,7 @@ class Importer:
             expr = expr.xreplace(self.equal)
         if expr not in self.sizes:
             if expr.is_number:
-                number = int if expr.is_integer else float
+                number: Any = int if expr.is_integer else float
                 self.sizes[expr] = number(expr)
             else:
                 if not size.node.has_hint():
