@@ -28,6 +28,8 @@ class OpChoice:
     reads, makes: names of the values, in the same order. kernel: the communicating kernel, if
     it needs one. seconds: predicted, forward and backward. flops: of products, forward, on the
     busiest rank; whole_flops: unsplit. discovered: the op's rule, if it was found by trial.
+    reason: why a product is left whole, empty if it is split or no product. added: what the best
+    plan that splits it would add to the cost.
     """
 
     name: str
@@ -43,13 +45,16 @@ class OpChoice:
     flops: float = 0.0
     whole_flops: float = 0.0
     discovered: str = ""
+    reason: str = ""
+    added: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterChoice:
     """How one parameter is stored. path: in the model. shape: of the whole. nbytes: likewise.
 
-    reason: why it is left whole, empty if it is split.
+    reason: why it is left whole, empty if it is split. added: what the best plan that splits it
+    would add to the cost; 0 where it is split, and where none does.
     """
 
     name: str
@@ -58,6 +63,7 @@ class ParameterChoice:
     nbytes: int
     storage: Placement
     reason: str = ""
+    added: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from autoparallel.cost.collectives import conversion_seconds
@@ -9,14 +10,15 @@ from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.capture import Captured
-from autoparallel.graph.graph import Graph, Node, hint
+from autoparallel.graph.graph import Graph, hint
 from autoparallel.graph.passes import at_least
 from autoparallel.mesh import Mesh
 from autoparallel.network import Network, build_network, reduced_together
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Placement, Shard
+from autoparallel.placement import Invariant, Placement
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from planners import InfeasibleError, Memo, Solution, TooWideError, conditioning, exact
+from autoparallel.whole import added_costs, is_left_whole, why_whole
+from planners import InfeasibleError, Memo, Problem, Solution, TooWideError, conditioning, exact
 
 __all__ = ["read_plan", "search"]
 
@@ -62,7 +64,7 @@ def search(
             )
     memo = Memo()
     given: tuple[str, ...] | None = None
-    best: tuple[float, float, Solution] | None = None
+    best: tuple[float, float, Solution, Problem] | None = None
     weights = _WEIGHTS if mesh.world_size > 1 else (1.0,)
     for weight in weights if product_weight is None else (product_weight,):
         problem = network.problem(weight, pinned)
@@ -80,11 +82,13 @@ def search(
             ) from error
         share = _split_share(network, solution)
         if best is None or share > best[1] + 1e-9:
-            best = (weight, share, solution)
+            best = (weight, share, solution, problem)
         if share >= ENOUGH_SPLIT:
             break
     assert best is not None
-    return read_plan(captured, model, mesh, network, best[2], best[0])
+    weight, _, solution, problem = best
+    added = added_costs(network, problem, solution, memo) if given is None else {}
+    return read_plan(captured, model, mesh, network, solution, weight, added)
 
 
 def _split_share(network: Network, solution: Solution) -> float:
@@ -110,8 +114,12 @@ def read_plan(
     network: Network,
     solution: Solution,
     weight: float,
+    added: Mapping[str, float] = {},
 ) -> Plan:
-    """A solution of the network in the words of the model. weight: what products counted in it."""
+    """A solution of the network in the words of the model. weight: what products counted in it.
+
+    added: what splitting would add to the cost, of what it leaves whole.
+    """
     chosen, graph = solution.assignment, network.graph
     ops: list[OpChoice] = []
     seconds = 0.0
@@ -128,6 +136,7 @@ def read_plan(
         cost = network.costs[node.name][chosen[node.name]]
         rule = network.rules[node.name]
         seconds += cost.seconds
+        whole = is_left_whole(network, node, chosen[node.name])
         for value, placement in zip(node.results, strategy.results, strict=True):
             made[value.name] = placement
         ops.append(
@@ -145,6 +154,8 @@ def read_plan(
                 flops=cost.flops,
                 whole_flops=float(rule.flops * rule.points) if rule is not None else 0.0,
                 discovered=rule.discovered if rule is not None else "",
+                reason=why_whole(network, node, added) if whole else "",
+                added=_finite(added.get(node.name, 0.0)),
             )
         )
     outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
@@ -156,7 +167,7 @@ def read_plan(
         options=network.options,
         hardware=network.hardware.name,
         fingerprint=captured.graph.fingerprint,
-        parameters=_parameters(graph, network, chosen),
+        parameters=_parameters(graph, network, chosen, added),
         ops=tuple(ops),
         conversions=conversions,
         outputs=outputs,
@@ -170,50 +181,30 @@ def read_plan(
 
 
 def _parameters(
-    graph: Graph, network: Network, chosen: Mapping[str, int]
+    graph: Graph, network: Network, chosen: Mapping[str, int], added: Mapping[str, float]
 ) -> tuple[ParameterChoice, ...]:
     rows = []
     for node in graph.nodes:
         if node.kind != "parameter":
             continue
-        choices = network.storages[node.name]
-        storage = choices[chosen[node.name]]
-        reason = ""
-        if not isinstance(storage, Shard):
-            reason = (
-                "splitting it would cost more than it saves"
-                if len(choices) > 1
-                else _why_whole(graph, network, node.result.name)
-            )
+        whole = is_left_whole(network, node, chosen[node.name])
         value = node.result
-        shape = tuple(hint(dim) for dim in value.shape)
-        rows.append(ParameterChoice(node.name, node.target, shape, nbytes(value), storage, reason))
+        rows.append(
+            ParameterChoice(
+                name=node.name,
+                path=node.target,
+                shape=tuple(hint(dim) for dim in value.shape),
+                nbytes=nbytes(value),
+                storage=network.storages[node.name][chosen[node.name]],
+                reason=why_whole(network, node, added) if whole else "",
+                added=_finite(added.get(node.name, 0.0)),
+            )
+        )
     return tuple(rows)
 
 
-def _why_whole(graph: Graph, network: Network, name: str) -> str:
-    if network.world_size == 1:
-        return "there is one rank"
-    readers = graph.readers[name]
-    shapes = graph.values[name].shape
-    targets = ", ".join(dict.fromkeys(node.target for node in readers))
-    large = [hint(dim) for dim in shapes if hint(dim) >= network.world_size]
-    if not large:
-        return f"no dim of {tuple(map(hint, shapes))} has {network.world_size} parts"
-    why = _reasons(network, readers, name)
-    return f"{targets} needs it whole{': ' if why else ''}{why}"
-
-
-def _reasons(network: Network, readers: tuple[Node, ...], name: str) -> str:
-    """Why loops of this operand are whole, where a rule that nobody wrote says it."""
-    found: dict[str, None] = {}
-    for node in readers:
-        rule = network.rules[node.name]
-        for operand, dims in zip(node.operands(), rule.operands if rule else (), strict=bool(rule)):
-            if rule is not None and operand == name:
-                loops = (loop for names in dims for loop in names)
-                found.update({rule.reasons[loop]: None for loop in loops if loop in rule.reasons})
-    return "; ".join(found)
+def _finite(cost: float) -> float:
+    return cost if math.isfinite(cost) else 0.0
 
 
 def _conversions(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoparallel.placement import Collective, Invariant, Partial, Placement, Replicate, Shard
-from autoparallel.plan import Conversion, ParameterChoice, Plan
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.view.fold import Folded, fold
 from autoparallel.view.words import Words, bytes_text, movement_text, seconds_text
 
@@ -236,24 +236,38 @@ def _totals(plan: Plan) -> Table:
 
 
 def _whole(plan: Plan) -> Table | None:
-    """What is left whole, by reason."""
-    rows: dict[str, list[ParameterChoice]] = {}
+    """What is left whole, by reason; what splitting it would add is that of the best such plan."""
+    parameters: dict[str, list[ParameterChoice]] = {}
     for parameter in plan.parameters:
         if parameter.reason:
-            rows.setdefault(parameter.reason, []).append(parameter)
-    if not rows:
+            parameters.setdefault(parameter.reason, []).append(parameter)
+    products: dict[str, list[OpChoice]] = {}
+    for op in plan.ops:
+        if op.reason:
+            products.setdefault(op.reason, []).append(op)
+    if not parameters and not products:
         return None
-    columns = [("why", False), ("parameters", True), ("bytes", True), ("of all", True)]
-    whole = sum(parameter.nbytes for parameter in plan.parameters)
-    return _table(
-        "Left whole",
-        columns,
-        [
-            (reason, str(len(group)), bytes_text(size), f"{size / whole:.2%}")
-            for reason, group in rows.items()
-            for size in [sum(parameter.nbytes for parameter in group)]
-        ],
-    )
+    nbytes = sum(parameter.nbytes for parameter in plan.parameters)
+    flops = sum(op.whole_flops for op in plan.ops)
+    rows = []
+    for reason, group in parameters.items():
+        own = sum(parameter.nbytes for parameter in group)
+        share = f"{own / nbytes:.2%} of bytes" if nbytes else ""
+        rows.append((reason, "parameters", str(len(group)), share, _added(group)))
+    for reason, ops in products.items():
+        share = f"{sum(op.whole_flops for op in ops) / flops:.2%} of FLOPs" if flops else ""
+        rows.append((reason, "products", str(len(ops)), share, _added(ops)))
+    columns = [("why", False), ("what", False), ("count", True), ("share", True)]
+    return _table("Left whole", [*columns, ("splitting one adds to the cost", True)], rows)
+
+
+def _added(group: Sequence[ParameterChoice] | Sequence[OpChoice]) -> str:
+    """The range of what is known."""
+    known = sorted(item.added for item in group if item.added > 0)
+    if not known:
+        return ""
+    low, high = seconds_text(known[0]), seconds_text(known[-1])
+    return low if low == high else f"{low} to {high}"
 
 
 def _kernels(plan: Plan) -> list[str]:
