@@ -8,6 +8,7 @@ from typing import Any
 from fuzz_layers import LAYERS, LOSSES
 from fuzz_pen import Pen, SkippedError
 from fuzz_programs import Program
+from fuzz_samples import sampled
 from fuzz_split import Split
 from fuzz_steps import COMPUTE
 from fuzz_views import VIEWS
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 __all__ = ["divided", "programs", "splits", "written"]
 
 Number = Callable[[int, int], int]
-STEPS = (*COMPUTE, *VIEWS, *LAYERS, *VIEWS)
+STEPS = (*COMPUTE, *VIEWS, *LAYERS, *VIEWS, *[sampled] * 8)
 MOST_LINES = 16
 
 
@@ -26,14 +27,16 @@ def written(number: Number) -> Program:
     for _ in range(pen.number(1, 2)):
         sizes = [pen.size() for _ in range(pen.one((2, 3, 1, 4)))]
         pen.declare(pen.one(("input", "given", "parameter")), *sizes)
-    while len(pen.lines) < MOST_LINES and pen.number(0, 11):
+    while len(pen.lines) < MOST_LINES and pen.number(0, 15):
         attempt(pen, pen.one(STEPS))
     returned = []
-    if pen.number(0, 2):
-        loss = attempt(pen, pen.one(LOSSES))
-        returned += [loss] if loss else []
-    if not returned or pen.maybe():
-        returned += [pen.value() for _ in range(pen.number(1, 3))]
+    ends = [name for name in pen.unread() if pen.number(0, 3)] or [pen.value()]
+    loss = attempt(pen, pen.one(LOSSES)) if pen.number(0, 2) else ""
+    total = ""
+    if loss and pen.maybe():
+        terms = " + ".join(f"{name}.square().mean()" for name in ends)
+        total = attempt(pen, lambda pen: pen.write(f"{loss} + {terms}"))
+    returned += [total] if total else [loss, *ends] if loss else ends
     if pen.number(0, 4) == 4:
         others = [n for n, t in pen.values.items() if not t.is_floating_point()]
         returned += [pen.one(others)] if others else []
@@ -57,6 +60,7 @@ def divided(number: Number) -> Split:
         (0.0, 0.3, 1.0)[number(0, 2)],
         data_parallel=number(0, 1) == 1,
         sequence_parallel=number(0, 1) == 0,
+        whole=(0.0, 0.5)[number(0, 1)],
     )
 
 

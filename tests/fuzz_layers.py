@@ -6,7 +6,7 @@ import math
 
 from fuzz_pen import Pen, SkippedError
 
-__all__ = ["LAYERS", "LOSSES"]
+__all__ = ["LAYERS", "LOSSES", "squares"]
 
 
 def embedded(pen: Pen) -> None:

@@ -57,9 +57,9 @@ class Pen:
     # What is there.
 
     def value(self, test: Test = lambda t: True) -> str:
-        """A value of floating point, the newest first."""
+        """A value of floating point, often the newest."""
         found = [n for n, t in self.values.items() if t.is_floating_point() and test(t)]
-        return str(self.one(reversed(found)))
+        return str(self.one((*found[-1:] * len(found), *reversed(found))))
 
     def whole(self, below: int, test: Test = lambda t: True) -> str:
         """A value of whole numbers from 0 to below."""
@@ -139,6 +139,16 @@ class Pen:
         with torch.no_grad():
             exec(text, {"torch": torch, "F": F, **self.values})
         self.lines.append((text, names))
+
+    def unread(self) -> list[str]:
+        """Values of floating point that no line reads, the newest first."""
+        read = {word for line, makes in self.lines for word in _WORD.findall(line.split(" = ")[-1])}
+        makes = [name for _, names in self.lines for name in names]
+        return [
+            name
+            for name in dict.fromkeys(reversed(makes))
+            if name not in read and self.values[name].is_floating_point()
+        ]
 
     def text(self, returned: str) -> str:
         """The program without what does not matter to what it returns."""

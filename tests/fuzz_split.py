@@ -21,7 +21,7 @@ from autoparallel.graph.capture import capture
 from autoparallel.graph.graph import Sym
 from autoparallel.graph.passes import at_least, run_passes
 from autoparallel.mesh import Mesh
-from autoparallel.network import build_network
+from autoparallel.network import Network, build_network
 from autoparallel.options import Options
 from autoparallel.plan import Plan
 from autoparallel.runtime.simulate import Simulation, simulate_plan
@@ -40,13 +40,17 @@ class UnfitError(Exception):
 
 @dataclass(frozen=True)
 class Split:
-    """seed: of the costs. conversions: what a conversion costs beside an op, about."""
+    """seed: of the costs. conversions: what a conversion costs beside an op, about.
+
+    whole: what it costs more to run an op unsplit.
+    """
 
     world_size: int
     seed: int = 0
     conversions: float = 0.3
     data_parallel: bool = False
     sequence_parallel: bool = True
+    whole: float = 0.0
 
 
 @dataclass
@@ -141,7 +145,7 @@ class Subject:
         network = build_network(
             graph, mesh.world_size, find_hardware(options.hardware), options, {}
         )
-        problem = randomized(network.problem(), split)
+        problem = randomized(network, split)
         return read_plan(self.captured, "Model", mesh, network, exact.solve(problem), 1.0)
 
     def check(self, split: Split, coverage: Coverage) -> None:
@@ -215,15 +219,23 @@ def loss_of(output: Any) -> torch.Tensor:
     return total
 
 
-def randomized(problem: Problem, split: Split) -> Problem:
-    """The same choices at random costs: what is forbidden stays forbidden."""
+def randomized(network: Network, split: Split) -> Problem:
+    """The network's choices at random costs: what is forbidden stays forbidden."""
     rng = np.random.default_rng(split.seed)
+    problem = network.problem()
 
     def table(old: np.ndarray, scale: float) -> np.ndarray:
         return np.where(np.isinf(old), np.inf, rng.random(old.shape) * scale)
 
+    variables = []
+    for variable in problem.variables:
+        unary = table(variable.unary, 1.0)
+        choices = network.strategies.get(variable.name, ())
+        for state, choice in enumerate(choices):
+            unary[state] += 0.0 if choice.tile else split.whole
+        variables.append(Variable(variable.name, unary))
     return Problem(
-        tuple(Variable(v.name, table(v.unary, 1.0)) for v in problem.variables),
+        tuple(variables),
         tuple(
             Factor(f.first, f.second, table(f.table, split.conversions)) for f in problem.factors
         ),

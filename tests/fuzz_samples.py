@@ -1,0 +1,74 @@
+"""A step of random programs for every op that has a rule: its samples, on tensors of the program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from calls import Call
+from fuzz_pen import Pen, SkippedError
+from sample_calls import CALLS
+
+__all__ = ["sampled"]
+
+# Rounding may decide what these give: they read what was there before the program ran.
+_JUMPS = frozenset(
+    """
+    ceil floor round frac trunc sign sgn fmod remainder floor_divide eq ne lt le gt ge argmax argmin
+    topk sort amax amin max min maximum minimum fmax fmin isnan isinf isfinite any all copysign div
+    threshold hardtanh hardsigmoid hardswish relu relu6 clamp clamp_min clamp_max clip abs absolute
+    leaky_relu prelu rrelu median mode kthvalue unique max_pool1d max_pool2d max_pool3d
+    max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    logical_not logical_and logical_or logical_xor erfinv logit digamma lgamma nan_to_num
+    """.split()
+)
+
+
+def _word(pen: Pen, item: Any, smooth: bool, known: dict[int, str]) -> str:
+    """An argument of a sample, as text."""
+    if isinstance(item, torch.Tensor):
+        if id(item) not in known:
+            known[id(item)] = _operand(pen, item, smooth)
+        return known[id(item)]
+    if isinstance(item, tuple):
+        return "[" + ", ".join(_word(pen, part, smooth, known) for part in item) + "]"
+    if isinstance(item, (bool, int, str, type(None), torch.dtype)):
+        return repr(item)
+    if isinstance(item, float) and abs(item) < 1e9:
+        return repr(item)
+    raise SkippedError
+
+
+def _operand(pen: Pen, tensor: torch.Tensor, smooth: bool) -> str:
+    """What stands for a sample's tensor: a value of its shape, or a new one."""
+    shape = tuple(tensor.shape)
+    if tensor.dtype == torch.bool:
+        return pen.declare("truths", *shape)
+    if tensor.dtype == torch.int64:
+        return pen.integers(shape, int(tensor.max()) + 1)
+    if tensor.dtype != torch.float64:
+        raise SkippedError
+    found = [n for n, t in pen.values.items() if tuple(t.shape) == shape and t.is_floating_point()]
+    if smooth and found and pen.maybe():
+        return str(pen.one(reversed(found)))
+    return pen.declare("parameter" if tensor.requires_grad else "given", *shape)
+
+
+def sampled(pen: Pen) -> None:
+    """One of the sample calls."""
+    call: Call = pen.one(CALLS)
+    _, name, _ = call.target.split(".")
+    if call.symbolic or name in ("rnn_relu",):
+        raise SkippedError
+    known: dict[int, str] = {}
+    words = [_word(pen, item, name not in _JUMPS, known) for item in call.args]
+    words += [f"{k}={_word(pen, v, name not in _JUMPS, known)}" for k, v in call.kwargs.items()]
+    operation: Any = torch.ops
+    for part in call.target.split("."):
+        operation = getattr(operation, part)
+    results = operation._schema.returns
+    count = len(results)
+    if count == 1 and "[]" in str(results[0].type) or "List" in str(results[0].type):
+        pen.write(f"torch.ops.{call.target}({', '.join(words)})[0]")
+    else:
+        pen.write(f"torch.ops.{call.target}({', '.join(words)})", count)
