@@ -127,6 +127,8 @@ class Pen:
         made = {name: room[name] for name in names}
         for tensor in made.values():
             far = tensor.is_floating_point() and not bool((tensor.abs() < LARGEST).all())
+            # Results in fewer digits are not the same in another order of the sums.
+            far = far or (tensor.is_floating_point() and tensor.dtype != torch.float64)
             if not 0 < tensor.numel() <= MOST_ELEMENTS or far or tensor.dim() > 5:
                 raise SkippedError
         assert not before & set(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,9 @@ from planners import Factor, Problem, Variable, exact
 __all__ = ["Coverage", "Split", "Subject", "UnfitError"]
 
 TOLERANCE = 1e-9
+_RANDOM = re.compile(
+    r"drop|rand|bernoulli|normal[._(]|multinomial|exponential|poisson|rrelu|uniform|cauchy|geometric"
+)
 
 
 class UnfitError(Exception):
@@ -118,7 +122,7 @@ class Subject:
     @cached_property
     def draws(self) -> bool:
         """Whether it draws random numbers."""
-        return "drop" in self.program.text
+        return _RANDOM.search(self.program.text) is not None
 
     def whole(self, inputs: tuple[torch.Tensor, ...]) -> _Ran:
         """What torch gives. Raises UnfitError where it cannot, or where numbers run away."""
