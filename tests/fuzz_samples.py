@@ -1,4 +1,4 @@
-"""A step of random programs for every op that has a rule: its samples, on tensors of the program."""
+"""A step of random programs for every op with a rule: its samples, on the program's tensors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def sampled(pen: Pen) -> None:
         operation = getattr(operation, part)
     results = operation._schema.returns
     count = len(results)
-    if count == 1 and "[]" in str(results[0].type) or "List" in str(results[0].type):
+    if (count == 1 and "[]" in str(results[0].type)) or "List" in str(results[0].type):
         pen.write(f"torch.ops.{call.target}({', '.join(words)})[0]")
     else:
         pen.write(f"torch.ops.{call.target}({', '.join(words)})", count)
