@@ -36,6 +36,11 @@ TOLERANCE = 1e-9
 _RANDOM = re.compile(
     r"drop|rand|bernoulli|normal[._(]|multinomial|exponential|poisson|rrelu|uniform|cauchy|geometric"
 )
+_REFUSED = (
+    "memory that is read under another name",
+    "depends on the values of another",
+    "computes with a tensor's value in Python",
+)
 
 
 class UnfitError(Exception):
@@ -115,7 +120,7 @@ class Subject:
             captured = capture(self.model, inputs, {})
             self.captured = replace(captured, graph=run_passes(captured.graph))
         except CaptureError as error:
-            if "memory that is read under another name" in str(error):
+            if any(reason in str(error) for reason in _REFUSED):
                 raise UnfitError(str(error)) from error
             raise
 
