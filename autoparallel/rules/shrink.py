@@ -225,7 +225,8 @@ class _Search:
                 if size % (number * factor) == 0:
                     atoms = (*known[number].atoms, self.fresh(size // (number * factor)))
                     return Term(factor * known[number].factor, tuple(sorted(atoms)))
-        if factor > 1 and isinstance(size, int) and size % factor == 0:
+        counts = size in divisors
+        if factor > 1 and isinstance(size, int) and not counts and size % factor == 0:
             return Term(factor, (self.fresh(size // factor),))
         return Term(1, (self.fresh(size),))
 
