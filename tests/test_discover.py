@@ -186,6 +186,37 @@ def test_a_model_of_unknown_ops_is_split(world_size: int) -> None:
         torch.testing.assert_close(result.gradients[path], parameter.grad)
 
 
+class Kernels(nn.Module):
+    """A table that is looked up, and reductions to a loss, all by ops of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 40))
+        self.out = nn.Linear(12, 6)
+
+    def forward(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.ops.probed.lookup(self.table, index).movedim(0, -1)
+        return torch.ops.probed.average(rows * self.out(x).exp(), rows).sqrt()
+
+
+def test_generic_kernels_in_a_plan() -> None:
+    """A table split over its rows, and a mean over split ones: gradients as unsplit."""
+    torch.manual_seed(0)
+    model = Kernels().double()
+    inputs = {"index": torch.arange(8) * 5, "x": torch.randn(8, 12, dtype=torch.float64)}
+    plan = autoparallel.make_plan(
+        model, 3, example_inputs=inputs, pins={"table": autoparallel.Shard(1)}
+    )
+    kernels = {op.target: op.kernel for op in plan.ops}
+    assert kernels["probed.lookup.default"] == "masked_lookup"
+    result = autoparallel.simulate(model, 3, example_inputs=inputs, plan=plan)
+    loss = model(**inputs)
+    loss.backward()
+    torch.testing.assert_close(result.output, loss.detach())
+    for path, parameter in model.named_parameters():
+        torch.testing.assert_close(result.gradients[path], parameter.grad)
+
+
 class Refused(nn.Module):
     """Two ops that cannot be discovered, one that can."""
 

@@ -81,9 +81,14 @@ def _refuse(probe: Probe) -> None:
 
 
 def _best(probe: Probe) -> Found:
-    """By the freest sizes, or, where some of its loops stay whole there, by tied ones."""
+    """By the freest sizes, or, where the op fails there or some loops stay whole, by tied ones."""
     shrunk = shrink(probe)
-    found = _Author(probe, shrunk).found()
+    try:
+        found = _Author(probe, shrunk).found()
+    except ProbeError:
+        if shrunk.tied is None:
+            raise
+        return _Author(probe, shrunk.tied).found()
     if found.whole and shrunk.tied is not None:
         other = _Author(probe, shrunk.tied).found()
         if _split_dims(other) > _split_dims(found):
