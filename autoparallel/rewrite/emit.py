@@ -277,7 +277,10 @@ class _Emitter:
         pending = choice.results == (Partial(),) and Partial() not in choice.operands
         if pending and not choice.kernel:
             expression = f"pending_sum({expression}, group)"
-        line = f"{', '.join(results)} = {expression}"
+        made = ", ".join(results)
+        if len(results) == 1 and not choice.kernel and _makes_list(target):
+            made = f"[{made}]"
+        line = f"{made} = {expression}"
         self.lines.append((line, tuple(reads), tuple(results)))
 
     def some(self, read: str, value: Value, placement: Placement) -> str:
@@ -468,6 +471,15 @@ def _placements(graph: Graph, plan: Plan) -> Mapping[str, Placement]:
     for op in plan.ops:
         found.update(zip(op.makes, op.results, strict=True))
     return found
+
+
+def _makes_list(target: str) -> bool:
+    """Whether an op returns a list, be it of one tensor."""
+    operation: Any = torch.ops
+    for part in target.split("."):
+        operation = getattr(operation, part, None)
+    returns = operation._schema.returns if operation is not None else ()
+    return len(returns) == 1 and str(returns[0].type).startswith("List[")
 
 
 def _reduction(node: Node) -> dict[str, Any]:

@@ -12,8 +12,9 @@ def attention(call: OpCall) -> ShardingRule:
     """y[.., n, s, e] = sum_t softmax_t(sum_d q[.., n, s, d] k[.., n, t, d]) v[.., n, t, e].
 
     Batch and heads are free; queries too unless the causal mask counts from the first one;
-    keys need a kernel. The two products share (n, s, t) but not d and e, so a point of the nest
-    counts 2 (d + e) / (d e) FLOPs. With grouped heads, n = (g, m): keys and values have g alone.
+    keys need a kernel; e would leave the first product whole. The two products share (n, s, t) but
+    not d and e, so a point of the nest counts 2 (d + e) / (d e) FLOPs. With grouped heads,
+    n = (g, m): keys and values have g alone.
     """
     query, key, value = call.operands[:3]
     rank = len(query.shape)
@@ -59,7 +60,7 @@ def attention(call: OpCall) -> ShardingRule:
             row[at] = q[head]
         operands.append(tuple(row))
     width, depth = hint(query.shape[-1]), hint(value.shape[-1])
-    whole = {"d", "t"} | ({"s"} if causal else set())
+    whole = {"d", "e", "t"} | ({"s"} if causal else set())
     return ShardingRule(
         tuple(operands),
         (tuple(y),),

@@ -15,8 +15,10 @@ WITH_BIAS = ({0, 1}, {0, 2})
 @rule("aten.linear.default")
 def linear(call: OpCall) -> ShardingRule:
     """y[..., n] = sum_k x[..., k] w[n, k]. Split n: column-parallel, k: row-parallel."""
-    made = ShardingRule.parse("... k, n k -> ... n", call, linear=LINEAR_IN_EACH, flops=2)
-    return replace(made, takes_bias=True)
+    vector = len(call.operands[1].shape) == 1
+    notation = "... k, k -> ..." if vector else "... k, n k -> ... n"
+    made = ShardingRule.parse(notation, call, linear=LINEAR_IN_EACH, flops=2)
+    return replace(made, takes_bias=not vector)
 
 
 @rule("aten.mm.default")

@@ -60,6 +60,8 @@ def gather(call: OpCall) -> ShardingRule:
     """y[a, i, b] = x[a, index[a, i, b], b]: the other dims are free where all of them is read."""
     x, index = call.operands
     names, sizes = _own(call)
+    if not names:
+        return ShardingRule(((), ()), ((),), {}, linear=(frozenset({0}),))
     dim = call.node.args[1] % len(names)
     whole: set[str] = set()
     row: list[Loops] = []

@@ -21,6 +21,8 @@ def _reduced_dims(call: OpCall) -> set[int]:
         dims = None
     if dims is None or dims == ():
         return set(range(rank))
+    if not rank:
+        return set()
     return {dim % rank for dim in (dims if isinstance(dims, tuple) else (dims,))}
 
 

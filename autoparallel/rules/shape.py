@@ -179,7 +179,8 @@ def transpose(call: OpCall) -> ShardingRule:
     rank = len(call.operands[0].shape)
     order: list[int | None] = list(range(rank))
     one, two = axis(call.node.args[1], rank), axis(call.node.args[2], rank)
-    order[one], order[two] = order[two], order[one]
+    if rank:
+        order[one], order[two] = order[two], order[one]
     return carried(call, order)
 
 
