@@ -111,8 +111,8 @@ def losses():
             yield f"{name}, {way}", case
 
 
-def bags(weight, index, mode, start):
-    return F.embedding_bag(index, weight, start, mode=mode)
+def bags(x, index, **options):
+    return F.embedding_bag(index, x, **options)
 
 
 def others():
@@ -127,6 +127,27 @@ def others():
         ),
     )
     yield "addr", (lambda x, a, b: torch.addr(x, a, b, alpha=0.5), fixed(8), fixed(9))
+    yield "embedding_bag", (lambda x, i: bags(x, i), ints(5, 3, high=8))
+    yield (
+        "embedding_bag of sums",
+        (
+            lambda x, i, o, w: bags(
+                x, i, offsets=o, mode="sum", per_sample_weights=w, include_last_offset=True
+            ),
+            ints(7, high=8),
+            torch.tensor([0, 0, 4, 7]),
+            fixed(7),
+        ),
+    )
+    yield (
+        "embedding_bag with padding",
+        (
+            lambda x, i: bags(x, i, padding_idx=2),
+            ints(5, 3, high=8),
+        ),
+    )
+    yield "weight_norm", (lambda x, g: torch._weight_norm(x, g, 1) * g, fixed(1, 9))
+    yield "weight_norm of all", (lambda x, g: torch._weight_norm(x, g, -1), fixed(1, 1))
     yield "hstack", (lambda x, y: torch.hstack([x, y, x]), fixed(8, 5))
     yield "kron", (torch.kron, fixed(2, 3))
     yield "tensordot", (lambda x, w: torch.tensordot(x, w, 1), fixed(9, 3, 2))

@@ -272,6 +272,46 @@ def new_empty(x: Any, size: Any, **options: Any) -> Any:
     return x.new_zeros(size, **options)
 
 
+_BAG_SUM, _BAG_MEAN = 0, 1
+
+
+@spelling("aten.embedding_bag.default", "aten.embedding_bag.padding_idx")
+def embedding_bag(
+    table: Any,
+    index: Any,
+    offsets: Any,
+    scaled: bool = False,
+    mode: int = _BAG_SUM,
+    sparse: bool = False,
+    weights: Any = None,
+    last: bool = False,
+    padding: int | None = None,
+) -> Any:
+    """Rows that are looked up, and added to the bag that each belongs to."""
+    if mode not in (_BAG_SUM, _BAG_MEAN) or scaled or sparse:
+        return NotImplemented
+    starts = offsets[:-1] if last else offsets
+    places = torch.arange(index.shape[0], device=index.device, dtype=starts.dtype)
+    bag = torch.searchsorted(starts, places, right=True) - 1
+    kept = torch.ones_like(index) if padding is None else (index != padding).to(index.dtype)
+    rows = functional.embedding(index, table) * kept.to(table.dtype).unsqueeze(-1)
+    if weights is not None:
+        rows = rows * weights.unsqueeze(-1)
+    sums = rows.new_zeros((starts.shape[0], table.shape[1])).index_add(0, bag, rows)
+    counts = torch.zeros_like(starts).index_add(0, bag, kept)
+    if mode == _BAG_MEAN:
+        sums = sums / counts.clamp_min(1).unsqueeze(-1).to(sums.dtype)
+    return sums, bag, counts, torch.zeros_like(counts)
+
+
+@spelling("aten._weight_norm.default")
+def weight_norm(direction: Any, length: Any, dim: int = 0) -> Any:
+    """A weight as a direction and a length for each place along `dim`, or one for all of it."""
+    rank = direction.dim()
+    over = [other for other in range(rank) if dim == -1 or other != dim % rank]
+    return direction * (length / torch.linalg.vector_norm(direction, dim=over, keepdim=True))
+
+
 @spelling("aten.batch_norm.default")
 def batch_norm(
     x: Any,
