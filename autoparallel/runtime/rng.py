@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 
@@ -152,16 +153,29 @@ def _signed(word: int) -> int:
     return ((word + 0x80000000) & _WORD) - 0x80000000
 
 
+# Of each of three turns: how far to shift, which bits that leaves, and what to multiply by.
+_TURNS = tuple(
+    (shift, (1 << (32 - shift)) - 1, _signed(factor))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
+)
+# The same as tensors without dims: with Python's numbers an op costs microseconds more to start.
+_READY_TURNS = tuple(
+    tuple(torch.tensor(number, dtype=torch.int32, device="cpu") for number in turn)
+    for turn in _TURNS
+)
+
+
 def _mix(bits: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     """Mixes int32 words in place, one to one (Wellons' lowbias32). spare: of the same shape.
 
     int32 wraps as the unsigned words would; only the shift needs its sign bits cleared.
     """
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+    turns: Any = _READY_TURNS if type(bits) is torch.Tensor else _TURNS
+    for turn, (shift, left, factor) in enumerate(turns):
         torch.bitwise_right_shift(bits, shift, out=spare)
-        bits.bitwise_xor_(spare.bitwise_and_((1 << (32 - shift)) - 1))
-        if factor != 1:
-            bits.mul_(_signed(factor))
+        bits.bitwise_xor_(spare.bitwise_and_(left))
+        if turn < 2:
+            bits.mul_(factor)
     return bits
 
 
