@@ -267,6 +267,17 @@ def test_a_recomputed_pass_draws_what_it_drew(mode: str, reentrant: bool) -> Non
         y.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_compiled_passes_draw_what_eager_ones_draw() -> None:
+    """Each step anew, and the steps are counted."""
+    module, x = dropping()
+    expected = [module(x) for _ in range(3)]
+    autoparallel.manual_seed(module, 2)
+    compiled = torch.compile(module, backend="eager")
+    assert all(torch.equal(compiled(x), y) for y in expected)
+    assert autoparallel.rng_state(module) == {"seed": 2, "step": 3}
+
+
 def drawn_by(
     model: nn.Module, world_size: int, patch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[Simulation, dict[int, torch.Tensor], int]:

@@ -73,7 +73,8 @@ class Generator:
             return self.drawing
         if torch.compiler.is_compiling():
             self.drawing = self.step
-            return self.step
+            self.step += 1
+            return self.drawing
         ticket = int(torch.empty((), dtype=torch.int64).random_())
         if torch._C._current_graph_task_id() == -1:
             self.tickets.pop(ticket, None)
