@@ -355,8 +355,8 @@ class Importer:
             expr = expr.xreplace(self.equal)
         if expr not in self.sizes:
             if expr.is_number:
-                number: Any = int if expr.is_integer else float
-                self.sizes[expr] = number(expr)
+                number: Any = int(expr) if expr.is_integer else float(expr)
+                self.sizes[expr] = number
             else:
                 if not size.node.has_hint():
                     raise CaptureError(

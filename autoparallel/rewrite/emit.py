@@ -478,7 +478,7 @@ def _makes_list(target: str) -> bool:
     operation: Any = torch.ops
     for part in target.split("."):
         operation = getattr(operation, part, None)
-    returns = operation._schema.returns if operation is not None else ()
+    returns: Any = operation._schema.returns if operation is not None else ()
     return len(returns) == 1 and str(returns[0].type).startswith("List[")
 
 
