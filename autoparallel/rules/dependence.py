@@ -16,7 +16,8 @@ import torch
 
 from autoparallel.rules.pattern import Pattern, Probe, ProbeError, Term, Values
 from autoparallel.rules.rule import Dims
-from autoparallel.rules.shrink import Shrunk, assignment
+from autoparallel.rules.shrink import Shrunk
+from autoparallel.rules.sizes import assignment
 
 __all__ = ["Structure", "find_structure"]
 

@@ -22,7 +22,8 @@ from autoparallel.rules.kinds import kernels_for
 from autoparallel.rules.pattern import Probe, ProbeError, Term, integers_of
 from autoparallel.rules.referee import Example
 from autoparallel.rules.rule import Dims, OpCall, Tile
-from autoparallel.rules.shrink import Shrunk, shrink, sorted_atoms
+from autoparallel.rules.shrink import Shrunk, shrink
+from autoparallel.rules.sizes import sorted_atoms
 from autoparallel.rules.trial import Trial
 
 __all__ = ["ProbeError", "confirmed", "discover"]

@@ -10,7 +10,8 @@ import torch
 from autoparallel.graph.graph import leaves
 from autoparallel.rules.found import Found, FoundKernel
 from autoparallel.rules.pattern import Probe
-from autoparallel.rules.shrink import Shrunk, assignment
+from autoparallel.rules.shrink import Shrunk
+from autoparallel.rules.sizes import assignment
 
 __all__ = ["kernels_for"]
 

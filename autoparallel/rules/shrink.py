@@ -10,29 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
-import sympy
 import torch
 
 from autoparallel.graph.graph import Dim, Sym, hint
 from autoparallel.rules.pattern import Pattern, Probe, ProbeError, Term, Values, integers_of
-from autoparallel.rules.rule import OpCall
+from autoparallel.rules.sizes import CHOICES, assignment, ratio
 
-__all__ = ["Shrunk", "assignment", "related_terms", "shrink", "sorted_atoms"]
+__all__ = ["Shrunk", "related_terms", "shrink"]
 
-# Irregular, so that sums and differences of sizes in one row are not those in another.
-_POOLS = (
-    (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16),
-    (6, 7, 9, 11, 13, 14, 15, 17, 18, 19, 21, 22),
-    (5, 7, 8, 11, 12, 13, 16, 17, 19, 20, 21, 23),
-)
-_LOW_POOLS = (
-    (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13),
-    (3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 16),
-    (2, 4, 5, 6, 8, 9, 11, 12, 13, 14, 15, 16),
-)
-_MANY = 5
 _DOMAINS = (Values(), Values(signs=False), Values(1.1, 2.0, signs=False))
 _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16)
 _MOST_MULTIPLE = 8
@@ -52,15 +38,6 @@ class Shrunk:
     order: tuple[int, ...]
     values: Values
     tied: Shrunk | None = None
-
-
-def assignment(order: tuple[int, ...], which: int) -> dict[int, int]:
-    """Small sizes, all different, in the order of the call's. which: 0, 1, 2: different ones."""
-    pool = _POOLS[which] if len(order) <= _MANY else _LOW_POOLS[which]
-    return {
-        atom: pool[i] if i < len(pool) else pool[-1] + i - len(pool) + 1
-        for i, atom in enumerate(order)
-    }
 
 
 def shrink(probe: Probe) -> Shrunk:
@@ -94,12 +71,6 @@ def related_terms(probe: Probe) -> str:
         for mark, term in zip(symbolic, pattern.terms(), strict=True)
     ]
     return " ".join(words)
-
-
-def sorted_atoms(pattern: Pattern, call: OpCall) -> tuple[int, ...]:
-    """The pattern's independent sizes from the smallest to the largest of the call."""
-    atoms = pattern.solve(call) or {}
-    return tuple(sorted(pattern.atoms, key=lambda atom: (hint(atoms.get(atom, 0)), atom)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,17 +174,17 @@ class _Search:
         if related:
             larger: list[Dim] = list(known)[::-1]
             for one, two in combinations(larger, 2):
-                if _ratio(size, one, two) == 1:
+                if ratio(size, one, two) == 1:
                     return Term(
                         known[one].factor * known[two].factor,
                         tuple(sorted(known[one].atoms + known[two].atoms)),
                     )
             for one in larger:
-                times = _ratio(size, one)
+                times = ratio(size, one)
                 if times is not None and 1 < times <= _MOST_MULTIPLE:
                     return Term(known[one].factor * times, known[one].atoms)
             for one, two in combinations(larger, 2):
-                times = _ratio(size, one, two)
+                times = ratio(size, one, two)
                 if times is not None and 1 < times <= _MOST_MULTIPLE:
                     return Term(
                         times * known[one].factor * known[two].factor,
@@ -238,7 +209,7 @@ class _Search:
     def runs(self, pattern: Pattern) -> bool:
         """Whether the op runs at small sizes of this pattern, with results like the call's."""
         order = self.ordered(pattern)
-        for which in range(len(_POOLS)):
+        for which in range(CHOICES):
             sizes = assignment(order, which)
             elements = 0
             for row in pattern.operands:
@@ -399,21 +370,3 @@ def _pattern(probe: Probe, terms: Mapping[_Slot, Term]) -> Pattern:
     for slot, term in terms.items():
         (rows[slot.operand] if slot.operand >= 0 else integers).append(term)
     return Pattern(tuple(map(tuple, rows)), tuple(integers))
-
-
-def _ratio(size: Dim, *parts: Dim) -> int | None:
-    """size / product of parts, if that is a whole number whatever the symbols are."""
-    product: Any = 1
-    number = 1
-    symbolic = isinstance(size, Sym)
-    for part in parts:
-        number *= hint(part)
-        product = product * (part.expr if isinstance(part, Sym) else part)
-        symbolic = symbolic or isinstance(part, Sym)
-    if hint(size) % number:
-        return None
-    if not symbolic:
-        return hint(size) // number
-    expression = size.expr if isinstance(size, Sym) else sympy.Integer(size)
-    quotient = sympy.cancel(expression / product)
-    return int(quotient) if quotient.is_Integer else None

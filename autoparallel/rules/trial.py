@@ -14,7 +14,8 @@ from autoparallel.rules.found import Found
 from autoparallel.rules.pattern import Pattern, Probe, ProbeError, Values
 from autoparallel.rules.referee import Example, fault, make_example
 from autoparallel.rules.rule import ShardingRule, Strategy, Tile, is_possible, strategies
-from autoparallel.rules.shrink import Shrunk, assignment
+from autoparallel.rules.shrink import Shrunk
+from autoparallel.rules.sizes import assignment
 
 __all__ = ["Trial"]
 
