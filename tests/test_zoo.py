@@ -23,9 +23,8 @@ from autoparallel.search import search
 TOLERANCE = 1e-9
 WORLD_SIZES = (3, 8, 2, 4)
 DROPOUT = 0.1
-PENDING = ("swin", "rwkv")
 PENDING_DROPOUT = ("lstm", "gru")
-NAMES = [name for name in zoo.FAMILIES if name not in PENDING]
+NAMES = list(zoo.FAMILIES)
 DROPPING = [n for n in NAMES if zoo.FAMILIES[n].drops and n not in PENDING_DROPOUT]
 
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]

@@ -67,15 +67,14 @@ def _random() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-def _tokens(pad: bool = True, ignore: bool = True) -> Inputs:
+def _tokens(pad: bool = True, length: int = SEQUENCE) -> Inputs:
     generator = _random()
-    shape = (BATCH, SEQUENCE)
+    shape = (BATCH, length)
     inputs = {
         "input_ids": torch.randint(3, VOCABULARY, shape, generator=generator),
         "labels": torch.randint(3, VOCABULARY, shape, generator=generator),
     }
-    if ignore:
-        inputs["labels"][0, :3] = -100
+    inputs["labels"][0, :3] = -100
     if pad:
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
         inputs["attention_mask"][1, -2:] = 0
@@ -478,7 +477,7 @@ _ALL = (
             num_hidden_layers=_layers,
             use_cache=False,
         ),
-        lambda: _tokens(pad=False),
+        lambda: _tokens(pad=False, length=5),
         drops=False,
         transformer=False,
     ),

@@ -24,6 +24,7 @@ from autoparallel.graph.effects import effects, refuse_effects
 from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.importer import Importer
+from autoparallel.graph.sizes import IntricateSizes, WatchedSizes
 from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.randomness import python_numbers
 from autoparallel.structure import Skeleton, flatten, rebuild
@@ -195,7 +196,8 @@ class _Flat(nn.Module):
         held = effects(self.model, arguments) if self.part else {}
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
-        with self.folding.forward(), DecidedDraws(), spelled_out(self.known):
+        watched = WatchedSizes(tensors)
+        with self.folding.forward(), DecidedDraws(), spelled_out(self.known), watched:
             result = self.model.forward(*bound.args, **bound.kwargs)
         if self.part:
             refuse_effects(held, effects(self.model, arguments))
@@ -254,52 +256,79 @@ def capture(
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval).
 
     Every dimension of the inputs stays symbolic unless the model fixes it (sizes 0 and 1 are
-    fixed). Nothing is computed: the inputs may be on the meta device. fold: trace only some of
-    the blocks that are equal; the graph is the same, and sooner there. known: whether an op, by its
-    name, is to be traced as itself; others are traced as the ops by which torch defines them.
+    fixed), or other sizes come from it that are too intricate to follow (see WatchedSizes).
+    Nothing is computed: the inputs may be on the meta device. fold: trace only some of the blocks
+    that are equal; the graph is the same, and sooner there. known: whether an op, by its name, is
+    to be traced as itself; others are traced as the ops by which torch defines them.
     part: Python calls the model and may look at all that it does: side effects are refused.
     Raises CaptureError, with the user's source line, where the model cannot be traced.
     """
     bound = bind_inputs(model, args, kwargs)
-    apart: frozenset[str] = frozenset()
-    for _ in range(_ATTEMPTS if fold else 0):
+    wanted = _Wanted(model, bound, known, part, frozenset())
+    while True:
         try:
-            groups = find_groups(model)
+            return _folded(wanted) if fold else _traced(wanted, Folding((), frozenset()))
+        except IntricateSizes as reason:
+            _log.info("dims of the inputs are fixed: %s", reason)
+            wanted = replace(wanted, fixed=wanted.fixed | reason.dims)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What to trace, and how: see `capture`. fixed: (input, dim) pairs that are not symbolic."""
+
+    model: nn.Module
+    bound: inspect.BoundArguments
+    known: Known
+    part: bool
+    fixed: frozenset[tuple[int, int]]
+
+
+def _folded(wanted: _Wanted) -> Captured:
+    """One trace, with equal blocks traced once where that can be."""
+    apart: frozenset[str] = frozenset()
+    for _ in range(_ATTEMPTS):
+        try:
+            groups = find_groups(wanted.model)
             if not groups:
                 break
-            return _traced(model, bound, Folding(groups, apart), known, part)
+            return _traced(wanted, Folding(groups, apart))
         except Unfoldable as reason:
             _log.info("blocks are traced one by one: %s", reason)
             if not reason.path:
                 break
             apart |= {reason.path}
+        except IntricateSizes:
+            raise
         except Exception as error:
             # Whatever it is, the full trace has it too, and then it is explained.
             _log.info("blocks are traced one by one: %r", error)
             break
-    return _traced(model, bound, Folding((), frozenset()), known, part)
+    return _traced(wanted, Folding((), frozenset()))
 
 
-def _traced(
-    model: nn.Module,
-    bound: inspect.BoundArguments,
-    folding: Folding,
-    known: Known,
-    part: bool,
-) -> Captured:
-    """One trace. Raises CaptureError, and Unfoldable where blocks were hidden wrongly."""
+def _traced(wanted: _Wanted, folding: Folding) -> Captured:
+    """One trace.
+
+    Raises CaptureError, Unfoldable where blocks were hidden wrongly, and IntricateSizes where
+    more dims are to be fixed.
+    """
+    model, bound, part = wanted.model, wanted.bound, wanted.part
     tensors, inputs = flatten(dict(bound.arguments))
     device = next((parameter.device for parameter in model.parameters()), None)
     samples = tuple(_sample(tensor, device) for tensor in tensors)
     outputs: list[Skeleton] = []
-    flat = _Flat(model, bound, inputs, outputs, folding, known, part)
-    automatic = torch.export.Dim.AUTO
-    shapes = (tuple(dict.fromkeys(range(sample.dim()), automatic) for sample in samples),)
-    dynamic = shapes if samples else None
+    flat = _Flat(model, bound, inputs, outputs, folding, wanted.known, part)
+    free, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
+    shapes = tuple(
+        {dim: static if (number, dim) in wanted.fixed else free for dim in range(sample.dim())}
+        for number, sample in enumerate(samples)
+    )
+    dynamic = (shapes,) if samples else None
     try:
         with _quiet(), _left_alone(model), folding.installed():
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
-    except (Unfoldable, CaptureError):
+    except (Unfoldable, IntricateSizes, CaptureError):
         raise
     except Exception as error:
         raise _explain(error, model) from error

@@ -1,0 +1,64 @@
+"""Sizes that become too intricate to follow: the inputs' dims that they come from are fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["IntricateSizes", "WatchedSizes"]
+
+# Operations in one size. Each convolution adds two or three, most of which simplify.
+_LIMIT = 24
+
+
+class IntricateSizes(Exception):  # noqa: N818 - not an error: the trace begins again
+    """dims: (input, dim) pairs to be fixed."""
+
+    def __init__(self, dims: frozenset[tuple[int, int]]) -> None:
+        super().__init__(f"sizes of intricate form come from the inputs' dims {sorted(dims)}")
+        self.dims = dims
+
+
+class WatchedSizes(TorchFunctionMode):
+    """While a forward is traced, raises IntricateSizes when a size has too many operations.
+
+    A model that pads images to whole windows, say, has sizes like 4 * ((h // 2 + (-(h // 2)) % 4)
+    // 4), which grow from layer to layer until no tracer compares two of them in reasonable time.
+    inputs: the tensors that the forward is given.
+    """
+
+    def __init__(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()
+        self.places: dict[Any, set[tuple[int, int]]] = {}
+        self.seen: set[Any] = set()
+        for number, tensor in enumerate(inputs):
+            sizes: Any = tensor.shape
+            for dim, size in enumerate(sizes):
+                if isinstance(size, torch.SymInt):
+                    for symbol in size.node.expr.free_symbols:
+                        self.places.setdefault(symbol, set()).add((number, dim))
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            sizes: Any = result.shape
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    self.check(size.node.expr)
+        return result
+
+    def check(self, size: Any) -> None:
+        """Raises IntricateSizes for what occurs most in a size of too many operations."""
+        if size in self.seen:
+            return
+        self.seen.add(size)
+        if size.count_ops() > _LIMIT:
+            often = {s: size.count(s) for s in self.places if s in size.free_symbols}
+            most = max(often.values(), default=0)
+            dims = [self.places[symbol] for symbol in often if often[symbol] == most]
+            if dims:
+                raise IntricateSizes(frozenset().union(*dims))

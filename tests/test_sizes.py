@@ -1,0 +1,64 @@
+"""Sizes that are too intricate to follow fix the dims that they come from, and no others."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import autoparallel
+from autoparallel.graph.capture import capture
+from autoparallel.graph.graph import Sym
+
+
+class Windows(nn.Module):
+    """Pads images to whole windows and merges four pixels into one, again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (b, h, w, 8)."""
+        for mix in self.mix:
+            batch, height, width, _ = x.shape
+            x = F.pad(x, (0, 0, 0, -width % 3, 0, -height % 3))
+            high, wide = x.shape[1] // 3, x.shape[2] // 3
+            x = x.view(batch, high, 3, wide, 3, 8).transpose(2, 3).reshape(-1, 9, 8)
+            x = mix(x).view(-1, high, wide, 3, 3, 8).transpose(2, 3)
+            x = x.reshape(-1, high * 3, wide * 3, 8)[:, :height:2, :width:2]
+        return x.square().sum()
+
+
+class Strides(nn.Module):
+    """Many convolutions with strides, on images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(3, 3, 4, 3, 2) for _ in range(6)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).sum()
+
+
+def free_dims(model: nn.Module, x: torch.Tensor) -> list[bool]:
+    captured = capture(model, (x,), {})
+    node = next(node for node in captured.graph.nodes if node.kind == "input")
+    return [isinstance(size, Sym) for size in node.result.shape]
+
+
+def test_only_what_is_intricate_is_fixed() -> None:
+    """Height and width of padded windows are; the batch stays free, and so do convolutions."""
+    images = torch.randn(3, 13, 17, 8)
+    assert free_dims(Windows(), images) == [True, False, False, False]
+    assert free_dims(Strides(), torch.randn(2, 3, 900, 800)) == [True, False, True, True]
+
+
+def test_other_sizes_are_planned_when_they_are_met() -> None:
+    """One module for images of two sizes and batches of three."""
+    model = Windows().double()
+    first = torch.randn(3, 13, 17, 8, dtype=torch.float64)
+    split = autoparallel.autoparallelize(model, 1, example_inputs=first)
+    for shape in ((3, 13, 17, 8), (2, 13, 17, 8), (4, 20, 9, 8)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert torch.allclose(split(x), model(x), rtol=1e-12)
