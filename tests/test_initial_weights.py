@@ -11,13 +11,13 @@ from processes import run_processes
 from torch import nn
 
 import autoparallel
+from autoparallel.copies import on_meta
 from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
 from autoparallel.runtime.collectives import join_parts
 from autoparallel.runtime.groups import thread_groups
 from autoparallel.runtime.module import parallel_module, state_of
-from autoparallel.runtime.parameters import on_meta
 
 SEED = 21
 
