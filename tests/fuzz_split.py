@@ -37,7 +37,9 @@ _RANDOM = re.compile(
     r"drop|rand|bernoulli|normal[._(]|multinomial|exponential|poisson|rrelu|uniform|cauchy|geometric"
 )
 _REFUSED = (
-    "memory that is read under another name",
+    "needs to know whether",
+    "writes to input",
+    "writes to parameter",
     "depends on the values of another",
     "computes with a tensor's value in Python",
 )

@@ -180,4 +180,59 @@ def written(pen: Pen) -> None:
         pen.change(f"{kept}.{verb}", kept)
 
 
-VIEWS = (reshape, transposed, heads, cut, joined, ones, repeated, bordered, written)
+def written_into(pen: Pen) -> None:
+    """A view of a value is written to; both are read on."""
+    a = pen.value(lambda t: t.dim() >= 1)
+    b = pen.write(pen.one((f"{a} * 1.25", f"torch.zeros_like({a})", f"{a}.clone()")))
+    shape = pen.shape(b)
+    dim = pen.axis(b)
+    colons, size = ":, " * dim, shape[dim]
+    at = pen.number(0, size - 1)
+    texts = (
+        f"{b}[{colons}{at}]", f"{b}[{colons}{size // 2}:]", f"{b}.transpose(0, -1)",
+        f"{b}.narrow({dim}, 0, {max(1, size // 2)})", f"{b}.select({dim}, {at})",
+        f"{b}.view(-1)[1:]", f"{b}[{colons}::2]", f"{b}.unsqueeze(0)", f"{b}.chunk(2, {dim})[0]",
+        f"{b}.flatten()", f"{b}.diagonal()" if len(shape) == 2 else f"{b}.squeeze()",
+    )  # fmt: skip
+    form = pen.number(0, 3)
+    if form == 0:
+        rest = [size for i, size in enumerate(shape) if i != dim]
+        c = pen.parameter(*rest[pen.number(0, len(rest)) :])
+        pen.change(f"{b}[{colons}{at}] = {c}", b)
+        return
+    if form == 1:
+        pen.change(f"{b}[{colons}{pen.one((':1', '1:', '::2'))}] = 0.5", b)
+        return
+    view = pen.write(pen.one(texts))
+    verb = pen.one(
+        ("mul_(0.5)", "add_(1.0)", "tanh_()", "zero_()", "fill_(0.25)", "sub_(0.5).square_()")
+    )
+    line = f"{view}.{verb}"
+    if form == 3 and pen.maybe():
+        line = f"with torch.no_grad(): {line}"
+    pen.change(line, view, b)
+
+
+def filled(pen: Pen) -> None:
+    """Writes at places that another tensor tells."""
+    a = pen.value(lambda t: t.dim() >= 1)
+    b = pen.write(f"{a} * 1.25")
+    shape, dim = pen.shape(b), pen.axis(b)
+    form = pen.number(0, 3)
+    if form == 0:
+        pen.change(f"{b}.masked_fill_({pen.truths(shape)}, 0.5)", b)
+    elif form == 1:
+        index = pen.integers((2,), shape[dim])
+        own = [size if i != dim else 2 for i, size in enumerate(shape)]
+        pen.change(f"{b}.index_add_({dim}, {index}, {pen.parameter(*own)})", b)
+    elif form == 2:
+        index = pen.integers(shape, shape[dim])
+        pen.change(f"{b}.scatter_add_({dim}, {index}, {pen.parameter(*shape)})", b)
+    else:
+        pen.change(f"{b}[{pen.declare('truths', *shape)}] = 0.5", b)
+
+
+VIEWS = (
+    reshape, transposed, heads, cut, joined, ones, repeated, bordered, written, written_into,
+    filled,
+)  # fmt: skip
