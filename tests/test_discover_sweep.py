@@ -30,6 +30,18 @@ KNOWN = [
         "a (b c) d -> a (b e) f; c d e f whole",
     ),
     (
+        call("tensordot.default", x(4, 5, 6), x(6, 5, 3), (1, 2), (1, 0)),
+        "a b c, c b d -> a d; b c summed; linear in 0, 1",
+    ),
+    (
+        call("native_group_norm.default", x(5, 12, 7), x(12), x(12), 5, 12, 7, 4, 1e-5),
+        "a (b c) d, (b e), (b e) -> a (b e) f, a b, a b; c d e f whole",
+    ),
+    (
+        call("_weight_norm_interface.default", x(4, 5), x(4, 1)),
+        "a b, a 1 -> a c, a 1; b c whole",
+    ),
+    (
         call("cross_entropy_loss.default", x(8, 9), ints(8), None, 2),
         "a b, a -> (); a summed; b whole",
     ),

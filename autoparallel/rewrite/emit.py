@@ -269,8 +269,9 @@ class _Emitter:
         elif rule is not None and rule.random:
             expression = f"rng.{rule.random}({text}, {self.random(node, choice)})"
         else:
-            holes = any(isinstance(arg, tuple) and None in arg for arg in args)
-            expression = f"torch.ops.{target}({text})" if holes else ""
+            exact = any(isinstance(arg, tuple) and None in arg for arg in args)
+            exact = exact or (rule is not None and bool(rule.discovered))  # just what was probed
+            expression = f"torch.ops.{target}({text})" if exact else ""
             expression = expression or self.spelled(target, text, reads)
         if pads:
             expression = self.shortened(expression, node, choice)

@@ -143,6 +143,9 @@ class _Author:
     def split(self, made: Found, loop: str) -> Found:
         """The rule with `loop` free to be split, if that is right; else with the reason."""
         free = replace(made, whole=tuple(pair for pair in made.whole if pair[0] != loop))
+        if not self.probe.checks and _breaks_ties(made, loop):
+            why = "the op may not check that its operands still fit each other"
+            return _kept(made, loop, why)
         why = self.trial.try_loop(free, loop)
         if not why:
             return free
@@ -249,6 +252,8 @@ class _Author:
 
     def emptied(self, made: Found) -> Found:
         """The rule with the word on parts without elements: as few ranks as leave one without."""
+        if not self.probe.checks:
+            return made
         example = self.trial.cases[0]
         rule = replace(made, takes_empty=True).rule(example.call)
         assert rule is not None
@@ -315,6 +320,16 @@ def _renamed(made: Found, chosen: tuple[str, ...]) -> Found:
         operands=tuple(map(row, made.operands)),
         loops=tuple(pair for pair in made.loops if pair[0] not in gone),
         whole=tuple(pair for pair in made.whole if pair[0] not in gone),
+    )
+
+
+def _breaks_ties(made: Found, loop: str) -> bool:
+    """Whether an operand has a size related to the loop's, and does not have the loop."""
+    atoms = set(dict(made.loops)[loop].atoms)
+    return any(
+        loop not in names and atoms & set(term.atoms)
+        for row, dims in zip(made.pattern.operands, made.operands, strict=True)
+        for term, names in zip(row, dims, strict=True)
     )
 
 
