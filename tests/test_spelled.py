@@ -172,6 +172,57 @@ def written(x, mask):
     return made
 
 
+class Normalized(nn.Module):
+    """Batch norm with running statistics, of channels that a product makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 9)
+        self.norm = nn.BatchNorm1d(9)
+        self.plain = nn.BatchNorm1d(9, affine=False, track_running_stats=False)
+
+    def forward(self, x):
+        return (self.plain(self.layer(x)) + self.norm(self.layer(x))).sin().sum()
+
+
+@pytest.mark.parametrize("data_parallel", [False, True])
+def test_batch_norm_takes_the_statistics_of_the_whole_batch(data_parallel):
+    torch.manual_seed(0)
+    model = Normalized().double()
+    whole = copy.deepcopy(model)
+    x = fixed(8, 6)
+    loss = whole(x)
+    loss.backward()
+    options = {"example_inputs": x, "data_parallel": data_parallel}
+    plan = autoparallel.make_plan(model, 3, **options)
+    split = autoparallel.simulate(model, 3, example_inputs=x, plan=plan)
+    assert torch.allclose(split.output, loss, rtol=1e-10)
+    for path, parameter in whole.named_parameters():
+        assert torch.allclose(split.gradients[path], parameter.grad, rtol=1e-9, atol=1e-9), path
+    for path, buffer in whole.named_buffers():
+        assert torch.allclose(split.buffers[path], buffer, rtol=1e-10), path
+    kernels = {op.kernel for op in plan.ops if "batch_norm" in op.target}
+    assert kernels == ({"batch_norm_split"} if data_parallel else {""})
+
+
+def test_a_mean_of_narrow_numbers_does_not_overflow():
+    """A sum of 16 bits ends at 65504; the mean of as many ones is one."""
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(300, dtype=torch.float16))
+
+        def forward(self, x):
+            made = x * self.weight
+            return made.mean() + F.mse_loss(made, torch.zeros_like(made))
+
+    x = torch.ones(400, 300, dtype=torch.float16)
+    made = autoparallel.simulate(Mean(), 2, example_inputs=x, data_parallel=True)
+    assert made.output.dtype == torch.float16
+    assert made.output == 2
+
+
 CASES = {**dict(losses()), **dict(others())}
 BROAD = [name for name in CASES if name.endswith((", sum", ", none"))]
 

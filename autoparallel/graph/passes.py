@@ -296,7 +296,8 @@ def split_bias(graph: Graph) -> Graph:
 def split_mean(graph: Graph) -> Graph:
     """mean(%x, dims) becomes sum(%x, dims) / count, with the global count.
 
-    Why: a mean over a split dim must not divide by the local count. After: no mean left.
+    Why: a mean over a split dim must not divide by the local count. After: no mean left. Numbers of
+    16 bits are added up as float32, as they are in a mean: their sum may be none of them.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
@@ -309,7 +310,12 @@ def split_mean(graph: Graph) -> Graph:
             count = count_of(tuple(shape[dim] for dim in dims))
             keep = node.args[2] if len(node.args) > 2 else node.keyword("keepdim", False)
             kwargs = tuple(pair for pair in node.kwargs if pair[0] == "dtype")
-            total = replace(node.result, name=f"{node.name}_sum")
+            kind = node.result.dtype
+            narrow = kind.is_floating_point and kind.itemsize < torch.float32.itemsize
+            if narrow:
+                kwargs = (("dtype", torch.float32),)
+                kind = torch.float32
+            total = replace(node.result, name=f"{node.name}_sum", dtype=kind)
             nodes.append(
                 replace(
                     node,
@@ -320,7 +326,22 @@ def split_mean(graph: Graph) -> Graph:
                     kwargs=kwargs,
                 )
             )
-            node = replace(node, target="aten.div.Tensor", args=(Ref(total.name), count), kwargs=())
+            mean = replace(total, name=f"{node.name}_wide") if narrow else node.result
+            args = (Ref(total.name), count)
+            over = replace(
+                node,
+                name=mean.name,
+                target="aten.div.Tensor",
+                results=(mean,),
+                args=args,
+                kwargs=(),
+            )
+            if narrow:
+                nodes.append(over)
+                cast = (Ref(mean.name), node.result.dtype)
+                node = replace(node, target="aten.to.dtype", args=cast, kwargs=())
+            else:
+                node = over
         nodes.append(node)
     return rebuilt(graph, nodes, {})
 
