@@ -21,6 +21,7 @@ from autoparallel.graph.graph import (
     map_leaves,
     numel_hint,
 )
+from autoparallel.graph.pieces import join_slices
 from autoparallel.graph.stops import explicit_stops
 from autoparallel.graph.unmerge import explicit_bias_of_batches, unmerge_batches
 
@@ -416,6 +417,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     drop_empty_parts,
     drop_identities,
     explicit_sizes,
+    join_slices,
     explicit_bias_of_batches,
     unmerge_batches,
     unflatten_products,
