@@ -216,6 +216,26 @@ class Keeping(Several):
         return x * self.blocks[0].kept * box[0]
 
 
+class Number(Block):
+    """Has a number, and reads it: no two are equal after all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1.0 + self.number)
+
+
+class Numbers(Branches):
+    """Blocks that look the same but for a number."""
+
+    def __init__(self) -> None:
+        Several.__init__(self, Number)
+        for index, block in enumerate(self.blocks):
+            block.number = index  # type: ignore[assignment]
+
+
 class Packed(Several):
     """A recurrent network on packed sequences, and blocks in a plain list and a bound method."""
 
@@ -258,7 +278,7 @@ MIDDLES: dict[str, type[Several]] = {
     kind.__name__: kind
     for kind in (
         Branches, Items, Loops, Numpy, Remarks, Drops, PythonDrops, Structures,
-        WithoutGradient, Reads, Keeping, Packed, Counts,
+        WithoutGradient, Reads, Keeping, Numbers, Packed, Counts,
     )
 }  # fmt: skip
 

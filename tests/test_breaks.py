@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from typing import Any
@@ -141,6 +142,32 @@ def test_a_published_model_drops_layers() -> None:
     assert 0 < len(layers) < 4
     assert relative_error(result.output["loss"], loss) < 1e-6
     assert worst_gradient(dict(result.gradients), gradients)[0] < 1e-5
+
+
+def keyed(forward: Any) -> Any:
+    """A decorator that sets a keyword argument, as Hugging Face's do."""
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["twice"] = True
+        return forward(self, *args, **kwargs)
+
+    return run
+
+
+class Keyed(nn.Linear):
+    @keyed
+    def forward(self, x: torch.Tensor, twice: bool = False) -> torch.Tensor:
+        return super().forward(x) * (2 if twice else 1)
+
+
+def test_keyword_arguments_stay_keyword_arguments() -> None:
+    """A decorated forward that is called with a keyword sees no position for it."""
+    model = Keyed(4, 4)
+    x = torch.randn(3, 4)
+    parallel = autoparallel.autoparallelize(model, 1, example_inputs={"x": x, "twice": False})
+    assert not parallel.plan.breaks
+    assert torch.equal(parallel(x, twice=False), model(x, twice=False))
 
 
 def hooked(model: nn.Module) -> list[str]:

@@ -82,7 +82,26 @@ def train(rank: int) -> list[float]:
         parallel.load_state_dict(other.state_dict())
         after = autoparallel.full_state_dict(parallel)
         assert all(torch.equal(after[path], value) for path, value in state.items())
+    refuse_other_paths(rank)
     return losses
+
+
+class OneOfTwo(nn.Module):
+    """Which block is called, and so can be planned, depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) if x.sum() > 0 else self.second(x)
+
+
+def refuse_other_paths(rank: int) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(4, 12) * (1 if rank else -1)
+    with pytest.raises(autoparallel.AutoParallelError, match="different parts"):
+        autoparallel.autoparallelize(OneOfTwo(), 2, example_inputs=x)
 
 
 def test_two_processes() -> None:

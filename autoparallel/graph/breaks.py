@@ -140,7 +140,7 @@ class _Finder:
 
     def broken(self, path: str, error: CaptureError) -> None:
         """The module at `path` stays Python: note why, and try what it calls."""
-        reason = error.what + (f": {error.why}" if error.why and not error.where else "")
+        reason = error.what + (f": {error.why}" if error.why else "")
         place, _, code = error.where.partition("  ")
         line = "  ".join(filter(None, (place.rsplit("/", 1)[-1], code)))
         self.breaks.append(Break(path, line, " ".join(reason.split())))

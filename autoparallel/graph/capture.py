@@ -177,6 +177,7 @@ class _Flat(nn.Module):
         self,
         model: nn.Module,
         bound: inspect.BoundArguments,
+        positional: int,
         inputs: Skeleton,
         outputs: list[Skeleton],
         folding: Folding,
@@ -186,19 +187,20 @@ class _Flat(nn.Module):
         super().__init__()
         self.known = known
         self.model = model
-        self.bound, self.inputs, self.folding, self.part = bound, inputs, folding, part
+        self.bound, self.positional = bound, positional
+        self.inputs, self.folding, self.part = inputs, folding, part
         self.outputs = outputs
         self.training = model.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arguments = rebuild(self.inputs, list(tensors))
-        bound = inspect.BoundArguments(self.bound.signature, arguments)
+        args, kwargs = _as_given(self.bound.signature, arguments, self.positional)
         held = effects(self.model, arguments) if self.part else {}
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tensors)
         with self.folding.forward(), DecidedDraws(), spelled_out(self.known), watched:
-            result = self.model.forward(*bound.args, **bound.kwargs)
+            result = self.model.forward(*args, **kwargs)
         if self.part:
             refuse_effects(held, effects(self.model, arguments))
         if python_numbers() != numbers:
@@ -210,6 +212,28 @@ class _Flat(nn.Module):
         flat, skeleton = flatten(result)
         self.outputs.append(skeleton)
         return tuple(flat)
+
+
+def _as_given(
+    signature: inspect.Signature, arguments: Mapping[str, Any], positional: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments by name, as they were given: the first `positional` ones by position.
+
+    A decorated forward may have a keyword argument that it must not be given twice.
+    """
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for name, value in arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            args.extend(value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            kwargs.update(value)
+        elif len(args) < positional and kind is not inspect.Parameter.KEYWORD_ONLY:
+            args.append(value)
+        else:
+            kwargs[name] = value
+    return args, kwargs
 
 
 @contextlib.contextmanager
@@ -264,7 +288,7 @@ def capture(
     Raises CaptureError, with the user's source line, where the model cannot be traced.
     """
     bound = bind_inputs(model, args, kwargs)
-    wanted = _Wanted(model, bound, known, part, frozenset())
+    wanted = _Wanted(model, bound, len(args), known, part, frozenset())
     while True:
         try:
             return _folded(wanted) if fold else _traced(wanted, Folding((), frozenset()))
@@ -275,10 +299,15 @@ def capture(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What to trace, and how: see `capture`. fixed: (input, dim) pairs that are not symbolic."""
+    """What to trace, and how: see `capture`.
+
+    positional: how many arguments were given by position. fixed: (input, dim) pairs that are not
+    symbolic.
+    """
 
     model: nn.Module
     bound: inspect.BoundArguments
+    positional: int
     known: Known
     part: bool
     fixed: frozenset[tuple[int, int]]
@@ -318,7 +347,7 @@ def _traced(wanted: _Wanted, folding: Folding) -> Captured:
     device = next((parameter.device for parameter in model.parameters()), None)
     samples = tuple(_sample(tensor, device) for tensor in tensors)
     outputs: list[Skeleton] = []
-    flat = _Flat(model, bound, inputs, outputs, folding, wanted.known, part)
+    flat = _Flat(model, bound, wanted.positional, inputs, outputs, folding, wanted.known, part)
     free, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
     shapes = tuple(
         {dim: static if (number, dim) in wanted.fixed else free for dim in range(sample.dim())}
@@ -386,7 +415,8 @@ def _explain(error: BaseException, model: nn.Module) -> CaptureError:
         return CaptureError(
             f"{type(model).__name__}.forward branches on the values of a tensor",
             where=where,
-            why="a graph has one path for all data; " + text.strip().split("\n")[0][:200],
+            why="a graph has one path for all data"
+            + ("" if where else "; " + text.strip().split("\n")[0][:200]),
             fix="write the choice with torch.where, or move it out of the module that is split",
         )
     return CaptureError(
