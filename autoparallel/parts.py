@@ -55,7 +55,8 @@ class Planner:
             tuple(stored.items()),
         )
         canonical = self.alike.canonical(path)
-        found = self.known.get((canonical, rest)) or self.known.get((path, rest))
+        shared, alone = (canonical, rest), (path, rest, "alone")
+        found = self.known.get(shared) or self.known.get(alone)
         if found is None:
             counters = self.alike.counters(canonical)
             traced, common = trace_alike(module, args, kwargs, counters)
@@ -63,7 +64,7 @@ class Planner:
                 found = traced
             else:
                 found = search(traced, path, self.mesh, self.options, stored=stored)
-            self.known[canonical if common else path, rest] = found
+            self.known[shared if common else alone] = found
         if isinstance(found, CaptureError):
             raise found
         return found

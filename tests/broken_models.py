@@ -216,6 +216,28 @@ class Keeping(Several):
         return x * self.blocks[0].kept * box[0]
 
 
+class Costs(Block):
+    """Returns a loss beside its result, which a whole model may return split."""
+
+    def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
+        y = torch.relu(self.up(self.norm(x)))
+        return x + self.down(y), y, y.square().mean()
+
+
+class Penalties(Several):
+    """Adds up what its blocks cost."""
+
+    def __init__(self) -> None:
+        super().__init__(Costs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(()).double()
+        for block in self.blocks:
+            x, inner, cost = block(x)
+            total = total + cost + inner.sin().mean() if cost > 0 else total
+        return x * total
+
+
 class Number(Block):
     """Has a number, and reads it: no two are equal after all."""
 
@@ -237,18 +259,18 @@ class Numbers(Branches):
 
 
 class Packed(Several):
-    """A recurrent network on packed sequences, and blocks in a plain list and a bound method."""
+    """A recurrent network on packed sequences; blocks and a parameter in lists, a bound method."""
 
     def __init__(self) -> None:
         super().__init__()
         self.recurrent = nn.LSTM(WIDTH, WIDTH, batch_first=True)
         self.listed = [self.blocks[0], self.blocks[1]]
-        self.method = self.run
+        self.method, self.weights = self.run, [self.scale]
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.listed:
             x = block(x)
-        return x * self.scale
+        return x * self.weights[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         lengths = (x[:, 0, 0] > 0).long().cpu() + x.size(1) - 1
@@ -278,7 +300,7 @@ MIDDLES: dict[str, type[Several]] = {
     kind.__name__: kind
     for kind in (
         Branches, Items, Loops, Numpy, Remarks, Drops, PythonDrops, Structures,
-        WithoutGradient, Reads, Keeping, Numbers, Packed, Counts,
+        WithoutGradient, Reads, Keeping, Penalties, Numbers, Packed, Counts,
     )
 }  # fmt: skip
 

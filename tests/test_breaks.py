@@ -307,7 +307,7 @@ def test_random_numbers_are_the_plans_at_no_world_size() -> None:
         assert worst_gradient(gradients, dict(results[0].gradients))[0] < 1e-10
     parallel = autoparallel.autoparallelize(model, 1, example_inputs=x)
     torch.manual_seed(4)
-    first, second = parallel(x)[0], parallel(x)[0]
+    first, second = (parallel(x)[0].detach() for _ in range(2))
     drawn = torch.rand([])
     torch.manual_seed(4)
     torch.empty(2, dtype=torch.int64).random_()  # one number for each pass, to tell repeats

@@ -154,13 +154,13 @@ class _Finder:
         self.done.add(path)
         call = self.calls[path]
         canonical = self.alike.canonical(path)
-        key = (canonical, call.signature)
+        key: tuple[Any, ...] = (canonical, call.signature)
         if key not in self.known:
             args, kwargs = call.arguments()
             counters = self.alike.counters(canonical)
             found, common = trace_alike(self.modules[path], args, kwargs, counters)
             if not common:
-                key = (path, call.signature)
+                key = (path, call.signature, "alone")
             self.known[key] = found
         found = self.known[key]
         if isinstance(found, CaptureError):
@@ -173,7 +173,8 @@ class _Finder:
         """Modules that no example run has called are like their equals."""
         parts: dict[str, Any] = {}
         for key in self.parts:
-            parts.setdefault(key[0], key)
+            if key[-1] != "alone":
+                parts.setdefault(key[0], key)
         breaks = {self.alike.canonical(item.path): item for item in reversed(self.breaks)}
         taken = {path for _, paths in self.parts.values() for path in paths}
         for path in self.modules:
