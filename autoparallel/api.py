@@ -196,14 +196,15 @@ def _trace(
     try:
         return trace(model, args, kwargs)
     except CaptureError as error:
-        broken = trace_parts(model, args, kwargs, error)
+        whole = error
+    broken = trace_parts(model, args, kwargs, whole)
     if options.strict_capture:
         raise CaptureError(
             f"{type(model).__name__} cannot be traced whole",
             where="\n".join(map(str, broken.breaks)),
             why="strict_capture=True asks for one graph",
-            fix="see the reasons above, or leave strict_capture out: the submodules that can be "
-            "traced are split, and the rest runs as it is",
+            fix=f"{whole.fix};\nor leave strict_capture out: the submodules that can be traced are "
+            "split, and the rest runs as it is",
         )
     return broken
 

@@ -190,7 +190,8 @@ def _simulate_parts(
     def work(group: LocalGroup) -> tuple[_Ran, Skeleton, Mapping[str, Placement]]:
         made = parallel_module(model, plan, group, None, replan or refuse, 0)
         manual_seed(made, seed)
-        given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        # Copies, as each rank has its own, and Python may write to them.
+        given = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
         own_args, own_kwargs = rebuild(skeleton, given)
         output = made(*own_args, **own_kwargs)
         if backward:
