@@ -64,7 +64,7 @@ class Split:
     whole: float = 0.0
 
 
-@dataclass
+@dataclass(repr=False)
 class Coverage:
     """What was tried."""
 
