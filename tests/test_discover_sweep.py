@@ -73,6 +73,8 @@ MISSES = {
     "cross_entropy": "labels that do not count are not seen in sizes",
     "embedding.default(10x6": "a row without a gradient is named by its place",
     "grouped_mm": "rows are counted by an operand; 16 bytes are the least",
+    "draws random": "not for a rule that is found",
+    "complex numbers": "not probed",
     "channel_shuffle": "an integer follows one of two loops of a dim",
 }
 
@@ -105,7 +107,7 @@ def test_nearly_all_that_is_known_is_found() -> None:
     assert hits / wanted > 0.97, "\n".join(missed)
     print(f"{hits} of {wanted} strategies: {hits / wanted:.2%}. Missed:", *missed, sep="\n  ")
     unexplained = [text for text in missed if not any(part in text for part in MISSES)]
-    assert len(unexplained) < 150, "\n".join(unexplained)
+    assert len(unexplained) < 40, "\n".join(unexplained)
 
 
 def _faults(sample: Call, rule: ShardingRule) -> list[str]:

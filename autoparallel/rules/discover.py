@@ -146,9 +146,12 @@ class _Author:
         if not self.probe.checks and _breaks_ties(made, loop):
             why = "the op may not check that its operands still fit each other"
             return _kept(made, loop, why)
-        why = self.trial.try_loop(free, loop)
-        if not why:
-            return free
+        atoms = set(dict(made.loops)[loop].atoms)
+        asked = any(atoms & set(term.atoms) for term in self.shrunk.pattern.integers)
+        if self.probe.checks or not asked:
+            why = self.trial.try_loop(free, loop)
+            if not why:
+                return free
         for follows in self.followers(made, loop):
             other = replace(free, follows=follows)
             if not self.trial.try_loop(other, loop) and not self.broken(made, other):
@@ -327,9 +330,8 @@ def _breaks_ties(made: Found, loop: str) -> bool:
     """Whether an operand has a size related to the loop's, and does not have the loop."""
     atoms = set(dict(made.loops)[loop].atoms)
     return any(
-        loop not in names and atoms & set(term.atoms)
+        any(atoms & set(term.atoms) for term in row) and not any(loop in names for names in dims)
         for row, dims in zip(made.pattern.operands, made.operands, strict=True)
-        for term, names in zip(row, dims, strict=True)
     )
 
 
