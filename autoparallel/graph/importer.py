@@ -204,6 +204,14 @@ class Importer:
         if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             self.inline(node, name, tensors, grad)
             return
+        if not isinstance(target, torch._ops.OpOverload):
+            raise CaptureError(
+                f"{name} is no operator of tensors alone",
+                where=", ".join(filter(None, _origin(node))),
+                why="control flow and function transforms (torch.cond, torch.func.vmap) hold "
+                "programs of their own",
+                fix="keep it in a submodule of its own, which then stays Python",
+            )
         args = self.leaf_all(node.args)
         kwargs = tuple((key, self.leaf_all(value)) for key, value in node.kwargs.items())
         if self.autocast is not None:
@@ -323,6 +331,13 @@ class Importer:
     def leaf_all(self, item: Any) -> Any:
         """Arguments with nodes replaced by what they stand for; lists become tuples."""
         if isinstance(item, torch.fx.Node):
+            if item not in self.known:
+                raise CaptureError(
+                    f"the program holds an object that is no tensor: {item.name}",
+                    why="its type is " + type(item.meta.get("val")).__name__,
+                    fix="make it outside of the model, or keep what uses it in a submodule of its "
+                    "own, which then stays Python",
+                )
             return self.known[item]
         if isinstance(item, (list, tuple)):
             return tuple(self.leaf_all(part) for part in item)

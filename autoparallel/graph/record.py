@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from autoparallel.copies import shallow_copy
 from autoparallel.errors import CaptureError
@@ -62,11 +63,12 @@ def record(
 
     def enter(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if path not in calls:
-                tensors, skeleton = flatten((args, kwargs))
+            tensors, skeleton = flatten((args, kwargs))
+            if path not in calls and not any(map(is_functorch_wrapped_tensor, tensors)):
                 kept = [(torch.empty_like(t, device="meta"), t.device) for t in tensors]
                 calls[path] = Call(_frozen(skeleton), kept)
-            calls[path].callers[stack[-1]] = None
+            if path in calls:
+                calls[path].callers[stack[-1]] = None
             stack.append(path)
 
         return hook
