@@ -129,11 +129,14 @@ class Tiling:
 
 
 def weight_values(graph: Graph) -> set[str]:
-    """Values that come from parameters alone: the parameters, their casts and transposes."""
+    """The parameters, and what is made of one of them alone: its casts and transposes.
+
+    What several make together (a norm of position embeddings, say) is computed as activations are.
+    """
     found: set[str] = set()
     for node in graph.nodes:
-        operands = node.operands()
-        alone = bool(operands) and all(name in found for name in operands)
+        operands = set(node.operands())
+        alone = len(operands) == 1 and operands <= found
         if node.kind == "parameter" or (node.kind == "call" and alone):
             found.update(value.name for value in node.results)
     return found

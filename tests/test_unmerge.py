@@ -17,7 +17,8 @@ class MergedHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(12, 24) for _ in range(3))
-        self.position = nn.Linear(12, 24)
+        self.places = nn.Parameter(torch.randn(7, 12))
+        self.norm = nn.LayerNorm(12)
         self.bias = nn.Parameter(torch.randn(6, 1, 5))
         self.out = nn.Linear(24, 12)
 
@@ -25,11 +26,11 @@ class MergedHeads(nn.Module):
         """(b, s, 24) to (b * 6, s, 4)."""
         return x.unflatten(-1, (6, 4)).transpose(1, 2).reshape(-1, x.size(1), 4)
 
-    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """x: (b, 5, 12). places: (7, 12)."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (b, 5, 12)."""
         batch = x.size(0)
         query, key, value = (self.merged(f(x)) for f in (self.query, self.key, self.value))
-        places = self.merged(self.position(places).unsqueeze(0)).repeat(batch, 1, 1)
+        places = self.merged(self.query(self.norm(self.places).unsqueeze(0))).repeat(batch, 1, 1)
         bias = self.bias.repeat(batch, 1, 1)
         scores = torch.baddbmm(bias, query, key.transpose(-1, -2), beta=0.5, alpha=0.7)
         index = (torch.arange(5).unsqueeze(0) + torch.arange(5).unsqueeze(1)) % 7
@@ -45,17 +46,21 @@ class MergedHeads(nn.Module):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_heads_are_split(world_size: int) -> None:
-    """All products are, and the loss and every gradient are those of the whole."""
+    """All products are, those of positions with a weight that others use too.
+
+    The loss and every gradient are those of the whole.
+    """
     torch.manual_seed(3)
     model = MergedHeads().double()
-    inputs = (torch.randn(3, 5, 12).double(), torch.randn(7, 12).double())
+    x = torch.randn(3, 5, 12).double()
     whole = copy.deepcopy(model)
-    loss = whole(*inputs)
+    loss = whole(x)
     loss.backward()
-    plan = autoparallel.make_plan(model, world_size, example_inputs=inputs)
+    plan = autoparallel.make_plan(model, world_size, example_inputs=x)
     assert not [op.target for op in plan.ops if "bmm" in op.target]
-    assert plan.split_flops == plan.split_parameter_bytes == 1
-    split = autoparallel.simulate(model, world_size, example_inputs=inputs, plan=plan)
+    assert plan.split_flops == 1
+    assert {p.path for p in plan.parameters if p.reason and len(p.shape) > 1} <= {"places"}
+    split = autoparallel.simulate(model, world_size, example_inputs=x, plan=plan)
     assert torch.allclose(split.output, loss, rtol=1e-12, atol=1e-12)
     for path, parameter in whole.named_parameters():
         found = split.gradients[path]
