@@ -30,6 +30,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make benchmarks  every file in benchmarks/"
+	@echo "make coverage    docs/coverage.md: how much of each model of tests/zoo.py is split"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
 
 environment: $(DEV)
@@ -66,6 +67,9 @@ benchmarks: $(TEST)
 		[ -e "$$file" ] || { echo "no benchmarks yet"; exit 0; }; \
 		echo "== $$file"; $(VENV)/bin/python "$$file" $(ARGS); \
 	done
+
+coverage: $(TEST)
+	$(VENV)/bin/python docs/make_coverage.py $(ARGS)
 
 clean:
 	rm -rf out build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
