@@ -86,13 +86,22 @@ def start_apart(rank: int) -> list[str]:
             autoparallel.autoparallelize(model, 2, example_inputs=torch.ones(4, 8))
         except AutoParallelError as error:
             found.append(error.what)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False))
+    try:
+        autoparallel.autoparallelize(
+            model, 2, example_inputs=torch.ones(4, 8), sequence_parallel=rank == 0
+        )
+    except AutoParallelError as error:
+        found.append(error.what)
     return found
 
 
 def test_ranks_that_start_apart_are_told() -> None:
-    """Before anything is computed, on every rank, and what it is about."""
+    """Before anything is computed, on every rank, and what it is about: weights, seeds, plans."""
     for found in run_processes(start_apart, 2):
         assert found == [
             "the ranks start from different models: 0.weight, 0.bias, 2.weight",
             "the ranks start from different models: torch's random state",
+            "the ranks have made different plans",
         ]

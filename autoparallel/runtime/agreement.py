@@ -1,15 +1,18 @@
-"""Whether the ranks work on the same: the model that each cuts its part out of, and the inputs."""
+"""Whether the ranks work on the same: the model that each has a part of, its plan, the inputs."""
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from autoparallel.errors import AutoParallelError, InputMismatchError
+from autoparallel.plan import Plan
 from autoparallel.runtime.groups import Group, ProcessGroup
 
-__all__ = ["digest", "require_equal", "require_same_start"]
+__all__ = ["digest", "require_equal", "require_same_plan", "require_same_start"]
 
 _SAMPLE = 1024
 
@@ -44,6 +47,28 @@ def require_same_start(model: nn.Module, group: Group) -> None:
             why="each rank keeps its part of the whole, and the wholes are not the same",
             fix="torch.manual_seed(seed) with one seed on every rank before the model is built, or "
             "load the same weights on every rank",
+        )
+
+
+def require_same_plan(plan: Plan, group: Group) -> None:
+    """Compare digests of the plans between the ranks. A collective call.
+
+    Raises AutoParallelError, on every rank, where they differ: their collectives would not match.
+    """
+    if not isinstance(group, ProcessGroup):
+        return
+    sums = hashlib.sha256(plan.to_json().encode()).digest()
+    parts = [int.from_bytes(sums[start : start + 6]) for start in range(0, 30, 6)]
+    device = "cuda" if dist.get_backend(group.process_group) == "nccl" else "cpu"
+    rows = group.all_gather(torch.tensor([parts], dtype=torch.float64, device=device))
+    if bool((rows != rows[0]).any()):
+        raise AutoParallelError(
+            "the ranks have made different plans",
+            where=f"rank {group.rank}, {plan.model}",
+            why="the model, the example inputs, the options, the version of torch, or what was "
+            "found out about ops without a rule (AUTOPARALLEL_CACHE) are not the same on all ranks",
+            fix="make them the same; or make the plan once (make_plan, Plan.to_json) and let every "
+            "rank apply it (Plan.from_json, apply_plan)",
         )
 
 

@@ -21,7 +21,7 @@ from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.runtime import rng
-from autoparallel.runtime.agreement import require_equal, require_same_start
+from autoparallel.runtime.agreement import require_equal, require_same_plan, require_same_start
 from autoparallel.runtime.collectives import take_part
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.parameters import (
@@ -151,6 +151,7 @@ def parallel_module(
     """
     skeleton = on_meta(model)
     made = shallow_copy(model)
+    require_same_plan(plan, group)
     require_same_start(model, group)
     named = list(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
@@ -345,6 +346,7 @@ def _entry(
         )  # fmt: skip
         state.python.update((False, True))
         return None
+    require_same_plan(plan, state.group)
     return _add(module, state, plan, module.training)
 
 
