@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoparallel
+from autoparallel.copies import on_meta
 
 
 class Model(nn.Module):
@@ -245,3 +246,34 @@ def test_split_equals_whole(name):
     for path, parameter in whole.named_parameters():
         found = split.gradients[path]
         assert torch.allclose(found, parameter.grad, rtol=1e-9, atol=1e-9), path
+
+
+class EachToken(nn.Module):
+    """A loss that is not reduced at once, with classes that nothing can be of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = self.inner(x)
+        scores = scores.masked_fill(torch.arange(5) == 4, float("-inf"))
+        each = F.cross_entropy(scores, labels, reduction="none")
+        weighed = F.cross_entropy(scores, labels, torch.arange(1.0, 6.0, dtype=x.dtype))
+        return each.square().mean() + weighed
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_losses_of_each_token(meta: bool) -> None:
+    """Also where the plan is made without weights: torch gets their shape wrong there."""
+    torch.manual_seed(0)
+    model = EachToken().double()
+    x, labels = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 4, (7,))
+    like = on_meta(model) if meta else model
+    plan = autoparallel.make_plan(like, 3, example_inputs=(x, labels))
+    expected = model(x, labels)
+    expected.backward()
+    split = autoparallel.simulate(model, 3, example_inputs=(x, labels), plan=plan)
+    torch.testing.assert_close(split.output, expected, rtol=1e-12, atol=0)
+    for path, parameter in model.named_parameters():
+        torch.testing.assert_close(split.gradients[path], parameter.grad, rtol=1e-10, atol=1e-12)

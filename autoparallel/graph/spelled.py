@@ -211,7 +211,9 @@ def cross_entropy(
     dim = min(logits.dim() - 1, 1)
     soft = target.dtype.is_floating_point
     classes = logits.shape[dim]
-    if not soft and weight is None and smoothing == 0:
+    # torch 2.13 gets the shape wrong of what is not reduced, on the meta device with symbolic sizes.
+    misjudged = logits.is_meta and reduction == _NONE
+    if not soft and weight is None and smoothing == 0 and not misjudged:
         if logits.dim() == 2:
             return NotImplemented
         rows = logits.movedim(dim, -1).reshape(-1, classes)
@@ -238,10 +240,10 @@ def cross_entropy(
     weights = kept.to(scores.dtype)
     if weight is not None:
         weights = weight[places] * weights
-    own = -weighted.gather(dim, places.unsqueeze(dim)).squeeze(dim)
-    even = -weighted.sum(dim)
-    losses = torch.where(kept, own * (1 - smoothing) + even * (smoothing / classes), 0.0)
-    return _reduced(losses, weights, reduction)
+    losses = -weighted.gather(dim, places.unsqueeze(dim)).squeeze(dim)
+    if smoothing:  # else the sum over the classes, which may be infinite, must not count at all
+        losses = losses * (1 - smoothing) - weighted.sum(dim) * (smoothing / classes)
+    return _reduced(torch.where(kept, losses, 0.0), weights, reduction)
 
 
 @spelling("aten.scatter.reduce", "aten.scatter.value_reduce")
