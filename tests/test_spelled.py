@@ -257,9 +257,10 @@ class EachToken(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         scores = self.inner(x)
-        scores = scores.masked_fill(torch.arange(5) == 4, float("-inf"))
+        scores = scores.masked_fill(torch.arange(5, device=x.device) == 4, float("-inf"))
         each = F.cross_entropy(scores, labels, reduction="none")
-        weighed = F.cross_entropy(scores, labels, torch.arange(1.0, 6.0, dtype=x.dtype))
+        weights = torch.arange(1.0, 6.0, dtype=x.dtype, device=x.device)
+        weighed = F.cross_entropy(scores, labels, weights)
         return each.square().mean() + weighed
 
 

@@ -211,7 +211,7 @@ def cross_entropy(
     dim = min(logits.dim() - 1, 1)
     soft = target.dtype.is_floating_point
     classes = logits.shape[dim]
-    # torch 2.13 gets the shape wrong of what is not reduced, on the meta device with symbolic sizes.
+    # On the meta device, with symbolic sizes, torch 2.13 gets the shape of this one wrong.
     misjudged = logits.is_meta and reduction == _NONE
     if not soft and weight is None and smoothing == 0 and not misjudged:
         if logits.dim() == 2:
