@@ -17,13 +17,17 @@ from autoparallel.graph.graph import (
     Node,
     Ref,
     Sym,
-    Value,
     map_leaves,
     numel_hint,
 )
 from autoparallel.graph.pieces import join_slices
+from autoparallel.graph.remerge import see_through_merges
 from autoparallel.graph.stops import explicit_stops
-from autoparallel.graph.unmerge import explicit_bias_of_batches, unmerge_batches
+from autoparallel.graph.unmerge import (
+    explicit_bias_of_batches,
+    unflatten_products,
+    unmerge_batches,
+)
 
 __all__ = ["PASSES", "at_least", "run_passes"]
 
@@ -197,66 +201,6 @@ _CREATIONS = {
 }
 
 
-def unflatten_products(graph: Graph) -> Graph:
-    """reshape(addmm(%bias, reshape(%x, (b*s, k)), %w), (b, s, n)) becomes an n-d matmul and add.
-
-    Why: a batch and a sequence merged into one dim can be split by neither; the product never
-    needed them merged. After: no mm or addmm left whose operand was flattened to two dims;
-    the other mm and addmm are matmul and add.
-    """
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        if node.target not in ("aten.mm.default", "aten.addmm.default"):
-            nodes.append(node)
-            continue
-        bias = node.args[0] if node.target == "aten.addmm.default" else None
-        left, right = node.args[-2:]
-        flat = graph.producers[left.name]
-        result = node.result
-        shape, source, name = result.shape, left, result.name
-        operand = graph.values[left.name]
-        if flat.target == "aten.reshape.default":
-            before = graph.values[first_operand(flat)]
-            if len(before.shape) > 2 and before.shape[-1] == operand.shape[-1]:
-                source = Ref(before.name)
-                shape = (*before.shape[:-1], result.shape[-1])
-        whole = shape == result.shape
-        last = name if whole else f"{name}_nd"
-        product = last if bias is None else f"{name}_product"
-        value = Value(product, shape, result.dtype, result.requires_grad)
-        nodes.append(
-            replace(
-                node,
-                name=product,
-                target="aten.matmul.default",
-                results=(value,),
-                args=(source, right),
-                kwargs=(),
-            )
-        )
-        if bias is not None:
-            nodes.append(
-                replace(
-                    node,
-                    name=last,
-                    target="aten.add.Tensor",
-                    results=(replace(value, name=last),),
-                    args=(Ref(product), bias),
-                    kwargs=(),
-                )
-            )
-        if not whole:
-            nodes.append(
-                replace(
-                    node,
-                    target="aten.reshape.default",
-                    args=(Ref(last), result.shape),
-                    kwargs=(),
-                )
-            )
-    return rebuilt(graph, nodes, {})
-
-
 def merge_reshapes(graph: Graph) -> Graph:
     """reshape(reshape(%x, a), b) becomes reshape(%x, b).
 
@@ -418,6 +362,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     drop_identities,
     explicit_sizes,
     join_slices,
+    see_through_merges,
     explicit_bias_of_batches,
     unmerge_batches,
     unflatten_products,

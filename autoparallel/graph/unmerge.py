@@ -11,7 +11,59 @@ from autoparallel.graph.edit import rebuilt
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves
 from autoparallel.graph.memory import operator_of
 
-__all__ = ["explicit_bias_of_batches", "unmerge_batches"]
+__all__ = ["explicit_bias_of_batches", "unflatten_products", "unmerge_batches"]
+
+
+def unflatten_products(graph: Graph) -> Graph:
+    """reshape(linear(reshape(%x, (b*s, k)), %w), (b, s, n)) becomes linear(%x, %w).
+
+    And mm and addmm become matmul and add.
+
+    Why: a batch and a sequence merged into one dim can be split by neither; the product never
+    needed them merged. After: no product left whose operand was flattened to two dims; no mm and
+    no addmm.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.target not in _FLAT_PRODUCTS:
+            nodes.append(node)
+            continue
+        at = _FLAT_PRODUCTS[node.target]
+        source, shape = _unflattened(graph, node.args[at].name, node.result)
+        if node.target == "aten.linear.default" and shape == node.result.shape:
+            nodes.append(node)
+            continue
+        value = node.result
+        if shape != value.shape:
+            value = replace(value, name=f"{value.name}_nd", shape=shape)
+        made = replace(node, name=value.name, results=(value,), kwargs=())
+        if node.target == "aten.linear.default":
+            nodes.append(replace(made, args=(source, *node.args[1:])))
+        elif node.target == "aten.mm.default":
+            nodes.append(replace(made, target="aten.matmul.default", args=(source, node.args[1])))
+        else:
+            product = replace(value, name=f"{value.name}_product")
+            own = replace(made, name=product.name, results=(product,))
+            nodes.append(replace(own, target="aten.matmul.default", args=(source, node.args[2])))
+            args = (Ref(product.name), node.args[0])
+            nodes.append(replace(made, target="aten.add.Tensor", args=args))
+        if value is not node.result:
+            nodes.append(_reshape(node, node.result, value))
+    return rebuilt(graph, nodes, {})
+
+
+# Where the operand is whose rows were flattened.
+_FLAT_PRODUCTS = {"aten.mm.default": 0, "aten.addmm.default": 1, "aten.linear.default": 0}
+
+
+def _unflattened(graph: Graph, name: str, result: Value) -> tuple[Ref, tuple[Dim, ...]]:
+    """What was flattened to two dims, and the shape of the product with that."""
+    operand, flat = graph.values[name], graph.producers[name]
+    if flat.target == "aten.reshape.default" and len(operand.shape) == 2:
+        before = graph.values[flat.operands()[0]]
+        if len(before.shape) > 2 and before.shape[-1] == operand.shape[-1]:
+            return Ref(before.name), (*before.shape[:-1], result.shape[-1])
+    return Ref(name), result.shape
 
 
 def explicit_bias_of_batches(graph: Graph) -> Graph:
