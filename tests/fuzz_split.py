@@ -76,6 +76,10 @@ class Coverage:
     strategies: dict[str, Counter[str]] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
 
+    def __repr__(self) -> str:
+        """Short: hypothesis writes it with every example."""
+        return "Coverage()"
+
     def add(self, plan: Plan) -> None:
         """Count what a plan chose."""
         self.worlds[plan.world_size] += 1

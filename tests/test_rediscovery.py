@@ -174,6 +174,8 @@ def hugging_face(name: str, layers: int) -> torch.nn.Module:
         sizes |= {"num_kv_heads": 8, "new_decoder_architecture": True, "bias": False}
     if name == "Llama":
         sizes |= {"intermediate_size": 4 * width, "num_key_value_heads": heads}
+    if name == "OPT":
+        sizes |= {"ffn_dim": 4 * width, "word_embed_proj_dim": width}
     if name == "Phi3":
         sizes |= {"intermediate_size": 4 * width, "pad_token_id": 0}
     if name == "Gemma3":
@@ -187,14 +189,22 @@ def hugging_face(name: str, layers: int) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("GPTJ", 1), ("GPTNeoX", 1), ("Falcon", 1), ("Gemma3", 2), ("Llama", 2), ("Phi3", 2)],
+    [
+        ("GPTJ", 1),
+        ("GPTNeoX", 1),
+        ("Falcon", 1),
+        ("Gemma3", 2),
+        ("Llama", 2),
+        ("OPT", 2),
+        ("Phi3", 2),
+    ],
 )
 def test_all_reduces_of_a_layer_of_other_families(name: str, expected: int) -> None:
     """Attention and MLP side by side need one, one after the other two; each way.
 
     However query, key and value are fused: head by head (GPT-NeoX), in groups (Falcon); with norms
-    of single heads (Gemma 3), with 25 heads on 8 ranks (Llama), and where slices cut the fused
-    value (Phi-3).
+    of single heads (Gemma 3), with rows flattened around the MLP (OPT), with 25 heads on 8 ranks
+    (Llama), and where slices cut the fused value (Phi-3).
     """
     tokens = torch.zeros(4, 2048, dtype=torch.long)
     counts = []

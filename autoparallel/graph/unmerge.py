@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from autoparallel.graph.edit import rebuilt
-from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.graph.memory import operator_of
 
 __all__ = ["explicit_bias_of_batches", "unflatten_products", "unmerge_batches"]
@@ -111,14 +111,13 @@ def explicit_bias_of_batches(graph: Graph) -> Graph:
 def unmerge_batches(graph: Graph) -> Graph:
     """bmm(reshape(%x, (b*h, s, k)), ..) becomes reshape(matmul(%x, ..), (b*h, s, t)).
 
-    %x has the shape (b, h, s, k). So do all ops between such a reshape and the one that undoes it,
-    if they treat what is merged as a batch: element by element, or matrix by matrix.
-    Why: of batch and heads merged into one dim only the batch can be split; nobody needed them
-    merged. After: no bmm whose operand was merged like that; all values keep name and shape, and
-    those that nobody reads are to be dropped.
+    %x has the shape (b, h, s, k). And linear(reshape(%x, (b*s, k)), ..) becomes
+    reshape(linear(%x, ..), (b*s, n)). So do all ops between such a reshape and the one that undoes
+    it, if they treat what is merged as a batch: element by element, row by row, matrix by matrix.
+    Why: of dims merged into one of an unknown size only the first can be split; nobody needed them
+    merged. After: no such op whose operand was merged like that; all values keep name and shape,
+    and those that nobody reads are to be dropped.
     """
-    if not any(node.target == "aten.bmm.default" for node in graph.nodes):
-        return graph
     return _Unmerger(graph).run()
 
 
@@ -159,6 +158,9 @@ class _Unmerger:
         """A reshape that merges the first dims and leaves the others."""
         before, after = self.graph.values[node.operands()[0]], node.result
         count = len(before.shape) - len(after.shape) + 1
+        merged = before.shape[:count]
+        if not any(isinstance(size, Sym) for size in merged):
+            return  # loops see through it
         if count > 1 and len(after.shape) > 1 and before.shape[count:] == after.shape[1:]:
             self.apart[after.name] = _Apart(before, before.shape[:count])
 
@@ -187,6 +189,11 @@ class _Unmerger:
         args = _shifted(node, len(self.graph.values[merged].shape), len(found.batch) - 1)
         if args is None or node.result.shape[0] != first:
             return None
+        if node.target in _OF_ROWS:
+            if node.operands()[0] != merged:
+                return None
+            args = (Ref(found.value.name), *node.args[1:])
+            return replace(node, name=value.name, results=(value,), args=args)
         shapes = [self.graph.values[name].shape for name in node.operands()]
         if not _is_pointwise(node.target) and any(shape[0] != first for shape in shapes):
             return None
@@ -241,6 +248,9 @@ def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
         return node.args if rank == 3 else None
     if _is_pointwise(node.target):
         return node.args
+    if node.target in _OF_ROWS:
+        dims = len(node.args[1]) if "norm" in node.target else 1
+        return node.args if dims < rank else None
     positions = _DIMS.get(node.target)
     if positions is None or any(index >= len(node.args) for index in positions):
         return None
@@ -259,6 +269,8 @@ def _is_pointwise(target: str) -> bool:
 
 
 _PRODUCTS = {"aten.bmm.default", "aten.matmul.default"}
+# Of the last dims of the first operand, whatever lies before them.
+_OF_ROWS = {"aten.linear.default", "aten.layer_norm.default", "aten.rms_norm.default"}
 _ALSO_POINTWISE = {"aten.to.dtype", "aten.detach.default", "aten.dropout.default"}
 # Where the call names dims of its operand.
 _DIMS = {
