@@ -76,9 +76,9 @@ class Coverage:
     strategies: dict[str, Counter[str]] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
 
-    def __repr__(self) -> str:
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Short: hypothesis writes it with every example."""
-        return "Coverage()"
+        printer.text("Coverage()")
 
     def add(self, plan: Plan) -> None:
         """Count what a plan chose."""
