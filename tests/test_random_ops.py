@@ -103,3 +103,35 @@ def test_normal_numbers_are_normal():
     assert made.pow(3).mean().abs() < 0.2
     assert (made.pow(4).mean() - 3).abs() < 0.5
     assert (made[:, 1:] * made[:, :-1]).mean().abs() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {"bidirectional": True, "proj_size": 4}),
+        (nn.GRU, {"bidirectional": True, "batch_first": True}),
+        (nn.RNN, {"nonlinearity": "relu", "bias": False}),
+    ],
+)
+def test_recurrent_layers_with_dropout_in_between(kind, options):
+    """Taken apart, with a probability that drops nothing, they are torch's own."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.first = kind(6, 8, 3, dropout=1e-12, **options), nn.Linear(6, 6)
+
+        def forward(self, x):
+            y, states = self.body(self.first(x))
+            states = states if isinstance(states, tuple) else (states,)
+            return y.square().sum() + sum((s * (i + 1)).sum() for i, s in enumerate(states))
+
+    torch.manual_seed(0)
+    model = Recurrent().double().train()
+    x = torch.randn(5, 4, 6, dtype=torch.float64)
+    expected = model(x)
+    expected.backward()
+    made = autoparallel.simulate(model, 2, example_inputs=x, data_parallel=True)
+    torch.testing.assert_close(made.output, expected, rtol=1e-12, atol=0)
+    for path, parameter in model.named_parameters():
+        torch.testing.assert_close(made.gradients[path], parameter.grad, rtol=1e-10, atol=1e-10)

@@ -23,10 +23,8 @@ from autoparallel.search import search
 TOLERANCE = 1e-9
 WORLD_SIZES = (3, 8, 2, 4)
 DROPOUT = 0.1
-# torch runs all their layers as one op, which draws numbers of its own between them: refused.
-REFUSED_DROPOUT = ("lstm", "gru")
 NAMES = list(zoo.FAMILIES)
-DROPPING = [n for n in NAMES if zoo.FAMILIES[n].drops and n not in REFUSED_DROPOUT]
+DROPPING = [name for name in NAMES if zoo.FAMILIES[name].drops]
 
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
 

@@ -7,6 +7,7 @@ whole. None of these ops has a gradient with regard to the numbers that describe
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,3 +185,40 @@ def rrelu(
     if not train:
         return functional.leaky_relu(x, (low + high) / 2)
     return torch.where(x <= 0, x * (torch.rand_like(x) * (high - low) + low), x)
+
+
+def _stacked(
+    op: Any,
+    x: Any,
+    states: Any,
+    weights: Any,
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """Recurrent layers on top of each other with dropout between them: one by one."""
+    if layers == 1 or not (dropout and train):
+        return NotImplemented
+    many = isinstance(states, (list, tuple))
+    directions, each = 1 + bidirectional, len(weights) // layers
+    ends = []
+    for layer in range(layers):
+        own = [
+            state[layer * directions : (layer + 1) * directions]
+            for state in (states if many else [states])
+        ]
+        mine = weights[layer * each : (layer + 1) * each]
+        start = own if many else own[0]
+        x, *end = op(x, start, mine, has_biases, 1, 0.0, train, bidirectional, batch_first)
+        ends.append(end)
+        if layer + 1 < layers:
+            x = functional.dropout(x, dropout)
+    return (x, *(torch.cat(parts) for parts in zip(*ends, strict=True)))
+
+
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    _op = getattr(torch.ops.aten, _name).input
+    spelling(f"aten.{_name}.input")(partial(_stacked, _op))

@@ -10,7 +10,7 @@ from autoparallel.rules.rule import Dims, OpCall, ShardingRule
 @rule("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
 def recurrent(call: OpCall) -> ShardingRule:
     """Sequences are independent; the steps, features and layers of each are not."""
-    if call.node.args[5] and call.node.args[6]:
+    if call.node.args[4] > 1 and call.node.args[5] and call.node.args[6]:
         raise UnsupportedOpError(
             f"{call.node.target} with dropout between its layers",
             where=call.node.where,
