@@ -149,6 +149,7 @@ def others():
     )
     yield "weight_norm", (lambda x, g: torch._weight_norm(x, g, 1) * g, fixed(1, 9))
     yield "weight_norm of all", (lambda x, g: torch._weight_norm(x, g, -1), fixed(1, 1))
+    yield "bilinear", (F.bilinear, fixed(8, 5), fixed(7, 9, 5), fixed(7))
     yield "hstack", (lambda x, y: torch.hstack([x, y, x]), fixed(8, 5))
     yield "kron", (torch.kron, fixed(2, 3))
     yield "tensordot", (lambda x, w: torch.tensordot(x, w, 1), fixed(9, 3, 2))

@@ -92,7 +92,16 @@ def trace_parts(
             "with is known from an example run only, which needs weights",
             fix=f"pass the model with real weights (not on the meta device), or {error.fix}",
         )
-    finder = _Finder(model, args, kwargs)
+    try:
+        finder = _Finder(model, args, kwargs)
+    except CaptureError as failed:
+        raise CaptureError(
+            error.what,
+            where=error.where,
+            why=f"{error.why}\nNor can its submodules be split one by one: {failed.what}, "
+            f"{failed.why}",
+            fix=error.fix,
+        ) from failed
     finder.broken("", error)
     finder.uncalled()
     if not finder.parts:

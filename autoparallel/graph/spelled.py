@@ -246,6 +246,13 @@ def cross_entropy(
     return _reduced(torch.where(kept, losses, 0.0), weights, reduction)
 
 
+@spelling("aten.bilinear.default")
+def bilinear(left: Any, right: Any, weight: Any, bias: Any = None) -> Any:
+    """y[.., n] = sum_(i, j) a[.., i] w[n, i, j] b[.., j] + bias[n], the bias counted once."""
+    made = torch.einsum("...i,nij,...j->...n", left, weight, right)
+    return made if bias is None else made + bias
+
+
 @spelling("aten.scatter.reduce", "aten.scatter.value_reduce")
 def scatter(x: Any, dim: int, index: Any, source: Any, *, reduce: str) -> Any:
     """The name that `scatter_reduce` has for it."""
