@@ -22,7 +22,8 @@ from planners import InfeasibleError, Memo, Problem, Solution, TooWideError, con
 
 __all__ = ["read_plan", "search"]
 
-ENOUGH_SPLIT = 0.99
+# Shares that are enough: of the FLOPs of products with a weight, of the bytes of matrices.
+ENOUGH_SPLIT = (0.99, 0.95)
 _WEIGHTS = tuple(8.0**power for power in range(8))
 
 
@@ -39,8 +40,8 @@ def search(
 
     stored: placements (by path) that parameters have already and keep. pins: placements (by path)
     to be tried. A model too small to be worth splitting is split all the same: products are
-    weighted more, step by step, until 99% of their FLOPs are split or more weight splits no more;
-    product_weight fixes the weight instead.
+    weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of matrices are
+    split or more weight splits no more; product_weight fixes the weight instead.
     Raises UnsupportedOpError, and PlanError where the pins contradict each other.
     """
     graph = at_least(captured.graph, options.tokens)
@@ -80,10 +81,13 @@ def search(
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
             ) from error
-        share = _split_share(network, solution)
-        if best is None or share > best[1] + 1e-9:
-            best = (weight, share, solution, problem)
-        if share >= ENOUGH_SPLIT:
+        found = (_split_share(network, solution), _split_bytes(network, solution))
+        missing = sum(
+            max(enough - own, 0.0) for own, enough in zip(found, ENOUGH_SPLIT, strict=True)
+        )
+        if best is None or missing < best[1] - 1e-9:
+            best = (weight, missing, solution, problem)
+        if not missing:
             break
     assert best is not None
     weight, _, solution, problem = best
@@ -104,6 +108,17 @@ def _split_share(network: Network, solution: Solution) -> float:
         whole += flops
         if network.costs[node.name][solution.assignment[node.name]].flops < flops:
             split += flops
+    return split / whole if whole else 1.0
+
+
+def _split_bytes(network: Network, solution: Solution) -> float:
+    """Share of the bytes of matrices that are stored split."""
+    whole = split = 0
+    for node in network.graph.nodes:
+        if node.kind == "parameter" and len(node.result.shape) > 1:
+            whole += nbytes(node.result)
+            if not is_left_whole(network, node, solution.assignment[node.name]):
+                split += nbytes(node.result)
     return split / whole if whole else 1.0
 
 
