@@ -142,7 +142,7 @@ class Subject:
             output = model(*inputs)
             outputs, _ = flatten(output)
             loss_of(output).backward()
-        except (RuntimeError, IndexError, ValueError) as error:
+        except (RuntimeError, IndexError, ValueError, UserWarning) as error:
             raise UnfitError(str(error)) from error
         gradients = {path: p.grad for path, p in model.named_parameters() if p.grad is not None}
         gradients |= {str(i): t.grad for i, t in enumerate(inputs) if t.grad is not None}
