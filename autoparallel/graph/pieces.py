@@ -25,6 +25,7 @@ def join_slices(graph: Graph) -> Graph:
         if found is not None:
             dim, piece = found
             groups.setdefault((first_operand(node), dim), {}).setdefault(piece, []).append(node)
+    places = {node.name: place for place, node in enumerate(graph.calls)}
     made: dict[str, Node] = {}
     names: Rename = {}
     gone: set[str] = set()
@@ -35,7 +36,7 @@ def join_slices(graph: Graph) -> Graph:
         if len(order) < 2 or [start for start, _ in order] != ends[:-1] or ends[-1] != size:
             continue
         everyone = [node for piece in order for node in pieces[piece]]
-        first = next(node for node in graph.calls if node in everyone)
+        first = min(everyone, key=lambda node: places[node.name])
         made[first.name] = replace(
             first,
             name=f"{first.name}_pieces",

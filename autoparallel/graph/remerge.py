@@ -43,6 +43,7 @@ class _Remerger:
         self.graph = graph
         self.nodes: list[Node] = []
         self.apart: dict[str, _Apart] = {}
+        self.known: dict[tuple[Shape, Shape], Shape | None] = {}
 
     def run(self) -> Graph:
         for node in self.graph.nodes:
@@ -57,7 +58,10 @@ class _Remerger:
     def reshape(self, node: Node) -> None:
         source, result = self.graph.values[first_operand(node)], node.result
         known = self.apart.get(source.name) or _Apart(source, (1,) * len(source.shape))
-        refined = _refined(known.value.shape, result.shape)
+        shapes = (known.value.shape, result.shape)
+        if shapes not in self.known:
+            self.known[shapes] = _refined(*shapes)
+        refined = self.known[shapes]
         symbolic = any(isinstance(size, Sym) for size in refined or ())
         if refined is None or not symbolic or (refined == result.shape and known.value is source):
             self.nodes.append(node)
