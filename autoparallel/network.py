@@ -424,12 +424,12 @@ class _Builder:
             return
         if first is None:
             self.network.fans.append((f"{second}+{len(self.network.fans)}", np.zeros(1)))
-            self.network.factors.append(Factor(self.network.fans[-1][0], second, table[:1]))
+            self.network.factors.append(Factor((self.network.fans[-1][0], second), table[:1]))
         elif not second:
             self.network.fans.append((f"{first}+{len(self.network.fans)}", np.zeros(1)))
-            self.network.factors.append(Factor(first, self.network.fans[-1][0], table))
+            self.network.factors.append(Factor((first, self.network.fans[-1][0]), table))
         elif table.any():
-            self.network.factors.append(Factor(first, second, table))
+            self.network.factors.append(Factor((first, second), table))
 
 
 def _draws(target: str) -> bool:

@@ -1,6 +1,6 @@
-"""Solvers for pairwise cost networks: numbers only, no torch.
+"""Solvers for cost networks: numbers only, no torch.
 
-    problem = Problem((Variable("a", [0, 1]), Variable("b", [2, 0])), (Factor("a", "b", table),))
+    problem = Problem((Variable("a", [0, 1]), Variable("b", [2, 0])), (Factor(("a", "b"), table),))
     exact.solve(problem).text()
 
 `exact` eliminates variables and is the one to use; `conditioning` is for problems that are too wide
@@ -11,14 +11,18 @@ from planners import conditioning, exact, exhaustive, ilp
 from planners.exact import min_marginals
 from planners.memo import Memo
 from planners.ordering import TooWideError
-from planners.problem import Factor, InfeasibleError, Problem, Solution, Table, Variable
+from planners.problem import Alternative, Factor, Problem, Spent, Table, Variable
+from planners.solution import InfeasibleError, OverLimitError, Solution
 
 __all__ = [
+    "Alternative",
     "Factor",
     "InfeasibleError",
     "Memo",
+    "OverLimitError",
     "Problem",
     "Solution",
+    "Spent",
     "Table",
     "TooWideError",
     "Variable",

@@ -17,8 +17,9 @@ import numpy as np
 from planners import exact, ilp
 from planners.memo import Memo
 from planners.ordering import TooWideError, schedule
-from planners.problem import Factor, InfeasibleError, Problem, Solution, Table, Variable
+from planners.problem import Factor, Problem, Table, Variable
 from planners.reduction import ContradictionError, reduce
+from planners.solution import InfeasibleError, Solution
 
 __all__ = ["cutset", "solve"]
 
@@ -36,7 +37,7 @@ def solve(
     max_table_entries: int = MAX_TABLE_ENTRIES,
     memo: Memo | None = None,
 ) -> Solution:
-    """The best assignment found, and a proven lower bound.
+    """The best assignment found, whatever it uses, and a proven lower bound.
 
     given: the cutset, if it is known from a problem with the same factors. max_table_entries: the
     largest table to hold, in float64 entries; fewer make a larger cutset. Deterministic.
@@ -46,16 +47,19 @@ def solve(
     names = cutset(problem, max_table_entries) if given is None else given
     if not names:
         return exact.solve(problem, max_table_entries=max_table_entries, memo=memo)
-    return _Conditioning(problem, list(names), _LEEWAY * max_table_entries, memo).run()
+    limit = _LEEWAY * max_table_entries
+    found = _Conditioning(problem.weighed(0.0), list(names), limit, memo).run()
+    return Solution.of(problem, found.assignment, found.method, found.lower_bound)
 
 
 def cutset(problem: Problem, max_table_entries: int = MAX_TABLE_ENTRIES) -> tuple[str, ...]:
     """Variables without which the problem is narrow: those with the most neighbours, and few."""
     limit = max_table_entries
+    problem = problem.weighed(0.0)
     neighbors: dict[str, dict[str, None]] = {name: {} for name in problem.names}
     for factor in problem.factors:
-        neighbors[factor.first][factor.second] = None
-        neighbors[factor.second][factor.first] = None
+        for name in factor.scope:
+            neighbors[name].update(dict.fromkeys(o for o in factor.scope if o != name))
     sizes = {variable.name: variable.size for variable in problem.variables}
     ranked: list[str] = []
     while not _is_narrow(_without(problem, ranked), limit):
@@ -88,7 +92,7 @@ def _without(problem: Problem, names: list[str]) -> Problem:
     removed = set(names)
     return Problem(
         tuple(variable for variable in problem.variables if variable.name not in removed),
-        tuple(f for f in problem.factors if f.first not in removed and f.second not in removed),
+        tuple(f for f in problem.factors if removed.isdisjoint(f.scope)),
     )
 
 
@@ -138,14 +142,14 @@ class _Conditioning:
         factors = []
         for factor in self.problem.factors:
             ends = []
-            for name in (factor.first, factor.second):
+            for name in factor.scope:
                 if name in self.copies:
                     copy = f"{name} ({len(self.copies[name])})"
                     self.copies[name].append(copy)
                     self.copies_of[copy] = name
                     name = copy
                 ends.append(name)
-            factors.append(Factor(ends[0], ends[1], factor.table))
+            factors.append(Factor(tuple(ends), factor.table))
         variables = []
         for variable in self.problem.variables:
             copies = self.copies.get(variable.name)

@@ -12,8 +12,9 @@ import numpy as np
 
 from planners.memo import Memo, Operand
 from planners.ordering import Schedule, TooWideError, schedule
-from planners.problem import InfeasibleError, Problem, Solution, Table
+from planners.problem import Problem, Table
 from planners.reduction import ContradictionError, Network, closure, reduce
+from planners.solution import InfeasibleError, Solution
 
 MAX_TABLE_ENTRIES = 2**24
 _METHOD = "variable elimination"
@@ -24,7 +25,7 @@ _MAX_CONFLICT_CHECKS = 200
 def solve(
     problem: Problem, *, max_table_entries: int = MAX_TABLE_ENTRIES, memo: Memo | None = None
 ) -> Solution:
-    """An assignment of least cost; its lower bound is its cost.
+    """An assignment of least cost, whatever it uses; its lower bound is its cost.
 
     Ties (up to rounding) go to the lowest state, variable by variable in the reverse of the
     elimination order; the same problem always gives the same assignment.
@@ -34,17 +35,18 @@ def solve(
     agree), TooWideError if the problem is not narrow enough.
     """
     memo = Memo() if memo is None else memo
+    plain = problem.weighed(0.0)
     try:
-        elimination = _Elimination(problem, max_table_entries, memo)
+        elimination = _Elimination(plain, max_table_entries, memo)
     except ContradictionError as contradiction:
-        raise _infeasible(problem, contradiction.candidates, memo) from None
+        raise _infeasible(plain, contradiction.candidates, memo) from None
     assignment = elimination.assignment()
-    terms = problem.terms(assignment)
+    terms = plain.terms(assignment)
     cost = math.fsum(terms)
     # What was added up on the way is larger than the cost where terms cancel.
     magnitude = math.fsum(map(abs, terms)) + elimination.magnitude
     assert abs(cost - elimination.optimum) <= 1e-9 * magnitude, (cost, elimination.optimum)
-    return Solution(assignment, cost, cost, _METHOD)
+    return Solution.of(problem, assignment, _METHOD)
 
 
 def min_marginals(
@@ -62,6 +64,7 @@ def min_marginals(
     """
     memo = Memo() if memo is None else memo
     wanted = {name: problem.index(name) for name in names}
+    problem = problem.weighed(0.0)
     try:
         elimination = _Elimination(problem, max_table_entries, memo)
     except ContradictionError as contradiction:
@@ -228,7 +231,7 @@ def _contradicts(problem: Problem, places: list[int], memo: Memo) -> bool:
     """Whether these variables by themselves have no assignment of finite cost."""
     variables = tuple(problem.variables[place] for place in places)
     names = {variable.name for variable in variables}
-    factors = tuple(f for f in problem.factors if f.first in names and f.second in names)
+    factors = tuple(f for f in problem.factors if names.issuperset(f.scope))
     try:
         _Elimination(Problem(variables, factors), MAX_TABLE_ENTRIES, memo)
     except ContradictionError:

@@ -1,7 +1,8 @@
 """The same problem as an integer program, solved by HiGHS: the cross-check, and the fallback.
 
-The local-polytope formulation: one column per state of a variable and per entry of a table, which
-are 1 where chosen. The columns of a table add up, over either axis, to those of the variable.
+The local-polytope formulation: one column per state of a variable and per entry of a table (and way
+to pay for it), which are 1 where chosen. The columns of a table add up, over all axes but one, to
+those of that axis' variable. A limit is one more row.
 """
 
 import math
@@ -11,108 +12,143 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.problem import InfeasibleError, Problem, Solution, Table
+from planners.problem import Factor, Problem, Variable
+from planners.solution import InfeasibleError, OverLimitError, Solution
+from planners.tables import Alternative, Prices, Table
 
 _METHOD = "integer program"
 _RELATIVE_GAP = 1e-9
 
+Columns = NDArray[np.intp]
+
 
 def solve(problem: Problem, time_limit_seconds: float | None = None) -> Solution:
-    """An assignment of least cost, or the best one found in time, with the bound proven.
+    """An assignment of least cost within the limit, or the best one found in time, with a bound.
 
     Without a time limit the result is deterministic and optimal to a relative gap of about 1e-9.
-    Raises InfeasibleError if no assignment has a finite cost, TimeoutError if none was found in
-    time, RuntimeError if HiGHS fails.
+    Raises InfeasibleError if no assignment has a finite cost, OverLimitError if those that have
+    are over the limit, TimeoutError if none was found in time, RuntimeError if HiGHS fails.
     """
     if not problem.variables:
-        return Solution({}, 0.0, 0.0, _METHOD)
-    program = _Program.of(problem)
+        return Solution.of(problem, {}, _METHOD)
+    program = _Program.of(problem if problem.limit is not None else problem.weighed(0.0))
     highs = program.run(relaxed=False, time_limit_seconds=time_limit_seconds)
-    values = np.asarray(highs.getSolution().col_value)
+    if highs is None:
+        if problem.limit is None:
+            raise InfeasibleError()
+        least = solve(problem.usage_alone(), time_limit_seconds)
+        raise OverLimitError(least.cost, least.lower_bound, problem.limit)
     info = highs.getInfo()
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         raise TimeoutError(f"no assignment was found within {time_limit_seconds} seconds")
-    assignment = {}
-    for variable, states, start in zip(
-        problem.variables, program.states, program.starts, strict=True
-    ):
-        chosen = values[start : start + len(states)]
-        assignment[variable.name] = int(states[np.argmax(chosen)])
-    cost = problem.cost(assignment)
-    assert math.isfinite(cost), assignment
+    values = np.asarray(highs.getSolution().col_value)
     bound = program.offset + info.mip_dual_bound * program.unit
-    return Solution(assignment, cost, min(bound, cost), _METHOD)
+    states = [
+        int(columns.states[np.argmax(values[columns.start : columns.start + columns.count])])
+        for columns in program.variables
+    ]
+    assignment = dict(zip(problem.names, states, strict=True))
+    if problem.limit is None:
+        return Solution.of(problem, assignment, _METHOD, bound)
+    items: list[Variable | Factor] = [*problem.variables, *problem.factors]
+    scopes = [(place,) for place in range(len(states))] + problem.scopes()
+    ways = [0] * len(items)
+    for number, block in program.blocks.items():
+        entry = tuple(states[place] for place in scopes[number])
+        ways[number] = block.way(entry, values)
+    prices = [
+        list(item.prices.at(tuple(states[place] for place in scope)))[way]
+        for item, scope, way in zip(items, scopes, ways, strict=True)
+    ]
+    cost = math.fsum(price[0] for price in prices)
+    usage = math.fsum(price[1] for price in prices)
+    assert math.isfinite(cost), cost
+    assert problem.fits(usage), usage
+    return Solution(
+        assignment,
+        cost,
+        min(bound, cost),
+        _METHOD,
+        usage,
+        tuple(ways[: len(states)]),
+        tuple(ways[len(states) :]),
+    )
 
 
 def lp_bound(problem: Problem) -> float:
     """The cost of the relaxation in which states may be mixed: no assignment costs less.
 
-    Raises InfeasibleError if even the relaxation has no finite cost, RuntimeError if HiGHS fails.
+    Raises InfeasibleError if even the relaxation has no finite cost within the limit, RuntimeError
+    if HiGHS fails.
     """
     if not problem.variables:
         return 0.0
-    program = _Program.of(problem)
+    program = _Program.of(problem if problem.limit is not None else problem.weighed(0.0))
     highs = program.run(relaxed=True, time_limit_seconds=None)
+    if highs is None:
+        raise InfeasibleError()
     return program.offset + highs.getInfo().objective_function_value * program.unit
 
 
 @dataclass(frozen=True, slots=True)
-class _Program:
-    """Columns with costs, and rows with equal lower and upper bounds, as a sparse matrix by row.
+class _States:
+    """The columns of a variable, one per state that has a finite cost."""
 
-    states[i], starts[i]: the states of variable i that have a column, and the first of these.
-    binaries: how many columns belong to variables; they come first. The cost of an assignment is
-    offset + unit * (sum of chosen columns' costs).
+    states: Columns
+    start: int
+
+    @property
+    def count(self) -> int:
+        return len(self.states)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The columns of a table with several ways to pay: column start + i is entry[i] paid way[i]."""
+
+    start: int
+    entries: NDArray[np.intp]
+    ways: Columns
+
+    def way(self, entry: tuple[int, ...], values: Table) -> int:
+        """The way taken for an entry."""
+        at = np.flatnonzero((self.entries == np.array(entry)[:, None]).all(axis=0))
+        return int(self.ways[at[np.argmax(values[self.start + at])]])
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """Columns with costs, and rows with lower and upper bounds, as a sparse matrix by row.
+
+    variables: the columns of every variable. blocks: those of tables with several ways, by the
+    table's number (variables first). The cost of an assignment is offset + unit * (sum of chosen
+    columns' costs).
     """
 
-    states: list[NDArray[np.intp]]
-    starts: list[int]
-    binaries: int
+    variables: list[_States]
+    blocks: dict[int, _Block]
+    integer: NDArray[np.bool_]
     costs: Table
-    sides: Table
-    row_starts: NDArray[np.intp]
-    columns: NDArray[np.intp]
+    lower: Table
+    upper: Table
+    row_starts: Columns
+    columns: Columns
     entries: Table
     offset: float
     unit: float
 
     @staticmethod
     def of(problem: Problem) -> "_Program":
-        states = [np.flatnonzero(np.isfinite(v.unary)) for v in problem.variables]
-        for variable, finite in zip(problem.variables, states, strict=True):
-            if not len(finite):
-                raise InfeasibleError((variable.name,))
-        builder = _Builder()
-        starts = []
-        for variable, finite in zip(problem.variables, states, strict=True):
-            start = builder.add_columns(variable.unary[finite])
-            starts.append(start)
-            builder.add_row(np.arange(start, start + len(finite)), np.ones(len(finite)), 1.0)
-        binaries = builder.count
-        for (first, second), table in _merged(problem).items():
-            part = table[np.ix_(states[first], states[second])]
-            low = float(part.min())
-            if low == np.inf:
-                names = (problem.variables[first].name, problem.variables[second].name)
-                raise InfeasibleError(names)
-            if (part == low).all():
-                builder.offsets.append(low)
-                continue
-            rows, columns = np.nonzero(np.isfinite(part))
-            start = builder.add_columns(part[rows, columns])
-            edges = np.arange(start, start + len(rows))
-            for axis, along, count in (
-                (first, rows, part.shape[0]),
-                (second, columns, part.shape[1]),
-            ):
-                for state in range(count):
-                    chosen = edges[along == state]
-                    signs = np.append(np.ones(len(chosen)), -1.0)
-                    builder.add_row(np.append(chosen, starts[axis] + state), signs, 0.0)
-        return builder.program(states, starts, binaries)
+        builder = _Builder(problem)
+        for factor, (scope, prices) in _merged(problem):
+            builder.add_table(scope, prices, factor)
+        return builder.program()
 
-    def run(self, *, relaxed: bool, time_limit_seconds: float | None) -> highspy.Highs:
-        """HiGHS after a run that ended as it should; raises as the public functions say."""
+    def run(self, *, relaxed: bool, time_limit_seconds: float | None) -> highspy.Highs | None:
+        """HiGHS after a run that ended as it should, None if there is no solution.
+
+        Raises as the public functions say.
+        """
         highs: highspy.Highs = highspy.Highs()
         options: dict[str, bool | int | float] = {
             "output_flag": False,
@@ -135,7 +171,7 @@ class _Program:
             highspy.HighsModelStatus.kInfeasible,
             highspy.HighsModelStatus.kUnboundedOrInfeasible,
         ):
-            raise InfeasibleError()
+            return None
         timed_out = status == highspy.HighsModelStatus.kTimeLimit and not relaxed
         if status != highspy.HighsModelStatus.kOptimal and not timed_out:
             raise RuntimeError(f"HiGHS ended with {highs.modelStatusToString(status)}")
@@ -145,61 +181,130 @@ class _Program:
         count = len(self.costs)
         model = highspy.HighsLp()
         model.num_col_ = count
-        model.num_row_ = len(self.sides)
+        model.num_row_ = len(self.lower)
         model.col_cost_ = self.costs
         model.col_lower_ = np.zeros(count)
         model.col_upper_ = np.ones(count)
-        model.row_lower_ = self.sides
-        model.row_upper_ = self.sides
+        model.row_lower_ = self.lower
+        model.row_upper_ = self.upper
         model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         model.a_matrix_.start_ = self.row_starts
         model.a_matrix_.index_ = self.columns
         model.a_matrix_.value_ = self.entries
         if not relaxed:
-            # Tables' columns are whole numbers by themselves once the variables' are.
+            # Tables' columns are whole numbers by themselves once the variables' are, unless there
+            # are several ways to pay.
             integer = highspy.HighsVarType.kInteger
             continuous = highspy.HighsVarType.kContinuous
-            kinds = [integer] * self.binaries + [continuous] * (count - self.binaries)
-            model.integrality_ = kinds
+            model.integrality_ = [integer if each else continuous for each in self.integer]
         return model
 
 
 class _Builder:
     """Collects columns and rows; costs of a group of columns are taken from their least."""
 
-    def __init__(self) -> None:
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self.count = 0
         self.offsets: list[float] = []
+        self.blocks: dict[int, _Block] = {}
         self._costs: list[Table] = []
-        self._rows: list[NDArray[np.intp]] = []
+        self._usages: list[Table] = []
+        self._integer: list[NDArray[np.bool_]] = []
+        self._rows: list[Columns] = []
         self._entries: list[Table] = []
         self._sides: list[float] = []
+        self.variables: list[_States] = []
+        for place, variable in enumerate(problem.variables):
+            prices = variable.prices
+            finite = np.flatnonzero(np.isfinite(prices.weighed(0.0)))
+            if not len(finite):
+                raise InfeasibleError((variable.name,))
+            several = len(prices.ways) > 1
+            zeros = np.zeros(len(finite))
+            costs = zeros if several else variable.unary[finite]
+            usage = None if several or variable.usage is None else variable.usage[finite]
+            start = self.add_columns(costs, usage, True)
+            self.variables.append(_States(finite, start))
+            self.add_row(np.arange(start, start + len(finite)), np.ones(len(finite)), 1.0)
+            if several:
+                self.add_table((place,), prices, place)
 
-    def add_columns(self, costs: Table) -> int:
+    def add_columns(self, costs: Table, usages: Table | None, integer: bool) -> int:
         """The first of the new columns, of which exactly one will be chosen."""
         low = float(costs.min())
         self.offsets.append(low)
         self._costs.append(costs - low)
+        self._usages.append(np.zeros(len(costs)) if usages is None else usages)
+        self._integer.append(np.full(len(costs), integer))
         start = self.count
         self.count += len(costs)
         return start
 
-    def add_row(self, columns: NDArray[np.intp], entries: Table, side: float) -> None:
+    def add_row(self, columns: Columns, entries: Table, side: float) -> None:
         self._rows.append(columns)
         self._entries.append(entries)
         self._sides.append(side)
 
-    def program(self, states: list[NDArray[np.intp]], starts: list[int], binaries: int) -> _Program:
+    def add_table(self, scope: tuple[int, ...], prices: Prices, number: int | None) -> None:
+        """Columns for the entries of one table, tied to those of its variables.
+
+        number: of the table, if its way is to be read from the solution.
+        """
+        kept = [self.variables[place].states for place in scope]
+        parts = [way.cost[np.ix_(*kept)] for way in prices.ways]
+        used = [None if way.usage is None else way.usage[np.ix_(*kept)] for way in prices.ways]
+        low = float(min(part.min() for part in parts))
+        if low == np.inf:
+            raise InfeasibleError(tuple(self.problem.variables[place].name for place in scope))
+        single = len(parts) == 1
+        if single and used[0] is None and (parts[0] == low).all():
+            self.offsets.append(low)
+            return
+        at = [np.nonzero(np.isfinite(part)) for part in parts]
+        entries = np.stack([np.concatenate(axis) for axis in zip(*at, strict=True)])
+        costs = np.concatenate([part[where] for part, where in zip(parts, at, strict=True)])
+        usages = np.concatenate(
+            [
+                np.zeros(len(where[0])) if usage is None else usage[where]
+                for usage, where in zip(used, at, strict=True)
+            ]
+        )
+        start = self.add_columns(costs, usages, not single)
+        if not single:
+            assert number is not None
+            ways = np.repeat(np.arange(len(parts)), [len(where[0]) for where in at])
+            states = np.stack([k[axis] for k, axis in zip(kept, entries, strict=True)])
+            self.blocks[number] = _Block(start, states, ways)
+        for place, along in zip(scope, entries, strict=True):
+            variable = self.variables[place]
+            for state in range(variable.count):
+                chosen = start + np.flatnonzero(along == state)
+                signs = np.append(np.ones(len(chosen)), -1.0)
+                self.add_row(np.append(chosen, variable.start + state), signs, 0.0)
+
+    def program(self) -> _Program:
         costs = np.concatenate([np.zeros(0), *self._costs])
         positive = costs[costs > 0]
         # HiGHS's tolerances are absolute and meant for costs around 1; seconds are far smaller.
         unit = float(np.median(positive)) / 10 if len(positive) else 1.0
+        lower, upper = np.array(self._sides), np.array(self._sides)
+        limit = self.problem.limit
+        if limit is not None:
+            usages = np.concatenate([np.zeros(0), *self._usages])
+            scale = float(np.abs(usages).max()) or 1.0
+            using = np.flatnonzero(usages)
+            self._rows.append(using)
+            self._entries.append(usages[using] / scale)
+            lower = np.append(lower, -np.inf)
+            upper = np.append(upper, limit / scale)
         return _Program(
-            states,
-            starts,
-            binaries,
+            self.variables,
+            self.blocks,
+            np.concatenate([np.zeros(0, dtype=np.bool_), *self._integer]),
             costs / unit,
-            np.array(self._sides),
+            lower,
+            upper,
             np.cumsum([0] + [len(row) for row in self._rows]),
             np.concatenate([np.zeros(0, dtype=np.intp), *self._rows]),
             np.concatenate([np.zeros(0), *self._entries]),
@@ -208,16 +313,37 @@ class _Builder:
         )
 
 
-def _merged(problem: Problem) -> dict[tuple[int, int], Table]:
-    """One table per pair of variables (by index, ascending): the sum of all between them."""
-    merged: dict[tuple[int, int], Table] = {}
-    for factor in problem.factors:
-        pair = (problem.index(factor.first), problem.index(factor.second))
-        table = factor.table
-        if pair[0] > pair[1]:
-            pair, table = (pair[1], pair[0]), table.T
-        merged[pair] = merged[pair] + table if pair in merged else table
-    return merged
+def _merged(problem: Problem) -> list[tuple[int | None, tuple[tuple[int, ...], Prices]]]:
+    """Tables with their scope (variable indices): one for all that can be added up.
+
+    Those with several ways to pay stay alone, and come with their number.
+    """
+    sums: dict[tuple[int, ...], tuple[Table, Table | None]] = {}
+    alone: list[tuple[int | None, tuple[tuple[int, ...], Prices]]] = []
+    scopes = problem.scopes()
+    for number, (factor, scope) in enumerate(zip(problem.factors, scopes, strict=True)):
+        if factor.alternatives:
+            alone.append((len(problem.variables) + number, (scope, factor.prices)))
+            continue
+        order = sorted(range(len(scope)), key=lambda axis: scope[axis])
+        group = tuple(scope[axis] for axis in order)
+        table, usage = _turned(factor, order)
+        if group in sums:
+            known, known_usage = sums[group]
+            table = known + table
+            if known_usage is not None:
+                usage = known_usage if usage is None else known_usage + usage
+        sums[group] = (table, usage)
+    merged: list[tuple[int | None, tuple[tuple[int, ...], Prices]]] = [
+        (None, (group, Prices((Alternative(table, usage),))))
+        for group, (table, usage) in sums.items()
+    ]
+    return merged + alone
+
+
+def _turned(factor: Factor, order: list[int]) -> tuple[Table, Table | None]:
+    usage = factor.usage
+    return factor.table.transpose(order), None if usage is None else usage.transpose(order)
 
 
 def _succeeded(status: highspy.HighsStatus, what: str) -> None:

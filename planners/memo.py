@@ -7,12 +7,12 @@ Layers of a model repeat, so their tables are equal, so the messages between the
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.problem import Table
+from planners.tables import Table
 
 # A table's number and, for each of its axes, the axis of the joint table it lies along.
 Operand = tuple[int, tuple[int, ...]]
@@ -46,7 +46,7 @@ class Memo:
         self._by_content: dict[tuple[tuple[int, ...], bytes], int] = {}
         self._domain_by_content: dict[bytes, int] = {}
         self._finite_domain: dict[int, int] = {}
-        self._revised: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._revised: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
         self._pieces: dict[tuple[int, tuple[int, ...]], Pieces] = {}
         self._contracted: dict[
             tuple[tuple[Operand, ...], tuple[int, ...], tuple[int, ...]], tuple[int, float]
@@ -78,21 +78,24 @@ class Memo:
             self._finite_domain[unary] = self.domain(allowed)
         return self._finite_domain[unary]
 
-    def revised(self, table: int, first: int, second: int) -> tuple[int, int]:
-        """Both domains without the states that have no finite entry left in the table."""
-        key = (table, first, second)
+    def revised(self, table: int, domains: tuple[int, ...]) -> tuple[int, ...]:
+        """The domains (one per axis) without the states left without a finite entry."""
+        key = (table, domains)
         if key not in self._revised:
             finite = np.isfinite(self.tables[table])
-            finite &= self.domains[first][:, None] & self.domains[second]
-            rows, columns = (np.logical_or.reduce(finite, axis=axis) for axis in (1, 0))
-            self._revised[key] = (self.domain(rows), self.domain(columns))
+            for axis, domain in enumerate(domains):
+                finite &= along(self.domains[domain], axis, finite.ndim)
+            self._revised[key] = tuple(
+                self.domain(np.logical_or.reduce(finite, axis=_others(axis, finite.ndim)))
+                for axis in range(finite.ndim)
+            )
         return self._revised[key]
 
     def pieces(self, table: int, domains: tuple[int, ...]) -> Pieces:
         """The table restricted to the domains (one per axis), taken apart where that is exact.
 
-        Axes with a single state vanish; a sum of two vectors becomes two unary tables; what is
-        constant goes into the offset.
+        Axes with a single state vanish; an axis that only adds a vector becomes a unary table;
+        what is constant goes into the offset.
         """
         key = (table, domains)
         known = self._pieces.get(key)
@@ -163,16 +166,31 @@ class Memo:
     def _take_apart(self, part: Table, axes: tuple[int, ...]) -> Pieces:
         if not axes:
             return Pieces(float(part), ())
-        if len(axes) == 2 and np.isfinite(part).all():
-            rows, columns = part[:, 0], part[0] - part[0, 0]
-            if np.array_equal(part, rows[:, None] + columns):
-                halves = [self._take_apart(rows, axes[:1]), self._take_apart(columns, axes[1:])]
+        finite = len(axes) > 1 and np.isfinite(part).all()
+        for axis in reversed(range(len(axes) if finite else 0)):
+            rest: Table = part[tuple([0 if at == axis else slice(None) for at in range(part.ndim)])]
+            vector = part[tuple([slice(None) if at == axis else 0 for at in range(part.ndim)])]
+            vector = vector - vector[0]
+            if np.array_equal(part, np.expand_dims(rest, axis) + along(vector, axis, part.ndim)):
+                halves = [
+                    self._take_apart(rest, axes[:axis] + axes[axis + 1 :]),
+                    self._take_apart(vector, axes[axis : axis + 1]),
+                ]
                 return Pieces(
                     sum(half.offset for half in halves),
                     tuple(table for half in halves for table in half.tables),
                 )
         number, offset = self._normalized(part)
         return Pieces(offset, ((number, axes),) if self.tables[number].any() else ())
+
+
+def along(vector: NDArray[Any], axis: int, ndim: int) -> NDArray[Any]:
+    """The vector as a table of ndim axes, of size 1 but for one."""
+    return vector.reshape([-1 if at == axis else 1 for at in range(ndim)])
+
+
+def _others(axis: int, ndim: int) -> tuple[int, ...]:
+    return tuple(other for other in range(ndim) if other != axis)
 
 
 def _contract(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -> Table:

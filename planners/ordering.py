@@ -224,21 +224,27 @@ class _Graph:
 
 def _classes(network: Network, free: list[int]) -> dict[int, int]:
     """Variables by what they and their surroundings look like; numbered by first appearance."""
-    around: dict[int, list[tuple[int, int, int]]] = {variable: [] for variable in free}
+    around: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {v: [] for v in free}
     own: dict[int, list[int]] = {variable: [] for variable in free}
     for scope, table in network.terms:
         if len(scope) == 1:
             own[scope[0]].append(table)
         else:
-            around[scope[0]].append((table, 0, scope[1]))
-            around[scope[1]].append((table, 1, scope[0]))
+            for axis, variable in enumerate(scope):
+                others = scope[:axis] + scope[axis + 1 :]
+                around[variable].append((table, axis, others))
     sizes = network.sizes
     colors = _numbered({v: (sizes[v], tuple(sorted(own[v]))) for v in free})
     # More rounds would tell apart the layers by their distance from the ends of the model.
     for _ in range(3):
         looks = {}
         for variable in free:
-            seen = sorted([(table, axis, colors[other]) for table, axis, other in around[variable]])
+            seen = sorted(
+                [
+                    (table, axis, tuple([colors[other] for other in others]))
+                    for table, axis, others in around[variable]
+                ]
+            )
             looks[variable] = (colors[variable], tuple(seen))
         colors = _numbered(looks)
     return colors

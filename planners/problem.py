@@ -1,56 +1,51 @@
-"""The numbers-only planning problem: a network of variables, unary and pairwise cost tables.
+"""The numbers-only planning problem: variables, cost tables over one or several of them, a limit.
 
 An assignment gives every variable one state. Its cost is the sum of one entry of every table, and
-+inf marks what is not allowed. The solvers look for an assignment of least cost.
++inf marks what is not allowed; its usage is the sum of the same entries of the tables' usages.
+The solvers look for an assignment of least cost whose usage is within the limit.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-Table = NDArray[np.float64]
+from planners.tables import Alternative, Checker, Prices, Table
 
-
-class InfeasibleError(ValueError):
-    """No assignment has a finite cost.
-
-    variables: a few variables that cannot agree even when all others are left out; empty when the
-    solver has no cheap way to tell which.
-    """
-
-    def __init__(self, variables: tuple[str, ...] = ()) -> None:
-        self.variables = variables
-        what = "no assignment has a finite cost"
-        if variables:
-            shown = ", ".join(variables[:12]) + (", ..." if len(variables) > 12 else "")
-            what += f": {len(variables)} variables cannot agree: {shown}"
-        super().__init__(what)
+__all__ = ["Alternative", "Factor", "Problem", "Spent", "Table", "Variable"]
 
 
-def _same(first: Table, second: Table) -> bool:
-    return first is second or np.array_equal(first, second)
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Variable:
-    """A choice between `len(unary)` states; unary[state] is the cost of the state by itself."""
+    """A choice between `len(unary)` states; unary[state] is the cost of the state by itself.
+
+    usage: of each state, of what the problem limits; None is 0. alternatives: other ways to pay
+    for each state, of which the cheapest counts (`Alternative`).
+    """
 
     name: str
     unary: Table
+    usage: Table | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def size(self) -> int:
         """How many states it has."""
         return len(self.unary)
 
+    @property
+    def prices(self) -> Prices:
+        """All ways to pay for its states."""
+        return Prices((Alternative(self.unary, self.usage), *self.alternatives))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Variable):
             return NotImplemented
-        return self.name == other.name and _same(self.unary, other.unary)
+        return self.name == other.name and self.prices == other.prices
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -58,67 +53,82 @@ class Variable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """A cost of two variables together: table[state of first, state of second]."""
+    """A cost of several variables together: table[state of scope[0], state of scope[1], ...].
 
-    first: str
-    second: str
+    usage, alternatives: as of a variable, of the table's shape.
+    """
+
+    scope: tuple[str, ...]
     table: Table
+    usage: Table | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def prices(self) -> Prices:
+        """All ways to pay for its entries."""
+        return Prices((Alternative(self.table, self.usage), *self.alternatives))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Factor):
             return NotImplemented
-        same_names = (self.first, self.second) == (other.first, other.second)
-        return same_names and _same(self.table, other.table)
+        return self.scope == other.scope and self.prices == other.prices
 
     def __hash__(self) -> int:
-        return hash((self.first, self.second))
+        return hash(self.scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What an assignment costs and uses, and which way of paying each table took.
+
+    variable_alternatives, factor_alternatives: parallel to the problem's variables and factors; 0
+    is the table itself, i + 1 is alternatives[i].
+    """
+
+    cost: float
+    usage: float
+    variable_alternatives: tuple[int, ...]
+    factor_alternatives: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Find the assignment of least cost; frozen, compares by content.
+    """Find the assignment of least cost within the limit; frozen, compares by content.
 
-    variables: in the order that breaks ties. factors: several between the same pair add up.
+    variables: in the order that breaks ties. factors: several of the same scope add up. limit: of
+    the usage of an assignment; None for none.
     Tables are float64 (anything else is converted), may hold +inf, and are kept by reference, as
     read-only views: layers that repeat share them. Do not change a table after it was handed in.
-    Raises ValueError for a duplicate or unknown name, a factor of a variable with itself, an empty
-    variable, a wrong shape, NaN or -inf.
+    Usage is finite everywhere.
+    Raises ValueError for a duplicate or unknown name, a factor of fewer than two variables or
+    twice of the same, an empty variable, a wrong shape, NaN, -inf, or an infinite usage.
     """
 
     variables: tuple[Variable, ...]
     factors: tuple[Factor, ...] = ()
+    limit: float | None = None
     _index: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        checked: dict[int, Table] = {}
+        if self.limit is not None and math.isnan(self.limit):
+            raise ValueError("the limit is NaN")
+        checker = Checker()
         index: dict[str, int] = {}
         variables = []
         for variable in self.variables:
             if variable.name in index:
                 raise ValueError(f"variable {variable.name!r} is declared twice")
             index[variable.name] = len(index)
-            unary = _checked(variable.unary, f"unary table of {variable.name!r}", checked)
-            if unary.ndim != 1 or not len(unary):
-                raise ValueError(
-                    f"unary table of {variable.name!r} must be a vector with one entry per state,"
-                    f" not of shape {unary.shape}"
-                )
-            same = unary is variable.unary
-            variables.append(variable if same else Variable(variable.name, unary))
+            variables.append(_checked_variable(variable, checker))
+        sizes = [variable.size for variable in variables]
         factors = []
         for factor in self.factors:
-            what = f"factor between {factor.first!r} and {factor.second!r}"
-            for name in (factor.first, factor.second):
+            shape = []
+            for name in factor.scope:
                 if name not in index:
-                    raise ValueError(f"{what}: unknown variable {name!r}")
-            if factor.first == factor.second:
-                raise ValueError(f"{what}: add the diagonal to the unary table instead")
-            table = _checked(factor.table, what, checked)
-            shape = (variables[index[factor.first]].size, variables[index[factor.second]].size)
-            if table.shape != shape:
-                raise ValueError(f"{what}: table has shape {table.shape}, not {shape}")
-            same = table is factor.table
-            factors.append(factor if same else Factor(factor.first, factor.second, table))
+                    raise ValueError(f"{_title(factor)}: unknown variable {name!r}")
+                shape.append(sizes[index[name]])
+            factors.append(_checked_factor(factor, tuple(shape), checker))
         object.__setattr__(self, "variables", tuple(variables))
         object.__setattr__(self, "factors", tuple(factors))
         object.__setattr__(self, "_index", index)
@@ -127,6 +137,15 @@ class Problem:
     def names(self) -> tuple[str, ...]:
         """Of all variables, in order."""
         return tuple(variable.name for variable in self.variables)
+
+    @property
+    def plain(self) -> bool:
+        """Whether there are only costs: no usage, no alternatives, no limit."""
+        return self.limit is None and not any(
+            item.usage is not None or item.alternatives
+            for group in (self.variables, self.factors)
+            for item in group
+        )
 
     def variable(self, name: str) -> Variable:
         """The variable of that name; raises ValueError if there is none."""
@@ -138,61 +157,180 @@ class Problem:
             raise ValueError(f"unknown variable {name!r}")
         return self._index[name]
 
+    @property
+    def most(self) -> float:
+        """The largest usage that counts as within the limit: a rounding error above it."""
+        return math.inf if self.limit is None else self.limit + _ROUNDING * abs(self.limit)
+
+    def fits(self, usage: float) -> bool:
+        """Whether a usage is within the limit."""
+        return usage <= self.most
+
+    def scopes(self) -> list[tuple[int, ...]]:
+        """Of every factor, as indices of variables."""
+        index = self._index
+        return [tuple([index[name] for name in factor.scope]) for factor in self.factors]
+
     def cost(self, assignment: Mapping[str, int]) -> float:
         """The cost of a complete assignment, summed from scratch and without rounding on the way.
 
-        Raises ValueError for a name that is missing or unknown and for a state out of range.
+        Every table takes its cheapest alternative. Raises ValueError for a name that is missing or
+        unknown and for a state out of range.
         """
         return math.fsum(self.terms(assignment))
 
     def terms(self, assignment: Mapping[str, int]) -> list[float]:
         """What every table (unary ones first) adds to the cost; errors as in `cost`."""
+        terms = []
+        for item, entry in self._entries(assignment):
+            table = item.unary if isinstance(item, Variable) else item.table
+            if item.alternatives:
+                terms.append(min(cost for cost, _ in item.prices.at(entry)))
+            else:
+                terms.append(float(table[entry]))
+        return terms
+
+    def spent(self, assignment: Mapping[str, int], multiplier: float = 0.0) -> Spent:
+        """Cost and usage of an assignment; every table takes its best alternative.
+
+        The best is that of least cost + multiplier * usage. Errors as in `cost`.
+        """
+        costs, usages, picked = [], [], []
+        for item, entry in self._entries(assignment):
+            if item.alternatives:
+                prices = item.prices
+                way = prices.pick(entry, multiplier)
+                table, usage = prices.ways[way].cost, prices.ways[way].usage
+            else:
+                way, usage = 0, item.usage
+                table = item.unary if isinstance(item, Variable) else item.table
+            picked.append(way)
+            costs.append(float(table[entry]))
+            if usage is not None:
+                usages.append(float(usage[entry]))
+        split = len(self.variables)
+        return Spent(
+            math.fsum(costs), math.fsum(usages), tuple(picked[:split]), tuple(picked[split:])
+        )
+
+    def _entries(
+        self, assignment: Mapping[str, int]
+    ) -> list[tuple[Variable | Factor, tuple[int, ...]]]:
+        """Every variable and factor with the entry of its tables that the assignment takes."""
         if len(assignment) != len(self._index):
             for name in assignment:
                 self.index(name)
-        terms = []
+        entries: list[tuple[Variable | Factor, tuple[int, ...]]] = []
         for variable in self.variables:
             if variable.name not in assignment:
                 raise ValueError(f"the assignment lacks variable {variable.name!r}")
-            terms.append(float(variable.unary[self._state(variable, assignment[variable.name])]))
+            entries.append((variable, (self._state(variable, assignment[variable.name]),)))
         for factor in self.factors:
-            entry = factor.table[assignment[factor.first], assignment[factor.second]]
-            terms.append(float(entry))
-        return terms
+            entries.append((factor, tuple([assignment[name] for name in factor.scope])))
+        return entries
+
+    def weighed(self, multiplier: float) -> "Problem":
+        """The plain problem of least cost + multiplier * usage, over all alternatives.
+
+        Tables that are shared stay shared, and those without usage stay as they are.
+        """
+        return self._mapped(lambda prices: prices.weighed(multiplier), costs_stay=True)
+
+    def usage_alone(self) -> "Problem":
+        """The plain problem of least usage; what is forbidden stays so."""
+        return self._mapped(Prices.usages, costs_stay=False)
+
+    def _mapped(self, function: Callable[[Prices], Table], costs_stay: bool) -> "Problem":
+        """The plain problem of a function of every table's prices.
+
+        costs_stay: of tables that have nothing but a cost.
+        """
+        made: dict[tuple[int, ...], Table] = {}
+
+        def table(prices: Prices) -> Table:
+            key = prices.key
+            if key not in made:
+                made[key] = function(prices).view()
+                made[key].flags.writeable = False
+            return made[key]
+
+        def stays(item: Variable | Factor) -> bool:
+            return costs_stay and item.usage is None and not item.alternatives
+
+        return self._replaced(
+            tuple(v if stays(v) else Variable(v.name, table(v.prices)) for v in self.variables),
+            tuple(f if stays(f) else Factor(f.scope, table(f.prices)) for f in self.factors),
+        )
+
+    def _replaced(self, variables: tuple[Variable, ...], factors: tuple[Factor, ...]) -> "Problem":
+        """Without a limit and with other tables, which are known to be as they should."""
+        problem = object.__new__(Problem)
+        for name, value in (
+            ("variables", variables),
+            ("factors", factors),
+            ("limit", None),
+            ("_index", self._index),
+        ):
+            object.__setattr__(problem, name, value)
+        return problem
 
     def with_unary(self, unaries: Mapping[str, Table]) -> "Problem":
-        """The same problem with other unary tables for some variables."""
+        """The same problem with other unary tables for some variables; their usage stays.
+
+        Where a new table is +inf, the variable's alternatives are forbidden too.
+        """
         variables = list(self.variables)
         for name, unary in unaries.items():
-            variables[self.index(name)] = Variable(name, unary)
-        return Problem(tuple(variables), self.factors)
+            variable = self.variable(name)
+            ways = tuple(
+                Alternative(np.where(np.isinf(unary), np.inf, way.cost), way.usage)
+                for way in variable.alternatives
+            )
+            variables[self.index(name)] = replace(variable, unary=unary, alternatives=ways)
+        return replace(self, variables=tuple(variables))
 
     def pinned(self, assignment: Mapping[str, int]) -> "Problem":
         """The same problem with some variables fixed: their other states cost +inf.
 
         Raises ValueError for an unknown name and for a state out of range.
         """
-        unaries = {}
+        variables = list(self.variables)
         for name, state in assignment.items():
             variable = self.variable(name)
             state = self._state(variable, state)
-            unaries[name] = np.full(variable.size, np.inf)
-            unaries[name][state] = variable.unary[state]
-        return self.with_unary(unaries)
+            others = np.arange(variable.size) != state
+            variables[self.index(name)] = Variable(
+                name,
+                np.where(others, np.inf, variable.unary),
+                variable.usage,
+                tuple(
+                    Alternative(np.where(others, np.inf, way.cost), way.usage)
+                    for way in variable.alternatives
+                ),
+            )
+        return replace(self, variables=tuple(variables))
 
     def text(self) -> str:
-        """Two lines: how many variables, states, factors and distinct tables."""
+        """Two lines: how many variables, states, factors and distinct tables; one for a limit."""
         sizes = [variable.size for variable in self.variables] or [0]
-        pairs = dict.fromkeys(tuple(sorted((f.first, f.second))) for f in self.factors)
-        arrays = [v.unary for v in self.variables] + [f.table for f in self.factors]
+        scopes = dict.fromkeys(tuple(sorted(factor.scope)) for factor in self.factors)
+        prices = [item.prices for group in (self.variables, self.factors) for item in group]
+        arrays = [
+            array
+            for each in prices
+            for way in each.ways
+            for array in (way.cost, way.usage)
+            if array is not None
+        ]
         distinct = {id(array): array for array in arrays}
         nbytes = sum(array.nbytes for array in distinct.values())
         mean = sum(sizes) / len(sizes)
+        limit = "" if self.limit is None else f"\nusage of at most {self.limit:.9g}"
         return (
             f"{len(self.variables)} variables of {min(sizes)} to {max(sizes)} states"
             f" (mean {mean:.1f})\n"
-            f"{len(self.factors)} factors between {len(pairs)} pairs;"
-            f" {len(distinct)} distinct tables, {nbytes / 2**20:.2f} MiB"
+            f"{len(self.factors)} factors between {len(scopes)} groups;"
+            f" {len(distinct)} distinct tables, {nbytes / 2**20:.2f} MiB{limit}"
         )
 
     @staticmethod
@@ -204,45 +342,40 @@ class Problem:
         return state
 
 
-@dataclass(frozen=True, slots=True)
-class Solution:
-    """A complete assignment and what is proven about it.
-
-    cost: of the assignment, from `Problem.cost`. lower_bound: no assignment costs less, up to
-    rounding. method: the solver's name in words.
-    """
-
-    assignment: Mapping[str, int]
-    cost: float
-    lower_bound: float
-    method: str
-
-    @property
-    def gap(self) -> float:
-        """How much an optimal assignment could cost less, at most; 0 when proven optimal."""
-        return max(0.0, self.cost - self.lower_bound)
-
-    def text(self) -> str:
-        """One line: cost, bound, gap and method."""
-        return (
-            f"cost {self.cost:.9g}, bound {self.lower_bound:.9g}, gap {self.gap:.3g}"
-            f" ({self.method}, {len(self.assignment)} variables)"
+def _checked_variable(variable: Variable, checker: Checker) -> Variable:
+    what = f"unary table of {variable.name!r}"
+    unary = checker.cost(variable.unary, what)
+    if unary.ndim != 1 or not len(unary):
+        raise ValueError(
+            f"{what} must be a vector with one entry per state, not of shape {unary.shape}"
         )
+    usage = checker.usage(variable.usage, unary.shape, f"usage of {variable.name!r}")
+    ways = checker.alternatives(variable.alternatives, unary.shape, what)
+    if unary is variable.unary and usage is variable.usage and _same_ways(ways, variable):
+        return variable
+    return Variable(variable.name, unary, usage, ways)
 
 
-def _checked(array: object, what: str, checked: dict[int, Table]) -> Table:
-    """A read-only float64 view of the array; each distinct array object is looked at once."""
-    known = checked.get(id(array))
-    if known is not None:
-        return known
-    table = cast(Table, np.asarray(array, dtype=np.float64))
-    if np.isnan(table).any():
-        raise ValueError(f"{what} holds NaN")
-    if (table == -np.inf).any():
-        raise ValueError(f"{what} holds -inf")
-    if table.flags.writeable:
-        table = table.view()
-        table.flags.writeable = False
-    # The caller's tuple keeps `array` alive while `checked` is in use, so its id is not reused.
-    checked[id(array)] = table
-    return table
+def _checked_factor(factor: Factor, shape: tuple[int, ...], checker: Checker) -> Factor:
+    what = _title(factor)
+    if len(shape) < 2 or len(dict.fromkeys(factor.scope)) < len(shape):
+        raise ValueError(
+            f"{what}: the scope must be two or more variables, each once;"
+            " add to the unary table what concerns one alone"
+        )
+    table = checker.cost(factor.table, what)
+    if table.shape != shape:
+        raise ValueError(f"{what}: table has shape {table.shape}, not {shape}")
+    usage = checker.usage(factor.usage, shape, f"usage of {what}")
+    ways = checker.alternatives(factor.alternatives, shape, what)
+    if table is factor.table and usage is factor.usage and _same_ways(ways, factor):
+        return factor
+    return Factor(factor.scope, table, usage, ways)
+
+
+def _same_ways(ways: tuple[Alternative, ...], item: Variable | Factor) -> bool:
+    return all(one is two for one, two in zip(ways, item.alternatives, strict=True))
+
+
+def _title(factor: Factor) -> str:
+    return "factor between " + " and ".join(map(repr, factor.scope))

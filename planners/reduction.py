@@ -44,9 +44,10 @@ class Network:
         """For each variable those it shares a table with (keys of a dict: sets have no order)."""
         neighbors: list[dict[int, None]] = [{} for _ in self.states]
         for scope, _ in self.terms:
-            if len(scope) == 2:
-                neighbors[scope[0]][scope[1]] = None
-                neighbors[scope[1]][scope[0]] = None
+            for place, first in enumerate(scope):
+                for second in scope[place + 1 :]:
+                    neighbors[first][second] = None
+                    neighbors[second][first] = None
         return neighbors
 
 
@@ -54,14 +55,14 @@ def reduce(problem: Problem, memo: Memo) -> Network:
     """Drop states that no finite assignment can have, then substitute variables of one state.
 
     A state is dropped when its unary cost is +inf, or when some table has no finite entry for it
-    and any state left of the neighbour (arc consistency). Tables that are a sum of two vectors
-    are split, so that they connect nothing. Every assignment of finite cost keeps its cost.
+    and any states left of the others (arc consistency). Variables that only add to a table are
+    taken out of it, so that it does not connect them. Every assignment of finite cost keeps its
+    cost.
     Raises ContradictionError when a variable is left without a state.
     """
     unaries = [memo.table(variable.unary) for variable in problem.variables]
     tables = [memo.table(factor.table) for factor in problem.factors]
-    index = {variable.name: place for place, variable in enumerate(problem.variables)}
-    scopes = [(index[factor.first], index[factor.second]) for factor in problem.factors]
+    scopes = problem.scopes()
     blamed: dict[int, dict[int, None]] = {}
     domains = _consistent_domains(unaries, scopes, tables, memo, blamed)
 
@@ -86,7 +87,7 @@ def reduce(problem: Problem, memo: Memo) -> Network:
 
 def _consistent_domains(
     unaries: list[int],
-    scopes: list[tuple[int, int]],
+    scopes: list[tuple[int, ...]],
     tables: list[int],
     memo: Memo,
     blamed: dict[int, dict[int, None]],
@@ -108,16 +109,15 @@ def _consistent_domains(
     while queue:
         factor = queue.popleft()
         queued[factor] = False
-        first, second = scopes[factor]
-        revised = memo.revised(tables[factor], domains[first], domains[second])
-        for variable, other, domain in (
-            (first, second, revised[0]),
-            (second, first, revised[1]),
-        ):
+        scope = scopes[factor]
+        revised = memo.revised(tables[factor], tuple([domains[variable] for variable in scope]))
+        for variable, domain in zip(scope, revised, strict=True):
             if domain == domains[variable]:
                 continue
             domains[variable] = domain
-            blamed.setdefault(variable, {})[other] = None
+            for other in scope:
+                if other != variable:
+                    blamed.setdefault(variable, {})[other] = None
             if not memo.domains[domain].any():
                 raise ContradictionError(closure([variable], blamed))
             for touched in touching[variable]:

@@ -251,9 +251,7 @@ def randomized(network: Network, split: Split) -> Problem:
         variables.append(Variable(variable.name, unary))
     return Problem(
         tuple(variables),
-        tuple(
-            Factor(f.first, f.second, table(f.table, split.conversions)) for f in problem.factors
-        ),
+        tuple(Factor(f.scope, table(f.table, split.conversions)) for f in problem.factors),
     )
 
 

@@ -59,7 +59,7 @@ def random_problem(rng: np.random.Generator, count: int, most_states: int, reach
                 pair = (first, second) if rng.random() < 0.5 else (second, first)
                 kind = str(rng.choice(["real", "ties", "sums"]))
                 table = random_table(rng, (sizes[pair[0]], sizes[pair[1]]), kind, forbidden)
-                factors.append(Factor(f"v{pair[0]}", f"v{pair[1]}", scale * table))
+                factors.append(Factor((f"v{pair[0]}", f"v{pair[1]}"), scale * table))
     return Problem(variables, tuple(factors))
 
 
@@ -78,17 +78,17 @@ def layered_problem(
     factors = []
     for layer in range(layers):
         variables += [Variable(f"{layer}.{i}", unaries[i]) for i in range(width)]
-        factors += [Factor(f"{layer}.{i}", f"{layer}.{j}", t) for (i, j), t in inside.items()]
-        factors += [Factor(f"shared{g}", f"{layer}.{i}", t) for (g, i), t in masks.items()]
+        factors += [Factor((f"{layer}.{i}", f"{layer}.{j}"), t) for (i, j), t in inside.items()]
+        factors += [Factor((f"shared{g}", f"{layer}.{i}"), t) for (g, i), t in masks.items()]
         if layer:
-            factors.append(Factor(f"{layer - 1}.{width - 1}", f"{layer}.0", between))
+            factors.append(Factor((f"{layer - 1}.{width - 1}", f"{layer}.0"), between))
     return Problem(tuple(variables), tuple(factors))
 
 
 def subproblem(problem: Problem, names: tuple[str, ...]) -> Problem:
     return Problem(
         tuple(v for v in problem.variables if v.name in names),
-        tuple(f for f in problem.factors if f.first in names and f.second in names),
+        tuple(f for f in problem.factors if set(f.scope) <= set(names)),
     )
 
 
@@ -192,7 +192,7 @@ def test_corner_cases(solver: ModuleType) -> None:
     lonely = Problem((Variable("a", np.array([3.0, 1.0, 1.0])), Variable("b", np.array([2.0]))))
     assert solver.solve(lonely).cost == 3.0
     table = np.array([[5.0], [1.0], [2.0]])
-    one = Problem(lonely.variables, (Factor("a", "b", table), Factor("b", "a", table.T)))
+    one = Problem(lonely.variables, (Factor(("a", "b"), table), Factor(("b", "a"), table.T)))
     assert solver.solve(one).assignment == {"a": 1, "b": 0}
     assert solver.solve(one).cost == 5.0
 
@@ -205,7 +205,7 @@ def test_infeasible_by_one_table(solver: ModuleType) -> None:
     forbidden = np.full((2, 2), np.inf)
     variables = tuple(Variable(name, np.zeros(2)) for name in "abc")
     with pytest.raises(InfeasibleError) as raised:
-        solver.solve(Problem(variables, (Factor("c", "a", forbidden),)))
+        solver.solve(Problem(variables, (Factor(("c", "a"), forbidden),)))
     if solver is exact:
         assert raised.value.variables == ("a", "c")
         assert "a, c" in str(raised.value)
@@ -218,7 +218,7 @@ def test_infeasible_by_a_cycle_only(solver: ModuleType) -> None:
     variables = tuple(Variable(name, np.zeros(2)) for name in "abcd")
     pairs = [("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")]
     with pytest.raises(InfeasibleError) as raised:
-        solver.solve(Problem(variables, tuple(Factor(p, q, differ) for p, q in pairs)))
+        solver.solve(Problem(variables, tuple(Factor((p, q), differ) for p, q in pairs)))
     if solver is exact:
         assert raised.value.variables == ("a", "b", "c")
 
@@ -229,8 +229,8 @@ def test_infeasible_by_a_cycle_and_what_narrows_it() -> None:
     narrow = np.array([[0.0, 0.0, np.inf]])
     variables = tuple(Variable(name, np.zeros(3)) for name in "abcd")
     rulers = tuple(Variable(name, np.zeros(1)) for name in "xyz")
-    cycle = tuple(Factor(p, q, differ) for p, q in ("ab", "bc", "ca", "cd"))
-    rules = tuple(Factor(p, q, narrow) for p, q in ("xa", "yb", "zc"))
+    cycle = tuple(Factor((p, q), differ) for p, q in ("ab", "bc", "ca", "cd"))
+    rules = tuple(Factor((p, q), narrow) for p, q in ("xa", "yb", "zc"))
     with pytest.raises(InfeasibleError) as raised:
         exact.solve(Problem(variables + rulers, cycle + rules))
     assert raised.value.variables == ("a", "b", "c", "x", "y", "z")
@@ -243,7 +243,7 @@ def test_infeasible_far_apart() -> None:
     count = 50
     problem = Problem(
         tuple(Variable(f"v{i}", np.zeros(2)) for i in range(count)),
-        tuple(Factor(f"v{i}", f"v{i + 1}", same) for i in range(count - 1)),
+        tuple(Factor((f"v{i}", f"v{i + 1}"), same) for i in range(count - 1)),
     )
     with pytest.raises(InfeasibleError) as raised:
         exact.solve(problem.pinned({"v10": 0, "v40": 1}))
@@ -291,7 +291,7 @@ def test_same_problem_gives_same_assignment(solver: ModuleType) -> None:
         return Problem(
             variables,
             tuple(
-                Factor(f"v{a}", f"v{b}", t)
+                Factor((f"v{a}", f"v{b}"), t)
                 for (a, b), t in zip(pairs, tables, strict=True)
                 if a != b
             ),
@@ -312,7 +312,7 @@ def test_too_wide_is_refused_before_any_work() -> None:
     names = [f"v{i}" for i in range(7)]
     problem = Problem(
         tuple(Variable(name, np.zeros(3)) for name in names),
-        tuple(Factor(p, q, rng.random((3, 3))) for p, q in itertools.combinations(names, 2)),
+        tuple(Factor((p, q), rng.random((3, 3))) for p, q in itertools.combinations(names, 2)),
     )
     memo = Memo()
     with pytest.raises(TooWideError, match=r"needs tables of 2\*\*9\.5 entries") as raised:
@@ -331,7 +331,7 @@ def test_a_narrower_order_is_looked_for_when_the_first_is_too_wide() -> None:
     ]
     problem = Problem(
         tuple(Variable(f"v{i}", rng.random(2)) for i in range(60)),
-        tuple(Factor(f"v{i}", f"v{j}", rng.random((2, 2))) for i, j in pairs),
+        tuple(Factor((f"v{i}", f"v{j}"), rng.random((2, 2))) for i, j in pairs),
     )
     expected = exact.solve(problem)
     check(exact.solve(problem, max_table_entries=2**11), expected.cost, problem)
@@ -344,7 +344,7 @@ def test_large_joint_tables_are_walked_in_pieces() -> None:
     rng = np.random.default_rng(5)
     problem = Problem(
         tuple(Variable(name, rng.random(30)) for name in "abcd"),
-        tuple(Factor(p, q, rng.random((30, 30))) for p, q in itertools.combinations("abcd", 2)),
+        tuple(Factor((p, q), rng.random((30, 30))) for p, q in itertools.combinations("abcd", 2)),
     )
     expected = exhaustive.solve(problem)
     assert exact.solve(problem).assignment == expected.assignment
@@ -419,7 +419,7 @@ def test_tables_are_kept_by_reference_and_cannot_be_written() -> None:
 def test_problem_text() -> None:
     assert layered_problem(3).text() == (
         "20 variables of 3 to 4 states (mean 3.9)\n"
-        "38 factors between 38 pairs; 21 distinct tables, 0.00 MiB"
+        "38 factors between 38 groups; 21 distinct tables, 0.00 MiB"
     )
     assert exact.solve(Problem((Variable("a", np.array([2.0, 1.5])),))).text() == (
         "cost 1.5, bound 1.5, gap 0 (variable elimination, 1 variables)"
@@ -443,12 +443,12 @@ A, B = Variable("a", np.zeros(2)), Variable("b", np.zeros(3))
     ("variables", "factors", "message"),
     [
         ((A, A), (), "'a' is declared twice"),
-        ((A,), (Factor("a", "b", np.zeros((2, 3))),), "unknown variable 'b'"),
-        ((A, B), (Factor("a", "b", np.zeros((3, 2))),), r"shape \(3, 2\), not \(2, 3\)"),
-        ((A, B), (Factor("a", "b", np.zeros(2)),), r"shape \(2,\), not \(2, 3\)"),
-        ((A,), (Factor("a", "a", np.zeros((2, 2))),), "unary table instead"),
-        ((A, B), (Factor("a", "b", np.full((2, 3), np.nan)),), "'a' and 'b' holds NaN"),
-        ((A, B), (Factor("b", "a", np.full((3, 2), -np.inf)),), "'b' and 'a' holds -inf"),
+        ((A,), (Factor(("a", "b"), np.zeros((2, 3))),), "unknown variable 'b'"),
+        ((A, B), (Factor(("a", "b"), np.zeros((3, 2))),), r"shape \(3, 2\), not \(2, 3\)"),
+        ((A, B), (Factor(("a", "b"), np.zeros(2)),), r"shape \(2,\), not \(2, 3\)"),
+        ((A,), (Factor(("a", "a"), np.zeros((2, 2))),), "add to the unary table"),
+        ((A, B), (Factor(("a", "b"), np.full((2, 3), np.nan)),), "'a' and 'b' holds NaN"),
+        ((A, B), (Factor(("b", "a"), np.full((3, 2), -np.inf)),), "'b' and 'a' holds -inf"),
         ((Variable("c", np.array([0.0, np.nan])),), (), "unary table of 'c' holds NaN"),
         ((Variable("c", np.array([-np.inf])),), (), "unary table of 'c' holds -inf"),
         ((Variable("c", np.zeros(0)),), (), "must be a vector"),
@@ -490,7 +490,7 @@ def test_conditioning_of_a_grid() -> None:
         Variable(f"v{i}_{j}", rng.random(states)) for i in range(side) for j in range(side)
     )
     factors = tuple(
-        Factor(f"v{i}_{j}", f"v{i + di}_{j + dj}", rng.random((states, states)))
+        Factor((f"v{i}_{j}", f"v{i + di}_{j + dj}"), rng.random((states, states)))
         for i in range(side)
         for j in range(side)
         for di, dj in ((0, 1), (1, 0))

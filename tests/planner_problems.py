@@ -1,0 +1,93 @@
+"""Random cost networks with tables over several variables, usage, alternatives and limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from planners import Alternative, Factor, InfeasibleError, Problem, Table, Variable, exhaustive
+
+__all__ = ["limited_problem", "priced_problem", "product_states"]
+
+
+def _costs(rng: np.random.Generator, shape: tuple[int, ...], forbidden: float) -> Table:
+    whole = rng.random() < 0.4
+    table = rng.integers(0, 6, shape).astype(np.float64) if whole else 5 * rng.random(shape)
+    table[rng.random(shape) < forbidden] = np.inf
+    return table
+
+
+def _usage(rng: np.random.Generator, shape: tuple[int, ...]) -> Table | None:
+    if rng.random() < 0.4:
+        return None
+    return rng.integers(-2, 10, shape).astype(np.float64)
+
+
+def _alternatives(
+    rng: np.random.Generator, shape: tuple[int, ...], most: int
+) -> tuple[Alternative, ...]:
+    count = int(rng.choice([0, 0, 0, 1, most])) if most else 0
+    return tuple(
+        Alternative(_costs(rng, shape, 0.2) + 1.0, _usage(rng, shape)) for _ in range(count)
+    )
+
+
+def product_states(rng: np.random.Generator, first: Table, second: Table) -> Table:
+    """The table of a joint choice on two axes, each with a table of its own, nearly their sum."""
+    table = first
+    for axis in range(second.ndim):
+        table = np.expand_dims(table, 2 * axis + 1)
+        second = np.expand_dims(second, 2 * axis)
+    table = table + second
+    shape = [table.shape[2 * a] * table.shape[2 * a + 1] for a in range(table.ndim // 2)]
+    return table.reshape(shape) + 0.1 * rng.random(shape)
+
+
+def priced_problem(
+    rng: np.random.Generator, count: int, most_states: int, *, alternatives: int = 2
+) -> Problem:
+    """Variables and factors over two or three of them, with usage; half of them in products."""
+    forbidden = float(rng.choice([0.0, 0.1, 0.25]))
+    product = rng.random() < 0.5
+    sizes = [(int(rng.integers(1, most_states + 1)), 1) for _ in range(count)]
+    if product:
+        sizes = [(int(rng.integers(1, 3)), int(rng.integers(1, 3))) for _ in range(count)]
+
+    def table(places: tuple[int, ...]) -> tuple[Table, Table | None, tuple[Alternative, ...]]:
+        shape = tuple(sizes[p][0] * sizes[p][1] for p in places)
+        if not product:
+            costs = _costs(rng, shape, forbidden)
+        else:
+            costs = product_states(
+                rng,
+                _costs(rng, tuple(sizes[p][0] for p in places), forbidden),
+                _costs(rng, tuple(sizes[p][1] for p in places), forbidden),
+            )
+        return costs, _usage(rng, shape), _alternatives(rng, shape, alternatives)
+
+    variables = tuple(Variable(f"v{i}", *table((i,))) for i in range(count))
+    factors = []
+    for first in range(count):
+        for second in range(first + 1, min(count, first + 4)):
+            if rng.random() < 0.45:
+                scope = [first, second]
+                if second + 1 < count and rng.random() < 0.4:
+                    scope.append(int(rng.integers(second + 1, count)))
+                places = tuple(int(place) for place in rng.permutation(scope))
+                factors.append(Factor(tuple(f"v{p}" for p in places), *table(places)))
+    return Problem(variables, tuple(factors))
+
+
+def limited_problem(
+    rng: np.random.Generator, count: int, most_states: int, *, alternatives: int = 2
+) -> Problem:
+    """As `priced_problem`, with a limit that is mostly between the least usage and the free one."""
+    problem = priced_problem(rng, count, most_states, alternatives=alternatives)
+    try:
+        free = exhaustive.solve(problem)
+        least = exhaustive.solve(problem.usage_alone()).cost
+    except InfeasibleError:
+        return replace(problem, limit=0.0)
+    share = float(rng.choice([-0.05, 0.0, 0.2, 0.5, 0.8, 1.0]))
+    return replace(problem, limit=float(np.floor(least + share * (free.usage - least))))
