@@ -258,7 +258,8 @@ class _Builder:
                 size = value.shape[choice.dim]
                 assert isinstance(size, int)
                 fraction = local_size(size, choice, self.world_size) / size
-            seconds = update_seconds(value, choice, fraction, self.hardware)
+            local = nbytes(value) * fraction
+            seconds = update_seconds(local, local, 2 * local, self.hardware)
             costs.append(seconds if value.requires_grad else 0.0)
         self.network.storages[node.name] = choices
         self.network.updates[node.name] = self.intern(tuple(costs))

@@ -1,16 +1,29 @@
-"""Conversions are priced forward and backward, by the ring's closed forms."""
+"""Conversions are priced forward and backward, by the closed forms of each algorithm."""
 
 from __future__ import annotations
 
 import pytest
 
 from autoparallel.cost.collectives import collective_seconds, conversion_seconds
-from autoparallel.cost.hardware import Hardware, Link
+from autoparallel.cost.hardware import Algorithm, Hardware, Link, Matmul, Regime
 from autoparallel.placement import Collective, parse_placement
 
 RANKS, NBYTES = 4, 1000.0
 BANDWIDTH, HOP, FLOOR, MEMORY = 10.0, 2.0, 5.0, 50.0
-HARDWARE = Hardware("test", ((4, 1.0),), MEMORY, Link(BANDWIDTH, HOP, FLOOR), "made up")
+LINK = Link.ring(BANDWIDTH, HOP, FLOOR)
+HARDWARE = Hardware(
+    name="test",
+    source="made up",
+    devices_per_node=RANKS,
+    device_memory_bytes=1,
+    flops_per_second=((4, 1.0),),
+    memory_bytes_per_second=2 * MEMORY,
+    memory_efficiency=0.5,
+    launch_seconds=0.0,
+    matmul=Matmul(),
+    inside=LINK,
+    network=LINK,
+)
 
 # Written out from the definition of each collective, not from the code.
 RING = FLOOR + (RANKS - 1) * (NBYTES / RANKS / BANDWIDTH + HOP)
@@ -56,6 +69,29 @@ def test_sums_made_together_pay_no_latency() -> None:
 @pytest.mark.parametrize("kind", Collective)
 def test_one_rank_pays_nothing(kind: Collective) -> None:
     """Impossible sizes are refused."""
-    assert collective_seconds(kind, NBYTES, HARDWARE.link, 1) == 0.0
+    assert collective_seconds(kind, NBYTES, LINK, 1) == 0.0
     with pytest.raises(ValueError, match="bytes on"):
-        collective_seconds(kind, -1.0, HARDWARE.link, 2)
+        collective_seconds(kind, -1.0, LINK, 2)
+
+
+def test_the_fastest_regime_is_taken() -> None:
+    """A tree for small sizes, the ring for large ones; an all-gather has no tree."""
+    tree = Regime(Algorithm.TREE, BANDWIDTH / 2, HOP, FLOOR)
+    link = Link((*LINK.regimes, tree))
+    ranks = 16
+    small, large = 1.0, 1e6
+    up_and_down = FLOOR + 2 * 4 * HOP + 2 * small / (BANDWIDTH / 2)
+    assert collective_seconds(Collective.ALL_REDUCE, small, link, ranks) == pytest.approx(
+        up_and_down
+    )
+    for kind, size in ((Collective.ALL_REDUCE, large), (Collective.ALL_GATHER, small)):
+        assert collective_seconds(kind, size, link, ranks) == pytest.approx(
+            collective_seconds(kind, size, LINK, ranks)
+        )
+
+
+def test_a_switch_adds_what_all_send() -> None:
+    """A rank sends its tensor once, and its own part of the sum."""
+    link = Link((Regime(Algorithm.SWITCH, BANDWIDTH, HOP, FLOOR),))
+    seconds = collective_seconds(Collective.ALL_REDUCE, NBYTES, link, RANKS)
+    assert seconds == pytest.approx(FLOOR + 2 * HOP + (NBYTES + NBYTES / RANKS) / BANDWIDTH)

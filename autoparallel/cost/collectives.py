@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.placement import Collective, Movement, Placement, gradient, movement
 
-__all__ = ["collective_seconds", "conversion_seconds", "movement_seconds"]
+__all__ = [
+    "collective_seconds",
+    "conversion_seconds",
+    "movement_seconds",
+    "together_seconds",
+]
 
 
 def collective_seconds(kind: Collective, nbytes: float, link: Link, world_size: int) -> float:
-    """Predicted time of one ring collective, in seconds.
+    """Predicted time of one collective over one mesh axis, in seconds.
 
-    nbytes: size of the full tensor. An all-reduce passes the ring twice, all others once:
-    steps (p-1) or 2 (p-1), each of nbytes / p bytes over the link and one hop's latency; in a step
-    of an all-to-all a rank sends only what one other rank needs, nbytes / p**2.
+    nbytes: size of the tensor if this axis did not split it. The library takes the fastest of the
+    link's regimes for the size: of each, the hops that follow each other and the bytes that a rank
+    sends (`Algorithm.steps`).
     Raises ValueError if nbytes < 0 or world_size < 1.
-    Source: Patarasuk & Yuan 2009, bandwidth-optimal all-reduce; nccl-tests' bus bandwidth.
     """
     if nbytes < 0 or world_size < 1:
         raise ValueError(f"{nbytes} bytes on {world_size} ranks")
     if world_size == 1:
         return 0.0
-    steps = (2 if kind is Collective.ALL_REDUCE else 1) * (world_size - 1)
-    part = nbytes / world_size
-    if kind is Collective.ALL_TO_ALL:
-        part /= world_size
-    per_step = part / link.bytes_per_second + link.hop_seconds
-    return link.floor_seconds + steps * per_step
+    lines = link.lines(kind, world_size)
+    return min(seconds + nbytes * per_byte for seconds, per_byte in lines)
 
 
-def movement_seconds(move: Movement, nbytes: float, hardware: Hardware, world_size: int) -> float:
-    """Predicted time of one move of a tensor of `nbytes` bytes in full, in seconds.
+def together_seconds(kind: Collective, nbytes: float, link: Link, world_size: int) -> float:
+    """The same for a collective that is made in one call with others: no latency is counted."""
+    if world_size == 1:
+        return 0.0
+    return nbytes * min(per_byte for _, per_byte in link.lines(kind, world_size))
 
-    A slice is a view. A pad or a keep-on-first writes the whole tensor once.
+
+def movement_seconds(
+    move: Movement,
+    nbytes: float,
+    hardware: Hardware,
+    link: Link,
+    world_size: int,
+    together: bool = False,
+) -> float:
+    """Predicted time of one move over one mesh axis, in one direction, in seconds.
+
+    nbytes: size of the tensor if this axis did not split it. A slice is a view. A pad or a
+    keep-on-first writes the whole tensor once. together: as for `together_seconds`.
     """
     if move.collective is not None:
-        return collective_seconds(move.collective, nbytes, hardware.link, world_size)
+        seconds = together_seconds if together else collective_seconds
+        return seconds(move.collective, nbytes, link, world_size)
     if move in (Movement.PAD, Movement.KEEP_ON_FIRST):
-        return nbytes / hardware.memory_bytes_per_second
+        return nbytes / hardware.sustained_bytes_per_second
     return 0.0
 
 
@@ -52,15 +66,14 @@ def conversion_seconds(
     world_size: int,
     together: bool = False,
 ) -> float:
-    """Predicted time, forward and backward, of converting a tensor from source to target.
+    """Predicted time, forward and backward, of converting a tensor on a mesh of one axis.
 
     together: the collectives are made in one call with others, whose latency is not counted.
     """
-    if together:
-        free = Link(hardware.link.bytes_per_second, 0.0, 0.0)
-        hardware = replace(hardware, link=free)
-    seconds = movement_seconds(movement(source, target), nbytes, hardware, world_size)
+    (link,) = hardware.links((world_size,))
+    moves = [movement(source, target)]
     if requires_grad:
-        back = movement(gradient(target), gradient(source))
-        seconds += movement_seconds(back, nbytes, hardware, world_size)
-    return seconds
+        moves.append(movement(gradient(target), gradient(source)))
+    return sum(
+        movement_seconds(each, nbytes, hardware, link, world_size, together) for each in moves
+    )

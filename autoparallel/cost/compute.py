@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from autoparallel.cost.collectives import collective_seconds
-from autoparallel.cost.hardware import Hardware
-from autoparallel.graph.graph import Value, numel_hint
-from autoparallel.placement import Placement, Shard
-from autoparallel.rules.rule import OpCall, ShardingRule, Strategy
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["OpCost", "nbytes", "op_cost", "update_seconds"]
+from autoparallel.cost.collectives import collective_seconds
+from autoparallel.cost.hardware import Hardware, Link
+from autoparallel.cost.products import product_seconds
+from autoparallel.graph.graph import Value, hint, numel_hint
+from autoparallel.placement import Shard
+from autoparallel.rules.rule import Dims, OpCall, ShardingRule, Strategy
+
+__all__ = ["OpCost", "nbytes", "op_cost", "op_costs", "update_seconds"]
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
     """Seconds of one op on the busiest rank, forward and backward.
 
-    product: arithmetic of matrix products. traffic: reading and writing memory; whole_traffic: the
-    same if nothing were split. communication: of the kernel. flops: of the products, forward.
+    product: arithmetic of matrix products. traffic: reading and writing memory, as far as it takes
+    longer than the arithmetic, and starting kernels; whole_traffic: the same if nothing were
+    split. communication: of the kernel. flops: of the products, forward. forward: the forward's
+    share of the seconds, which a recomputation repeats.
     """
 
     product: float = 0.0
@@ -26,6 +35,7 @@ class OpCost:
     whole_traffic: float = 0.0
     communication: float = 0.0
     flops: float = 0.0
+    forward: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -38,42 +48,194 @@ def nbytes(value: Value) -> int:
     return numel_hint(value.shape) * value.dtype.itemsize
 
 
-def _local_bytes(value: Value, placement: Placement, fraction: float) -> float:
-    return nbytes(value) * (fraction if isinstance(placement, Shard) else 1.0)
-
-
 def op_cost(
     call: OpCall, rule: ShardingRule | None, strategy: Strategy, hardware: Hardware, world_size: int
 ) -> OpCost:
-    """Backward: a product runs once more per operand that needs a gradient; the rest moves the
-    same bytes twice (read the gradient and the saved operand, write the gradient)."""
+    """What one strategy costs on a mesh of one axis. See `op_costs`."""
+    axes = ((world_size, hardware.links((world_size,))[0]),)
+    return op_costs(call, rule, [(strategy,)], axes, hardware)[0]
+
+
+def op_costs(
+    call: OpCall,
+    rule: ShardingRule | None,
+    joints: Sequence[tuple[Strategy, ...]],
+    axes: Sequence[tuple[int, Link]],
+    hardware: Hardware,
+) -> tuple[OpCost, ...]:
+    """What joint strategies of one call cost on the busiest rank.
+
+    joints: one strategy per mesh axis each. axes: size and link of every mesh axis.
+    Forward, an op reads its operands and writes its results; a product takes the longer of this
+    and its arithmetic. Backward, a product is made once more per operand that needs a gradient;
+    anything else reads the gradients of its results, and its operands unless it is linear, and
+    writes the gradients of its operands. A kernel's communication counts as forward.
+    """
     if rule is not None and rule.free:
-        return OpCost()
-    grads = sum(operand.requires_grad for operand in call.operands)
-    traffic = whole_traffic = communication = 0.0
-    passes = (3.0 if grads else 1.0) / hardware.memory_bytes_per_second
-    for value, placement in zip(
-        (*call.operands, *call.results), (*strategy.operands, *strategy.results), strict=True
-    ):
-        traffic += passes * _local_bytes(value, placement, strategy.fraction)
-        whole_traffic += passes * nbytes(value)
-    if strategy.kernel is not None:
-        for kind, size in strategy.kernel.collectives:
-            communication += collective_seconds(kind, size, hardware.link, world_size)
-    flops = 0.0
-    if rule is not None and rule.flops:
-        flops = rule.flops * rule.points * strategy.fraction
+        return (OpCost(),) * len(joints)
+    if rule is None:
+        rule = ShardingRule(((),) * len(call.operands), ((),) * len(call.results), {})
+    shares = _loop_shares(rule, joints)
+    parts = _bytes(call, joints)
+    whole = np.array([[nbytes(value) for value in (*call.operands, *call.results)]], dtype=float)
+    communication = [_communication(rule, joint, axes) for joint in joints]
+    if rule.flops:
+        product, forward, traffic = _product(call, rule, shares, parts, hardware)
+        _, _, whole_traffic = _product(call, rule, np.ones((1, shares.shape[1])), whole, hardware)
+    else:
+        forward, traffic = _traffic(call, rule, parts, hardware)
+        _, whole_traffic = _traffic(call, rule, whole, hardware)
+        product = np.zeros(len(joints))
+    flops = rule.flops * rule.points * shares.prod(axis=1)
+    return tuple(
+        OpCost(
+            product=float(product[index]),
+            traffic=float(traffic[index]),
+            whole_traffic=float(whole_traffic[0]),
+            communication=paid,
+            flops=float(flops[index]),
+            forward=float(forward[index]) + paid,
+        )
+        for index, paid in enumerate(communication)
+    )
+
+
+def _loop_shares(rule: ShardingRule, joints: Sequence[tuple[Strategy, ...]]) -> Array:
+    """[joint, loop]: the part of each loop that the busiest rank runs."""
+    place = {name: index for index, name in enumerate(rule.loops)}
+    shares = np.ones((len(joints), len(place)))
+    for row, joint in enumerate(joints):
+        for strategy in joint:
+            if strategy.tile is not None:
+                shares[row, place[strategy.tile.loop]] *= strategy.fraction
+    return shares
+
+
+def _bytes(call: OpCall, joints: Sequence[tuple[Strategy, ...]]) -> Array:
+    """[joint, operand or result]: bytes that the busiest rank holds."""
+    sizes = [float(nbytes(value)) for value in (*call.operands, *call.results)]
+    rows = []
+    for joint in joints:
+        row = list(sizes)
+        for strategy in joint:
+            if strategy.tile is not None:
+                for at, placement in enumerate((*strategy.operands, *strategy.results)):
+                    if isinstance(placement, Shard):
+                        row[at] *= strategy.fraction
+        rows.append(row)
+    return np.array(rows).reshape(len(joints), len(sizes))
+
+
+def _communication(
+    rule: ShardingRule, joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]
+) -> float:
+    """Seconds of what the kernels communicate, each on its own axis, about its own part.
+
+    What a kernel sends has every loop but the one that it splits, so that the other axes share it.
+    """
+    seconds = 0.0
+    for at, (strategy, (size, link)) in enumerate(zip(joint, axes, strict=True)):
+        if strategy.kernel is None:
+            continue
+        share = 1.0
+        for other, each in enumerate(joint):
+            if other != at:
+                share *= each.fraction
+        for kind, sent in strategy.kernel.collectives:
+            seconds += collective_seconds(kind, sent * share, link, size)
+    return seconds
+
+
+def _traffic(
+    call: OpCall, rule: ShardingRule, parts: Array, hardware: Hardware
+) -> tuple[Array, Array]:
+    """Seconds forward, and in all, of an op that moves bytes and does little else."""
+    count = len(call.operands)
+    grads = [at for at, operand in enumerate(call.operands) if operand.requires_grad]
+    back = [count + at for at, result in enumerate(call.results) if result.requires_grad]
+    once = parts.sum(axis=1) / hardware.sustained_bytes_per_second + hardware.launch_seconds
+    if not grads or not back:
+        return once, once
+    again = parts[:, back].sum(axis=1) + parts[:, grads].sum(axis=1)
+    if not any(group.issuperset(grads) for group in rule.linear):
+        again = again + parts[:, :count].sum(axis=1)
+    return once, once + again / hardware.sustained_bytes_per_second + hardware.launch_seconds
+
+
+def _product(
+    call: OpCall, rule: ShardingRule, shares: Array, parts: Array, hardware: Hardware
+) -> tuple[Array, Array, Array]:
+    """Arithmetic in all; seconds forward; what memory and launches add in all.
+
+    A fused chain of products (attention) counts as its first one, repeated; backward, what it did
+    not keep is made again, once per further factor.
+    """
+    factors, groups = _loop_groups(rule)
+    batch, rows, columns, depth = (_extents(rule, names, shares) for names in groups)
     itemsize = call.results[0].dtype.itemsize
-    product = flops * (1 + grads) / hardware.peak(itemsize)
-    return OpCost(product, traffic, whole_traffic, communication, flops)
+    points = rule.points * shares.prod(axis=1)
+    times = rule.flops * points / (2 * batch * rows * columns * depth)
+    moved = parts.sum(axis=1) / hardware.sustained_bytes_per_second
+    made = [(times, rows, columns, depth)]
+    for at, factor in enumerate(factors):
+        if call.operands[factor].requires_grad:
+            shape = ((rows, depth, columns), (depth, columns, rows), (rows, columns, depth))
+            made.append((times if at < 2 else times / (len(factors) - 1), *shape[min(at, 2)]))
+    arithmetic, traffic = [], []
+    for repeats, *sizes in made:
+        seconds = repeats * product_seconds(batch, *sizes, itemsize, hardware)
+        arithmetic.append(seconds)
+        traffic.append(np.maximum(moved - seconds, 0.0) + hardware.launch_seconds)
+    forward = arithmetic[0] + traffic[0]
+    return np.sum(arithmetic, axis=0), forward, np.sum(traffic, axis=0)
+
+
+def _loop_groups(rule: ShardingRule) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
+    """The operands that are multiplied, and the loops of the batch, rows, columns and sum.
+
+    Multiplied are the operands that have a summed loop. Of the first two: what both have is of the
+    batch if it is needed afterwards, summed if not; rows are the first one's alone, columns the
+    second's; windows (loops that show in one tensor only) are rows or summed.
+    """
+    made = _names(rule.results)
+    named = [_names([dims]) for dims in rule.operands]
+    factors = [at for at, names in enumerate(named) if names - made]
+    if len(factors) < 2:
+        factors = list(range(len(named)))
+    first, second = (named[at] for at in (factors * 2)[:2])
+    others = _names([rule.operands[at] for at in range(len(named)) if at not in factors[:2]])
+    found: tuple[list[str], ...] = ([], [], [], [])
+    for name in rule.loops:
+        if name in first and name in second:
+            found[0 if name in made or name in others else 3].append(name)
+        elif name not in made and name not in others:
+            found[3].append(name)
+        elif name in second:
+            found[2].append(name)
+        elif name in first or name not in others:
+            found[1].append(name)
+    return tuple(factors), tuple(map(tuple, found))
+
+
+def _names(tensors: Iterable[Dims]) -> frozenset[str]:
+    return frozenset(name for dims in tensors for loops in dims for name in loops)
+
+
+def _extents(rule: ShardingRule, names: Iterable[str], shares: Array) -> Array:
+    """[joint]: the product of the local sizes of the loops."""
+    place = {name: index for index, name in enumerate(rule.loops)}
+    extents = np.ones(len(shares))
+    for name in names:
+        extents *= np.maximum(np.round(hint(rule.sizes[name]) * shares[:, place[name]]), 1)
+    return extents
 
 
 def update_seconds(
-    parameter: Value, storage: Placement, fraction: float, hardware: Hardware
+    parameter_nbytes: float, gradient_nbytes: float, state_nbytes: float, hardware: Hardware
 ) -> float:
-    """Predicted time of the optimizer's update of one parameter, in seconds.
+    """Predicted time of the optimizer's update of one parameter's part, in seconds.
 
-    Adam reads parameter, gradient and two moments, and writes all but the gradient.
+    It reads parameter, gradient and state (moments, master copy), and writes all but the gradient.
     """
-    local = _local_bytes(parameter, storage, fraction)
-    return 7 * local / hardware.memory_bytes_per_second
+    moved = 2 * parameter_nbytes + gradient_nbytes + 2 * state_nbytes
+    return moved / hardware.sustained_bytes_per_second

@@ -1,48 +1,215 @@
-"""Hardware as data: named presets, and the choice for the machine at hand."""
+"""Hardware as data: devices, nodes and links, by preset or from a file, and the machine at hand."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from functools import cached_property, lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from autoparallel.errors import PlanError
+from autoparallel.placement import Collective
 
-__all__ = ["Hardware", "Link", "find_hardware", "presets"]
+__all__ = [
+    "Algorithm",
+    "Hardware",
+    "Link",
+    "Matmul",
+    "Regime",
+    "find_hardware",
+    "presets",
+    "read_hardware",
+    "write_hardware",
+]
+
+_BOTH_WAYS = 2  # an all-reduce is a reduce-scatter and an all-gather
+
+
+class Algorithm(Enum):
+    """How a collective is made: which hops follow each other, and which bytes a rank sends."""
+
+    RING = "ring"
+    TREE = "tree"
+    SWITCH = "switch"
+    EXCHANGE = "exchange"
+
+    def steps(self, kind: Collective, world_size: int) -> tuple[int, float] | None:
+        """Hops one after the other, and the share of the full tensor that a rank sends.
+
+        None where the algorithm cannot make the collective. RING: everything but an all-to-all,
+        every part passes all ranks (Patarasuk & Yuan 2009). TREE: an all-reduce, up and down
+        again (Sanders et al. 2009). SWITCH: an all-reduce added up by the switch; a rank sends the
+        whole to be added and its own part of the sum to all. EXCHANGE: an all-to-all, directly.
+        """
+        n = world_size
+        if self is Algorithm.EXCHANGE:
+            return (n - 1, (n - 1) / n**2) if kind is Collective.ALL_TO_ALL else None
+        if self is Algorithm.RING and kind in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER):
+            return n - 1, (n - 1) / n
+        if kind is not Collective.ALL_REDUCE:
+            return None
+        if self is Algorithm.RING:
+            return _BOTH_WAYS * (n - 1), _BOTH_WAYS * (n - 1) / n
+        if self is Algorithm.TREE:
+            return _BOTH_WAYS * math.ceil(math.log2(n)), float(_BOTH_WAYS)
+        return _BOTH_WAYS, (n + 1) / n
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """What a mesh axis communicates over.
+class Regime:
+    """One way in which a library makes collectives: an algorithm and its protocol.
 
-    bytes_per_second: bus bandwidth of a rank. hop_seconds: latency of one step of a ring.
-    floor_seconds: of starting any collective.
+    bytes_per_second: what a rank sends at large sizes. hop_seconds: latency of a hop.
+    floor_seconds: of starting. protocol: its name, by which regimes inside a node and between
+    nodes belong together.
     """
 
+    algorithm: Algorithm
     bytes_per_second: float
     hop_seconds: float
     floor_seconds: float
+    protocol: str = ""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a mesh axis communicates over. A collective takes the fastest regime for its size."""
+
+    regimes: tuple[Regime, ...]
+
+    @staticmethod
+    def ring(bytes_per_second: float, hop_seconds: float, floor_seconds: float) -> Link:
+        """A link with rings alone, and direct exchange at the same rate."""
+        return Link(
+            tuple(
+                Regime(algorithm, bytes_per_second, hop_seconds, floor_seconds)
+                for algorithm in (Algorithm.RING, Algorithm.EXCHANGE)
+            )
+        )
+
+    @cached_property
+    def _known(self) -> dict[tuple[Collective, int], tuple[tuple[float, float], ...]]:
+        return {}
+
+    def lines(self, kind: Collective, world_size: int) -> tuple[tuple[float, float], ...]:
+        """(seconds, seconds per byte of the full tensor) of every regime that can make it."""
+        key = (kind, world_size)
+        if key not in self._known:
+            found = []
+            for regime in self.regimes:
+                steps = regime.algorithm.steps(kind, world_size)
+                if steps is not None:
+                    hops, sent = steps
+                    seconds = regime.floor_seconds + hops * regime.hop_seconds
+                    found.append((seconds, sent / regime.bytes_per_second))
+            self._known[key] = tuple(found)
+        return self._known[key]
 
 
 @dataclass(frozen=True, slots=True)
-class Hardware:
-    """One rank's device and its link.
+class Matmul:
+    """How fast products of a given shape run, as a share of the peak. See `product_seconds`.
 
-    flops_per_second: (itemsize, peak) pairs of matrix products. source: where figures come from.
+    processors: units that each compute one tile of the result at a time. tiles: (rows, columns) to
+    choose from. efficiency: share of the peak on the largest tile and a long sum. fill: length of
+    sum that starting and finishing a tile costs. reload: length of a tile's side at which loading
+    its operands takes as long as multiplying them.
+    """
+
+    processors: int = 1
+    tiles: tuple[tuple[int, int], ...] = ((1, 1),)
+    efficiency: float = 1.0
+    fill: float = 0.0
+    reload: float = 0.0
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster of nodes of equal devices, one rank on each device.
+
+    source: where the figures come from. flops_per_second: (itemsize, peak) pairs of products.
+    memory_bytes_per_second: peak, of which memory_efficiency is sustained. launch_seconds: of
+    starting one kernel. inside: the link between devices of a node. network: between nodes,
+    bytes_per_second being one device's share.
     """
 
     name: str
+    source: str
+    devices_per_node: int
+    device_memory_bytes: int
     flops_per_second: tuple[tuple[int, float], ...]
     memory_bytes_per_second: float
-    link: Link
-    source: str
+    memory_efficiency: float
+    launch_seconds: float
+    matmul: Matmul
+    inside: Link
+    network: Link
 
     def peak(self, itemsize: int) -> float:
         """Peak rate of products of elements of `itemsize` bytes, in FLOP/s."""
         rates = dict(self.flops_per_second)
         return rates.get(itemsize, rates[max(rates)])
+
+    @cached_property
+    def sustained_bytes_per_second(self) -> float:
+        """What kernels that read and write long arrays reach."""
+        return self.memory_bytes_per_second * self.memory_efficiency
+
+    @cached_property
+    def _known_links(self) -> dict[tuple[int, ...], tuple[Link, ...]]:
+        return {}
+
+    def links(self, axis_sizes: tuple[int, ...]) -> tuple[Link, ...]:
+        """The link of every mesh axis, ranks being numbered with the last axis innermost.
+
+        An axis of size n and stride s has m = min(n, devices_per_node // s) members in a node. An
+        axis that stays inside a node has the node's link. Otherwise m network shares carry what
+        passes between nodes, as far as the node's own link can follow.
+        """
+        if axis_sizes not in self._known_links:
+            made = []
+            stride = math.prod(axis_sizes)
+            for size in axis_sizes:
+                stride //= size
+                made.append(self._link(size, min(size, max(self.devices_per_node // stride, 1))))
+            self._known_links[axis_sizes] = tuple(made)
+        return self._known_links[axis_sizes]
+
+    def _link(self, size: int, members: int) -> Link:
+        if members >= size:
+            return self.inside
+        nodes = -(-size // members)
+        outside = {(each.algorithm, each.protocol): each for each in self.network.regimes}
+        joined = []
+        for near in self.inside.regimes:
+            far = outside.get((near.algorithm, near.protocol))
+            if far is not None:
+                joined.append(_joined(near, far, size, members, nodes))
+        return Link(tuple(joined))
+
+
+def _joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Regime:
+    """A regime over several nodes: the rate of the slower part, and the mean latency of a hop.
+
+    A ring goes through each node once, entering by the network. A tree is a chain in each node and
+    a tree between nodes. In an exchange a device's own share carries all that leaves its node.
+    """
+    rate, hop = far.bytes_per_second * members, near.hop_seconds
+    if near.algorithm is Algorithm.TREE:
+        hops = (members - 1) * near.hop_seconds + math.ceil(math.log2(nodes)) * far.hop_seconds
+        hop = hops / math.ceil(math.log2(size))
+    else:
+        hop = ((size - nodes) * near.hop_seconds + (nodes - 1) * far.hop_seconds) / (size - 1)
+    if near.algorithm is Algorithm.EXCHANGE:
+        rate = far.bytes_per_second * (size - 1) / (size - members)
+    floor = max(near.floor_seconds, far.floor_seconds)
+    rate = min(rate, near.bytes_per_second)
+    return Regime(near.algorithm, rate, hop, floor, near.protocol)
 
 
 @lru_cache(maxsize=1)
@@ -57,23 +224,141 @@ def presets() -> tuple[str, ...]:
     return tuple(_rows())
 
 
-def find_hardware(name: str | Hardware) -> Hardware:
-    """The preset of that name; "auto" is the GPU at hand if there is one, else "cpu".
+@lru_cache(maxsize=32)
+def _preset(name: str) -> Hardware:
+    return _parse({"name": name, **_rows()[name]}, f"preset {name}")
 
-    Raises PlanError for an unknown name, with the known ones.
+
+def find_hardware(name: str | Path | Hardware) -> Hardware:
+    """The preset of that name, or what the JSON file at that path says.
+
+    "auto" is the GPU at hand if there is one, else "cpu". Raises PlanError for an unknown name,
+    with the known ones, and for a file that does not describe hardware.
     """
     if isinstance(name, Hardware):
         return name
+    if isinstance(name, Path) or name.endswith(".json"):
+        return read_hardware(name)
     if name == "auto":
         name = _at_hand()
-    rows = _rows()
-    if name not in rows:
-        raise PlanError(f"no hardware preset {name!r}", fix=f"choose one of {', '.join(rows)}")
-    row = rows[name]
-    rates = tuple((int(size), float(rate)) for size, rate in row["flops_per_second"].items())
+    if name not in _rows():
+        raise PlanError(
+            f"no hardware preset {name!r}",
+            fix=f"choose one of {', '.join(_rows())}, or give the path of a .json file",
+        )
+    return _preset(name)
+
+
+def read_hardware(path: str | Path) -> Hardware:
+    """The hardware that a file describes, as `write_hardware` writes it.
+
+    Raises PlanError for a file that is missing, or that says what hardware does not have.
+    """
+    try:
+        rows = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"no hardware description in {path}",
+            why=str(error),
+            fix=f"give a JSON file, or one of the presets {', '.join(_rows())}",
+        ) from error
+    if isinstance(rows, dict):
+        rows.setdefault("name", Path(path).stem)
+    return _parse(rows, str(path))
+
+
+def write_hardware(hardware: Hardware, path: str | Path) -> None:
+    """Write a file that `read_hardware` reads to the same hardware."""
+    rows = asdict(hardware)
+    rows["flops_per_second"] = {str(size): rate for size, rate in hardware.flops_per_second}
+    for name in ("inside", "network"):
+        rows[name] = [
+            {**asdict(regime), "algorithm": regime.algorithm.value}
+            for regime in getattr(hardware, name).regimes
+        ]
+    Path(path).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _parse(rows: Any, where: str) -> Hardware:
+    """A checked description. Raises PlanError for unknown, missing or impossible entries."""
+    rows = _checked(rows, Hardware, where)
+    rates = rows["flops_per_second"]
+    if not isinstance(rates, Mapping) or not rates:
+        _refuse(where, "flops_per_second", rates, "rates by itemsize, such as {'2': 312e12}")
+    matmul = _checked(rows["matmul"], Matmul, f"{where}, matmul")
+    for key, value in matmul.items():
+        if key != "tiles":
+            _number(f"{where}, matmul", key, value, positive=key in ("processors", "efficiency"))
+    tiles = matmul.get("tiles", [[1, 1]])
+    try:
+        matmul["tiles"] = tuple((int(rows), int(columns)) for rows, columns in tiles)
+    except (TypeError, ValueError):
+        _refuse(f"{where}, matmul", "tiles", tiles, "pairs of sizes, such as [[256, 128]]")
+    counts = ("devices_per_node", "device_memory_bytes")
+    for key in (*counts, "memory_bytes_per_second", "memory_efficiency", "launch_seconds"):
+        _number(where, key, rows[key], positive=key != "launch_seconds")
     return Hardware(
-        name, rates, float(row["memory_bytes_per_second"]), Link(**row["link"]), row["source"]
+        name=str(rows["name"]),
+        source=str(rows["source"]),
+        devices_per_node=int(rows["devices_per_node"]),
+        device_memory_bytes=int(rows["device_memory_bytes"]),
+        flops_per_second=tuple(
+            (int(size), _number(where, f"flops_per_second[{size}]", rate))
+            for size, rate in rates.items()
+        ),
+        memory_bytes_per_second=float(rows["memory_bytes_per_second"]),
+        memory_efficiency=float(rows["memory_efficiency"]),
+        launch_seconds=float(rows["launch_seconds"]),
+        matmul=Matmul(**matmul),
+        inside=_link(rows["inside"], f"{where}, inside"),
+        network=_link(rows["network"], f"{where}, network"),
     )
+
+
+def _link(rows: Any, where: str) -> Link:
+    if not isinstance(rows, list) or not rows:
+        _refuse(where, "regimes", rows, "a list of at least one")
+    known = [each.value for each in Algorithm]
+    found = []
+    for row in rows:
+        row = _checked(row, Regime, where)
+        if row["algorithm"] not in known:
+            _refuse(where, "algorithm", row["algorithm"], f"one of {', '.join(known)}")
+        for key in ("bytes_per_second", "hop_seconds", "floor_seconds"):
+            _number(where, key, row[key], positive=key == "bytes_per_second")
+        found.append(Regime(**{**row, "algorithm": Algorithm(row["algorithm"])}))
+    for needed in (Algorithm.RING, Algorithm.EXCHANGE):
+        if not any(regime.algorithm is needed for regime in found):
+            _refuse(where, "regimes", [each.algorithm.value for each in found], needed.value)
+    return Link(tuple(found))
+
+
+def _checked(rows: Any, kind: type[Any], where: str) -> dict[str, Any]:
+    """The entries, of which none is unknown and none missing."""
+    if not isinstance(rows, Mapping):
+        _refuse(where, kind.__name__.lower(), rows, "a table of named entries")
+    names = {each.name: each for each in fields(kind)}
+    optional = {"protocol", *(each.name for each in fields(Matmul))}
+    unknown = [key for key in rows if key not in names]
+    missing = [name for name in names if name not in rows and name not in optional]
+    if unknown or missing:
+        raise PlanError(
+            f"{'unknown' if unknown else 'missing'} entry {(unknown or missing)[0]!r}",
+            where=where,
+            fix=f"the entries are {', '.join(names)}",
+        )
+    return dict(rows)
+
+
+def _number(where: str, key: str, value: Any, positive: bool = True) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value < 0 or (positive and value == 0):
+        _refuse(where, key, value, f"a {'positive' if positive else 'non-negative'} number")
+    return float(value)
+
+
+def _refuse(where: str, key: str, value: Any, wanted: str) -> None:
+    raise PlanError(f"{key} is {value!r}", where=where, fix=f"give {wanted}")
 
 
 def _at_hand() -> str:

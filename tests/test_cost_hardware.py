@@ -1,0 +1,138 @@
+"""Hardware is data: presets, files, and which link a mesh axis gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoparallel.cost.collectives import collective_seconds
+from autoparallel.cost.hardware import (
+    Algorithm,
+    Hardware,
+    Link,
+    find_hardware,
+    presets,
+    read_hardware,
+    write_hardware,
+)
+from autoparallel.errors import PlanError
+from autoparallel.placement import Collective
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_file_says_it_all(name: str, tmp_path: Path) -> None:
+    """Written and read again it is the same, and a path stands wherever a name does."""
+    hardware = find_hardware(name)
+    assert hardware.source
+    path = tmp_path / "own.json"
+    write_hardware(hardware, path)
+    assert read_hardware(path) == hardware
+    assert find_hardware(str(path)) == hardware
+
+
+def entry(rows: Any, *path: Any) -> Any:
+    for key in path:
+        rows = rows[key]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("color",), 1, "unknown entry 'color'"),
+        (("inside", 0, "speed"), 1, "unknown entry 'speed'"),
+        (("inside", 0, "algorithm"), "gossip", "one of ring, tree, switch, exchange"),
+        (("inside", 0, "hop_seconds"), -1e-6, "hop_seconds is -1e-06"),
+        (("network",), [], "a list of at least one"),
+        (("memory_bytes_per_second",), 0, "give a positive number"),
+        (("matmul", "efficiency"), "fast", "efficiency is 'fast'"),
+        (("matmul", "tiles"), [3], "pairs of sizes"),
+        (("flops_per_second",), {"2": float("nan")}, "flops_per_second"),
+        (("flops_per_second",), 3, "rates by itemsize"),
+    ],
+)
+def test_mistakes_are_named(path: tuple[Any, ...], value: Any, words: str, tmp_path: Path) -> None:
+    """The entry, where it stands, and what to write instead."""
+    file = tmp_path / "own.json"
+    write_hardware(find_hardware("dgx-a100"), file)
+    rows = json.loads(file.read_text())
+    entry(rows, *path[:-1])[path[-1]] = value
+    file.write_text(json.dumps(rows))
+    with pytest.raises(PlanError) as caught:
+        read_hardware(file)
+    assert words in str(caught.value)
+    assert caught.value.fix
+    assert str(file) in caught.value.where
+
+
+def test_missing_entries_and_files_are_named(tmp_path: Path) -> None:
+    """Also a list of regimes that cannot make every collective."""
+    file = tmp_path / "own.json"
+    with pytest.raises(PlanError, match="no hardware description"):
+        find_hardware(str(file))
+    file.write_text("{}")
+    with pytest.raises(PlanError, match="missing entry"):
+        read_hardware(file)
+    write_hardware(find_hardware("cpu"), file)
+    rows = json.loads(file.read_text())
+    rows["inside"] = [row for row in rows["inside"] if row["algorithm"] != "exchange"]
+    file.write_text(json.dumps(rows))
+    with pytest.raises(PlanError, match="exchange"):
+        read_hardware(file)
+    with pytest.raises(PlanError, match="no hardware preset 'abacus'"):
+        find_hardware("abacus")
+
+
+def rate(link: Link, algorithm: Algorithm) -> float:
+    return max(each.bytes_per_second for each in link.regimes if each.algorithm is algorithm)
+
+
+def shares(hardware: Hardware) -> float:
+    return rate(hardware.network, Algorithm.RING)
+
+
+def test_inner_axes_stay_inside_a_node() -> None:
+    """Ranks are numbered with the last axis innermost; nodes have 8 devices."""
+    hardware = find_hardware("dgx-a100")
+    (inside,) = hardware.links((8,))
+    assert inside == hardware.inside
+    outer, inner = hardware.links((8, 8))
+    assert inner == hardware.inside
+    assert rate(outer, Algorithm.RING) == shares(hardware)
+    middle_outer, middle_inner = hardware.links((8, 4))
+    assert middle_inner == hardware.inside
+    assert rate(middle_outer, Algorithm.RING) == 2 * shares(hardware)
+    (all_of_them,) = hardware.links((64,))
+    assert rate(all_of_them, Algorithm.RING) == 8 * shares(hardware)
+    first, second, third = hardware.links((2, 2, 4))
+    assert (second, third) == (hardware.inside, hardware.inside)
+    assert rate(first, Algorithm.RING) == shares(hardware)
+
+
+def test_an_exchange_leaves_the_node_by_the_own_share() -> None:
+    """Of 63 other ranks 56 are elsewhere; 7 are reached inside."""
+    hardware = find_hardware("dgx-a100")
+    (link,) = hardware.links((64,))
+    assert rate(link, Algorithm.EXCHANGE) == pytest.approx(shares(hardware) * 63 / 56)
+
+
+def test_latency_grows_with_nodes() -> None:
+    """A ring of 64 crosses 2 x 7 times between nodes, and hops 2 x 56 times inside."""
+    hardware = find_hardware("dgx-a100")
+    (link,) = hardware.links((64,))
+    near = {each.protocol: each for each in hardware.inside.regimes if _is_ring(each)}
+    far = {each.protocol: each for each in hardware.network.regimes if _is_ring(each)}
+    for regime in filter(_is_ring, link.regimes):
+        one, other = near[regime.protocol], far[regime.protocol]
+        hops = 2 * 56 * one.hop_seconds + 2 * 7 * other.hop_seconds
+        assert 2 * 63 * regime.hop_seconds == pytest.approx(hops)
+    tiny = collective_seconds(Collective.ALL_REDUCE, 8.0, link, 64)
+    (wider,) = hardware.links((512,))
+    assert tiny < collective_seconds(Collective.ALL_REDUCE, 8.0, wider, 512)
+
+
+def _is_ring(regime: Any) -> bool:
+    return regime.algorithm is Algorithm.RING
