@@ -176,14 +176,14 @@ def _product(
     points = rule.points * shares.prod(axis=1)
     times = rule.flops * points / (2 * batch * rows * columns * depth)
     moved = parts.sum(axis=1) / hardware.sustained_bytes_per_second
-    made = [(times, rows, columns, depth)]
+    forms = ((rows, depth, columns), (depth, columns, rows), (rows, columns, depth))
+    made = [(times, forms[2])]
     for at, factor in enumerate(factors):
         if call.operands[factor].requires_grad:
-            shape = ((rows, depth, columns), (depth, columns, rows), (rows, columns, depth))
-            made.append((times if at < 2 else times / (len(factors) - 1), *shape[min(at, 2)]))
+            made.append((times if at < 2 else times / (len(factors) - 1), forms[min(at, 2)]))
     arithmetic, traffic = [], []
-    for repeats, *sizes in made:
-        seconds = repeats * product_seconds(batch, *sizes, itemsize, hardware)
+    for repeats, (height, width, long) in made:
+        seconds = repeats * product_seconds(batch, height, width, long, itemsize, hardware)
         arithmetic.append(seconds)
         traffic.append(np.maximum(moved - seconds, 0.0) + hardware.launch_seconds)
     forward = arithmetic[0] + traffic[0]
