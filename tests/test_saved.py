@@ -1,0 +1,168 @@
+"""What an op keeps for its backward is seen without data, and scales with the right loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calls import Call, call, fixed, ints, x
+from sample_calls import CALLS
+
+from autoparallel.cost.observe import contiguous, observe, runner
+from autoparallel.cost.saved import Saved, SavedTensors, _observe
+from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
+from autoparallel.rules.referee import make_example
+from autoparallel.rules.registry import find_rule
+from autoparallel.rules.rule import ShardingRule
+
+
+def rule_of(sample: Call) -> ShardingRule:
+    find = find_rule(sample.target)
+    assert find is not None
+    return find(sample.example().call)
+
+
+def known(sample: Call) -> SavedTensors:
+    return SavedTensors(sample.example().graph, {"y": rule_of(sample)})
+
+
+def saved_in(graph: Graph, target: str) -> Saved:
+    (node,) = (node for node in graph.calls if node.target == target)
+    return SavedTensors(graph, {}).of(node.name)
+
+
+def saved(sample: Call) -> Saved:
+    return known(sample).of("y")
+
+
+def kept_for_real(sample: Call) -> tuple[set[int], set[int], list[int]]:
+    """Which operands and results a real run keeps, and the bytes of what else."""
+    example = sample.example()
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = runner(sample.target)(*sample.args, **sample.kwargs)
+    results = [made] if isinstance(made, torch.Tensor) else list(made)
+
+    def place(tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    where = {place(tensor): tensor.untyped_storage().nbytes() for tensor in kept}
+    operands = [place(example.tensors[name]) for name in example.node.operands()]
+    others = [place(result) for result in results]
+    inside = [size for at, size in where.items() if at not in (*operands, *others)]
+    return (
+        {index for index, at in enumerate(operands) if at in where},
+        {index for index, at in enumerate(others) if at in where and at not in operands},
+        sorted(size for size in inside if size),
+    )
+
+
+@pytest.mark.parametrize("sample", CALLS, ids=str)
+def test_what_is_seen_without_data_is_what_is_kept(sample: Call) -> None:
+    if rule_of(sample).random:
+        pytest.skip("drawn by functions of ours, not by the op")
+    seen = saved(sample)
+    assert not seen.assumed
+    operands, results, inside = kept_for_real(sample)
+    assert {index for index, kept in enumerate(seen.operands) if kept} == operands
+    own = [index for index, alias in enumerate(seen.aliases) if alias is None]
+    assert {index for index in own if seen.results[index]} == results
+    assert sorted(item.nbytes for item in seen.internal) == inside
+
+
+@pytest.mark.parametrize("sample", CALLS, ids=str)
+def test_what_is_inside_an_op_shrinks_with_its_loops(sample: Call) -> None:
+    """Prediction for a part, from the whole and its loops: equal to what a part keeps."""
+    rule, tensors = rule_of(sample), known(sample)
+    seen = tensors.of("y")
+    if not seen.internal:
+        return
+    case = tensors._cases[tensors._keys["y"]]
+    for loop in rule.loops:
+        size, grain = hint(rule.sizes[loop]), rule.grain.get(loop, 1)
+        if loop in rule.whole or loop in rule.kernels or size <= grain + 1:
+            continue  # a part of one place may need no copy where the whole does
+        part = _observe(case, {loop: size - grain})
+        inside = [i for i in part.saved if i >= part.operands and i not in part.storages]
+        expected = seen.internal_nbytes({loop: (size - grain) / size})
+        assert sum(map(part.size, inside)) == pytest.approx(expected), loop
+
+
+def inside(seen: Saved) -> list[tuple[int, set[str]]]:
+    return [(item.nbytes, set(item.loops)) for item in seen.internal]
+
+
+def test_a_product_keeps_what_its_gradients_need() -> None:
+    assert saved(call("mm.default", x(5, 6), x(6, 7))).operands == (True, True)
+    assert saved(call("mm.default", x(5, 6), fixed(6, 7))).operands == (False, True)
+    assert saved(call("mm.default", fixed(5, 6), fixed(6, 7))).operands == (False, False)
+
+
+def test_a_product_of_merged_batches_keeps_a_copy_of_what_does_not_lie_in_order() -> None:
+    plain = saved(call("matmul.default", x(2, 3, 5, 4), x(2, 3, 4, 6)))
+    assert (plain.operands, plain.internal) == ((True, True), ())
+    step = make_example("aten.transpose.int", (x(2, 5, 3, 4), 1, 2)).graph
+    product = Node(
+        "z",
+        "call",
+        "aten.matmul.default",
+        (Value("z0", (2, 3, 5, 6), torch.float64, True),),
+        (Ref("y0"), Ref("w")),
+    )
+    weight = Node("w", "parameter", "w", (Value("w", (2, 3, 4, 6), torch.float64, True),))
+    graph = Graph((weight, *step.nodes, product), ("z0",))
+    seen = saved_in(graph, "aten.matmul.default")
+    assert seen.operands == (False, True)
+    assert [item.nbytes for item in seen.internal] == [2 * 3 * 5 * 4 * 8]
+
+
+def test_dropout_keeps_a_mask_of_its_operands_type() -> None:
+    assert inside(saved(call("dropout.default", x(5, 6), 0.1, True))) == [(240, {"d0", "d1"})]
+    idle = saved(call("dropout.default", x(5, 6), 0.1, False))
+    assert (idle.internal, idle.aliases) == ((), (0,))
+
+
+def test_a_norm_keeps_its_operand_and_two_numbers_a_row() -> None:
+    seen = saved(call("layer_norm.default", x(4, 5, 6), (6,), x(6), x(6)))
+    assert seen.operands[0]
+    assert inside(seen) == [(160, {"_1", "_2"}), (160, {"_1", "_2"})]
+
+
+def test_a_kernel_keeps_what_it_keeps_of_its_part() -> None:
+    """Cross-entropy over split classes: probabilities, places, two masks, all of this rank."""
+    sample = call("cross_entropy_loss.default", x(6, 10), ints(6, high=10))
+    seen = known(sample).of_kernel("y", "c", 5)
+    assert (seen.operands, seen.results) == ((False, False), (False,))
+    sizes = [(6 * 2 * 8, {"t"}), (6 * 8, {"t"}), (6, {"t"}), (6, {"t"}), (8, set())]
+    assert inside(seen) == sizes
+
+
+def test_views_lie_in_the_memory_of_what_they_view() -> None:
+    graph = make_example("aten.split.Tensor", (x(4, 6), 2, 1)).graph
+    tensors = SavedTensors(graph, {"y": None})
+    assert [tensors.storage_of(name) for name in ("y0", "y1", "y2")] == ["x0"] * 3
+    assert tensors.of("y").aliases == (0, 0, 0)
+
+
+def test_what_cannot_be_run_keeps_all() -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError
+
+    stand = contiguous((3, 4), torch.float32, True)
+    seen = observe(refuse, (Ref("a"),), {}, [stand], [stand])
+    assert (seen.assumed, seen.saved) == (True, (0, 1))
+    still = contiguous((3, 4), torch.float32)
+    assert observe(refuse, (Ref("a"),), {}, [still], [still]).saved == ()
+
+
+def test_the_users_random_numbers_stay_as_they_are() -> None:
+    samples = [call("dropout.default", x(5, 6), 0.1, True), call("rand_like.default", fixed(5, 6))]
+    cases = [(sample.example().graph, {"y": rule_of(sample)}) for sample in samples]
+    before = torch.get_rng_state()
+    for graph, rules in cases:
+        SavedTensors(graph, rules).of("y")
+    assert torch.equal(before, torch.get_rng_state())
