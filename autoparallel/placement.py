@@ -15,16 +15,25 @@ from functools import cache
 __all__ = [
     "Collective",
     "Invariant",
+    "Layout",
     "Movement",
     "Partial",
     "Placement",
     "Replicate",
     "Shard",
+    "Step",
+    "backward_steps",
     "gradient",
+    "is_possible_step",
+    "layout_gradient",
+    "layout_text",
+    "local_layout_size",
     "local_size",
     "movement",
+    "parse_layout",
     "parse_placement",
     "part_bounds",
+    "whole",
 ]
 
 
@@ -74,6 +83,10 @@ class Shard:
 
 Placement = Invariant | Replicate | Shard | Partial
 
+# How a tensor lies on a mesh: one placement per axis, outermost first. Where two axes split the same
+# dim, the outer one cuts it first and the inner one cuts the part.
+Layout = tuple[Placement, ...]
+
 _SHARD = re.compile(r"S\((\d+)(?:, blocks=(\d+))?(?:, unit=(\d+))?\)")
 
 
@@ -89,6 +102,22 @@ def parse_placement(text: str) -> Placement:
     return Shard(int(dim), int(blocks or 1), int(unit or 1))
 
 
+def layout_text(layout: Layout) -> str:
+    """ "S(0)" on a mesh of one axis, "S(0) | R" on two."""
+    return " | ".join(map(str, layout))
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that prints as `text`. Raises ValueError for anything else."""
+    return tuple(map(parse_placement, text.split(" | ")))
+
+
+@cache
+def whole(axes: int) -> Layout:
+    """Invariant on every axis."""
+    return (Invariant(),) * axes
+
+
 def gradient(placement: Placement) -> Placement:
     """The placement of the gradient of a tensor that lies as `placement`."""
     if isinstance(placement, Replicate):
@@ -96,6 +125,11 @@ def gradient(placement: Placement) -> Placement:
     if isinstance(placement, Partial):
         return Replicate()
     return placement
+
+
+def layout_gradient(layout: Layout) -> Layout:
+    """The layout of the gradient of a tensor that lies as `layout`."""
+    return tuple(map(gradient, layout))
 
 
 def part_bounds(count: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -110,6 +144,24 @@ def local_size(size: int, shard: Shard, world_size: int, rank: int = 0) -> int:
     runs = size // (shard.blocks * shard.unit)
     start, stop = part_bounds(runs, world_size, rank)
     return shard.blocks * shard.unit * (stop - start)
+
+
+def local_layout_size(
+    size: int,
+    dim: int,
+    layout: Layout,
+    sizes: tuple[int, ...],
+    ranks: tuple[int, ...] | None = None,
+) -> int:
+    """Elements along `dim`, `size` in all, that one rank holds.
+
+    sizes: of the mesh axes. ranks: the rank's place on each; by default 0, which holds the largest
+    part.
+    """
+    for axis, placement in enumerate(layout):
+        if isinstance(placement, Shard) and placement.dim == dim:
+            size = local_size(size, placement, sizes[axis], ranks[axis] if ranks else 0)
+    return size
 
 
 class Collective(Enum):
@@ -167,3 +219,45 @@ def movement(source: Placement, target: Placement) -> Movement:
     if source == target:
         return Movement.NONE
     return _MOVEMENTS[type(source), type(target)]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Step:
+    """One move of a tensor on one mesh axis; its placements on the other axes stay."""
+
+    axis: int
+    source: Placement
+    target: Placement
+
+    def __str__(self) -> str:
+        return f"{self.axis}: {self.source} -> {self.target}"
+
+    @property
+    def forward(self) -> Movement:
+        """What it does to the value."""
+        return movement(self.source, self.target)
+
+    @property
+    def backward(self) -> Movement:
+        """What it does to the gradient."""
+        return movement(gradient(self.target), gradient(self.source))
+
+    def applied(self, layout: Layout) -> Layout:
+        """The layout after the step."""
+        assert layout[self.axis] == self.source, (layout, self)
+        return (*layout[: self.axis], self.target, *layout[self.axis + 1 :])
+
+
+def is_possible_step(layout: Layout, step: Step) -> bool:
+    """Whether the part that a step moves is one piece of its dim: no inner axis cuts that dim."""
+    dims = {end.dim for end in (step.source, step.target) if isinstance(end, Shard)}
+    return not any(
+        isinstance(inner, Shard) and inner.dim in dims for inner in layout[step.axis + 1 :]
+    )
+
+
+def backward_steps(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """How the gradient travels when the value travels by `steps`."""
+    return tuple(
+        Step(step.axis, gradient(step.target), gradient(step.source)) for step in reversed(steps)
+    )

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Movement, Placement, gradient, movement, parse_placement
+from autoparallel.placement import (
+    Layout,
+    Movement,
+    Step,
+    layout_text,
+    parse_layout,
+    parse_placement,
+)
 
 if TYPE_CHECKING:
     from autoparallel.graph.capture import Captured
@@ -18,15 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Part", "Plan"]
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class OpChoice:
-    """How one op runs. name, target, where, line: of its node. operands, results: placements.
+    """How one op runs. name, target, where, line: of its node. operands, results: layouts.
 
-    reads, makes: names of the values, in the same order. kernel: the communicating kernel, if
-    it needs one. seconds: predicted, forward and backward. flops: of products, forward, on the
+    reads, makes: names of the values, in the same order. kernels: per mesh axis, the communicating
+    kernel that the op needs to be split on it, or "". seconds: predicted, forward and backward. flops: of products, forward, on the
     busiest rank; whole_flops: unsplit. discovered: the op's rule, if it was found by trial.
     reason: why a product is left whole, empty if it is split or no product. added: what the best
     plan that splits it would add to the cost.
@@ -38,9 +45,9 @@ class OpChoice:
     line: str
     reads: tuple[str, ...]
     makes: tuple[str, ...]
-    operands: tuple[Placement, ...]
-    results: tuple[Placement, ...]
-    kernel: str = ""
+    operands: tuple[Layout, ...]
+    results: tuple[Layout, ...]
+    kernels: tuple[str, ...] = ()
     seconds: float = 0.0
     flops: float = 0.0
     whole_flops: float = 0.0
@@ -53,6 +60,11 @@ class OpChoice:
 class ParameterChoice:
     """How one parameter is stored. path: in the model. shape: of the whole. nbytes: likewise.
 
+    storage: what is there between steps. state: what the optimizer updates, with its state; it is
+    what the user sees. Where state is split and storage is not, the updated parts are gathered
+    before the next step. gradient: how the gradient is held until then: on an axis where it is not
+    split as the state is, it is reduced at the end of the backward pass only.
+    ZeRO's stages on an axis are (storage, gradient, state) = (I, I, S), (I, S, S) and (S, S, S).
     reason: why it is left whole, empty if it is split. added: what the best plan that splits it
     would add to the cost; 0 where it is split, and where none does.
     """
@@ -61,41 +73,42 @@ class ParameterChoice:
     path: str
     shape: tuple[int, ...]
     nbytes: int
-    storage: Placement
+    storage: Layout
+    gradient: Layout
+    state: Layout
     reason: str = ""
     added: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A value made as `source` and read as `target` by `readers`, converted once.
+    """A value made as `source` and read as `target` by `readers`, converted once, step by step.
 
+    again: what it makes is dropped after the forward pass and made again in the backward pass.
     shape: of the whole value for the sizes planned for, as text ("s0, s1, 768"). nbytes: of the
-    whole. forward, backward: what it takes. seconds: predicted for both. together: a parameter's
+    whole. seconds: predicted for both. together: a parameter's
     gradient, reduced at the end of the backward pass in one collective with others like it.
     """
 
     value: str
-    source: Placement
-    target: Placement
+    source: Layout
+    target: Layout
+    steps: tuple[Step, ...]
     readers: tuple[str, ...]
     shape: str
     nbytes: int
     requires_grad: bool
     seconds: float = 0.0
     together: bool = False
+    again: bool = False
 
     @property
-    def forward(self) -> Movement:
-        """What it does in the forward pass."""
-        return movement(self.source, self.target)
-
-    @property
-    def backward(self) -> Movement:
-        """What it does to the gradient."""
-        if not self.requires_grad:
-            return Movement.NONE
-        return movement(gradient(self.target), gradient(self.source))
+    def moves(self) -> tuple[tuple[int, Movement, Movement], ...]:
+        """Per step the axis, and what it does to the value and to the gradient."""
+        return tuple(
+            (step.axis, step.forward, step.backward if self.requires_grad else Movement.NONE)
+            for step in self.steps
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +159,7 @@ class Plan:
     parameters: tuple[ParameterChoice, ...]
     ops: tuple[OpChoice, ...]
     conversions: tuple[Conversion, ...]
-    outputs: tuple[Placement, ...]
+    outputs: tuple[Layout, ...]
     cost: float
     lower_bound: float
     method: str
@@ -162,7 +175,7 @@ class Plan:
         return self.mesh.world_size
 
     @property
-    def storage(self) -> Mapping[str, Placement]:
+    def storage(self) -> Mapping[str, Layout]:
         """How each parameter, by its path, is stored."""
         return {parameter.path: parameter.storage for parameter in self.parameters}
 
@@ -211,7 +224,7 @@ class Plan:
             "method": self.method,
             "seconds": self.seconds,
             "product_weight": self.product_weight,
-            "outputs": [str(placement) for placement in self.outputs],
+            "outputs": [layout_text(layout) for layout in self.outputs],
             "parameters": [_row(parameter) for parameter in self.parameters],
             "ops": [_row(op) for op in self.ops],
             "conversions": [_row(conversion) for conversion in self.conversions],
@@ -249,7 +262,7 @@ class Plan:
             parameters=tuple(_load(ParameterChoice, row) for row in rows["parameters"]),
             ops=tuple(_load(OpChoice, row) for row in rows["ops"]),
             conversions=tuple(_load(Conversion, row) for row in rows["conversions"]),
-            outputs=tuple(map(parse_placement, rows["outputs"])),
+            outputs=tuple(map(parse_layout, rows["outputs"])),
             cost=rows["cost"],
             lower_bound=rows["lower_bound"],
             method=rows["method"],
@@ -263,29 +276,39 @@ class Plan:
         )
 
 
+_LAYOUTS = {
+    OpChoice: ("operands", "results"),
+    ParameterChoice: ("storage", "gradient", "state"),
+    Conversion: ("source", "target"),
+}
+
+
 def _row(item: Any) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name in type(item).__slots__:
         value = getattr(item, name)
-        if isinstance(value, tuple):
-            value = [part if isinstance(part, (int, str)) else str(part) for part in value]
-        elif not isinstance(value, (str, int, float, bool)):
-            value = str(value)
+        if name in _LAYOUTS.get(type(item), ()):
+            many = not value or isinstance(value[0], tuple)
+            value = list(map(layout_text, value)) if many else layout_text(value)
+        elif name == "steps":
+            value = [[step.axis, str(step.source), str(step.target)] for step in value]
+        elif isinstance(value, tuple):
+            value = list(value)
         made[name] = value
     return made
 
 
 def _load(kind: Any, row: Mapping[str, Any]) -> Any:
-    placed = {
-        OpChoice: ("operands", "results"),
-        ParameterChoice: ("storage",),
-        Conversion: ("source", "target"),
-    }[kind]
     made: dict[str, Any] = {}
     for name, value in row.items():
-        if name in placed:
+        if name in _LAYOUTS[kind]:
             many = isinstance(value, list)
-            made[name] = tuple(map(parse_placement, value)) if many else parse_placement(value)
+            made[name] = tuple(map(parse_layout, value)) if many else parse_layout(value)
+        elif name == "steps":
+            made[name] = tuple(
+                Step(axis, parse_placement(source), parse_placement(target))
+                for axis, source, target in value
+            )
         else:
             made[name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)
