@@ -83,8 +83,8 @@ class Shard:
 
 Placement = Invariant | Replicate | Shard | Partial
 
-# How a tensor lies on a mesh: one placement per axis, outermost first. Where two axes split the same
-# dim, the outer one cuts it first and the inner one cuts the part.
+# How a tensor lies on a mesh: one placement per axis, outermost first. Where two axes split the
+# same dim, the outer one cuts it first and the inner one cuts the part.
 Layout = tuple[Placement, ...]
 
 _SHARD = re.compile(r"S\((\d+)(?:, blocks=(\d+))?(?:, unit=(\d+))?\)")

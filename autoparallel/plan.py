@@ -33,10 +33,10 @@ class OpChoice:
     """How one op runs. name, target, where, line: of its node. operands, results: layouts.
 
     reads, makes: names of the values, in the same order. kernels: per mesh axis, the communicating
-    kernel that the op needs to be split on it, or "". seconds: predicted, forward and backward. flops: of products, forward, on the
-    busiest rank; whole_flops: unsplit. discovered: the op's rule, if it was found by trial.
-    reason: why a product is left whole, empty if it is split or no product. added: what the best
-    plan that splits it would add to the cost.
+    kernel that the op needs to be split on it, or "". seconds: predicted, forward and backward.
+    flops: of products, forward, on the busiest rank; whole_flops: unsplit. discovered: the op's
+    rule, if it was found by trial. reason: why a product is left whole, empty if it is split or no
+    product. added: what the best plan that splits it would add to the cost.
     """
 
     name: str
