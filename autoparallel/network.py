@@ -1,44 +1,37 @@
 """From a graph to a cost network, and from its solution to choices: strategies become states.
 
-One variable per op (its strategies), one per parameter (how it is stored), one per value that
-several ops read (the set of placements that it is converted to, each once), one per returned value.
+One variable per op (its joint strategies), one per parameter (how it is stored), one per value that
+several ops read (the set of layouts that it is brought to, each once), one per returned value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
-from autoparallel.cost.collectives import conversion_seconds
-from autoparallel.cost.compute import OpCost, nbytes, op_cost, update_seconds
+from autoparallel.cost.compute import OpCost, nbytes, op_costs, update_seconds
 from autoparallel.cost.hardware import Hardware
+from autoparallel.edges import Edge, Edges, Made, Need, Table
 from autoparallel.errors import PlanError, UnsupportedOpError
 from autoparallel.graph.graph import Graph, Node, Ref, Value, map_leaves
+from autoparallel.joint import Joint, is_nested, joint_strategies
+from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import (
-    Invariant,
-    Movement,
-    Placement,
-    Shard,
-    gradient,
-    local_size,
-    movement,
-)
+from autoparallel.placement import Layout, Placement, Shard, layout_text, whole
+from autoparallel.routes import layout_fraction
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, strategies
 from autoparallel.rules.unknown import find_unknown
+from autoparallel.stores import Stored, storage_choices, stored_bytes
 from autoparallel.tiling import Tiling, inert_calls, weight_values
 from planners import Factor, Problem, Variable
 
 __all__ = ["Network", "build_network", "reduced_together"]
-
-INVARIANT = Invariant()
-_MOST_TARGETS = 3
 
 
 @dataclass(frozen=True)
@@ -49,57 +42,78 @@ class _Kind:
     rule: ShardingRule | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Choices:
+    """The states of all calls that are alike. made, needs: by position of result and operand."""
+
+    joints: tuple[Joint, ...]
+    costs: tuple[OpCost, ...]
+    made: tuple[Made, ...]
+
+
 @dataclass
 class Network:
     """The problem of one graph, and what its states mean.
 
     strategies: per call node. storages: per parameter node. outputs: per returned value.
-    costs: per call node, per strategy, what it takes. rules: per call node. weights: values that
-    come from parameters alone.
+    costs: per call node, per strategy, what it takes. values: what every value costs between its
+    maker and its readers; moved: per factor, the value whose way it prices, or "". rules: per call
+    node. weights: values that come from parameters alone.
     """
 
     graph: Graph
-    world_size: int
+    mesh: Mesh
     hardware: Hardware
     options: Options
-    strategies: dict[str, tuple[Strategy, ...]] = field(default_factory=dict)
-    storages: dict[str, tuple[Placement, ...]] = field(default_factory=dict)
-    outputs: dict[str, tuple[Placement, ...]] = field(default_factory=dict)
+    edges: Edges
+    strategies: dict[str, tuple[Joint, ...]] = field(default_factory=dict)
+    storages: dict[str, tuple[Stored, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[Layout, ...]] = field(default_factory=dict)
     costs: dict[str, tuple[OpCost, ...]] = field(default_factory=dict)
     factors: list[Factor] = field(default_factory=list)
-    fans: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    updates: dict[str, np.ndarray] = field(default_factory=dict)
+    moved: list[str] = field(default_factory=list)
+    values: dict[str, Edge] = field(default_factory=dict)
+    fans: list[tuple[str, Table]] = field(default_factory=list)
+    updates: dict[str, Table] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
 
-    def problem(self, product_weight: float = 1.0, pins: Mapping[str, Placement] = {}) -> Problem:
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.mesh.world_size
+
+    def problem(self, product_weight: float = 1.0, pins: Mapping[str, Layout] = {}) -> Problem:
         """The numbers. product_weight: what a second of matrix products counts.
 
         pins: storage of parameters (by node name) that is given. Raises PlanError for a pin that
         the parameter cannot take.
         """
-        interned: dict[tuple[Any, ...], np.ndarray] = {}
+        interned: dict[Any, np.ndarray] = {}
         variables: list[Variable] = []
         for name, choices in self.storages.items():
-            unary = self.updates[name]
+            table = self.updates[name]
+            unary = table.cost
             if name in pins:
-                if pins[name] not in choices:
+                allowed = np.array([choice.storage == pins[name] for choice in choices])
+                if not allowed.any():
+                    able = dict.fromkeys(layout_text(choice.storage) for choice in choices)
                     raise PlanError(
-                        f"parameter {name} cannot be stored as {pins[name]}",
-                        why=f"it can be {', '.join(map(str, choices))}",
+                        f"parameter {name} cannot be stored as {layout_text(pins[name])}",
+                        why=f"it can be {', '.join(able)}",
                     )
-                allowed = np.array([choice == pins[name] for choice in choices])
                 unary = np.where(allowed, unary, np.inf)
-            variables.append(Variable(name, unary))
+            variables.append(Variable(name, unary, table.usage, table.alternatives))
         for name, costs in self.costs.items():
-            key = tuple(self.priced(cost, product_weight) for cost in costs)
-            unary = interned.setdefault(key, np.array(key))
-            variables.append(Variable(name, unary))
-        for name, choices in self.outputs.items():
-            key = (0.0,) * len(choices)
-            variables.append(Variable(f"return:{name}", interned.setdefault(key, np.array(key))))
-        for name, unary in self.fans:
-            variables.append(Variable(name, unary))
+            key = (id(costs), product_weight)
+            if key not in interned:
+                interned[key] = np.array([self.priced(cost, product_weight) for cost in costs])
+            variables.append(Variable(name, interned[key]))
+        for name, layouts in self.outputs.items():
+            zeros = interned.setdefault(len(layouts), np.zeros(len(layouts)))
+            variables.append(Variable(f"return:{name}", zeros))
+        for name, table in self.fans:
+            variables.append(Variable(name, table.cost, table.usage, table.alternatives))
         return Problem(tuple(variables), tuple(self.factors))
 
     def priced(self, cost: OpCost, product_weight: float) -> float:
@@ -115,19 +129,19 @@ class Network:
 
 def build_network(
     graph: Graph,
-    world_size: int,
+    mesh: Mesh,
     hardware: Hardware,
     options: Options,
-    stored: Mapping[str, Placement] | None = None,
+    stored: Mapping[str, Layout] | None = None,
     whole_outputs: bool = False,
 ) -> Network:
     """All strategies, and what they cost with their neighbours.
 
-    stored: placements that parameters (by path) have already, which they keep. whole_outputs:
+    stored: layouts that parameters (by path) have already, which they keep. whole_outputs:
     whether all that is returned must be whole.
     Raises UnsupportedOpError that lists every differentiable op without a rule.
     """
-    builder = _Builder(graph, world_size, hardware, options, stored or {}, whole_outputs)
+    builder = _Builder(graph, mesh, hardware, options, stored or {}, whole_outputs)
     return builder.build()
 
 
@@ -135,21 +149,26 @@ class _Builder:
     def __init__(
         self,
         graph: Graph,
-        world_size: int,
+        mesh: Mesh,
         hardware: Hardware,
         options: Options,
-        stored: Mapping[str, Placement],
+        stored: Mapping[str, Layout],
         whole_outputs: bool,
     ) -> None:
-        self.graph, self.world_size, self.whole_outputs = graph, world_size, whole_outputs
+        self.graph, self.mesh, self.whole_outputs = graph, mesh, whole_outputs
         self.hardware, self.options, self.stored = hardware, options, stored
-        self.network = Network(graph, world_size, hardware, options)
+        self.sizes = tuple(size for _, size in mesh.axes)
+        self.links = hardware.links(self.sizes)
+        self.edges = Edges(self.sizes, self.links, hardware, options)
+        self.network = Network(graph, mesh, hardware, options, self.edges)
+        self.invariant = whole_layout(len(self.sizes))
         self.kinds: dict[str, _Kind] = {}
         self.weights = weight_values(graph)
         self.network.weights = frozenset(self.weights)
         self.inert = inert_calls(graph)
         self.together = reduced_together(graph)
-        self.tables: dict[Any, np.ndarray] = {}
+        self.tables: dict[Any, Any] = {}
+        self.choices: dict[str, _Choices] = {}
         self.reads = {node.name: node.operands() for node in graph.calls}
 
     def build(self) -> Network:
@@ -157,21 +176,21 @@ class _Builder:
         rules = {
             name: None if name in self.inert else kind.rule for name, kind in self.kinds.items()
         }
-        self.tiling = Tiling(self.graph, rules, self.weights, self.options, self.world_size)
-        shared: dict[Any, tuple[tuple[Strategy, ...], tuple[OpCost, ...]]] = {}
+        tilings = {
+            size: Tiling(self.graph, rules, self.weights, self.options, size)
+            for size in dict.fromkeys(self.sizes)
+        }
+        self.tilings = [tilings[size] for size in self.sizes]
+        shared: dict[Any, _Choices] = {}
         for node in self.graph.calls:
             kind = self.kinds[node.name]
-            key = (id(kind), tuple(self.tiling.tiles.get(node.name, ())))
+            tiles = tuple(tuple(tiling.tiles.get(node.name, ())) for tiling in tilings.values())
+            key = (id(kind), tiles)
             if key not in shared:
-                choices = self.strategies(node, kind)
-                shared[key] = (
-                    choices,
-                    tuple(
-                        op_cost(kind.call, kind.rule, choice, self.hardware, self.world_size)
-                        for choice in choices
-                    ),
-                )
-            self.network.strategies[node.name], self.network.costs[node.name] = shared[key]
+                shared[key] = self.choose(node, kind)
+            chosen = self.choices[node.name] = shared[key]
+            self.network.strategies[node.name] = chosen.joints
+            self.network.costs[node.name] = chosen.costs
             self.network.rules[node.name] = kind.rule
         for node in self.graph.nodes:
             if node.kind == "parameter":
@@ -210,7 +229,7 @@ class _Builder:
                 author = find_rule(node.target)
                 if author is not None and node.name not in self.inert:
                     made = author(call)
-                if author is None and self.world_size > 1:
+                if author is None and self.mesh.world_size > 1:
                     made, why = self.unwritten(call)
                     grad = any(result.requires_grad for result in node.results)
                     if made is None and (grad or _draws(node.target)):
@@ -231,206 +250,172 @@ class _Builder:
             return None, ""
         return find_unknown(call)
 
-    def strategies(self, node: Node, kind: _Kind) -> tuple[Strategy, ...]:
-        operands = tuple(operand.requires_grad for operand in kind.call.operands)
-        results = tuple(result.requires_grad for result in kind.call.results)
+    def choose(self, node: Node, kind: _Kind) -> _Choices:
+        """The states of one call: its joint strategies, and what they cost."""
+        call = kind.call
+        operands = tuple(operand.requires_grad for operand in call.operands)
+        results = tuple(result.requires_grad for result in call.results)
         rule = kind.rule
         if rule is None:
             rule = ShardingRule(((),) * len(operands), ((),) * len(results), {})
             if node.name in self.inert:
                 operands = (False,) * len(operands)
-        return strategies(
-            rule, self.tiling.tiles.get(node.name, ()), operands, results, self.world_size
+        alone: dict[int, tuple[Strategy, ...]] = {}
+        for size, tiling in zip(self.sizes, self.tilings, strict=True):
+            if size not in alone:
+                tiles = tiling.tiles.get(node.name, ())
+                alone[size] = strategies(rule, tiles, operands, results, size)
+        shapes = [value.shape for value in (*call.operands, *call.results)]
+        joints = joint_strategies(rule, [alone[size] for size in self.sizes], shapes, self.sizes)
+        axes = tuple(zip(self.sizes, self.links, strict=True))
+        costs = op_costs(call, kind.rule, [joint.parts for joint in joints], axes, self.hardware)
+        made = tuple(
+            Made(tuple(joint.results[at] for joint in joints)) for at in range(len(results))
         )
+        return _Choices(joints, costs, made)
 
     def store(self, node: Node) -> None:
         """How one parameter may be stored, and what its update costs."""
         value = node.result
-        choices: tuple[Placement, ...] = (INVARIANT,)
         if node.target in self.stored:
-            choices = (self.stored[node.target],)
-        elif value.requires_grad or self.tiling.shards[value.name]:
-            choices = (INVARIANT, *self.tiling.shards[value.name])
-        costs = []
-        for choice in choices:
-            fraction = 1.0
-            if isinstance(choice, Shard):
-                size = value.shape[choice.dim]
-                assert isinstance(size, int)
-                fraction = local_size(size, choice, self.world_size) / size
-            local = nbytes(value) * fraction
-            seconds = update_seconds(local, local, 2 * local, self.hardware)
-            costs.append(seconds if value.requires_grad else 0.0)
+            choices: tuple[Stored, ...] = (Stored.as_used(self.stored[node.target]),)
+        else:
+            shards = tuple(
+                tuple(tiling.shards[value.name]) if size > 1 else ()
+                for size, tiling in zip(self.sizes, self.tilings, strict=True)
+            )
+            key = ("store", value.shape, value.dtype, value.requires_grad, shards)
+            if key not in self.tables:
+                free = self.options.data_parallel
+                self.tables[key] = storage_choices(value, shards, self.sizes, free, False)
+            choices = self.tables[key]
         self.network.storages[node.name] = choices
-        self.network.updates[node.name] = self.intern(tuple(costs))
+        key = ("update", value.shape, value.dtype, value.requires_grad, choices)
+        if key not in self.tables:
+            costs, usage = [], []
+            for choice in choices:
+                parts = stored_bytes(value, choice, self.sizes, self.options.optimizer)
+                own = nbytes(value) * layout_fraction(value.shape, choice.state, self.sizes)
+                seconds = update_seconds(own, own, parts[2], self.hardware)
+                costs.append(seconds if value.requires_grad else 0.0)
+                usage.append(sum(parts))
+            made = Made(tuple(choice.storage for choice in choices), choices, resident=True)
+            self.tables[key] = (Table(np.array(costs), np.array(usage)), made)
+        self.network.updates[node.name], self.tables["made", node.name] = self.tables[key]
 
     def returns(self) -> None:
         """How a value may be returned: whole; beside a loss, also split as it is."""
         values = [self.graph.values[name] for name in self.graph.outputs]
         has_loss = any(not value.shape and value.requires_grad for value in values)
         for value in values:
-            choices: tuple[Placement, ...] = (INVARIANT,)
+            choices: tuple[Layout, ...] = (self.invariant,)
             if has_loss and value.shape and not self.whole_outputs:
-                plain = [s for s in self.tiling.shards[value.name] if s.blocks == 1 and s.unit == 1]
-                choices = (INVARIANT, *plain)
+                plain: list[tuple[Placement, ...]] = [
+                    (
+                        self.invariant[0],
+                        *(
+                            shard
+                            for shard in (tiling.shards[value.name] if size > 1 else ())
+                            if shard.blocks == 1 and shard.unit == 1
+                        ),
+                    )
+                    for size, tiling in zip(self.sizes, self.tilings, strict=True)
+                ]
+                choices = tuple(
+                    layout
+                    for layout in product(*plain)
+                    if is_nested(value.shape, layout, self.sizes)
+                )
             self.network.outputs[value.name] = choices
 
-    def intern(self, key: tuple[float, ...]) -> np.ndarray:
-        return self.tables.setdefault(key, np.array(key))
-
-    def made(self, name: str) -> tuple[str | None, tuple[Placement, ...]]:
-        """The variable that decides how a value is made, and the placement in each state."""
+    def made_by(self, name: str) -> tuple[str | None, Made]:
+        """The variable that decides how a value is made, and its layout in each state."""
         node = self.graph.producers[name]
         if node.kind == "call":
             at = [value.name for value in node.results].index(name)
-            states = self.network.strategies[node.name]
-            return node.name, tuple(strategy.results[at] for strategy in states)
+            return node.name, self.choices[node.name].made[at]
         if node.kind == "parameter":
-            return node.name, self.network.storages[node.name]
-        return None, (INVARIANT,)
+            return node.name, self.tables["made", node.name]
+        return None, self.shared("given", lambda: Made((self.invariant,), resident=True))
 
-    def needs(self, name: str) -> list[tuple[str, tuple[tuple[Placement, ...], ...]]]:
-        """Per reading variable and state, the placements in which it reads the value."""
-        found: list[tuple[str, tuple[tuple[Placement, ...], ...]]] = []
+    def shared(self, key: Any, make: Any) -> Any:
+        """What was made under that key, or is made now."""
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
+
+    def needs(self, name: str) -> list[tuple[str, Need]]:
+        """Per reading variable, the layouts in which it reads the value in each state."""
+        found: list[tuple[str, Need]] = []
         for node in self.graph.readers[name]:
-            at = [i for i, operand in enumerate(self.reads[node.name]) if operand == name]
-            states = self.network.strategies[node.name]
-            found.append(
-                (
-                    node.name,
-                    tuple(
-                        tuple(dict.fromkeys(strategy.operands[i] for i in at))
-                        for strategy in states
-                    ),
+            at = tuple(i for i, operand in enumerate(self.reads[node.name]) if operand == name)
+            choices = self.choices[node.name]
+
+            def need(joints: tuple[Joint, ...] = choices.joints, at: Any = at) -> Need:
+                return Need(
+                    tuple(tuple(dict.fromkeys(joint.operands[i] for i in at)) for joint in joints)
                 )
-            )
+
+            found.append((node.name, self.shared(("need", id(choices), at), need)))
         if name in self.network.outputs:
-            choices = self.network.outputs[name]
-            found.append((f"return:{name}", tuple((choice,) for choice in choices)))
+            layouts = self.network.outputs[name]
+            returned = self.shared(
+                ("return", layouts), lambda: Need(tuple((layout,) for layout in layouts))
+            )
+            found.append((f"return:{name}", returned))
         for _, written in self.graph.mutations:
             if written == name:
-                found.append(("", ((INVARIANT,),)))
+                found.append(("", self.shared("written", lambda: Need(((self.invariant,),)))))
         return found
 
     def connect(self) -> None:
-        """Conversion tables between what is made and what is read."""
+        """Tables between what is made and what is read."""
         for name, value in self.graph.values.items():
             needs = self.needs(name)
             if not needs:
                 continue
-            variable, made = self.made(name)
-            targets = tuple(
-                dict.fromkeys(target for _, states in needs for need in states for target in need)
+            variable, made = self.made_by(name)
+            weight, together = name in self.weights, name in self.together
+            edge = self.edges.between(
+                value, made, tuple(need for _, need in needs), weight, together
             )
-            costs = self.conversions(value, made, targets)
-            if not costs.any():
-                continue
+            self.network.values[name] = edge
             if len(needs) == 1:
-                reader, states = needs[0]
-                self.couple(variable, reader, self.paid(costs, targets, states))
+                self.couple(variable, needs[0][0], edge.paid, name)
                 continue
-            most = min(len(needs), len(targets), _MOST_TARGETS)
-            sets = self.target_sets(needs, targets, most)
-            fan = f"{name}*"
-            paid = self.paid(costs, targets, sets)
+            if not edge.paid.matters:
+                continue
             if variable is None:
-                self.network.fans.append((fan, paid[0]))
+                self.network.fans.append((f"{name}*", _first(edge.paid)))
             else:
-                self.network.fans.append((fan, self.intern((0.0,) * len(sets))))
-                self.couple(variable, fan, paid)
-            for reader, states in needs:
-                self.couple(fan, reader, self.offers(sets, states))
+                count = len(edge.groups)
+                self.network.fans.append(
+                    (f"{name}*", Table(self.shared(("zeros", count), lambda n=count: np.zeros(n))))
+                )
+                self.couple(variable, f"{name}*", edge.paid, name)
+            for (reader, _), offer in zip(needs, edge.offers, strict=True):
+                self.couple(f"{name}*", reader, offer, "")
 
-    def target_sets(
-        self,
-        needs: list[tuple[str, tuple[tuple[Placement, ...], ...]]],
-        targets: tuple[Placement, ...],
-        most: int,
-    ) -> tuple[tuple[Placement, ...], ...]:
-        """Sets of placements that a value may be converted to, the smallest first."""
-        largest = max(len(need) for _, states in needs for need in states)
-        counts = range(1, max(most, largest) + 1)
-        return tuple(group for count in counts for group in combinations(targets, count))
-
-    def conversions(
-        self, value: Value, made: tuple[Placement, ...], targets: tuple[Placement, ...]
-    ) -> np.ndarray:
-        """Seconds from every placement made to every target; infinite where forbidden."""
-        weight = value.name in self.weights
-        grad = value.requires_grad
-        together = value.name in self.together
-        key = ("c", nbytes(value), grad, weight, together, made, targets)
-        if key not in self.tables:
-            self.tables[key] = np.array(
-                [[self.convert(value, one, two, weight) for two in targets] for one in made]
-            )
-        return self.tables[key]
-
-    def convert(self, value: Value, one: Placement, two: Placement, weight: bool) -> float:
-        if one == two:
-            return 0.0
-        options = self.options
-        move = movement(one, two)
-        back = movement(gradient(two), gradient(one)) if value.requires_grad else Movement.NONE
-        if Movement.REDUCE_SCATTER in (move, back) and not (
-            options.sequence_parallel or options.data_parallel
-        ):
-            return np.inf
-        if weight and not options.data_parallel:
-            matrix = sum(size != 1 for size in value.shape) > 1
-            if matrix or move not in (Movement.NONE, Movement.KEEP_ON_FIRST):
-                return np.inf
-        return conversion_seconds(
-            one,
-            two,
-            nbytes(value),
-            value.requires_grad,
-            self.hardware,
-            self.world_size,
-            together=value.name in self.together,
+    def couple(self, first: str | None, second: str, table: Table, value: str) -> None:
+        """A factor; where one side has no variable, one of a single state stands for it."""
+        if not table.matters or (first is None and not second):
+            return
+        names = [first or "", second]
+        for side, name in enumerate(names):
+            if not name:
+                other = names[1 - side]
+                names[side] = f"{other}+{len(self.network.fans)}"
+                self.network.fans.append((names[side], Table(np.zeros(1))))
+        self.network.moved.append(value)
+        self.network.factors.append(
+            Factor((names[0], names[1]), table.cost, table.usage, table.alternatives)
         )
 
-    def paid(
-        self,
-        costs: np.ndarray,
-        targets: tuple[Placement, ...],
-        states: tuple[tuple[Placement, ...], ...],
-    ) -> np.ndarray:
-        """table[made, state]: every placement in the state's set is paid once."""
-        key = ("p", id(costs), targets, states)
-        if key not in self.tables:
-            place_of = {target: index for index, target in enumerate(targets)}
-            columns = [
-                costs[:, [place_of[target] for target in state]].sum(axis=1) for state in states
-            ]
-            self.tables[key] = np.stack(columns, axis=1)
-        return self.tables[key]
 
-    def offers(
-        self,
-        sets: tuple[tuple[Placement, ...], ...],
-        states: tuple[tuple[Placement, ...], ...],
-    ) -> np.ndarray:
-        """table[set, state]: zero where the set holds all that the state reads."""
-        key = ("o", sets, states)
-        if key not in self.tables:
-            self.tables[key] = np.array(
-                [[0.0 if set(need) <= set(group) else np.inf for need in states] for group in sets]
-            )
-        return self.tables[key]
-
-    def couple(self, first: str | None, second: str, table: np.ndarray) -> None:
-        """A factor, folded into a fan's own costs where one side has no variable."""
-        if first is None and not second:
-            return
-        if first is None:
-            self.network.fans.append((f"{second}+{len(self.network.fans)}", np.zeros(1)))
-            self.network.factors.append(Factor((self.network.fans[-1][0], second), table[:1]))
-        elif not second:
-            self.network.fans.append((f"{first}+{len(self.network.fans)}", np.zeros(1)))
-            self.network.factors.append(Factor((first, self.network.fans[-1][0]), table))
-        elif table.any():
-            self.network.factors.append(Factor((first, second), table))
+def _first(table: Table) -> Table:
+    """The first row of a table, as a table of one variable."""
+    usage = None if table.usage is None else table.usage[0]
+    return Table(table.cost[0], usage, tuple(one.row(0) for one in table.alternatives))
 
 
 def _draws(target: str) -> bool:

@@ -10,6 +10,7 @@ __all__ = ["Options"]
 
 _UNKNOWN_OPS = ("discover", "replicate", "error")
 _RNG = ("counter", "fast")
+_OPTIMIZERS = ("sgd", "momentum", "adam", "mixed_adam")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Options:
     same random numbers under every plan; "fast" draws from torch's generators, one stream per
     shard.
     strict_capture: refuse a model that cannot be traced whole, in place of splitting what can be.
+    optimizer: whose state is counted and updated: "sgd", "momentum", "adam", or "mixed_adam" (16-bit
+    parameters with a float32 master copy and moments).
     """
 
     sequence_parallel: bool = True
@@ -35,9 +38,10 @@ class Options:
     tokens: int = 8192
     rng: str = "counter"
     strict_capture: bool = False
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
-        for name, known in (("unknown_ops", _UNKNOWN_OPS), ("rng", _RNG)):
+        for name, known in (("unknown_ops", _UNKNOWN_OPS), ("rng", _RNG), ("optimizer", _OPTIMIZERS)):
             value = getattr(self, name)
             if value not in known:
                 raise PlanError(f"{name}={value!r}", fix=f"choose one of {', '.join(known)}")

@@ -13,7 +13,7 @@ from autoparallel.graph.alike import Alike
 from autoparallel.graph.breaks import Broken, TracedPart, trace, trace_alike
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Placement
+from autoparallel.placement import Layout, layout_text, whole_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Part, Plan
 from autoparallel.search import search
 from autoparallel.structure import flatten
@@ -35,7 +35,7 @@ class Planner:
         path: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        stored: Mapping[str, Placement],
+        stored: Mapping[str, Layout],
         part: bool,
     ) -> Plan:
         """The plan of the module at `path`, whose parameters are `stored` already.
@@ -75,7 +75,7 @@ def search_parts(
     model: nn.Module,
     mesh: Mesh,
     options: Options,
-    pins: Mapping[str, Placement] | None = None,
+    pins: Mapping[str, Layout] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
     """The plans of least cost of all parts, and together.
@@ -106,13 +106,14 @@ class _Planner:
         broken: Broken,
         mesh: Mesh,
         options: Options,
-        pins: Mapping[str, Placement],
+        pins: Mapping[str, Layout],
         product_weight: float | None,
         whole: set[str],
     ) -> None:
         self.broken, self.mesh, self.options = broken, mesh, options
         self.pins, self.product_weight, self.whole = pins, product_weight, whole
-        self.decided: dict[str, Placement] = {path: Invariant() for path in sorted(whole)}
+        invariant = whole_layout(len(mesh.axes))
+        self.decided: dict[str, Layout] = dict.fromkeys(sorted(whole), invariant)
 
     def plan(self) -> list[Part] | None:
         """The parts' plans; None after something more was found that must be whole."""
@@ -155,12 +156,10 @@ class _Planner:
         order = sorted(range(len(self.broken.parts)), key=lambda index: -work.get(index, 0.0))
         return [self.broken.parts[index] for index in order]
 
-    def given(
-        self, path: str, traced: TracedPart
-    ) -> tuple[dict[str, Placement], dict[str, Placement]]:
+    def given(self, path: str, traced: TracedPart) -> tuple[dict[str, Layout], dict[str, Layout]]:
         """What is decided of the part's parameters, and what is pinned."""
-        stored: dict[str, Placement] = {}
-        pins: dict[str, Placement] = {}
+        stored: dict[str, Layout] = {}
+        pins: dict[str, Layout] = {}
         for own in dict.fromkeys(traced.captured.aliases.values()):
             full = self.full(path, own)
             if full in self.decided:
@@ -177,8 +176,8 @@ class _Planner:
         self,
         path: str,
         traced: TracedPart,
-        stored: Mapping[str, Placement],
-        pins: Mapping[str, Placement],
+        stored: Mapping[str, Layout],
+        pins: Mapping[str, Layout],
     ) -> Plan:
         try:
             return search(
@@ -201,7 +200,7 @@ def _sum(
     mesh: Mesh,
     options: Options,
     parts: tuple[Part, ...],
-    pins: Mapping[str, Placement],
+    pins: Mapping[str, Layout],
 ) -> Plan:
     """One plan that tells of all parts."""
     parameters: dict[str, ParameterChoice] = {}
@@ -226,17 +225,20 @@ def _sum(
             readers = tuple(map(rename, conversion.readers))
             moved = replace(conversion, value=rename(conversion.value), readers=readers)
             conversions.append(moved)
+    invariant = whole_layout(len(mesh.axes))
     for path, parameter in model.named_parameters():
         if path not in parameters:
-            if not isinstance(pins.get(path, Invariant()), Invariant):
+            if pins.get(path, invariant) != invariant:
                 raise PlanError(
-                    f"parameter {path} cannot be stored as {pins[path]}",
+                    f"parameter {path} cannot be stored as {layout_text(pins[path])}",
                     why="it belongs to a module that stays Python, which reads it whole",
                 )
             size = parameter.numel() * parameter.element_size()
             shape = tuple(parameter.shape)
             reason = "its module stays Python"
-            row = ParameterChoice(path, path, shape, size, Invariant(), reason)
+            row = ParameterChoice(
+                path, path, shape, size, invariant, invariant, invariant, reason
+            )
             parameters[path] = row
     plans = [part.plan for part in parts]
     counts = [len(part.paths) for part in parts]

@@ -33,7 +33,7 @@ __all__ = [
     "parse_layout",
     "parse_placement",
     "part_bounds",
-    "whole",
+    "whole_layout",
 ]
 
 
@@ -113,7 +113,7 @@ def parse_layout(text: str) -> Layout:
 
 
 @cache
-def whole(axes: int) -> Layout:
+def whole_layout(axes: int) -> Layout:
     """Invariant on every axis."""
     return (Invariant(),) * axes
 

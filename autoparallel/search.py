@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from autoparallel.cost.collectives import conversion_seconds
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
@@ -15,7 +14,7 @@ from autoparallel.graph.passes import at_least
 from autoparallel.mesh import Mesh
 from autoparallel.network import Network, build_network, reduced_together
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Placement
+from autoparallel.placement import Layout, layout_text, whole_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.whole import added_costs, is_left_whole, why_whole
 from planners import InfeasibleError, Memo, Problem, Solution, TooWideError, conditioning, exact
@@ -32,8 +31,8 @@ def search(
     model: str,
     mesh: Mesh,
     options: Options,
-    stored: Mapping[str, Placement] | None = None,
-    pins: Mapping[str, Placement] | None = None,
+    stored: Mapping[str, Layout] | None = None,
+    pins: Mapping[str, Layout] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
     """The plan of least cost.
@@ -46,27 +45,26 @@ def search(
     """
     graph = at_least(captured.graph, options.tokens)
     hardware = find_hardware(options.hardware)
-    network = build_network(
-        graph, mesh.world_size, hardware, options, stored, whole_outputs=captured.part
-    )
+    network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     unknown = [path for path in pins or {} if path not in captured.aliases]
     if unknown:
         raise PlanError(
             f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
         )
-    pinned: dict[str, Placement] = {}
+    pinned: dict[str, Layout] = {}
     for path, pin in (pins or {}).items():
         name = paths.get(captured.aliases[path])
         if name is not None and pinned.setdefault(name, pin) != pin:
             raise PlanError(
-                f"{path} is tied to {captured.aliases[path]}, which is pinned to {pinned[name]}",
+                f"{path} is tied to {captured.aliases[path]}, which is pinned to "
+                f"{layout_text(pinned[name])}",
                 fix="pin one of the two, or both alike",
             )
     memo = Memo()
     given: tuple[str, ...] | None = None
     best: tuple[float, float, Solution, Problem] | None = None
-    weights = _WEIGHTS if mesh.world_size > 1 else (1.0,)
+    weights = _WEIGHTS if mesh.world_size > 1 and not options.data_parallel else (1.0,)
     for weight in weights if product_weight is None else (product_weight,):
         problem = network.problem(weight, pinned)
         try:
@@ -138,20 +136,20 @@ def read_plan(
     chosen, graph = solution.assignment, network.graph
     ops: list[OpChoice] = []
     seconds = 0.0
-    made: dict[str, Placement] = {}
+    made: dict[str, Layout] = {}
     for node in graph.nodes:
         if node.kind != "call":
-            storage: Placement = Invariant()
+            storage = whole_layout(len(mesh.axes))
             if node.kind == "parameter":
-                storage = network.storages[node.name][chosen[node.name]]
-                seconds += float(network.updates[node.name][chosen[node.name]])
+                storage = network.storages[node.name][chosen[node.name]].storage
+                seconds += float(network.updates[node.name].cost[chosen[node.name]])
             made[node.result.name] = storage
             continue
         strategy = network.strategies[node.name][chosen[node.name]]
         cost = network.costs[node.name][chosen[node.name]]
         rule = network.rules[node.name]
         seconds += cost.seconds
-        whole = is_left_whole(network, node, chosen[node.name])
+        is_whole = is_left_whole(network, node, chosen[node.name])
         for value, placement in zip(node.results, strategy.results, strict=True):
             made[value.name] = placement
         ops.append(
@@ -164,17 +162,17 @@ def read_plan(
                 makes=tuple(value.name for value in node.results),
                 operands=strategy.operands,
                 results=strategy.results,
-                kernel=strategy.kernel.name if strategy.kernel else "",
+                kernels=strategy.kernels,
                 seconds=cost.seconds,
                 flops=cost.flops,
                 whole_flops=float(rule.flops * rule.points) if rule is not None else 0.0,
                 discovered=rule.discovered if rule is not None else "",
-                reason=why_whole(network, node, added) if whole else "",
+                reason=why_whole(network, node, added) if is_whole else "",
                 added=_finite(added.get(node.name, 0.0)),
             )
         )
     outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
-    conversions = _conversions(graph, network, ops, made, outputs)
+    conversions = _conversions(graph, network, ops, made, outputs, chosen)
     seconds += sum(conversion.seconds for conversion in conversions)
     return Plan(
         model=model,
@@ -202,16 +200,19 @@ def _parameters(
     for node in graph.nodes:
         if node.kind != "parameter":
             continue
-        whole = is_left_whole(network, node, chosen[node.name])
+        is_whole = is_left_whole(network, node, chosen[node.name])
         value = node.result
+        stored = network.storages[node.name][chosen[node.name]]
         rows.append(
             ParameterChoice(
                 name=node.name,
                 path=node.target,
                 shape=tuple(hint(dim) for dim in value.shape),
                 nbytes=nbytes(value),
-                storage=network.storages[node.name][chosen[node.name]],
-                reason=why_whole(network, node, added) if whole else "",
+                storage=stored.storage,
+                gradient=stored.gradient,
+                state=stored.state,
+                reason=why_whole(network, node, added) if is_whole else "",
                 added=_finite(added.get(node.name, 0.0)),
             )
         )
@@ -226,43 +227,45 @@ def _conversions(
     graph: Graph,
     network: Network,
     ops: list[OpChoice],
-    made: Mapping[str, Placement],
-    outputs: tuple[Placement, ...],
+    made: Mapping[str, Layout],
+    outputs: tuple[Layout, ...],
+    chosen: Mapping[str, int],
 ) -> tuple[Conversion, ...]:
     """Every value that is read otherwise than it is made, once per target."""
-    wanted: dict[tuple[str, Placement], list[str]] = {}
+    invariant = whole_layout(len(network.mesh.axes))
+    wanted: dict[tuple[str, Layout], list[str]] = {}
     for op in ops:
-        for value, placement in zip(op.reads, op.operands, strict=True):
-            if placement != made[value]:
-                wanted.setdefault((value, placement), []).append(op.name)
-    for value, placement in zip(graph.outputs, outputs, strict=True):
-        if placement != made[value]:
-            wanted.setdefault((value, placement), []).append("return")
+        for value, layout in zip(op.reads, op.operands, strict=True):
+            if layout != made[value]:
+                wanted.setdefault((value, layout), []).append(op.name)
+    for value, layout in zip(graph.outputs, outputs, strict=True):
+        if layout != made[value]:
+            wanted.setdefault((value, layout), []).append("return")
     for path, value in graph.mutations:
-        if made[value] != Invariant():
-            wanted.setdefault((value, Invariant()), []).append(f"write {path}")
+        if made[value] != invariant:
+            wanted.setdefault((value, invariant), []).append(f"write {path}")
     together = reduced_together(graph)
     rows = []
     for (name, target), reading in wanted.items():
-        whole = graph.values[name]
+        read = graph.values[name]
+        routes = network.values[name].routes
+        source = made[name]
+        seconds = float(routes.seconds(target)[routes.cells[source]])
+        maker = graph.producers[name]
+        if maker.kind == "parameter":
+            stored = network.storages[maker.name][chosen[maker.name]]
+            seconds += network.edges.late(read, stored, target)
         rows.append(
             Conversion(
                 value=name,
-                source=made[name],
+                source=source,
                 target=target,
+                steps=routes.steps(source, target),
                 readers=tuple(dict.fromkeys(reading)),
-                shape=", ".join(map(str, whole.shape)),
-                nbytes=nbytes(whole),
-                requires_grad=whole.requires_grad,
-                seconds=conversion_seconds(
-                    made[name],
-                    target,
-                    nbytes(whole),
-                    whole.requires_grad,
-                    network.hardware,
-                    network.world_size,
-                    together=name in together,
-                ),
+                shape=", ".join(map(str, read.shape)),
+                nbytes=nbytes(read),
+                requires_grad=read.requires_grad,
+                seconds=seconds,
                 together=name in together,
             )
         )

@@ -20,7 +20,7 @@ IMPOSSIBLE = "no plan splits it under these options"
 def is_left_whole(network: Network, node: Node, state: int) -> bool:
     """Whether a parameter, or a product with a weight, is not split in this state."""
     if node.kind == "parameter":
-        return not isinstance(network.storages[node.name][state], Shard)
+        return not any(isinstance(p, Shard) for p in network.storages[node.name][state].state)
     rule = network.rules[node.name]
     if rule is None or not rule.flops:
         return False
@@ -61,7 +61,7 @@ def why_whole(network: Network, node: Node, added: Mapping[str, float]) -> str:
         return "there is one rank"
     if node.kind == "parameter":
         choices = network.storages[node.name]
-        could = len(choices) > 1
+        could = any(isinstance(p, Shard) for choice in choices for p in choice.state)
     else:
         count = len(network.strategies[node.name])
         could = not all(is_left_whole(network, node, state) for state in range(count))

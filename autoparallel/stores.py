@@ -1,0 +1,109 @@
+"""How a parameter may be stored between steps, with its gradient and the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from autoparallel.cost.compute import nbytes
+from autoparallel.graph.graph import Value, hint
+from autoparallel.joint import is_nested
+from autoparallel.placement import Invariant, Layout, Placement, Shard
+from autoparallel.routes import layout_fraction
+
+__all__ = ["OPTIMIZERS", "Stored", "storage_choices", "stored_bytes"]
+
+# Per optimizer the bytes of its state: per element of the parameter's own type, and besides those.
+# "mixed_adam" keeps a master copy and two moments in float32 (arXiv:1910.02054, section 3.1).
+OPTIMIZERS: dict[str, tuple[int, int]] = {
+    "sgd": (0, 0),
+    "momentum": (1, 0),
+    "adam": (2, 0),
+    "mixed_adam": (0, 12),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """storage: what is there between steps. gradient: how the finished gradient is held.
+    state: what the optimizer updates. On every axis all are Invariant or the same Shard."""
+
+    storage: Layout
+    gradient: Layout
+    state: Layout
+
+    @staticmethod
+    def as_used(layout: Layout) -> Stored:
+        """Parameter, gradient and state lie alike."""
+        return Stored(layout, layout, layout)
+
+
+def storage_choices(
+    value: Value,
+    shards: Sequence[Sequence[Shard]],
+    sizes: tuple[int, ...],
+    spread_state: bool,
+    scattered_gradients: bool,
+) -> tuple[Stored, ...]:
+    """All ways to store one parameter, the plainest first.
+
+    shards: per mesh axis, the splits that some op could use. spread_state: whether the optimizer's
+    state may be split where the parameter is whole (on one dim that divides evenly).
+    scattered_gradients: whether its gradient may be too.
+    """
+    invariant = Invariant()
+    per_axis: list[tuple[Placement, ...]] = [(invariant, *own) for own in shards]
+    found: dict[Stored, None] = {}
+    layouts = [layout for layout in product(*per_axis) if is_nested(value.shape, layout, sizes)]
+    for layout in layouts:
+        found[Stored.as_used(layout)] = None
+    if spread_state and value.requires_grad:
+        for layout in layouts:
+            for state in _spread(value, layout, sizes):
+                found[Stored(layout, layout, state)] = None
+                if scattered_gradients:
+                    found[Stored(layout, state, state)] = None
+    return tuple(found)
+
+
+def _spread(value: Value, layout: Layout, sizes: tuple[int, ...]) -> list[Layout]:
+    """The layout with one or more whole axes split along the first dim that divides evenly."""
+    options: list[tuple[Placement, ...]] = []
+    for axis, placement in enumerate(layout):
+        choices = [placement]
+        if isinstance(placement, Invariant) and sizes[axis] > 1:
+            taken = {p.dim for p in layout if isinstance(p, Shard)}
+            even = [
+                Shard(dim)
+                for dim, size in enumerate(value.shape)
+                if dim not in taken and hint(size) % sizes[axis] == 0
+            ]
+            choices += even[:1]
+        options.append(tuple(choices))
+    return [
+        state
+        for state in product(*options)
+        if state != layout and is_nested(value.shape, state, sizes)
+    ]
+
+
+def stored_bytes(
+    value: Value, stored: Stored, sizes: tuple[int, ...], optimizer: str
+) -> tuple[float, float, float]:
+    """Bytes per rank of the parameter, of its gradient and of the optimizer's state.
+
+    Where the state is split and the parameter is not, the part that the optimizer updates is a copy
+    of its own, unless it is the master copy that the state counts.
+    """
+    whole = nbytes(value)
+    share = layout_fraction(value.shape, stored.state, sizes)
+    parameter = whole * layout_fraction(value.shape, stored.storage, sizes)
+    own, master = OPTIMIZERS[optimizer]
+    if stored.state != stored.storage and not master:
+        parameter += whole * share
+    if not value.requires_grad:
+        return parameter, 0.0, 0.0
+    gradient = whole * layout_fraction(value.shape, stored.gradient, sizes)
+    elements = whole // value.dtype.itemsize
+    return parameter, gradient, share * (own * whole + master * elements)
