@@ -33,7 +33,7 @@ from autoparallel.graph.capture import (
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parts import Planner, search_parts
-from autoparallel.placement import Invariant, Placement
+from autoparallel.placement import Layout, Placement, layout_text, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rules.unknown import learn
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
@@ -50,36 +50,41 @@ CHECKED_CALLS = 2
 
 def autoparallelize(
     model: nn.Module,
-    world_size: int,
+    world_size: int | None = None,
     *,
+    mesh: Mesh | None = None,
     example_inputs: Any = None,
     sequence_parallel: bool = True,
-    data_parallel: bool = False,
+    data_parallel: bool | None = None,
     hardware: str = "auto",
     unknown_ops: str = "discover",
     rng: str = "counter",
     strict_capture: bool = False,
+    optimizer: str = "adam",
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """The model, split over `world_size` ranks, as an ordinary module for this rank.
 
     model: any module; it is left as it is. world_size: number of processes; 1 changes nothing.
+    mesh: how they are arranged, `Mesh(dp=2, tp=4)`; without it they are one axis, tp.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
     model's own (see make_plan), and where it has none, planning waits for the first call.
-    sequence_parallel, data_parallel, hardware, unknown_ops, rng, strict_capture: see Options.
+    data_parallel: by default, whether a mesh is given. Other options: see Options.
     check_inputs: number of first calls in which the ranks compare their inputs.
     Under torchrun, starts the process group if there is none.
     Raises AutoParallelError or a child of it; see autoparallel.errors.
     """
     refuse_wrapped(model)
-    group = _group(world_size)
+    arranged = _mesh(world_size, mesh)
+    group = _group(arranged.world_size)
     options = Options(
         sequence_parallel,
-        data_parallel,
+        mesh is not None if data_parallel is None else data_parallel,
         hardware,
         unknown_ops,
         rng=rng,
         strict_capture=strict_capture,
+        optimizer=optimizer,
     )
     if example_inputs is None:
         try:
@@ -87,33 +92,26 @@ def autoparallelize(
         except InputsNeededError:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
-            return _waiting_module(model, world_size, options, check_inputs)
-    plan = make_plan(
-        model,
-        world_size,
-        example_inputs=example_inputs,
-        sequence_parallel=sequence_parallel,
-        data_parallel=data_parallel,
-        hardware=hardware,
-        unknown_ops=unknown_ops,
-        rng=rng,
-        strict_capture=strict_capture,
-    )
+            return _waiting_module(model, arranged, options, check_inputs)
+    args, kwargs = split_example(example_inputs)
+    plan = _search(model, _trace(model, args, kwargs, options), arranged, options)
     return _apply(model, plan, group, check_inputs)
 
 
 def make_plan(
     model: nn.Module,
-    world_size: int,
+    world_size: int | None = None,
     *,
+    mesh: Mesh | None = None,
     example_inputs: Any = None,
     sequence_parallel: bool = True,
-    data_parallel: bool = False,
+    data_parallel: bool | None = None,
     hardware: str = "auto",
     unknown_ops: str = "discover",
     rng: str = "counter",
     strict_capture: bool = False,
-    pins: Mapping[str, Placement] | None = None,
+    optimizer: str = "adam",
+    pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
     """The plan of least cost. Needs no devices, no processes and no weights (meta is fine).
@@ -125,19 +123,21 @@ def make_plan(
     autoparallelize.
     """
     refuse_wrapped(model)
+    arranged = _mesh(world_size, mesh)
     options = Options(
         sequence_parallel,
-        data_parallel,
+        mesh is not None if data_parallel is None else data_parallel,
         hardware,
         unknown_ops,
         rng=rng,
         strict_capture=strict_capture,
+        optimizer=optimizer,
     )
     if example_inputs is None:
         example_inputs = find_example_inputs(model)
     args, kwargs = split_example(example_inputs)
     traced = _trace(model, args, kwargs, options)
-    return _search(model, traced, Mesh(tp=world_size), options, pins, product_weight)
+    return _search(model, traced, arranged, options, pins, product_weight)
 
 
 def apply_plan(
@@ -167,7 +167,7 @@ def apply_plan(
 
 def simulate(
     model: nn.Module,
-    world_size: int,
+    world_size: int | None = None,
     *,
     example_inputs: Any = None,
     plan: Plan | None = None,
@@ -209,18 +209,39 @@ def _trace(
     return broken
 
 
+def _mesh(world_size: int | None, mesh: Mesh | None) -> Mesh:
+    """The arrangement of the ranks. Raises PlanError where it is not told, or told twice."""
+    if mesh is None:
+        if world_size is None:
+            raise PlanError("over how many ranks?", fix="pass world_size=8, or mesh=Mesh(tp=8)")
+        return Mesh(tp=world_size)
+    if world_size is not None and world_size != mesh.world_size:
+        raise PlanError(
+            f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
+            fix="leave one of the two out",
+        )
+    return mesh
+
+
 def _search(
     model: nn.Module,
     traced: Captured | Broken,
     mesh: Mesh,
     options: Options,
-    pins: Mapping[str, Placement] | None = None,
+    pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
+    given = {path: pin if isinstance(pin, tuple) else (pin,) for path, pin in (pins or {}).items()}
+    for path, pin in given.items():
+        if len(pin) != len(mesh.axes):
+            raise PlanError(
+                f"{path} is pinned to {layout_text(pin)} on a mesh of {len(mesh.axes)} axes",
+                fix=f"give one placement for each of {', '.join(name for name, _ in mesh.axes)}",
+            )
     if isinstance(traced, Broken):
-        return search_parts(traced, model, mesh, options, pins, product_weight)
+        return search_parts(traced, model, mesh, options, given, product_weight)
     name = type(model).__name__
-    return search(traced, name, mesh, options, pins=pins, product_weight=product_weight)
+    return search(traced, name, mesh, options, pins=given, product_weight=product_weight)
 
 
 def _with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:
@@ -314,13 +335,13 @@ class _Waiting:
     """Mixed into the user's class until the first call shows what the inputs are."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, world_size, options, check_inputs = self.__dict__["_waiting"]
+        model, mesh, options, check_inputs = self.__dict__["_waiting"]
         model.train(self.training)  # type: ignore[attr-defined]
         bind_inputs(model, args, kwargs)
         traced = _trace(model, args, kwargs, options)
-        plan = _search(model, traced, Mesh(tp=world_size), options)
+        plan = _search(model, traced, mesh, options)
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
-        made = _apply(source, plan, _group(world_size), check_inputs)
+        made = _apply(source, plan, _group(mesh.world_size), check_inputs)
         _keep_identity(self, made)  # type: ignore[arg-type]
         made.__dict__["_generator"] = self.__dict__["_generator"]
         self.__class__ = made.__class__  # type: ignore[assignment]
@@ -329,7 +350,7 @@ class _Waiting:
 
 
 def _waiting_module(
-    model: nn.Module, world_size: int, options: Options, check_inputs: int
+    model: nn.Module, ranks: Mesh, options: Options, check_inputs: int
 ) -> nn.Module:
     """A copy of the model that plans itself when it is first called.
 
@@ -338,9 +359,9 @@ def _waiting_module(
     made = shallow_copy(model)
     kind = type(model)
     made.__class__ = type(f"Parallel{kind.__name__}", (_Waiting, kind), {})
-    made.__dict__["_waiting"] = (model, world_size, options, check_inputs)
-    group = _group(world_size)
-    mesh = _device_mesh(group, Mesh(tp=world_size))
+    made.__dict__["_waiting"] = (model, ranks, options, check_inputs)
+    group = _group(ranks.world_size)
+    mesh = _device_mesh(group, ranks)
     give_generator(made, options.rng, group, mesh)
     twins: dict[int, nn.Parameter] = {}
     for module in made.modules():
@@ -348,7 +369,9 @@ def _waiting_module(
             if parameter is not None:
                 data: torch.Tensor = parameter.detach().clone()
                 if mesh is not None:
-                    data = as_distributed(data, Invariant(), tuple(data.shape), mesh)
+                    data = as_distributed(
+                        data, whole_layout(len(ranks.axes)), tuple(data.shape), mesh
+                    )
                 own = nn.Parameter(data, parameter.requires_grad)
                 module._parameters[name] = twins.setdefault(id(parameter), own)
     return made

@@ -1,4 +1,4 @@
-"""What it costs that a value is read otherwise than it is made: tables between producer and readers.
+"""What it costs that a value is read otherwise than it is made: tables of makers and readers.
 
 A value read by one op has a table between the two. A value read by several has a variable of its
 own, the set of layouts that it is brought to: each is paid once, whoever reads it.
@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.collectives import movement_seconds, together_seconds
+from autoparallel.cost.collectives import collective_seconds, together_seconds
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.graph.graph import Value
 from autoparallel.options import Options
 from autoparallel.placement import (
+    Collective,
     Invariant,
     Layout,
     Movement,
@@ -200,7 +201,7 @@ class Edges:
         routes: Routes,
         targets: tuple[Layout, ...],
     ) -> Table:
-        """table[made, group]: every layout of the group is paid once; what is kept has its bytes."""
+        """table[made, group]: each layout of the group is paid once; what is kept has its bytes."""
         place = {target: index for index, target in enumerate(targets)}
         row = np.array([routes.cells[layout] for layout in made.layouts])
         seconds = np.stack([routes.seconds(target)[row] for target in targets], axis=1)
@@ -287,11 +288,11 @@ class Edges:
 
     def _swap(self, size: float, axis: int, at_end: bool) -> float:
         link, count = self.links[axis], self.sizes[axis]
-        scatter = together_seconds if at_end else movement_seconds
+        scatter = together_seconds if at_end else collective_seconds
         return (
-            scatter(Movement.REDUCE_SCATTER, size, self.hardware, link, count)
-            + movement_seconds(Movement.ALL_GATHER, size, self.hardware, link, count)
-            - together_seconds(Movement.ALL_REDUCE, size, self.hardware, link, count)
+            scatter(Collective.REDUCE_SCATTER, size, link, count)
+            + collective_seconds(Collective.ALL_GATHER, size, link, count)
+            - together_seconds(Collective.ALL_REDUCE, size, link, count)
         )
 
 

@@ -18,18 +18,18 @@ from autoparallel.cost.compute import OpCost, nbytes, op_costs, update_seconds
 from autoparallel.cost.hardware import Hardware
 from autoparallel.edges import Edge, Edges, Made, Need, Table
 from autoparallel.errors import PlanError, UnsupportedOpError
-from autoparallel.graph.graph import Graph, Node, Ref, Value, map_leaves
+from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 from autoparallel.joint import Joint, is_nested, joint_strategies
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Layout, Placement, Shard, layout_text, whole
+from autoparallel.placement import Layout, Placement, layout_text, whole_layout
 from autoparallel.routes import layout_fraction
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, strategies
 from autoparallel.rules.unknown import find_unknown
 from autoparallel.stores import Stored, storage_choices, stored_bytes
 from autoparallel.tiling import Tiling, inert_calls, weight_values
-from planners import Factor, Problem, Variable
+from planners import Alternative, Factor, Problem, Variable
 
 __all__ = ["Network", "build_network", "reduced_together"]
 
@@ -415,7 +415,11 @@ class _Builder:
 def _first(table: Table) -> Table:
     """The first row of a table, as a table of one variable."""
     usage = None if table.usage is None else table.usage[0]
-    return Table(table.cost[0], usage, tuple(one.row(0) for one in table.alternatives))
+    others = tuple(
+        Alternative(one.cost[0], None if one.usage is None else one.usage[0])
+        for one in table.alternatives
+    )
+    return Table(table.cost[0], usage, others)
 
 
 def _draws(target: str) -> bool:

@@ -8,9 +8,11 @@ from autoparallel.errors import PlanError
 
 __all__ = ["Options"]
 
-_UNKNOWN_OPS = ("discover", "replicate", "error")
-_RNG = ("counter", "fast")
-_OPTIMIZERS = ("sgd", "momentum", "adam", "mixed_adam")
+_KNOWN = {
+    "unknown_ops": ("discover", "replicate", "error"),
+    "rng": ("counter", "fast"),
+    "optimizer": ("sgd", "momentum", "adam", "mixed_adam"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,8 @@ class Options:
     same random numbers under every plan; "fast" draws from torch's generators, one stream per
     shard.
     strict_capture: refuse a model that cannot be traced whole, in place of splitting what can be.
-    optimizer: whose state is counted and updated: "sgd", "momentum", "adam", or "mixed_adam" (16-bit
-    parameters with a float32 master copy and moments).
+    optimizer: whose state is counted and updated: "sgd", "momentum", "adam", or "mixed_adam"
+    (parameters of 16 bits with a master copy and moments in float32).
     """
 
     sequence_parallel: bool = True
@@ -41,7 +43,7 @@ class Options:
     optimizer: str = "adam"
 
     def __post_init__(self) -> None:
-        for name, known in (("unknown_ops", _UNKNOWN_OPS), ("rng", _RNG), ("optimizer", _OPTIMIZERS)):
+        for name, known in _KNOWN.items():
             value = getattr(self, name)
             if value not in known:
                 raise PlanError(f"{name}={value!r}", fix=f"choose one of {', '.join(known)}")

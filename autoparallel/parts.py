@@ -236,9 +236,7 @@ def _sum(
             size = parameter.numel() * parameter.element_size()
             shape = tuple(parameter.shape)
             reason = "its module stays Python"
-            row = ParameterChoice(
-                path, path, shape, size, invariant, invariant, invariant, reason
-            )
+            row = ParameterChoice(path, path, shape, size, invariant, invariant, invariant, reason)
             parameters[path] = row
     plans = [part.plan for part in parts]
     counts = [len(part.paths) for part in parts]

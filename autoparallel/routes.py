@@ -8,18 +8,18 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.collectives import conversion_seconds, movement_seconds
+from autoparallel.cost.collectives import movement_seconds
 from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.graph.graph import Dim, hint
 from autoparallel.joint import is_nested
 from autoparallel.placement import (
     Layout,
+    Movement,
     Placement,
     Shard,
     Step,
     is_possible_step,
     local_size,
-    movement,
 )
 
 __all__ = ["Routes", "layout_fraction"]
@@ -98,30 +98,23 @@ class Routes:
                     step = Step(axis, one, two)
                     if not is_allowed(step):
                         continue
-                    priced = [
-                        conversion_seconds(
-                            one,
-                            two,
-                            nbytes * float(factor),
-                            requires_grad,
-                            hardware,
-                            links[axis],
-                            sizes[axis],
-                            together,
-                        )
-                        for factor in factors
-                    ]
-                    ahead = [
-                        movement_seconds(
-                            movement(one, two),
-                            nbytes * float(factor),
-                            hardware,
-                            links[axis],
-                            sizes[axis],
-                        )
-                        for factor in factors
-                    ]
-                    seconds[(*rows, ..., target)] = np.array(priced)[place]
+                    moves = (step.forward, step.backward if requires_grad else Movement.NONE)
+                    ahead, back = (
+                        [
+                            movement_seconds(
+                                move,
+                                nbytes * float(factor),
+                                hardware,
+                                links[axis],
+                                sizes[axis],
+                                together,
+                            )
+                            for factor in factors
+                        ]
+                        for move in moves
+                    )
+                    priced = np.add(ahead, back)
+                    seconds[(*rows, ..., target)] = priced[place]
                     forward[(*rows, ..., target)] = np.array(ahead)[place]
             if len(grid) > 1:
                 for cell, layout in zip(np.ndindex(*grid), self.layouts, strict=True):
