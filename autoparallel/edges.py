@@ -129,12 +129,16 @@ class Edges:
                 self.sizes,
                 self.links,
                 self.hardware,
-                lambda step: self._is_allowed(step, value.requires_grad, weight, matrix),
+                lambda step: self._is_allowed(
+                    step, value.requires_grad, weight and matrix, weight, together
+                ),
                 together,
             )
         return self._routes[key]
 
-    def _is_allowed(self, step: Step, grad: bool, weight: bool, matrix: bool) -> bool:
+    def _is_allowed(
+        self, step: Step, grad: bool, matrix: bool, weight: bool, together: bool
+    ) -> bool:
         options = self.options
         back = step.backward if grad else Movement.NONE
         if Movement.REDUCE_SCATTER in (step.forward, back) and not (
@@ -143,7 +147,10 @@ class Edges:
             return False
         if weight and not options.data_parallel:
             return not matrix and step.forward in (Movement.NONE, Movement.KEEP_ON_FIRST)
-        return True
+        # A gathered parameter is used by each rank in its own way at once: only the gradients of
+        # parameters that are stored whole can wait to be summed together.
+        waits = isinstance(step.source, Shard) and isinstance(step.target, Invariant)
+        return not (together and grad and waits)
 
     def between(
         self, value: Value, made: Made, needs: tuple[Need, ...], weight: bool, together: bool

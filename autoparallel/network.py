@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from autoparallel.cost.compute import OpCost, nbytes, op_costs, update_seconds
 from autoparallel.cost.hardware import Hardware
@@ -20,6 +21,7 @@ from autoparallel.edges import Edge, Edges, Made, Need, Table
 from autoparallel.errors import PlanError, UnsupportedOpError
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 from autoparallel.joint import Joint, is_nested, joint_strategies
+from autoparallel.kept import Kept
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text, whole_layout
@@ -33,6 +35,8 @@ from planners import Alternative, Factor, Problem, Variable
 
 __all__ = ["Network", "build_network", "reduced_together"]
 
+Array = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class _Kind:
@@ -44,11 +48,13 @@ class _Kind:
 
 @dataclass(frozen=True, eq=False)
 class _Choices:
-    """The states of all calls that are alike. made, needs: by position of result and operand."""
+    """The states of all calls that are alike. made: by result. usage: bytes that the op keeps for
+    the backward pass by itself."""
 
     joints: tuple[Joint, ...]
     costs: tuple[OpCost, ...]
     made: tuple[Made, ...]
+    usage: Array | None = None
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Network:
     """The problem of one graph, and what its states mean.
 
     strategies: per call node. storages: per parameter node. outputs: per returned value.
-    costs: per call node, per strategy, what it takes. values: what every value costs between its
+    costs, usage: per call node, per strategy, what it takes, and the bytes that it keeps. values: what every value costs between its
     maker and its readers; moved: per factor, the value whose way it prices, or "". rules: per call
     node. weights: values that come from parameters alone.
     """
@@ -75,6 +81,7 @@ class Network:
     values: dict[str, Edge] = field(default_factory=dict)
     fans: list[tuple[str, Table]] = field(default_factory=list)
     updates: dict[str, Table] = field(default_factory=dict)
+    usage: dict[str, Array] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
 
@@ -83,8 +90,13 @@ class Network:
         """Number of ranks."""
         return self.mesh.world_size
 
-    def problem(self, product_weight: float = 1.0, pins: Mapping[str, Layout] = {}) -> Problem:
-        """The numbers. product_weight: what a second of matrix products counts.
+    def problem(
+        self,
+        product_weight: float = 1.0,
+        pins: Mapping[str, Layout] = {},
+        limit: float | None = None,
+    ) -> Problem:
+        """The numbers. product_weight: what a second of matrix products counts. limit: in bytes.
 
         pins: storage of parameters (by node name) that is given. Raises PlanError for a pin that
         the parameter cannot take.
@@ -108,13 +120,13 @@ class Network:
             key = (id(costs), product_weight)
             if key not in interned:
                 interned[key] = np.array([self.priced(cost, product_weight) for cost in costs])
-            variables.append(Variable(name, interned[key]))
+            variables.append(Variable(name, interned[key], self.usage.get(name)))
         for name, layouts in self.outputs.items():
             zeros = interned.setdefault(len(layouts), np.zeros(len(layouts)))
             variables.append(Variable(f"return:{name}", zeros))
         for name, table in self.fans:
             variables.append(Variable(name, table.cost, table.usage, table.alternatives))
-        return Problem(tuple(variables), tuple(self.factors))
+        return Problem(tuple(variables), tuple(self.factors), limit)
 
     def priced(self, cost: OpCost, product_weight: float) -> float:
         """What an op counts in the objective.
@@ -159,7 +171,8 @@ class _Builder:
         self.hardware, self.options, self.stored = hardware, options, stored
         self.sizes = tuple(size for _, size in mesh.axes)
         self.links = hardware.links(self.sizes)
-        self.edges = Edges(self.sizes, self.links, hardware, options)
+        memory = options.memory_limit is not None
+        self.edges = Edges(self.sizes, self.links, hardware, options, memory)
         self.network = Network(graph, mesh, hardware, options, self.edges)
         self.invariant = whole_layout(len(self.sizes))
         self.kinds: dict[str, _Kind] = {}
@@ -167,6 +180,7 @@ class _Builder:
         self.network.weights = frozenset(self.weights)
         self.inert = inert_calls(graph)
         self.together = reduced_together(graph)
+        self.kept: Kept | None = None
         self.tables: dict[Any, Any] = {}
         self.choices: dict[str, _Choices] = {}
         self.reads = {node.name: node.operands() for node in graph.calls}
@@ -180,17 +194,21 @@ class _Builder:
             size: Tiling(self.graph, rules, self.weights, self.options, size)
             for size in dict.fromkeys(self.sizes)
         }
+        if self.options.memory_limit is not None:
+            self.kept = Kept(self.graph, rules)
         self.tilings = [tilings[size] for size in self.sizes]
         shared: dict[Any, _Choices] = {}
         for node in self.graph.calls:
             kind = self.kinds[node.name]
             tiles = tuple(tuple(tiling.tiles.get(node.name, ())) for tiling in tilings.values())
-            key = (id(kind), tiles)
+            key = (id(kind), tiles, self.kept.of(node.name) if self.kept else None)
             if key not in shared:
                 shared[key] = self.choose(node, kind)
             chosen = self.choices[node.name] = shared[key]
             self.network.strategies[node.name] = chosen.joints
             self.network.costs[node.name] = chosen.costs
+            if chosen.usage is not None:
+                self.network.usage[node.name] = chosen.usage
             self.network.rules[node.name] = kind.rule
         for node in self.graph.nodes:
             if node.kind == "parameter":
@@ -269,10 +287,15 @@ class _Builder:
         joints = joint_strategies(rule, [alone[size] for size in self.sizes], shapes, self.sizes)
         axes = tuple(zip(self.sizes, self.links, strict=True))
         costs = op_costs(call, kind.rule, [joint.parts for joint in joints], axes, self.hardware)
+        held = self.kept.own(node) if self.kept else (False,) * len(results)
         made = tuple(
-            Made(tuple(joint.results[at] for joint in joints)) for at in range(len(results))
+            Made(tuple(joint.results[at] for joint in joints), resident=held[at])
+            for at in range(len(results))
         )
-        return _Choices(joints, costs, made)
+        usage = None
+        if self.kept is not None:
+            usage = np.array([self.kept.nbytes(node, joint, self.sizes) for joint in joints])
+        return _Choices(joints, costs, made, usage)
 
     def store(self, node: Node) -> None:
         """How one parameter may be stored, and what its update costs."""
@@ -287,7 +310,9 @@ class _Builder:
             key = ("store", value.shape, value.dtype, value.requires_grad, shards)
             if key not in self.tables:
                 free = self.options.data_parallel
-                self.tables[key] = storage_choices(value, shards, self.sizes, free, False)
+                self.tables[key] = storage_choices(
+                    value, shards, self.sizes, free, free and self.edges.memory
+                )
             choices = self.tables[key]
         self.network.storages[node.name] = choices
         key = ("update", value.shape, value.dtype, value.requires_grad, choices)
@@ -351,12 +376,17 @@ class _Builder:
             at = tuple(i for i, operand in enumerate(self.reads[node.name]) if operand == name)
             choices = self.choices[node.name]
 
-            def need(joints: tuple[Joint, ...] = choices.joints, at: Any = at) -> Need:
+            saves = self.kept is not None and self.kept.is_kept(node, at)
+
+            def need(
+                joints: tuple[Joint, ...] = choices.joints, at: Any = at, saves: bool = saves
+            ) -> Need:
                 return Need(
-                    tuple(tuple(dict.fromkeys(joint.operands[i] for i in at)) for joint in joints)
+                    tuple(tuple(dict.fromkeys(joint.operands[i] for i in at)) for joint in joints),
+                    saves,
                 )
 
-            found.append((node.name, self.shared(("need", id(choices), at), need)))
+            found.append((node.name, self.shared(("need", id(choices), at, saves), need)))
         if name in self.network.outputs:
             layouts = self.network.outputs[name]
             returned = self.shared(

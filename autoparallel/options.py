@@ -30,7 +30,8 @@ class Options:
     shard.
     strict_capture: refuse a model that cannot be traced whole, in place of splitting what can be.
     optimizer: whose state is counted and updated: "sgd", "momentum", "adam", or "mixed_adam"
-    (parameters of 16 bits with a master copy and moments in float32).
+    (parameters of 16 bits with a master copy and moments in float32). memory_limit: bytes that a
+    rank may use.
     """
 
     sequence_parallel: bool = True
@@ -41,6 +42,7 @@ class Options:
     rng: str = "counter"
     strict_capture: bool = False
     optimizer: str = "adam"
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():

@@ -47,10 +47,10 @@ def _part(shape: Sequence[Dim], placement: Placement, count: int) -> float:
 class Routes:
     """All cheapest ways between the layouts that a value may have.
 
-    shape, nbytes: of the whole value. universe: per axis, the placements that may occur, on the way
-    too. sizes, links: of the axes. is_allowed: whether a step may be made. together: where a whole value
-    needs nothing but the sum of its gradients, they are summed in one call with others, whose
-    latency is not counted.
+    shape, nbytes: of the whole value. universe: per axis, the placements that may occur, on the
+    way too. sizes, links: of the axes. is_allowed: whether a step may be made. together: where a
+    whole value needs nothing but the sum of its gradients, they are summed in one call with others,
+    whose latency is not counted.
     Seconds are those of the forward and, where a gradient flows, of the backward pass.
     """
 
