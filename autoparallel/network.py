@@ -62,9 +62,9 @@ class Network:
     """The problem of one graph, and what its states mean.
 
     strategies: per call node. storages: per parameter node. outputs: per returned value.
-    costs, usage: per call node, per strategy, what it takes, and the bytes that it keeps. values: what every value costs between its
-    maker and its readers; moved: per factor, the value whose way it prices, or "". rules: per call
-    node. weights: values that come from parameters alone.
+    costs, usage: per call node, per strategy, what it takes and the bytes that it keeps. values:
+    what every value costs between its maker and its readers; moved: per factor, the value whose way
+    it prices, or "". rules: per call node. weights: values that come from parameters alone.
     """
 
     graph: Graph
