@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import autoparallel
+from autoparallel.placement import layout_text
 from autoparallel.plan import Plan
 
 WORLD_SIZE = 2
@@ -166,7 +167,7 @@ def show(plan: Plan) -> None:
         for rule in dict.fromkeys(op.discovered for op in calls):
             print(f"  found:    {rule}")
         for op in calls:
-            sides = (", ".join(map(str, side)) for side in (op.operands, op.results))
+            sides = (", ".join(map(layout_text, side)) for side in (op.operands, op.results))
             print(f"  planned:  {op.name}: {' -> '.join(sides)}")
     split = [p.path for p in plan.parameters if not p.reason]
     print(f"\nSplit over {plan.world_size} ranks: {', '.join(split)}")

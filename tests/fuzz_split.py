@@ -24,6 +24,7 @@ from autoparallel.graph.passes import at_least, run_passes
 from autoparallel.mesh import Mesh
 from autoparallel.network import Network, build_network
 from autoparallel.options import Options
+from autoparallel.placement import layout_text
 from autoparallel.plan import Plan
 from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.search import read_plan
@@ -84,10 +85,10 @@ class Coverage:
         """Count what a plan chose."""
         self.worlds[plan.world_size] += 1
         for op in plan.ops:
-            sides = (", ".join(map(str, side)) for side in (op.operands, op.results))
+            sides = (", ".join(map(layout_text, side)) for side in (op.operands, op.results))
             self.strategies.setdefault(op.target, Counter())[" -> ".join(sides)] += 1
         for row in plan.conversions:
-            self.conversions[f"{row.source!s} -> {row.target!s}"] += 1
+            self.conversions[f"{layout_text(row.source)} -> {layout_text(row.target)}"] += 1
 
     def __str__(self) -> str:
         rows = [

@@ -116,10 +116,10 @@ def test_equal_parts_share_a_plan() -> None:
     """Also those that the example run happened to leave out."""
     plan = autoparallel.make_plan(build("Drops"), 2, example_inputs=inputs())
     assert BLOCKS in [part.paths for part in plan.parts]
-    assert plan.storage["middle.blocks.2.up.weight"] == Shard(0)
-    assert plan.storage["middle.scale"] == Invariant()
+    assert plan.storage["middle.blocks.2.up.weight"] == (Shard(0),)
+    assert plan.storage["middle.scale"] == (Invariant(),)
     # The tied head, which computes more than the look-up, decides how both are stored.
-    assert plan.storage["embed.weight"] == Shard(0)
+    assert plan.storage["embed.weight"] == (Shard(0),)
     assert plan.split_flops > 0.99
 
 

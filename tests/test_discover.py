@@ -207,8 +207,8 @@ def test_generic_kernels_in_a_plan() -> None:
     plan = autoparallel.make_plan(
         model, 3, example_inputs=inputs, pins={"table": autoparallel.Shard(1)}
     )
-    kernels = {op.target: op.kernel for op in plan.ops}
-    assert kernels["probed.lookup.default"] == "masked_lookup"
+    kernels = {op.target: op.kernels for op in plan.ops}
+    assert kernels["probed.lookup.default"] == ("masked_lookup",)
     result = autoparallel.simulate(model, 3, example_inputs=inputs, plan=plan)
     loss = model(**inputs)
     loss.backward()

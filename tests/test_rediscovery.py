@@ -15,6 +15,7 @@ from processes import run_processes
 import autoparallel
 from autoparallel.placement import Invariant, Shard
 from autoparallel.runtime.counting import CollectiveCounter
+from autoparallel.traffic import transfers
 from megatron_rules.recipe import partition, recipe
 
 BATCH, SEQUENCE = 3, 10
@@ -106,13 +107,13 @@ def test_weights_are_split_as_published(name: str, world_size: int) -> None:
         expected = published[parameter.path]
         inside = re.search(r"\.\d+\.", parameter.path)
         if inside or (len(parameter.shape) == 2 and name != "hf-llama" and expected != Invariant()):
-            assert parameter.storage == expected, parameter.path
+            assert parameter.storage == (expected,), parameter.path
     inner = [op for op in plan.ops if op.whole_flops and re.search(r"\.\d+\b", op.where)]
     assert inner
     assert all(op.flops < op.whole_flops for op in inner)
     heads = [op for op in plan.ops if "attention" in op.target]
     assert heads
-    assert all(placement == Shard(1) for op in heads for placement in op.operands[:3])
+    assert all(layout == (Shard(1),) for op in heads for layout in op.operands[:3])
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -220,10 +221,9 @@ def test_all_reduces_of_a_layer_of_other_families(name: str, expected: int) -> N
         assert plan.split_flops > 0.99
         counts.append(
             Counter(
-                (direction, getattr(conversion, direction).value, conversion.shape.split(", ")[-1])
-                for conversion in plan.conversions
-                for direction in ("forward", "backward")
-                if getattr(conversion, direction).collective and not conversion.together
+                (sent.phase, sent.collective.value, sent.conversion.shape.split(", ")[-1])
+                for sent in transfers(plan)
+                if not sent.together
             )
         )
     counts[1].subtract(counts[0])

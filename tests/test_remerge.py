@@ -13,6 +13,7 @@ import autoparallel
 from autoparallel.graph.capture import capture
 from autoparallel.graph.passes import run_passes
 from autoparallel.graph.remerge import see_through_merges
+from autoparallel.traffic import transfers
 
 BATCH, SEQUENCE, HEADS, WIDTH = 3, 5, 4, 24
 Tensor = torch.Tensor
@@ -99,10 +100,7 @@ def test_layers_of_torch_are_split_as_megatron_does() -> None:
         assert plan.split_flops > 0.99
         counts.append(
             Counter(
-                (direction, getattr(conversion, direction).value)
-                for conversion in plan.conversions
-                for direction in ("forward", "backward")
-                if getattr(conversion, direction).collective and not conversion.together
+                (sent.phase, sent.collective.value) for sent in transfers(plan) if not sent.together
             )
         )
     counts[1].subtract(counts[0])

@@ -13,6 +13,7 @@ import autoparallel
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.network import Network, build_network
 from autoparallel.options import Options
+from autoparallel.placement import layout_text
 from planners import exact, exhaustive, ilp
 
 
@@ -71,8 +72,8 @@ def test_a_column_and_a_row() -> None:
     """The MLP of the paper: one all-reduce forward, one backward, none in between."""
     x = torch.zeros(64, 256)
     plan = autoparallel.make_plan(Tiny(256), 4, example_inputs=x, sequence_parallel=False)
-    assert [str(parameter.storage) for parameter in plan.parameters] == ["S(0)", "S(1)"]
-    moves = [(str(c.source), str(c.target)) for c in plan.conversions]
+    assert [layout_text(parameter.storage) for parameter in plan.parameters] == ["S(0)", "S(1)"]
+    moves = [(layout_text(c.source), layout_text(c.target)) for c in plan.conversions]
     assert moves == [("I", "R"), ("P", "I")]
 
 
@@ -88,5 +89,5 @@ def test_pins_are_kept() -> None:
         pins={path: autoparallel.Invariant()},
         product_weight=free.product_weight,
     )
-    assert pinned.storage[path] == autoparallel.Invariant()
+    assert pinned.storage[path] == (autoparallel.Invariant(),)
     assert pinned.cost > free.cost

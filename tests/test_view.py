@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 import autoparallel
-from autoparallel.placement import Collective
+from autoparallel.placement import Collective, Movement
 from autoparallel.plan import Plan
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.dot import to_dot, write_svg
@@ -111,24 +111,27 @@ def each_collective(plan: Plan) -> Counter[str]:
     """How often each is named, where those made together are named one by one."""
     found: Counter[str] = Counter()
     for conversion in plan.conversions:
-        for move in (conversion.forward, conversion.backward):
-            if move.collective is not None:
-                found[move.collective.value.replace("_", "-")] += 1
+        for _, *moves in conversion.moves:
+            for move in moves:
+                if move.collective is not None:
+                    found[move.collective.value.replace("_", "-")] += 1
     return found
 
 
 def test_report_totals_are_a_recount(plan: Plan):
-    counts: Counter[tuple[str, Collective]] = Counter()
-    sizes: Counter[tuple[str, Collective]] = Counter()
+    counts: Counter[tuple[str, str, Collective]] = Counter()
+    sizes: Counter[tuple[str, str, Collective]] = Counter()
     sums = {"forward": False, "backward": False}  # whether one of those summed together was met
     for conversion in plan.conversions:
-        for direction in ("forward", "backward"):
-            collective = getattr(conversion, direction).collective
-            if collective is not None:
-                if not conversion.together or not sums[direction]:
-                    counts[direction, collective] += 1
-                sums[direction] |= conversion.together
-                sizes[direction, collective] += conversion.nbytes
+        for _, *moves in conversion.moves:
+            for direction, move in zip(sums, moves, strict=True):
+                collective = move.collective
+                if collective is not None:
+                    together = conversion.together and moves[0] is Movement.NONE
+                    if not together or not sums[direction]:
+                        counts[direction, "tp", collective] += 1
+                    sums[direction] |= together
+                    sizes[direction, "tp", collective] += conversion.nbytes
     assert counts
     assert collective_totals(plan) == {key: (counts[key], sizes[key]) for key in counts}
     # The rows, with their counts, add up to the same.
@@ -145,8 +148,8 @@ def test_megatron_all_reduces(megatron: Plan):
     """Two forward and two backward in a block; the embedding's and the head's besides."""
     totals = {key: count for key, (count, _) in collective_totals(megatron).items()}
     assert totals == {
-        ("forward", Collective.ALL_REDUCE): 2 * LAYERS + 1,
-        ("backward", Collective.ALL_REDUCE): 2 * LAYERS + 1,
+        ("forward", "tp", Collective.ALL_REDUCE): 2 * LAYERS + 1,
+        ("backward", "tp", Collective.ALL_REDUCE): 2 * LAYERS + 1,
     }
 
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import graphviz
 
-from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard
+from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, Plan
 from autoparallel.view.picture import Box, Picture, Pill, draw
-from autoparallel.view.words import Words, bytes_text, movement_text, op_text
+from autoparallel.view.words import Words, bytes_text, collective_text, kind_of, op_text
 
 __all__ = ["to_dot", "write_svg"]
 
@@ -78,14 +78,15 @@ def to_dot(plan: Plan, *, layers: Layers = "fold", within: str = "") -> str:
     graph.attr("node", fontname=_FONT, fontsize="10", shape="box", style="rounded,filled")
     graph.attr("node", margin="0.12,0.03", height="0.2", color=_GREY)
     graph.attr("edge", fontname=_FONT, fontsize="8", color="#607d8b", arrowsize="0.6")
-    _fill(graph, _tree(picture), _Painter(plan, picture), "", "")
+    painter = _Painter(plan, picture)
+    _fill(graph, _tree(picture), painter, "", "")
     pills = {pill.name: pill for pill in picture.pills}
     for arrow in picture.arrows:
         attributes: dict[str, str] = {}
         pill = pills.get(arrow.source) or pills.get(arrow.target)
         if pill is not None:
             width = "2.5" if arrow.target in pills else "1.5"
-            attributes = {"color": _colour(pill.conversion), "penwidth": width}
+            attributes = {"color": painter.colour(pill.conversion), "penwidth": width}
         if arrow.label:
             attributes.update(label=f" {arrow.label}", fontcolor=_GREY)
         graph.edge(arrow.source, arrow.target, **attributes)
@@ -184,9 +185,9 @@ class _Painter:
     def paint(self, graph: Any, item: Box | Pill, path: str) -> None:
         """Add one node. path: of the cluster that it is in."""
         if isinstance(item, Pill):
-            colour = _colour(item.conversion)
+            colour = self.colour(item.conversion)
             first, *others = self._moves(item.conversion)
-            kinds = _small(f"{item.conversion.source} → {item.conversion.target}")
+            kinds = _small(self.words.change(item.conversion))
             rows = _rows([f"{first}{_GAP}{kinds}", *others])
             graph.node(item.name, rows, fillcolor="white", color=colour, penwidth="2.5")
         elif item.ops:
@@ -206,15 +207,16 @@ class _Painter:
         if box.kind == "side" and len(box.ops) > 1:
             local = f"{len(box.ops)} ops on inputs alone"
         roles = [role for op in box.ops if (role := self.words.role(op))]
-        placement = box.placement
-        rows = [f"<b>{escape(local) or ops}</b>{_GAP}{_badge(placement)}"]
+        layout = box.layout
+        badge = self._badge(layout) if layout is not None else ""
+        rows = [f"<b>{escape(local) or ops}</b>{_GAP}{badge}"]
         role = f"<b>{escape(roles[0])}</b>" if roles else ""
         if local or role:
             rows.append(
                 f'<font point-size="9">{" — ".join(filter(None, [local and ops, role]))}</font>'
             )
         rows += [_small(text) for text in (*self._shares(box), *self._parameters(box))]
-        kind = type(placement) if placement is not None else Invariant
+        kind = kind_of(layout) if layout is not None else Invariant
         graph.node(
             box.name,
             _rows(rows),
@@ -225,7 +227,7 @@ class _Painter:
 
     def _shares(self, box: Box) -> list[str]:
         """What each rank does of a product, and who communicates inside."""
-        found = [f"kernel {escape(op.kernel)}" for op in box.ops if op.kernel]
+        found = [f"kernel {escape(name)}" for op in box.ops for name in op.kernels if name]
         for op in box.ops:
             if op.whole_flops and self.plan.world_size > 1:
                 found.append(f"{op.flops / op.whole_flops:.0%} of the FLOPs on each rank")
@@ -240,7 +242,7 @@ class _Painter:
                     continue
                 name = parameter.path.removeprefix(f"{op.where}.") if op.where else parameter.path
                 shape = "×".join(map(str, parameter.shape))
-                how = "whole" if parameter.reason else str(parameter.storage)
+                how = "whole" if parameter.reason else self.words.layout(parameter.storage)
                 conversion = self.words.converted.get((value, op.name))
                 moves = self._moves(conversion) if conversion else []
                 rows.append(_GAP.join([f"{escape(name)} {shape} <b>{how}</b>", *moves]))
@@ -249,18 +251,23 @@ class _Painter:
     def _moves(self, conversion: Conversion) -> list[str]:
         """What is communicated, forward and backward."""
         found = []
-        for name, move, colour in (
-            ("forward", conversion.forward, _FORWARD),
-            ("backward", conversion.backward, _BACKWARD),
-        ):
-            if move.collective:
-                what = f"{movement_text(move)} {bytes_text(conversion.nbytes)}"
-                found.append(f'<font color="{colour}">{name}: <b>{what}</b></font>')
+        for transfer in self.words.sent(conversion):
+            what = collective_text(transfer.collective) + self.words.on(transfer.step.axis)
+            size = bytes_text(transfer.nbytes)
+            phase = f"{transfer.phase}{' again' if transfer.again else ''}"
+            colour = _FORWARD if transfer.phase == "forward" else _BACKWARD
+            found.append(f'<font color="{colour}">{phase}: <b>{what} {size}</b></font>')
         return found
 
+    def _badge(self, layout: Layout) -> str:
+        kind = kind_of(layout)
+        text = "whole" if kind is Invariant else self.words.layout(layout)
+        return f'<font color="{_LINE[kind]}"><b>{text}</b></font>'
 
-def _colour(conversion: Conversion) -> str:
-    return _FORWARD if conversion.forward.collective else _BACKWARD
+    def colour(self, conversion: Conversion) -> str:
+        """Of its pill and arrows."""
+        forward = any(transfer.phase == "forward" for transfer in self.words.sent(conversion))
+        return _FORWARD if forward else _BACKWARD
 
 
 def _rows(rows: list[str]) -> str:
@@ -270,13 +277,6 @@ def _rows(rows: list[str]) -> str:
 
 def _small(text: str) -> str:
     return f'<font point-size="8" color="{_GREY}">{text}</font>'
-
-
-def _badge(placement: Placement | None) -> str:
-    if placement is None:
-        return ""
-    text = "whole" if isinstance(placement, Invariant) else str(placement)
-    return f'<font color="{_LINE[type(placement)]}"><b>{text}</b></font>'
 
 
 def _legend(plan: Plan, within: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from autoparallel.placement import Invariant, Movement, Placement
+from autoparallel.placement import Invariant, Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.view.fold import index_text
 from autoparallel.view.words import Words, is_unary
@@ -31,7 +31,7 @@ class Box:
     kind: str = "op"
 
     @property
-    def placement(self) -> Placement | None:
+    def layout(self) -> Layout | None:
         """Of the result."""
         return self.ops[-1].results[0] if self.ops and self.ops[-1].results else None
 
@@ -85,7 +85,7 @@ class _Drawing:
         self.boxes: list[Box] = []
         self.box_of: dict[str, Box] = {}  # by value
         self.last: Box | None = None
-        self.pills: dict[tuple[str, Placement], Pill] = {}
+        self.pills: dict[tuple[str, Layout], Pill] = {}
         self.arrows: dict[Arrow, None] = {}
 
     def picture(self) -> Picture:
@@ -169,7 +169,14 @@ class _Drawing:
                     reads.append("outside")
             made.update({value: len(made) + place for place, value in enumerate(op.makes)})
             rows.append(
-                (op.target, op.where[len(path) :], op.kernel, op.operands, op.results, tuple(reads))
+                (
+                    op.target,
+                    op.where[len(path) :],
+                    op.kernels,
+                    op.operands,
+                    op.results,
+                    tuple(reads),
+                )
             )
         return tuple(rows)
 
@@ -188,7 +195,7 @@ class _Drawing:
         """Whether an op takes no time and has one operand: it is drawn as part of an arrow."""
         if op.seconds or not is_unary(op):
             return False
-        return not _communicates(self.words.converted.get((op.reads[0], op.name)))
+        return not self.words.sent(self.words.converted.get((op.reads[0], op.name)))
 
     def _side_work(self) -> dict[str, Box | None]:
         """Ops that prepare masks, positions and labels, whole on all ranks: by name, their box.
@@ -204,8 +211,8 @@ class _Drawing:
                 value in made or value not in self.words.producers for value in self._data(op)
             )
             takes_part = len(self._data(op)) == len(op.reads) and from_side
-            whole = all(isinstance(result, Invariant) for result in op.results)
-            if not takes_part or not whole or op.whole_flops or op.kernel or self.within:
+            whole = all(set(map(type, layout)) == {Invariant} for layout in op.results)
+            if not takes_part or not whole or op.whole_flops or any(op.kernels) or self.within:
                 continue
             repeated = any(part.isdigit() for part in op.where.split("."))
             if repeated and not is_unary(op):
@@ -242,13 +249,13 @@ class _Drawing:
     def _goes_on(self, box: Box, op: OpChoice) -> bool:
         """Whether an op only goes on with the work of the box: same module, same placement."""
         last = box.ops[-1]
-        if box.where != op.where or op.whole_flops or op.kernel or last.kernel:
+        if box.where != op.where or op.whole_flops or any((*op.kernels, *last.kernels)):
             return False
-        if list(map(type, op.results)) != list(map(type, last.results)):
+        if list(map(_kinds, op.results)) != list(map(_kinds, last.results)):
             return False
         inside = [value for value in self._data(op) if self.box_of.get(self._root(value)) is box]
         moved = [self.words.converted.get((value, op.name)) for value in inside]
-        return bool(inside) and not any(map(_communicates, moved))
+        return bool(inside) and not any(map(self.words.sent, moved))
 
     # -- arrows
 
@@ -271,20 +278,26 @@ class _Drawing:
         return self.box_of[root]
 
     def _arrow(self, source: Box, target: Box, conversion: Conversion | None) -> None:
-        if not _communicates(conversion):
-            label = ""
-            if conversion is not None and conversion.forward is not Movement.NONE:
-                label = conversion.forward.value.replace("_", " ")
+        if not self.words.sent(conversion):
+            label = self._label(conversion) if conversion is not None else ""
             self.arrows[Arrow(source.name, target.name, label)] = None
             return
         assert conversion is not None
         key = (conversion.value, conversion.target)
         if key not in self.pills:
             where = _common(source.where, target.where)
-            name = f"{conversion.value} to {conversion.target}"
+            name = f"{conversion.value} to {self.words.layout(conversion.target)}"
             self.pills[key] = Pill(name, where, conversion)
             self.arrows[Arrow(source.name, name)] = None
         self.arrows[Arrow(self.pills[key].name, target.name)] = None
+
+    def _label(self, conversion: Conversion) -> str:
+        """What a conversion that sends nothing does to the value."""
+        return ", ".join(
+            step.forward.value.replace("_", " ") + self.words.on(step.axis)
+            for step in conversion.steps
+            if step.forward is not Movement.NONE
+        )
 
     def _ends(self) -> None:
         """What leaves: results, what others read, what the next of a run of layers is sent."""
@@ -298,7 +311,7 @@ class _Drawing:
                 for op in readers:
                     conversion = self.words.converted.get((value, op.name))
                     if op.name in self.hidden:
-                        if _communicates(conversion):
+                        if self.words.sent(conversion):
                             self._end(f"next {value}", "next", box, conversion)
                     elif op.name not in drawn:
                         self._end(f"to {op.where or op.name}", "output", box, conversion)
@@ -310,10 +323,8 @@ class _Drawing:
         self._arrow(source, end, conversion)
 
 
-def _communicates(conversion: Conversion | None) -> bool:
-    if conversion is None:
-        return False
-    return bool(conversion.forward.collective or conversion.backward.collective)
+def _kinds(layout: Layout) -> tuple[type, ...]:
+    return tuple(map(type, layout))
 
 
 def _common(one: str, other: str) -> str:

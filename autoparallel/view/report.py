@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autoparallel.placement import Collective, Invariant, Partial, Placement, Replicate, Shard
+from autoparallel.placement import Collective, Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.traffic import PHASES, Transfer, transfers
 from autoparallel.view.fold import Folded, fold
-from autoparallel.view.words import Words, bytes_text, movement_text, seconds_text
+from autoparallel.view.words import Words, bytes_text, collective_text, kind_of, seconds_text
 
 __all__ = ["collective_totals", "plan_text", "print_plan"]
 
@@ -46,7 +47,7 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
         _totals(plan),
         _whole(plan),
     )
-    console.print(_header(plan))
+    console.print(_header(plan, words))
     for table in tables:
         if table is not None:
             console.print(table)
@@ -61,28 +62,29 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
-def collective_totals(plan: Plan) -> dict[tuple[str, Collective], tuple[int, int]]:
-    """(direction, collective) to number and bytes in one step, of the conversions of the plan.
+def collective_totals(plan: Plan) -> dict[tuple[str, str, Collective], tuple[int, float]]:
+    """(phase, mesh axis, collective) to number and bytes in one step, of the plan's conversions.
 
-    direction: "forward" or "backward". Bytes are those of the full tensors. What is done together
-    counts as one.
+    phase: "forward", "backward" or "update". Bytes are those of the full tensors, as the axis
+    finds them. What is done together counts as one.
     """
-    found: dict[tuple[str, Collective], tuple[int, int]] = {}
-    for direction in ("forward", "backward"):
-        for collective in Collective:
-            made = [
-                conversion
-                for conversion in plan.conversions
-                if getattr(conversion, direction).collective is collective
-            ]
-            if made:
-                alone = [conversion for conversion in made if not conversion.together]
-                number = len(alone) + (len(alone) < len(made))
-                found[direction, collective] = number, sum(c.nbytes for c in made)
+    made: dict[tuple[str, str, Collective], list[Transfer]] = {}
+    for transfer in transfers(plan):
+        axis = plan.mesh.axes[transfer.step.axis][0]
+        made.setdefault((transfer.phase, axis, transfer.collective), []).append(transfer)
+    found = {}
+    for phase in PHASES:
+        for axis, _ in plan.mesh.axes:
+            for collective in Collective:
+                if group := made.get((phase, axis, collective)):
+                    alone = [transfer for transfer in group if not transfer.together]
+                    number = len(alone) + (len(alone) < len(group))
+                    nbytes = sum(transfer.nbytes for transfer in group)
+                    found[phase, axis, collective] = number, nbytes
     return found
 
 
-def _header(plan: Plan) -> Table:
+def _header(plan: Plan, words: Words) -> Table:
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
     gap = plan.cost - plan.lower_bound
     share = gap / plan.lower_bound if plan.lower_bound else 0.0
@@ -102,7 +104,7 @@ def _header(plan: Plan) -> Table:
         ("predicted", f"{seconds_text(plan.seconds)} a step"),
         ("minimized", f"cost {plan.cost:.6g}, {bound}"),
         ("method", plan.method),
-        ("returns", ", ".join(map(_returned, plan.outputs)) or "nothing"),
+        ("returns", ", ".join(_returned(words, layout) for layout in plan.outputs) or "nothing"),
     ]
     if plan.breaks:
         rows[-1] = ("returns", "what its Python returns, whole")
@@ -126,8 +128,8 @@ def _header(plan: Plan) -> Table:
     return table
 
 
-def _returned(placement: Placement) -> str:
-    return "whole" if isinstance(placement, Invariant) else f"split as {placement}"
+def _returned(words: Words, layout: Layout) -> str:
+    return "whole" if kind_of(layout) is Invariant else f"split as {words.layout(layout)}"
 
 
 def _table(
@@ -150,7 +152,7 @@ def _parameters(plan: Plan, words: Words) -> Table:
         text = words.split(parameter)
         return f"{text}: {parameter.reason}" if parameter.reason else text
 
-    rows = fold((p.path, (p.shape, p.storage, split(p)), p) for p in plan.parameters)
+    rows = fold((p.path, (p.shape, p.storage, p.state, split(p)), p) for p in plan.parameters)
     return _table(
         "Parameters",
         [
@@ -165,7 +167,7 @@ def _parameters(plan: Plan, words: Words) -> Table:
                 row.path,
                 _times(row),
                 " × ".join(map(str, row.first.shape)) or "scalar",
-                Text(str(row.first.storage), style=_STYLES[type(row.first.storage)]),
+                Text(words.layout(row.first.storage), style=_STYLES[kind_of(row.first.storage)]),
                 split(row.first),
             )
             for row in rows
@@ -174,7 +176,7 @@ def _parameters(plan: Plan, words: Words) -> Table:
 
 
 def _communications(plan: Plan, words: Words) -> Table:
-    moves = [c for c in plan.conversions if c.forward.collective or c.backward.collective]
+    moves = [c for c in plan.conversions if words.sent(c)]
 
     def content(conversion: Conversion) -> tuple[object, ...]:
         op = words.producers.get(conversion.value)
@@ -182,6 +184,8 @@ def _communications(plan: Plan, words: Words) -> Table:
             op.target if op else "",
             conversion.source,
             conversion.target,
+            conversion.steps,
+            conversion.again,
             conversion.shape,
             conversion.nbytes,
             conversion.requires_grad,
@@ -197,12 +201,9 @@ def _communications(plan: Plan, words: Words) -> Table:
                 "(parameter)" if row.first.value in words.parameters else row.first.value,
                 row.path,
                 _times(row),
-                f"{row.first.source} → {row.first.target}",
-                Text(movement_text(row.first.forward), style="magenta"),
-                Text(
-                    movement_text(row.first.backward) + (" together" if row.first.together else ""),
-                    style="blue",
-                ),
+                words.change(row.first),
+                Text(_sent(words, row.first, ("forward",)), style="magenta"),
+                Text(_sent(words, row.first, ("backward", "update")), style="blue"),
                 row.first.shape,
                 bytes_text(row.first.nbytes),
                 seconds_text(row.first.seconds),
@@ -210,6 +211,21 @@ def _communications(plan: Plan, words: Words) -> Table:
             for row in rows
         ],
     )
+
+
+def _sent(words: Words, conversion: Conversion, phases: Sequence[str]) -> str:
+    """What is sent in these phases: "all-reduce on dp together", "–" for nothing."""
+    told = []
+    for transfer in words.sent(conversion):
+        if transfer.phase in phases:
+            text = collective_text(transfer.collective) + words.on(transfer.step.axis)
+            if len(words.axes) > 1 and transfer.nbytes != conversion.nbytes:
+                text += f" of {bytes_text(transfer.nbytes)}"
+            text += " together" if transfer.together else ""
+            text += " again" if transfer.again else ""
+            text += " after the update" if transfer.phase == "update" else ""
+            told.append(text)
+    return ", ".join(told) or "–"
 
 
 def _breaks(plan: Plan) -> Table | None:
@@ -225,14 +241,15 @@ def _breaks(plan: Plan) -> Table | None:
 
 
 def _totals(plan: Plan) -> Table:
-    rows = [
-        (direction, collective.value.replace("_", "-"), str(count), bytes_text(nbytes))
-        for (direction, collective), (count, nbytes) in collective_totals(plan).items()
-    ]
+    several = len(plan.mesh.axes) > 1
+    rows = []
+    for (phase, axis, collective), (count, nbytes) in collective_totals(plan).items():
+        place = [axis] if several else []
+        rows.append((phase, *place, collective_text(collective), str(count), bytes_text(nbytes)))
     if not rows:
-        rows = [("forward and backward", "none", "0", "0 B")]
-    columns = [("pass", False), ("collective", False), ("count", True), ("bytes", True)]
-    return _table("Collectives in one step", columns, rows)
+        rows = [("forward and backward", *([""] if several else []), "none", "0", "0 B")]
+    columns = [("pass", False), *([("axis", False)] if several else []), ("collective", False)]
+    return _table("Collectives in one step", [*columns, ("count", True), ("bytes", True)], rows)
 
 
 def _whole(plan: Plan) -> Table | None:
@@ -271,7 +288,7 @@ def _added(group: Sequence[ParameterChoice] | Sequence[OpChoice]) -> str:
 
 
 def _kernels(plan: Plan) -> list[str]:
-    kernels = Counter(op.kernel for op in plan.ops if op.kernel)
+    kernels = Counter(name for op in plan.ops for name in op.kernels if name)
     if not kernels:
         return []
     text = ", ".join(f"{name} ×{count}" for name, count in kernels.items())

@@ -9,10 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
-from autoparallel.placement import Movement, Partial, Shard
+from autoparallel.placement import (
+    Collective,
+    Invariant,
+    Layout,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+)
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.traffic import Transfer, transfers
 
-__all__ = ["Words", "bytes_text", "is_unary", "movement_text", "op_text", "seconds_text"]
+__all__ = [
+    "Words",
+    "bytes_text",
+    "collective_text",
+    "is_unary",
+    "kind_of",
+    "op_text",
+    "seconds_text",
+]
 
 # What a split of the parameter read first is called where a kernel of ours runs the op.
 _KERNELS = {"embedding_rows": "rows of the table"}
@@ -56,25 +73,77 @@ class Words:
         op = self.producers.get(value)
         return "(input)" if op is None else op.where or "(model)"
 
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the mesh axes."""
+        return tuple(name for name, _ in self.plan.mesh.axes)
+
+    @cached_property
+    def transfers(self) -> Mapping[tuple[str, Layout], list[Transfer]]:
+        """What each conversion, by value and target, sends in one step."""
+        found: dict[tuple[str, Layout], list[Transfer]] = {}
+        for transfer in transfers(self.plan):
+            conversion = transfer.conversion
+            found.setdefault((conversion.value, conversion.target), []).append(transfer)
+        return found
+
+    def sent(self, conversion: Conversion | None) -> list[Transfer]:
+        """What a conversion sends in one step."""
+        if conversion is None:
+            return []
+        return self.transfers.get((conversion.value, conversion.target), [])
+
+    def on(self, axis: int) -> str:
+        """ " on tp"; empty where there is one axis only."""
+        return f" on {self.axes[axis]}" if len(self.axes) > 1 else ""
+
+    def layout(self, layout: Layout) -> str:
+        """ "S(0)" on one axis; "R on dp, S(0) on tp", where I goes without saying, on several."""
+        if len(layout) == 1:
+            return str(layout[0])
+        if len(set(layout)) == 1 and not isinstance(layout[0], Shard):
+            return str(layout[0])
+        told = [
+            f"{placement}{self.on(axis)}"
+            for axis, placement in enumerate(layout)
+            if not isinstance(placement, Invariant)
+        ]
+        return ", ".join(told)
+
+    def change(self, conversion: Conversion) -> str:
+        """ "I → R"; "I → R on dp" where there are several axes, of which the others stay."""
+        pairs = enumerate(zip(conversion.source, conversion.target, strict=True))
+        return ", ".join(
+            f"{source} → {target}{self.on(axis)}"
+            for axis, (source, target) in pairs
+            if source != target
+        )
+
     def split(self, parameter: ParameterChoice) -> str:
         """How a parameter is split, in words; "whole" if it is not."""
-        if not isinstance(parameter.storage, Shard):
-            return "whole"
-        names = dict.fromkeys(self.splits(parameter.name))
-        text = " + ".join(names) or f"dim {parameter.storage.dim}"
-        return text + self._parts(parameter.storage)
+        told = []
+        for axis, state in enumerate(parameter.state):
+            if not isinstance(state, Shard):
+                continue
+            if isinstance(parameter.storage[axis], Shard):
+                names = dict.fromkeys(self.splits(parameter.name, axis))
+                text = " + ".join(names) or f"dim {state.dim}"
+            else:
+                text = _late_text(parameter, axis)
+            told.append(text + self._parts(state) + self.on(axis))
+        return "; ".join(told) or "whole"
 
-    def splits(self, value: str) -> list[str]:
+    def splits(self, value: str, axis: int = 0) -> list[str]:
         """What the split of a value is called by each op that reads it, through views."""
         found = []
         for op, position in self.readers.get(value, ()):
-            if not isinstance(op.operands[position], Shard):
+            if not isinstance(op.operands[position][axis], Shard):
                 if (value, op.name) in self.converted:
-                    found.append("stored in parts, gathered for use")
+                    found.append("stored in parts, gathered for use (ZeRO-3)")
             elif is_unary(op) and len(op.makes) == 1:
-                found += self.splits(op.makes[0])
+                found += self.splits(op.makes[0], axis)
             else:
-                found.append(_PHRASES.get(name := self._split(op, position), name))
+                found.append(_PHRASES.get(name := self._split(op, position, axis), name))
         return found
 
     def origin(self, value: str) -> str:
@@ -85,26 +154,35 @@ class Words:
 
     def role(self, op: OpChoice) -> str:
         """What an op's split is called: "column-parallel"; empty if there is no word for it."""
+        told = [
+            f"{text}{self.on(axis)}"
+            for axis in range(len(self.axes))
+            if (text := self._role(op, axis))
+        ]
+        return ", ".join(told)
+
+    def _role(self, op: OpChoice, axis: int) -> str:
         for position, value in enumerate(op.reads):
-            split = isinstance(op.operands[position], Shard)
-            if split and self.origin(value) in self.parameters and (op.whole_flops or op.kernel):
-                name = self._split(op, position)
+            split = isinstance(op.operands[position][axis], Shard)
+            known = op.whole_flops or op.kernels[axis]
+            if split and known and self.origin(value) in self.parameters:
+                name = self._split(op, position, axis)
                 return f"{name}-parallel" if name in _PHRASES else name
         if not op.whole_flops:
             return ""
-        result = op.results[0]
+        result = op.results[0][axis]
         return f"split along dim {result.dim}" if isinstance(result, Shard) else ""
 
-    def _split(self, op: OpChoice, position: int) -> str:
+    def _split(self, op: OpChoice, position: int, axis: int) -> str:
         """ "row" or "column" where that is what the split of an operand is, else a phrase."""
-        placement = op.operands[position]
+        placement = op.operands[position][axis]
         assert isinstance(placement, Shard)
-        if op.kernel:
-            return _KERNELS.get(op.kernel, f"dim {placement.dim}")
-        if all(isinstance(result, Partial) for result in op.results):
+        if op.kernels[axis]:
+            return _KERNELS.get(op.kernels[axis], f"dim {placement.dim}")
+        if all(isinstance(result[axis], Partial) for result in op.results):
             return "row"
         others = (*op.operands[:position], *op.operands[position + 1 :])
-        if not any(isinstance(other, Shard) for other in others):
+        if not any(isinstance(other[axis], Shard) for other in others):
             return "column"
         if op.whole_flops:
             return f"dim {placement.dim}, each part with its part of the input"
@@ -118,12 +196,26 @@ class Words:
 
 def is_unary(op: OpChoice) -> bool:
     """Whether an op makes what it makes from one operand, and is no product."""
-    return len(op.reads) == 1 and not op.whole_flops and not op.kernel
+    return len(op.reads) == 1 and not op.whole_flops and not any(op.kernels)
 
 
-def movement_text(move: Movement) -> str:
-    """ "all-reduce", "–" for nothing."""
-    return "–" if move is Movement.NONE else move.value.replace("_", "-")
+def _late_text(parameter: ParameterChoice, axis: int) -> str:
+    """What ZeRO's first two stages are called (arXiv:1910.02054)."""
+    if isinstance(parameter.gradient[axis], Shard):
+        return "whole, its gradient and optimizer state in parts (ZeRO-2)"
+    return "whole, its optimizer state in parts (ZeRO-1)"
+
+
+def kind_of(layout: Layout) -> type[Placement]:
+    """The placement that matters most: what is pending, then what is split."""
+    kinds = {type(placement) for placement in layout}
+    order: tuple[type[Placement], ...] = (Partial, Shard, Replicate, Invariant)
+    return next(kind for kind in order if kind in kinds)
+
+
+def collective_text(collective: Collective) -> str:
+    """ "all-reduce"."""
+    return collective.value.replace("_", "-")
 
 
 def op_text(target: str) -> str:

@@ -1,0 +1,129 @@
+"""What crosses the links in a step of training: a plan's conversions, collective by collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from autoparallel.placement import (
+    Collective,
+    Invariant,
+    Layout,
+    Movement,
+    Shard,
+    Step,
+    backward_steps,
+    layout_gradient,
+    local_layout_size,
+)
+from autoparallel.plan import Conversion, ParameterChoice, Plan
+
+__all__ = ["PHASES", "Transfer", "late_axes", "route", "transfers"]
+
+PHASES = ("forward", "backward", "update")
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One collective on one mesh axis.
+
+    layout: of the tensor before it, for a gradient that of the gradient. phase: one of PHASES.
+    nbytes: of the tensor as it would be on a rank if this axis did not split it. together: made
+    in one call with others like it. again: repeats in the backward pass what the forward did.
+    """
+
+    conversion: Conversion
+    step: Step
+    layout: Layout
+    phase: str
+    collective: Collective
+    nbytes: float
+    together: bool = False
+    again: bool = False
+
+
+def route(layout: Layout, steps: tuple[Step, ...]) -> Iterator[tuple[Layout, Step]]:
+    """Each step with the layout before it."""
+    for step in steps:
+        yield layout, step
+        layout = step.applied(layout)
+
+
+def late_axes(parameter: ParameterChoice | None) -> tuple[int, ...]:
+    """Axes on which the optimizer works on parts of what is stored whole (ZeRO-1 and ZeRO-2)."""
+    if parameter is None:
+        return ()
+    pairs = zip(parameter.storage, parameter.state, strict=True)
+    return tuple(axis for axis, (own, state) in enumerate(pairs) if own != state)
+
+
+def transfers(plan: Plan) -> tuple[Transfer, ...]:
+    """Every collective of one step, without those inside of kernels.
+
+    Dims whose size is not a number are taken to divide by the ranks that split them.
+    """
+    parameters = {parameter.name: parameter for parameter in plan.parameters}
+    sizes = tuple(size for _, size in plan.mesh.axes)
+    found: list[Transfer] = []
+    updated: set[tuple[str, int]] = set()
+    for conversion in plan.conversions:
+        parameter = parameters.get(conversion.value)
+        late = late_axes(parameter)
+        forward = tuple(route(conversion.source, conversion.steps))
+        for phase in ("forward", "backward")[: 2 if conversion.again else 1]:
+            for layout, step in forward:
+                again = phase == "backward"
+                found += _made(conversion, step, layout, step.forward, phase, sizes, again=again)
+        if conversion.requires_grad:
+            back = backward_steps(conversion.steps)
+            for layout, step in route(layout_gradient(conversion.target), back):
+                move, together = step.forward, conversion.together
+                if step.axis in late and move is Movement.ALL_REDUCE:
+                    assert parameter is not None
+                    move = Movement.REDUCE_SCATTER
+                    together &= parameter.gradient[step.axis] == parameter.storage[step.axis]
+                together &= step.backward is Movement.NONE
+                found += _made(conversion, step, layout, move, "backward", sizes, together=together)
+        for axis in late:
+            if (conversion.value, axis) not in updated:
+                assert parameter is not None
+                updated.add((conversion.value, axis))
+                step = Step(axis, parameter.state[axis], parameter.storage[axis])
+                layout = (*parameter.storage[:axis], step.source, *parameter.storage[axis + 1 :])
+                found += _made(conversion, step, layout, step.forward, "update", sizes)
+    return tuple(found)
+
+
+def _made(
+    conversion: Conversion,
+    step: Step,
+    layout: Layout,
+    move: Movement,
+    phase: str,
+    sizes: tuple[int, ...],
+    *,
+    together: bool = False,
+    again: bool = False,
+) -> list[Transfer]:
+    if move.collective is None or sizes[step.axis] == 1:
+        return []
+    others = (*layout[: step.axis], Invariant(), *layout[step.axis + 1 :])
+    nbytes = conversion.nbytes * _fraction(conversion.shape, others, sizes)
+    whole = int(nbytes) if nbytes.denominator == 1 else float(nbytes)
+    return [Transfer(conversion, step, layout, phase, move.collective, whole, together, again)]
+
+
+def _fraction(shape: str, layout: Layout, sizes: tuple[int, ...]) -> Fraction:
+    """What a rank holds of a tensor of that shape. layout: without pending sums."""
+    dims = shape.split(", ") if shape else []
+    found = Fraction(1)
+    for dim in dict.fromkeys(p.dim for p in layout if isinstance(p, Shard)):
+        if dims[dim].isdigit():
+            size = int(dims[dim])
+            found *= Fraction(local_layout_size(size, dim, layout, sizes), size)
+            continue
+        for axis, placement in enumerate(layout):
+            if isinstance(placement, Shard) and placement.dim == dim:
+                found /= sizes[axis]
+    return found
