@@ -33,7 +33,7 @@ from autoparallel.routes import Routes, layout_fraction
 from autoparallel.stores import Stored
 from planners import Alternative
 
-__all__ = ["Edge", "Edges", "Made", "Need", "Table"]
+__all__ = ["Edge", "Edges", "Made", "Need", "Repeated", "Table"]
 
 Array = NDArray[np.float64]
 
@@ -47,13 +47,14 @@ _MANY_LAYOUTS = 64
 class Made:
     """How the variable that makes a value lays it in each state. Known by identity.
 
-    stored: of a parameter, the states themselves. resident: the value takes no memory of its own
-    where it is kept as it is made: a parameter, an input, or what its maker keeps anyway.
+    stored: of a parameter, the states themselves. given: it is there anyway: a parameter, an input.
+    counted: as it is made, its memory is counted elsewhere: its maker keeps it, or it is a view.
     """
 
     layouts: tuple[Layout, ...]
     stored: tuple[Stored, ...] = ()
-    resident: bool = False
+    given: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,18 @@ class Table:
     def matters(self) -> bool:
         """Whether it says anything."""
         return bool(self.cost.any() or (self.usage is not None and self.usage.any()))
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Who is run again in the backward pass: the maker of a value, and which of its readers.
+
+    apart: the maker belongs to another block than the readers, of which it may be run again or not.
+    """
+
+    maker: bool
+    readers: tuple[bool, ...]
+    apart: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +166,20 @@ class Edges:
         return not (together and grad and waits)
 
     def between(
-        self, value: Value, made: Made, needs: tuple[Need, ...], weight: bool, together: bool
+        self,
+        value: Value,
+        made: Made,
+        needs: tuple[Need, ...],
+        weight: bool,
+        together: bool,
+        modes: tuple[Repeated, ...] = (),
     ) -> Edge:
-        """The tables of one value: of a maker with its only reader, or with a variable between."""
-        key = (_class(value, weight, together), id(made), tuple(map(id, needs)))
+        """The tables of one value: of a maker with its only reader, or with a variable between.
+
+        modes: for each way in which the block of the readers may be run again, who is. More than
+        one makes the tables those of three variables, the last of which is the mode.
+        """
+        key = (_class(value, weight, together), id(made), tuple(map(id, needs)), modes)
         if key not in self._tables:
             if len(needs) == 1:
                 groups = needs[0].layouts
@@ -166,14 +189,18 @@ class Edges:
             targets = tuple(dict.fromkeys(target for group in groups for target in group))
             own = tuple(dict.fromkeys(made.layouts))
             routes = self.routes(value, weight, together, (*own, *targets))
-            paid = self._paid(value, made, groups, kept, routes, targets)
+            plain = modes or (Repeated(False, (False,) * len(needs)),)
+            tables = [
+                self._paid(value, made, groups, kept, routes, targets, mode) for mode in plain
+            ]
             offers: tuple[Table, ...] = ()
             if len(needs) > 1:
                 offers = tuple(Table(_offers(groups, kept, need)) for need in needs)
             # Makers and readers are known by identity: keep them alive.
-            self._tables[key] = (Edge(groups, kept, paid, routes, offers), made, needs)
-        edge: Edge = self._tables[key][0]
-        return edge
+            edge = Edge(groups, kept, _stacked(tables), routes, offers)
+            self._tables[key] = (edge, made, needs)
+        found: Edge = self._tables[key][0]
+        return found
 
     def _groups(
         self, needs: tuple[Need, ...]
@@ -207,75 +234,72 @@ class Edges:
         kept: tuple[tuple[Layout, ...], ...],
         routes: Routes,
         targets: tuple[Layout, ...],
+        mode: Repeated,
     ) -> Table:
         """table[made, group]: each layout of the group is paid once; what is kept has its bytes."""
-        place = {target: index for index, target in enumerate(targets)}
         row = np.array([routes.cells[layout] for layout in made.layouts])
         seconds = np.stack([routes.seconds(target)[row] for target in targets], axis=1)
         if made.stored:
             late = [[self.late(value, one, target) for target in targets] for one in made.stored]
             seconds = seconds + np.array(late)
-        if all(len(group) == 1 for group in groups):
-            columns = [place[group[0]] for group in groups]
-            cost = seconds[:, columns]
-        else:
-            cost = np.stack(
-                [seconds[:, [place[t] for t in group]].sum(axis=1) for group in groups], axis=1
-            )
-        if not self.memory or not any(kept):
+        ahead = np.zeros_like(seconds)
+        if self.memory or any(mode.readers):
+            ahead = np.stack([routes.forward_seconds(target)[row] for target in targets], axis=1)
+        cost = _summed(seconds, targets, groups)
+        if any(mode.readers):
+            cost = cost + _summed(ahead, targets, groups)
+        if not self.memory:
             return Table(cost)
-        return self._weighed(value, made, routes, targets, kept, cost, row)
+        return self._weighed(value, made, targets, kept, cost, ahead, mode)
 
     def _weighed(
         self,
         value: Value,
         made: Made,
-        routes: Routes,
         targets: tuple[Layout, ...],
         kept: tuple[tuple[Layout, ...], ...],
         cost: Array,
-        row: NDArray[np.intp],
+        ahead: Array,
+        mode: Repeated,
     ) -> Table:
-        """The bytes of what the backward pass needs, held or made again from what it came from."""
-        place = {target: index for index, target in enumerate(targets)}
-        shape, whole = value.shape, nbytes(value)
-        size = [whole * layout_fraction(shape, target, self.sizes) for target in targets]
+        """The bytes of what the backward pass needs, held or made again from what it came from.
+
+        What is run again keeps what goes into it, as it was made, and nothing else.
+        """
+        shape, size = value.shape, nbytes(value)
+        here = made.given or (made.counted and not mode.maker and not mode.apart)
         source = np.array(
             [
-                0.0 if made.resident else whole * layout_fraction(shape, layout, self.sizes)
+                0.0 if here else size * layout_fraction(shape, layout, self.sizes)
                 for layout in made.layouts
             ]
         )
+        entering = any(mode.readers) and not mode.maker
+        if all(mode.readers):
+            usage = np.broadcast_to(source[:, None] if entering else 0.0, cost.shape)
+            return Table(cost, np.ascontiguousarray(usage))
+        if not any(kept) and not entering:
+            return Table(cost)
+        forms = [_storage(target) for target in targets]
         plain = [_storage(layout) for layout in made.layouts]
-        held = np.zeros((len(made.layouts), len(targets)))
-        other = np.zeros_like(held, dtype=bool)
-        ahead = np.zeros_like(held)
-        for target, column in place.items():
-            form = _storage(target)
-            other[:, column] = [form != own for own in plain]
-            held[:, column] = np.where(other[:, column], size[column], source)
-            ahead[:, column] = self._forward(routes, target)[row]
-        holds = np.stack([held[:, [place[t] for t in some]].sum(axis=1) for some in kept], axis=1)
-        again = np.stack([other[:, [place[t] for t in some]].any(axis=1) for some in kept], axis=1)
-        time = np.stack(
-            [(ahead * other)[:, [place[t] for t in some]].sum(axis=1) for some in kept],
-            axis=1,
+        other = np.array([[form != own for form in forms] for own in plain])
+        local = np.array([size * layout_fraction(shape, t, self.sizes) for t in targets])
+        held = np.where(other, local, source[:, None])
+        distinct = tuple(
+            tuple({_storage(layout): layout for layout in some}.values()) for some in kept
         )
+        holds = _summed(held, targets, distinct)
+        again = _summed(other.astype(float), targets, distinct) > 0
+        if entering:
+            # Some readers are run again: what they take stays, beside what the others keep.
+            as_made = _summed((~other).astype(float), targets, distinct) > 0
+            holds = np.where(as_made, holds, holds + source[:, None])
+        if not again.any():
+            return Table(cost, holds)
+        time = _summed(ahead * other, targets, distinct)
         repeat = np.where(again & np.isfinite(cost), cost + time, np.inf)
         fewer = np.where(again, np.broadcast_to(source[:, None], holds.shape), 0.0)
-        alternatives: tuple[Alternative, ...] = ()
-        if again.any():
-            alternatives = (Alternative(repeat, fewer),)
-        return Table(cost, holds, alternatives)
-
-    def _forward(self, routes: Routes, target: Layout) -> Array:
-        """Seconds of the forward pass of the ways to `target`, from every layout."""
-        found = np.zeros(len(routes.layouts))
-        finite = np.isfinite(routes.seconds(target))
-        for cell, layout in enumerate(routes.layouts):
-            if finite[cell] and layout != target:
-                found[cell] = routes.forward_seconds(routes.steps(layout, target), layout)
-        return found
+        return Table(cost, holds, (Alternative(repeat, fewer),))
 
     def late(self, value: Value, stored: Stored, target: Layout) -> float:
         """What it adds that a gradient is reduced to a part and the updated parts are gathered.
@@ -301,6 +325,49 @@ class Edges:
             + collective_seconds(Collective.ALL_GATHER, size, link, count)
             - together_seconds(Collective.ALL_REDUCE, size, link, count)
         )
+
+
+def _summed(
+    columns: Array, targets: tuple[Layout, ...], groups: tuple[tuple[Layout, ...], ...]
+) -> Array:
+    """Per group, the sum of its targets' columns."""
+    place = {target: index for index, target in enumerate(targets)}
+    if all(len(group) == 1 for group in groups):
+        return columns[:, [place[group[0]] for group in groups]]
+    most = max(map(len, groups))
+    padded = np.concatenate([columns, np.zeros((len(columns), 1))], axis=1)
+    total = np.zeros((len(columns), len(groups)))
+    for at in range(most):
+        picked = [place[group[at]] if len(group) > at else len(targets) for group in groups]
+        total = total + padded[:, picked]
+    return total
+
+
+def _stacked(tables: list[Table]) -> Table:
+    """Tables of two variables as one of three, the last of which says which of them counts."""
+    if len(tables) == 1:
+        return tables[0]
+    cost = np.stack([table.cost for table in tables], axis=-1)
+    usage = None
+    if any(table.usage is not None for table in tables):
+        usage = np.stack([_usage(table) for table in tables], axis=-1)
+    if not any(table.alternatives for table in tables):
+        return Table(cost, usage)
+    others = [
+        table.alternatives[0]
+        if table.alternatives
+        else Alternative(np.full(table.cost.shape, np.inf), np.zeros(table.cost.shape))
+        for table in tables
+    ]
+    alternative = Alternative(
+        np.stack([other.cost for other in others], axis=-1),
+        np.stack([other.usage for other in others if other.usage is not None], axis=-1),
+    )
+    return Table(cost, usage, (alternative,))
+
+
+def _usage(table: Table) -> Array:
+    return np.zeros(table.cost.shape) if table.usage is None else table.usage
 
 
 def _class(value: Value, weight: bool, together: bool) -> Any:

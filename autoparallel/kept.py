@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autoparallel.cost.compute import nbytes
-from autoparallel.cost.saved import saved_tensors
+from autoparallel.cost.saved import SavedTensors
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.joint import Joint
 from autoparallel.routes import layout_fraction
@@ -23,7 +23,7 @@ class Kept:
 
     def __init__(self, graph: Graph, rules: Mapping[str, ShardingRule | None]) -> None:
         self.graph, self.rules = graph, rules
-        self.saved = saved_tensors(graph, rules)
+        self.saved = SavedTensors(graph, rules)
         self.of = self.saved.of
         self.viewed: dict[str, bool] = {}
         for node in reversed(graph.calls):

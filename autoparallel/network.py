@@ -289,7 +289,7 @@ class _Builder:
         costs = op_costs(call, kind.rule, [joint.parts for joint in joints], axes, self.hardware)
         held = self.kept.own(node) if self.kept else (False,) * len(results)
         made = tuple(
-            Made(tuple(joint.results[at] for joint in joints), resident=held[at])
+            Made(tuple(joint.results[at] for joint in joints), counted=held[at])
             for at in range(len(results))
         )
         usage = None
@@ -324,7 +324,7 @@ class _Builder:
                 seconds = update_seconds(own, own, parts[2], self.hardware)
                 costs.append(seconds if value.requires_grad else 0.0)
                 usage.append(sum(parts))
-            made = Made(tuple(choice.storage for choice in choices), choices, resident=True)
+            made = Made(tuple(choice.storage for choice in choices), choices, given=True)
             self.tables[key] = (Table(np.array(costs), np.array(usage)), made)
         self.network.updates[node.name], self.tables["made", node.name] = self.tables[key]
 
@@ -361,7 +361,7 @@ class _Builder:
             return node.name, self.choices[node.name].made[at]
         if node.kind == "parameter":
             return node.name, self.tables["made", node.name]
-        return None, self.shared("given", lambda: Made((self.invariant,), resident=True))
+        return None, self.shared("given", lambda: Made((self.invariant,), given=True))
 
     def shared(self, key: Any, make: Any) -> Any:
         """What was made under that key, or is made now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,6 +133,7 @@ class Routes:
             self.forwards.append(forward)
         self.hops = 1 if len(grid) == 1 else len(grid) + 1
         self._levels: dict[Layout, list[NDArray[np.float64]]] = {}
+        self._forward: dict[Layout, NDArray[np.float64]] = {}
 
     def levels(self, target: Layout) -> list[NDArray[np.float64]]:
         """Per number of steps, the least seconds from every layout to `target`, on the grid."""
@@ -188,15 +189,28 @@ class Routes:
             )
         return tuple(found)
 
-    def forward_seconds(self, steps: tuple[Step, ...], source: Layout) -> float:
-        """Seconds of the forward pass alone along the way."""
-        total, layout = 0.0, source
-        for step in steps:
-            place = np.unravel_index(self.cells[layout], self.grid)
-            target = self.universe[step.axis].index(step.target)
-            total += float(self.forwards[step.axis][(*place, target)])
-            layout = step.applied(layout)
-        return total
+    def forward_seconds(self, target: Layout) -> NDArray[np.float64]:
+        """Seconds of the forward pass alone, of the ways of `seconds`."""
+        if target not in self._forward:
+            levels = self.levels(target)
+            ahead = np.zeros(self.grid)
+            for last, level in pairwise(levels):
+                found = ahead
+                best = last
+                for axis, (seconds, forward) in enumerate(
+                    zip(self.moves, self.forwards, strict=True)
+                ):
+                    over = seconds + np.expand_dims(np.moveaxis(last, axis, -1), axis)
+                    then = forward + np.expand_dims(np.moveaxis(ahead, axis, -1), axis)
+                    first = over.argmin(axis=-1)[..., None]
+                    over = np.take_along_axis(over, first, -1)[..., 0]
+                    better = over < best * (1 - _RELATIVE)
+                    best = np.where(better, over, best)
+                    found = np.where(better, np.take_along_axis(then, first, -1)[..., 0], found)
+                assert np.array_equal(best, level)
+                ahead = found
+            self._forward[target] = ahead.reshape(-1)
+        return self._forward[target]
 
 
 def _along(axis: int, count: int) -> tuple[int, ...]:
