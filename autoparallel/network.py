@@ -32,7 +32,7 @@ from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, strategies
 from autoparallel.rules.unknown import find_unknown
 from autoparallel.stores import Stored, storage_choices, stored_bytes
 from autoparallel.tiling import Tiling, inert_calls, weight_values
-from planners import Alternative, Factor, Problem, Variable
+from planners import Alternative, Factor, Problem, Solution, Variable
 
 __all__ = ["Network", "build_network", "reduced_together"]
 
@@ -145,6 +145,37 @@ class Network:
         spread = self.options.sequence_parallel or self.options.data_parallel
         traffic = cost.traffic if spread else cost.whole_traffic
         return product_weight * cost.product + traffic + cost.communication
+
+    def recomputed(
+        self, chosen: Mapping[str, int]
+    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, ...], ...]]:
+        """The blocks that are run again, (path, mode), and their ops."""
+        blocks = self.recomputation
+        assert blocks is not None
+        modes, groups = [], []
+        for index, (block, able) in enumerate(zip(blocks.blocks, blocks.modes, strict=True)):
+            mode = able[chosen[blocks.variable(index)] if len(able) > 1 else 0]
+            if mode != "none":
+                modes.append((block.path, mode))
+                groups.append(blocks.groups[index][mode])
+        return tuple(modes), tuple(groups)
+
+    def made_again(self, solution: Solution) -> frozenset[tuple[str, Layout]]:
+        """Values, and what they are converted to, that are dropped after the forward pass."""
+        found = set()
+        chosen = solution.assignment
+        priced = zip(self.moved, self.factors, solution.factor_alternatives, strict=False)
+        for name, factor, alternative in priced:
+            if alternative and name:
+                found.update((name, t) for t in self.values[name].kept[chosen[factor.scope[1]]])
+        count = len(self.factors and solution.variable_alternatives)
+        for (name, _), alternative in zip(
+            self.fans, solution.variable_alternatives[count - len(self.fans) :], strict=False
+        ):
+            if alternative and name.endswith("*"):
+                value = name.removesuffix("*")
+                found.update((value, target) for target in self.values[value].kept[chosen[name]])
+        return frozenset(found)
 
 
 def build_network(
