@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.copies import shallow_copy
+from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import (
     CaptureError,
     InputMismatchError,
@@ -30,7 +32,7 @@ from autoparallel.graph.capture import (
     refuse_wrapped,
     split_example,
 )
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import Mesh, arrangements
 from autoparallel.options import Options
 from autoparallel.parts import Planner, search_parts
 from autoparallel.placement import Layout, Placement, layout_text, whole_layout
@@ -42,6 +44,7 @@ from autoparallel.runtime.parameters import as_distributed
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.search import search
+from autoparallel.units import parse_bytes
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
 
@@ -52,7 +55,7 @@ def autoparallelize(
     model: nn.Module,
     world_size: int | None = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     example_inputs: Any = None,
     sequence_parallel: bool = True,
     data_parallel: bool | None = None,
@@ -61,40 +64,46 @@ def autoparallelize(
     rng: str = "counter",
     strict_capture: bool = False,
     optimizer: str = "adam",
+    memory_limit: int | str | None = None,
+    recompute: str | None = None,
+    constraints: Sequence[str] = (),
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """The model, split over `world_size` ranks, as an ordinary module for this rank.
 
     model: any module; it is left as it is. world_size: number of processes; 1 changes nothing.
-    mesh: how they are arranged, `Mesh(dp=2, tp=4)`; without it they are one axis, tp.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
     model's own (see make_plan), and where it has none, planning waits for the first call.
-    data_parallel: by default, whether a mesh is given. Other options: see Options.
-    check_inputs: number of first calls in which the ranks compare their inputs.
+    check_inputs: number of first calls in which the ranks compare their inputs. Other arguments:
+    see make_plan.
     Under torchrun, starts the process group if there is none.
     Raises AutoParallelError or a child of it; see autoparallel.errors.
     """
     refuse_wrapped(model)
-    arranged = _mesh(world_size, mesh)
-    group = _group(arranged.world_size)
-    options = Options(
-        sequence_parallel,
-        mesh is not None if data_parallel is None else data_parallel,
-        hardware,
-        unknown_ops,
+    options = _options(
+        mesh,
+        data_parallel,
+        memory_limit,
+        recompute,
+        sequence_parallel=sequence_parallel,
+        hardware=hardware,
+        unknown_ops=unknown_ops,
         rng=rng,
         strict_capture=strict_capture,
         optimizer=optimizer,
+        constraints=tuple(constraints),
     )
+    meshes = _meshes(world_size, mesh, options)
+    group = _group(meshes[0].world_size)
     if example_inputs is None:
         try:
             example_inputs = find_example_inputs(model)
         except InputsNeededError:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
-            return _waiting_module(model, arranged, options, check_inputs)
+            return _waiting_module(model, meshes, options, check_inputs)
     args, kwargs = split_example(example_inputs)
-    plan = _search(model, _trace(model, args, kwargs, options), arranged, options)
+    plan = _fastest(model, _trace(model, args, kwargs, options), meshes, options)
     return _apply(model, plan, group, check_inputs)
 
 
@@ -102,7 +111,7 @@ def make_plan(
     model: nn.Module,
     world_size: int | None = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     example_inputs: Any = None,
     sequence_parallel: bool = True,
     data_parallel: bool | None = None,
@@ -111,33 +120,65 @@ def make_plan(
     rng: str = "counter",
     strict_capture: bool = False,
     optimizer: str = "adam",
+    memory_limit: int | str | None = None,
+    recompute: str | None = None,
+    constraints: Sequence[str] = (),
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
     """The plan of least cost. Needs no devices, no processes and no weights (meta is fine).
 
+    mesh: how the ranks are arranged, `Mesh(dp=2, tp=4)`, outermost axis first; "auto" tries the
+    ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan;
+    without it they are one axis, tp, and products are split by weights alone.
     Without example_inputs, the model's `example_inputs()` or Hugging Face `dummy_inputs` are used;
-    raises InputsNeededError where there is neither. pins: how parameters, by path, are to be
-    stored. product_weight: what a second of matrix products counts in the cost; by default 1, and
-    more only for a model so small that leaving it whole would be the fastest. Other arguments: see
-    autoparallelize.
+    raises InputsNeededError where there is neither.
+    data_parallel: whether products may be split along the inputs' dims, and parameters gathered
+    where they are used; by default, if a mesh is given. memory_limit: what a rank may use, "40GiB"
+    or bytes; raises MemoryLimitError where no plan fits. recompute: "none", "selective", "full", or
+    "auto", the default under a memory limit, for each repeated block's best.
+    constraints: what plans must have, "blocks.*.weight on dp is whole" (see constraints.py).
+    pins: how parameters, by path, are to be stored. product_weight: what a second of matrix
+    products counts in the cost; by default 1, and more only for a model so small that leaving it
+    whole would be the fastest. Other arguments: see Options.
     """
     refuse_wrapped(model)
-    arranged = _mesh(world_size, mesh)
-    options = Options(
-        sequence_parallel,
-        mesh is not None if data_parallel is None else data_parallel,
-        hardware,
-        unknown_ops,
+    options = _options(
+        mesh,
+        data_parallel,
+        memory_limit,
+        recompute,
+        sequence_parallel=sequence_parallel,
+        hardware=hardware,
+        unknown_ops=unknown_ops,
         rng=rng,
         strict_capture=strict_capture,
         optimizer=optimizer,
+        constraints=tuple(constraints),
     )
+    meshes = _meshes(world_size, mesh, options)
     if example_inputs is None:
         example_inputs = find_example_inputs(model)
     args, kwargs = split_example(example_inputs)
     traced = _trace(model, args, kwargs, options)
-    return _search(model, traced, arranged, options, pins, product_weight)
+    return _fastest(model, traced, meshes, options, pins, product_weight)
+
+
+def _options(
+    mesh: Mesh | str | None,
+    data_parallel: bool | None,
+    memory_limit: int | str | None,
+    recompute: str | None,
+    **others: Any,
+) -> Options:
+    """The options, with the defaults that depend on others."""
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    return Options(
+        data_parallel=mesh is not None if data_parallel is None else data_parallel,
+        memory_limit=limit,
+        recompute=recompute or ("none" if limit is None else "auto"),
+        **others,
+    )
 
 
 def apply_plan(
@@ -209,18 +250,49 @@ def _trace(
     return broken
 
 
-def _mesh(world_size: int | None, mesh: Mesh | None) -> Mesh:
-    """The arrangement of the ranks. Raises PlanError where it is not told, or told twice."""
+def _meshes(world_size: int | None, mesh: Mesh | str | None, options: Options) -> tuple[Mesh, ...]:
+    """The arrangements of the ranks to choose from.
+
+    Raises PlanError where their number is not told, or told twice.
+    """
+    if isinstance(mesh, Mesh):
+        if world_size is not None and world_size != mesh.world_size:
+            raise PlanError(
+                f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
+                fix="leave one of the two out",
+            )
+        return (mesh,)
+    if mesh not in (None, "auto"):
+        raise PlanError(f"mesh={mesh!r}", fix='pass mesh=Mesh(dp=2, tp=4), or mesh="auto"')
+    if world_size is None:
+        raise PlanError("over how many ranks?", fix="pass world_size=8, or mesh=Mesh(dp=2, tp=4)")
     if mesh is None:
-        if world_size is None:
-            raise PlanError("over how many ranks?", fix="pass world_size=8, or mesh=Mesh(tp=8)")
-        return Mesh(tp=world_size)
-    if world_size is not None and world_size != mesh.world_size:
-        raise PlanError(
-            f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
-            fix="leave one of the two out",
-        )
-    return mesh
+        return (Mesh(tp=world_size),)
+    return arrangements(world_size, find_hardware(options.hardware).devices_per_node)
+
+
+def _fastest(
+    model: nn.Module,
+    traced: Captured | Broken,
+    meshes: tuple[Mesh, ...],
+    options: Options,
+    pins: Mapping[str, Layout | Placement] | None = None,
+    product_weight: float | None = None,
+) -> Plan:
+    """The best plan of all arrangements. Raises the first one's error where none has a plan."""
+    best: Plan | None = None
+    errors: list[PlanError] = []
+    for mesh in meshes:
+        try:
+            plan = _search(model, traced, mesh, options, pins, product_weight)
+        except PlanError as error:
+            errors.append(error)
+            continue
+        if best is None or plan.seconds < best.seconds:
+            best = plan
+    if best is None:
+        raise min(errors, key=lambda error: getattr(error, "least", math.inf))
+    return best
 
 
 def _search(
@@ -335,13 +407,13 @@ class _Waiting:
     """Mixed into the user's class until the first call shows what the inputs are."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, mesh, options, check_inputs = self.__dict__["_waiting"]
+        model, meshes, options, check_inputs = self.__dict__["_waiting"]
         model.train(self.training)  # type: ignore[attr-defined]
         bind_inputs(model, args, kwargs)
         traced = _trace(model, args, kwargs, options)
-        plan = _search(model, traced, mesh, options)
+        plan = _fastest(model, traced, meshes, options)
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
-        made = _apply(source, plan, _group(mesh.world_size), check_inputs)
+        made = _apply(source, plan, _group(plan.world_size), check_inputs)
         _keep_identity(self, made)  # type: ignore[arg-type]
         made.__dict__["_generator"] = self.__dict__["_generator"]
         self.__class__ = made.__class__  # type: ignore[assignment]
@@ -350,7 +422,7 @@ class _Waiting:
 
 
 def _waiting_module(
-    model: nn.Module, ranks: Mesh, options: Options, check_inputs: int
+    model: nn.Module, meshes: tuple[Mesh, ...], options: Options, check_inputs: int
 ) -> nn.Module:
     """A copy of the model that plans itself when it is first called.
 
@@ -359,7 +431,8 @@ def _waiting_module(
     made = shallow_copy(model)
     kind = type(model)
     made.__class__ = type(f"Parallel{kind.__name__}", (_Waiting, kind), {})
-    made.__dict__["_waiting"] = (model, ranks, options, check_inputs)
+    made.__dict__["_waiting"] = (model, meshes, options, check_inputs)
+    ranks = meshes[0]
     group = _group(ranks.world_size)
     mesh = _device_mesh(group, ranks)
     give_generator(made, options.rng, group, mesh)

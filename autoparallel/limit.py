@@ -102,7 +102,7 @@ def _does_not_fit(
     ]
     ranks = _enough_ranks(network, allowed)
     more = f"use {ranks.world_size} ranks ({ranks})" if ranks else "use more ranks"
-    return MemoryLimitError(
+    found = MemoryLimitError(
         f"the model does not fit: no plan takes at most {bytes_text(allowed)} per rank on "
         f"{network.mesh}",
         where="\n".join(largest),
@@ -110,6 +110,8 @@ def _does_not_fit(
         f"{bytes_text(taken.total - allowed)} more than allowed: {_shares(taken)}",
         fix=f'pass memory_limit="{_at_least(taken.total)}", or {more}, or a smaller batch',
     )
+    found.least = taken.total
+    return found
 
 
 def _at_least(nbytes: int) -> str:

@@ -7,7 +7,7 @@ several ops read (the set of layouts that it is brought to, each once), one per 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -85,6 +85,7 @@ class Network:
     usage: dict[str, Array] = field(default_factory=dict)
     recomputation: Recomputation | None = None
     repeats: dict[str, Table] = field(default_factory=dict)
+    allowed: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
@@ -136,6 +137,10 @@ class Network:
             variables.append(Variable(f"return:{name}", zeros))
         for name, table in self.fans:
             variables.append(Variable(name, table.cost, table.usage, table.alternatives))
+        for index, variable in enumerate(variables):
+            if variable.name in self.allowed:
+                unary = np.where(self.allowed[variable.name], variable.unary, np.inf)
+                variables[index] = replace(variable, unary=unary)
         # What is near in the model is near in the problem: plans are mixed along this order.
         variables.sort(key=lambda variable: self.position(variable.name))
         self.names = tuple(variable.name for variable in variables)

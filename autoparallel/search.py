@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from autoparallel.constraints import constrain
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
@@ -54,6 +55,7 @@ def search(
     graph = at_least(captured.graph, options.tokens)
     hardware = find_hardware(options.hardware)
     network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
+    constrain(network, captured.aliases)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     unknown = [path for path in pins or {} if path not in captured.aliases]
     if unknown:
