@@ -26,7 +26,7 @@ def both(model: nn.Module, *args: Any, **kwargs: Any) -> Captured:
     full = capture(model, args, kwargs, fold=False)
     assert str(folded.graph) == str(full.graph)
     assert folded.graph == full.graph
-    assert [node.where for node in folded.graph.nodes] == [node.where for node in full.graph.nodes]
+    assert [node.scope for node in folded.graph.nodes] == [node.scope for node in full.graph.nodes]
     assert [node.line for node in folded.graph.nodes] == [node.line for node in full.graph.nodes]
     assert (folded.inputs, folded.outputs) == (full.inputs, full.outputs)
     assert folded.aliases == full.aliases
@@ -556,6 +556,22 @@ class Growing(Stack):
         for block in self.blocks:
             x = block(torch.cat([x, x[:, :1]], 1))
         return x
+
+
+class Scan(Block):
+    """Its loop fixes a size that it has sliced to: symbolic in the first block, a number later."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        longer = nn.functional.pad(x, (0, 0, 0, 2))[:, :length, :]
+        for place in range(length):
+            x = x + longer[:, place, :].unsqueeze(1)
+        return x
+
+
+def test_slices_of_sizes_that_the_first_block_fixes() -> None:
+    folded = both(stack(Scan), torch.ones(4, 3, WIDTH))
+    assert [len(paths) for paths in folded.repeats] == [LAYERS - 1]
 
 
 def test_sizes_that_change_from_block_to_block() -> None:

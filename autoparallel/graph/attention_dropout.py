@@ -46,7 +46,7 @@ def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Nod
         name = f"{node.name}_{suffix}" if suffix else node.name
         value = Value(name, shape, kind or dtype, grad and kind is None)
         options = tuple(kwargs.items())
-        made.append(Node(name, "call", op, (value,), args, options, node.where, node.line))
+        made.append(Node(name, "call", op, (value,), args, options, node.scope, node.line))
         return Ref(name)
 
     query, key, value = node.args[:3]

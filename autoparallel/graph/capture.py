@@ -24,6 +24,7 @@ from autoparallel.graph.effects import effects, refuse_effects
 from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.importer import Importer
+from autoparallel.graph.repeats import Repeats, find_repeats
 from autoparallel.graph.sizes import IntricateSizes, WatchedSizes
 from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.randomness import python_numbers
@@ -69,6 +70,11 @@ class Captured:
         if shapes not in self._known_shapes:
             self._known_shapes[shapes] = self._holds(shapes, [value.shape for value in values])
         return self._known_shapes[shapes]
+
+    @cached_property
+    def blocks(self) -> Repeats:
+        """The repeated blocks of the graph."""
+        return find_repeats(self.graph)
 
     @cached_property
     def _known_shapes(self) -> dict[tuple[tuple[int, ...], ...], bool]:

@@ -93,7 +93,9 @@ class Node:
 
     target: the op ("aten.linear.default") of a call, the attribute's path of a parameter, buffer
     or constant, the position of an input. args, kwargs: nested tuples with Ref, Sym and plain
-    leaves. where: module path in the user's model, for errors and pictures only.
+    leaves. scope: the module calls that it is inside of, the outermost first, each by the module's
+    path; "path@2" is the third call of one module from the same call of another. line: of the
+    user's code. Both belong to the user's view of the program, not to the program.
     """
 
     name: str
@@ -102,8 +104,13 @@ class Node:
     results: tuple[Value, ...]
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
-    where: str = field(default="", compare=False)
+    scope: tuple[str, ...] = field(default=(), compare=False)
     line: str = field(default="", compare=False)
+
+    @property
+    def where(self) -> str:
+        """Path of the innermost module that it is inside of."""
+        return self.scope[-1].partition("@")[0] if self.scope else ""
 
     @property
     def result(self) -> Value:

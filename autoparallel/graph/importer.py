@@ -17,6 +17,7 @@ from autoparallel.graph.autocast import casts_of
 from autoparallel.graph.folding import Folding
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves, map_leaves
 from autoparallel.graph.memory import owner_of, shares_memory
+from autoparallel.graph.origin import Origins, source_line
 from autoparallel.graph.regions import MARKS, OPAQUE, Regions, base_of
 
 __all__ = ["Importer"]
@@ -52,6 +53,7 @@ class Importer:
         self.symbols: set[Any] = set()
         self.guards: tuple[sympy.Basic, ...] = ()
         self.equal: dict[Any, Any] = {}
+        self.origins = Origins()
         self.regions = Regions(self)
         self.autocast: tuple[str, torch.dtype] | None = None
 
@@ -188,10 +190,10 @@ class Importer:
         example = node.meta.get("val")
         if isinstance(example, (torch.SymInt, int, torch.SymFloat, torch.SymBool)):
             if not isinstance(example, int) and example.node.hint is None:
-                where, line = _origin(node)
+                path, line = self.origins.path(node), source_line(node)
                 raise CaptureError(
                     "the forward computes with a tensor's value in Python",
-                    where=f"{line}  in {where}" if where else line,
+                    where=f"{line}  in {path}" if path else line,
                     why="the value is not known before the model runs (.item(), int(), float())",
                     fix="keep it a tensor of no dims, which broadcasts as a number does",
                 )
@@ -207,13 +209,20 @@ class Importer:
         if not isinstance(target, torch._ops.OpOverload):
             raise CaptureError(
                 f"{name} is no operator of tensors alone",
-                where=", ".join(filter(None, _origin(node))),
+                where=self.origins.where(node),
                 why="control flow and function transforms (torch.cond, torch.func.vmap) hold "
                 "programs of their own",
                 fix="keep it in a submodule of its own, which then stays Python",
             )
         args = self.leaf_all(node.args)
         kwargs = tuple((key, self.leaf_all(value)) for key, value in node.kwargs.items())
+        if name == "aten.slice.Tensor":
+            # x[:, :3] is traced in two ways, even in equal blocks: with a slice of all rows, and
+            # without; from 0, and from None.
+            if grad and self.shape(example) == tensors[args[0].name].shape:
+                self.known[node] = args[0]
+                return
+            args = (*args[:2], 0, *args[3:]) if args[2:] and args[2] is None else args
         if self.autocast is not None:
             args, kwargs = self.cast(node, args, kwargs, tensors, grad)
         written = _written(target, args)
@@ -231,7 +240,6 @@ class Importer:
                 self.value(f"{own}_{index}", item, flows) for index, item in enumerate(example)
             )
             self.known[node] = tuple(Ref(value.name) for value in results)
-        where, line = _origin(node)
         self.writes[own] = written
         for memory in written if results else ():
             self.written[results[0].name] = memory
@@ -240,7 +248,8 @@ class Importer:
         if results and shares_memory(name):
             operand = probe.operands()[0]
             self.memory.update((value.name, operand) for value in results)
-        self.add(Node(own, "call", name, results, args, kwargs, where, line), grad, tensors)
+        scope, line = self.origins.scope(node), source_line(node)
+        self.add(Node(own, "call", name, results, args, kwargs, scope, line), grad, tensors)
 
     def records(self, node: Node, grad: bool, tensors: Mapping[str, Value]) -> bool:
         """Whether a gradient flows back through a call. grad: whether any is recorded there."""
@@ -270,18 +279,17 @@ class Importer:
         if places <= {device}:
             found = casts_of(node.target, *examples, device, dtype)
         if found is None:
-            where, line = _origin(node)
             on = ", ".join(sorted(places))
             raise CaptureError(
                 f"what autocast does to {node.target} cannot be told",
-                where=", ".join(text for text in (where, line) if text),
+                where=self.origins.where(node),
                 why=f"the region is for {device}, and the model is on {on}"
                 if places != {device}
                 else "casts of its operands do not explain it",
                 fix="cast explicitly, or run the whole model in the lower precision",
             )
         place = -1
-        where, line = _origin(node)
+        scope, line = self.origins.scope(node), source_line(node)
 
         def leaf(item: Any) -> Any:
             nonlocal place
@@ -296,7 +304,7 @@ class Importer:
             cast = (item, found[place])
             self.writes[own] = ()
             self.add(
-                Node(own, "call", "aten.to.dtype", (value,), cast, (), where, line), grad, tensors
+                Node(own, "call", "aten.to.dtype", (value,), cast, (), scope, line), grad, tensors
             )
             return Ref(own)
 
@@ -383,8 +391,11 @@ class Importer:
                 self.sizes[expr] = Sym(sympy.sympify(expr), int(size.node.hint))
         return self.sizes[expr]
 
+    def shape(self, example: torch.Tensor) -> tuple[Dim, ...]:
+        return tuple(self.size(size) for size in example.shape)
+
     def value(self, name: str, example: torch.Tensor, grad: bool) -> Value:
-        shape = tuple(self.size(size) for size in example.shape)
+        shape = self.shape(example)
         floating = example.dtype.is_floating_point or example.dtype.is_complex
         return Value(name, shape, example.dtype, grad and floating)
 
@@ -414,20 +425,3 @@ def _written(target: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     return tuple(leaf.name for leaf in leaves(tuple(changed)) if isinstance(leaf, Ref))
-
-
-def _origin(node: Any) -> tuple[str, str]:
-    """Module path and source line that made an exported node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for qualified, _ in stack.values():
-        path = qualified or path
-    path = path.removeprefix("model").removeprefix(".")
-    line = ""
-    trace = node.meta.get("stack_trace") or ""
-    rows = [row.strip() for row in trace.splitlines() if row.strip().startswith("File ")]
-    if rows:
-        parts = rows[-1].split('"')
-        number = rows[-1].split("line ")[-1].split(",")[0]
-        line = f"{parts[1].rsplit('/', 1)[-1]}:{number}" if len(parts) > 1 else ""
-    return path, line

@@ -28,6 +28,7 @@ class _Region:
     """What the call of one block became: nodes[start:stop], from inputs to outputs by name."""
 
     path: str
+    scope: tuple[str, ...]
     inputs: tuple[str, ...]
     start: int
     stop: int = -1
@@ -46,7 +47,8 @@ class Regions:
         """A block that was traced begins or ends here."""
         names, key = self.names_of(node), node.args[1]
         if name == MARKS[0]:
-            self.found[key] = _Region(self.folding.marks[key], names, len(self.importer.nodes))
+            path, scope = self.folding.marks[key], self.importer.origins.scope(node)
+            self.found[key] = _Region(path, scope, names, len(self.importer.nodes))
             return
         region = self.found[key]
         region.outputs, region.stop = names, len(self.importer.nodes)
@@ -148,6 +150,12 @@ class Regions:
                 return Ref(renamed[item.name])
             return item
 
+        def moved(entry: str) -> str:
+            inside = entry.startswith(f"{region.path}.")
+            return path + entry.removeprefix(region.path) if inside else entry
+
+        scope = self.importer.origins.scope(node)
+        scopes: dict[tuple[str, ...], tuple[str, ...]] = {}
         for index in range(region.start, region.stop):
             like, grad = self.importer.nodes[index], self.importer.flows[index]
             args, kwargs = map_leaves(leaf, like.args), map_leaves(leaf, like.kwargs)
@@ -161,11 +169,12 @@ class Regions:
                 renamed[value.name] = name
                 floating = value.dtype.is_floating_point or value.dtype.is_complex
                 results.append(replace(value, name=name, requires_grad=flows and floating))
-            where = like.where
-            if where == region.path or where.startswith(f"{region.path}."):
-                where = path + where.removeprefix(region.path)
+            below = like.scope[len(region.scope) :]
+            if below not in scopes:
+                scopes[below] = (*scope, *map(moved, below))
+            made = replace(made, results=tuple(results), scope=scopes[below])
             self.importer.writes[own] = ()
-            self.importer.add(replace(made, results=tuple(results), where=where), grad, tensors)
+            self.importer.add(made, grad, tensors)
         self.importer.known[node] = tuple(Ref(renamed[name]) for name in region.outputs)
 
     def check(self, graph: Graph) -> None:

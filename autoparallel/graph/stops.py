@@ -31,7 +31,7 @@ def explicit_stops(graph: Graph) -> Graph:
                     stopped[name] = f"{name}_stopped"
                     made = replace(value, name=stopped[name], requires_grad=False)
                     nodes.append(
-                        Node(made.name, "call", _DETACH, (made,), (Ref(name),), (), node.where,
+                        Node(made.name, "call", _DETACH, (made,), (Ref(name),), (), node.scope,
                              node.line)
                     )  # fmt: skip
             node = renamed(node, stopped)

@@ -1,0 +1,296 @@
+"""Repeated blocks of a graph: runs of calls that one module call became, and which are equal.
+
+What is the same for equal blocks (rules, strategies, costs) need be found for one of them alone.
+Blocks are found by what they compute: whether and how modules are numbered does not matter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, map_leaves
+
+__all__ = ["Block", "Key", "Repeats", "find_repeats"]
+
+# A kind of blocks, and a place inside of each block of that kind.
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one module call became: nodes[start:stop] of the graph, all of them calls.
+
+    path: of the module; "path@2" is its third call. kind: equal for blocks that compute the same
+    of inputs of equal shape and type. index: how many blocks of its kind come before it.
+    inputs: values that it reads and does not make, in the order in which they are read first.
+    outputs: values that others read, or that are returned or written, in the order in which they
+    are made. own: nodes of parameters and buffers that it alone reads; they are no inputs.
+    Inputs, outputs and own tensors of blocks of one kind correspond by their places.
+    """
+
+    path: str
+    kind: int
+    index: int
+    start: int
+    stop: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    own: tuple[str, ...]
+
+    @property
+    def pattern(self) -> str:
+        """The path with a star for every number: equal for the blocks of one list."""
+        return _NUMBER.sub("*", self.path)
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """blocks: in the order of the program; none overlaps another."""
+
+    graph: Graph
+    blocks: tuple[Block, ...]
+
+    @cached_property
+    def firsts(self) -> tuple[Block, ...]:
+        """The first block of each kind."""
+        return tuple(block for block in self.blocks if block.index == 0)
+
+    @cached_property
+    def _places(self) -> Mapping[str, tuple[Block, int]]:
+        """The block of each node that belongs to one, and the node's place in it."""
+        return {
+            name: (block, place)
+            for block in self.blocks
+            for place, name in enumerate(self._names(block))
+        }
+
+    def _names(self, block: Block) -> Iterator[str]:
+        yield from (node.name for node in self.graph.nodes[block.start : block.stop])
+        yield from block.own
+
+    def block_of(self, node: str) -> Block | None:
+        """The block that a call, or a tensor that it alone reads, belongs to."""
+        found = self._places.get(node)
+        return found[0] if found else None
+
+    def key(self, node: str) -> Key | None:
+        """Equal for corresponding nodes of equal blocks; None outside of blocks."""
+        found = self._places.get(node)
+        return (found[0].kind, found[1]) if found else None
+
+    @cached_property
+    def _twins(self) -> Mapping[str, str]:
+        twins: dict[str, str] = {}
+        nodes = {node.name: node for node in self.graph.nodes}
+        for block in self.blocks:
+            first = self.firsts[block.kind]
+            if block is first:
+                continue
+            for name, like in zip(self._names(block), self._names(first), strict=True):
+                twins[name] = like
+                for value, twin in zip(nodes[name].results, nodes[like].results, strict=True):
+                    twins[value.name] = twin.name
+        return twins
+
+    def twin(self, name: str) -> str:
+        """The node or value in the first block of its kind that corresponds to `name`.
+
+        That is the node or value itself where it is in the first block or in none.
+        """
+        return self._twins.get(name, name)
+
+
+def find_repeats(graph: Graph) -> Repeats:
+    """The blocks of a graph whose passes have run.
+
+    A module call is a block if another one consists of the same ops; of those inside of each
+    other the outermost, unless it is mostly a chain of blocks itself (one of two equal towers).
+    Beside blocks, calls of modules that are numbered like them are blocks too (a first layer that
+    computes something more), perhaps each of a kind of its own.
+    """
+    finder = _Finder(graph)
+    found = sorted(finder.chosen, key=lambda call: call.start)
+    kinds: dict[Any, int] = {}
+    counts: dict[int, int] = {}
+    blocks: list[Block] = []
+    for call in found:
+        content, inputs, outputs, own = finder.content(call)
+        kind = kinds.setdefault(content, len(kinds))
+        counts[kind] = counts.get(kind, -1) + 1
+        path = call.scope[-1]
+        blocks.append(Block(path, kind, counts[kind], call.start, call.stop, inputs, outputs, own))
+    return Repeats(graph, tuple(blocks))
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(eq=False)
+class _Call:
+    """A module call: nodes[start:stop], and the calls inside of it that may be blocks."""
+
+    scope: tuple[str, ...]
+    start: int
+    stop: int
+    count: int = 0
+    leaf: bool = True
+    ops: int = -1
+    inner: list[_Call] = field(default_factory=list)
+
+
+class _Finder:
+    """Chooses the calls that are blocks. chosen: those."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.chosen: list[_Call] = []
+        self.stored = {node.result.name: node for node in graph.nodes if node.kind in _STORED}
+        self.left = {*graph.outputs, *(name for _, name in graph.mutations)}
+        self.whole = self.tree()
+        self.sequences: dict[tuple[str, ...], int] = {}
+        self.members: dict[int, int] = {}
+        self.count(self.whole)
+        self.choose(self.whole)
+
+    def tree(self) -> _Call:
+        """The module calls by which calls are inside of which."""
+        nodes = self.graph.nodes
+        whole = _Call((), 0, len(nodes))
+        calls: dict[tuple[str, ...], _Call] = {(): whole}
+        chains: dict[tuple[str, ...], tuple[_Call, ...]] = {}
+        for index, node in enumerate(nodes):
+            if node.kind != "call":
+                continue
+            if node.scope not in chains:
+                chains[node.scope] = tuple(
+                    calls.setdefault(scope, _Call(scope, index, index))
+                    for scope in (node.scope[:end] for end in range(1, len(node.scope) + 1))
+                )
+            for call in chains[node.scope]:
+                call.stop = index + 1
+                call.count += 1
+        for scope in calls:
+            if scope:
+                calls[scope[:-1]].leaf = False
+        for scope, call in calls.items():
+            if scope and self.may_be(call):
+                above = scope[:-1]
+                while above and not self.may_be(calls[above]):
+                    above = above[:-1]
+                calls[above].inner.append(call)
+        return whole
+
+    def may_be(self, call: _Call) -> bool:
+        """Whether nothing else is among its nodes, and it is more than a single layer."""
+        if call.count != call.stop - call.start:
+            return False
+        return not call.leaf or sum(len(shape) > 1 for shape in self.shapes(call)) > 1
+
+    def shapes(self, call: _Call) -> tuple[tuple[Dim, ...], ...]:
+        """Shapes of the parameters and buffers that are read, each once."""
+        names = dict.fromkeys(
+            name
+            for node in self.graph.nodes[call.start : call.stop]
+            for name in node.operands()
+            if name in self.stored
+        )
+        return tuple(self.stored[name].result.shape for name in names)
+
+    def count(self, above: _Call) -> None:
+        """Number the sequences of ops; calls that consist of one other call count once."""
+        for call in above.inner:
+            ops = tuple(node.target for node in self.graph.nodes[call.start : call.stop])
+            call.ops = self.sequences.setdefault(ops, len(self.sequences))
+            if (call.start, call.stop) != (above.start, above.stop):
+                self.members[call.ops] = self.members.get(call.ops, 0) + 1
+            self.count(call)
+
+    def choose(self, above: _Call) -> None:
+        """Choose among the calls inside of `above`."""
+        blocks = [
+            call
+            for call in above.inner
+            if self.members.get(call.ops, 0) > 1 and not self.is_chain(call)
+        ]
+        lists = {_list_of(call) for call in blocks} - {None}
+        for call in above.inner:
+            if call in blocks or (_list_of(call) in lists and not self.is_chain(call)):
+                self.chosen.append(call)
+            else:
+                self.choose(call)
+
+    def is_chain(self, call: _Call) -> bool:
+        """Whether most of it is equal blocks, each of which reads what the one before made."""
+        most = (call.stop - call.start) / 2
+        alike: dict[Any, list[_Call]] = {}
+        for inner in call.inner:
+            if inner.count > most and self.is_chain(inner):
+                return True
+            alike.setdefault((inner.ops, self.shapes(inner)), []).append(inner)
+        return any(
+            len(members) > 1
+            and sum(member.count for member in members) > most
+            and all(map(self.feeds, members, members[1:]))
+            for members in alike.values()
+        )
+
+    def feeds(self, first: _Call, second: _Call) -> bool:
+        """Whether the second call reads a value that the first one makes."""
+        nodes = self.graph.nodes
+        made = {value.name for node in nodes[first.start : first.stop] for value in node.results}
+        return any(
+            name in made for node in nodes[second.start : second.stop] for name in node.operands()
+        )
+
+    def content(self, call: _Call) -> tuple[Any, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """The call without names, and its inputs, outputs and own tensors."""
+        nodes = self.graph.nodes[call.start : call.stop]
+        names = {node.name for node in nodes}
+        known: dict[str, Any] = {}
+        inputs: list[str] = []
+        own: list[str] = []
+        outputs: list[str] = []
+
+        def plain(leaf: Any) -> Any:
+            if not isinstance(leaf, Ref):
+                return (type(leaf), leaf)
+            if leaf.name not in known:
+                known[leaf.name] = outside(leaf.name)
+            return known[leaf.name]
+
+        def outside(name: str) -> Any:
+            value = self.graph.values[name]
+            readers = self.graph.readers[name]
+            is_own = name in self.stored and name not in self.left
+            is_own = is_own and all(reader.name in names for reader in readers)
+            place, kind = (own, self.stored[name].kind) if is_own else (inputs, "")
+            place.append(name)
+            return (len(place), kind, value.shape, value.dtype, value.requires_grad)
+
+        rows: list[Any] = []
+        for number, node in enumerate(nodes):
+            shapes = [(value.shape, value.dtype, value.requires_grad) for value in node.results]
+            args, kwargs = map_leaves(plain, node.args), map_leaves(plain, node.kwargs)
+            rows.append((node.target, args, kwargs, *shapes))
+            for place, value in enumerate(node.results):
+                known[value.name] = (number, place)
+                readers: tuple[Node, ...] = self.graph.readers[value.name]
+                if value.name in self.left or any(item.name not in names for item in readers):
+                    outputs.append(value.name)
+        content = (*rows, *(known[name] for name in outputs))
+        return content, tuple(inputs), tuple(outputs), tuple(self.stored[n].name for n in own)
+
+
+_STORED = ("parameter", "buffer")
+
+
+def _list_of(call: _Call) -> str | None:
+    """The list that the module is numbered in; None where its name has no number."""
+    path = call.scope[-1].partition("@")[0]
+    head, _, last = path.rpartition(".")
+    starred = _NUMBER.sub("*", last)
+    return f"{head}.{starred}" if starred != last else None
