@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.compute import OpCost, nbytes, op_costs, update_seconds
 from autoparallel.cost.hardware import Hardware
-from autoparallel.edges import Edge, Edges, Made, Need, Table
+from autoparallel.edges import Edge, Edges, Made, Need, Repeated, Table
 from autoparallel.errors import PlanError, UnsupportedOpError
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 from autoparallel.joint import Joint, is_nested, joint_strategies
@@ -25,13 +25,14 @@ from autoparallel.kept import Kept
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text, whole_layout
+from autoparallel.recompute import Recomputation
 from autoparallel.routes import layout_fraction
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, strategies
 from autoparallel.rules.unknown import find_unknown
 from autoparallel.stores import Stored, storage_choices, stored_bytes
 from autoparallel.tiling import Tiling, inert_calls, weight_values
-from planners import Alternative, Factor, Problem, Variable
+from planners import Alternative, Factor, Problem, Solution, Variable
 
 __all__ = ["Network", "build_network", "reduced_together"]
 
@@ -82,6 +83,8 @@ class Network:
     fans: list[tuple[str, Table]] = field(default_factory=list)
     updates: dict[str, Table] = field(default_factory=dict)
     usage: dict[str, Array] = field(default_factory=dict)
+    recomputation: Recomputation | None = None
+    repeats: dict[str, Table] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
 
@@ -120,7 +123,12 @@ class Network:
             key = (id(costs), product_weight)
             if key not in interned:
                 interned[key] = np.array([self.priced(cost, product_weight) for cost in costs])
-            variables.append(Variable(name, interned[key], self.usage.get(name)))
+            unary, usage = interned[key], self.usage.get(name)
+            if name in self.repeats:
+                again = self.repeats[name]
+                unary = interned.setdefault((*key, id(again.cost)), unary + again.cost)
+                usage = None if usage is None else np.zeros_like(usage)
+            variables.append(Variable(name, unary, usage))
         for name, layouts in self.outputs.items():
             zeros = interned.setdefault(len(layouts), np.zeros(len(layouts)))
             variables.append(Variable(f"return:{name}", zeros))
@@ -137,6 +145,37 @@ class Network:
         spread = self.options.sequence_parallel or self.options.data_parallel
         traffic = cost.traffic if spread else cost.whole_traffic
         return product_weight * cost.product + traffic + cost.communication
+
+    def recomputed(
+        self, chosen: Mapping[str, int]
+    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, ...], ...]]:
+        """The blocks that are run again, (path, mode), and their ops."""
+        blocks = self.recomputation
+        assert blocks is not None
+        modes, groups = [], []
+        for index, (block, able) in enumerate(zip(blocks.blocks, blocks.modes, strict=True)):
+            mode = able[chosen[blocks.variable(index)] if len(able) > 1 else 0]
+            if mode != "none":
+                modes.append((block.path, mode))
+                groups.append(blocks.groups[index][mode])
+        return tuple(modes), tuple(groups)
+
+    def made_again(self, solution: Solution) -> frozenset[tuple[str, Layout]]:
+        """Values, and what they are converted to, that are dropped after the forward pass."""
+        found = set()
+        chosen = solution.assignment
+        priced = zip(self.moved, self.factors, solution.factor_alternatives, strict=False)
+        for name, factor, alternative in priced:
+            if alternative and name:
+                found.update((name, t) for t in self.values[name].kept[chosen[factor.scope[1]]])
+        count = len(self.factors and solution.variable_alternatives)
+        for (name, _), alternative in zip(
+            self.fans, solution.variable_alternatives[count - len(self.fans) :], strict=False
+        ):
+            if alternative and name.endswith("*"):
+                value = name.removesuffix("*")
+                found.update((value, target) for target in self.values[value].kept[chosen[name]])
+        return frozenset(found)
 
 
 def build_network(
@@ -196,6 +235,9 @@ class _Builder:
         }
         if self.options.memory_limit is not None:
             self.kept = Kept(self.graph, rules)
+        self.recomputation = self.network.recomputation = Recomputation(
+            self.graph, rules, self.network.weights, self.options.recompute
+        )
         self.tilings = [tilings[size] for size in self.sizes]
         shared: dict[Any, _Choices] = {}
         for node in self.graph.calls:
@@ -214,8 +256,76 @@ class _Builder:
             if node.kind == "parameter":
                 self.store(node)
         self.returns()
+        self.repeat()
         self.connect()
         return self.network
+
+    def repeat(self) -> None:
+        """What it takes to run ops again, by the mode of their block, and what they then keep."""
+        blocks = self.recomputation
+        for block, modes in enumerate(blocks.modes):
+            if len(modes) > 1:
+                self.network.fans.append((blocks.variable(block), Table(self.zeros(len(modes)))))
+        for node in self.graph.calls:
+            block = blocks.block_of(node.name)
+            if block is None:
+                continue
+            inside = np.array(blocks.inside(node.name, block))
+            choices = self.choices[node.name]
+            if not inside.any():
+                continue
+
+            def table(choices: _Choices = choices, inside: Any = inside) -> Table:
+                forward = np.array([cost.forward for cost in choices.costs])
+                cost = np.where(inside, forward[:, None], 0.0)
+                if choices.usage is None:
+                    return Table(cost)
+                return Table(cost, np.where(inside, -choices.usage[:, None], 0.0))
+
+            made = self.shared(("repeat", id(choices), tuple(inside)), table)
+            if len(inside) > 1:
+                self.couple(node.name, blocks.variable(block), made, "")
+            else:
+                self.network.repeats[node.name] = Table(
+                    made.cost[:, 0], None if made.usage is None else made.usage[:, 0]
+                )
+
+    def modes(
+        self, name: str, needs: list[tuple[str, Need]]
+    ) -> tuple[int | None, tuple[Repeated, ...]]:
+        """The block whose mode decides who of a value's maker and readers is run again; and who.
+
+        Where readers belong to several blocks, what they read counts as kept.
+        """
+        blocks = self.recomputation
+        places = {blocks.block_of(reader) for reader, _ in needs}
+        maker = blocks.block_of(self.graph.producers[name].name)
+        (block,) = places if len(places) == 1 else (None,)
+        if block is None and maker is None:
+            return None, ()
+        if block is None:
+            inside = blocks.inside(self.graph.producers[name].name, maker)
+            within = tuple(reader for reader, _ in needs if blocks.block_of(reader) == maker)
+            return maker, tuple(
+                Repeated(
+                    made,
+                    tuple(
+                        reader in within and blocks.inside(reader, maker)[mode]
+                        for reader, _ in needs
+                    ),
+                )
+                for mode, made in enumerate(inside)
+            )
+        own = maker == block
+        made_by = self.graph.producers[name].name
+        return block, tuple(
+            Repeated(
+                own and blocks.inside(made_by, block)[mode],
+                tuple(blocks.inside(reader, block)[mode] for reader, _ in needs),
+                apart=maker is not None and not own,
+            )
+            for mode in range(len(blocks.modes[block]))
+        )
 
     def find_rules(self) -> None:
         """One rule per distinct call; every op without one, all at once."""
@@ -369,6 +479,14 @@ class _Builder:
             self.tables[key] = make()
         return self.tables[key]
 
+    def zeros(self, count: int) -> Array:
+        """A table that says nothing, the same one for all variables of that many states."""
+        key = ("zeros", count)
+        if key not in self.tables:
+            self.tables[key] = np.zeros(count)
+        found: Array = self.tables[key]
+        return found
+
     def needs(self, name: str) -> list[tuple[str, Need]]:
         """Per reading variable, the layouts in which it reads the value in each state."""
         found: list[tuple[str, Need]] = []
@@ -406,28 +524,35 @@ class _Builder:
                 continue
             variable, made = self.made_by(name)
             weight, together = name in self.weights, name in self.together
+            block, modes = self.modes(name, needs)
             edge = self.edges.between(
-                value, made, tuple(need for _, need in needs), weight, together
+                value, made, tuple(need for _, need in needs), weight, together, modes
             )
             self.network.values[name] = edge
+            mode = (
+                self.recomputation.variable(block) if len(modes) > 1 and block is not None else ""
+            )
             if len(needs) == 1:
-                self.couple(variable, needs[0][0], edge.paid, name)
+                self.couple(variable, needs[0][0], edge.paid, name, mode)
                 continue
             if not edge.paid.matters:
                 continue
-            if variable is None:
+            if variable is None and not mode:
                 self.network.fans.append((f"{name}*", _first(edge.paid)))
             else:
                 count = len(edge.groups)
-                self.network.fans.append(
-                    (f"{name}*", Table(self.shared(("zeros", count), lambda n=count: np.zeros(n))))
-                )
-                self.couple(variable, f"{name}*", edge.paid, name)
+                self.network.fans.append((f"{name}*", Table(self.zeros(count))))
+                self.couple(variable, f"{name}*", edge.paid, name, mode)
             for (reader, _), offer in zip(needs, edge.offers, strict=True):
                 self.couple(f"{name}*", reader, offer, "")
 
-    def couple(self, first: str | None, second: str, table: Table, value: str) -> None:
-        """A factor; where one side has no variable, one of a single state stands for it."""
+    def couple(
+        self, first: str | None, second: str, table: Table, value: str, mode: str = ""
+    ) -> None:
+        """A factor; where one side has no variable, one of a single state stands for it.
+
+        mode: the variable of the table's last axis, if it has three.
+        """
         if not table.matters or (first is None and not second):
             return
         names = [first or "", second]
@@ -437,9 +562,8 @@ class _Builder:
                 names[side] = f"{other}+{len(self.network.fans)}"
                 self.network.fans.append((names[side], Table(np.zeros(1))))
         self.network.moved.append(value)
-        self.network.factors.append(
-            Factor((names[0], names[1]), table.cost, table.usage, table.alternatives)
-        )
+        scope = (names[0], names[1], mode) if mode else (names[0], names[1])
+        self.network.factors.append(Factor(scope, table.cost, table.usage, table.alternatives))
 
 
 def _first(table: Table) -> Table:

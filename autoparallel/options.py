@@ -11,6 +11,7 @@ __all__ = ["Options"]
 _KNOWN = {
     "unknown_ops": ("discover", "replicate", "error"),
     "rng": ("counter", "fast"),
+    "recompute": ("auto", "none", "selective", "full"),
     "optimizer": ("sgd", "momentum", "adam", "mixed_adam"),
 }
 
@@ -31,7 +32,8 @@ class Options:
     strict_capture: refuse a model that cannot be traced whole, in place of splitting what can be.
     optimizer: whose state is counted and updated: "sgd", "momentum", "adam", or "mixed_adam"
     (parameters of 16 bits with a master copy and moments in float32). memory_limit: bytes that a
-    rank may use.
+    rank may use. recompute: what repeated blocks run again in the backward pass to keep less:
+    "none", "selective", "full", or "auto" for each block's best.
     """
 
     sequence_parallel: bool = True
@@ -43,6 +45,7 @@ class Options:
     strict_capture: bool = False
     optimizer: str = "adam"
     memory_limit: int | None = None
+    recompute: str = "none"
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():

@@ -34,6 +34,7 @@ class OpChoice:
 
     reads, makes: names of the values, in the same order. kernels: per mesh axis, the communicating
     kernel that the op needs to be split on it, or "". seconds: predicted, forward and backward.
+    forward_seconds: of the forward pass alone; an op that is run again counts it twice in seconds.
     flops: of products, forward, on the busiest rank; whole_flops: unsplit. discovered: the op's
     rule, if it was found by trial. reason: why a product is left whole, empty if it is split or no
     product. added: what the best plan that splits it would add to the cost.
@@ -49,6 +50,7 @@ class OpChoice:
     results: tuple[Layout, ...]
     kernels: tuple[str, ...] = ()
     seconds: float = 0.0
+    forward_seconds: float = 0.0
     flops: float = 0.0
     whole_flops: float = 0.0
     discovered: str = ""
@@ -149,6 +151,9 @@ class Plan:
     breaks: where the model cannot be traced whole, the modules that stay Python. parts: the plans
     of the others; ops, conversions and parameters are then those of all parts, named by the
     part's path, and those parameters besides that Python reads.
+    recomputed: groups of neighbouring ops that are run again in the backward pass: of each, what it
+    reads is kept, and what it makes is not. recompute: the blocks that they belong to, (path,
+    "selective" or "full"). memory: (category, bytes) on the rank that needs most.
     """
 
     model: str
@@ -168,11 +173,19 @@ class Plan:
     captured: Captured | None = field(default=None, compare=False, repr=False)
     breaks: tuple[Break, ...] = ()
     parts: tuple[Part, ...] = ()
+    recomputed: tuple[tuple[str, ...], ...] = ()
+    recompute: tuple[tuple[str, str], ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.mesh.world_size
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that a rank may use, if it was planned for a limit."""
+        return self.options.memory_limit
 
     @property
     def storage(self) -> Mapping[str, Layout]:
@@ -228,6 +241,9 @@ class Plan:
             "parameters": [_row(parameter) for parameter in self.parameters],
             "ops": [_row(op) for op in self.ops],
             "conversions": [_row(conversion) for conversion in self.conversions],
+            "recomputed": [list(group) for group in self.recomputed],
+            "recompute": [list(item) for item in self.recompute],
+            "memory": dict(self.memory),
         }
         if self.breaks:
             rows["breaks"] = [_row(item) for item in self.breaks]
@@ -268,6 +284,9 @@ class Plan:
             method=rows["method"],
             seconds=rows["seconds"],
             product_weight=rows["product_weight"],
+            recomputed=tuple(map(tuple, rows["recomputed"])),
+            recompute=tuple((path, mode) for path, mode in rows["recompute"]),
+            memory=tuple(rows["memory"].items()),
             breaks=tuple(Break(**row) for row in rows.get("breaks", ())),
             parts=tuple(
                 Part(tuple(part["paths"]), Plan._from_rows(part["plan"]))

@@ -134,6 +134,8 @@ def read_plan(
     added: what splitting would add to the cost, of what it leaves whole.
     """
     chosen, graph = solution.assignment, network.graph
+    recompute, recomputed = network.recomputed(chosen)
+    repeated = frozenset(name for group in recomputed for name in group)
     ops: list[OpChoice] = []
     seconds = 0.0
     made: dict[str, Layout] = {}
@@ -148,7 +150,8 @@ def read_plan(
         strategy = network.strategies[node.name][chosen[node.name]]
         cost = network.costs[node.name][chosen[node.name]]
         rule = network.rules[node.name]
-        seconds += cost.seconds
+        again = cost.forward if node.name in repeated else 0.0
+        seconds += cost.seconds + again
         is_whole = is_left_whole(network, node, chosen[node.name])
         for value, placement in zip(node.results, strategy.results, strict=True):
             made[value.name] = placement
@@ -163,7 +166,8 @@ def read_plan(
                 operands=strategy.operands,
                 results=strategy.results,
                 kernels=strategy.kernels,
-                seconds=cost.seconds,
+                seconds=cost.seconds + again,
+                forward_seconds=cost.forward,
                 flops=cost.flops,
                 whole_flops=float(rule.flops * rule.points) if rule is not None else 0.0,
                 discovered=rule.discovered if rule is not None else "",
@@ -172,7 +176,8 @@ def read_plan(
             )
         )
     outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
-    conversions = _conversions(graph, network, ops, made, outputs, chosen)
+    again_made = network.made_again(solution)
+    conversions = _conversions(graph, network, ops, made, outputs, chosen, again_made, repeated)
     seconds += sum(conversion.seconds for conversion in conversions)
     return Plan(
         model=model,
@@ -190,6 +195,8 @@ def read_plan(
         seconds=seconds,
         product_weight=weight,
         captured=captured,
+        recomputed=recomputed,
+        recompute=recompute,
     )
 
 
@@ -230,8 +237,14 @@ def _conversions(
     made: Mapping[str, Layout],
     outputs: tuple[Layout, ...],
     chosen: Mapping[str, int],
+    again: frozenset[tuple[str, Layout]],
+    repeated: frozenset[str],
 ) -> tuple[Conversion, ...]:
-    """Every value that is read otherwise than it is made, once per target."""
+    """Every value that is read otherwise than it is made, once per target.
+
+    again: values and targets that are dropped after the forward pass and made again. repeated: ops
+    that are run again.
+    """
     invariant = whole_layout(len(network.mesh.axes))
     wanted: dict[tuple[str, Layout], list[str]] = {}
     for op in ops:
@@ -255,6 +268,9 @@ def _conversions(
         if maker.kind == "parameter":
             stored = network.storages[maker.name][chosen[maker.name]]
             seconds += network.edges.late(read, stored, target)
+        dropped = (name, target) in again
+        if dropped or any(reader in repeated for reader in reading):
+            seconds += float(routes.forward_seconds(target)[routes.cells[source]])
         rows.append(
             Conversion(
                 value=name,
@@ -267,6 +283,7 @@ def _conversions(
                 requires_grad=read.requires_grad,
                 seconds=seconds,
                 together=name in together,
+                again=dropped,
             )
         )
     return tuple(rows)
