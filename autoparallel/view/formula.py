@@ -98,10 +98,10 @@ def expression_text(expression: sympy.Expr, order: Sequence[str] = ()) -> str:
 def _by_weight(terms: Sequence[sympy.Expr]) -> list[sympy.Expr]:
     """The terms of the highest degree first."""
 
-    def weight(term: sympy.Expr) -> tuple[float, float, str]:
+    def weight(term: sympy.Expr) -> tuple[float, float, bool, str]:
         powers = [float(power) for base, power in term.as_powers_dict().items() if base.is_Symbol]
         above = sum(power for power in powers if power > 0)
-        return -above, above - sum(powers), str(term)
+        return -above, above - sum(powers), bool(term.could_extract_minus_sign()), str(term)
 
     return sorted(terms, key=weight)
 
@@ -111,7 +111,7 @@ def _common(terms: Sequence[sympy.Expr]) -> sympy.Expr:
     powers = [term.as_powers_dict() for term in terms]
     found = sympy.gcd_list([term.as_coeff_Mul()[0] for term in terms])
     for base in sorted(powers[0], key=str):
-        least = min((power.get(base, 0) for power in powers), key=float)
+        least = min(sympy.sympify(power.get(base, 0)) for power in powers)
         if base.is_Symbol and least.is_Integer and least > 0:
             found *= base**least
     return found
