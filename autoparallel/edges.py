@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -238,15 +238,14 @@ class Edges:
     ) -> Table:
         """table[made, group]: each layout of the group is paid once; what is kept has its bytes."""
         row = np.array([routes.cells[layout] for layout in made.layouts])
-        seconds = np.stack([routes.seconds(target)[row] for target in targets], axis=1)
+        seconds = routes.seconds(targets)[row]
         if made.stored:
-            late = [[self.late(value, one, target) for target in targets] for one in made.stored]
-            seconds = seconds + np.array(late)
+            seconds = seconds + self._late(value, made.stored, targets)
         ahead = np.zeros_like(seconds)
-        if self.memory or any(mode.readers):
-            ahead = np.stack([routes.forward_seconds(target)[row] for target in targets], axis=1)
+        if self.memory or all(mode.readers):
+            ahead = routes.forward_seconds(targets)[row]
         cost = _summed(seconds, targets, groups)
-        if any(mode.readers):
+        if all(mode.readers):
             cost = cost + _summed(ahead, targets, groups)
         if not self.memory:
             return Table(cost)
@@ -300,6 +299,22 @@ class Edges:
         repeat = np.where(again & np.isfinite(cost), cost + time, np.inf)
         fewer = np.where(again, np.broadcast_to(source[:, None], holds.shape), 0.0)
         return Table(cost, holds, (Alternative(repeat, fewer),))
+
+    def _late(self, value: Value, stored: tuple[Stored, ...], targets: tuple[Layout, ...]) -> Array:
+        """table[stored, target]: see `late`."""
+        found = np.zeros((len(stored), len(targets)))
+        alike = [
+            np.array([t[axis] == Replicate() for t in targets]) for axis in range(len(self.sizes))
+        ]
+        free = (Replicate(),) * len(self.sizes)
+        for index, choice in enumerate(stored):
+            if choice.storage == choice.state:
+                continue
+            found[index] = self.late(value, choice, free)
+            for axis, (own, state) in enumerate(zip(choice.storage, choice.state, strict=True)):
+                if own != state:
+                    found[index, ~alike[axis]] = np.inf
+        return found
 
     def late(self, value: Value, stored: Stored, target: Layout) -> float:
         """What it adds that a gradient is reduced to a part and the updated parts are gathered.
@@ -393,19 +408,15 @@ def _offers(
     groups: tuple[tuple[Layout, ...], ...], kept: tuple[tuple[Layout, ...], ...], need: Need
 ) -> Array:
     """table[group, state]: zero where the group has all that the state reads, and keeps it."""
-    names: dict[Layout, int] = {}
-    for group in groups:
-        for layout in group:
-            names.setdefault(layout, len(names))
-    has = np.zeros((len(groups), len(names)), dtype=bool)
-    keeps = np.zeros_like(has)
-    for index, (group, some) in enumerate(zip(groups, kept, strict=True)):
-        has[index, [names[layout] for layout in group]] = True
-        keeps[index, [names[layout] for layout in some]] = True
-    if need.saves and any(kept):
-        has = keeps
-    wanted = np.zeros((len(names), len(need.layouts)), dtype=bool)
-    for index, state in enumerate(need.layouts):
-        wanted[[names[layout] for layout in state], index] = True
-    missing = (~has).astype(np.int64) @ wanted.astype(np.int64)
+    names = {layout: place for place, layout in enumerate(dict.fromkeys(chain(*groups)))}
+
+    def members(sets: tuple[tuple[Layout, ...], ...]) -> NDArray[np.float32]:
+        table = np.zeros((len(sets), len(names)), dtype=np.float32)
+        for index, members in enumerate(sets):
+            for layout in members:
+                table[index, names[layout]] = 1
+        return table
+
+    has = members(kept if need.saves and any(kept) else groups)
+    missing = (1 - has) @ members(need.layouts).T
     return np.where(missing > 0, np.inf, 0.0)

@@ -7,6 +7,7 @@ __all__ = [
     "CaptureError",
     "InputMismatchError",
     "InputsNeededError",
+    "MemoryLimitError",
     "PlanError",
     "UnsupportedOpError",
     "WorldSizeError",
@@ -61,3 +62,7 @@ class PlanError(AutoParallelError):
 
 class InputMismatchError(AutoParallelError):
     """Ranks were given different inputs where the plan says that they are equal."""
+
+
+class MemoryLimitError(PlanError):
+    """No plan fits into the memory that a rank may use."""

@@ -85,6 +85,8 @@ class Network:
     usage: dict[str, Array] = field(default_factory=dict)
     recomputation: Recomputation | None = None
     repeats: dict[str, Table] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
 
@@ -134,7 +136,30 @@ class Network:
             variables.append(Variable(f"return:{name}", zeros))
         for name, table in self.fans:
             variables.append(Variable(name, table.cost, table.usage, table.alternatives))
+        # What is near in the model is near in the problem: plans are mixed along this order.
+        variables.sort(key=lambda variable: self.position(variable.name))
+        self.names = tuple(variable.name for variable in variables)
         return Problem(tuple(variables), tuple(self.factors), limit)
+
+    def position(self, variable: str) -> float:
+        """Where in the graph a variable belongs: before its first reader, after its maker."""
+        if not self._positions:
+            places = {node.name: index for index, node in enumerate(self.graph.nodes)}
+            for name in self.graph.values:
+                maker = self.graph.producers[name]
+                readers = [places[node.name] for node in self.graph.readers[name]]
+                first = min(readers, default=len(places))
+                if maker.kind == "call":
+                    self._positions[f"{name}*"] = places[maker.name] + 0.5
+                else:
+                    self._positions[maker.name] = self._positions[f"{name}*"] = first - 0.5
+            self._positions.update(
+                (node.name, float(places[node.name])) for node in self.graph.calls
+            )
+            assert self.recomputation is not None
+            for index, block in enumerate(self.recomputation.blocks):
+                self._positions[self.recomputation.variable(index)] = block.start - 0.75
+        return self._positions.get(variable, float("inf"))
 
     def priced(self, cost: OpCost, product_weight: float) -> float:
         """What an op counts in the objective.
@@ -162,19 +187,19 @@ class Network:
 
     def made_again(self, solution: Solution) -> frozenset[tuple[str, Layout]]:
         """Values, and what they are converted to, that are dropped after the forward pass."""
-        found = set()
+        found: set[tuple[str, Layout]] = set()
         chosen = solution.assignment
-        priced = zip(self.moved, self.factors, solution.factor_alternatives, strict=False)
-        for name, factor, alternative in priced:
-            if alternative and name:
-                found.update((name, t) for t in self.values[name].kept[chosen[factor.scope[1]]])
-        count = len(self.factors and solution.variable_alternatives)
-        for (name, _), alternative in zip(
-            self.fans, solution.variable_alternatives[count - len(self.fans) :], strict=False
+        if not solution.factor_alternatives:
+            return frozenset()
+        for name, factor, other in zip(
+            self.moved, self.factors, solution.factor_alternatives, strict=True
         ):
-            if alternative and name.endswith("*"):
+            if other and name:
+                found.update((name, t) for t in self.values[name].kept[chosen[factor.scope[1]]])
+        for name, other in zip(self.names, solution.variable_alternatives, strict=True):
+            if other and name.endswith("*"):
                 value = name.removesuffix("*")
-                found.update((value, target) for target in self.values[value].kept[chosen[name]])
+                found.update((value, t) for t in self.values[value].kept[chosen[name]])
         return frozenset(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,34 +132,59 @@ class Routes:
             self.moves.append(seconds)
             self.forwards.append(forward)
         self.hops = 1 if len(grid) == 1 else len(grid) + 1
-        self._levels: dict[Layout, list[NDArray[np.float64]]] = {}
-        self._forward: dict[Layout, NDArray[np.float64]] = {}
+        self._levels: dict[tuple[Layout, ...], list[NDArray[np.float64]]] = {}
+        self._forward: dict[tuple[Layout, ...], NDArray[np.float64]] = {}
 
-    def levels(self, target: Layout) -> list[NDArray[np.float64]]:
-        """Per number of steps, the least seconds from every layout to `target`, on the grid."""
-        known = self._levels.get(target)
+    def levels(self, targets: tuple[Layout, ...]) -> list[NDArray[np.float64]]:
+        """Per number of steps, the least seconds from every layout to each target: (*grid, target).
+
+        The last one is repeated by no more steps.
+        """
+        known = self._levels.get(targets)
         if known is None:
-            start = np.full(self.grid, np.inf)
-            start.reshape(-1)[self.cells[target]] = 0.0
-            known = [start]
+            start = np.full((len(self.layouts), len(targets)), np.inf)
+            start[[self.cells[target] for target in targets], range(len(targets))] = 0.0
+            known = [start.reshape(*self.grid, len(targets))]
             for _ in range(self.hops):
                 last = known[-1]
                 best = last
                 for axis, seconds in enumerate(self.moves):
-                    after = np.expand_dims(np.moveaxis(last, axis, -1), axis)
-                    over = (seconds + after).min(axis=-1)
+                    over = (seconds[..., None] + _after(last, axis)).min(axis=-2)
                     best = np.where(over < best * (1 - _RELATIVE), over, best)
+                if np.array_equal(best, last):
+                    break
                 known.append(best)
-            self._levels[target] = known
+            self._levels[targets] = known
         return known
 
-    def seconds(self, target: Layout) -> NDArray[np.float64]:
-        """The least seconds from every layout, in the order of `layouts`, to `target`."""
-        return self.levels(target)[-1].reshape(-1)
+    def seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
+        """table[layout, target]: the least seconds, layouts in the order of `cells`."""
+        return self.levels(targets)[-1].reshape(-1, len(targets))
+
+    def forward_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
+        """table[layout, target]: seconds of the forward pass alone, of the ways of `seconds`."""
+        if targets not in self._forward:
+            levels = self.levels(targets)
+            ahead = np.zeros_like(levels[0])
+            for last in levels[:-1]:
+                best, found = last, ahead
+                for axis, (seconds, forward) in enumerate(
+                    zip(self.moves, self.forwards, strict=True)
+                ):
+                    over = seconds[..., None] + _after(last, axis)
+                    then = forward[..., None] + _after(ahead, axis)
+                    first = over.argmin(axis=-2)[..., None, :]
+                    over = np.take_along_axis(over, first, -2)[..., 0, :]
+                    better = over < best * (1 - _RELATIVE)
+                    best = np.where(better, over, best)
+                    found = np.where(better, np.take_along_axis(then, first, -2)[..., 0, :], found)
+                ahead = found
+            self._forward[targets] = ahead.reshape(-1, len(targets))
+        return self._forward[targets]
 
     def steps(self, source: Layout, target: Layout) -> tuple[Step, ...]:
         """The cheapest way. Raises ValueError where there is none."""
-        levels = self.levels(target)
+        levels = self.levels((target,))
         cell = self.cells[source]
         final = levels[-1].reshape(-1)[cell]
         if not np.isfinite(final):
@@ -189,28 +214,10 @@ class Routes:
             )
         return tuple(found)
 
-    def forward_seconds(self, target: Layout) -> NDArray[np.float64]:
-        """Seconds of the forward pass alone, of the ways of `seconds`."""
-        if target not in self._forward:
-            levels = self.levels(target)
-            ahead = np.zeros(self.grid)
-            for last, level in pairwise(levels):
-                found = ahead
-                best = last
-                for axis, (seconds, forward) in enumerate(
-                    zip(self.moves, self.forwards, strict=True)
-                ):
-                    over = seconds + np.expand_dims(np.moveaxis(last, axis, -1), axis)
-                    then = forward + np.expand_dims(np.moveaxis(ahead, axis, -1), axis)
-                    first = over.argmin(axis=-1)[..., None]
-                    over = np.take_along_axis(over, first, -1)[..., 0]
-                    better = over < best * (1 - _RELATIVE)
-                    best = np.where(better, over, best)
-                    found = np.where(better, np.take_along_axis(then, first, -1)[..., 0], found)
-                assert np.array_equal(best, level)
-                ahead = found
-            self._forward[target] = ahead.reshape(-1)
-        return self._forward[target]
+
+def _after(table: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """(*grid, target) as (*grid without axis, 1 in its place, placement on the axis, target)."""
+    return np.expand_dims(np.moveaxis(table, axis, -2), axis)
 
 
 def _along(axis: int, count: int) -> tuple[int, ...]:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.capture import Captured
-from autoparallel.graph.graph import Graph, hint
 from autoparallel.graph.passes import at_least
+from autoparallel.limit import plan_within
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network, build_network, reduced_together
+from autoparallel.network import Network, build_network
 from autoparallel.options import Options
-from autoparallel.placement import Layout, layout_text, whole_layout
-from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from autoparallel.whole import added_costs, is_left_whole, why_whole
-from planners import InfeasibleError, Memo, Problem, Solution, TooWideError, conditioning, exact
+from autoparallel.placement import Layout, layout_text
+from autoparallel.plan import Plan
+from autoparallel.reading import read_plan
+from autoparallel.whole import added_costs, is_left_whole
+from planners import (
+    InfeasibleError,
+    Memo,
+    Problem,
+    Solution,
+    TooWideError,
+    conditioning,
+    exact,
+)
 
-__all__ = ["read_plan", "search"]
+__all__ = ["search"]
 
 # Shares that are enough: of the FLOPs of products with a weight, of the bytes of matrices.
 ENOUGH_SPLIT = (0.99, 0.95)
@@ -61,6 +69,8 @@ def search(
                 f"{layout_text(pinned[name])}",
                 fix="pin one of the two, or both alike",
             )
+    if options.memory_limit is not None:
+        return plan_within(captured, model, network, pinned)
     memo = Memo()
     given: tuple[str, ...] | None = None
     best: tuple[float, float, Solution, Problem] | None = None
@@ -76,9 +86,7 @@ def search(
             if given is not None:
                 solution = conditioning.solve(problem, given=given, memo=memo)
         except InfeasibleError as error:
-            raise PlanError(
-                "no plan is possible", why=str(error), fix="loosen the options or the pins"
-            ) from error
+            raise _impossible(error) from error
         found = (_split_share(network, solution), _split_bytes(network, solution))
         missing = sum(
             max(enough - own, 0.0) for own, enough in zip(found, ENOUGH_SPLIT, strict=True)
@@ -91,6 +99,10 @@ def search(
     weight, _, solution, problem = best
     added = added_costs(network, problem, solution, memo) if given is None else {}
     return read_plan(captured, model, mesh, network, solution, weight, added)
+
+
+def _impossible(error: InfeasibleError) -> PlanError:
+    return PlanError("no plan is possible", why=str(error), fix="loosen the options or the pins")
 
 
 def _split_share(network: Network, solution: Solution) -> float:
@@ -118,172 +130,3 @@ def _split_bytes(network: Network, solution: Solution) -> float:
             if not is_left_whole(network, node, solution.assignment[node.name]):
                 split += nbytes(node.result)
     return split / whole if whole else 1.0
-
-
-def read_plan(
-    captured: Captured,
-    model: str,
-    mesh: Mesh,
-    network: Network,
-    solution: Solution,
-    weight: float,
-    added: Mapping[str, float] = {},
-) -> Plan:
-    """A solution of the network in the words of the model. weight: what products counted in it.
-
-    added: what splitting would add to the cost, of what it leaves whole.
-    """
-    chosen, graph = solution.assignment, network.graph
-    recompute, recomputed = network.recomputed(chosen)
-    repeated = frozenset(name for group in recomputed for name in group)
-    ops: list[OpChoice] = []
-    seconds = 0.0
-    made: dict[str, Layout] = {}
-    for node in graph.nodes:
-        if node.kind != "call":
-            storage = whole_layout(len(mesh.axes))
-            if node.kind == "parameter":
-                storage = network.storages[node.name][chosen[node.name]].storage
-                seconds += float(network.updates[node.name].cost[chosen[node.name]])
-            made[node.result.name] = storage
-            continue
-        strategy = network.strategies[node.name][chosen[node.name]]
-        cost = network.costs[node.name][chosen[node.name]]
-        rule = network.rules[node.name]
-        again = cost.forward if node.name in repeated else 0.0
-        seconds += cost.seconds + again
-        is_whole = is_left_whole(network, node, chosen[node.name])
-        for value, placement in zip(node.results, strategy.results, strict=True):
-            made[value.name] = placement
-        ops.append(
-            OpChoice(
-                name=node.name,
-                target=node.target,
-                where=node.where,
-                line=node.line,
-                reads=tuple(node.operands()),
-                makes=tuple(value.name for value in node.results),
-                operands=strategy.operands,
-                results=strategy.results,
-                kernels=strategy.kernels,
-                seconds=cost.seconds + again,
-                forward_seconds=cost.forward,
-                flops=cost.flops,
-                whole_flops=float(rule.flops * rule.points) if rule is not None else 0.0,
-                discovered=rule.discovered if rule is not None else "",
-                reason=why_whole(network, node, added) if is_whole else "",
-                added=_finite(added.get(node.name, 0.0)),
-            )
-        )
-    outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
-    again_made = network.made_again(solution)
-    conversions = _conversions(graph, network, ops, made, outputs, chosen, again_made, repeated)
-    seconds += sum(conversion.seconds for conversion in conversions)
-    return Plan(
-        model=model,
-        mesh=mesh,
-        options=network.options,
-        hardware=network.hardware.name,
-        fingerprint=captured.graph.fingerprint,
-        parameters=_parameters(graph, network, chosen, added),
-        ops=tuple(ops),
-        conversions=conversions,
-        outputs=outputs,
-        cost=solution.cost,
-        lower_bound=solution.lower_bound,
-        method=solution.method,
-        seconds=seconds,
-        product_weight=weight,
-        captured=captured,
-        recomputed=recomputed,
-        recompute=recompute,
-    )
-
-
-def _parameters(
-    graph: Graph, network: Network, chosen: Mapping[str, int], added: Mapping[str, float]
-) -> tuple[ParameterChoice, ...]:
-    rows = []
-    for node in graph.nodes:
-        if node.kind != "parameter":
-            continue
-        is_whole = is_left_whole(network, node, chosen[node.name])
-        value = node.result
-        stored = network.storages[node.name][chosen[node.name]]
-        rows.append(
-            ParameterChoice(
-                name=node.name,
-                path=node.target,
-                shape=tuple(hint(dim) for dim in value.shape),
-                nbytes=nbytes(value),
-                storage=stored.storage,
-                gradient=stored.gradient,
-                state=stored.state,
-                reason=why_whole(network, node, added) if is_whole else "",
-                added=_finite(added.get(node.name, 0.0)),
-            )
-        )
-    return tuple(rows)
-
-
-def _finite(cost: float) -> float:
-    return cost if math.isfinite(cost) else 0.0
-
-
-def _conversions(
-    graph: Graph,
-    network: Network,
-    ops: list[OpChoice],
-    made: Mapping[str, Layout],
-    outputs: tuple[Layout, ...],
-    chosen: Mapping[str, int],
-    again: frozenset[tuple[str, Layout]],
-    repeated: frozenset[str],
-) -> tuple[Conversion, ...]:
-    """Every value that is read otherwise than it is made, once per target.
-
-    again: values and targets that are dropped after the forward pass and made again. repeated: ops
-    that are run again.
-    """
-    invariant = whole_layout(len(network.mesh.axes))
-    wanted: dict[tuple[str, Layout], list[str]] = {}
-    for op in ops:
-        for value, layout in zip(op.reads, op.operands, strict=True):
-            if layout != made[value]:
-                wanted.setdefault((value, layout), []).append(op.name)
-    for value, layout in zip(graph.outputs, outputs, strict=True):
-        if layout != made[value]:
-            wanted.setdefault((value, layout), []).append("return")
-    for path, value in graph.mutations:
-        if made[value] != invariant:
-            wanted.setdefault((value, invariant), []).append(f"write {path}")
-    together = reduced_together(graph)
-    rows = []
-    for (name, target), reading in wanted.items():
-        read = graph.values[name]
-        routes = network.values[name].routes
-        source = made[name]
-        seconds = float(routes.seconds(target)[routes.cells[source]])
-        maker = graph.producers[name]
-        if maker.kind == "parameter":
-            stored = network.storages[maker.name][chosen[maker.name]]
-            seconds += network.edges.late(read, stored, target)
-        dropped = (name, target) in again
-        if dropped or any(reader in repeated for reader in reading):
-            seconds += float(routes.forward_seconds(target)[routes.cells[source]])
-        rows.append(
-            Conversion(
-                value=name,
-                source=source,
-                target=target,
-                steps=routes.steps(source, target),
-                readers=tuple(dict.fromkeys(reading)),
-                shape=", ".join(map(str, read.shape)),
-                nbytes=nbytes(read),
-                requires_grad=read.requires_grad,
-                seconds=seconds,
-                together=name in together,
-                again=dropped,
-            )
-        )
-    return tuple(rows)

@@ -12,16 +12,12 @@ from autoparallel.joint import is_nested
 from autoparallel.placement import Invariant, Layout, Placement, Shard
 from autoparallel.routes import layout_fraction
 
-__all__ = ["OPTIMIZERS", "Stored", "storage_choices", "stored_bytes"]
+__all__ = ["Stored", "storage_choices", "stored_bytes"]
 
-# Per optimizer the bytes of its state: per element of the parameter's own type, and besides those.
-# "mixed_adam" keeps a master copy and two moments in float32 (arXiv:1910.02054, section 3.1).
-OPTIMIZERS: dict[str, tuple[int, int]] = {
-    "sgd": (0, 0),
-    "momentum": (1, 0),
-    "adam": (2, 0),
-    "mixed_adam": (0, 12),
-}
+# Per optimizer, numbers of the parameter's own type in its state, per element. "mixed_adam" keeps
+# two moments and, for parameters of 16 bits, a master copy, all in float32 (arXiv:1910.02054,
+# section 3.1).
+_NUMBERS = {"sgd": 0, "momentum": 1, "adam": 2, "mixed_adam": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +95,12 @@ def stored_bytes(
     whole = nbytes(value)
     share = layout_fraction(value.shape, stored.state, sizes)
     parameter = whole * layout_fraction(value.shape, stored.storage, sizes)
-    own, master = OPTIMIZERS[optimizer]
-    if stored.state != stored.storage and not master:
+    itemsize = value.dtype.itemsize
+    has_master = optimizer == "mixed_adam" and itemsize < 4
+    if stored.state != stored.storage and not has_master:
         parameter += whole * share
     if not value.requires_grad:
         return parameter, 0.0, 0.0
     gradient = whole * layout_fraction(value.shape, stored.gradient, sizes)
-    elements = whole // value.dtype.itemsize
-    return parameter, gradient, share * (own * whole + master * elements)
+    per_element = 12 if has_master else _NUMBERS[optimizer] * itemsize
+    return parameter, gradient, share * whole / itemsize * per_element

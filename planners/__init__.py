@@ -4,10 +4,11 @@
     exact.solve(problem).text()
 
 `exact` eliminates variables and is the one to use; `conditioning` is for problems that are too wide
-for it, and proves a bound; `ilp` is the cross-check; `exhaustive` is the oracle for small ones.
+for it, and proves a bound; `limited` charges usage until a limit is kept; `ilp` is the cross-check;
+`exhaustive` is the oracle for small ones.
 """
 
-from planners import conditioning, exact, exhaustive, ilp
+from planners import conditioning, exact, exhaustive, ilp, limited
 from planners.exact import min_marginals
 from planners.memo import Memo
 from planners.ordering import TooWideError
@@ -30,5 +31,6 @@ __all__ = [
     "exact",
     "exhaustive",
     "ilp",
+    "limited",
     "min_marginals",
 ]

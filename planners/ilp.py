@@ -22,17 +22,21 @@ _RELATIVE_GAP = 1e-9
 Columns = NDArray[np.intp]
 
 
-def solve(problem: Problem, time_limit_seconds: float | None = None) -> Solution:
+def solve(
+    problem: Problem,
+    time_limit_seconds: float | None = None,
+    relative_gap: float = _RELATIVE_GAP,
+) -> Solution:
     """An assignment of least cost within the limit, or the best one found in time, with a bound.
 
-    Without a time limit the result is deterministic and optimal to a relative gap of about 1e-9.
+    Without a time limit the result is deterministic and optimal to about the relative gap.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if those that have
     are over the limit, TimeoutError if none was found in time, RuntimeError if HiGHS fails.
     """
     if not problem.variables:
         return Solution.of(problem, {}, _METHOD)
     program = _Program.of(problem if problem.limit is not None else problem.weighed(0.0))
-    highs = program.run(relaxed=False, time_limit_seconds=time_limit_seconds)
+    highs = program.run(False, time_limit_seconds, relative_gap)
     if highs is None:
         if problem.limit is None:
             raise InfeasibleError()
@@ -84,7 +88,7 @@ def lp_bound(problem: Problem) -> float:
     if not problem.variables:
         return 0.0
     program = _Program.of(problem if problem.limit is not None else problem.weighed(0.0))
-    highs = program.run(relaxed=True, time_limit_seconds=None)
+    highs = program.run(relaxed=True)
     if highs is None:
         raise InfeasibleError()
     return program.offset + highs.getInfo().objective_function_value * program.unit
@@ -144,7 +148,12 @@ class _Program:
             builder.add_table(scope, prices, factor)
         return builder.program()
 
-    def run(self, *, relaxed: bool, time_limit_seconds: float | None) -> highspy.Highs | None:
+    def run(
+        self,
+        relaxed: bool,
+        time_limit_seconds: float | None = None,
+        relative_gap: float = _RELATIVE_GAP,
+    ) -> highspy.Highs | None:
         """HiGHS after a run that ended as it should, None if there is no solution.
 
         Raises as the public functions say.
@@ -154,7 +163,7 @@ class _Program:
             "output_flag": False,
             "threads": 1,
             "random_seed": 0,
-            "mip_rel_gap": _RELATIVE_GAP,
+            "mip_rel_gap": relative_gap,
             "mip_abs_gap": 0.0,
             "mip_feasibility_tolerance": 1e-9,
             "primal_feasibility_tolerance": 1e-9,

@@ -6,15 +6,19 @@ The solvers look for an assignment of least cost whose usage is within the limit
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planners.tables import Alternative, Checker, Prices, Table
 
-__all__ = ["Alternative", "Factor", "Problem", "Spent", "Table", "Variable"]
+__all__ = ["Alternative", "Factor", "Multiplier", "Problem", "Spent", "Table", "Variable"]
 
+
+# What a unit of usage counts: the same for all tables, or one for each (variables come first).
+Multiplier = float | Sequence[float]
 
 _ROUNDING = 1e-9
 
@@ -190,16 +194,17 @@ class Problem:
                 terms.append(float(table[entry]))
         return terms
 
-    def spent(self, assignment: Mapping[str, int], multiplier: float = 0.0) -> Spent:
+    def spent(self, assignment: Mapping[str, int], multiplier: Multiplier = 0.0) -> Spent:
         """Cost and usage of an assignment; every table takes its best alternative.
 
         The best is that of least cost + multiplier * usage. Errors as in `cost`.
         """
         costs, usages, picked = [], [], []
-        for item, entry in self._entries(assignment):
+        entries = self._entries(assignment)
+        for (item, entry), own in zip(entries, self._multipliers(multiplier), strict=True):
             if item.alternatives:
                 prices = item.prices
-                way = prices.pick(entry, multiplier)
+                way = prices.pick(entry, own)
                 table, usage = prices.ways[way].cost, prices.ways[way].usage
             else:
                 way, usage = 0, item.usage
@@ -229,38 +234,53 @@ class Problem:
             entries.append((factor, tuple([assignment[name] for name in factor.scope])))
         return entries
 
-    def weighed(self, multiplier: float) -> "Problem":
+    def weighed(self, multiplier: Multiplier) -> "Problem":
         """The plain problem of least cost + multiplier * usage, over all alternatives.
 
-        Tables that are shared stay shared, and those without usage stay as they are.
+        Tables that are shared stay shared (those of one multiplier), and those without usage stay
+        as they are.
         """
-        return self._mapped(lambda prices: prices.weighed(multiplier), costs_stay=True)
+        multipliers = self._multipliers(multiplier)
+        made: dict[tuple[tuple[int, ...], float], Table] = {}
+
+        def table(item: Variable | Factor, own: float) -> Table:
+            prices = item.prices
+            key = (prices.key, own)
+            if key not in made:
+                made[key] = _read_only(prices.weighed(own))
+            return made[key]
+
+        return self._replaced(
+            tuple(
+                Variable(v.name, table(v, own)) if v.usage is not None or v.alternatives else v
+                for v, own in zip(self.variables, multipliers, strict=False)
+            ),
+            tuple(
+                Factor(f.scope, table(f, own)) if f.usage is not None or f.alternatives else f
+                for f, own in zip(self.factors, multipliers[len(self.variables) :], strict=True)
+            ),
+        )
 
     def usage_alone(self) -> "Problem":
         """The plain problem of least usage; what is forbidden stays so."""
-        return self._mapped(Prices.usages, costs_stay=False)
-
-    def _mapped(self, function: Callable[[Prices], Table], costs_stay: bool) -> "Problem":
-        """The plain problem of a function of every table's prices.
-
-        costs_stay: of tables that have nothing but a cost.
-        """
         made: dict[tuple[int, ...], Table] = {}
 
         def table(prices: Prices) -> Table:
             key = prices.key
             if key not in made:
-                made[key] = function(prices).view()
-                made[key].flags.writeable = False
+                made[key] = _read_only(prices.usages())
             return made[key]
 
-        def stays(item: Variable | Factor) -> bool:
-            return costs_stay and item.usage is None and not item.alternatives
-
         return self._replaced(
-            tuple(v if stays(v) else Variable(v.name, table(v.prices)) for v in self.variables),
-            tuple(f if stays(f) else Factor(f.scope, table(f.prices)) for f in self.factors),
+            tuple(Variable(v.name, table(v.prices)) for v in self.variables),
+            tuple(Factor(f.scope, table(f.prices)) for f in self.factors),
         )
+
+    def _multipliers(self, multiplier: Multiplier) -> Sequence[float]:
+        """Of every table."""
+        if isinstance(multiplier, float | int):
+            return [multiplier] * (len(self.variables) + len(self.factors))
+        return multiplier
 
     def _replaced(self, variables: tuple[Variable, ...], factors: tuple[Factor, ...]) -> "Problem":
         """Without a limit and with other tables, which are known to be as they should."""
@@ -309,6 +329,54 @@ class Problem:
                 ),
             )
         return replace(self, variables=tuple(variables))
+
+    def restricted(self, states: Mapping[str, NDArray[np.intp]]) -> "Problem":
+        """The same problem with some states of some variables alone, in the order given.
+
+        State i of a variable of the result is state states[name][i] of this problem's. Tables that
+        are shared stay shared where the states are equal. Raises ValueError for an unknown name.
+        """
+        kept: dict[str, tuple[NDArray[np.intp], bytes]] = {}
+        for name, own in states.items():
+            self.index(name)
+            kept[name] = (own, own.tobytes())
+        made: dict[tuple[int, tuple[bytes, ...]], Table] = {}
+
+        def part(array: Table, scope: tuple[str, ...]) -> Table:
+            if not any(name in kept for name in scope):
+                return array
+            key = (id(array), tuple(kept[name][1] if name in kept else b"" for name in scope))
+            if key not in made:
+                indices = [
+                    kept[name][0] if name in kept else np.arange(size)
+                    for name, size in zip(scope, array.shape, strict=True)
+                ]
+                made[key] = _read_only(array[np.ix_(*indices)])
+            return made[key]
+
+        def parts(
+            item: Variable | Factor, scope: tuple[str, ...]
+        ) -> tuple[Table | None, tuple[Alternative, ...]]:
+            usage = None if item.usage is None else part(item.usage, scope)
+            ways = tuple(
+                Alternative(
+                    part(way.cost, scope), None if way.usage is None else part(way.usage, scope)
+                )
+                for way in item.alternatives
+            )
+            return usage, ways
+
+        problem = self._replaced(
+            tuple(
+                Variable(v.name, part(v.unary, (v.name,)), *parts(v, (v.name,)))
+                for v in self.variables
+            ),
+            tuple(
+                Factor(f.scope, part(f.table, f.scope), *parts(f, f.scope)) for f in self.factors
+            ),
+        )
+        object.__setattr__(problem, "limit", self.limit)
+        return problem
 
     def text(self) -> str:
         """Two lines: how many variables, states, factors and distinct tables; one for a limit."""
@@ -375,6 +443,12 @@ def _checked_factor(factor: Factor, shape: tuple[int, ...], checker: Checker) ->
 
 def _same_ways(ways: tuple[Alternative, ...], item: Variable | Factor) -> bool:
     return all(one is two for one, two in zip(ways, item.alternatives, strict=True))
+
+
+def _read_only(table: Table) -> Table:
+    table = table.view()
+    table.flags.writeable = False
+    return table
 
 
 def _title(factor: Factor) -> str:

@@ -69,7 +69,10 @@ class Prices:
         return least
 
     def pick(self, entry: tuple[int, ...], multiplier: float) -> int:
-        """The way of least cost + multiplier * usage; of several, of least usage."""
+        """The way of least cost + multiplier * usage; of several, of least usage.
+
+        multiplier: +inf looks at usage first.
+        """
         if len(self.ways) == 1:
             return 0
         best, chosen = (np.inf, np.inf), 0
@@ -77,6 +80,8 @@ class Prices:
             cost = float(way.cost[entry])
             usage = 0.0 if way.usage is None else float(way.usage[entry])
             rank = (cost + multiplier * usage, usage)
+            if multiplier == np.inf:
+                rank = (usage if np.isfinite(cost) else np.inf, cost)
             if rank < best:
                 best, chosen = rank, number
         return chosen

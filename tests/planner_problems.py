@@ -8,7 +8,7 @@ import numpy as np
 
 from planners import Alternative, Factor, InfeasibleError, Problem, Table, Variable, exhaustive
 
-__all__ = ["limited_problem", "priced_problem", "product_states"]
+__all__ = ["chain_problem", "limited_problem", "priced_problem", "product_states"]
 
 
 def _costs(rng: np.random.Generator, shape: tuple[int, ...], forbidden: float) -> Table:
@@ -91,3 +91,48 @@ def limited_problem(
         return replace(problem, limit=0.0)
     share = float(rng.choice([-0.05, 0.0, 0.2, 0.5, 0.8, 1.0]))
     return replace(problem, limit=float(np.floor(least + share * (free.usage - least))))
+
+
+def chain_problem(layers: int, states: int = 4, seed: int = 0) -> Problem:
+    """Equal layers in a row, as of a deep model; no limit yet.
+
+    Each layer has a parameter (stored whole or in parts, gathered copies kept or gathered again), a
+    residual stream that flows on to the next layer, an operator on both, and a mode that decides
+    what the operator keeps. One parameter is read by the first and the last layer, and one variable
+    by all.
+    """
+    rng = np.random.default_rng(seed)
+    one, several = (1.0, 0.125), (1.0, 0.125, *rng.uniform(0.1, 1.0, states - 2))
+    part, parts = np.array(one), np.array(several)
+    store = Variable("", 0.2 * part, 16.0 * part)
+    gathers = np.array([[0.0] * states, 0.3 + 0.1 * rng.random(states)])
+    kept = np.array([[0.0] * states, [2.0] * states])
+    again = np.where(gathers > 0, 0.25, np.inf) + gathers
+    work = Variable("", 1.0 + 0.4 * rng.random(states))
+    stream = Variable("", 0.1 * parts)
+    moves = np.where(np.eye(states) > 0, 0.0, 0.3 + rng.random((states, states)))
+    onward = np.where(np.eye(states) > 0, 0.0, 0.5 + rng.random((states, states)))
+    saved = parts[:, None, None] * parts[:, None] * np.array([6.0, 1.0])
+    redone = np.broadcast_to(np.array([0.0, 0.33]), (states, states, 2)) * parts[:, None]
+    mask = 0.05 * rng.random((2, states))
+    variables = [Variable("tied", 0.5 * part, 40.0 * part), Variable("mask", np.array([0.0, 0.1]))]
+    factors = []
+    for layer in range(layers):
+        weight, op, flow, mode = (f"{layer}.{name}" for name in ("weight", "op", "flow", "mode"))
+        variables += [
+            replace(store, name=weight),
+            replace(work, name=op),
+            replace(stream, name=flow),
+            Variable(mode, np.zeros(2)),
+        ]
+        factors += [
+            Factor((weight, op), gathers, kept, (Alternative(again),)),
+            Factor((op, flow), moves),
+            Factor((flow, op, mode), redone, saved),
+            Factor(("mask", op), mask),
+        ]
+        if layer:
+            factors.append(Factor((f"{layer - 1}.flow", flow), onward))
+        if layer in (0, layers - 1):
+            factors.append(Factor(("tied", op), gathers, kept, (Alternative(again),)))
+    return Problem(tuple(variables), tuple(factors))

@@ -1,12 +1,13 @@
 """Planning within a limit: usage, alternatives and tables over several variables."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_problems import limited_problem, priced_problem
+from planner_problems import chain_problem, limited_problem, priced_problem
 
 from planners import (
     Alternative,
@@ -19,6 +20,7 @@ from planners import (
     exact,
     exhaustive,
     ilp,
+    limited,
     min_marginals,
 )
 
@@ -89,6 +91,102 @@ def test_integer_program_equals_brute_force_within_a_limit(seed: int) -> None:
         accounts_for(problem, solution)
         accounts_for(problem, expected)
         assert ilp.lp_bound(problem) <= expected.cost + 1e-9
+
+
+def bounds_the_optimum(seed: int) -> None:
+    """Planning within a limit against brute force: never above it, and at it for small problems."""
+    rng = np.random.default_rng(seed)
+    problem = limited_problem(rng, int(rng.integers(1, 6)), 3, alternatives=1)
+    try:
+        expected = exhaustive.solve(problem)
+    except OverLimitError as error:
+        least = error.usage
+        with pytest.raises(OverLimitError) as raised:
+            limited.solve(problem)
+        assert raised.value.usage == pytest.approx(least)
+        assert raised.value.least == pytest.approx(least)
+    except InfeasibleError:
+        with pytest.raises(InfeasibleError):
+            limited.solve(problem)
+    else:
+        solution = limited.solve(problem)
+        accounts_for(problem, solution)
+        slack = 1e-9 * (1.0 + abs(expected.cost))
+        assert solution.lower_bound <= expected.cost + slack
+        assert expected.cost <= solution.cost + slack
+        assert solution.gap <= limited.ENOUGH * abs(solution.cost) + slack
+        exactly = limited.solve(problem, enough=0.0)
+        assert exactly.cost == pytest.approx(expected.cost)
+        assert exactly.gap <= 1e-6 * abs(exactly.cost) + slack
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(seed=seeds)
+def test_limited_equals_brute_force(seed: int) -> None:
+    bounds_the_optimum(seed)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("start", range(0, 1000, 100))
+def test_limited_equals_brute_force_on_many(start: int) -> None:
+    for seed in range(start, start + 100):
+        bounds_the_optimum(seed)
+
+
+@pytest.mark.parametrize(("states", "share"), [(4, 0.02), (4, 0.4), (4, 0.95), (12, 0.4)])
+def test_equal_layers_fill_the_limit(states: int, share: float) -> None:
+    """96 equal layers change their mind together, and still the limit is used to the full."""
+    problem = chain_problem(96, states)
+    free = exact.solve(problem)
+    least = exact.solve(problem.usage_alone()).cost
+    limit = least + share * (free.usage - least)
+    problem = replace(problem, limit=limit)
+    solution = limited.solve(problem)
+    accounts_for(problem, solution)
+    assert solution.gap <= 0.01 * solution.cost
+    assert solution.cost >= free.cost
+
+
+def test_the_same_limit_gives_the_same_plan() -> None:
+    problem = replace(chain_problem(12), limit=150.0)
+    assert limited.solve(problem) == limited.solve(replace(chain_problem(12), limit=150.0))
+
+
+def test_no_limit_and_a_loose_one_change_nothing() -> None:
+    problem = chain_problem(5)
+    free = exact.solve(problem)
+    for limit in (None, free.usage, 2 * free.usage):
+        solution = limited.solve(replace(problem, limit=limit))
+        assert (solution.assignment, solution.cost) == (free.assignment, free.cost)
+        assert (solution.gap, solution.multiplier) == (0.0, 0.0)
+
+
+def test_the_least_usage_is_said_when_nothing_fits() -> None:
+    problem = chain_problem(5)
+    least = exact.solve(problem.usage_alone()).cost
+    with pytest.raises(OverLimitError) as raised:
+        limited.solve(replace(problem, limit=0.9 * least))
+    assert raised.value.usage == pytest.approx(least)
+    assert raised.value.least == pytest.approx(least)
+    assert raised.value.limit == 0.9 * least
+    assert limited.solve(replace(problem, limit=least)).usage == pytest.approx(least)
+
+
+def test_bounds_of_another_solver_are_kept() -> None:
+    """A solver that is not exact: its bounds hold, so that of the whole search does."""
+    problem = chain_problem(6)
+    free = exact.solve(problem)
+    least = exact.solve(problem.usage_alone()).cost
+    problem = replace(problem, limit=(free.usage + least) / 2)
+
+    def rough(plain: Problem) -> Solution:
+        solution = exact.solve(plain)
+        return replace(solution, lower_bound=solution.cost - 0.05 * abs(solution.cost))
+
+    expected = limited.solve(problem, enough=0.0)
+    solution = limited.solve(problem, solver=rough)
+    accounts_for(problem, solution)
+    assert solution.lower_bound < expected.lower_bound <= expected.cost <= solution.cost
 
 
 def test_every_table_says_how_it_is_paid() -> None:

@@ -16,7 +16,8 @@ from autoparallel.placement import Collective, Invariant, Layout, Partial, Repli
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.traffic import PHASES, Transfer, transfers
 from autoparallel.view.fold import Folded, fold
-from autoparallel.view.words import Words, bytes_text, collective_text, kind_of, seconds_text
+from autoparallel.units import bytes_text
+from autoparallel.view.words import Words, collective_text, kind_of, seconds_text
 
 __all__ = ["collective_totals", "plan_text", "print_plan"]
 

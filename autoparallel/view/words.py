@@ -224,15 +224,6 @@ def op_text(target: str) -> str:
     return parts[1] if len(parts) > 2 else parts[0]
 
 
-def bytes_text(nbytes: float) -> str:
-    """ "2.0 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
-
-
 def seconds_text(seconds: float) -> str:
     """ "1.48 ms"."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
