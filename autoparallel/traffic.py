@@ -19,14 +19,14 @@ from autoparallel.placement import (
 )
 from autoparallel.plan import Conversion, ParameterChoice, Plan
 
-__all__ = ["PHASES", "Transfer", "late_axes", "route", "transfers"]
+__all__ = ["PHASES", "Transfer", "late_axes", "moves", "route", "transfers"]
 
 PHASES = ("forward", "backward", "update")
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One collective on one mesh axis.
+    """One move on one mesh axis.
 
     layout: of the tensor before it, for a gradient that of the gradient. phase: one of PHASES.
     nbytes: of the tensor as it would be on a rank if this axis did not split it. together: made
@@ -37,10 +37,17 @@ class Transfer:
     step: Step
     layout: Layout
     phase: str
-    collective: Collective
+    movement: Movement
     nbytes: float
     together: bool = False
     again: bool = False
+
+    @property
+    def collective(self) -> Collective:
+        """The collective that it is. Only for one that crosses the links."""
+        collective = self.movement.collective
+        assert collective is not None, self
+        return collective
 
 
 def route(layout: Layout, steps: tuple[Step, ...]) -> Iterator[tuple[Layout, Step]]:
@@ -63,16 +70,22 @@ def transfers(plan: Plan) -> tuple[Transfer, ...]:
 
     Dims whose size is not a number are taken to divide by the ranks that split them.
     """
+    return tuple(move for move in moves(plan) if move.movement.collective is not None)
+
+
+def moves(plan: Plan) -> tuple[Transfer, ...]:
+    """Every move of one step that takes time, on the links or in memory."""
     parameters = {parameter.name: parameter for parameter in plan.parameters}
     sizes = tuple(size for _, size in plan.mesh.axes)
+    repeated = _repeated(plan)
     found: list[Transfer] = []
     updated: set[tuple[str, int]] = set()
     for conversion in plan.conversions:
         parameter = parameters.get(conversion.value)
         late = late_axes(parameter)
-        forward = tuple(route(conversion.source, conversion.steps))
-        for phase in ("forward", "backward")[: 2 if conversion.again else 1]:
-            for layout, step in forward:
+        twice = conversion.again or conversion.value in repeated
+        for phase in ("forward", "backward")[: 2 if twice else 1]:
+            for layout, step in route(conversion.source, conversion.steps):
                 again = phase == "backward"
                 found += _made(conversion, step, layout, step.forward, phase, sizes, again=again)
         if conversion.requires_grad:
@@ -95,6 +108,25 @@ def transfers(plan: Plan) -> tuple[Transfer, ...]:
     return tuple(found)
 
 
+def _repeated(plan: Plan) -> frozenset[str]:
+    """Values whose conversions are run again with a group of ops: nothing else reads them."""
+    group = {name: index for index, names in enumerate(plan.recomputed) for name in names}
+    groups: dict[str, set[int]] = {}
+    for op in plan.ops if group else ():
+        for value in op.reads:
+            groups.setdefault(value, set()).add(group.get(op.name, -1))
+    outside = {
+        conversion.value
+        for conversion in plan.conversions
+        if any(reader not in group for reader in conversion.readers)
+    }
+    return frozenset(
+        value
+        for value, found in groups.items()
+        if len(found) == 1 and -1 not in found and value not in outside
+    )
+
+
 def _made(
     conversion: Conversion,
     step: Step,
@@ -106,12 +138,12 @@ def _made(
     together: bool = False,
     again: bool = False,
 ) -> list[Transfer]:
-    if move.collective is None or sizes[step.axis] == 1:
+    if move is Movement.NONE or sizes[step.axis] == 1:
         return []
     others = (*layout[: step.axis], Invariant(), *layout[step.axis + 1 :])
     nbytes = conversion.nbytes * _fraction(conversion.shape, others, sizes)
     whole = int(nbytes) if nbytes.denominator == 1 else float(nbytes)
-    return [Transfer(conversion, step, layout, phase, move.collective, whole, together, again)]
+    return [Transfer(conversion, step, layout, phase, move, whole, together, again)]
 
 
 def _fraction(shape: str, layout: Layout, sizes: tuple[int, ...]) -> Fraction:

@@ -46,6 +46,7 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
         _parameters(plan, words),
         _communications(plan, words),
         _totals(plan),
+        _memory(plan),
         _whole(plan),
     )
     console.print(_header(plan, words))
@@ -105,6 +106,7 @@ def _header(plan: Plan, words: Words) -> Table:
         ("predicted", f"{seconds_text(plan.seconds)} a step"),
         ("minimized", f"cost {plan.cost:.6g}, {bound}"),
         ("method", plan.method),
+        *_recomputed(plan),
         ("returns", ", ".join(_returned(words, layout) for layout in plan.outputs) or "nothing"),
     ]
     if plan.breaks:
@@ -127,6 +129,13 @@ def _header(plan: Plan, words: Words) -> Table:
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _recomputed(plan: Plan) -> list[tuple[str, str]]:
+    """Which blocks run again what, in the backward pass."""
+    rows = fold((path, mode, mode) for path, mode in plan.recompute if mode != "none")
+    text = ", ".join(f"{row.path} ({row.first})" for row in rows)
+    return [("recomputed", f"in the backward pass: {text}")] if text else []
 
 
 def _returned(words: Words, layout: Layout) -> str:
@@ -226,7 +235,7 @@ def _sent(words: Words, conversion: Conversion, phases: Sequence[str]) -> str:
             text += " again" if transfer.again else ""
             text += " after the update" if transfer.phase == "update" else ""
             told.append(text)
-    return ", ".join(told) or "–"
+    return ("\n" if len(words.axes) > 1 else ", ").join(told) or "–"
 
 
 def _breaks(plan: Plan) -> Table | None:
@@ -251,6 +260,24 @@ def _totals(plan: Plan) -> Table:
         rows = [("forward and backward", *([""] if several else []), "none", "0", "0 B")]
     columns = [("pass", False), *([("axis", False)] if several else []), ("collective", False)]
     return _table("Collectives in one step", [*columns, ("count", True), ("bytes", True)], rows)
+
+
+def _memory(plan: Plan) -> Table | None:
+    """What the rank that needs most needs it for."""
+    if not plan.memory:
+        return None
+    total = sum(nbytes for _, nbytes in plan.memory)
+    rows = [
+        (name.replace("_", " "), bytes_text(nbytes), f"{nbytes / total:.1%}" if total else "")
+        for name, nbytes in plan.memory
+        if nbytes
+    ]
+    rows.append(("all", bytes_text(total), ""))
+    if plan.memory_limit is not None:
+        limit = plan.memory_limit
+        rows.append(("limit", bytes_text(limit), f"{total / limit:.1%} of it used"))
+    columns = [("memory of a rank", False), ("bytes", True), ("share", True)]
+    return _table("Memory of the rank that needs most", columns, rows)
 
 
 def _whole(plan: Plan) -> Table | None:

@@ -1,0 +1,176 @@
+"""Sizes as algebra: what a rank holds and runs, in the sizes of inputs and of mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import sympy
+
+from autoparallel.graph.graph import Dim, Graph, Sym, hint, map_leaves
+from autoparallel.mesh import Mesh
+from autoparallel.placement import Layout, Shard, local_size
+from autoparallel.rules.rule import OpCall, ShardingRule, tile_of
+
+__all__ = ["Algebra"]
+
+# What the sizes of an input are called, outermost first, where the caller does not say.
+_LETTERS = ("b", "s")
+_MULTIPLES = 16  # of a named size are written as such
+
+
+class Algebra:
+    """The symbols of one graph on one mesh.
+
+    names: what numbers among the sizes are called, {12288: "h"}. letters: what the sizes that the
+    inputs decide are called, in the order in which the inputs show them.
+    values: what each symbol stands for in the plan, in the order in which they are written. Sizes
+    of mesh axes are called as the axes.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        mesh: Mesh,
+        names: Mapping[int, str],
+        letters: Sequence[str] = _LETTERS,
+    ) -> None:
+        self.sizes = tuple(size for _, size in mesh.axes)
+        taken: dict[sympy.Symbol, int] = {}
+        self.axes = tuple(_symbol(name, size, taken) for name, size in mesh.axes)
+        named = [(size, _symbol(name, size, taken)) for size, name in names.items()]
+        self.names = tuple(sorted(named, key=lambda row: -row[0]))
+        self.renamed: dict[sympy.Expr, sympy.Symbol] = {}
+        waiting = list(letters)
+        for node in graph.nodes:
+            for dim in node.result.shape if node.kind == "input" else ():
+                if isinstance(dim, Sym) and dim.expr.is_Symbol and dim.expr not in self.renamed:
+                    name = waiting.pop(0) if waiting else f"d{len(self.renamed)}"
+                    self.renamed[dim.expr] = _symbol(name, dim.hint, taken)
+        order = (*self.renamed.values(), *(symbol for _, symbol in named), *self.axes)
+        self.values = {symbol: taken[symbol] for symbol in order}
+
+    def at(self, expression: sympy.Expr, changed: Mapping[str, int] = {}) -> float:
+        """What an expression is where the plan was made, but for the sizes that are changed.
+
+        Raises KeyError for a name that is no symbol's.
+        """
+        known = {symbol.name: symbol for symbol in self.values}
+        values = {**self.values, **{known[name]: size for name, size in changed.items()}}
+        found = sympy.sympify(expression).xreplace(values)
+        return int(found) if found.is_integer else float(found)
+
+    def size(self, dim: Dim) -> sympy.Expr:
+        """The whole size of a dim."""
+        if isinstance(dim, Sym):
+            return dim.expr.xreplace(self.renamed)
+        for size, symbol in self.names:
+            if dim == size:
+                return symbol
+        for over, above in self.names:
+            for under, below in self.names:
+                if under > 1 and over > under and over == dim * under:
+                    return above / below
+        for size, symbol in self.names:
+            if dim and dim % size == 0 and dim // size <= _MULTIPLES and size > 1:
+                return dim // size * symbol
+        return sympy.Integer(dim)
+
+    def share(self, dim: Dim, shards: Iterable[tuple[int, Shard]]) -> sympy.Expr:
+        """The part of a dim that the busiest rank holds. shards: (axis, split), outermost first."""
+        share, left = sympy.Integer(1), hint(dim)
+        for axis, shard in shards:
+            count, run = self.sizes[axis], shard.blocks * shard.unit
+            if left // run % count == 0:
+                share /= self.axes[axis]
+            else:
+                part = self.size(dim) * share
+                share *= run * sympy.ceiling(part / (run * self.axes[axis])) / part
+            left = local_size(left, shard, count)
+        return share
+
+    def elements(self, shape: Sequence[Dim], layout: Layout) -> sympy.Expr:
+        """Elements of a tensor that the busiest rank holds."""
+        count = sympy.Integer(1)
+        for index, dim in enumerate(shape):
+            shards = [
+                (axis, placement)
+                for axis, placement in enumerate(layout)
+                if isinstance(placement, Shard) and placement.dim == index
+            ]
+            count *= self.size(dim) * self.share(dim, shards)
+        return count
+
+    def shares(
+        self, rule: ShardingRule, operands: Sequence[Layout], results: Sequence[Layout]
+    ) -> dict[str, sympy.Expr]:
+        """The part of each split loop that the busiest rank runs, for the tensors' layouts."""
+        split: dict[str, dict[int, Shard]] = {}
+        sides = ((rule.operands, operands), (rule.results, results))
+        for tensors, layouts in sides:
+            for dims, layout in zip(tensors, layouts, strict=True):
+                for axis, placement in enumerate(layout):
+                    if not isinstance(placement, Shard):
+                        continue
+                    tile = tile_of(rule, dims, placement, self.sizes[axis])
+                    if tile is not None:
+                        shard = Shard(0, tile.blocks, tile.unit)
+                        split.setdefault(tile.loop, {}).setdefault(axis, shard)
+        return {
+            loop: self.share(rule.sizes[loop], sorted(axes.items(), key=lambda item: item[0]))
+            for loop, axes in split.items()
+        }
+
+    def flops(self, rule: ShardingRule, shares: Mapping[str, sympy.Expr]) -> sympy.Expr:
+        """Of a product, forward, on the busiest rank."""
+        count = self._coefficient(rule)
+        for loop in rule.loops:
+            count *= self.size(rule.sizes[loop]) * shares.get(loop, 1)
+        return count
+
+    def _coefficient(self, rule: ShardingRule) -> sympy.Expr:
+        """FLOPs per point. A fused chain has a fraction: a number over a summed size."""
+        flops = Fraction(rule.flops).limit_denominator(10**9)
+        made = {name for dims in rule.results for names in dims for name in names}
+        for loop in rule.loops if flops.denominator > 1 else ():
+            if loop not in made and not isinstance(rule.sizes[loop], Sym):
+                terms = flops * hint(rule.sizes[loop])
+                if terms.denominator == 1:
+                    return int(terms) / self.size(rule.sizes[loop])
+        return sympy.Rational(flops.numerator, flops.denominator)
+
+    def reads(self, dim: Dim) -> frozenset[sympy.Symbol]:
+        """The sizes of inputs that a dim is made of."""
+        return (
+            self.size(dim).free_symbols & set(self.renamed.values())
+            if isinstance(dim, Sym)
+            else frozenset()
+        )
+
+    def scaled(self, call: OpCall, symbol: sympy.Symbol, factor: int) -> OpCall:
+        """The call for inputs with one size `factor` times as large."""
+        original = {new: old for old, new in self.renamed.items()}
+        hints = {original[s]: value for s, value in self.values.items() if s in original}
+        hints[original[symbol]] *= factor
+
+        def grow(leaf: Any) -> Any:
+            return Sym(leaf.expr, int(leaf.expr.subs(hints))) if isinstance(leaf, Sym) else leaf
+
+        def grown(values: Iterable[Any]) -> tuple[Any, ...]:
+            return tuple(replace(value, shape=map_leaves(grow, value.shape)) for value in values)
+
+        node = replace(
+            call.node, results=grown(call.results), args=map_leaves(grow, call.node.args)
+        )
+        return OpCall(node, grown(call.operands))
+
+
+def _symbol(name: str, size: int, taken: dict[sympy.Symbol, int]) -> sympy.Symbol:
+    """A new symbol, underlined where the name is taken."""
+    while any(symbol.name == name for symbol in taken):
+        name += "_"
+    made = sympy.Symbol(name, integer=True, positive=True)
+    taken[made] = size
+    return made
