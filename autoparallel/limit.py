@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from autoparallel.builder import build_network
 from autoparallel.cost.memory import Account, account
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.capture import Captured
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network, build_network
+from autoparallel.network import Network
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.reading import read_plan

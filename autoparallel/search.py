@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from autoparallel.builder import build_network
 from autoparallel.constraints import constrain
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import find_hardware
@@ -12,7 +13,7 @@ from autoparallel.graph.capture import Captured
 from autoparallel.graph.passes import at_least
 from autoparallel.limit import plan_within
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network, build_network
+from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
