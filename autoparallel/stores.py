@@ -12,7 +12,7 @@ from autoparallel.joint import is_nested
 from autoparallel.placement import Invariant, Layout, Placement, Shard
 from autoparallel.routes import layout_fraction
 
-__all__ = ["Stored", "storage_choices", "stored_bytes"]
+__all__ = ["Stored", "state_per_element", "storage_choices", "stored_bytes"]
 
 # Per optimizer, numbers of the parameter's own type in its state, per element. "mixed_adam" keeps
 # two moments and, for parameters of 16 bits, a master copy, all in float32 (arXiv:1910.02054,
@@ -84,6 +84,13 @@ def _spread(value: Value, layout: Layout, sizes: tuple[int, ...]) -> list[Layout
     ]
 
 
+def state_per_element(optimizer: str, itemsize: int) -> tuple[int, bool]:
+    """Bytes of an optimizer's state for one element of a parameter of so many bytes, and whether
+    a master copy of the parameter is among them."""
+    has_master = optimizer == "mixed_adam" and itemsize < 4
+    return (12 if has_master else _NUMBERS[optimizer] * itemsize), has_master
+
+
 def stored_bytes(
     value: Value, stored: Stored, sizes: tuple[int, ...], optimizer: str
 ) -> tuple[float, float, float]:
@@ -96,11 +103,10 @@ def stored_bytes(
     share = layout_fraction(value.shape, stored.state, sizes)
     parameter = whole * layout_fraction(value.shape, stored.storage, sizes)
     itemsize = value.dtype.itemsize
-    has_master = optimizer == "mixed_adam" and itemsize < 4
+    per_element, has_master = state_per_element(optimizer, itemsize)
     if stored.state != stored.storage and not has_master:
         parameter += whole * share
     if not value.requires_grad:
         return parameter, 0.0, 0.0
     gradient = whole * layout_fraction(value.shape, stored.gradient, sizes)
-    per_element = 12 if has_master else _NUMBERS[optimizer] * itemsize
     return parameter, gradient, share * whole / itemsize * per_element

@@ -19,7 +19,7 @@ from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.rules.unknown import find_unknown
-from autoparallel.stores import OPTIMIZERS
+from autoparallel.stores import state_per_element
 from autoparallel.traffic import PHASES, Transfer, transfers
 
 __all__ = ["AMOUNTS", "ClosedForms", "Form", "Sent", "closed_forms"]
@@ -282,14 +282,15 @@ class _Writer:
 
     def stored(self, parameter: ParameterChoice, value: Value) -> Iterable[tuple[str, sympy.Expr]]:
         """Bytes of a parameter, its gradient and its optimizer's state, as `stores` counts them."""
-        own, master = OPTIMIZERS[self.plan.options.optimizer]
+        itemsize = value.dtype.itemsize
+        per_element, has_master = state_per_element(self.plan.options.optimizer, itemsize)
         part = self.nbytes(value, parameter.state)
         yield "parameters", self.nbytes(value, parameter.storage)
-        if parameter.state != parameter.storage and not master:
+        if parameter.state != parameter.storage and not has_master:
             yield "parameters", part
         if value.requires_grad:
             yield "gradients", self.nbytes(value, parameter.gradient)
-            yield "optimizer_state", own * part + master * part / value.dtype.itemsize
+            yield "optimizer_state", per_element * part / itemsize
 
     def ruled(self, name: str) -> tuple[OpCall, ShardingRule]:
         """A call and its rule; those of calls that are alike are the same."""
