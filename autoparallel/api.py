@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.copies import shallow_copy
@@ -38,9 +38,10 @@ from autoparallel.parts import Planner, search_parts
 from autoparallel.placement import Layout, Placement, layout_text, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rules.unknown import learn
-from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
+from autoparallel.runtime.groups import Group, ProcessGroup
 from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.parameters import as_distributed
+from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.search import search
@@ -94,7 +95,7 @@ def autoparallelize(
         constraints=tuple(constraints),
     )
     meshes = _meshes(world_size, mesh, options)
-    group = _group(meshes[0].world_size)
+    _world(meshes[0].world_size)
     if example_inputs is None:
         try:
             example_inputs = find_example_inputs(model)
@@ -104,7 +105,7 @@ def autoparallelize(
             return _waiting_module(model, meshes, options, check_inputs)
     args, kwargs = split_example(example_inputs)
     plan = _fastest(model, _trace(model, args, kwargs, options), meshes, options)
-    return _apply(model, plan, group, check_inputs)
+    return _apply(model, plan, *_ranks(plan.mesh), check_inputs)
 
 
 def make_plan(
@@ -194,7 +195,7 @@ def apply_plan(
     make_plan. Raises PlanError where plan and model do not belong together.
     """
     refuse_wrapped(model)
-    group = _group(plan.world_size)
+    ranks, devices = _ranks(plan.mesh)
     if not plan.is_traced:
         if example_inputs is None:
             example_inputs = find_example_inputs(model)
@@ -203,7 +204,7 @@ def apply_plan(
         if plan.options.unknown_ops == "discover" and plan.world_size > 1:
             for graph in plan.graphs:
                 learn(graph)
-    return _apply(model, plan, group, check_inputs)
+    return _apply(model, plan, ranks, devices, check_inputs)
 
 
 def simulate(
@@ -334,12 +335,13 @@ def _with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:
     return replace(plan, parts=tuple(parts))
 
 
-def _apply(model: nn.Module, plan: Plan, group: Group, check_inputs: int) -> nn.Module:
-    mesh = _device_mesh(group, plan.mesh)
+def _apply(
+    model: nn.Module, plan: Plan, ranks: Ranks, devices: DeviceMesh | None, check_inputs: int
+) -> nn.Module:
     if plan.breaks:
-        _require_same(plan, group)
+        _require_same(plan, ranks.world)
     planner = Planner(plan.model, plan.mesh, plan.options)
-    return parallel_module(model, plan, group, mesh, planner, check_inputs)
+    return parallel_module(model, plan, ranks, devices, planner, check_inputs)
 
 
 def _require_same(plan: Plan, group: Group) -> None:
@@ -360,21 +362,29 @@ def _device() -> str:
     return "cuda" if nccl and torch.cuda.is_available() else "cpu"
 
 
-def _device_mesh(group: Group, mesh: Mesh) -> DeviceMesh | None:
-    """The ranks as DTensor wants them; None for a single process."""
-    if not isinstance(group, ProcessGroup):
-        return None
-    names = tuple(name for name, _ in mesh.axes)
-    return DeviceMesh.from_group(group.process_group, _device(), mesh_dim_names=names)
+def _ranks(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
+    """This process's place on a mesh, and the ranks as DTensor wants them; None for one process.
+
+    A collective call. Raises WorldSizeError where the ranks that run are not those of the mesh.
+    """
+    world = _world(mesh.world_size)
+    if world is None:
+        return single_rank(mesh), None
+    names, sizes = tuple(zip(*mesh.axes, strict=True))
+    if len(names) == 1:
+        devices = DeviceMesh.from_group(world.process_group, _device(), mesh_dim_names=names)
+    else:
+        devices = init_device_mesh(_device(), sizes, mesh_dim_names=names)
+    return process_ranks(world, devices), devices
 
 
-def _group(world_size: int) -> Group:
-    """This process's place among the ranks; under torchrun, starts the process group.
+def _world(world_size: int) -> ProcessGroup | None:
+    """All ranks; under torchrun, starts the process group. None for a single process.
 
     Raises WorldSizeError where the ranks that run are not those asked for.
     """
     if world_size == 1 and not dist.is_initialized():
-        return SingleGroup()
+        return None
     if not dist.is_initialized():
         launched = os.environ.get("WORLD_SIZE")
         if launched is None or "RANK" not in os.environ:
@@ -407,13 +417,15 @@ class _Waiting:
     """Mixed into the user's class until the first call shows what the inputs are."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, meshes, options, check_inputs = self.__dict__["_waiting"]
+        model, meshes, ranks, devices, options, check_inputs = self.__dict__["_waiting"]
         model.train(self.training)  # type: ignore[attr-defined]
         bind_inputs(model, args, kwargs)
         traced = _trace(model, args, kwargs, options)
         plan = _fastest(model, traced, meshes, options)
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
-        made = _apply(source, plan, _group(plan.world_size), check_inputs)
+        if plan.mesh != meshes[0]:
+            ranks, devices = _ranks(plan.mesh)
+        made = _apply(source, plan, ranks, devices, check_inputs)
         _keep_identity(self, made)  # type: ignore[arg-type]
         made.__dict__["_generator"] = self.__dict__["_generator"]
         self.__class__ = made.__class__  # type: ignore[assignment]
@@ -431,20 +443,17 @@ def _waiting_module(
     made = shallow_copy(model)
     kind = type(model)
     made.__class__ = type(f"Parallel{kind.__name__}", (_Waiting, kind), {})
-    made.__dict__["_waiting"] = (model, meshes, options, check_inputs)
-    ranks = meshes[0]
-    group = _group(ranks.world_size)
-    mesh = _device_mesh(group, ranks)
-    give_generator(made, options.rng, group, mesh)
+    ranks, devices = _ranks(meshes[0])
+    made.__dict__["_waiting"] = (model, meshes, ranks, devices, options, check_inputs)
+    give_generator(made, options.rng, ranks, devices)
     twins: dict[int, nn.Parameter] = {}
     for module in made.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 data: torch.Tensor = parameter.detach().clone()
-                if mesh is not None:
-                    data = as_distributed(
-                        data, whole_layout(len(ranks.axes)), tuple(data.shape), mesh
-                    )
+                if devices is not None:
+                    layout = whole_layout(len(meshes[0].axes))
+                    data = as_distributed(data, layout, tuple(data.shape), devices)
                 own = nn.Parameter(data, parameter.requires_grad)
                 module._parameters[name] = twins.setdefault(id(parameter), own)
     return made
