@@ -62,7 +62,8 @@ def joint_strategies(
     """All joint strategies of one op, the plainest first.
 
     per_axis: its strategies on each axis alone. shapes: of its operands and results. A loop may be
-    split on several axes in the same way, and by a kernel on one axis only.
+    split on several axes in the same way, and by a kernel on one axis only. Of several kernels, all
+    but one must run the op itself on their part, so that they can be put inside each other.
     """
     if len(per_axis) == 1:
         return tuple(Joint.of((part,)) for part in per_axis[0])
@@ -80,6 +81,9 @@ def joint_strategies(
 
 
 def _together(rule: ShardingRule, parts: tuple[Strategy, ...], sizes: tuple[int, ...]) -> bool:
+    kernels = [part.kernel for part in parts if part.kernel is not None]
+    if sum(not kernel.wraps for kernel in kernels) > 1:
+        return False
     for (one, first), (two, second) in combinations(enumerate(parts), 2):
         tile = first.tile
         if tile is None or second.tile is None or tile.loop != second.tile.loop:
