@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from planners.contraction import along, contract, others
 from planners.tables import Table
 
+# Orders of elimination, by the number of states of all variables and the scopes of all tables.
+Orders = dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], list[int]]
+
 # A table's number and, for each of its axes, the axis of the joint table it lies along.
 Operand = tuple[int, tuple[int, ...]]
 
@@ -30,11 +33,13 @@ class Pieces:
 class Memo:
     """Interned tables and remembered results; hand it to several solves to share their work.
 
-    computed, reused: how many eliminations were done and how many were looked up. All tables stay
-    in memory as long as the memo lives.
+    computed, reused: how many eliminations were done and how many were looked up. orders: in which
+    variables were eliminated, for problems of the same form; `Memo(orders=memo.orders)` keeps these
+    and drops all tables, which else stay in memory as long as the memo lives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, orders: Orders | None = None) -> None:
+        self.orders: Orders = {} if orders is None else orders
         self.tables: list[Table] = []
         self.has_infinity: list[bool] = []
         self.domains: list[NDArray[np.bool_]] = []
