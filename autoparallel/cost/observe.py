@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -236,10 +236,11 @@ def observe(
         except Exception:  # any op may refuse to run without data, in any way
             continue
     count = len(operands)
-    saved = range(count + len(expected)) if any(s.requires_grad for s in expected) else ()
+    grad = enabled and any(stand.requires_grad for stand in expected)
+    saved = range(count + len(expected)) if grad else ()
     return Observed(
         count,
-        tuple(expected),
+        tuple(replace(stand, requires_grad=grad and stand.requires_grad) for stand in expected),
         tuple(range(count, count + len(expected))),
         tuple(stand.nbytes for stand in expected),
         tuple(saved),

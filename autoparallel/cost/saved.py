@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoparallel.cost.observe import (
@@ -19,7 +19,7 @@ from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, hint, map_lea
 from autoparallel.placement import local_size
 from autoparallel.rules.rule import OpCall, ShardingRule, Tile, place
 
-__all__ = ["Internal", "Saved", "SavedTensors", "stand_in"]
+__all__ = ["Internal", "Saved", "SavedTensors", "fitted", "stand_in"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,17 @@ class _Case:
 class SavedTensors:
     """What every call of a graph keeps, unsplit and as run by a kernel on a part.
 
-    rules: per call node. Every distinct call is run once, and once more for each loop that may
-    split what it keeps besides operands and results.
+    rules: per call node. input_gradients: whether the caller wants gradients of the inputs. Every
+    distinct call is run once, and once more for each loop that may split what it keeps besides
+    operands and results.
     """
 
-    def __init__(self, graph: Graph, rules: Mapping[str, ShardingRule | None]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        rules: Mapping[str, ShardingRule | None],
+        input_gradients: bool = False,
+    ) -> None:
         self.graph, self.rules = graph, rules
         self._stands: dict[str, Stand] = {}
         self._roots: dict[str, str] = {}
@@ -88,7 +94,10 @@ class SavedTensors:
             if node.kind == "call":
                 self._walk(node)
             else:
-                self._stands[node.result.name] = stand_in(node.result)
+                stand = stand_in(node.result)
+                if node.kind == "input" and not input_gradients:
+                    stand = replace(stand, requires_grad=False)
+                self._stands[node.result.name] = stand
                 self._roots[node.result.name] = node.result.name
 
     def of(self, name: str) -> Saved:
@@ -137,11 +146,7 @@ class SavedTensors:
         for value, made, expected, storage in zip(
             node.results, seen.results, results, seen.storages, strict=True
         ):
-            fits = made.shape == expected.shape
-            strides = made.strides if fits else expected.strides
-            self._stands[value.name] = Stand(
-                expected.shape, strides, expected.dtype, expected.requires_grad
-            )
+            self._stands[value.name] = fitted(made, expected)
             own = storage >= len(names)
             self._roots[value.name] = value.name if own else self._roots[names[storage]]
 
@@ -150,6 +155,16 @@ def stand_in(value: Value) -> Stand:
     """A value with its elements in order, for the example inputs."""
     grad = value.requires_grad and (value.dtype.is_floating_point or value.dtype.is_complex)
     return contiguous([hint(size) for size in value.shape], value.dtype, grad)
+
+
+def fitted(made: Stand, expected: Stand) -> Stand:
+    """A result as it was seen, if it has the shape that the graph says; else as the graph says.
+
+    Shapes that depend on data are not what they will be. A gradient flows where both say so.
+    """
+    grad = made.requires_grad and expected.requires_grad
+    strides = made.strides if made.shape == expected.shape else expected.strides
+    return Stand(expected.shape, strides, expected.dtype, grad)
 
 
 def _known(leaf: Any, stands: Iterator[Stand]) -> Any:
