@@ -91,12 +91,16 @@ def has_master_copy(optimizer: str, itemsize: int) -> bool:
     return optimizer == "mixed_adam" and itemsize < _FLOAT32_BYTES
 
 
-def account(plan: Plan, recomputed: Sequence[Iterable[str]] | None = None) -> Account:
+def account(
+    plan: Plan,
+    recomputed: Sequence[Iterable[str]] | None = None,
+    graph: Graph | None = None,
+) -> Account:
     """The memory that `plan` takes on the rank that holds the most.
 
     recomputed: regions, as names of calls, that run once more in the backward pass, and of which
-    only what goes in is kept; by default the plan's. Sizes are those planned for:
-    `plan.options.tokens`.
+    only what goes in is kept; by default the plan's. graph: with the sizes to count for; by default
+    those planned for (`plan.options.tokens`).
     Raises PlanError for a plan without its graph.
     """
     if not plan.is_traced:
@@ -120,7 +124,8 @@ def account(plan: Plan, recomputed: Sequence[Iterable[str]] | None = None) -> Ac
     known: dict[int, tuple[Walk, Peak]] = {}
     for prefix, part in programs:
         if id(part) not in known:
-            walk = Walk(at_least(_graph(part), part.options.tokens), part)
+            sized = graph if part is plan else None
+            walk = Walk(sized or at_least(_graph(part), part.options.tokens), part)
             regions = getattr(part, "recomputed", ()) if recomputed is None else recomputed
             known[id(part)] = (walk, Peak(walk, regions))
         walk, peak = known[id(part)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from autoparallel.cost.observe import (
     observe,
     random_arguments,
     runner,
+    skeleton,
 )
-from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, hint, map_leaves
+from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.placement import local_size
 from autoparallel.rules.rule import OpCall, ShardingRule, Tile, place
 
@@ -89,6 +90,7 @@ class SavedTensors:
         self._keys: dict[str, Any] = {}
         self._cases: dict[Any, _Case] = {}
         self._seen: dict[Any, Observed] = {}
+        self._made: dict[Any, tuple[Stand, ...]] = {}
         self._saved: dict[Any, Saved] = {}
         for node in graph.nodes:
             if node.kind == "call":
@@ -129,10 +131,11 @@ class SavedTensors:
         stands = [self._stands[name] for name in names]
         results = tuple([stand_in(value) for value in node.results])
         rule = self.rules.get(node.name)
-        operands = iter(stands)
         key = self._keys[node.name] = (
             node.target,
-            map_leaves(lambda leaf: _known(leaf, operands), (node.args, node.kwargs)),
+            skeleton(node.args),
+            skeleton(node.kwargs),
+            tuple(stands),
             results,
             tuple([names.index(name) for name in names]),
             rule is None,
@@ -140,13 +143,12 @@ class SavedTensors:
         if key not in self._seen:
             values = self.graph.values
             call = OpCall(node, tuple([values[name] for name in names]))
-            self._cases[key] = _Case(call, rule, tuple(stands), results)
-            self._seen[key] = _observe(self._cases[key], {})
-        seen = self._seen[key]
-        for value, made, expected, storage in zip(
-            node.results, seen.results, results, seen.storages, strict=True
-        ):
-            self._stands[value.name] = fitted(made, expected)
+            case = self._cases[key] = _Case(call, rule, tuple(stands), results)
+            seen = self._seen[key] = _observe(case, {})
+            self._made[key] = tuple(map(fitted, seen.results, results))
+        storages = self._seen[key].storages
+        for value, made, storage in zip(node.results, self._made[key], storages, strict=True):
+            self._stands[value.name] = made
             own = storage >= len(names)
             self._roots[value.name] = value.name if own else self._roots[names[storage]]
 
@@ -154,7 +156,7 @@ class SavedTensors:
 def stand_in(value: Value) -> Stand:
     """A value with its elements in order, for the example inputs."""
     grad = value.requires_grad and (value.dtype.is_floating_point or value.dtype.is_complex)
-    return contiguous([hint(size) for size in value.shape], value.dtype, grad)
+    return contiguous(tuple([hint(size) for size in value.shape]), value.dtype, grad)
 
 
 def fitted(made: Stand, expected: Stand) -> Stand:
@@ -165,12 +167,6 @@ def fitted(made: Stand, expected: Stand) -> Stand:
     grad = made.requires_grad and expected.requires_grad
     strides = made.strides if made.shape == expected.shape else expected.strides
     return Stand(expected.shape, strides, expected.dtype, grad)
-
-
-def _known(leaf: Any, stands: Iterator[Stand]) -> Any:
-    if isinstance(leaf, Ref):
-        return next(stands)
-    return leaf.hint if isinstance(leaf, Sym) else (type(leaf), leaf)
 
 
 def _resized(stand: Stand, shape: Sequence[int]) -> Stand:

@@ -19,9 +19,10 @@ from autoparallel.cost.observe import (
     observe,
     random_arguments,
     runner,
+    skeleton,
 )
 from autoparallel.cost.saved import fitted, stand_in
-from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, hint, map_leaves
+from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.placement import Invariant, Movement, Placement, Shard, local_size, movement
 from autoparallel.plan import Plan
 from autoparallel.rules.registry import known_rule
@@ -274,16 +275,9 @@ class Walk:
         expected: tuple[Stand, ...],
     ) -> Observed:
         """The call on this rank's parts; calls that run alike are run once."""
-        given = iter(stands)
-
-        def known(leaf: Any) -> Any:
-            if isinstance(leaf, Ref):
-                return next(given)
-            return leaf.hint if isinstance(leaf, Sym) else (type(leaf), leaf)
-
         split = tuple(map(tuple, operands)) if any(kernels) else ()
-        args = map_leaves(known, (node.args, node.kwargs))
-        key = (node.target, args, expected, kernels, split)
+        written = (skeleton(node.args), skeleton(node.kwargs))
+        key = (node.target, written, stands, expected, kernels, split)
         if key in self._seen:
             return self._seen[key]
         values = self.graph.values
