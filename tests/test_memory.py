@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ from autoparallel.cost.walk import Walk, local_shape
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Shard
-from autoparallel.plan import Plan
+from autoparallel.placement import Invariant, Movement, Shard
+from autoparallel.plan import ParameterChoice, Plan
 from autoparallel.rules import referee
 from autoparallel.rules.registry import find_rule
 from autoparallel.runtime import simulate
@@ -39,12 +41,12 @@ def traced(name: str) -> Plan:
         return autoparallel.make_plan(model, 1, example_inputs=zoo.inputs_for(name))
 
 
-def planned(name: str, world_size: int, **choices: bool) -> Plan:
+def planned(name: str, ranks: int | Mesh, **choices: Any) -> Plan:
     """A plan for the example inputs as they are."""
     plan = traced(name)
     assert plan.captured is not None
-    options = Options(tokens=1, **choices)
-    return search(plan.captured, plan.model, Mesh(tp=world_size), options)
+    mesh = Mesh(tp=ranks) if isinstance(ranks, int) else ranks
+    return search(plan.captured, plan.model, mesh, Options(tokens=1, **choices))
 
 
 def compare(name: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +71,29 @@ def test_what_is_predicted_is_what_autograd_keeps(
 
 def test_data_that_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     compare("gpt2", planned("gpt2", 4, data_parallel=True), monkeypatch)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_several_axes_and_blocks_that_run_again(
+    recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned("gpt2", Mesh(dp=2, tp=2), data_parallel=True, recompute=recompute)
+    assert bool(plan.recomputed) == (recompute != "none")
+    compare("gpt2", plan, monkeypatch)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_copies_that_are_made_again(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered is dropped: in its place stays the part that it was gathered of."""
+    plan = planned("gpt2", 4, data_parallel=True, recompute=recompute)
+    rows = []
+    for conversion in plan.conversions:
+        gathers = any(move is Movement.ALL_GATHER for _, move, _ in conversion.moves)
+        rows.append(replace(conversion, again=gathers and conversion.requires_grad))
+    assert sum(row.again for row in rows) > 1
+    dropping = replace(plan, conversions=tuple(rows))
+    assert account(dropping).activations < account(plan).activations
+    compare("gpt2", dropping, monkeypatch)
 
 
 @pytest.mark.broad
@@ -187,6 +212,46 @@ def test_the_size_planned_for_is_what_counts() -> None:
 )
 def test_optimizer_state(optimizer: str, itemsize: int, nbytes: int) -> None:
     assert state_nbytes(optimizer, itemsize) == nbytes
+
+
+# Bytes (in 10^9) per rank of 7.5 and 1000 billion parameters of 16 bits with mixed-precision Adam
+# on so many ranks, by the three stages of ZeRO: arXiv 1910.02054, table 1.
+ZERO_TABLE_1 = [
+    (7.5e9, 4, (52.5, 41.3, 30.0)),
+    (7.5e9, 16, (35.6, 21.6, 7.5)),
+    (7.5e9, 64, (31.4, 16.6, 1.88)),
+    (1e12, 64, (4187, 2218, 250)),
+    (1e12, 1024, (4011, 2013, 15.6)),
+]
+
+
+@pytest.mark.parametrize(("elements", "ranks", "printed"), ZERO_TABLE_1)
+def test_the_stages_of_zero(
+    elements: float, ranks: int, printed: tuple[float, float, float]
+) -> None:
+    """To the byte as the formulas say, and to the digits that the paper prints."""
+    count = int(elements)
+    base = two(1)
+    options = replace(base.options, optimizer="mixed_adam")
+    whole, part = (Invariant(),), (Shard(0),)
+    stages = [(whole, whole, part), (whole, part, part), (part, part, part)]
+    formulas = (4 * count + 12 * count // ranks, 2 * count + 14 * count // ranks)
+    for stage, expected, about in zip(
+        stages, (*formulas, 16 * count // ranks), printed, strict=True
+    ):
+        row = ParameterChoice("w", "w", (count,), 2 * count, *stage)
+        plan = replace(base, mesh=Mesh(dp=ranks), options=options, parameters=(row,))
+        found = account(plan)
+        total = found.parameters + found.gradients + found.optimizer_state
+        assert total == expected
+        assert total / 1e9 == pytest.approx(about, rel=0.004)
+
+
+def test_a_split_state_without_a_master_copy_updates_a_copy_of_its_part() -> None:
+    base = two(1)
+    row = ParameterChoice("w", "w", (64,), 256, (Invariant(),), (Shard(0),), (Shard(0),))
+    found = account(replace(base, mesh=Mesh(dp=4), parameters=(row,)))
+    assert (found.parameters, found.gradients, found.optimizer_state) == (256 + 64, 64, 128)
 
 
 def test_a_part_is_the_largest_one_axis_after_the_other() -> None:
