@@ -27,8 +27,8 @@ from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.placement import layout_text
 from autoparallel.plan import Plan
-from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.reading import read_plan
+from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.structure import flatten
 from planners import Factor, Problem, Variable, exact
 
