@@ -22,6 +22,7 @@ from autoparallel.graph.graph import Ref, Sym
 from autoparallel.placement import Invariant
 from autoparallel.runtime import draws, kernels, rng
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.ranks import one_axis
 
 __all__ = ["Observed", "Stand", "StandInGroup", "contiguous", "observe"]
 __all__ += ["random_arguments", "runner", "skeleton"]
@@ -140,8 +141,8 @@ def random_arguments(shape: tuple[int, ...]) -> dict[str, Any]:
     return {
         "key": 0,
         "shape": torch.Size(shape),
-        "placement": Invariant(),
-        "group": StandInGroup(1),
+        "placements": (Invariant(),),
+        "ranks": one_axis(StandInGroup(1)),
     }
 
 
