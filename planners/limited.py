@@ -35,7 +35,6 @@ _MOST_PLACES = 8
 _SPREADS = ((0.01, 0.01), (0.1, 0.1), (0.5, 0.5), (0.5, 4.0), (1.0, 1.0))
 _MOST_JUMPS = 3
 _MOST_BRANCHES = 8
-_HUB_TABLES = 8
 # Of solutions found, those near the bound: that are brought within the limit, and that others may
 # take changes from.
 _MOST_MENDED = 3
@@ -293,6 +292,9 @@ class _Search:
                     return
                 if not moved:
                     break
+            else:
+                if self.best is before:
+                    return  # the place was found, and no other charges find a better one
 
     def move(self, node: _Node, first: float, second: float) -> bool:
         """Charge `first` up to a place and `second` behind it; find the place.
@@ -311,22 +313,22 @@ class _Search:
         within = end - over
         if self.problem.fits(usages[over]) or not self.problem.fits(usages[within]):
             return False
+        nothing_new = 0
         for _ in range(_MOST_PLACES):
-            jumps = len(usages) >= 2 + _MOST_JUMPS and len(dict.fromkeys(usages.values())) == 2
-            if jumps:
-                return False
-            if abs(over - within) <= 1 or self.is_enough(node):
+            if abs(over - within) <= 1 or nothing_new >= _MOST_JUMPS or self.is_enough(node):
                 break
             share = (usages[over] - self.limit) / (usages[over] - usages[within])
-            share = min(max(share, 0.1), 0.9)
+            share = 0.5 if nothing_new else min(max(share, 0.1), 0.9)
             place = over + round(share * (within - over))
             place = min(max(place, min(over, within) + 1), max(over, within) - 1)
-            usages[place] = usage_at(place)
-            if self.problem.fits(usages[place]):
+            usage = usage_at(place)
+            nothing_new = nothing_new + 1 if usage in usages.values() else 0
+            usages[place] = usage
+            if self.problem.fits(usage):
                 within = place
             else:
                 over = place
-        return True
+        return len(dict.fromkeys(usages.values())) > 2
 
     def fill(self, node: _Node) -> None:
         """Take over what other solutions do differently: to keep the limit, then to use it up."""
@@ -348,22 +350,24 @@ class _Search:
             self.consider(filling.filled(self.problem, self.best, others, node.multiplier))
 
     def branches(self, node: _Node) -> list[_Node]:
-        """A node for each state of a variable that decides for many others."""
+        """A node for each state of a variable that reaches through much of the model."""
         if len(node.ends) < 2:
             return []
         one, two = (solution.assignment for solution in node.ends)
-        tables = dict.fromkeys(self.problem.names, 0)
-        for factor in self.problem.factors:
-            for name in factor.scope:
-                tables[name] += 1
+        names = self.problem.names
+        tables, reach = [0] * len(names), [0] * len(names)
+        for scope in self.problem.scopes():
+            for place in scope:
+                tables[place] += 1
+                reach[place] = max(reach[place], *(abs(place - other) for other in scope))
         hubs = [
-            name
-            for name, count in tables.items()
-            if count >= _HUB_TABLES and one[name] != two[name] and name not in node.pins
+            place
+            for place, name in enumerate(names)
+            if 2 * reach[place] >= len(names) and one[name] != two[name] and name not in node.pins
         ]
         if not hubs:
             return []
-        hub = max(hubs, key=lambda name: tables[name])
+        hub = names[max(hubs, key=lambda place: tables[place])]
         children = []
         for state in range(self.problem.variable(hub).size):
             pins = {**node.pins, hub: state}
