@@ -117,6 +117,12 @@ class _Builder:
             if chosen.usage is not None:
                 self.network.usage[node.name] = chosen.usage
             self.network.rules[node.name] = kind.rule
+            if self.kept is not None:
+                reads = node.operands()
+                self.network.saves[node.name] = tuple(
+                    self.kept.is_kept(node, tuple(i for i, own in enumerate(reads) if own == name))
+                    for name in reads
+                )
         for node in self.graph.nodes:
             if node.kind == "parameter":
                 self.store(node)

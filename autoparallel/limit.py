@@ -14,8 +14,9 @@ from autoparallel.network import Network
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.reading import read_plan
+from autoparallel.solving import Solving
 from autoparallel.units import bytes_text
-from planners import InfeasibleError, OverLimitError, Solution, limited
+from planners import InfeasibleError, OverLimitError, Problem, Solution, limited
 
 __all__ = ["plan_within"]
 
@@ -36,7 +37,11 @@ _LARGEST_ITEMS = 5
 
 
 def plan_within(
-    captured: Captured, model: str, network: Network, pins: Mapping[str, Layout] = {}
+    captured: Captured,
+    model: str,
+    network: Network,
+    solve: Solving,
+    pins: Mapping[str, Layout] = {},
 ) -> Plan:
     """The plan of least cost among those that fit into the memory limit of the options.
 
@@ -50,7 +55,8 @@ def plan_within(
     best: tuple[Plan, Account] | None = None
     for _ in range(_MOST_ATTEMPTS):
         try:
-            solution = limited.solve(network.problem(1.0, pins, limit))
+            problem = network.problem(1.0, pins, limit)
+            solution = _better(problem, limited.solve(problem, solver=solve), solve.start)
         except OverLimitError as error:
             raise _does_not_fit(captured, model, network, pins, error) from error
         except InfeasibleError as error:
@@ -68,6 +74,14 @@ def plan_within(
         why=f"the last of {_MOST_ATTEMPTS} takes {bytes_text(best[1].total)}: {_shares(best[1])}",
         fix=f"allow {bytes_text(best[1].total)}, or use more ranks",
     )
+
+
+def _better(problem: Problem, found: Solution, start: Mapping[str, int] | None) -> Solution:
+    """The solution found, or the assignment to begin with, if that fits and costs less."""
+    if start is None or problem.limit is None:
+        return found
+    own = Solution.of(problem, start, "as given", found.lower_bound)
+    return own if own.usage <= problem.limit and own.cost < found.cost else found
 
 
 def _read(

@@ -61,6 +61,7 @@ class Network:
     recomputation: Recomputation | None = None
     repeats: dict[str, Table] = field(default_factory=dict)
     allowed: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    saves: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
