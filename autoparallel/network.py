@@ -48,6 +48,8 @@ class Network:
     hardware: Hardware
     options: Options
     edges: Edges
+    stored: Mapping[str, Layout]
+    whole_outputs: bool
     strategies: dict[str, tuple[Joint, ...]] = field(default_factory=dict)
     storages: dict[str, tuple[Stored, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[Layout, ...]] = field(default_factory=dict)
