@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.copies import shallow_copy
+from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import (
     CaptureError,
     InputMismatchError,
@@ -30,18 +32,20 @@ from autoparallel.graph.capture import (
     refuse_wrapped,
     split_example,
 )
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import Mesh, arrangements
 from autoparallel.options import Options
 from autoparallel.parts import Planner, search_parts
 from autoparallel.placement import Layout, Placement, layout_text, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rules.unknown import learn
-from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
+from autoparallel.runtime.groups import Group, ProcessGroup
 from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.parameters import as_distributed
+from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.simulate import Simulation, simulate_plan
 from autoparallel.search import search
+from autoparallel.units import parse_bytes
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
 
@@ -52,7 +56,7 @@ def autoparallelize(
     model: nn.Module,
     world_size: int | None = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     example_inputs: Any = None,
     sequence_parallel: bool = True,
     data_parallel: bool | None = None,
@@ -61,48 +65,54 @@ def autoparallelize(
     rng: str = "counter",
     strict_capture: bool = False,
     optimizer: str = "adam",
+    memory_limit: int | str | None = None,
+    recompute: str | None = None,
+    constraints: Sequence[str] = (),
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """The model, split over `world_size` ranks, as an ordinary module for this rank.
 
     model: any module; it is left as it is. world_size: number of processes; 1 changes nothing.
-    mesh: how they are arranged, `Mesh(dp=2, tp=4)`; without it they are one axis, tp.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
     model's own (see make_plan), and where it has none, planning waits for the first call.
-    data_parallel: by default, whether a mesh is given. Other options: see Options.
-    check_inputs: number of first calls in which the ranks compare their inputs.
+    check_inputs: number of first calls in which the ranks compare their inputs. Other arguments:
+    see make_plan.
     Under torchrun, starts the process group if there is none.
     Raises AutoParallelError or a child of it; see autoparallel.errors.
     """
     refuse_wrapped(model)
-    arranged = _mesh(world_size, mesh)
-    group = _group(arranged.world_size)
-    options = Options(
-        sequence_parallel,
-        mesh is not None if data_parallel is None else data_parallel,
-        hardware,
-        unknown_ops,
+    options = _options(
+        mesh,
+        data_parallel,
+        memory_limit,
+        recompute,
+        sequence_parallel=sequence_parallel,
+        hardware=hardware,
+        unknown_ops=unknown_ops,
         rng=rng,
         strict_capture=strict_capture,
         optimizer=optimizer,
+        constraints=tuple(constraints),
     )
+    meshes = _meshes(world_size, mesh, options)
+    _world(meshes[0].world_size)
     if example_inputs is None:
         try:
             example_inputs = find_example_inputs(model)
         except InputsNeededError:
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
-            return _waiting_module(model, arranged, options, check_inputs)
+            return _waiting_module(model, meshes, options, check_inputs)
     args, kwargs = split_example(example_inputs)
-    plan = _search(model, _trace(model, args, kwargs, options), arranged, options)
-    return _apply(model, plan, group, check_inputs)
+    plan = _fastest(model, _trace(model, args, kwargs, options), meshes, options)
+    return _apply(model, plan, *_ranks(plan.mesh), check_inputs)
 
 
 def make_plan(
     model: nn.Module,
     world_size: int | None = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     example_inputs: Any = None,
     sequence_parallel: bool = True,
     data_parallel: bool | None = None,
@@ -111,33 +121,65 @@ def make_plan(
     rng: str = "counter",
     strict_capture: bool = False,
     optimizer: str = "adam",
+    memory_limit: int | str | None = None,
+    recompute: str | None = None,
+    constraints: Sequence[str] = (),
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
     """The plan of least cost. Needs no devices, no processes and no weights (meta is fine).
 
+    mesh: how the ranks are arranged, `Mesh(dp=2, tp=4)`, outermost axis first; "auto" tries the
+    ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan;
+    without it they are one axis, tp, and products are split by weights alone.
     Without example_inputs, the model's `example_inputs()` or Hugging Face `dummy_inputs` are used;
-    raises InputsNeededError where there is neither. pins: how parameters, by path, are to be
-    stored. product_weight: what a second of matrix products counts in the cost; by default 1, and
-    more only for a model so small that leaving it whole would be the fastest. Other arguments: see
-    autoparallelize.
+    raises InputsNeededError where there is neither.
+    data_parallel: whether products may be split along the inputs' dims, and parameters gathered
+    where they are used; by default, if a mesh is given. memory_limit: what a rank may use, "40GiB"
+    or bytes; raises MemoryLimitError where no plan fits. recompute: "none", "selective", "full", or
+    "auto", the default under a memory limit, for each repeated block's best.
+    constraints: what plans must have, "blocks.*.weight on dp is whole" (see constraints.py).
+    pins: how parameters, by path, are to be stored. product_weight: what a second of matrix
+    products counts in the cost; by default 1, and more only for a model so small that leaving it
+    whole would be the fastest. Other arguments: see Options.
     """
     refuse_wrapped(model)
-    arranged = _mesh(world_size, mesh)
-    options = Options(
-        sequence_parallel,
-        mesh is not None if data_parallel is None else data_parallel,
-        hardware,
-        unknown_ops,
+    options = _options(
+        mesh,
+        data_parallel,
+        memory_limit,
+        recompute,
+        sequence_parallel=sequence_parallel,
+        hardware=hardware,
+        unknown_ops=unknown_ops,
         rng=rng,
         strict_capture=strict_capture,
         optimizer=optimizer,
+        constraints=tuple(constraints),
     )
+    meshes = _meshes(world_size, mesh, options)
     if example_inputs is None:
         example_inputs = find_example_inputs(model)
     args, kwargs = split_example(example_inputs)
     traced = _trace(model, args, kwargs, options)
-    return _search(model, traced, arranged, options, pins, product_weight)
+    return _fastest(model, traced, meshes, options, pins, product_weight)
+
+
+def _options(
+    mesh: Mesh | str | None,
+    data_parallel: bool | None,
+    memory_limit: int | str | None,
+    recompute: str | None,
+    **others: Any,
+) -> Options:
+    """The options, with the defaults that depend on others."""
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    return Options(
+        data_parallel=mesh is not None if data_parallel is None else data_parallel,
+        memory_limit=limit,
+        recompute=recompute or ("none" if limit is None else "auto"),
+        **others,
+    )
 
 
 def apply_plan(
@@ -153,7 +195,7 @@ def apply_plan(
     make_plan. Raises PlanError where plan and model do not belong together.
     """
     refuse_wrapped(model)
-    group = _group(plan.world_size)
+    ranks, devices = _ranks(plan.mesh)
     if not plan.is_traced:
         if example_inputs is None:
             example_inputs = find_example_inputs(model)
@@ -162,7 +204,7 @@ def apply_plan(
         if plan.options.unknown_ops == "discover" and plan.world_size > 1:
             for graph in plan.graphs:
                 learn(graph)
-    return _apply(model, plan, group, check_inputs)
+    return _apply(model, plan, ranks, devices, check_inputs)
 
 
 def simulate(
@@ -209,18 +251,49 @@ def _trace(
     return broken
 
 
-def _mesh(world_size: int | None, mesh: Mesh | None) -> Mesh:
-    """The arrangement of the ranks. Raises PlanError where it is not told, or told twice."""
+def _meshes(world_size: int | None, mesh: Mesh | str | None, options: Options) -> tuple[Mesh, ...]:
+    """The arrangements of the ranks to choose from.
+
+    Raises PlanError where their number is not told, or told twice.
+    """
+    if isinstance(mesh, Mesh):
+        if world_size is not None and world_size != mesh.world_size:
+            raise PlanError(
+                f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
+                fix="leave one of the two out",
+            )
+        return (mesh,)
+    if mesh not in (None, "auto"):
+        raise PlanError(f"mesh={mesh!r}", fix='pass mesh=Mesh(dp=2, tp=4), or mesh="auto"')
+    if world_size is None:
+        raise PlanError("over how many ranks?", fix="pass world_size=8, or mesh=Mesh(dp=2, tp=4)")
     if mesh is None:
-        if world_size is None:
-            raise PlanError("over how many ranks?", fix="pass world_size=8, or mesh=Mesh(tp=8)")
-        return Mesh(tp=world_size)
-    if world_size is not None and world_size != mesh.world_size:
-        raise PlanError(
-            f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
-            fix="leave one of the two out",
-        )
-    return mesh
+        return (Mesh(tp=world_size),)
+    return arrangements(world_size, find_hardware(options.hardware).devices_per_node)
+
+
+def _fastest(
+    model: nn.Module,
+    traced: Captured | Broken,
+    meshes: tuple[Mesh, ...],
+    options: Options,
+    pins: Mapping[str, Layout | Placement] | None = None,
+    product_weight: float | None = None,
+) -> Plan:
+    """The best plan of all arrangements. Raises the first one's error where none has a plan."""
+    best: Plan | None = None
+    errors: list[PlanError] = []
+    for mesh in meshes:
+        try:
+            plan = _search(model, traced, mesh, options, pins, product_weight)
+        except PlanError as error:
+            errors.append(error)
+            continue
+        if best is None or plan.seconds < best.seconds:
+            best = plan
+    if best is None:
+        raise min(errors, key=lambda error: getattr(error, "least", math.inf))
+    return best
 
 
 def _search(
@@ -262,12 +335,13 @@ def _with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:
     return replace(plan, parts=tuple(parts))
 
 
-def _apply(model: nn.Module, plan: Plan, group: Group, check_inputs: int) -> nn.Module:
-    mesh = _device_mesh(group, plan.mesh)
+def _apply(
+    model: nn.Module, plan: Plan, ranks: Ranks, devices: DeviceMesh | None, check_inputs: int
+) -> nn.Module:
     if plan.breaks:
-        _require_same(plan, group)
+        _require_same(plan, ranks.world)
     planner = Planner(plan.model, plan.mesh, plan.options)
-    return parallel_module(model, plan, group, mesh, planner, check_inputs)
+    return parallel_module(model, plan, ranks, devices, planner, check_inputs)
 
 
 def _require_same(plan: Plan, group: Group) -> None:
@@ -288,21 +362,29 @@ def _device() -> str:
     return "cuda" if nccl and torch.cuda.is_available() else "cpu"
 
 
-def _device_mesh(group: Group, mesh: Mesh) -> DeviceMesh | None:
-    """The ranks as DTensor wants them; None for a single process."""
-    if not isinstance(group, ProcessGroup):
-        return None
-    names = tuple(name for name, _ in mesh.axes)
-    return DeviceMesh.from_group(group.process_group, _device(), mesh_dim_names=names)
+def _ranks(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
+    """This process's place on a mesh, and the ranks as DTensor wants them; None for one process.
+
+    A collective call. Raises WorldSizeError where the ranks that run are not those of the mesh.
+    """
+    world = _world(mesh.world_size)
+    if world is None:
+        return single_rank(mesh), None
+    names, sizes = tuple(zip(*mesh.axes, strict=True))
+    if len(names) == 1:
+        devices = DeviceMesh.from_group(world.process_group, _device(), mesh_dim_names=names)
+    else:
+        devices = init_device_mesh(_device(), sizes, mesh_dim_names=names)
+    return process_ranks(world, devices), devices
 
 
-def _group(world_size: int) -> Group:
-    """This process's place among the ranks; under torchrun, starts the process group.
+def _world(world_size: int) -> ProcessGroup | None:
+    """All ranks; under torchrun, starts the process group. None for a single process.
 
     Raises WorldSizeError where the ranks that run are not those asked for.
     """
     if world_size == 1 and not dist.is_initialized():
-        return SingleGroup()
+        return None
     if not dist.is_initialized():
         launched = os.environ.get("WORLD_SIZE")
         if launched is None or "RANK" not in os.environ:
@@ -335,13 +417,15 @@ class _Waiting:
     """Mixed into the user's class until the first call shows what the inputs are."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, mesh, options, check_inputs = self.__dict__["_waiting"]
+        model, meshes, ranks, devices, options, check_inputs = self.__dict__["_waiting"]
         model.train(self.training)  # type: ignore[attr-defined]
         bind_inputs(model, args, kwargs)
         traced = _trace(model, args, kwargs, options)
-        plan = _search(model, traced, mesh, options)
+        plan = _fastest(model, traced, meshes, options)
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
-        made = _apply(source, plan, _group(mesh.world_size), check_inputs)
+        if plan.mesh != meshes[0]:
+            ranks, devices = _ranks(plan.mesh)
+        made = _apply(source, plan, ranks, devices, check_inputs)
         _keep_identity(self, made)  # type: ignore[arg-type]
         made.__dict__["_generator"] = self.__dict__["_generator"]
         self.__class__ = made.__class__  # type: ignore[assignment]
@@ -350,7 +434,7 @@ class _Waiting:
 
 
 def _waiting_module(
-    model: nn.Module, ranks: Mesh, options: Options, check_inputs: int
+    model: nn.Module, meshes: tuple[Mesh, ...], options: Options, check_inputs: int
 ) -> nn.Module:
     """A copy of the model that plans itself when it is first called.
 
@@ -359,19 +443,17 @@ def _waiting_module(
     made = shallow_copy(model)
     kind = type(model)
     made.__class__ = type(f"Parallel{kind.__name__}", (_Waiting, kind), {})
-    made.__dict__["_waiting"] = (model, ranks, options, check_inputs)
-    group = _group(ranks.world_size)
-    mesh = _device_mesh(group, ranks)
-    give_generator(made, options.rng, group, mesh)
+    ranks, devices = _ranks(meshes[0])
+    made.__dict__["_waiting"] = (model, meshes, ranks, devices, options, check_inputs)
+    give_generator(made, options.rng, ranks, devices)
     twins: dict[int, nn.Parameter] = {}
     for module in made.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 data: torch.Tensor = parameter.detach().clone()
-                if mesh is not None:
-                    data = as_distributed(
-                        data, whole_layout(len(ranks.axes)), tuple(data.shape), mesh
-                    )
+                if devices is not None:
+                    layout = whole_layout(len(meshes[0].axes))
+                    data = as_distributed(data, layout, tuple(data.shape), devices)
                 own = nn.Parameter(data, parameter.requires_grad)
                 module._parameters[name] = twins.setdefault(id(parameter), own)
     return made

@@ -65,4 +65,6 @@ class InputMismatchError(AutoParallelError):
 
 
 class MemoryLimitError(PlanError):
-    """No plan fits into the memory that a rank may use."""
+    """No plan fits into the memory that a rank may use. least: bytes that one takes at least."""
+
+    least: float = float("inf")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
-from autoparallel.graph.graph import Dim, Sym
+from autoparallel.graph.graph import Dim, hint
 from autoparallel.placement import Layout, Shard
 from autoparallel.rules.rule import ShardingRule, Strategy, is_possible
 
@@ -39,20 +39,17 @@ class Joint:
 def is_nested(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]) -> bool:
     """Whether axes that split the same dim do it alike, so that inner parts are parts of parts.
 
-    The runs of a dim of known size must divide evenly, or an inner axis would cut runs.
+    The runs must divide evenly by all ranks, or an inner axis would cut runs and leave ranks with
+    more work than their share; of a dim whose size may change, at the size planned for.
     """
     for (one, first), (two, second) in combinations(enumerate(layout), 2):
         if not (isinstance(first, Shard) and isinstance(second, Shard)):
             continue
         if first.dim != second.dim:
             continue
-        size = shape[first.dim]
-        if first != second:
+        runs = hint(shape[first.dim]) // (first.blocks * first.unit)
+        if first != second or runs % (sizes[one] * sizes[two]):
             return False
-        if not isinstance(size, Sym):
-            runs = size // (first.blocks * first.unit)
-            if runs % (sizes[one] * sizes[two]):
-                return False
     return True
 
 
@@ -65,7 +62,8 @@ def joint_strategies(
     """All joint strategies of one op, the plainest first.
 
     per_axis: its strategies on each axis alone. shapes: of its operands and results. A loop may be
-    split on several axes in the same way, and by a kernel on one axis only.
+    split on several axes in the same way, and by a kernel on one axis only. Of several kernels, all
+    but one must run the op itself on their part, so that they can be put inside each other.
     """
     if len(per_axis) == 1:
         return tuple(Joint.of((part,)) for part in per_axis[0])
@@ -83,6 +81,9 @@ def joint_strategies(
 
 
 def _together(rule: ShardingRule, parts: tuple[Strategy, ...], sizes: tuple[int, ...]) -> bool:
+    kernels = [part.kernel for part in parts if part.kernel is not None]
+    if sum(not kernel.wraps for kernel in kernels) > 1:
+        return False
     for (one, first), (two, second) in combinations(enumerate(parts), 2):
         tile = first.tile
         if tile is None or second.tile is None or tile.loop != second.tile.loop:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from autoparallel.builder import build_network
 from autoparallel.cost.memory import Account, account
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.capture import Captured
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network, build_network
+from autoparallel.network import Network
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.reading import read_plan
@@ -102,7 +103,7 @@ def _does_not_fit(
     ]
     ranks = _enough_ranks(network, allowed)
     more = f"use {ranks.world_size} ranks ({ranks})" if ranks else "use more ranks"
-    return MemoryLimitError(
+    found = MemoryLimitError(
         f"the model does not fit: no plan takes at most {bytes_text(allowed)} per rank on "
         f"{network.mesh}",
         where="\n".join(largest),
@@ -110,6 +111,8 @@ def _does_not_fit(
         f"{bytes_text(taken.total - allowed)} more than allowed: {_shares(taken)}",
         fix=f'pass memory_limit="{_at_least(taken.total)}", or {more}, or a smaller batch',
     )
+    found.least = taken.total
+    return found
 
 
 def _at_least(nbytes: int) -> str:

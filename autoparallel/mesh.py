@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from autoparallel.errors import PlanError
 
-__all__ = ["Mesh"]
+__all__ = ["Mesh", "arrangements"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -37,3 +37,20 @@ class Mesh:
 
     def __str__(self) -> str:
         return "Mesh(" + ", ".join(f"{name}={size}" for name, size in self.axes) + ")"
+
+
+def arrangements(world_size: int, devices_per_node: int) -> tuple[Mesh, ...]:
+    """The meshes of at most two axes whose inner axis fills whole nodes or even parts of one.
+
+    The narrowest inner axis comes first: `Mesh(dp=16)`, `Mesh(dp=8, tp=2)`, ... A rank per place,
+    so that an inner axis never straddles two nodes.
+    """
+    if world_size == 1:
+        return (Mesh(tp=1),)
+    found = [Mesh(dp=world_size)]
+    for size in range(2, world_size):
+        outer, rest = divmod(world_size, size)
+        fits = devices_per_node % size == 0 or size % devices_per_node == 0
+        if not rest and fits:
+            found.append(Mesh(dp=outer, tp=size))
+    return tuple(found)

@@ -33,7 +33,7 @@ class Options:
     optimizer: whose state is counted and updated: "sgd", "momentum", "adam", or "mixed_adam"
     (parameters of 16 bits with a master copy and moments in float32). memory_limit: bytes that a
     rank may use. recompute: what repeated blocks run again in the backward pass to keep less:
-    "none", "selective", "full", or "auto" for each block's best.
+    "none", "selective", "full", or "auto" for each block's best. constraints: see constraints.py.
     """
 
     sequence_parallel: bool = True
@@ -46,8 +46,10 @@ class Options:
     optimizer: str = "adam"
     memory_limit: int | None = None
     recompute: str = "none"
+    constraints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "constraints", tuple(self.constraints))
         for name, known in _KNOWN.items():
             value = getattr(self, name)
             if value not in known:

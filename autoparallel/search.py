@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from autoparallel.builder import build_network
+from autoparallel.constraints import constrain
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
@@ -11,7 +13,7 @@ from autoparallel.graph.capture import Captured
 from autoparallel.graph.passes import at_least
 from autoparallel.limit import plan_within
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network, build_network
+from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
@@ -54,6 +56,7 @@ def search(
     graph = at_least(captured.graph, options.tokens)
     hardware = find_hardware(options.hardware)
     network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
+    constrain(network, captured.aliases)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     unknown = [path for path in pins or {} if path not in captured.aliases]
     if unknown:

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.runtime import rng
 from autoparallel.runtime.collectives import take_part
-from autoparallel.runtime.groups import Group, SingleGroup, thread_groups
+from autoparallel.runtime.ranks import thread_ranks
 
 # (name, shape of the whole, how it lies, of how many ranks)
 CASES: tuple[tuple[str, tuple[int, ...], Placement, int], ...] = (
@@ -51,7 +52,7 @@ def measure(
     shape: tuple[int, ...], placement: Placement, world_size: int, rounds: int
 ) -> dict[str, float]:
     """Seconds of torch's dropout and of both modes of ours on rank 0's part."""
-    group: Group = thread_groups(world_size)[0] if world_size > 1 else SingleGroup()
+    ranks = thread_ranks(Mesh(tp=world_size))[0]
     x = torch.randn(shape)
     if isinstance(placement, Shard):
         x = take_part(x, placement, world_size, 0).contiguous()
@@ -62,7 +63,7 @@ def measure(
         def call() -> torch.Tensor:
             with rng.using(source):
                 return rng.dropout(
-                    x, PROBABILITY, True, key=1, shape=shape, placement=placement, group=group
+                    x, PROBABILITY, True, key=1, shape=shape, placements=(placement,), ranks=ranks
                 )
 
         return call

@@ -16,13 +16,14 @@ import torch
 from fuzz_programs import Program
 
 import autoparallel
+from autoparallel.builder import build_network
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import CaptureError
 from autoparallel.graph.capture import capture
 from autoparallel.graph.graph import Sym
 from autoparallel.graph.passes import at_least, run_passes
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network, build_network
+from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.placement import layout_text
 from autoparallel.plan import Plan

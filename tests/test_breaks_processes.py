@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import autoparallel
 from autoparallel.parts import Planner
-from autoparallel.runtime.groups import run_ranks, thread_groups
 from autoparallel.runtime.module import parallel_module, state_of
 from autoparallel.runtime.parameters import whole_tensor
 from autoparallel.runtime.python import common_numbers
+from autoparallel.runtime.ranks import run_ranks, thread_ranks
 from autoparallel.runtime.rng import Generator
 
 
@@ -28,7 +28,7 @@ def whole_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     state = state_of(module)
     named = module.named_parameters(remove_duplicate=False)
     return {
-        path: whole_tensor(own.grad, state.storage[path], state.group)
+        path: whole_tensor(own.grad, state.layouts[path], state.ranks)
         for path, own in named
         if own.grad is not None
     }
@@ -220,8 +220,8 @@ def test_constants_that_never_repeat_end_in_python() -> None:
 
 def on_ranks(model: nn.Module, plan: autoparallel.Plan, work: Any) -> Any:
     """What `work` returns on rank 0 of a simulated group."""
-    groups = thread_groups(plan.world_size, in_turn=True)
+    every = thread_ranks(plan.mesh, in_turn=True)
     planner = Planner(plan.model, plan.mesh, plan.options)
     return run_ranks(
-        groups, lambda group: work(parallel_module(model, plan, group, None, planner, 0))
+        every, lambda ranks: work(parallel_module(model, plan, ranks, None, planner, 0))
     )[0]

@@ -16,11 +16,12 @@ from torch import nn
 
 import autoparallel
 from autoparallel.errors import AutoParallelError
-from autoparallel.placement import Placement, Shard
+from autoparallel.mesh import Mesh
+from autoparallel.placement import Layout, Shard
 from autoparallel.runtime import rng
 from autoparallel.runtime.checkpoint import in_pieces, load_checkpoint, save_checkpoint
-from autoparallel.runtime.collectives import join_parts, take_part
-from autoparallel.runtime.groups import thread_groups
+from autoparallel.runtime.layouts import join_layout, take_layout_part
+from autoparallel.runtime.ranks import thread_ranks
 from autoparallel.train.config import Checkpoints, TrainConfig
 from autoparallel.train.loop import train
 from autoparallel.train.models import GPT, GPTConfig
@@ -41,9 +42,9 @@ def test_pieces_lie_where_they_belong(shard: Shard, tmp_path: Path) -> None:
     model.register_buffer("x", whole)
     save_checkpoint(tmp_path / "whole", model)
     seen = torch.zeros_like(whole)
-    for group in thread_groups(5):
-        part = take_part(whole, shard, 5, group.rank).clone()
-        made = in_pieces(part, whole.size(), shard, group)
+    for ranks in thread_ranks(Mesh(tp=5)):
+        part = take_layout_part(whole, (shard,), (5,), (ranks.rank,)).clone()
+        made = in_pieces(part, whole.size(), (shard,), ranks)
         assert made.size() == whole.size()
         assert len(made.pieces) == (shard.blocks if part.numel() else 0)
         for at, piece in made.pieces.items():
@@ -55,7 +56,7 @@ def test_pieces_lie_where_they_belong(shard: Shard, tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load({"model.x": made}, checkpoint_id=tmp_path / "whole")
-        assert torch.equal(part, take_part(whole, shard, 5, group.rank))
+        assert torch.equal(part, take_layout_part(whole, (shard,), (5,), (ranks.rank,)))
     assert (seen == 1).all()
 
 
@@ -80,7 +81,7 @@ class Tokens:
         return self.train(1000 + index)
 
 
-Parts = dict[tuple[int, int], tuple[Placement, torch.Tensor]]
+Parts = dict[tuple[int, int], tuple[Layout, torch.Tensor]]
 
 
 def run(
@@ -98,14 +99,14 @@ def run(
     masks: Parts = {}
     original = rng._noise
 
-    def recorded(x: Any, p: Any, key: Any, shape: Any, placement: Any, *rest: Any) -> torch.Tensor:
-        made: torch.Tensor = original(x, p, key, shape, placement, *rest)
-        masks[rest[1].drawing, key] = (placement, made)
+    def recorded(x: Any, p: Any, key: Any, shape: Any, layout: Any, *rest: Any) -> torch.Tensor:
+        made: torch.Tensor = original(x, p, key, shape, layout, *rest)
+        masks[rest[1].drawing, key] = (layout, made)
         return made
 
     rng._noise = recorded
     checkpoints = Checkpoints(folder, every=3) if folder is not None else None
-    blocks = any(isinstance(p, Shard) and p.blocks > 1 for p in model.plan.storage.values())
+    blocks = any(isinstance(p, Shard) and p.blocks > 1 for (p,) in model.plan.storage.values())
     try:
         record = train(model, Tokens(stop), CONFIG, checkpoints=checkpoints)  # type: ignore[arg-type]
         return list(record.losses), list(record.held_out), masks, blocks
@@ -118,9 +119,9 @@ def run(
 def joined(results: list[Any]) -> dict[tuple[int, int], torch.Tensor]:
     """Masks of the whole, from those of all ranks."""
     made = {}
-    for key, (placement, first) in results[0][2].items():
+    for key, (layout, _) in results[0][2].items():
         parts = [masks[key][1] for _, _, masks, _ in results]
-        made[key] = join_parts(parts, placement) if isinstance(placement, Shard) else first
+        made[key] = join_layout(parts, layout, (len(parts),))
     return made
 
 

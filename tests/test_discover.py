@@ -22,7 +22,7 @@ from autoparallel.rules.discover import ProbeError, discover
 from autoparallel.rules.referee import derived, fault
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.rules.unknown import learn
-from autoparallel.runtime.groups import thread_groups
+from autoparallel.runtime.ranks import thread_ranks
 from autoparallel.view.report import plan_text
 
 
@@ -270,9 +270,9 @@ def test_a_plan_of_unknown_ops_is_applied_elsewhere(monkeypatch: pytest.MonkeyPa
     assert read == plan
     monkeypatch.setattr(registry, "_REMEMBERED", {})
     learn(plan.captured.graph)
-    groups = thread_groups(2)
-    sources = [emit(plan.captured.graph, read, group).source for group in groups]
-    assert sources == [emit(plan.captured.graph, plan, group).source for group in groups]
+    every = thread_ranks(plan.mesh)
+    sources = [emit(plan.captured.graph, read, ranks).source for ranks in every]
+    assert sources == [emit(plan.captured.graph, plan, ranks).source for ranks in every]
     assert "torch.ops.probed.fused_heads.default(" in sources[0]
     assert ", 2)" in next(line for line in sources[0].splitlines() if "fused_heads.default" in line)
 

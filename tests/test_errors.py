@@ -212,7 +212,7 @@ def test_a_plan_for_another_model() -> None:
     with pytest.raises(PlanError):
         autoparallel.Plan.from_json("{}")
     with pytest.raises(PlanError):
-        autoparallel.Plan.from_json(plan.to_json().replace('"version": 1', '"version": 99'))
+        autoparallel.Plan.from_json(plan.to_json().replace('"version": 2', '"version": 99'))
 
 
 def test_a_pin_that_cannot_be() -> None:

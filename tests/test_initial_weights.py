@@ -16,8 +16,8 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
 from autoparallel.runtime.collectives import join_parts
-from autoparallel.runtime.groups import thread_groups
 from autoparallel.runtime.module import parallel_module, state_of
+from autoparallel.runtime.ranks import thread_ranks
 
 SEED = 21
 
@@ -58,14 +58,14 @@ def test_parts_of_a_meta_model_are_those_of_one_device(name: str) -> None:
     for world_size, options in cases:
         plan = autoparallel.make_plan(model, world_size, example_inputs=inputs, **options)
         parts = []
-        for group in thread_groups(world_size):
+        for ranks in thread_ranks(plan.mesh):
             torch.manual_seed(SEED)
-            made = parallel_module(model, plan, group, None, never_again, 0)
+            made = parallel_module(model, plan, ranks, None, never_again, 0)
             parts.append(made.state_dict())
-        storage = state_of(made).storage
+        layouts = state_of(made).layouts
         assert set(parts[0]) == set(expected)
         for path, whole in expected.items():
-            placement = storage.get(path, Invariant())
+            (placement,) = layouts.get(path, (Invariant(),))
             own = [part[path] for part in parts]
             if isinstance(placement, Shard):
                 split.add((placement.blocks > 1, len({tuple(part.shape) for part in own}) > 1))

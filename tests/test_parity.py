@@ -70,7 +70,7 @@ def compare_processes(rank: int, cases: list[tuple[str, bool]]) -> dict[tuple[st
                 own_logits = own_logits.full_tensor()
             state = state_of(parallel)
             own = {
-                path: whole_tensor(p.grad, state.storage[path], state.group)
+                path: whole_tensor(p.grad, state.layouts[path], state.ranks)
                 for path, p in parallel.named_parameters(remove_duplicate=False)
                 if p.grad is not None
             }

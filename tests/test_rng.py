@@ -15,29 +15,31 @@ from torch.utils.checkpoint import checkpoint
 
 import autoparallel
 from autoparallel.errors import AutoParallelError
-from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard
+from autoparallel.mesh import Mesh
+from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard, local_size
 from autoparallel.runtime import rng
-from autoparallel.runtime.collectives import join_parts
-from autoparallel.runtime.groups import LocalGroup, SingleGroup, thread_groups
+from autoparallel.runtime.groups import LocalGroup
+from autoparallel.runtime.layouts import join_layout
+from autoparallel.runtime.ranks import Ranks, one_axis, single_rank, thread_ranks
 from autoparallel.runtime.simulate import Simulation
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
 WORLD_SIZES = (2, 3, 4, 8)
 CPU = torch.device("cpu")
+WHOLE: Layout = (Invariant(),)
+ALONE = single_rank(Mesh(tp=1))
 WORD = 0xFFFFFFFF
 
 
 def words(
     shape: tuple[int, ...],
-    placement: Placement | None = None,
-    group: LocalGroup | SingleGroup | None = None,
+    layout: Layout = WHOLE,
+    ranks: Ranks = ALONE,
     key: int = 5,
     **source: int,
 ) -> torch.Tensor:
     """Uniform numbers of a part, as the integers below 2^24 that they are made of."""
-    own = SingleGroup() if group is None else group
-    placed = Invariant() if placement is None else placement
-    drawn = rng.uniform(shape, key, placed, own, CPU, rng.Generator(**source))
+    drawn = rng.uniform(shape, key, layout, ranks, CPU, rng.Generator(**source))
     return (drawn * (1 << 24)).long()
 
 
@@ -66,7 +68,7 @@ def test_words_follow_the_definition() -> None:
     parts, size = 1 << 30, (1 << 33) + 3
     for rank in (0, (1 << 29) + 7, parts * 8 // 9):
         group = LocalGroup(None, rank, parts)  # type: ignore[arg-type]
-        drawn = words((size,), Shard(0), group)
+        drawn = words((size,), (Shard(0),), one_axis(group))
         assert len(drawn) == 9
         for index in range(len(drawn)):
             place = rank * 9 + index
@@ -96,20 +98,39 @@ def test_parts_are_those_of_the_whole(shape: tuple[int, ...]) -> None:
     """Every dim, in blocks and in runs, in equal parts, in unequal ones and in empty ones."""
     whole = words(shape)
     for world_size in WORLD_SIZES:
-        groups = thread_groups(world_size)
-        for placement in placements_of(shape):
-            parts = [words(shape, placement, group) for group in groups]
-            assert torch.equal(join_parts(parts, placement), whole), (world_size, placement)
+        every = thread_ranks(Mesh(tp=world_size))
+        for shard in placements_of(shape):
+            parts = [words(shape, (shard,), ranks) for ranks in every]
+            assert torch.equal(join_layout(parts, (shard,), (world_size,)), whole), shard
         for placed in (Invariant(), Replicate(), Partial()):
-            for group in groups:
-                assert torch.equal(words(shape, placed, group), whole)
+            for ranks in every:
+                assert torch.equal(words(shape, (placed,), ranks), whole)
+
+
+@pytest.mark.parametrize("shape", [(24,), (7, 12), (4, 6, 10, 3)], ids=str)
+def test_parts_on_several_axes_are_those_of_the_whole(shape: tuple[int, ...]) -> None:
+    """Every pair of cuts: of different dims and of the same one, the outer cut first."""
+    whole = words(shape)
+    every = thread_ranks(Mesh(outer=2, inner=3))
+    cuts = [*placements_of(shape), Invariant()]
+    for layout in itertools.product(cuts, cuts):
+        outer, inner = layout
+        if isinstance(outer, Shard) and isinstance(inner, Shard) and outer.dim == inner.dim:
+            local = (
+                local_size(shape[outer.dim], outer, 2),
+                local_size(shape[outer.dim], outer, 2, 1),
+            )
+            if any(size % (inner.blocks * inner.unit) for size in local):
+                continue
+        parts = [words(shape, layout, ranks) for ranks in every]
+        assert torch.equal(join_layout(parts, layout, (2, 3)), whole), layout
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_dropout_drops_and_scales(dtype: torch.dtype) -> None:
     """In every type the same elements, as many as asked for."""
     x = torch.full((64, 512), 3.0, dtype=dtype, requires_grad=True)
-    options = {"key": 1, "shape": x.shape, "placement": Invariant(), "group": SingleGroup()}
+    options = {"key": 1, "shape": x.shape, "placements": (Invariant(),), "ranks": ALONE}
     for probability in (0.1, 0.5, 0.9):
         y = rng.dropout(x, probability, True, **options)
         kept = y != 0
@@ -167,30 +188,31 @@ def test_rows_do_not_repeat() -> None:
     assert len(drawn.unique(dim=0)) == 1 << 17
 
 
-def fast(placement: Placement, group: LocalGroup, step: int) -> list[torch.Tensor]:
+def fast(layout: Layout, ranks: Ranks, step: int) -> list[torch.Tensor]:
     """Three draws of one pass, for a whole of 128 rows."""
     source = rng.Generator(3, step, "fast")
     found = []
     with rng.using(source):
         for key in (1, 2):
-            x = torch.ones(64 if isinstance(placement, Shard) else 128, 64)
-            options = {"key": key, "shape": (128, 64), "placement": placement, "group": group}
+            x = torch.ones(64 if isinstance(layout[0], Shard) else 128, 64)
+            options = {"key": key, "shape": (128, 64), "placements": layout, "ranks": ranks}
             found.append(rng.dropout(x, 0.25, True, **options))
-        found.append(rng.uniform((128, 64), 3, placement, group, CPU, source).ge(0.25).float())
+        found.append(rng.uniform((128, 64), 3, layout, ranks, CPU, source).ge(0.25).float())
     return found
 
 
 def test_fast_streams_belong_to_shards() -> None:
     """Whole values are drawn alike, shards by themselves; each draw and each step anew."""
-    first, second = thread_groups(2)
-    whole = fast(Invariant(), first, 0)
+    every = thread_ranks(Mesh(tp=2))
+    whole = fast((Invariant(),), every[0], 0)
     for placement in (Invariant(), Replicate(), Partial()):
-        for group in (first, second):
-            assert all(map(torch.equal, fast(placement, group, 0), whole))
-    drawn = [*whole, *fast(Invariant(), first, 1)]
-    for group, step in itertools.product((first, second), (0, 1)):
-        assert all(map(torch.equal, fast(Shard(0), group, step), fast(Shard(0), group, step)))
-        drawn += fast(Shard(0), group, step)
+        for ranks in every:
+            assert all(map(torch.equal, fast((placement,), ranks, 0), whole))
+    drawn = [*whole, *fast((Invariant(),), every[0], 1)]
+    split: Layout = (Shard(0),)
+    for ranks, step in itertools.product(every, (0, 1)):
+        assert all(map(torch.equal, fast(split, ranks, step), fast(split, ranks, step)))
+        drawn += fast(split, ranks, step)
     masks = [tensor[:64] > 0 for tensor in drawn]
     for one, other in itertools.combinations(masks, 2):
         same = float((one == other).double().mean())
@@ -282,12 +304,12 @@ def drawn_by(
     model: nn.Module, world_size: int, patch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[Simulation, dict[int, torch.Tensor], int]:
     """A simulated pass, what each dropout multiplied by, put together, and how many were split."""
-    parts: dict[int, dict[int, tuple[Placement, torch.Tensor]]] = {}
+    parts: dict[int, dict[int, tuple[Layout, torch.Tensor]]] = {}
     original = rng._noise
 
-    def recorded(x: Any, p: Any, key: Any, shape: Any, placement: Any, *rest: Any) -> torch.Tensor:
-        made: torch.Tensor = original(x, p, key, shape, placement, *rest)
-        parts.setdefault(key, {})[rest[0].rank] = (placement, made)
+    def recorded(x: Any, p: Any, key: Any, shape: Any, layout: Any, *rest: Any) -> torch.Tensor:
+        made: torch.Tensor = original(x, p, key, shape, layout, *rest)
+        parts.setdefault(key, {})[rest[0].rank] = (layout, made)
         return made
 
     patch.setattr(rng, "_noise", recorded)
@@ -296,11 +318,13 @@ def drawn_by(
     masks: dict[int, torch.Tensor] = {}
     split = 0
     for key, by_rank in parts.items():
-        placement = by_rank[0][0]
+        layout = by_rank[0][0]
         rows = [by_rank[rank][1] for rank in range(world_size)]
-        masks[key] = join_parts(rows, placement) if isinstance(placement, Shard) else rows[0]
-        split += isinstance(placement, Shard)
-        assert isinstance(placement, Shard) or all(torch.equal(row, rows[0]) for row in rows)
+        # Every rank of a pending sum draws alike, so it does not count as one here.
+        drawn = tuple(p if isinstance(p, Shard) else Invariant() for p in layout)
+        masks[key] = join_layout(rows, drawn, (world_size,))
+        split += drawn != WHOLE
+        assert drawn != WHOLE or all(torch.equal(row, rows[0]) for row in rows)
     return result, masks, split
 
 

@@ -10,8 +10,9 @@ from families import build, inputs_for
 from torch import nn
 
 import autoparallel
+from autoparallel.builder import build_network
 from autoparallel.cost.hardware import find_hardware
-from autoparallel.network import Network, build_network
+from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.placement import layout_text
 from planners import exact, exhaustive, ilp

@@ -50,5 +50,5 @@ def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bo
             typecheck_plan(
                 model, plan, (), inputs, alter=lambda s, o=line, n=broken: s.replace(o, n)
             )
-        if not re.search(r"\bS\d", line.partition("group,")[2]):
+        if not re.search(r"\bS\d", line.partition("tp,")[2]):
             assert isinstance(caught.value, spmd_types.SpmdTypeError)

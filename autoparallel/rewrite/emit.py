@@ -5,82 +5,49 @@ It knows no op by name: what an op's arguments become on a part is its rule's bu
 
 from __future__ import annotations
 
-import keyword
-import linecache
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
-from torch.nn import functional
-from torch.utils._sympy.printers import PythonPrinter
 
 from autoparallel.errors import PlanError
-from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value
+from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value
 from autoparallel.placement import (
-    Invariant,
+    Layout,
     Partial,
-    Placement,
-    Replicate,
     Shard,
+    Step,
+    layout_gradient,
+    layout_text,
     local_size,
-    part_bounds,
+    whole_layout,
 )
 from autoparallel.plan import OpChoice, Plan
+from autoparallel.rewrite.names import Names, layout_name
+from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of
+from autoparallel.rewrite.routes import Routes, find_deferred, layouts_made
+from autoparallel.rewrite.spelling import Code, Speller, spelled
 from autoparallel.rules.registry import known_rule
-from autoparallel.rules.rule import OpCall, ShardingRule
-from autoparallel.runtime import collectives, draws, kernels
-from autoparallel.runtime.groups import Group
+from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
+from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import op_key
 
 __all__ = ["Program", "emit"]
-
-_INVARIANT = Invariant()
-
-
-class _Code(str):
-    """An expression, printed without quotes."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True)
-class Program:
-    """One rank's program. source: its text.
-
-    run(parameters, buffers, constants, inputs, device) returns the local outputs and the values
-    to write back. parameters, buffers, constants: paths, in the order in which run takes them.
-    deferred: paths of parameters that the program reads as Replicate though they are Invariant:
-    their gradients are to be summed over the ranks by whoever runs it (`sum_together`).
-    outputs: (placement, shape) of what it returns; shape entries are ints or expressions in
-    `symbols`, which names the input dims that define them: (symbol, input, dim).
-    """
-
-    source: str
-    run: Callable[..., tuple[list[torch.Tensor], list[torch.Tensor]]]
-    parameters: tuple[str, ...]
-    buffers: tuple[str, ...]
-    constants: tuple[str, ...]
-    outputs: tuple[tuple[Placement, tuple[Dim, ...]], ...]
-    mutations: tuple[str, ...]
-    deferred: tuple[str, ...]
 
 
 def emit(
     graph: Graph,
     plan: Plan,
-    group: Group,
+    ranks: Ranks,
     name: str = "model",
     alter: Callable[[str], str] | None = None,
     rules: Mapping[str, ShardingRule | None] | None = None,
 ) -> Program:
-    """The program of one rank of `group`. alter: changes its text before it is compiled.
+    """The program of one rank. alter: changes its text before it is compiled.
 
     rules: of calls, by node name, that are to be used in place of those that are known.
 
-    Raises PlanError where the plan was made for another graph or another number of ranks.
+    Raises PlanError where the plan was made for another graph or another mesh.
     """
     if plan.fingerprint != graph.fingerprint:
         raise PlanError(
@@ -88,11 +55,11 @@ def emit(
             why=f"the model's graph is {graph.fingerprint}, the plan's {plan.fingerprint}",
             fix="plan again with this model and these example inputs",
         )
-    if plan.world_size != group.world_size:
+    if tuple(size for _, size in plan.mesh.axes) != ranks.sizes:
         raise PlanError(
-            f"a plan for {plan.world_size} ranks on {group.world_size}", fix="plan again"
+            f"a plan for {plan.mesh} on {' x '.join(map(str, ranks.sizes))} ranks", fix="plan again"
         )
-    return _Emitter(graph, plan, group, name, rules or {}).program(alter)
+    return _Emitter(graph, plan, ranks, name, rules or {}).program(alter)
 
 
 class _Emitter:
@@ -100,25 +67,31 @@ class _Emitter:
         self,
         graph: Graph,
         plan: Plan,
-        group: Group,
+        ranks: Ranks,
         name: str,
         rules: Mapping[str, ShardingRule | None],
     ) -> None:
-        self.graph, self.plan, self.group, self.name = graph, plan, group, name
+        self.graph, self.plan, self.ranks, self.name = graph, plan, ranks, name
         self.choices = {op.name: op for op in plan.ops}
-        self.placements = _placements(graph, plan)
-        self.lines: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
-        self.converted: dict[tuple[str, Placement], str] = {}
-        self.constants: dict[str, Any] = {}
-        self.symbols: dict[Any, str] = {}
-        self.sizes: dict[Dim, str] = {}
-        self.printer = PythonPrinter()
+        self.routes = Routes(plan)
+        self.deferred = find_deferred(graph, plan, self.routes)
+        self.made = layouts_made(graph, plan, self.deferred)
+        self.speller = Speller()
+        self.symbols = _symbols(graph)
+        self.names = Names(ranks.names, (text for text, _, _ in self.symbols), graph.values)
+        self.lines: list[Line | Block] = []
+        self.block: Block | None = None
+        self.open = ""
+        self.inside: set[str] = set()
+        self.blocks = {
+            op: (index, group) for index, group in enumerate(plan.recomputed) for op in group
+        }
+        self.converted: dict[tuple[str, tuple[Step, ...], str], str] = {}
         self.rules = {
             node.name: rules[node.name] if node.name in rules else known_rule(self.call_of(node))
             for node in graph.calls
         }
         self.fused = self.find_fused()
-        self.deferred = self.find_deferred()
 
     def program(self, alter: Callable[[str], str] | None) -> Program:
         kinds: dict[str, list[Node]] = {"parameter": [], "buffer": [], "constant": [], "input": []}
@@ -127,67 +100,69 @@ class _Emitter:
                 kinds[node.kind].append(node)
         head = []
         for kind, nodes in kinds.items():
-            names = ", ".join(_identifier(node.result.name) for node in nodes)
+            names = ", ".join(self.names.values[node.result.name] for node in nodes)
             if nodes:
                 head.append(f"[{names}] = {kind}s")
-        for node in kinds["input"]:
-            for dim, size in enumerate(node.result.shape):
-                if isinstance(size, Sym) and size.expr.is_Symbol and size.expr not in self.symbols:
-                    self.symbols[size.expr] = str(size.expr)
-                    head.append(f"{size.expr} = {_identifier(node.result.name)}.size({dim})")
-        for node in self.graph.calls:
-            self.call(node)
+        for text, value, dim in self.symbols:
+            head.append(f"{text} = {self.names.values[value]}.size({dim})")
+        self.speller.symbols = {
+            self.graph.values[value].shape[dim].expr: text  # type: ignore[union-attr]
+            for text, value, dim in self.symbols
+        }
+        self.calls()
         returned = []
-        for value, placement in zip(self.graph.outputs, self.plan.outputs, strict=True):
-            returned.append(self.read(value, placement))
-        written = [self.read(value, _INVARIANT) for _, value in self.graph.mutations]
-        body = [*head, *self.with_deletions((*returned, *written))]
+        for value, layout in zip(self.graph.outputs, self.plan.outputs, strict=True):
+            returned.append(self.read(value, layout))
+        whole = whole_layout(len(self.ranks.sizes))
+        written = [self.read(value, whole) for _, value in self.graph.mutations]
+        body = [*head, *lines_of(self.lines, (*returned, *written))]
         body.append(f"return [{', '.join(returned)}], [{', '.join(written)}]")
         source = "def forward(parameters, buffers, constants, inputs, device):\n" + "".join(
             f"    {line}\n" for line in body
         )
         source = alter(source) if alter is not None else source
         shapes = tuple(
-            (placement, self.graph.values[value].shape)
-            for value, placement in zip(self.graph.outputs, self.plan.outputs, strict=True)
+            (layout, self.graph.values[value].shape)
+            for value, layout in zip(self.graph.outputs, self.plan.outputs, strict=True)
         )
+        constants = self.speller.constants
         return Program(
             source,
-            self.compile(source),
+            compiled(source, self.name, self.ranks, self.names.axes, constants),
             tuple(node.target for node in kinds["parameter"]),
+            tuple(layout_gradient(self.made[node.result.name]) for node in kinds["parameter"]),
             tuple(node.target for node in kinds["buffer"]),
             tuple(node.target for node in kinds["constant"]),
             shapes,
             tuple(path for path, _ in self.graph.mutations),
-            tuple(node.target for node in kinds["parameter"] if node.name in self.deferred),
         )
 
-    def compile(self, source: str) -> Callable[..., Any]:
-        """The function, with its text known to tracebacks."""
-        file = f"<autoparallel {self.name} rank {self.group.rank} of {self.group.world_size}>"
-        linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-        world_size, rank = self.group.world_size, self.group.rank
+    def calls(self) -> None:
+        """Emit all ops, those to be recomputed in blocks. Raises PlanError for a torn block."""
+        group: tuple[str, ...] = ()
+        left: set[str] = set()
+        for node in self.graph.calls:
+            index, own = self.blocks.get(node.name, (0, ()))
+            if left and own != group:
+                raise PlanError(
+                    f"{node.name} lies between ops that are to be recomputed together",
+                    where=node.where,
+                    fix="plan again",
+                )
+            if own and not left:
+                group, left, self.inside = own, set(own), set()
+                self.block = Block(f"block_{index}")
+                self.lines.append(self.block)
+            self.open = node.name
+            self.call(node)
+            left.discard(node.name)
+            self.inside.update(value.name for value in node.results)
+            if not left:
+                self.block = None
 
-        def part(size: int) -> int:
-            start, stop = part_bounds(size, world_size, rank)
-            return stop - start
-
-        namespace: dict[str, Any] = {
-            "torch": torch,
-            "F": functional,
-            "kernels": kernels,
-            "rng": draws,
-            "math": math,
-            "convert": collectives.convert,
-            "move": collectives.move,
-            "pending_sum": collectives.pending_sum,
-            "group": self.group,
-            "part": part,
-            **self.constants,
-        }
-        exec(compile(source, file, "exec"), namespace)
-        made: Callable[..., Any] = namespace["forward"]
-        return made
+    def add(self, text: str, reads: tuple[str, ...], makes: tuple[str, ...]) -> None:
+        """One more line: to the block that is open, if one is."""
+        (self.lines if self.block is None else self.block.lines).append(Line(text, reads, makes))
 
     def find_fused(self) -> dict[str, str]:
         """Products whose bias can be added in the same call: product's node -> add's node.
@@ -207,271 +182,254 @@ class _Emitter:
             choice, own = self.choices[product.name], self.choices[node.name]
             alone = len(self.graph.readers[first]) == 1 and first not in self.graph.outputs
             vector = len(self.graph.values[second].shape) == 1
-            same = own.operands[0] == choice.results[0] and not isinstance(
-                choice.results[0], Partial
-            )
+            same = own.operands[0] == choice.results[0] and Partial() not in choice.results[0]
             wide = self.graph.values[second].shape == node.result.shape[-1:]
-            if alone and vector and same and wide and first != second:
+            together = self.blocks.get(product.name) == self.blocks.get(node.name)
+            if alone and vector and same and wide and together and first != second:
                 found[product.name] = node.name
         return found
-
-    def find_deferred(self) -> set[str]:
-        """Parameters that are whole, and that every reader wants as Replicate."""
-        wanted: dict[str, set[Placement]] = {}
-        for op in self.plan.ops:
-            for name, placement in zip(op.reads, op.operands, strict=True):
-                wanted.setdefault(name, set()).add(placement)
-        return {
-            node.name
-            for node in self.graph.nodes
-            if node.kind == "parameter"
-            and self.placements[node.name] == _INVARIANT
-            and wanted.get(node.name) == {Replicate()}
-            and node.name not in self.graph.outputs
-        }
 
     def call(self, node: Node) -> None:
         """Emit one op: conversions of what it reads, then itself."""
         if node.name in self.fused:
             return
         choice = self.choices[node.name]
+        names = node.operands()
         reads = [
-            self.read(name, placement)
-            for name, placement in zip(node.operands(), choice.operands, strict=True)
+            self.read(name, layout) for name, layout in zip(names, choice.operands, strict=True)
         ]
         args, kwargs = node.args, dict(node.kwargs)
         target, rule = node.target, self.rules[node.name]
-        pads = rule is not None and not rule.takes_empty and not choice.kernel
+        pads = rule is not None and not rule.takes_empty
         if pads:
             reads = [
-                self.some(read, self.graph.values[name], placement)
-                for read, name, placement in zip(
-                    reads, node.operands(), choice.operands, strict=True
-                )
+                self.some(read, self.may_be_empty(self.graph.values[name], layout, choice))
+                for read, name, layout in zip(reads, names, choice.operands, strict=True)
             ]
-        producer = self.graph.producers[node.operands()[0]] if node.operands() else None
+        producer = self.graph.producers[names[0]] if names else None
         if producer is not None and self.fused.get(producer.name) == node.name:
             inner = self.choices[producer.name]
             operands = [
-                self.read(name, placement)
-                for name, placement in zip(producer.operands(), inner.operands, strict=True)
+                self.read(name, layout)
+                for name, layout in zip(producer.operands(), inner.operands, strict=True)
             ]
             reads = [*operands, reads[1]]
             target, text = producer.target, ", ".join(reads)
         else:
             args = self.local_args(node, choice)
-            text = self.arguments(args, {**kwargs, **_reduction(node)}, reads)
-        results = [_identifier(value.name) for value in node.results]
-        if choice.kernel:
-            size = self.split_size(node, choice)
-            extra = self.kernel_arguments(node, choice)
-            expression = f"kernels.{choice.kernel}({text}, group=group, size={size}{extra})"
+            text = self.speller.arguments(args, {**kwargs, **_reduction(node)}, reads)
+        results = [self.names.values[value.name] for value in node.results]
+        kernels = self.kernels(node, choice)
+        if kernels:
+            expression = self.kernel_call(node, choice, text, kernels)
         elif rule is not None and rule.random:
             expression = f"rng.{rule.random}({text}, {self.random(node, choice)})"
         else:
             exact = any(isinstance(arg, tuple) and None in arg for arg in args)
             exact = exact or (rule is not None and bool(rule.discovered))  # just what was probed
-            expression = f"torch.ops.{target}({text})" if exact else ""
-            expression = expression or self.spelled(target, text, reads)
+            expression = f"torch.ops.{target}({text})" if exact else spelled(target, text, reads)
         if pads:
             expression = self.shortened(expression, node, choice)
-        pending = choice.results == (Partial(),) and Partial() not in choice.operands
-        if pending and not choice.kernel:
-            expression = f"pending_sum({expression}, group)"
+        for axis, group in enumerate(self.names.axes):
+            pending = [result[axis] for result in choice.results] == [Partial()]
+            if pending and all(operand[axis] != Partial() for operand in choice.operands):
+                expression = (
+                    expression if axis in kernels else f"pending_sum({expression}, {group})"
+                )
         made = ", ".join(results)
-        if len(results) == 1 and not choice.kernel and _makes_list(target):
+        if len(results) == 1 and not kernels and _makes_list(target):
             made = f"[{made}]"
-        line = f"{made} = {expression}"
-        self.lines.append((line, tuple(reads), tuple(results)))
+        self.add(f"{made} = {expression}", tuple(reads), tuple(results))
 
-    def some(self, read: str, value: Value, placement: Placement) -> str:
+    def may_be_empty(self, value: Value, layout: Layout, choice: OpChoice) -> list[int]:
+        """The dims of which a rank may hold nothing, for some inputs, but for those of kernels."""
+        found = {
+            placement.dim
+            for placement, kernel in zip(layout, _per_axis(choice), strict=True)
+            if isinstance(placement, Shard)
+            and isinstance(value.shape[placement.dim], Sym)
+            and not kernel
+        }
+        return sorted(found)
+
+    def some(self, read: str, dims: list[int]) -> str:
         """The operand, with one place of zeros where inputs may be so short that it has none."""
-        if not _may_be_empty(value, placement):
+        if not dims:
             return read
-        assert isinstance(placement, Shard)
-        name = f"{read}_some"
-        line = f"{name} = kernels.some({read}, {placement.dim})"
-        self.lines.append((line, (read,), (name,)))
+        name = self.names.fresh(f"{read}_some")
+        self.add(f"{name} = kernels.some({', '.join(map(str, (read, *dims)))})", (read,), (name,))
         return name
 
     def shortened(self, expression: str, node: Node, choice: OpChoice) -> str:
         """The results without what came of such zeros."""
-        for value, placement in zip(node.results, choice.results, strict=True):
-            if _may_be_empty(value, placement):
-                assert isinstance(placement, Shard)
-                length = self.local_dim(value.shape[placement.dim], placement)
-                return f"kernels.shortened({expression}, {placement.dim}, {length})"
+        for value, layout in zip(node.results, choice.results, strict=True):
+            dims = self.may_be_empty(value, layout, choice)
+            if dims:
+                sizes = (self.speller.size(self.local_dim(value, dim, layout)) for dim in dims)
+                lengths = (f"{dim}: {size}" for dim, size in zip(dims, sizes, strict=True))
+                return f"kernels.shortened({expression}, {{{', '.join(lengths)}}})"
         return expression
 
     def local_args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
         """The call's args for this rank's part of its results."""
         rule = self.rules[node.name]
-        split = any(isinstance(placement, Shard) for placement in choice.results)
+        split = any(isinstance(item, Shard) for layout in choice.results for item in layout)
         if rule is None or rule.local_args is None or not split:
             return node.args
-        call = self.call_of(node)
         shapes = tuple(
-            tuple(
-                self.local_dim(size, placement if _splits(placement, dim) else None)
-                for dim, size in enumerate(value.shape)
-            )
-            for value, placement in zip(node.results, choice.results, strict=True)
+            tuple(self.local_dim(value, dim, layout) for dim in range(len(value.shape)))
+            for value, layout in zip(node.results, choice.results, strict=True)
         )
-        return rule.local_args(call, shapes)
+        return rule.local_args(self.call_of(node), shapes)
 
     def call_of(self, node: Node) -> OpCall:
         return OpCall(node, tuple(self.graph.values[name] for name in node.operands()))
 
-    def local_dim(self, size: Dim, placement: Placement | None) -> Any:
-        if not isinstance(placement, Shard):
-            return size
-        if isinstance(size, Sym):
-            return _Code(f"part({self.expression(size)})")
-        return local_size(size, placement, self.group.world_size, self.group.rank)
+    def local_dim(self, value: Value, dim: int, layout: Layout, without: int = -1) -> Any:
+        """This rank's size of a dim. without: an axis whose cut does not count."""
+        size: Dim = value.shape[dim]
+        for axis, placement in enumerate(layout):
+            if axis == without or not isinstance(placement, Shard) or placement.dim != dim:
+                continue
+            if isinstance(size, int):
+                world_size, rank = self.ranks.sizes[axis], self.ranks.coordinates[axis]
+                size = local_size(size, placement, world_size, rank)
+            else:
+                own = Code(f"part({self.speller.size(size)}, {self.names.axes[axis]})")
+                size = own  # type: ignore[assignment]
+        return size
 
-    def split_size(self, node: Node, choice: OpChoice) -> str:
-        """Size of the whole along the loop that the kernel splits."""
-        for name, placement in zip(node.operands(), choice.operands, strict=True):
-            if isinstance(placement, Shard):
-                return self.expression(self.graph.values[name].shape[placement.dim])
-        raise AssertionError(f"{node.name}: a kernel without a split operand")
-
-    def kernel_arguments(self, node: Node, choice: OpChoice) -> str:
-        """What the kernel of the split loop is called with besides."""
+    def kernels(self, node: Node, choice: OpChoice) -> dict[int, tuple[Kernel, str]]:
+        """By mesh axis the kernel that the op needs, and the size of the loop that it splits."""
         rule = self.rules[node.name]
-        assert rule is not None, node.name
-        for dims, placement in zip(rule.operands, choice.operands, strict=True):
-            for loop in dims[placement.dim] if isinstance(placement, Shard) else ():
-                kernel = rule.kernels.get(loop)
-                if kernel is not None and kernel.name == choice.kernel:
-                    return "".join(f", {name}={value!r}" for name, value in kernel.arguments)
-        raise AssertionError(f"{node.name}: a kernel without a split operand")
+        found: dict[int, tuple[Kernel, str]] = {}
+        for axis, name in enumerate(_per_axis(choice)):
+            if not name:
+                continue
+            assert rule is not None, node.name
+            for value, dims, layout in zip(
+                node.operands(), rule.operands, choice.operands, strict=True
+            ):
+                placement = layout[axis]
+                for loop in dims[placement.dim] if isinstance(placement, Shard) else ():
+                    kernel = rule.kernels.get(loop)
+                    if kernel is not None and kernel.name == name and axis not in found:
+                        assert isinstance(placement, Shard)
+                        size = self.local_dim(
+                            self.graph.values[value], placement.dim, layout, without=axis
+                        )
+                        found[axis] = (kernel, self.speller.size(size))
+            assert axis in found, f"{node.name}: a kernel without a split operand"
+        return found
+
+    def kernel_call(
+        self,
+        node: Node,
+        choice: OpChoice,
+        text: str,
+        kernels: Mapping[int, tuple[Kernel, str]],
+    ) -> str:
+        """The kernels' call: of several, those that run the op itself run the next one."""
+        run = ""
+        ordered = sorted(kernels, key=lambda axis: kernels[axis][0].wraps)
+        if any(not kernels[axis][0].wraps for axis in ordered[1:]):
+            raise PlanError(
+                f"{node.target} cannot be split on several axes at once in this way",
+                where=node.where,
+                why=f"none of {', '.join(kernels[axis][0].name for axis in ordered)} runs another",
+            )
+        for axis in ordered:
+            kernel, size = kernels[axis]
+            options = f"group={self.names.axes[axis]}, size={size}{run}"
+            options += "".join(f", {name}={value!r}" for name, value in kernel.arguments)
+            run = f", run=functools.partial(kernels.{kernel.name}, {options})"
+        return f"kernels.{kernel.name}({text}, {options})"
 
     def random(self, node: Node, choice: OpChoice) -> str:
         """What a random op must know to draw the same numbers for the same elements."""
-        placement = choice.results[0]
-        shape = "".join(f"{self.expression(size)}, " for size in node.result.shape)
-        key = op_key(node.name)
-        return f"key={key}, shape=({shape}), placement={self.constant(placement)}, group=group"
+        shape = self.speller.shape(node.result.shape)
+        placements = self.speller.layout(choice.results[0])
+        return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
 
-    def read(self, name: str, placement: Placement) -> str:
-        """The identifier of a value as `placement`; emits its conversion at the first use."""
-        made = self.placements[name]
-        if made == placement or name in self.deferred:
-            return _identifier(name)
-        key = (name, placement)
-        if key not in self.converted:
-            value = self.graph.values[name]
-            variant = f"{_identifier(name)}_{_suffix(placement)}"
-            function = "convert" if value.requires_grad else "move"
-            size = ""
-            if isinstance(made, Shard):
-                size = f", {self.expression(value.shape[made.dim])}"
-            source, target = self.constant(made), self.constant(placement)
-            line = f"{variant} = {function}({_identifier(name)}, group, {source}, {target}{size})"
-            self.lines.append((line, (_identifier(name),), (variant,)))
-            self.converted[key] = variant
-        return self.converted[key]
+    def read(self, name: str, layout: Layout) -> str:
+        """The identifier of a value as `layout`; emits its conversion at the first use."""
+        current, steps = self.made[name], self.routes.steps(name, layout, self.deferred)
+        read = self.names.values[name]
+        again = self.routes.is_again(name, layout)
+        scope, outside = self.scope(name, again)
+        value = self.graph.values[name]
+        for count, step in enumerate(steps):
+            key = (name, steps[: count + 1], scope)
+            target = step.applied(current)
+            if key not in self.converted:
+                made = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
+                line = Line(self.step(value, read, made, current, step, again), (read,), (made,))
+                if outside:
+                    self.lines.insert(len(self.lines) - 1, line)
+                elif self.block is not None:
+                    self.block.lines.append(line)
+                else:
+                    self.lines.append(line)
+                self.converted[key] = made
+            read, current = self.converted[key], target
+        if current != layout and name not in self.deferred:
+            raise PlanError(
+                f"the plan does not say how {name} gets from {layout_text(current)} to "
+                f"{layout_text(layout)}",
+                fix="plan again",
+            )
+        return read
 
-    def constant(self, placement: Placement) -> str:
-        """A placement by a short name in the program's namespace."""
-        name = _suffix(placement)
-        self.constants[name] = placement
-        return name
+    def scope(self, name: str, again: bool) -> tuple[str, bool]:
+        """Where a conversion may be read: in one block, or everywhere (""). And whether its lines
+        belong before the block that is open.
 
-    def expression(self, size: Any) -> str:
-        if not isinstance(size, Sym):
-            return repr(size)
-        if size not in self.sizes:
-            self.sizes[size] = self.printed(size)
-        return self.sizes[size]
+        In a block are the copies of values that only the block reads, and those that are dropped
+        and made again.
+        """
+        if self.block is None:
+            return ("again" if again else ""), False
+        if again:
+            return self.block.name, False
+        if name in self.inside:
+            return "", False
+        alone = all(
+            self.blocks.get(reader.name) == self.blocks[self.open]
+            for reader in self.graph.readers[name]
+        )
+        if alone and name not in self.graph.outputs:
+            return self.block.name, False
+        return "", True
 
-    def printed(self, size: Sym) -> str:
-        """The expression in the names that the program gives to the inputs' sizes."""
-        known = {symbol: sympy.Symbol(text) for symbol, text in self.symbols.items()}
-        unknown = size.expr.free_symbols - set(known)
-        if unknown:
-            raise PlanError(f"size {size} does not follow from the inputs' sizes")
-        return str(self.printer.doprint(size.expr.subs(known)))
-
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], reads: list[str]) -> str:
-        names = iter(reads)
-        parts = [self.argument(arg, names) for arg in args]
-        parts += [f"{key}={self.argument(value, names)}" for key, value in kwargs.items()]
-        return ", ".join(parts)
-
-    def argument(self, item: Any, names: Any) -> str:
-        if isinstance(item, Ref):
-            return str(next(names))
-        if isinstance(item, _Code):
-            return str(item)
-        if isinstance(item, Sym):
-            return self.expression(item)
-        if isinstance(item, tuple):
-            return "[" + ", ".join(self.argument(part, names) for part in item) + "]"
-        if isinstance(item, torch.device):
-            return "device"
-        if isinstance(item, float) and not math.isfinite(item):
-            return f"float('{item}')"
-        if isinstance(item, (int, float, str, bool, type(None), torch.dtype)):
-            return repr(item)
-        if isinstance(item, (torch.layout, torch.memory_format)):
-            return repr(item)
-        key = f"constant_{len(self.constants)}"
-        self.constants[key] = item
-        return key
-
-    def spelled(self, target: str, text: str, reads: list[str]) -> str:
-        """The call of an op, as a person would write it where torch has such a function."""
-        space, _, rest = target.partition(".")
-        name, _, overload = rest.partition(".")
-        if space == "aten" and overload not in _AS_IS and not name.startswith("_"):
-            if hasattr(torch._C._nn, name):
-                own = getattr(torch._C._nn, name)
-                public = getattr(functional, name, None) is own
-                return f"{'F' if public else 'torch._C._nn'}.{name}({text})"
-            if hasattr(torch._C._VariableFunctions, name):
-                return f"torch.{name}({text})"
-            if name in _METHODS and reads and text.startswith(reads[0]):
-                others = text[len(reads[0]) :].removeprefix(", ")
-                return f"{reads[0]}.{name}({others})"
-        return f"torch.ops.{target}({text})"
-
-    def with_deletions(self, kept: tuple[str, ...]) -> list[str]:
-        """The lines, with each value's name deleted after its last use, to free its memory."""
-        last: dict[str, int] = {}
-        for index, (_, reads, _) in enumerate(self.lines):
-            for name in reads:
-                last[name] = index
-        made = {name for _, _, names in self.lines for name in names}
-        done: dict[int, list[str]] = {}
-        for name, index in last.items():
-            if name in made and name not in kept:
-                done.setdefault(index, []).append(name)
-        rows = []
-        for index, (line, _, _) in enumerate(self.lines):
-            rows.append(line)
-            if index in done:
-                rows.append("del " + ", ".join(done[index]))
-        return rows
+    def step(
+        self, value: Value, read: str, made: str, current: Layout, step: Step, again: bool
+    ) -> str:
+        """The line of one move on one axis."""
+        function = "convert" if value.requires_grad else "move"
+        function = "convert_again" if again else function
+        source, target = self.speller.placement(step.source), self.speller.placement(step.target)
+        size = ""
+        if isinstance(step.source, Shard):
+            own = self.local_dim(value, step.source.dim, current, without=step.axis)
+            size = f", {self.speller.size(own)}"
+        axis = self.names.axes[step.axis]
+        return f"{made} = {function}({read}, {axis}, {source}, {target}{size})"
 
 
-_AS_IS = {"dtype_layout", "Tensor_Scalar_out"}
-_METHODS = {"expand", "repeat", "to"}
+def _per_axis(choice: OpChoice) -> tuple[str, ...]:
+    """The op's kernels, one for each axis."""
+    layouts = (*choice.operands, *choice.results)
+    return choice.kernels or ("",) * (len(layouts[0]) if layouts else 0)
 
 
-def _placements(graph: Graph, plan: Plan) -> Mapping[str, Placement]:
-    """How every value is made."""
-    storage = plan.storage
-    found: dict[str, Placement] = {}
+def _symbols(graph: Graph) -> tuple[tuple[str, str, int], ...]:
+    """Names of the inputs' symbolic sizes, each with an input and a dim that has it."""
+    found: dict[Any, tuple[str, str, int]] = {}
     for node in graph.nodes:
-        if node.kind != "call":
-            found[node.result.name] = storage.get(node.target, _INVARIANT)
-            if node.kind != "parameter":
-                found[node.result.name] = _INVARIANT
-    for op in plan.ops:
-        found.update(zip(op.makes, op.results, strict=True))
-    return found
+        for dim, size in enumerate(node.result.shape if node.kind == "input" else ()):
+            if isinstance(size, Sym) and size.expr.is_Symbol:
+                found.setdefault(size.expr, (str(size.expr), node.result.name, dim))
+    return tuple(found.values())
 
 
 def _makes_list(target: str) -> bool:
@@ -496,24 +454,3 @@ def _reduction(node: Node) -> dict[str, Any]:
         if argument.name == "reduction" and len(node.args) <= index:
             return {} if "reduction" in dict(node.kwargs) else {"reduction": argument.default_value}
     return {}
-
-
-def _may_be_empty(value: Value, placement: Placement) -> bool:
-    """Whether a rank may hold nothing, for some inputs."""
-    return isinstance(placement, Shard) and isinstance(value.shape[placement.dim], Sym)
-
-
-def _splits(placement: Placement, dim: int) -> bool:
-    return isinstance(placement, Shard) and placement.dim == dim
-
-
-def _suffix(placement: Placement) -> str:
-    if not isinstance(placement, Shard):
-        return str(placement)
-    extra = f"_blocks{placement.blocks}" if placement.blocks != 1 else ""
-    extra += f"_unit{placement.unit}" if placement.unit != 1 else ""
-    return f"S{placement.dim}{extra}"
-
-
-def _identifier(name: str) -> str:
-    return f"{name}_" if keyword.iskeyword(name) else name

@@ -47,7 +47,7 @@ def cross_entropy(call: OpCall) -> ShardingRule:
     )
     if reduction == _NONE:
         return ShardingRule.parse("t c, t -> t", call, kernels={"c": classes})
-    tokens = Kernel("cross_entropy_tokens", Partial(), ((Collective.ALL_REDUCE, 8),))
+    tokens = Kernel("cross_entropy_tokens", Partial(), ((Collective.ALL_REDUCE, 8),), wraps=True)
     return ShardingRule.parse("t c, t -> ", call, kernels={"c": classes, "t": tokens})
 
 

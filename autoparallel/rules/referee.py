@@ -32,6 +32,7 @@ from autoparallel.rules.rule import (
 )
 from autoparallel.runtime.collectives import take_part
 from autoparallel.runtime.groups import Group, LocalGroup, SingleGroup, thread_groups
+from autoparallel.runtime.ranks import one_axis
 
 __all__ = [
     "Example",
@@ -360,9 +361,9 @@ def _run(
         node.line,
         tuple(node.operands()),
         tuple(value.name for value in node.results),
-        strategy.operands,
-        strategy.results,
-        strategy.kernel.name if strategy.kernel else "",
+        tuple((placement,) for placement in strategy.operands),
+        tuple((placement,) for placement in strategy.results),
+        (strategy.kernel.name if strategy.kernel else "",),
     )
     plan = Plan(
         model="example",
@@ -371,12 +372,12 @@ def _run(
         hardware="",
         fingerprint=graph.fingerprint,
         parameters=tuple(
-            ParameterChoice(name, name, (), 0, placement)
+            ParameterChoice(name, name, (), 0, (placement,), (placement,), (placement,))
             for name, placement in _storage(node, strategy).items()
         ),
         ops=(choice,),
         conversions=(),
-        outputs=strategy.results,
+        outputs=tuple((placement,) for placement in strategy.results),
         cost=0.0,
         lower_bound=0.0,
         method="",
@@ -384,7 +385,7 @@ def _run(
         product_weight=1.0,
     )
     rules = None if rule is None else {node.name: rule}
-    program = emit(graph, plan, group, node.target, rules=rules)
+    program = emit(graph, plan, one_axis(group), node.target, rules=rules)
     leaves = [operands[path] for path in program.parameters]
     results, _ = program.run(leaves, [], [], list(extents), torch.device("cpu"))
     return tuple(results)

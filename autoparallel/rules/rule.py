@@ -66,13 +66,16 @@ class Kernel:
     """A function of autoparallel.runtime.kernels that runs the op on a part and communicates.
 
     result: placement of every result without the loop. collectives: (kind, bytes of the full
-    tensor), backward ones among them. arguments: what else it is called with, by name.
+    tensor), backward ones among them. arguments: what else it is called with, by name. wraps: it
+    runs the op itself on its part, which may be the kernel of another mesh axis (of all kernels of
+    one call, all but one must).
     """
 
     name: str
     result: Placement
     collectives: tuple[tuple[Collective, int], ...] = ()
     arguments: tuple[tuple[str, Any], ...] = ()
+    wraps: bool = False
 
 
 @dataclass(frozen=True)

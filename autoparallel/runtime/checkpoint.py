@@ -27,9 +27,11 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.placement import Invariant, Placement, Shard, part_bounds
-from autoparallel.runtime.groups import Group, SingleGroup
+from autoparallel.mesh import Mesh
+from autoparallel.placement import Layout, whole_layout
+from autoparallel.runtime.layouts import layout_pieces
 from autoparallel.runtime.module import State
+from autoparallel.runtime.ranks import Ranks, single_rank
 from autoparallel.runtime.seeds import rng_state, set_rng_state
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -83,21 +85,17 @@ class Pieces(torch.Tensor):
         return self.pieces[index.offset]
 
 
-def in_pieces(local: torch.Tensor, whole: torch.Size, placement: Placement, group: Group) -> Pieces:
+def in_pieces(local: torch.Tensor, whole: torch.Size, layout: Layout, ranks: Ranks) -> Pieces:
     """What this rank holds of a tensor of size `whole`, sharing memory with `local`.
 
     A split dim of k blocks gives k pieces, a whole tensor one, the same on every rank.
     """
-    if not isinstance(placement, Shard):
-        return Pieces(whole, {torch.Size([0] * len(whole)): local}, local)
-    dim, size = placement.dim, whole[placement.dim] // placement.blocks
-    start, stop = part_bounds(size // placement.unit, group.world_size, group.rank)
-    length = (stop - start) * placement.unit
     pieces = {}
-    for block in range(placement.blocks if length else 0):
-        at = [0] * len(whole)
-        at[dim] = block * size + start * placement.unit
-        pieces[torch.Size(at)] = local.narrow(dim, block * length, length)
+    for start, at, lengths in layout_pieces(whole, layout, ranks.sizes, ranks.coordinates):
+        part = local
+        for dim, (first, length) in enumerate(zip(at, lengths, strict=True)):
+            part = part.narrow(dim, first, length)
+        pieces[torch.Size(start)] = part
     return Pieces(whole, pieces, local)
 
 
@@ -222,12 +220,13 @@ def _tensors(
 
     Also, for the optimizer's, the dict and the key where each is found.
     """
-    group: Group = SingleGroup() if state is None else state.group
-    storage: Mapping[str, Placement] = {} if state is None else state.storage
+    ranks = single_rank(Mesh(alone=1)) if state is None else state.ranks
+    whole = whole_layout(len(ranks.sizes))
+    layouts: Mapping[str, Layout] = {} if state is None else state.layouts
 
     def pieces(value: torch.Tensor, path: str) -> Pieces:
         local = value.to_local() if isinstance(value, DTensor) else value
-        return in_pieces(local.detach(), value.size(), storage.get(path, Invariant()), group)
+        return in_pieces(local.detach(), value.size(), layouts.get(path, whole), ranks)
 
     stored: dict[str, Any] = {
         f"model.{path}": pieces(value, path)

@@ -7,6 +7,7 @@ autograd function and one table of moves are all the differentiable collectives 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,17 @@ from autoparallel.placement import (
 )
 from autoparallel.runtime.groups import Group
 
-__all__ = ["convert", "join_parts", "move", "pending_sum", "spmd_type", "sum_together", "take_part"]
+__all__ = [
+    "convert",
+    "gather_together",
+    "join_parts",
+    "move",
+    "pending_sum",
+    "reduce_scatter_together",
+    "spmd_type",
+    "sum_together",
+    "take_part",
+]
 
 
 def _run_length(size: int, shard: Shard, world_size: int, rank: int) -> tuple[int, int]:
@@ -73,28 +84,38 @@ def _unpadded(part: torch.Tensor, shard: Shard, longest: int, length: int) -> to
     return blocks.narrow(shard.dim + 1, 0, length).flatten(shard.dim, shard.dim + 1)
 
 
+def _lengths(size: int, shard: Shard, group: Group) -> list[int]:
+    """Of every rank's run of elements inside each block; the first is the longest."""
+    return [_run_length(size, shard, group.world_size, r)[1] for r in range(group.world_size)]
+
+
 def _all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.Tensor:
-    lengths = [_run_length(size, shard, group.world_size, r)[1] for r in range(group.world_size)]
-    longest = lengths[0]
-    padded = _padded(tensor, shard, longest, lengths[group.rank])
-    rows = group.all_gather(padded).unbind(0)
+    lengths = _lengths(size, shard, group)
+    rows = group.all_gather(_padded(tensor, shard, lengths[0], lengths[group.rank])).unbind(0)
+    return _whole_of_rows(rows, shard, lengths)
+
+
+def _whole_of_rows(rows: Sequence[torch.Tensor], shard: Shard, lengths: list[int]) -> torch.Tensor:
+    """The whole of all ranks' padded parts."""
     parts = [
-        _unpadded(row, shard, longest, length) for row, length in zip(rows, lengths, strict=True)
+        _unpadded(row, shard, lengths[0], length) for row, length in zip(rows, lengths, strict=True)
     ]
     return join_parts(parts, shard)
 
 
+def _rows_to_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> list[torch.Tensor]:
+    """Every rank's part of a whole tensor, padded to the longest."""
+    lengths = _lengths(tensor.size(shard.dim), shard, group)
+    return [
+        _padded(take_part(tensor, shard, group.world_size, r), shard, lengths[0], length)
+        for r, length in enumerate(lengths)
+    ]
+
+
 def _reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
-    size = tensor.size(shard.dim)
-    lengths = [_run_length(size, shard, group.world_size, r)[1] for r in range(group.world_size)]
-    longest = lengths[0]
-    rows = torch.stack(
-        [
-            _padded(take_part(tensor, shard, group.world_size, r), shard, longest, lengths[r])
-            for r in range(group.world_size)
-        ]
-    )
-    return _unpadded(group.reduce_scatter(rows), shard, longest, lengths[group.rank])
+    lengths = _lengths(tensor.size(shard.dim), shard, group)
+    rows = torch.stack(_rows_to_scatter(tensor, shard, group))
+    return _unpadded(group.reduce_scatter(rows), shard, lengths[0], lengths[group.rank])
 
 
 def _indices(size: int, shard: Shard, world_size: int, rank: int) -> torch.Tensor:
@@ -243,16 +264,64 @@ def convert(
     return Convert.apply(x, group, source, target, size)
 
 
-def sum_together(tensors: list[torch.Tensor], group: Group) -> list[torch.Tensor]:
+def _by_type(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Places of tensors of one type of element, for every type."""
+    found: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        found.setdefault(tensor.dtype, []).append(index)
+    return list(found.values())
+
+
+def sum_together(tensors: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
     """The sums over ranks, in one all-reduce per type of element."""
     sums: list[torch.Tensor] = list(tensors)
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        places = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+    for places in _by_type(tensors):
         flat = torch.cat([tensors[index].reshape(-1) for index in places])
         parts = group.all_reduce(flat).split([tensors[index].numel() for index in places])
         for index, part in zip(places, parts, strict=True):
             sums[index] = part.view(tensors[index].shape)
     return sums
+
+
+def reduce_scatter_together(
+    tensors: Sequence[torch.Tensor], shards: Sequence[Shard], group: Group
+) -> list[torch.Tensor]:
+    """This rank's parts of the sums over ranks, in one reduce-scatter per type of element."""
+    made: list[torch.Tensor] = list(tensors)
+    for places in _by_type(tensors):
+        rows = [_rows_to_scatter(tensors[index], shards[index], group) for index in places]
+        flat = torch.stack(
+            [torch.cat([own[r].reshape(-1) for own in rows]) for r in range(group.world_size)]
+        )
+        parts = group.reduce_scatter(flat).split([own[0].numel() for own in rows])
+        for index, own, part in zip(places, rows, parts, strict=True):
+            shard = shards[index]
+            lengths = _lengths(tensors[index].size(shard.dim), shard, group)
+            padded = part.view(own[0].shape)
+            made[index] = _unpadded(padded, shard, lengths[0], lengths[group.rank]).contiguous()
+    return made
+
+
+def gather_together(
+    tensors: Sequence[torch.Tensor], shards: Sequence[Shard], sizes: Sequence[int], group: Group
+) -> list[torch.Tensor]:
+    """The wholes of which each rank holds parts, in one all-gather per type of element.
+
+    sizes: of each whole along its split dim.
+    """
+    made: list[torch.Tensor] = list(tensors)
+    for places in _by_type(tensors):
+        lengths = {index: _lengths(sizes[index], shards[index], group) for index in places}
+        padded = [
+            _padded(tensors[index], shards[index], lengths[index][0], lengths[index][group.rank])
+            for index in places
+        ]
+        counts = [tensor.numel() for tensor in padded]
+        rows = group.all_gather(torch.cat([tensor.reshape(-1) for tensor in padded]))
+        for index, own, part in zip(places, padded, rows.split(counts, dim=1), strict=True):
+            parts = [row.view(own.shape) for row in part.unbind(0)]
+            made[index] = _whole_of_rows(parts, shards[index], lengths[index])
+    return made
 
 
 def pending_sum(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from autoparallel.placement import Placement
-from autoparallel.runtime.groups import Group
+from autoparallel.placement import Layout
+from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import dropout, generator, uniform
 
 __all__ = ["dropout", "rand", "randn"]
@@ -19,12 +19,12 @@ _BITS = 24
 
 
 def _fine(
-    shape: tuple[int, ...], key: int, placement: Placement, group: Group, device: torch.device
+    shape: tuple[int, ...], key: int, placements: Layout, ranks: Ranks, device: torch.device
 ) -> torch.Tensor:
     """Uniform numbers in [0, 1), float64, of 48 bits."""
     source = generator()
     high, low = (
-        uniform(shape, other, placement, group, device, source).double()
+        uniform(shape, other, placements, ranks, device, source).double()
         for other in (key, key ^ _NEXT_DRAW)
     )
     return high + low * 2.0**-_BITS
@@ -48,8 +48,8 @@ def rand(
     memory_format: torch.memory_format | None = None,
     key: int,
     shape: tuple[int, ...],
-    placement: Placement,
-    group: Group,
+    placements: Layout,
+    ranks: Ranks,
 ) -> torch.Tensor:
     """Uniform numbers in [0, 1): the local part of a tensor of `shape`.
 
@@ -57,8 +57,8 @@ def rand(
     """
     kind, place = _kind(like, dtype, device)
     if kind == torch.float64:
-        return _fine(shape, key, placement, group, place)
-    drawn = uniform(shape, key, placement, group, place, generator())
+        return _fine(shape, key, placements, ranks, place)
+    drawn = uniform(shape, key, placements, ranks, place, generator())
     # A type of fewer bits must not round up to 1.
     steps = 2 / torch.finfo(kind).eps
     return drawn if kind == torch.float32 else (drawn * steps).floor().div(steps).to(kind)
@@ -74,8 +74,8 @@ def randn(
     memory_format: torch.memory_format | None = None,
     key: int,
     shape: tuple[int, ...],
-    placement: Placement,
-    group: Group,
+    placements: Layout,
+    ranks: Ranks,
 ) -> torch.Tensor:
     """Normal numbers (Box & Muller 1958): the local part of a tensor of `shape`.
 
@@ -83,6 +83,6 @@ def randn(
     an element lies, is gone in any smaller type. like: see rand.
     """
     kind, place = _kind(like, dtype, device)
-    length = _fine(shape, key, placement, group, place)
-    turn = _fine(shape, key ^ (_NEXT_DRAW << 1), placement, group, place)
+    length = _fine(shape, key, placements, ranks, place)
+    turn = _fine(shape, key ^ (_NEXT_DRAW << 1), placements, ranks, place)
     return ((1 - length).log_().mul_(-2).sqrt_() * (turn * (2 * math.pi)).cos_()).to(kind)

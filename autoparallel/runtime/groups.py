@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from autoparallel.randomness import restore, snapshot
 
-__all__ = ["Group", "LocalGroup", "ProcessGroup", "SingleGroup", "run_ranks", "thread_groups"]
-
-
-Result = TypeVar("Result")
+__all__ = ["Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]
 
 
 class Group(ABC):
@@ -102,11 +97,10 @@ class ProcessGroup(Group):
 class _Meeting:
     """Where the threads of a simulated group exchange what they brought."""
 
-    def __init__(self, world_size: int, in_turn: bool) -> None:
+    def __init__(self, world_size: int, turn: threading.Lock | None) -> None:
         self.barrier = threading.Barrier(world_size)
         self.brought: list[Any] = [None] * world_size
-        self.counts: dict[str, int] = {}
-        self.turn = threading.Lock() if in_turn else None
+        self.turn = turn
 
     def exchange(self, rank: int, item: Any) -> list[Any]:
         self.brought[rank] = item
@@ -166,39 +160,10 @@ class LocalGroup(Group):
         self.meeting.barrier.abort()
 
 
-def thread_groups(world_size: int, in_turn: bool = False) -> list[LocalGroup]:
+def thread_groups(world_size: int, turn: threading.Lock | None = None) -> list[LocalGroup]:
     """One group object per simulated rank.
 
-    in_turn: one rank works at a time, and the next where it must wait, so that ranks do not disturb
-    each other's use of what is global in a process, like random generators.
+    turn: held by the rank that works, where only one may at a time.
     """
-    meeting = _Meeting(world_size, in_turn)
+    meeting = _Meeting(world_size, turn)
     return [LocalGroup(meeting, rank, world_size) for rank in range(world_size)]
-
-
-def run_ranks(groups: list[LocalGroup], work: Callable[[LocalGroup], Result]) -> list[Result]:
-    """What `work` returns on each rank, each in a thread of its own.
-
-    Raises what the rank raised that failed first.
-    """
-    results: dict[int, Result] = {}
-    errors: list[BaseException] = []
-
-    def run(group: LocalGroup) -> None:
-        turn = group.meeting.turn
-        with turn if turn is not None else contextlib.nullcontext():
-            try:
-                results[group.rank] = work(group)
-            except BaseException as error:
-                errors.append(error)
-                group.abort()
-
-    threads = [threading.Thread(target=run, args=(group,)) for group in groups]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        first = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-        raise (first or errors)[0]
-    return [results[group.rank] for group in groups]

@@ -5,6 +5,7 @@ Each takes the op's own arguments, with local tensors, then `group` and the size
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ __all__ = [
     "weighted_mean",
 ]
 
-_NONE, _MEAN = 0, 1
+_NONE, _MEAN, _SUM = 0, 1, 2
 
 
 def _require_below(index: torch.Tensor, size: int, what: str) -> None:
@@ -64,23 +65,26 @@ def _require_below(index: torch.Tensor, size: int, what: str) -> None:
         raise IndexError(f"{what} out of range: all must be in [0, {size})")
 
 
-def some(part: torch.Tensor, dim: int) -> torch.Tensor:
-    """The part, or one place of zeros along `dim` where it has none: for ops that refuse nothing.
+def some(part: torch.Tensor, *dims: int) -> torch.Tensor:
+    """The part, or one place of zeros along `dims` where it has none: for ops that refuse nothing.
 
     The zeros depend on the part, so that the backward pass communicates on this rank as on others.
     """
-    if part.size(dim):
+    if all(part.size(dim) for dim in dims):
         return part
     shape = list(part.shape)
-    shape[dim] = 1
+    for dim in dims:
+        shape[dim] = max(shape[dim], 1)
     return part.new_zeros(shape) + part.sum().to(part.dtype)
 
 
-def shortened(results: Any, dim: int, length: int) -> Any:
-    """The first `length` places of every result, which are all but where `some` put zeros."""
-    if isinstance(results, torch.Tensor):
-        return results if results.size(dim) == length else results.narrow(dim, 0, length)
-    return tuple(shortened(result, dim, length) for result in results)
+def shortened(results: Any, lengths: Mapping[int, int]) -> Any:
+    """The first places of every result, by dim, which are all but where `some` put zeros."""
+    if not isinstance(results, torch.Tensor):
+        return tuple(shortened(result, lengths) for result in results)
+    for dim, length in lengths.items():
+        results = results if results.size(dim) == length else results.narrow(dim, 0, length)
+    return results
 
 
 def embedding_rows(
@@ -295,9 +299,16 @@ def cross_entropy_tokens(
     *,
     group: Group,
     size: int,
+    run: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of (t / n, c) logits: a pending sum; a mean is over all ranks' tokens."""
-    total = functional.cross_entropy(logits, target, ignore_index=ignored, reduction="sum")
+    """Cross-entropy of (t / n, c) logits: a pending sum; a mean is over all ranks' tokens.
+
+    run: the op on this rank's tokens, where another axis splits the classes.
+    """
+    if run is not None:
+        total = run(logits, target, weight, _SUM, ignored, smoothing)
+    else:
+        total = functional.cross_entropy(logits, target, ignore_index=ignored, reduction="sum")
     if reduction == _MEAN:
         with torch.no_grad():
             count = group.all_reduce((target != ignored).sum())

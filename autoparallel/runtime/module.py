@@ -17,21 +17,24 @@ from autoparallel.copies import on_meta, shallow_copy
 from autoparallel.errors import CaptureError, PlanError
 from autoparallel.graph.capture import Captured, bind_inputs
 from autoparallel.graph.graph import Sym
-from autoparallel.placement import Invariant, Placement, Shard
+from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.runtime import rng
 from autoparallel.runtime.agreement import require_equal, require_same_plan, require_same_start
-from autoparallel.runtime.collectives import take_part
-from autoparallel.runtime.groups import Group
+from autoparallel.runtime.initial import materialize
+from autoparallel.runtime.layouts import take_layout_part
 from autoparallel.runtime.parameters import (
     Bundle,
+    Copy,
     Leaf,
+    Residence,
     as_distributed,
-    materialize,
+    refresh,
     whole_tensor,
 )
 from autoparallel.runtime.python import WholeParameters, common_numbers, held_by
+from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.seeds import generator_of, give_generator
 from autoparallel.structure import Skeleton, flatten, rebuild
 
@@ -42,7 +45,7 @@ _log = logging.getLogger(__name__)
 # From the model on the meta device, the path of a module in it, its inputs, how its parameters are
 # stored and whether Python calls it, to a plan. Raises CaptureError where it cannot be traced.
 Replan = Callable[
-    [nn.Module, str, tuple[Any, ...], Mapping[str, Any], Mapping[str, Placement], bool], Plan
+    [nn.Module, str, tuple[Any, ...], Mapping[str, Any], Mapping[str, Layout], bool], Plan
 ]
 # Programs of one module. Python that computes constants for it would make new ones for ever.
 _MOST_PROGRAMS = 16
@@ -64,16 +67,18 @@ class Tree:
     """What all split modules of one model share.
 
     root: the model. skeleton: the same on the meta device. whole: the parameters as Python reads
-    them. depth: how many Python forwards are at work.
+    them. copies: what computes in place of parameters, by the parameters' ids. depth: how many
+    Python forwards are at work.
     """
 
     root: nn.Module
     skeleton: nn.Module
-    group: Group
+    ranks: Ranks
     mesh: DeviceMesh | None
     replan: Replan
     strict: bool
     whole: WholeParameters
+    copies: Mapping[int, Copy]
     depth: int = 0
 
 
@@ -82,7 +87,7 @@ class State:
     """Everything that the parallel module adds to the user's.
 
     path: in the model. skeleton: the original on the meta device, to trace other modes and inputs.
-    storage: of its parameters, by path. checks: calls left that compare the ranks' inputs.
+    kept: how its parameters are kept, by path. checks: calls left that compare the ranks' inputs.
     entries: programs by (training, structure of the inputs). python: modes (training) in which the
     module cannot be traced, and stays the user's Python. own: the user's forward. plan: the one
     that decided how parameters are stored.
@@ -91,7 +96,7 @@ class State:
     path: str
     tree: Tree
     skeleton: nn.Module
-    storage: dict[str, Placement]
+    kept: dict[str, Residence]
     checks: int
     own: Callable[..., Any]
     plan: Plan | None
@@ -100,9 +105,19 @@ class State:
     settled: bool = False
 
     @property
-    def group(self) -> Group:
+    def ranks(self) -> Ranks:
         """The ranks."""
-        return self.tree.group
+        return self.tree.ranks
+
+    @property
+    def storage(self) -> dict[str, Layout]:
+        """How the parameters lie that compute, by path."""
+        return {path: kept.storage for path, kept in self.kept.items()}
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """How the parameters lie that the user sees, by path."""
+        return {path: kept.state for path, kept in self.kept.items()}
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -138,7 +153,7 @@ class _Parallel:
 def parallel_module(
     model: nn.Module,
     plan: Plan,
-    group: Group,
+    ranks: Ranks,
     mesh: DeviceMesh | None,
     replan: Replan,
     checks: int,
@@ -151,17 +166,22 @@ def parallel_module(
     """
     skeleton = on_meta(model)
     made = shallow_copy(model)
-    require_same_plan(plan, group)
-    require_same_start(model, group)
+    require_same_plan(plan, ranks.world)
+    require_same_start(model, ranks.world)
     named = list(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
-    kept = {path: first.setdefault(id(parameter), path) for path, parameter in named}
-    storage = {path: plan.storage.get(alias, Invariant()) for path, alias in kept.items()}
-    _fill(model, made, storage, group, mesh)
-    whole = WholeParameters(made, storage, group, first)
-    give_generator(made, plan.options.rng, group, mesh)
-    tree = Tree(made, skeleton, group, mesh, replan, plan.options.strict_capture, whole)
-    state = _become(made, "", tree, skeleton, storage, plan)
+    planned = {choice.path: choice for choice in plan.parameters}
+    kept: dict[str, Residence] = {}
+    for path, parameter in named:
+        choice = planned.get(first.setdefault(id(parameter), path))
+        kept[path] = Residence.of(choice, tuple(parameter.shape), len(ranks.sizes))
+    _fill(model, made, {path: each.state for path, each in kept.items()}, ranks, mesh)
+    copies = _copies(made, kept)
+    whole = WholeParameters(made, kept, ranks, first, copies)
+    give_generator(made, plan.options.rng, ranks, mesh)
+    strict = plan.options.strict_capture
+    tree = Tree(made, skeleton, ranks, mesh, replan, strict, whole, copies)
+    state = _become(made, "", tree, skeleton, kept, plan)
     state.checks = checks
     if plan.captured is not None:
         _add(made, state, plan, made.training)
@@ -181,7 +201,7 @@ def _become(
     path: str,
     tree: Tree,
     skeleton: nn.Module,
-    storage: dict[str, Placement],
+    kept: dict[str, Residence],
     plan: Plan | None,
 ) -> State:
     """Make a split module of one in the copied tree. It has no program yet."""
@@ -190,7 +210,7 @@ def _become(
         own = functools.partial(type(module).forward, module)
     kind: Any = type(module)
     module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), {})
-    state = State(path, tree, skeleton, storage, 0, own, plan)
+    state = State(path, tree, skeleton, kept, 0, own, plan)
     module.__dict__["_autoparallel"] = state
     module.register_load_state_dict_pre_hook(_split_loaded)
     return state
@@ -199,28 +219,29 @@ def _become(
 def _inner(root: nn.Module, module: nn.Module, path: str, plan: Plan | None) -> State:
     """Make a split module of the one at `path` below `root`."""
     state = state_of(root)
-    storage: dict[str, Placement] = {}
+    kept: dict[str, Residence] = {}
     for below, inner in module.named_modules(remove_duplicate=False):
-        for name in held_by(inner):
-            own = f"{below}.{name}" if below else name
-            storage[own] = state.storage.get(f"{path}.{own}", Invariant())
+        for name, parameter in held_by(inner).items():
+            if parameter is not None:
+                own = f"{below}.{name}" if below else name
+                kept[own] = state.kept[f"{path}.{own}"]
     skeleton = state.skeleton.get_submodule(path)
     full = f"{state.path}.{path}" if state.path else path
-    return _become(module, full, state.tree, skeleton, storage, plan)
+    return _become(module, full, state.tree, skeleton, kept, plan)
 
 
 def _fill(
     model: nn.Module,
     made: nn.Module,
-    storage: dict[str, Placement],
-    group: Group,
+    layouts: Mapping[str, Layout],
+    ranks: Ranks,
     mesh: DeviceMesh | None,
 ) -> None:
     """Give the copied tree its own parameters, split, and its own buffers."""
     parts: dict[str, torch.Tensor] = {}
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        parts = materialize(model, storage, group, device)
+        parts = materialize(model, layouts, ranks, device)
     twins: dict[int, nn.Parameter] = {}
     originals = dict(model.named_modules(remove_duplicate=False))
     done: set[int] = set()
@@ -235,17 +256,14 @@ def _fill(
                 continue
             full = prefix + name
             if id(parameter) not in twins:
-                placed = storage[full]
-                if full in parts:
-                    part = parts[full]
-                elif isinstance(placed, Shard):
+                layout = layouts[full]
+                part = parts.get(full)
+                if part is None:
                     whole = parameter.detach()
-                    part = take_part(whole, placed, group.world_size, group.rank).clone()
-                else:
-                    part = parameter.detach().clone()
+                    part = take_layout_part(whole, layout, ranks.sizes, ranks.coordinates).clone()
                 data = part
                 if mesh is not None:
-                    data = as_distributed(part.contiguous(), placed, tuple(parameter.shape), mesh)
+                    data = as_distributed(part.contiguous(), layout, tuple(parameter.shape), mesh)
                 twins[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
             module._parameters[name] = twins[id(parameter)]
         for name, buffer in original._buffers.items():
@@ -253,18 +271,29 @@ def _fill(
                 module._buffers[name] = parts.get(prefix + name, buffer.detach().clone())
 
 
+def _copies(made: nn.Module, kept: Mapping[str, Residence]) -> dict[int, Copy]:
+    """Of parameters of which the ranks keep less than computes: what computes."""
+    found: dict[int, Copy] = {}
+    for path, parameter in made.named_parameters():
+        if kept[path].state != kept[path].storage:
+            owner, _, name = path.rpartition(".")
+            holder = held_by(made.get_submodule(owner))
+            found[id(parameter)] = Copy(holder, name, kept[path])
+    return found
+
+
 def _add(made: nn.Module, state: State, plan: Plan, training: bool) -> _Entry:
     """Emit a plan's program and keep it for calls that it fits."""
     captured = plan.captured
     assert captured is not None
-    program = emit(captured.graph, plan, state.group, plan.model)
-    bundle = Bundle(state.group)
+    program = emit(captured.graph, plan, state.ranks, plan.model)
+    bundle = Bundle(state.ranks)
     leaves = []
-    for path in program.parameters:
+    for path, gradient in zip(program.parameters, program.gradients, strict=True):
         owner, _, name = path.rpartition(".")
         holder = held_by(made.get_submodule(owner))
-        waits = bundle if path in program.deferred else None
-        leaves.append(Leaf(holder, name, path, waits))
+        copy = state.tree.copies.get(id(holder[name]))
+        leaves.append(Leaf(holder, name, path, state.kept[path], gradient, bundle, copy))
     inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
     entry = _Entry(
         plan,
@@ -283,14 +312,16 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return _run_python(module, state, args, kwargs)
     bound = bind_inputs(state.skeleton, args, kwargs)
     inputs, skeleton = flatten(dict(bound.arguments))
-    if state.checks > 0 and state.group.world_size > 1:
+    if state.checks > 0 and state.ranks.world_size > 1:
         state.checks -= 1
         name = type(state.skeleton).__name__
-        require_equal(inputs, list(bound.arguments), state.group, name)
+        require_equal(inputs, list(bound.arguments), state.ranks.world, name)
     entry = _entry(module, state, inputs, skeleton, args, kwargs)
     if entry is None:
         return _run_python(module, state, args, kwargs)
     program = entry.program
+    copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
+    refresh(copies, state.ranks)
     parameters = [leaf.get() for leaf in entry.leaves]
     buffers = [module.get_buffer(path) for path in program.buffers]
     if program.mutations:
@@ -307,8 +338,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     for path, value in zip(program.mutations, written, strict=True):
         module.get_buffer(path).copy_(value.detach())
     returned = [
-        _returned(output, placement, shape, inputs, entry, state)
-        for output, (placement, shape) in zip(outputs, program.outputs, strict=True)
+        _returned(output, layout, shape, inputs, entry, state)
+        for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
     ]
     return rebuild(entry.captured.outputs, returned)
 
@@ -346,7 +377,7 @@ def _entry(
         )  # fmt: skip
         state.python.update((False, True))
         return None
-    require_same_plan(plan, state.group)
+    require_same_plan(plan, state.ranks.world)
     return _add(module, state, plan, module.training)
 
 
@@ -382,14 +413,15 @@ def _settle(root: nn.Module, module: nn.Module, path: str) -> None:
 
 def _returned(
     output: torch.Tensor,
-    placement: Placement,
+    layout: Layout,
     shape: tuple[Any, ...],
     inputs: list[torch.Tensor],
     entry: _Entry,
     state: State,
 ) -> torch.Tensor:
     """What the user gets: the tensor, or a DTensor where it stays split."""
-    if not isinstance(placement, Shard) or state.mesh is None:
+    split = any(isinstance(placement, Shard) for placement in layout)
+    if not split or state.mesh is None:
         return output
     known: dict[Any, int] = {}
     for tensor, sizes in zip(inputs, entry.shapes, strict=True):
@@ -397,7 +429,7 @@ def _returned(
             if isinstance(size, Sym) and size.expr.is_Symbol:
                 known[size.expr] = actual
     whole = tuple(int(s.expr.subs(known)) if isinstance(s, Sym) else s for s in shape)
-    return as_distributed(output, placement, whole, state.mesh)
+    return as_distributed(output, layout, whole, state.mesh)
 
 
 def _split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -405,16 +437,13 @@ def _split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     state = state_of(module)
     if state.mesh is None:
         return
-    for own, placement in state.storage.items():
+    sizes, coordinates = state.ranks.sizes, state.ranks.coordinates
+    for own, layout in state.layouts.items():
         path = prefix + own
         value = state_dict.get(path)
         if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
-            part = value
-            if isinstance(placement, Shard):
-                part = take_part(value, placement, state.group.world_size, state.group.rank)
-            state_dict[path] = as_distributed(
-                part.contiguous(), placement, tuple(value.shape), state.mesh
-            )
+            part = take_layout_part(value, layout, sizes, coordinates).contiguous()
+            state_dict[path] = as_distributed(part, layout, tuple(value.shape), state.mesh)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -422,6 +451,6 @@ def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     state = state_of(module)
     found: dict[str, torch.Tensor] = {}
     for path, value in module.state_dict().items():
-        placement = state.storage.get(path)
-        found[path] = value if placement is None else whole_tensor(value, placement, state.group)
+        layout = state.layouts.get(path)
+        found[path] = value if layout is None else whole_tensor(value, layout, state.ranks)
     return found

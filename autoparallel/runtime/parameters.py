@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as DTensorReplicate
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from autoparallel.copies import shallow_copy
-from autoparallel.errors import AutoParallelError
-from autoparallel.placement import Invariant, Placement, Shard
-from autoparallel.runtime.collectives import move, sum_together, take_part
-from autoparallel.runtime.groups import Group
+from autoparallel.placement import Layout, Placement, Shard, whole_layout
+from autoparallel.plan import ParameterChoice
+from autoparallel.runtime.layouts import gathered, reduced, require_refined
+from autoparallel.runtime.ranks import Ranks
 
-__all__ = ["Bundle", "Leaf", "as_distributed", "materialize", "whole_tensor"]
+__all__ = [
+    "Bundle",
+    "Copy",
+    "Leaf",
+    "Residence",
+    "as_distributed",
+    "refresh",
+    "whole_tensor",
+]
+
+
+@dataclass(frozen=True)
+class Residence:
+    """How one parameter is kept. shape: of the whole; the layouts are those of ParameterChoice."""
+
+    shape: tuple[int, ...]
+    storage: Layout
+    gradient: Layout
+    state: Layout
+
+    @staticmethod
+    def of(choice: ParameterChoice | None, shape: tuple[int, ...], axes: int) -> Residence:
+        """As planned; whole where nothing is. Raises PlanError for what is impossible."""
+        if choice is None:
+            return Residence(shape, *(whole_layout(axes),) * 3)
+        require_refined(choice.storage, choice.state, choice.path)
+        return Residence(shape, choice.storage, choice.gradient, choice.state)
+
+    def reduced_first(self, given: Layout) -> Layout:
+        """What becomes at once of a gradient that lies as `given`: it is cut where it is to be.
+
+        Where it is cut on an outer axis later, an inner cut of the same dim must wait for that.
+        """
+        first = list(given)
+        waiting: set[int] = set()
+        for axis, (early, late) in enumerate(zip(self.gradient, self.state, strict=True)):
+            if not isinstance(late, Shard) or given[axis] == late:
+                continue
+            if early == late and late.dim not in waiting:
+                first[axis] = late
+            else:
+                waiting.add(late.dim)
+        return tuple(first)
 
 
 def _distributed_placement(placement: Placement) -> Any:
@@ -31,37 +72,91 @@ def _distributed_placement(placement: Placement) -> Any:
 
 
 def as_distributed(
-    local: torch.Tensor, placement: Placement, shape: tuple[int, ...], mesh: DeviceMesh
+    local: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh
 ) -> DTensor:
     """The whole tensor of `shape` of which this rank holds `local`."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         local,
         mesh,
-        [_distributed_placement(placement)],
+        list(map(_distributed_placement, layout)),
         run_check=False,
         shape=torch.Size(shape),
         stride=stride,
     )
 
 
-def whole_tensor(tensor: torch.Tensor, placement: Placement, group: Group) -> torch.Tensor:
+def whole_tensor(tensor: torch.Tensor, layout: Layout, ranks: Ranks) -> torch.Tensor:
     """The whole value on every rank, of a parameter or its gradient. A collective call.
 
-    Right for every placement, blocks and uneven runs included.
+    Right for every layout, blocks and uneven runs included.
     """
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if not isinstance(placement, Shard):
-        return local.detach().clone()
-    size = tensor.shape[placement.dim]
-    return move(local.detach(), group, placement, Invariant(), size)
+    own, whole = local.detach(), whole_layout(len(layout))
+    made = gathered([own], [layout], [whole], [tuple(tensor.shape)], ranks)[0]
+    return made.clone() if made is own else made
+
+
+def _held(parameter: Any) -> torch.Tensor:
+    """What this rank holds of a parameter."""
+    held: torch.Tensor = (
+        parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
+    )
+    return held
+
+
+class Copy:
+    """What computes in place of a parameter of which the ranks hold less than computes.
+
+    It is gathered when the parameter has changed: after a step of the optimizer, or when weights
+    were loaded.
+    """
+
+    def __init__(self, owner: dict[str, Any], name: str, kept: Residence) -> None:
+        self.owner, self.name, self.kept = owner, name, kept
+        self.value: torch.Tensor | None = None
+        self.seen: tuple[Any, ...] = ()
+
+    @property
+    def version(self) -> tuple[Any, ...]:
+        """Another one when the parameter has another value."""
+        parameter = self.owner[self.name]
+        held = _held(parameter)
+        counted = held if isinstance(parameter, DTensor) else parameter
+        return id(parameter), held.data_ptr(), held.dtype, held.device, counted._version
+
+    def set(self, value: torch.Tensor) -> None:
+        """Take a value that was gathered now, into the memory of the one before if possible."""
+        known = self.value
+        if known is not None and (known.dtype, known.device) == (value.dtype, value.device):
+            known.copy_(value)
+        else:
+            self.value = value.contiguous()
+        self.seen = self.version
+
+
+def refresh(copies: Sequence[Copy], ranks: Ranks) -> None:
+    """Gather all copies that are out of date, together. A collective call."""
+    old = [copy for copy in copies if copy.seen != copy.version]
+    if not old:
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        wholes = gathered(
+            [_held(copy.owner[copy.name]).detach() for copy in old],
+            [copy.kept.state for copy in old],
+            [copy.kept.storage for copy in old],
+            [copy.kept.shape for copy in old],
+            ranks,
+        )
+        for copy, whole in zip(old, wholes, strict=True):
+            copy.set(whole)
 
 
 class Bundle:
-    """Gradients to be summed over the ranks in one collective, when the backward pass ends."""
+    """Gradients that are reduced together, when the backward pass ends."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.waiting: list[tuple[Leaf, torch.Tensor]] = []
 
     def add(self, leaf: Leaf, grad: torch.Tensor) -> None:
@@ -71,18 +166,24 @@ class Bundle:
         self.waiting.append((leaf, grad))
 
     def finish(self) -> None:
-        """Sum all, and hand each to its parameter. Ranks agree on the order: that of the names."""
+        """Reduce all, and hand each to its parameter. Ranks agree on the order: of the names."""
         waiting, self.waiting = sorted(self.waiting, key=lambda item: item[0].path), []
-        sums = sum_together([grad for _, grad in waiting], self.group)
-        for (leaf, _), total in zip(waiting, sums, strict=True):
+        done = reduced(
+            [grad for _, grad in waiting],
+            [leaf.first for leaf, _ in waiting],
+            [leaf.kept.state for leaf, _ in waiting],
+            self.ranks,
+        )
+        for (leaf, _), total in zip(waiting, done, strict=True):
             leaf.give(total)
 
 
 class Leaf:
     """One parameter: the DTensor that the user sees and the local tensor that computes.
 
-    The local leaf shares the DTensor's memory. Its gradient is handed over as a DTensor as soon
-    as it is complete, because going through autograd costs far more for many parameters.
+    The local leaf shares the DTensor's memory, or that of `copy`, where more computes than is
+    updated. Its gradient is handed over as a DTensor as soon as it is complete, because going
+    through autograd costs far more for many parameters. gradient: how it then lies.
     """
 
     def __init__(
@@ -90,19 +191,24 @@ class Leaf:
         owner: dict[str, Any],
         name: str,
         path: str,
-        bundle: Bundle | None = None,
+        kept: Residence,
+        gradient: Layout,
+        bundle: Bundle,
+        copy: Copy | None = None,
     ) -> None:
-        self.owner, self.name, self.path, self.bundle = owner, name, path, bundle
+        self.owner, self.name, self.path, self.kept = owner, name, path, kept
+        self.gradient, self.bundle, self.copy = gradient, bundle, copy
+        self.first = kept.reduced_first(gradient)
         self.parameter: Any = None
         self.local: torch.Tensor | None = None
 
     def get(self) -> torch.Tensor:
         """The local leaf of the parameter as it is now."""
         parameter = self.owner[self.name]
-        distributed = isinstance(parameter, DTensor)
-        if not distributed and self.bundle is None:
+        if not isinstance(parameter, DTensor) and self.gradient == self.kept.state:
             return parameter
-        held = parameter._local_tensor if distributed else parameter.data
+        held = _held(parameter) if self.copy is None else self.copy.value
+        assert held is not None
         local = self.local
         if (
             parameter is not self.parameter
@@ -124,7 +230,9 @@ class Leaf:
         grad = local.grad
         local.grad = None
         assert grad is not None
-        if self.bundle is not None:
+        if self.first != self.gradient:
+            (grad,) = reduced([grad], [self.gradient], [self.first], self.bundle.ranks)
+        if self.first != self.kept.state:
             self.bundle.add(self, grad)
         else:
             self.give(grad)
@@ -140,91 +248,3 @@ class Leaf:
         else:
             held = parameter.grad._local_tensor if distributed else parameter.grad
             held.add_(grad)
-
-
-def _children_first(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The order of nn.Module.apply."""
-    for name, child in module.named_children():
-        yield from _children_first(child, f"{path}.{name}" if path else name)
-    yield path, module
-
-
-def materialize(
-    model: nn.Module, storage: dict[str, Placement], group: Group, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """This rank's parts of a meta model's parameters, and its buffers, by path.
-
-    Module by module, in the order of nn.Module.apply, the whole is allocated, filled by the
-    model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`), cut,
-    and freed. Every rank draws the same numbers, so the parts are those of one device with the
-    same seed that runs `model.apply(model._init_weights)`; a tied parameter is what was drawn for
-    it last. An initializer of a module may also fill what its children own, but nothing deeper.
-    Raises AutoParallelError that lists the modules, or their parameters, that nothing fills.
-    """
-    own = getattr(model, "_init_weights", None)
-    parts: dict[str, torch.Tensor] = {}
-    missing: list[str] = []
-    for path, module in _children_first(model):
-        real, held = _allocated(module, path, device)
-        if not held:
-            continue
-        reset = getattr(real, "reset_parameters", None)
-        owns = any("." not in name for name in held)
-        if callable(own):
-            own(real)
-        elif owns and callable(reset):
-            reset()
-        elif owns:
-            missing.append(path or type(model).__name__)
-            continue
-        for name, tensor in held.items():
-            full = f"{path}.{name}" if path else name
-            if full in parts and bool(tensor.isnan().any()):
-                continue
-            part, placed = tensor.detach(), storage.get(full)
-            if isinstance(placed, Shard):
-                part = take_part(part, placed, group.world_size, group.rank).clone()
-            parts.pop(full, None)  # so that they stand in the order in which they were drawn
-            parts[full] = part
-    named: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
-    named.update(model.named_parameters(remove_duplicate=False))
-    drawn_last = {id(named[path]): part for path, part in parts.items()}
-    parts = {path: drawn_last[id(named[path])] for path in parts}
-    for path, part in parts.items():
-        if part.is_floating_point() and bool(part.isnan().any()):
-            missing.append(path)
-    if missing:
-        raise AutoParallelError(
-            "the model is on the meta device and cannot be initialized",
-            where=", ".join(missing),
-            why="no reset_parameters() of theirs and no _init_weights(module) fills them",
-            fix="give them reset_parameters(), or pass the model with real weights",
-        )
-    return parts
-
-
-def _allocated(
-    module: nn.Module, path: str, device: torch.device
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A copy of the module whose own and whose children's meta tensors have memory.
-
-    Floating ones are filled with NaN, so that what an initializer leaves alone can be told.
-    """
-    real = shallow_copy(module)
-    held: dict[str, torch.Tensor] = {}
-    for prefix, owner in (("", real), *((f"{n}.", m) for n, m in real.named_children())):
-        own: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
-        for tensors in own:
-            for name, value in tensors.items():
-                if value is None:
-                    continue
-                made = value
-                if value.is_meta:
-                    made = torch.empty_like(value, device=device)
-                    if made.is_floating_point():
-                        made.fill_(float("nan"))
-                if isinstance(value, nn.Parameter):
-                    made = nn.Parameter(made, value.requires_grad)
-                tensors[name] = made
-                held[prefix + name] = made
-    return real, held

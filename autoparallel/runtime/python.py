@@ -11,11 +11,11 @@ from torch import nn
 
 from autoparallel.copies import referring
 from autoparallel.errors import AutoParallelError
-from autoparallel.placement import Invariant, Placement, Shard
+from autoparallel.placement import Invariant, Layout, Shard, layout_gradient, local_layout_size
 from autoparallel.randomness import restore, seeded, snapshot
 from autoparallel.runtime.collectives import convert
-from autoparallel.runtime.groups import Group
-from autoparallel.runtime.parameters import Leaf
+from autoparallel.runtime.parameters import Bundle, Copy, Leaf, Residence, refresh
+from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import Generator
 
 __all__ = ["WholeParameters", "common_numbers", "held_by"]
@@ -85,13 +85,18 @@ class WholeParameters:
     def __init__(
         self,
         module: nn.Module,
-        storage: Mapping[str, Placement],
-        group: Group,
+        kept: Mapping[str, Residence],
+        ranks: Ranks,
         originals: Mapping[int, str],
+        copies: Mapping[int, Copy],
     ) -> None:
-        """originals: paths of the user's parameters by id, to which attributes may refer still."""
-        self.module, self.group = module, group
-        self.readers: dict[tuple[int, str], tuple[Leaf, Placement]] = {}
+        """originals: paths of the user's parameters by id, to which attributes may refer still.
+
+        copies: what computes in place of parameters, by the parameters' ids.
+        """
+        self.module, self.ranks = module, ranks
+        self.readers: dict[tuple[int, str], Leaf] = {}
+        bundle = Bundle(ranks)
         self.references: list[tuple[nn.Module, str, Any, dict[int, str]]] = []
         leaves: dict[int, Leaf] = {}
         for path, inner in module.named_modules():
@@ -99,8 +104,12 @@ class WholeParameters:
             for name, parameter in held.items():
                 if parameter is not None:
                     full = f"{path}.{name}" if path else name
-                    leaf = leaves.setdefault(id(parameter), Leaf(held, name, full))
-                    self.readers[id(held), name] = (leaf, storage.get(full, Invariant()))
+                    if id(parameter) not in leaves:
+                        own = kept[full]
+                        back = layout_gradient(own.storage)
+                        copy = copies.get(id(parameter))
+                        leaves[id(parameter)] = Leaf(held, name, full, own, back, bundle, copy)
+                    self.readers[id(held), name] = leaves[id(parameter)]
             for name, value in vars(inner).items():
                 if name not in _INTERNAL:
                     mentioned = _Mentioned(originals)
@@ -113,11 +122,20 @@ class WholeParameters:
         parameter = held[name]
         if parameter is None or (id(held), name) not in self.readers:
             return parameter
-        leaf, placement = self.readers[id(held), name]
-        local = leaf.get()
-        if not isinstance(placement, Shard):
-            return local
-        return convert(local, self.group, placement, Invariant(), parameter.shape[placement.dim])
+        leaf = self.readers[id(held), name]
+        if leaf.copy is not None:
+            refresh([leaf.copy], self.ranks)
+        value, layout = leaf.get(), leaf.kept.storage
+        for axis in reversed(range(len(layout))):
+            cut = layout[axis]
+            if isinstance(cut, Shard):
+                outer: Layout = (*layout[:axis], *(Invariant(),) * (len(layout) - axis))
+                size = leaf.kept.shape[cut.dim]
+                size = local_layout_size(
+                    size, cut.dim, outer, self.ranks.sizes, self.ranks.coordinates
+                )
+                value = convert(value, self.ranks.groups[axis], cut, Invariant(), size)
+        return value
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:

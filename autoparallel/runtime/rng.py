@@ -8,9 +8,10 @@ Both are functions of (seed, step), which is all that a checkpoint must hold.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.placement import Placement, Shard, local_size, part_bounds
-from autoparallel.runtime.groups import Group
+from autoparallel.placement import Layout, Shard, local_layout_size, local_size, part_bounds
+from autoparallel.runtime.ranks import Ranks
 
-__all__ = ["Generator", "dropout", "generator", "op_key", "uniform", "using"]
+__all__ = ["Generator", "drawing_from", "dropout", "generator", "op_key", "uniform", "using"]
 
 _WORD = 0xFFFFFFFF
 _LONG = 0xFFFFFFFFFFFFFFFF
@@ -93,14 +94,29 @@ class Generator:
         self.drawing = self.tickets[ticket]
         return self.drawing
 
+    def stream_states(self) -> dict[tuple[int, torch.device], torch.Tensor]:
+        """Where torch's generators of the pass under way are."""
+        return {key: stream.get_state() for key, stream in self.streams.items()}
+
+    def repeated(
+        self, step: int | None, states: Mapping[tuple[int, torch.device], torch.Tensor]
+    ) -> Generator:
+        """A generator that draws what this one drew in the pass `step`, from `states` on."""
+        made = Generator(self.seed, self.step, self.mode, drawing=step)
+        for (owner, device), state in states.items():
+            made.streams[owner, device] = torch.Generator(device).set_state(state)
+        return made
+
     def words(self, key: int) -> tuple[int, int]:
         """Two words of 32 bits that an op's numbers of this pass are keyed by."""
         mixed = _mixed_long(self.seed, self.current_step(), key)
         return mixed >> 32, mixed & _WORD
 
-    def stream(self, placement: Placement, rank: int, device: torch.device) -> torch.Generator:
+    def stream(self, layout: Layout, ranks: Ranks, device: torch.device) -> torch.Generator:
         """torch's generator for a tensor that lies so. Ranks that hold the same values share it."""
-        owner = rank + 1 if isinstance(placement, Shard) else 0
+        owner = 0
+        for placement, size, rank in zip(layout, ranks.sizes, ranks.coordinates, strict=True):
+            owner = owner * (size + 1) + (rank + 1 if isinstance(placement, Shard) else 0)
         if (owner, device) not in self.streams:
             seed = _mixed_long(self.seed, self.current_step(), owner) >> 1
             made = torch.Generator(device)
@@ -125,6 +141,17 @@ class using:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         _current.generator = self.before
         self.source.between_passes()
+
+
+@contextlib.contextmanager
+def drawing_from(source: Generator) -> Iterator[None]:
+    """Context of a part of a pass, in which random ops draw from `source` as it is."""
+    before = getattr(_current, "generator", None)
+    _current.generator = source
+    try:
+        yield
+    finally:
+        _current.generator = before
 
 
 def generator() -> Generator:
@@ -180,28 +207,32 @@ def _mix(bits: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     return bits
 
 
+# How one axis cuts a dim: the cut, the number of ranks, and this rank.
+_Cut = tuple[Shard, int, int]
+
+
 @dataclass(frozen=True)
 class _Side:
     """Some neighbouring dims of a tensor taken as one: its rows, or its columns.
 
-    sizes: of the whole. shard: which of these dims is split, if one is. factor, key: what sets
-    the words of this side apart from those of other sides, ops, steps and seeds.
+    sizes: of the whole. cuts: of each dim, the outermost first. factor, key: what sets the words
+    of this side apart from those of other sides, ops, steps and seeds.
     """
 
     sizes: tuple[int, ...]
-    shard: Shard | None
-    group: Group
+    cuts: tuple[tuple[_Cut, ...], ...]
     factor: int
     key: int
 
     @property
     def local_sizes(self) -> tuple[int, ...]:
         """Sizes of this rank's part."""
-        shard, group = self.shard, self.group
-        if shard is None:
-            return self.sizes
-        own = local_size(self.sizes[shard.dim], shard, group.world_size, group.rank)
-        return (*self.sizes[: shard.dim], own, *self.sizes[shard.dim + 1 :])
+        found = []
+        for size, cuts in zip(self.sizes, self.cuts, strict=True):
+            for shard, world_size, rank in cuts:
+                size = local_size(size, shard, world_size, rank)
+            found.append(size)
+        return tuple(found)
 
     def words(self, length: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         """int32 words of this rank's places, `length` at a time, each with where it starts.
@@ -224,35 +255,56 @@ class _Side:
 
         int32 where that is enough.
         """
-        shard, first = self.shard, 0
-        if shard is not None:
-            size = self.sizes[shard.dim] // shard.blocks
-            runs = part_bounds(size // shard.unit, self.group.world_size, self.group.rank)
-            first, last = runs[0] * shard.unit, runs[1] * shard.unit
-        if shard is None or (shard.blocks == 1 and shard.dim == 0):
-            offset = first * prod(self.sizes[1:])
+        if not any(self.cuts[1:]) and all(
+            shard.blocks == 1 for cut in self.cuts for shard, *_ in cut
+        ):
+            offset = self._first() * prod(self.sizes[1:])
             kind = torch.int32 if prod(self.sizes) <= _WORD >> 1 else torch.int64
             return torch.arange(offset + start, offset + stop, dtype=kind, device=device)
         index = torch.arange(start, stop, device=device)
-        below = prod(self.sizes[shard.dim + 1 :])
-        above, inside = index // ((last - first) * below), index // below
-        inside = inside.remainder_(last - first).add_(first)
-        return above.mul_(size).add_(inside).mul_(below).add_(index.remainder_(below))
+        places, stride = torch.zeros_like(index), 1
+        for dim in reversed(range(len(self.sizes))):
+            own = self.local_sizes[dim]
+            at = index.remainder(own) if dim else index
+            places += _place_in_whole(at, self.sizes[dim], self.cuts[dim]) * stride
+            index = index // own
+            stride *= self.sizes[dim]
+        return places
+
+    def _first(self) -> int:
+        """Where this rank's part of the first dim begins, in the whole."""
+        first = 0
+        size = self.sizes[0] if self.sizes else 1
+        for shard, world_size, rank in self.cuts[0] if self.cuts else ():
+            start, stop = part_bounds(size // shard.unit, world_size, rank)
+            first, size = first + start * shard.unit, (stop - start) * shard.unit
+        return first
+
+
+def _place_in_whole(index: torch.Tensor, size: int, cuts: tuple[_Cut, ...]) -> torch.Tensor:
+    """Where the elements at `index` of a rank's part are in a whole dim of `size`."""
+    if not cuts:
+        return index
+    (shard, world_size, rank), *inner = cuts
+    index = _place_in_whole(index, local_size(size, shard, world_size, rank), tuple(inner))
+    block = size // shard.blocks
+    first, last = (edge * shard.unit for edge in part_bounds(block // shard.unit, world_size, rank))
+    length = last - first
+    return index // length * block + index.remainder(length).add_(first)
 
 
 def _sides(
-    shape: tuple[int, ...], placement: Placement, group: Group, words: tuple[int, int]
+    shape: tuple[int, ...], layout: Layout, ranks: Ranks, words: tuple[int, int]
 ) -> tuple[_Side, _Side]:
     """Rows and columns of a tensor of `shape`: its dims, cut where fewest of both come out."""
     costs = [prod(shape[:at]) + prod(shape[at:]) for at in range(len(shape) + 1)]
     at = costs.index(min(costs))
-    shards: list[Shard | None] = [None, None]
-    if isinstance(placement, Shard):
-        second = placement.dim >= at
-        dim = placement.dim - at if second else placement.dim
-        shards[second] = Shard(dim, placement.blocks, placement.unit)
-    rows = _Side(shape[:at], shards[0], group, 1, words[0])
-    return rows, _Side(shape[at:], shards[1], group, 0x9E3779B1, words[1])
+    cuts: list[tuple[_Cut, ...]] = [()] * len(shape)
+    for placement, size, rank in zip(layout, ranks.sizes, ranks.coordinates, strict=True):
+        if isinstance(placement, Shard):
+            cuts[placement.dim] += ((placement, size, rank),)
+    rows = _Side(shape[:at], tuple(cuts[:at]), 1, words[0])
+    return rows, _Side(shape[at:], tuple(cuts[at:]), 0x9E3779B1, words[1])
 
 
 def _drawn(
@@ -284,20 +336,20 @@ def _drawn(
 def uniform(
     shape: tuple[int, ...],
     key: int,
-    placement: Placement,
-    group: Group,
+    placements: Layout,
+    ranks: Ranks,
     device: torch.device,
     source: Generator,
 ) -> torch.Tensor:
     """Uniform numbers in [0, 1) for the local part of a tensor of `shape`, float32, 24 bits."""
     if source.mode == "fast":
-        local = list(shape)
-        if isinstance(placement, Shard):
-            size = shape[placement.dim]
-            local[placement.dim] = local_size(size, placement, group.world_size, group.rank)
-        stream = source.stream(placement, group.rank, device)
+        local = [
+            local_layout_size(size, dim, placements, ranks.sizes, ranks.coordinates)
+            for dim, size in enumerate(shape)
+        ]
+        stream = source.stream(placements, ranks, device)
         return torch.rand(local, generator=stream, device=device)
-    rows, columns = _sides(shape, placement, group, source.words(key))
+    rows, columns = _sides(shape, placements, ranks, source.words(key))
     made = torch.empty((prod(rows.local_sizes), prod(columns.local_sizes)), device=device)
     for down, across, bits in _drawn(rows, columns, device):
         made[down, across] = bits.bitwise_right_shift_(8).add_(1 << 23)
@@ -309,16 +361,16 @@ def _noise(
     probability: float,
     key: int,
     shape: tuple[int, ...],
-    placement: Placement,
-    group: Group,
+    placements: Layout,
+    ranks: Ranks,
     source: Generator,
 ) -> torch.Tensor:
     """What dropout multiplies x by: 0 with `probability`, else 1 / (1 - probability)."""
     scale = 1 / (1 - probability)
     if source.mode == "fast":
-        stream = source.stream(placement, group.rank, x.device)
+        stream = source.stream(placements, ranks, x.device)
         return x.new_empty(x.shape).bernoulli_(1 - probability, generator=stream).mul_(scale)
-    rows, columns = _sides(shape, placement, group, source.words(key))
+    rows, columns = _sides(shape, placements, ranks, source.words(key))
     made = x.new_empty((prod(rows.local_sizes), prod(columns.local_sizes)))
     least = _signed(0x80000000 + round(probability * (1 << 32)))
     for down, across, bits in _drawn(rows, columns, x.device):
@@ -333,17 +385,17 @@ def dropout(
     *,
     key: int,
     shape: tuple[int, ...],
-    placement: Placement,
-    group: Group,
+    placements: Layout,
+    ranks: Ranks,
 ) -> torch.Tensor:
     """x with each element zeroed with `probability`, the others scaled by 1 / (1 - probability).
 
-    shape: of the whole. placement: of x; every rank of a whole or pending sum draws alike.
+    shape: of the whole. placements: of x; every rank of a whole or pending sum draws alike.
     """
     if not train or probability == 0:
         return x
     if probability == 1:
         return x * 0
     with torch.no_grad():
-        noise = _noise(x, probability, key, shape, placement, group, generator())
+        noise = _noise(x, probability, key, shape, placements, ranks, generator())
     return x * noise

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.runtime.groups import Group
+from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import Generator
 
 __all__ = ["generator_of", "give_generator", "manual_seed", "rng_state", "set_rng_state"]
@@ -52,11 +52,11 @@ def generator_of(module: nn.Module) -> Generator:
     return found
 
 
-def give_generator(module: nn.Module, mode: str, group: Group, mesh: DeviceMesh | None) -> None:
+def give_generator(module: nn.Module, mode: str, ranks: Ranks, mesh: DeviceMesh | None) -> None:
     """Seed a module as rank 0's torch is seeded. A collective call for several ranks."""
     seed = torch.initial_seed()
     if mesh is not None:
         words = torch.tensor([seed >> 32, seed & 0xFFFFFFFF], device=mesh.device_type)
-        high, low = group.all_gather(words)[0].tolist()
+        high, low = ranks.world.all_gather(words)[0].tolist()
         seed = high << 32 | low
     module.__dict__["_generator"] = Generator(seed, mode=mode)

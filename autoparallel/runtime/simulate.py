@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +13,13 @@ from torch import nn
 
 from autoparallel.errors import PlanError
 from autoparallel.graph.capture import bind_inputs
-from autoparallel.placement import Invariant, Partial, Placement, Shard
+from autoparallel.placement import Layout, Partial, Shard, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
-from autoparallel.runtime.collectives import join_parts, sum_together, take_part
-from autoparallel.runtime.groups import LocalGroup, run_ranks, thread_groups
+from autoparallel.runtime.layouts import join_layout, reduced, take_layout_part
 from autoparallel.runtime.module import Replan, parallel_module, state_of
+from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.seeds import manual_seed
 from autoparallel.structure import Skeleton, flatten, rebuild
 
@@ -83,20 +84,19 @@ def simulate_plan(
             + ", ".join(str(n.result) for n in captured.graph.nodes if n.kind == "input"),
             fix="plan with inputs like these",
         )
-    groups = thread_groups(plan.world_size)
+    ranks = thread_ranks(plan.mesh)
     weights = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     device = next((p.device for p in weights.values()), torch.device("cpu"))
     storage = plan.storage
+    states = {parameter.path: parameter.state for parameter in plan.parameters}
 
-    def work(group: LocalGroup) -> _Ran:
-        program = emit(captured.graph, plan, group, plan.model)
+    def work(own: Ranks) -> _Ran:
+        program = emit(captured.graph, plan, own, plan.model)
         leaves = []
         for path in program.parameters:
-            whole, placed = weights[path].detach(), storage[path]
-            part = whole
-            if isinstance(placed, Shard):
-                part = take_part(whole, placed, group.world_size, group.rank)
+            whole, layout = weights[path].detach(), storage[path]
+            part = take_layout_part(whole, layout, own.sizes, own.coordinates)
             leaves.append(part.clone().requires_grad_(weights[path].requires_grad))
         given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         held = {path: buffers[path].clone() for path in program.buffers}
@@ -114,21 +114,20 @@ def simulate_plan(
             loss = _loss_of(local) if backward is True else backward(local)
             if loss is not None:
                 loss.backward()
-        summed = [
-            leaf
-            for path, leaf in zip(program.parameters, leaves, strict=True)
-            if path in program.deferred and leaf.grad is not None
-        ]
-        grads = [leaf.grad for leaf in summed if leaf.grad is not None]
-        totals = sum_together(grads, group) if grads else []
-        for leaf, total in zip(summed, totals, strict=True):
-            leaf.grad = total
         gradients = {path: leaf.grad for path, leaf in zip(program.parameters, leaves, strict=True)}
-        own = [tensor.grad for tensor in given]
-        return _Ran(outputs, gradients, own, held)
+        lies = dict(zip(program.parameters, program.gradients, strict=True))
+        made = {path: grad for path, grad in gradients.items() if grad is not None}
+        done = reduced(
+            list(made.values()),
+            [lies[path] for path in made],
+            [states[path] for path in made],
+            own,
+        )
+        gradients.update(zip(made, done, strict=True))
+        return _Ran(outputs, gradients, [tensor.grad for tensor in given], held)
 
-    results = run_ranks(groups, work)
-    made = _together(results, groups[0], storage, plan.outputs, captured.outputs)
+    results = run_ranks(ranks, work)
+    made = _together(results, ranks[0], states, plan.outputs, captured.outputs)
     gradients = dict(made.gradients)
     for path, kept in captured.aliases.items():
         if kept in gradients:
@@ -138,32 +137,33 @@ def simulate_plan(
 
 def _together(
     results: list[_Ran],
-    group: LocalGroup,
-    storage: Mapping[str, Placement],
-    outputs: tuple[Placement, ...],
+    ranks: Ranks,
+    layouts: Mapping[str, Layout],
+    outputs: tuple[Layout, ...],
     structure: Skeleton,
 ) -> Simulation:
     """What the ranks have in the end, put together. structure: of what the model returns."""
-    joined = _Joined()
+    joined = _Joined(ranks.sizes)
+    same = whole_layout(len(ranks.sizes))
     whole = [
-        joined.of([ran.outputs[index] for ran in results], placement)
-        for index, placement in enumerate(outputs)
+        joined.of([ran.outputs[index] for ran in results], layout)
+        for index, layout in enumerate(outputs)
     ]
     gradients: dict[str, torch.Tensor] = {}
     for path in results[0].gradients:
-        gradient = joined.maybe([ran.gradients[path] for ran in results], storage[path])
+        gradient = joined.maybe([ran.gradients[path] for ran in results], layouts[path])
         if gradient is not None:
             gradients[path] = gradient
     return Simulation(
         rebuild(structure, whole),
         gradients,
-        dict(group.counts),
+        ranks.counts,
         tuple(
-            joined.maybe([ran.inputs[index] for ran in results], Invariant())
+            joined.maybe([ran.inputs[index] for ran in results], same)
             for index in range(len(results[0].inputs))
         ),
         {
-            path: joined.of([ran.buffers[path] for ran in results], Invariant())
+            path: joined.of([ran.buffers[path] for ran in results], same)
             for path in results[0].buffers
         },
         joined.apart,
@@ -184,11 +184,11 @@ def _simulate_parts(
     def refuse(*_: Any) -> Plan:
         raise PlanError("a module is called otherwise than in the example run")
 
-    groups = thread_groups(plan.world_size, in_turn=True)
+    ranks = thread_ranks(plan.mesh, in_turn=True)
     tensors, skeleton = flatten((args, dict(kwargs)))
 
-    def work(group: LocalGroup) -> tuple[_Ran, Skeleton, Mapping[str, Placement]]:
-        made = parallel_module(model, plan, group, None, replan or refuse, 0)
+    def work(own: Ranks) -> tuple[_Ran, Skeleton, Mapping[str, Layout]]:
+        made = parallel_module(model, plan, own, None, replan or refuse, 0)
         manual_seed(made, seed)
         # Copies, as each rank has its own, and Python may write to them.
         given = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
@@ -200,15 +200,15 @@ def _simulate_parts(
                 loss.backward()
         outputs, returned = flatten(output)
         named = made.named_parameters(remove_duplicate=False)
-        gradients = {path: own.grad for path, own in named}
+        gradients = {path: parameter.grad for path, parameter in named}
         inputs = [tensor.grad for tensor in given]
         ran = _Ran(outputs, gradients, inputs, dict(made.named_buffers()))
-        return ran, returned, state_of(made).storage
+        return ran, returned, state_of(made).layouts
 
-    results = run_ranks(groups, work)
-    first, returned, storage = results[0]
-    outputs = (Invariant(),) * len(first.outputs)
-    return _together([ran for ran, _, _ in results], groups[0], storage, outputs, returned)
+    results = run_ranks(ranks, work)
+    first, returned, layouts = results[0]
+    outputs = (whole_layout(len(plan.mesh.axes)),) * len(first.outputs)
+    return _together([ran for ran, _, _ in results], ranks[0], layouts, outputs, returned)
 
 
 @dataclass(frozen=True)
@@ -224,28 +224,33 @@ class _Ran:
 class _Joined:
     """Puts the ranks' parts together. apart: how far those differed that should be the same."""
 
-    def __init__(self) -> None:
-        self.apart = 0.0
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes, self.apart = sizes, 0.0
 
-    def maybe(self, parts: list[torch.Tensor | None], placement: Placement) -> torch.Tensor | None:
+    def maybe(self, parts: list[torch.Tensor | None], layout: Layout) -> torch.Tensor | None:
         """The whole of gradients, None where no rank has one."""
         if all(part is None for part in parts):
             return None
         example = next(part for part in parts if part is not None)
-        if not isinstance(placement, Shard):
+        if not any(isinstance(placement, Shard) for placement in layout):
             parts = [torch.zeros_like(example) if part is None else part for part in parts]
-        return self.of([part for part in parts if part is not None], placement)
+        return self.of([part for part in parts if part is not None], layout)
 
-    def of(self, parts: list[torch.Tensor], placement: Placement) -> torch.Tensor:
+    def of(self, parts: list[torch.Tensor], layout: Layout) -> torch.Tensor:
         """The whole tensor."""
         parts = [part.detach() for part in parts]
-        if isinstance(placement, Shard):
-            return join_parts(parts, placement)
-        if isinstance(placement, Partial):
-            return torch.stack(parts).sum(0)
-        first = parts[0]
-        for part in parts[1:]:
-            away = (part.to(torch.float64) - first.to(torch.float64)).abs().nan_to_num(math.inf)
-            same = (part == first) | (part.isnan() & first.isnan())
-            self.apart = max(self.apart, float(away.masked_fill(same, 0.0).sum()))
-        return parts[0]
+        places = list(itertools.product(*map(range, self.sizes)))
+        first: dict[tuple[int, ...], torch.Tensor] = {}
+        for place, part in zip(places, parts, strict=True):
+            alike = tuple(
+                rank if isinstance(placement, (Shard, Partial)) else 0
+                for rank, placement in zip(place, layout, strict=True)
+            )
+            self.compare(first.setdefault(alike, part), part)
+        return join_layout(parts, layout, self.sizes)
+
+    def compare(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        """Note how far two are apart that should be the same."""
+        away = (other.to(torch.float64) - one.to(torch.float64)).abs().nan_to_num(math.inf)
+        same = (other == one) | (other.isnan() & one.isnan())
+        self.apart = max(self.apart, float(away.masked_fill(same, 0.0).sum()))

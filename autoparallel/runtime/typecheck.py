@@ -15,11 +15,13 @@ from torch import nn
 
 from autoparallel.errors import PlanError
 from autoparallel.graph.capture import bind_inputs
-from autoparallel.placement import Replicate, Shard
+from autoparallel.placement import Layout, Shard, layout_gradient, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
-from autoparallel.runtime.collectives import spmd_type, take_part
+from autoparallel.runtime.collectives import spmd_type
 from autoparallel.runtime.groups import ProcessGroup
+from autoparallel.runtime.layouts import take_layout_part
+from autoparallel.runtime.ranks import Ranks, process_ranks
 from autoparallel.structure import flatten
 
 __all__ = ["typecheck_plan"]
@@ -44,29 +46,24 @@ def typecheck_plan(
     if captured is None:
         raise PlanError("the plan has no graph", fix="plan again in this process")
     world: Any = dist.group.WORLD
-    group = ProcessGroup(world)
-    program = emit(captured.graph, plan, group, plan.model, alter)
+    names, shape = zip(*plan.mesh.axes, strict=True)
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    ranks = process_ranks(ProcessGroup(world), mesh)
+    program = emit(captured.graph, plan, ranks, plan.model, alter)
     inputs, _ = flatten(dict(bind_inputs(model, args, kwargs).arguments))
     weights = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    mesh = dist.device_mesh.init_device_mesh(
-        "cpu", (plan.world_size,), mesh_dim_names=(plan.mesh.axes[0][0],)
-    )
     leaves = []
     for path in program.parameters:
-        placed, part = plan.storage[path], weights[path].detach()
-        if isinstance(placed, Shard):
-            part = take_part(part, placed, group.world_size, group.rank)
+        whole, layout = weights[path].detach(), plan.storage[path]
+        part = take_layout_part(whole, layout, ranks.sizes, ranks.coordinates)
         leaves.append(part.clone().requires_grad_())
     with spmd_types.set_current_mesh(mesh), checker.typecheck(local=True):
-        for path, leaf in zip(program.parameters, leaves, strict=True):
-            placed = plan.storage[path]
-            if path in program.deferred:
-                placed = Replicate()
-            kind = spmd_types.V if isinstance(placed, Shard) else spmd_type(placed)
-            spmd_types.assert_type(leaf, {world: kind})
+        for leaf, back in zip(leaves, program.gradients, strict=True):
+            spmd_types.assert_type(leaf, _types(layout_gradient(back), ranks))
+        same = _types(whole_layout(len(ranks.sizes)), ranks, spmd_types.R)
         for tensor in (*inputs, *buffers.values(), *captured.constants.values()):
-            spmd_types.assert_type(tensor, {world: spmd_types.R})
+            spmd_types.assert_type(tensor, same)
         outputs, _ = program.run(
             leaves,
             [buffers[path] for path in program.buffers],
@@ -74,7 +71,18 @@ def typecheck_plan(
             inputs,
             torch.device("cpu"),
         )
-        for output, placement in zip(outputs, plan.outputs, strict=True):
-            kind = spmd_types.V if isinstance(placement, Shard) else spmd_type(placement)
+        for output, layout in zip(outputs, plan.outputs, strict=True):
             if output.requires_grad:
-                spmd_types.assert_type(output, {world: kind})
+                spmd_types.assert_type(output, _types(layout, ranks))
+
+
+def _types(layout: Layout, ranks: Ranks, every: Any = None) -> dict[Any, Any]:
+    """What the checker is told of a tensor, for each axis of several ranks."""
+    import spmd_types
+
+    found: dict[Any, Any] = {}
+    for placement, group in zip(layout, ranks.groups, strict=True):
+        if isinstance(group, ProcessGroup):
+            own = spmd_types.V if isinstance(placement, Shard) else spmd_type(placement)
+            found[group.process_group] = every or own
+    return found

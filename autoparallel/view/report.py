@@ -15,8 +15,8 @@ from rich.text import Text
 from autoparallel.placement import Collective, Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.traffic import PHASES, Transfer, transfers
-from autoparallel.view.fold import Folded, fold
 from autoparallel.units import bytes_text
+from autoparallel.view.fold import Folded, fold
 from autoparallel.view.words import Words, collective_text, kind_of, seconds_text
 
 __all__ = ["collective_totals", "plan_text", "print_plan"]

@@ -23,7 +23,6 @@ from autoparallel.traffic import Transfer, transfers
 
 __all__ = [
     "Words",
-    "bytes_text",
     "collective_text",
     "is_unary",
     "kind_of",

@@ -1,0 +1,117 @@
+"""How the parts of a call are written in an emitted program: sizes, arguments, functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch.nn import functional
+from torch.utils._sympy.printers import PythonPrinter
+
+from autoparallel.errors import PlanError
+from autoparallel.graph.graph import Dim, Ref, Sym
+from autoparallel.placement import Layout, Placement
+from autoparallel.rewrite.names import placement_name
+
+__all__ = ["Code", "Speller", "spelled"]
+
+_AS_IS = {"dtype_layout", "Tensor_Scalar_out"}
+_METHODS = {"expand", "repeat", "to"}
+
+
+class Code(str):
+    """An expression, printed without quotes."""
+
+    __slots__ = ()
+
+
+class Speller:
+    """constants: what the text names besides values. symbols: names of the inputs' sizes."""
+
+    def __init__(self) -> None:
+        self.constants: dict[str, Any] = {}
+        self.symbols: dict[Any, str] = {}
+        self.sizes: dict[Dim, str] = {}
+        self.printer = PythonPrinter()
+
+    def placement(self, placement: Placement) -> str:
+        """A placement by a short name."""
+        name = placement_name(placement)
+        self.constants[name] = placement
+        return name
+
+    def layout(self, layout: Layout) -> str:
+        """A layout as a tuple of such names."""
+        names = [self.placement(placement) for placement in layout]
+        return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
+
+    def size(self, size: Any) -> str:
+        """A number, or an expression in the inputs' sizes."""
+        if isinstance(size, Code):
+            return str(size)
+        if not isinstance(size, Sym):
+            return repr(size)
+        if size not in self.sizes:
+            self.sizes[size] = self.printed(size)
+        return self.sizes[size]
+
+    def shape(self, sizes: Iterable[Any]) -> str:
+        """A tuple of sizes."""
+        return f"({''.join(f'{self.size(size)}, ' for size in sizes)})"
+
+    def printed(self, size: Sym) -> str:
+        """The expression in the names that the program gives to the inputs' sizes."""
+        known = {symbol: sympy.Symbol(text) for symbol, text in self.symbols.items()}
+        unknown = size.expr.free_symbols - set(known)
+        if unknown:
+            raise PlanError(f"size {size} does not follow from the inputs' sizes")
+        return str(self.printer.doprint(size.expr.subs(known)))
+
+    def arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reads: Iterable[str]
+    ) -> str:
+        """A call's arguments. reads: what its tensors are called, in order."""
+        names = iter(reads)
+        parts = [self.argument(arg, names) for arg in args]
+        parts += [f"{key}={self.argument(value, names)}" for key, value in kwargs.items()]
+        return ", ".join(parts)
+
+    def argument(self, item: Any, names: Iterator[str]) -> str:
+        """One argument."""
+        if isinstance(item, Ref):
+            return next(names)
+        if isinstance(item, (Code, Sym)):
+            return self.size(item)
+        if isinstance(item, tuple):
+            return "[" + ", ".join(self.argument(part, names) for part in item) + "]"
+        if isinstance(item, torch.device):
+            return "device"
+        if isinstance(item, float) and not math.isfinite(item):
+            return f"float('{item}')"
+        if isinstance(item, (int, float, str, bool, type(None), torch.dtype)):
+            return repr(item)
+        if isinstance(item, (torch.layout, torch.memory_format)):
+            return repr(item)
+        key = f"constant_{len(self.constants)}"
+        self.constants[key] = item
+        return key
+
+
+def spelled(target: str, text: str, reads: list[str]) -> str:
+    """The call of an op, as a person would write it where torch has such a function."""
+    space, _, rest = target.partition(".")
+    name, _, overload = rest.partition(".")
+    if space == "aten" and overload not in _AS_IS and not name.startswith("_"):
+        if hasattr(torch._C._nn, name):
+            own = getattr(torch._C._nn, name)
+            public = getattr(functional, name, None) is own
+            return f"{'F' if public else 'torch._C._nn'}.{name}({text})"
+        if hasattr(torch._C._VariableFunctions, name):
+            return f"torch.{name}({text})"
+        if name in _METHODS and reads and text.startswith(reads[0]):
+            others = text[len(reads[0]) :].removeprefix(", ")
+            return f"{reads[0]}.{name}({others})"
+    return f"torch.ops.{target}({text})"

@@ -1,0 +1,182 @@
+"""What is not kept for the backward pass, but made again: converted copies, and whole blocks.
+
+A copy that a conversion made is known by its memory. Wherever autograd would keep that memory, as a
+whole or as a view, it keeps where the copy came from instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from autoparallel.placement import Placement
+from autoparallel.runtime.collectives import convert, move
+from autoparallel.runtime.groups import Group
+from autoparallel.runtime.rng import drawing_from, generator
+
+__all__ = ["convert_again", "dropping", "recomputed"]
+
+
+class _View:
+    """A tensor that lies in the memory of a copy."""
+
+    def __init__(self, copy: _Copy, view: torch.Tensor) -> None:
+        self.copy = copy
+        self.dtype, self.sizes, self.strides = view.dtype, view.size(), view.stride()
+        self.offset = view.storage_offset()
+
+    def of(self, made: torch.Tensor) -> torch.Tensor:
+        """The same view of a copy that was made again."""
+        made = made if made.dtype == self.dtype else made.view(self.dtype)
+        return made.as_strided(self.sizes, self.strides, self.offset)
+
+
+class _Copy:
+    """How a copy is made again. wanted: by how many places of the backward pass."""
+
+    def __init__(
+        self,
+        source: torch.Tensor | _View,
+        group: Group,
+        placements: tuple[Placement, Placement],
+        size: int,
+    ) -> None:
+        self.source, self.group, self.placements, self.size = source, group, placements, size
+        self.version = source._version if isinstance(source, torch.Tensor) else 0
+        self.wanted = 0
+        self.made: torch.Tensor | None = None
+
+    def again(self) -> torch.Tensor:
+        """The copy. Raises RuntimeError where what it came from has been written to since."""
+        source = self.source
+        if isinstance(source, _View):
+            source = source.of(source.copy.again())
+        else:
+            _require_version(source, self.version)
+        with torch.no_grad():
+            return move(source, self.group, *self.placements, self.size)
+
+    def taken(self) -> torch.Tensor:
+        """The copy for one of the places that want it; kept until the last of them has had it."""
+        made = self.again() if self.made is None else self.made
+        self.wanted -= 1
+        self.made = made if self.wanted > 0 else None
+        return made
+
+
+def _require_version(tensor: torch.Tensor, version: int) -> None:
+    """What autograd requires of what it keeps itself."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {tuple(tensor.shape)} is at version {tensor._version}; expected version "
+            f"{version} instead"
+        )
+
+
+class _Copies:
+    """The copies of one pass, by their memory, which is not kept alive."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[StorageWeakRef, _Copy]] = {}
+
+    def add(
+        self,
+        made: torch.Tensor,
+        source: torch.Tensor,
+        group: Group,
+        placements: tuple[Placement, Placement],
+        size: int,
+    ) -> None:
+        """Note where a copy came from; one that shares the memory of its source costs nothing."""
+        storage, other = made.untyped_storage(), source.untyped_storage()
+        if storage._cdata == other._cdata:
+            return
+        before = self.known.get(other._cdata)
+        origin = source.detach() if before is None else _View(before[1], source)
+        copy = _Copy(origin, group, placements, size)
+        self.known[storage._cdata] = (StorageWeakRef(storage), copy)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What autograd is to keep of a tensor: a copy's view, or the tensor and its version.
+
+        Detached, as a result that is kept by what made it would never be freed.
+        """
+        found = self.known.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return tensor.detach(), tensor._version
+        found[1].wanted += 1
+        return _View(found[1], tensor)
+
+    @staticmethod
+    def unpack(kept: Any) -> torch.Tensor:
+        """The tensor of what was kept."""
+        if isinstance(kept, _View):
+            return kept.of(kept.copy.taken())
+        tensor: torch.Tensor
+        tensor, version = kept
+        _require_version(tensor, version)
+        return tensor
+
+
+_current = threading.local()
+
+
+def convert_again(
+    x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
+) -> torch.Tensor:
+    """`convert`, of which the backward pass keeps `x` and not the result."""
+    made = convert(x, group, source, target, size)
+    copies: _Copies | None = getattr(_current, "copies", None)
+    if copies is not None:
+        copies.add(made, x, group, (source, target), size)
+    return made
+
+
+def dropping(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The program, with what `convert_again` makes in it dropped after the forward pass.
+
+    Inside somebody else's hooks on what autograd keeps, those decide: torch.utils.checkpoint makes
+    everything again.
+    """
+
+    @functools.wraps(run)
+    def wrapped(*args: Any) -> Any:
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if hooked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return run(*args)
+        before = getattr(_current, "copies", None)
+        copies = _current.copies = _Copies()
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(copies.pack, copies.unpack):
+                return run(*args)
+        finally:
+            _current.copies = before
+
+    return wrapped
+
+
+def recomputed(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+    """What a block returns; the backward pass keeps its inputs, and runs it again for the rest.
+
+    Random ops draw again what they drew, and the ranks communicate again in the same order.
+    """
+    source = generator()
+    states = source.stream_states()
+    steps: list[int | None] = []
+
+    def run(*tensors: torch.Tensor) -> Any:
+        if steps:
+            with drawing_from(source.repeated(steps[0], states)):
+                return block(*tensors)
+        made = block(*tensors)
+        steps.append(source.drawing)
+        return made
+
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
