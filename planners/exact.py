@@ -94,7 +94,7 @@ class _Elimination:
         self.problem = problem
         self.memo = memo
         self.network = reduce(problem, memo)
-        self.schedule = schedule(self.network, max_table_entries)
+        self.schedule = schedule(self.network, max_table_entries, memo.orders)
         self.tables: list[int] = []
         offsets: list[float] = []
         for number, recipe in enumerate(self.schedule.recipes):

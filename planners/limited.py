@@ -36,7 +36,10 @@ _SPREADS = ((0.01, 0.01), (0.1, 0.1), (0.5, 0.5), (0.5, 4.0), (1.0, 1.0))
 _MOST_JUMPS = 3
 _MOST_BRANCHES = 8
 _HUB_TABLES = 8
+# Of solutions found, those near the bound: that are brought within the limit, and that others may
+# take changes from.
 _MOST_MENDED = 3
+_MOST_OTHERS = 8
 _EXACT = 1e-9
 
 
@@ -68,7 +71,7 @@ class Narrow:
 
     def forget(self) -> None:
         """Drop the memo: no table with usage is the same at another multiplier."""
-        self.memo = Memo()
+        self.memo = Memo(self.memo.orders)
 
     def __call__(self, problem: Problem) -> Solution:
         if self.given is None:
@@ -103,6 +106,7 @@ class _Search:
         self.solves = 0
         self.limit = math.inf if problem.limit is None else problem.limit
         self.found: list[Solution] = []
+        self.known: dict[tuple[tuple[int, ...], ...], None] = {}
 
     def run(self) -> Solution:
         root = _Node(self.problem, {}, -math.inf)
@@ -179,7 +183,14 @@ class _Search:
         fits = self.problem.fits(solution.usage)
         if fits and (self.best is None or solution.cost < self.best.cost):
             self.best = solution
-        self.found.append(solution)
+        key = (
+            tuple(solution.assignment.values()),
+            solution.variable_alternatives,
+            solution.factor_alternatives,
+        )
+        if key not in self.known:
+            self.known[key] = None
+            self.found.append(solution)
         return solution
 
     def at(self, node: _Node, multiplier: float) -> Solution:
@@ -323,15 +334,18 @@ class _Search:
         def height(solution: Solution) -> float:
             return solution.cost + node.multiplier * (solution.usage - self.limit)
 
-        within = [s for s in self.found if self.problem.fits(s.usage)]
-        over = [s for s in self.found if not self.problem.fits(s.usage)]
-        over = [s for s in over if self.best is None or s.cost < self.best.cost]
-        for solution in sorted(over, key=lambda s: (height(s), s.usage))[:_MOST_MENDED]:
+        near = sorted(self.found, key=lambda s: (height(s), s.usage))
+        within = [s for s in near if self.problem.fits(s.usage)][:_MOST_OTHERS]
+        over = [s for s in near if not self.problem.fits(s.usage)][:_MOST_OTHERS]
+        for solution in over[:_MOST_MENDED]:
+            if self.best is not None and solution.cost >= self.best.cost:
+                continue
             mended = filling.mended(self.problem, solution, within, node.multiplier)
             if mended is not None:
                 self.consider(mended)
         if self.best is not None:
-            self.consider(filling.filled(self.problem, self.best, self.found, node.multiplier))
+            others = within + over
+            self.consider(filling.filled(self.problem, self.best, others, node.multiplier))
 
     def branches(self, node: _Node) -> list[_Node]:
         """A node for each state of a variable that decides for many others."""

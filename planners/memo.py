@@ -7,17 +7,19 @@ Layers of a model repeat, so their tables are equal, so the messages between the
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from planners.contraction import along, contract, others
 from planners.tables import Table
+
+# Orders of elimination, by the number of states of all variables and the scopes of all tables.
+Orders = dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], list[int]]
 
 # A table's number and, for each of its axes, the axis of the joint table it lies along.
 Operand = tuple[int, tuple[int, ...]]
-
-_CHUNK_ENTRIES = 2**18  # the joint table is walked in pieces of this size, which stay in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,13 @@ class Pieces:
 class Memo:
     """Interned tables and remembered results; hand it to several solves to share their work.
 
-    computed, reused: how many eliminations were done and how many were looked up. All tables stay
-    in memory as long as the memo lives.
+    computed, reused: how many eliminations were done and how many were looked up. orders: in which
+    variables were eliminated, for problems of the same form; `Memo(orders=memo.orders)` keeps these
+    and drops all tables, which else stay in memory as long as the memo lives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, orders: Orders | None = None) -> None:
+        self.orders: Orders = {} if orders is None else orders
         self.tables: list[Table] = []
         self.has_infinity: list[bool] = []
         self.domains: list[NDArray[np.bool_]] = []
@@ -86,7 +90,7 @@ class Memo:
             for axis, domain in enumerate(domains):
                 finite &= along(self.domains[domain], axis, finite.ndim)
             self._revised[key] = tuple(
-                self.domain(np.logical_or.reduce(finite, axis=_others(axis, finite.ndim)))
+                self.domain(np.logical_or.reduce(finite, axis=others(axis, finite.ndim)))
                 for axis in range(finite.ndim)
             )
         return self._revised[key]
@@ -123,7 +127,7 @@ class Memo:
             return known
         self.computed += 1
         arrays = self.aligned(operands, len(shape))
-        result = _contract(arrays, shape, tuple(sorted(kept)))
+        result = contract(arrays, shape, tuple(sorted(kept)))
         order = [sorted(kept).index(axis) for axis in kept]
         known = self._normalized(result.transpose(order))
         self._contracted[key] = known
@@ -182,40 +186,3 @@ class Memo:
                 )
         number, offset = self._normalized(part)
         return Pieces(offset, ((number, axes),) if self.tables[number].any() else ())
-
-
-def along(vector: NDArray[Any], axis: int, ndim: int) -> NDArray[Any]:
-    """The vector as a table of ndim axes, of size 1 but for one."""
-    return vector.reshape([-1 if at == axis else 1 for at in range(ndim)])
-
-
-def _others(axis: int, ndim: int) -> tuple[int, ...]:
-    return tuple(other for other in range(ndim) if other != axis)
-
-
-def _contract(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -> Table:
-    """As Memo.contract, with kept in ascending order; never holds the whole joint table."""
-    arrays = sorted(arrays, key=lambda array: array.size)  # stable; small tables are summed first
-    rows_per_chunk = max(1, _CHUNK_ENTRIES // math.prod(shape[1:]))
-    dropped = tuple(axis for axis in range(1, len(shape)) if axis not in kept)
-    chunks: list[Table] = []
-    for start in range(0, shape[0], rows_per_chunk):
-        rows = slice(start, start + rows_per_chunk)
-        total = np.zeros([1] * len(shape))
-        for array in arrays:
-            total = total + (array[rows] if len(array) > 1 else array)
-        height = len(range(*rows.indices(shape[0])))
-        total = np.broadcast_to(total.min(axis=dropped, keepdims=True), _kept(shape, kept, height))
-        if 0 in kept:
-            chunks.append(total)
-        elif chunks:
-            chunks[0] = np.minimum(chunks[0], total.min(axis=0))
-        else:
-            chunks.append(total.min(axis=0))
-    result = np.concatenate(chunks) if 0 in kept else chunks[0]
-    return result.reshape([shape[axis] for axis in kept])
-
-
-def _kept(shape: tuple[int, ...], kept: tuple[int, ...], height: int) -> list[int]:
-    """The joint shape of one chunk, with the axes not kept reduced to size 1."""
-    return [height] + [shape[axis] if axis in kept else 1 for axis in range(1, len(shape))]

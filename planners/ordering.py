@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from planners.memo import Operand
+from planners.memo import Operand, Orders
 from planners.reduction import Network
 
 # Predicted cost of a step, in table entries read: a fixed part and the entries of its tables.
@@ -79,15 +79,22 @@ class Schedule:
         )
 
 
-def schedule(network: Network, max_table_entries: int) -> Schedule:
+def schedule(network: Network, max_table_entries: int, orders: Orders | None = None) -> Schedule:
     """The cheapest of up to four greedy orders.
 
     Next goes the variable whose step has the smallest joint table (min-weight). If that leaves
     many distinct steps, whole classes of equal variables are also tried; if it leaves big ones,
     the variable that connects its neighbours least (min-fill) is, which takes longer to find.
+    orders: those found for earlier problems; one of the same form takes the same order.
     Raises TooWideError when none keeps all tables within the limit, or all results together within
     16 times the limit.
     """
+    orders = {} if orders is None else orders
+    form = (tuple(network.sizes), tuple([scope for scope, _ in network.terms]))
+    if form in orders:
+        known = _schedule(network, orders[form])
+        if max([recipe.entries for recipe in known.recipes], default=0) <= max_table_entries:
+            return known
     free = [variable for variable, size in enumerate(network.sizes) if size > 1]
     alone = {variable: place for place, variable in enumerate(free)}
     alike: dict[int, int] = {}
@@ -113,6 +120,7 @@ def schedule(network: Network, max_table_entries: int) -> Schedule:
             needed.append(entries)
         elif candidate.work < best_work:
             best, best_work = candidate, candidate.work
+            orders[form] = order
     if best is None:
         raise TooWideError(min(needed), max_table_entries)
     return best

@@ -20,6 +20,7 @@ HARDWARE = Hardware(
     memory_bytes_per_second=2 * MEMORY,
     memory_efficiency=0.5,
     launch_seconds=0.0,
+    spread=0.0,
     matmul=Matmul(),
     inside=LINK,
     network=LINK,

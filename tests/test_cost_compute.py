@@ -25,6 +25,7 @@ PLAIN = Hardware(
     memory_bytes_per_second=MEMORY,
     memory_efficiency=1.0,
     launch_seconds=LAUNCH,
+    spread=0.0,
     matmul=Matmul(),
     inside=Link.ring(10.0, 1.0, 1.0),
     network=Link.ring(10.0, 1.0, 1.0),

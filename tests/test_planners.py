@@ -24,6 +24,7 @@ from planners import (
     ilp,
     min_marginals,
 )
+from planners.contraction import contract
 
 SOLVERS = pytest.mark.parametrize("solver", [exact, ilp, exhaustive], ids=lambda s: s.__name__)
 seeds = st.integers(0, 2**32 - 1)
@@ -514,3 +515,21 @@ def test_malformed_assignments_are_refused() -> None:
         problem.cost({"a": 0, "b": 0, "c": 0})
     with pytest.raises(ValueError, match="state -1 of 'b' is out of range: it has 3"):
         problem.cost({"a": 0, "b": -1})
+
+
+@pytest.mark.parametrize("allowed", [0.02, 0.3, 0.9, 1.0])
+def test_contraction_skips_what_is_forbidden_and_nothing_else(allowed: float) -> None:
+    """Offers that meet needs: blocks of a joint table, beside tables over one and three axes."""
+    rng = np.random.default_rng(6)
+    shape = (60, 50, 70, 3)
+    kinds = rng.random((8, 50)) < allowed  # states of the first axis are of one of eight kinds
+    offers = np.where(kinds[rng.integers(0, 8, 60)], 0.0, np.inf)
+    arrays = [
+        offers.reshape(60, 50, 1, 1),
+        rng.random((60, 1, 70, 3)),
+        np.where(rng.random((60, 1, 1, 1)) < 0.1, np.inf, rng.random((60, 1, 1, 1))),
+        rng.random((1, 50, 70, 1)),
+    ]
+    joint = sum(arrays, np.zeros(shape))
+    np.testing.assert_allclose(contract(arrays, shape, (1, 2, 3)), joint.min(axis=0))
+    np.testing.assert_allclose(contract(arrays, shape, (0, 2)), joint.min(axis=(1, 3)))

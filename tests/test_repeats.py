@@ -78,7 +78,7 @@ def require_equal(graph: Graph, first: Block, second: Block, repeats: Repeats) -
         assert first.start <= graph.nodes.index(twin) < first.stop
         assert (node.target, len(node.args)) == (twin.target, len(twin.args))
         assert repeats.key(node.name) == repeats.key(twin.name)
-        reads = [names.get(name) or repeats.twin(name) for name in node.operands()]
+        reads = tuple(names.get(name) or repeats.twin(name) for name in node.operands())
         assert reads == twin.operands()
         for value, like in zip(node.results, twin.results, strict=True):
             assert repeats.twin(value.name) == like.name

@@ -69,7 +69,8 @@ def op_costs(
     Forward, an op reads its operands and writes its results; a product takes the longer of this
     and its arithmetic. Backward, a product is made once more per operand that needs a gradient;
     anything else reads the gradients of its results, and its operands unless it is linear, and
-    writes the gradients of its operands. A kernel's communication counts as forward.
+    writes the gradients of its operands; gradients that are sums (of a norm's weight) are made by
+    a kernel of their own, which reads again. A kernel's communication counts as forward.
     """
     if rule is not None and rule.free:
         return (OpCost(),) * len(joints)
@@ -159,6 +160,8 @@ def _traffic(
     again = parts[:, back].sum(axis=1) + parts[:, grads].sum(axis=1)
     if not any(group.issuperset(grads) for group in rule.linear):
         again = again + parts[:, :count].sum(axis=1)
+        if any(nbytes(call.operands[at]) < nbytes(call.results[0]) for at in grads):
+            again = again + parts[:, [0, *back]].sum(axis=1)
     return once, once + again / hardware.sustained_bytes_per_second + hardware.launch_seconds
 
 

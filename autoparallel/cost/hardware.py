@@ -10,6 +10,7 @@ from enum import Enum
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from autoparallel.errors import PlanError
@@ -134,8 +135,9 @@ class Hardware:
 
     source: where the figures come from. flops_per_second: (itemsize, peak) pairs of products.
     memory_bytes_per_second: peak, of which memory_efficiency is sustained. launch_seconds: of
-    starting one kernel. inside: the link between devices of a node. network: between nodes,
-    bytes_per_second being one device's share.
+    starting one kernel. spread: standard deviation of the devices' speeds, relative. inside: the
+    link between devices of a node. network: between nodes, bytes_per_second being one device's
+    share.
     """
 
     name: str
@@ -146,6 +148,7 @@ class Hardware:
     memory_bytes_per_second: float
     memory_efficiency: float
     launch_seconds: float
+    spread: float
     matmul: Matmul
     inside: Link
     network: Link
@@ -180,10 +183,21 @@ class Hardware:
             self._known_links[axis_sizes] = tuple(made)
         return self._known_links[axis_sizes]
 
+    def slowest(self, devices: int) -> float:
+        """How much longer the slowest of so many devices takes than the mean one, as a factor.
+
+        All wait for it. The largest of n draws from a normal distribution, as Blom (1958) puts it.
+        """
+        if devices == 1:
+            return 1.0
+        return 1.0 + self.spread * NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
+
     def _link(self, size: int, members: int) -> Link:
-        if members >= size:
+        if size == 1:
             return self.inside
         nodes = -(-size // members)
+        if nodes == 1:
+            return Link(tuple(_joined(each, each, size, size, 1) for each in self.inside.regimes))
         outside = {(each.algorithm, each.protocol): each for each in self.network.regimes}
         joined = []
         for near in self.inside.regimes:
@@ -203,9 +217,9 @@ def _joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> R
     if near.algorithm is Algorithm.TREE:
         hops = (members - 1) * near.hop_seconds + math.ceil(math.log2(nodes)) * far.hop_seconds
         hop = hops / math.ceil(math.log2(size))
-    else:
+    elif nodes > 1:
         hop = ((size - nodes) * near.hop_seconds + (nodes - 1) * far.hop_seconds) / (size - 1)
-    if near.algorithm is Algorithm.EXCHANGE:
+    if near.algorithm is Algorithm.EXCHANGE and nodes > 1:
         rate = far.bytes_per_second * (size - 1) / (size - members)
     floor = max(near.floor_seconds, far.floor_seconds)
     rate = min(rate, near.bytes_per_second)
@@ -295,8 +309,9 @@ def _parse(rows: Any, where: str) -> Hardware:
     except (TypeError, ValueError):
         _refuse(f"{where}, matmul", "tiles", tiles, "pairs of sizes, such as [[256, 128]]")
     counts = ("devices_per_node", "device_memory_bytes")
-    for key in (*counts, "memory_bytes_per_second", "memory_efficiency", "launch_seconds"):
-        _number(where, key, rows[key], positive=key != "launch_seconds")
+    rates_of = ("memory_bytes_per_second", "memory_efficiency")
+    for key in (*counts, *rates_of, "launch_seconds", "spread"):
+        _number(where, key, rows[key], positive=key not in ("launch_seconds", "spread"))
     return Hardware(
         name=str(rows["name"]),
         source=str(rows["source"]),
@@ -309,6 +324,7 @@ def _parse(rows: Any, where: str) -> Hardware:
         memory_bytes_per_second=float(rows["memory_bytes_per_second"]),
         memory_efficiency=float(rows["memory_efficiency"]),
         launch_seconds=float(rows["launch_seconds"]),
+        spread=float(rows["spread"]),
         matmul=Matmul(**matmul),
         inside=_link(rows["inside"], f"{where}, inside"),
         network=_link(rows["network"], f"{where}, network"),

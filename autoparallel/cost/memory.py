@@ -19,9 +19,13 @@ from autoparallel.graph.graph import Graph
 from autoparallel.graph.passes import at_least
 from autoparallel.plan import ParameterChoice, Plan
 
-__all__ = ["Account", "Item", "account", "state_nbytes"]
+__all__ = ["CATEGORIES", "Account", "Item", "account", "has_master_copy", "state_nbytes"]
 
-_MASTER_BYTES = 4
+_OF_PARAMETERS = ("parameters", "gradients", "optimizer_state")
+_ITEMIZED = (*_OF_PARAMETERS, "activations", "buffers", "inputs")
+CATEGORIES = (*_ITEMIZED, "temporary")
+# Of a number of the optimizer of mixed precision.
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,9 @@ class Item:
 class Account:
     """Bytes on one rank, at the worst moment of a step.
 
-    parameters, gradients, optimizer_state: between steps, and until the update. activations: what
+    parameters, gradients, optimizer_state: between steps, and until the update. Where the
+    optimizer works on other parts than are stored, its part is a copy: the master copy, where it
+    keeps one, else one more parameter. activations: what
     autograd keeps of the forward pass when the backward pass begins, each storage once; not
     parameters, buffers and inputs. buffers: of the model, and its constants. inputs: as the caller
     gives them. temporary: what there is at the worst moment beyond all these: tensors on their way,
@@ -65,15 +71,7 @@ class Account:
     @property
     def total(self) -> int:
         """All of it."""
-        return (
-            self.parameters
-            + self.gradients
-            + self.optimizer_state
-            + self.activations
-            + self.buffers
-            + self.inputs
-            + self.temporary
-        )
+        return sum(getattr(self, name) for name in CATEGORIES)
 
 
 def state_nbytes(optimizer: str, itemsize: int) -> int:
@@ -83,16 +81,26 @@ def state_nbytes(optimizer: str, itemsize: int) -> int:
     master copy and two moments, all float32 (12 bytes: arXiv 1910.02054); for a parameter that is
     float32 itself, the moments alone.
     """
-    if optimizer == "mixed_adam":
-        return 2 * itemsize if itemsize >= _MASTER_BYTES else 3 * _MASTER_BYTES
-    return {"sgd": 0, "momentum": 1, "adam": 2}[optimizer] * itemsize
+    if has_master_copy(optimizer, itemsize):
+        return 3 * _FLOAT32_BYTES
+    return {"sgd": 0, "momentum": 1, "adam": 2, "mixed_adam": 2}[optimizer] * itemsize
 
 
-def account(plan: Plan, recomputed: Sequence[frozenset[str]] = ()) -> Account:
+def has_master_copy(optimizer: str, itemsize: int) -> bool:
+    """Whether the optimizer keeps a parameter of `itemsize` bytes once more, in float32."""
+    return optimizer == "mixed_adam" and itemsize < _FLOAT32_BYTES
+
+
+def account(
+    plan: Plan,
+    recomputed: Sequence[Iterable[str]] | None = None,
+    graph: Graph | None = None,
+) -> Account:
     """The memory that `plan` takes on the rank that holds the most.
 
     recomputed: regions, as names of calls, that run once more in the backward pass, and of which
-    only what goes in is kept. Sizes are those planned for: `plan.options.tokens`.
+    only what goes in is kept; by default the plan's. graph: with the sizes to count for; by default
+    those planned for (`plan.options.tokens`).
     Raises PlanError for a plan without its graph.
     """
     if not plan.is_traced:
@@ -116,8 +124,10 @@ def account(plan: Plan, recomputed: Sequence[frozenset[str]] = ()) -> Account:
     known: dict[int, tuple[Walk, Peak]] = {}
     for prefix, part in programs:
         if id(part) not in known:
-            walk = Walk(at_least(_graph(part), part.options.tokens), part)
-            known[id(part)] = (walk, Peak(walk, recomputed))
+            sized = graph if part is plan else None
+            walk = Walk(sized or at_least(_graph(part), part.options.tokens), part)
+            regions = getattr(part, "recomputed", ()) if recomputed is None else recomputed
+            known[id(part)] = (walk, Peak(walk, regions))
         walk, peak = known[id(part)]
         temporary = max(temporary, peak.temporary)
         assumed += [f"{prefix}{name}" for name in walk.assumed]
@@ -128,14 +138,11 @@ def account(plan: Plan, recomputed: Sequence[frozenset[str]] = ()) -> Account:
                 items.append(Item(category, storage.name, where, 1, storage.nbytes))
     rows = _grouped(items)
     return Account(
-        **{name: sum(i.nbytes for i in rows if i.category == name) for name in _COUNTED},
+        **{name: sum(i.nbytes for i in rows if i.category == name) for name in _ITEMIZED},
         temporary=temporary,
         items=rows,
         assumed=tuple(assumed),
     )
-
-
-_COUNTED = ("parameters", "gradients", "optimizer_state", "activations", "buffers", "inputs")
 
 
 def _programs(plan: Plan) -> list[tuple[str, Plan]]:
@@ -154,12 +161,15 @@ def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable
     """What is there of one parameter, whatever runs."""
     sizes = tuple(size for _, size in plan.mesh.axes)
     itemsize = parameter.nbytes // max(prod(parameter.shape), 1)
-    state = state_nbytes(getattr(plan.options, "optimizer", "adam"), itemsize)
+    optimizer = getattr(plan.options, "optimizer", "adam")
+    state = state_nbytes(optimizer, itemsize)
     held: list[tuple[str, Any, int]] = [("parameters", parameter.storage, itemsize)]
     if trained:
         gradient = getattr(parameter, "gradient", parameter.storage)
-        held.append(("gradients", gradient, itemsize))
-        held.append(("optimizer_state", getattr(parameter, "state", parameter.storage), state))
+        updated = getattr(parameter, "state", parameter.storage)
+        held += [("gradients", gradient, itemsize), ("optimizer_state", updated, state)]
+        if updated != parameter.storage and not has_master_copy(optimizer, itemsize):
+            held.append(("parameters", updated, itemsize))
     for category, placed, size in held:
         layout = placed if isinstance(placed, tuple) else (placed,)
         count = prod(local_shape(parameter.shape, layout, sizes))
@@ -170,11 +180,12 @@ def _grouped(items: Iterable[Item]) -> tuple[Item, ...]:
     """Items of equal blocks together, the largest first."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for item in items:
-        where = re.sub(r"(?<![^.@])\d+(?![^.@])", "*", item.where)
-        pattern = r"(?<![^.@])\d+(?![^.@])" if item.category in _OF_PARAMETERS else r"_\d+(?=_|$)"
-        name = re.sub(pattern, "*", item.name) if where or item.where else item.name
+        where = re.sub(r"(?<![^.])\d+(?![^.])", "*", item.where)
+        name = item.name
         if item.category in _OF_PARAMETERS:
-            name = re.sub(pattern, "*", item.name)
+            name = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        elif where != item.where:
+            name = re.sub(r"(_\d+)+(?=_|$)", "", name)
         found.setdefault((item.category, name, where), []).append(item.nbytes)
     rows = [
         Item(category, name, where, len(sizes), sum(sizes))
@@ -182,6 +193,3 @@ def _grouped(items: Iterable[Item]) -> tuple[Item, ...]:
         if sum(sizes)
     ]
     return tuple(sorted(rows, key=lambda row: -row.nbytes))
-
-
-_OF_PARAMETERS = ("parameters", "gradients", "optimizer_state")

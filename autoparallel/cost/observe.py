@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -24,7 +24,7 @@ from autoparallel.runtime import draws, kernels, rng
 from autoparallel.runtime.groups import Group
 
 __all__ = ["Observed", "Stand", "StandInGroup", "contiguous", "observe"]
-__all__ += ["random_arguments", "runner"]
+__all__ += ["random_arguments", "runner", "skeleton"]
 
 # Ops that cannot run without data run on zeros, if they read no more elements than this.
 _FEW = 1 << 20
@@ -45,13 +45,24 @@ class Stand:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def contiguous(shape: Sequence[int], dtype: torch.dtype, requires_grad: bool = False) -> Stand:
+@cache
+def contiguous(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False) -> Stand:
     """A stand-in for a tensor with its elements in order."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
         step *= max(size, 1)
-    return Stand(tuple(shape), tuple(reversed(strides)), dtype, requires_grad)
+    return Stand(shape, tuple(reversed(strides)), dtype, requires_grad)
+
+
+def skeleton(structure: Any) -> Any:
+    """Nested arguments of a call without the names of what it reads: equal for calls alike."""
+    kind = type(structure)
+    if kind is Ref:
+        return Ref
+    if kind is tuple:
+        return tuple([skeleton(item) for item in structure])
+    return structure.hint if kind is Sym else (kind, structure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +247,11 @@ def observe(
         except Exception:  # any op may refuse to run without data, in any way
             continue
     count = len(operands)
-    saved = range(count + len(expected)) if any(s.requires_grad for s in expected) else ()
+    grad = enabled and any(stand.requires_grad for stand in expected)
+    saved = range(count + len(expected)) if grad else ()
     return Observed(
         count,
-        tuple(expected),
+        tuple(replace(stand, requires_grad=grad and stand.requires_grad) for stand in expected),
         tuple(range(count, count + len(expected))),
         tuple(stand.nbytes for stand in expected),
         tuple(saved),

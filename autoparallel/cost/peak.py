@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Peak:
     bytes. temporary: bytes beyond them at the worst moment.
     """
 
-    def __init__(self, walk: Walk, recomputed: Sequence[frozenset[str]] = ()) -> None:
+    def __init__(self, walk: Walk, recomputed: Sequence[Iterable[str]] = ()) -> None:
         self.walk = walk
         self.readers: list[list[int]] = [[] for _ in walk.locals]
         for index, moment in enumerate(walk.moments):
@@ -38,21 +38,22 @@ class Peak:
         worst = max(self._forward(), self._backward())
         self.temporary = max(worst - self.activations, 0)
 
-    def _regions(self, recomputed: Sequence[frozenset[str]]) -> list[int]:
+    def _regions(self, recomputed: Sequence[Iterable[str]]) -> list[int]:
         """Per moment, the region that it is run again with, -1 if it is not.
 
-        A conversion belongs to a region if nothing else reads what it makes.
+        A conversion belongs to a region if nothing else reads the value that is converted.
         """
+        graph = self.walk.graph
         of = {name: index for index, names in enumerate(recomputed) for name in names}
-        found = [of.get(moment.node, -1) for moment in self.walk.moments]
-        returned = set(self.walk.returned)
-        for index in reversed(range(len(found))):
-            moment = self.walk.moments[index]
-            if not moment.node and not returned & set(moment.makes):
-                regions = {
-                    found[reader] for number in moment.makes for reader in self.readers[number]
-                }
-                found[index] = regions.pop() if len(regions) == 1 else -1
+        leaving = {*graph.outputs, *(name for _, name in graph.mutations)}
+        found = []
+        for moment in self.walk.moments:
+            names = [moment.node]
+            if not moment.node:
+                names = [node.name for node in graph.readers[moment.value]]
+            regions = {of.get(name, -1) for name in names}
+            alone = len(regions) == 1 and moment.value not in leaving
+            found.append(regions.pop() if alone else -1)
         return found
 
     def _find_savers(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoparallel.cost.observe import (
@@ -14,12 +14,13 @@ from autoparallel.cost.observe import (
     observe,
     random_arguments,
     runner,
+    skeleton,
 )
-from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, hint, map_leaves
+from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.placement import local_size
 from autoparallel.rules.rule import OpCall, ShardingRule, Tile, place
 
-__all__ = ["Internal", "Saved", "SavedTensors", "stand_in"]
+__all__ = ["Internal", "Saved", "SavedTensors", "fitted", "stand_in"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +73,33 @@ class _Case:
 class SavedTensors:
     """What every call of a graph keeps, unsplit and as run by a kernel on a part.
 
-    rules: per call node. Every distinct call is run once, and once more for each loop that may
-    split what it keeps besides operands and results.
+    rules: per call node. input_gradients: whether the caller wants gradients of the inputs. Every
+    distinct call is run once, and once more for each loop that may split what it keeps besides
+    operands and results.
     """
 
-    def __init__(self, graph: Graph, rules: Mapping[str, ShardingRule | None]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        rules: Mapping[str, ShardingRule | None],
+        input_gradients: bool = False,
+    ) -> None:
         self.graph, self.rules = graph, rules
         self._stands: dict[str, Stand] = {}
         self._roots: dict[str, str] = {}
         self._keys: dict[str, Any] = {}
         self._cases: dict[Any, _Case] = {}
         self._seen: dict[Any, Observed] = {}
+        self._made: dict[Any, tuple[Stand, ...]] = {}
         self._saved: dict[Any, Saved] = {}
         for node in graph.nodes:
             if node.kind == "call":
                 self._walk(node)
             else:
-                self._stands[node.result.name] = stand_in(node.result)
+                stand = stand_in(node.result)
+                if node.kind == "input" and not input_gradients:
+                    stand = replace(stand, requires_grad=False)
+                self._stands[node.result.name] = stand
                 self._roots[node.result.name] = node.result.name
 
     def of(self, name: str) -> Saved:
@@ -120,10 +131,11 @@ class SavedTensors:
         stands = [self._stands[name] for name in names]
         results = tuple([stand_in(value) for value in node.results])
         rule = self.rules.get(node.name)
-        operands = iter(stands)
         key = self._keys[node.name] = (
             node.target,
-            map_leaves(lambda leaf: _known(leaf, operands), (node.args, node.kwargs)),
+            skeleton(node.args),
+            skeleton(node.kwargs),
+            tuple(stands),
             results,
             tuple([names.index(name) for name in names]),
             rule is None,
@@ -131,17 +143,12 @@ class SavedTensors:
         if key not in self._seen:
             values = self.graph.values
             call = OpCall(node, tuple([values[name] for name in names]))
-            self._cases[key] = _Case(call, rule, tuple(stands), results)
-            self._seen[key] = _observe(self._cases[key], {})
-        seen = self._seen[key]
-        for value, made, expected, storage in zip(
-            node.results, seen.results, results, seen.storages, strict=True
-        ):
-            fits = made.shape == expected.shape
-            strides = made.strides if fits else expected.strides
-            self._stands[value.name] = Stand(
-                expected.shape, strides, expected.dtype, expected.requires_grad
-            )
+            case = self._cases[key] = _Case(call, rule, tuple(stands), results)
+            seen = self._seen[key] = _observe(case, {})
+            self._made[key] = tuple(map(fitted, seen.results, results))
+        storages = self._seen[key].storages
+        for value, made, storage in zip(node.results, self._made[key], storages, strict=True):
+            self._stands[value.name] = made
             own = storage >= len(names)
             self._roots[value.name] = value.name if own else self._roots[names[storage]]
 
@@ -149,13 +156,17 @@ class SavedTensors:
 def stand_in(value: Value) -> Stand:
     """A value with its elements in order, for the example inputs."""
     grad = value.requires_grad and (value.dtype.is_floating_point or value.dtype.is_complex)
-    return contiguous([hint(size) for size in value.shape], value.dtype, grad)
+    return contiguous(tuple([hint(size) for size in value.shape]), value.dtype, grad)
 
 
-def _known(leaf: Any, stands: Iterator[Stand]) -> Any:
-    if isinstance(leaf, Ref):
-        return next(stands)
-    return leaf.hint if isinstance(leaf, Sym) else (type(leaf), leaf)
+def fitted(made: Stand, expected: Stand) -> Stand:
+    """A result as it was seen, if it has the shape that the graph says; else as the graph says.
+
+    Shapes that depend on data are not what they will be. A gradient flows where both say so.
+    """
+    grad = made.requires_grad and expected.requires_grad
+    strides = made.strides if made.shape == expected.shape else expected.strides
+    return Stand(expected.shape, strides, expected.dtype, grad)
 
 
 def _resized(stand: Stand, shape: Sequence[int]) -> Stand:

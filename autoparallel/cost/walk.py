@@ -7,7 +7,7 @@ the backward pass, and how long the rest lives, can be read off.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -19,9 +19,10 @@ from autoparallel.cost.observe import (
     observe,
     random_arguments,
     runner,
+    skeleton,
 )
-from autoparallel.cost.saved import stand_in
-from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, hint, map_leaves
+from autoparallel.cost.saved import fitted, stand_in
+from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.placement import Invariant, Movement, Placement, Shard, local_size, movement
 from autoparallel.plan import Plan
 from autoparallel.rules.registry import known_rule
@@ -78,12 +79,13 @@ class Local:
 class Moment:
     """A call or one step of a conversion.
 
-    node: the call's name, empty for a conversion. reads, makes: tensors, by number. buffer: bytes
-    that a collective needs besides what it reads and makes.
+    node: the call's name, empty for a conversion. value: what is converted, empty for a call.
+    reads, makes: tensors, by number. buffer: bytes that a collective needs besides what it reads
+    and makes.
     """
 
-    name: str
     node: str
+    value: str
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     buffer: int = 0
@@ -100,6 +102,8 @@ class Walk:
         self.graph = graph
         self.sizes = tuple(size for _, size in plan.mesh.axes)
         self.whole: Layout = (Invariant(),) * len(self.sizes)
+        # Inputs of a whole model are data; what goes into a part comes from other parts.
+        self.part = plan.captured is not None and plan.captured.part
         self.storages: list[Storage] = []
         self.locals: list[Local] = []
         self.moments: list[Moment] = []
@@ -138,7 +142,8 @@ class Walk:
         layout = layout if node.kind == "parameter" else self.whole
         whole = stand_in(value)
         shape = local_shape(whole.shape, layout, self.sizes)
-        stand = contiguous(shape, whole.dtype, whole.requires_grad)
+        grad = whole.requires_grad and (node.kind != "input" or self.part)
+        stand = contiguous(shape, whole.dtype, grad)
         kind = "buffer" if node.kind == "constant" else node.kind
         storage = self._new(node.target if kind == "parameter" else value.name, "", kind, stand)
         self._put(value.name, layout, stand, storage, 0)
@@ -186,7 +191,8 @@ class Walk:
         local, source, target = self.locals[number], here[axis], there[axis]
         whole = stand_in(value)
         shape = local_shape(whole.shape, there, self.sizes)
-        expected = contiguous(shape, whole.dtype, whole.requires_grad)
+        grad = local.stand.requires_grad
+        expected = contiguous(shape, whole.dtype, grad)
         kind = movement(source, target)
         # Zeros take the place of the value on all ranks but the first.
         group = StandInGroup(self.sizes[axis], int(kind is Movement.KEEP_ON_FIRST))
@@ -213,14 +219,10 @@ class Walk:
             buffer = expected.nbytes
         elif kind in (Movement.REDUCE_SCATTER, Movement.ALL_TO_ALL):
             buffer = local.stand.nbytes
-        strides = seen.results[0].strides
-        stand = Stand(shape, strides, whole.dtype, whole.requires_grad)
-        if seen.results[0].shape != shape:
-            stand = expected
+        stand = fitted(replace(seen.results[0], requires_grad=grad), expected)
         self.storages[local.storage].read = len(self.moments)
         made = self._put(value.name, there, stand, storage, stand.nbytes if own else 0)
-        name = f"{value.name} to {target}"
-        self.moments.append(Moment(name, "", (number,), (made,), buffer))
+        self.moments.append(Moment("", value.name, (number,), (made,), buffer))
         return made
 
     def _call(self, node: Node) -> None:
@@ -251,20 +253,17 @@ class Walk:
         for value, layout, made, own, index in zip(
             node.results, results, seen.results, expected, seen.storages, strict=True
         ):
-            fits = made.shape == own.shape
-            stand = Stand(
-                own.shape, made.strides if fits else own.strides, own.dtype, own.requires_grad
-            )
+            stand = fitted(made, own)
             storage = self.storages[of[index]]
             if index >= len(reads):
                 storage.name = value.name
-                storage.nbytes = storage.nbytes if fits else own.nbytes
+                storage.nbytes = storage.nbytes if made.shape == own.shape else own.nbytes
             gradient = stand.nbytes
             if index < len(reads) and prod(stands[index].shape) == prod(own.shape):
                 gradient = 0
             makes.append(self._put(value.name, layout, stand, of[index], gradient))
             self._made[value.name] = layout
-        self.moments.append(Moment(node.name, node.name, reads, tuple(makes)))
+        self.moments.append(Moment(node.name, "", reads, tuple(makes)))
 
     def _observed(
         self,
@@ -276,16 +275,9 @@ class Walk:
         expected: tuple[Stand, ...],
     ) -> Observed:
         """The call on this rank's parts; calls that run alike are run once."""
-        given = iter(stands)
-
-        def known(leaf: Any) -> Any:
-            if isinstance(leaf, Ref):
-                return next(given)
-            return leaf.hint if isinstance(leaf, Sym) else (type(leaf), leaf)
-
         split = tuple(map(tuple, operands)) if any(kernels) else ()
-        args = map_leaves(known, (node.args, node.kwargs))
-        key = (node.target, args, expected, kernels, split)
+        written = (skeleton(node.args), skeleton(node.kwargs))
+        key = (node.target, written, stands, expected, kernels, split)
         if key in self._seen:
             return self._seen[key]
         values = self.graph.values

@@ -87,7 +87,7 @@ def numel_hint(shape: tuple[Dim, ...]) -> int:
     return count
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Node:
     """One operation. kind: "input", "parameter", "buffer", "constant" or "call".
 
@@ -118,9 +118,16 @@ class Node:
         assert len(self.results) == 1, self
         return self.results[0]
 
-    def operands(self) -> list[str]:
+    def operands(self) -> tuple[str, ...]:
         """Names of the tensors it reads, in order, repeats kept."""
-        return [leaf.name for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
+        return self._operands
+
+    @cached_property
+    def _operands(self) -> tuple[str, ...]:
+        found: list[str] = []
+        _collect(self.args, found)
+        _collect(self.kwargs, found)
+        return tuple(found)
 
     def keyword(self, name: str, default: Any = None) -> Any:
         """The keyword argument `name`."""
@@ -132,6 +139,15 @@ class Node:
             [*map(repr, self.args), *(f"{key}={value!r}" for key, value in self.kwargs)]
         )
         return f"{outputs} = {self.kind} {self.target}({inputs})"
+
+
+def _collect(structure: tuple[Any, ...], names: list[str]) -> None:
+    """Append the names that nested tuples refer to."""
+    for item in structure:
+        if type(item) is Ref:
+            names.append(item.name)
+        elif isinstance(item, tuple):
+            _collect(item, names)
 
 
 def leaves(structure: Any) -> Iterator[Any]:

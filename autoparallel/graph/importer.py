@@ -255,7 +255,7 @@ class Importer:
         """Whether a gradient flows back through a call. grad: whether any is recorded there."""
         return grad and not _stops(node.target) and self.carries(node.operands(), tensors)
 
-    def carries(self, operands: list[str], tensors: Mapping[str, Value]) -> bool:
+    def carries(self, operands: tuple[str, ...], tensors: Mapping[str, Value]) -> bool:
         """Whether a gradient flows through one of them, maybe since it was written to."""
         names = [owner_of(name, self.written) for name in operands]
         return any(

@@ -1,0 +1,110 @@
+"""The least of a sum of tables over some of its axes: what every elimination step computes."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planners.tables import Table
+
+_CHUNK_ENTRIES = 2**18  # the joint table is walked in pieces of this size, which stay in cache
+# Blocks are looked for in larger joint tables alone, and taken when they leave out this much.
+_SPARSE_ENTRIES = 2**17
+_SPARSE_SHARE = 0.5
+
+
+def contract(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -> Table:
+    """The least, over all axes not kept, of the sum of arrays that broadcast to a joint table.
+
+    kept: the axes of the result, ascending. Much of a joint table is +inf where a set of what is
+    offered meets what each state needs: only the blocks that can be finite are walked.
+    """
+    if math.prod(shape) >= _SPARSE_ENTRIES and kept == tuple(range(1, len(shape))):
+        blocks = _blocks(arrays, shape)
+        entries = sum(math.prod(len(axis) for axis in block) for block in blocks)
+        if entries <= _SPARSE_SHARE * math.prod(shape):
+            return _by_blocks(arrays, shape, blocks)
+    return _dense(arrays, shape, kept)
+
+
+def _blocks(arrays: list[Table], shape: tuple[int, ...]) -> list[list[NDArray[np.intp]]]:
+    """Indices along every axis: states of axis 0 that are finite for the same others, together."""
+    supports = []
+    for axis in range(1, len(shape)):
+        support = np.ones((shape[0], shape[axis]), dtype=np.bool_)
+        for array in arrays:
+            if array.shape[axis] > 1 or array.shape[0] > 1:
+                dropped = tuple(a for a in range(1, len(shape)) if a != axis)
+                support &= np.logical_or.reduce(np.isfinite(array), axis=dropped)
+        supports.append(support)
+    together = np.concatenate(supports, axis=1) if supports else np.ones((shape[0], 0), np.bool_)
+    groups: dict[bytes, list[int]] = {}
+    for state, row in enumerate(np.packbits(together, axis=1)):
+        groups.setdefault(row.tobytes(), []).append(state)
+    return [
+        [np.array(states), *(np.flatnonzero(support[states[0]]) for support in supports)]
+        for states in groups.values()
+    ]
+
+
+def _by_blocks(
+    arrays: list[Table], shape: tuple[int, ...], blocks: list[list[NDArray[np.intp]]]
+) -> Table:
+    result = np.full(shape[1:], np.inf)
+    first = np.zeros(1, dtype=np.intp)
+    for block in blocks:
+        inner = tuple(len(axis) for axis in block)
+        if not math.prod(inner):
+            continue
+        parts = [
+            array[np.ix_(*(a if n > 1 else first for a, n in zip(block, array.shape, strict=True)))]
+            for array in arrays
+        ]
+        least = _dense(parts, inner, tuple(range(1, len(shape))))
+        place = np.ix_(*block[1:])
+        result[place] = np.minimum(result[place], least)
+    return result
+
+
+def _dense(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -> Table:
+    """All entries, in pieces of the joint table: it is never held whole."""
+    arrays = sorted(arrays, key=lambda array: array.size)  # stable; small tables are summed first
+    rows_per_chunk = max(1, _CHUNK_ENTRIES // math.prod(shape[1:]))
+    dropped = tuple(axis for axis in range(1, len(shape)) if axis not in kept)
+    chunks: list[Table] = []
+    for start in range(0, shape[0], rows_per_chunk):
+        rows = slice(start, start + rows_per_chunk)
+        total = np.zeros([1] * len(shape))
+        for array in arrays:
+            part = array[rows] if len(array) > 1 else array
+            if total.shape == np.broadcast_shapes(total.shape, part.shape):
+                total += part
+            else:
+                total = total + part
+        if dropped:
+            total = total.min(axis=dropped, keepdims=True)
+        height = len(range(*rows.indices(shape[0])))
+        total = np.broadcast_to(total, _kept(shape, kept, height))
+        if 0 in kept:
+            chunks.append(total)
+        elif chunks:
+            np.minimum(chunks[0], total.min(axis=0), out=chunks[0])
+        else:
+            chunks.append(total.min(axis=0))
+    result = np.concatenate(chunks) if 0 in kept else chunks[0]
+    return result.reshape([shape[axis] for axis in kept])
+
+
+def _kept(shape: tuple[int, ...], kept: tuple[int, ...], height: int) -> list[int]:
+    """The joint shape of one chunk, with the axes not kept reduced to size 1."""
+    return [height] + [shape[axis] if axis in kept else 1 for axis in range(1, len(shape))]
+
+
+def along(vector: NDArray[Any], axis: int, ndim: int) -> NDArray[Any]:
+    """The vector as a table of ndim axes, of size 1 but for one."""
+    return vector.reshape([-1 if at == axis else 1 for at in range(ndim)])
+
+
+def others(axis: int, ndim: int) -> tuple[int, ...]:
+    return tuple(other for other in range(ndim) if other != axis)

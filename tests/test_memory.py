@@ -1,0 +1,224 @@
+"""The memory that a plan takes: what autograd really keeps, to the byte, and the rest by hand."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+import zoo
+from calls import Call
+from families import Float64
+from kept import Kept, watching
+from sample_calls import CALLS
+from torch import nn
+
+import autoparallel
+from autoparallel.cost.memory import account, state_nbytes
+from autoparallel.cost.peak import Peak
+from autoparallel.cost.walk import Walk, local_shape
+from autoparallel.errors import PlanError
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Invariant, Shard
+from autoparallel.plan import Plan
+from autoparallel.rules import referee
+from autoparallel.rules.registry import find_rule
+from autoparallel.runtime import simulate
+from autoparallel.search import search
+
+MODELS = ("gpt2", "bert", "llama", "resnet", "lstm", "mamba")
+OTHERS = [name for name in zoo.FAMILIES if name not in MODELS]
+DROPOUT = 0.1
+
+
+@cache
+def traced(name: str) -> Plan:
+    with Float64():
+        model = zoo.build(name, dropout=DROPOUT)
+        return autoparallel.make_plan(model, 1, example_inputs=zoo.inputs_for(name))
+
+
+def planned(name: str, world_size: int, **choices: bool) -> Plan:
+    """A plan for the example inputs as they are."""
+    plan = traced(name)
+    assert plan.captured is not None
+    options = Options(tokens=1, **choices)
+    return search(plan.captured, plan.model, Mesh(tp=world_size), options)
+
+
+def compare(name: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is predicted is what the rank that keeps most keeps."""
+    kept = Kept()
+    monkeypatch.setattr(simulate, "emit", watching(kept))
+    with Float64():
+        model, inputs = zoo.build(name, dropout=DROPOUT), zoo.inputs_for(name)
+    autoparallel.simulate(model, plan.world_size, example_inputs=inputs, plan=plan)
+    found = account(plan)
+    assert len(kept.nbytes) == plan.world_size
+    assert (found.activations, found.assumed) == (max(kept.nbytes.values()), ())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_predicted_is_what_autograd_keeps(
+    name: str, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(name, planned(name, world_size), monkeypatch)
+
+
+def test_data_that_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare("gpt2", planned("gpt2", 4, data_parallel=True), monkeypatch)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_predicted_is_what_autograd_keeps_everywhere(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(name, planned(name, 3), monkeypatch)
+
+
+def compare_strategies(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every strategy of an op keeps what its program, walked without data, is seen to keep."""
+    kept = Kept()
+    monkeypatch.setattr(referee, "emit", watching(kept))
+    example = sample.example()
+    find = find_rule(sample.target)
+    assert find is not None
+    for strategy in referee.derived(example, find(example.call), 2):
+        assert referee.fault(example, strategy, 2) == ""
+        found = Peak(Walk(kept.graph, kept.plan)).activations
+        assert found == max(kept.nbytes.values()), strategy
+
+
+@pytest.mark.parametrize("sample", CALLS[::7], ids=str)
+def test_every_strategy_keeps_what_it_should(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare_strategies(sample, monkeypatch)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("sample", CALLS, ids=str)
+def test_every_strategy_of_every_op_keeps_what_it_should(
+    sample: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare_strategies(sample, monkeypatch)
+
+
+class Two(nn.Module):
+    """Two products with something between; all sizes differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (5, 8). A loss."""
+        made: torch.Tensor = (self.second(torch.relu(self.first(x))) * self.scale).square().mean()
+        return made
+
+
+def two(world_size: int) -> Plan:
+    plan = autoparallel.make_plan(Two(), 1, example_inputs=(torch.randn(5, 8),))
+    assert plan.captured is not None
+    return search(plan.captured, plan.model, Mesh(tp=world_size), Options(tokens=1))
+
+
+def test_a_small_model_by_hand() -> None:
+    """float32 and Adam; 212 parameters.
+
+    Kept: the result of relu, 5 x 16, and what is squared, 5 x 4. In the backward pass of relu there
+    are its result, its gradient and the gradient of what it reads: 3 x 5 x 16 numbers; and the
+    loss, which the caller holds.
+    """
+    found = account(two(1))
+    assert (found.parameters, found.gradients, found.optimizer_state) == (848, 848, 1696)
+    assert (found.activations, found.buffers, found.inputs) == (400, 16, 160)
+    assert found.temporary == 3 * 5 * 16 * 4 + 4 - 400
+    assert found.total == 848 + 848 + 1696 + 400 + 16 + 160 + 564
+
+
+def test_the_same_split_in_two() -> None:
+    """Column, then row: halves of both matrices and of the first bias; the sum is made whole."""
+    plan = two(2)
+    assert dict(plan.storage)["first.weight"] != dict(plan.storage)["second.bias"]
+    found = account(plan)
+    assert (found.parameters, found.gradients, found.optimizer_state) == (432, 432, 864)
+    assert found.activations == 5 * 8 * 4 + 5 * 4 * 4
+
+
+def test_items_add_up_and_blocks_are_one() -> None:
+    found = account(planned("gpt2", 2))
+    for category in ("parameters", "gradients", "optimizer_state", "activations"):
+        total = sum(item.nbytes for item in found.items if item.category == category)
+        assert total == getattr(found, category)
+    assert list(found.items) == sorted(found.items, key=lambda item: -item.nbytes)
+    (row,) = (
+        item
+        for item in found.items
+        if (item.category, item.name) == ("parameters", "transformer.h.*.mlp.c_fc.weight")
+    )
+    assert row.count == zoo.LAYERS
+
+
+def test_the_size_planned_for_is_what_counts() -> None:
+    """Twice the tokens: twice the activations, and the same parameters."""
+    plan = traced("gpt2")
+    assert plan.captured is not None
+    few, many = (
+        account(search(plan.captured, plan.model, Mesh(tp=1), Options(tokens=tokens)))
+        for tokens in (2**12, 2**13)
+    )
+    assert few.parameters == many.parameters
+    assert many.activations > 1.9 * few.activations
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "itemsize", "nbytes"),
+    [
+        ("sgd", 4, 0),
+        ("momentum", 4, 4),
+        ("adam", 4, 8),
+        ("adam", 2, 4),
+        ("mixed_adam", 2, 12),
+        ("mixed_adam", 4, 8),
+    ],
+)
+def test_optimizer_state(optimizer: str, itemsize: int, nbytes: int) -> None:
+    assert state_nbytes(optimizer, itemsize) == nbytes
+
+
+def test_a_part_is_the_largest_one_axis_after_the_other() -> None:
+    invariant = Invariant()
+    assert local_shape((10, 7), (Shard(0), Shard(1)), (4, 2)) == (3, 4)
+    assert local_shape((10, 7), (Shard(0), Shard(0)), (4, 2)) == (2, 7)
+    assert local_shape((12, 7), (Shard(0, blocks=3), invariant), (2, 8)) == (6, 7)
+    assert local_shape((10, 7), (Shard(0), Shard(0)), (4, 2), without=0) == (5, 7)
+
+
+def of_block(plan: Plan, block: str) -> frozenset[str]:
+    return frozenset(op.name for op in plan.ops if op.where.startswith(block))
+
+
+def test_what_is_run_again_keeps_only_what_goes_in() -> None:
+    """Of a block, what goes in stays; what it kept is there once more for a while."""
+    plan = planned("gpt2", 1)
+    blocks = [of_block(plan, f"transformer.h.{layer}") for layer in range(zoo.LAYERS)]
+    before, after = account(plan), account(plan, blocks)
+    without = sum(
+        item.nbytes
+        for item in before.items
+        if item.category == "activations" and not item.where.startswith("transformer.h")
+    )
+    # What goes into the first block is made outside; what goes into the second, and what the last
+    # returns, by blocks; the causal mask comes from outside, and only its opposite was kept.
+    states, mask = 3 * 11 * 64 * 8, 3 * 11 * 11
+    assert after.activations == without + zoo.LAYERS * states + mask
+    assert after.temporary > before.temporary
+    assert after.total < before.total
+
+
+def test_a_plan_without_its_graph_has_no_account() -> None:
+    with pytest.raises(PlanError, match="no graph"):
+        account(Plan.from_json(two(1).to_json()))
