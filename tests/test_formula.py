@@ -78,7 +78,7 @@ def test_megatrons_layer(megatron: Plan, symbols: dict[str, sympy.Symbol]) -> No
     text = forms_text(forms, megatron)
     assert "blocks.{0..2} (each of 3)" in text
     assert "  4 all-reduces of 2 b s h bytes on tp: 2 forward, 2 backward\n" in text
-    assert "  FLOPs forward: 4 b s h (6 h/tp + s/tp)\n" in text
+    assert "  FLOPs forward: 4 b s h (6 h + s)/tp\n" in text
 
 
 def test_all_flops_of_the_paper(megatron: Plan, symbols: dict[str, sympy.Symbol]) -> None:
@@ -178,6 +178,7 @@ def test_expressions_read_as_in_papers() -> None:
     order = ("s", "b", "h", "a", "t")
     paper = s * b * h * (10 + 24 / t + 5 * a * s / (h * t))
     assert expression_text(paper, order) == "s b (5 s a/t + 10 h + 24 h/t)"
+    assert expression_text(s / (a * t) + h / t, order) == "(h + s/a)/t"
     assert expression_text(2 * s**2 * b / (3 * t), order) == "2 s^2 b/(3 t)"
     assert expression_text(sympy.Integer(0), order) == "0"
     assert expression_text(h - 2 * t, order) == "h - 2 t"
