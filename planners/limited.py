@@ -46,6 +46,7 @@ def solve(
     problem: Problem,
     *,
     solver: Solver | None = None,
+    prover: Solver | None = None,
     most_solves: int = MOST_SOLVES,
     enough: float = ENOUGH,
 ) -> Solution:
@@ -53,12 +54,14 @@ def solve(
 
     Variables should come in the order of the computation, so that what is near in the model is
     near in the order. solver: of plain problems; by default the exact one, or conditioning where
-    that is too wide. most_solves: of plain problems, about; a fifth of them to find a multiplier.
+    that is too wide. prover: where the solver's bounds are rough, a slower one that proves better
+    ones; asked once for a multiplier. most_solves: of plain problems, about; a fifth of them to
+    find a multiplier.
     enough: the search ends at this gap, as a share of the cost. Deterministic.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
     """
-    return _Search(problem, solver or Narrow(), enough, most_solves).run()
+    return _Search(problem, solver or Narrow(), prover, enough, most_solves).run()
 
 
 class Narrow:
@@ -95,9 +98,17 @@ class _Node:
 class _Search:
     """best: the cheapest found within the limit. found: all solutions, whatever they use."""
 
-    def __init__(self, problem: Problem, solver: Solver, enough: float, most_solves: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        prover: Solver | None,
+        enough: float,
+        most_solves: int,
+    ) -> None:
         self.problem = problem
         self.solver = solver
+        self.prover = prover
         self.enough = enough
         self.most_solves = most_solves
         self.best: Solution | None = None
@@ -151,6 +162,8 @@ class _Search:
                 raise
             node.bound = math.inf
             return
+        if self.prover is not None and not self.is_enough(node):
+            self.at(node, node.multiplier, self.prover)
         self.fill(node)
         if not self.is_enough(node):
             self.split(node)
@@ -159,10 +172,10 @@ class _Search:
         best = self.best
         return best is not None and best.cost - node.bound <= self.enough * abs(best.cost)
 
-    def solved(self, node: _Node, charged: Multiplier) -> Solution:
+    def solved(self, node: _Node, charged: Multiplier, solver: Solver | None = None) -> Solution:
         """Solve with usage charged; lower_bound is of cost and charge together."""
         self.solves += 1
-        plain = self.solver(node.problem.weighed(charged))
+        plain = (solver or self.solver)(node.problem.weighed(charged))
         self.method = plain.method
         spent = node.problem.spent(plain.assignment, charged)
         return self.consider(
@@ -192,11 +205,11 @@ class _Search:
             self.found.append(solution)
         return solution
 
-    def at(self, node: _Node, multiplier: float) -> Solution:
+    def at(self, node: _Node, multiplier: float, solver: Solver | None = None) -> Solution:
         """Solve at one multiplier. Raises the bound."""
         if isinstance(self.solver, Narrow):
             self.solver.forget()
-        solution = self.solved(node, multiplier)
+        solution = self.solved(node, multiplier, solver)
         charge = multiplier * self.limit if multiplier else 0.0
         node.bound = max(node.bound, solution.lower_bound - charge)
         return solution
@@ -237,7 +250,8 @@ class _Search:
             if abs(same) >= 2 and low and math.isfinite(high):
                 multiplier = math.sqrt(low * high)
             solution = self.at(node, multiplier)
-            if promised - node.bound <= _EXACT * abs(promised):
+            height = solution.cost + multiplier * (solution.usage - self.limit)
+            if multiplier == meet and promised - height <= _EXACT * abs(promised):
                 break
             if self.problem.fits(solution.usage):
                 within.append(solution)

@@ -111,6 +111,10 @@ def test_within_a_limit() -> None:
     solution = limited.solve(problem, solver=lambda plain: coarse.solve(plain, groupings))
     assert problem.fits(solution.usage)
     assert solution.lower_bound <= optimum <= solution.cost + 1e-9
+    proven = limited.solve(
+        problem, solver=lambda plain: coarse.solve(plain, groupings), prover=exact.solve
+    )
+    assert solution.lower_bound < proven.lower_bound <= optimum <= proven.cost + 1e-9
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
