@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate
+    from autoparallel.cost.formula import closed_forms
+    from autoparallel.cost.pipeline import pipeline
+    from autoparallel.cost.timeline import timeline
     from autoparallel.errors import AutoParallelError
     from autoparallel.mesh import Mesh
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
@@ -18,13 +21,18 @@ if TYPE_CHECKING:
     from autoparallel.runtime.module import full_state_dict
     from autoparallel.runtime.seeds import manual_seed, rng_state, set_rng_state
     from autoparallel.view.dot import write_svg
+    from autoparallel.view.formula import forms_text
     from autoparallel.view.report import print_plan
+    from autoparallel.view.trace import write_trace
 
 _HOMES = {
     "apply_plan": "api",
     "autoparallelize": "api",
     "make_plan": "api",
     "simulate": "api",
+    "closed_forms": "cost.formula",
+    "pipeline": "cost.pipeline",
+    "timeline": "cost.timeline",
     "AutoParallelError": "errors",
     "Mesh": "mesh",
     "Invariant": "placement",
@@ -38,8 +46,10 @@ _HOMES = {
     "rng_state": "runtime.seeds",
     "save_checkpoint": "runtime.checkpoint",
     "set_rng_state": "runtime.seeds",
+    "forms_text": "view.formula",
     "print_plan": "view.report",
     "write_svg": "view.dot",
+    "write_trace": "view.trace",
 }
 
 __all__ = [
@@ -52,16 +62,21 @@ __all__ = [
     "Shard",
     "apply_plan",
     "autoparallelize",
+    "closed_forms",
+    "forms_text",
     "full_state_dict",
     "load_checkpoint",
     "make_plan",
     "manual_seed",
+    "pipeline",
     "print_plan",
     "rng_state",
     "save_checkpoint",
     "set_rng_state",
     "simulate",
+    "timeline",
     "write_svg",
+    "write_trace",
 ]
 
 

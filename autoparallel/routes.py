@@ -194,7 +194,7 @@ class Routes:
         layout = source
         while hop:
             place = np.unravel_index(self.cells[layout], self.grid)
-            options = []
+            options: list[tuple[float, int, int, Placement, Layout]] = []
             for axis, placements in enumerate(self.universe):
                 for index, placement in enumerate(placements):
                     step = self.moves[axis][(*place, index)]

@@ -11,6 +11,7 @@ import torch
 
 import autoparallel
 from autoparallel.cost.formula import ClosedForms, Form, closed_forms
+from autoparallel.cost.memory import account
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Collective, local_layout_size
@@ -24,10 +25,10 @@ BATCH, SEQUENCE = 8, 2048
 NAMES = {HIDDEN: "h", VOCABULARY: "V", HEADS: "a"}
 
 
-def planned(vocabulary: int = VOCABULARY, **options: Any) -> Plan:
+def planned(vocabulary: int = VOCABULARY, dropout: float = 0.0, **options: Any) -> Plan:
     """A GPT in half precision, planned without weights."""
     with torch.device("meta"):
-        config = GPTConfig(LAYERS, HIDDEN, HEADS, vocabulary, POSITIONS, dropout=0.0)
+        config = GPTConfig(LAYERS, HIDDEN, HEADS, vocabulary, POSITIONS, dropout)
         model = GPT(config).to(torch.float16)
     tokens = torch.zeros(BATCH, SEQUENCE, dtype=torch.long)
     return autoparallel.make_plan(
@@ -77,7 +78,7 @@ def test_megatrons_layer(megatron: Plan, symbols: dict[str, sympy.Symbol]) -> No
     text = forms_text(forms, megatron)
     assert "blocks.{0..2} (each of 3)" in text
     assert "  4 all-reduces of 2 b s h bytes on tp: 2 forward, 2 backward\n" in text
-    assert "  FLOPs forward: 4 b s h (6 h/tp + s/tp)\n" in text
+    assert "  FLOPs forward: 4 b s h (6 h + s)/tp\n" in text
 
 
 def test_all_flops_of_the_paper(megatron: Plan, symbols: dict[str, sympy.Symbol]) -> None:
@@ -177,7 +178,44 @@ def test_expressions_read_as_in_papers() -> None:
     order = ("s", "b", "h", "a", "t")
     paper = s * b * h * (10 + 24 / t + 5 * a * s / (h * t))
     assert expression_text(paper, order) == "s b (5 s a/t + 10 h + 24 h/t)"
+    assert expression_text(s / (a * t) + h / t, order) == "(h + s/a)/t"
     assert expression_text(2 * s**2 * b / (3 * t), order) == "2 s^2 b/(3 t)"
     assert expression_text(sympy.Integer(0), order) == "0"
     assert expression_text(h - 2 * t, order) == "h - 2 t"
     assert expression_text(7 * sympy.ceiling(h / (7 * t)), order) == "7 ceil(h/(7 t))"
+
+
+@pytest.mark.parametrize(("sequence_parallel", "whole"), [(False, 12), (True, 4)])
+def test_saved_activations_of_a_layer(
+    sequence_parallel: bool, whole: int, symbols: dict[str, sympy.Symbol]
+) -> None:
+    """arXiv:2205.05198, table 2: s b h (10 + 24/t + 5 a s / h t).
+
+    Here a dropout's mask has the type of what it drops, two bytes in place of one (2 more, and a
+    sixth byte per element of the attention matrix); norms keep mean and deviation of each row, and
+    attention its causal mask. With sequence parallelism the paper gathers the two inputs of
+    products again (4 b s h / t in place of 4 b s h); nothing limits the memory here.
+    """
+    plan = planned(world_size=8, sequence_parallel=sequence_parallel, dropout=0.1)
+    forms = closed_forms(plan, names=NAMES)
+    b, s, h, a, t = (symbols[name] for name in ("b", "s", "h", "a", "tp"))
+    matrix = 6 * a * s / (h * t)
+    split = (whole + (24 if whole == 12 else 32) / t) + matrix
+    rows = 8 * b * s / (t if sequence_parallel else 1)
+    assert sympy.expand(layer(forms).activations - (s * b * h * split + rows + s**2)) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"world_size": 8, "dropout": 0.1},
+        {"world_size": 8, "vocabulary": 50257},
+        {"mesh": Mesh(dp=2, tp=4), "memory_limit": "12GiB", "recompute": "auto"},
+    ],
+    ids=str,
+)
+def test_saved_activations_are_the_account_s(options: dict[str, Any]) -> None:
+    """To the byte, whether they divide or not."""
+    plan = planned(**options)
+    forms = closed_forms(plan, names=NAMES)
+    assert forms.at(forms.total.activations) == account(plan).activations

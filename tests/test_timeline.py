@@ -31,6 +31,7 @@ HARDWARE = Hardware(
     memory_bytes_per_second=1.0,
     memory_efficiency=1.0,
     launch_seconds=0.0,
+    spread=0.0,
     matmul=Matmul(),
     inside=LINK,
     network=LINK,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -25,7 +25,9 @@ class Algebra:
     """The symbols of one graph on one mesh.
 
     names: what numbers among the sizes are called, {12288: "h"}. letters: what the sizes that the
-    inputs decide are called, in the order in which the inputs show them.
+    inputs decide are called, in the order in which the inputs show them; where two inputs have
+    equal sizes in the same place (tokens and labels), these are one.
+    inputs: symbols of these sizes. axes: of the mesh axes.
     values: what each symbol stands for in the plan, in the order in which they are written. Sizes
     of mesh axes are called as the axes.
     """
@@ -44,12 +46,16 @@ class Algebra:
         self.names = tuple(sorted(named, key=lambda row: -row[0]))
         self.renamed: dict[sympy.Expr, sympy.Symbol] = {}
         waiting = list(letters)
+        alike: dict[tuple[int, int], sympy.Symbol] = {}
         for node in graph.nodes:
-            for dim in node.result.shape if node.kind == "input" else ():
+            for place, dim in enumerate(node.result.shape if node.kind == "input" else ()):
                 if isinstance(dim, Sym) and dim.expr.is_Symbol and dim.expr not in self.renamed:
-                    name = waiting.pop(0) if waiting else f"d{len(self.renamed)}"
-                    self.renamed[dim.expr] = _symbol(name, dim.hint, taken)
-        order = (*self.renamed.values(), *(symbol for _, symbol in named), *self.axes)
+                    if (place, dim.hint) not in alike:
+                        name = waiting.pop(0) if waiting else f"d{len(alike)}"
+                        alike[place, dim.hint] = _symbol(name, dim.hint, taken)
+                    self.renamed[dim.expr] = alike[place, dim.hint]
+        self.inputs = tuple(alike.values())
+        order = (*self.inputs, *(symbol for _, symbol in named), *self.axes)
         self.values = {symbol: taken[symbol] for symbol in order}
 
     def at(self, expression: sympy.Expr, changed: Mapping[str, int] = {}) -> float:
@@ -59,7 +65,7 @@ class Algebra:
         """
         known = {symbol.name: symbol for symbol in self.values}
         values = {**self.values, **{known[name]: size for name, size in changed.items()}}
-        found = sympy.sympify(expression).xreplace(values)
+        found = sympy.sympify(sympy.sympify(expression).xreplace(values))
         return int(found) if found.is_integer else float(found)
 
     def size(self, dim: Dim) -> sympy.Expr:
@@ -144,19 +150,26 @@ class Algebra:
     def reads(self, dim: Dim) -> frozenset[sympy.Symbol]:
         """The sizes of inputs that a dim is made of."""
         return (
-            self.size(dim).free_symbols & set(self.renamed.values())
-            if isinstance(dim, Sym)
-            else frozenset()
+            self.size(dim).free_symbols & set(self.inputs) if isinstance(dim, Sym) else frozenset()
         )
+
+    def grown(self, graph: Graph, symbol: sympy.Symbol, factor: int) -> Graph:
+        """The graph for inputs with one size `factor` times as large."""
+        grow = self._growth(symbol, factor)
+        nodes = tuple(
+            replace(
+                node,
+                results=tuple(replace(v, shape=map_leaves(grow, v.shape)) for v in node.results),
+                args=map_leaves(grow, node.args),
+                kwargs=map_leaves(grow, node.kwargs),
+            )
+            for node in graph.nodes
+        )
+        return replace(graph, nodes=nodes)
 
     def scaled(self, call: OpCall, symbol: sympy.Symbol, factor: int) -> OpCall:
         """The call for inputs with one size `factor` times as large."""
-        original = {new: old for old, new in self.renamed.items()}
-        hints = {original[s]: value for s, value in self.values.items() if s in original}
-        hints[original[symbol]] *= factor
-
-        def grow(leaf: Any) -> Any:
-            return Sym(leaf.expr, int(leaf.expr.subs(hints))) if isinstance(leaf, Sym) else leaf
+        grow = self._growth(symbol, factor)
 
         def grown(values: Iterable[Any]) -> tuple[Any, ...]:
             return tuple(replace(value, shape=map_leaves(grow, value.shape)) for value in values)
@@ -165,6 +178,33 @@ class Algebra:
             call.node, results=grown(call.results), args=map_leaves(grow, call.node.args)
         )
         return OpCall(node, grown(call.operands))
+
+    def _growth(self, symbol: sympy.Symbol, factor: int) -> Callable[[Any], Any]:
+        hints = {old: self.values[new] for old, new in self.renamed.items()}
+        hints |= {old: hint * factor for old, hint in hints.items() if self.renamed[old] == symbol}
+        known: dict[sympy.Expr, Sym] = {}
+
+        def grow(leaf: Any) -> Any:
+            if not isinstance(leaf, Sym):
+                return leaf
+            if leaf.expr not in known:
+                known[leaf.expr] = Sym(leaf.expr, int(leaf.expr.subs(hints)))
+            return known[leaf.expr]
+
+        return grow
+
+    def power(self, size: int, doubled: int) -> int | None:
+        """Of a size that became another as one symbol doubled; None where it is no whole power."""
+        ratio = Fraction(doubled, size) if size else Fraction(1)
+        power = ratio.numerator.bit_length() - ratio.denominator.bit_length()
+        return power if ratio == Fraction(2) ** power else None
+
+    def named(self, number: int) -> sympy.Expr:
+        """A number as a small multiple of a named size, where it is one."""
+        for size, symbol in self.names:
+            if size > 1 and number % size == 0 and number // size <= _MULTIPLES:
+                return number // size * symbol
+        return sympy.Integer(number)
 
 
 def _symbol(name: str, size: int, taken: dict[sympy.Symbol, int]) -> sympy.Symbol:

@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 
 from autoparallel.cost.algebra import Algebra
+from autoparallel.cost.kept_forms import KeptForms
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.graph.passes import at_least
@@ -49,7 +50,8 @@ class Form:
     """Closed forms of a part of a model, on the busiest rank.
 
     paths: of the modules for each of which they hold; ("",) for what is in no repeated module.
-    flops: of products, forward; backward_flops: backward. The rest is in bytes.
+    flops: of products, forward; backward_flops: backward. The rest is in bytes; activations: what
+    is kept of the forward pass for the backward pass.
     """
 
     paths: tuple[str, ...]
@@ -59,6 +61,7 @@ class Form:
     parameters: sympy.Expr
     gradients: sympy.Expr
     optimizer_state: sympy.Expr
+    activations: sympy.Expr
 
     @property
     def count(self) -> int:
@@ -71,7 +74,7 @@ class Form:
         return sum((row.count * row.nbytes for row in self.sent), ZERO)
 
 
-AMOUNTS = ("flops", "backward_flops", "parameters", "gradients", "optimizer_state")
+AMOUNTS = ("flops", "backward_flops", "parameters", "gradients", "optimizer_state", "activations")
 
 
 @dataclass(frozen=True)
@@ -233,12 +236,11 @@ class _Writer:
         """
         size = _sent_bytes(call, loop, at)
         found, hints = sympy.Integer(1), 1
-        for symbol in self.algebra.renamed.values():
-            ratio = _sent_bytes(self.algebra.scaled(call, symbol, 2), loop, at) / size
-            power = int(ratio).bit_length() - 1
-            if ratio == 2**power:
-                found *= symbol**power
-                hints *= self.algebra.values[symbol] ** power
+        for symbol in self.algebra.inputs:
+            doubled = _sent_bytes(self.algebra.scaled(call, symbol, 2), loop, at)
+            power = self.algebra.power(size, doubled) or 0
+            found *= symbol**power
+            hints *= self.algebra.values[symbol] ** power
         return sympy.Rational(size, hints) * found
 
     # -- what is computed and held
@@ -256,6 +258,10 @@ class _Writer:
             path = self.path(parameter.name)
             for name, nbytes in self.stored(parameter, value):
                 yield path if readers[parameter.name] else "", name, nbytes
+        kept = KeptForms(self.plan, self.graph, self.algebra)
+        for name, nbytes in kept.forms():
+            maker = self.graph.producers.get(name)
+            yield self.path(maker.name if maker is not None else name), "activations", nbytes
 
     def op_flops(self, op: OpChoice) -> sympy.Expr:
         """Forward, on the busiest rank."""

@@ -92,7 +92,11 @@ def expression_text(expression: sympy.Expr, order: Sequence[str] = ()) -> str:
     common = _common(terms)
     inner = [_product(term / common, order) for term in _by_weight(terms)]
     text = " + ".join(inner).replace("+ -", "- ")
-    return text if common == 1 else f"{_product(common, order)} ({text})"
+    if common == 1:
+        return text
+    above, below = common.as_numer_denom()
+    text = f"({text})" if above == 1 else f"{_product(above, order)} ({text})"
+    return text if below == 1 else text + _product(1 / below, order).removeprefix("1")
 
 
 def _by_weight(terms: Sequence[sympy.Expr]) -> list[sympy.Expr]:
@@ -111,9 +115,9 @@ def _common(terms: Sequence[sympy.Expr]) -> sympy.Expr:
     powers = [term.as_powers_dict() for term in terms]
     found = sympy.gcd_list([term.as_coeff_Mul()[0] for term in terms])
     for base in sorted(powers[0], key=str):
-        least = min(sympy.sympify(power.get(base, 0)) for power in powers)
-        if base.is_Symbol and least.is_Integer and least > 0:
-            found *= base**least
+        own = [sympy.sympify(power.get(base, 0)) for power in powers]
+        if base.is_Symbol and all(power.is_Integer for power in own):
+            found *= base ** (min(own) if min(own) > 0 else min(max(own), 0))
     return found
 
 

@@ -120,7 +120,7 @@ class Words:
 
     def split(self, parameter: ParameterChoice) -> str:
         """How a parameter is split, in words; "whole" if it is not."""
-        told = []
+        told: dict[str, list[str]] = {}
         for axis, state in enumerate(parameter.state):
             if not isinstance(state, Shard):
                 continue
@@ -129,8 +129,11 @@ class Words:
                 text = " + ".join(names) or f"dim {state.dim}"
             else:
                 text = _late_text(parameter, axis)
-            told.append(text + self._parts(state) + self.on(axis))
-        return "; ".join(told) or "whole"
+            told.setdefault(text + self._parts(state), []).append(self.axes[axis])
+        if len(self.axes) == 1:
+            return next(iter(told), "whole")
+        rows = [f"{text} on {' and '.join(axes)}" for text, axes in told.items()]
+        return "; ".join(rows) or "whole"
 
     def splits(self, value: str, axis: int = 0) -> list[str]:
         """What the split of a value is called by each op that reads it, through views."""
