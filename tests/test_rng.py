@@ -303,16 +303,16 @@ def test_compiled_passes_draw_what_eager_ones_draw() -> None:
 def drawn_by(
     model: nn.Module, world_size: int, patch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[Simulation, dict[int, torch.Tensor], int]:
-    """A simulated pass, what each dropout multiplied by, put together, and how many were split."""
+    """A simulated pass, what each dropout kept, put together, and how many were split."""
     parts: dict[int, dict[int, tuple[Layout, torch.Tensor]]] = {}
-    original = rng._noise
+    original = rng._kept
 
     def recorded(x: Any, p: Any, key: Any, shape: Any, layout: Any, *rest: Any) -> torch.Tensor:
         made: torch.Tensor = original(x, p, key, shape, layout, *rest)
         parts.setdefault(key, {})[rest[0].rank] = (layout, made)
         return made
 
-    patch.setattr(rng, "_noise", recorded)
+    patch.setattr(rng, "_kept", recorded)
     result = autoparallel.simulate(model, world_size, **options)
     patch.undo()
     masks: dict[int, torch.Tensor] = {}
