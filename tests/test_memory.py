@@ -28,6 +28,7 @@ from autoparallel.rules import referee
 from autoparallel.rules.registry import find_rule
 from autoparallel.runtime import simulate
 from autoparallel.search import search
+from autoparallel.train.models import GPT, GPTConfig
 
 MODELS = ("gpt2", "bert", "llama", "resnet", "lstm", "mamba")
 OTHERS = [name for name in zoo.FAMILIES if name not in MODELS]
@@ -287,3 +288,51 @@ def test_what_is_run_again_keeps_only_what_goes_in() -> None:
 def test_a_plan_without_its_graph_has_no_account() -> None:
     with pytest.raises(PlanError, match="no graph"):
         account(Plan.from_json(two(1).to_json()))
+
+
+BATCH, SEQUENCE, WIDTH, HEADS = 4, 512, 1024, 16
+
+
+@cache
+def gpt(layers: int) -> Plan:
+    """Of 16 bits, with dropout everywhere; only sizes matter."""
+    with torch.device("meta"):
+        config = GPTConfig(layers, WIDTH, HEADS, vocabulary=2048, positions=SEQUENCE, dropout=0.1)
+        model = GPT(config).to(torch.bfloat16).train()
+        tokens = torch.zeros(BATCH, SEQUENCE, dtype=torch.long)
+    return autoparallel.make_plan(model, 1, example_inputs=(tokens, tokens))
+
+
+def per_layer(ranks: int, **choices: Any) -> float:
+    """Bytes of activations that one more layer takes, in units of s b h. What is gathered of a
+    split activation is dropped."""
+    taken = []
+    for layers in (2, 3):
+        base = gpt(layers)
+        assert base.captured is not None
+        plan = search(base.captured, "GPT", Mesh(tp=ranks), Options(tokens=1, **choices))
+        rows = tuple(
+            replace(row, again=any(move is Movement.ALL_GATHER for _, move, _ in row.moves))
+            for row in plan.conversions
+        )
+        taken.append(account(replace(plan, conversions=rows)).activations)
+    return (taken[1] - taken[0]) / (BATCH * SEQUENCE * WIDTH)
+
+
+def test_activations_of_a_layer_are_those_of_the_published_formulas() -> None:
+    """arXiv 2205.05198, table 2: whole; tensor parallel; with sequences split; with attention run
+    again; with all run again (there the input of a layer is kept as it is made: split, if it is).
+    """
+    scores = 5 * HEADS * SEQUENCE / WIDTH
+    assert per_layer(1) == pytest.approx(34 + scores, rel=0.03)
+    assert per_layer(1, recompute="full") == pytest.approx(2, rel=0.03)
+    for ranks in (2, 8):
+        split = {"sequence_parallel": False}
+        found = [per_layer(ranks, **split), per_layer(ranks), per_layer(ranks, recompute="full")]
+        expected = [10 + 24 / ranks + scores / ranks, (34 + scores) / ranks, 2 / ranks]
+        assert found == pytest.approx(expected, rel=0.03)
+        found = [
+            per_layer(ranks, recompute="full", **split),
+            per_layer(ranks, recompute="selective"),
+        ]
+        assert found == pytest.approx([2, 34 / ranks], rel=0.03)
