@@ -18,7 +18,7 @@ RESERVED = frozenset(
     move parameters part pending_sum ranks recomputed rng torch
     """.split()
 )
-_PATTERNS = re.compile(r"[IRP]|S\d+\w*|constant_\d+|block_\d+")
+_PATTERNS = re.compile(r"[IRP]|S\d+(_blocks\d+)?(_unit\d+)?|constant_\d+|block_\d+")
 
 
 class Names:

@@ -1,0 +1,121 @@
+"""Loss and every gradient on meshes of several axes, however the memory is spared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from families import build, inputs_for, loss_and_logits, relative_error, worst_gradient
+from torch import nn
+
+import autoparallel
+from autoparallel.mesh import Mesh
+from autoparallel.placement import Invariant, Layout, Shard
+from autoparallel.plan import ParameterChoice, Plan
+from autoparallel.rewrite.names import Names
+
+__all__ = ["copies_again", "spread"]
+
+TOLERANCE = 1e-10
+MESHES = (Mesh(dp=2, tp=2), Mesh(dp=2, tp=3), Mesh(pp=2, dp=2, tp=2))
+SEVERAL = [(name, mesh) for name in ("mlp", "gpt", "bert") for mesh in MESHES]
+
+
+def spread(plan: Plan, at_once: bool) -> Plan:
+    """The plan with the optimizer's state, and with it the gradients, split wherever possible.
+
+    at_once: gradients are cut as soon as they are complete (ZeRO-2), else at the end (ZeRO-1).
+    """
+
+    def split(choice: ParameterChoice) -> ParameterChoice:
+        taken = {cut.dim for cut in choice.storage if isinstance(cut, Shard)}
+        free = [dim for dim in range(len(choice.shape)) if dim not in taken]
+        state: Layout = tuple(
+            Shard(free[0]) if free and own == Invariant() else own for own in choice.storage
+        )
+        return replace(choice, state=state, gradient=state if at_once else choice.storage)
+
+    return replace(plan, parameters=tuple(map(split, plan.parameters)))
+
+
+def copies_again(plan: Plan) -> Plan:
+    """The plan with every converted copy dropped and made again."""
+    conversions = (replace(conversion, again=True) for conversion in plan.conversions)
+    return replace(plan, conversions=tuple(conversions))
+
+
+def blocks_again(plan: Plan, length: int) -> Plan:
+    """The plan with most of its ops run again, in blocks of `length`, two kept in between."""
+    names = [op.name for op in plan.ops]
+    starts = range(2, len(names) - length, length + 2)
+    return replace(
+        plan, recomputed=tuple(tuple(names[at : at + length]) for at in starts), recompute=()
+    )
+
+
+def dropping(name: str) -> nn.Module:
+    """The model with dropout."""
+    model = build(name, layers=1)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    return model
+
+
+def ways(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    yield "as planned", plan
+    yield "state apart, gradients at the end", spread(plan, at_once=False)
+    yield "state apart, gradients at once", copies_again(spread(plan, at_once=True))
+    yield "blocks again", blocks_again(plan, 7)
+    yield "all again", blocks_again(copies_again(plan), 5)
+
+
+@pytest.mark.parametrize(("name", "mesh"), SEVERAL, ids=str)
+def test_gradients_are_those_of_one_device(name: str, mesh: Mesh) -> None:
+    """With dropout, in uneven parts, under the planner's choice and with the memory spared."""
+    model, inputs = dropping(name), inputs_for(name)
+    one = autoparallel.simulate(model, 1, example_inputs=inputs)
+    plan = autoparallel.make_plan(model, mesh=mesh, example_inputs=inputs)
+    for way, changed in ways(plan):
+        made = autoparallel.simulate(model, plan=changed, example_inputs=inputs)
+        pairs = zip(loss_and_logits(made.output), loss_and_logits(one.output), strict=True)
+        assert all(relative_error(*(t.detach() for t in pair)) < TOLERANCE for pair in pairs), way
+        worst = worst_gradient(dict(made.gradients), dict(one.gradients))
+        assert worst[0] < TOLERANCE, (way, worst)
+        assert made.apart == 0, way
+
+
+@pytest.mark.parametrize("inner", [Invariant(), Shard(0)], ids=str)
+def test_weights_that_are_kept_split(inner: Any) -> None:
+    """ZeRO-3 on one axis and on both: gathered for use, in the backward pass once more."""
+    model, inputs = build("mlp"), inputs_for("mlp")
+    expected = autoparallel.simulate(model, 1, example_inputs=inputs)
+    pins = {"first.weight": (Shard(0), inner), "second.weight": (Shard(0), inner)}
+    plan = autoparallel.make_plan(model, mesh=MESHES[0], example_inputs=inputs, pins=pins)
+    counts = []
+    for way in (plan, copies_again(plan)):
+        made = autoparallel.simulate(model, plan=way, example_inputs=inputs)
+        assert worst_gradient(dict(made.gradients), dict(expected.gradients))[0] < TOLERANCE
+        counts.append(sum(made.collectives.values()))
+    assert counts[1] > counts[0]
+
+
+def test_names_do_not_collide() -> None:
+    """Of mesh axes, sizes and values, with each other and with what a program calls."""
+    names = Names(("lambda", "x", "torch"), ("s0",), ("group", "x", "x_", "s0", "F", "S0", "I"))
+    assert names.axes == ("lambda_", "x", "torch_")
+    found = [*names.axes, *names.values.values()]
+    assert len(set(found)) == len(found)
+    assert not {"s0", "F", "S0", "I"} & set(found)
+    assert names.values["group"] == "group"
+    assert names.fresh("x_R") != names.fresh("x_R")
+
+
+def test_axes_may_have_any_name() -> None:
+    model, inputs = build("mlp"), inputs_for("mlp")
+    mesh = Mesh(**{"lambda": 2, "add": 2})
+    made = autoparallel.simulate(model, mesh=mesh, example_inputs=inputs)
+    expected = autoparallel.simulate(model, 1, example_inputs=inputs)
+    assert worst_gradient(dict(made.gradients), dict(expected.gradients))[0] < TOLERANCE
