@@ -1,7 +1,7 @@
 """How to run GPT-3 on 64 A100s: will it fit, how fast will it be, and how do we know?
 
     python examples/plan_without_gpus.py
-    python examples/plan_without_gpus.py --mesh dp=8,tp=8 --batch 128 --memory 60GiB --output out
+    python examples/plan_without_gpus.py --mesh auto --batch 128 --memory 60GiB --output out
 
 No GPU is needed, no process group, and no weights: the model is built on the meta device. What is
 printed: the answer in short; the plan, with every split and every collective; and what it sends,
@@ -115,7 +115,7 @@ def parse() -> Any:
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64, help="sequences in one step")
     parser.add_argument("--world-size", type=int, default=64)
-    parser.add_argument("--mesh", type=mesh_of, default="auto", help='"auto" or "dp=8,tp=8"')
+    parser.add_argument("--mesh", type=mesh_of, default="dp=8,tp=8", help='or "auto"')
     parser.add_argument("--hardware", default="dgx-a100", help="a preset, or a file")
     parser.add_argument("--memory", default="76GiB", help="that a device may use")
     parser.add_argument("--output", type=Path, help="folder for plan, picture and trace")
