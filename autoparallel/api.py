@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -126,6 +127,7 @@ def make_plan(
     constraints: Sequence[str] = (),
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
+    start: Plan | None = None,
 ) -> Plan:
     """The plan of least cost. Needs no devices, no processes and no weights (meta is fine).
 
@@ -141,7 +143,8 @@ def make_plan(
     constraints: what plans must have, "blocks.*.weight on dp is whole" (see constraints.py).
     pins: how parameters, by path, are to be stored. product_weight: what a second of matrix
     products counts in the cost; by default 1, and more only for a model so small that leaving it
-    whole would be the fastest. Other arguments: see Options.
+    whole would be the fastest. start: a plan to begin with, of the same model, inputs and mesh; it
+    is taken where nothing better is found. Other arguments: see Options.
     """
     refuse_wrapped(model)
     options = _options(
@@ -162,7 +165,7 @@ def make_plan(
         example_inputs = find_example_inputs(model)
     args, kwargs = split_example(example_inputs)
     traced = _trace(model, args, kwargs, options)
-    return _fastest(model, traced, meshes, options, pins, product_weight)
+    return _fastest(model, traced, meshes, options, pins, product_weight, start)
 
 
 def _options(
@@ -279,13 +282,15 @@ def _fastest(
     options: Options,
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
+    start: Plan | None = None,
 ) -> Plan:
     """The best plan of all arrangements. Raises the first one's error where none has a plan."""
     best: Plan | None = None
     errors: list[PlanError] = []
     for mesh in meshes:
         try:
-            plan = _search(model, traced, mesh, options, pins, product_weight)
+            begin = start if start is not None and start.mesh == mesh else None
+            plan = _search(model, traced, mesh, options, pins, product_weight, begin)
         except PlanError as error:
             errors.append(error)
             continue
@@ -303,6 +308,7 @@ def _search(
     options: Options,
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
+    start: Plan | None = None,
 ) -> Plan:
     given = {path: pin if isinstance(pin, tuple) else (pin,) for path, pin in (pins or {}).items()}
     for path, pin in given.items():
@@ -314,7 +320,9 @@ def _search(
     if isinstance(traced, Broken):
         return search_parts(traced, model, mesh, options, given, product_weight)
     name = type(model).__name__
-    return search(traced, name, mesh, options, pins=given, product_weight=product_weight)
+    return search(
+        traced, name, mesh, options, pins=given, product_weight=product_weight, start=start
+    )
 
 
 def _with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:
@@ -375,6 +383,11 @@ def _ranks(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
         devices = DeviceMesh.from_group(world.process_group, _device(), mesh_dim_names=names)
     else:
         devices = init_device_mesh(_device(), sizes, mesh_dim_names=names)
+        for count in range(2, len(names) + 1):
+            for axes in itertools.combinations(names, count):
+                devices[axes]._flatten(
+                    "+".join(axes)
+                )  # DTensor then sums over them in one collective
     return process_ranks(world, devices), devices
 
 

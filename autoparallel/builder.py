@@ -28,7 +28,7 @@ from autoparallel.stores import Stored, storage_choices, stored_bytes
 from autoparallel.tiling import Tiling, inert_calls, weight_values
 from planners import Alternative, Factor
 
-__all__ = ["build_network"]
+__all__ = ["build_network", "rebuilt"]
 
 Array = NDArray[np.float64]
 
@@ -62,6 +62,18 @@ def build_network(
     return builder.build()
 
 
+def rebuilt(network: Network, options: Options | None = None, mesh: Mesh | None = None) -> Network:
+    """The network of the same graph under other options, or on another mesh."""
+    return build_network(
+        network.graph,
+        mesh or network.mesh,
+        network.hardware,
+        options or network.options,
+        network.stored,
+        network.whole_outputs,
+    )
+
+
 class _Builder:
     def __init__(
         self,
@@ -78,7 +90,7 @@ class _Builder:
         self.links = hardware.links(self.sizes)
         memory = options.memory_limit is not None
         self.edges = Edges(self.sizes, self.links, hardware, options, memory)
-        self.network = Network(graph, mesh, hardware, options, self.edges)
+        self.network = Network(graph, mesh, hardware, options, self.edges, stored, whole_outputs)
         self.invariant = whole_layout(len(self.sizes))
         self.weights = weight_values(graph)
         self.network.weights = frozenset(self.weights)
@@ -117,6 +129,12 @@ class _Builder:
             if chosen.usage is not None:
                 self.network.usage[node.name] = chosen.usage
             self.network.rules[node.name] = kind.rule
+            if self.kept is not None:
+                reads = node.operands()
+                self.network.saves[node.name] = tuple(
+                    self.kept.is_kept(node, tuple(i for i, own in enumerate(reads) if own == name))
+                    for name in reads
+                )
         for node in self.graph.nodes:
             if node.kind == "parameter":
                 self.store(node)

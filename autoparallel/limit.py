@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from autoparallel.builder import build_network
+from autoparallel.builder import rebuilt
+from autoparallel.constraints import constrain
 from autoparallel.cost.memory import Account, account
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.capture import Captured
 from autoparallel.mesh import Mesh
 from autoparallel.network import Network
+from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.reading import read_plan
+from autoparallel.solving import Solving
 from autoparallel.units import bytes_text
-from planners import InfeasibleError, OverLimitError, Solution, limited
+from planners import InfeasibleError, OverLimitError, Problem, Solution, limited
 
 __all__ = ["plan_within"]
 
@@ -36,38 +39,84 @@ _LARGEST_ITEMS = 5
 
 
 def plan_within(
-    captured: Captured, model: str, network: Network, pins: Mapping[str, Layout] = {}
+    captured: Captured,
+    model: str,
+    network: Network,
+    solve: Solving,
+    pins: Mapping[str, Layout] = {},
 ) -> Plan:
     """The plan of least cost among those that fit into the memory limit of the options.
 
     The planner limits the sum of what is kept. What a plan takes besides (buffers, inputs, what is
     there for a moment only) is known when it is made: then the limit is lowered and it is planned
-    again. Raises MemoryLimitError where nothing fits.
+    again. What is run again is there for a moment: where that is too much, less is run again.
+    Raises MemoryLimitError where nothing fits.
     """
-    allowed = network.options.memory_limit
-    assert allowed is not None
-    limit = float(allowed)
-    best: tuple[Plan, Account] | None = None
+    options = network.options
+    fewer = {"auto": ("selective", "none"), "full": (), "selective": (), "none": ()}
+    closest: tuple[Plan, Account] | None = None
+    for mode in (options.recompute, *fewer[options.recompute]):
+        if mode != options.recompute:
+            network = rebuilt(network, options=replace(options, recompute=mode))
+            constrain(network, captured.aliases)
+            solve = Solving(network)
+        plan, taken = _closest(captured, model, network, solve, pins)
+        plan = replace(plan, options=options)
+        if taken.total <= _allowed(network):
+            return plan
+        if closest is None or taken.total < closest[1].total:
+            closest = (plan, taken)
+    assert closest is not None
+    raise _does_not_fit(captured, network, *closest)
+
+
+def _closest(
+    captured: Captured,
+    model: str,
+    network: Network,
+    solve: Solving,
+    pins: Mapping[str, Layout],
+) -> tuple[Plan, Account]:
+    """A plan that fits or, where none was found, the one found that takes least."""
+    limit = float(_allowed(network))
+    least: tuple[Plan, Account] | None = None
     for _ in range(_MOST_ATTEMPTS):
+        problem = network.problem(1.0, pins, limit)
+        last = False
         try:
-            solution = limited.solve(network.problem(1.0, pins, limit))
+            solution = _better(problem, limited.solve(problem, solver=solve), solve.start)
         except OverLimitError as error:
-            raise _does_not_fit(captured, model, network, pins, error) from error
+            # The plan that keeps least: it may still be told what it takes.
+            last = True
+            solution = limited.solve(
+                network.problem(1.0, pins, error.usage * (1 + 1e-9) + 1), solver=solve
+            )
         except InfeasibleError as error:
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
             ) from error
-        best = _read(captured, model, network, solution)
-        over = best[1].total - allowed
-        if over <= 0:
-            return best[0]
+        found = _read(captured, model, network, solution)
+        if least is None or found[1].total < least[1].total:
+            least = found
+        over = found[1].total - _allowed(network)
+        if last or over <= 0:
+            break
         limit = min(limit, solution.usage) - over
-    assert best is not None
-    raise MemoryLimitError(
-        f"no plan was found that takes at most {bytes_text(allowed)} on each of {network.mesh}",
-        why=f"the last of {_MOST_ATTEMPTS} takes {bytes_text(best[1].total)}: {_shares(best[1])}",
-        fix=f"allow {bytes_text(best[1].total)}, or use more ranks",
-    )
+    assert least is not None
+    return least
+
+
+def _allowed(network: Network) -> int:
+    assert network.options.memory_limit is not None
+    return network.options.memory_limit
+
+
+def _better(problem: Problem, found: Solution, start: Mapping[str, int] | None) -> Solution:
+    """The solution found, or the assignment to begin with, if that fits and costs less."""
+    if start is None or problem.limit is None:
+        return found
+    own = Solution.of(problem, start, "as given", found.lower_bound)
+    return own if own.usage <= problem.limit and own.cost < found.cost else found
 
 
 def _read(
@@ -85,29 +134,22 @@ def _shares(taken: Account) -> str:
 
 
 def _does_not_fit(
-    captured: Captured,
-    model: str,
-    network: Network,
-    pins: Mapping[str, Layout],
-    error: OverLimitError,
+    captured: Captured, network: Network, plan: Plan, taken: Account
 ) -> MemoryLimitError:
     """What the plan that needs least takes, and what limit or how many ranks would do."""
-    allowed = network.options.memory_limit
-    assert allowed is not None
-    least = limited.solve(network.problem(1.0, pins, error.usage * (1 + 1e-9) + 1))
-    _, taken = _read(captured, model, network, least)
+    allowed = _allowed(network)
     largest = [
         f"{item.category.replace('_', ' ')}: {item.name}"
         f"{f' ({item.count} of them)' if item.count > 1 else ''} {bytes_text(item.nbytes)}"
         for item in taken.items[:_LARGEST_ITEMS]
     ]
-    ranks = _enough_ranks(network, allowed)
+    ranks = _enough_ranks(captured, network, plan.options)
     more = f"use {ranks.world_size} ranks ({ranks})" if ranks else "use more ranks"
     found = MemoryLimitError(
-        f"the model does not fit: no plan takes at most {bytes_text(allowed)} per rank on "
-        f"{network.mesh}",
+        f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} per "
+        f"rank on {network.mesh}",
         where="\n".join(largest),
-        why=f"the least that a plan takes is {bytes_text(taken.total)}, "
+        why=f"the plan that needs least takes {bytes_text(taken.total)}, "
         f"{bytes_text(taken.total - allowed)} more than allowed: {_shares(taken)}",
         fix=f'pass memory_limit="{_at_least(taken.total)}", or {more}, or a smaller batch',
     )
@@ -123,19 +165,19 @@ def _at_least(nbytes: int) -> str:
     return f"{-(-nbytes // 2**10)}KiB"
 
 
-def _enough_ranks(network: Network, allowed: int) -> Mesh | None:
+def _enough_ranks(captured: Captured, network: Network, options: Options) -> Mesh | None:
     """The mesh with more ranks on its first axis, by doubling, on which a plan may fit."""
     (name, size), *others = network.mesh.axes
     factor = 2
     while factor <= _MOST_RANKS:
         mesh = Mesh(**{name: size * factor, **dict(others)})
-        wider = build_network(network.graph, mesh, network.hardware, network.options)
+        wider = rebuilt(network, options=options, mesh=mesh)
+        constrain(wider, captured.aliases)
         try:
-            limited.solve(wider.problem(1.0, {}, float(allowed)), most_solves=1, enough=1.0)
-        except OverLimitError:
-            factor *= 2
-            continue
-        except InfeasibleError:
+            _, taken = _closest(captured, "", wider, Solving(wider), {})
+        except PlanError:
             return None
-        return mesh
+        if taken.total <= _allowed(network):
+            return mesh
+        factor *= 2
     return None

@@ -7,7 +7,7 @@ per block that may be run again in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +48,8 @@ class Network:
     hardware: Hardware
     options: Options
     edges: Edges
+    stored: Mapping[str, Layout]
+    whole_outputs: bool
     strategies: dict[str, tuple[Joint, ...]] = field(default_factory=dict)
     storages: dict[str, tuple[Stored, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[Layout, ...]] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class Network:
     recomputation: Recomputation | None = None
     repeats: dict[str, Table] = field(default_factory=dict)
     allowed: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    saves: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
@@ -120,6 +123,32 @@ class Network:
         variables.sort(key=lambda variable: self.position(variable.name))
         self.names = tuple(variable.name for variable in variables)
         return Problem(tuple(variables), tuple(self.factors), limit)
+
+    def groupings(self) -> tuple[dict[str, NDArray[np.intp]], ...]:
+        """Per mesh axis, the states of every variable that differ only there, by a number."""
+        found = []
+        for axis in range(len(self.mesh.axes)):
+            groups: dict[str, NDArray[np.intp]] = {}
+            for name, joints in self.strategies.items():
+                groups[name] = _numbered(
+                    (_without(joint.operands, axis), _without(joint.results, axis))
+                    for joint in joints
+                )
+            for name, stored in self.storages.items():
+                groups[name] = _numbered(
+                    _without((one.storage, one.gradient, one.state), axis) for one in stored
+                )
+            for name, layouts in self.outputs.items():
+                groups[f"return:{name}"] = _numbered(_without((own,), axis) for own in layouts)
+            for name, _ in self.fans:
+                edge = self.values.get(name.removesuffix("*"))
+                if edge is not None and name.endswith("*"):
+                    groups[name] = _numbered(
+                        (frozenset(_without(group, axis)), frozenset(_without(some, axis)))
+                        for group, some in zip(edge.groups, edge.kept, strict=True)
+                    )
+            found.append(groups)
+        return tuple(found)
 
     def position(self, variable: str) -> float:
         """Where in the graph a variable belongs: before its first reader, after its maker."""
@@ -189,3 +218,13 @@ def reduced_together(graph: Graph) -> frozenset[str]:
     Those are all: nothing in the backward pass reads a parameter's gradient.
     """
     return frozenset(node.result.name for node in graph.nodes if node.kind == "parameter")
+
+
+def _without(layouts: tuple[Layout, ...], axis: int) -> tuple[Layout, ...]:
+    return tuple((*layout[:axis], *layout[axis + 1 :]) for layout in layouts)
+
+
+def _numbered(keys: Iterable[Any]) -> NDArray[np.intp]:
+    """Equal keys have equal numbers."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from autoparallel.cost.compute import nbytes
+from autoparallel.errors import PlanError
 from autoparallel.graph.capture import Captured
 from autoparallel.graph.graph import Graph, hint
 from autoparallel.mesh import Mesh
 from autoparallel.network import Network, reduced_together
 from autoparallel.placement import Layout, whole_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.stores import Stored
 from autoparallel.whole import is_left_whole, why_whole
 from planners import Solution
 
-__all__ = ["read_plan"]
+__all__ = ["assignment_of", "read_plan"]
 
 
 def read_plan(
@@ -96,6 +98,74 @@ def read_plan(
         recomputed=recomputed,
         recompute=recompute,
     )
+
+
+def assignment_of(network: Network, plan: Plan) -> dict[str, int]:
+    """The states of a network that make `plan`: the inverse of `read_plan`.
+
+    Raises PlanError for a plan of another program or mesh, and for one that the network's options
+    do not allow.
+    """
+    if plan.fingerprint != network.graph.fingerprint or plan.mesh != network.mesh:
+        raise PlanError(
+            f"this plan is for another program, or another mesh than {network.mesh}",
+            fix="begin with a plan of the same model, example inputs and mesh",
+        )
+    found: dict[str, int] = {}
+    read: dict[str, dict[Layout, None]] = {}
+    kept: dict[str, dict[Layout, None]] = {}
+
+    def choose(name: str, states: Iterable[object], state: object) -> None:
+        place = next((index for index, one in enumerate(states) if one == state), None)
+        if place is None:
+            raise PlanError(f"{name} cannot be as this plan has it", fix="plan without it")
+        found[name] = place
+
+    for op in plan.ops:
+        joints = network.strategies[op.name]
+        choose(
+            op.name,
+            [(joint.operands, joint.results, joint.kernels) for joint in joints],
+            (op.operands, op.results, op.kernels),
+        )
+        saves = network.saves.get(op.name, (False,) * len(op.reads))
+        for value, layout, saved in zip(op.reads, op.operands, saves, strict=True):
+            read.setdefault(value, {})[layout] = None
+            if saved:
+                kept.setdefault(value, {})[layout] = None
+    for parameter in plan.parameters:
+        choose(
+            parameter.name,
+            network.storages[parameter.name],
+            Stored(parameter.storage, parameter.gradient, parameter.state),
+        )
+    for name, layout in zip(network.graph.outputs, plan.outputs, strict=True):
+        choose(f"return:{name}", network.outputs[name], layout)
+        read.setdefault(name, {})[layout] = None
+    for _, name in network.graph.mutations:
+        read.setdefault(name, {})[whole_layout(len(network.mesh.axes))] = None
+    modes = dict(plan.recompute)
+    blocks = network.recomputation
+    for index, block in enumerate(blocks.blocks if blocks else ()):
+        assert blocks is not None
+        if len(blocks.modes[index]) > 1:
+            mode = modes.get(block.path, "none")
+            choose(blocks.variable(index), blocks.modes[index], mode)
+    for name, _ in network.fans:
+        if name in found:
+            continue
+        value = name.removesuffix("*")
+        if not name.endswith("*") or value not in network.values:
+            found[name] = 0
+            continue
+        edge = network.values[value]
+        some = frozenset(kept.get(value, {})) if any(edge.kept) else frozenset()
+        choose(
+            name,
+            [(frozenset(g), frozenset(k)) for g, k in zip(edge.groups, edge.kept, strict=True)],
+            (frozenset(read[value]), some),
+        )
+    return found
 
 
 def _parameters(

@@ -17,17 +17,10 @@ from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
-from autoparallel.reading import read_plan
+from autoparallel.reading import assignment_of, read_plan
+from autoparallel.solving import Solving
 from autoparallel.whole import added_costs, is_left_whole
-from planners import (
-    InfeasibleError,
-    Memo,
-    Problem,
-    Solution,
-    TooWideError,
-    conditioning,
-    exact,
-)
+from planners import InfeasibleError, Problem, Solution
 
 __all__ = ["search"]
 
@@ -44,13 +37,15 @@ def search(
     stored: Mapping[str, Layout] | None = None,
     pins: Mapping[str, Layout] | None = None,
     product_weight: float | None = None,
+    start: Plan | None = None,
 ) -> Plan:
     """The plan of least cost.
 
     stored: placements (by path) that parameters have already and keep. pins: placements (by path)
     to be tried. A model too small to be worth splitting is split all the same: products are
     weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of matrices are
-    split or more weight splits no more; product_weight fixes the weight instead.
+    split or more weight splits no more; product_weight fixes the weight instead. start: a plan of
+    the same program to begin with: what is found costs no more than it.
     Raises UnsupportedOpError, and PlanError where the pins contradict each other.
     """
     graph = at_least(captured.graph, options.tokens)
@@ -72,22 +67,16 @@ def search(
                 f"{layout_text(pinned[name])}",
                 fix="pin one of the two, or both alike",
             )
+    begin = assignment_of(network, start) if start is not None else None
+    solve = Solving(network, begin)
     if options.memory_limit is not None:
-        return plan_within(captured, model, network, pinned)
-    memo = Memo()
-    given: tuple[str, ...] | None = None
+        return plan_within(captured, model, network, solve, pinned)
     best: tuple[float, float, Solution, Problem] | None = None
     weights = _WEIGHTS if mesh.world_size > 1 and not options.data_parallel else (1.0,)
     for weight in weights if product_weight is None else (product_weight,):
         problem = network.problem(weight, pinned)
         try:
-            if given is None:
-                try:
-                    solution = exact.solve(problem, memo=memo)
-                except TooWideError:
-                    given = conditioning.cutset(problem)
-            if given is not None:
-                solution = conditioning.solve(problem, given=given, memo=memo)
+            solution = solve(problem)
         except InfeasibleError as error:
             raise _impossible(error) from error
         found = (_split_share(network, solution), _split_bytes(network, solution))
@@ -100,7 +89,7 @@ def search(
             break
     assert best is not None
     weight, _, solution, problem = best
-    added = added_costs(network, problem, solution, memo) if given is None else {}
+    added = {} if solve.is_wide else added_costs(network, problem, solution, solve.memo)
     return read_plan(captured, model, mesh, network, solution, weight, added)
 
 

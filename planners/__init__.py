@@ -4,11 +4,12 @@
     exact.solve(problem).text()
 
 `exact` eliminates variables and is the one to use; `conditioning` is for problems that are too wide
-for it, and proves a bound; `limited` charges usage until a limit is kept; `ilp` is the cross-check;
-`exhaustive` is the oracle for small ones.
+for it, and proves a bound, and so does `coarse`, for very many states per variable; `limited`
+charges usage until a limit is kept; `ilp` is the cross-check; `exhaustive` is the oracle for small
+ones.
 """
 
-from planners import conditioning, exact, exhaustive, ilp, limited
+from planners import coarse, conditioning, exact, exhaustive, ilp, limited
 from planners.exact import min_marginals
 from planners.memo import Memo
 from planners.ordering import TooWideError
@@ -27,6 +28,7 @@ __all__ = [
     "Table",
     "TooWideError",
     "Variable",
+    "coarse",
     "conditioning",
     "exact",
     "exhaustive",

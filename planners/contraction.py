@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from planners.tables import Table
 
 _CHUNK_ENTRIES = 2**18  # the joint table is walked in pieces of this size, which stay in cache
-# Blocks are looked for in larger joint tables alone, and taken when they leave out this much.
+# What a block takes beside its entries, in entries; smaller joint tables are not searched for any.
+_ENTRIES_PER_BLOCK = 25_000
 _SPARSE_ENTRIES = 2**17
-_SPARSE_SHARE = 0.5
 
 
 def contract(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -> Table:
@@ -23,7 +23,7 @@ def contract(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...])
     if math.prod(shape) >= _SPARSE_ENTRIES and kept == tuple(range(1, len(shape))):
         blocks = _blocks(arrays, shape)
         entries = sum(math.prod(len(axis) for axis in block) for block in blocks)
-        if entries <= _SPARSE_SHARE * math.prod(shape):
+        if entries + _ENTRIES_PER_BLOCK * len(blocks) <= math.prod(shape):
             return _by_blocks(arrays, shape, blocks)
     return _dense(arrays, shape, kept)
 

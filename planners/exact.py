@@ -16,7 +16,7 @@ from planners.problem import Problem, Table
 from planners.reduction import ContradictionError, Network, closure, reduce
 from planners.solution import InfeasibleError, Solution
 
-MAX_TABLE_ENTRIES = 2**24
+MAX_TABLE_ENTRIES = 2**26
 _METHOD = "variable elimination"
 _MAX_CONFLICT_CANDIDATES = 1000
 _MAX_CONFLICT_CHECKS = 200

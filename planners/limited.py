@@ -35,7 +35,6 @@ _MOST_PLACES = 8
 _SPREADS = ((0.01, 0.01), (0.1, 0.1), (0.5, 0.5), (0.5, 4.0), (1.0, 1.0))
 _MOST_JUMPS = 3
 _MOST_BRANCHES = 8
-_HUB_TABLES = 8
 # Of solutions found, those near the bound: that are brought within the limit, and that others may
 # take changes from.
 _MOST_MENDED = 3
@@ -47,6 +46,7 @@ def solve(
     problem: Problem,
     *,
     solver: Solver | None = None,
+    prover: Solver | None = None,
     most_solves: int = MOST_SOLVES,
     enough: float = ENOUGH,
 ) -> Solution:
@@ -54,12 +54,14 @@ def solve(
 
     Variables should come in the order of the computation, so that what is near in the model is
     near in the order. solver: of plain problems; by default the exact one, or conditioning where
-    that is too wide. most_solves: of plain problems, about; a fifth of them to find a multiplier.
+    that is too wide. prover: where the solver's bounds are rough, a slower one that proves better
+    ones; asked once for a multiplier. most_solves: of plain problems, about; a fifth of them to
+    find a multiplier.
     enough: the search ends at this gap, as a share of the cost. Deterministic.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
     """
-    return _Search(problem, solver or Narrow(), enough, most_solves).run()
+    return _Search(problem, solver or Narrow(), prover, enough, most_solves).run()
 
 
 class Narrow:
@@ -96,9 +98,17 @@ class _Node:
 class _Search:
     """best: the cheapest found within the limit. found: all solutions, whatever they use."""
 
-    def __init__(self, problem: Problem, solver: Solver, enough: float, most_solves: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        prover: Solver | None,
+        enough: float,
+        most_solves: int,
+    ) -> None:
         self.problem = problem
         self.solver = solver
+        self.prover = prover
         self.enough = enough
         self.most_solves = most_solves
         self.best: Solution | None = None
@@ -152,6 +162,8 @@ class _Search:
                 raise
             node.bound = math.inf
             return
+        if self.prover is not None and not self.is_enough(node):
+            self.at(node, node.multiplier, self.prover)
         self.fill(node)
         if not self.is_enough(node):
             self.split(node)
@@ -160,10 +172,10 @@ class _Search:
         best = self.best
         return best is not None and best.cost - node.bound <= self.enough * abs(best.cost)
 
-    def solved(self, node: _Node, charged: Multiplier) -> Solution:
+    def solved(self, node: _Node, charged: Multiplier, solver: Solver | None = None) -> Solution:
         """Solve with usage charged; lower_bound is of cost and charge together."""
         self.solves += 1
-        plain = self.solver(node.problem.weighed(charged))
+        plain = (solver or self.solver)(node.problem.weighed(charged))
         self.method = plain.method
         spent = node.problem.spent(plain.assignment, charged)
         return self.consider(
@@ -193,11 +205,11 @@ class _Search:
             self.found.append(solution)
         return solution
 
-    def at(self, node: _Node, multiplier: float) -> Solution:
+    def at(self, node: _Node, multiplier: float, solver: Solver | None = None) -> Solution:
         """Solve at one multiplier. Raises the bound."""
         if isinstance(self.solver, Narrow):
             self.solver.forget()
-        solution = self.solved(node, multiplier)
+        solution = self.solved(node, multiplier, solver)
         charge = multiplier * self.limit if multiplier else 0.0
         node.bound = max(node.bound, solution.lower_bound - charge)
         return solution
@@ -238,7 +250,8 @@ class _Search:
             if abs(same) >= 2 and low and math.isfinite(high):
                 multiplier = math.sqrt(low * high)
             solution = self.at(node, multiplier)
-            if promised - node.bound <= _EXACT * abs(promised):
+            height = solution.cost + multiplier * (solution.usage - self.limit)
+            if multiplier == meet and promised - height <= _EXACT * abs(promised):
                 break
             if self.problem.fits(solution.usage):
                 within.append(solution)
@@ -293,6 +306,9 @@ class _Search:
                     return
                 if not moved:
                     break
+            else:
+                if self.best is before:
+                    return  # the place was found, and no other charges find a better one
 
     def move(self, node: _Node, first: float, second: float) -> bool:
         """Charge `first` up to a place and `second` behind it; find the place.
@@ -311,22 +327,22 @@ class _Search:
         within = end - over
         if self.problem.fits(usages[over]) or not self.problem.fits(usages[within]):
             return False
+        nothing_new = 0
         for _ in range(_MOST_PLACES):
-            jumps = len(usages) >= 2 + _MOST_JUMPS and len(dict.fromkeys(usages.values())) == 2
-            if jumps:
-                return False
-            if abs(over - within) <= 1 or self.is_enough(node):
+            if abs(over - within) <= 1 or nothing_new >= _MOST_JUMPS or self.is_enough(node):
                 break
             share = (usages[over] - self.limit) / (usages[over] - usages[within])
-            share = min(max(share, 0.1), 0.9)
+            share = 0.5 if nothing_new else min(max(share, 0.1), 0.9)
             place = over + round(share * (within - over))
             place = min(max(place, min(over, within) + 1), max(over, within) - 1)
-            usages[place] = usage_at(place)
-            if self.problem.fits(usages[place]):
+            usage = usage_at(place)
+            nothing_new = nothing_new + 1 if usage in usages.values() else 0
+            usages[place] = usage
+            if self.problem.fits(usage):
                 within = place
             else:
                 over = place
-        return True
+        return len(dict.fromkeys(usages.values())) > 2
 
     def fill(self, node: _Node) -> None:
         """Take over what other solutions do differently: to keep the limit, then to use it up."""
@@ -348,22 +364,24 @@ class _Search:
             self.consider(filling.filled(self.problem, self.best, others, node.multiplier))
 
     def branches(self, node: _Node) -> list[_Node]:
-        """A node for each state of a variable that decides for many others."""
+        """A node for each state of a variable that reaches through much of the model."""
         if len(node.ends) < 2:
             return []
         one, two = (solution.assignment for solution in node.ends)
-        tables = dict.fromkeys(self.problem.names, 0)
-        for factor in self.problem.factors:
-            for name in factor.scope:
-                tables[name] += 1
+        names = self.problem.names
+        tables, reach = [0] * len(names), [0] * len(names)
+        for scope in self.problem.scopes():
+            for place in scope:
+                tables[place] += 1
+                reach[place] = max(reach[place], *(abs(place - other) for other in scope))
         hubs = [
-            name
-            for name, count in tables.items()
-            if count >= _HUB_TABLES and one[name] != two[name] and name not in node.pins
+            place
+            for place, name in enumerate(names)
+            if 2 * reach[place] >= len(names) and one[name] != two[name] and name not in node.pins
         ]
         if not hubs:
             return []
-        hub = max(hubs, key=lambda name: tables[name])
+        hub = names[max(hubs, key=lambda place: tables[place])]
         children = []
         for state in range(self.problem.variable(hub).size):
             pins = {**node.pins, hub: state}

@@ -16,6 +16,10 @@ from planners.reduction import Network
 _ENTRIES_PER_STEP = 20_000
 # What finding and scheduling another order takes per variable, in the same unit.
 _ENTRIES_PER_VARIABLE = 10_000
+# Of all tables together: 2 GiB.
+_MOST_ENTRIES = 2**28
+# What takes longer than some ten seconds.
+_MUCH_WORK = 2**35
 # Variables with more neighbours are not worth scoring by fill: they go late anyway.
 _MAX_FILL_DEGREE = 60
 
@@ -87,7 +91,8 @@ def schedule(network: Network, max_table_entries: int, orders: Orders | None = N
     the variable that connects its neighbours least (min-fill) is, which takes longer to find.
     orders: those found for earlier problems; one of the same form takes the same order.
     Raises TooWideError when none keeps all tables within the limit, or all results together within
-    16 times the limit.
+    16 times the limit and 2 GiB; also for a table over a quarter of the limit, where there is much
+    work.
     """
     orders = {} if orders is None else orders
     form = (tuple(network.sizes), tuple([scope for scope, _ in network.terms]))
@@ -116,13 +121,16 @@ def schedule(network: Network, max_table_entries: int, orders: Orders | None = N
             continue
         candidate = _schedule(network, order)
         entries = sum(recipe.entries for recipe in candidate.recipes)
-        if entries > 16 * max_table_entries:
+        if entries > min(16 * max_table_entries, _MOST_ENTRIES):
             needed.append(entries)
         elif candidate.work < best_work:
             best, best_work = candidate, candidate.work
             orders[form] = order
     if best is None:
         raise TooWideError(min(needed), max_table_entries)
+    largest = max([recipe.entries for recipe in best.recipes], default=0)
+    if best.work > _MUCH_WORK and largest > max_table_entries // 4:
+        raise TooWideError(largest, max_table_entries // 4)
     return best
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,14 +54,17 @@ def attempt(pen: Pen, step: Any) -> str:
 
 
 def divided(number: Number) -> Split:
-    """World size, options, and the seed of the costs."""
+    """World size or mesh, options, and the seed of the costs."""
+    sizes = ((), (), (2, 2), (2, 3), (3, 2), (2, 2, 2))[number(0, 5)]
     return Split(
-        number(2, 5),
+        math.prod(sizes) if sizes else number(2, 5),
         number(0, 999),
         (0.0, 0.3, 1.0)[number(0, 2)],
         data_parallel=number(0, 1) == 1,
         sequence_parallel=number(0, 1) == 0,
         whole=(0.0, 0.5)[number(0, 1)],
+        sizes=sizes,
+        sparing=number(0, 3) == 3,
     )
 
 

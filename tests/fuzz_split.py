@@ -27,8 +27,8 @@ from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.placement import layout_text
 from autoparallel.plan import Plan
+from autoparallel.reading import read_plan
 from autoparallel.runtime.simulate import Simulation, simulate_plan
-from autoparallel.search import read_plan
 from autoparallel.structure import flatten
 from planners import Factor, Problem, Variable, exact
 
@@ -55,7 +55,8 @@ class UnfitError(Exception):
 class Split:
     """seed: of the costs. conversions: what a conversion costs beside an op, about.
 
-    whole: what it costs more to run an op unsplit.
+    sizes: of the mesh's axes, where it has several. whole: what it costs more to run an op unsplit.
+    sparing: some copies are dropped and made again, some neighbouring ops are run again.
     """
 
     world_size: int
@@ -64,6 +65,14 @@ class Split:
     data_parallel: bool = False
     sequence_parallel: bool = True
     whole: float = 0.0
+    sizes: tuple[int, ...] = ()
+    sparing: bool = False
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        sizes = self.sizes or (self.world_size,)
+        return Mesh(**{f"axis{axis}": size for axis, size in enumerate(sizes)})
 
 
 @dataclass(repr=False)
@@ -158,12 +167,11 @@ class Subject:
         """The best plan by random costs."""
         options = Options(split.sequence_parallel, split.data_parallel, "dgx-a100")
         graph = at_least(self.captured.graph, options.tokens)
-        mesh = Mesh(tp=split.world_size)
-        network = build_network(
-            graph, mesh.world_size, find_hardware(options.hardware), options, {}
-        )
+        mesh = split.mesh
+        network = build_network(graph, mesh, find_hardware(options.hardware), options, {})
         problem = randomized(network, split)
-        return read_plan(self.captured, "Model", mesh, network, exact.solve(problem), 1.0)
+        plan = read_plan(self.captured, "Model", mesh, network, exact.solve(problem), 1.0)
+        return spared(plan, split.seed) if split.sparing else plan
 
     def check(self, split: Split, coverage: Coverage) -> None:
         """Raises AssertionError where the ranks together give something else than one."""
@@ -249,11 +257,25 @@ def randomized(network: Network, split: Split) -> Problem:
         unary = table(variable.unary, 1.0)
         choices = network.strategies.get(variable.name, ())
         for state, choice in enumerate(choices):
-            unary[state] += 0.0 if choice.tile else split.whole
+            unary[state] += 0.0 if any(part.tile for part in choice.parts) else split.whole
         variables.append(Variable(variable.name, unary))
     return Problem(
         tuple(variables),
         tuple(Factor(f.scope, table(f.table, split.conversions)) for f in problem.factors),
+    )
+
+
+def spared(plan: Plan, seed: int) -> Plan:
+    """The plan with some copies made again, and some neighbouring ops run again."""
+    rng = np.random.default_rng(seed)
+    conversions = tuple(
+        replace(conversion, again=bool(rng.integers(2))) for conversion in plan.conversions
+    )
+    names = [op.name for op in plan.ops]
+    ends = sorted(rng.integers(len(names) + 1, size=4).tolist())
+    groups = (tuple(names[ends[0] : ends[1]]), tuple(names[ends[2] : ends[3]]))
+    return replace(
+        plan, conversions=conversions, recomputed=tuple(group for group in groups if group)
     )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from autoparallel.rewrite.emit import Program, emit
+from autoparallel.runtime import again
 
 __all__ = ["Kept", "watching"]
 
@@ -26,27 +31,46 @@ class Kept:
         self.plan: Any = None
 
 
-def watching(kept: Kept) -> Callable[..., Program]:
-    """`emit`, of which every program tells `kept` what it keeps."""
+class _Watched(threading.local):
+    """What autograd was given to keep by the program that runs in this thread."""
 
-    def watched(graph: Any, plan: Any, group: Any, *args: Any, **options: Any) -> Program:
-        program = emit(graph, plan, group, *args, **options)
+    def __init__(self) -> None:
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = storage
+        return tensor
+
+
+def watching(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Program]:
+    """`emit`, of which every program tells `kept` what it keeps."""
+    seen = _Watched()
+    pack = again._Copies.pack
+
+    def packed(copies: Any, tensor: torch.Tensor) -> Any:
+        """Of a copy that is dropped, what it is made of again is what stays."""
+        made = item = pack(copies, tensor)
+        while isinstance(item, again._View):
+            item = item.copy.source
+        seen.keep(item[0] if isinstance(item, tuple) else item)
+        return made
+
+    monkeypatch.setattr(again._Copies, "pack", packed)
+
+    def watched(graph: Any, plan: Any, ranks: Any, *args: Any, **options: Any) -> Program:
+        program = emit(graph, plan, ranks, *args, **options)
         kept.graph, kept.plan = graph, plan
+        drops = "convert_again(" in program.source
+        hooks = nullcontext() if drops else saved_tensors_hooks(seen.keep, lambda tensor: tensor)
 
         def run(*given: Any) -> Any:
-            saved: list[torch.Tensor] = []
-
-            def keep(tensor: torch.Tensor) -> torch.Tensor:
-                saved.append(tensor)
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            seen.storages.clear()
+            with hooks:
                 made = program.run(*given)
-            storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
-            for tensors in given[:4]:
-                for tensor in tensors:
-                    storages.pop(tensor.untyped_storage()._cdata, None)
-            kept.nbytes[group.rank] = sum(storages.values())
+            for tensor in (tensor for tensors in given[:4] for tensor in tensors):
+                seen.storages.pop(tensor.untyped_storage()._cdata, None)
+            kept.nbytes[ranks.rank] = sum(s.nbytes() for s in seen.storages.values())
             return made
 
         return replace(program, run=run)

@@ -50,7 +50,7 @@ def planned(name: str, world_size: int, **choices: bool) -> Plan:
 def compare(name: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is predicted is what the rank that keeps most keeps."""
     kept = Kept()
-    monkeypatch.setattr(simulate, "emit", watching(kept))
+    monkeypatch.setattr(simulate, "emit", watching(kept, monkeypatch))
     with Float64():
         model, inputs = zoo.build(name, dropout=DROPOUT), zoo.inputs_for(name)
     autoparallel.simulate(model, plan.world_size, example_inputs=inputs, plan=plan)
@@ -82,7 +82,7 @@ def test_what_is_predicted_is_what_autograd_keeps_everywhere(
 def compare_strategies(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every strategy of an op keeps what its program, walked without data, is seen to keep."""
     kept = Kept()
-    monkeypatch.setattr(referee, "emit", watching(kept))
+    monkeypatch.setattr(referee, "emit", watching(kept, monkeypatch))
     example = sample.example()
     find = find_rule(sample.target)
     assert find is not None

@@ -22,7 +22,8 @@ def network_of(model: nn.Module, inputs: Any, world_size: int, **options: Any) -
     """The cost network of a model's plan."""
     plan = autoparallel.make_plan(model, world_size, example_inputs=inputs, **options)
     assert plan.captured is not None
-    return build_network(plan.captured.graph, world_size, find_hardware("cpu"), Options(**options))
+    mesh = autoparallel.Mesh(tp=world_size)
+    return build_network(plan.captured.graph, mesh, find_hardware("cpu"), Options(**options))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from autoparallel.cost.peak import Peak
 from autoparallel.cost.walk import Walk, local_shape
@@ -125,9 +124,9 @@ def account(
     for prefix, part in programs:
         if id(part) not in known:
             sized = graph if part is plan else None
-            walk = Walk(sized or at_least(_graph(part), part.options.tokens), part)
-            regions = getattr(part, "recomputed", ()) if recomputed is None else recomputed
-            known[id(part)] = (walk, Peak(walk, regions))
+            regions = part.recomputed if recomputed is None else recomputed
+            walk = Walk(sized or at_least(_graph(part), part.options.tokens), part, regions)
+            known[id(part)] = (walk, Peak(walk))
         walk, peak = known[id(part)]
         temporary = max(temporary, peak.temporary)
         assumed += [f"{prefix}{name}" for name in walk.assumed]
@@ -161,17 +160,14 @@ def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable
     """What is there of one parameter, whatever runs."""
     sizes = tuple(size for _, size in plan.mesh.axes)
     itemsize = parameter.nbytes // max(prod(parameter.shape), 1)
-    optimizer = getattr(plan.options, "optimizer", "adam")
-    state = state_nbytes(optimizer, itemsize)
-    held: list[tuple[str, Any, int]] = [("parameters", parameter.storage, itemsize)]
+    optimizer = plan.options.optimizer
+    held = [("parameters", parameter.storage, itemsize)]
     if trained:
-        gradient = getattr(parameter, "gradient", parameter.storage)
-        updated = getattr(parameter, "state", parameter.storage)
-        held += [("gradients", gradient, itemsize), ("optimizer_state", updated, state)]
-        if updated != parameter.storage and not has_master_copy(optimizer, itemsize):
-            held.append(("parameters", updated, itemsize))
-    for category, placed, size in held:
-        layout = placed if isinstance(placed, tuple) else (placed,)
+        held.append(("gradients", parameter.gradient, itemsize))
+        held.append(("optimizer_state", parameter.state, state_nbytes(optimizer, itemsize)))
+        if parameter.state != parameter.storage and not has_master_copy(optimizer, itemsize):
+            held.append(("parameters", parameter.state, itemsize))
+    for category, layout, size in held:
         count = prod(local_shape(parameter.shape, layout, sizes))
         yield Item(category, parameter.path, "", 1, count * size)
 

@@ -22,6 +22,7 @@ from autoparallel.graph.graph import Ref, Sym
 from autoparallel.placement import Invariant
 from autoparallel.runtime import draws, kernels, rng
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.ranks import Ranks
 
 __all__ = ["Observed", "Stand", "StandInGroup", "contiguous", "observe"]
 __all__ += ["random_arguments", "runner", "skeleton"]
@@ -137,12 +138,9 @@ def runner(target: str, random: str = "", kernel: str = "") -> Callable[..., Any
 
 def random_arguments(shape: tuple[int, ...]) -> dict[str, Any]:
     """What a random op is told besides its own arguments: of a whole of this shape, unsplit."""
-    return {
-        "key": 0,
-        "shape": torch.Size(shape),
-        "placement": Invariant(),
-        "group": StandInGroup(1),
-    }
+    alone = StandInGroup(1)
+    ranks = Ranks(("",), (alone,), alone)
+    return {"key": 0, "shape": torch.Size(shape), "placements": (Invariant(),), "ranks": ranks}
 
 
 @cache

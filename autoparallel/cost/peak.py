@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 
 from autoparallel.cost.walk import Walk
@@ -18,13 +16,13 @@ class Peak:
     bytes. temporary: bytes beyond them at the worst moment.
     """
 
-    def __init__(self, walk: Walk, recomputed: Sequence[Iterable[str]] = ()) -> None:
+    def __init__(self, walk: Walk) -> None:
         self.walk = walk
         self.readers: list[list[int]] = [[] for _ in walk.locals]
         for index, moment in enumerate(walk.moments):
             for number in moment.reads:
                 self.readers[number].append(index)
-        self.region = self._regions(recomputed)
+        self.region = [moment.region for moment in walk.moments]
         # Moments at whose backward each storage is needed: kept all along, or made again by then.
         self.savers: list[list[int]] = [[] for _ in walk.storages]
         self.again: list[list[int]] = [[] for _ in walk.storages]
@@ -37,24 +35,6 @@ class Peak:
         self.activations = sum(walk.storages[number].nbytes for number in self.kept)
         worst = max(self._forward(), self._backward())
         self.temporary = max(worst - self.activations, 0)
-
-    def _regions(self, recomputed: Sequence[Iterable[str]]) -> list[int]:
-        """Per moment, the region that it is run again with, -1 if it is not.
-
-        A conversion belongs to a region if nothing else reads the value that is converted.
-        """
-        graph = self.walk.graph
-        of = {name: index for index, names in enumerate(recomputed) for name in names}
-        leaving = {*graph.outputs, *(name for _, name in graph.mutations)}
-        found = []
-        for moment in self.walk.moments:
-            names = [moment.node]
-            if not moment.node:
-                names = [node.name for node in graph.readers[moment.value]]
-            regions = {of.get(name, -1) for name in names}
-            alone = len(regions) == 1 and moment.value not in leaving
-            found.append(regions.pop() if alone else -1)
-        return found
 
     def _find_savers(self) -> None:
         walk, region = self.walk, self.region

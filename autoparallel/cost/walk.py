@@ -6,8 +6,9 @@ the backward pass, and how long the rest lives, can be read off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,15 +24,13 @@ from autoparallel.cost.observe import (
 )
 from autoparallel.cost.saved import fitted, stand_in
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
-from autoparallel.placement import Invariant, Movement, Placement, Shard, local_size, movement
-from autoparallel.plan import Plan
+from autoparallel.placement import Layout, Movement, Shard, Step, local_size, whole_layout
+from autoparallel.plan import OpChoice, Plan
 from autoparallel.rules.registry import known_rule
-from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime.collectives import move
 
 __all__ = ["Local", "Moment", "Storage", "Walk", "local_shape"]
-
-Layout = tuple[Placement, ...]
 
 
 def local_shape(
@@ -79,13 +78,13 @@ class Local:
 class Moment:
     """A call or one step of a conversion.
 
-    node: the call's name, empty for a conversion. value: what is converted, empty for a call.
-    reads, makes: tensors, by number. buffer: bytes that a collective needs besides what it reads
-    and makes.
+    node: the call's name, empty for a conversion. region: number of the ops that are run again in
+    the backward pass and that it belongs to, -1 if it is not run again. reads, makes: tensors, by
+    number. buffer: bytes that a collective needs besides what it reads and makes.
     """
 
     node: str
-    value: str
+    region: int
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     buffer: int = 0
@@ -98,42 +97,37 @@ class Walk:
     gets. assumed: calls that could not be run, and count as keeping all that they read and make.
     """
 
-    def __init__(self, graph: Graph, plan: Plan) -> None:
+    def __init__(self, graph: Graph, plan: Plan, recomputed: Sequence[Iterable[str]] = ()) -> None:
         self.graph = graph
         self.sizes = tuple(size for _, size in plan.mesh.axes)
-        self.whole: Layout = (Invariant(),) * len(self.sizes)
+        self.whole = whole_layout(len(self.sizes))
         # Inputs of a whole model are data; what goes into a part comes from other parts.
         self.part = plan.captured is not None and plan.captured.part
         self.storages: list[Storage] = []
         self.locals: list[Local] = []
         self.moments: list[Moment] = []
         self.assumed: list[str] = []
-        self._at: dict[tuple[str, Layout], int] = {}
+        self._regions = {name: at for at, names in enumerate(recomputed) for name in names}
+        self._inside: tuple[int, set[str]] = (-1, set())
+        self._at: dict[str, int] = {}
+        self._converted: dict[tuple[str, tuple[Step, ...], str], int] = {}
         self._made: dict[str, Layout] = {}
-        self._routes = {
-            (conversion.value, self.layout(conversion.target)): conversion
-            for conversion in plan.conversions
-        }
+        self._routes = {(item.value, item.target): item for item in plan.conversions}
         self._seen: dict[Any, Observed] = {}
-        self._rules: dict[Any, ShardingRule | None] = {}
         self._choices = {op.name: op for op in plan.ops}
-        self._storage = {p.path: self.layout(p.storage) for p in plan.parameters}
+        self._storage = plan.storage
         for node in graph.nodes:
             if node.kind == "call":
                 self._call(node)
             else:
                 self._given(node)
-        outputs = [self.layout(item) for item in plan.outputs]
         self.returned = tuple(
-            self._read(name, layout) for name, layout in zip(graph.outputs, outputs, strict=True)
+            self._read(name, layout, -1)
+            for name, layout in zip(graph.outputs, plan.outputs, strict=True)
         )
-        self.written = tuple(self._read(name, self.whole) for _, name in graph.mutations)
+        self.written = tuple(self._read(name, self.whole, -1) for _, name in graph.mutations)
         for number in (*self.returned, *self.written):
             self.storages[self.locals[number].storage].read = len(self.moments)
-
-    def layout(self, placed: Any) -> Layout:
-        """A layout as the plan has it."""
-        return placed if isinstance(placed, tuple) else (placed,)
 
     def _given(self, node: Node) -> None:
         """A tensor that is there before the program starts."""
@@ -146,7 +140,7 @@ class Walk:
         stand = contiguous(shape, whole.dtype, grad)
         kind = "buffer" if node.kind == "constant" else node.kind
         storage = self._new(node.target if kind == "parameter" else value.name, "", kind, stand)
-        self._put(value.name, layout, stand, storage, 0)
+        self._at[value.name] = self._put(stand, storage, 0)
         self._made[value.name] = layout
 
     def _new(self, name: str, where: str, kind: str, size: Stand | int) -> int:
@@ -155,45 +149,61 @@ class Walk:
         self.storages.append(Storage(name, where, kind, nbytes, len(self.moments), number))
         return number
 
-    def _put(self, name: str, layout: Layout, stand: Stand, storage: int, gradient: int) -> int:
-        self._at[name, layout] = len(self.locals)
+    def _put(self, stand: Stand, storage: int, gradient: int) -> int:
         self.locals.append(Local(stand, storage, gradient if stand.requires_grad else 0))
         return len(self.locals) - 1
 
-    def _read(self, name: str, layout: Layout) -> int:
-        """The tensor of a value as `layout`, converted where it is not there yet."""
-        if (name, layout) in self._at:
-            return self._at[name, layout]
-        made = self._made[name]
+    def _read(self, name: str, layout: Layout, region: int) -> int:
+        """The tensor of a value as `layout`, converted step by step where it is not there yet."""
+        number, here = self._at[name], self._made[name]
+        if here == layout:
+            return number
         conversion = self._routes.get((name, layout))
-        steps = getattr(conversion, "steps", None)
-        if steps is None:
-            assert len(layout) == 1
-            steps = ((0, made[0], layout[0]),)
-        else:
-            steps = tuple((step.axis, step.source, step.target) for step in steps)
-        number, here = self._at[name, made], made
-        value = self.graph.values[name]
+        ends = enumerate(zip(here, layout, strict=True))
+        steps = tuple(Step(axis, one, two) for axis, (one, two) in ends if one != two)
+        steps = steps if conversion is None else conversion.steps
+        again = conversion is not None and conversion.again
+        scope, region = self._scope(name, again, region)
         first = self.locals[number].storage
-        for axis, _, target in steps:
-            arrived = (*here[:axis], target, *here[axis + 1 :])
-            number = self._step(value, number, here, arrived, axis)
-            here = arrived
+        for count, step in enumerate(steps):
+            key = (name, steps[: count + 1], scope)
+            if key not in self._converted:
+                made = self._step(self.graph.values[name], number, here, step, region)
+                self._converted[key] = made
+                storage = self.locals[made].storage
+                if again and storage != first:
+                    self.storages[storage].remade = first
+            number, here = self._converted[key], step.applied(here)
         assert here == layout, (name, here, layout)
-        self._at[name, layout] = number
-        last = self.locals[number].storage
-        if getattr(conversion, "again", False) and last != first:
-            self.storages[last].remade = first
         return number
 
-    def _step(self, value: Value, number: int, here: Layout, there: Layout, axis: int) -> int:
+    def _scope(self, name: str, again: bool, region: int) -> tuple[str, int]:
+        """Who may read a conversion that is made now, and the region that it belongs to.
+
+        What is dropped and made again is made for each region; a value that only one region reads
+        is converted in it; any other before it, for all.
+        """
+        if region == -1:
+            return ("again" if again else ""), -1
+        if again:
+            return f"region {region}", region
+        if self._inside[0] == region and name in self._inside[1]:
+            return "", region
+        graph = self.graph
+        alone = all(self._regions.get(reader.name) == region for reader in graph.readers[name])
+        if alone and name not in graph.outputs:
+            return f"region {region}", region
+        return "", -1
+
+    def _step(self, value: Value, number: int, here: Layout, step: Step, region: int) -> int:
         """One move on one axis."""
-        local, source, target = self.locals[number], here[axis], there[axis]
+        local, there = self.locals[number], step.applied(here)
+        axis, source, target = step.axis, step.source, step.target
         whole = stand_in(value)
         shape = local_shape(whole.shape, there, self.sizes)
         grad = local.stand.requires_grad
         expected = contiguous(shape, whole.dtype, grad)
-        kind = movement(source, target)
+        kind = step.forward
         # Zeros take the place of the value on all ranks but the first.
         group = StandInGroup(self.sizes[axis], int(kind is Movement.KEEP_ON_FIRST))
         size = 0
@@ -221,24 +231,26 @@ class Walk:
             buffer = local.stand.nbytes
         stand = fitted(replace(seen.results[0], requires_grad=grad), expected)
         self.storages[local.storage].read = len(self.moments)
-        made = self._put(value.name, there, stand, storage, stand.nbytes if own else 0)
-        self.moments.append(Moment("", value.name, (number,), (made,), buffer))
+        made = self._put(stand, storage, stand.nbytes if own else 0)
+        self.moments.append(Moment("", region, (number,), (made,), buffer))
         return made
 
     def _call(self, node: Node) -> None:
-        choice: Any = self._choices[node.name]
-        names = node.operands()
-        operands = [self.layout(item) for item in choice.operands]
-        results = [self.layout(item) for item in choice.results]
-        reads = tuple(map(self._read, names, operands))
+        choice = self._choices[node.name]
+        region = self._regions.get(node.name, -1)
+        if self._inside[0] != region:
+            self._inside = (region, set())
+        reads = tuple(
+            self._read(name, layout, region)
+            for name, layout in zip(node.operands(), choice.operands, strict=True)
+        )
         stands = tuple(self.locals[number].stand for number in reads)
         expected = []
-        for value, layout in zip(node.results, results, strict=True):
+        for value, layout in zip(node.results, choice.results, strict=True):
             whole = stand_in(value)
             shape = local_shape(whole.shape, layout, self.sizes)
             expected.append(contiguous(shape, whole.dtype, whole.requires_grad))
-        kernels = choice.kernels if hasattr(choice, "kernels") else (choice.kernel,)
-        seen = self._observed(node, tuple(kernels), operands, results, stands, tuple(expected))
+        seen = self._observed(node, choice, stands, tuple(expected))
         if seen.assumed:
             self.assumed.append(node.name)
         now = len(self.moments)
@@ -251,7 +263,7 @@ class Walk:
             self.storages[of[index]].savers.append(now)
         makes = []
         for value, layout, made, own, index in zip(
-            node.results, results, seen.results, expected, seen.storages, strict=True
+            node.results, choice.results, seen.results, expected, seen.storages, strict=True
         ):
             stand = fitted(made, own)
             storage = self.storages[of[index]]
@@ -261,59 +273,69 @@ class Walk:
             gradient = stand.nbytes
             if index < len(reads) and prod(stands[index].shape) == prod(own.shape):
                 gradient = 0
-            makes.append(self._put(value.name, layout, stand, of[index], gradient))
-            self._made[value.name] = layout
-        self.moments.append(Moment(node.name, "", reads, tuple(makes)))
+            makes.append(self._put(stand, of[index], gradient))
+            self._at[value.name], self._made[value.name] = makes[-1], layout
+            self._inside[1].add(value.name)
+        self.moments.append(Moment(node.name, region, reads, tuple(makes)))
 
     def _observed(
         self,
         node: Node,
-        kernels: tuple[str, ...],
-        operands: list[Layout],
-        results: list[Layout],
+        choice: OpChoice,
         stands: tuple[Stand, ...],
         expected: tuple[Stand, ...],
     ) -> Observed:
         """The call on this rank's parts; calls that run alike are run once."""
-        split = tuple(map(tuple, operands)) if any(kernels) else ()
+        split = choice.operands if any(choice.kernels) else ()
         written = (skeleton(node.args), skeleton(node.kwargs))
-        key = (node.target, written, stands, expected, kernels, split)
+        key = (node.target, written, stands, expected, choice.kernels, split)
         if key in self._seen:
             return self._seen[key]
         values = self.graph.values
         call = OpCall(node, tuple(values[name] for name in node.operands()))
         rule = known_rule(call)
-        arguments, named = node.args, dict(node.kwargs)
-        axis = next((axis for axis, kernel in enumerate(kernels) if kernel), None)
-        if axis is not None:
+        args, kwargs = node.args, dict(node.kwargs)
+        shards = any(isinstance(item, Shard) for layout in choice.results for item in layout)
+        if rule is not None and rule.local_args is not None and shards:
+            args = rule.local_args(call, tuple(stand.shape for stand in expected))
+        if any(choice.kernels):
             assert rule is not None
-            named |= self._kernel_arguments(call, rule, axis, kernels[axis], operands)
-            function = runner(node.target, kernel=kernels[axis])
-            seen = observe(function, arguments, named, stands, expected, ("meta", "zeros"))
+            function = self._kernels(call, rule, choice)
+            seen = observe(function, args, kwargs, stands, expected, ("meta", "zeros"))
         else:
-            shards = any(isinstance(p, Shard) for layout in results for p in layout)
-            if rule is not None and rule.local_args is not None and shards:
-                arguments = rule.local_args(call, tuple(stand.shape for stand in expected))
             if rule is not None and rule.random:
-                named |= random_arguments(expected[0].shape)
+                kwargs |= random_arguments(expected[0].shape)
             function = runner(node.target, rule.random if rule is not None else "")
-            seen = observe(function, arguments, named, stands, expected)
+            seen = observe(function, args, kwargs, stands, expected)
         self._seen[key] = seen
         return seen
 
-    def _kernel_arguments(
-        self, call: OpCall, rule: ShardingRule, axis: int, kernel: str, operands: list[Layout]
-    ) -> Mapping[str, Any]:
-        """What the kernel that splits a loop on an axis is told besides the op's arguments."""
-        for value, dims, layout in zip(call.operands, rule.operands, operands, strict=True):
+    def _kernels(self, call: OpCall, rule: ShardingRule, choice: OpChoice) -> Callable[..., Any]:
+        """The kernels of a call: of several, those that run the op itself run the next one."""
+        found: list[tuple[Kernel, dict[str, Any]]] = []
+        for axis, name in enumerate(choice.kernels):
+            if name:
+                kernel, size = self._kernel(call, rule, choice, axis)
+                group = StandInGroup(self.sizes[axis])
+                found.append((kernel, {"group": group, "size": size, **dict(kernel.arguments)}))
+        run: Callable[..., Any] | None = None
+        for kernel, options in sorted(found, key=lambda item: item[0].wraps):
+            inner = {} if run is None else {"run": run}
+            run = partial(runner(call.node.target, kernel=kernel.name), **options, **inner)
+        assert run is not None
+        return run
+
+    def _kernel(
+        self, call: OpCall, rule: ShardingRule, choice: OpChoice, axis: int
+    ) -> tuple[Kernel, int]:
+        """The kernel that splits a loop on an axis, and the loop's size without that split."""
+        name = choice.kernels[axis]
+        for value, dims, layout in zip(call.operands, rule.operands, choice.operands, strict=True):
             shard = layout[axis]
             for loop in dims[shard.dim] if isinstance(shard, Shard) else ():
-                if loop in rule.kernels and rule.kernels[loop].name == kernel:
+                if loop in rule.kernels and rule.kernels[loop].name == name:
+                    assert isinstance(shard, Shard)
                     whole = tuple(hint(size) for size in value.shape)
-                    size = local_shape(whole, layout, self.sizes, without=axis)
-                    return {
-                        **dict(rule.kernels[loop].arguments),
-                        "group": StandInGroup(self.sizes[axis]),
-                        "size": size[layout[axis].dim],  # type: ignore[union-attr]
-                    }
+                    shape = local_shape(whole, layout, self.sizes, without=axis)
+                    return rule.kernels[loop], shape[shard.dim]
         raise AssertionError(f"{call.node.name}: a kernel without a split operand")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from autoparallel.errors import CaptureError, InputsNeededError, WrappedModelError
-from autoparallel.graph.blocks import find_groups
+from autoparallel.graph.blocks import Group, find_groups
 from autoparallel.graph.draws import DecidedDraws
 from autoparallel.graph.effects import effects, refuse_effects
 from autoparallel.graph.folding import Folding, Unfoldable
@@ -297,7 +297,7 @@ def capture(
     wanted = _Wanted(model, bound, len(args), known, part, frozenset())
     while True:
         try:
-            return _folded(wanted) if fold else _traced(wanted, Folding((), frozenset()))
+            return _folded(wanted) if fold else _traced(wanted, _unfolded(), one_by_one=True)
         except IntricateSizes as reason:
             _log.info("dims of the inputs are fixed: %s", reason)
             wanted = replace(wanted, fixed=wanted.fixed | reason.dims)
@@ -322,6 +322,7 @@ class _Wanted:
 def _folded(wanted: _Wanted) -> Captured:
     """One trace, with equal blocks traced once where that can be."""
     apart: frozenset[str] = frozenset()
+    groups: tuple[Group, ...] = ()
     for _ in range(_ATTEMPTS):
         try:
             groups = find_groups(wanted.model)
@@ -339,11 +340,15 @@ def _folded(wanted: _Wanted) -> Captured:
             # Whatever it is, the full trace has it too, and then it is explained.
             _log.info("blocks are traced one by one: %r", error)
             break
-    return _traced(wanted, Folding((), frozenset()))
+    return _traced(wanted, _unfolded(), one_by_one=bool(groups))
 
 
-def _traced(wanted: _Wanted, folding: Folding) -> Captured:
-    """One trace.
+def _unfolded() -> Folding:
+    return Folding((), frozenset())
+
+
+def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Captured:
+    """One trace. one_by_one: whether equal blocks are traced one by one.
 
     Raises CaptureError, Unfoldable where blocks were hidden wrongly, and IntricateSizes where
     more dims are to be fixed.
@@ -360,8 +365,11 @@ def _traced(wanted: _Wanted, folding: Folding) -> Captured:
         for number, sample in enumerate(samples)
     )
     dynamic = (shapes,) if samples else None
+    # Torch can remember what an op makes of tensors of which sizes. Where sizes are symbolic, that
+    # costs as much as to find out twice: it pays only for blocks that come again and again.
+    remembers = torch._dynamo.config.patch(fake_tensor_cache_enabled=one_by_one)
     try:
-        with _quiet(), _left_alone(model), folding.installed():
+        with _quiet(), _left_alone(model), folding.installed(), remembers:
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
     except (Unfoldable, IntricateSizes, CaptureError):
         raise

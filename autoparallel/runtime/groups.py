@@ -107,6 +107,7 @@ class _Meeting:
         self.wait()
         items = list(self.brought)
         self.wait()
+        self.brought[rank] = None
         return items
 
     def wait(self) -> None:

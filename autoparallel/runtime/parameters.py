@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as DTensorReplicate
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autoparallel.placement import Layout, Placement, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
@@ -105,25 +108,44 @@ def _held(parameter: Any) -> torch.Tensor:
     return held
 
 
+class _Steps(threading.local):
+    """Steps of optimizers so far. Some write to `parameter.data`, which changes no version."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.count += 1
+
+
+_steps = _Steps()
+
+
+@cache
+def _count_steps() -> None:
+    register_optimizer_step_post_hook(_steps)
+
+
 class Copy:
     """What computes in place of a parameter of which the ranks hold less than computes.
 
-    It is gathered when the parameter has changed: after a step of the optimizer, or when weights
-    were loaded.
+    It is gathered when the parameter may have changed: after a step of an optimizer, or when
+    weights were loaded.
     """
 
     def __init__(self, owner: dict[str, Any], name: str, kept: Residence) -> None:
         self.owner, self.name, self.kept = owner, name, kept
         self.value: torch.Tensor | None = None
         self.seen: tuple[Any, ...] = ()
+        _count_steps()
 
     @property
     def version(self) -> tuple[Any, ...]:
         """Another one when the parameter has another value."""
         parameter = self.owner[self.name]
         held = _held(parameter)
-        counted = held if isinstance(parameter, DTensor) else parameter
-        return id(parameter), held.data_ptr(), held.dtype, held.device, counted._version
+        where = (id(parameter), held.data_ptr(), held.dtype, held.device)
+        return (*where, parameter._version, held._version, _steps.count)
 
     def set(self, value: torch.Tensor) -> None:
         """Take a value that was gathered now, into the memory of the one before if possible."""
