@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from autoparallel.builder import rebuilt
 from autoparallel.constraints import constrain
-from autoparallel.cost.memory import Account, account
+from autoparallel.cost.memory import CATEGORIES, Account, account
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.capture import Captured
 from autoparallel.mesh import Mesh
@@ -18,24 +18,17 @@ from autoparallel.plan import Plan
 from autoparallel.reading import read_plan
 from autoparallel.solving import Solving
 from autoparallel.units import bytes_text
-from planners import InfeasibleError, OverLimitError, Problem, Solution, limited
+from planners import InfeasibleError, OverLimitError, Problem, Solution
 
 __all__ = ["plan_within"]
 
-CATEGORIES = (
-    "parameters",
-    "gradients",
-    "optimizer_state",
-    "activations",
-    "buffers",
-    "inputs",
-    "temporary",
-)
 # Each attempt plans with a limit lowered by what the plan before took too much.
 _MOST_ATTEMPTS = 5
 # How many times as many ranks are tried for a model that does not fit.
 _MOST_RANKS = 64
 _LARGEST_ITEMS = 5
+# So much that nothing but bytes counts, and so little that seconds are not lost in rounding.
+_SECONDS_PER_BYTE = 1e-3
 
 
 def plan_within(
@@ -84,13 +77,11 @@ def _closest(
         problem = network.problem(1.0, pins, limit)
         last = False
         try:
-            solution = _better(problem, limited.solve(problem, solver=solve), solve.start)
-        except OverLimitError as error:
-            # The plan that keeps least: it may still be told what it takes.
+            solution = _better(problem, solve.within(problem), solve.start)
+        except OverLimitError:
+            # The plan that keeps least may still fit: the limit was lowered by guess.
             last = True
-            solution = limited.solve(
-                network.problem(1.0, pins, error.usage * (1 + 1e-9) + 1), solver=solve
-            )
+            solution = _least(problem, solve)
         except InfeasibleError as error:
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
@@ -104,6 +95,12 @@ def _closest(
         limit = min(limit, solution.usage) - over
     assert least is not None
     return least
+
+
+def _least(problem: Problem, solve: Solving) -> Solution:
+    """The solution that keeps least and, of those that do, costs least."""
+    found = solve(problem.weighed(_SECONDS_PER_BYTE))
+    return Solution.of(problem, found.assignment, found.method, None, _SECONDS_PER_BYTE)
 
 
 def _allowed(network: Network) -> int:
@@ -123,7 +120,7 @@ def _read(
     captured: Captured, model: str, network: Network, solution: Solution
 ) -> tuple[Plan, Account]:
     plan = read_plan(captured, model, network.mesh, network, solution, 1.0)
-    taken = account(plan, [frozenset(group) for group in plan.recomputed])
+    taken = account(plan, graph=network.graph)
     rows = tuple((name, getattr(taken, name)) for name in CATEGORIES)
     return replace(plan, memory=rows), taken
 
@@ -173,9 +170,10 @@ def _enough_ranks(captured: Captured, network: Network, options: Options) -> Mes
         mesh = Mesh(**{name: size * factor, **dict(others)})
         wider = rebuilt(network, options=options, mesh=mesh)
         constrain(wider, captured.aliases)
+        solve = Solving(wider)
         try:
-            _, taken = _closest(captured, "", wider, Solving(wider), {})
-        except PlanError:
+            _, taken = _read(captured, "", wider, _least(wider.problem(), solve))
+        except InfeasibleError:
             return None
         if taken.total <= _allowed(network):
             return mesh

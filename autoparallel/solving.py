@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autoparallel.network import Network
-from planners import Problem, Solution, TooWideError, coarse, conditioning, exact
+from planners import Problem, Solution, TooWideError, coarse, conditioning, exact, limited
 from planners.limited import Narrow
 
 __all__ = ["Solving"]
@@ -23,7 +23,8 @@ class Solving(Narrow):
         super().__init__()
         self.network, self.start = network, start
         self.is_wide = False
-        self.several = sum(size > 1 for _, size in network.mesh.axes) > 1
+        axes = sum(size > 1 for _, size in network.mesh.axes)
+        self.several, self.many = axes > 1, axes > 2
 
     def __call__(self, problem: Problem) -> Solution:
         if not self.is_wide:
@@ -32,7 +33,24 @@ class Solving(Narrow):
             except TooWideError:
                 self.is_wide = True
         if self.several:
-            return coarse.solve(problem, self.network.groupings(), start=self.start)
+            return self.coarse(problem)
         if self.given is None:
             self.given = conditioning.cutset(problem)
         return conditioning.solve(problem, given=self.given, memo=self.memo)
+
+    def coarse(self, problem: Problem) -> Solution:
+        """By groups of states that differ on one mesh axis only."""
+        return coarse.solve(problem, self.network.groupings(), start=self.start)
+
+    def within(self, problem: Problem) -> Solution:
+        """The best that keeps the problem's limit. Raises InfeasibleError, OverLimitError.
+
+        On three axes and more the search for it is by groups, and one exact solution proves how
+        near it is to the best.
+        """
+        if not self.many:
+            return limited.solve(problem, solver=self)
+        try:
+            return limited.solve(problem, solver=self.coarse, prover=exact.solve)
+        except TooWideError:
+            return limited.solve(problem, solver=self.coarse)
