@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from autoparallel.api import make_plan
+from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.plan import Plan
 
@@ -92,12 +93,20 @@ def partition(model: nn.Module) -> dict[str, Placement]:
 
 
 def recipe(
-    model: nn.Module, world_size: int, *, example_inputs: Any = None, **options: Any
+    model: nn.Module,
+    world_size: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    example_inputs: Any = None,
+    **options: Any,
 ) -> Plan:
     """Megatron-LM's partition of `model` as a plan: parameters as published, the rest follows.
 
-    options: those of make_plan. Raises ValueError as `partition` does.
+    mesh: its last axis is the tensor-parallel one; parameters are whole on the others. options:
+    those of make_plan. Raises ValueError as `partition` does.
     """
+    outer = (Invariant(),) * (len(mesh.axes) - 1 if mesh is not None else 0)
+    pins = {path: (*outer, placement) for path, placement in partition(model).items()}
     return make_plan(
-        model, world_size, example_inputs=example_inputs, pins=partition(model), **options
+        model, world_size, mesh=mesh, example_inputs=example_inputs, pins=pins, **options
     )

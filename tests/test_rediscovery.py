@@ -13,6 +13,7 @@ from families import HIDDEN, TRANSFORMERS, VOCABULARY, build, inputs_for, loss_a
 from processes import run_processes
 
 import autoparallel
+from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Shard
 from autoparallel.runtime.counting import CollectiveCounter
 from autoparallel.traffic import transfers
@@ -129,6 +130,18 @@ def test_no_dearer_than_the_recipe(name: str, hardware: str, sequence_parallel: 
     }
     own = autoparallel.make_plan(model, 4, **options)
     published = recipe(model, 4, product_weight=own.product_weight, **options)
+    assert own.cost <= published.cost * (1 + 1e-12)
+
+
+def test_recipe_inside_of_data_parallelism() -> None:
+    """The published partition on the inner of two axes, whole on the outer one."""
+    model, inputs = build("gpt"), inputs_for("gpt")
+    options: dict[str, Any] = {"example_inputs": inputs, "hardware": "dgx-a100"}
+    published = recipe(model, mesh=Mesh(dp=2, tp=2), **options)
+    expected = partition(model)
+    for path, layout in published.storage.items():
+        assert layout == (Invariant(), expected[path])
+    own = autoparallel.make_plan(model, mesh=Mesh(dp=2, tp=2), **options)
     assert own.cost <= published.cost * (1 + 1e-12)
 
 

@@ -82,7 +82,7 @@ def _kept(graph: Graph, plan: Plan) -> dict[tuple[str, int], Storage]:
     """What is kept, by its name and how many of that name come before."""
     walk = Walk(graph, plan)
     found: dict[tuple[str, int], Storage] = {}
-    for number in Peak(walk, [frozenset(names) for names in plan.recomputed]).kept:
+    for number in Peak(walk).kept:
         storage = walk.storages[number]
         count = 0
         while (storage.name, count) in found:

@@ -106,7 +106,11 @@ def send_seconds(nbytes: float, link: Link) -> float:
 def in_flight(stages: int, micro_batches: int, schedule: str) -> int:
     """Micro-batches that the first stage has run forward and not yet backward, at most."""
     _check(stages, micro_batches, schedule)
-    return micro_batches if schedule == "gpipe" else min(stages, micro_batches)
+    waiting = most = 0
+    for kind, _ in _order(0, stages, micro_batches, schedule):
+        waiting += 1 if kind == "forward" else -1
+        most = max(most, waiting)
+    return most
 
 
 def schedule_seconds(
