@@ -26,17 +26,20 @@ def solve(
     problem: Problem,
     time_limit_seconds: float | None = None,
     relative_gap: float = _RELATIVE_GAP,
+    most_nodes: int | None = None,
 ) -> Solution:
     """An assignment of least cost within the limit, or the best one found in time, with a bound.
 
-    Without a time limit the result is deterministic and optimal to about the relative gap.
+    Without a time limit the result is deterministic, and optimal to about the relative gap unless
+    the search tree had more nodes than `most_nodes`.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if those that have
-    are over the limit, TimeoutError if none was found in time, RuntimeError if HiGHS fails.
+    are over the limit, TimeoutError if none was found in time (or nodes), RuntimeError if HiGHS
+    fails.
     """
     if not problem.variables:
         return Solution.of(problem, {}, _METHOD)
     program = _Program.of(problem if problem.limit is not None else problem.weighed(0.0))
-    highs = program.run(False, time_limit_seconds, relative_gap)
+    highs = program.run(False, time_limit_seconds, relative_gap, most_nodes)
     if highs is None:
         if problem.limit is None:
             raise InfeasibleError()
@@ -44,7 +47,8 @@ def solve(
         raise OverLimitError(least.cost, least.lower_bound, problem.limit)
     info = highs.getInfo()
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        raise TimeoutError(f"no assignment was found within {time_limit_seconds} seconds")
+        within = f"{time_limit_seconds} seconds" if most_nodes is None else f"{most_nodes} nodes"
+        raise TimeoutError(f"no assignment was found within {within}")
     values = np.asarray(highs.getSolution().col_value)
     bound = program.offset + info.mip_dual_bound * program.unit
     states = [
@@ -153,6 +157,7 @@ class _Program:
         relaxed: bool,
         time_limit_seconds: float | None = None,
         relative_gap: float = _RELATIVE_GAP,
+        most_nodes: int | None = None,
     ) -> highspy.Highs | None:
         """HiGHS after a run that ended as it should, None if there is no solution.
 
@@ -171,6 +176,8 @@ class _Program:
         }
         if time_limit_seconds is not None:
             options["time_limit"] = float(time_limit_seconds)
+        if most_nodes is not None:
+            options["mip_max_nodes"] = most_nodes
         for name, value in options.items():
             _succeeded(highs.setOptionValue(name, value), f"option {name}")
         _succeeded(highs.passModel(self._model(relaxed)), "the model")
@@ -181,8 +188,8 @@ class _Program:
             highspy.HighsModelStatus.kUnboundedOrInfeasible,
         ):
             return None
-        timed_out = status == highspy.HighsModelStatus.kTimeLimit and not relaxed
-        if status != highspy.HighsModelStatus.kOptimal and not timed_out:
+        stopped = (highspy.HighsModelStatus.kTimeLimit, highspy.HighsModelStatus.kSolutionLimit)
+        if status != highspy.HighsModelStatus.kOptimal and (relaxed or status not in stopped):
             raise RuntimeError(f"HiGHS ended with {highs.modelStatusToString(status)}")
         return highs
 
