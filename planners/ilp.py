@@ -61,9 +61,9 @@ def solve(
     items: list[Variable | Factor] = [*problem.variables, *problem.factors]
     scopes = [(place,) for place in range(len(states))] + problem.scopes()
     ways = [0] * len(items)
-    for number, block in program.blocks.items():
+    for number, payment in program.payments.items():
         entry = tuple(states[place] for place in scopes[number])
-        ways[number] = block.way(entry, values)
+        ways[number] = payment.way(entry, values)
     prices = [
         list(item.prices.at(tuple(states[place] for place in scope)))[way]
         for item, scope, way in zip(items, scopes, ways, strict=True)
@@ -111,7 +111,7 @@ class _States:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _Payments:
     """The columns of a table with several ways to pay: column start + i is entry[i] paid way[i]."""
 
     start: int
@@ -128,13 +128,13 @@ class _Block:
 class _Program:
     """Columns with costs, and rows with lower and upper bounds, as a sparse matrix by row.
 
-    variables: the columns of every variable. blocks: those of tables with several ways, by the
+    variables: the columns of every variable. payments: those of tables with several ways, by the
     table's number (variables first). The cost of an assignment is offset + unit * (sum of chosen
     columns' costs).
     """
 
     variables: list[_States]
-    blocks: dict[int, _Block]
+    payments: dict[int, _Payments]
     integer: NDArray[np.bool_]
     costs: Table
     lower: Table
@@ -223,7 +223,7 @@ class _Builder:
         self.problem = problem
         self.count = 0
         self.offsets: list[float] = []
-        self.blocks: dict[int, _Block] = {}
+        self.payments: dict[int, _Payments] = {}
         self._costs: list[Table] = []
         self._usages: list[Table] = []
         self._integer: list[NDArray[np.bool_]] = []
@@ -291,7 +291,7 @@ class _Builder:
             assert number is not None
             ways = np.repeat(np.arange(len(parts)), [len(where[0]) for where in at])
             states = np.stack([k[axis] for k, axis in zip(kept, entries, strict=True)])
-            self.blocks[number] = _Block(start, states, ways)
+            self.payments[number] = _Payments(start, states, ways)
         for place, along in zip(scope, entries, strict=True):
             variable = self.variables[place]
             for state in range(variable.count):
@@ -316,7 +316,7 @@ class _Builder:
             upper = np.append(upper, limit / scale)
         return _Program(
             self.variables,
-            self.blocks,
+            self.payments,
             np.concatenate([np.zeros(0, dtype=np.bool_), *self._integer]),
             costs / unit,
             lower,
