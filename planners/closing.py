@@ -15,7 +15,8 @@ from planners.solution import InfeasibleError, Solution
 
 __all__ = ["closed"]
 
-MOST_ENTRIES = 1000
+MOST_ENTRIES = 3000
+MOST_NODES = 20
 
 
 def closed(
@@ -39,17 +40,19 @@ def closed(
     left = {name: np.flatnonzero(table <= most) for name, table in marginals.items()}
     if not all(len(states) for states in left.values()):
         return replace(known, lower_bound=known.cost)
-    entries = sum(len(states) for states in left.values())
+    entries = sum(len(states) for states in left.values() if len(states) > 1)
     for factor in problem.factors:
-        ways = 1 + len(factor.alternatives)
-        entries += ways * math.prod(len(left[name]) for name in factor.scope)
+        own = (1 + len(factor.alternatives)) * math.prod(len(left[name]) for name in factor.scope)
+        entries += own if own > 1 else 0
     if entries > most_entries:
         return known
     restricted = problem.restricted(left)
     try:
-        found = ilp.solve(restricted, relative_gap=max(enough, 1e-9))
+        found = ilp.solve(restricted, relative_gap=max(enough, 1e-9), most_nodes=MOST_NODES)
     except InfeasibleError:
         return replace(known, lower_bound=known.cost)
+    except TimeoutError:
+        return known
     bound = max(known.lower_bound, min(found.lower_bound, known.cost))
     if found.cost >= known.cost:
         return replace(known, lower_bound=bound)

@@ -26,17 +26,20 @@ def solve(
     problem: Problem,
     time_limit_seconds: float | None = None,
     relative_gap: float = _RELATIVE_GAP,
+    most_nodes: int | None = None,
 ) -> Solution:
     """An assignment of least cost within the limit, or the best one found in time, with a bound.
 
-    Without a time limit the result is deterministic and optimal to about the relative gap.
+    Without a time limit the result is deterministic, and optimal to about the relative gap unless
+    the search tree had more nodes than `most_nodes`.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if those that have
-    are over the limit, TimeoutError if none was found in time, RuntimeError if HiGHS fails.
+    are over the limit, TimeoutError if none was found in time (or nodes), RuntimeError if HiGHS
+    fails.
     """
     if not problem.variables:
         return Solution.of(problem, {}, _METHOD)
     program = _Program.of(problem if problem.limit is not None else problem.weighed(0.0))
-    highs = program.run(False, time_limit_seconds, relative_gap)
+    highs = program.run(False, time_limit_seconds, relative_gap, most_nodes)
     if highs is None:
         if problem.limit is None:
             raise InfeasibleError()
@@ -44,7 +47,8 @@ def solve(
         raise OverLimitError(least.cost, least.lower_bound, problem.limit)
     info = highs.getInfo()
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        raise TimeoutError(f"no assignment was found within {time_limit_seconds} seconds")
+        within = f"{time_limit_seconds} seconds" if most_nodes is None else f"{most_nodes} nodes"
+        raise TimeoutError(f"no assignment was found within {within}")
     values = np.asarray(highs.getSolution().col_value)
     bound = program.offset + info.mip_dual_bound * program.unit
     states = [
@@ -57,9 +61,9 @@ def solve(
     items: list[Variable | Factor] = [*problem.variables, *problem.factors]
     scopes = [(place,) for place in range(len(states))] + problem.scopes()
     ways = [0] * len(items)
-    for number, block in program.blocks.items():
+    for number, payment in program.payments.items():
         entry = tuple(states[place] for place in scopes[number])
-        ways[number] = block.way(entry, values)
+        ways[number] = payment.way(entry, values)
     prices = [
         list(item.prices.at(tuple(states[place] for place in scope)))[way]
         for item, scope, way in zip(items, scopes, ways, strict=True)
@@ -107,7 +111,7 @@ class _States:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _Payments:
     """The columns of a table with several ways to pay: column start + i is entry[i] paid way[i]."""
 
     start: int
@@ -124,13 +128,13 @@ class _Block:
 class _Program:
     """Columns with costs, and rows with lower and upper bounds, as a sparse matrix by row.
 
-    variables: the columns of every variable. blocks: those of tables with several ways, by the
+    variables: the columns of every variable. payments: those of tables with several ways, by the
     table's number (variables first). The cost of an assignment is offset + unit * (sum of chosen
     columns' costs).
     """
 
     variables: list[_States]
-    blocks: dict[int, _Block]
+    payments: dict[int, _Payments]
     integer: NDArray[np.bool_]
     costs: Table
     lower: Table
@@ -153,6 +157,7 @@ class _Program:
         relaxed: bool,
         time_limit_seconds: float | None = None,
         relative_gap: float = _RELATIVE_GAP,
+        most_nodes: int | None = None,
     ) -> highspy.Highs | None:
         """HiGHS after a run that ended as it should, None if there is no solution.
 
@@ -171,6 +176,8 @@ class _Program:
         }
         if time_limit_seconds is not None:
             options["time_limit"] = float(time_limit_seconds)
+        if most_nodes is not None:
+            options["mip_max_nodes"] = most_nodes
         for name, value in options.items():
             _succeeded(highs.setOptionValue(name, value), f"option {name}")
         _succeeded(highs.passModel(self._model(relaxed)), "the model")
@@ -181,8 +188,8 @@ class _Program:
             highspy.HighsModelStatus.kUnboundedOrInfeasible,
         ):
             return None
-        timed_out = status == highspy.HighsModelStatus.kTimeLimit and not relaxed
-        if status != highspy.HighsModelStatus.kOptimal and not timed_out:
+        stopped = (highspy.HighsModelStatus.kTimeLimit, highspy.HighsModelStatus.kSolutionLimit)
+        if status != highspy.HighsModelStatus.kOptimal and (relaxed or status not in stopped):
             raise RuntimeError(f"HiGHS ended with {highs.modelStatusToString(status)}")
         return highs
 
@@ -216,7 +223,7 @@ class _Builder:
         self.problem = problem
         self.count = 0
         self.offsets: list[float] = []
-        self.blocks: dict[int, _Block] = {}
+        self.payments: dict[int, _Payments] = {}
         self._costs: list[Table] = []
         self._usages: list[Table] = []
         self._integer: list[NDArray[np.bool_]] = []
@@ -284,7 +291,7 @@ class _Builder:
             assert number is not None
             ways = np.repeat(np.arange(len(parts)), [len(where[0]) for where in at])
             states = np.stack([k[axis] for k, axis in zip(kept, entries, strict=True)])
-            self.blocks[number] = _Block(start, states, ways)
+            self.payments[number] = _Payments(start, states, ways)
         for place, along in zip(scope, entries, strict=True):
             variable = self.variables[place]
             for state in range(variable.count):
@@ -309,7 +316,7 @@ class _Builder:
             upper = np.append(upper, limit / scale)
         return _Program(
             self.variables,
-            self.blocks,
+            self.payments,
             np.concatenate([np.zeros(0, dtype=np.bool_), *self._integer]),
             costs / unit,
             lower,

@@ -28,6 +28,7 @@ Solver = Callable[[Problem], Solution]
 
 MOST_SOLVES = 80
 ENOUGH = 1e-3
+_MOST_WIDE_SOLVES = 15
 _MOST_PLACES = 8
 # How far both charges are below and above the best multiplier, as shares of it. What lies between
 # them is decided a little wrong; but where the change from one to the other costs something by
@@ -176,6 +177,8 @@ class _Search:
         """Solve with usage charged; lower_bound is of cost and charge together."""
         self.solves += 1
         plain = (solver or self.solver)(node.problem.weighed(charged))
+        if isinstance(self.solver, Narrow) and self.solver.given is not None:
+            self.most_solves = min(self.most_solves, _MOST_WIDE_SOLVES)
         self.method = plain.method
         spent = node.problem.spent(plain.assignment, charged)
         return self.consider(
@@ -217,6 +220,8 @@ class _Search:
     def least(self, node: _Node) -> Solution:
         """The least usage; raises OverLimitError if that is too much."""
         plain = self.solver(node.problem.usage_alone())
+        if self.prover is not None and not self.problem.fits(plain.cost):
+            plain = self.prover(node.problem.usage_alone())
         # As if usage were so dear that nothing else counts.
         solution = Solution.of(node.problem, plain.assignment, plain.method, None, math.inf)
         if not self.problem.fits(solution.usage):

@@ -19,10 +19,12 @@ from planners import (
     Variable,
     exact,
     exhaustive,
+    filling,
     ilp,
     limited,
     min_marginals,
 )
+from planners.closing import closed
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -124,6 +126,87 @@ def bounds_the_optimum(seed: int) -> None:
 @given(seed=seeds)
 def test_limited_equals_brute_force(seed: int) -> None:
     bounds_the_optimum(seed)
+
+
+def solvable(seed: int, alternatives: int = 1) -> tuple[Problem, Solution] | None:
+    """A random problem and its optimum, unless it has none."""
+    rng = np.random.default_rng(seed)
+    problem = limited_problem(rng, int(rng.integers(2, 6)), 3, alternatives=alternatives)
+    try:
+        return problem, exhaustive.solve(problem)
+    except InfeasibleError:
+        return None
+
+
+def test_the_bound_is_that_of_the_best_charge() -> None:
+    """Between two plans, of which one is too large: half of each would fit, at half the cost."""
+    variable = Variable("a", np.array([0.0, 10.0]), np.array([12.0, 2.0]))
+    problem = Problem((variable,), limit=7.0)
+    solution = limited.solve(problem, solver=exact.solve)  # what is given ends no gap by itself
+    assert (solution.cost, solution.usage, solution.multiplier) == (10.0, 2.0, 1.0)
+    assert solution.lower_bound == pytest.approx(5.0)
+    assert limited.solve(problem).gap == 0.0
+
+
+def test_bounds_hold_when_the_search_is_cut_short() -> None:
+    worse = 0
+    for seed in range(150):
+        found = solvable(seed, alternatives=0)
+        if found is not None:
+            problem, expected = found
+            for most_solves in (3, 8):
+                solution = limited.solve(
+                    problem, solver=exact.solve, most_solves=most_solves, enough=0.0
+                )
+                accounts_for(problem, solution)
+                assert solution.lower_bound <= expected.cost + 1e-9
+                worse += solution.cost > expected.cost + 1e-9
+    assert worse > 0  # else nothing was put to the test
+
+
+def test_closing_a_gap_finds_the_optimum() -> None:
+    """From the plan of least usage, which is mostly far from it, and at any charge."""
+    better = 0
+    for seed in range(100):
+        found = solvable(seed)
+        if found is not None:
+            problem, expected = found
+            least = exact.solve(problem.usage_alone()).assignment
+            known = replace(
+                Solution.of(problem, least, "known", -math.inf, math.inf), multiplier=0.0
+            )
+            for charge in (0.0, 0.1, 1.0):
+                solution = closed(problem, replace(known, multiplier=charge), 0.0)
+                accounts_for(problem, solution)
+                assert solution.cost == pytest.approx(expected.cost)
+                assert solution.lower_bound == pytest.approx(expected.cost)
+            better += known.cost > expected.cost + 1e-9
+            assert closed(problem, known, 0.0, most_entries=-1) == known
+    assert better > 10
+
+
+def test_filling_keeps_the_limit_and_costs_no_more() -> None:
+    cheaper = mended = 0
+    for seed in range(150):
+        found = solvable(seed)
+        if found is not None:
+            problem, expected = found
+            least = exact.solve(problem.usage_alone()).assignment
+            start = Solution.of(problem, least, "least", -math.inf, math.inf)
+            others = []
+            for charge in (0.0, 0.05, 0.2, 1.0):
+                assignment = exact.solve(problem.weighed(charge)).assignment
+                others.append(Solution.of(problem, assignment, "charged", -math.inf, charge))
+            solution = filling.filled(problem, start, others, 0.2)
+            accounts_for(problem, solution)
+            assert expected.cost - 1e-9 <= solution.cost <= start.cost
+            cheaper += solution.cost < start.cost
+            saved = filling.mended(problem, others[0], [start, *others], 0.2)
+            if saved is not None:
+                accounts_for(problem, saved)
+                mended += not problem.fits(others[0].usage)
+    assert cheaper > 10
+    assert mended > 10
 
 
 @pytest.mark.broad
