@@ -185,22 +185,20 @@ def test_expressions_read_as_in_papers() -> None:
     assert expression_text(7 * sympy.ceiling(h / (7 * t)), order) == "7 ceil(h/(7 t))"
 
 
-@pytest.mark.parametrize(("sequence_parallel", "whole"), [(False, 12), (True, 4)])
+@pytest.mark.parametrize(("sequence_parallel", "whole", "parts"), [(False, 10, 24), (True, 4, 30)])
 def test_saved_activations_of_a_layer(
-    sequence_parallel: bool, whole: int, symbols: dict[str, sympy.Symbol]
+    sequence_parallel: bool, whole: int, parts: int, symbols: dict[str, sympy.Symbol]
 ) -> None:
     """arXiv:2205.05198, table 2: s b h (10 + 24/t + 5 a s / h t).
 
-    Here a dropout's mask has the type of what it drops, two bytes in place of one (2 more, and a
-    sixth byte per element of the attention matrix); norms keep mean and deviation of each row, and
-    attention its causal mask. With sequence parallelism the paper gathers the two inputs of
+    Besides, norms keep mean and deviation of each row, and attention its causal mask. With sequence parallelism the paper gathers the two inputs of
     products again (4 b s h / t in place of 4 b s h); nothing limits the memory here.
     """
     plan = planned(world_size=8, sequence_parallel=sequence_parallel, dropout=0.1)
     forms = closed_forms(plan, names=NAMES)
     b, s, h, a, t = (symbols[name] for name in ("b", "s", "h", "a", "tp"))
-    matrix = 6 * a * s / (h * t)
-    split = (whole + (24 if whole == 12 else 32) / t) + matrix
+    matrix = 5 * a * s / (h * t)
+    split = whole + parts / t + matrix
     rows = 8 * b * s / (t if sequence_parallel else 1)
     assert sympy.expand(layer(forms).activations - (s * b * h * split + rows + s**2)) == 0
 
