@@ -61,8 +61,9 @@ def min_marginals(
 
     The other variables are re-optimized, so that entry minus optimum is what a state really
     costs; +inf where it allows no finite cost. Never above that, and below it by rounding only (a
-    share of 2**-40 of all that is added up, for each step between variables). All names together take about twice the time of one
-    solve. Options and errors as in `solve`; also ValueError for an unknown name.
+    share of 2**-40 of all that is added up, for each step between variables). All names together
+    take about twice the time of one solve. Options and errors as in `solve`; also ValueError for an
+    unknown name.
     """
     memo = Memo() if memo is None else memo
     wanted = {name: problem.index(name) for name in names}
