@@ -47,18 +47,18 @@ def plan_within(
     """
     options = network.options
     fewer = {"auto": ("selective", "none"), "full": (), "selective": (), "none": ()}
-    closest: tuple[Plan, Account] | None = None
+    closest: tuple[Plan, Account, float] | None = None
     for mode in (options.recompute, *fewer[options.recompute]):
         if mode != options.recompute:
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured.aliases)
             solve = Solving(network)
-        plan, taken = _closest(captured, model, network, solve, pins)
+        plan, taken, counted = _closest(captured, model, network, solve, pins)
         plan = replace(plan, options=options)
         if taken.total <= _allowed(network):
             return plan
         if closest is None or taken.total < closest[1].total:
-            closest = (plan, taken)
+            closest = (plan, taken, counted)
     assert closest is not None
     raise _does_not_fit(captured, network, *closest)
 
@@ -69,10 +69,13 @@ def _closest(
     network: Network,
     solve: Solving,
     pins: Mapping[str, Layout],
-) -> tuple[Plan, Account]:
-    """A plan that fits or, where none was found, the one found that takes least."""
+) -> tuple[Plan, Account, float]:
+    """A plan that fits or, where none was found, the one found that takes least.
+
+    With what it takes, and how much of that the planner counts.
+    """
     limit = float(_allowed(network))
-    least: tuple[Plan, Account] | None = None
+    least: tuple[Plan, Account, float] | None = None
     for _ in range(_MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
         last = False
@@ -86,7 +89,7 @@ def _closest(
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
             ) from error
-        found = _read(captured, model, network, solution)
+        found = (*_read(captured, model, network, solution), solution.usage)
         if least is None or found[1].total < least[1].total:
             least = found
         over = found[1].total - _allowed(network)
@@ -131,7 +134,7 @@ def _shares(taken: Account) -> str:
 
 
 def _does_not_fit(
-    captured: Captured, network: Network, plan: Plan, taken: Account
+    captured: Captured, network: Network, plan: Plan, taken: Account, counted: float
 ) -> MemoryLimitError:
     """What the plan that needs least takes, and what limit or how many ranks would do."""
     allowed = _allowed(network)
@@ -140,7 +143,7 @@ def _does_not_fit(
         f"{f' ({item.count} of them)' if item.count > 1 else ''} {bytes_text(item.nbytes)}"
         for item in taken.items[:_LARGEST_ITEMS]
     ]
-    ranks = _enough_ranks(captured, network, plan.options)
+    ranks = _enough_ranks(captured, network, plan.options, taken.total - counted)
     more = f"use {ranks.world_size} ranks ({ranks})" if ranks else "use more ranks"
     found = MemoryLimitError(
         f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} per "
@@ -162,20 +165,24 @@ def _at_least(nbytes: int) -> str:
     return f"{-(-nbytes // 2**10)}KiB"
 
 
-def _enough_ranks(captured: Captured, network: Network, options: Options) -> Mesh | None:
-    """The mesh with more ranks on its first axis, by doubling, on which a plan may fit."""
+def _enough_ranks(
+    captured: Captured, network: Network, options: Options, besides: float
+) -> Mesh | None:
+    """The mesh with more ranks on its first axis, by doubling, on which a plan should fit.
+
+    besides: bytes of a plan that the planner does not count, taken to be no more there.
+    """
     (name, size), *others = network.mesh.axes
     factor = 2
     while factor <= _MOST_RANKS:
         mesh = Mesh(**{name: size * factor, **dict(others)})
         wider = rebuilt(network, options=options, mesh=mesh)
         constrain(wider, captured.aliases)
-        solve = Solving(wider)
         try:
-            _, taken = _read(captured, "", wider, _least(wider.problem(), solve))
+            least = _least(wider.problem(), Solving(wider))
         except InfeasibleError:
             return None
-        if taken.total <= _allowed(network):
+        if least.usage + besides <= _allowed(network):
             return mesh
         factor *= 2
     return None

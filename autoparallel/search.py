@@ -89,7 +89,9 @@ def search(
             break
     assert best is not None
     weight, _, solution, problem = best
-    added = {} if solve.is_wide else added_costs(network, problem, solution, solve.memo)
+    added = (
+        {} if solve.is_wide or solve.many else added_costs(network, problem, solution, solve.memo)
+    )
     return read_plan(captured, model, mesh, network, solution, weight, added)
 
 
