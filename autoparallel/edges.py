@@ -37,10 +37,9 @@ __all__ = ["Edge", "Edges", "Made", "Need", "Repeated", "Table"]
 
 Array = NDArray[np.float64]
 
-# How many layouts of one value may be in use: on one mesh axis, and on several.
+# How many layouts of one value may be in use: on one mesh axis, and on several, where they differ
+# on one axis only.
 _MOST_TARGETS, _MOST_JOINT = 3, 2
-# Pairs of layouts that differ on more than one axis are left out where there are so many layouts.
-_MANY_LAYOUTS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +210,7 @@ class Edges:
         most = _MOST_TARGETS if len(self.sizes) == 1 else _MOST_JOINT
         counts = range(1, max(min(most, len(needs), len(targets)), largest) + 1)
         sets = [group for count in counts for group in combinations(targets, count)]
-        if len(self.sizes) > 1 and len(targets) > _MANY_LAYOUTS:
+        if len(self.sizes) > 1:
             sets = [group for group in sets if len(group) == 1 or _differ(*group[:2]) == 1]
         savers = sum(need.saves for need in needs) if self.memory else 0
         groups: list[tuple[Layout, ...]] = []

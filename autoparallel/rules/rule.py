@@ -339,6 +339,9 @@ def strategies(
             continue
         found[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None
     for group in rule.linear:
+        # Constants alone are no pending sums: their product with a whole tensor may become one.
+        if any(operand_grads) and not any(operand_grads[index] for index in group):
+            continue
         operands = tuple(
             Partial() if index in group else rep(grad) for index, grad in enumerate(operand_grads)
         )
