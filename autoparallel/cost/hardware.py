@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from functools import cached_property, lru_cache
 from importlib import resources
@@ -28,6 +28,7 @@ __all__ = [
     "write_hardware",
 ]
 
+_KINDS = tuple(kind.value for kind in Collective)
 _BOTH_WAYS = 2  # an all-reduce is a reduce-scatter and an all-gather
 
 
@@ -67,7 +68,8 @@ class Regime:
 
     bytes_per_second: what a rank sends at large sizes. hop_seconds: latency of a hop.
     floor_seconds: of starting. protocol: its name, by which regimes inside a node and between
-    nodes belong together.
+    nodes belong together. collectives: those that it is for, by name, if not for all that the
+    algorithm can make: a library may make one in a better way than another.
     """
 
     algorithm: Algorithm
@@ -75,6 +77,7 @@ class Regime:
     hop_seconds: float
     floor_seconds: float
     protocol: str = ""
+    collectives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Link:
             found = []
             for regime in self.regimes:
                 steps = regime.algorithm.steps(kind, world_size)
-                if steps is not None:
+                taken = not regime.collectives or kind.value in regime.collectives
+                if steps is not None and taken:
                     hops, sent = steps
                     seconds = regime.floor_seconds + hops * regime.hop_seconds
                     found.append((seconds, sent / regime.bytes_per_second))
@@ -137,7 +141,10 @@ class Hardware:
     memory_bytes_per_second: peak, of which memory_efficiency is sustained. launch_seconds: of
     starting one kernel. spread: standard deviation of the devices' speeds, relative. inside: the
     link between devices of a node. network: between nodes, bytes_per_second being one device's
-    share.
+    share. memory_by_size: (bytes that a kernel moves, bytes per second) pairs, ascending, where
+    caches make short arrays faster than long ones; sustained at all sizes if empty.
+    functions_per_second: of exponentials and their like, element by element; 0 where memory is
+    always slower.
     """
 
     name: str
@@ -152,6 +159,8 @@ class Hardware:
     matmul: Matmul
     inside: Link
     network: Link
+    memory_by_size: tuple[tuple[int, float], ...] = ()
+    functions_per_second: float = 0.0
 
     def peak(self, itemsize: int) -> float:
         """Peak rate of products of elements of `itemsize` bytes, in FLOP/s."""
@@ -198,13 +207,17 @@ class Hardware:
         nodes = -(-size // members)
         if nodes == 1:
             return Link(tuple(_joined(each, each, size, size, 1) for each in self.inside.regimes))
-        outside = {(each.algorithm, each.protocol): each for each in self.network.regimes}
+        outside = {_name(each): each for each in self.network.regimes}
         joined = []
         for near in self.inside.regimes:
-            far = outside.get((near.algorithm, near.protocol))
+            far = outside.get(_name(near))
             if far is not None:
                 joined.append(_joined(near, far, size, members, nodes))
         return Link(tuple(joined))
+
+
+def _name(regime: Regime) -> tuple[Algorithm, str, tuple[str, ...]]:
+    return regime.algorithm, regime.protocol, regime.collectives
 
 
 def _joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Regime:
@@ -223,7 +236,7 @@ def _joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> R
         rate = far.bytes_per_second * (size - 1) / (size - members)
     floor = max(near.floor_seconds, far.floor_seconds)
     rate = min(rate, near.bytes_per_second)
-    return Regime(near.algorithm, rate, hop, floor, near.protocol)
+    return Regime(near.algorithm, rate, hop, floor, near.protocol, near.collectives)
 
 
 @lru_cache(maxsize=1)
@@ -310,8 +323,19 @@ def _parse(rows: Any, where: str) -> Hardware:
         _refuse(f"{where}, matmul", "tiles", tiles, "pairs of sizes, such as [[256, 128]]")
     counts = ("devices_per_node", "device_memory_bytes")
     rates_of = ("memory_bytes_per_second", "memory_efficiency")
-    for key in (*counts, *rates_of, "launch_seconds", "spread"):
-        _number(where, key, rows[key], positive=key not in ("launch_seconds", "spread"))
+    for key in (*counts, *rates_of):
+        _number(where, key, rows[key])
+    for key in ("launch_seconds", "spread", "functions_per_second"):
+        _number(where, key, rows.get(key, 0.0), positive=False)
+    by_size = rows.get("memory_by_size", [])
+    try:
+        pairs = tuple((int(size), float(rate)) for size, rate in by_size)
+    except (TypeError, ValueError):
+        _refuse(where, "memory_by_size", by_size, "pairs of bytes and rate, such as [[4096, 1e9]]")
+    if any(size <= 0 or not 0 < rate < math.inf for size, rate in pairs) or list(pairs) != sorted(
+        dict(pairs).items()
+    ):
+        _refuse(where, "memory_by_size", by_size, "positive pairs of ascending bytes")
     return Hardware(
         name=str(rows["name"]),
         source=str(rows["source"]),
@@ -328,6 +352,8 @@ def _parse(rows: Any, where: str) -> Hardware:
         matmul=Matmul(**matmul),
         inside=_link(rows["inside"], f"{where}, inside"),
         network=_link(rows["network"], f"{where}, network"),
+        memory_by_size=pairs,
+        functions_per_second=float(rows.get("functions_per_second", 0.0)),
     )
 
 
@@ -342,11 +368,17 @@ def _link(rows: Any, where: str) -> Link:
             _refuse(where, "algorithm", row["algorithm"], f"one of {', '.join(known)}")
         for key in ("bytes_per_second", "hop_seconds", "floor_seconds"):
             _number(where, key, row[key], positive=key == "bytes_per_second")
-        found.append(Regime(**{**row, "algorithm": Algorithm(row["algorithm"])}))
-    for needed in (Algorithm.RING, Algorithm.EXCHANGE):
-        if not any(regime.algorithm is needed for regime in found):
-            _refuse(where, "regimes", [each.algorithm.value for each in found], needed.value)
-    return Link(tuple(found))
+        only = row.get("collectives", [])
+        if not isinstance(only, list) or any(kind not in _KINDS for kind in only):
+            _refuse(where, "collectives", only, f"a list of {', '.join(_KINDS)}")
+        row = {**row, "algorithm": Algorithm(row["algorithm"]), "collectives": tuple(only)}
+        found.append(Regime(**row))
+    link = Link(tuple(found))
+    for kind in Collective:
+        if not link.lines(kind, 2):
+            have = [each.algorithm.value for each in found]
+            _refuse(where, "regimes", have, f"one that makes {kind.value}")
+    return link
 
 
 def _checked(rows: Any, kind: type[Any], where: str) -> dict[str, Any]:
@@ -354,7 +386,7 @@ def _checked(rows: Any, kind: type[Any], where: str) -> dict[str, Any]:
     if not isinstance(rows, Mapping):
         _refuse(where, kind.__name__.lower(), rows, "a table of named entries")
     names = {each.name: each for each in fields(kind)}
-    optional = {"protocol", *(each.name for each in fields(Matmul))}
+    optional = {each.name for each in fields(kind) if each.default is not MISSING}
     unknown = [key for key in rows if key not in names]
     missing = [name for name in names if name not in rows and name not in optional]
     if unknown or missing:
