@@ -68,7 +68,8 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Samples:
     """What was measured. launch_seconds: of the smallest kernel. function_seconds: of one
-    exponential in a long array that is in the cache. spread: of the ranks' speeds."""
+    exponential in a long array that is in the cache, 0 if moving it takes as long. spread: of the
+    ranks' speeds."""
 
     products: tuple[Product, ...]
     moves: tuple[Move, ...]
@@ -112,7 +113,7 @@ def fit(samples: Samples, base: Hardware, matmul: Matmul) -> Fit:
         base,
         launch_seconds=samples.launch_seconds,
         spread=samples.spread,
-        functions_per_second=1 / samples.function_seconds,
+        functions_per_second=1 / samples.function_seconds if samples.function_seconds else 0.0,
     )
     hardware = _with_memory(hardware, samples.moves)
     hardware = _with_products(hardware, samples.products, matmul)

@@ -48,7 +48,8 @@ def _figures(hardware: Hardware) -> Table:
     )
     table.add_row("products", ", ".join(rates))
     table.add_row("memory", f"{hardware.sustained_bytes_per_second / 1e9:.3g} GB/s, long arrays")
-    table.add_row("functions", f"{hardware.functions_per_second / 1e9:.3g} billion per second")
+    if hardware.functions_per_second:
+        table.add_row("functions", f"{hardware.functions_per_second / 1e9:.3g} billion per second")
     table.add_row("kernel", f"{seconds_text(hardware.launch_seconds)} to start")
     table.add_row("ranks differ", f"by {hardware.spread:.1%} in speed")
     table.add_row("source", hardware.source)
