@@ -217,9 +217,10 @@ def test_predictions_are_compared_with_measurements(tmp_path: Path) -> None:
     """The benchmark runs; how near the two are is no matter of a test."""
     file = tmp_path / "predicted.json"
     benchmark = "benchmarks/predicted.py"
-    run(benchmark, "--tiny", "--steps", "1", "--models", "bert", "--json", str(file))
+    options = ("--tiny", "--steps", "1", "--models", "bert", "--processes", "1")
+    run(benchmark, *options, "--json", str(file))
     rows = json.loads(file.read_text())
-    assert [row["processes"] for row in rows] == [1, 2]
+    assert [row["processes"] for row in rows] == [1]
     for row in rows:
         assert row["measured"] > 0
         phases = (row["forward"], row["backward"], row["update"])

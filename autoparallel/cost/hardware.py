@@ -6,13 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from enum import Enum
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from autoparallel.cost.links import Algorithm, Link, Regime, joined
 from autoparallel.errors import PlanError
 from autoparallel.placement import Collective
 
@@ -29,91 +29,6 @@ __all__ = [
 ]
 
 _KINDS = tuple(kind.value for kind in Collective)
-_BOTH_WAYS = 2  # an all-reduce is a reduce-scatter and an all-gather
-
-
-class Algorithm(Enum):
-    """How a collective is made: which hops follow each other, and which bytes a rank sends."""
-
-    RING = "ring"
-    TREE = "tree"
-    SWITCH = "switch"
-    EXCHANGE = "exchange"
-
-    def steps(self, kind: Collective, world_size: int) -> tuple[int, float] | None:
-        """Hops one after the other, and the share of the full tensor that a rank sends.
-
-        None where the algorithm cannot make the collective. RING: everything but an all-to-all,
-        every part passes all ranks (Patarasuk & Yuan 2009). TREE: an all-reduce, up and down
-        again (Sanders et al. 2009). SWITCH: an all-reduce added up by the switch; a rank sends the
-        whole to be added and its own part of the sum to all. EXCHANGE: an all-to-all, directly.
-        """
-        n = world_size
-        if self is Algorithm.EXCHANGE:
-            return (n - 1, (n - 1) / n**2) if kind is Collective.ALL_TO_ALL else None
-        if self is Algorithm.RING and kind in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER):
-            return n - 1, (n - 1) / n
-        if kind is not Collective.ALL_REDUCE:
-            return None
-        if self is Algorithm.RING:
-            return _BOTH_WAYS * (n - 1), _BOTH_WAYS * (n - 1) / n
-        if self is Algorithm.TREE:
-            return _BOTH_WAYS * math.ceil(math.log2(n)), float(_BOTH_WAYS)
-        return _BOTH_WAYS, (n + 1) / n
-
-
-@dataclass(frozen=True, slots=True)
-class Regime:
-    """One way in which a library makes collectives: an algorithm and its protocol.
-
-    bytes_per_second: what a rank sends at large sizes. hop_seconds: latency of a hop.
-    floor_seconds: of starting. protocol: its name, by which regimes inside a node and between
-    nodes belong together. collectives: those that it is for, by name, if not for all that the
-    algorithm can make: a library may make one in a better way than another.
-    """
-
-    algorithm: Algorithm
-    bytes_per_second: float
-    hop_seconds: float
-    floor_seconds: float
-    protocol: str = ""
-    collectives: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a mesh axis communicates over. A collective takes the fastest regime for its size."""
-
-    regimes: tuple[Regime, ...]
-
-    @staticmethod
-    def ring(bytes_per_second: float, hop_seconds: float, floor_seconds: float) -> Link:
-        """A link with rings alone, and direct exchange at the same rate."""
-        return Link(
-            tuple(
-                Regime(algorithm, bytes_per_second, hop_seconds, floor_seconds)
-                for algorithm in (Algorithm.RING, Algorithm.EXCHANGE)
-            )
-        )
-
-    @cached_property
-    def _known(self) -> dict[tuple[Collective, int], tuple[tuple[float, float], ...]]:
-        return {}
-
-    def lines(self, kind: Collective, world_size: int) -> tuple[tuple[float, float], ...]:
-        """(seconds, seconds per byte of the full tensor) of every regime that can make it."""
-        key = (kind, world_size)
-        if key not in self._known:
-            found = []
-            for regime in self.regimes:
-                steps = regime.algorithm.steps(kind, world_size)
-                taken = not regime.collectives or kind.value in regime.collectives
-                if steps is not None and taken:
-                    hops, sent = steps
-                    seconds = regime.floor_seconds + hops * regime.hop_seconds
-                    found.append((seconds, sent / regime.bytes_per_second))
-            self._known[key] = tuple(found)
-        return self._known[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,37 +121,14 @@ class Hardware:
             return self.inside
         nodes = -(-size // members)
         if nodes == 1:
-            return Link(tuple(_joined(each, each, size, size, 1) for each in self.inside.regimes))
-        outside = {_name(each): each for each in self.network.regimes}
-        joined = []
+            return Link(tuple(joined(each, each, size, size, 1) for each in self.inside.regimes))
+        outside = {each.way: each for each in self.network.regimes}
+        found = []
         for near in self.inside.regimes:
-            far = outside.get(_name(near))
+            far = outside.get(near.way)
             if far is not None:
-                joined.append(_joined(near, far, size, members, nodes))
-        return Link(tuple(joined))
-
-
-def _name(regime: Regime) -> tuple[Algorithm, str, tuple[str, ...]]:
-    return regime.algorithm, regime.protocol, regime.collectives
-
-
-def _joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Regime:
-    """A regime over several nodes: the rate of the slower part, and the mean latency of a hop.
-
-    A ring goes through each node once, entering by the network. A tree is a chain in each node and
-    a tree between nodes. In an exchange a device's own share carries all that leaves its node.
-    """
-    rate, hop = far.bytes_per_second * members, near.hop_seconds
-    if near.algorithm is Algorithm.TREE:
-        hops = (members - 1) * near.hop_seconds + math.ceil(math.log2(nodes)) * far.hop_seconds
-        hop = hops / math.ceil(math.log2(size))
-    elif nodes > 1:
-        hop = ((size - nodes) * near.hop_seconds + (nodes - 1) * far.hop_seconds) / (size - 1)
-    if near.algorithm is Algorithm.EXCHANGE and nodes > 1:
-        rate = far.bytes_per_second * (size - 1) / (size - members)
-    floor = max(near.floor_seconds, far.floor_seconds)
-    rate = min(rate, near.bytes_per_second)
-    return Regime(near.algorithm, rate, hop, floor, near.protocol, near.collectives)
+                found.append(joined(near, far, size, members, nodes))
+        return Link(tuple(found))
 
 
 @lru_cache(maxsize=1)
