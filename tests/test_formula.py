@@ -191,8 +191,9 @@ def test_saved_activations_of_a_layer(
 ) -> None:
     """arXiv:2205.05198, table 2: s b h (10 + 24/t + 5 a s / h t).
 
-    Besides, norms keep mean and deviation of each row, and attention its causal mask. With sequence parallelism the paper gathers the two inputs of
-    products again (4 b s h / t in place of 4 b s h); nothing limits the memory here.
+    Besides, norms keep mean and deviation of each row, and attention its causal mask. With sequence
+    parallelism the paper gathers the two inputs of products again (4 b s h / t in place of
+    4 b s h); nothing limits the memory here.
     """
     plan = planned(world_size=8, sequence_parallel=sequence_parallel, dropout=0.1)
     forms = closed_forms(plan, names=NAMES)
