@@ -15,6 +15,7 @@ from own_prices import price
 from torch import nn
 
 import autoparallel
+from autoparallel.cost.memory import account
 from autoparallel.mesh import Mesh
 
 broad = pytest.mark.broad
@@ -65,7 +66,10 @@ def sample(name: str, layers: int) -> tuple[nn.Module, dict[str, Any]]:
 def test_any_plan_costs_what_the_network_says(
     name: str, mesh: dict[str, int], options: dict[str, Any]
 ) -> None:
-    """States of parameters split and gathered, copies made again, ops run again, many moves."""
+    """States of parameters split and gathered, copies made again, ops run again, many moves.
+
+    Its bytes are those of the account, but for what a plan makes a copy of where the model views.
+    """
     layers = 2 if "recompute" in options else 1
     captured, network = network_of(*sample(name, layers), Mesh(**mesh), **options)
     spread = again = repeated = 0
@@ -75,6 +79,10 @@ def test_any_plan_costs_what_the_network_says(
         spread += sum(p.state != p.storage for p in plan.parameters)
         again += sum(conversion.again for conversion in plan.conversions)
         repeated += len(plan.recomputed)
+        if plan.memory_limit is not None:
+            taken = account(plan)
+            own = taken.parameters + taken.gradients + taken.optimizer_state + taken.activations
+            assert solution.usage == pytest.approx(own, rel=0.2)
     assert spread
     if "memory_limit" in options and name != "mlp":
         assert again
