@@ -212,7 +212,7 @@ class Routes:
                 first = first + moves[axis][..., end]
                 rows, after = rows.take([start], axis), after.take([end], axis)
             led = first.reshape(-1)[rows.reshape(-1), None] + table[after.reshape(-1)]
-            found[np.ix_(rows.reshape(-1), columns)] = led[:, columns]
+            found[np.ix_(rows.reshape(-1), np.array(columns, dtype=int))] = led[:, columns]
         return found
 
     def steps(self, source: Layout, target: Layout) -> tuple[Step, ...]:
