@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -383,11 +382,6 @@ def _ranks(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
         devices = DeviceMesh.from_group(world.process_group, _device(), mesh_dim_names=names)
     else:
         devices = init_device_mesh(_device(), sizes, mesh_dim_names=names)
-        for count in range(2, len(names) + 1):
-            for axes in itertools.combinations(names, count):
-                devices[axes]._flatten(
-                    "+".join(axes)
-                )  # DTensor then sums over them in one collective
     return process_ranks(world, devices), devices
 
 

@@ -258,6 +258,7 @@ class _Builder:
                 parts = stored_bytes(value, choice, self.sizes, self.options.optimizer)
                 own = nbytes(value) * layout_fraction(value.shape, choice.state, self.sizes)
                 seconds = update_seconds(own, own, parts[2], self.hardware)
+                seconds += self.edges.gathering(value, choice)
                 costs.append(seconds if value.requires_grad else 0.0)
                 usage.append(sum(parts))
             made = Made(tuple(choice.storage for choice in choices), choices, given=True)

@@ -316,7 +316,7 @@ class Edges:
         return found
 
     def late(self, value: Value, stored: Stored, target: Layout) -> float:
-        """What it adds that a gradient is reduced to a part and the updated parts are gathered.
+        """What it adds that a gradient is reduced to a part: not much, mostly it is less than 0.
 
         In place of the all-reduce that the way from the parameter to its reader has in backward.
         """
@@ -326,19 +326,36 @@ class Edges:
                 continue
             if target[axis] != Replicate():
                 return np.inf
+            link, count = self.links[axis], self.sizes[axis]
             others = (*stored.storage[:axis], Invariant(), *stored.storage[axis + 1 :])
-            size = nbytes(value) * layout_fraction(value.shape, others, self.sizes)
-            seconds += self._swap(size, axis, stored.gradient == stored.storage)
+            whole = nbytes(value) * layout_fraction(value.shape, others, self.sizes)
+            seconds -= together_seconds(Collective.ALL_REDUCE, whole, link, count)
+            scatter = together_seconds if stored.gradient == stored.storage else collective_seconds
+            size = self._across(value, stored, axis)
+            seconds += scatter(Collective.REDUCE_SCATTER, size, link, count)
         return seconds
 
-    def _swap(self, size: float, axis: int, at_end: bool) -> float:
-        link, count = self.links[axis], self.sizes[axis]
-        scatter = together_seconds if at_end else collective_seconds
-        return (
-            scatter(Collective.REDUCE_SCATTER, size, link, count)
-            + collective_seconds(Collective.ALL_GATHER, size, link, count)
-            - together_seconds(Collective.ALL_REDUCE, size, link, count)
+    def gathering(self, value: Value, stored: Stored) -> float:
+        """Seconds of gathering what the optimizer updated in parts of a parameter."""
+        return sum(
+            collective_seconds(
+                Collective.ALL_GATHER,
+                self._across(value, stored, axis),
+                self.links[axis],
+                self.sizes[axis],
+            )
+            for axis, (own, state) in enumerate(zip(stored.storage, stored.state, strict=True))
+            if own != state
         )
+
+    def _across(self, value: Value, stored: Stored, axis: int) -> float:
+        """Bytes that a rank has of a parameter where `axis` does not split it.
+
+        A gradient is reduced from the outermost axis inwards, what is updated is gathered from the
+        innermost outwards.
+        """
+        others = (*stored.state[:axis], Invariant(), *stored.storage[axis + 1 :])
+        return nbytes(value) * layout_fraction(value.shape, others, self.sizes)
 
 
 def _summed(

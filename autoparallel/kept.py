@@ -52,13 +52,18 @@ class Kept:
         )
 
     def nbytes(self, node: Node, joint: Joint, sizes: tuple[int, ...]) -> float:
-        """Bytes that an op keeps by itself: results, and what is neither result nor operand."""
+        """Bytes that an op keeps by itself: results, and what is neither result nor operand.
+
+        Of several kernels the innermost one runs; to it the others' loops are as if split without.
+        """
         shares: dict[str, float] = {}
         saved = self.saved.of(node.name)
-        for part, size in zip(joint.parts, sizes, strict=True):
-            if part.tile is None:
-                continue
-            if part.kernel is not None:
+        split = [(part, size) for part, size in zip(joint.parts, sizes, strict=True) if part.tile]
+        split.sort(key=lambda item: item[0].kernel is not None and not item[0].kernel.wraps)
+        innermost = next((part for part, _ in reversed(split) if part.kernel), None)
+        for part, size in split:
+            assert part.tile is not None
+            if part is innermost:
                 saved = self.saved.of_kernel(node.name, part.tile.loop, size)
             else:
                 shares[part.tile.loop] = shares.get(part.tile.loop, 1.0) * part.fraction

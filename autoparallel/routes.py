@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import chain, combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,11 @@ from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.graph.graph import Dim, hint
 from autoparallel.joint import is_nested
 from autoparallel.placement import (
+    Invariant,
     Layout,
     Movement,
     Placement,
+    Replicate,
     Shard,
     Step,
     is_possible_step,
@@ -48,9 +50,10 @@ class Routes:
     """All cheapest ways between the layouts that a value may have.
 
     shape, nbytes: of the whole value. universe: per axis, the placements that may occur, on the
-    way too. sizes, links: of the axes. is_allowed: whether a step may be made. together: where a
-    whole value needs nothing but the sum of its gradients, they are summed in one call with others,
-    whose latency is not counted.
+    way too. sizes, links: of the axes. is_allowed: whether a step may be made. together: on axes
+    where a whole value needs nothing but the sum of its gradients, they are summed in one call with
+    others, whose latency is not counted. That is after the backward pass: on the way such moves
+    come first.
     Seconds are those of the forward and, where a gradient flows, of the backward pass.
     """
 
@@ -131,6 +134,7 @@ class Routes:
                     )
             self.moves.append(seconds)
             self.forwards.append(forward)
+        self.together = together
         self.hops = 1 if len(grid) == 1 else len(grid) + 1
         self._levels: dict[tuple[Layout, ...], list[NDArray[np.float64]]] = {}
         self._forward: dict[tuple[Layout, ...], NDArray[np.float64]] = {}
@@ -159,7 +163,8 @@ class Routes:
 
     def seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
         """table[layout, target]: the least seconds, layouts in the order of `cells`."""
-        return self.levels(targets)[-1].reshape(-1, len(targets))
+        table = self.levels(targets)[-1].reshape(-1, len(targets))
+        return self._led(table, targets, self.moves) if self.together else table
 
     def forward_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
         """table[layout, target]: seconds of the forward pass alone, of the ways of `seconds`."""
@@ -179,11 +184,47 @@ class Routes:
                     best = np.where(better, over, best)
                     found = np.where(better, np.take_along_axis(then, first, -2)[..., 0, :], found)
                 ahead = found
-            self._forward[targets] = ahead.reshape(-1, len(targets))
+            table = ahead.reshape(-1, len(targets))
+            if self.together:
+                table = self._led(table, targets, self.forwards)
+            self._forward[targets] = table
         return self._forward[targets]
+
+    def _led(
+        self,
+        table: NDArray[np.float64],
+        targets: tuple[Layout, ...],
+        moves: list[NDArray[np.float64]],
+    ) -> NDArray[np.float64]:
+        """The table for ways that begin with all moves from I to R that are for good."""
+        found = table.copy()
+        cells = np.arange(len(self.layouts)).reshape(self.grid)
+        one, two = Invariant(), Replicate()
+        able = [axis for axis, own in enumerate(self.universe) if one in own and two in own]
+        # The more axes, the later: each way begins with all such moves that it has.
+        for axes in chain.from_iterable(
+            combinations(able, count) for count in range(1, len(able) + 1)
+        ):
+            columns = [at for at, end in enumerate(targets) if all(end[a] == two for a in axes)]
+            rows, after, first = cells, cells, np.zeros(self.grid)
+            for axis in axes:
+                start, end = (self.universe[axis].index(placement) for placement in (one, two))
+                first = first + moves[axis][..., end]
+                rows, after = rows.take([start], axis), after.take([end], axis)
+            led = first.reshape(-1)[rows.reshape(-1), None] + table[after.reshape(-1)]
+            found[np.ix_(rows.reshape(-1), np.array(columns, dtype=int))] = led[:, columns]
+        return found
 
     def steps(self, source: Layout, target: Layout) -> tuple[Step, ...]:
         """The cheapest way. Raises ValueError where there is none."""
+        lead: tuple[Step, ...] = ()
+        if self.together:
+            lead = tuple(
+                Step(axis, one, two)
+                for axis, (one, two) in enumerate(zip(source, target, strict=True))
+                if (one, two) == (Invariant(), Replicate())
+            )
+            source = _summed(source, tuple(step.axis for step in lead))
         levels = self.levels((target,))
         cell = self.cells[source]
         final = levels[-1].reshape(-1)[cell]
@@ -212,7 +253,14 @@ class Routes:
                 if level.reshape(-1)[self.cells[layout]]
                 <= levels[hop - 1].reshape(-1)[self.cells[layout]]
             )
-        return tuple(found)
+        return (*lead, *found)
+
+
+def _summed(layout: Layout, axes: tuple[int, ...]) -> Layout:
+    """The layout with R on these axes."""
+    return tuple(
+        Replicate() if axis in axes else placement for axis, placement in enumerate(layout)
+    )
 
 
 def _after(table: NDArray[np.float64], axis: int) -> NDArray[np.float64]:

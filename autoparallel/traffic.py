@@ -95,7 +95,8 @@ def moves(plan: Plan) -> tuple[Transfer, ...]:
                 if step.axis in late and move is Movement.ALL_REDUCE:
                     assert parameter is not None
                     move = Movement.REDUCE_SCATTER
-                    together &= parameter.gradient[step.axis] == parameter.storage[step.axis]
+                    together &= parameter.gradient == parameter.storage
+                    layout = (*parameter.state[: step.axis], *layout[step.axis :])
                 together &= step.backward is Movement.NONE
                 found += _made(conversion, step, layout, move, "backward", sizes, together=together)
         for axis in late:
@@ -103,7 +104,7 @@ def moves(plan: Plan) -> tuple[Transfer, ...]:
                 assert parameter is not None
                 updated.add((conversion.value, axis))
                 step = Step(axis, parameter.state[axis], parameter.storage[axis])
-                layout = (*parameter.storage[:axis], step.source, *parameter.storage[axis + 1 :])
+                layout = (*parameter.state[: axis + 1], *parameter.storage[axis + 1 :])
                 found += _made(conversion, step, layout, step.forward, "update", sizes)
     return tuple(found)
 

@@ -1,30 +1,42 @@
 """How long it takes to plan, phase by phase, and how much memory: no weights and no GPU needed.
 
-    python benchmarks/plan_time.py [--models gpt2,gpt3] [--world-size 8] [--json out/plan_time.json]
+    python benchmarks/plan_time.py [--rows gpt2:8,gpt3:8x8] [--json out/plan_time.json]
 
-Models are made on the meta device, and each runs in a process of its own, so that its peak memory
-is its own. Before the clock starts, one tiny model is captured, because the first export of a
-process loads much of torch; --cold leaves that in.
+A row is a model and a mesh. Models are made on the meta device, and each row runs in a process of
+its own, so that its peak memory is its own. The total is the time from the model to its plan; to
+make the model, to import torch and this package, and to emit the parallel program are extra.
+Before the clock starts, one tiny model is captured, because the first export of a process loads
+much of torch; --cold leaves that in.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PHASES = ("construct", "capture", "passes", "network", "solve", "read", "emit")
-MODELS = ("gpt2", "gpt2-xl", "bert-large", "llama-3-8b", "gpt3", "hf-gpt3")
+PHASES = ("capture", "passes", "rules", "tiling", "network", "solve", "explain", "read")
+EXTRA = ("import", "construct", "emit")
+MODELS = ("gpt2", "gpt2-xl", "bert-large", "llama-3-8b", "gpt3", "hf-gpt3", "gpt-1t")
+ROWS = (
+    *(f"{model}:8" for model in MODELS[:-1]),
+    *(f"{model}:8x8" for model in MODELS[:-2]),
+    "gpt2:2x2x2",
+    "gpt3:2x2x2",
+    "gpt-1t:48x8x8",
+)
+AXES = {1: ("tp",), 2: ("dp", "tp"), 3: ("dp", "sp", "tp")}
 LLAMA_SEQUENCE = 2048
 
 
-def construct(name: str) -> tuple[Any, dict[str, Any]]:
+def construct(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
     """The model and its planning inputs, on the meta device."""
     import torch
 
@@ -35,12 +47,14 @@ def construct(name: str) -> tuple[Any, dict[str, Any]]:
         "gpt2": lambda: GPT(GPTConfig.gpt2()),
         "gpt2-xl": lambda: GPT(GPTConfig.gpt2_xl()),
         "gpt3": lambda: GPT(GPTConfig.gpt3()),
+        # Narayanan et al. 2021, table 1, the largest.
+        "gpt-1t": lambda: GPT(GPTConfig(layers=128, hidden=25600, heads=160, positions=2048)),
         "bert-large": lambda: Bert(BertConfig.large()),
     }
     with torch.device("meta"):
         if name in own:
             model = own[name]()
-            return model, model.example_inputs(batch=2)
+            return model, model.example_inputs(batch=batch)
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -62,98 +76,164 @@ def construct(name: str) -> tuple[Any, dict[str, Any]]:
                     n_layer=96, n_embd=12288, n_head=96, n_positions=2048, use_cache=False
                 )
             )
-        tokens = torch.empty(2, LLAMA_SEQUENCE, dtype=torch.long)
+        tokens = torch.empty(batch, LLAMA_SEQUENCE, dtype=torch.long)
         return model.train(), {"input_ids": tokens, "labels": tokens}
 
 
-def measure(name: str, world_size: int, cold: bool) -> dict[str, Any]:
-    """Seconds per phase and peak memory of one model, in this process."""
-    from dataclasses import replace
+class Clock:
+    """Seconds per phase by `now`; of a phase inside of another, only the inner one counts."""
 
-    from autoparallel import search as searching
-    from autoparallel.graph.capture import capture
-    from autoparallel.graph.passes import run_passes
-    from autoparallel.mesh import Mesh
-    from autoparallel.options import Options
-    from autoparallel.rewrite.emit import emit
-    from autoparallel.runtime.groups import thread_groups
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.seconds = dict.fromkeys((*PHASES, *EXTRA), 0.0)
+        self.running: list[str] = []
+        self.since = 0.0
 
-    seconds = dict.fromkeys(PHASES, 0.0)
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._next()
+        self.running.append(name)
+        try:
+            yield
+        finally:
+            self._next()
+            self.running.pop()
 
-    def timed(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _next(self) -> None:
+        now = self.now()
+        if self.running:
+            self.seconds[self.running[-1]] += now - self.since
+        self.since = now
+
+    def watch(self, owner: Any, attribute: str, phase: str) -> None:
+        """Calls of `owner.attribute` belong to `phase` from now on."""
+        function = getattr(owner, attribute)
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
+            with self.phase(phase):
                 return function(*args, **kwargs)
-            finally:
-                seconds[phase] += time.perf_counter() - start
 
-        return run
+        setattr(owner, attribute, run)
 
+
+def measure(
+    row: str, hardware: str, data_parallel: bool | None, cold: bool, cpu: bool
+) -> dict[str, Any]:
+    """Seconds per phase and peak memory of one row, in this process."""
+    clock = Clock(time.process_time if cpu else time.perf_counter)
+    with clock.phase("import"):
+        from autoparallel import builder, search, solving
+        from autoparallel.graph import breaks
+        from autoparallel.mesh import Mesh
+        from autoparallel.options import Options
+        from autoparallel.rewrite.emit import emit
+        from autoparallel.runtime.ranks import thread_ranks
+
+    name, _, sizes = row.partition(":")
+    shape = tuple(map(int, sizes.split("x")))
+    mesh = Mesh(**dict(zip(AXES[len(shape)], shape, strict=True)))
     if not cold:
-        capture(construct("tiny")[0], (), construct("tiny")[1])
-    model, inputs = timed("construct", construct)(name)
-    captured = timed("capture", capture)(model, (), inputs)
-    captured = replace(captured, graph=timed("passes", run_passes)(captured.graph))
-    # The phases inside of `search`, by the names that it calls.
-    searching.build_network = timed("network", searching.build_network)
-    searching.exact.solve = timed("solve", searching.exact.solve)
-    start = time.perf_counter()
-    plan = searching.search(captured, name, Mesh(tp=world_size), Options())
-    whole = time.perf_counter() - start
-    seconds["read"] = whole - seconds["network"] - seconds["solve"]
-    timed("emit", emit)(captured.graph, plan, thread_groups(world_size)[0], name)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        tiny, inputs = construct("tiny", 2)
+        breaks.trace(tiny, (), inputs)
+    # Phases by the names that are called.
+    clock.watch(breaks, "capture", "capture")
+    clock.watch(breaks, "run_passes", "passes")
+    clock.watch(builder, "match_rules", "rules")
+    clock.watch(builder, "Tiling", "tiling")
+    clock.watch(search, "build_network", "network")
+    clock.watch(solving.Solving, "__call__", "solve")
+    clock.watch(search, "added_costs", "explain")
+    with clock.phase("construct"):
+        model, inputs = construct(name, batch=max(2, mesh.world_size))
+    options = Options(
+        data_parallel=len(shape) > 1 if data_parallel is None else data_parallel,
+        hardware=hardware,
+    )
+    captured = breaks.trace(model, (), inputs)
+    with clock.phase("read"):
+        plan = search.search(captured, name, mesh, options)
+    planned = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ranks = thread_ranks(mesh)[0]
+    with clock.phase("emit"):
+        emit(captured.graph, plan, ranks, name)
     return {
-        "model": name,
+        "row": row,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "nodes": len(captured.graph.nodes),
         "copies": [len(paths) for paths in captured.repeats],
-        "seconds": {**seconds, "total": sum(seconds.values())},
-        "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "total": sum(clock.seconds[phase] for phase in PHASES),
+        "seconds": clock.seconds,
+        "peak_bytes": planned * (1 if sys.platform == "darwin" else 1024),
+        "cost": plan.cost,
+        "lower_bound": plan.lower_bound,
+        "method": plan.method,
     }
 
 
-def in_own_process(name: str, world_size: int, cold: bool) -> dict[str, Any]:
+def in_own_process(row: str, options: list[str]) -> dict[str, Any]:
     """Run `measure` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--one", name, "--world-size", str(world_size)]
-    done = subprocess.run(
-        command + ["--cold"] * cold, check=True, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, __file__, "--one", row, *options]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
-    parser.add_argument("--world-size", type=int, default=8)
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, as gpt3:8x8")
+    parser.add_argument("--hardware", default="dgx-a100", help="preset or file")
+    parser.add_argument(
+        "--data-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="whether products may be split along the batch; by default with several axes",
+    )
     parser.add_argument("--cold", action="store_true", help="count torch's own start-up too")
+    parser.add_argument(
+        "--cpu", action="store_true", help="CPU seconds: others use the machine too"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.world_size, options.cold)))
+        made = measure(
+            options.one, options.hardware, options.data_parallel, options.cold, options.cpu
+        )
+        print(json.dumps(made))
         return
-    names = options.models.split(",")
-    unknown = [name for name in names if name not in MODELS]
-    if unknown:
-        parser.error(f"unknown model {unknown[0]!r}: choose among {', '.join(MODELS)}")
-    header = ("total", *PHASES)
-    print(f"{'model':12}{'params':>9}{'nodes':>7}{'GiB':>6}", *[f"{name:>9}" for name in header])
-    rows = []
-    for name in names:
-        row = in_own_process(name, options.world_size, options.cold)
-        rows.append(row)
+    rows = options.rows.split(",")
+    for row in rows:
+        model, _, sizes = row.partition(":")
+        known = model in MODELS and all(part.isdigit() for part in sizes.split("x"))
+        if not known or len(sizes.split("x")) not in AXES:
+            parser.error(
+                f"unknown row {row!r}: a model of {', '.join(MODELS)}, and 8, 8x8 or 2x2x2"
+            )
+    passed = ["--hardware", options.hardware, *["--cold"] * options.cold, *["--cpu"] * options.cpu]
+    if options.data_parallel is not None:
+        passed.append("--data-parallel" if options.data_parallel else "--no-data-parallel")
+    names = (*PHASES, *EXTRA)
+    head = f"{'row':18}{'params':>9}{'nodes':>7}{'GiB':>6}{'total':>8}  "
+    print(head + "".join(f"{name:>10}" for name in names) + "   bound")
+    figures = []
+    for row in rows:
+        made = in_own_process(row, passed)
+        figures.append(made)
+        seconds = "".join(f"{made['seconds'][name]:10.2f}" for name in names)
+        gap = 1 - made["lower_bound"] / made["cost"] if made["cost"] else 0.0
         print(
-            f"{name:12}{row['parameters'] / 1e9:8.2f}B{row['nodes']:7}"
-            f"{row['peak_bytes'] / 2**30:6.2f}",
-            *[f"{row['seconds'][phase]:9.2f}" for phase in header],
+            f"{row:18}{made['parameters'] / 1e9:8.2f}B{made['nodes']:7}"
+            f"{made['peak_bytes'] / 2**30:6.2f}{made['total']:8.2f}  {seconds}   "
+            f"{made['method']}, gap {gap:.2%}",
             flush=True,
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"world_size": options.world_size, "cold": options.cold, "models": rows}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        told = {
+            "hardware": options.hardware,
+            "cold": options.cold,
+            "cpu": options.cpu,
+            "rows": figures,
+        }
+        options.json.write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

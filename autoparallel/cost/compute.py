@@ -10,10 +10,12 @@ import numpy.typing as npt
 
 from autoparallel.cost.collectives import collective_seconds
 from autoparallel.cost.hardware import Hardware, Link
+from autoparallel.cost.moving import moved_seconds
 from autoparallel.cost.products import product_seconds
 from autoparallel.graph.graph import Value, hint, numel_hint
 from autoparallel.placement import Shard
 from autoparallel.rules.rule import Dims, OpCall, ShardingRule, Strategy
+from autoparallel.rules.work import functions
 
 __all__ = ["OpCost", "nbytes", "op_cost", "op_costs", "update_seconds"]
 
@@ -84,8 +86,9 @@ def op_costs(
         product, forward, traffic = _product(call, rule, shares, parts, hardware)
         _, _, whole_traffic = _product(call, rule, np.ones((1, shares.shape[1])), whole, hardware)
     else:
-        forward, traffic = _traffic(call, rule, parts, hardware)
-        _, whole_traffic = _traffic(call, rule, whole, hardware)
+        forward, traffic = _traffic(call, rule, shares, parts, hardware)
+        ones = np.ones((1, shares.shape[1]))
+        _, whole_traffic = _traffic(call, rule, ones, whole, hardware)
         product = np.zeros(len(joints))
     flops = rule.flops * rule.points * shares.prod(axis=1)
     return tuple(
@@ -148,21 +151,37 @@ def _communication(
 
 
 def _traffic(
-    call: OpCall, rule: ShardingRule, parts: Array, hardware: Hardware
+    call: OpCall, rule: ShardingRule, shares: Array, parts: Array, hardware: Hardware
 ) -> tuple[Array, Array]:
-    """Seconds forward, and in all, of an op that moves bytes and does little else."""
+    """Seconds forward, and in all, of an op that moves bytes or computes functions of each element,
+    whatever takes longer."""
     count = len(call.operands)
     grads = [at for at, operand in enumerate(call.operands) if operand.requires_grad]
     back = [count + at for at, result in enumerate(call.results) if result.requires_grad]
-    once = parts.sum(axis=1) / hardware.sustained_bytes_per_second + hardware.launch_seconds
+    first, second = _function_seconds(call, rule, shares, hardware)
+    once = np.maximum(moved_seconds(parts.sum(axis=1), hardware), first) + hardware.launch_seconds
     if not grads or not back:
         return once, once
     again = parts[:, back].sum(axis=1) + parts[:, grads].sum(axis=1)
+    summed = np.zeros(len(parts))
     if not any(group.issuperset(grads) for group in rule.linear):
         again = again + parts[:, :count].sum(axis=1)
         if any(nbytes(call.operands[at]) < nbytes(call.results[0]) for at in grads):
-            again = again + parts[:, [0, *back]].sum(axis=1)
-    return once, once + again / hardware.sustained_bytes_per_second + hardware.launch_seconds
+            summed = parts[:, [0, *back]].sum(axis=1)
+    seconds = np.maximum(moved_seconds(again, hardware), second) + moved_seconds(summed, hardware)
+    return once, once + seconds + hardware.launch_seconds
+
+
+def _function_seconds(
+    call: OpCall, rule: ShardingRule, shares: Array, hardware: Hardware
+) -> tuple[Array, Array]:
+    """Of exponentials and their like, forward and backward."""
+    none = np.zeros(len(shares))
+    if not hardware.functions_per_second or not any(functions(call)):
+        return none, none
+    seconds = rule.points * shares.prod(axis=1) / hardware.functions_per_second
+    forward, backward = functions(call)
+    return forward * seconds, backward * seconds
 
 
 def _product(
@@ -178,7 +197,7 @@ def _product(
     itemsize = call.results[0].dtype.itemsize
     points = rule.points * shares.prod(axis=1)
     times = rule.flops * points / (2 * batch * rows * columns * depth)
-    moved = parts.sum(axis=1) / hardware.sustained_bytes_per_second
+    moved = moved_seconds(parts.sum(axis=1), hardware)
     forms = ((rows, depth, columns), (depth, columns, rows), (rows, columns, depth))
     made = [(times, forms[2])]
     for at, factor in enumerate(factors):

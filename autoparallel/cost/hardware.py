@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from enum import Enum
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from autoparallel.cost.links import Algorithm, Link, Regime, joined
 from autoparallel.errors import PlanError
 from autoparallel.placement import Collective
 
@@ -28,88 +28,7 @@ __all__ = [
     "write_hardware",
 ]
 
-_BOTH_WAYS = 2  # an all-reduce is a reduce-scatter and an all-gather
-
-
-class Algorithm(Enum):
-    """How a collective is made: which hops follow each other, and which bytes a rank sends."""
-
-    RING = "ring"
-    TREE = "tree"
-    SWITCH = "switch"
-    EXCHANGE = "exchange"
-
-    def steps(self, kind: Collective, world_size: int) -> tuple[int, float] | None:
-        """Hops one after the other, and the share of the full tensor that a rank sends.
-
-        None where the algorithm cannot make the collective. RING: everything but an all-to-all,
-        every part passes all ranks (Patarasuk & Yuan 2009). TREE: an all-reduce, up and down
-        again (Sanders et al. 2009). SWITCH: an all-reduce added up by the switch; a rank sends the
-        whole to be added and its own part of the sum to all. EXCHANGE: an all-to-all, directly.
-        """
-        n = world_size
-        if self is Algorithm.EXCHANGE:
-            return (n - 1, (n - 1) / n**2) if kind is Collective.ALL_TO_ALL else None
-        if self is Algorithm.RING and kind in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER):
-            return n - 1, (n - 1) / n
-        if kind is not Collective.ALL_REDUCE:
-            return None
-        if self is Algorithm.RING:
-            return _BOTH_WAYS * (n - 1), _BOTH_WAYS * (n - 1) / n
-        if self is Algorithm.TREE:
-            return _BOTH_WAYS * math.ceil(math.log2(n)), float(_BOTH_WAYS)
-        return _BOTH_WAYS, (n + 1) / n
-
-
-@dataclass(frozen=True, slots=True)
-class Regime:
-    """One way in which a library makes collectives: an algorithm and its protocol.
-
-    bytes_per_second: what a rank sends at large sizes. hop_seconds: latency of a hop.
-    floor_seconds: of starting. protocol: its name, by which regimes inside a node and between
-    nodes belong together.
-    """
-
-    algorithm: Algorithm
-    bytes_per_second: float
-    hop_seconds: float
-    floor_seconds: float
-    protocol: str = ""
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a mesh axis communicates over. A collective takes the fastest regime for its size."""
-
-    regimes: tuple[Regime, ...]
-
-    @staticmethod
-    def ring(bytes_per_second: float, hop_seconds: float, floor_seconds: float) -> Link:
-        """A link with rings alone, and direct exchange at the same rate."""
-        return Link(
-            tuple(
-                Regime(algorithm, bytes_per_second, hop_seconds, floor_seconds)
-                for algorithm in (Algorithm.RING, Algorithm.EXCHANGE)
-            )
-        )
-
-    @cached_property
-    def _known(self) -> dict[tuple[Collective, int], tuple[tuple[float, float], ...]]:
-        return {}
-
-    def lines(self, kind: Collective, world_size: int) -> tuple[tuple[float, float], ...]:
-        """(seconds, seconds per byte of the full tensor) of every regime that can make it."""
-        key = (kind, world_size)
-        if key not in self._known:
-            found = []
-            for regime in self.regimes:
-                steps = regime.algorithm.steps(kind, world_size)
-                if steps is not None:
-                    hops, sent = steps
-                    seconds = regime.floor_seconds + hops * regime.hop_seconds
-                    found.append((seconds, sent / regime.bytes_per_second))
-            self._known[key] = tuple(found)
-        return self._known[key]
+_KINDS = tuple(kind.value for kind in Collective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +56,10 @@ class Hardware:
     memory_bytes_per_second: peak, of which memory_efficiency is sustained. launch_seconds: of
     starting one kernel. spread: standard deviation of the devices' speeds, relative. inside: the
     link between devices of a node. network: between nodes, bytes_per_second being one device's
-    share.
+    share. memory_by_size: (bytes that a kernel moves, bytes per second) pairs, ascending, where
+    caches make short arrays faster than long ones; sustained at all sizes if empty.
+    functions_per_second: of exponentials and their like, element by element; 0 where memory is
+    always slower.
     """
 
     name: str
@@ -152,6 +74,8 @@ class Hardware:
     matmul: Matmul
     inside: Link
     network: Link
+    memory_by_size: tuple[tuple[int, float], ...] = ()
+    functions_per_second: float = 0.0
 
     def peak(self, itemsize: int) -> float:
         """Peak rate of products of elements of `itemsize` bytes, in FLOP/s."""
@@ -197,33 +121,14 @@ class Hardware:
             return self.inside
         nodes = -(-size // members)
         if nodes == 1:
-            return Link(tuple(_joined(each, each, size, size, 1) for each in self.inside.regimes))
-        outside = {(each.algorithm, each.protocol): each for each in self.network.regimes}
-        joined = []
+            return Link(tuple(joined(each, each, size, size, 1) for each in self.inside.regimes))
+        outside = {each.way: each for each in self.network.regimes}
+        found = []
         for near in self.inside.regimes:
-            far = outside.get((near.algorithm, near.protocol))
+            far = outside.get(near.way)
             if far is not None:
-                joined.append(_joined(near, far, size, members, nodes))
-        return Link(tuple(joined))
-
-
-def _joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Regime:
-    """A regime over several nodes: the rate of the slower part, and the mean latency of a hop.
-
-    A ring goes through each node once, entering by the network. A tree is a chain in each node and
-    a tree between nodes. In an exchange a device's own share carries all that leaves its node.
-    """
-    rate, hop = far.bytes_per_second * members, near.hop_seconds
-    if near.algorithm is Algorithm.TREE:
-        hops = (members - 1) * near.hop_seconds + math.ceil(math.log2(nodes)) * far.hop_seconds
-        hop = hops / math.ceil(math.log2(size))
-    elif nodes > 1:
-        hop = ((size - nodes) * near.hop_seconds + (nodes - 1) * far.hop_seconds) / (size - 1)
-    if near.algorithm is Algorithm.EXCHANGE and nodes > 1:
-        rate = far.bytes_per_second * (size - 1) / (size - members)
-    floor = max(near.floor_seconds, far.floor_seconds)
-    rate = min(rate, near.bytes_per_second)
-    return Regime(near.algorithm, rate, hop, floor, near.protocol)
+                found.append(joined(near, far, size, members, nodes))
+        return Link(tuple(found))
 
 
 @lru_cache(maxsize=1)
@@ -310,8 +215,19 @@ def _parse(rows: Any, where: str) -> Hardware:
         _refuse(f"{where}, matmul", "tiles", tiles, "pairs of sizes, such as [[256, 128]]")
     counts = ("devices_per_node", "device_memory_bytes")
     rates_of = ("memory_bytes_per_second", "memory_efficiency")
-    for key in (*counts, *rates_of, "launch_seconds", "spread"):
-        _number(where, key, rows[key], positive=key not in ("launch_seconds", "spread"))
+    for key in (*counts, *rates_of):
+        _number(where, key, rows[key])
+    for key in ("launch_seconds", "spread", "functions_per_second"):
+        _number(where, key, rows.get(key, 0.0), positive=False)
+    by_size = rows.get("memory_by_size", [])
+    try:
+        pairs = tuple((int(size), float(rate)) for size, rate in by_size)
+    except (TypeError, ValueError):
+        _refuse(where, "memory_by_size", by_size, "pairs of bytes and rate, such as [[4096, 1e9]]")
+    if any(size <= 0 or not 0 < rate < math.inf for size, rate in pairs) or list(pairs) != sorted(
+        dict(pairs).items()
+    ):
+        _refuse(where, "memory_by_size", by_size, "positive pairs of ascending bytes")
     return Hardware(
         name=str(rows["name"]),
         source=str(rows["source"]),
@@ -328,6 +244,8 @@ def _parse(rows: Any, where: str) -> Hardware:
         matmul=Matmul(**matmul),
         inside=_link(rows["inside"], f"{where}, inside"),
         network=_link(rows["network"], f"{where}, network"),
+        memory_by_size=pairs,
+        functions_per_second=float(rows.get("functions_per_second", 0.0)),
     )
 
 
@@ -342,11 +260,17 @@ def _link(rows: Any, where: str) -> Link:
             _refuse(where, "algorithm", row["algorithm"], f"one of {', '.join(known)}")
         for key in ("bytes_per_second", "hop_seconds", "floor_seconds"):
             _number(where, key, row[key], positive=key == "bytes_per_second")
-        found.append(Regime(**{**row, "algorithm": Algorithm(row["algorithm"])}))
-    for needed in (Algorithm.RING, Algorithm.EXCHANGE):
-        if not any(regime.algorithm is needed for regime in found):
-            _refuse(where, "regimes", [each.algorithm.value for each in found], needed.value)
-    return Link(tuple(found))
+        only = row.get("collectives", [])
+        if not isinstance(only, list) or any(kind not in _KINDS for kind in only):
+            _refuse(where, "collectives", only, f"a list of {', '.join(_KINDS)}")
+        row = {**row, "algorithm": Algorithm(row["algorithm"]), "collectives": tuple(only)}
+        found.append(Regime(**row))
+    link = Link(tuple(found))
+    for kind in Collective:
+        if not link.lines(kind, 2):
+            have = [each.algorithm.value for each in found]
+            _refuse(where, "regimes", have, f"one that makes {kind.value}")
+    return link
 
 
 def _checked(rows: Any, kind: type[Any], where: str) -> dict[str, Any]:
@@ -354,7 +278,7 @@ def _checked(rows: Any, kind: type[Any], where: str) -> dict[str, Any]:
     if not isinstance(rows, Mapping):
         _refuse(where, kind.__name__.lower(), rows, "a table of named entries")
     names = {each.name: each for each in fields(kind)}
-    optional = {"protocol", *(each.name for each in fields(Matmul))}
+    optional = {each.name for each in fields(kind) if each.default is not MISSING}
     unknown = [key for key in rows if key not in names]
     missing = [name for name in names if name not in rows and name not in optional]
     if unknown or missing:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from autoparallel.cost.collectives import movement_seconds
-from autoparallel.cost.hardware import Hardware, find_hardware
+from autoparallel.cost.hardware import Hardware, find_hardware, presets
 from autoparallel.graph.graph import Sym, numel_hint
 from autoparallel.graph.passes import at_least
 from autoparallel.placement import Layout, Movement
@@ -98,7 +98,11 @@ def timeline(
     only to be summed are reduced in calls of at least so many bytes, as they become ready; None
     reduces them in one call when the backward pass has ended, as the emitted module does.
     """
-    return _Simulation(plan, hardware or find_hardware(plan.hardware), bucket_nbytes).run()
+    if hardware is None:
+        # A plan knows its hardware by name, and that of a file by the file.
+        own = plan.hardware in presets()
+        hardware = find_hardware(plan.hardware if own else plan.options.hardware)
+    return _Simulation(plan, hardware, bucket_nbytes).run()
 
 
 @dataclass

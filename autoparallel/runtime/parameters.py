@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard as DTensorShard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from autoparallel.placement import Layout, Placement, Shard, whole_layout
+from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
 from autoparallel.runtime.layouts import gathered, reduced, require_refined
 from autoparallel.runtime.ranks import Ranks
@@ -66,12 +66,21 @@ class Residence:
         return tuple(first)
 
 
-def _distributed_placement(placement: Placement) -> Any:
-    if not isinstance(placement, Shard):
-        return DTensorReplicate()
-    if placement.blocks != 1:
-        return _StridedShard(placement.dim, split_factor=placement.blocks)
-    return DTensorShard(placement.dim)
+def _distributed_placements(layout: Layout, mesh: DeviceMesh) -> list[Any]:
+    """The layout in DTensor's words, where blocks are counted in the whole, over all outer cuts."""
+    found: list[Any] = []
+    pieces: dict[int, int] = {}
+    for axis, cut in enumerate(layout):
+        if not isinstance(cut, Shard):
+            found.append(DTensorReplicate())
+            continue
+        outer = pieces.get(cut.dim, 1)
+        pieces[cut.dim] = outer * mesh.size(axis)
+        if cut.blocks != 1:
+            found.append(_StridedShard(cut.dim, split_factor=cut.blocks * outer))
+        else:
+            found.append(DTensorShard(cut.dim))
+    return found
 
 
 def as_distributed(
@@ -82,7 +91,7 @@ def as_distributed(
     return DTensor.from_local(
         local,
         mesh,
-        list(map(_distributed_placement, layout)),
+        _distributed_placements(layout, mesh),
         run_check=False,
         shape=torch.Size(shape),
         stride=stride,

@@ -1,0 +1,122 @@
+"""Links between devices: the ways in which a library makes collectives over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+
+from autoparallel.placement import Collective
+
+__all__ = ["Algorithm", "Link", "Regime", "joined"]
+
+_BOTH_WAYS = 2  # an all-reduce is a reduce-scatter and an all-gather
+
+
+class Algorithm(Enum):
+    """How a collective is made: which hops follow each other, and which bytes a rank sends."""
+
+    RING = "ring"
+    TREE = "tree"
+    SWITCH = "switch"
+    EXCHANGE = "exchange"
+
+    def steps(self, kind: Collective, world_size: int) -> tuple[int, float] | None:
+        """Hops one after the other, and the share of the full tensor that a rank sends.
+
+        None where the algorithm cannot make the collective. RING: everything but an all-to-all,
+        every part passes all ranks (Patarasuk & Yuan 2009). TREE: an all-reduce, up and down
+        again (Sanders et al. 2009). SWITCH: an all-reduce added up by the switch; a rank sends the
+        whole to be added and its own part of the sum to all. EXCHANGE: an all-to-all, directly.
+        """
+        n = world_size
+        if self is Algorithm.EXCHANGE:
+            return (n - 1, (n - 1) / n**2) if kind is Collective.ALL_TO_ALL else None
+        if self is Algorithm.RING and kind in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER):
+            return n - 1, (n - 1) / n
+        if kind is not Collective.ALL_REDUCE:
+            return None
+        if self is Algorithm.RING:
+            return _BOTH_WAYS * (n - 1), _BOTH_WAYS * (n - 1) / n
+        if self is Algorithm.TREE:
+            return _BOTH_WAYS * math.ceil(math.log2(n)), float(_BOTH_WAYS)
+        return _BOTH_WAYS, (n + 1) / n
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """One way in which a library makes collectives: an algorithm and its protocol.
+
+    bytes_per_second: what a rank sends at large sizes. hop_seconds: latency of a hop.
+    floor_seconds: of starting. protocol: its name, by which regimes inside a node and between
+    nodes belong together. collectives: those that it is for, by name, if not for all that the
+    algorithm can make: a library may make one in a better way than another.
+    """
+
+    algorithm: Algorithm
+    bytes_per_second: float
+    hop_seconds: float
+    floor_seconds: float
+    protocol: str = ""
+    collectives: tuple[str, ...] = ()
+
+    @property
+    def way(self) -> tuple[Algorithm, str, tuple[str, ...]]:
+        """By which a regime inside a node and one between nodes belong together."""
+        return self.algorithm, self.protocol, self.collectives
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a mesh axis communicates over. A collective takes the fastest regime for its size."""
+
+    regimes: tuple[Regime, ...]
+
+    @staticmethod
+    def ring(bytes_per_second: float, hop_seconds: float, floor_seconds: float) -> Link:
+        """A link with rings alone, and direct exchange at the same rate."""
+        return Link(
+            tuple(
+                Regime(algorithm, bytes_per_second, hop_seconds, floor_seconds)
+                for algorithm in (Algorithm.RING, Algorithm.EXCHANGE)
+            )
+        )
+
+    @cached_property
+    def _known(self) -> dict[tuple[Collective, int], tuple[tuple[float, float], ...]]:
+        return {}
+
+    def lines(self, kind: Collective, world_size: int) -> tuple[tuple[float, float], ...]:
+        """(seconds, seconds per byte of the full tensor) of every regime that can make it."""
+        key = (kind, world_size)
+        if key not in self._known:
+            found = []
+            for regime in self.regimes:
+                steps = regime.algorithm.steps(kind, world_size)
+                taken = not regime.collectives or kind.value in regime.collectives
+                if steps is not None and taken:
+                    hops, sent = steps
+                    seconds = regime.floor_seconds + hops * regime.hop_seconds
+                    found.append((seconds, sent / regime.bytes_per_second))
+            self._known[key] = tuple(found)
+        return self._known[key]
+
+
+def joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Regime:
+    """A regime over several nodes: the rate of the slower part, and the mean latency of a hop.
+
+    A ring goes through each node once, entering by the network. A tree is a chain in each node and
+    a tree between nodes. In an exchange a device's own share carries all that leaves its node.
+    """
+    rate, hop = far.bytes_per_second * members, near.hop_seconds
+    if near.algorithm is Algorithm.TREE:
+        hops = (members - 1) * near.hop_seconds + math.ceil(math.log2(nodes)) * far.hop_seconds
+        hop = hops / math.ceil(math.log2(size))
+    elif nodes > 1:
+        hop = ((size - nodes) * near.hop_seconds + (nodes - 1) * far.hop_seconds) / (size - 1)
+    if near.algorithm is Algorithm.EXCHANGE and nodes > 1:
+        rate = far.bytes_per_second * (size - 1) / (size - members)
+    floor = max(near.floor_seconds, far.floor_seconds)
+    rate = min(rate, near.bytes_per_second)
+    return Regime(near.algorithm, rate, hop, floor, near.protocol, near.collectives)

@@ -1,0 +1,56 @@
+"""A calibration as text: every measurement against what was fitted to it."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from autoparallel.cost.fit import Row
+from autoparallel.cost.hardware import Hardware
+from autoparallel.view.words import seconds_text
+
+__all__ = ["calibration_text"]
+
+_WIDTH = 100
+
+
+def calibration_text(hardware: Hardware, rows: Sequence[Row]) -> str:
+    """Plain text: the hardware's figures, the measurements, and how far off the fit is."""
+    file = io.StringIO()
+    console = Console(file=file, width=_WIDTH, color_system=None, highlight=False)
+    console.print(_figures(hardware))
+    table = Table("measurement", "measured", "fitted", "error", box=box.SIMPLE)
+    for row in rows:
+        fitted = seconds_text(row.fitted)
+        table.add_row(row.what, seconds_text(row.measured), fitted, f"{row.error:+.0%}")
+    console.print(table)
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row.what.split()[0], []).append(abs(row.error))
+    for name, errors in groups.items():
+        console.print(
+            f"{name}: {len(errors)} measurements, error {statistics.median(errors):.0%} in the "
+            f"median, {max(errors):.0%} at most"
+        )
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def _figures(hardware: Hardware) -> Table:
+    table = Table(title=hardware.name, show_header=False, box=box.SIMPLE)
+    rates = (
+        f"{rate * hardware.matmul.efficiency / 1e9:.3g} GFLOP/s of {8 * size} bits"
+        for size, rate in hardware.flops_per_second
+    )
+    table.add_row("products", ", ".join(rates))
+    table.add_row("memory", f"{hardware.sustained_bytes_per_second / 1e9:.3g} GB/s, long arrays")
+    if hardware.functions_per_second:
+        table.add_row("functions", f"{hardware.functions_per_second / 1e9:.3g} billion per second")
+    table.add_row("kernel", f"{seconds_text(hardware.launch_seconds)} to start")
+    table.add_row("ranks differ", f"by {hardware.spread:.1%} in speed")
+    table.add_row("source", hardware.source)
+    return table

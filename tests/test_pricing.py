@@ -1,0 +1,104 @@
+"""A plan costs what the planner says: priced again by code that shares nothing with its tables.
+
+Not the best plans alone: whatever a network can say is read as a plan and priced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from any_plans import any_plans, network_of
+from families import build, inputs_for
+from own_prices import price
+from torch import nn
+
+import autoparallel
+from autoparallel.cost.memory import account
+from autoparallel.mesh import Mesh
+
+broad = pytest.mark.broad
+AUTO = {"memory_limit": 10**12, "recompute": "auto"}
+MIXED = {"memory_limit": 10**12, "optimizer": "mixed_adam"}
+
+
+class Convolutions(nn.Module):
+    """Images in, a loss out; running statistics are written back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3)
+        )
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """x: (b, 3, 8, 8). labels: (b,) below 8."""
+        return nn.functional.cross_entropy(self.head(self.body(x).mean((2, 3))), labels)
+
+
+def sample(name: str, layers: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A model and its inputs; "gpt16" in 16 bits."""
+    if name == "convolutions":
+        return Convolutions(), {"x": torch.zeros(8, 3, 8, 8), "labels": torch.zeros(8).long()}
+    if name == "gpt16":
+        return build("gpt", layers).bfloat16(), inputs_for("gpt", batch=8, sequence=16)
+    return build(name, layers), inputs_for(name, batch=8, sequence=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "options"),
+    [
+        ("gpt", {"dp": 2, "tp": 2}, AUTO),
+        ("gpt16", {"dp": 2, "tp": 4}, MIXED),
+        ("convolutions", {"tp": 4}, {}),
+        pytest.param("gpt", {"tp": 4}, AUTO, marks=broad),
+        pytest.param("gpt", {"dp": 2, "tp": 4}, {"recompute": "full"}, marks=broad),
+        pytest.param("mlp", {"dp": 2, "tp": 2, "pp": 2}, MIXED, marks=broad),
+        pytest.param("bert", {"dp": 2, "tp": 2}, {**AUTO, "hardware": "dgx-a100"}, marks=broad),
+        pytest.param("hf-llama", {"dp": 2, "tp": 2}, AUTO, marks=broad),
+        pytest.param("hf-gpt2", {"dp": 2, "tp": 3}, AUTO, marks=broad),
+        pytest.param("convolutions", {"dp": 2, "tp": 4}, MIXED, marks=broad),
+    ],
+    ids=str,
+)
+def test_any_plan_costs_what_the_network_says(
+    name: str, mesh: dict[str, int], options: dict[str, Any]
+) -> None:
+    """States of parameters split and gathered, copies made again, ops run again, many moves.
+
+    Its bytes are those of the account, but for what a plan makes a copy of where the model views.
+    """
+    layers = 2 if "recompute" in options else 1
+    captured, network = network_of(*sample(name, layers), Mesh(**mesh), **options)
+    spread = again = repeated = 0
+    for plan, solution in any_plans(captured, network, range(5)):
+        assert price(plan).seconds == pytest.approx(solution.cost, rel=1e-9)
+        assert plan.seconds == pytest.approx(solution.cost, rel=1e-9)
+        spread += sum(p.state != p.storage for p in plan.parameters)
+        again += sum(conversion.again for conversion in plan.conversions)
+        repeated += len(plan.recomputed)
+        if plan.memory_limit is not None:
+            taken = account(plan)
+            own = taken.parameters + taken.gradients + taken.optimizer_state + taken.activations
+            assert solution.usage == pytest.approx(own, rel=0.2)
+    assert spread
+    if "memory_limit" in options and name != "mlp":
+        assert again
+    assert bool(repeated) == ("recompute" in options)
+
+
+@pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=broad)])
+def test_the_best_plans_too(name: str) -> None:
+    """As `make_plan` returns them, in a limit and without one; and from their JSON."""
+    model, inputs = sample(name, 2)
+    mesh = Mesh(dp=2, tp=2)
+    free = autoparallel.make_plan(model, mesh=mesh, example_inputs=inputs)
+    least = autoparallel.make_plan(
+        model, mesh=mesh, example_inputs=inputs, memory_limit="1GiB", optimizer="mixed_adam"
+    )
+    for plan in (free, least):
+        assert price(plan).seconds == pytest.approx(plan.cost, rel=1e-9)
+        assert plan.lower_bound <= plan.cost * (1 + 1e-12)
+        assert autoparallel.Plan.from_json(plan.to_json()) == plan
