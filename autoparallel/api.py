@@ -288,7 +288,7 @@ def _fastest(
     errors: list[PlanError] = []
     for mesh in meshes:
         try:
-            begin = start if start is not None and start.mesh == mesh else None
+            begin = start if len(meshes) == 1 or (start and start.mesh == mesh) else None
             plan = _search(model, traced, mesh, options, pins, product_weight, begin)
         except PlanError as error:
             errors.append(error)

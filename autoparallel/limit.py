@@ -22,7 +22,8 @@ from planners import InfeasibleError, OverLimitError, Problem, Solution
 
 __all__ = ["plan_within"]
 
-# Each attempt plans with a limit lowered by what the plan before took too much.
+# Each attempt plans with a limit lowered by what the plan before took too much; the last one takes
+# the plan that keeps least.
 _MOST_ATTEMPTS = 5
 # How many times as many ranks are tried for a model that does not fit.
 _MOST_RANKS = 64
@@ -76,11 +77,14 @@ def _closest(
     """
     limit = float(_allowed(network))
     least: tuple[Plan, Account, float] | None = None
-    for _ in range(_MOST_ATTEMPTS):
+    for attempt in range(_MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
-        last = False
+        last = attempt == _MOST_ATTEMPTS - 1
         try:
-            solution = _better(problem, solve.within(problem), solve.start)
+            if last:
+                solution = _least(problem, solve)
+            else:
+                solution = _better(problem, solve.within(problem), solve.start)
         except OverLimitError:
             # The plan that keeps least may still fit: the limit was lowered by guess.
             last = True

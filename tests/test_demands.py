@@ -1,0 +1,184 @@
+"""What users demand of a plan: constraints, a memory limit, a mesh, a plan to begin with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import autoparallel
+from autoparallel import Mesh
+from autoparallel.builder import build_network
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.errors import MemoryLimitError, PlanError
+from autoparallel.graph.passes import at_least
+from autoparallel.mesh import arrangements
+from autoparallel.placement import Invariant, Replicate, Shard, layout_text
+from autoparallel.plan import Plan
+from autoparallel.reading import assignment_of
+from autoparallel.train.models import GPT, GPTConfig
+from autoparallel.units import bytes_text, parse_bytes
+
+MESH = Mesh(dp=2, tp=2)
+
+
+def planned(mesh: Mesh | str = MESH, **options: Any) -> Plan:
+    """A plan of two layers of GPT."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(layers=2, hidden=64, heads=4, vocabulary=256, positions=32))
+        inputs = model.example_inputs(batch=8)
+    return autoparallel.make_plan(
+        model, mesh=mesh, example_inputs=inputs, hardware="dgx-a100", **options
+    )
+
+
+@pytest.fixture(scope="module")
+def free() -> Plan:
+    """The plan without demands."""
+    return planned()
+
+
+def test_constraints_are_kept(free: Plan) -> None:
+    """By parameter, by axis, by dim; at no less than the free cost."""
+    plan = planned(
+        constraints=["blocks.*.feed_forward.expand.weight on tp is S(0)", "* on dp is not split 1"]
+    )
+    assert plan.cost >= free.cost * (1 - 1e-12)
+    for parameter in plan.parameters:
+        if parameter.path.endswith("expand.weight"):
+            assert parameter.storage[1] == Shard(0)
+    for op in plan.ops:
+        for layout in op.results if op.where else ():
+            assert not (isinstance(layout[0], Shard) and layout[0].dim == 1), op.name
+
+
+def test_a_module_is_kept_whole() -> None:
+    """What a module makes, and its parameters."""
+    plan = planned(constraints=["blocks.1 is whole"])
+    inside = [op for op in plan.ops if op.where.startswith("blocks.1")]
+    assert inside
+    for op in inside:
+        assert all(isinstance(p, Invariant | Replicate) for layout in op.results for p in layout)
+    for parameter in plan.parameters:
+        if parameter.path.startswith("blocks.1."):
+            assert parameter.storage == (Invariant(), Invariant())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("blocks.0.feed_forward.expnd is whole", "did you mean blocks.0.feed_forward.expand"),
+        ("blocks.0.attention_norm.weight on tp is P", "cannot be as"),
+        ("blocks.* on pp is whole", "no axis 'pp'"),
+        ("blocks.* is purple", "says not how"),
+        ("blocks.*", "is no constraint"),
+    ],
+)
+def test_impossible_demands_say_why(text: str, words: str) -> None:
+    """Misspelt, unknown or unable."""
+    with pytest.raises(PlanError, match=words):
+        planned(constraints=[text])
+
+
+def test_contradictions_are_no_plan() -> None:
+    """Two constraints that no state satisfies."""
+    with pytest.raises(PlanError, match="cannot be as"):
+        planned(
+            constraints=["token_embedding.weight is split 0", "token_embedding.weight is split 1"]
+        )
+
+
+def test_a_plan_that_fits(free: Plan) -> None:
+    """Within the limit by the account, dearer than the free one, its bound below it."""
+    need = planned(memory_limit="1GiB")
+    assert need.cost == pytest.approx(free.cost)
+    total = sum(size for _, size in need.memory)
+    tight = planned(memory_limit=int(total * 0.8))
+    assert sum(size for _, size in tight.memory) <= total * 0.8
+    assert free.cost < tight.cost
+    assert tight.lower_bound <= tight.cost
+    assert Plan.from_json(tight.to_json()) == replace(tight, captured=None)
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    """With what takes the memory, and a limit that does."""
+    with pytest.raises(MemoryLimitError) as caught:
+        planned(memory_limit="300KiB")
+    text = str(caught.value)
+    assert "more than allowed" in text
+    assert "activations" in text
+    limit = caught.value.fix.split('"')[1]
+    assert sum(size for _, size in planned(memory_limit=limit).memory) <= parse_bytes(limit)
+
+
+@pytest.mark.parametrize("size", ["40 gigs", "-1GiB", "", 0, -5, True])
+def test_no_amount_of_memory(size: Any) -> None:
+    """Refused, with an example of one."""
+    with pytest.raises(PlanError, match="amount of memory"):
+        parse_bytes(size)
+
+
+def test_amounts_of_memory() -> None:
+    """Binary and decimal units."""
+    assert parse_bytes("40GiB") == 40 * 2**30
+    assert parse_bytes("80 GB") == 80 * 10**9
+    assert parse_bytes("1.5MiB") == 3 * 2**19
+    assert bytes_text(3 * 2**19) == "1.5 MiB"
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_limit": "160MiB"}], ids=str)
+def test_a_plan_is_an_assignment(options: dict[str, Any]) -> None:
+    """Read back into states it costs what it says, and planning may begin with it."""
+    plan = planned(**options)
+    assert plan.captured is not None
+    graph = at_least(plan.captured.graph, plan.options.tokens)
+    network = build_network(graph, plan.mesh, find_hardware("dgx-a100"), plan.options)
+    problem = network.problem()
+    # Copies made again are choices beside the states: at no charge per byte none is.
+    if not any(conversion.again for conversion in plan.conversions):
+        assert problem.cost(assignment_of(network, plan)) == pytest.approx(plan.cost, rel=1e-9)
+    assert planned(start=plan, **options).cost <= plan.cost * (1 + 1e-12)
+
+
+def test_a_plan_of_another_mesh_is_no_beginning(free: Plan) -> None:
+    """Nor one of another program."""
+    with pytest.raises(PlanError, match="another mesh"):
+        planned(mesh=Mesh(dp=4, tp=1), start=free)
+
+
+def test_arrangements_fill_nodes() -> None:
+    """Inner axes are parts of a node, or whole nodes."""
+    assert arrangements(16, 8) == (
+        Mesh(dp=16),
+        Mesh(dp=8, tp=2),
+        Mesh(dp=4, tp=4),
+        Mesh(dp=2, tp=8),
+    )
+    assert arrangements(6, 8) == (Mesh(dp=6), Mesh(dp=3, tp=2))
+    assert arrangements(1, 8) == (Mesh(tp=1),)
+
+
+def test_the_fastest_mesh_is_taken() -> None:
+    """No arrangement that was tried is faster."""
+    best = planned(mesh="auto", world_size=8)
+    for mesh in arrangements(8, 8):
+        assert best.seconds <= planned(mesh=mesh).seconds * (1 + 1e-12), layout_text(
+            best.outputs[0]
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mesh": None}, "over how many ranks"),
+        ({"mesh": "automatic", "world_size": 4}, "mesh='automatic'"),
+        ({"mesh": MESH, "world_size": 8}, "has 4 ranks"),
+        ({"recompute": "some"}, "choose one of"),
+    ],
+)
+def test_unclear_questions(options: dict[str, Any], words: str) -> None:
+    """Refused with what to write."""
+    with pytest.raises(PlanError, match=words):
+        planned(**options)
