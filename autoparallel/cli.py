@@ -45,8 +45,8 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="what computing is timed by; cpu on a machine that others use too, with one thread "
-        "per process (collectives and GPUs are always timed by the wall)",
+        help="what CPUs are timed by; cpu, the process's own seconds, on a machine that others use "
+        "too, with one thread per process; waiting for other ranks is then not counted",
     )
     parser.set_defaults(run=_calibrate)
 
@@ -61,7 +61,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     from autoparallel.cost.hardware import write_hardware
 
     cuda = torch.cuda.is_available()
-    clock = time.thread_time if options.clock == "cpu" else time.perf_counter
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     with started() as rank:
         found = calibrate(
             Effort.quick(cuda) if options.quick else Effort.full(cuda),

@@ -62,8 +62,8 @@ def joint_strategies(
     """All joint strategies of one op, the plainest first.
 
     per_axis: its strategies on each axis alone. shapes: of its operands and results. A loop may be
-    split on several axes in the same way, and by a kernel on one axis only. Of several kernels, all
-    but one must run the op itself on their part, so that they can be put inside each other.
+    split on several axes in the same way. Of several kernels, all but one must run the op itself on
+    their part, so that they can be put inside each other.
     """
     if len(per_axis) == 1:
         return tuple(Joint.of((part,)) for part in per_axis[0])
@@ -88,7 +88,7 @@ def _together(rule: ShardingRule, parts: tuple[Strategy, ...], sizes: tuple[int,
         tile = first.tile
         if tile is None or second.tile is None or tile.loop != second.tile.loop:
             continue
-        if tile != second.tile or first.kernel or second.kernel:
+        if tile != second.tile or any(p.kernel and not p.kernel.wraps for p in (first, second)):
             return False
         if not is_possible(rule, tile, sizes[one] * sizes[two]):
             return False

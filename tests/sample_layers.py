@@ -232,6 +232,8 @@ def losses() -> list[Call]:
         call(name, logits, target, None, 1, -100, 0.1),
         call(name, logits, x(8, 9)),
         call(name, x(4, 9, 5), ints(4, 5)),
+        call(name, x(4, 8, 6), ints(4, 6, high=8), None, 2, symbolic={4: "s0", 6: "s1"}),
+        call(name, x(4, 8, 5, 3), ints(4, 5, 3, high=8)),
         call(name, x(4, 9, 5), ints(4, 5), None, 0),
         call(name, x(9), ints()),
         call(name, x(8, 6), ints(8, high=6), None, 1, symbolic={8: "s0"}),

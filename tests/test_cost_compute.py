@@ -157,3 +157,27 @@ def test_narrow_parts_run_slower(name: str) -> None:
 def test_an_update_moves_parameter_gradient_and_state() -> None:
     """Adam in one precision: seven times the parameter's bytes."""
     assert update_seconds(10.0, 10.0, 20.0, PLAIN) == pytest.approx(70.0 / MEMORY)
+
+
+def test_functions_count_where_they_take_longer_than_moving() -> None:
+    """A gelu on the busiest of 2 ranks: half a function per element forward, one backward."""
+    call = call_of("aten.gelu.default", [(8, 64)], (8, 64))
+    slow = replace(PLAIN, functions_per_second=0.25)
+    cost = priced(call, "d0", hardware=slow)
+    forward, backward = 256 * 0.5 / 0.25, 256 * 1.0 / 0.25
+    assert cost.forward == forward + LAUNCH
+    assert cost.seconds == forward + backward + 2 * LAUNCH
+    fast = replace(PLAIN, functions_per_second=1e9)
+    assert priced(call, "d0", hardware=fast) == priced(call, "d0")
+    # What only moves numbers computes none.
+    add = call_of("aten.add.Tensor", [(8, 64)] * 2, (8, 64))
+    assert priced(add, "d0", hardware=slow) == priced(add, "d0")
+
+
+def test_short_arrays_are_in_the_cache() -> None:
+    """Each kernel is as fast as memory is for what it moves: 3 x 1 KiB here, of 2 ranks."""
+    add = call_of("aten.add.Tensor", [(8, 64)] * 2, (8, 64))
+    cached = replace(PLAIN, memory_by_size=((3072, 8 * MEMORY), (2**20, MEMORY)))
+    cost = priced(add, "d0", hardware=cached)
+    assert cost.forward == pytest.approx(3072 / (8 * MEMORY) + LAUNCH)
+    assert cost.seconds == pytest.approx(2 * cost.forward)

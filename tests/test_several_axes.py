@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from families import build, inputs_for, loss_and_logits, relative_error, worst_gradient
 from torch import nn
+from torch.nn import functional
 
 import autoparallel
 from autoparallel.mesh import Mesh
-from autoparallel.placement import Invariant, Layout, Shard
+from autoparallel.placement import Invariant, Layout, Partial, Shard
 from autoparallel.plan import ParameterChoice, Plan
 from autoparallel.rewrite.names import Names
+from autoparallel.runtime import kernels
+from autoparallel.runtime.collectives import convert
+from autoparallel.runtime.layouts import take_layout_part
+from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 
 __all__ = ["copies_again", "spread"]
 
 TOLERANCE = 1e-10
 MESHES = (Mesh(dp=2, tp=2), Mesh(dp=2, tp=3), Mesh(pp=2, dp=2, tp=2))
-SEVERAL = [(name, mesh) for name in ("mlp", "gpt", "bert") for mesh in MESHES]
+SEVERAL = [
+    pytest.param(name, mesh, marks=pytest.mark.broad if size > 4 and name != "gpt" else ())
+    for name in ("mlp", "gpt", "bert")
+    for size, mesh in ((mesh.world_size, mesh) for mesh in MESHES)
+]
 
 
 def spread(plan: Plan, at_once: bool) -> Plan:
@@ -100,6 +111,33 @@ def test_weights_that_are_kept_split(inner: Any) -> None:
         assert worst_gradient(dict(made.gradients), dict(expected.gradients))[0] < TOLERANCE
         counts.append(sum(made.collectives.values()))
     assert counts[1] > counts[0]
+
+
+def test_a_loss_split_by_tokens_and_by_classes() -> None:
+    """One kernel runs the other; ignored labels count nowhere."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 10, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(10, (7,), generator=generator)
+    labels[2] = -100
+    expected = functional.cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    layout: Layout = (Shard(0), Shard(1))
+
+    def work(ranks: Ranks) -> None:
+        def own(whole: torch.Tensor, layout: Layout) -> torch.Tensor:
+            return take_layout_part(whole, layout, ranks.sizes, ranks.coordinates)
+
+        outer, inner = ranks.groups
+        part = own(logits.detach(), layout).clone().requires_grad_()
+        classes = partial(kernels.cross_entropy_classes, group=inner, size=10)
+        target = own(labels, (Shard(0), Invariant()))
+        made = kernels.cross_entropy_tokens(part, target, group=outer, size=7, run=classes)
+        total = convert(made, outer, Partial(), Invariant())
+        torch.testing.assert_close(total.detach(), expected.detach())
+        total.backward()
+        torch.testing.assert_close(part.grad, own(gradient, layout))
+
+    run_ranks(thread_ranks(Mesh(dp=2, tp=3)), work)
 
 
 def test_names_do_not_collide() -> None:

@@ -12,6 +12,7 @@ from families import TRANSFORMERS, build, inputs_for
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autoparallel
+from autoparallel.mesh import Mesh
 from autoparallel.runtime.typecheck import typecheck_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -52,3 +53,36 @@ def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bo
             )
         if not re.search(r"\bS\d", line.partition("tp,")[2]):
             assert isinstance(caught.value, spmd_types.SpmdTypeError)
+
+
+@pytest.fixture
+def four_fake_processes() -> Iterator[None]:
+    """Rank 0 of four that do not exist."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("data_parallel", [False, True])
+@pytest.mark.usefixtures("four_fake_processes")
+def test_types_fit_on_two_axes(data_parallel: bool) -> None:
+    """A sum over one of the axes that is left out is missed, whatever the other axis does."""
+    model, inputs = build("bert", layers=1).float(), inputs_for("bert")
+    plan = autoparallel.make_plan(
+        model, mesh=Mesh(dp=2, tp=2), example_inputs=inputs, data_parallel=data_parallel
+    )
+    sources: list[str] = []
+
+    def keep(source: str) -> str:
+        sources.append(source)
+        return source
+
+    typecheck_plan(model, plan, (), inputs, alter=keep)
+    sums = [line for line in sources[0].splitlines() if re.search(r"= convert\(.*p, P, ", line)]
+    assert sums or data_parallel
+    for line in sums:
+        broken = re.sub(r"= convert\((\w+),.*", r"= \1", line)
+        with pytest.raises((spmd_types.SpmdTypeError, RuntimeError)):
+            typecheck_plan(
+                model, plan, (), inputs, alter=lambda s, o=line, n=broken: s.replace(o, n)
+            )

@@ -68,8 +68,9 @@ def calibrate(
     """Measure and fit. A collective call under a process group, where all ranks get the same.
 
     Without a process group one process is measured, and the links are those of a preset.
-    name: of the hardware. clock: what computing is timed by; `time.thread_time` where others use
-    the machine too and each process computes in one thread. say: is told what is under way.
+    name: of the hardware. clock: what CPUs are timed by; `time.process_time` where others use the
+    machine too and each process computes in one thread: it does not run while a process waits, for
+    its turn or for other ranks. say: is told what is under way.
     """
     cuda = torch.cuda.is_available()
     effort = effort or Effort.full(cuda)
@@ -107,18 +108,18 @@ class _Bench:
         if they all take part in one run (shared)."""
         for _ in range(2):
             run()
-        once = self._largest(self._timed(run, 1, shared))
+        once = self._largest(self._timed(run, 1))
         calls = min(max(math.ceil(self.effort.least_seconds / once), 1), 10_000)
         found = []
         for _ in range(self.effort.repeats):
             self._meet()
-            found.append(self._timed(run, calls, shared))
+            found.append(self._timed(run, calls))
         own = _quartile(found)
         self.own.append(own)
         return self._largest(own) if shared else self._mean(own)
 
-    def _timed(self, run: Callable[[], object], calls: int, shared: bool) -> float:
-        clock = time.perf_counter if shared or self.cuda else self.clock
+    def _timed(self, run: Callable[[], object], calls: int) -> float:
+        clock = time.perf_counter if self.cuda else self.clock
         self._wait()
         start = clock()
         for _ in range(calls):

@@ -27,6 +27,7 @@ from autoparallel.graph.unmerge import (
     explicit_bias_of_batches,
     unflatten_products,
     unmerge_batches,
+    unmerge_losses,
 )
 
 __all__ = ["PASSES", "at_least", "run_passes"]
@@ -366,6 +367,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     explicit_bias_of_batches,
     unmerge_batches,
     unflatten_products,
+    unmerge_losses,
     merge_reshapes,
     drop_identities,
     split_bias,

@@ -11,7 +11,12 @@ from autoparallel.graph.edit import rebuilt
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.graph.memory import operator_of
 
-__all__ = ["explicit_bias_of_batches", "unflatten_products", "unmerge_batches"]
+__all__ = [
+    "explicit_bias_of_batches",
+    "unflatten_products",
+    "unmerge_batches",
+    "unmerge_losses",
+]
 
 
 def unflatten_products(graph: Graph) -> Graph:
@@ -64,6 +69,49 @@ def _unflattened(graph: Graph, name: str, result: Value) -> tuple[Ref, tuple[Dim
         if len(before.shape) > 2 and before.shape[-1] == operand.shape[-1]:
             return Ref(before.name), (*before.shape[:-1], result.shape[-1])
     return Ref(name), result.shape
+
+
+def unmerge_losses(graph: Graph) -> Graph:
+    """cross_entropy(reshape(%x, (b*s, c)), reshape(%y, (b*s))) becomes that of (b, c, s) and %y.
+
+    Why: a batch and a sequence merged into one dim can be split by neither, and each rank would
+    need the logits of all tokens. After: no sum or mean over such tokens; the loss keeps its name.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        source = _rows_apart(graph, node)
+        if source is None:
+            nodes.append(node)
+            continue
+        *batch, classes = source.shape
+        order = (0, len(batch), *range(1, len(batch)))
+        shape = (batch[0], classes, *batch[1:])
+        logits = replace(source, name=f"{node.name}_logits", shape=shape)
+        args = (Ref(source.name), order)
+        view = replace(node, name=logits.name, results=(logits,), args=args, kwargs=())
+        target = graph.values[node.args[1].name]
+        tokens = replace(target, name=f"{node.name}_tokens", shape=tuple(batch))
+        nodes += [
+            replace(view, target="aten.permute.default"),
+            _reshape(node, tokens, target),
+            replace(node, args=(Ref(logits.name), Ref(tokens.name), *node.args[2:])),
+        ]
+    return rebuilt(graph, nodes, {})
+
+
+def _rows_apart(graph: Graph, node: Node) -> Value | None:
+    """What the rows of a loss over tokens were, if they are merged from dims of unknown size."""
+    if node.target != "aten.cross_entropy_loss.default" or node.result.shape:
+        return None
+    rows, target = (graph.values[name] for name in node.operands()[:2])
+    flat = graph.producers[rows.name]
+    if flat.target != "aten.reshape.default" or len(rows.shape) != 2 or len(target.shape) != 1:
+        return None
+    before = graph.values[flat.operands()[0]]
+    merged = before.shape[:-1]
+    if len(merged) < 2 or before.shape[-1] != rows.shape[-1]:
+        return None
+    return before if any(isinstance(size, Sym) for size in merged) else None
 
 
 def explicit_bias_of_batches(graph: Graph) -> Graph:

@@ -126,7 +126,7 @@ def compiled(
         "convert": collectives.convert,
         "convert_again": again.convert_again,
         "recomputed": again.recomputed,
-        "move": collectives.move,
+        "move": collectives.convert_fixed,
         "pending_sum": collectives.pending_sum,
         "part": _part,
         "ranks": ranks,

@@ -16,39 +16,48 @@ def cross_entropy(call: OpCall) -> ShardingRule:
 
     Split over classes: an all-reduce of one number per token and one of two (Megatron-LM takes
     three of one, arXiv:1909.08053, section 3).
-    Split over tokens: each rank sums its own and divides by the global count.
+    Split over tokens, along any of their dims: each rank sums its own and divides by the global
+    count.
     """
     logits = call.operands[0]
     plain = (
-        len(logits.shape) == 2
+        len(logits.shape) >= 2
         and len(call.operands) == 2
         and not call.operands[1].dtype.is_floating_point
         and call.argument(4, "label_smoothing", 0.0) == 0.0
     )
     reduction = call.argument(3, "reduction", _MEAN)
     if not plain:
-        names = ["c"] if len(logits.shape) == 1 else ["t", "c"]
-        names += [f"x{i}" for i in range(len(logits.shape) - 2)]
-        rows = [" ".join(names)]
-        for operand in call.operands[1:]:
-            if operand.shape == logits.shape:
-                rows.append(" ".join(names))
-            elif len(operand.shape) == len(logits.shape) - 1:
-                rows.append(" ".join(name for name in names if name != "c"))
-            else:
-                rows.append("c")
-        out = " ".join(name for name in names if name != "c") if reduction == _NONE else ""
-        return ShardingRule.parse(f"{', '.join(rows)} -> {out}", call, whole=names)
-    per_token = numel_hint(logits.shape[:1]) * logits.dtype.itemsize
+        return _whole(call, reduction)
+    per_token = numel_hint((logits.shape[0], *logits.shape[2:])) * logits.dtype.itemsize
+    tokens = ["t", *(f"x{i}" for i in range(len(logits.shape) - 2))]
+    rows = f"{' '.join(['t', 'c', *tokens[1:]])}, {' '.join(tokens)}"
     classes = Kernel(
         "cross_entropy_classes",
         Invariant(),
         ((Collective.ALL_REDUCE, per_token), (Collective.ALL_REDUCE, 2 * per_token)),
     )
     if reduction == _NONE:
-        return ShardingRule.parse("t c, t -> t", call, kernels={"c": classes})
-    tokens = Kernel("cross_entropy_tokens", Partial(), ((Collective.ALL_REDUCE, 8),), wraps=True)
-    return ShardingRule.parse("t c, t -> ", call, kernels={"c": classes, "t": tokens})
+        return ShardingRule.parse(f"{rows} -> {' '.join(tokens)}", call, kernels={"c": classes})
+    part = Kernel("cross_entropy_tokens", Partial(), ((Collective.ALL_REDUCE, 8),), wraps=True)
+    kernels = {"c": classes, **dict.fromkeys(tokens, part)}
+    return ShardingRule.parse(f"{rows} -> ", call, kernels=kernels)
+
+
+def _whole(call: OpCall, reduction: int) -> ShardingRule:
+    logits = call.operands[0]
+    names = ["c"] if len(logits.shape) == 1 else ["t", "c"]
+    names += [f"x{i}" for i in range(len(logits.shape) - 2)]
+    rows = [" ".join(names)]
+    for operand in call.operands[1:]:
+        if operand.shape == logits.shape:
+            rows.append(" ".join(names))
+        elif len(operand.shape) == len(logits.shape) - 1:
+            rows.append(" ".join(name for name in names if name != "c"))
+        else:
+            rows.append("c")
+    out = " ".join(name for name in names if name != "c") if reduction == _NONE else ""
+    return ShardingRule.parse(f"{', '.join(rows)} -> {out}", call, whole=names)
 
 
 @rule("aten.nll_loss.default", "aten.nll_loss_nd.default")

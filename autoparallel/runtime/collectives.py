@@ -27,6 +27,7 @@ from autoparallel.runtime.groups import Group
 
 __all__ = [
     "convert",
+    "convert_fixed",
     "gather_together",
     "join_parts",
     "move",
@@ -262,6 +263,19 @@ def convert(
     size: of the whole along the source's split dim; not read for other sources.
     """
     return Convert.apply(x, group, source, target, size)
+
+
+def convert_fixed(
+    x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
+) -> torch.Tensor:
+    """`convert` of a tensor without a gradient. Tells the type checker, if one is at work."""
+    made = move(x, group, source, target, size)
+    checker = sys.modules.get("spmd_types")
+    cut = movement(source, target) is Movement.SLICE
+    if cut and checker is not None and checker.is_type_checking():
+        axis = group.process_group  # type: ignore[attr-defined]
+        return checker.reinterpret(made, axis, src=checker.R, dst=checker.V, expert_mode=True)
+    return made
 
 
 def _by_type(tensors: Sequence[torch.Tensor]) -> list[list[int]]:

@@ -54,6 +54,8 @@ __all__ = [
 ]
 
 _NONE, _MEAN, _SUM = 0, 1, 2
+# Not one of torch's: the number of tokens that count, for the kernel of another mesh axis.
+_COUNT = 3
 
 
 def _require_below(index: torch.Tensor, size: int, what: str) -> None:
@@ -278,10 +280,12 @@ def cross_entropy_classes(
     group: Group,
     size: int,
 ) -> torch.Tensor:
-    """Cross-entropy of (t, c / n) logits, the same on every rank. size: classes of the whole.
+    """Cross-entropy of (t, c / n, ..) logits, the same on every rank. size: classes of the whole.
 
     Raises IndexError for a target outside [0, size) that is not `ignored`.
     """
+    if reduction == _COUNT:
+        return (target != ignored).sum()
     losses: torch.Tensor = _CrossEntropyClasses.apply(logits, target, ignored, group, size)
     if reduction == _NONE:
         return losses
@@ -301,16 +305,28 @@ def cross_entropy_tokens(
     size: int,
     run: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of (t / n, c) logits: a pending sum; a mean is over all ranks' tokens.
+    """Cross-entropy of (t / n, c, ..) logits: a pending sum; a mean is over all ranks' tokens.
 
-    run: the op on this rank's tokens, where another axis splits the classes.
+    Or of logits split along a later dim. run: the op on this rank's tokens, where another axis
+    splits the classes.
     """
+    if reduction in (_MEAN, _COUNT):
+        with torch.no_grad():
+            if run is not None:
+                own = run(logits, target, weight, _COUNT, ignored, smoothing)
+            else:
+                own = (target != ignored).sum()
+            count = group.all_reduce(own)
+    if reduction == _COUNT:
+        return count
     if run is not None:
         total = run(logits, target, weight, _SUM, ignored, smoothing)
     else:
-        total = functional.cross_entropy(logits, target, ignore_index=ignored, reduction="sum")
+        # The classes usually lie last in memory.
+        rows = logits.movedim(1, -1).flatten(0, -2)
+        total = functional.cross_entropy(
+            rows, target.flatten(), ignore_index=ignored, reduction="sum"
+        )
     if reduction == _MEAN:
-        with torch.no_grad():
-            count = group.all_reduce((target != ignored).sum())
         total = total / count
     return pending_sum(total, group)
