@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value
 from autoparallel.placement import (
@@ -26,7 +24,7 @@ from autoparallel.plan import OpChoice, Plan
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of
 from autoparallel.rewrite.routes import Routes, find_deferred, layouts_made
-from autoparallel.rewrite.spelling import Code, Speller, spelled
+from autoparallel.rewrite.spelling import Code, Speller, makes_list, own_reduction, spelled
 from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
@@ -217,7 +215,7 @@ class _Emitter:
             target, text = producer.target, ", ".join(reads)
         else:
             args = self.local_args(node, choice)
-            text = self.speller.arguments(args, {**kwargs, **_reduction(node)}, reads)
+            text = self.speller.arguments(args, {**kwargs, **own_reduction(node)}, reads)
         results = [self.names.values[value.name] for value in node.results]
         kernels = self.kernels(node, choice)
         if kernels:
@@ -237,7 +235,7 @@ class _Emitter:
                     expression if axis in kernels else f"pending_sum({expression}, {group})"
                 )
         made = ", ".join(results)
-        if len(results) == 1 and not kernels and _makes_list(target):
+        if len(results) == 1 and not kernels and makes_list(target):
             made = f"[{made}]"
         self.add(f"{made} = {expression}", tuple(reads), tuple(results))
 
@@ -430,27 +428,3 @@ def _symbols(graph: Graph) -> tuple[tuple[str, str, int], ...]:
             if isinstance(size, Sym) and size.expr.is_Symbol:
                 found.setdefault(size.expr, (str(size.expr), node.result.name, dim))
     return tuple(found.values())
-
-
-def _makes_list(target: str) -> bool:
-    """Whether an op returns a list, be it of one tensor."""
-    operation: Any = torch.ops
-    for part in target.split("."):
-        operation = getattr(operation, part, None)
-    returns: Any = operation._schema.returns if operation is not None else ()
-    return len(returns) == 1 and str(returns[0].type).startswith("List[")
-
-
-def _reduction(node: Node) -> dict[str, Any]:
-    """The schema's default of `reduction`, written out where the call leaves it to the default.
-
-    torch's Python bindings of losses have another default (none) than the ops (mean).
-    """
-    packet, _, overload = node.target.removeprefix("aten.").partition(".")
-    op = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    if op is None or not node.target.startswith("aten."):
-        return {}
-    for index, argument in enumerate(op._schema.arguments):
-        if argument.name == "reduction" and len(node.args) <= index:
-            return {} if "reduction" in dict(node.kwargs) else {"reduction": argument.default_value}
-    return {}

@@ -12,11 +12,11 @@ from torch.nn import functional
 from torch.utils._sympy.printers import PythonPrinter
 
 from autoparallel.errors import PlanError
-from autoparallel.graph.graph import Dim, Ref, Sym
+from autoparallel.graph.graph import Dim, Node, Ref, Sym
 from autoparallel.placement import Layout, Placement
 from autoparallel.rewrite.names import placement_name
 
-__all__ = ["Code", "Speller", "spelled"]
+__all__ = ["Code", "Speller", "makes_list", "own_reduction", "spelled"]
 
 _AS_IS = {"dtype_layout", "Tensor_Scalar_out"}
 _METHODS = {"expand", "repeat", "to"}
@@ -115,3 +115,27 @@ def spelled(target: str, text: str, reads: list[str]) -> str:
             others = text[len(reads[0]) :].removeprefix(", ")
             return f"{reads[0]}.{name}({others})"
     return f"torch.ops.{target}({text})"
+
+
+def makes_list(target: str) -> bool:
+    """Whether an op returns a list, be it of one tensor."""
+    operation: Any = torch.ops
+    for part in target.split("."):
+        operation = getattr(operation, part, None)
+    returns: Any = operation._schema.returns if operation is not None else ()
+    return len(returns) == 1 and str(returns[0].type).startswith("List[")
+
+
+def own_reduction(node: Node) -> dict[str, Any]:
+    """The schema's default of `reduction`, written out where the call leaves it to the default.
+
+    torch's Python bindings of losses have another default (none) than the ops (mean).
+    """
+    packet, _, overload = node.target.removeprefix("aten.").partition(".")
+    op = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if op is None or not node.target.startswith("aten."):
+        return {}
+    for index, argument in enumerate(op._schema.arguments):
+        if argument.name == "reduction" and len(node.args) <= index:
+            return {} if "reduction" in dict(node.kwargs) else {"reduction": argument.default_value}
+    return {}
