@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 
 from autoparallel.cost.compute import nbytes
 from autoparallel.graph.graph import Value, hint
@@ -46,10 +46,15 @@ def storage_choices(
 
     shards: per mesh axis, the splits that some op could use. spread_state: whether the optimizer's
     state may be split where the parameter is whole (on one dim that divides evenly).
-    scattered_gradients: whether its gradient may be too.
+    scattered_gradients: whether its gradient may be too, and a parameter that no op can use split.
     """
     invariant = Invariant()
     per_axis: list[tuple[Placement, ...]] = [(invariant, *own) for own in shards]
+    if scattered_gradients and value.requires_grad:
+        # What no op uses in parts may be stored in parts all the same.
+        for axis, own in enumerate(shards):
+            if not own and sizes[axis] > 1:
+                per_axis[axis] += _even(value, sizes[axis])
     found: dict[Stored, None] = {}
     layouts = [layout for layout in product(*per_axis) if is_nested(value.shape, layout, sizes)]
     for layout in layouts:
@@ -70,18 +75,23 @@ def _spread(value: Value, layout: Layout, sizes: tuple[int, ...]) -> list[Layout
         choices = [placement]
         if isinstance(placement, Invariant) and sizes[axis] > 1:
             taken = {p.dim for p in layout if isinstance(p, Shard)}
-            even = [
-                Shard(dim)
-                for dim, size in enumerate(value.shape)
-                if dim not in taken and hint(size) % sizes[axis] == 0
-            ]
-            choices += even[:1]
+            choices += _even(value, sizes[axis], taken)
         options.append(tuple(choices))
     return [
         state
         for state in product(*options)
         if state != layout and is_nested(value.shape, state, sizes)
     ]
+
+
+def _even(value: Value, ranks: int, taken: Collection[int] = ()) -> tuple[Shard, ...]:
+    """The first dim that divides evenly, but for those that are taken."""
+    able = (
+        Shard(dim)
+        for dim, size in enumerate(value.shape)
+        if dim not in taken and hint(size) % ranks == 0
+    )
+    return tuple(islice(able, 1))
 
 
 def state_per_element(optimizer: str, itemsize: int) -> tuple[int, bool]:
