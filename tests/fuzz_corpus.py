@@ -5,7 +5,7 @@ from __future__ import annotations
 from fuzz_programs import Program
 from fuzz_split import Split
 
-__all__ = ["REGRESSIONS", "WAYS"]
+__all__ = ["ON_SEVERAL_AXES", "REGRESSIONS", "WAYS"]
 
 WAYS = tuple(
     Split(world_size, seed, 0.0, data_parallel)
@@ -65,4 +65,55 @@ REGRESSIONS = {
         v1 = v0b * (0.1 / v0b.size(2))
         return torch.baddbmm(p0, v0b, p1), v1
     """),
+}
+
+# Programs with the one way in which they failed on a mesh of several axes.
+ON_SEVERAL_AXES = {
+    "a look-up that keeps no mask where a rank has no index, at the end of a block": (
+        Program("""
+        i1 = integers(2, 3)
+        p0 = parameter(3, 3)
+        p1 = parameter(3, 1)
+        p2 = parameter(8, 9)
+        i2 = integers(8, 9)
+        v0 = F.embedding(i1, p0, padding_idx=2)
+        v1 = torch.matmul(v0, p1)
+        v2 = v1.swapaxes(1, 0)
+        v3 = v2.transpose(1, 0)
+        v4 = torch.ops.aten.nll_loss.default(p2, i2, None, 1)
+        v8 = F.kl_div(v0, v0.sigmoid().detach(), reduction='sum')
+        v9 = v8 + v4.square().mean() + v3.square().mean()
+        return v9, i2
+        """),
+        Split(6, 14854, 0.3, True, whole=0.5, sizes=(2, 3), sparing=True),
+    ),
+    "a product that keeps no copy where a rank has no rows": (
+        Program("""
+        g0 = given(6, 3, 4, 1)
+        p0 = parameter(2)
+        p1 = parameter(24, 1)
+        p2 = parameter(1, 8)
+        p3 = parameter(20, 2)
+        p4 = parameter(2, 10)
+        p5 = parameter(2)
+        v0a, v0b = g0.chunk(2, dim=2)
+        v1 = p0 @ v0b
+        v3 = F.linear(v1, p1)
+        v4a, v4b, v4c = v3.chunk(3, dim=-1)
+        v5 = v4a.reshape(v1.size(0), v1.size(1), 4, 2).transpose(1, 2)
+        v6 = v4b.reshape(v1.size(0), v1.size(1), 4, 2).transpose(1, 2)
+        v7 = v4c.reshape(v1.size(0), v1.size(1), 4, 2).transpose(1, 2)
+        v8 = F.scaled_dot_product_attention(v5, v6, v7, is_causal=False)
+        v9 = v8.transpose(1, 2).reshape(v1.size(0), v1.size(1), 8)
+        v10 = F.linear(v9, p2) + v1
+        v12 = F.pad(v6, (0, 0))
+        v13 = F.linear(v7, p3)
+        v14 = F.glu(v13, -1)
+        v15 = F.linear(v14, p4, p5)
+        v16 = v15.square().mean()
+        v17 = v16 + v15.square().mean() + v12.square().mean() + v10.square().mean()
+        return v17
+        """),
+        Split(6, 15449, 0.3, True, sizes=(3, 2), sparing=True),
+    ),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fuzz_corpus import REGRESSIONS, WAYS
+from fuzz_corpus import ON_SEVERAL_AXES, REGRESSIONS, WAYS
 from fuzz_draw import programs, splits
 from fuzz_programs import Program
 from fuzz_split import Coverage, Split, Subject, UnfitError
@@ -69,3 +69,10 @@ def test_what_failed_once(coverage: Coverage, name: str) -> None:
     subject = Subject(REGRESSIONS[name])
     for way in WAYS:
         subject.check(way, coverage)
+
+
+@quiet
+@pytest.mark.parametrize("name", ON_SEVERAL_AXES)
+def test_what_failed_once_on_several_axes(coverage: Coverage, name: str) -> None:
+    program, way = ON_SEVERAL_AXES[name]
+    Subject(program).check(way, coverage)

@@ -113,6 +113,17 @@ def test_weights_that_are_kept_split(inner: Any) -> None:
     assert counts[1] > counts[0]
 
 
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_ranks_without_any_rows(name: str) -> None:
+    """Two rows on three ranks: all ranks communicate in the same order, whatever an op keeps."""
+    model, planned, inputs = build(name, layers=1), inputs_for(name, 6), inputs_for(name, 2)
+    plan = autoparallel.make_plan(model, mesh=Mesh(dp=3, tp=2), example_inputs=planned)
+    expected = autoparallel.simulate(model, 1, example_inputs=inputs)
+    for way in (copies_again(plan), blocks_again(plan, 5), blocks_again(copies_again(plan), 7)):
+        made = autoparallel.simulate(model, plan=way, example_inputs=inputs)
+        assert worst_gradient(dict(made.gradients), dict(expected.gradients))[0] < TOLERANCE
+
+
 def test_a_loss_split_by_tokens_and_by_classes() -> None:
     """One kernel runs the other; ignored labels count nowhere."""
     generator = torch.Generator().manual_seed(0)

@@ -80,6 +80,8 @@ class _Emitter:
         self.lines: list[Line | Block] = []
         self.block: Block | None = None
         self.open = ""
+        self.drops = False
+        self.cuts: dict[str, None] = {}
         self.inside: set[str] = set()
         self.blocks = {
             op: (index, group) for index, group in enumerate(plan.recomputed) for op in group
@@ -113,6 +115,9 @@ class _Emitter:
             returned.append(self.read(value, layout))
         whole = whole_layout(len(self.ranks.sizes))
         written = [self.read(value, whole) for _, value in self.graph.mutations]
+        if self.drops:
+            self.collect_cuts()
+            head.append(f"filled = every_rank_has(ranks, {', '.join(self.cuts)})")
         body = [*head, *lines_of(self.lines, (*returned, *written))]
         body.append(f"return [{', '.join(returned)}], [{', '.join(written)}]")
         source = "def forward(parameters, buffers, constants, inputs, device):\n" + "".join(
@@ -157,6 +162,20 @@ class _Emitter:
             self.inside.update(value.name for value in node.results)
             if not left:
                 self.block = None
+
+    def collect_cuts(self) -> None:
+        """Every cut of a dim, once: its size, and the axes that cut it."""
+        for op in self.plan.ops:
+            names = (*op.reads, *op.makes)
+            for name, layout in zip(names, (*op.operands, *op.results), strict=True):
+                for dim, size in enumerate(self.graph.values[name].shape):
+                    cuts = [
+                        f"({axis}, {self.speller.placement(cut)})"
+                        for axis, cut in enumerate(layout)
+                        if isinstance(cut, Shard) and cut.dim == dim
+                    ]
+                    if cuts:
+                        self.cuts[f"({', '.join((self.speller.size(size), *cuts))})"] = None
 
     def add(self, text: str, reads: tuple[str, ...], makes: tuple[str, ...]) -> None:
         """One more line: to the block that is open, if one is."""
@@ -406,10 +425,13 @@ class _Emitter:
         function = "convert" if value.requires_grad else "move"
         function = "convert_again" if again else function
         source, target = self.speller.placement(step.source), self.speller.placement(step.target)
-        size = ""
+        size = ", 0" if again else ""
         if isinstance(step.source, Shard):
             own = self.local_dim(value, step.source.dim, current, without=step.axis)
             size = f", {self.speller.size(own)}"
+        if again:
+            self.drops = True
+            size += ", filled"
         axis = self.names.axes[step.axis]
         return f"{made} = {function}({read}, {axis}, {source}, {target}{size})"
 

@@ -15,9 +15,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from autoparallel.placement import Placement
+from autoparallel.placement import Placement, local_size
 from autoparallel.runtime.collectives import convert, move
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import drawing_from, generator
 
 __all__ = ["convert_again", "dropping", "recomputed"]
@@ -128,13 +129,33 @@ class _Copies:
 _current = threading.local()
 
 
+def every_rank_has(ranks: Ranks, *cuts: Any) -> bool:
+    """Whether no rank is left with nothing of any dim. cuts: (size, (axis, shard), ..) each.
+
+    An op on nothing may keep nothing, and then the ranks would not make copies again together.
+    """
+    for size, *own in cuts:
+        sizes = {size}
+        for axis, shard in own:
+            count = ranks.sizes[axis]
+            sizes = {local_size(n, shard, count, rank) for n in sizes for rank in range(count)}
+        if 0 in sizes:
+            return False
+    return True
+
+
 def convert_again(
-    x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
+    x: torch.Tensor,
+    group: Group,
+    source: Placement,
+    target: Placement,
+    size: int = 0,
+    drop: bool = True,
 ) -> torch.Tensor:
-    """`convert`, of which the backward pass keeps `x` and not the result."""
+    """`convert`, of which the backward pass keeps `x` and not the result, where `drop` says so."""
     made = convert(x, group, source, target, size)
     copies: _Copies | None = getattr(_current, "copies", None)
-    if copies is not None:
+    if copies is not None and drop:
         copies.add(made, x, group, (source, target), size)
     return made
 
@@ -162,6 +183,35 @@ def dropping(run: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+class _Anchor(torch.autograd.Function):
+    """The end of a block: where its backward begins, the block is run again, all of it.
+
+    On every rank: the block's last op may keep nothing where it has nothing to work on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        made = tuple(torch.ops.aten.alias(result) for result in results)
+        ctx.save_for_backward(*made)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        _ = ctx.saved_tensors
+        return grads
+
+
+def _anchored(results: list[torch.Tensor]) -> list[torch.Tensor]:
+    which = [index for index, result in enumerate(results) if result.requires_grad]
+    made = list(results)
+    if which:
+        ends = _Anchor.apply(*(results[index] for index in which))
+        for index, end in zip(which, ends, strict=True):
+            made[index] = end
+    return made
+
+
 def recomputed(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
     """What a block returns; the backward pass keeps its inputs, and runs it again for the rest.
 
@@ -174,8 +224,8 @@ def recomputed(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
     def run(*tensors: torch.Tensor) -> Any:
         if steps:
             with drawing_from(source.repeated(steps[0], states)):
-                return block(*tensors)
-        made = block(*tensors)
+                return _anchored(block(*tensors))
+        made = _anchored(block(*tensors))
         steps.append(source.drawing)
         return made
 
