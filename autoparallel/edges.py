@@ -216,7 +216,9 @@ class Edges:
         groups: list[tuple[Layout, ...]] = []
         kept: list[tuple[Layout, ...]] = []
         for group in sets:
-            for count in range(1, min(savers, len(group)) + 1):
+            # Whatever no saver reads, one of the others does.
+            fewest = max(1, len(group) - (len(needs) - savers))
+            for count in range(fewest, min(savers, len(group)) + 1):
                 for some in combinations(group, count):
                     groups.append(group)
                     kept.append(some)

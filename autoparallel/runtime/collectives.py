@@ -33,6 +33,7 @@ __all__ = [
     "move",
     "pending_sum",
     "reduce_scatter_together",
+    "same_sum",
     "spmd_type",
     "sum_together",
     "take_part",
@@ -336,6 +337,17 @@ def gather_together(
             parts = [row.view(own.shape) for row in part.unbind(0)]
             made[index] = _whole_of_rows(parts, shards[index], lengths[index])
     return made
+
+
+def same_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum over ranks of what differs among them, which the type checker then knows to be the
+    same on all."""
+    total = group.all_reduce(x)
+    checker = sys.modules.get("spmd_types")
+    if checker is not None and checker.is_type_checking():
+        axis = group.process_group  # type: ignore[attr-defined]
+        checker.mutate_type(total, axis, src=checker.V, dst=checker.R)
+    return total
 
 
 def pending_sum(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from autoparallel.placement import part_bounds
-from autoparallel.runtime.collectives import pending_sum
+from autoparallel.runtime.collectives import pending_sum, same_sum
 from autoparallel.runtime.generic import combined_parts, masked_lookup, weighted_mean
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.statistics import (
@@ -265,7 +265,8 @@ class _CrossEntropyClasses(torch.autograd.Function):
 
         axis = group.process_group  # type: ignore[attr-defined]
         rules.ignore(target)
-        summed = rules.einsum("tc->t", logits)
+        others = "".join(chr(ord("d") + dim) for dim in range(logits.dim() - 2))
+        summed = rules.einsum(f"tc{others}->t{others}", logits)
         return rules.all_reduce(summed, axis, src=spmd_types.V, dst=spmd_types.I)
 
 
@@ -316,7 +317,7 @@ def cross_entropy_tokens(
                 own = run(logits, target, weight, _COUNT, ignored, smoothing)
             else:
                 own = (target != ignored).sum()
-            count = group.all_reduce(own)
+            count = same_sum(own, group)
     if reduction == _COUNT:
         return count
     if run is not None:
