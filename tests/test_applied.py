@@ -73,10 +73,10 @@ def test_as_planned_freely(name: str, mesh: dict[str, int], options: dict[str, A
     ("share", "recompute"),
     [
         (0.6, "auto"),
-        pytest.param(0.9, "none", marks=broad),
+        pytest.param(0.97, "none", marks=broad),
         pytest.param(0.8, "auto", marks=broad),
-        pytest.param(0.5, "auto", marks=broad),
-        pytest.param(0.45, "full", marks=broad),
+        pytest.param(0.7, "auto", marks=broad),
+        pytest.param(0.62, "full", marks=broad),
     ],
 )
 def test_in_a_limit(share: float, recompute: str) -> None:
