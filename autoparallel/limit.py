@@ -28,6 +28,8 @@ _MOST_ATTEMPTS = 5
 # How many times as many ranks are tried for a model that does not fit.
 _MOST_RANKS = 64
 _LARGEST_ITEMS = 5
+# A gap between cost and bound, as a share of the cost, that needs no other proof.
+_ENOUGH = 0.01
 # So much that nothing but bytes counts, and so little that seconds are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
 
@@ -57,7 +59,7 @@ def plan_within(
         plan, taken, counted = _closest(captured, model, network, solve, pins)
         plan = replace(plan, options=options)
         if taken.total <= _allowed(network):
-            return plan
+            return _proven(captured, model, network, plan, pins)
         if closest is None or taken.total < closest[1].total:
             closest = (plan, taken, counted)
     assert closest is not None
@@ -102,6 +104,32 @@ def _closest(
         limit = min(limit, solution.usage) - over
     assert least is not None
     return least
+
+
+def _proven(
+    captured: Captured, model: str, network: Network, plan: Plan, pins: Mapping[str, Layout]
+) -> Plan:
+    """The plan, or the one without a limit if that fits; with the better of their bounds.
+
+    Nothing within a limit costs less than the best without one, which is easier to prove: no copy
+    is made again, no block run again.
+    """
+    if plan.cost - plan.lower_bound <= _ENOUGH * plan.cost:
+        return plan
+    recompute = "none" if plan.options.recompute == "auto" else plan.options.recompute
+    free = rebuilt(network, replace(plan.options, memory_limit=None, recompute=recompute))
+    constrain(free, captured.aliases)
+    best = Solving(free)(free.problem(1.0, pins))
+    other, taken = _read(captured, model, free, best)
+    if taken.total <= _allowed(network) and other.cost <= plan.cost:
+        return replace(other, options=plan.options)
+    if best.lower_bound <= plan.lower_bound:
+        return plan
+    return replace(
+        plan,
+        lower_bound=min(best.lower_bound, plan.cost),
+        method=f"{plan.method}; bound without the limit by {best.method}",
+    )
 
 
 def _least(problem: Problem, solve: Solving) -> Solution:
