@@ -106,8 +106,10 @@ class _Builder:
         rules = {
             name: None if name in self.inert else kind.rule for name, kind in self.kinds.items()
         }
+        # Where states are pairs and triples, those that no product asks for are left out.
+        several = sum(size > 1 for size in self.sizes) > 1
         tilings = {
-            size: Tiling(self.graph, rules, self.weights, self.options, size)
+            size: Tiling(self.graph, rules, self.weights, self.options, size, several)
             for size in dict.fromkeys(self.sizes)
         }
         if self.options.memory_limit is not None:

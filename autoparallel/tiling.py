@@ -22,7 +22,9 @@ __all__ = ["Tiling", "inert_calls", "weight_values"]
 class Tiling:
     """tiles: per call, the ways to split it. shards: per value, the ways in which it may lie.
 
-    rules: per call node; calls without one are left alone. weights: see weight_values.
+    rules: per call node; calls without one are left alone. weights: see weight_values. sparing:
+    only products, and ops with kernels, suggest ways of their own; the others take what these
+    spread.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Tiling:
         weights: set[str],
         options: Options,
         world_size: int,
+        sparing: bool = False,
     ) -> None:
         self.graph, self.rules, self.weights = graph, rules, weights
         self.options, self.world_size = options, world_size
@@ -42,6 +45,8 @@ class Tiling:
         }
         self.shards: dict[str, dict[Shard, None]] = {name: {} for name in graph.values}
         self.tiles: dict[str, dict[Tile, None]] = {}
+        products = [name for name, rule in rules.items() if rule is not None and rule.flops]
+        self.sparing = sparing and bool(products)
         if world_size > 1:
             self.find_tiles()
 
@@ -58,6 +63,8 @@ class Tiling:
             if rule is None:
                 continue
             found = self.tiles.setdefault(node.name, {})
+            if self.sparing and not (rule.flops or rule.kernels):
+                continue
             symbolic = [loop for loop in rule.loops if isinstance(rule.sizes[loop], Sym)]
             static = [loop for loop in rule.loops if loop not in symbolic]
             for loop in (*static, *reversed(symbolic)):
