@@ -176,7 +176,9 @@ def move(
         return tensor if group.rank == 0 else torch.zeros_like(tensor)
     if step is Movement.SLICE:
         assert isinstance(target, Shard)
-        return take_part(tensor, target, group.world_size, group.rank).contiguous()
+        # A copy: a view would keep the whole in memory.
+        part = take_part(tensor, target, group.world_size, group.rank)
+        return part.clone(memory_format=torch.contiguous_format)
     if step is Movement.REDUCE_SCATTER:
         assert isinstance(target, Shard)
         return _reduce_scatter(tensor, target, group)
