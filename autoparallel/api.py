@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,27 +14,29 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.copies import shallow_copy
-from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import (
-    CaptureError,
     InputMismatchError,
     InputsNeededError,
-    PlanError,
     WorldSizeError,
 )
-from autoparallel.graph.breaks import Broken, trace, trace_parts
 from autoparallel.graph.capture import (
-    Captured,
     bind_inputs,
     find_example_inputs,
     refuse_wrapped,
     split_example,
 )
-from autoparallel.mesh import Mesh, arrangements
+from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.parts import Planner, search_parts
-from autoparallel.placement import Layout, Placement, layout_text, whole_layout
+from autoparallel.parts import Planner
+from autoparallel.placement import Layout, Placement, whole_layout
 from autoparallel.plan import Plan
+from autoparallel.planning import (
+    fastest_plan,
+    make_options,
+    possible_meshes,
+    trace_model,
+    with_graphs,
+)
 from autoparallel.rules.unknown import learn
 from autoparallel.runtime.groups import Group, ProcessGroup
 from autoparallel.runtime.module import parallel_module
@@ -44,8 +44,6 @@ from autoparallel.runtime.parameters import as_distributed
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.simulate import Simulation, simulate_plan
-from autoparallel.search import search
-from autoparallel.units import parse_bytes
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
 
@@ -81,7 +79,7 @@ def autoparallelize(
     Raises AutoParallelError or a child of it; see autoparallel.errors.
     """
     refuse_wrapped(model)
-    options = _options(
+    options = make_options(
         mesh,
         data_parallel,
         memory_limit,
@@ -94,7 +92,7 @@ def autoparallelize(
         optimizer=optimizer,
         constraints=tuple(constraints),
     )
-    meshes = _meshes(world_size, mesh, options)
+    meshes = possible_meshes(world_size, mesh, options)
     _world(meshes[0].world_size)
     if example_inputs is None:
         try:
@@ -104,7 +102,7 @@ def autoparallelize(
                 raise
             return _waiting_module(model, meshes, options, check_inputs)
     args, kwargs = split_example(example_inputs)
-    plan = _fastest(model, _trace(model, args, kwargs, options), meshes, options)
+    plan = fastest_plan(model, trace_model(model, args, kwargs, options), meshes, options)
     return _apply(model, plan, *_ranks(plan.mesh), check_inputs)
 
 
@@ -146,7 +144,7 @@ def make_plan(
     is taken where nothing better is found. Other arguments: see Options.
     """
     refuse_wrapped(model)
-    options = _options(
+    options = make_options(
         mesh,
         data_parallel,
         memory_limit,
@@ -159,29 +157,12 @@ def make_plan(
         optimizer=optimizer,
         constraints=tuple(constraints),
     )
-    meshes = _meshes(world_size, mesh, options)
+    meshes = possible_meshes(world_size, mesh, options)
     if example_inputs is None:
         example_inputs = find_example_inputs(model)
     args, kwargs = split_example(example_inputs)
-    traced = _trace(model, args, kwargs, options)
-    return _fastest(model, traced, meshes, options, pins, product_weight, start)
-
-
-def _options(
-    mesh: Mesh | str | None,
-    data_parallel: bool | None,
-    memory_limit: int | str | None,
-    recompute: str | None,
-    **others: Any,
-) -> Options:
-    """The options, with the defaults that depend on others."""
-    limit = None if memory_limit is None else parse_bytes(memory_limit)
-    return Options(
-        data_parallel=mesh is not None if data_parallel is None else data_parallel,
-        memory_limit=limit,
-        recompute=recompute or ("none" if limit is None else "auto"),
-        **others,
-    )
+    traced = trace_model(model, args, kwargs, options)
+    return fastest_plan(model, traced, meshes, options, pins, product_weight, start)
 
 
 def apply_plan(
@@ -202,7 +183,7 @@ def apply_plan(
         if example_inputs is None:
             example_inputs = find_example_inputs(model)
         args, kwargs = split_example(example_inputs)
-        plan = _with_graphs(plan, _trace(model, args, kwargs, plan.options))
+        plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
         if plan.options.unknown_ops == "discover" and plan.world_size > 1:
             for graph in plan.graphs:
                 learn(graph)
@@ -230,116 +211,6 @@ def simulate(
     args, kwargs = split_example(example_inputs)
     planner = Planner(plan.model, plan.mesh, plan.options)
     return simulate_plan(model, plan, args, kwargs, backward, replan=planner)
-
-
-def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
-) -> Captured | Broken:
-    """The graph of the model or, where there is none, those of its largest parts."""
-    bind_inputs(model, args, kwargs)
-    try:
-        return trace(model, args, kwargs)
-    except CaptureError as error:
-        whole = error
-    broken = trace_parts(model, args, kwargs, whole)
-    if options.strict_capture:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be traced whole",
-            where="\n".join(map(str, broken.breaks)),
-            why="strict_capture=True asks for one graph",
-            fix=f"{whole.fix};\nor leave strict_capture out: the submodules that can be traced are "
-            "split, and the rest runs as it is",
-        )
-    return broken
-
-
-def _meshes(world_size: int | None, mesh: Mesh | str | None, options: Options) -> tuple[Mesh, ...]:
-    """The arrangements of the ranks to choose from.
-
-    Raises PlanError where their number is not told, or told twice.
-    """
-    if isinstance(mesh, Mesh):
-        if world_size is not None and world_size != mesh.world_size:
-            raise PlanError(
-                f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
-                fix="leave one of the two out",
-            )
-        return (mesh,)
-    if mesh not in (None, "auto"):
-        raise PlanError(f"mesh={mesh!r}", fix='pass mesh=Mesh(dp=2, tp=4), or mesh="auto"')
-    if world_size is None:
-        raise PlanError("over how many ranks?", fix="pass world_size=8, or mesh=Mesh(dp=2, tp=4)")
-    if mesh is None:
-        return (Mesh(tp=world_size),)
-    return arrangements(world_size, find_hardware(options.hardware).devices_per_node)
-
-
-def _fastest(
-    model: nn.Module,
-    traced: Captured | Broken,
-    meshes: tuple[Mesh, ...],
-    options: Options,
-    pins: Mapping[str, Layout | Placement] | None = None,
-    product_weight: float | None = None,
-    start: Plan | None = None,
-) -> Plan:
-    """The best plan of all arrangements. Raises the first one's error where none has a plan."""
-    best: Plan | None = None
-    errors: list[PlanError] = []
-    for mesh in meshes:
-        try:
-            begin = start if len(meshes) == 1 or (start and start.mesh == mesh) else None
-            plan = _search(model, traced, mesh, options, pins, product_weight, begin)
-        except PlanError as error:
-            errors.append(error)
-            continue
-        if best is None or plan.seconds < best.seconds:
-            best = plan
-    if best is None:
-        raise min(errors, key=lambda error: getattr(error, "least", math.inf))
-    return best
-
-
-def _search(
-    model: nn.Module,
-    traced: Captured | Broken,
-    mesh: Mesh,
-    options: Options,
-    pins: Mapping[str, Layout | Placement] | None = None,
-    product_weight: float | None = None,
-    start: Plan | None = None,
-) -> Plan:
-    given = {path: pin if isinstance(pin, tuple) else (pin,) for path, pin in (pins or {}).items()}
-    for path, pin in given.items():
-        if len(pin) != len(mesh.axes):
-            raise PlanError(
-                f"{path} is pinned to {layout_text(pin)} on a mesh of {len(mesh.axes)} axes",
-                fix=f"give one placement for each of {', '.join(name for name, _ in mesh.axes)}",
-            )
-    if isinstance(traced, Broken):
-        return search_parts(traced, model, mesh, options, given, product_weight)
-    name = type(model).__name__
-    return search(
-        traced, name, mesh, options, pins=given, product_weight=product_weight, start=start
-    )
-
-
-def _with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:
-    """The plan with the graphs that it was made for. Raises PlanError where they are others."""
-    own = traced.fingerprint if isinstance(traced, Broken) else traced.graph.fingerprint
-    if own != plan.fingerprint:
-        raise PlanError(
-            f"the plan was made for another {plan.model}",
-            why="the traced program differs from the one planned for",
-            fix="plan again, or pass the example_inputs and the mode (train, eval) planned for",
-        )
-    if isinstance(traced, Captured):
-        return replace(plan, captured=traced)
-    known = {path: part.captured for part in traced.parts for path in part.paths}
-    parts = (
-        replace(part, plan=replace(part.plan, captured=known[part.paths[0]])) for part in plan.parts
-    )
-    return replace(plan, parts=tuple(parts))
 
 
 def _apply(
@@ -427,8 +298,8 @@ class _Waiting:
         model, meshes, ranks, devices, options, check_inputs = self.__dict__["_waiting"]
         model.train(self.training)  # type: ignore[attr-defined]
         bind_inputs(model, args, kwargs)
-        traced = _trace(model, args, kwargs, options)
-        plan = _fastest(model, traced, meshes, options)
+        traced = trace_model(model, args, kwargs, options)
+        plan = fastest_plan(model, traced, meshes, options)
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
         if plan.mesh != meshes[0]:
             ranks, devices = _ranks(plan.mesh)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from autoparallel.builder import rebuilt
 from autoparallel.constraints import constrain
@@ -34,6 +35,15 @@ _ENOUGH = 0.01
 _SECONDS_PER_BYTE = 1e-3
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A plan, what it takes, and how much of that the planner counts."""
+
+    plan: Plan
+    taken: Account
+    counted: float
+
+
 def plan_within(
     captured: Captured,
     model: str,
@@ -46,24 +56,28 @@ def plan_within(
     The planner limits the sum of what is kept. What a plan takes besides (buffers, inputs, what is
     there for a moment only) is known when it is made: then the limit is lowered and it is planned
     again. What is run again is there for a moment: where that is too much, less is run again.
+    The bound is that of the limit as it was given, for all that may be run again.
     Raises MemoryLimitError where nothing fits.
     """
     options = network.options
     fewer = {"auto": ("selective", "none"), "full": (), "selective": (), "none": ()}
-    closest: tuple[Plan, Account, float] | None = None
+    closest: _Found | None = None
+    bound = -math.inf
     for mode in (options.recompute, *fewer[options.recompute]):
         if mode != options.recompute:
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured.aliases)
             solve = Solving(network)
-        plan, taken, counted = _closest(captured, model, network, solve, pins)
-        plan = replace(plan, options=options)
-        if taken.total <= _allowed(network):
+        found, own_bound = _closest(captured, model, network, solve, pins)
+        if mode == options.recompute:
+            bound = own_bound
+        if found.taken.total <= _allowed(network):
+            plan = replace(found.plan, options=options, lower_bound=min(bound, found.plan.cost))
             return _proven(captured, model, network, plan, pins)
-        if closest is None or taken.total < closest[1].total:
-            closest = (plan, taken, counted)
+        if closest is None or found.taken.total < closest.taken.total:
+            closest = replace(found, plan=replace(found.plan, options=options))
     assert closest is not None
-    raise _does_not_fit(captured, network, *closest)
+    raise _does_not_fit(captured, network, closest)
 
 
 def _closest(
@@ -72,13 +86,14 @@ def _closest(
     network: Network,
     solve: Solving,
     pins: Mapping[str, Layout],
-) -> tuple[Plan, Account, float]:
+) -> tuple[_Found, float]:
     """A plan that fits or, where none was found, the one found that takes least.
 
-    With what it takes, and how much of that the planner counts.
+    And what no plan costs less than whose kept bytes alone are within the limit.
     """
     limit = float(_allowed(network))
-    least: tuple[Plan, Account, float] | None = None
+    least: _Found | None = None
+    bound = -math.inf
     for attempt in range(_MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
         last = attempt == _MOST_ATTEMPTS - 1
@@ -87,6 +102,8 @@ def _closest(
                 solution = _least(problem, solve)
             else:
                 solution = _better(problem, solve.within(problem), solve.start)
+                if attempt == 0:
+                    bound = solution.lower_bound
         except OverLimitError:
             # The plan that keeps least may still fit: the limit was lowered by guess.
             last = True
@@ -95,15 +112,15 @@ def _closest(
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
             ) from error
-        found = (*_read(captured, model, network, solution), solution.usage)
-        if least is None or found[1].total < least[1].total:
+        found = _Found(*_read(captured, model, network, solution), solution.usage)
+        if least is None or found.taken.total < least.taken.total:
             least = found
-        over = found[1].total - _allowed(network)
+        over = found.taken.total - _allowed(network)
         if last or over <= 0:
             break
         limit = min(limit, solution.usage) - over
     assert least is not None
-    return least
+    return least, bound
 
 
 def _proven(
@@ -133,9 +150,9 @@ def _proven(
 
 
 def _least(problem: Problem, solve: Solving) -> Solution:
-    """The solution that keeps least and, of those that do, costs least."""
+    """The solution that keeps least and, of those that do, costs least. It bounds no cost."""
     found = solve(problem.weighed(_SECONDS_PER_BYTE))
-    return Solution.of(problem, found.assignment, found.method, None, _SECONDS_PER_BYTE)
+    return Solution.of(problem, found.assignment, found.method, -math.inf, _SECONDS_PER_BYTE)
 
 
 def _allowed(network: Network) -> int:
@@ -165,19 +182,18 @@ def _shares(taken: Account) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {bytes_text(size)}" for size, name in rows if size)
 
 
-def _does_not_fit(
-    captured: Captured, network: Network, plan: Plan, taken: Account, counted: float
-) -> MemoryLimitError:
+def _does_not_fit(captured: Captured, network: Network, found: _Found) -> MemoryLimitError:
     """What the plan that needs least takes, and what limit or how many ranks would do."""
-    allowed = _allowed(network)
+    allowed, taken = _allowed(network), found.taken
     largest = [
         f"{item.category.replace('_', ' ')}: {item.name}"
         f"{f' ({item.count} of them)' if item.count > 1 else ''} {bytes_text(item.nbytes)}"
         for item in taken.items[:_LARGEST_ITEMS]
     ]
-    ranks = _enough_ranks(captured, network, plan.options, taken.total - counted)
+    besides = taken.total - found.counted
+    ranks = _enough_ranks(captured, network, found.plan.options, besides)
     more = f"use {ranks.world_size} ranks ({ranks})" if ranks else "use more ranks"
-    found = MemoryLimitError(
+    error = MemoryLimitError(
         f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} per "
         f"rank on {network.mesh}",
         where="\n".join(largest),
@@ -185,8 +201,8 @@ def _does_not_fit(
         f"{bytes_text(taken.total - allowed)} more than allowed: {_shares(taken)}",
         fix=f'pass memory_limit="{_at_least(taken.total)}", or {more}, or a smaller batch',
     )
-    found.least = taken.total
-    return found
+    error.least = taken.total
+    return error
 
 
 def _at_least(nbytes: int) -> str:

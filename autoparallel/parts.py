@@ -25,7 +25,10 @@ class Planner:
     """Plans of modules of a running model for other modes and inputs. Equal modules share one."""
 
     def __init__(self, model: str, mesh: Mesh, options: Options) -> None:
-        self.model, self.mesh, self.options = model, mesh, options
+        self.model, self.mesh = model, mesh
+        # How parameters are stored is decided: what was demanded of that is not asked again.
+        recompute = "none" if options.recompute == "auto" else options.recompute
+        self.options = replace(options, memory_limit=None, constraints=(), recompute=recompute)
         self.alike: Alike | None = None
         self.known: dict[Any, Plan | CaptureError] = {}
 
@@ -87,6 +90,14 @@ def search_parts(
     if unknown:
         raise PlanError(
             f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
+        )
+    asked = [name for name in ("memory_limit", "constraints") if getattr(options, name)]
+    if asked:
+        raise PlanError(
+            f"{' and '.join(asked)} cannot be kept by a model that is planned in parts",
+            where="\n".join(map(str, broken.breaks)),
+            why="each part is planned by itself",
+            fix="make the model traceable whole, or leave it out",
         )
     pinned = {broken.aliases[path]: pin for path, pin in (pins or {}).items()}
     whole: set[str] = set()

@@ -1,0 +1,156 @@
+"""From a model and what is asked of it to the fastest plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.errors import CaptureError, PlanError
+from autoparallel.graph.breaks import Broken, trace, trace_parts
+from autoparallel.graph.capture import Captured, bind_inputs
+from autoparallel.mesh import Mesh, arrangements
+from autoparallel.options import Options
+from autoparallel.parts import search_parts
+from autoparallel.placement import Layout, Placement, layout_text
+from autoparallel.plan import Plan
+from autoparallel.search import search
+from autoparallel.units import parse_bytes
+
+__all__ = ["fastest_plan", "make_options", "possible_meshes", "trace_model", "with_graphs"]
+
+
+def make_options(
+    mesh: Mesh | str | None,
+    data_parallel: bool | None,
+    memory_limit: int | str | None,
+    recompute: str | None,
+    **others: Any,
+) -> Options:
+    """The options, with the defaults that depend on others."""
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    return Options(
+        data_parallel=mesh is not None if data_parallel is None else data_parallel,
+        memory_limit=limit,
+        recompute=recompute or ("none" if limit is None else "auto"),
+        **others,
+    )
+
+
+def possible_meshes(
+    world_size: int | None, mesh: Mesh | str | None, options: Options
+) -> tuple[Mesh, ...]:
+    """The arrangements of the ranks to choose from.
+
+    Raises PlanError where their number is not told, or told twice.
+    """
+    if isinstance(mesh, Mesh):
+        if world_size is not None and world_size != mesh.world_size:
+            raise PlanError(
+                f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
+                fix="leave one of the two out",
+            )
+        return (mesh,)
+    if mesh not in (None, "auto"):
+        raise PlanError(f"mesh={mesh!r}", fix='pass mesh=Mesh(dp=2, tp=4), or mesh="auto"')
+    if world_size is None:
+        raise PlanError("over how many ranks?", fix="pass world_size=8, or mesh=Mesh(dp=2, tp=4)")
+    if mesh is None:
+        return (Mesh(tp=world_size),)
+    return arrangements(world_size, find_hardware(options.hardware).devices_per_node)
+
+
+def trace_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
+) -> Captured | Broken:
+    """The graph of the model or, where there is none, those of its largest parts."""
+    bind_inputs(model, args, kwargs)
+    try:
+        return trace(model, args, kwargs)
+    except CaptureError as error:
+        whole = error
+    broken = trace_parts(model, args, kwargs, whole)
+    if options.strict_capture:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced whole",
+            where="\n".join(map(str, broken.breaks)),
+            why="strict_capture=True asks for one graph",
+            fix=f"{whole.fix};\nor leave strict_capture out: the submodules that can be traced are "
+            "split, and the rest runs as it is",
+        )
+    return broken
+
+
+def fastest_plan(
+    model: nn.Module,
+    traced: Captured | Broken,
+    meshes: tuple[Mesh, ...],
+    options: Options,
+    pins: Mapping[str, Layout | Placement] | None = None,
+    product_weight: float | None = None,
+    start: Plan | None = None,
+) -> Plan:
+    """The fastest plan of all arrangements.
+
+    Where none has a plan, raises the error of the one that needs least memory, else the first's.
+    """
+    best: Plan | None = None
+    errors: list[PlanError] = []
+    for mesh in meshes:
+        try:
+            begin = start if len(meshes) == 1 or (start and start.mesh == mesh) else None
+            plan = _search(model, traced, mesh, options, pins, product_weight, begin)
+        except PlanError as error:
+            errors.append(error)
+            continue
+        if best is None or plan.seconds < best.seconds:
+            best = plan
+    if best is None:
+        raise min(errors, key=lambda error: getattr(error, "least", math.inf))
+    return best
+
+
+def _search(
+    model: nn.Module,
+    traced: Captured | Broken,
+    mesh: Mesh,
+    options: Options,
+    pins: Mapping[str, Layout | Placement] | None = None,
+    product_weight: float | None = None,
+    start: Plan | None = None,
+) -> Plan:
+    given = {path: pin if isinstance(pin, tuple) else (pin,) for path, pin in (pins or {}).items()}
+    for path, pin in given.items():
+        if len(pin) != len(mesh.axes):
+            raise PlanError(
+                f"{path} is pinned to {layout_text(pin)} on a mesh of {len(mesh.axes)} axes",
+                fix=f"give one placement for each of {', '.join(name for name, _ in mesh.axes)}",
+            )
+    if isinstance(traced, Broken):
+        return search_parts(traced, model, mesh, options, given, product_weight)
+    name = type(model).__name__
+    return search(
+        traced, name, mesh, options, pins=given, product_weight=product_weight, start=start
+    )
+
+
+def with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:
+    """The plan with the graphs that it was made for. Raises PlanError where they are others."""
+    own = traced.fingerprint if isinstance(traced, Broken) else traced.graph.fingerprint
+    if own != plan.fingerprint:
+        raise PlanError(
+            f"the plan was made for another {plan.model}",
+            why="the traced program differs from the one planned for",
+            fix="plan again, or pass the example_inputs and the mode (train, eval) planned for",
+        )
+    if isinstance(traced, Captured):
+        return replace(plan, captured=traced)
+    known = {path: part.captured for part in traced.parts for path in part.paths}
+    parts = (
+        replace(part, plan=replace(part.plan, captured=known[part.paths[0]])) for part in plan.parts
+    )
+    return replace(plan, parts=tuple(parts))
