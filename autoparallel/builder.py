@@ -85,11 +85,12 @@ class _Builder:
         whole_outputs: bool,
     ) -> None:
         self.graph, self.mesh, self.whole_outputs = graph, mesh, whole_outputs
-        self.hardware, self.options, self.stored = hardware, options, stored
+        self.options, self.stored = options, stored
+        self.pace = hardware.at_pace_of(mesh.world_size)
         self.sizes = tuple(size for _, size in mesh.axes)
         self.links = hardware.links(self.sizes)
         memory = options.memory_limit is not None
-        self.edges = Edges(self.sizes, self.links, hardware, options, memory)
+        self.edges = Edges(self.sizes, self.links, self.pace, options, memory)
         self.network = Network(graph, mesh, hardware, options, self.edges, stored, whole_outputs)
         self.invariant = whole_layout(len(self.sizes))
         self.weights = weight_values(graph)
@@ -224,7 +225,7 @@ class _Builder:
         shapes = [value.shape for value in (*call.operands, *call.results)]
         joints = joint_strategies(rule, [alone[size] for size in self.sizes], shapes, self.sizes)
         axes = tuple(zip(self.sizes, self.links, strict=True))
-        costs = op_costs(call, kind.rule, [joint.parts for joint in joints], axes, self.hardware)
+        costs = op_costs(call, kind.rule, [joint.parts for joint in joints], axes, self.pace)
         held = self.kept.own(node) if self.kept else (False,) * len(results)
         made = tuple(
             Made(tuple(joint.results[at] for joint in joints), counted=held[at])
@@ -259,7 +260,7 @@ class _Builder:
             for choice in choices:
                 parts = stored_bytes(value, choice, self.sizes, self.options.optimizer)
                 own = nbytes(value) * layout_fraction(value.shape, choice.state, self.sizes)
-                seconds = update_seconds(own, own, parts[2], self.hardware)
+                seconds = update_seconds(own, own, parts[2], self.pace)
                 seconds += self.edges.gathering(value, choice)
                 costs.append(seconds if value.requires_grad else 0.0)
                 usage.append(sum(parts))

@@ -125,7 +125,10 @@ def planned(
     sequence_parallel: bool,
     memory_limit: int | None = None,
 ) -> Any:
-    """The published partition as a plan; the fastest, or the fastest within a limit."""
+    """The published partition as a plan; the fastest, or the fastest within a limit.
+
+    At the pace of the mean device: how many there are besides these ranks, the caller knows.
+    """
     from autoparallel.graph.capture import capture
     from autoparallel.graph.passes import run_passes
     from autoparallel.mesh import Mesh
@@ -138,7 +141,7 @@ def planned(
     captured = replace(captured, graph=run_passes(captured.graph))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hardware.json"
-        write_hardware(hardware, path)
+        write_hardware(replace(hardware, spread=0.0), path)
         options = Options(
             sequence_parallel=sequence_parallel,
             hardware=str(path),

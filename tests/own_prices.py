@@ -200,7 +200,7 @@ def price(plan: Plan) -> Priced:
     """The plan's seconds, anew. Raises AssertionError for a plan that contradicts itself."""
     assert plan.captured is not None
     graph = at_least(plan.captured.graph, plan.options.tokens)
-    hardware = find_hardware(plan.hardware)
+    hardware = find_hardware(plan.hardware).at_pace_of(plan.world_size)
     sizes = tuple(size for _, size in plan.mesh.axes)
     pricer = _Pricer(plan, graph, hardware, sizes, hardware.links(sizes))
     kinds = match_rules(graph, inert_calls(graph), plan.options, plan.world_size)

@@ -5,6 +5,7 @@ Every rank measures at the same time, because ranks that share a memory bus slow
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -26,6 +27,9 @@ from autoparallel.runtime.groups import Group, ProcessGroup
 __all__ = ["Effort", "calibrate", "started"]
 
 _FLOAT = torch.float32
+# Of a repeat: by how much it may be late and still be one of the rest.
+_LATE = 2.0
+_MOST_PAIRS = 32
 _MOVES: dict[Collective, tuple[Placement, Placement]] = {
     Collective.ALL_REDUCE: (Partial(), Replicate()),
     Collective.ALL_GATHER: (Shard(1), Replicate()),
@@ -36,8 +40,8 @@ _MOVES: dict[Collective, tuple[Placement, Placement]] = {
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured. repeats: of each measurement, of which the first quartile counts, since
-    what disturbs a measurement only makes it longer. least_seconds: of each repeat. product: side
+    """How much is measured. repeats: of each measurement, of which the median counts: what disturbs
+    a measurement will disturb a training step too. least_seconds: of each repeat. product: side
     of the largest square product. move_nbytes, call_nbytes: of the largest array.
     """
 
@@ -78,12 +82,13 @@ def calibrate(
     with torch.no_grad():
         say("products")
         products = tuple(bench.products())
+        spread = bench.spread()
         say("memory")
         launch, function = bench.launch(), bench.function()
         moves = tuple(bench.moves())
         say("collectives")
         calls = tuple(bench.calls())
-    samples = Samples(products, moves, calls, launch, function, bench.spread(products))
+    samples = Samples(products, moves, calls, launch, function, spread)
     base, matmul = _base(bench, name, samples)
     return fit(samples, base, matmul)
 
@@ -99,13 +104,14 @@ class _Bench:
         self.world: Group | None = ProcessGroup(dist.group.WORLD) if running else None
         self.ranks = self.world.world_size if self.world is not None else 1
         self.local_ranks = min(int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks)), self.ranks)
-        self.own: list[float] = []  # this rank's seconds, for the spread
+        # This rank's seconds for equal work, relative to all ranks' median: for the spread.
+        self.relative: list[float] = []
 
     # -- timing
 
     def seconds(self, run: Callable[[], object], shared: bool = False) -> float:
-        """Of one run, the first quartile of the repeats; over the ranks the mean, or the slowest
-        if they all take part in one run (shared)."""
+        """Of one run, the median of the repeats; over the ranks the mean, or the slowest if they
+        all take part in one run (shared)."""
         for _ in range(2):
             run()
         once = self._largest(self._timed(run, 1))
@@ -114,9 +120,11 @@ class _Bench:
         for _ in range(self.effort.repeats):
             self._meet()
             found.append(self._timed(run, calls))
-        own = _quartile(found)
-        self.own.append(own)
-        return self._largest(own) if shared else self._mean(own)
+        own = statistics.median(found)
+        middle = self._largest(own) if shared else self._mean(own)
+        if not shared:
+            self.relative += [min(one / middle, _LATE) for one in found]
+        return middle
 
     def _timed(self, run: Callable[[], object], calls: int) -> float:
         clock = time.perf_counter if self.cuda else self.clock
@@ -171,13 +179,20 @@ class _Bench:
                 yield self.product(shape, dtype)
 
     def product(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Product:
-        """Over the last dim of both factors, as a linear layer does it."""
+        """Over the last dim of both factors, as a linear layer does it.
+
+        Each time other factors, more than a cache holds, as in training.
+        """
         batch, rows, columns, depth = shape
-        left = torch.randn(batch, rows, depth, device=self.device).to(dtype)
-        right = torch.randn(batch, columns, depth, device=self.device).to(dtype)
-        first, second = (left[0], right[0].t()) if batch == 1 else (left, right.transpose(1, 2))
-        seconds = self.seconds(lambda: first @ second)
-        return Product(batch, rows, columns, depth, dtype.itemsize, seconds)
+        made = Product(batch, rows, columns, depth, dtype.itemsize, 0.0)
+        pairs = []
+        for _ in range(min(max(self.effort.move_nbytes // made.nbytes, 2), _MOST_PAIRS)):
+            left = torch.randn(batch, rows, depth, device=self.device).to(dtype)
+            right = torch.randn(batch, columns, depth, device=self.device).to(dtype)
+            last = right.transpose(1, 2)
+            pairs.append((left[0], last[0]) if batch == 1 else (left, last))
+        turns = itertools.cycle(pairs)
+        return replace(made, seconds=self.seconds(lambda: torch.matmul(*next(turns))))
 
     def launch(self) -> float:
         """Of a kernel with next to nothing to do, in a recorded chain, forward or backward."""
@@ -194,13 +209,14 @@ class _Bench:
         return self.seconds(chain) / (2 * length + 2)
 
     def function(self) -> float:
-        """Of one exponential, in arrays that stay in the cache; 0 if moving takes as long."""
+        """Of one exponential beyond moving it, in arrays that stay in the cache; 0 if that is less
+        than moving takes."""
         count = 2**22 if self.cuda else 2**16
         x = torch.randn(count, device=self.device)
         made = torch.empty_like(x)
         moving = self.seconds(lambda: torch.neg(x, out=made))
         computing = self.seconds(lambda: torch.exp(x, out=made))
-        return computing / count if computing > 2 * moving else 0.0
+        return (computing - moving) / count if computing > 2 * moving else 0.0
 
     def moves(self) -> Iterator[Move]:
         """Sums of two arrays, each into new memory that is kept, as results are in training."""
@@ -258,22 +274,23 @@ class _Bench:
             )
             yield mine, True
 
-    def spread(self, products: Sequence[Product]) -> float:
-        """Standard deviation of the ranks' speeds at products, relative."""
-        if self.ranks == 1:
-            return 0.0
-        own = math.exp(statistics.fmean(map(math.log, self.own[: len(products)])))
-        speeds = self._all(own)
-        return statistics.pstdev(speeds) / statistics.fmean(speeds)
+    def spread(self) -> float:
+        """Standard deviation, relative, of what equal work takes: on other ranks, at other times.
+
+        By the mean difference of two of the times (Gini's), which is what one rank of two waits.
+        """
+        own = torch.tensor(self.relative, dtype=torch.float64, device=self.device)
+        times = own if self.world is None else self.world.all_gather(own).reshape(-1)
+        times = times.sort().values.cpu()
+        count = len(times)
+        weights = 2 * torch.arange(1, count + 1, dtype=torch.float64) - count - 1
+        difference = 2 * float(weights @ times) / (count * (count - 1))
+        return difference * math.sqrt(math.pi) / 2
 
 
 def _own_group(members: Sequence[range]) -> Group:
     made, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])
     return ProcessGroup(made)
-
-
-def _quartile(found: Sequence[float]) -> float:
-    return sorted(found)[len(found) // 4]
 
 
 def _halves(largest: int, count: int, factor: int = 2) -> list[int]:

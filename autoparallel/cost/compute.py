@@ -153,13 +153,15 @@ def _communication(
 def _traffic(
     call: OpCall, rule: ShardingRule, shares: Array, parts: Array, hardware: Hardware
 ) -> tuple[Array, Array]:
-    """Seconds forward, and in all, of an op that moves bytes or computes functions of each element,
-    whatever takes longer."""
+    """Seconds forward, and in all, of an op that moves bytes and computes functions of elements.
+
+    The two add up: a CPU's core does not read the next element while it computes this one's.
+    """
     count = len(call.operands)
     grads = [at for at, operand in enumerate(call.operands) if operand.requires_grad]
     back = [count + at for at, result in enumerate(call.results) if result.requires_grad]
     first, second = _function_seconds(call, rule, shares, hardware)
-    once = np.maximum(moved_seconds(parts.sum(axis=1), hardware), first) + hardware.launch_seconds
+    once = moved_seconds(parts.sum(axis=1), hardware) + first + hardware.launch_seconds
     if not grads or not back:
         return once, once
     again = parts[:, back].sum(axis=1) + parts[:, grads].sum(axis=1)
@@ -168,7 +170,7 @@ def _traffic(
         again = again + parts[:, :count].sum(axis=1)
         if any(nbytes(call.operands[at]) < nbytes(call.results[0]) for at in grads):
             summed = parts[:, [0, *back]].sum(axis=1)
-    seconds = np.maximum(moved_seconds(again, hardware), second) + moved_seconds(summed, hardware)
+    seconds = moved_seconds(again, hardware) + second + moved_seconds(summed, hardware)
     return once, once + seconds + hardware.launch_seconds
 
 

@@ -68,8 +68,8 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Samples:
     """What was measured. launch_seconds: of the smallest kernel. function_seconds: of one
-    exponential in a long array that is in the cache, 0 if moving it takes as long. spread: of the
-    ranks' speeds."""
+    exponential besides moving it, 0 if moving takes as long. spread: of what equal work takes,
+    relative."""
 
     products: tuple[Product, ...]
     moves: tuple[Move, ...]

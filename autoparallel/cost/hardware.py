@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -54,12 +54,12 @@ class Hardware:
 
     source: where the figures come from. flops_per_second: (itemsize, peak) pairs of products.
     memory_bytes_per_second: peak, of which memory_efficiency is sustained. launch_seconds: of
-    starting one kernel. spread: standard deviation of the devices' speeds, relative. inside: the
-    link between devices of a node. network: between nodes, bytes_per_second being one device's
-    share. memory_by_size: (bytes that a kernel moves, bytes per second) pairs, ascending, where
-    caches make short arrays faster than long ones; sustained at all sizes if empty.
-    functions_per_second: of exponentials and their like, element by element; 0 where memory is
-    always slower.
+    starting one kernel. spread: standard deviation, relative, of what equal work takes on the
+    devices. inside: the link between devices of a node. network: between nodes, bytes_per_second
+    being one device's share. memory_by_size: (bytes that a kernel moves, bytes per second) pairs,
+    ascending, where caches make short arrays faster than long ones; sustained at all sizes if
+    empty. functions_per_second: of exponentials and their like, element by element; 0 where memory
+    is always slower.
     """
 
     name: str
@@ -115,6 +115,19 @@ class Hardware:
         if devices == 1:
             return 1.0
         return 1.0 + self.spread * NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
+
+    def at_pace_of(self, devices: int) -> Hardware:
+        """Devices that all work as fast as the slowest of so many, for which the others wait."""
+        slower = self.slowest(devices)
+        return replace(
+            self,
+            flops_per_second=tuple((size, rate / slower) for size, rate in self.flops_per_second),
+            memory_bytes_per_second=self.memory_bytes_per_second / slower,
+            memory_by_size=tuple((size, rate / slower) for size, rate in self.memory_by_size),
+            functions_per_second=self.functions_per_second / slower,
+            launch_seconds=self.launch_seconds * slower,
+            spread=0.0,
+        )
 
     def _link(self, size: int, members: int) -> Link:
         if size == 1:

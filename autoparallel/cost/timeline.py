@@ -125,6 +125,7 @@ class _Streams:
 class _Simulation:
     def __init__(self, plan: Plan, hardware: Hardware, bucket_nbytes: int | None) -> None:
         self.plan, self.hardware, self.bucket_nbytes = plan, hardware, bucket_nbytes
+        self.pace = hardware.at_pace_of(plan.world_size)
         self.sizes = tuple(size for _, size in plan.mesh.axes)
         self.links = hardware.links(self.sizes)
         self.streams = _Streams()
@@ -205,7 +206,7 @@ class _Simulation:
         """One move: on the links, or in memory."""
         axis = move.step.axis
         seconds = movement_seconds(
-            move.movement, move.nbytes, self.hardware, self.links[axis], self.sizes[axis]
+            move.movement, move.nbytes, self.pace, self.links[axis], self.sizes[axis]
         )
         where = f" on {self.plan.mesh.axes[axis][0]}" if len(self.sizes) > 1 else ""
         name = f"{move.movement.value.replace('_', '-')} of {move.conversion.value}{where}"
@@ -285,7 +286,7 @@ class _Simulation:
                 continue
             del self.waiting[axis, movement]
             seconds = movement_seconds(
-                movement, nbytes, self.hardware, self.links[axis], self.sizes[axis]
+                movement, nbytes, self.pace, self.links[axis], self.sizes[axis]
             )
             name = f"{movement.value.replace('_', '-')} of gradients"
             where = f" on {self.plan.mesh.axes[axis][0]}" if len(self.sizes) > 1 else ""
