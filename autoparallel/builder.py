@@ -114,7 +114,7 @@ class _Builder:
             for size in dict.fromkeys(self.sizes)
         }
         if self.options.memory_limit is not None:
-            self.kept = Kept(self.graph, rules)
+            self.kept = Kept(self.graph, rules, self.mesh.world_size)
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph, rules, self.network.weights, self.options.recompute
         )
@@ -131,6 +131,8 @@ class _Builder:
             self.network.costs[node.name] = chosen.costs
             if chosen.usage is not None:
                 self.network.usage[node.name] = chosen.usage
+            if self.kept is not None and node.name == self.kept.latest:
+                self.network.usage[node.name] = self.latest(node, chosen)
             self.network.rules[node.name] = kind.rule
             if self.kept is not None:
                 reads = node.operands()
@@ -141,6 +143,11 @@ class _Builder:
         for node in self.graph.nodes:
             if node.kind == "parameter":
                 self.store(node)
+        if self.kept is not None:
+            given = (node for node in self.graph.nodes if node.kind in ("input", "constant"))
+            self.network.besides = sum(nbytes(node.result) for node in given)
+            self.network.besides -= self.kept.freed_nbytes
+            self.network.latest = self.kept.latest
         self.returns()
         self.repeat()
         self.connect()
@@ -235,6 +242,13 @@ class _Builder:
         if self.kept is not None:
             usage = np.array([self.kept.nbytes(node, joint, self.sizes) for joint in joints])
         return _Choices(joints, costs, made, usage)
+
+    def latest(self, node: Node, chosen: _Choices) -> Array:
+        """What a call keeps and, where its backward begins, the gradients that are there."""
+        assert self.kept is not None
+        assert chosen.usage is not None
+        gradients = [self.kept.gradient_nbytes(node, joint, self.sizes) for joint in chosen.joints]
+        return chosen.usage + np.array(gradients)
 
     def store(self, node: Node) -> None:
         """How one parameter may be stored, and what its update costs."""
@@ -337,8 +351,10 @@ class _Builder:
             found.append((node.name, self.shared(("need", id(choices), at, saves), need)))
         if name in self.network.outputs:
             layouts = self.network.outputs[name]
+            stays = self.kept is not None
             returned = self.shared(
-                ("return", layouts), lambda: Need(tuple((layout,) for layout in layouts))
+                ("return", layouts),
+                lambda: Need(tuple((layout,) for layout in layouts), stays, stays),
             )
             found.append((f"return:{name}", returned))
         for _, written in self.graph.mutations:

@@ -7,7 +7,7 @@ own, the set of layouts that it is brought to: each is paid once, whoever reads 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -60,11 +60,13 @@ class Made:
 class Need:
     """In which layouts an op reads a value in each state. Known by identity.
 
-    saves: whether the backward pass needs what it reads.
+    saves: whether what it reads stays, because the backward pass needs it. returned: because the
+    caller has it.
     """
 
     layouts: tuple[tuple[Layout, ...], ...]
     saves: bool = False
+    returned: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,8 @@ class Edges:
             tables = [
                 self._paid(value, made, groups, kept, routes, targets, mode) for mode in plain
             ]
+            if any(need.returned for need in needs):
+                tables = [replace(table, alternatives=()) for table in tables]
             offers: tuple[Table, ...] = ()
             if len(needs) > 1:
                 offers = tuple(Table(_offers(groups, kept, need)) for need in needs)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.saved import SavedTensors
-from autoparallel.graph.graph import Graph, Node
+from autoparallel.graph.graph import Graph, Node, Value
 from autoparallel.joint import Joint
 from autoparallel.routes import layout_fraction
 from autoparallel.rules.rule import ShardingRule
@@ -21,7 +21,9 @@ class Kept:
     is counted.
     """
 
-    def __init__(self, graph: Graph, rules: Mapping[str, ShardingRule | None]) -> None:
+    def __init__(
+        self, graph: Graph, rules: Mapping[str, ShardingRule | None], ranks: int = 1
+    ) -> None:
         self.graph, self.rules = graph, rules
         self.saved = SavedTensors(graph, rules)
         self.of = self.saved.of
@@ -30,10 +32,11 @@ class Kept:
             aliases = self.saved.of(node.name).aliases
             for value, alias in zip(node.results, aliases, strict=True):
                 if alias is not None:
-                    self.viewed[value.name] = any(
+                    self.viewed[value.name] = value.name in graph.outputs or any(
                         self.is_kept(reader, tuple(_places(reader, value.name)))
                         for reader in graph.readers[value.name]
                     )
+        self.latest, self.freed_nbytes = self._latest(ranks)
 
     def is_kept(self, node: Node, places: tuple[int, ...]) -> bool:
         """Whether the backward pass needs what `node` reads in these places."""
@@ -41,6 +44,56 @@ class Kept:
         return any(saved.operands[place] for place in places) or any(
             alias in places and self.viewed[value.name]
             for value, alias in zip(node.results, saved.aliases, strict=True)
+        )
+
+    def _latest(self, ranks: int) -> tuple[str, float]:
+        """The call at whose backward most is there, as far as is known before anything is planned.
+
+        Its gradients are there beside all that is kept, but for what was freed by then: so many
+        bytes, at most. "" where no call has any. Only calls of which nothing is a view: gradients
+        of a view are those of what it is a view of.
+        """
+        graph, saved = self.graph, self.saved
+        first: dict[str, str] = {}
+        for node in graph.calls:
+            own = saved.of(node.name)
+            names = (*node.operands(), *(value.name for value in node.results))
+            for name, keeps in zip(names, (*own.operands, *own.results), strict=True):
+                if keeps:
+                    first.setdefault(saved.storage_of(name), node.name)
+        begins: dict[str, float] = {}
+        for name, saver in first.items():
+            if graph.producers[name].kind == "call":
+                begins[saver] = begins.get(saver, 0.0) + nbytes(graph.values[name])
+        best, most, least, freed = "", 0.0, 0.0, 0.0
+        for node in reversed(graph.calls):
+            own = saved.of(node.name)
+            if all(alias is None for alias in own.aliases):
+                made = sum(nbytes(value) for value, _ in self._differentiated(node)) / ranks
+                if made - freed > most:
+                    best, most, least = node.name, made - freed, freed
+            freed += begins.get(node.name, 0.0) + own.internal_nbytes({})
+        return best, least
+
+    def _differentiated(self, node: Node) -> list[tuple[Value, int]]:
+        """What a call reads and makes, as far as it has gradients while its backward runs; each
+        with its place among operands and results."""
+        graph, names = self.graph, node.operands()
+        values = [*map(graph.values.__getitem__, names), *node.results]
+        found: dict[str, tuple[Value, int]] = {}
+        for place, value in enumerate(values):
+            made = graph.producers[value.name].kind == "call"
+            read = place < len(names) or graph.readers[value.name]
+            if value.requires_grad and made and read:
+                found.setdefault(value.name, (value, place))
+        return list(found.values())
+
+    def gradient_nbytes(self, node: Node, joint: Joint, sizes: tuple[int, ...]) -> float:
+        """Bytes of gradients that are there while the backward of a call runs."""
+        layouts = (*joint.operands, *joint.results)
+        return sum(
+            nbytes(value) * layout_fraction(value.shape, layouts[place], sizes)
+            for value, place in self._differentiated(node)
         )
 
     def own(self, node: Node) -> tuple[bool, ...]:
@@ -54,19 +107,24 @@ class Kept:
     def nbytes(self, node: Node, joint: Joint, sizes: tuple[int, ...]) -> float:
         """Bytes that an op keeps by itself: results, and what is neither result nor operand.
 
-        Of several kernels the innermost one runs; to it the others' loops are as if split without.
+        Of several kernels the innermost one runs; to it the others' loops are as if split without,
+        and its own as if split once over the ranks of all axes that split it.
         """
         shares: dict[str, float] = {}
+        ranks = 1
         saved = self.saved.of(node.name)
         split = [(part, size) for part, size in zip(joint.parts, sizes, strict=True) if part.tile]
         split.sort(key=lambda item: item[0].kernel is not None and not item[0].kernel.wraps)
         innermost = next((part for part, _ in reversed(split) if part.kernel), None)
+        inner = innermost.tile.loop if innermost is not None and innermost.tile else ""
         for part, size in split:
             assert part.tile is not None
-            if part is innermost:
-                saved = self.saved.of_kernel(node.name, part.tile.loop, size)
+            if part.tile.loop == inner:
+                ranks *= size
             else:
                 shares[part.tile.loop] = shares.get(part.tile.loop, 1.0) * part.fraction
+        if inner:
+            saved = self.saved.of_kernel(node.name, inner, ranks)
         total = float(saved.internal_nbytes(shares))
         for value, layout, kept, alias in zip(
             node.results, joint.results, saved.results, saved.aliases, strict=True

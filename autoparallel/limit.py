@@ -91,7 +91,7 @@ def _closest(
 
     And what no plan costs less than whose kept bytes alone are within the limit.
     """
-    limit = float(_allowed(network))
+    limit = _allowed(network) - network.besides
     least: _Found | None = None
     bound = -math.inf
     for attempt in range(_MOST_ATTEMPTS):

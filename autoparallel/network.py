@@ -41,6 +41,8 @@ class Network:
     costs, usage: per call node, per strategy, what it takes and the bytes that it keeps. values:
     what every value costs between its maker and its readers; moved: per factor, the value whose way
     it prices, or "". rules: per call node. weights: values that come from parameters alone.
+    latest: the call with whose backward the bytes are counted, "" for after the forward pass.
+    besides: bytes that a rank needs besides what the tables count, by any plan.
     """
 
     graph: Graph
@@ -68,6 +70,8 @@ class Network:
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
+    latest: str = ""
+    besides: float = 0.0
 
     @property
     def world_size(self) -> int:

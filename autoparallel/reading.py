@@ -142,6 +142,7 @@ def assignment_of(network: Network, plan: Plan) -> dict[str, int]:
     for name, layout in zip(network.graph.outputs, plan.outputs, strict=True):
         choose(f"return:{name}", network.outputs[name], layout)
         read.setdefault(name, {})[layout] = None
+        kept.setdefault(name, {})[layout] = None
     for _, name in network.graph.mutations:
         read.setdefault(name, {})[whole_layout(len(network.mesh.axes))] = None
     modes = dict(plan.recompute)

@@ -204,12 +204,31 @@ def test_saved_activations_of_a_layer(
     assert sympy.expand(layer(forms).activations - (s * b * h * split + rows + s**2)) == 0
 
 
+def test_a_layer_that_is_run_again(symbols: dict[str, sympy.Symbol]) -> None:
+    """96 b s h^2 (1 + s/6h) FLOPs (arXiv:2104.04473, equation 3), 2 s b h bytes kept
+    (arXiv:2205.05198, table 2), 6 all-reduces.
+
+    The last layer makes one less: its sum is left pending and made behind the layer, once.
+    """
+    plan = planned(world_size=8, sequence_parallel=False, recompute="full")
+    b, s, h, t = (symbols[name] for name in ("b", "s", "h", "tp"))
+    blocks = [form for form in closed_forms(plan, names=NAMES).forms if form.paths != ("",)]
+    flops = 96 * b * s * h**2 * (1 + s / (6 * h)) / t
+    for form in blocks:
+        assert sympy.expand(form.flops + form.backward_flops - flops) == 0
+        assert sympy.expand(form.activations - 2 * s * b * h) == 0
+    sums = [(form.count, sum(row.count for row in form.sent)) for form in blocks]
+    assert sums == [(LAYERS - 1, 6), (1, 5)]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"world_size": 8, "dropout": 0.1},
         {"world_size": 8, "vocabulary": 50257},
         {"mesh": Mesh(dp=2, tp=4), "memory_limit": "12GiB", "recompute": "auto"},
+        {"world_size": 8, "dropout": 0.1, "recompute": "selective"},
+        {"mesh": Mesh(dp=2, tp=4), "recompute": "full"},
     ],
     ids=str,
 )

@@ -50,8 +50,8 @@ class Form:
     """Closed forms of a part of a model, on the busiest rank.
 
     paths: of the modules for each of which they hold; ("",) for what is in no repeated module.
-    flops: of products, forward; backward_flops: backward. The rest is in bytes; activations: what
-    is kept of the forward pass for the backward pass.
+    flops: of products, forward; backward_flops: backward, those that are run again among them. The
+    rest is in bytes; activations: what is kept of the forward pass for the backward pass.
     """
 
     paths: tuple[str, ...]
@@ -137,6 +137,7 @@ class _Writer:
         self.repeats = find_repeats(graph)
         self.ops = {op.name: op for op in plan.ops}
         self.nodes = {node.name: node for node in graph.nodes}
+        self.recomputed = {name for names in plan.recomputed for name in names}
         self.cache: dict[Any, Any] = {}
 
     def write(self) -> ClosedForms:
@@ -187,9 +188,9 @@ class _Writer:
         for op in self.plan.ops:
             for at, kernel in enumerate(op.kernels):
                 if kernel and self.algebra.sizes[at] > 1:
-                    path = self.path(op.name)
-                    for collective, nbytes in self.kernel_sends(op, at):
-                        name = self.plan.mesh.axes[at][0]
+                    path, name = self.path(op.name), self.plan.mesh.axes[at][0]
+                    times = 2 if op.name in self.recomputed else 1
+                    for collective, nbytes in self.kernel_sends(op, at) * times:
                         yield path, Sent("kernel", name, collective, nbytes, kernel)
 
     def home(self, transfer: Transfer) -> str:
@@ -251,7 +252,8 @@ class _Writer:
             if op.whole_flops:
                 flops = self.op_flops(op)
                 yield self.path(op.name), "flops", flops
-                yield self.path(op.name), "backward_flops", flops * self.repeated(op)
+                again = int(op.name in self.recomputed)
+                yield self.path(op.name), "backward_flops", flops * (self.repeated(op) + again)
         readers = self.graph.readers
         for parameter in self.plan.parameters:
             value = self.graph.values[parameter.name]

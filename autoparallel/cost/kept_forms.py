@@ -80,7 +80,7 @@ class KeptForms:
 
 def _kept(graph: Graph, plan: Plan) -> dict[tuple[str, int], Storage]:
     """What is kept, by its name and how many of that name come before."""
-    walk = Walk(graph, plan)
+    walk = Walk(graph, plan, plan.recomputed)
     found: dict[tuple[str, int], Storage] = {}
     for number in Peak(walk).kept:
         storage = walk.storages[number]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoparallel.cost.walk import Walk
 
 __all__ = ["Peak"]
+
+Bytes = NDArray[np.int64]
 
 
 class Peak:
     """Lifetimes of a walk's storages, forward and backward.
 
     kept: storages (by number) of activations that wait for the backward pass. activations: their
-    bytes. temporary: bytes beyond them at the worst moment.
+    bytes. forward, backward: bytes of activations and of their gradients at every moment of the two
+    passes. temporary: bytes beyond those kept at the worst moment.
     """
 
     def __init__(self, walk: Walk) -> None:
@@ -33,8 +37,9 @@ class Peak:
             if storage.kind == "activation" and self.savers[number]
         )
         self.activations = sum(walk.storages[number].nbytes for number in self.kept)
-        worst = max(self._forward(), self._backward())
-        self.temporary = max(worst - self.activations, 0)
+        self.forward, self.backward = self._forward(), self._backward()
+        worst = max(self.forward.max(initial=0), self.backward.max(initial=0))
+        self.temporary = max(int(worst) - self.activations, 0)
 
     def _find_savers(self) -> None:
         walk, region = self.walk, self.region
@@ -63,8 +68,8 @@ class Peak:
                 self.savers[source] += self.savers[number]
                 self.savers[number] = []
 
-    def _forward(self) -> int:
-        """Most bytes of activations at one moment of the forward pass."""
+    def _forward(self) -> Bytes:
+        """Bytes of activations at every moment of the forward pass."""
         walk = self.walk
         count = len(walk.moments)
         change = np.zeros(count + 2, dtype=np.int64)
@@ -74,10 +79,10 @@ class Peak:
                 last = count if number in kept else max(storage.read, storage.born)
                 change[storage.born] += storage.nbytes
                 change[min(last, count) + 1] -= storage.nbytes
-        return self._highest(change)
+        return self._alive(change)
 
-    def _backward(self) -> int:
-        """Most bytes of activations and of their gradients at one moment of the backward pass."""
+    def _backward(self) -> Bytes:
+        """Bytes of activations and of their gradients at every moment of the backward pass."""
         walk = self.walk
         count = len(walk.moments)
         change = np.zeros(count + 2, dtype=np.int64)
@@ -105,15 +110,32 @@ class Peak:
                     max(last, ends[own] if own != -1 else 0),
                     storage.nbytes,
                 )
-        given = set(walk.returned)
+        lasts = self._lasts()
         for index, moment in enumerate(walk.moments):
             for number in moment.makes:
-                last = count if number in given else max(self.readers[number], default=-1)
+                last = lasts[number]
                 if last >= 0:
                     alive(index, last, walk.locals[number].gradient)
-        return self._highest(change)
+        return self._alive(change)
 
-    def _highest(self, change: np.ndarray) -> int:
+    def _lasts(self) -> list[int]:
+        """Of each tensor, the moment at whose backward its gradient begins to be; -1 for none.
+
+        The gradient of a view is that of what it is a view of, seen otherwise.
+        """
+        walk = self.walk
+        found = [max(readers, default=-1) for readers in self.readers]
+        for number in walk.returned:
+            found[number] = len(walk.moments)
+        for moment in reversed(walk.moments):
+            for made in moment.makes:
+                if walk.locals[made].gradient == 0:
+                    for read in moment.reads:
+                        if walk.locals[read].storage == walk.locals[made].storage:
+                            found[read] = max(found[read], found[made])
+        return found
+
+    def _alive(self, change: Bytes) -> Bytes:
         alive = np.cumsum(change)[:-1]
         alive[:-1] += np.array([moment.buffer for moment in self.walk.moments], dtype=np.int64)
-        return int(alive.max(initial=0))
+        return alive

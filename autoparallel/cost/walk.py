@@ -231,7 +231,8 @@ class Walk:
             buffer = local.stand.nbytes
         stand = fitted(replace(seen.results[0], requires_grad=grad), expected)
         self.storages[local.storage].read = len(self.moments)
-        made = self._put(stand, storage, stand.nbytes if own else 0)
+        apart = own or step.backward is not Movement.NONE
+        made = self._put(stand, storage, stand.nbytes if apart else 0)
         self.moments.append(Moment("", region, (number,), (made,), buffer))
         return made
 
