@@ -123,7 +123,9 @@ class _Builder:
         for node in self.graph.calls:
             kind = self.kinds[node.name]
             tiles = tuple(tuple(tiling.tiles.get(node.name, ())) for tiling in tilings.values())
-            key = (id(kind), tiles, self.kept.of(node.name) if self.kept else None)
+            key: tuple[Any, ...] = (id(kind), tiles)
+            if self.kept is not None:
+                key = (*key, self.kept.of(node.name), self.kept.own(node))
             if key not in shared:
                 shared[key] = self.choose(node, kind)
             chosen = self.choices[node.name] = shared[key]

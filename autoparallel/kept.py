@@ -36,6 +36,7 @@ class Kept:
                         self.is_kept(reader, tuple(_places(reader, value.name)))
                         for reader in graph.readers[value.name]
                     )
+        self.roots = self._roots()
         self.latest, self.freed_nbytes = self._latest(ranks)
 
     def is_kept(self, node: Node, places: tuple[int, ...]) -> bool:
@@ -46,6 +47,18 @@ class Kept:
             for value, alias in zip(node.results, saved.aliases, strict=True)
         )
 
+    def _roots(self) -> dict[str, str]:
+        """The values in whose memory something lies that is kept, each with the first that needs
+        it."""
+        found: dict[str, str] = {}
+        for node in self.graph.calls:
+            own = self.saved.of(node.name)
+            names = (*node.operands(), *(value.name for value in node.results))
+            for name, keeps in zip(names, (*own.operands, *own.results), strict=True):
+                if keeps:
+                    found.setdefault(self.saved.storage_of(name), node.name)
+        return found
+
     def _latest(self, ranks: int) -> tuple[str, float]:
         """The call at whose backward most is there, as far as is known before anything is planned.
 
@@ -54,16 +67,9 @@ class Kept:
         of a view are those of what it is a view of.
         """
         graph, saved = self.graph, self.saved
-        first: dict[str, str] = {}
-        for node in graph.calls:
-            own = saved.of(node.name)
-            names = (*node.operands(), *(value.name for value in node.results))
-            for name, keeps in zip(names, (*own.operands, *own.results), strict=True):
-                if keeps:
-                    first.setdefault(saved.storage_of(name), node.name)
         begins: dict[str, float] = {}
-        for name, saver in first.items():
-            if graph.producers[name].kind == "call":
+        for name, saver in self.roots.items():
+            if self.is_made(name):
                 begins[saver] = begins.get(saver, 0.0) + nbytes(graph.values[name])
         best, most, least, freed = "", 0.0, 0.0, 0.0
         for node in reversed(graph.calls):
@@ -82,9 +88,8 @@ class Kept:
         values = [*map(graph.values.__getitem__, names), *node.results]
         found: dict[str, tuple[Value, int]] = {}
         for place, value in enumerate(values):
-            made = graph.producers[value.name].kind == "call"
             read = place < len(names) or graph.readers[value.name]
-            if value.requires_grad and made and read:
+            if value.requires_grad and self.is_made(value.name) and read:
                 found.setdefault(value.name, (value, place))
         return list(found.values())
 
@@ -97,12 +102,18 @@ class Kept:
         )
 
     def own(self, node: Node) -> tuple[bool, ...]:
-        """Per result, whether its memory is counted elsewhere already: by its maker, as a view."""
+        """Per result, whether its memory is counted elsewhere already: by its maker, or as that of
+        what it is a view of, where the backward pass needs that."""
         saved = self.saved.of(node.name)
+        roots = [self.saved.storage_of(value.name) for value in node.results]
         return tuple(
-            kept or alias is not None
-            for kept, alias in zip(saved.results, saved.aliases, strict=True)
+            kept or (alias is not None and (root in self.roots or not self.is_made(root)))
+            for kept, alias, root in zip(saved.results, saved.aliases, roots, strict=True)
         )
+
+    def is_made(self, name: str) -> bool:
+        """Whether a value is none that is there before the program starts."""
+        return self.graph.producers[name].kind == "call"
 
     def nbytes(self, node: Node, joint: Joint, sizes: tuple[int, ...]) -> float:
         """Bytes that an op keeps by itself: results, and what is neither result nor operand.
