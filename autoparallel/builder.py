@@ -114,11 +114,16 @@ class _Builder:
             for size in dict.fromkeys(self.sizes)
         }
         if self.options.memory_limit is not None:
-            self.kept = Kept(self.graph, rules, self.mesh.world_size)
+            self.kept = Kept(self.graph, rules)
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph, rules, self.network.weights, self.options.recompute
         )
         self.tilings = [tilings[size] for size in self.sizes]
+        if self.kept is not None:
+            latest, freed = self.kept.latest(self.mesh.world_size, self.recomputation.place)
+            given = (node for node in self.graph.nodes if node.kind in ("input", "constant"))
+            self.network.latest = latest
+            self.network.besides = sum(nbytes(node.result) for node in given) - freed
         shared: dict[Any, _Choices] = {}
         for node in self.graph.calls:
             kind = self.kinds[node.name]
@@ -133,7 +138,7 @@ class _Builder:
             self.network.costs[node.name] = chosen.costs
             if chosen.usage is not None:
                 self.network.usage[node.name] = chosen.usage
-            if self.kept is not None and node.name == self.kept.latest:
+            if node.name == self.network.latest:
                 self.network.usage[node.name] = self.latest(node, chosen)
             self.network.rules[node.name] = kind.rule
             if self.kept is not None:
@@ -145,11 +150,6 @@ class _Builder:
         for node in self.graph.nodes:
             if node.kind == "parameter":
                 self.store(node)
-        if self.kept is not None:
-            given = (node for node in self.graph.nodes if node.kind in ("input", "constant"))
-            self.network.besides = sum(nbytes(node.result) for node in given)
-            self.network.besides -= self.kept.freed_nbytes
-            self.network.latest = self.kept.latest
         self.returns()
         self.repeat()
         self.connect()

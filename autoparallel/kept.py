@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.saved import SavedTensors
@@ -21,9 +21,7 @@ class Kept:
     is counted.
     """
 
-    def __init__(
-        self, graph: Graph, rules: Mapping[str, ShardingRule | None], ranks: int = 1
-    ) -> None:
+    def __init__(self, graph: Graph, rules: Mapping[str, ShardingRule | None]) -> None:
         self.graph, self.rules = graph, rules
         self.saved = SavedTensors(graph, rules)
         self.of = self.saved.of
@@ -37,7 +35,6 @@ class Kept:
                         for reader in graph.readers[value.name]
                     )
         self.roots = self._roots()
-        self.latest, self.freed_nbytes = self._latest(ranks)
 
     def is_kept(self, node: Node, places: tuple[int, ...]) -> bool:
         """Whether the backward pass needs what `node` reads in these places."""
@@ -59,12 +56,12 @@ class Kept:
                     found.setdefault(self.saved.storage_of(name), node.name)
         return found
 
-    def _latest(self, ranks: int) -> tuple[str, float]:
+    def latest(self, ranks: int, repeated: Container[str]) -> tuple[str, float]:
         """The call at whose backward most is there, as far as is known before anything is planned.
 
         Its gradients are there beside all that is kept, but for what was freed by then: so many
-        bytes, at most. "" where no call has any. Only calls of which nothing is a view: gradients
-        of a view are those of what it is a view of.
+        bytes, at most. "" where no call has any. Only calls that are not repeated, and of which
+        nothing is a view: gradients of a view are those of what it is a view of.
         """
         graph, saved = self.graph, self.saved
         begins: dict[str, float] = {}
@@ -74,7 +71,7 @@ class Kept:
         best, most, least, freed = "", 0.0, 0.0, 0.0
         for node in reversed(graph.calls):
             own = saved.of(node.name)
-            if all(alias is None for alias in own.aliases):
+            if node.name not in repeated and all(alias is None for alias in own.aliases):
                 made = sum(nbytes(value) for value, _ in self._differentiated(node)) / ranks
                 if made - freed > most:
                     best, most, least = node.name, made - freed, freed

@@ -121,11 +121,14 @@ class Peak:
     def _lasts(self) -> list[int]:
         """Of each tensor, the moment at whose backward its gradient begins to be; -1 for none.
 
-        The gradient of a view is that of what it is a view of, seen otherwise.
+        The gradient of a view is that of what it is a view of, seen otherwise. Gradients come from
+        the caller for the loss or, where none is returned, for all that is returned.
         """
         walk = self.walk
         found = [max(readers, default=-1) for readers in self.readers]
-        for number in walk.returned:
+        stands = [(number, walk.locals[number].stand) for number in walk.returned]
+        losses = [number for number, own in stands if own.requires_grad and not own.shape]
+        for number in losses or walk.returned:
             found[number] = len(walk.moments)
         for moment in reversed(walk.moments):
             for made in moment.makes:
