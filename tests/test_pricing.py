@@ -22,6 +22,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.network import Network
 from autoparallel.plan import Plan
 from autoparallel.reading import read_plan
+from autoparallel.solving import Solving
 from autoparallel.train.models import GPT, GPTConfig
 from planners import Solution, exact
 
@@ -128,26 +129,15 @@ def test_the_bytes_of_the_best_plans(recompute: str) -> None:
         assert solution.usage == pytest.approx(as_it_begins(network, plan), rel=5e-3)
 
 
-def test_what_fits_costs_no_less_than_the_bound() -> None:
-    """Bounds are those of the limit as it was given, however often planning has lowered it."""
-    model, inputs = sample("gpt16", 2)
-    options = {"memory_limit": 10**12, "recompute": "auto"}
-    captured, network = network_of(model, inputs, Mesh(dp=2, tp=2), **options)
-    problem = network.problem()
-    gaps = []
-    for charge in (1e-10, 1e-9, 3e-9, 1e-8, 1e-7):
-        found = exact.solve(problem.weighed(charge))
-        solution = Solution.of(problem, found.assignment, "weighed", multiplier=charge)
-        known = read_plan(captured, "known", network.mesh, network, solution, 1.0)
-        plan = autoparallel.make_plan(
-            model,
-            mesh=Mesh(dp=2, tp=2),
-            example_inputs=inputs,
-            **{**options, "memory_limit": account(known).total},
-        )
-        assert plan.lower_bound <= min(plan.cost, known.cost) * (1 + 1e-12)
-        gaps.append(plan.cost / plan.lower_bound - 1)
-    assert max(gaps) > 1e-6
+def test_a_bound_is_that_of_the_limit_as_given() -> None:
+    """What attention takes for a moment does not fit: the limit is lowered, and its bound stays."""
+    model = GPT(GPTConfig(2, 64, 8, 211, positions=64, dropout=0.1)).bfloat16()
+    inputs, mesh, limit = model.example_inputs(8), Mesh(dp=2, tp=2), 180 * 2**20
+    _, network = network_of(model, inputs, mesh, memory_limit=limit, recompute="auto")
+    first = Solving(network).within(network.problem(1.0, {}, limit - network.besides))
+    plan = autoparallel.make_plan(model, mesh=mesh, example_inputs=inputs, memory_limit=limit)
+    assert sum(size for _, size in plan.memory) <= limit
+    assert plan.lower_bound <= first.cost < plan.cost
 
 
 @pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=broad)])
