@@ -91,14 +91,6 @@ def search_parts(
         raise PlanError(
             f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
         )
-    asked = [name for name in ("memory_limit", "constraints") if getattr(options, name)]
-    if asked:
-        raise PlanError(
-            f"{' and '.join(asked)} cannot be kept by a model that is planned in parts",
-            where="\n".join(map(str, broken.breaks)),
-            why="each part is planned by itself",
-            fix="make the model traceable whole, or leave it out",
-        )
     pinned = {broken.aliases[path]: pin for path, pin in (pins or {}).items()}
     whole: set[str] = set()
     while True:

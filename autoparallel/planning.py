@@ -131,6 +131,15 @@ def _search(
                 fix=f"give one placement for each of {', '.join(name for name, _ in mesh.axes)}",
             )
     if isinstance(traced, Broken):
+        asked = [name for name in ("memory_limit", "constraints") if getattr(options, name)]
+        asked += ["start"] * (start is not None)
+        if asked:
+            raise PlanError(
+                f"{' and '.join(asked)}: not for a model that is planned in parts",
+                where="\n".join(map(str, traced.breaks)),
+                why="each part is planned by itself",
+                fix="make the model traceable whole, or plan it without",
+            )
         return search_parts(traced, model, mesh, options, given, product_weight)
     name = type(model).__name__
     return search(

@@ -14,8 +14,9 @@ from families import relative_error, worst_gradient
 from torch import nn
 
 import autoparallel
-from autoparallel.errors import CaptureError
+from autoparallel.errors import CaptureError, PlanError
 from autoparallel.graph.capture import capture
+from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Shard
 from autoparallel.runtime.python import common_numbers
 from autoparallel.runtime.rng import Generator
@@ -246,6 +247,17 @@ class Branching(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.scale if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("memory_limit", "1GiB"), ("constraints", ["* is whole"])]
+)
+def test_what_parts_cannot_keep_is_refused(name: str, asked: Any) -> None:
+    """Each part would keep it alone, and all of them together not."""
+    with pytest.raises(PlanError, match=f"{name}: not for a model that is planned in parts"):
+        autoparallel.make_plan(
+            build("Branches"), mesh=Mesh(dp=2, tp=2), example_inputs=inputs(), **{name: asked}
+        )
 
 
 def test_errors_say_what_to_do() -> None:
