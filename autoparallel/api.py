@@ -20,7 +20,6 @@ from autoparallel.errors import (
     WorldSizeError,
 )
 from autoparallel.graph.capture import (
-    bind_inputs,
     find_example_inputs,
     refuse_wrapped,
     split_example,
@@ -296,11 +295,9 @@ class _Waiting:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model, meshes, ranks, devices, options, check_inputs = self.__dict__["_waiting"]
-        model.train(self.training)  # type: ignore[attr-defined]
-        bind_inputs(model, args, kwargs)
-        traced = trace_model(model, args, kwargs, options)
-        plan = fastest_plan(model, traced, meshes, options)
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
+        traced = trace_model(source, args, kwargs, options)
+        plan = fastest_plan(source, traced, meshes, options)
         if plan.mesh != meshes[0]:
             ranks, devices = _ranks(plan.mesh)
         made = _apply(source, plan, ranks, devices, check_inputs)
@@ -338,11 +335,13 @@ def _waiting_module(
 
 
 def _with_weights_of(model: nn.Module, waiting: nn.Module) -> nn.Module:
-    """The plain model with the waiting module's weights, which may have been loaded since."""
+    """The plain model with the waiting module's weights, which may have been loaded since, and in
+    its modes."""
     made = shallow_copy(model)
     held = dict(waiting.named_parameters(remove_duplicate=False))
     twins: dict[int, nn.Parameter] = {}
     for path, module in made.named_modules():
+        module.training = waiting.get_submodule(path).training
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 own = held[f"{path}.{name}" if path else name]

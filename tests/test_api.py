@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import autoparallel
+from autoparallel.errors import PlanError
 from autoparallel.placement import Shard
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
@@ -83,6 +84,36 @@ def test_planning_leaves_the_model_alone() -> None:
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(before[path], value) for path, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Frozen(nn.Module):
+    """A norm that may be put into eval mode while the rest trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.norm(x)).square().mean()
+        return out
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_every_module_is_run_in_its_own_mode(waits: bool) -> None:
+    """Those inside too, whenever they are put into it: before planning, and after."""
+    torch.manual_seed(2)
+    model, x = Frozen().double(), torch.randn(8, 4, dtype=torch.float64)
+    model.norm.eval()
+    inputs = None if waits else (x,)
+    parallel = autoparallel.autoparallelize(copy.deepcopy(model), 1, example_inputs=inputs)
+    plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
+    for mode in (False, True, False):
+        model.norm.train(mode)
+        parallel.norm.train(mode)
+        assert relative_error(parallel(x).detach(), model(x).detach()) < 1e-14
+        assert torch.equal(parallel.norm.running_mean, model.norm.running_mean)
+    with pytest.raises(PlanError, match="another mode"):
+        autoparallel.simulate(model.eval(), plan=plan, example_inputs=(x,))
 
 
 def test_meta_models_get_the_weights_of_one_device() -> None:

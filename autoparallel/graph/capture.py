@@ -30,11 +30,26 @@ from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.randomness import python_numbers
 from autoparallel.structure import Skeleton, flatten, rebuild
 
-__all__ = ["Captured", "bind_inputs", "capture", "find_example_inputs", "refuse_wrapped"]
+__all__ = [
+    "Captured",
+    "Modes",
+    "bind_inputs",
+    "capture",
+    "find_example_inputs",
+    "modes_of",
+    "refuse_wrapped",
+]
+
+Modes = tuple[bool, ...]
 
 _log = logging.getLogger(__name__)
 # A block that is called as none before it is traced by itself in the next attempt.
 _ATTEMPTS = 3
+
+
+def modes_of(model: nn.Module) -> Modes:
+    """Of the model and of each module in it, whether it trains: another mode, another program."""
+    return tuple(module.training for module in model.modules())
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Captured:
     constants: tensors that the forward makes from numbers, by the targets of "constant" nodes.
     repeats: paths of modules that are instances of one traced block. guards: what the tracer
     took for granted about the symbolic sizes, such as which way a branch goes. part: whether the
-    module is called by Python that goes on with what it returns.
+    module is called by Python that goes on with what it returns. modes: see `modes_of`.
     """
 
     graph: Graph
@@ -56,6 +71,7 @@ class Captured:
     repeats: tuple[tuple[str, ...], ...] = ()
     guards: tuple[sympy.Basic, ...] = ()
     part: bool = False
+    modes: Modes = ()
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
         """Whether the program is right for tensors of these types and sizes.
@@ -392,6 +408,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         repeats,
         importer.guards,
         part,
+        modes_of(model),
     )
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.copies import on_meta, shallow_copy
 from autoparallel.errors import CaptureError, PlanError
-from autoparallel.graph.capture import Captured, bind_inputs
+from autoparallel.graph.capture import Captured, Modes, bind_inputs, modes_of
 from autoparallel.graph.graph import Sym
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
@@ -88,9 +88,9 @@ class State:
 
     path: in the model. skeleton: the original on the meta device, to trace other modes and inputs.
     kept: how its parameters are kept, by path. checks: calls left that compare the ranks' inputs.
-    entries: programs by (training, structure of the inputs). python: modes (training) in which the
-    module cannot be traced, and stays the user's Python. own: the user's forward. plan: the one
-    that decided how parameters are stored.
+    entries: programs by (modes, structure of the inputs). python: modes in which the module cannot
+    be traced, and stays the user's Python. full: no more programs are made. own: the user's
+    forward. plan: that decided how parameters are stored. members: the module and all in it.
     """
 
     path: str
@@ -100,9 +100,11 @@ class State:
     checks: int
     own: Callable[..., Any]
     plan: Plan | None
-    entries: dict[tuple[bool, Skeleton], list[_Entry]] = field(default_factory=dict)
-    python: set[bool] = field(default_factory=set)
+    entries: dict[tuple[Modes, Skeleton], list[_Entry]] = field(default_factory=dict)
+    python: set[Modes] = field(default_factory=set)
+    full: bool = False
     settled: bool = False
+    members: tuple[nn.Module, ...] = ()
 
     @property
     def ranks(self) -> Ranks:
@@ -184,15 +186,15 @@ def parallel_module(
     state = _become(made, "", tree, skeleton, kept, plan)
     state.checks = checks
     if plan.captured is not None:
-        _add(made, state, plan, made.training)
+        _add(made, state, plan)
     for item in plan.breaks:
         inner = made.get_submodule(item.path)
         known = state if inner is made else _inner(made, inner, item.path, None)
-        known.python.add(inner.training)
+        known.python.add(modes_of(inner))
     for part in plan.parts:
         for path in part.paths:
             inner = made.get_submodule(path)
-            _add(inner, _inner(made, inner, path, part.plan), part.plan, inner.training)
+            _add(inner, _inner(made, inner, path, part.plan), part.plan)
     return made
 
 
@@ -282,7 +284,7 @@ def _copies(made: nn.Module, kept: Mapping[str, Residence]) -> dict[int, Copy]:
     return found
 
 
-def _add(made: nn.Module, state: State, plan: Plan, training: bool) -> _Entry:
+def _add(made: nn.Module, state: State, plan: Plan) -> _Entry:
     """Emit a plan's program and keep it for calls that it fits."""
     captured = plan.captured
     assert captured is not None
@@ -302,13 +304,16 @@ def _add(made: nn.Module, state: State, plan: Plan, training: bool) -> _Entry:
         leaves,
         [value.shape for value in inputs],
     )
-    state.entries.setdefault((training, captured.inputs), []).append(entry)
+    state.entries.setdefault((captured.modes, captured.inputs), []).append(entry)
     return entry
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     state = state_of(module)
-    if module.training in state.python and not state.entries and state.checks <= 0:
+    if not state.members:
+        state.members = tuple(module.modules())
+    modes = tuple([inner.training for inner in state.members])
+    if modes in state.python and not state.entries and state.checks <= 0:
         return _run_python(module, state, args, kwargs)
     bound = bind_inputs(state.skeleton, args, kwargs)
     inputs, skeleton = flatten(dict(bound.arguments))
@@ -316,7 +321,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         state.checks -= 1
         name = type(state.skeleton).__name__
         require_equal(inputs, list(bound.arguments), state.ranks.world, name)
-    entry = _entry(module, state, inputs, skeleton, args, kwargs)
+    entry = _entry(module, state, modes, inputs, skeleton, args, kwargs)
     if entry is None:
         return _run_python(module, state, args, kwargs)
     program = entry.program
@@ -347,16 +352,17 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _entry(
     module: nn.Module,
     state: State,
+    modes: Modes,
     inputs: list[torch.Tensor],
     skeleton: Skeleton,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> _Entry | None:
     """The program that fits a call, made now if there is none yet; None where Python must run."""
-    for candidate in state.entries.get((module.training, skeleton), ()):
+    for candidate in state.entries.get((modes, skeleton), ()):
         if candidate.captured.fits(inputs):
             return candidate
-    if module.training in state.python:
+    if state.full or modes in state.python:
         return None
     for path, inner in state.skeleton.named_modules():
         inner.training = module.get_submodule(path).training
@@ -368,17 +374,17 @@ def _entry(
         if state.tree.strict:
             raise
         _log.warning("%s runs as plain Python from now on: %s", state.path or "the model", error)
-        state.python.add(module.training)
+        state.python.add(modes)
         return None
     if sum(map(len, state.entries.values())) >= _MOST_PROGRAMS:
         _log.warning(
             "%s was called in %d ways and runs as plain Python from now on, where it is called in "
             "others", state.path or "the model", _MOST_PROGRAMS,
         )  # fmt: skip
-        state.python.update((False, True))
+        state.full = True
         return None
     require_same_plan(plan, state.ranks.world)
-    return _add(module, state, plan, module.training)
+    return _add(module, state, plan)
 
 
 def _run_python(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autoparallel.errors import PlanError
-from autoparallel.graph.capture import bind_inputs
+from autoparallel.graph.capture import bind_inputs, modes_of
 from autoparallel.placement import Layout, Partial, Shard, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
@@ -76,6 +76,11 @@ def simulate_plan(
         raise PlanError(
             "these inputs are not built as those planned for",
             why=f"{skeleton} against {captured.inputs}",
+        )
+    if captured.modes != modes_of(model):
+        raise PlanError(
+            "the model, or a module in it, is in another mode (train, eval) than planned for",
+            fix="call train() or eval() as before planning, or plan again",
         )
     if not captured.fits(inputs):
         raise PlanError(
