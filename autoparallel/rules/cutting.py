@@ -8,7 +8,7 @@ from typing import Any
 
 from autoparallel.graph.graph import Dim
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Dims, Loops, OpCall, Shapes, ShardingRule
+from autoparallel.rules.rule import Dims, Loops, OpCall, Shapes, ShardingRule, loop_per_dim
 from autoparallel.rules.shape import SUM_PASSES, axis, carried
 
 
@@ -20,8 +20,7 @@ def _laid_end_to_end(
     The parts are blocks of their greatest common divisor: a fused query of 32 heads with key and
     value of 8 each is 6 blocks, 4 and 1 and 1. Blocks can be split, each by itself.
     """
-    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
-    names: list[Loops] = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
+    names, sizes = loop_per_dim(shape)
     fixed = [part for part in parts if isinstance(part, int)]
     block = math.gcd(*fixed) if len(fixed) == len(parts) and all(fixed) else 1
     rows = []
@@ -34,11 +33,12 @@ def _laid_end_to_end(
                 own = (f"blocks{index}", "inner")
                 sizes[f"blocks{index}"] = part // block
             rows.append((*names[:dim], own, *names[dim + 1 :]))
-        names[dim] = ("blocks", "inner") if len(parts) > 1 else ("inner",)
+        own = ("blocks", "inner") if len(parts) > 1 else ("inner",)
+        names = (*names[:dim], own, *names[dim + 1 :])
     else:
         rows = [(*names[:dim], (), *names[dim + 1 :]) for _ in parts]
     whole = {name for name in sizes if name.startswith("blocks")} | {f"d{dim}"} & set(sizes)
-    return tuple(names), tuple(rows), sizes, frozenset(whole)
+    return names, tuple(rows), sizes, frozenset(whole)
 
 
 @rule(

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from autoparallel.graph.graph import Dim, Ref
+from autoparallel.graph.graph import Ref
 from autoparallel.placement import Partial
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Dims, Kernel, Loops, OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, Kernel, Loops, OpCall, ShardingRule, loop_per_dim
 
 
 @rule("aten.embedding.default")
@@ -30,24 +30,17 @@ def embedding(call: OpCall) -> ShardingRule:
     return replace(made, whole=frozenset(whole))
 
 
-def _own(call: OpCall) -> tuple[list[Loops], dict[str, Dim]]:
-    """A loop for every dim of the first operand."""
-    shape = call.operands[0].shape
-    sizes = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
-    return [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)], sizes
-
-
 @rule("aten.index_select.default")
 def index_select(call: OpCall) -> ShardingRule:
     """y[.., i, ..] = x[.., index[i], ..]: the places can be split, what they point to can not."""
-    names, sizes = _own(call)
+    names, sizes = loop_per_dim(call.operands[0].shape)
     dim = call.node.args[1] % len(names)
     count = call.results[0].shape[dim]
     place: Loops = ("i",) if count != 1 else ()
     result = [*names[:dim], place, *names[dim + 1 :]]
     index = (place,) if call.operands[1].shape else ()
     return ShardingRule(
-        (tuple(names), index),
+        (names, index),
         (tuple(result),),
         {**sizes, "i": count},
         linear=(frozenset({0}),),
@@ -59,7 +52,7 @@ def index_select(call: OpCall) -> ShardingRule:
 def gather(call: OpCall) -> ShardingRule:
     """y[a, i, b] = x[a, index[a, i, b], b]: the other dims are free where all of them is read."""
     x, index = call.operands
-    names, sizes = _own(call)
+    names, sizes = loop_per_dim(call.operands[0].shape)
     if not names:
         return ShardingRule(((), ()), ((),), {}, linear=(frozenset({0}),))
     dim = call.node.args[1] % len(names)
@@ -73,7 +66,7 @@ def gather(call: OpCall) -> ShardingRule:
         else:
             row.append(names[i])
     return ShardingRule(
-        (tuple(names), tuple(row)),
+        (names, tuple(row)),
         (tuple(row),),
         sizes,
         whole=frozenset(whole),
@@ -89,7 +82,7 @@ def index(call: OpCall) -> ShardingRule:
     Dims of several indices are aligned right; they take the place of the indexed dims, or come
     first where these do not lie side by side.
     """
-    names, sizes = _own(call)
+    names, sizes = loop_per_dim(call.operands[0].shape)
     places = call.node.args[1]
     indexed = [dim for dim, item in enumerate(places) if isinstance(item, Ref)]
     operands = call.operands[1:]
@@ -113,7 +106,7 @@ def index(call: OpCall) -> ShardingRule:
         for operand in operands
     ]
     return ShardingRule(
-        (tuple(names), *rows),
+        (names, *rows),
         ((*rest[:start], *loops, *rest[start:]),),
         sizes,
         whole=frozenset(name for dim in indexed for name in names[dim]),
@@ -133,7 +126,7 @@ def scatter(call: OpCall) -> ShardingRule:
     Dims other than that of the places are free where all of them is written.
     """
     x, index = call.operands[:2]
-    names, sizes = _own(call)
+    names, sizes = loop_per_dim(call.operands[0].shape)
     dim = call.node.args[1] % max(len(names), 1)
     whole = set(names[dim] if names else ())
     source = call.operands[2:]
@@ -152,9 +145,7 @@ def scatter(call: OpCall) -> ShardingRule:
         sums = (frozenset({0, 2}),)
     elif not source and call.argument(3, "value") == 0:
         sums = (frozenset({0}),)
-    return ShardingRule(
-        (tuple(names), *rows), (tuple(names),), sizes, whole=frozenset(whole), linear=sums
-    )
+    return ShardingRule((names, *rows), (names,), sizes, whole=frozenset(whole), linear=sums)
 
 
 @rule(
@@ -166,11 +157,11 @@ def scatter(call: OpCall) -> ShardingRule:
 )
 def index_write(call: OpCall) -> ShardingRule:
     """x[a, index[i], b] is set to, or joined with, y[a, i, b]: all other dims are free."""
-    names, sizes = _own(call)
+    names, sizes = loop_per_dim(call.operands[0].shape)
     dim = call.node.args[1] % max(len(names), 1)
     whole = frozenset(names[dim]) if names else frozenset()
     index: Dims = ((),) * len(call.operands[1].shape)
-    rows: list[Dims] = [tuple(names), index]
+    rows: list[Dims] = [names, index]
     sums = frozenset({0})
     if len(call.operands) > 2:
         sums = frozenset({0, 2})
@@ -180,9 +171,7 @@ def index_write(call: OpCall) -> ShardingRule:
     passes = "reduce" not in call.node.target
     if "int_Scalar" in call.node.target:
         passes = call.argument(3, "value") == 0
-    return ShardingRule(
-        tuple(rows), (tuple(names),), sizes, whole=whole, linear=(sums,) if passes else ()
-    )
+    return ShardingRule(tuple(rows), (names,), sizes, whole=whole, linear=(sums,) if passes else ())
 
 
 @rule("aten.index_put.default", "aten._unsafe_index_put.default")
@@ -192,7 +181,7 @@ def index_put(call: OpCall) -> ShardingRule:
     Values are aligned right with what `x[.., index, ..]` gives.
     """
     x, values = call.operands[0], call.operands[-1]
-    names, sizes = _own(call)
+    names, sizes = loop_per_dim(call.operands[0].shape)
     places = call.node.args[1]
     indexed = [dim for dim, item in enumerate(places) if isinstance(item, Ref)]
     indices = call.operands[1:-1]
@@ -224,8 +213,8 @@ def index_put(call: OpCall) -> ShardingRule:
     assert len(shape) == len(rest)
     rows: list[Dims] = [((),) * len(operand.shape) for operand in indices]
     return ShardingRule(
-        (tuple(names), *rows, tuple(row)),
-        (tuple(names),),
+        (names, *rows, tuple(row)),
+        (names,),
         sizes,
         whole=frozenset(whole),
         linear=linear,

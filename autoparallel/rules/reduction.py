@@ -5,12 +5,15 @@ from __future__ import annotations
 from autoparallel.graph.graph import Dim, numel_hint
 from autoparallel.placement import Collective, Invariant
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Kernel, Loops, OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, Kernel, Loops, OpCall, ShardingRule, loop_per_dim
 
 _DIMS_AT = {"aten.linalg_vector_norm.default": 2, "aten.norm.ScalarOpt_dim": 2}
-_ALL_DIMS = tuple(
-    f"aten.{name}.default"
-    for name in ("max", "min", "any", "all", "prod", "var", "std", "median", "nanmedian")
+_ALL_DIMS = (
+    "aten.norm.Scalar",
+    *(
+        f"aten.{name}.default"
+        for name in ("max", "min", "any", "all", "prod", "var", "std", "median", "nanmedian")
+    ),
 )
 
 
@@ -26,11 +29,10 @@ def _reduced_dims(call: OpCall) -> set[int]:
     return {dim % rank for dim in (dims if isinstance(dims, tuple) else (dims,))}
 
 
-def _reduction(call: OpCall, reduced: set[int]) -> tuple[tuple[Loops, ...], tuple[Loops, ...]]:
+def _reduction(call: OpCall, reduced: set[int]) -> tuple[Dims, Dims, dict[str, Dim]]:
+    """Dims of the operand and of the result, and the loops' sizes."""
     shape = call.operands[0].shape
-    names: tuple[Loops, ...] = tuple(
-        (f"d{i}",) if size != 1 else () for i, size in enumerate(shape)
-    )
+    names, sizes = loop_per_dim(shape)
     keep = len(call.results[0].shape) == len(shape)
     result: list[Loops] = []
     for i, name in enumerate(names):
@@ -38,35 +40,27 @@ def _reduction(call: OpCall, reduced: set[int]) -> tuple[tuple[Loops, ...], tupl
             result.append(name)
         elif keep:
             result.append(())
-    return names, tuple(result)
-
-
-def _sizes(call: OpCall) -> dict[str, Dim]:
-    return {f"d{i}": size for i, size in enumerate(call.operands[0].shape) if size != 1}
+    return names, tuple(result), sizes
 
 
 @rule("aten.sum.dim_IntList", "aten.sum.default")
 def sum_(call: OpCall) -> ShardingRule:
     """A split of a summed dim leaves a pending sum."""
-    reduced = _reduced_dims(call) if call.node.target != "aten.sum.default" else None
-    if reduced is None:
-        reduced = set(range(len(call.operands[0].shape)))
-    left, right = _reduction(call, reduced)
-    return ShardingRule((left,), (right,), _sizes(call), linear=(frozenset({0}),))
+    left, right, sizes = _reduction(call, _reduced_dims(call))
+    return ShardingRule((left,), (right,), sizes, linear=(frozenset({0}),))
 
 
 @rule("aten.nansum.default", "aten.count_nonzero.default", "aten.count_nonzero.dim_IntList")
 def sum_of_terms(call: OpCall) -> ShardingRule:
     """A sum of what is not linear in the operand."""
-    left, right = _reduction(call, _reduced_dims(call))
-    return ShardingRule((left,), (right,), _sizes(call))
+    left, right, sizes = _reduction(call, _reduced_dims(call))
+    return ShardingRule((left,), (right,), sizes)
 
 
 @rule("aten.trace.default")
 def trace(call: OpCall) -> ShardingRule:
     """A sum over places that no split of one dim holds together."""
-    left, _ = _reduction(call, set())
-    sizes = _sizes(call)
+    left, sizes = loop_per_dim(call.operands[0].shape)
     return ShardingRule((left,), ((),), sizes, whole=frozenset(sizes), linear=(frozenset({0}),))
 
 
@@ -78,7 +72,6 @@ def trace(call: OpCall) -> ShardingRule:
     "aten.all.dims",
     "aten.median.dim",
     "aten.nanmedian.dim",
-    "aten.norm.Scalar",
     "aten.argmax.default",
     "aten.argmin.default",
     "aten.logsumexp.default",
@@ -100,18 +93,14 @@ def trace(call: OpCall) -> ShardingRule:
 def whole_reduction(call: OpCall) -> ShardingRule:
     """Not a plain sum: the reduced dims stay whole."""
     reduced = _reduced_dims(call)
-    if call.node.target == "aten.norm.Scalar":
-        reduced = set(range(len(call.operands[0].shape)))
-    left, right = _reduction(call, reduced)
+    left, right, sizes = _reduction(call, reduced)
     whole = frozenset(name for i in reduced for name in left[i])
     kernel = _COMMUNICATING.get(call.node.target)
     kernels: dict[str, Kernel] = {}
     if kernel is not None and len(whole) == 1 and len(reduced) == 1:
         kernels = {name: _reducing(call, kernel[0], kernel[1]) for name in whole}
         whole = frozenset()
-    return ShardingRule(
-        (left,), (right,) * len(call.results), _sizes(call), whole=whole, kernels=kernels
-    )
+    return ShardingRule((left,), (right,) * len(call.results), sizes, whole=whole, kernels=kernels)
 
 
 # Kernels for a split of the reduced dim, and how often they reduce one number per result.
@@ -148,27 +137,26 @@ def ordered(call: OpCall) -> ShardingRule:
     """Places along one dim, which stays whole, in the order of their values."""
     position = 2 if call.node.target in ("aten.topk.default", "aten.kthvalue.default") else 1
     dim = call.argument(position, "dim", -1) % max(len(call.operands[0].shape), 1)
-    left, right = _reduction(call, {dim})
+    left, right, sizes = _reduction(call, {dim})
     whole = frozenset(left[dim] if left else ())
-    return ShardingRule((left,), (right,) * 2, _sizes(call), whole=whole)
+    return ShardingRule((left,), (right,) * 2, sizes, whole=whole)
 
 
 @rule("aten._fft_r2c.default", "aten._fft_c2c.default", "aten._fft_c2r.default", takes_empty=False)
 def fourier(call: OpCall) -> ShardingRule:
     """Sums over some dims, which stay whole, with a weight for each frequency."""
-    left, _ = _reduction(call, set())
+    left, sizes = loop_per_dim(call.operands[0].shape)
     rank = len(left)
     dims = {dim % rank for dim in call.node.args[1]}
     right = tuple(() if i in dims else names for i, names in enumerate(left))
     whole = frozenset(name for i in dims for name in left[i])
-    return ShardingRule((left,), (right,), _sizes(call), whole=whole, linear=(frozenset({0}),))
+    return ShardingRule((left,), (right,), sizes, whole=whole, linear=(frozenset({0}),))
 
 
 @rule("aten.renorm.default")
 def renorm(call: OpCall) -> ShardingRule:
     """Each place along one dim is scaled by its norm, which is over all others."""
-    left, _ = _reduction(call, set())
-    sizes = _sizes(call)
+    left, sizes = loop_per_dim(call.operands[0].shape)
     kept = left[call.node.args[2] % len(left)]
     return ShardingRule((left,), (left,), sizes, whole=frozenset(sizes) - set(kept))
 
@@ -201,18 +189,15 @@ def cosine_similarity(call: OpCall) -> ShardingRule:
 )
 def along_dim(call: OpCall) -> ShardingRule:
     """Every element depends on the others along one dim, which stays whole."""
-    shape = call.operands[0].shape
-    names: tuple[Loops, ...] = tuple(
-        (f"d{i}",) if size != 1 else () for i, size in enumerate(shape)
-    )
-    whole = frozenset(names[call.node.args[1] % len(shape)]) if shape else frozenset()
+    names, sizes = loop_per_dim(call.operands[0].shape)
+    whole = frozenset(names[call.node.args[1] % len(names)]) if names else frozenset()
     passes = (frozenset({0}),) if call.node.target == "aten.cumsum.default" else ()
     kernel = _COMMUNICATING.get(call.node.target)
     kernels = {name: _reducing(call, kernel[0], kernel[1]) for name in whole if kernel}
     return ShardingRule(
         (names,),
         (names,),
-        _sizes(call),
+        sizes,
         whole=whole - set(kernels),
         linear=passes,
         kernels=kernels,

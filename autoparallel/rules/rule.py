@@ -31,6 +31,7 @@ __all__ = [
     "Tile",
     "UnsplittableError",
     "is_possible",
+    "loop_per_dim",
     "normalized",
     "place",
     "strategies",
@@ -40,6 +41,12 @@ __all__ = [
 Loops = tuple[str, ...]
 Dims = tuple[Loops, ...]
 Shapes = tuple[tuple[Any, ...], ...]
+
+
+def loop_per_dim(shape: tuple[Dim, ...]) -> tuple[Dims, dict[str, Dim]]:
+    """A loop d0, d1, .. for each dim, none for one of size 1; and the loops' sizes."""
+    sizes = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
+    return tuple((f"d{i}",) if f"d{i}" in sizes else () for i in range(len(shape))), sizes
 
 
 @dataclass(frozen=True, slots=True)

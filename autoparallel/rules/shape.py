@@ -10,7 +10,7 @@ import sympy
 
 from autoparallel.graph.graph import Dim, Sym, hint
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Dims, Loops, OpCall, Shapes, ShardingRule
+from autoparallel.rules.rule import Dims, Loops, OpCall, Shapes, ShardingRule, loop_per_dim
 
 SUM_PASSES = (frozenset({0}),)
 
@@ -159,11 +159,10 @@ def reshape(call: OpCall) -> ShardingRule:
 def carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
     """A view whose result's dim i is the operand's dim sources[i] (None: a new dim of size 1)."""
     operand = call.operands[0]
-    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(operand.shape) if size != 1}
-    names = tuple((f"d{i}",) if size != 1 else () for i, size in enumerate(operand.shape))
+    names, sizes = loop_per_dim(operand.shape)
     result = tuple(() if source is None else names[source] for source in sources)
     kept = {source for source in sources if source is not None}
-    gone = {f"d{i}" for i in range(len(operand.shape)) if i not in kept and f"d{i}" in sizes}
+    gone = {name for i, own in enumerate(names) if i not in kept for name in own}
     return ShardingRule(
         (names,), (result,), sizes, whole=frozenset(gone), linear=SUM_PASSES, free=True
     )
@@ -248,8 +247,7 @@ def expand(call: OpCall) -> ShardingRule:
     """Dims of size 1 repeat: the loop is the result's alone."""
     operand, result = call.operands[0], call.results[0]
     offset = len(result.shape) - len(operand.shape)
-    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(result.shape) if size != 1}
-    right = tuple((f"d{i}",) if size != 1 else () for i, size in enumerate(result.shape))
+    right, sizes = loop_per_dim(result.shape)
     left = tuple(() if size == 1 else (f"d{offset + i}",) for i, size in enumerate(operand.shape))
     return ShardingRule(
         (left,), (right,), sizes, linear=SUM_PASSES, free=True, local_args=_local_shape
@@ -301,8 +299,7 @@ def repeat_interleave(call: OpCall) -> ShardingRule:
     operand = call.operands[0]
     dim = call.argument(2, "dim")
     if dim is None or call.node.keyword("output_size") is not None:
-        dims = tuple((f"d{i}",) if size != 1 else () for i, size in enumerate(operand.shape))
-        sizes = {f"d{i}": size for i, size in enumerate(operand.shape) if size != 1}
+        dims, sizes = loop_per_dim(operand.shape)
         result: Dims = ((),) * len(call.results[0].shape)
         return ShardingRule((dims,), (result,), sizes, whole=frozenset(sizes), linear=SUM_PASSES)
     made = carried(call, list(range(len(operand.shape))))
@@ -323,18 +320,7 @@ def pixel_shuffle(call: OpCall) -> ShardingRule:
     """Channels become pixels: (c r q, h, w) to (c, h r, w q)."""
     factor = call.node.args[1]
     *batch, _, height, width = call.operands[0].shape
-    shape = (*batch, call.results[0].shape[-3], height, width)
-    rows = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
-    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
-    sizes |= {"r": factor, "q": factor}
-    *first, channel, high, wide = rows
-    return ShardingRule(
-        ((*first, (*channel, "r", "q"), high, wide),),
-        ((*first, channel, (*high, "r"), (*wide, "q")),),
-        sizes,
-        whole=frozenset({"r", "q"}),
-        linear=SUM_PASSES,
-    )
+    return _shuffled((*batch, call.results[0].shape[-3], height, width), factor)
 
 
 @rule("aten.pixel_unshuffle.default", takes_empty=False)
@@ -342,15 +328,17 @@ def pixel_unshuffle(call: OpCall) -> ShardingRule:
     """Pixels become channels: (c, h r, w q) to (c r q, h, w)."""
     factor = call.node.args[1]
     *batch, channels, _, _ = call.operands[0].shape
-    shape = (*batch, channels, *call.results[0].shape[-2:])
-    rows = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
-    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
-    sizes |= {"r": factor, "q": factor}
-    *first, channel, high, wide = rows
+    made = _shuffled((*batch, channels, *call.results[0].shape[-2:]), factor)
+    return replace(made, operands=made.results, results=made.operands)
+
+
+def _shuffled(shape: tuple[Dim, ...], factor: int) -> ShardingRule:
+    """Of (.., c, h, w), the fewest channels and pixels that there are on either side."""
+    (*first, channel, high, wide), sizes = loop_per_dim(shape)
     return ShardingRule(
-        ((*first, channel, (*high, "r"), (*wide, "q")),),
         ((*first, (*channel, "r", "q"), high, wide),),
-        sizes,
+        ((*first, channel, (*high, "r"), (*wide, "q")),),
+        {**sizes, "r": factor, "q": factor},
         whole=frozenset({"r", "q"}),
         linear=SUM_PASSES,
     )
@@ -362,18 +350,18 @@ def channel_shuffle(call: OpCall) -> ShardingRule:
     groups = call.node.args[1]
     shape = call.operands[0].shape
     channels = shape[1]
-    rows: list[Loops] = [(f"d{i}",) if size != 1 else () for i, size in enumerate(shape)]
-    sizes: dict[str, Dim] = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
+    (first, _, *others), sizes = loop_per_dim(shape)
     sizes.pop("d1", None)
     own: dict[str, int] = {}
     if isinstance(channels, int):
         own = {"g": groups, "c": channels // groups}
     own = {name: size for name, size in own.items() if size != 1}
-    sizes |= own
-    left, right = list(rows), list(rows)
-    left[1], right[1] = tuple(own), tuple(own)[::-1]
     return ShardingRule(
-        (tuple(left),), (tuple(right),), sizes, whole=frozenset({"g"}), linear=SUM_PASSES
+        ((first, tuple(own), *others),),
+        ((first, tuple(own)[::-1], *others),),
+        sizes | own,
+        whole=frozenset({"g"}),
+        linear=SUM_PASSES,
     )
 
 
