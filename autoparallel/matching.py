@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
+from autoparallel.graph.operators import draws
 from autoparallel.options import Options
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
@@ -65,7 +64,7 @@ def match_rules(
             if author is None and world_size > 1:
                 made, why = _unwritten(call, inert, options)
                 grad = any(result.requires_grad for result in node.results)
-                if made is None and (grad or _draws(node.target)):
+                if made is None and (grad or draws(node.target)):
                     missing.setdefault(node.target, []).append(node)
                     reasons.setdefault(node.target, why)
             known[key] = Kind(call, made)
@@ -73,7 +72,7 @@ def match_rules(
             missing[node.target].append(node)
         kinds[node.name] = known[key]
     if options.unknown_ops == "replicate":
-        missing = {target: nodes for target, nodes in missing.items() if _draws(target)}
+        missing = {target: nodes for target, nodes in missing.items() if draws(target)}
     if missing:
         raise _unsupported(missing, reasons)
     return kinds
@@ -84,13 +83,6 @@ def _unwritten(call: OpCall, inert: set[str], options: Options) -> tuple[Shardin
     if options.unknown_ops != "discover" or call.node.name in inert:
         return None, ""
     return find_unknown(call)
-
-
-def _draws(target: str) -> bool:
-    """Whether an op draws numbers of its own, which every rank would draw differently."""
-    packet, _, overload = target.removeprefix("aten.").partition(".")
-    op = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    return op is not None and torch.Tag.nondeterministic_seeded in op.tags
 
 
 def _unsupported(

@@ -9,6 +9,8 @@ from calls import Call
 from fuzz_pen import Pen, SkippedError
 from sample_calls import CALLS
 
+from autoparallel.graph.operators import makes_list, operator_of
+
 __all__ = ["sampled"]
 
 # Rounding may decide what these give: they read what was there before the program ran.
@@ -63,12 +65,8 @@ def sampled(pen: Pen) -> None:
     known: dict[int, str] = {}
     words = [_word(pen, item, name not in _JUMPS, known) for item in call.args]
     words += [f"{k}={_word(pen, v, name not in _JUMPS, known)}" for k, v in call.kwargs.items()]
-    operation: Any = torch.ops
-    for part in call.target.split("."):
-        operation = getattr(operation, part)
-    results = operation._schema.returns
-    count = len(results)
-    if (count == 1 and "[]" in str(results[0].type)) or "List" in str(results[0].type):
+    count = len(operator_of(call.target)._schema.returns)
+    if makes_list(call.target):
         pen.write(f"torch.ops.{call.target}({', '.join(words)})[0]")
     else:
         pen.write(f"torch.ops.{call.target}({', '.join(words)})", count)

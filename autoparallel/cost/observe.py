@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoparallel.graph.graph import Ref, Sym
+from autoparallel.graph.operators import operator_of
 from autoparallel.placement import Invariant
 from autoparallel.runtime import draws, kernels, rng
 from autoparallel.runtime.groups import Group
@@ -108,15 +109,6 @@ class StandInGroup(Group):
         return [tensors[0].new_zeros(shape) for shape in shapes]
 
 
-@cache
-def _operation(target: str) -> Callable[..., Any]:
-    found: Any = torch.ops
-    for part in target.split("."):
-        found = getattr(found, part)
-    operation: Callable[..., Any] = found
-    return operation
-
-
 def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
     """A random op that draws nothing from the user's generators, and nothing number by number."""
 
@@ -133,7 +125,7 @@ def runner(target: str, random: str = "", kernel: str = "") -> Callable[..., Any
     """What an emitted program calls for an op: it itself, ours if it is random, or a kernel."""
     if kernel:
         return getattr(kernels, kernel)
-    return _drawing(getattr(draws, random)) if random else _operation(target)
+    return _drawing(getattr(draws, random)) if random else operator_of(target)
 
 
 def random_arguments(shape: tuple[int, ...]) -> dict[str, Any]:

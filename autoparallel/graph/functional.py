@@ -13,12 +13,11 @@ from autoparallel.graph.edit import Rename, rebuilt, renamed
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint, leaves, map_leaves
 from autoparallel.graph.memory import (
     is_view,
-    operator_of,
     owner_of,
-    packet_of,
     shares_memory,
     written_back,
 )
+from autoparallel.graph.operators import operator_of, packet_of
 
 __all__ = ["functional"]
 

@@ -17,6 +17,7 @@ from autoparallel.graph.autocast import casts_of
 from autoparallel.graph.folding import Folding
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves, map_leaves
 from autoparallel.graph.memory import owner_of, shares_memory
+from autoparallel.graph.operators import packet_of
 from autoparallel.graph.origin import Origins, source_line
 from autoparallel.graph.regions import MARKS, OPAQUE, Regions, base_of
 
@@ -410,7 +411,7 @@ _GUARDS = {
 
 def _stops(target: str) -> bool:
     """Whether no gradient flows back through an op of numbers: of its operand it reads no value."""
-    packet = target.split(".")[1]
+    packet = packet_of(target)
     return packet == "detach" or packet.endswith("_like") or packet.startswith("new_")
 
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import torch
-
 from autoparallel.graph.graph import Dim, Node, Ref, Sym, Value, hint
+from autoparallel.graph.operators import operator_of, packet_of
 
-__all__ = ["is_view", "operator_of", "owner_of", "shares_memory", "written_back"]
+__all__ = ["is_view", "owner_of", "shares_memory", "written_back"]
 
 # Whether these share memory depends on strides or types, which a graph does not know.
 _MAYBE = frozenset({"reshape", "reshape_as", "contiguous", "to", "type_as", "flatten"})
@@ -19,21 +18,6 @@ _RESHAPED = frozenset(
     {"view", "view_as", "squeeze", "unsqueeze", "unflatten", "alias", "detach", *_MAYBE}
 )
 _OWN_INVERSE = frozenset({"transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims"})
-
-
-def operator_of(target: str) -> Any:
-    """The op of a node's target ("aten.mm.default"); None where there is none of that name."""
-    found: Any = torch.ops
-    for part in target.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            return None
-    return found
-
-
-def packet_of(target: str) -> str:
-    """The op's name without namespace and overload."""
-    return target.split(".")[1] if "." in target else target
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 
 from autoparallel.graph.edit import rebuilt
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, map_leaves
-from autoparallel.graph.memory import operator_of
+from autoparallel.graph.operators import operator_of
 
 __all__ = [
     "explicit_bias_of_batches",

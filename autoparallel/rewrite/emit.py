@@ -10,6 +10,7 @@ from typing import Any
 
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value
+from autoparallel.graph.operators import makes_list
 from autoparallel.placement import (
     Layout,
     Partial,
@@ -24,7 +25,7 @@ from autoparallel.plan import OpChoice, Plan
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of
 from autoparallel.rewrite.routes import Routes, find_deferred, layouts_made
-from autoparallel.rewrite.spelling import Code, Speller, makes_list, own_reduction, spelled
+from autoparallel.rewrite.spelling import Code, Speller, own_reduction, spelled
 from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks

@@ -13,10 +13,11 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Dim, Node, Ref, Sym
+from autoparallel.graph.operators import operator_of
 from autoparallel.placement import Layout, Placement
 from autoparallel.rewrite.names import placement_name
 
-__all__ = ["Code", "Speller", "makes_list", "own_reduction", "spelled"]
+__all__ = ["Code", "Speller", "own_reduction", "spelled"]
 
 _AS_IS = {"dtype_layout", "Tensor_Scalar_out"}
 _METHODS = {"expand", "repeat", "to"}
@@ -117,22 +118,12 @@ def spelled(target: str, text: str, reads: list[str]) -> str:
     return f"torch.ops.{target}({text})"
 
 
-def makes_list(target: str) -> bool:
-    """Whether an op returns a list, be it of one tensor."""
-    operation: Any = torch.ops
-    for part in target.split("."):
-        operation = getattr(operation, part, None)
-    returns: Any = operation._schema.returns if operation is not None else ()
-    return len(returns) == 1 and str(returns[0].type).startswith("List[")
-
-
 def own_reduction(node: Node) -> dict[str, Any]:
     """The schema's default of `reduction`, written out where the call leaves it to the default.
 
     torch's Python bindings of losses have another default (none) than the ops (mean).
     """
-    packet, _, overload = node.target.removeprefix("aten.").partition(".")
-    op = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    op = operator_of(node.target)
     if op is None or not node.target.startswith("aten."):
         return {}
     for index, argument in enumerate(op._schema.arguments):

@@ -15,6 +15,7 @@ from itertools import combinations
 import torch
 
 from autoparallel.graph.graph import hint
+from autoparallel.graph.operators import draws
 from autoparallel.placement import part_bounds
 from autoparallel.rules.dependence import Structure, find_structure
 from autoparallel.rules.found import Follows, Found
@@ -71,7 +72,7 @@ def confirmed(found: Found, call: OpCall) -> bool:
 def _refuse(probe: Probe) -> None:
     """Raises ProbeError for ops that no rule can help, by what their schemas say."""
     operation = probe.operation
-    if torch.Tag.nondeterministic_seeded in operation.tags:
+    if draws(probe.call.node.target):
         raise ProbeError("draws random numbers, which every rank would draw differently")
     if operation._schema.is_mutable:
         raise ProbeError("writes to its inputs")

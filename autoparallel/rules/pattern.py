@@ -15,6 +15,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 
 from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves
+from autoparallel.graph.operators import operator_of
 from autoparallel.rules.rule import OpCall
 
 __all__ = ["Pattern", "Probe", "ProbeError", "Term", "Values", "integers_of", "replace_integers"]
@@ -160,10 +161,7 @@ class Probe:
 
     def __init__(self, call: OpCall, dtype: torch.dtype = torch.float64) -> None:
         self.call, self.dtype = call, dtype
-        operation: Any = torch.ops
-        for part in call.node.target.split("."):
-            operation = getattr(operation, part)
-        self.operation = operation
+        self.operation = operator_of(call.node.target)
         self.runs = 0
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autoparallel.graph.operators import packet_of
 from autoparallel.rules.pointwise import pointwise
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import OpCall, ShardingRule
@@ -20,4 +21,4 @@ def dropout(call: OpCall) -> ShardingRule:
 @rule(*(f"aten.{name}.default" for name in _FUNCTIONS))
 def drawn(call: OpCall) -> ShardingRule:
     """Numbers for a given shape. Of a tensor of that shape nothing else is read."""
-    return replace(pointwise(call), random=_FUNCTIONS[call.node.target.split(".")[1]])
+    return replace(pointwise(call), random=_FUNCTIONS[packet_of(call.node.target)])

@@ -16,6 +16,7 @@ import sympy
 import torch
 
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
+from autoparallel.graph.operators import operator_of
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
@@ -165,11 +166,8 @@ def _run_whole(node: Node, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.T
     def actual(leaf: Any) -> Any:
         return tensors[leaf.name] if isinstance(leaf, Ref) else leaf
 
-    operation: Any = torch.ops
-    for part in node.target.split("."):
-        operation = getattr(operation, part)
     kwargs = {key: map_leaves(actual, item) for key, item in node.kwargs}
-    made = operation(*map_leaves(actual, _plain(node.args)), **_plain(kwargs))
+    made = operator_of(node.target)(*map_leaves(actual, _plain(node.args)), **_plain(kwargs))
     return (made,) if isinstance(made, torch.Tensor) else tuple(made)
 
 

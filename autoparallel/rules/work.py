@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autoparallel.graph.operators import packet_of
 from autoparallel.rules.rule import OpCall
 
 __all__ = ["functions"]
@@ -39,7 +40,7 @@ _GELU_BY_TANH = (2.0, 2.5)
 
 def functions(call: OpCall) -> tuple[float, float]:
     """Per point of the op's loops, forward and backward; 0 where it only moves numbers."""
-    name = call.node.target.split(".")[1] if "." in call.node.target else call.node.target
+    name = packet_of(call.node.target)
     if name == "gelu" and call.argument(1, "approximate", "none") == "tanh":
         return _GELU_BY_TANH
     return _FUNCTIONS.get(name, (0.0, 0.0))

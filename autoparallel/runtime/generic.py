@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from autoparallel.graph.operators import operator_of
 from autoparallel.placement import Invariant, Shard, part_bounds
 from autoparallel.runtime.collectives import convert, pending_sum
 from autoparallel.runtime.groups import Group
@@ -43,10 +44,7 @@ def _run(
             return [actual(part) for part in item]
         return item
 
-    function: Any = torch.ops
-    for part in operation.split("."):
-        function = getattr(function, part)
-    made: torch.Tensor = function(
+    made: torch.Tensor = operator_of(operation)(
         *[actual(arg) for arg in args], **{key: actual(item) for key, item in kwargs.items()}
     )
     return made
