@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from autoparallel import files
 from autoparallel.train import data
 from autoparallel.train.data import (
     Batches,
@@ -126,18 +127,18 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 
     file = tmp_path / "text.txt"
     file.write_text("some words\n" * 50)
-    monkeypatch.setattr(data.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         prepare_corpus(file, vocabulary=VOCABULARY, cache_folder=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_default_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data.default_cache_folder() == tmp_path / "torch-autoparallel"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.default_cache_folder() == tmp_path / ".cache" / "torch-autoparallel"
+def test_corpora_lie_in_the_common_cache_folder(monkeypatch, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("some words\n" * 50)
+    monkeypatch.setenv("AUTOPARALLEL_CACHE", str(tmp_path / "moved"))
+    prepare_corpus(file, vocabulary=VOCABULARY)
+    assert len(list((tmp_path / "moved" / "corpora").iterdir())) == 1
 
 
 def test_tokenizer_is_the_same_every_time(text_folder, corpus, tmp_path):

@@ -9,8 +9,9 @@ import custom_ops
 import pytest
 from calls import Call, x
 
+from autoparallel.files import default_cache_folder
 from autoparallel.rules import registry, unknown
-from autoparallel.rules.cache import folder, key_of, load, store
+from autoparallel.rules.cache import key_of, load, store
 from autoparallel.rules.discover import discover
 from autoparallel.rules.found import Found
 from autoparallel.rules.rule import OpCall
@@ -125,11 +126,11 @@ def test_where_the_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     """The program's own variable, then the desktop's, then the home; none of them has to exist."""
     monkeypatch.setenv("AUTOPARALLEL_CACHE", "/moved")
     monkeypatch.setenv("XDG_CACHE_HOME", "/desktop")
-    assert folder() == Path("/moved")
+    assert default_cache_folder() == Path("/moved")
     monkeypatch.delenv("AUTOPARALLEL_CACHE")
-    assert folder() == Path("/desktop/autoparallel")
+    assert default_cache_folder() == Path("/desktop/autoparallel")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert folder() == Path.home() / ".cache" / "autoparallel"
+    assert default_cache_folder() == Path.home() / ".cache" / "autoparallel"
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("AUTOPARALLEL_CACHE", str(blocked))

@@ -1,8 +1,8 @@
 """Discovered rules on disk, so that each op is probed once, not in every process.
 
-One file per op and shape pattern under AUTOPARALLEL_CACHE, else XDG_CACHE_HOME/autoparallel, else
-~/.cache/autoparallel. A file that cannot be read, or is of another version of torch, of the op or
-of this program, is as good as none; a folder that cannot be written to is left alone.
+One file per op and shape pattern in the common cache folder. A file that cannot be read, or is of
+another version of torch, of the op or of this program, is as good as none; a folder that cannot be
+written to is left alone.
 """
 
 from __future__ import annotations
@@ -10,32 +10,23 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._library.custom_ops import OPDEFS
 
+from autoparallel.files import default_cache_folder, write_whole
 from autoparallel.graph.graph import Ref, Sym, map_leaves
 from autoparallel.rules.found import Found
 from autoparallel.rules.pattern import Probe
 from autoparallel.rules.rule import OpCall
 from autoparallel.rules.shrink import related_terms
 
-__all__ = ["folder", "key_of", "load", "store"]
+__all__ = ["key_of", "load", "store"]
 
 VERSION = 1
-
-
-def folder() -> Path:
-    """Where the files are."""
-    moved = os.environ.get("AUTOPARALLEL_CACHE")
-    if moved:
-        return Path(moved)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "autoparallel"
 
 
 def key_of(call: OpCall) -> str:
@@ -99,7 +90,8 @@ def _text(function: Any) -> str:
 
 
 def _path(key: str) -> Path:
-    return folder() / "rules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return default_cache_folder() / "rules" / f"{name}.json"
 
 
 def load(key: str) -> Found | None:
@@ -114,16 +106,5 @@ def load(key: str) -> Found | None:
 def store(key: str, found: Found) -> None:
     """Write a rule, whole or not at all: other processes may read and write the same file."""
     text = json.dumps({"key": json.loads(key), "found": found.to_json()}, indent=1) + "\n"
-    path = _path(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError:
-        return
+    with suppress(OSError):
+        write_whole(_path(key), text.encode())

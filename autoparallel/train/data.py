@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.files import default_cache_folder, write_whole
 from autoparallel.train.models import IGNORED_LABEL
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "Document",
     "Objective",
     "TokenizedCorpus",
-    "default_cache_folder",
     "prepare_corpus",
     "read_corpus",
 ]
@@ -155,11 +154,6 @@ class TokenizedCorpus:
         return tokenizers.Tokenizer.from_str(self.tokenizer_json)
 
 
-def default_cache_folder() -> Path:
-    """$XDG_CACHE_HOME/torch-autoparallel, or ~/.cache/torch-autoparallel."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch-autoparallel"
-
-
 def prepare_corpus(
     path: str | Path | None = None,
     *,
@@ -181,7 +175,7 @@ def prepare_corpus(
     documents = read_corpus(path, limit_bytes)
     source = "the Python standard library" if path is None else str(path)
     nbytes = sum(len(document.text.encode()) for document in documents)
-    folder = default_cache_folder() if cache_folder is None else Path(cache_folder)
+    folder = default_cache_folder() / "corpora" if cache_folder is None else Path(cache_folder)
     file = folder / f"corpus-{_corpus_key(documents, vocabulary)}.safetensors"
     cached = _read_cache(file)
     if cached is None:
@@ -260,19 +254,10 @@ def _read_cache(file: Path) -> tuple[Tensor, Tensor, str] | None:
 
 
 def _write_cache(file: Path, train: Tensor, held_out: Tensor, tokenizer_json: str) -> None:
-    """Write beside the target and rename, so that a reader sees all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = safetensors.torch.save(
         {"train": train, "held_out": held_out}, metadata={"tokenizer": tokenizer_json}
     )
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(file, content)
 
 
 class Objective(StrEnum):
