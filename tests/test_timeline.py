@@ -282,13 +282,27 @@ def test_trace(whole: Plan) -> None:
 # -- pipelines
 
 
+def micro_batch(seconds: float) -> Timeline:
+    """Of 10 s forward and 20 s backward; what is left of `seconds` comes after."""
+    return Timeline(
+        seconds=seconds,
+        forward_seconds=10.0,
+        backward_seconds=20.0,
+        events=(),
+        tokens=100,
+        flops=6000.0,
+        peak=100.0,
+        ranks=8,
+    )
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("stages", "batches"), [(1, 1), (1, 5), (4, 1), (4, 3), (4, 16), (8, 32)])
 def test_bubble(schedule: str, stages: int, batches: int) -> None:
     """(K - 1) / (M + K - 1), for both schedules (arXiv:1811.06965, arXiv:2104.04473)."""
     seconds = schedule_seconds(stages, batches, schedule, 1.0, 2.0)
     assert seconds == pytest.approx(3.0 * (batches + stages - 1))
-    made = Timeline(30.0, 10.0, 20.0, (), 100, 6000.0, 100.0, 8)
+    made = micro_batch(30.0)
     found = pipeline(made, stages, batches, schedule=schedule, activation_nbytes=8.0)
     assert found.bubble == pytest.approx((stages - 1) / (batches + stages - 1))
     assert found.tokens == 100 * batches
@@ -300,7 +314,7 @@ def test_bubble(schedule: str, stages: int, batches: int) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_sends_and_what_comes_after(schedule: str) -> None:
     """One micro-batch passes every boundary twice; the update is divided among the stages."""
-    made = Timeline(34.0, 10.0, 20.0, (), 100, 6000.0, 100.0, 8)
+    made = micro_batch(34.0)
     found = pipeline(made, 2, 1, schedule=schedule, send_nbytes=3.0, link=LINK)
     assert found.send_seconds == pytest.approx(3.0)
     assert found.seconds == pytest.approx(10 + 20 + 2 * 3.0 + 4.0 / 2)

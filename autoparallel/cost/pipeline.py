@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from autoparallel.cost.collectives import collective_seconds
 from autoparallel.cost.hardware import Link
-from autoparallel.cost.timeline import COMPUTE, Timeline
+from autoparallel.cost.timeline import COMPUTE, Timeline, TrainingStep
 from autoparallel.placement import Collective
 
 __all__ = [
@@ -22,37 +22,22 @@ __all__ = [
 SCHEDULES = ("gpipe", "1f1b")
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineEstimate:
-    """A predicted step of a pipeline. seconds: of all micro-batches, with the update.
+@dataclass(frozen=True, kw_only=True)
+class PipelineEstimate(TrainingStep):
+    """A predicted step of a pipeline: all micro-batches, and the update.
 
     bubble: share of the passes' time in which a stage waits. send_seconds: of one micro-batch from
     one stage to the next. in_flight: micro-batches whose activations the first stage holds at most;
-    the later ones hold no more. activation_nbytes: of these. tokens, flops: of the whole step.
-    peak: FLOP/s of all ranks.
+    the later ones hold no more. activation_nbytes: of these.
     """
 
     stages: int
     micro_batches: int
     schedule: str
-    seconds: float
     bubble: float
     send_seconds: float
     in_flight: int
     activation_nbytes: float
-    tokens: int
-    flops: float
-    peak: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all ranks together."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs utilization."""
-        return self.flops / (self.seconds * self.peak) if self.seconds else 0.0
 
 
 def pipeline(

@@ -20,7 +20,15 @@ from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.traffic import Transfer, moves
 
-__all__ = ["BUCKET_NBYTES", "COMMUNICATION", "COMPUTE", "Event", "Timeline", "timeline"]
+__all__ = [
+    "BUCKET_NBYTES",
+    "COMMUNICATION",
+    "COMPUTE",
+    "Event",
+    "Timeline",
+    "TrainingStep",
+    "timeline",
+]
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 BUCKET_NBYTES = 25 * 2**20  # what torch's DistributedDataParallel reduces at a time
@@ -48,21 +56,41 @@ class Event:
         return self.end - self.start
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """A predicted step. seconds: until everything is done. forward_seconds, backward_seconds: until
-    the forward pass is done, and from then until the backward pass is, without what is left of the
-    reduction of gradients. tokens: of the whole batch. flops: of the model's products, forward and
-    backward, unsplit and none repeated. peak: FLOP/s of all ranks together.
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """A predicted step, and how fast that is. seconds: until everything is done.
+
+    tokens: of the whole batch. flops: of the model's products, forward and backward, unsplit and
+    none repeated. peak: FLOP/s of all ranks together.
     """
 
     seconds: float
-    forward_seconds: float
-    backward_seconds: float
-    events: tuple[Event, ...]
     tokens: int
     flops: float
     peak: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together; 0 where it is not known how many a step has."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilization (arXiv:2204.02311, appendix B)."""
+        return self.flops / (self.seconds * self.peak) if self.seconds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline(TrainingStep):
+    """A predicted step, event by event.
+
+    forward_seconds, backward_seconds: until the forward pass is done, and from then until the
+    backward pass is, without what is left of the reduction of gradients.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    events: tuple[Event, ...]
     ranks: int
 
     def busy(self, stream: str, phase: str = "") -> float:
@@ -77,16 +105,6 @@ class Timeline:
     def exposed_seconds(self) -> float:
         """How long nothing is computed: communication that nothing hides."""
         return max(self.seconds - self.busy(COMPUTE), 0.0)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all ranks together; 0 where it is not known how many a step has."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs utilization (arXiv:2204.02311, appendix B)."""
-        return self.flops / (self.seconds * self.peak) if self.seconds else 0.0
 
 
 def timeline(

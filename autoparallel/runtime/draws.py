@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 
 import torch
 
@@ -18,71 +21,70 @@ _NEXT_DRAW = 0x632BE5AB
 _BITS = 24
 
 
-def _fine(
-    shape: tuple[int, ...], key: int, placements: Layout, ranks: Ranks, device: torch.device
-) -> torch.Tensor:
-    """Uniform numbers in [0, 1), float64, of 48 bits."""
-    source = generator()
-    high, low = (
-        uniform(shape, other, placements, ranks, device, source).double()
-        for other in (key, key ^ _NEXT_DRAW)
-    )
-    return high + low * 2.0**-_BITS
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The rank's part of a whole tensor of random numbers. shape: of the whole. key: of the op."""
+
+    shape: tuple[int, ...]
+    key: int
+    placements: Layout
+    ranks: Ranks
+    device: torch.device
+
+    def uniform(self, key: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1), float32."""
+        return uniform(self.shape, key, self.placements, self.ranks, self.device, generator())
+
+    def fine(self, key: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1), float64, of 48 bits."""
+        high, low = self.uniform(key).double(), self.uniform(key ^ _NEXT_DRAW).double()
+        return high + low * 2.0**-_BITS
 
 
-def _kind(
-    like: torch.Tensor | list[int], dtype: torch.dtype | None, device: torch.device | None
-) -> tuple[torch.dtype, torch.device]:
-    if isinstance(like, torch.Tensor):
-        return dtype or like.dtype, like.device
-    return dtype or torch.get_default_dtype(), device or torch.device("cpu")
+def _op(draw: Callable[[_Part, torch.dtype], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An op as emitted programs call it, with all that torch's own may be told."""
+
+    @wraps(draw)
+    def run(
+        like: torch.Tensor | list[int],
+        *,
+        dtype: torch.dtype | None = None,
+        layout: torch.layout | None = None,
+        device: torch.device | None = None,
+        pin_memory: bool | None = None,
+        memory_format: torch.memory_format | None = None,
+        key: int,
+        shape: tuple[int, ...],
+        placements: Layout,
+        ranks: Ranks,
+    ) -> torch.Tensor:
+        """like: a tensor of the type and device wanted, or a size, which is not read."""
+        if isinstance(like, torch.Tensor):
+            kind, place = dtype or like.dtype, like.device
+        else:
+            kind, place = dtype or torch.get_default_dtype(), device or torch.device("cpu")
+        return draw(_Part(shape, key, placements, ranks, place), kind)
+
+    return run
 
 
-def rand(
-    like: torch.Tensor | list[int],
-    *,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-    memory_format: torch.memory_format | None = None,
-    key: int,
-    shape: tuple[int, ...],
-    placements: Layout,
-    ranks: Ranks,
-) -> torch.Tensor:
-    """Uniform numbers in [0, 1): the local part of a tensor of `shape`.
-
-    like: a tensor of the type and device wanted, or a size, which is not read.
-    """
-    kind, place = _kind(like, dtype, device)
-    if kind == torch.float64:
-        return _fine(shape, key, placements, ranks, place)
-    drawn = uniform(shape, key, placements, ranks, place, generator())
+@_op
+def rand(part: _Part, dtype: torch.dtype) -> torch.Tensor:
+    """Uniform numbers in [0, 1)."""
+    if dtype == torch.float64:
+        return part.fine(part.key)
+    drawn = part.uniform(part.key)
     # A type of fewer bits must not round up to 1.
-    steps = 2 / torch.finfo(kind).eps
-    return drawn if kind == torch.float32 else (drawn * steps).floor().div(steps).to(kind)
+    steps = 2 / torch.finfo(dtype).eps
+    return drawn if dtype == torch.float32 else (drawn * steps).floor().div(steps).to(dtype)
 
 
-def randn(
-    like: torch.Tensor | list[int],
-    *,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-    memory_format: torch.memory_format | None = None,
-    key: int,
-    shape: tuple[int, ...],
-    placements: Layout,
-    ranks: Ranks,
-) -> torch.Tensor:
-    """Normal numbers (Box & Muller 1958): the local part of a tensor of `shape`.
+@_op
+def randn(part: _Part, dtype: torch.dtype) -> torch.Tensor:
+    """Normal numbers (Box & Muller 1958).
 
     Computed in float64, so that the last bit of a logarithm, which may depend on where in memory
-    an element lies, is gone in any smaller type. like: see rand.
+    an element lies, is gone in any smaller type.
     """
-    kind, place = _kind(like, dtype, device)
-    length = _fine(shape, key, placements, ranks, place)
-    turn = _fine(shape, key ^ (_NEXT_DRAW << 1), placements, ranks, place)
-    return ((1 - length).log_().mul_(-2).sqrt_() * (turn * (2 * math.pi)).cos_()).to(kind)
+    length, turn = part.fine(part.key), part.fine(part.key ^ (_NEXT_DRAW << 1))
+    return ((1 - length).log_().mul_(-2).sqrt_() * (turn * (2 * math.pi)).cos_()).to(dtype)

@@ -5,6 +5,7 @@ Each takes the op's own arguments, with local tensors, then `group` and the size
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,23 +78,14 @@ def softmax_split(
     *,
     group: Group,
     size: int,
+    log: bool = False,
 ) -> torch.Tensor:
-    """Softmax along a split dim."""
-    made: torch.Tensor = _Softmax.apply(_as(x, dtype), dim, False, group)
+    """Softmax along a split dim, or its logarithm."""
+    made: torch.Tensor = _Softmax.apply(_as(x, dtype), dim, log, group)
     return made
 
 
-def log_softmax_split(
-    x: torch.Tensor,
-    dim: int,
-    dtype: torch.dtype | bool | None = None,
-    *,
-    group: Group,
-    size: int,
-) -> torch.Tensor:
-    """Logarithm of softmax along a split dim."""
-    made: torch.Tensor = _Softmax.apply(_as(x, dtype), dim, True, group)
-    return made
+log_softmax_split = partial(softmax_split, log=True)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -114,17 +106,24 @@ class _LogSumExp(torch.autograd.Function):
         return grad * (x - made).exp(), None, None
 
 
-def _only(dims: int | list[int] | tuple[int, ...]) -> int:
-    return dims if isinstance(dims, int) else dims[0]
+def _over_one(
+    kernel: type[torch.autograd.Function],
+    x: torch.Tensor,
+    dims: int | list[int] | tuple[int, ...],
+    keepdim: bool,
+    group: Group,
+) -> torch.Tensor:
+    """A kernel that keeps the dim that it reduces, called as ops of several dims are."""
+    dim = dims if isinstance(dims, int) else dims[0]
+    made: torch.Tensor = kernel.apply(x, dim, group)
+    return made if keepdim else made.squeeze(dim)
 
 
 def logsumexp_split(
     x: torch.Tensor, dims: list[int], keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
     """Log-sum-exp over one split dim, the same on every rank."""
-    dim = _only(dims)
-    made: torch.Tensor = _LogSumExp.apply(x, dim, group)
-    return made if keepdim else made.squeeze(dim)
+    return _over_one(_LogSumExp, x, dims, keepdim, group)
 
 
 class _Extremes(torch.autograd.Function):
@@ -149,9 +148,7 @@ def amax_split(
     x: torch.Tensor, dims: list[int], keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
     """Maximum over one split dim, the same on every rank."""
-    dim = _only(dims)
-    made: torch.Tensor = _Extremes.apply(x, dim, group)
-    return made if keepdim else made.squeeze(dim)
+    return _over_one(_Extremes, x, dims, keepdim, group)
 
 
 def amin_split(
