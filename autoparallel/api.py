@@ -17,6 +17,7 @@ from autoparallel.copies import shallow_copy
 from autoparallel.errors import (
     InputMismatchError,
     InputsNeededError,
+    PlanError,
     WorldSizeError,
 )
 from autoparallel.graph.capture import (
@@ -33,6 +34,7 @@ from autoparallel.planning import (
     fastest_plan,
     make_options,
     possible_meshes,
+    require_parameters,
     trace_model,
     with_graphs,
 )
@@ -89,7 +91,7 @@ def autoparallelize(
         rng=rng,
         strict_capture=strict_capture,
         optimizer=optimizer,
-        constraints=tuple(constraints),
+        constraints=constraints,
     )
     meshes = possible_meshes(world_size, mesh, options)
     _world(meshes[0].world_size)
@@ -154,7 +156,7 @@ def make_plan(
         rng=rng,
         strict_capture=strict_capture,
         optimizer=optimizer,
-        constraints=tuple(constraints),
+        constraints=constraints,
     )
     meshes = possible_meshes(world_size, mesh, options)
     if example_inputs is None:
@@ -177,6 +179,7 @@ def apply_plan(
     make_plan. Raises PlanError where plan and model do not belong together.
     """
     refuse_wrapped(model)
+    require_parameters(plan, model)
     ranks, devices = _ranks(plan.mesh)
     if not plan.is_traced:
         if example_inputs is None:
@@ -202,11 +205,26 @@ def simulate(
 
     plan: one made before; else it is made with `options` (those of make_plan). backward: whether,
     or a function from the output to a loss. Needs no launcher; any world size.
+    Raises PlanError for a model without weights, and for a plan beside what would make another.
     """
+    refuse_wrapped(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError(
+            "the model is on the meta device, and simulate computes with its weights",
+            fix='model.to_empty(device="cpu") and initialize it, or make_plan, which needs none',
+        )
+    if plan is not None and (options or world_size not in (None, plan.world_size)):
+        asked = [*options, *["world_size"] * (world_size not in (None, plan.world_size))]
+        raise PlanError(
+            f"{', '.join(asked)} beside a plan for {plan.world_size} ranks",
+            why="a plan is followed as it is",
+            fix="leave them out, or leave out the plan",
+        )
     if example_inputs is None:
         example_inputs = find_example_inputs(model)
     if plan is None:
         plan = make_plan(model, world_size, example_inputs=example_inputs, **options)
+    require_parameters(plan, model)
     args, kwargs = split_example(example_inputs)
     planner = Planner(plan.model, plan.mesh, plan.options)
     return simulate_plan(model, plan, args, kwargs, backward, replan=planner)

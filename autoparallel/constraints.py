@@ -140,6 +140,7 @@ def constrain(network: Network, aliases: Mapping[str, str]) -> None:
                     f"{names[0]} cannot be as {' and '.join(repr(c.text) for c in wanted)}",
                     where=node.line,
                     why=f"it can be {_able(layouts)}",
+                    fix="allow one of these, name a narrower pattern, or leave the constraint out",
                 )
     for constraint in constraints:
         if constraint.text not in used:

@@ -14,14 +14,24 @@ class Mesh:
     """Named axes of devices, outermost first: `Mesh(tp=8)`.
 
     axes: ((name, size), ...). A size of 1 is valid and changes nothing.
-    Raises PlanError for a size below 1.
+    Raises PlanError for a size below 1, for a name that is none (programs say it), and for no axis.
     """
 
     axes: tuple[tuple[str, int], ...]
 
-    def __init__(self, **axes: int) -> None:
+    def __init__(self, /, **axes: int) -> None:
+        if not axes:
+            raise PlanError(
+                "a mesh without axes", fix="name one: Mesh(tp=1) is a single rank, Mesh(tp=8) eight"
+            )
         for name, size in axes.items():
-            if not isinstance(size, int) or size < 1:
+            if not name.isidentifier():
+                raise PlanError(
+                    f"mesh axis {name!r} has no name of letters, digits and _",
+                    why="constraints and the program of a rank call it by its name",
+                    fix="give one like dp or tp",
+                )
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise PlanError(
                     f"mesh axis {name!r} has size {size!r}", fix="give a positive whole number"
                 )

@@ -101,6 +101,7 @@ class Network:
                     raise PlanError(
                         f"parameter {name} cannot be stored as {layout_text(pins[name])}",
                         why=f"it can be {', '.join(able)}",
+                        fix="pin it to one of these, or leave the pin out",
                     )
                 unary = np.where(allowed, unary, np.inf)
             variables.append(Variable(name, unary, table.usage, table.alternatives))

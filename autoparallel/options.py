@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from autoparallel.errors import PlanError
 
@@ -49,8 +50,24 @@ class Options:
     constraints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "constraints", tuple(self.constraints))
+        object.__setattr__(self, "constraints", _texts(self.constraints))
+        for name in ("sequence_parallel", "data_parallel", "strict_capture"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise PlanError(f"{name}={value!r}", fix="choose True or False")
         for name, known in _KNOWN.items():
             value = getattr(self, name)
             if value not in known:
                 raise PlanError(f"{name}={value!r}", fix=f"choose one of {', '.join(known)}")
+
+
+def _texts(constraints: Any) -> tuple[str, ...]:
+    if isinstance(constraints, str):
+        raise PlanError(f"constraints={constraints!r}", fix=f"give a list: [{constraints!r}]")
+    made = tuple(constraints or ())
+    for text in made:
+        if not isinstance(text, str):
+            raise PlanError(
+                f"constraint {text!r} is no text", fix='write "blocks.*.weight is whole"'
+            )
+    return made

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Part", "Plan"]
 
 VERSION = 2
+_WRITE_AGAIN = "give the whole text that plan.to_json() wrote"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,13 +260,17 @@ class Plan:
             rows = json.loads(text)
             version = rows["version"]
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise PlanError("not a plan", why="the text is not a plan's JSON") from None
+            raise PlanError(
+                "not a plan", why="the text is not a plan's JSON", fix=_WRITE_AGAIN
+            ) from None
         if version != VERSION:
             raise PlanError(f"a plan of version {version}", fix=f"plan again (version {VERSION})")
         try:
             return Plan._from_rows(rows)
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError("not a plan", why=f"{type(error).__name__}: {error}") from None
+            raise PlanError(
+                "not a plan", why=f"{type(error).__name__}: {error}", fix=_WRITE_AGAIN
+            ) from None
 
     @staticmethod
     def _from_rows(rows: Mapping[str, Any]) -> Plan:

@@ -21,7 +21,14 @@ from autoparallel.plan import Plan
 from autoparallel.search import search
 from autoparallel.units import parse_bytes
 
-__all__ = ["fastest_plan", "make_options", "possible_meshes", "trace_model", "with_graphs"]
+__all__ = [
+    "fastest_plan",
+    "make_options",
+    "possible_meshes",
+    "require_parameters",
+    "trace_model",
+    "with_graphs",
+]
 
 
 def make_options(
@@ -36,7 +43,7 @@ def make_options(
     return Options(
         data_parallel=mesh is not None if data_parallel is None else data_parallel,
         memory_limit=limit,
-        recompute=recompute or ("none" if limit is None else "auto"),
+        recompute=("none" if limit is None else "auto") if recompute is None else recompute,
         **others,
     )
 
@@ -46,8 +53,10 @@ def possible_meshes(
 ) -> tuple[Mesh, ...]:
     """The arrangements of the ranks to choose from.
 
-    Raises PlanError where their number is not told, or told twice.
+    Raises PlanError where their number is not told, or told twice, or no number of ranks.
     """
+    if world_size is not None and (type(world_size) is not int or world_size < 1):
+        raise PlanError(f"world_size={world_size!r}", fix="give a positive whole number of ranks")
     if isinstance(mesh, Mesh):
         if world_size is not None and world_size != mesh.world_size:
             raise PlanError(
@@ -97,7 +106,9 @@ def fastest_plan(
     """The fastest plan of all arrangements.
 
     Where none has a plan, raises the error of the one that needs least memory, else the first's.
+    Raises PlanError for demands that no search could heed.
     """
+    _require_clear(meshes, options, pins, product_weight, start)
     best: Plan | None = None
     errors: list[PlanError] = []
     for mesh in meshes:
@@ -112,6 +123,46 @@ def fastest_plan(
     if best is None:
         raise min(errors, key=lambda error: getattr(error, "least", math.inf))
     return best
+
+
+def _require_clear(
+    meshes: tuple[Mesh, ...],
+    options: Options,
+    pins: Mapping[str, Layout | Placement] | None,
+    product_weight: float | None,
+    start: Plan | None,
+) -> None:
+    if pins is not None and not isinstance(pins, Mapping):
+        raise PlanError(f"pins={pins!r}", fix='give a table: {"encoder.weight": Shard(0)}')
+    for path, pin in (pins or {}).items():
+        placements = pin if isinstance(pin, tuple) else (pin,)
+        if not all(isinstance(one, Placement) for one in placements):
+            raise PlanError(
+                f"{path} is pinned to {pin!r}, which is no placement",
+                fix="give Shard(0), Invariant(), or a tuple with one for each axis",
+            )
+    if product_weight is not None:
+        number = isinstance(product_weight, int | float) and not isinstance(product_weight, bool)
+        if not number or not 0 < product_weight < math.inf:
+            raise PlanError(f"product_weight={product_weight!r}", fix="give a positive number")
+        if options.memory_limit is not None:
+            raise PlanError(
+                f"product_weight={product_weight!r} under a memory limit",
+                why="what fits is planned for its seconds alone",
+                fix="leave one of the two out",
+            )
+    if start is not None and not isinstance(start, Plan):
+        raise PlanError(
+            f"start is a {type(start).__name__}",
+            fix="give a Plan; Plan.from_json(text) reads one",
+        )
+    if start is not None and start.mesh not in meshes:
+        tried = ", ".join(map(str, meshes))
+        raise PlanError(
+            f"the plan to begin with is for another mesh, {start.mesh}",
+            why=f"the ranks are arranged as {tried}",
+            fix="begin with a plan of the same model, example inputs and mesh",
+        )
 
 
 def _search(
@@ -145,6 +196,23 @@ def _search(
     return search(
         traced, name, mesh, options, pins=given, product_weight=product_weight, start=start
     )
+
+
+def require_parameters(plan: Plan, model: nn.Module) -> None:
+    """Raises PlanError for a plan of a model that has other parameters."""
+    own = {path: tuple(p.shape) for path, p in model.named_parameters(remove_duplicate=False)}
+    other = [
+        f"{choice.path}: {choice.shape} in the plan, {own.get(choice.path, 'none')} in the model"
+        for choice in plan.parameters
+        if own.get(choice.path) != choice.shape
+    ]
+    if other:
+        raise PlanError(
+            f"the plan was made for another {plan.model}",
+            where="\n".join(other[:5] + [f"and {len(other) - 5} more"] * (len(other) > 5)),
+            why="its parameters are not those of this model",
+            fix="plan again for this model",
+        )
 
 
 def with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:

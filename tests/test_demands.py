@@ -143,9 +143,11 @@ def test_a_plan_is_an_assignment(options: dict[str, Any]) -> None:
 
 
 def test_a_plan_of_another_mesh_is_no_beginning(free: Plan) -> None:
-    """Nor one of another program."""
+    """Nor one of a mesh that is not tried."""
     with pytest.raises(PlanError, match="another mesh"):
         planned(mesh=Mesh(dp=4, tp=1), start=free)
+    with pytest.raises(PlanError, match="another mesh"):
+        planned(mesh="auto", world_size=8, start=free)
 
 
 def test_arrangements_fill_nodes() -> None:
@@ -175,7 +177,18 @@ def test_the_fastest_mesh_is_taken() -> None:
         ({"mesh": None}, "over how many ranks"),
         ({"mesh": "automatic", "world_size": 4}, "mesh='automatic'"),
         ({"mesh": MESH, "world_size": 8}, "has 4 ranks"),
+        ({"mesh": None, "world_size": 2.0}, "world_size=2.0"),
+        ({"mesh": "auto", "world_size": 0}, "world_size=0"),
         ({"recompute": "some"}, "choose one of"),
+        ({"recompute": ""}, "choose one of"),
+        ({"data_parallel": "no"}, "True or False"),
+        ({"constraints": "* is whole"}, "give a list"),
+        ({"constraints": [3]}, "no text"),
+        ({"pins": [("lm_head.weight", Shard(0))]}, "give a table"),
+        ({"pins": {"token_embedding.weight": "S(0)"}}, "no placement"),
+        ({"product_weight": -1.0}, "product_weight=-1.0"),
+        ({"product_weight": 2.0, "memory_limit": "1GiB"}, "under a memory limit"),
+        ({"start": "plan.json"}, "start is a str"),
     ],
 )
 def test_unclear_questions(options: dict[str, Any], words: str) -> None:

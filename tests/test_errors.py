@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import build, inputs_for
@@ -9,6 +11,7 @@ from processes import run_processes
 from torch import nn
 
 import autoparallel
+from autoparallel import Mesh
 from autoparallel.errors import (
     AutoParallelError,
     CaptureError,
@@ -119,15 +122,17 @@ def test_ops_without_a_rule_can_be_kept_whole() -> None:
     torch.testing.assert_close(result.gradients["inner.0.weight"], model.inner[0].weight.grad)
 
 
-@pytest.mark.parametrize("option", [{"unknown_ops": "guess"}, {"hardware": "abacus"}])
-def test_misspelt_options(option: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "option", [{"unknown_ops": "guess"}, {"hardware": "abacus"}, {"hardware": None}], ids=str
+)
+def test_misspelt_options(option: dict[str, Any]) -> None:
     """The known values are named."""
     with pytest.raises(PlanError) as caught:
         autoparallel.make_plan(
             nn.Linear(8, 8),
             2,
             example_inputs=torch.zeros(4, 8),
-            **option,  # type: ignore[arg-type]
+            **option,
         )
     says(caught.value, "choose one of")
 
@@ -196,9 +201,64 @@ def test_a_world_size_that_is_not_the_launched_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_mesh_without_ranks() -> None:
-    """Zero ranks cannot hold a model."""
+    """Zero ranks cannot hold a model, nor can no axis."""
     with pytest.raises(PlanError):
         autoparallel.make_plan(nn.Linear(8, 8), 0, example_inputs=torch.zeros(4, 8))
+    with pytest.raises(PlanError, match="without axes"):
+        Mesh()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "data-parallel", "1"])
+def test_axes_without_a_name(name: str) -> None:
+    """Programs and constraints call them by their names; any name of Python's is one."""
+    with pytest.raises(PlanError) as caught:
+        Mesh(**{name: 2})
+    says(caught.value, repr(name), "dp")
+    assert Mesh(self=2).world_size == 2
+
+
+@pytest.mark.parametrize("size", [0, -2, 2.0, "2", True])
+def test_axes_without_a_size(size: Any) -> None:
+    """Only positive whole numbers are sizes."""
+    with pytest.raises(PlanError, match="positive whole number"):
+        Mesh(dp=size)
+
+
+@pytest.mark.parametrize("model", [nn.Linear, torch.relu, None], ids=str)
+def test_what_is_no_module(model: Any) -> None:
+    """A class, a function and nothing are refused before they are looked into."""
+    with pytest.raises(AutoParallelError) as caught:
+        autoparallel.make_plan(model, 2, example_inputs=torch.zeros(4, 8))
+    says(caught.value, "no nn.Module")
+
+
+def test_simulating_without_weights() -> None:
+    """A model on the meta device can be planned, not run."""
+    with pytest.raises(PlanError) as caught:
+        autoparallel.simulate(nn.Linear(8, 8, device="meta"), 2, example_inputs=torch.zeros(4, 8))
+    says(caught.value, "meta", "make_plan")
+
+
+@pytest.mark.parametrize(
+    "options", [{"memory_limit": "1KiB"}, {"world_size": 4}, {"sequence_parallel": True}], ids=str
+)
+def test_a_plan_is_simulated_as_it_is(options: dict[str, Any]) -> None:
+    """What would make another plan is not silently left out."""
+    model, x = nn.Linear(8, 8), torch.zeros(4, 8)
+    plan = autoparallel.make_plan(model, 2, example_inputs=x)
+    with pytest.raises(PlanError) as caught:
+        autoparallel.simulate(model, example_inputs=x, plan=plan, **options)
+    says(caught.value, next(iter(options)), "2 ranks")
+
+
+def test_a_plan_for_other_parameters() -> None:
+    """A plan made in this process has its program, which another model's weights do not fit."""
+    x = torch.zeros(4, 8)
+    plan = autoparallel.make_plan(nn.Linear(8, 8), 1, example_inputs=x)
+    for run in (autoparallel.apply_plan, autoparallel.simulate):
+        with pytest.raises(PlanError) as caught:
+            run(nn.Linear(8, 6), plan=plan, example_inputs=x)
+        says(caught.value, "weight: (8, 8) in the plan, (6, 8) in the model", "bias")
 
 
 def test_a_plan_for_another_model() -> None:

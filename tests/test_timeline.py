@@ -253,6 +253,7 @@ def whole() -> Plan:
 def test_where_nothing_overlaps_it_is_the_sum(whole: Plan) -> None:
     """The planner's own prediction, reached op by op."""
     made = timeline(whole)
+    assert made == timeline(whole, hardware=whole.hardware)
     assert made.busy(COMMUNICATION) > 0
     assert made.seconds == pytest.approx(whole.seconds, rel=1e-6)
     assert made.tokens == 8192
@@ -342,8 +343,13 @@ def test_speed_up_as_published() -> None:
         assert found[2, m] < found[4, m] < found[8, m]
 
 
-def test_pipelines_refuse_what_there_is_not() -> None:
+def test_pipelines_refuse_what_there_is_not(whole: Plan) -> None:
+    """Schedules, and numbers of stages."""
     with pytest.raises(ValueError, match="interleaved"):
         in_flight(2, 2, "interleaved")
     with pytest.raises(ValueError, match="0 stages"):
         in_flight(0, 2, "gpipe")
+    with pytest.raises(ValueError, match="0 stages"):
+        pipeline(timeline(whole), 0, 2)
+    with pytest.raises(ValueError, match=r"2\.5 stages"):
+        pipeline(timeline(whole), 2.5, 2)  # type: ignore[arg-type]

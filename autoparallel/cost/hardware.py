@@ -169,6 +169,11 @@ def find_hardware(name: str | Path | Hardware) -> Hardware:
     """
     if isinstance(name, Hardware):
         return name
+    if not isinstance(name, str | Path):
+        raise PlanError(
+            f"hardware={name!r}",
+            fix=f'choose one of {", ".join(_rows())}, "auto", or give the path of a .json file',
+        )
     if isinstance(name, Path) or name.endswith(".json"):
         return read_hardware(name)
     if name == "auto":

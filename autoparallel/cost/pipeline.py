@@ -59,6 +59,7 @@ def pipeline(
     backward pass (reducing gradients, updating) is done once, each stage its own part.
     Raises ValueError for another schedule, and for fewer than one stage or micro-batch.
     """
+    _check(stages, micro_batches, schedule)
     send = send_seconds(send_nbytes, link) if link is not None and stages > 1 else 0.0
     forward, backward = timeline.forward_seconds / stages, timeline.backward_seconds / stages
     again = timeline.busy(COMPUTE, "recompute") / stages
@@ -156,5 +157,7 @@ def _order(stage: int, stages: int, micro_batches: int, schedule: str) -> Sequen
 def _check(stages: int, micro_batches: int, schedule: str) -> None:
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}")
-    if stages < 1 or micro_batches < 1:
-        raise ValueError(f"{stages} stages and {micro_batches} micro-batches: at least one of each")
+    if not all(type(count) is int and count > 0 for count in (stages, micro_batches)):
+        raise ValueError(
+            f"{stages} stages and {micro_batches} micro-batches: whole numbers, at least 1"
+        )

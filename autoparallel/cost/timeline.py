@@ -108,19 +108,23 @@ class Timeline(TrainingStep):
 
 
 def timeline(
-    plan: Plan, *, hardware: Hardware | None = None, bucket_nbytes: int | None = BUCKET_NBYTES
+    plan: Plan,
+    *,
+    hardware: Hardware | str | None = None,
+    bucket_nbytes: int | None = BUCKET_NBYTES,
 ) -> Timeline:
     """The predicted timeline of one step.
 
-    hardware: what it runs on, by default what was planned for. bucket_nbytes: gradients that are
-    only to be summed are reduced in calls of at least so many bytes, as they become ready; None
-    reduces them in one call when the backward pass has ended, as the emitted module does.
+    hardware: what it runs on, also by name or file; by default what was planned for.
+    bucket_nbytes: gradients that are only to be summed are reduced in calls of at least so many
+    bytes, as they become ready; None reduces them in one call when the backward pass has ended, as
+    the emitted module does.
     """
     if hardware is None:
         # A plan knows its hardware by name, and that of a file by the file.
         own = plan.hardware in presets()
-        hardware = find_hardware(plan.hardware if own else plan.options.hardware)
-    return _Simulation(plan, hardware, bucket_nbytes).run()
+        hardware = plan.hardware if own else plan.options.hardware
+    return _Simulation(plan, find_hardware(hardware), bucket_nbytes).run()
 
 
 @dataclass

@@ -17,7 +17,12 @@ import sympy
 import torch
 from torch import nn
 
-from autoparallel.errors import CaptureError, InputsNeededError, WrappedModelError
+from autoparallel.errors import (
+    AutoParallelError,
+    CaptureError,
+    InputsNeededError,
+    WrappedModelError,
+)
 from autoparallel.graph.blocks import Group, find_groups
 from autoparallel.graph.draws import DecidedDraws
 from autoparallel.graph.effects import effects, refuse_effects
@@ -117,10 +122,19 @@ class Captured:
         return all(guard.subs(sizes) != sympy.false for guard in self.guards)
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raises WrappedModelError for a model that another engine has already split or wrapped."""
+def refuse_wrapped(model: object) -> None:
+    """Raises WrappedModelError for a model that another engine has already split or wrapped.
+
+    And AutoParallelError for what is no module at all.
+    """
     from torch.distributed.tensor import DTensor
 
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise AutoParallelError(
+            f"the model is no nn.Module but {given}",
+            fix="pass a module: an instance of a class, or a function wrapped in one's forward",
+        )
     for path, module in model.named_modules():
         name = type(module).__name__
         wrapped = name in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
