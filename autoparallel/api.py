@@ -20,11 +20,8 @@ from autoparallel.errors import (
     PlanError,
     WorldSizeError,
 )
-from autoparallel.graph.capture import (
-    find_example_inputs,
-    refuse_wrapped,
-    split_example,
-)
+from autoparallel.graph.arguments import find_example_inputs, split_example
+from autoparallel.graph.capture import refuse_wrapped
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parts import Planner

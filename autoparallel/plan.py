@@ -20,7 +20,7 @@ from autoparallel.placement import (
 )
 
 if TYPE_CHECKING:
-    from autoparallel.graph.capture import Captured
+    from autoparallel.graph.captured import Captured
     from autoparallel.graph.graph import Graph
 
 __all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Part", "Plan"]

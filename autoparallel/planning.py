@@ -11,8 +11,9 @@ from torch import nn
 
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import CaptureError, PlanError
+from autoparallel.graph.arguments import bind_inputs
 from autoparallel.graph.breaks import Broken, trace, trace_parts
-from autoparallel.graph.capture import Captured, bind_inputs
+from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh, arrangements
 from autoparallel.options import Options
 from autoparallel.parts import search_parts

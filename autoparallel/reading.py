@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from autoparallel.cost.compute import nbytes
 from autoparallel.errors import PlanError
-from autoparallel.graph.capture import Captured
+from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph, hint
 from autoparallel.mesh import Mesh
 from autoparallel.network import Network, reduced_together

@@ -9,7 +9,7 @@ from autoparallel.constraints import constrain
 from autoparallel.cost.compute import nbytes
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
-from autoparallel.graph.capture import Captured
+from autoparallel.graph.captured import Captured
 from autoparallel.graph.passes import at_least
 from autoparallel.limit import plan_within
 from autoparallel.mesh import Mesh

@@ -10,8 +10,9 @@ from torch import nn
 
 from autoparallel.builder import build_network
 from autoparallel.cost.hardware import find_hardware
+from autoparallel.graph.arguments import split_example
 from autoparallel.graph.breaks import trace
-from autoparallel.graph.capture import Captured, split_example
+from autoparallel.graph.captured import Captured
 from autoparallel.graph.passes import at_least
 from autoparallel.mesh import Mesh
 from autoparallel.network import Network

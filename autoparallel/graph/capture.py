@@ -10,116 +10,34 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import sympy
 import torch
 from torch import nn
 
 from autoparallel.errors import (
     AutoParallelError,
     CaptureError,
-    InputsNeededError,
     WrappedModelError,
 )
+from autoparallel.graph.arguments import as_given, bind_inputs
 from autoparallel.graph.blocks import Group, find_groups
+from autoparallel.graph.captured import Captured, modes_of
 from autoparallel.graph.draws import DecidedDraws
 from autoparallel.graph.effects import effects, refuse_effects
 from autoparallel.graph.folding import Folding, Unfoldable
-from autoparallel.graph.graph import Dim, Graph, Sym
+from autoparallel.graph.graph import Graph
 from autoparallel.graph.importer import Importer
-from autoparallel.graph.repeats import Repeats, find_repeats
 from autoparallel.graph.sizes import IntricateSizes, WatchedSizes
 from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.randomness import python_numbers
 from autoparallel.structure import Skeleton, flatten, rebuild
 
-__all__ = [
-    "Captured",
-    "Modes",
-    "bind_inputs",
-    "capture",
-    "find_example_inputs",
-    "modes_of",
-    "refuse_wrapped",
-]
-
-Modes = tuple[bool, ...]
+__all__ = ["Captured", "capture", "refuse_wrapped"]
 
 _log = logging.getLogger(__name__)
 # A block that is called as none before it is traced by itself in the next attempt.
 _ATTEMPTS = 3
-
-
-def modes_of(model: nn.Module) -> Modes:
-    """Of the model and of each module in it, whether it trains: another mode, another program."""
-    return tuple(module.training for module in model.modules())
-
-
-@dataclass(frozen=True)
-class Captured:
-    """graph: the program. inputs, outputs: skeletons of what goes in and what comes out.
-
-    aliases: for each parameter path the one that stands for it (another one for tied weights).
-    constants: tensors that the forward makes from numbers, by the targets of "constant" nodes.
-    repeats: paths of modules that are instances of one traced block. guards: what the tracer
-    took for granted about the symbolic sizes, such as which way a branch goes. part: whether the
-    module is called by Python that goes on with what it returns. modes: see `modes_of`.
-    """
-
-    graph: Graph
-    inputs: Skeleton
-    outputs: Skeleton
-    aliases: Mapping[str, str]
-    constants: Mapping[str, torch.Tensor]
-    repeats: tuple[tuple[str, ...], ...] = ()
-    guards: tuple[sympy.Basic, ...] = ()
-    part: bool = False
-    modes: Modes = ()
-
-    def fits(self, inputs: list[torch.Tensor]) -> bool:
-        """Whether the program is right for tensors of these types and sizes.
-
-        Where it is not, tracing with them would give another program.
-        """
-        shapes = tuple(tuple(tensor.shape) for tensor in inputs)
-        types = [tensor.dtype for tensor in inputs]
-        values = [node.result for node in self.graph.nodes if node.kind == "input"]
-        if types != [value.dtype for value in values]:
-            return False
-        if shapes not in self._known_shapes:
-            self._known_shapes[shapes] = self._holds(shapes, [value.shape for value in values])
-        return self._known_shapes[shapes]
-
-    @cached_property
-    def blocks(self) -> Repeats:
-        """The repeated blocks of the graph."""
-        return find_repeats(self.graph)
-
-    @cached_property
-    def _known_shapes(self) -> dict[tuple[tuple[int, ...], ...], bool]:
-        return {}
-
-    def _holds(self, shapes: tuple[tuple[int, ...], ...], expected: list[tuple[Dim, ...]]) -> bool:
-        sizes: dict[Any, int] = {}
-        derived: list[tuple[sympy.Expr, int]] = []
-        for shape, dims in zip(shapes, expected, strict=True):
-            if len(shape) != len(dims):
-                return False
-            for actual, dim in zip(shape, dims, strict=True):
-                if not isinstance(dim, Sym):
-                    if actual != dim:
-                        return False
-                elif dim.expr.is_Symbol:
-                    # The tracer treats 0 and 1 apart.
-                    if actual < 2 or sizes.setdefault(dim.expr, actual) != actual:
-                        return False
-                else:
-                    derived.append((dim.expr, actual))
-        if any(expr.subs(sizes) != actual for expr, actual in derived):
-            return False
-        return all(guard.subs(sizes) != sympy.false for guard in self.guards)
 
 
 def refuse_wrapped(model: object) -> None:
@@ -155,57 +73,6 @@ def refuse_wrapped(model: object) -> None:
             )
 
 
-def find_example_inputs(model: nn.Module) -> Any:
-    """The model's own `example_inputs()` or Hugging Face `dummy_inputs`.
-
-    Raises InputsNeededError where there is neither.
-    """
-    own = getattr(model, "example_inputs", None)
-    if callable(own):
-        return own()
-    try:
-        dummies = getattr(model, "dummy_inputs", None)
-    except (AttributeError, NotImplementedError, TypeError):
-        dummies = None
-    if isinstance(dummies, Mapping) and dummies:
-        names = inspect.signature(model.forward).parameters
-        inputs = {key: value for key, value in dummies.items() if key in names}
-        if inputs:
-            ids = inputs.get("input_ids")
-            if isinstance(ids, torch.Tensor) and "labels" in names and "labels" not in inputs:
-                inputs["labels"] = ids.clone()
-            return inputs
-    raise InputsNeededError(
-        f"no example inputs for {type(model).__name__}",
-        why="planning follows real shapes through the model, and the model offers none",
-        fix="pass example_inputs=(x, ...) or a dict of keyword arguments, or give the model a "
-        "method example_inputs()",
-    )
-
-
-def bind_inputs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> inspect.BoundArguments:
-    """The call's arguments by the names of the model's forward."""
-    try:
-        return inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise CaptureError(
-            f"the inputs do not fit {type(model).__name__}.forward",
-            why=str(error),
-            fix="pass a tuple of positional or a dict of keyword arguments",
-        ) from None
-
-
-def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as (args, kwargs): a tensor, a sequence or a dict of keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
 class _Flat(nn.Module):
     """The model with tensors in and tensors out; remembers the skeleton of what came out."""
 
@@ -230,7 +97,7 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arguments = rebuild(self.inputs, list(tensors))
-        args, kwargs = _as_given(self.bound.signature, arguments, self.positional)
+        args, kwargs = as_given(self.bound.signature, arguments, self.positional)
         held = effects(self.model, arguments) if self.part else {}
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
@@ -248,28 +115,6 @@ class _Flat(nn.Module):
         flat, skeleton = flatten(result)
         self.outputs.append(skeleton)
         return tuple(flat)
-
-
-def _as_given(
-    signature: inspect.Signature, arguments: Mapping[str, Any], positional: int
-) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments by name, as they were given: the first `positional` ones by position.
-
-    A decorated forward may have a keyword argument that it must not be given twice.
-    """
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for name, value in arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            args.extend(value)
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            kwargs.update(value)
-        elif len(args) < positional and kind is not inspect.Parameter.KEYWORD_ONLY:
-            args.append(value)
-        else:
-            kwargs[name] = value
-    return args, kwargs
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.copies import on_meta, shallow_copy
 from autoparallel.errors import CaptureError, PlanError
-from autoparallel.graph.capture import Captured, Modes, bind_inputs, modes_of
+from autoparallel.graph.arguments import bind_inputs
+from autoparallel.graph.captured import Captured, Modes, modes_of
 from autoparallel.graph.graph import Sym
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan

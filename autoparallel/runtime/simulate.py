@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from autoparallel.errors import PlanError
-from autoparallel.graph.capture import bind_inputs, modes_of
+from autoparallel.graph.arguments import bind_inputs
+from autoparallel.graph.captured import modes_of
 from autoparallel.placement import Layout, Partial, Shard, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit

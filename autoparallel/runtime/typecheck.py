@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autoparallel.errors import PlanError
-from autoparallel.graph.capture import bind_inputs
+from autoparallel.graph.arguments import bind_inputs
 from autoparallel.placement import Layout, Shard, layout_gradient, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit

@@ -1,0 +1,90 @@
+"""What a trace of a module gives: its graph, and which calls the graph is right for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+
+from autoparallel.graph.graph import Dim, Graph, Sym
+from autoparallel.graph.repeats import Repeats, find_repeats
+from autoparallel.structure import Skeleton
+
+__all__ = ["Captured", "Modes", "modes_of"]
+
+Modes = tuple[bool, ...]
+
+
+def modes_of(model: nn.Module) -> Modes:
+    """Of the model and of each module in it, whether it trains: another mode, another program."""
+    return tuple(module.training for module in model.modules())
+
+
+@dataclass(frozen=True)
+class Captured:
+    """graph: the program. inputs, outputs: skeletons of what goes in and what comes out.
+
+    aliases: for each parameter path the one that stands for it (another one for tied weights).
+    constants: tensors that the forward makes from numbers, by the targets of "constant" nodes.
+    repeats: paths of modules that are instances of one traced block. guards: what the tracer
+    took for granted about the symbolic sizes, such as which way a branch goes. part: whether the
+    module is called by Python that goes on with what it returns. modes: see `modes_of`.
+    """
+
+    graph: Graph
+    inputs: Skeleton
+    outputs: Skeleton
+    aliases: Mapping[str, str]
+    constants: Mapping[str, torch.Tensor]
+    repeats: tuple[tuple[str, ...], ...] = ()
+    guards: tuple[sympy.Basic, ...] = ()
+    part: bool = False
+    modes: Modes = ()
+
+    def fits(self, inputs: list[torch.Tensor]) -> bool:
+        """Whether the program is right for tensors of these types and sizes.
+
+        Where it is not, tracing with them would give another program.
+        """
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs)
+        types = [tensor.dtype for tensor in inputs]
+        values = [node.result for node in self.graph.nodes if node.kind == "input"]
+        if types != [value.dtype for value in values]:
+            return False
+        if shapes not in self._known_shapes:
+            self._known_shapes[shapes] = self._holds(shapes, [value.shape for value in values])
+        return self._known_shapes[shapes]
+
+    @cached_property
+    def blocks(self) -> Repeats:
+        """The repeated blocks of the graph."""
+        return find_repeats(self.graph)
+
+    @cached_property
+    def _known_shapes(self) -> dict[tuple[tuple[int, ...], ...], bool]:
+        return {}
+
+    def _holds(self, shapes: tuple[tuple[int, ...], ...], expected: list[tuple[Dim, ...]]) -> bool:
+        sizes: dict[Any, int] = {}
+        derived: list[tuple[sympy.Expr, int]] = []
+        for shape, dims in zip(shapes, expected, strict=True):
+            if len(shape) != len(dims):
+                return False
+            for actual, dim in zip(shape, dims, strict=True):
+                if not isinstance(dim, Sym):
+                    if actual != dim:
+                        return False
+                elif dim.expr.is_Symbol:
+                    # The tracer treats 0 and 1 apart.
+                    if actual < 2 or sizes.setdefault(dim.expr, actual) != actual:
+                        return False
+                else:
+                    derived.append((dim.expr, actual))
+        if any(expr.subs(sizes) != actual for expr, actual in derived):
+            return False
+        return all(guard.subs(sizes) != sympy.false for guard in self.guards)
