@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 import autoparallel
 from autoparallel.parts import Planner
-from autoparallel.runtime.module import parallel_module, state_of
+from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.parameters import whole_tensor
 from autoparallel.runtime.python import common_numbers
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
 from autoparallel.runtime.rng import Generator
+from autoparallel.runtime.state import state_of
 
 
 def whole_gradients(module: nn.Module) -> dict[str, torch.Tensor]:

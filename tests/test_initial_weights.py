@@ -16,8 +16,9 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
 from autoparallel.runtime.collectives import join_parts
-from autoparallel.runtime.module import parallel_module, state_of
+from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.ranks import thread_ranks
+from autoparallel.runtime.state import state_of
 
 SEED = 21
 

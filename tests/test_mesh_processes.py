@@ -16,8 +16,9 @@ from autoparallel.mesh import Mesh
 from autoparallel.placement import Shard
 from autoparallel.runtime.checkpoint import load_checkpoint, save_checkpoint
 from autoparallel.runtime.layouts import take_layout_part
-from autoparallel.runtime.module import full_state_dict, state_of
+from autoparallel.runtime.module import full_state_dict
 from autoparallel.runtime.parameters import as_distributed
+from autoparallel.runtime.state import state_of
 from autoparallel.train.models import GPT, GPTConfig
 
 SIZES = GPTConfig(layers=1, hidden=40, heads=10, vocabulary=31, positions=16, dropout=0.2)

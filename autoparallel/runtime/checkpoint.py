@@ -30,9 +30,9 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Layout, whole_layout
 from autoparallel.runtime.layouts import layout_pieces
-from autoparallel.runtime.module import State
 from autoparallel.runtime.ranks import Ranks, single_rank
 from autoparallel.runtime.seeds import rng_state, set_rng_state
+from autoparallel.runtime.state import State
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from autoparallel.copies import on_meta, shallow_copy
 from autoparallel.errors import CaptureError, PlanError
 from autoparallel.graph.arguments import bind_inputs
-from autoparallel.graph.captured import Captured, Modes, modes_of
+from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
-from autoparallel.rewrite.emit import Program, emit
+from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
 from autoparallel.runtime.agreement import require_equal, require_same_plan, require_same_start
 from autoparallel.runtime.initial import materialize
@@ -36,107 +35,16 @@ from autoparallel.runtime.parameters import (
 )
 from autoparallel.runtime.python import WholeParameters, common_numbers, held_by
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.runtime.seeds import generator_of, give_generator
+from autoparallel.runtime.seeds import give_generator
+from autoparallel.runtime.state import Entry, Replan, State, Tree, state_of
 from autoparallel.structure import Skeleton, flatten, rebuild
 
-__all__ = ["State", "full_state_dict", "parallel_module", "state_of"]
+__all__ = ["full_state_dict", "parallel_module"]
 
 _log = logging.getLogger(__name__)
 
-# From the model on the meta device, the path of a module in it, its inputs, how its parameters are
-# stored and whether Python calls it, to a plan. Raises CaptureError where it cannot be traced.
-Replan = Callable[
-    [nn.Module, str, tuple[Any, ...], Mapping[str, Any], Mapping[str, Layout], bool], Plan
-]
 # Programs of one module. Python that computes constants for it would make new ones for ever.
 _MOST_PROGRAMS = 16
-
-
-@dataclass
-class _Entry:
-    """A program and what its inputs must look like."""
-
-    plan: Plan
-    captured: Captured
-    program: Program
-    leaves: list[Leaf]
-    shapes: list[tuple[Any, ...]]
-
-
-@dataclass
-class Tree:
-    """What all split modules of one model share.
-
-    root: the model. skeleton: the same on the meta device. whole: the parameters as Python reads
-    them. copies: what computes in place of parameters, by the parameters' ids. depth: how many
-    Python forwards are at work.
-    """
-
-    root: nn.Module
-    skeleton: nn.Module
-    ranks: Ranks
-    mesh: DeviceMesh | None
-    replan: Replan
-    strict: bool
-    whole: WholeParameters
-    copies: Mapping[int, Copy]
-    depth: int = 0
-
-
-@dataclass
-class State:
-    """Everything that the parallel module adds to the user's.
-
-    path: in the model. skeleton: the original on the meta device, to trace other modes and inputs.
-    kept: how its parameters are kept, by path. checks: calls left that compare the ranks' inputs.
-    entries: programs by (modes, structure of the inputs). python: modes in which the module cannot
-    be traced, and stays the user's Python. full: no more programs are made. own: the user's
-    forward. plan: that decided how parameters are stored. members: the module and all in it.
-    """
-
-    path: str
-    tree: Tree
-    skeleton: nn.Module
-    kept: dict[str, Residence]
-    checks: int
-    own: Callable[..., Any]
-    plan: Plan | None
-    entries: dict[tuple[Modes, Skeleton], list[_Entry]] = field(default_factory=dict)
-    python: set[Modes] = field(default_factory=set)
-    full: bool = False
-    settled: bool = False
-    members: tuple[nn.Module, ...] = ()
-
-    @property
-    def ranks(self) -> Ranks:
-        """The ranks."""
-        return self.tree.ranks
-
-    @property
-    def storage(self) -> dict[str, Layout]:
-        """How the parameters lie that compute, by path."""
-        return {path: kept.storage for path, kept in self.kept.items()}
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        """How the parameters lie that the user sees, by path."""
-        return {path: kept.state for path, kept in self.kept.items()}
-
-    @property
-    def mesh(self) -> DeviceMesh | None:
-        """The ranks as DTensor has them."""
-        return self.tree.mesh
-
-    @property
-    def generator(self) -> rng.Generator:
-        """Where random numbers come from."""
-        return generator_of(self.tree.root)
-
-
-def state_of(module: nn.Module) -> State:
-    """The state of a parallel module. Raises AttributeError for any other module."""
-    found: State = module.__dict__["_autoparallel"]
-    return found
 
 
 class _Parallel:
@@ -285,7 +193,7 @@ def _copies(made: nn.Module, kept: Mapping[str, Residence]) -> dict[int, Copy]:
     return found
 
 
-def _add(made: nn.Module, state: State, plan: Plan) -> _Entry:
+def _add(made: nn.Module, state: State, plan: Plan) -> Entry:
     """Emit a plan's program and keep it for calls that it fits."""
     captured = plan.captured
     assert captured is not None
@@ -298,7 +206,7 @@ def _add(made: nn.Module, state: State, plan: Plan) -> _Entry:
         copy = state.tree.copies.get(id(holder[name]))
         leaves.append(Leaf(holder, name, path, state.kept[path], gradient, bundle, copy))
     inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
-    entry = _Entry(
+    entry = Entry(
         plan,
         captured,
         program,
@@ -358,7 +266,7 @@ def _entry(
     skeleton: Skeleton,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> _Entry | None:
+) -> Entry | None:
     """The program that fits a call, made now if there is none yet; None where Python must run."""
     for candidate in state.entries.get((modes, skeleton), ()):
         if candidate.captured.fits(inputs):
@@ -423,7 +331,7 @@ def _returned(
     layout: Layout,
     shape: tuple[Any, ...],
     inputs: list[torch.Tensor],
-    entry: _Entry,
+    entry: Entry,
     state: State,
 ) -> torch.Tensor:
     """What the user gets: the tensor, or a DTensor where it stays split."""

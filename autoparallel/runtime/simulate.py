@@ -19,9 +19,10 @@ from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
 from autoparallel.runtime.layouts import join_layout, reduced, take_layout_part
-from autoparallel.runtime.module import Replan, parallel_module, state_of
+from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.seeds import manual_seed
+from autoparallel.runtime.state import Replan, state_of
 from autoparallel.structure import Skeleton, flatten, rebuild
 
 __all__ = ["Simulation", "simulate_plan"]
