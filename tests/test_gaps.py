@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import autoparallel
 from autoparallel.mesh import Mesh
 from autoparallel.train.models import GPT, GPTConfig
 
 pytestmark = pytest.mark.broad
-MODELS = {"gpt2-xl": GPTConfig.gpt2_xl, "gpt3": GPTConfig.gpt3}
+LIMITS = {
+    "gpt2-xl": ("20GiB", "8GiB", "6GiB"),
+    "gpt3": ("76GiB", "66GiB", "60GiB"),
+    "llama-3-8b": ("40GiB", "16GiB", "10GiB"),
+}
+
+
+def sample(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The model and a batch of 64 sequences, of 1024 or 2048 tokens."""
+    with torch.device("meta"):
+        if name == "llama-3-8b":
+            from transformers import LlamaConfig, LlamaForCausalLM
+
+            sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+            config = LlamaConfig(
+                vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, **sizes
+            )
+            tokens = torch.empty(64, 2048, dtype=torch.long)
+            model = LlamaForCausalLM(config).to(torch.bfloat16)
+            return model, {"input_ids": tokens, "labels": tokens}
+        config = {"gpt2-xl": GPTConfig.gpt2_xl, "gpt3": GPTConfig.gpt3}[name]()
+        gpt = GPT(config).to(torch.bfloat16)
+        return gpt, gpt.example_inputs(batch=64)
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"),
-    [
-        *(("gpt2-xl", limit) for limit in ("20GiB", "8GiB", "6GiB")),
-        *(("gpt3", limit) for limit in ("76GiB", "66GiB", "60GiB")),
-    ],
+    ("name", "limit"), [(name, limit) for name, limits in LIMITS.items() for limit in limits]
 )
 def test_the_gap_is_below_one_percent(name: str, limit: str) -> None:
-    """A batch of 64 sequences as long as the model takes, Adam with a master copy."""
-    with torch.device("meta"):
-        model = GPT(MODELS[name]()).to(torch.bfloat16)
-        inputs = model.example_inputs(batch=64)
+    """Adam with a master copy."""
+    model, inputs = sample(name)
     plan = autoparallel.make_plan(
         model,
         mesh=Mesh(dp=8, tp=8),
