@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoparallel.graph.graph import Ref, Sym
 from autoparallel.graph.operators import operator_of
@@ -74,6 +76,8 @@ class Observed:
     results: the tensors that it makes. storages: of each result. sizes: bytes of the storages that
     it made itself, by number less the number of operands. saved: storages that its backward needs.
     assumed: whether it could not be run, and was taken to keep all that it reads and makes.
+    backward: bytes that its backward takes at its worst moment besides the gradients that it makes,
+    if that was asked for.
     """
 
     operands: int
@@ -82,6 +86,7 @@ class Observed:
     sizes: tuple[int, ...]
     saved: tuple[int, ...]
     assumed: bool = False
+    backward: int = 0
 
     def size(self, storage: int) -> int:
         """Bytes of a storage that the call made."""
@@ -171,12 +176,56 @@ def _stand_in(stand: Stand, device: str) -> torch.Tensor:
     return made.requires_grad_(stand.requires_grad)
 
 
+class _Made(TorchDispatchMode):
+    """Counts the bytes of storages that are made within and not yet freed. most: at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        before = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
+        found = func(*args, **(kwargs or {}))
+        for tensor in _tensors(found):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before and storage._cdata not in self.known:
+                self.known[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.known.pop, storage._cdata)
+        self.most = max(self.most, sum(self.known.values()))
+        return found
+
+
+def _besides(results: list[torch.Tensor], operands: list[torch.Tensor]) -> int:
+    """Bytes that the backward of a call takes at its worst moment besides gradients that it makes.
+
+    0 where it cannot be run without data.
+    """
+    ends = [tensor for tensor in results if tensor.requires_grad and tensor.grad_fn is not None]
+    starts = [tensor for tensor in operands if tensor.requires_grad]
+    if not ends or not starts:
+        return 0
+    given = [torch.empty_like(tensor) for tensor in ends]
+    made = _Made()
+    try:
+        with torch.no_grad(), made:
+            found = torch.autograd.grad(ends, starts, given, allow_unused=True)
+    except Exception:  # any op may refuse to run without data, in any way
+        return 0
+    own = {tensor.untyped_storage()._cdata for tensor in found if tensor is not None}
+    handed_on = sum(nbytes for key, nbytes in made.known.items() if key in own)
+    return max(made.most - handed_on, 0)
+
+
 def _run(
     function: Callable[..., Any],
     args: Any,
     kwargs: Mapping[str, Any],
     stands: Sequence[Stand],
     device: str,
+    backward: bool,
 ) -> Observed:
     operands = [_stand_in(stand, device) for stand in stands]
     source = iter(operands)
@@ -203,12 +252,15 @@ def _run(
             numbers[storage._cdata] = len(numbers)
     of = [numbers[storage._cdata] for storage in alive]
     count = len(operands)
+    kept.clear()
+    alive.clear()
     return Observed(
         count,
         tuple(Stand(tuple(t.shape), tuple(t.stride()), t.dtype, t.requires_grad) for t in results),
         tuple(of[count : count + len(results)]),
         tuple(sizes),
         tuple(sorted(set(of[count + len(results) :]))),
+        backward=_besides(results, operands) if backward else 0,
     )
 
 
@@ -219,12 +271,14 @@ def observe(
     operands: Sequence[Stand],
     expected: Sequence[Stand],
     devices: Sequence[str] = ("fake", "zeros"),
+    backward: bool = False,
 ) -> Observed:
     """Run a call and see what it makes and keeps.
 
     args, kwargs: nested tuples with a Ref for each operand, in order. expected: what its results
     are by the graph, for calls that cannot be run. devices: what to try, in order: "fake" (CPU
     tensors without data), "meta" (tensors of no device), "zeros" (CPU tensors, if they are small).
+    backward: whether to run its backward too.
     """
     enabled = any(stand.requires_grad for stand in operands)
     few = sum(prod(stand.shape) for stand in operands) <= _FEW
@@ -233,7 +287,7 @@ def observe(
             continue
         try:
             with _undisturbed(enabled), _mode() if device == "fake" else nullcontext():
-                return _run(function, args, kwargs, operands, device)
+                return _run(function, args, kwargs, operands, device, backward)
         except Exception:  # any op may refuse to run without data, in any way
             continue
     count = len(operands)

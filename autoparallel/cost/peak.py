@@ -79,7 +79,7 @@ class Peak:
                 last = count if number in kept else max(storage.read, storage.born)
                 change[storage.born] += storage.nbytes
                 change[min(last, count) + 1] -= storage.nbytes
-        return self._alive(change)
+        return _alive(change, [moment.forward for moment in walk.moments])
 
     def _backward(self) -> Bytes:
         """Bytes of activations and of their gradients at every moment of the backward pass."""
@@ -116,7 +116,7 @@ class Peak:
                 last = lasts[number]
                 if last >= 0:
                     alive(index, last, walk.locals[number].gradient)
-        return self._alive(change)
+        return _alive(change, [moment.backward for moment in walk.moments])
 
     def _lasts(self) -> list[int]:
         """Of each tensor, the moment at whose backward its gradient begins to be; -1 for none.
@@ -138,7 +138,9 @@ class Peak:
                             found[read] = max(found[read], found[made])
         return found
 
-    def _alive(self, change: Bytes) -> Bytes:
-        alive = np.cumsum(change)[:-1]
-        alive[:-1] += np.array([moment.buffer for moment in self.walk.moments], dtype=np.int64)
-        return alive
+
+def _alive(change: Bytes, besides: list[int]) -> Bytes:
+    """From what begins and ends at every moment, and what there is besides for that moment only."""
+    alive = np.cumsum(change)[:-1]
+    alive[:-1] += np.array(besides, dtype=np.int64)
+    return alive

@@ -80,14 +80,15 @@ class Moment:
 
     node: the call's name, empty for a conversion. region: number of the ops that are run again in
     the backward pass and that it belongs to, -1 if it is not run again. reads, makes: tensors, by
-    number. buffer: bytes that a collective needs besides what it reads and makes.
+    number. forward, backward: bytes that it needs in either pass besides what it reads and makes.
     """
 
     node: str
     region: int
     reads: tuple[int, ...]
     makes: tuple[int, ...]
-    buffer: int = 0
+    forward: int = 0
+    backward: int = 0
 
 
 class Walk:
@@ -233,7 +234,7 @@ class Walk:
         self.storages[local.storage].read = len(self.moments)
         apart = own or step.backward is not Movement.NONE
         made = self._put(stand, storage, stand.nbytes if apart else 0)
-        self.moments.append(Moment("", region, (number,), (made,), buffer))
+        self.moments.append(Moment("", region, (number,), (made,), buffer, buffer))
         return made
 
     def _call(self, node: Node) -> None:
@@ -277,7 +278,8 @@ class Walk:
             makes.append(self._put(stand, of[index], gradient))
             self._at[value.name], self._made[value.name] = makes[-1], layout
             self._inside[1].add(value.name)
-        self.moments.append(Moment(node.name, region, reads, tuple(makes)))
+        moment = Moment(node.name, region, reads, tuple(makes), backward=seen.backward)
+        self.moments.append(moment)
 
     def _observed(
         self,
@@ -302,12 +304,14 @@ class Walk:
         if any(choice.kernels):
             assert rule is not None
             function = self._kernels(call, rule, choice)
-            seen = observe(function, args, kwargs, stands, expected, ("meta", "zeros"))
+            seen = observe(
+                function, args, kwargs, stands, expected, ("meta", "zeros"), backward=True
+            )
         else:
             if rule is not None and rule.random:
                 kwargs |= random_arguments(expected[0].shape)
             function = runner(node.target, rule.random if rule is not None else "")
-            seen = observe(function, args, kwargs, stands, expected)
+            seen = observe(function, args, kwargs, stands, expected, backward=True)
         self._seen[key] = seen
         return seen
 
