@@ -56,7 +56,7 @@ def match_rules(
             node.name in inert,
         )
         if key not in known:
-            call = OpCall(node, tuple(values[name] for name in names))
+            call = OpCall.of(graph, node)
             made = None
             author = find_rule(node.target)
             if author is not None and node.name not in inert:

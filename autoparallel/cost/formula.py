@@ -311,7 +311,7 @@ class _Writer:
         return call, rule
 
     def rule_of(self, node: Node) -> tuple[OpCall, ShardingRule]:
-        call = OpCall(node, tuple(self.graph.values[name] for name in node.operands()))
+        call = OpCall.of(self.graph, node)
         author = find_rule(node.target)
         rule = author(call) if author is not None else find_unknown(call)[0]
         assert rule is not None, node

@@ -141,8 +141,7 @@ class SavedTensors:
             rule is None,
         )
         if key not in self._seen:
-            values = self.graph.values
-            call = OpCall(node, tuple([values[name] for name in names]))
+            call = OpCall.of(self.graph, node)
             case = self._cases[key] = _Case(call, rule, tuple(stands), results)
             seen = self._seen[key] = _observe(case, {})
             self._made[key] = tuple(map(fitted, seen.results, results))

@@ -294,8 +294,7 @@ class Walk:
         key = (node.target, written, stands, expected, choice.kernels, split)
         if key in self._seen:
             return self._seen[key]
-        values = self.graph.values
-        call = OpCall(node, tuple(values[name] for name in node.operands()))
+        call = OpCall.of(self.graph, node)
         rule = known_rule(call)
         args, kwargs = node.args, dict(node.kwargs)
         shards = any(isinstance(item, Shard) for layout in choice.results for item in layout)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from autoparallel.errors import PlanError
-from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value
+from autoparallel.graph.graph import Graph, Node, Sym, Value
 from autoparallel.graph.operators import makes_list
 from autoparallel.placement import (
     Layout,
@@ -18,18 +18,17 @@ from autoparallel.placement import (
     Step,
     layout_gradient,
     layout_text,
-    local_size,
     whole_layout,
 )
-from autoparallel.plan import OpChoice, Plan
+from autoparallel.plan import Plan
+from autoparallel.rewrite.local import Local
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of
 from autoparallel.rewrite.routes import Routes, find_deferred, layouts_made
-from autoparallel.rewrite.spelling import Code, Speller, own_reduction, spelled
+from autoparallel.rewrite.spelling import Speller, own_reduction, spelled
 from autoparallel.rules.registry import known_rule
-from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
+from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.runtime.rng import op_key
 
 __all__ = ["Program", "emit"]
 
@@ -89,9 +88,12 @@ class _Emitter:
         }
         self.converted: dict[tuple[str, tuple[Step, ...], str], str] = {}
         self.rules = {
-            node.name: rules[node.name] if node.name in rules else known_rule(self.call_of(node))
+            node.name: rules[node.name]
+            if node.name in rules
+            else known_rule(OpCall.of(graph, node))
             for node in graph.calls
         }
+        self.local = Local(graph, ranks, self.names, self.speller, self.rules)
         self.fused = self.find_fused()
 
     def program(self, alter: Callable[[str], str] | None) -> Program:
@@ -221,7 +223,7 @@ class _Emitter:
         pads = rule is not None and not rule.takes_empty
         if pads:
             reads = [
-                self.some(read, self.may_be_empty(self.graph.values[name], layout, choice))
+                self.some(read, self.local.may_be_empty(self.graph.values[name], layout, choice))
                 for read, name, layout in zip(reads, names, choice.operands, strict=True)
             ]
         producer = self.graph.producers[names[0]] if names else None
@@ -234,20 +236,20 @@ class _Emitter:
             reads = [*operands, reads[1]]
             target, text = producer.target, ", ".join(reads)
         else:
-            args = self.local_args(node, choice)
+            args = self.local.args(node, choice)
             text = self.speller.arguments(args, {**kwargs, **own_reduction(node)}, reads)
         results = [self.names.values[value.name] for value in node.results]
-        kernels = self.kernels(node, choice)
+        kernels = self.local.kernels(node, choice)
         if kernels:
-            expression = self.kernel_call(node, choice, text, kernels)
+            expression = self.local.kernel_call(node, text, kernels)
         elif rule is not None and rule.random:
-            expression = f"rng.{rule.random}({text}, {self.random(node, choice)})"
+            expression = f"rng.{rule.random}({text}, {self.local.random(node, choice)})"
         else:
             exact = any(isinstance(arg, tuple) and None in arg for arg in args)
             exact = exact or (rule is not None and bool(rule.discovered))  # just what was probed
             expression = f"torch.ops.{target}({text})" if exact else spelled(target, text, reads)
         if pads:
-            expression = self.shortened(expression, node, choice)
+            expression = self.local.shortened(expression, node, choice)
         for axis, group in enumerate(self.names.axes):
             pending = [result[axis] for result in choice.results] == [Partial()]
             if pending and all(operand[axis] != Partial() for operand in choice.operands):
@@ -259,17 +261,6 @@ class _Emitter:
             made = f"[{made}]"
         self.add(f"{made} = {expression}", tuple(reads), tuple(results))
 
-    def may_be_empty(self, value: Value, layout: Layout, choice: OpChoice) -> list[int]:
-        """The dims of which a rank may hold nothing, for some inputs, but for those of kernels."""
-        found = {
-            placement.dim
-            for placement, kernel in zip(layout, _per_axis(choice), strict=True)
-            if isinstance(placement, Shard)
-            and isinstance(value.shape[placement.dim], Sym)
-            and not kernel
-        }
-        return sorted(found)
-
     def some(self, read: str, dims: list[int]) -> str:
         """The operand, with one place of zeros where inputs may be so short that it has none."""
         if not dims:
@@ -277,97 +268,6 @@ class _Emitter:
         name = self.names.fresh(f"{read}_some")
         self.add(f"{name} = kernels.some({', '.join(map(str, (read, *dims)))})", (read,), (name,))
         return name
-
-    def shortened(self, expression: str, node: Node, choice: OpChoice) -> str:
-        """The results without what came of such zeros."""
-        for value, layout in zip(node.results, choice.results, strict=True):
-            dims = self.may_be_empty(value, layout, choice)
-            if dims:
-                sizes = (self.speller.size(self.local_dim(value, dim, layout)) for dim in dims)
-                lengths = (f"{dim}: {size}" for dim, size in zip(dims, sizes, strict=True))
-                return f"kernels.shortened({expression}, {{{', '.join(lengths)}}})"
-        return expression
-
-    def local_args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
-        """The call's args for this rank's part of its results."""
-        rule = self.rules[node.name]
-        split = any(isinstance(item, Shard) for layout in choice.results for item in layout)
-        if rule is None or rule.local_args is None or not split:
-            return node.args
-        shapes = tuple(
-            tuple(self.local_dim(value, dim, layout) for dim in range(len(value.shape)))
-            for value, layout in zip(node.results, choice.results, strict=True)
-        )
-        return rule.local_args(self.call_of(node), shapes)
-
-    def call_of(self, node: Node) -> OpCall:
-        return OpCall(node, tuple(self.graph.values[name] for name in node.operands()))
-
-    def local_dim(self, value: Value, dim: int, layout: Layout, without: int = -1) -> Any:
-        """This rank's size of a dim. without: an axis whose cut does not count."""
-        size: Dim = value.shape[dim]
-        for axis, placement in enumerate(layout):
-            if axis == without or not isinstance(placement, Shard) or placement.dim != dim:
-                continue
-            if isinstance(size, int):
-                world_size, rank = self.ranks.sizes[axis], self.ranks.coordinates[axis]
-                size = local_size(size, placement, world_size, rank)
-            else:
-                own = Code(f"part({self.speller.size(size)}, {self.names.axes[axis]})")
-                size = own  # type: ignore[assignment]
-        return size
-
-    def kernels(self, node: Node, choice: OpChoice) -> dict[int, tuple[Kernel, str]]:
-        """By mesh axis the kernel that the op needs, and the size of the loop that it splits."""
-        rule = self.rules[node.name]
-        found: dict[int, tuple[Kernel, str]] = {}
-        for axis, name in enumerate(_per_axis(choice)):
-            if not name:
-                continue
-            assert rule is not None, node.name
-            for value, dims, layout in zip(
-                node.operands(), rule.operands, choice.operands, strict=True
-            ):
-                placement = layout[axis]
-                for loop in dims[placement.dim] if isinstance(placement, Shard) else ():
-                    kernel = rule.kernels.get(loop)
-                    if kernel is not None and kernel.name == name and axis not in found:
-                        assert isinstance(placement, Shard)
-                        size = self.local_dim(
-                            self.graph.values[value], placement.dim, layout, without=axis
-                        )
-                        found[axis] = (kernel, self.speller.size(size))
-            assert axis in found, f"{node.name}: a kernel without a split operand"
-        return found
-
-    def kernel_call(
-        self,
-        node: Node,
-        choice: OpChoice,
-        text: str,
-        kernels: Mapping[int, tuple[Kernel, str]],
-    ) -> str:
-        """The kernels' call: of several, those that run the op itself run the next one."""
-        run = ""
-        ordered = sorted(kernels, key=lambda axis: kernels[axis][0].wraps)
-        if any(not kernels[axis][0].wraps for axis in ordered[1:]):
-            raise PlanError(
-                f"{node.target} cannot be split on several axes at once in this way",
-                where=node.where,
-                why=f"none of {', '.join(kernels[axis][0].name for axis in ordered)} runs another",
-            )
-        for axis in ordered:
-            kernel, size = kernels[axis]
-            options = f"group={self.names.axes[axis]}, size={size}{run}"
-            options += "".join(f", {name}={value!r}" for name, value in kernel.arguments)
-            run = f", run=functools.partial(kernels.{kernel.name}, {options})"
-        return f"kernels.{kernel.name}({text}, {options})"
-
-    def random(self, node: Node, choice: OpChoice) -> str:
-        """What a random op must know to draw the same numbers for the same elements."""
-        shape = self.speller.shape(node.result.shape)
-        placements = self.speller.layout(choice.results[0])
-        return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
 
     def read(self, name: str, layout: Layout) -> str:
         """The identifier of a value as `layout`; emits its conversion at the first use."""
@@ -428,19 +328,13 @@ class _Emitter:
         source, target = self.speller.placement(step.source), self.speller.placement(step.target)
         size = ", 0" if again else ""
         if isinstance(step.source, Shard):
-            own = self.local_dim(value, step.source.dim, current, without=step.axis)
+            own = self.local.dim(value, step.source.dim, current, without=step.axis)
             size = f", {self.speller.size(own)}"
         if again:
             self.drops = True
             size += ", filled"
         axis = self.names.axes[step.axis]
         return f"{made} = {function}({read}, {axis}, {source}, {target}{size})"
-
-
-def _per_axis(choice: OpChoice) -> tuple[str, ...]:
-    """The op's kernels, one for each axis."""
-    layouts = (*choice.operands, *choice.results)
-    return choice.kernels or ("",) * (len(layouts[0]) if layouts else 0)
 
 
 def _symbols(graph: Graph) -> tuple[tuple[str, str, int], ...]:

@@ -71,8 +71,7 @@ class Example:
     @cached_property
     def call(self) -> OpCall:
         """The call as a rule sees it."""
-        names = self.node.operands()
-        return OpCall(self.node, tuple(self.graph.values[name] for name in names))
+        return OpCall.of(self.graph, self.node)
 
     def __str__(self) -> str:
         return str(self.node)
@@ -131,7 +130,7 @@ def make_example(
         nodes.insert(0, Node("extents", "input", "0", (empty,)))
     graph = Graph((*nodes, node), tuple(result.name for result in values)).verify()
     author = find_rule(target)
-    if author is not None and author(OpCall(node, _operands(graph, node))).random:
+    if author is not None and author(OpCall.of(graph, node)).random:
         names = node.operands()
         alone = Strategy((_INVARIANT,) * len(names), (_INVARIANT,) * len(values))
         results = _run(graph, node, alone, SingleGroup(), tensors, sizes)
@@ -154,10 +153,6 @@ def make_example(
 def _is_number(dtype: torch.dtype) -> bool:
     """Whether a gradient may flow through tensors of this type."""
     return dtype.is_floating_point or dtype.is_complex
-
-
-def _operands(graph: Graph, node: Node) -> tuple[Value, ...]:
-    return tuple(graph.values[name] for name in node.operands())
 
 
 def _run_whole(node: Node, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from autoparallel.graph.graph import Dim, Node, Sym, Value, hint
+from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value, hint
 from autoparallel.placement import (
     Collective,
     Invariant,
@@ -55,6 +55,11 @@ class OpCall:
 
     node: Node
     operands: tuple[Value, ...]
+
+    @classmethod
+    def of(cls, graph: Graph, node: Node) -> OpCall:
+        """The call that a node of the graph is."""
+        return cls(node, tuple([graph.values[name] for name in node.operands()]))
 
     @property
     def results(self) -> tuple[Value, ...]:

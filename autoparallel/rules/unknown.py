@@ -55,4 +55,4 @@ def learn(graph: Graph) -> None:
     """Find the rules that a plan of this graph was made with, where it was made elsewhere."""
     for node in graph.calls:
         if find_rule(node.target) is None:
-            find_unknown(OpCall(node, tuple(graph.values[name] for name in node.operands())))
+            find_unknown(OpCall.of(graph, node))
