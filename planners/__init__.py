@@ -10,11 +10,13 @@ ones.
 """
 
 from planners import coarse, conditioning, exact, exhaustive, ilp, limited
+from planners.choices import Factor, Variable
 from planners.exact import min_marginals
 from planners.memo import Memo
 from planners.ordering import TooWideError
-from planners.problem import Alternative, Factor, Problem, Spent, Table, Variable
+from planners.problem import Problem, Spent
 from planners.solution import InfeasibleError, OverLimitError, Solution
+from planners.tables import Alternative, Table
 
 __all__ = [
     "Alternative",

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planners import conditioning, exact
+from planners.choices import Factor, Variable
 from planners.memo import Memo
 from planners.ordering import TooWideError
-from planners.problem import Factor, Problem, Variable
+from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
 from planners.tables import Table
 

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from planners.problem import Factor, Problem, Variable
+from planners.choices import Factor, Variable
+from planners.problem import Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 from planners.tables import Table
 

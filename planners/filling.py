@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from planners.problem import Factor, Problem, Variable
+from planners.choices import Factor, Variable
+from planners.problem import Problem
 from planners.solution import Solution
 
 __all__ = ["filled", "mended"]

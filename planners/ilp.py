@@ -12,7 +12,8 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.problem import Factor, Problem, Variable
+from planners.choices import Factor, Variable
+from planners.problem import Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 from planners.tables import Alternative, Prices, Table
 

@@ -12,73 +12,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from planners.choices import Factor, Variable, checked_factor, checked_variable, title
 from planners.tables import Alternative, Checker, Prices, Table
 
-__all__ = ["Alternative", "Factor", "Multiplier", "Problem", "Spent", "Table", "Variable"]
+__all__ = ["Multiplier", "Problem", "Spent"]
 
 
 # What a unit of usage counts: the same for all tables, or one for each (variables come first).
 Multiplier = float | Sequence[float]
 
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Variable:
-    """A choice between `len(unary)` states; unary[state] is the cost of the state by itself.
-
-    usage: of each state, of what the problem limits; None is 0. alternatives: other ways to pay
-    for each state, of which the cheapest counts (`Alternative`).
-    """
-
-    name: str
-    unary: Table
-    usage: Table | None = None
-    alternatives: tuple[Alternative, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """How many states it has."""
-        return len(self.unary)
-
-    @property
-    def prices(self) -> Prices:
-        """All ways to pay for its states."""
-        return Prices((Alternative(self.unary, self.usage), *self.alternatives))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Variable):
-            return NotImplemented
-        return self.name == other.name and self.prices == other.prices
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Factor:
-    """A cost of several variables together: table[state of scope[0], state of scope[1], ...].
-
-    usage, alternatives: as of a variable, of the table's shape.
-    """
-
-    scope: tuple[str, ...]
-    table: Table
-    usage: Table | None = None
-    alternatives: tuple[Alternative, ...] = ()
-
-    @property
-    def prices(self) -> Prices:
-        """All ways to pay for its entries."""
-        return Prices((Alternative(self.table, self.usage), *self.alternatives))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Factor):
-            return NotImplemented
-        return self.scope == other.scope and self.prices == other.prices
-
-    def __hash__(self) -> int:
-        return hash(self.scope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +66,16 @@ class Problem:
             if variable.name in index:
                 raise ValueError(f"variable {variable.name!r} is declared twice")
             index[variable.name] = len(index)
-            variables.append(_checked_variable(variable, checker))
+            variables.append(checked_variable(variable, checker))
         sizes = [variable.size for variable in variables]
         factors = []
         for factor in self.factors:
             shape = []
             for name in factor.scope:
                 if name not in index:
-                    raise ValueError(f"{_title(factor)}: unknown variable {name!r}")
+                    raise ValueError(f"{title(factor)}: unknown variable {name!r}")
                 shape.append(sizes[index[name]])
-            factors.append(_checked_factor(factor, tuple(shape), checker))
+            factors.append(checked_factor(factor, tuple(shape), checker))
         object.__setattr__(self, "variables", tuple(variables))
         object.__setattr__(self, "factors", tuple(factors))
         object.__setattr__(self, "_index", index)
@@ -410,46 +353,7 @@ class Problem:
         return state
 
 
-def _checked_variable(variable: Variable, checker: Checker) -> Variable:
-    what = f"unary table of {variable.name!r}"
-    unary = checker.cost(variable.unary, what)
-    if unary.ndim != 1 or not len(unary):
-        raise ValueError(
-            f"{what} must be a vector with one entry per state, not of shape {unary.shape}"
-        )
-    usage = checker.usage(variable.usage, unary.shape, f"usage of {variable.name!r}")
-    ways = checker.alternatives(variable.alternatives, unary.shape, what)
-    if unary is variable.unary and usage is variable.usage and _same_ways(ways, variable):
-        return variable
-    return Variable(variable.name, unary, usage, ways)
-
-
-def _checked_factor(factor: Factor, shape: tuple[int, ...], checker: Checker) -> Factor:
-    what = _title(factor)
-    if len(shape) < 2 or len(dict.fromkeys(factor.scope)) < len(shape):
-        raise ValueError(
-            f"{what}: the scope must be two or more variables, each once;"
-            " add to the unary table what concerns one alone"
-        )
-    table = checker.cost(factor.table, what)
-    if table.shape != shape:
-        raise ValueError(f"{what}: table has shape {table.shape}, not {shape}")
-    usage = checker.usage(factor.usage, shape, f"usage of {what}")
-    ways = checker.alternatives(factor.alternatives, shape, what)
-    if table is factor.table and usage is factor.usage and _same_ways(ways, factor):
-        return factor
-    return Factor(factor.scope, table, usage, ways)
-
-
-def _same_ways(ways: tuple[Alternative, ...], item: Variable | Factor) -> bool:
-    return all(one is two for one, two in zip(ways, item.alternatives, strict=True))
-
-
 def _read_only(table: Table) -> Table:
     table = table.view()
     table.flags.writeable = False
     return table
-
-
-def _title(factor: Factor) -> str:
-    return "factor between " + " and ".join(map(repr, factor.scope))

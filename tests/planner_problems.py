@@ -1,4 +1,4 @@
-"""Random cost networks with tables over several variables, usage, alternatives and limits."""
+"""Random and layered cost networks: plain ones, and ones with usage, alternatives and limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import numpy as np
 
 from planners import Alternative, Factor, InfeasibleError, Problem, Table, Variable, exhaustive
 
-__all__ = ["chain_problem", "limited_problem", "priced_problem", "product_states"]
+__all__ = [
+    "chain_problem",
+    "feasible",
+    "layered_problem",
+    "limited_problem",
+    "priced_problem",
+    "product_states",
+    "random_problem",
+    "subproblem",
+]
 
 
 def _costs(rng: np.random.Generator, shape: tuple[int, ...], forbidden: float) -> Table:
@@ -136,3 +145,76 @@ def chain_problem(layers: int, states: int = 4, seed: int = 0) -> Problem:
         if layer in (0, layers - 1):
             factors.append(Factor(("tied", op), gathers, kept, (Alternative(again),)))
     return Problem(tuple(variables), tuple(factors))
+
+
+def _random_table(
+    rng: np.random.Generator, shape: tuple[int, ...], kind: str, forbidden: float
+) -> Table:
+    """Costs of mixed signs: `real` ones, `ties` (small whole numbers), or `sums` of two vectors."""
+    if kind == "ties":
+        table = rng.integers(-2, 3, shape).astype(np.float64)
+    elif kind == "sums" and len(shape) == 2:
+        table = rng.normal(size=shape[0])[:, None] + rng.normal(size=shape[1])
+    else:
+        table = rng.normal(size=shape)
+    table[rng.random(shape) < forbidden] = np.inf
+    return table
+
+
+def random_problem(rng: np.random.Generator, count: int, most_states: int, reach: int) -> Problem:
+    """Variables linked to others at most `reach` places away: parallel, reversed, or not at all."""
+    sizes = rng.integers(1, most_states + 1, count)
+    forbidden = float(rng.choice([0.0, 0.1, 0.35]))
+    scale = float(rng.choice([1e-6, 1.0, 1e3]))
+    variables = tuple(
+        Variable(f"v{i}", scale * _random_table(rng, (size,), "real", forbidden / 3))
+        for i, size in enumerate(sizes)
+    )
+    factors = []
+    for first in range(count):
+        for second in range(first + 1, min(first + reach + 1, count)):
+            for _ in range(rng.choice([0, 1, 2], p=[0.4, 0.45, 0.15])):
+                pair = (first, second) if rng.random() < 0.5 else (second, first)
+                kind = str(rng.choice(["real", "ties", "sums"]))
+                table = _random_table(rng, (sizes[pair[0]], sizes[pair[1]]), kind, forbidden)
+                factors.append(Factor((f"v{pair[0]}", f"v{pair[1]}"), scale * table))
+    return Problem(variables, tuple(factors))
+
+
+def layered_problem(
+    layers: int, *, width: int = 6, states: int = 4, shared: int = 2, everywhere: bool = False
+) -> Problem:
+    """Equal layers in a row, and `shared` variables connected to every layer."""
+    rng = np.random.default_rng(7)
+    unaries = [rng.random(states) * 1e-3 for _ in range(width)]
+    inside = {(i, i + 1): rng.random((states, states)) * 1e-3 for i in range(width - 1)}
+    inside[0, width - 1] = rng.random((states, states)) * 1e-3
+    between = rng.random((states, states)) * 1e-3
+    readers = range(width) if everywhere else range(1, width, 2)
+    masks = {(g, i): rng.random((3, states)) * 1e-3 for g in range(shared) for i in readers}
+    variables = [Variable(f"shared{g}", rng.random(3)) for g in range(shared)]
+    factors = []
+    for layer in range(layers):
+        variables += [Variable(f"{layer}.{i}", unaries[i]) for i in range(width)]
+        factors += [Factor((f"{layer}.{i}", f"{layer}.{j}"), t) for (i, j), t in inside.items()]
+        factors += [Factor((f"shared{g}", f"{layer}.{i}"), t) for (g, i), t in masks.items()]
+        if layer:
+            factors.append(Factor((f"{layer - 1}.{width - 1}", f"{layer}.0"), between))
+    return Problem(tuple(variables), tuple(factors))
+
+
+def subproblem(problem: Problem, names: tuple[str, ...]) -> Problem:
+    """What is said of these variables alone."""
+    return Problem(
+        tuple(v for v in problem.variables if v.name in names),
+        tuple(f for f in problem.factors if set(f.scope) <= set(names)),
+    )
+
+
+def feasible(problem: Problem) -> bool:
+    """Whether anything is allowed."""
+    try:
+        exhaustive.solve(problem)
+    except InfeasibleError:
+        return False
+    return True

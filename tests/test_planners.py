@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner_problems import feasible, layered_problem, random_problem, subproblem
 
 from planners import (
     Factor,
@@ -15,7 +16,6 @@ from planners import (
     Memo,
     Problem,
     Solution,
-    Table,
     TooWideError,
     Variable,
     conditioning,
@@ -28,77 +28,6 @@ from planners.contraction import contract
 
 SOLVERS = pytest.mark.parametrize("solver", [exact, ilp, exhaustive], ids=lambda s: s.__name__)
 seeds = st.integers(0, 2**32 - 1)
-
-
-def random_table(
-    rng: np.random.Generator, shape: tuple[int, ...], kind: str, forbidden: float
-) -> Table:
-    """Costs of mixed signs: `real` ones, `ties` (small whole numbers), or `sums` of two vectors."""
-    if kind == "ties":
-        table = rng.integers(-2, 3, shape).astype(np.float64)
-    elif kind == "sums" and len(shape) == 2:
-        table = rng.normal(size=shape[0])[:, None] + rng.normal(size=shape[1])
-    else:
-        table = rng.normal(size=shape)
-    table[rng.random(shape) < forbidden] = np.inf
-    return table
-
-
-def random_problem(rng: np.random.Generator, count: int, most_states: int, reach: int) -> Problem:
-    """Variables linked to others at most `reach` places away: parallel, reversed, or not at all."""
-    sizes = rng.integers(1, most_states + 1, count)
-    forbidden = float(rng.choice([0.0, 0.1, 0.35]))
-    scale = float(rng.choice([1e-6, 1.0, 1e3]))
-    variables = tuple(
-        Variable(f"v{i}", scale * random_table(rng, (size,), "real", forbidden / 3))
-        for i, size in enumerate(sizes)
-    )
-    factors = []
-    for first in range(count):
-        for second in range(first + 1, min(first + reach + 1, count)):
-            for _ in range(rng.choice([0, 1, 2], p=[0.4, 0.45, 0.15])):
-                pair = (first, second) if rng.random() < 0.5 else (second, first)
-                kind = str(rng.choice(["real", "ties", "sums"]))
-                table = random_table(rng, (sizes[pair[0]], sizes[pair[1]]), kind, forbidden)
-                factors.append(Factor((f"v{pair[0]}", f"v{pair[1]}"), scale * table))
-    return Problem(variables, tuple(factors))
-
-
-def layered_problem(
-    layers: int, *, width: int = 6, states: int = 4, shared: int = 2, everywhere: bool = False
-) -> Problem:
-    """Equal layers in a row, and `shared` variables connected to every layer."""
-    rng = np.random.default_rng(7)
-    unaries = [rng.random(states) * 1e-3 for _ in range(width)]
-    inside = {(i, i + 1): rng.random((states, states)) * 1e-3 for i in range(width - 1)}
-    inside[0, width - 1] = rng.random((states, states)) * 1e-3
-    between = rng.random((states, states)) * 1e-3
-    readers = range(width) if everywhere else range(1, width, 2)
-    masks = {(g, i): rng.random((3, states)) * 1e-3 for g in range(shared) for i in readers}
-    variables = [Variable(f"shared{g}", rng.random(3)) for g in range(shared)]
-    factors = []
-    for layer in range(layers):
-        variables += [Variable(f"{layer}.{i}", unaries[i]) for i in range(width)]
-        factors += [Factor((f"{layer}.{i}", f"{layer}.{j}"), t) for (i, j), t in inside.items()]
-        factors += [Factor((f"shared{g}", f"{layer}.{i}"), t) for (g, i), t in masks.items()]
-        if layer:
-            factors.append(Factor((f"{layer - 1}.{width - 1}", f"{layer}.0"), between))
-    return Problem(tuple(variables), tuple(factors))
-
-
-def subproblem(problem: Problem, names: tuple[str, ...]) -> Problem:
-    return Problem(
-        tuple(v for v in problem.variables if v.name in names),
-        tuple(f for f in problem.factors if set(f.scope) <= set(names)),
-    )
-
-
-def feasible(problem: Problem) -> bool:
-    try:
-        exhaustive.solve(problem)
-    except InfeasibleError:
-        return False
-    return True
 
 
 def close(value: float, expected: float, problem: Problem) -> bool:
@@ -196,59 +125,6 @@ def test_corner_cases(solver: ModuleType) -> None:
     one = Problem(lonely.variables, (Factor(("a", "b"), table), Factor(("b", "a"), table.T)))
     assert solver.solve(one).assignment == {"a": 1, "b": 0}
     assert solver.solve(one).cost == 5.0
-
-
-# Infeasible problems
-
-
-@SOLVERS
-def test_infeasible_by_one_table(solver: ModuleType) -> None:
-    forbidden = np.full((2, 2), np.inf)
-    variables = tuple(Variable(name, np.zeros(2)) for name in "abc")
-    with pytest.raises(InfeasibleError) as raised:
-        solver.solve(Problem(variables, (Factor(("c", "a"), forbidden),)))
-    if solver is exact:
-        assert raised.value.variables == ("a", "c")
-        assert "a, c" in str(raised.value)
-
-
-@SOLVERS
-def test_infeasible_by_a_cycle_only(solver: ModuleType) -> None:
-    """Three variables of two states that must all differ: every pair alone can."""
-    differ = np.array([[np.inf, 0.0], [0.0, np.inf]])
-    variables = tuple(Variable(name, np.zeros(2)) for name in "abcd")
-    pairs = [("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")]
-    with pytest.raises(InfeasibleError) as raised:
-        solver.solve(Problem(variables, tuple(Factor((p, q), differ) for p, q in pairs)))
-    if solver is exact:
-        assert raised.value.variables == ("a", "b", "c")
-
-
-def test_infeasible_by_a_cycle_and_what_narrows_it() -> None:
-    """Three variables of three states could differ, if others did not forbid them one state."""
-    differ = np.where(np.eye(3) > 0, np.inf, 0.0)
-    narrow = np.array([[0.0, 0.0, np.inf]])
-    variables = tuple(Variable(name, np.zeros(3)) for name in "abcd")
-    rulers = tuple(Variable(name, np.zeros(1)) for name in "xyz")
-    cycle = tuple(Factor((p, q), differ) for p, q in ("ab", "bc", "ca", "cd"))
-    rules = tuple(Factor((p, q), narrow) for p, q in ("xa", "yb", "zc"))
-    with pytest.raises(InfeasibleError) as raised:
-        exact.solve(Problem(variables + rulers, cycle + rules))
-    assert raised.value.variables == ("a", "b", "c", "x", "y", "z")
-    exact.solve(Problem(variables + rulers, cycle + rules[:2]))
-
-
-def test_infeasible_far_apart() -> None:
-    """Both ends of a chain of equalities want something else: all of it is to blame."""
-    same = np.array([[0.0, np.inf], [np.inf, 0.0]])
-    count = 50
-    problem = Problem(
-        tuple(Variable(f"v{i}", np.zeros(2)) for i in range(count)),
-        tuple(Factor((f"v{i}", f"v{i + 1}"), same) for i in range(count - 1)),
-    )
-    with pytest.raises(InfeasibleError) as raised:
-        exact.solve(problem.pinned({"v10": 0, "v40": 1}))
-    assert raised.value.variables == tuple(f"v{i}" for i in range(10, 41))
 
 
 # Repetition, determinism, limits
@@ -394,39 +270,6 @@ def test_min_marginals_of_repeated_layers() -> None:
         min_marginals(problem, ["x"])
 
 
-def test_pinned_fixes_states_and_keeps_their_cost() -> None:
-    problem = layered_problem(2, width=3, states=3, shared=1)
-    pinned = problem.pinned({"0.1": 2, "shared0": 1})
-    for solver in (exact, ilp, exhaustive):
-        solution = solver.solve(pinned)
-        assert (solution.assignment["0.1"], solution.assignment["shared0"]) == (2, 1)
-        assert problem.cost(solution.assignment) == solution.cost
-    assert pinned.factors == problem.factors
-    assert exact.solve(problem).cost <= exact.solve(pinned).cost
-    with pytest.raises(ValueError, match=r"state 3 of '0\.1' is out of range"):
-        problem.pinned({"0.1": 3})
-    with pytest.raises(ValueError, match="unknown variable 'x'"):
-        problem.pinned({"x": 0})
-
-
-def test_tables_are_kept_by_reference_and_cannot_be_written() -> None:
-    problem = layered_problem(4)
-    ours = {id(v.unary.base) for v in problem.variables if v.name.endswith(".1")}
-    assert len(ours) == 1
-    with pytest.raises(ValueError, match="read-only"):
-        problem.variables[0].unary[0] = 1.0
-
-
-def test_problem_text() -> None:
-    assert layered_problem(3).text() == (
-        "20 variables of 3 to 4 states (mean 3.9)\n"
-        "38 factors between 38 groups; 21 distinct tables, 0.00 MiB"
-    )
-    assert exact.solve(Problem((Variable("a", np.array([2.0, 1.5])),))).text() == (
-        "cost 1.5, bound 1.5, gap 0 (variable elimination, 1 variables)"
-    )
-
-
 def test_exhaustive_refuses_large_problems() -> None:
     with pytest.raises(ValueError, match="too many"):
         exhaustive.solve(layered_problem(10))
@@ -435,32 +278,6 @@ def test_exhaustive_refuses_large_problems() -> None:
 def test_time_limit_of_the_integer_program() -> None:
     with pytest.raises(TimeoutError):
         ilp.solve(layered_problem(30, everywhere=True), time_limit_seconds=0.0)
-
-
-A, B = Variable("a", np.zeros(2)), Variable("b", np.zeros(3))
-
-
-@pytest.mark.parametrize(
-    ("variables", "factors", "message"),
-    [
-        ((A, A), (), "'a' is declared twice"),
-        ((A,), (Factor(("a", "b"), np.zeros((2, 3))),), "unknown variable 'b'"),
-        ((A, B), (Factor(("a", "b"), np.zeros((3, 2))),), r"shape \(3, 2\), not \(2, 3\)"),
-        ((A, B), (Factor(("a", "b"), np.zeros(2)),), r"shape \(2,\), not \(2, 3\)"),
-        ((A,), (Factor(("a", "a"), np.zeros((2, 2))),), "add to the unary table"),
-        ((A, B), (Factor(("a", "b"), np.full((2, 3), np.nan)),), "'a' and 'b' holds NaN"),
-        ((A, B), (Factor(("b", "a"), np.full((3, 2), -np.inf)),), "'b' and 'a' holds -inf"),
-        ((Variable("c", np.array([0.0, np.nan])),), (), "unary table of 'c' holds NaN"),
-        ((Variable("c", np.array([-np.inf])),), (), "unary table of 'c' holds -inf"),
-        ((Variable("c", np.zeros(0)),), (), "must be a vector"),
-        ((Variable("c", np.zeros((1, 1))),), (), "must be a vector"),
-    ],
-)
-def test_malformed_problems_are_refused(
-    variables: tuple[Variable, ...], factors: tuple[Factor, ...], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        Problem(variables, factors)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -505,16 +322,6 @@ def test_conditioning_of_a_grid() -> None:
     assert solution.lower_bound <= optimum <= solution.cost
     assert solution.gap <= 0.02 * solution.cost
     assert solution.cost <= 1.02 * optimum
-
-
-def test_malformed_assignments_are_refused() -> None:
-    problem = Problem((A, B))
-    with pytest.raises(ValueError, match="lacks variable 'b'"):
-        problem.cost({"a": 0})
-    with pytest.raises(ValueError, match="unknown variable 'c'"):
-        problem.cost({"a": 0, "b": 0, "c": 0})
-    with pytest.raises(ValueError, match="state -1 of 'b' is out of range: it has 3"):
-        problem.cost({"a": 0, "b": -1})
 
 
 @pytest.mark.parametrize("allowed", [0.02, 0.3, 0.9, 1.0])
