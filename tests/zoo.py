@@ -14,15 +14,24 @@ from typing import Any
 import torch
 import zoo_layers as own
 from torch import nn
+from zoo_inputs import (
+    IMAGE,
+    POSITIONS,
+    Inputs,
+    captioned_images,
+    images,
+    masked_images,
+    nodes,
+    pairs,
+    sounds,
+    tokens,
+)
 from zoo_layers import CLASSES, HEADS, HIDDEN, VOCABULARY
 
 __all__ = ["FAMILIES", "HEADS", "HIDDEN", "LAYERS", "TRANSFORMERS", "VOCABULARY", "Family"]
 __all__ += ["build", "build_reference", "inputs_for"]
 
-LAYERS, BATCH, SEQUENCE, POSITIONS = 2, 3, 11, 32
-INNER, IMAGE = 4 * HIDDEN, 32
-
-Inputs = dict[str, Any]
+LAYERS, INNER = 2, 4 * HIDDEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,70 +70,6 @@ def build_reference(name: str) -> nn.Module:
 def inputs_for(name: str) -> Inputs:
     """The same inputs at every call, with padding and ignored labels where the family has them."""
     return FAMILIES[name].inputs()
-
-
-def _random() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
-
-
-def _tokens(pad: bool = True, length: int = SEQUENCE) -> Inputs:
-    generator = _random()
-    shape = (BATCH, length)
-    inputs = {
-        "input_ids": torch.randint(3, VOCABULARY, shape, generator=generator),
-        "labels": torch.randint(3, VOCABULARY, shape, generator=generator),
-    }
-    inputs["labels"][0, :3] = -100
-    if pad:
-        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
-        inputs["attention_mask"][1, -2:] = 0
-    return inputs
-
-
-def _images() -> Inputs:
-    generator = _random()
-    pixels = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator, dtype=torch.float64)
-    return {"pixel_values": pixels, "labels": torch.randint(CLASSES, (BATCH,), generator=generator)}
-
-
-def _masked_images() -> Inputs:
-    labels = torch.randint(CLASSES, (BATCH, IMAGE, IMAGE), generator=_random())
-    return {**_images(), "labels": labels}
-
-
-def _pairs() -> Inputs:
-    """Source and target of an encoder and a decoder, of unlike lengths."""
-    inputs = _tokens()
-    inputs["labels"] = inputs["labels"][:, :7].contiguous()
-    return inputs
-
-
-def _captioned_images() -> Inputs:
-    """As many texts as images: the loss tells which belongs to which."""
-    text = _tokens()
-    return {
-        "input_ids": text["input_ids"],
-        "attention_mask": text["attention_mask"],
-        "pixel_values": _images()["pixel_values"],
-        "return_loss": True,
-    }
-
-
-def _sounds() -> Inputs:
-    features = torch.randn(BATCH, 16, 2 * POSITIONS, generator=_random(), dtype=torch.float64)
-    return {"input_features": features, "labels": _tokens()["labels"]}
-
-
-def _nodes() -> Inputs:
-    """A dense adjacency of 13 nodes, rows summing to one, and their features."""
-    generator = _random()
-    edges = torch.rand(13, 13, generator=generator, dtype=torch.float64) < 0.4
-    adjacency = (edges | torch.eye(13, dtype=torch.bool)).double()
-    return {
-        "x": torch.randn(13, 24, generator=generator, dtype=torch.float64),
-        "adjacency": adjacency / adjacency.sum(1, keepdim=True),
-        "labels": torch.randint(CLASSES, (13,), generator=generator),
-    }
 
 
 def _hugging_face(model: str, config: str, **options: Any) -> Callable[[int, float], nn.Module]:
@@ -222,8 +167,8 @@ _V3 = {
 _hf = _hugging_face
 
 _ALL = (
-    Family("gpt2", _hf("GPT2LMHeadModel", "GPT2Config", **_GPT), _tokens),
-    Family("gptj", _hf("GPTJForCausalLM", "GPTJConfig", **_GPT, rotary_dim=4), _tokens),
+    Family("gpt2", _hf("GPT2LMHeadModel", "GPT2Config", **_GPT), tokens),
+    Family("gptj", _hf("GPTJForCausalLM", "GPTJConfig", **_GPT, rotary_dim=4), tokens),
     Family(
         "gpt-neox",
         _hf(
@@ -233,7 +178,7 @@ _ALL = (
             hidden_dropout=_rate,
             attention_dropout=_rate,
         ),
-        _tokens,
+        tokens,
     ),
     Family(
         "opt",
@@ -246,7 +191,7 @@ _ALL = (
             dropout=_rate,
             attention_dropout=_rate,
         ),
-        _tokens,
+        tokens,
     ),
     Family(
         "bloom",
@@ -261,12 +206,12 @@ _ALL = (
             attention_dropout=_rate,
             use_cache=False,
         ),
-        _tokens,
+        tokens,
     ),
     Family(
         "falcon-multi-query",
         _hf("FalconForCausalLM", "FalconConfig", **_FALCON, multi_query=True, parallel_attn=True),
-        _tokens,
+        tokens,
     ),
     Family(
         "falcon-grouped",
@@ -277,7 +222,7 @@ _ALL = (
             new_decoder_architecture=True,
             num_kv_heads=HEADS // 2,
         ),
-        _tokens,
+        tokens,
     ),
     Family(
         "falcon-alibi",
@@ -290,13 +235,13 @@ _ALL = (
             alibi=True,
             bias=True,
         ),
-        _tokens,
+        tokens,
     ),
-    Family("llama", _hf("LlamaForCausalLM", "LlamaConfig", **_GROUPED), _tokens),
+    Family("llama", _hf("LlamaForCausalLM", "LlamaConfig", **_GROUPED), tokens),
     Family(
-        "mistral", _hf("MistralForCausalLM", "MistralConfig", **_GROUPED, sliding_window=4), _tokens
+        "mistral", _hf("MistralForCausalLM", "MistralConfig", **_GROUPED, sliding_window=4), tokens
     ),
-    Family("qwen3", _hf("Qwen3ForCausalLM", "Qwen3Config", **_GROUPED, head_dim=16), _tokens),
+    Family("qwen3", _hf("Qwen3ForCausalLM", "Qwen3Config", **_GROUPED, head_dim=16), tokens),
     Family(
         "gemma3",
         _hf(
@@ -309,7 +254,7 @@ _ALL = (
                 ["sliding_attention", "full_attention"] * (n // 2) + ["sliding_attention"] * (n % 2)
             ),
         ),
-        _tokens,
+        tokens,
     ),
     Family(
         "phi",
@@ -320,7 +265,7 @@ _ALL = (
             resid_pdrop=_rate,
             embd_pdrop=_rate,
         ),
-        _tokens,
+        tokens,
     ),
     Family(
         "mixtral",
@@ -331,12 +276,12 @@ _ALL = (
             num_local_experts=8,
             num_experts_per_tok=2,
         ),
-        _tokens,
+        tokens,
     ),
-    Family("deepseek-v3", _hf("DeepseekV3ForCausalLM", "DeepseekV3Config", **_V3), _tokens),
-    Family("bert", _hf("BertForMaskedLM", "BertConfig", **_ENCODER), _tokens),
+    Family("deepseek-v3", _hf("DeepseekV3ForCausalLM", "DeepseekV3Config", **_V3), tokens),
+    Family("bert", _hf("BertForMaskedLM", "BertConfig", **_ENCODER), tokens),
     Family(
-        "albert", _hf("AlbertForMaskedLM", "AlbertConfig", **_ENCODER, embedding_size=24), _tokens
+        "albert", _hf("AlbertForMaskedLM", "AlbertConfig", **_ENCODER, embedding_size=24), tokens
     ),
     Family(
         "deberta-v2",
@@ -351,7 +296,7 @@ _ALL = (
             norm_rel_ebd="layer_norm",
             position_biased_input=False,
         ),
-        _tokens,
+        tokens,
     ),
     Family(
         "xlnet",
@@ -365,7 +310,7 @@ _ALL = (
             d_inner=INNER,
             dropout=_rate,
         ),
-        _tokens,
+        tokens,
     ),
     Family(
         "t5",
@@ -383,14 +328,14 @@ _ALL = (
             decoder_start_token_id=2,
             use_cache=False,
         ),
-        _pairs,
+        pairs,
     ),
     Family(
         "bart",
         _hf(
             "BartForConditionalGeneration", "BartConfig", **_BOTH, max_position_embeddings=POSITIONS
         ),
-        _pairs,
+        pairs,
     ),
     Family(
         "vit",
@@ -401,7 +346,7 @@ _ALL = (
             | {"patch_size": 8}
             | _IMAGES,
         ),
-        _images,
+        images,
     ),
     Family(
         "swin",
@@ -418,9 +363,9 @@ _ALL = (
             hidden_dropout_prob=_rate,
             attention_probs_dropout_prob=_rate,
         ),
-        _images,
+        images,
     ),
-    Family("clip", _clip, _captioned_images),
+    Family("clip", _clip, captioned_images),
     Family(
         "whisper",
         _hf(
@@ -432,7 +377,7 @@ _ALL = (
             max_target_positions=POSITIONS,
             begin_suppress_tokens=None,
         ),
-        _sounds,
+        sounds,
     ),
     Family(
         "resnet",
@@ -445,7 +390,7 @@ _ALL = (
             depths=lambda n, _: [n, n],
             layer_type="bottleneck",
         ),
-        _images,
+        images,
         drops=False,
         transformer=False,
     ),
@@ -460,7 +405,7 @@ _ALL = (
             num_hidden_layers=_layers,
             use_cache=False,
         ),
-        lambda: _tokens(pad=False),
+        lambda: tokens(pad=False),
         drops=False,
         transformer=False,
     ),
@@ -477,16 +422,16 @@ _ALL = (
             num_hidden_layers=_layers,
             use_cache=False,
         ),
-        lambda: _tokens(pad=False, length=5),
+        lambda: tokens(pad=False, length=5),
         drops=False,
         transformer=False,
     ),
-    Family("torch-transformer", own.Translator, _pairs),
-    Family("lstm", partial(own.Recurrent, nn.LSTM), partial(_tokens, False), transformer=False),
-    Family("gru", partial(own.Recurrent, nn.GRU), partial(_tokens, False), transformer=False),
-    Family("mlp-mixer", own.Mixer, _images, transformer=False),
-    Family("u-net", own.UNet, _masked_images, transformer=False),
-    Family("graph-convolution", own.GraphConvolution, _nodes, transformer=False),
+    Family("torch-transformer", own.Translator, pairs),
+    Family("lstm", partial(own.Recurrent, nn.LSTM), partial(tokens, False), transformer=False),
+    Family("gru", partial(own.Recurrent, nn.GRU), partial(tokens, False), transformer=False),
+    Family("mlp-mixer", own.Mixer, images, transformer=False),
+    Family("u-net", own.UNet, masked_images, transformer=False),
+    Family("graph-convolution", own.GraphConvolution, nodes, transformer=False),
 )
 FAMILIES = {family.name: family for family in _ALL}
 TRANSFORMERS = tuple(family.name for family in _ALL if family.transformer)
