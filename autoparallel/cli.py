@@ -55,6 +55,9 @@ def _calibrate(options: argparse.Namespace) -> int:
     if options.output.suffix != ".json":
         print("error: --output must end in .json, by which files are told", file=sys.stderr)
         return 2
+    if not options.output.absolute().parent.is_dir():
+        print(f"error: there is no folder {options.output.absolute().parent}", file=sys.stderr)
+        return 2
     import torch
 
     from autoparallel.cost.calibrate import Effort, calibrate, started

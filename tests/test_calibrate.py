@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from autoparallel import make_plan
+from autoparallel.cli import main
 from autoparallel.cost.collectives import collective_seconds
 from autoparallel.cost.fit import Call, Move, Product, Samples, fit
 from autoparallel.cost.hardware import (
@@ -193,6 +194,18 @@ def test_help_is_quick() -> None:
         "except SystemExit:\n    pass\nprint('torch' in sys.modules)"
     )
     assert run("-c", code).splitlines()[-1] == "False"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not after the minutes that measuring takes."""
+    assert main(["calibrate", "--output", str(tmp_path / "none" / "own.json")]) == 2
+    assert main(["calibrate", "--output", str(tmp_path / "own.txt")]) == 2
+    told = capsys.readouterr().err
+    assert f"no folder {tmp_path / 'none'}" in told
+    assert "must end in .json" in told
+    assert "measuring" not in told
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -54,7 +54,10 @@ def entry(rows: Any, *path: Any) -> Any:
         (("matmul", "efficiency"), "fast", "efficiency is 'fast'"),
         (("matmul", "tiles"), [3], "pairs of sizes"),
         (("flops_per_second",), {"2": float("nan")}, "flops_per_second"),
+        (("matmul", "tiles"), [[0, 128]], "pairs of sizes"),
         (("flops_per_second",), 3, "rates by itemsize"),
+        (("flops_per_second",), {"half": 1e12}, "by a number of bytes"),
+        (("devices_per_node",), 2.5, "give a whole number"),
     ],
 )
 def test_mistakes_are_named(path: tuple[Any, ...], value: Any, words: str, tmp_path: Path) -> None:

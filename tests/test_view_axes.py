@@ -144,3 +144,18 @@ def test_memory_and_what_is_run_again_are_told(plan: Plan) -> None:
     assert "limit 4.0 KiB 50.0% of it used" in told
     assert "buffers" not in table
     assert "Memory" not in plan_text(replace(plan, memory=()))
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("full", "nothing: no block is repeated\n"),
+        ("selective", "nothing: no block is repeated and has products of activations\n"),
+    ],
+)
+def test_nothing_to_run_again_is_told(plan: Plan, mode: str, words: str) -> None:
+    """Whoever asks for recomputation learns that there was nothing to recompute."""
+    assert "recomputed" not in plan_text(replace(plan, recompute=()))
+    seen = replace(plan, options=replace(plan.options, recompute=mode), recompute=())
+    line = next(line for line in plan_text(seen).split("\n") if line.startswith("recomputed"))
+    assert line.split(maxsplit=1)[1] == words.strip()

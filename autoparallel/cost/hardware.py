@@ -222,6 +222,9 @@ def _parse(rows: Any, where: str) -> Hardware:
     rates = rows["flops_per_second"]
     if not isinstance(rates, Mapping) or not rates:
         _refuse(where, "flops_per_second", rates, "rates by itemsize, such as {'2': 312e12}")
+    for size in rates:
+        if not str(size).isdecimal() or int(size) < 1:
+            _refuse(where, f"flops_per_second[{size}]", rates[size], "it by a number of bytes")
     matmul = _checked(rows["matmul"], Matmul, f"{where}, matmul")
     for key, value in matmul.items():
         if key != "tiles":
@@ -230,11 +233,14 @@ def _parse(rows: Any, where: str) -> Hardware:
     try:
         matmul["tiles"] = tuple((int(rows), int(columns)) for rows, columns in tiles)
     except (TypeError, ValueError):
+        matmul["tiles"] = ()
+    if not matmul["tiles"] or min(map(min, matmul["tiles"])) < 1:
         _refuse(f"{where}, matmul", "tiles", tiles, "pairs of sizes, such as [[256, 128]]")
     counts = ("devices_per_node", "device_memory_bytes")
     rates_of = ("memory_bytes_per_second", "memory_efficiency")
     for key in (*counts, *rates_of):
-        _number(where, key, rows[key])
+        if not _number(where, key, rows[key]).is_integer() and key in counts:
+            _refuse(where, key, rows[key], "a whole number")
     for key in ("launch_seconds", "spread", "functions_per_second"):
         _number(where, key, rows.get(key, 0.0), positive=False)
     by_size = rows.get("memory_by_size", [])

@@ -135,7 +135,12 @@ def _recomputed(plan: Plan) -> list[tuple[str, str]]:
     """Which blocks run again what, in the backward pass."""
     rows = fold((path, mode, mode) for path, mode in plan.recompute if mode != "none")
     text = ", ".join(f"{row.path} ({row.first})" for row in rows)
-    return [("recomputed", f"in the backward pass: {text}")] if text else []
+    if text:
+        return [("recomputed", f"in the backward pass: {text}")]
+    lacking = {"full": "", "selective": " and has products of activations"}
+    if plan.options.recompute not in lacking or plan.breaks:
+        return []
+    return [("recomputed", f"nothing: no block is repeated{lacking[plan.options.recompute]}")]
 
 
 def _returned(words: Words, layout: Layout) -> str:
