@@ -63,13 +63,6 @@ class InPlaceOnAView(Block):
         return super().forward(x)
 
 
-class StopsGradients(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            scale = x.abs().amax(-1, keepdim=True)
-        return super().forward(x / scale)
-
-
 class ReturnsAView(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.transpose(0, 1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from autoparallel.cost.collectives import collective_seconds, conversion_seconds
+from autoparallel.cost.collectives import collective_seconds, movement_seconds
 from autoparallel.cost.hardware import Algorithm, Hardware, Link, Matmul, Regime
-from autoparallel.placement import Collective, parse_placement
+from autoparallel.placement import Collective, gradient, movement, parse_placement
 
 RANKS, NBYTES = 4, 1000.0
 BANDWIDTH, HOP, FLOOR, MEMORY = 10.0, 2.0, 5.0, 50.0
@@ -50,20 +50,26 @@ TABLE = {
 }
 
 
+def conversion_seconds(source: str, target: str, grad: bool, together: bool = False) -> float:
+    """Of the value's move, and of its gradient's if it has one."""
+    ends = parse_placement(source), parse_placement(target)
+    moves = [movement(*ends)]
+    if grad:
+        moves.append(movement(gradient(ends[1]), gradient(ends[0])))
+    return sum(movement_seconds(m, NBYTES, HARDWARE, LINK, RANKS, together) for m in moves)
+
+
 @pytest.mark.parametrize(("source", "target"), TABLE)
 def test_both_directions_are_paid(source: str, target: str) -> None:
     """Without a gradient only the way forward."""
-    ends = parse_placement(source), parse_placement(target)
     forward, backward = TABLE[source, target]
-    both = conversion_seconds(*ends, NBYTES, True, HARDWARE, RANKS)
-    assert both == pytest.approx(forward + backward)
-    assert conversion_seconds(*ends, NBYTES, False, HARDWARE, RANKS) == pytest.approx(forward)
+    assert conversion_seconds(source, target, True) == pytest.approx(forward + backward)
+    assert conversion_seconds(source, target, False) == pytest.approx(forward)
 
 
 def test_sums_made_together_pay_no_latency() -> None:
     """Only the bytes are counted, twice around the ring."""
-    ends = parse_placement("I"), parse_placement("R")
-    seconds = conversion_seconds(*ends, NBYTES, True, HARDWARE, RANKS, together=True)
+    seconds = conversion_seconds("I", "R", True, together=True)
     assert seconds == pytest.approx(2 * (RANKS - 1) * NBYTES / RANKS / BANDWIDTH)
 
 

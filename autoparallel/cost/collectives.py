@@ -1,16 +1,11 @@
-"""Predicted time of collectives and of conversions between placements."""
+"""Predicted time of collectives, and of moves between placements."""
 
 from __future__ import annotations
 
 from autoparallel.cost.hardware import Hardware, Link
-from autoparallel.placement import Collective, Movement, Placement, gradient, movement
+from autoparallel.placement import Collective, Movement
 
-__all__ = [
-    "collective_seconds",
-    "conversion_seconds",
-    "movement_seconds",
-    "together_seconds",
-]
+__all__ = ["collective_seconds", "movement_seconds", "together_seconds"]
 
 
 def collective_seconds(kind: Collective, nbytes: float, link: Link, world_size: int) -> float:
@@ -55,25 +50,3 @@ def movement_seconds(
     if move in (Movement.PAD, Movement.KEEP_ON_FIRST):
         return nbytes / hardware.sustained_bytes_per_second
     return 0.0
-
-
-def conversion_seconds(
-    source: Placement,
-    target: Placement,
-    nbytes: float,
-    requires_grad: bool,
-    hardware: Hardware,
-    world_size: int,
-    together: bool = False,
-) -> float:
-    """Predicted time, forward and backward, of converting a tensor on a mesh of one axis.
-
-    together: the collectives are made in one call with others, whose latency is not counted.
-    """
-    (link,) = hardware.links((world_size,))
-    moves = [movement(source, target)]
-    if requires_grad:
-        moves.append(movement(gradient(target), gradient(source)))
-    return sum(
-        movement_seconds(each, nbytes, hardware, link, world_size, together) for each in moves
-    )

@@ -17,7 +17,7 @@ from autoparallel.placement import Shard
 from autoparallel.rules.rule import Dims, OpCall, ShardingRule, Strategy
 from autoparallel.rules.work import functions
 
-__all__ = ["OpCost", "nbytes", "op_cost", "op_costs", "update_seconds"]
+__all__ = ["OpCost", "nbytes", "op_costs", "update_seconds"]
 
 Array = npt.NDArray[np.float64]
 
@@ -48,14 +48,6 @@ class OpCost:
 def nbytes(value: Value) -> int:
     """Size of the full tensor for the example inputs."""
     return numel_hint(value.shape) * value.dtype.itemsize
-
-
-def op_cost(
-    call: OpCall, rule: ShardingRule | None, strategy: Strategy, hardware: Hardware, world_size: int
-) -> OpCost:
-    """What one strategy costs on a mesh of one axis. See `op_costs`."""
-    axes = ((world_size, hardware.links((world_size,))[0]),)
-    return op_costs(call, rule, [(strategy,)], axes, hardware)[0]
 
 
 def op_costs(

@@ -14,7 +14,7 @@ from itertools import combinations, pairwise
 
 import torch
 
-from autoparallel.rules.pattern import Pattern, Probe, ProbeError, Term, Values
+from autoparallel.rules.pattern import OpFailedError, Pattern, Probe, ProbeError, Term, Values
 from autoparallel.rules.rule import Dims
 from autoparallel.rules.shrink import Shrunk
 from autoparallel.rules.sizes import assignment
@@ -126,7 +126,7 @@ class _Observed:
                         moved = tensor.clone()
                         moved.select(dim, i).copy_(other.select(dim, i))
                         inputs = [*tensors[:operand], moved, *tensors[operand + 1 :]]
-                        with suppress(Exception):
+                        with suppress(OpFailedError):
                             made[i] = probe.run(pattern, sizes, inputs)
                     self.compare(changed, (operand, dim), size, whole, made)
             if known == sum(int(matrix.sum()) for matrix in changed.values()):

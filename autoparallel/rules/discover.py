@@ -65,16 +65,15 @@ def confirmed(found: Found, call: OpCall) -> bool:
             return False
         choices = trial.strategies(trial.cases[0], rule, trial.tiles(rule, 2), 2)
         return not any(trial.wrong(trial.cases[0], rule, choice, 2) for choice in choices)
-    except Exception:
+    except Exception:  # a file may say anything, and what it says may fit nothing
         return False
 
 
 def _refuse(probe: Probe) -> None:
     """Raises ProbeError for ops that no rule can help, by what their schemas say."""
-    operation = probe.operation
     if draws(probe.call.node.target):
         raise ProbeError("draws random numbers, which every rank would draw differently")
-    if operation._schema.is_mutable:
+    if probe.operation._schema.is_mutable:
         raise ProbeError("writes to its inputs")
     if "c10d" in probe.call.node.target.partition(".")[0]:
         raise ProbeError("communicates by itself")
@@ -262,10 +261,10 @@ class _Author:
         rule = replace(made, takes_empty=True).rule(example.call)
         assert rule is not None
         for loop in rule.loops:
-            size = hint(rule.sizes[loop])
-            ranks = next(n for n in range(2, size + 2) if part_bounds(size, n, n - 1)[0] == size)
             if loop in rule.whole:
                 continue
+            size = hint(rule.sizes[loop])
+            ranks = next(n for n in range(2, size + 2) if part_bounds(size, n, n - 1)[0] == size)
             for strategy in self.trial.strategies(example, rule, [Tile(loop)], ranks):
                 if strategy.tile and self.trial.wrong(example, rule, strategy, ranks):
                     return made

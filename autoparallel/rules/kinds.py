@@ -9,7 +9,7 @@ import torch
 
 from autoparallel.graph.graph import leaves
 from autoparallel.rules.found import Found, FoundKernel
-from autoparallel.rules.pattern import Probe
+from autoparallel.rules.pattern import OpFailedError, Probe
 from autoparallel.rules.shrink import Shrunk
 from autoparallel.rules.sizes import assignment
 
@@ -75,7 +75,7 @@ def _runs(probe: Probe, shrunk: Shrunk, index: int, value: float) -> torch.Tenso
     tensors[index].view(-1)[:1] = value
     try:
         return probe.run(shrunk.pattern, sizes, tensors)[0]
-    except Exception:
+    except OpFailedError:
         return None
 
 
@@ -116,12 +116,17 @@ def _averages_zeros(probe: Probe, shrunk: Shrunk, at: list[tuple[int, int]]) -> 
     cut = size // 2
     try:
         whole = probe.run(shrunk.pattern, sizes, tensors)[0]
+        if not whole.dtype.is_floating_point:
+            return False
         total = torch.zeros_like(whole)
         for start, length in ((0, cut), (cut, size - cut)):
             parts = list(tensors)
             for operand, dim in at:
                 parts[operand] = parts[operand].narrow(dim, start, length)
-            total += probe.run(shrunk.pattern, sizes, parts)[0] * (length / size)
-    except Exception:
+            part = probe.run(shrunk.pattern, sizes, parts)[0]
+            if part.shape != whole.shape:
+                return False
+            total += part * (length / size)
+    except OpFailedError:
         return False
     return torch.allclose(whole, total, equal_nan=True)

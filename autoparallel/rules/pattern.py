@@ -18,7 +18,16 @@ from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves
 from autoparallel.graph.operators import operator_of
 from autoparallel.rules.rule import OpCall
 
-__all__ = ["Pattern", "Probe", "ProbeError", "Term", "Values", "integers_of", "replace_integers"]
+__all__ = [
+    "OpFailedError",
+    "Pattern",
+    "Probe",
+    "ProbeError",
+    "Term",
+    "Values",
+    "integers_of",
+    "replace_integers",
+]
 
 
 _GUARD = 4096
@@ -26,6 +35,14 @@ _GUARD = 4096
 
 class ProbeError(Exception):
     """Why an op cannot be probed, as the rest of a sentence that starts with the op."""
+
+
+class OpFailedError(ProbeError):
+    """The op itself raised something, or gave what is no use. words: what."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(f"failed on probe inputs: {words}")
+        self.words = words
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,21 +279,28 @@ class Probe:
     def guarded_run(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """The results of guarded operands. Raises ValueError where they are not finite."""
+        """The results of guarded operands. Raises OpFailedError, too where they are not finite."""
         results = self.run(pattern, sizes, tensors)
         if not all(bool(result.isfinite().all()) for result in results):
-            raise ValueError("its results are not finite")
+            raise OpFailedError("its results are not finite")
         return results
 
     def run(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """The results. Raises whatever the op raises."""
+        """The results. Raises OpFailedError."""
         self.runs += 1
         args, kwargs = self.arguments(pattern, sizes, tensors)
-        with torch.no_grad():
-            made = self.operation(*args, **kwargs)
-        return (made,) if isinstance(made, torch.Tensor) else tuple(made)
+        try:
+            with torch.no_grad():
+                made = self.operation(*args, **kwargs)
+        except Exception as error:  # an op is anyone's code, and may fail in any way
+            words = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            raise OpFailedError(words) from error
+        results = (made,) if isinstance(made, torch.Tensor) else tuple(made)
+        if not all(isinstance(result, torch.Tensor) for result in results):
+            raise OpFailedError("it gives what is no tensor")
+        return results
 
 
 def _amid_nothing(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,15 @@ from itertools import combinations
 import torch
 
 from autoparallel.graph.graph import Dim, Sym, hint
-from autoparallel.rules.pattern import Pattern, Probe, ProbeError, Term, Values, integers_of
+from autoparallel.rules.pattern import (
+    OpFailedError,
+    Pattern,
+    Probe,
+    ProbeError,
+    Term,
+    Values,
+    integers_of,
+)
 from autoparallel.rules.sizes import CHOICES, assignment, ratio
 
 __all__ = ["Shrunk", "related_terms", "shrink"]
@@ -227,10 +235,8 @@ class _Search:
         tensors = self.probe.tensors(pattern, sizes, self.values, 0, guarded=True)
         try:
             return self.probe.guarded_run(pattern, sizes, tensors)
-        except ProbeError:
-            raise
-        except Exception as error:
-            self.error = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        except OpFailedError as error:
+            self.error = error.words
             return None
 
     def alike(self, results: tuple[torch.Tensor, ...]) -> bool:
@@ -359,7 +365,7 @@ class _Search:
         tensors[index].view(-1)[:1] = value
         try:
             self.probe.guarded_run(pattern, sizes, tensors)
-        except Exception:
+        except OpFailedError:
             return False
         return True
 

@@ -50,7 +50,7 @@ class Trial:
             self.cases = {which: self.case(which) for which in (0, 1)}
         except ProbeError:
             raise
-        except Exception as error:
+        except Exception as error:  # op and backward are anyone's code, and may fail in any way
             words = f"{type(error).__name__}: {str(error).strip()[:200]}"
             if not self.gradients or _has_backward(probe):
                 raise ProbeError(f"failed on probe inputs, in its backward: {words}") from error
@@ -85,6 +85,17 @@ class Trial:
             if not torch.equal(old, tensor.detach()):
                 raise ProbeError("writes to its inputs")
         return made
+
+    def tried(
+        self, sizes: Mapping[int, int], seed: int, values: Values | None = None
+    ) -> Example | None:
+        """The call at these sizes; None where the op, or its backward, does not take them."""
+        try:
+            return self.example(sizes, seed, values=values)
+        except ProbeError:
+            raise
+        except Exception:  # both are anyone's code, and may fail in any way
+            return None
 
     def symbols(self, sizes: Mapping[int, int]) -> dict[int, str]:
         """Sizes that are the call's symbols or products of them, by the value they have here."""
@@ -165,11 +176,8 @@ class Trial:
             {"high": 20 * plain.high},
         )
         for values in (replace(plain, **change) for change in changes):  # type: ignore[arg-type]
-            try:
-                made = self.example(assignment(self.shrunk.order, 1), 5, values=values)
-            except ProbeError:
-                raise
-            except Exception:
+            made = self.tried(assignment(self.shrunk.order, 1), 5, values)
+            if made is None:
                 continue
             numbers = (*made.results, *made.gradients.values())
             if all(bool(tensor.isfinite().all()) for tensor in numbers):
@@ -189,12 +197,7 @@ class Trial:
             sizes[atom] = hint(atoms[atom]) if atom in asked else next(spare)
         if _elements(pattern, sizes) > _MOST_ELEMENTS:
             return None
-        try:
-            return self.example(sizes, 3)
-        except ProbeError:
-            raise
-        except Exception:
-            return None
+        return self.tried(sizes, 3)
 
     def tiles(self, rule: ShardingRule, world_size: int) -> list[Tile]:
         """Every loop's plain split, one into blocks and one into runs."""

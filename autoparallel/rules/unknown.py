@@ -30,7 +30,7 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
                 found = _cached(call).rule(call)
         except ProbeError as error:
             found, why = None, f"the op {error}"
-        except Exception as error:
+        except Exception as error:  # run by the referee, ops may fail in any way: the plan says how
             found, why = None, f"the op cannot be probed: {type(error).__name__}: {error}"
         else:
             why = "the op's sizes follow no pattern that was found"
