@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from split_models import split_as_whole
 from torch import nn
 
-import autoparallel
 from autoparallel.api import make_plan
 
 Tensor = torch.Tensor
@@ -74,9 +74,4 @@ def test_slices_laid_end_to_end(
     assert plan.captured is not None
     splits = [n.args[1] for n in plan.captured.graph.calls if "split_with_sizes" in n.target]
     assert splits == ([sizes] if sizes else [])
-    expected = model(x)
-    expected.backward()
-    made = autoparallel.simulate(model, world_size, example_inputs=x, plan=plan)
-    torch.testing.assert_close(made.output, expected, rtol=1e-12, atol=0)
-    for path, parameter in model.named_parameters():
-        torch.testing.assert_close(made.gradients[path], parameter.grad, rtol=1e-10, atol=1e-12)
+    split_as_whole(model, world_size, x, plan=plan)

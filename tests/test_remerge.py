@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from split_models import split_as_whole
 from torch import nn
 from torch.nn import functional as F
 
@@ -60,12 +61,7 @@ def test_the_split_model_is_the_model(world_size: int, data_parallel: bool) -> N
     torch.manual_seed(0)
     model = Moves().double()
     x = torch.randn(SEQUENCE, BATCH, WIDTH, dtype=torch.float64)
-    expected = model(x)
-    expected.backward()
-    made = autoparallel.simulate(model, world_size, example_inputs=x, data_parallel=data_parallel)
-    torch.testing.assert_close(made.output, expected, rtol=1e-12, atol=0)
-    for path, parameter in model.named_parameters():
-        torch.testing.assert_close(made.gradients[path], parameter.grad, rtol=1e-10, atol=1e-12)
+    split_as_whole(model, world_size, x, data_parallel=data_parallel)
 
 
 class Encoder(nn.Module):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from calls import fixed, ints, truth
+from split_models import split_as_whole
 from torch import nn
 from torch.nn import functional as F
 
@@ -238,15 +239,7 @@ def test_split_equals_whole(name):
     function, *inputs = CASES[name]
     torch.manual_seed(0)
     model = Model(9, function).double()
-    whole = copy.deepcopy(model)
-    x = fixed(8, 6)
-    loss = whole(x, *inputs)
-    loss.backward()
-    split = autoparallel.simulate(model, 3, example_inputs=(x, *inputs), data_parallel=True)
-    assert torch.allclose(split.output, loss, rtol=1e-10, atol=1e-10)
-    for path, parameter in whole.named_parameters():
-        found = split.gradients[path]
-        assert torch.allclose(found, parameter.grad, rtol=1e-9, atol=1e-9), path
+    split_as_whole(model, 3, fixed(8, 6), *inputs, data_parallel=True)
 
 
 class EachToken(nn.Module):
@@ -273,9 +266,4 @@ def test_losses_of_each_token(meta: bool) -> None:
     x, labels = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 4, (7,))
     like = on_meta(model) if meta else model
     plan = autoparallel.make_plan(like, 3, example_inputs=(x, labels))
-    expected = model(x, labels)
-    expected.backward()
-    split = autoparallel.simulate(model, 3, example_inputs=(x, labels), plan=plan)
-    torch.testing.assert_close(split.output, expected, rtol=1e-12, atol=0)
-    for path, parameter in model.named_parameters():
-        torch.testing.assert_close(split.gradients[path], parameter.grad, rtol=1e-10, atol=1e-12)
+    split_as_whole(model, 3, x, labels, plan=plan)
