@@ -73,7 +73,7 @@ def op_costs(
     shares = _loop_shares(rule, joints)
     parts = _bytes(call, joints)
     whole = np.array([[nbytes(value) for value in (*call.operands, *call.results)]], dtype=float)
-    communication = [_communication(rule, joint, axes) for joint in joints]
+    communication = [_communication(joint, axes) for joint in joints]
     if rule.flops:
         product, forward, traffic = _product(call, rule, shares, parts, hardware)
         _, _, whole_traffic = _product(call, rule, np.ones((1, shares.shape[1])), whole, hardware)
@@ -122,9 +122,7 @@ def _bytes(call: OpCall, joints: Sequence[tuple[Strategy, ...]]) -> Array:
     return np.array(rows).reshape(len(joints), len(sizes))
 
 
-def _communication(
-    rule: ShardingRule, joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]
-) -> float:
+def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]) -> float:
     """Seconds of what the kernels communicate, each on its own axis, about its own part.
 
     What a kernel sends has every loop but the one that it splits, so that the other axes share it.

@@ -40,7 +40,7 @@ def materialize(
     parts: dict[str, torch.Tensor] = {}
     missing: list[str] = []
     for path, module in _children_first(model):
-        real, held = _allocated(module, path, device)
+        real, held = _allocated(module, device)
         if not held:
             continue
         reset = getattr(real, "reset_parameters", None)
@@ -79,7 +79,7 @@ def materialize(
 
 
 def _allocated(
-    module: nn.Module, path: str, device: torch.device
+    module: nn.Module, device: torch.device
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A copy of the module whose own and whose children's meta tensors have memory.
 
