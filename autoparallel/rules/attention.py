@@ -14,7 +14,7 @@ def attention(call: OpCall) -> ShardingRule:
     Batch and heads are free; queries too unless the causal mask counts from the first one;
     keys need a kernel; e would leave the first product whole. The two products share (n, s, t) but
     not d and e, so a point of the nest counts 2 (d + e) / (d e) FLOPs. With grouped heads,
-    n = (g, m): keys and values have g alone.
+    n = (g, m): keys and values have g alone. Of nothing, torch gives no gradient to a mask.
     """
     query, key, value = call.operands[:3]
     rank = len(query.shape)
@@ -68,4 +68,5 @@ def attention(call: OpCall) -> ShardingRule:
         whole=frozenset(whole),
         linear=(frozenset({2}),),
         flops=2 * (width + depth) / (width * depth),
+        takes_empty=not any(mask.requires_grad for mask in call.operands[3:]),
     )

@@ -56,8 +56,9 @@ class Example:
     """One call of an op with real tensors, and what it gives unsplit.
 
     tensors: the operands by name. results: of the unsplit op. seeds: the gradients that come in,
-    None for a result without one. gradients: of the operands that take one, by name. extents: an
-    input whose sizes are the symbols of the program, if it has any.
+    None for a result without one. gradients: of the operands that take one, by name; zeros for the
+    unused, to which none comes. extents: an input whose sizes are the symbols of the program, if it
+    has any.
     """
 
     graph: Graph
@@ -66,6 +67,7 @@ class Example:
     results: tuple[torch.Tensor, ...]
     seeds: tuple[torch.Tensor | None, ...]
     gradients: Mapping[str, torch.Tensor]
+    unused: frozenset[str]
     extents: tuple[torch.Tensor, ...] = ()
 
     @cached_property
@@ -139,13 +141,18 @@ def make_example(
         _numbers(result.shape, generator).to(result.dtype) if result.requires_grad else None
         for result in results
     )
+    gradients = _gradients(tensors, results, seeds)
     return Example(
         graph,
         node,
         {name: tensor.detach() for name, tensor in tensors.items()},
         tuple(result.detach() for result in results),
         seeds,
-        _gradients(tensors, results, seeds),
+        {
+            name: torch.zeros_like(tensors[name]) if grad is None else grad
+            for name, grad in gradients.items()
+        },
+        frozenset(name for name, grad in gradients.items() if grad is None),
         sizes,
     )
 
@@ -177,8 +184,8 @@ def _gradients(
     tensors: Mapping[str, torch.Tensor],
     results: tuple[torch.Tensor, ...],
     seeds: tuple[torch.Tensor | None, ...],
-) -> dict[str, torch.Tensor]:
-    """Gradient of every operand that requires one; zeros where none comes."""
+) -> dict[str, torch.Tensor | None]:
+    """Gradient of every operand that requires one; None where none comes."""
     pairs = [
         (result, seed) for result, seed in zip(results, seeds, strict=True) if seed is not None
     ]
@@ -187,10 +194,7 @@ def _gradients(
         return {}
     ends, starts = zip(*pairs, strict=True)
     made = torch.autograd.grad(ends, tuple(wanted.values()), starts, allow_unused=True)
-    return {
-        name: torch.zeros_like(tensor) if grad is None else grad
-        for (name, tensor), grad in zip(wanted.items(), made, strict=True)
-    }
+    return dict(zip(wanted, made, strict=True))
 
 
 def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[Tile]:
@@ -315,8 +319,14 @@ def fault(
         if wrong:
             return f"result {index}: {wrong}"
     for name, whole in example.gradients.items():
+        absent = [rank for rank, (_, gradients) in enumerate(made) if gradients[name] is None]
+        if absent and name not in example.unused:
+            return f"gradient of operand {name}: none comes on rank {absent[0]}"
         wrong = difference(
-            [gradients[name] for _, gradients in made],
+            [
+                torch.zeros_like(leaves[name][rank]) if gradients[name] is None else gradients[name]
+                for rank, (_, gradients) in enumerate(made)
+            ],
             whole,
             gradient(storage[name]),
             tolerance,
