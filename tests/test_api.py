@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import autoparallel
 from autoparallel.errors import PlanError
+from autoparallel.mesh import Mesh
 from autoparallel.placement import Shard
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
@@ -114,6 +115,30 @@ def test_every_module_is_run_in_its_own_mode(waits: bool) -> None:
         assert torch.equal(parallel.norm.running_mean, model.norm.running_mean)
     with pytest.raises(PlanError, match="another mode"):
         autoparallel.simulate(model.eval(), plan=plan, example_inputs=(x,))
+
+
+def test_inputs_have_gradients_where_they_need_them() -> None:
+    """None is planned, nor paid, for an input that needs none; one that does is planned anew."""
+    torch.manual_seed(3)
+    model, x = Frozen().double(), torch.randn(8, 4, dtype=torch.float64)
+    trained = x.clone().requires_grad_()
+    plans = [
+        autoparallel.make_plan(model, mesh=Mesh(dp=2), example_inputs=(given,), hardware="cpu")
+        for given in (x, trained)
+    ]
+    assert plans[0].cost < plans[1].cost
+    for plan, needs in zip(plans, (False, True), strict=True):
+        assert plan.captured is not None
+        given = next(node for node in plan.captured.graph.nodes if node.kind == "input")
+        read = [made.requires_grad for made in plan.conversions if made.value == given.name]
+        assert read == [needs] * len(read)
+    with pytest.raises(PlanError, match="need gradients"):
+        autoparallel.simulate(model, plan=plans[0], example_inputs=(trained,))
+    own = trained.detach().clone().requires_grad_()
+    model(trained).backward()
+    autoparallel.autoparallelize(model, 1, example_inputs=(x,))(own).backward()
+    assert own.grad is not None
+    assert relative_error(own.grad, trained.grad) < 1e-14
 
 
 def test_meta_models_get_the_weights_of_one_device() -> None:

@@ -98,8 +98,9 @@ def test_data_dependent_control_flow() -> None:
 
 def test_ops_without_a_rule_are_listed_at_once() -> None:
     """Both ops, how often each is called, and where."""
+    x = torch.zeros(4, 8, requires_grad=True)
     with pytest.raises(UnsupportedOpError) as caught:
-        autoparallel.make_plan(Unknown(), 2, example_inputs=torch.zeros(4, 8), unknown_ops="error")
+        autoparallel.make_plan(Unknown(), 2, example_inputs=x, unknown_ops="error")
     says(
         caught.value,
         "autoparallel_tests.twice.default, 2 calls",

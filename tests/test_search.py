@@ -72,7 +72,7 @@ def test_predicted_seconds_add_up() -> None:
 
 def test_a_column_and_a_row() -> None:
     """The MLP of the paper: one all-reduce forward, one backward, none in between."""
-    x = torch.zeros(64, 256)
+    x = torch.zeros(64, 256, requires_grad=True)
     plan = autoparallel.make_plan(Tiny(256), 4, example_inputs=x, sequence_parallel=False)
     assert [layout_text(parameter.storage) for parameter in plan.parameters] == ["S(0)", "S(1)"]
     moves = [(layout_text(c.source), layout_text(c.target)) for c in plan.conversions]

@@ -193,7 +193,7 @@ def test_batch_norm_takes_the_statistics_of_the_whole_batch(data_parallel):
     torch.manual_seed(0)
     model = Normalized().double()
     whole = copy.deepcopy(model)
-    x = fixed(8, 6)
+    x = fixed(8, 6).requires_grad_()
     loss = whole(x)
     loss.backward()
     options = {"example_inputs": x, "data_parallel": data_parallel}

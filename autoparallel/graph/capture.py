@@ -252,7 +252,8 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         raise _explain(error, model) from error
     if folding.failure is not None:
         raise folding.failure
-    importer = Importer(program, model, folding)
+    trained = [part or tensor.requires_grad for tensor in tensors]
+    importer = Importer(program, model, folding, trained)
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     aliases = {path: first.setdefault(id(parameter), path) for path, parameter in named}

@@ -47,7 +47,8 @@ class Captured:
     modes: Modes = ()
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
-        """Whether the program is right for tensors of these types and sizes.
+        """Whether the program is right for tensors of these types and sizes, and gives all of them
+        that need gradients theirs.
 
         Where it is not, tracing with them would give another program.
         """
@@ -55,6 +56,10 @@ class Captured:
         types = [tensor.dtype for tensor in inputs]
         values = [node.result for node in self.graph.nodes if node.kind == "input"]
         if types != [value.dtype for value in values]:
+            return False
+        # A gradient that was not planned for would not come back.
+        pairs = zip(inputs, values, strict=True)
+        if any(given.requires_grad and not own.requires_grad for given, own in pairs):
             return False
         if shapes not in self._known_shapes:
             self._known_shapes[shapes] = self._holds(shapes, [value.shape for value in values])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,12 +31,16 @@ class Importer:
     """Translates an exported program into a Graph.
 
     program: exported from a module whose attribute `model` is the user's model. folding: how its
-    blocks were hidden. Every name is chosen here, in the order of definition, so that a folded
-    program has the names of a fully traced one.
+    blocks were hidden. trained_inputs: of each input, whether it needs a gradient. Every name is
+    chosen here, in the order of definition, so that a folded program has the names of a fully
+    traced one.
     """
 
-    def __init__(self, program: Any, model: nn.Module, folding: Folding) -> None:
+    def __init__(
+        self, program: Any, model: nn.Module, folding: Folding, trained_inputs: Sequence[bool]
+    ) -> None:
         self.program, self.model, self.folding = program, model, folding
+        self.trained_inputs = trained_inputs
         self.nodes: list[Node] = []
         self.flows: list[bool] = []
         self.known: dict[Any, Any] = {}
@@ -65,12 +69,14 @@ class Importer:
         self.read_guards(module)
         for node in module.graph.nodes:
             if node.op == "placeholder" and node.name in signature.user_inputs:
-                self.stored("input", str(len(self.nodes)), node.meta["val"], True, node)
+                number = len(self.nodes)
+                grad = self.trained_inputs[number]
+                self.stored("input", str(number), node.meta["val"], grad, node)
         inputs = self.nodes
         self.nodes, self.flows = [], []
         self.attributes(signature, module)
         self.nodes += inputs
-        self.flows += [True] * len(inputs)
+        self.flows += self.trained_inputs
         for node in inputs:
             for size in node.result.shape:
                 self.symbols |= size.expr.free_symbols if isinstance(size, Sym) else set()

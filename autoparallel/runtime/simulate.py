@@ -86,7 +86,7 @@ def simulate_plan(
         )
     if not captured.fits(inputs):
         raise PlanError(
-            "these inputs have other sizes or types than those planned for",
+            "these inputs have other sizes or types than those planned for, or need gradients",
             why="the program was traced for "
             + ", ".join(str(n.result) for n in captured.graph.nodes if n.kind == "input"),
             fix="plan with inputs like these",
