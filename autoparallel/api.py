@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ def autoparallelize(
         data_parallel,
         memory_limit,
         recompute,
+        example_inputs is not None,
         sequence_parallel=sequence_parallel,
         hardware=hardware,
         unknown_ops=unknown_ops,
@@ -133,8 +135,9 @@ def make_plan(
     raises InputsNeededError where there is neither.
     data_parallel: whether products may be split along the inputs' dims, and parameters gathered
     where they are used; by default, if a mesh is given. memory_limit: what a rank may use, "40GiB"
-    or bytes; raises MemoryLimitError where no plan fits. recompute: "none", "selective", "full", or
-    "auto", the default under a memory limit, for each repeated block's best.
+    or bytes, with inputs as large as the example inputs; raises MemoryLimitError where no plan
+    fits. recompute: "none", "selective", "full", or "auto", the default under a memory limit, for
+    each repeated block's best.
     constraints: what plans must have, "blocks.*.weight on dp is whole" (see constraints.py).
     pins: how parameters, by path, are to be stored. product_weight: what a second of matrix
     products counts in the cost; by default 1, and more only for a model so small that leaving it
@@ -147,6 +150,7 @@ def make_plan(
         data_parallel,
         memory_limit,
         recompute,
+        example_inputs is not None,
         sequence_parallel=sequence_parallel,
         hardware=hardware,
         unknown_ops=unknown_ops,
@@ -311,6 +315,8 @@ class _Waiting:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model, meshes, ranks, devices, options, check_inputs = self.__dict__["_waiting"]
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
+        if options.memory_limit is not None:
+            options = replace(options, tokens=1)
         traced = trace_model(source, args, kwargs, options)
         plan = fastest_plan(source, traced, meshes, options)
         if plan.mesh != meshes[0]:

@@ -197,7 +197,7 @@ def _does_not_fit(captured: Captured, network: Network, found: _Found) -> Memory
         f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} per "
         f"rank on {network.mesh}",
         where="\n".join(largest),
-        why=f"the plan that needs least takes {bytes_text(taken.total)}, "
+        why=f"the plan found that needs least takes {bytes_text(taken.total)}, "
         f"{bytes_text(taken.total - allowed)} more than allowed: {_shares(taken)}",
         fix=f'pass memory_limit="{_at_least(taken.total)}", or {more}, or a smaller batch',
     )

@@ -37,10 +37,17 @@ def make_options(
     data_parallel: bool | None,
     memory_limit: int | str | None,
     recompute: str | None,
+    own_inputs: bool,
     **others: Any,
 ) -> Options:
-    """The options, with the defaults that depend on others."""
+    """The options, with the defaults that depend on others.
+
+    own_inputs: whether the example inputs are the user's own. Memory is counted for those as they
+    are, however small; those that come with a model say nothing of the batch.
+    """
     limit = None if memory_limit is None else parse_bytes(memory_limit)
+    if limit is not None and own_inputs:
+        others["tokens"] = 1
     return Options(
         data_parallel=mesh is not None if data_parallel is None else data_parallel,
         memory_limit=limit,

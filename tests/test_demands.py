@@ -24,11 +24,11 @@ from autoparallel.units import bytes_text, parse_bytes
 MESH = Mesh(dp=2, tp=2)
 
 
-def planned(mesh: Mesh | str = MESH, **options: Any) -> Plan:
-    """A plan of two layers of GPT."""
+def planned(mesh: Mesh | str = MESH, batch: int = 256, **options: Any) -> Plan:
+    """A plan of two layers of GPT, for a batch of 32 tokens each."""
     with torch.device("meta"):
         model = GPT(GPTConfig(layers=2, hidden=64, heads=4, vocabulary=256, positions=32))
-        inputs = model.example_inputs(batch=8)
+        inputs = model.example_inputs(batch=batch)
     return autoparallel.make_plan(
         model, mesh=mesh, example_inputs=inputs, hardware="dgx-a100", **options
     )
@@ -102,6 +102,14 @@ def test_a_plan_that_fits(free: Plan) -> None:
     assert Plan.from_json(tight.to_json()) == replace(tight, captured=None)
 
 
+def test_a_smaller_batch_needs_less() -> None:
+    """Memory is counted for the user's own inputs, be they small."""
+    limit = "5MiB"
+    with pytest.raises(MemoryLimitError):
+        planned(memory_limit=limit)
+    assert sum(size for _, size in planned(batch=8, memory_limit=limit).memory) <= 5 * 2**20
+
+
 def test_what_does_not_fit_says_by_how_much() -> None:
     """With what takes the memory, and a limit that does."""
     with pytest.raises(MemoryLimitError) as caught:
@@ -128,7 +136,7 @@ def test_amounts_of_memory() -> None:
     assert bytes_text(3 * 2**19) == "1.5 MiB"
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_limit": "160MiB"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"memory_limit": "30MiB"}], ids=str)
 def test_a_plan_is_an_assignment(options: dict[str, Any]) -> None:
     """Read back into states it costs what it says, and planning may begin with it."""
     plan = planned(**options)

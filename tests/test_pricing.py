@@ -132,7 +132,7 @@ def test_the_bytes_of_the_best_plans(recompute: str) -> None:
 
 def test_a_bound_is_that_of_the_limit_as_given() -> None:
     """What attention takes for a moment does not fit: the limit is lowered, and its bound stays."""
-    model = GPT(GPTConfig(2, 64, 8, 211, positions=64, dropout=0.1)).bfloat16()
+    model = GPT(GPTConfig(2, 64, 8, 211, positions=1024, dropout=0.1)).bfloat16()
     inputs, mesh, limit = model.example_inputs(8), Mesh(dp=2, tp=2), 180 * 2**20
     _, network = network_of(model, inputs, mesh, memory_limit=limit, recompute="auto")
     first = Solving(network).within(network.problem(1.0, {}, limit - network.besides))

@@ -102,7 +102,12 @@ def _header(plan: Plan, words: Words) -> Table:
         ("mesh", f"{plan.mesh}, {ranks}"),
         ("hardware", plan.hardware),
         ("allowed", ", ".join(allowed) or "no splits of batch or sequence"),
-        ("planned for", f"inputs of at least {options.tokens} tokens"),
+        (
+            "planned for",
+            f"inputs of at least {options.tokens} tokens"
+            if options.tokens > 1
+            else "inputs as large as the example inputs",
+        ),
         ("predicted", f"{seconds_text(plan.seconds)} a step"),
         ("minimized", f"cost {plan.cost:.6g}, {bound}"),
         ("method", plan.method),
