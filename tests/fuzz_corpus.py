@@ -116,4 +116,36 @@ ON_SEVERAL_AXES = {
         """),
         Split(6, 15449, 0.3, True, sizes=(3, 2), sparing=True),
     ),
+    "a reshape that is a view where a rank has one head": (
+        Program("""
+        p0 = parameter(4, 5)
+        g0 = given(5)
+        p1 = parameter(5, 6, 3)
+        p2 = parameter(1, 5, 4)
+        p3 = parameter(1, 5, 4)
+        p4 = parameter(16, 3)
+        p5 = parameter(16, 4)
+        p6 = parameter(16)
+        p7 = parameter(27, 4)
+        p8 = parameter(4, 9)
+        i1 = integers(4, 5)
+        v0 = torch.ops.aten.clamp_min.Tensor(p0, g0)
+        v1 = v0.transpose(0, 0)
+        w0 = [p4, p5, p6, p6]
+        v2a, v2b, v2c = torch.lstm(p1, [p2, p3], w0, True, 1, 0.0, True, False, True)
+        v3 = v0.unflatten(0, (4,))
+        v4 = F.linear(v2c, p7)
+        v5a, v5b, v5c = v4.chunk(3, dim=-1)
+        v6 = v5a.reshape(v2c.size(0), 5, 3, 3).transpose(1, 2)
+        v7 = v5b.reshape(v2c.size(0), 5, 3, 3).transpose(1, 2)
+        v8 = v5c.reshape(v2c.size(0), 5, 3, 3).transpose(1, 2)
+        v9 = F.scaled_dot_product_attention(v6, v7, v8, is_causal=False)
+        v10 = v9.transpose(1, 2).reshape(v2c.size(0), 5, 9)
+        v11 = F.linear(v10, p8) + v2c
+        v12 = torch.outer(p6, p6)
+        v13 = F.nll_loss(v3.log_softmax(-1), i1)
+        return v13, v12, v11, v3, v2b, v2a, v1
+        """),
+        Split(4, 256, 0.0, True, whole=0.5, sizes=(2, 2), sparing=True),
+    ),
 }

@@ -71,6 +71,27 @@ def test_a_copy_is_dropped_and_made_again_once() -> None:
     on_each(Mesh(tp=2), work)
 
 
+def test_ranks_make_the_same_copies_again() -> None:
+    """Also where the first one could keep what the others replace by zeros: both copies are used,
+    and what they come from is gathered equally often on all ranks."""
+
+    def work(ranks: Ranks) -> Any:
+        group, weight = ranks.groups[0], part(WEIGHT, (S0,), ranks)
+
+        def program(w: torch.Tensor) -> torch.Tensor:
+            w_R = convert_again(w, group, S0, R, 6)
+            w_P = convert_again(w_R, group, R, Partial())
+            pending = convert((w_P * w.detach().sum()).tanh() @ w_P.t(), group, Partial(), R)
+            return (w_R * w_R).sum() + pending.sum()
+
+        dropping(program)(weight).backward()
+        return dict(ranks.counts)
+
+    first, *others = on_each(Mesh(tp=3), work)
+    assert first["all_gather"] > 1
+    assert all(counts == first for counts in others)
+
+
 def test_a_copy_of_a_view_of_a_copy() -> None:
     """Step by step, from the part that is kept."""
 

@@ -101,7 +101,7 @@ def test_gradients_are_those_of_one_device(name: str, mesh: Mesh) -> None:
 @pytest.mark.parametrize("inner", [Invariant(), Shard(0)], ids=str)
 def test_weights_that_are_kept_split(inner: Any) -> None:
     """ZeRO-3 on one axis and on both: gathered for use, in the backward pass once more."""
-    model, inputs = build("mlp"), inputs_for("mlp")
+    model, inputs = build("mlp"), inputs_for("mlp", 8)
     expected = autoparallel.simulate(model, 1, example_inputs=inputs)
     pins = {"first.weight": (Shard(0), inner), "second.weight": (Shard(0), inner)}
     plan = autoparallel.make_plan(model, mesh=MESHES[0], example_inputs=inputs, pins=pins)

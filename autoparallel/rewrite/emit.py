@@ -120,7 +120,7 @@ class _Emitter:
         written = [self.read(value, whole) for _, value in self.graph.mutations]
         if self.drops:
             self.collect_cuts()
-            head.append(f"filled = every_rank_has(ranks, {', '.join(self.cuts)})")
+            head.append(f"alike = parts_are_alike(ranks, {', '.join(self.cuts)})")
         body = [*head, *lines_of(self.lines, (*returned, *written))]
         body.append(f"return [{', '.join(returned)}], [{', '.join(written)}]")
         source = "def forward(parameters, buffers, constants, inputs, device):\n" + "".join(
@@ -332,7 +332,7 @@ class _Emitter:
             size = f", {self.speller.size(own)}"
         if again:
             self.drops = True
-            size += ", filled"
+            size += ", alike"
         axis = self.names.axes[step.axis]
         return f"{made} = {function}({read}, {axis}, {source}, {target}{size})"
 

@@ -14,8 +14,8 @@ __all__ = ["Names", "layout_name", "placement_name"]
 # What an emitted program calls by name besides values, placements and mesh axes.
 RESERVED = frozenset(
     """
-    F again buffers constants convert convert_again device every_rank_has filled forward functools
-    inputs kernels math move parameters part pending_sum ranks recomputed rng torch
+    F again alike buffers constants convert convert_again device forward functools inputs kernels
+    math move parameters part parts_are_alike pending_sum ranks recomputed rng torch
     """.split()
 )
 _PATTERNS = re.compile(r"[IRP]|S\d+(_blocks\d+)?(_unit\d+)?|constant_\d+|block_\d+")

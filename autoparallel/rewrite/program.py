@@ -125,7 +125,7 @@ def compiled(
         "math": math,
         "convert": collectives.convert,
         "convert_again": again.convert_again,
-        "every_rank_has": again.every_rank_has,
+        "parts_are_alike": again.parts_are_alike,
         "recomputed": again.recomputed,
         "move": collectives.convert_fixed,
         "pending_sum": collectives.pending_sum,

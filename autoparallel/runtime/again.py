@@ -15,7 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from autoparallel.placement import Placement, local_size
+from autoparallel.placement import Movement, Placement, local_size, movement
 from autoparallel.runtime.collectives import convert, move
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
@@ -129,17 +129,19 @@ class _Copies:
 _current = threading.local()
 
 
-def every_rank_has(ranks: Ranks, *cuts: Any) -> bool:
-    """Whether no rank is left with nothing of any dim. cuts: (size, (axis, shard), ..) each.
+def parts_are_alike(ranks: Ranks, *cuts: Any) -> bool:
+    """Whether no rank is left with nothing or a single place of any dim where others have more.
+    cuts: (size, (axis, shard), ..) each.
 
-    An op on nothing may keep nothing, and then the ranks would not make copies again together.
+    An op on nothing may keep nothing, and of a dim of one place a reshape is a view that elsewhere
+    is a copy: then the ranks would not make the same copies again, in the same order.
     """
     for size, *own in cuts:
         sizes = {size}
         for axis, shard in own:
             count = ranks.sizes[axis]
             sizes = {local_size(n, shard, count, rank) for n in sizes for rank in range(count)}
-        if 0 in sizes:
+        if 0 in sizes or (1 in sizes and len(sizes) > 1):
             return False
     return True
 
@@ -156,6 +158,10 @@ def convert_again(
     made = convert(x, group, source, target, size)
     copies: _Copies | None = getattr(_current, "copies", None)
     if copies is not None and drop:
+        if movement(source, target) is Movement.KEEP_ON_FIRST and group.rank == 0:
+            # The other ranks make zeros. What is a copy there is one here, or the ranks would not
+            # make again the same copies, in the same order.
+            made = made.clone()
         copies.add(made, x, group, (source, target), size)
     return made
 
