@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from autoparallel.builder import rebuilt
 from autoparallel.constraints import constrain
-from autoparallel.cost.memory import CATEGORIES, Account, account
+from autoparallel.cost.memory import Account, account
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.capture import Captured
 from autoparallel.mesh import Mesh
@@ -173,12 +173,11 @@ def _read(
 ) -> tuple[Plan, Account]:
     plan = read_plan(captured, model, network.mesh, network, solution, 1.0)
     taken = account(plan, graph=network.graph)
-    rows = tuple((name, getattr(taken, name)) for name in CATEGORIES)
-    return replace(plan, memory=rows), taken
+    return replace(plan, memory=taken.rows), taken
 
 
 def _shares(taken: Account) -> str:
-    rows = sorted(((getattr(taken, name), name) for name in CATEGORIES), reverse=True)
+    rows = sorted(((size, name) for name, size in taken.rows), reverse=True)
     return ", ".join(f"{name.replace('_', ' ')} {bytes_text(size)}" for size, name in rows if size)
 
 

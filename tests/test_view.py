@@ -19,9 +19,11 @@ from rich.console import Console
 from torch import nn
 
 import autoparallel
+from autoparallel.cost.memory import account
 from autoparallel.placement import Collective, Movement
 from autoparallel.plan import Plan
 from autoparallel.train.models import GPT, GPTConfig
+from autoparallel.units import bytes_text
 from autoparallel.view.dot import to_dot, write_svg
 from autoparallel.view.fold import fold, index_text
 from autoparallel.view.report import collective_totals, plan_text, print_plan
@@ -100,6 +102,14 @@ def test_report_header(megatron: Plan):
         assert words in text
     assert f"{megatron.split_flops:.1%} of the FLOPs" in text
     assert f"{megatron.split_parameter_bytes:.1%} of the bytes" in text
+
+
+def test_report_tells_the_memory(megatron: Plan):
+    """Of a plan without a limit too; of a text alone it is not known."""
+    traced = autoparallel.make_plan(gpt(), 2)
+    (row,) = (line for line in plan_text(traced).splitlines() if line.split()[:1] == ["all"])
+    assert bytes_text(account(traced).total) in row
+    assert "optimizer state" not in plan_text(megatron)
 
 
 def test_report_explains_the_weight(megatron: Plan):

@@ -70,7 +70,12 @@ class Account:
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(getattr(self, name) for name in CATEGORIES)
+        return sum(size for _, size in self.rows)
+
+    @property
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """(category, bytes)."""
+        return tuple((name, getattr(self, name)) for name in CATEGORIES)
 
 
 def state_nbytes(optimizer: str, itemsize: int) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from autoparallel.cost.memory import account
 from autoparallel.placement import Collective, Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.traffic import PHASES, Transfer, transfers
@@ -274,12 +275,13 @@ def _totals(plan: Plan) -> Table:
 
 def _memory(plan: Plan) -> Table | None:
     """What the rank that needs most needs it for."""
-    if not plan.memory:
+    if not plan.memory and not plan.is_traced:
         return None
-    total = sum(nbytes for _, nbytes in plan.memory)
+    memory = plan.memory or account(plan).rows
+    total = sum(nbytes for _, nbytes in memory)
     rows = [
         (name.replace("_", " "), bytes_text(nbytes), f"{nbytes / total:.1%}" if total else "")
-        for name, nbytes in plan.memory
+        for name, nbytes in memory
         if nbytes
     ]
     rows.append(("all", bytes_text(total), ""))
