@@ -25,6 +25,13 @@ REGRESSIONS = {
         v1 = v0 / v0.square().add(1)
         return (v1 * v1).sum(), v1
     """),
+    "a complex result that all ranks hold": Program("""
+        g0 = given(4, 5, 2)
+        p0 = parameter(2)
+        v0 = torch.view_as_complex(g0)
+        v1 = g0 * p0
+        return v1.square().mean(), v0
+    """),
     "a branch on a size": Program("""
         i0 = input(3, 6)
         v0 = i0 * 2 if i0.size(0) > 4 else i0 * 3

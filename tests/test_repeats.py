@@ -60,7 +60,8 @@ class Sum(nn.Module):
 
 
 def repeats_of(model: nn.Module, *, fold: bool = True) -> Repeats:
-    captured = capture(model, (torch.ones(4, WIDTH),), {}, fold=fold)
+    """Of the model's graph; the input needs a gradient, as what goes from block to block does."""
+    captured = capture(model, (torch.ones(4, WIDTH, requires_grad=True),), {}, fold=fold)
     return find_repeats(run_passes(captured.graph))
 
 

@@ -258,6 +258,7 @@ class _Joined:
 
     def compare(self, one: torch.Tensor, other: torch.Tensor) -> None:
         """Note how far two are apart that should be the same."""
-        away = (other.to(torch.float64) - one.to(torch.float64)).abs().nan_to_num(math.inf)
+        exact = torch.complex128 if one.is_complex() else torch.float64
+        away = (other.to(exact) - one.to(exact)).abs().nan_to_num(math.inf)
         same = (other == one) | (other.isnan() & one.isnan())
         self.apart = max(self.apart, float(away.masked_fill(same, 0.0).sum()))
