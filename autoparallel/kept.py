@@ -34,7 +34,7 @@ class Kept:
                         self.is_kept(reader, tuple(_places(reader, value.name)))
                         for reader in graph.readers[value.name]
                     )
-        self.roots = self._roots()
+        self.roots = frozenset(name for node in graph.calls for name in self._saved_by(node))
 
     def is_kept(self, node: Node, places: tuple[int, ...]) -> bool:
         """Whether the backward pass needs what `node` reads in these places."""
@@ -44,17 +44,15 @@ class Kept:
             for value, alias in zip(node.results, saved.aliases, strict=True)
         )
 
-    def _roots(self) -> dict[str, str]:
-        """The values in whose memory something lies that is kept, each with the first that needs
-        it."""
-        found: dict[str, str] = {}
-        for node in self.graph.calls:
-            own = self.saved.of(node.name)
-            names = (*node.operands(), *(value.name for value in node.results))
-            for name, keeps in zip(names, (*own.operands, *own.results), strict=True):
-                if keeps:
-                    found.setdefault(self.saved.storage_of(name), node.name)
-        return found
+    def _saved_by(self, node: Node) -> set[str]:
+        """The values in whose memory lies what a call keeps, but for what is there before."""
+        own = self.saved.of(node.name)
+        names = (*node.operands(), *(value.name for value in node.results))
+        return {
+            self.saved.storage_of(name)
+            for name, keeps in zip(names, (*own.operands, *own.results), strict=True)
+            if keeps and self.is_made(self.saved.storage_of(name))
+        }
 
     def latest(self, ranks: int, repeated: Container[str]) -> tuple[str, float]:
         """The call at whose backward most is there, as far as is known before anything is planned.
@@ -63,19 +61,17 @@ class Kept:
         bytes, at most. "" where no call has any. Only calls that are not repeated, and of which
         nothing is a view: gradients of a view are those of what it is a view of.
         """
-        graph, saved = self.graph, self.saved
-        begins: dict[str, float] = {}
-        for name, saver in self.roots.items():
-            if self.is_made(name):
-                begins[saver] = begins.get(saver, 0.0) + nbytes(graph.values[name])
+        graph = self.graph
         best, most, least, freed = "", 0.0, 0.0, 0.0
         for node in reversed(graph.calls):
-            own = saved.of(node.name)
+            own = self.saved.of(node.name)
             if node.name not in repeated and all(alias is None for alias in own.aliases):
                 made = sum(nbytes(value) for value, _ in self._differentiated(node)) / ranks
                 if made - freed > most:
                     best, most, least = node.name, made - freed, freed
-            freed += begins.get(node.name, 0.0) + own.internal_nbytes({})
+            # Of what others keep too, this call may have had a copy.
+            freed += sum(nbytes(graph.values[name]) for name in self._saved_by(node))
+            freed += own.internal_nbytes({})
         return best, least
 
     def _differentiated(self, node: Node) -> list[tuple[Value, int]]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from autoparallel import make_plan
 from autoparallel.cli import main
+from autoparallel.cost.calibrate import Effort, _Bench
 from autoparallel.cost.collectives import collective_seconds
 from autoparallel.cost.fit import Call, Move, Product, Samples, fit
 from autoparallel.cost.hardware import (
@@ -111,6 +113,13 @@ def test_planted_figures_of_a_gpu_are_found() -> None:
                 predicted = collective_seconds(kind, nbytes, link, 8)
                 true = collective_seconds(kind, nbytes, truth, 8)
                 assert predicted == pytest.approx(true, rel=0.1), (kind, nbytes)
+
+
+def test_the_spread_of_equal_work_is_found() -> None:
+    """A standard deviation, from the mean difference of two of the times."""
+    bench = _Bench(Effort.quick(False), time.perf_counter)
+    bench.relative = (1 + 0.05 * np.random.default_rng(0).standard_normal(4000)).tolist()
+    assert bench.spread() == pytest.approx(0.05, rel=0.03)
 
 
 def test_each_collective_has_a_way_of_its_own() -> None:

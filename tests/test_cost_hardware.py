@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import build, inputs_for
 
+import autoparallel
 from autoparallel.cost.collectives import collective_seconds
 from autoparallel.cost.hardware import (
     Algorithm,
@@ -143,6 +146,24 @@ def test_latency_grows_with_nodes() -> None:
 
 def _is_ring(regime: Any) -> bool:
     return regime.algorithm is Algorithm.RING
+
+
+def test_a_plan_goes_at_the_pace_of_the_slowest(tmp_path: Path) -> None:
+    """What its ops take, but not what they send; once, however often it is asked for."""
+    hardware = replace(find_hardware("dgx-a100"), name="even", spread=0.0)
+    uneven = replace(hardware, name="uneven", spread=0.1)
+    assert uneven.at_pace_of(64).at_pace_of(64) == uneven.at_pace_of(64)
+    seconds = []
+    for each in (hardware, uneven):
+        path = tmp_path / f"{each.name}.json"
+        write_hardware(each, path)
+        model, inputs = build("mlp"), inputs_for("mlp")
+        plan = autoparallel.make_plan(model, 2, example_inputs=inputs, hardware=str(path))
+        product = next(op for op in plan.ops if op.whole_flops)
+        seconds.append((product.seconds, sum(each.seconds for each in plan.conversions)))
+    (even, sent), (slow, same) = seconds
+    assert slow == pytest.approx(even * uneven.slowest(2))
+    assert same == pytest.approx(sent)
 
 
 def test_all_wait_for_the_slowest() -> None:
