@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "AliasError",
     "AutoParallelError",
     "CaptureError",
     "InputMismatchError",
@@ -42,6 +43,10 @@ class InputsNeededError(AutoParallelError):
 
 class CaptureError(AutoParallelError):
     """The model's forward could not be turned into a graph."""
+
+
+class AliasError(CaptureError):
+    """The model keeps a view of its own parameter or buffer, which would not follow it."""
 
 
 class UnsupportedOpError(AutoParallelError):

@@ -62,7 +62,7 @@ class Planner:
         found = self.known.get(shared) or self.known.get(alone)
         if found is None:
             counters = self.alike.counters(canonical)
-            traced, common = trace_alike(module, args, kwargs, counters)
+            traced, common = trace_alike(module, args, kwargs, counters, root)
             if isinstance(traced, CaptureError):
                 found = traced
             else:

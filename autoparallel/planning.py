@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from autoparallel.cost.hardware import find_hardware
-from autoparallel.errors import CaptureError, PlanError
+from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.arguments import bind_inputs
 from autoparallel.graph.breaks import Broken, trace, trace_parts
 from autoparallel.graph.captured import Captured
@@ -88,6 +88,8 @@ def trace_model(
     bind_inputs(model, args, kwargs)
     try:
         return trace(model, args, kwargs)
+    except AliasError:
+        raise
     except CaptureError as error:
         whole = error
     broken = trace_parts(model, args, kwargs, whole)

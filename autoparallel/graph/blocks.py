@@ -40,59 +40,67 @@ class Group:
     positions: tuple[tuple[str, str], ...]
 
 
-def find_groups(model: nn.Module) -> tuple[Group, ...]:
-    """Equal blocks among siblings that are numbered from 0, the outermost ones only."""
+def find_groups(model: nn.Module, called: bool = False) -> tuple[Group, ...]:
+    """Equal blocks among siblings that are numbered from 0, the outermost ones only.
+
+    called: leave out blocks without a forward (lists and dicts of modules), which nobody can call:
+    what is in them may be grouped instead.
+    """
     occurrences: dict[int, int] = {}
     for _, tensor in _tensors(model):
         occurrences[id(tensor)] = occurrences.get(id(tensor), 0) + 1
     homes: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         homes[id(module)] = homes.get(id(module), 0) + 1
-    found: list[Group] = []
-    _search(model, "", occurrences, homes, found, set())
-    return tuple(found)
+    search = _Search(occurrences, homes, called)
+    search.visit(model, "")
+    return tuple(search.found)
 
 
-def _search(
-    module: nn.Module,
-    path: str,
-    occurrences: dict[int, int],
-    homes: dict[int, int],
-    found: list[Group],
-    seen: set[int],
-) -> None:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    grouped: set[str] = set()
-    if len(children) >= _FEWEST and list(children) == [
-        str(index) for index in range(len(children))
-    ]:
-        for group in _groups(children, path, occurrences, homes):
-            found.append(group)
-            grouped.update(member_path.rpartition(".")[2] for member_path, _ in group.members)
-    for name, child in children.items():
-        if name not in grouped:
-            _search(child, _join(path, name), occurrences, homes, found, seen)
+class _Search:
+    """The search down the tree of modules. called: see find_groups.
 
+    occurrences: how often each tensor occurs in the model, by id. homes: the same of modules.
+    """
 
-def _groups(
-    children: dict[str, nn.Module], path: str, occurrences: dict[int, int], homes: dict[int, int]
-) -> Iterator[Group]:
-    """The groups among numbered siblings."""
-    positions = _positions(list(children.values()))
-    alike: dict[Any, list[tuple[str, nn.Module]]] = {}
-    for name, child in children.items():
-        if not child._modules or homes[id(child)] > 1:
-            continue
-        mark = _fingerprint(child, positions, occurrences)
-        if mark is not None:
-            alike.setdefault(mark, []).append((_join(path, name), child))
-    for members in alike.values():
-        if len(members) >= _FEWEST:
-            inside = {name for name, _ in members[0][1].named_modules()}
-            yield Group(tuple(members), tuple(p for p in positions if p[0] in inside))
+    def __init__(self, occurrences: dict[int, int], homes: dict[int, int], called: bool) -> None:
+        self.occurrences, self.homes, self.called = occurrences, homes, called
+        self.found: list[Group] = []
+        self.seen: set[int] = set()
+
+    def visit(self, module: nn.Module, path: str) -> None:
+        """Add the groups among the children of a module, and inside of the others of them."""
+        if id(module) in self.seen:
+            return
+        self.seen.add(id(module))
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        grouped: set[str] = set()
+        if len(children) >= _FEWEST and list(children) == [
+            str(index) for index in range(len(children))
+        ]:
+            for group in self.groups(children, path):
+                self.found.append(group)
+                grouped.update(member_path.rpartition(".")[2] for member_path, _ in group.members)
+        for name, child in children.items():
+            if name not in grouped:
+                self.visit(child, _join(path, name))
+
+    def groups(self, children: dict[str, nn.Module], path: str) -> Iterator[Group]:
+        """The groups among numbered siblings."""
+        positions = _positions(list(children.values()))
+        alike: dict[Any, list[tuple[str, nn.Module]]] = {}
+        for name, child in children.items():
+            if not child._modules or self.homes[id(child)] > 1:
+                continue
+            if self.called and type(child).forward is nn.Module.forward:
+                continue
+            mark = _fingerprint(child, positions, self.occurrences)
+            if mark is not None:
+                alike.setdefault(mark, []).append((_join(path, name), child))
+        for members in alike.values():
+            if len(members) >= _FEWEST:
+                inside = {name for name, _ in members[0][1].named_modules()}
+                yield Group(tuple(members), tuple(p for p in positions if p[0] in inside))
 
 
 def _positions(blocks: list[nn.Module]) -> tuple[tuple[str, str], ...]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from autoparallel.errors import CaptureError
+from autoparallel.errors import AliasError, CaptureError
 from autoparallel.graph.alike import Alike, Watch
 from autoparallel.graph.capture import Captured, capture
+from autoparallel.graph.held import refuse_views
 from autoparallel.graph.passes import run_passes
 from autoparallel.graph.record import Call, record
 from autoparallel.plan import Break
@@ -49,10 +50,18 @@ class Broken:
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, part: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    part: bool = False,
+    around: nn.Module | None = None,
 ) -> Captured:
-    """The graph of the whole model after all passes. Raises CaptureError where there is none."""
-    captured = capture(model, args, kwargs, known=_has_rule, part=part)
+    """The graph of the whole model after all passes. Raises CaptureError where there is none.
+
+    around: the model that this is a part of.
+    """
+    captured = capture(model, args, kwargs, known=_has_rule, part=part, around=around)
     return replace(captured, graph=run_passes(captured.graph))
 
 
@@ -61,16 +70,20 @@ def trace_alike(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     counters: tuple[tuple[str, str], ...],
+    around: nn.Module,
 ) -> tuple[Captured | CaptureError, bool]:
     """The graph of a part, or why there is none; and whether that goes for its equals too.
 
     counters: attributes of it that number the equals; what the trace reads of them is its own.
+    around: the model that it is a part of. Raises AliasError where Python would be no way out.
     """
     watch = Watch(counters)
     found: Captured | CaptureError
     try:
         with watch.installed(model):
-            found = trace(model, args, kwargs, part=True)
+            found = trace(model, args, kwargs, part=True, around=around)
+    except AliasError:
+        raise
     except CaptureError as error:
         found = error
     return found, not watch.touched
@@ -104,6 +117,7 @@ def trace_parts(
         ) from failed
     finder.broken("", error)
     finder.uncalled()
+    refuse_views(model, [item.path for item in finder.breaks])
     if not finder.parts:
         raise CaptureError(
             f"nothing of {type(model).__name__} can be split",
@@ -167,7 +181,7 @@ class _Finder:
         if key not in self.known:
             args, kwargs = call.arguments()
             counters = self.alike.counters(canonical)
-            found, common = trace_alike(self.modules[path], args, kwargs, counters)
+            found, common = trace_alike(self.modules[path], args, kwargs, counters, self.model)
             if not common:
                 key = (path, call.signature, "alone")
             self.known[key] = found

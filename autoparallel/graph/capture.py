@@ -27,6 +27,7 @@ from autoparallel.graph.draws import DecidedDraws
 from autoparallel.graph.effects import effects, refuse_effects
 from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Graph
+from autoparallel.graph.held import HeldTensors
 from autoparallel.graph.importer import Importer
 from autoparallel.graph.sizes import IntricateSizes, WatchedSizes
 from autoparallel.graph.spelled import Known, spelled_out
@@ -84,11 +85,12 @@ class _Flat(nn.Module):
         inputs: Skeleton,
         outputs: list[Skeleton],
         folding: Folding,
+        held: HeldTensors,
         known: Known,
         part: bool,
     ) -> None:
         super().__init__()
-        self.known = known
+        self.known, self.held = known, held
         self.model = model
         self.bound, self.positional = bound, positional
         self.inputs, self.folding, self.part = inputs, folding, part
@@ -102,7 +104,10 @@ class _Flat(nn.Module):
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tensors)
-        with self.folding.forward(), DecidedDraws(), spelled_out(self.known), watched:
+        modes = (self.folding.forward(), DecidedDraws(), spelled_out(self.known), watched)
+        with contextlib.ExitStack() as stack:
+            for mode in (*modes, self.held):
+                stack.enter_context(mode)
             result = self.model.forward(*args, **kwargs)
         if self.part:
             refuse_effects(held, effects(self.model, arguments))
@@ -157,6 +162,7 @@ def capture(
     fold: bool = True,
     known: Known = _all,
     part: bool = False,
+    around: nn.Module | None = None,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval).
 
@@ -166,10 +172,12 @@ def capture(
     that are equal; the graph is the same, and sooner there. known: whether an op, by its name, is
     to be traced as itself; others are traced as the ops by which torch defines them.
     part: Python calls the model and may look at all that it does: side effects are refused.
-    Raises CaptureError, with the user's source line, where the model cannot be traced.
+    around: the model that this is a part of.
+    Raises CaptureError, with the user's source line, where the model cannot be traced; AliasError
+    where no part of it may run as it is.
     """
     bound = bind_inputs(model, args, kwargs)
-    wanted = _Wanted(model, bound, len(args), known, part, frozenset())
+    wanted = _Wanted(model, bound, len(args), known, part, around, frozenset())
     while True:
         try:
             return _folded(wanted) if fold else _traced(wanted, _unfolded(), one_by_one=True)
@@ -191,6 +199,7 @@ class _Wanted:
     positional: int
     known: Known
     part: bool
+    around: nn.Module | None
     fixed: frozenset[tuple[int, int]]
 
 
@@ -200,15 +209,15 @@ def _folded(wanted: _Wanted) -> Captured:
     groups: tuple[Group, ...] = ()
     for _ in range(_ATTEMPTS):
         try:
-            groups = find_groups(wanted.model)
+            groups = find_groups(wanted.model, called=True)
             if not groups:
                 break
             return _traced(wanted, Folding(groups, apart))
         except Unfoldable as reason:
             _log.info("blocks are traced one by one: %s", reason)
-            if not reason.path:
+            if not reason.paths:
                 break
-            apart |= {reason.path}
+            apart |= set(reason.paths)
         except IntricateSizes:
             raise
         except Exception as error:
@@ -233,7 +242,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     device = next((parameter.device for parameter in model.parameters()), None)
     samples = tuple(_sample(tensor, device) for tensor in tensors)
     outputs: list[Skeleton] = []
-    flat = _Flat(model, bound, wanted.positional, inputs, outputs, folding, wanted.known, part)
+    held = HeldTensors(model, folding, wanted.around)
     free, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
     shapes = tuple(
         {dim: static if (number, dim) in wanted.fixed else free for dim in range(sample.dim())}
@@ -245,6 +254,9 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     remembers = torch._dynamo.config.patch(fake_tensor_cache_enabled=one_by_one)
     try:
         with _quiet(), _left_alone(model), folding.installed(), remembers:
+            flat = _Flat(
+                model, bound, wanted.positional, inputs, outputs, folding, held, wanted.known, part
+            )
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
     except (Unfoldable, IntricateSizes, CaptureError):
         raise
@@ -252,8 +264,11 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         raise _explain(error, model) from error
     if folding.failure is not None:
         raise folding.failure
+    if held.failure is not None:
+        raise held.failure
+    folding.require_called()
     trained = [part or tensor.requires_grad for tensor in tensors]
-    importer = Importer(program, model, folding, trained)
+    importer = Importer(program, model, folding, held, trained)
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     aliases = {path: first.setdefault(id(parameter), path) for path, parameter in named}

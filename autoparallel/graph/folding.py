@@ -4,7 +4,8 @@ While the model is traced, the first and the last block of a group run as ever, 
 in the program. The others are hidden: their forward becomes one call of `autoparallel::block`
 whose results look like the first one's, and their parameters are not seen by the tracer. The
 importer then copies the marked region to each opaque call. Whatever could make the blocks differ
-raises Unfoldable, and the caller traces the whole model instead.
+raises Unfoldable, and the caller traces the whole model instead. So does a hidden block that is
+entered otherwise than by its call, or not at all: the tracer would take its weights for constants.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ __all__ = ["Folding", "Traced", "Unfoldable"]
 
 
 class Unfoldable(Exception):  # noqa: N818 - not an error: the full trace is the answer
-    """Blocks are not provably the same. path: of a block that must be traced for itself."""
+    """Blocks are not provably the same. paths: of blocks that must be traced for themselves."""
 
-    def __init__(self, reason: str, path: str = "") -> None:
+    def __init__(self, reason: str, paths: tuple[str, ...] = ()) -> None:
         super().__init__(reason)
-        self.reason, self.path = reason, path
+        self.reason, self.paths = reason, paths
 
 
 _library = torch.library.Library("autoparallel", "DEF")
@@ -88,6 +89,7 @@ class Folding:
         self.groups, self.apart = groups, apart
         self.running = False
         self.failure: Unfoldable | None = None
+        self.siblings: dict[str, tuple[str, ...]] = {}
         self.hidden: dict[str, nn.Module] = {}
         self.traced: dict[int, list[Traced]] = {}
         self.blocks: dict[int, tuple[str, nn.Module]] = {}
@@ -96,10 +98,30 @@ class Folding:
         self.marks: dict[int, str] = {}
         self._inside = False
 
-    def fail(self, reason: str, path: str = "") -> Unfoldable:
+    def fail(self, reason: str, *paths: str) -> Unfoldable:
         """The exception to raise; remembered, as the model may catch it."""
-        self.failure = self.failure or Unfoldable(reason, path)
+        self.failure = self.failure or Unfoldable(reason, paths)
         return self.failure
+
+    def entered(self, reason: str, path: str) -> Unfoldable:
+        """The same where something in a hidden block is reached without calling the block.
+
+        Its equals will be used alike: all of them are traced for themselves.
+        """
+        return self.fail(reason, *self.siblings.get(self.block_of(path) or path, (path,)))
+
+    def block_of(self, path: str) -> str | None:
+        """The hidden block that is at `path`, or has in it what is there."""
+        names = path.split(".")
+        above = (".".join(names[:end]) for end in range(1, len(names) + 1))
+        return next((block for block in above if block in self.hidden), None)
+
+    def require_called(self) -> None:
+        """Raises Unfoldable where a hidden block was never called."""
+        called = {path for path, _ in self.calls.values()}
+        missed = tuple(path for path in self.hidden if path not in called)
+        if missed:
+            raise self.fail(f"{missed[0]} is never called", *missed)
 
     def repeats(self) -> tuple[tuple[str, ...], ...]:
         """Paths of the blocks that are one block's copies, for every block that was copied."""
@@ -139,6 +161,8 @@ class Folding:
                     self.blocks[id(vars(block))] = (path, block)
                     if not shown:
                         self.hidden[path] = block
+                concealed = tuple(path for path, _ in group.members if path in self.hidden)
+                self.siblings.update(dict.fromkeys(concealed, concealed))
             yield
         finally:
             for module, kind in reversed(changed):
@@ -157,8 +181,15 @@ class Folding:
 
     def _nothing(self, module: nn.Module) -> dict[str, torch.Tensor]:
         if self.running:
-            raise self.fail("the model looks at the parameters of a block")
+            path, _ = self.blocks[id(vars(module))]
+            raise self.entered("the model looks at the parameters of a block", path)
         return {}
+
+    def _children(self, module: nn.Module) -> Any:
+        if self.running:
+            path, _ = self.blocks[id(vars(module))]
+            raise self.entered("the model looks at the modules in a block", path)
+        return vars(module)["_modules"]
 
     def _kind(self, group: int, base: type, mode: str, watched: tuple[str, ...]) -> type:
         """A subclass for a block that runs, one that is hidden, or a module inside of one."""
@@ -194,7 +225,8 @@ class Folding:
 
             def method(module: Any, *args: Any, **kwargs: Any) -> Any:
                 if folding.running:
-                    raise folding.fail(f"the model looks into a block by {name}")
+                    path, _ = folding.blocks[id(vars(module))]
+                    raise folding.entered(f"the model looks into a block by {name}", path)
                 return original(module, *args, **kwargs)
 
             return method
@@ -205,13 +237,15 @@ class Folding:
             body["named_children"] = hide("named_children")
             body["named_modules"] = _only_itself(folding)
             body["_parameters"] = body["_buffers"] = property(folding._nothing)
+            body["_modules"] = property(folding._children)
             body["state_dict"] = lambda module, *args, destination=None, **kwargs: destination
             original: Any = nn.Module.__getattr__
 
             def look(module: Any, name: str) -> Any:
                 inner = ("_parameters", "_buffers", "_modules")
                 if folding.running and any(name in vars(module)[kind] for kind in inner):
-                    raise folding.fail(f"the model reads {name} of a block")
+                    path, _ = folding.blocks[id(vars(module))]
+                    raise folding.entered(f"the model reads {name} of a block", path)
                 return original(module, name)
 
             body["__getattr__"] = look
@@ -283,7 +317,8 @@ def _only_itself(folding: Folding) -> Any:
     ) -> Iterator[tuple[str, nn.Module]]:
         """The block without what it holds, which is how the tracer does not see it."""
         if folding.running:
-            raise folding.fail("the model walks through its modules")
+            path, _ = folding.blocks[id(vars(module))]
+            raise folding.entered("the model walks through its modules", path)
         yield prefix, module
 
     return named_modules

@@ -16,6 +16,7 @@ from autoparallel.errors import CaptureError
 from autoparallel.graph.autocast import casts_of
 from autoparallel.graph.folding import Folding
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves, map_leaves
+from autoparallel.graph.held import HeldTensors
 from autoparallel.graph.memory import owner_of, shares_memory
 from autoparallel.graph.operators import packet_of
 from autoparallel.graph.origin import Origins, source_line
@@ -31,15 +32,20 @@ class Importer:
     """Translates an exported program into a Graph.
 
     program: exported from a module whose attribute `model` is the user's model. folding: how its
-    blocks were hidden. trained_inputs: of each input, whether it needs a gradient. Every name is
-    chosen here, in the order of definition, so that a folded program has the names of a fully
-    traced one.
+    blocks were hidden. held: the tensors that no constant may be. trained_inputs: of each input,
+    whether it needs a gradient. Every name is chosen here, in the order of definition, so that a
+    folded program has the names of a fully traced one.
     """
 
     def __init__(
-        self, program: Any, model: nn.Module, folding: Folding, trained_inputs: Sequence[bool]
+        self,
+        program: Any,
+        model: nn.Module,
+        folding: Folding,
+        held: HeldTensors,
+        trained_inputs: Sequence[bool],
     ) -> None:
-        self.program, self.model, self.folding = program, model, folding
+        self.program, self.model, self.folding, self.held = program, model, folding, held
         self.trained_inputs = trained_inputs
         self.nodes: list[Node] = []
         self.flows: list[bool] = []
@@ -127,11 +133,13 @@ class Importer:
                 name = self.stored(kind, path, example, trained, holes.get(path))
                 self.own[name] = id(tensor)
                 self.by_tensor[id(tensor)] = name
+        self.require_all(stored)
         for node in holes.values():
             self.known[node] = Ref(self.by_tensor[self.own[self.known[node].name]])
         kept: dict[Any, Ref] = {}
         for hole, target in signature.inputs_to_lifted_tensor_constants.items():
             value = self.program.constants[target]
+            self.require_constant(value)
             path = target.removeprefix("model.")
             place, _, last = path.rpartition("lifted_tensor_")
             content: Any = path
@@ -143,6 +151,26 @@ class Importer:
                 self.constants[path] = value
                 self.lifted.add(kept[content].name)
             self.known[seen[hole]] = kept[content]
+
+    def require_all(self, stored: list[tuple[str, str, torch.Tensor]]) -> None:
+        """Raises CaptureError for a parameter or buffer that the program does not know of."""
+        for kind, path, tensor in stored:
+            if id(tensor) not in self.by_tensor:
+                if self.folding.groups:
+                    raise self.folding.fail(f"the tracer does not see {kind} {path}")
+                raise CaptureError(
+                    f"the tracer does not see {kind} {path}",
+                    why="it is none of those that the module itself lists",
+                    fix="do not override named_parameters, named_buffers or named_modules",
+                )
+
+    def require_constant(self, value: torch.Tensor) -> None:
+        """Raises CaptureError for a constant that is memory of a parameter or buffer."""
+        error = self.held.refusal(value)
+        if error is not None:
+            if self.folding.groups:
+                raise self.folding.fail(error.what)
+            raise error
 
     def stored(
         self, kind: str, target: str, example: torch.Tensor, grad: bool, node: Any = None

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.copies import on_meta, shallow_copy
-from autoparallel.errors import CaptureError, PlanError
+from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.arguments import bind_inputs
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
@@ -280,7 +280,7 @@ def _entry(
         root = state.tree.skeleton
         plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
     except (CaptureError, PlanError) as error:
-        if state.tree.strict:
+        if state.tree.strict or isinstance(error, AliasError):
             raise
         _log.warning("%s runs as plain Python from now on: %s", state.path or "the model", error)
         state.python.add(modes)
