@@ -8,13 +8,13 @@ import torch
 import zoo
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from zoo import HEADS, HIDDEN, LAYERS, VOCABULARY
+from zoo import HEADS, HIDDEN, VOCABULARY
 
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
 FAMILIES = ("mlp", "gpt", "bert", "hf-gpt2", "hf-bert", "hf-llama")
 TRANSFORMERS = FAMILIES[1:]
-BATCH, SEQUENCE = 3, 10
+LAYERS, BATCH, SEQUENCE = 2, 3, 10
 
 
 class MLP(nn.Module):

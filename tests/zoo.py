@@ -31,7 +31,8 @@ from zoo_layers import CLASSES, HEADS, HIDDEN, VOCABULARY
 __all__ = ["FAMILIES", "HEADS", "HIDDEN", "LAYERS", "TRANSFORMERS", "VOCABULARY", "Family"]
 __all__ += ["build", "build_reference", "inputs_for"]
 
-LAYERS, INNER = 2, 4 * HIDDEN
+# From three equal layers on, some are not traced but copied.
+LAYERS, INNER = 4, 4 * HIDDEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,61 @@
+"""Blocks in containers and out of them: no weight of any of them is lost, whoever reaches it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import container_models
+import pytest
+import torch
+from container_models import KINDS, Model, sample
+from families import relative_error, worst_gradient
+
+import autoparallel
+from autoparallel.copies import on_meta
+from autoparallel.graph.capture import capture
+from autoparallel.mesh import Mesh
+from autoparallel.plan import Plan
+from autoparallel.search import search
+
+TOLERANCE = 1e-12
+
+
+@cache
+def traced(kind: str) -> Plan:
+    """The plan for one rank, whose graph is that of all."""
+    return autoparallel.make_plan(container_models.make(kind), 1, example_inputs=(sample(),))
+
+
+def unsplit(model: Model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = model(sample())
+    loss.backward()
+    named = model.named_parameters(remove_duplicate=False)
+    return loss.detach(), {path: p.grad for path, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_lost(kind: str, world_size: int) -> None:
+    """Loss and every gradient equal the unsplit model's."""
+    one = traced(kind)
+    assert one.captured is not None
+    plan = search(one.captured, one.model, Mesh(tp=world_size), one.options)
+    model = container_models.make(kind)
+    made = autoparallel.simulate(model, world_size, example_inputs=(sample(),), plan=plan)
+    loss, gradients = unsplit(model)
+    assert relative_error(made.output.detach(), loss) < TOLERANCE
+    error, where = worst_gradient(dict(made.gradients), gradients)
+    assert error < TOLERANCE, where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_constant_is_a_weight(kind: str) -> None:
+    """The program reads all that the model trains, and it is the one of the full trace."""
+    captured = traced(kind).captured
+    assert captured is not None
+    assert captured.constants == {}
+    full = capture(container_models.make(kind), (sample(),), {}, fold=False)
+    folded = capture(container_models.make(kind), (sample(),), {})
+    assert str(folded.graph) == str(full.graph)
+    assert folded.graph == full.graph
