@@ -217,9 +217,7 @@ def named_layers(model: Any) -> None:
 
 
 def stages(model: Any) -> None:
-    model.layers = nn.ModuleList(
-        nn.ModuleList(Block() for _ in range(COUNT)) for _ in range(COUNT)
-    )
+    model.layers = nn.ModuleList(nn.ModuleList(Block() for _ in range(COUNT)) for _ in range(COUNT))
 
 
 def deep(model: Any) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from fuzz_containers import contained
 from fuzz_layers import LAYERS, LOSSES
 from fuzz_pen import Pen, SkippedError
 from fuzz_programs import Program
@@ -15,19 +16,21 @@ from fuzz_steps import COMPUTE
 from fuzz_views import VIEWS
 from hypothesis import strategies as st
 
-__all__ = ["divided", "programs", "splits", "written"]
+__all__ = ["containing", "divided", "programs", "splits", "written"]
 
 Number = Callable[[int, int], int]
-STEPS = (*COMPUTE, *VIEWS, *LAYERS, *VIEWS, *[sampled] * 8)
+STEPS = (*COMPUTE, *VIEWS, *LAYERS, *VIEWS, *[sampled] * 8, contained)
 MOST_LINES = 16
 
 
-def written(number: Number) -> Program:
-    """A program whose every line matters to what it returns."""
+def written(number: Number, *first: Callable[[Pen], Any]) -> Program:
+    """A program whose every line matters to what it returns. first: steps that it begins with."""
     pen = Pen(number)
     for _ in range(pen.number(1, 2)):
         sizes = [pen.size() for _ in range(pen.one((2, 3, 1, 4)))]
         pen.declare(pen.one(("input", "given", "parameter")), *sizes)
+    for step in first:
+        attempt(pen, step)
     while len(pen.lines) < MOST_LINES and pen.number(0, 15):
         attempt(pen, pen.one(STEPS))
     returned = []
@@ -71,6 +74,12 @@ def divided(number: Number) -> Split:
 @st.composite
 def programs(draw: Any) -> Program:
     return written(lambda low, high: int(draw(st.integers(low, high))))
+
+
+@st.composite
+def containing(draw: Any) -> Program:
+    """Programs with equal blocks."""
+    return written(lambda low, high: int(draw(st.integers(low, high))), contained)
 
 
 @st.composite

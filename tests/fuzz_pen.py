@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ class Pen:
         self.declarations: dict[str, str] = {}
         self.lines: list[tuple[str, tuple[str, ...]]] = []
         self.values: dict[str, torch.Tensor] = {}
+        self.blocks: dict[str, Any] = {}
 
     def maybe(self) -> bool:
         return self.number(0, 1) == 1
@@ -105,6 +107,13 @@ class Pen:
         self.values[name] = content(name, kind, sizes)
         return name
 
+    def declare_blocks(self, kind: str, make: Callable[..., Any], *sizes: int) -> str:
+        """Equal blocks, always new ones."""
+        name = f"b{sum(name[0] == 'b' for name in self.declarations)}"
+        self.declarations[name] = f"{kind}({', '.join(map(str, sizes))})"
+        self.blocks[name] = make(name, kind, sizes)
+        return name
+
     def parameter(self, *sizes: int) -> str:
         return self.declare("parameter", *sizes)
 
@@ -121,7 +130,7 @@ class Pen:
         names = [f"v{len(self.lines)}{'abcdefgh'[i] if count > 1 else ''}" for i in range(count)]
         line = f"{', '.join(names)} = {text}"
         before = set(self.values)
-        room = {"torch": torch, "F": F, **self.values}
+        room = {"torch": torch, "F": F, "functools": functools, **self.values, **self.blocks}
         with torch.no_grad():
             exec(line, room)
         made = {name: room[name] for name in names}

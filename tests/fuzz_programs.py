@@ -10,7 +10,9 @@ The text is the whole program: it is what a failure prints, and what a regressio
 
 from __future__ import annotations
 
+import functools
 import linecache
+import math
 import re
 import zlib
 from dataclasses import dataclass
@@ -20,12 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["DECLARATIONS", "Program", "content"]
+__all__ = ["BLOCKS", "DECLARATIONS", "Program", "content"]
 
 # input: takes a gradient; given: does not. integers: below the last number. truths: of both kinds.
-# parameter: trained; frozen: not.
+# parameter: trained; frozen: not. blocks: equal ones in a list; how many, and their widths.
 INPUTS = ("input", "given", "integers", "truths")
-DECLARATIONS = (*INPUTS, "parameter", "frozen", "buffer")
+BLOCKS = ("blocks_lists", "blocks_dicts", "blocks_sequences", "blocks_classes")
+DECLARATIONS = (*INPUTS, "parameter", "frozen", "buffer", *BLOCKS)
 _DECLARATION = re.compile(rf"(\w+) = ({'|'.join(DECLARATIONS)})\(([\d, ]*)\)")
 
 
@@ -81,7 +84,10 @@ class Program:
         source = self.source()
         file = f"<program {zlib.crc32(source.encode()):08x}>"
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-        names: dict[str, Any] = {"torch": torch, "F": nn.functional, "math": __import__("math")}
+        from fuzz_containers import container
+
+        names: dict[str, Any] = {"torch": torch, "F": nn.functional}
+        names |= {"math": math, "functools": functools}
         exec(compile(source, file, "exec"), names)
         model: nn.Module = names["Model"]()
         for name, (kind, sizes) in self.declared.items():
@@ -90,6 +96,8 @@ class Program:
                 setattr(model, name, own)
             elif kind == "buffer":
                 model.register_buffer(name, content(name, kind, sizes))
+            elif kind in BLOCKS:
+                setattr(model, name, container(name, kind, sizes))
         return model
 
     def arguments(self, other: dict[tuple[str, int], int] | None = None) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from fuzz_corpus import ON_SEVERAL_AXES, REGRESSIONS, WAYS
-from fuzz_draw import programs, splits
+from fuzz_draw import containing, programs, splits
 from fuzz_programs import Program
 from fuzz_split import Coverage, Split, Subject, UnfitError
 from hypothesis import HealthCheck, given, settings
@@ -52,6 +52,21 @@ some_ways = st.lists(splits(), min_size=WAYS_EACH, max_size=WAYS_EACH)
 @settings(CALM, max_examples=100, derandomize=True)
 @given(programs(), some_ways)
 def test_random_programs(coverage: Coverage, program: Program, ways: list[Split]) -> None:
+    judge(program, ways, coverage)
+
+
+@quiet
+@settings(CALM, max_examples=25, derandomize=True)
+@given(containing(), some_ways)
+def test_equal_blocks(coverage: Coverage, program: Program, ways: list[Split]) -> None:
+    judge(program, ways, coverage)
+
+
+@quiet
+@pytest.mark.fuzz
+@settings(CALM, max_examples=500)
+@given(containing(), some_ways)
+def test_many_equal_blocks(coverage: Coverage, program: Program, ways: list[Split]) -> None:
     judge(program, ways, coverage)
 
 
