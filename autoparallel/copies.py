@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["on_meta", "referring", "shallow_copy"]
+__all__ = ["DEEPEST", "on_meta", "originals", "redirect", "referring", "shallow_copy"]
 
-_DEEPEST = 4  # containers inside of containers that are looked into
+_ORIGINALS = "_autoparallel_originals"
+
+DEEPEST = 4  # containers inside of containers that are looked into
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
@@ -24,11 +27,11 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     """
     twins: dict[int, nn.Module] = {}
     made = _copied(module, twins)
-    _redirect(twins.values(), twins)
+    redirect(twins.values(), twins)
     return made
 
 
-def _redirect(modules: Iterable[nn.Module], twins: Mapping[int, Any]) -> None:
+def redirect(modules: Iterable[nn.Module], twins: Mapping[int, Any]) -> None:
     """Let the modules' attributes refer to the twins."""
     for module in modules:
         for name, value in list(vars(module).items()):
@@ -60,7 +63,7 @@ def referring(value: Any, twins: Mapping[int, Any], depth: int = 0) -> Any:
     """
     if id(value) in twins:
         return twins[id(value)]
-    if depth > _DEEPEST:
+    if depth > DEEPEST:
         return value
     inner = functools.partial(referring, twins=twins, depth=depth + 1)
     if isinstance(value, types.MethodType):
@@ -107,5 +110,38 @@ def on_meta(model: nn.Module) -> nn.Module:
                 if id(buffer) not in known:
                     known[id(buffer)] = torch.empty_like(buffer, device="meta")
                 module._buffers[name] = known[id(buffer)]
-    _redirect(made.modules(), known)
+    redirect(made.modules(), known)
+    made.__dict__[_ORIGINALS] = _Originals(model, made)
     return made
+
+
+class _Originals:
+    """What the tensors of a copied model were: objects that its modules keep refer to those still.
+
+    They are not kept alive. rows: (the original, the copy's module, its path, the tensor's name).
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self, model: nn.Module | None = None, made: nn.Module | None = None) -> None:
+        self.rows: list[tuple[Any, nn.Module, str, str]] = []
+        if model is None or made is None:
+            return
+        own = dict(made.named_modules(remove_duplicate=False))
+        for path, module in model.named_modules(remove_duplicate=False):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.rows.append((weakref.ref(tensor), own[path], path, name))
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (_Originals, ())
+
+
+def originals(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Module, str, str]]:
+    """Of a model made by `on_meta`: tensors of the model that it was made from, which are there
+    still; and what has their copies: module, its path, and the name in it."""
+    made = vars(model).get(_ORIGINALS)
+    for reference, module, path, name in made.rows if made is not None else ():
+        tensor = reference()
+        if tensor is not None:
+            yield tensor, module, path, name

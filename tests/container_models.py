@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from container_parts import (
+    WIDTH,
+    Block,
+    Head,
+    Listed,
+    Plain,
+    Sequence,
+    Tracks,
+    WithParameters,
+    both,
+    down,
+    pair,
+    up,
+)
 from torch import nn
 
 __all__ = ["KINDS", "WIDTH", "Model", "make", "sample"]
 
-COUNT, WIDTH, INNER = 4, 6, 10
+COUNT = 4
 Tensor = torch.Tensor
 
 
@@ -47,116 +60,6 @@ def make(kind: str) -> Model:
         return Model(*KINDS[kind])
     finally:
         torch.set_default_dtype(before)
-
-
-# Blocks.
-
-
-def up() -> nn.Linear:
-    return nn.Linear(WIDTH, INNER)
-
-
-def down() -> nn.Linear:
-    return nn.Linear(INNER, WIDTH)
-
-
-def pair() -> list[nn.Module]:
-    return [up(), down()]
-
-
-def both(x: Tensor, first: Any, second: Any) -> Tensor:
-    return x + second(torch.relu(first(x)))
-
-
-class Block(nn.Module):
-    """Also called by another method than forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = up(), down()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return both(x, self.first, self.second)
-
-    def other(self, x: Tensor) -> Tensor:
-        return x + self.second(torch.tanh(self.first(x)))
-
-
-class Sequence(nn.Module):
-    """Its own way to be iterated, indexed and counted."""
-
-    def __init__(self, parts: list[nn.Module]) -> None:
-        super().__init__()
-        for number, part in enumerate(parts):
-            self.add_module(f"part{number}", part)
-        self.count = len(parts)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> nn.Module:
-        if index >= self.count:
-            raise IndexError(index)
-        return self.get_submodule(f"part{index}")
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return (self[index] for index in range(self.count))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return both(x, *self)
-
-
-class Listed(nn.ModuleList):
-    """A list with a forward, which the model does not call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return both(x, *self)
-
-
-class Plain(Block):
-    """Keeps its modules a second time: in plain containers, functions, objects, raw parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pieces = [self.first, (self.second,)]
-        self.table = {"first": self.first, "second": self.second}
-        self.partial = functools.partial(both, first=self.first, second=self.second)
-        self.method = self.other
-        self.inner = (self.first.forward, self.second.forward)
-        self.object = SimpleNamespace(first=self.first, second=self.second)
-        self.raw = [self.first.weight, self.first.bias]
-        self.parameters_too = {"weight": self.second.weight, "kept": [self.second.bias]}
-
-
-class WithParameters(nn.Module):
-    """Parameters in lists and dicts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList([up().weight, down().weight])
-        self.biases = nn.ParameterDict({"first": up().bias, "second": down().bias})
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.relu(nn.functional.linear(x, self.weights[0], self.biases["first"]))
-        return x + nn.functional.linear(hidden, self.weights[1], self.biases["second"])
-
-
-class Tracks(Block):
-    """With a buffer that every call writes to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.full((WIDTH,), 0.5))
-        self.kept = [self.scale]
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + nn.functional.silu(self.linear(x))
 
 
 # What a model consists of, and how it is run.
@@ -366,8 +269,14 @@ Kind = tuple[Callable[[Any], None], Callable[[Any, Tensor], Tensor]]
 KINDS: dict[str, Kind] = {
     "lists, unpacked": (layers(lists), unpacked),
     "five lists, indexed": (layers(lists, count=5), each(lambda b, x: both(x, b[0], b[-1]))),
-    "lists, sliced": (layers(lists), each(lambda b, x: x + through(b[:1], x).mean() + through(b[1:], through(b[:1], x)))),
-    "lists, enumerated": (layers(lists), each(lambda b, x: both(x, *(part for _, part in enumerate(b))))),
+    "lists, sliced": (
+        layers(lists),
+        each(lambda b, x: x + through(b[:1], x).mean() + through(b[1:], through(b[:1], x))),
+    ),
+    "lists, enumerated": (
+        layers(lists),
+        each(lambda b, x: both(x, *(part for _, part in enumerate(b)))),
+    ),
     "lists of lists of blocks": (stages, run_stages),
     "a dict of lists of lists": (deep, run_deep),
     "a list with a forward": (layers(lambda: Listed(pair())), unpacked),
@@ -375,34 +284,79 @@ KINDS: dict[str, Kind] = {
     "sequentials, indexed": (layers(sequential), each(lambda b, x: x + b[2](b[1](b[0](x))))),
     "sequentials, sliced": (layers(sequential), each(lambda b, x: x + b[1:](b[:1](x)))),
     "sequentials, iterated": (layers(sequential), each(lambda b, x: x + through(b, x))),
-    "sequentials, by name": (layers(lambda: nn.Sequential(OrderedDict(a=up(), b=down()))), each(lambda b, x: x + b.b(b.a(x)))),
+    "sequentials, by name": (
+        layers(lambda: nn.Sequential(OrderedDict(a=up(), b=down()))),
+        each(lambda b, x: x + b.b(b.a(x))),
+    ),
     "sequentials, called and indexed": (layers(sequential, count=5), run_called_and_indexed),
-    "a sequential of sequentials": (layers(sequential, lambda blocks: nn.Sequential(*blocks)), each(lambda b, x: x + through(b, x))),
+    "a sequential of sequentials": (
+        layers(sequential, lambda blocks: nn.Sequential(*blocks)),
+        each(lambda b, x: x + through(b, x)),
+    ),
     "dicts, keys": (layers(dicts), each(lambda b, x: both(x, *(b[key] for key in b.keys())))),  # noqa: SIM118
     "dicts, values": (layers(dicts), each(lambda b, x: both(x, *b.values()))),
     "dicts, items": (layers(dicts), each(lambda b, x: both(x, *(part for _, part in b.items())))),
     "dicts, attributes": (layers(dicts), each(lambda b, x: both(x, b.first, b.second))),
-    "a class of its own, iterated": (layers(lambda: Sequence(pair())), each(lambda b, x: both(x, *b))),
-    "a class of its own, indexed": (layers(lambda: Sequence(pair())), each(lambda b, x: both(x, b[0], b[len(b) - 1]))),
+    "a class of its own, iterated": (
+        layers(lambda: Sequence(pair())),
+        each(lambda b, x: both(x, *b)),
+    ),
+    "a class of its own, indexed": (
+        layers(lambda: Sequence(pair())),
+        each(lambda b, x: both(x, b[0], b[len(b) - 1])),
+    ),
     "a class of its own, called": (layers(lambda: Sequence(pair())), each(lambda b, x: b(x))),
     "children": (layers(Block), each(lambda b, x: both(x, *b.children()))),
     "the table of modules": (layers(Block), each(lambda b, x: both(x, *b._modules.values()))),
-    "the table of modules in vars": (layers(Block), each(lambda b, x: both(x, *vars(b)["_modules"].values()))),
-    "the table of parameters in vars": (layers(Head), each(lambda b, x: b(x) * vars(vars(b)["_modules"]["linear"])["_parameters"]["bias"])),
-    "plain lists in blocks": (layers(Plain), each(lambda b, x: both(x, b.pieces[0], b.pieces[1][0]))),
+    "the table of modules in vars": (
+        layers(Block),
+        each(lambda b, x: both(x, *vars(b)["_modules"].values())),
+    ),
+    "the table of parameters in vars": (
+        layers(Head),
+        each(lambda b, x: b(x) * vars(vars(b)["_modules"]["linear"])["_parameters"]["bias"]),
+    ),
+    "plain lists in blocks": (
+        layers(Plain),
+        each(lambda b, x: both(x, b.pieces[0], b.pieces[1][0])),
+    ),
     "plain dicts in blocks": (layers(Plain), each(lambda b, x: both(x, *b.table.values()))),
     "partials in blocks": (layers(Plain), each(lambda b, x: b.partial(x))),
     "bound methods in blocks": (layers(Plain), each(lambda b, x: b.method(x))),
     "bound methods of parts": (layers(Plain), each(lambda b, x: both(x, *b.inner))),
-    "objects in blocks": (layers(Plain), each(lambda b, x: both(x, b.object.first, b.object.second))),
-    "raw parameters in blocks": (layers(Plain), each(lambda b, x: b(x) + (x @ b.raw[0].T + b.raw[1]) @ b.parameters_too["weight"].T + b.parameters_too["kept"][0])),
-    "raw parameters alone": (layers(Plain, count=5), each(lambda b, x: (x @ b.raw[0].T) @ b.parameters_too["weight"].T)),
+    "objects in blocks": (
+        layers(Plain),
+        each(lambda b, x: both(x, b.object.first, b.object.second)),
+    ),
+    "raw parameters in blocks": (
+        layers(Plain),
+        each(
+            lambda b, x: (
+                b(x)
+                + (x @ b.raw[0].T + b.raw[1]) @ b.parameters_too["weight"].T
+                + b.parameters_too["kept"][0]
+            )
+        ),
+    ),
+    "raw parameters alone": (
+        layers(Plain, count=5),
+        each(lambda b, x: (x @ b.raw[0].T) @ b.parameters_too["weight"].T),
+    ),
     "two lists": (two_lists, run_zip),
     "two lists, looked into": (two_lists, run_zip_inside),
-    "blocks, reversed": (layers(Block), lambda m, x: functools.reduce(lambda y, b: b(y), reversed(m.layers), x)),
-    "blocks, in another order": (layers(Block, count=5), lambda m, x: functools.reduce(lambda y, i: m.layers[i](y), (3, 0, 4, 2, 1), x)),
+    "blocks, reversed": (
+        layers(Block),
+        lambda m, x: functools.reduce(lambda y, b: b(y), reversed(m.layers), x),
+    ),
+    "blocks, in another order": (
+        layers(Block, count=5),
+        lambda m, x: functools.reduce(lambda y, i: m.layers[i](y), (3, 0, 4, 2, 1), x),
+    ),
     "blocks, twice": (layers(Block), run_twice),
-    "blocks, sliced": (layers(Block, count=5), lambda m, x: functools.reduce(lambda y, b: b(y), [*m.layers[1:], *m.layers[:3]], x)),
+    "blocks, sliced": (
+        layers(Block, count=5),
+        lambda m, x: functools.reduce(lambda y, b: b(y), [*m.layers[1:], *m.layers[:3]], x),
+    ),
     "blocks, by name": (named_layers, run_by_name),
     "blocks, by another method": (layers(Block), each(lambda b, x: b.other(x))),
     "blocks, by both methods": (layers(Block), each(lambda b, x: b.other(b(x)))),
@@ -415,10 +369,19 @@ KINDS: dict[str, Kind] = {
     "partials and methods of blocks": (partials, run_partials),
     "methods of parts of blocks": (partials, run_inner_methods),
     "parameter lists and dicts": (layers(WithParameters), each(lambda b, x: b(x))),
-    "parameter lists, indexed": (layers(WithParameters), each(lambda b, x: (x @ b.weights[0].T) @ b.weights[1].T + b.biases["second"])),
+    "parameter lists, indexed": (
+        layers(WithParameters),
+        each(lambda b, x: (x @ b.weights[0].T) @ b.weights[1].T + b.biases["second"]),
+    ),
     "buffers in plain lists": (layers(Tracks), each(run_with_buffer)),
-    "heads in lists": (layers(lambda: nn.ModuleList([nn.Sequential(Head(), up()), down()]), count=5), run_medusa),
-    "heads, called": (layers(lambda: nn.Sequential(Head(), nn.Linear(WIDTH, 7))), lambda m, x: torch.stack([head(x) for head in m.layers])),
+    "heads in lists": (
+        layers(lambda: nn.ModuleList([nn.Sequential(Head(), up()), down()]), count=5),
+        run_medusa,
+    ),
+    "heads, called": (
+        layers(lambda: nn.Sequential(Head(), nn.Linear(WIDTH, 7))),
+        lambda m, x: torch.stack([head(x) for head in m.layers]),
+    ),
     "modules shared inside": (shared_inside, unpacked),
     "modules shared outside": (shared_outside, run_shared_outside),
-}  # fmt: skip
+}

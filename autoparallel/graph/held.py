@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from autoparallel.copies import DEEPEST, originals
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.graph.folding import Folding
 
@@ -68,15 +69,28 @@ class HeldTensors(TorchFunctionMode):
         self.paths: dict[int, str] = {}
         self.outside: dict[int, str] = {}
         self.tensors: list[torch.Tensor] = []  # kept, so that their ids stay theirs
+        root = model if around is None else around
+        for path, _, _, tensor in named_tensors(root):
+            self.remember(path, tensor)  # by the name that the user knows
+        own: dict[int, str] = {}
         for path, module, kind, tensor in named_tensors(model):
+            own[id(module)] = path.rpartition(".")[0]
             self.places.setdefault(id(tensor), []).append((path, module, kind))
-            self.remember(path, tensor)
-        for path, _, _, tensor in named_tensors(around) if around is not None else ():
+        for tensor, module, path, name in originals(root):
+            full = f"{path}.{name}" if path else name
+            self.remember(full, tensor)
+            if id(module) in own:
+                inner = f"{own[id(module)]}.{name}" if own[id(module)] else name
+                kind = "parameter" if name in module._parameters else "buffer"
+                self.places.setdefault(id(tensor), []).append((inner, module, kind))
+            else:
+                self.outside[id(tensor)] = full
+        for path, _, _, tensor in named_tensors(root):
             if id(tensor) not in self.places:
                 self.outside[id(tensor)] = path
-                self.remember(path, tensor)
 
     def remember(self, path: str, tensor: torch.Tensor) -> None:
+        """Whose memory it is."""
         self.tensors.append(tensor)
         key = storage_key(tensor)
         if key is not None:
@@ -169,6 +183,7 @@ def refuse_views(model: nn.Module, paths: list[str]) -> None:
 
     paths: of those modules. The parameters that their attributes refer to, directly and in
     containers, are replaced while they run; views of them, and what other objects keep, are not.
+    The same goes for modules that such objects keep.
     """
     ids: dict[int, str] = {}
     storages: dict[int, str] = {}
@@ -203,8 +218,15 @@ def _reached(
     if isinstance(value, torch.Tensor):
         yield value, replaced
         return
+    if isinstance(value, nn.Module) and not replaced:
+        yield from ((tensor, False) for _, _, _, tensor in named_tensors(value))
     if depth > _DEEPEST or id(value) in above or isinstance(value, (nn.Module, type)):
         return
+    # Those that `referring` looks into.
+    known = type(value) in (list, tuple) or isinstance(
+        value, (dict, types.MethodType, functools.partial)
+    )
+    replaced = replaced and known and depth <= DEEPEST
     inner = functools.partial(_reached, depth=depth + 1, above={**above, id(value): None})
     parts: list[Any] = []
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -218,6 +240,6 @@ def _reached(
     elif hasattr(value, "__dict__") and not isinstance(
         value, (types.ModuleType, types.FunctionType)
     ):
-        parts, replaced = list(vars(value).values()), False
+        parts = list(vars(value).values())
     for part in parts:
         yield from inner(part, replaced=replaced)

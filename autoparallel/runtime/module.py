@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from autoparallel.copies import on_meta, shallow_copy
+from autoparallel.copies import on_meta, redirect, shallow_copy
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.arguments import bind_inputs
 from autoparallel.graph.captured import Modes, modes_of
@@ -154,6 +154,7 @@ def _fill(
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         parts = materialize(model, layouts, ranks, device)
     twins: dict[int, nn.Parameter] = {}
+    buffers: dict[int, torch.Tensor] = {}
     originals = dict(model.named_modules(remove_duplicate=False))
     done: set[int] = set()
     for path, module in made.named_modules(remove_duplicate=False):
@@ -179,7 +180,9 @@ def _fill(
             module._parameters[name] = twins[id(parameter)]
         for name, buffer in original._buffers.items():
             if buffer is not None:
-                module._buffers[name] = parts.get(prefix + name, buffer.detach().clone())
+                own = parts.get(prefix + name, buffer.detach().clone())
+                module._buffers[name] = buffers.setdefault(id(buffer), own)
+    redirect(made.modules(), buffers)
 
 
 def _copies(made: nn.Module, kept: Mapping[str, Residence]) -> dict[int, Copy]:
