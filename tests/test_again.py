@@ -136,8 +136,9 @@ class _Kept(torch.autograd.Function):
         return torch.zeros_like(x)
 
 
+Lies = Callable[[torch.Tensor], torch.Tensor]
 # Ways to lie in memory, of a tensor of 2 x 7 x 4 made from one of 14 x 4 or from one of its rows.
-LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+LIES: dict[str, Lies] = {
     "in its own": lambda x: x.unflatten(0, (2, 7)),
     "behind others": lambda x: torch.cat([x + 1, x]).chunk(2)[1].unflatten(0, (2, 7)),
     "in every other place": lambda x: x.repeat_interleave(2, 0)[1::2].unflatten(0, (2, 7)),
@@ -147,7 +148,7 @@ LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "in one place for a whole dim": lambda x: x[:, :1].expand(14, 4).unflatten(0, (2, 7)),
     "in windows that overlap": lambda x: x.flatten().as_strided((2, 7, 4), (4, 2, 1), 3),
 }
-KEPT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+KEPT: dict[str, Lies] = {
     "all": lambda x: x,
     "turned": lambda x: x.transpose(0, 2),
     "a part": lambda x: x[1:, x.size(1) // 2 :, ::2],
@@ -180,24 +181,24 @@ def test_what_is_made_again_lies_as_what_was_dropped(
         group = ranks.groups[0]
         base = numbers(14, 4).to(dtype)
         base = base * (2 + 1j) if dtype.is_complex else base
+
+        def program(leaf: torch.Tensor, lies: Lies, again: bool) -> torch.Tensor:
+            x = leaf
+            if again:
+                x = convert_again(x * (group.rank + 1), group, Partial(), R)
+            x, size = lies(x), 0
+            if isinstance(source, Shard):
+                size = x.size(source.dim)
+                x = take_part(x, source, world_size, group.rank)
+            made = convert_again(x, group, source, target, size)
+            kept = [view(made) for view in KEPT.values()]
+            if dtype.is_complex:
+                kept += [made.conj(), made.conj().imag, torch.view_as_real(made)[..., 1]]
+            return torch.stack([_Kept.apply(view) for view in kept]).sum()
+
         for lies, again in itertools.product(LIES.values(), (False, True)):
             leaf = base.clone().requires_grad_()
-
-            def program(leaf: torch.Tensor) -> torch.Tensor:
-                x = leaf
-                if again:
-                    x = convert_again(x * (group.rank + 1), group, Partial(), R)
-                x, size = lies(x), 0
-                if isinstance(source, Shard):
-                    size = x.size(source.dim)
-                    x = take_part(x, source, world_size, group.rank)
-                made = convert_again(x, group, source, target, size)
-                kept = [view(made) for view in KEPT.values()]
-                if dtype.is_complex:
-                    kept += [made.conj(), made.conj().imag, torch.view_as_real(made)[..., 1]]
-                return torch.stack([_Kept.apply(view) for view in kept]).sum()
-
-            dropping(program)(leaf).backward()
+            dropping(program)(leaf, lies, again).backward()
 
     on_each(Mesh(tp=world_size), work)
 

@@ -20,7 +20,7 @@ from autoparallel.placement import (
     layout_text,
     whole_layout,
 )
-from autoparallel.plan import Plan
+from autoparallel.plan import OpChoice, Plan
 from autoparallel.rewrite.local import Local
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of

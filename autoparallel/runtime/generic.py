@@ -87,8 +87,8 @@ def masked_lookup(
         start, stop = part_bounds(size, group.world_size, group.rank)
         local = asked - start
         elsewhere = (local < 0) | (local >= stop - start)
-        # What is not here is looked up at a place that is looked up anyway, so that what comes of it
-        # (0 times a derivative) is finite where the unsplit op's is. Nothing may be here at all.
+        # What is not here is looked up at a place that is looked up anyway, so that what comes of
+        # it (0 times a derivative) is finite where the unsplit op's is. Nothing at all may be here.
         anyway = local.masked_fill(elsewhere, 0).flatten()
         anyway = torch.cat([anyway, anyway.new_zeros(1)]).amax()
         local = torch.where(elsewhere, anyway, local)
