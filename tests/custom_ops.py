@@ -174,3 +174,46 @@ def _broken(ctx, grad):
 BROKEN = define(
     "broken_backward", "(Tensor x) -> Tensor", lambda x: x.cos(), torch.empty_like, _broken
 )
+
+
+def strict(function):
+    """An op that refuses nothing, as many kernels do."""
+
+    def run(x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            raise ValueError("no rows")
+        return function(x, *more)
+
+    return run
+
+
+STRICT_RATIO = define(
+    "strict_ratio",
+    "(Tensor x, Tensor scale) -> Tensor",
+    strict(lambda x, scale: scale / x.square().sum(1, keepdim=True).sqrt()),
+    lambda x, scale: x.new_empty(x.shape[0], 1, x.shape[2]),
+)
+STRICT_SUM = define(
+    "strict_sum",
+    "(Tensor x, Tensor scale) -> Tensor",
+    strict(lambda x, scale: (x.square() * scale).exp().sum(0)),
+    lambda x, scale: x.new_empty(x.shape[1], x.shape[2]),
+)
+STRICT_MEAN = define(
+    "strict_mean",
+    "(Tensor x, Tensor scale) -> Tensor",
+    strict(lambda x, scale: (scale / x.abs().sqrt()).mean(0)),
+    lambda x, scale: x.new_empty(x.shape[1], x.shape[2]),
+)
+STRICT_HIGHEST = define(
+    "strict_highest",
+    "(Tensor x) -> Tensor",
+    strict(lambda x: x.amax(0)),
+    lambda x: x.new_empty(x.shape[1], x.shape[2]),
+)
+RATIO_LOOKUP = define(
+    "ratio_lookup",
+    "(Tensor table, Tensor index, Tensor scale) -> Tensor",
+    strict(lambda table, index, scale: scale / table[index].sqrt()),
+    lambda table, index, scale: table.new_empty(*index.shape, table.shape[1]),
+)

@@ -155,4 +155,16 @@ ON_SEVERAL_AXES = {
         """),
         Split(4, 256, 0.0, True, whole=0.5, sizes=(2, 2), sparing=True),
     ),
+    "half of a product, as a pending sum that the first rank makes again of what it has": (
+        Program("""
+        p0 = parameter(2, 5)
+        p1 = parameter(20, 5)
+        v6 = F.pad(p0, (0, 0))
+        v7 = F.linear(v6, p1)
+        v8a, v8b = v7.chunk(2, -1)
+        v9 = F.silu(v8a) * v8b
+        return v8b.square().mean() + v9.square().mean()
+        """),
+        Split(2, 28, 0.3, sequence_parallel=False, sparing=True),
+    ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from autoparallel.mesh import Mesh
-from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
+from autoparallel.placement import Invariant, Layout, Partial, Placement, Replicate, Shard
 from autoparallel.runtime import draws, rng
 from autoparallel.runtime.again import convert_again, dropping, recomputed
-from autoparallel.runtime.collectives import convert
+from autoparallel.runtime.collectives import convert, take_part
 from autoparallel.runtime.layouts import take_layout_part
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 
@@ -116,6 +117,108 @@ def test_a_copy_of_a_view_of_a_copy() -> None:
         assert ranks.counts["all_gather"] == 4
 
     on_each(Mesh(a=3, b=2), work)
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps a tensor, and demands in the backward pass that it comes back as it was."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.expected, ctx.strides, ctx.bit = x.detach().clone(), x.stride(), x.is_conj()
+        return torch.zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        assert torch.equal(x, ctx.expected)
+        assert (x.stride(), x.is_conj()) == (ctx.strides, ctx.bit)
+        return torch.zeros_like(x)
+
+
+Lies = Callable[[torch.Tensor], torch.Tensor]
+# Ways to lie in memory, of a tensor of 2 x 7 x 4 made from one of 14 x 4 or from one of its rows.
+LIES: dict[str, Lies] = {
+    "in its own": lambda x: x.unflatten(0, (2, 7)),
+    "behind others": lambda x: torch.cat([x + 1, x]).chunk(2)[1].unflatten(0, (2, 7)),
+    "in every other place": lambda x: x.repeat_interleave(2, 0)[1::2].unflatten(0, (2, 7)),
+    "turned": lambda x: x.t().contiguous().t().unflatten(0, (2, 7)),
+    "backwards": lambda x: x.reshape(7, 2, 4).transpose(0, 1),
+    "in one place for many": lambda x: x[:7].unsqueeze(0).expand(2, 7, 4),
+    "in one place for a whole dim": lambda x: x[:, :1].expand(14, 4).unflatten(0, (2, 7)),
+    "in windows that overlap": lambda x: x.flatten().as_strided((2, 7, 4), (4, 2, 1), 3),
+}
+KEPT: dict[str, Lies] = {
+    "all": lambda x: x,
+    "turned": lambda x: x.transpose(0, 2),
+    "a part": lambda x: x[1:, x.size(1) // 2 :, ::2],
+    "no place": lambda x: x[:, :0],
+    "one row for many": lambda x: x[:, :1].expand(x.shape),
+}
+MOVES = [
+    (R, Partial()),
+    (R, Shard(1)),
+    (R, Shard(2, 2)),
+    (Partial(), R),
+    (Partial(), Shard(1)),
+    (Shard(1), R),
+    (Shard(1), Partial()),
+    (Shard(1), Shard(2)),
+    (Shard(2), Shard(2, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: " to ".join(map(str, move)))
+def test_what_is_made_again_lies_as_what_was_dropped(
+    move: tuple[Placement, Placement], world_size: int, dtype: torch.dtype
+) -> None:
+    """Whatever the source lies like, on every rank: one of them may keep what others replace."""
+    source, target = move
+
+    def work(ranks: Ranks) -> None:
+        group = ranks.groups[0]
+        base = numbers(14, 4).to(dtype)
+        base = base * (2 + 1j) if dtype.is_complex else base
+
+        def program(leaf: torch.Tensor, lies: Lies, again: bool) -> torch.Tensor:
+            x = leaf
+            if again:
+                x = convert_again(x * (group.rank + 1), group, Partial(), R)
+            x, size = lies(x), 0
+            if isinstance(source, Shard):
+                size = x.size(source.dim)
+                x = take_part(x, source, world_size, group.rank)
+            made = convert_again(x, group, source, target, size)
+            kept = [view(made) for view in KEPT.values()]
+            if dtype.is_complex:
+                kept += [made.conj(), made.conj().imag, torch.view_as_real(made)[..., 1]]
+            return torch.stack([_Kept.apply(view) for view in kept]).sum()
+
+        for lies, again in itertools.product(LIES.values(), (False, True)):
+            leaf = base.clone().requires_grad_()
+            dropping(program)(leaf, lies, again).backward()
+
+    on_each(Mesh(tp=world_size), work)
+
+
+def test_a_copy_that_is_written_to_is_kept() -> None:
+    """What lies there then is not what would be made again."""
+
+    def work(ranks: Ranks) -> None:
+        weight = part(WEIGHT, (S0,), ranks)
+
+        def program(w: torch.Tensor) -> torch.Tensor:
+            w_R = convert_again(w, ranks.groups[0], S0, R, 6)
+            w_R.mul_(3)
+            return (w_R * w_R).sum()
+
+        dropping(program)(weight).backward()
+        whole = 18 * WEIGHT * ranks.world_size
+        torch.testing.assert_close(weight.grad, part(whole, (S0,), ranks).detach())
+
+    on_each(Mesh(tp=2), work)
 
 
 def test_writing_to_what_is_kept_is_refused() -> None:

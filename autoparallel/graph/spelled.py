@@ -240,10 +240,15 @@ def cross_entropy(
     weights = kept.to(scores.dtype)
     if weight is not None:
         weights = weight[places] * weights
-    losses = -weighted.gather(dim, places.unsqueeze(dim)).squeeze(dim)
+
+    def mean(losses: Any) -> Any:
+        return _reduced(torch.where(kept, losses, 0.0), weights, reduction)
+
+    made = mean(-weighted.gather(dim, places.unsqueeze(dim)).squeeze(dim))
     if smoothing:  # else the sum over the classes, which may be infinite, must not count at all
-        losses = losses * (1 - smoothing) - weighted.sum(dim) * (smoothing / classes)
-    return _reduced(torch.where(kept, losses, 0.0), weights, reduction)
+        # Two means: over weights that are all 0 the first is no number, the second infinite.
+        made = made * (1 - smoothing) + mean(-weighted.sum(dim)) * (smoothing / classes)
+    return made
 
 
 @spelling("aten.bilinear.default")

@@ -20,7 +20,7 @@ from autoparallel.placement import (
     layout_text,
     whole_layout,
 )
-from autoparallel.plan import Plan
+from autoparallel.plan import OpChoice, Plan
 from autoparallel.rewrite.local import Local
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of
@@ -222,10 +222,7 @@ class _Emitter:
         target, rule = node.target, self.rules[node.name]
         pads = rule is not None and not rule.takes_empty
         if pads:
-            reads = [
-                self.some(read, self.local.may_be_empty(self.graph.values[name], layout, choice))
-                for read, name, layout in zip(reads, names, choice.operands, strict=True)
-            ]
+            reads = self.some(node, choice, reads)
         producer = self.graph.producers[names[0]] if names else None
         if producer is not None and self.fused.get(producer.name) == node.name:
             inner = self.choices[producer.name]
@@ -261,13 +258,15 @@ class _Emitter:
             made = f"[{made}]"
         self.add(f"{made} = {expression}", tuple(reads), tuple(results))
 
-    def some(self, read: str, dims: list[int]) -> str:
-        """The operand, with one place of zeros where inputs may be so short that it has none."""
-        if not dims:
-            return read
-        name = self.names.fresh(f"{read}_some")
-        self.add(f"{name} = kernels.some({', '.join(map(str, (read, *dims)))})", (read,), (name,))
-        return name
+    def some(self, node: Node, choice: OpChoice, reads: list[str]) -> list[str]:
+        """The operands, with stand-ins where inputs may be so short that a rank has nothing."""
+        split = self.local.split_dims(node, choice)
+        if not any(split):
+            return reads
+        made = [self.names.fresh(f"{read}_some") for read in reads]
+        before, after = (", ".join(names) for names in (reads, made))
+        self.add(f"[{after}] = kernels.some([{before}], {split})", tuple(reads), tuple(made))
+        return made
 
     def read(self, name: str, layout: Layout) -> str:
         """The identifier of a value as `layout`; emits its conversion at the first use."""

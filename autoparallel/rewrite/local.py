@@ -120,15 +120,29 @@ class Local:
         placements = self.speller.layout(choice.results[0])
         return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
 
+    def split_dims(self, node: Node, choice: OpChoice) -> list[list[int]]:
+        """Per operand, the dims of which a rank may hold nothing."""
+        pairs = zip(node.operands(), choice.operands, strict=True)
+        return [self.may_be_empty(self.graph.values[n], layout, choice) for n, layout in pairs]
+
     def shortened(self, expression: str, node: Node, choice: OpChoice) -> str:
-        """The results without what came of such zeros."""
+        """The results without what came of stand-ins."""
+        held: dict[str, None] = {}
+        for name, layout, dims in zip(
+            node.operands(), choice.operands, self.split_dims(node, choice), strict=True
+        ):
+            value = self.graph.values[name]
+            held.update((self.speller.size(self.dim(value, dim, layout)), None) for dim in dims)
+        if not held:
+            return expression
+        lengths = []
         for value, layout in zip(node.results, choice.results, strict=True):
-            dims = self.may_be_empty(value, layout, choice)
-            if dims:
-                sizes = (self.speller.size(self.dim(value, dim, layout)) for dim in dims)
-                lengths = (f"{dim}: {size}" for dim, size in zip(dims, sizes, strict=True))
-                return f"kernels.shortened({expression}, {{{', '.join(lengths)}}})"
-        return expression
+            sizes = (
+                f"{dim}: {self.speller.size(self.dim(value, dim, layout))}"
+                for dim in self.may_be_empty(value, layout, choice)
+            )
+            lengths.append(f"{{{', '.join(sizes)}}}")
+        return f"kernels.shortened({expression}, [{', '.join(held)}], [{', '.join(lengths)}])"
 
 
 def _per_axis(choice: OpChoice) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from autoparallel.rules.shrink import related_terms
 
 __all__ = ["key_of", "load", "store"]
 
-VERSION = 1
+VERSION = 2
 
 
 def key_of(call: OpCall) -> str:

@@ -32,7 +32,7 @@ def kernels_for(probe: Probe, shrunk: Shrunk, found: Found, loop: str) -> Iterat
         yield from _lookups(probe, shrunk, found, *at[0])
         yield from _combined(found, *at[0])
     if probe.call.results[0].dtype.is_floating_point and not _counts(probe, shrunk, at):
-        yield FoundKernel("weighted_mean", "P", (("where", at[0]),))
+        yield FoundKernel("weighted_mean", "P", (("where", tuple(at)),))
 
 
 def _lookups(

@@ -289,14 +289,15 @@ def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
     """Whether the loop has such runs, and their parts are such as the op takes.
 
     A symbolic dim may turn out shorter than the number of ranks; the last ones then get nothing.
+    What its parts are multiples of is not known.
     """
     size = rule.sizes[tile.loop]
+    grain = rule.grain.get(tile.loop, 1)
     if isinstance(size, Sym):
-        return tile.blocks == 1 and tile.unit == 1
+        return tile.blocks == tile.unit == grain == 1
     runs, rest = divmod(size, tile.blocks * tile.unit)
     if rest or runs < 2:
         return False
-    grain = rule.grain.get(tile.loop, 1)
     step = -(-runs // world_size)
     if any(count * tile.blocks * tile.unit % grain for count in (step, runs % step)):
         return False

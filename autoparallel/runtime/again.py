@@ -30,12 +30,13 @@ class _View:
     def __init__(self, copy: _Copy, view: torch.Tensor) -> None:
         self.copy = copy
         self.dtype, self.sizes, self.strides = view.dtype, view.size(), view.stride()
-        self.offset = view.storage_offset()
+        self.offset, self.conjugate = view.storage_offset(), view.is_conj()
 
     def of(self, made: torch.Tensor) -> torch.Tensor:
         """The same view of a copy that was made again."""
-        made = made if made.dtype == self.dtype else made.view(self.dtype)
-        return made.as_strided(self.sizes, self.strides, self.offset)
+        view = torch.empty(0, dtype=self.dtype, device=made.device)
+        view.set_(made.untyped_storage(), self.offset, self.sizes, self.strides)
+        return view.conj() if self.conjugate else view
 
 
 class _Copy:
@@ -61,7 +62,10 @@ class _Copy:
         else:
             _require_version(source, self.version)
         with torch.no_grad():
-            return move(source, self.group, *self.placements, self.size)
+            made = move(source, self.group, *self.placements, self.size)
+            # Where the source would do, the first copy was one all the same: views of it are places
+            # in memory of its own.
+            return made.clone() if _same_memory(made, source) else made
 
     def taken(self) -> torch.Tensor:
         """The copy for one of the places that want it; kept until the last of them has had it."""
@@ -69,6 +73,10 @@ class _Copy:
         self.wanted -= 1
         self.made = made if self.wanted > 0 else None
         return made
+
+
+def _same_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return one.untyped_storage()._cdata == two.untyped_storage()._cdata
 
 
 def _require_version(tensor: torch.Tensor, version: int) -> None:
@@ -85,7 +93,7 @@ class _Copies:
     """The copies of one pass, by their memory, which is not kept alive."""
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[StorageWeakRef, _Copy]] = {}
+        self.known: dict[int, tuple[StorageWeakRef, int, _Copy]] = {}
 
     def add(
         self,
@@ -96,24 +104,35 @@ class _Copies:
         size: int,
     ) -> None:
         """Note where a copy came from; one that shares the memory of its source costs nothing."""
-        storage, other = made.untyped_storage(), source.untyped_storage()
-        if storage._cdata == other._cdata:
+        if _same_memory(made, source):
             return
-        before = self.known.get(other._cdata)
-        origin = source.detach() if before is None else _View(before[1], source)
+        before = self.find(source)
+        origin = source.detach() if before is None else _View(before, source)
         copy = _Copy(origin, group, placements, size)
-        self.known[storage._cdata] = (StorageWeakRef(storage), copy)
+        storage = made.untyped_storage()
+        self.known[storage._cdata] = (StorageWeakRef(storage), made._version, copy)
+
+    def find(self, tensor: torch.Tensor) -> _Copy | None:
+        """The copy in whose memory a tensor lies, if the tensor can be made again from it.
+
+        It cannot where the copy has been written to, nor where the tensor is the negative of what
+        lies there, a view that no public function makes.
+        """
+        found = self.known.get(tensor.untyped_storage()._cdata)
+        if found is None or tensor.is_neg() or tensor._version != found[1]:
+            return None
+        return found[2]
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """What autograd is to keep of a tensor: a copy's view, or the tensor and its version.
 
         Detached, as a result that is kept by what made it would never be freed.
         """
-        found = self.known.get(tensor.untyped_storage()._cdata)
-        if found is None:
+        copy = self.find(tensor)
+        if copy is None:
             return tensor.detach(), tensor._version
-        found[1].wanted += 1
-        return _View(found[1], tensor)
+        copy.wanted += 1
+        return _View(copy, tensor)
 
     @staticmethod
     def unpack(kept: Any) -> torch.Tensor:

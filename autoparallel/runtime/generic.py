@@ -7,7 +7,7 @@ given) and dims it is about. That an op is of the kind is for the discovery of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from autoparallel.graph.operators import operator_of
 from autoparallel.placement import Invariant, Shard, part_bounds
 from autoparallel.runtime.collectives import convert, pending_sum
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.standing import shortened, silenced, some
 
 __all__ = ["combined_parts", "masked_lookup", "weighted_mean"]
 
@@ -50,6 +51,17 @@ def _run(
     return made
 
 
+def _standing_in(
+    tensors: Sequence[torch.Tensor], split: Sequence[tuple[int, int]]
+) -> dict[int, torch.Tensor]:
+    """The operands of the op on a rank that has nothing, all of them standing in for others.
+
+    split: operands and their dims that are split.
+    """
+    dims = [[dim for other, dim in split if other == index] for index in range(len(tensors))]
+    return dict(enumerate(some(tensors, dims)))
+
+
 def masked_lookup(
     *args: Any,
     group: Group,
@@ -65,7 +77,7 @@ def masked_lookup(
     """
     table, index, dim, places = where
     tensors = list(_tensors((args, tuple(kwargs.values()))))
-    rows, asked = tensors[table], tensors[index]
+    asked = tensors[index]
     with torch.no_grad():
         inside = ((asked >= 0) & (asked < size)).all()
         if asked.is_cuda:
@@ -75,11 +87,17 @@ def masked_lookup(
         start, stop = part_bounds(size, group.world_size, group.rank)
         local = asked - start
         elsewhere = (local < 0) | (local >= stop - start)
-        local = local.masked_fill(elsewhere, 0)
+        # What is not here is looked up at a place that is looked up anyway, so that what comes of
+        # it (0 times a derivative) is finite where the unsplit op's is. Nothing at all may be here.
+        anyway = local.masked_fill(elsewhere, 0).flatten()
+        anyway = torch.cat([anyway, anyway.new_zeros(1)]).amax()
+        local = torch.where(elsewhere, anyway, local)
+        nothing = elsewhere.all()
     if stop == start:
-        shape = [1 if i == dim else length for i, length in enumerate(rows.shape)]
-        rows = rows.new_zeros(shape) + rows.sum()
-    made = _run(operation, args, kwargs, {table: rows, index: local})
+        others = _standing_in(tensors, [(table, dim)])
+    else:
+        others = {at: silenced(tensor, nothing) for at, tensor in enumerate(tensors)}
+    made = _run(operation, args, kwargs, {**others, index: local})
     order = sorted(range(len(places)), key=lambda i: places[i])
     shape = [1] * made.dim()
     for i in order:
@@ -102,9 +120,16 @@ def combined_parts(
     for those that are reduced. All ranks' results are gathered and reduced once more.
     """
     operand, dim, kept = where
-    made = _run(operation, args, kwargs, {})
+    tensors = list(_tensors((args, tuple(kwargs.values()))))
+    bounds = [part_bounds(size, group.world_size, rank) for rank in range(group.world_size)]
+    holders = sum(start < stop for start, stop in bounds)
+    held = tensors[operand].size(dim) > 0
+    made = _run(operation, args, kwargs, {} if held else _standing_in(tensors, [(operand, dim)]))
     shape = [made.size(place) if place >= 0 else 1 for place in kept]
-    parts = convert(made.reshape(shape), group, Shard(dim), Invariant(), group.world_size)
+    made = made.reshape(shape)
+    if not held:
+        made = shortened(made, [0], [{dim: 0}])
+    parts = convert(made, group, Shard(dim), Invariant(), holders)
     return _run(operation, args, kwargs, {operand: parts})
 
 
@@ -113,16 +138,18 @@ def weighted_mean(
     group: Group,
     size: int,
     operation: str,
-    where: tuple[int, int],
+    where: tuple[tuple[int, int], ...],
     **kwargs: Any,
 ) -> torch.Tensor:
     """A mean over a split loop: each rank's own mean by its share of the whole, a pending sum.
 
-    where: an operand and its split dim.
+    where: the operands and their dims that are split.
     """
-    operand, dim = where
-    held = list(_tensors((args, tuple(kwargs.values()))))[operand]
+    tensors = list(_tensors((args, tuple(kwargs.values()))))
+    operand, dim = where[0]
+    held = tensors[operand].size(dim)
+    if not held:
+        made = _run(operation, args, kwargs, _standing_in(tensors, where))
+        return pending_sum(shortened(made, [0], [{}]), group)
     made = _run(operation, args, kwargs, {})
-    if held.size(dim) == 0:
-        return pending_sum(torch.zeros_like(made) + held.sum().to(made.dtype), group)
-    return pending_sum(made * (held.size(dim) / size), group)
+    return pending_sum(made * (held / size), group)

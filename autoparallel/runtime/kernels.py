@@ -5,7 +5,7 @@ Each takes the op's own arguments, with local tensors, then `group` and the size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from autoparallel.placement import part_bounds
 from autoparallel.runtime.collectives import pending_sum, same_sum
 from autoparallel.runtime.generic import combined_parts, masked_lookup, weighted_mean
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.standing import shortened, some
 from autoparallel.runtime.statistics import (
     amax_split,
     amin_split,
@@ -65,28 +66,6 @@ def _require_below(index: torch.Tensor, size: int, what: str) -> None:
         torch._assert_async(inside)
     elif index.device.type != "meta" and not bool(inside):
         raise IndexError(f"{what} out of range: all must be in [0, {size})")
-
-
-def some(part: torch.Tensor, *dims: int) -> torch.Tensor:
-    """The part, or one place of zeros along `dims` where it has none: for ops that refuse nothing.
-
-    The zeros depend on the part, so that the backward pass communicates on this rank as on others.
-    """
-    if all(part.size(dim) for dim in dims):
-        return part
-    shape = list(part.shape)
-    for dim in dims:
-        shape[dim] = max(shape[dim], 1)
-    return part.new_zeros(shape) + part.sum().to(part.dtype)
-
-
-def shortened(results: Any, lengths: Mapping[int, int]) -> Any:
-    """The first places of every result, by dim, which are all but where `some` put zeros."""
-    if not isinstance(results, torch.Tensor):
-        return tuple(shortened(result, lengths) for result in results)
-    for dim, length in lengths.items():
-        results = results if results.size(dim) == length else results.narrow(dim, 0, length)
-    return results
 
 
 def embedding_rows(
@@ -252,7 +231,8 @@ class _CrossEntropyClasses(torch.autograd.Function):
         result = probabilities.clone()
         if result.size(1):
             result.scatter_add_(1, local, -here.to(result.dtype).unsqueeze(1))
-        result.mul_((grad * kept).unsqueeze(1))
+        # What is ignored gets exactly nothing, also where a mean over no token sends infinities.
+        result.mul_(grad.masked_fill(~kept, 0).unsqueeze(1))
         return result, None, None, None, None
 
     @staticmethod
