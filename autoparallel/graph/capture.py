@@ -24,7 +24,7 @@ from autoparallel.graph.arguments import as_given, bind_inputs
 from autoparallel.graph.blocks import Group, find_groups
 from autoparallel.graph.captured import Captured, modes_of
 from autoparallel.graph.draws import DecidedDraws
-from autoparallel.graph.effects import effects, refuse_effects
+from autoparallel.graph.effects import NoReplacing, effects, refuse_effects
 from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.importer import Importer
@@ -32,6 +32,7 @@ from autoparallel.graph.sizes import IntricateSizes, WatchedSizes
 from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.randomness import python_numbers
 from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.untouched import untouched
 
 __all__ = ["Captured", "capture", "refuse_wrapped"]
 
@@ -102,7 +103,8 @@ class _Flat(nn.Module):
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tensors)
-        with self.folding.forward(), DecidedDraws(), spelled_out(self.known), watched:
+        kept = NoReplacing(self.model).installed(operators=False)
+        with self.folding.forward(), DecidedDraws(), spelled_out(self.known), watched, kept:
             result = self.model.forward(*args, **kwargs)
         if self.part:
             refuse_effects(held, effects(self.model, arguments))
@@ -115,18 +117,6 @@ class _Flat(nn.Module):
         flat, skeleton = flatten(result)
         self.outputs.append(skeleton)
         return tuple(flat)
-
-
-@contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Modules get their attributes back: the traced forward, or export, may have set some."""
-    held = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for now, before in held:
-            now.clear()
-            now.update(before)
 
 
 @contextlib.contextmanager
@@ -244,7 +234,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = torch._dynamo.config.patch(fake_tensor_cache_enabled=one_by_one)
     try:
-        with _quiet(), _left_alone(model), folding.installed(), remembers:
+        with _quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
     except (Unfoldable, IntricateSizes, CaptureError):
         raise

@@ -38,6 +38,7 @@ from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.state import Entry, Replan, State, Tree, state_of
 from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.writes import paused
 
 __all__ = ["full_state_dict", "parallel_module"]
 
@@ -218,21 +219,46 @@ def _add(made: nn.Module, state: State, plan: Plan) -> Entry:
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a program, or Python where there is none."""
     state = state_of(module)
     if not state.members:
         state.members = tuple(module.modules())
     modes = tuple([inner.training for inner in state.members])
-    if modes in state.python and not state.entries and state.checks <= 0:
-        return _run_python(module, state, args, kwargs)
+    if not (modes in state.python and not state.entries and state.checks <= 0):
+        if not state.tree.depth:
+            entry, inputs = _prepared(module, state, modes, args, kwargs)
+            if entry is not None:
+                return _run_program(module, state, entry, inputs)
+        else:
+            state.tree.whole.settle()
+            with paused():
+                entry, inputs = _prepared(module, state, modes, args, kwargs)
+                if entry is not None:
+                    return _run_program(module, state, entry, inputs)
+    return _run_python(module, state, args, kwargs)
+
+
+def _prepared(
+    module: nn.Module,
+    state: State,
+    modes: Modes,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[Entry | None, list[torch.Tensor]]:
+    """The program for a call, None where Python must run, and the tensors that it is given."""
     bound = bind_inputs(state.skeleton, args, kwargs)
     inputs, skeleton = flatten(dict(bound.arguments))
     if state.checks > 0 and state.ranks.world_size > 1:
         state.checks -= 1
         name = type(state.skeleton).__name__
         require_equal(inputs, list(bound.arguments), state.ranks.world, name)
-    entry = _entry(module, state, modes, inputs, skeleton, args, kwargs)
-    if entry is None:
-        return _run_python(module, state, args, kwargs)
+    return _entry(module, state, modes, inputs, skeleton, args, kwargs), inputs
+
+
+def _run_program(
+    module: nn.Module, state: State, entry: Entry, inputs: list[torch.Tensor]
+) -> Any:
+    """Run a program on the parameters, buffers and inputs as they are now."""
     program = entry.program
     copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
     refresh(copies, state.ranks)
