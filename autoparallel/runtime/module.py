@@ -37,7 +37,7 @@ from autoparallel.runtime.python import WholeParameters, common_numbers, held_by
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.state import Entry, Replan, State, Tree, state_of
-from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.structure import Skeleton, flatten
 from autoparallel.writes import paused
 
 __all__ = ["full_state_dict", "parallel_module"]
@@ -281,7 +281,11 @@ def _run_program(
         _returned(output, layout, shape, inputs, entry, state)
         for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
     ]
-    return rebuild(entry.captured.outputs, returned)
+    result, left = entry.captured.together(returned)
+    for path, value in left.items():
+        owner, _, name = path.rpartition(".")
+        vars(module.get_submodule(owner))[name] = value
+    return result
 
 
 def _entry(

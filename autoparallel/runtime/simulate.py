@@ -117,7 +117,7 @@ def simulate_plan(
             )
         held.update(zip(program.mutations, written, strict=True))
         if backward:
-            local = rebuild(captured.outputs, outputs)
+            local, _ = captured.together(outputs)
             loss = _loss_of(local) if backward is True else backward(local)
             if loss is not None:
                 loss.backward()
@@ -139,7 +139,8 @@ def simulate_plan(
     for path, kept in captured.aliases.items():
         if kept in gradients:
             gradients[path] = gradients[kept]
-    return replace(made, gradients=gradients)
+    output = made.output[0] if captured.left else made.output
+    return replace(made, output=output, gradients=gradients)
 
 
 def _together(
