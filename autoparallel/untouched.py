@@ -158,7 +158,7 @@ class _Tensor:
     def put_back(self) -> None:
         tensor = self.tensor
         if type(tensor) is not self.kind:
-            tensor.__class__ = self.kind  # type: ignore[assignment]
+            tensor.__class__ = self.kind
         if place_of(tensor) != self.place:
             tensor.data = self.alias
         if self.leaf and tensor.is_leaf and tensor.requires_grad != self.trained:

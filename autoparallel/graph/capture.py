@@ -141,7 +141,7 @@ class _Flat(nn.Module):
         held = self.held(arguments) if wanted.part else {}
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
-        watched = WatchedSizes(tensors)
+        watched = WatchedSizes(tuple(tensors))
         kept = NoReplacing(self.model).installed(operators=False)
         with self.folding.forward(), DecidedDraws(), spelled_out(wanted.known), watched, kept:
             result = self.model.forward(*args, **kwargs)
@@ -166,12 +166,12 @@ def _attribute(model: nn.Module, path: str) -> Any:
     return vars(model.get_submodule(owner)).get(last)
 
 
-def _settings(
-    model: nn.Module, names: Sequence[str], left: Mapping[str, Any]
-) -> dict[str, Any]:
+def _settings(model: nn.Module, names: Sequence[str], left: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes that were set to numbers and the like; none where more was done than that."""
     rest = [name for name in names if _place(name) not in left]
-    values = {_place(name): _attribute(model, _place(name)) for name in rest if _place(name) != name}
+    values = {
+        _place(name): _attribute(model, _place(name)) for name in rest if _place(name) != name
+    }
     simple = (bool, int, float, str, type(None))
     whole = len(values) == len(rest) and all(type(value) in simple for value in values.values())
     return values if whole else {}

@@ -242,7 +242,7 @@ class Importer:
             raise CaptureError(
                 f"{name} writes to tensors and returns none",
                 where=self.origins.where(node),
-                why=f"it writes to {', '.join(written)}, and a graph is of values that are returned",
+                why=f"it writes to {', '.join(written)}; a graph is of values that are returned",
                 fix="use an op that returns what it makes, for each tensor",
             )
         own = self.fresh(base_of(node.name), 1 if single else len(example))

@@ -255,9 +255,7 @@ def _prepared(
     return _entry(module, state, modes, inputs, skeleton, args, kwargs), inputs
 
 
-def _run_program(
-    module: nn.Module, state: State, entry: Entry, inputs: list[torch.Tensor]
-) -> Any:
+def _run_program(module: nn.Module, state: State, entry: Entry, inputs: list[torch.Tensor]) -> Any:
     """Run a program on the parameters, buffers and inputs as they are now."""
     program = entry.program
     copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
@@ -380,7 +378,7 @@ def _returned(
 def _split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let load_state_dict take whole tensors: each rank keeps its part of them."""
     state = state_of(module)
-    if state.mesh is None:
+    if state.mesh is None or state.tree.depth:  # the user's Python sees whole parameters
         return
     sizes, coordinates = state.ranks.sizes, state.ranks.coordinates
     for own, layout in state.layouts.items():

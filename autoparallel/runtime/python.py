@@ -101,7 +101,7 @@ class _Seen:
     def whole(self, memory: torch.UntypedStorage) -> torch.Tensor:
         """All of the value as its memory holds it now."""
         made = torch.empty(0, dtype=self.dtype, device=memory.device)
-        return made.set_(memory, self.offset, self.shape, self.stride)  # type: ignore[arg-type]
+        return made.set_(memory, self.offset, self.shape, self.stride)
 
 
 class WholeParameters(Watch):
@@ -186,7 +186,7 @@ class WholeParameters(Watch):
             StorageWeakRef(value.untyped_storage()),
             tuple(value.shape),
             value.stride(),
-            value.storage_offset(),
+            int(value.storage_offset()),
             value.dtype,
         )
 

@@ -159,7 +159,8 @@ def _together(
     ]
     gradients: dict[str, torch.Tensor] = {}
     for path in results[0].gradients:
-        gradient = joined.maybe([ran.gradients[path] for ran in results], layouts[path])
+        layout = layouts.get(path, same)  # one that the forward has made is whole
+        gradient = joined.maybe([ran.gradients[path] for ran in results], layout)
         if gradient is not None:
             gradients[path] = gradient
     return Simulation(
