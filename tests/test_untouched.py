@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from families import Float64, relative_error
+from families import Float64, relative_error, worst_gradient
 from planned_models import SETTING_UP, WIDTH, Base, Disturbs, Hidden, KeepsLoss, Lazily, state_of
 from torch import nn
 
@@ -147,3 +147,42 @@ def test_hidden_is_hidden() -> None:
     before = model.teachers[0][0].weight.clone()
     model(batches()[0])
     assert not torch.equal(model.teachers[0][0].weight, before)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_hooks_that_are_registered_later_run(broken: bool) -> None:
+    """Inside of what was traced, by the user or by the model's Python: Python runs from then on."""
+    torch.manual_seed(2)
+    model: Any = nn.Sequential(build(Base), nn.Identity()) if broken else build(Base)
+    plain, x = copy.deepcopy(model), batches()[0]
+    parallel: Any = autoparallel.autoparallelize(model, 1, example_inputs=x)
+    assert relative_error(parallel(x).detach(), plain(x).detach()) < 1e-12
+    for module in (parallel, plain):
+        inner = module[0] if broken else module
+        inner.first.register_forward_hook(lambda module, args, output: output * 2)
+    assert relative_error(parallel(x).detach(), plain(x).detach()) < 1e-12
+
+
+def test_published_models_that_set_themselves_up() -> None:
+    """Hugging Face's BigBird replaces its attention where sequences are short, in its forward."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.BigBirdConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, block_size=8,
+        intermediate_size=48, max_position_embeddings=64, num_random_blocks=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.BigBirdForMaskedLM(config).double().train()
+    words = torch.randint(3, 97, (2, 20))
+    batch = {"input_ids": words, "labels": words}
+    before = state_of(model)
+    result = autoparallel.simulate(model, 2, example_inputs=batch)
+    assert state_of(model) == before
+    output = model(**batch)
+    output.loss.backward()
+    assert relative_error(result.output.loss, output.loss.detach()) < 1e-10
+    named = model.named_parameters(remove_duplicate=False)
+    gradients = {path: own.grad for path, own in named if own.grad is not None}
+    assert worst_gradient(dict(result.gradients), gradients)[0] < 1e-9

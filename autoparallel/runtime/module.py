@@ -36,7 +36,7 @@ from autoparallel.runtime.parameters import (
 from autoparallel.runtime.python import WholeParameters, common_numbers, held_by
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.seeds import give_generator
-from autoparallel.runtime.state import Entry, Replan, State, Tree, state_of
+from autoparallel.runtime.state import Entry, Replan, State, Tree, hooks_inside, state_of
 from autoparallel.structure import Skeleton, flatten
 from autoparallel.writes import paused
 
@@ -121,7 +121,9 @@ def _become(
     if own is None:
         own = functools.partial(type(module).forward, module)
     kind: Any = type(module)
-    module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), {})
+    # Registries that know classes by where they are defined know it, too.
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
     state = State(path, tree, skeleton, kept, 0, own, plan)
     module.__dict__["_autoparallel"] = state
     module.register_load_state_dict_pre_hook(_split_loaded)
@@ -223,8 +225,15 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     state = state_of(module)
     if not state.members:
         state.members = tuple(module.modules())
+        state.hooks = hooks_inside(tuple(state.skeleton.modules()))
     modes = tuple([inner.training for inner in state.members])
-    if not (modes in state.python and not state.entries and state.checks <= 0):
+    if hooks_inside(state.members) != state.hooks:
+        # A program does not run hooks of what it is of, but for those that it was traced with.
+        if not state.settled:
+            _log.warning(
+                "%s runs as Python: hooks were registered in it", state.path or "the model"
+            )
+    elif not (modes in state.python and not state.entries and state.checks <= 0):
         if not state.tree.depth:
             entry, inputs = _prepared(module, state, modes, args, kwargs)
             if entry is not None:
