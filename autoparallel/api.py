@@ -43,6 +43,7 @@ from autoparallel.runtime.parameters import as_distributed
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.simulate import Simulation, simulate_plan
+from autoparallel.untouched import untouched
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
 
@@ -94,15 +95,14 @@ def autoparallelize(
     )
     meshes = possible_meshes(world_size, mesh, options)
     _world(meshes[0].world_size)
-    if example_inputs is None:
-        try:
-            example_inputs = find_example_inputs(model)
-        except InputsNeededError:
-            if any(parameter.is_meta for parameter in model.parameters()):
-                raise
-            return _waiting_module(model, meshes, options, check_inputs)
-    args, kwargs = split_example(example_inputs)
-    plan = fastest_plan(model, trace_model(model, args, kwargs, options), meshes, options)
+    try:
+        with untouched(model):
+            args, kwargs = _example(model, example_inputs)
+            plan = fastest_plan(model, trace_model(model, args, kwargs, options), meshes, options)
+    except InputsNeededError:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        return _waiting_module(model, meshes, options, check_inputs)
     return _apply(model, plan, *_ranks(plan.mesh), check_inputs)
 
 
@@ -160,11 +160,15 @@ def make_plan(
         constraints=constraints,
     )
     meshes = possible_meshes(world_size, mesh, options)
-    if example_inputs is None:
-        example_inputs = find_example_inputs(model)
-    args, kwargs = split_example(example_inputs)
-    traced = trace_model(model, args, kwargs, options)
-    return fastest_plan(model, traced, meshes, options, pins, product_weight, start)
+    with untouched(model):
+        args, kwargs = _example(model, example_inputs)
+        traced = trace_model(model, args, kwargs, options)
+        return fastest_plan(model, traced, meshes, options, pins, product_weight, start)
+
+
+def _example(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of the example inputs: the given ones, else the model's own."""
+    return split_example(find_example_inputs(model) if given is None else given)
 
 
 def apply_plan(
@@ -183,10 +187,9 @@ def apply_plan(
     require_parameters(plan, model)
     ranks, devices = _ranks(plan.mesh)
     if not plan.is_traced:
-        if example_inputs is None:
-            example_inputs = find_example_inputs(model)
-        args, kwargs = split_example(example_inputs)
-        plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
+        with untouched(model):
+            args, kwargs = _example(model, example_inputs)
+            plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
         if plan.options.unknown_ops == "discover" and plan.world_size > 1:
             for graph in plan.graphs:
                 learn(graph)
@@ -221,14 +224,13 @@ def simulate(
             why="a plan is followed as it is",
             fix="leave them out, or leave out the plan",
         )
-    if example_inputs is None:
-        example_inputs = find_example_inputs(model)
-    if plan is None:
-        plan = make_plan(model, world_size, example_inputs=example_inputs, **options)
-    require_parameters(plan, model)
-    args, kwargs = split_example(example_inputs)
-    planner = Planner(plan.model, plan.mesh, plan.options)
-    return simulate_plan(model, plan, args, kwargs, backward, replan=planner)
+    with untouched(model):
+        args, kwargs = _example(model, example_inputs)
+        if plan is None:
+            plan = make_plan(model, world_size, example_inputs=kwargs or args, **options)
+        require_parameters(plan, model)
+        planner = Planner(plan.model, plan.mesh, plan.options)
+        return simulate_plan(model, plan, args, kwargs, backward, replan=planner)
 
 
 def _apply(
@@ -317,8 +319,9 @@ class _Waiting:
         source = _with_weights_of(model, self)  # type: ignore[arg-type]
         if options.memory_limit is not None:
             options = replace(options, tokens=1)
-        traced = trace_model(source, args, kwargs, options)
-        plan = fastest_plan(source, traced, meshes, options)
+        with untouched(source):
+            traced = trace_model(source, args, kwargs, options)
+            plan = fastest_plan(source, traced, meshes, options)
         if plan.mesh != meshes[0]:
             ranks, devices = _ranks(plan.mesh)
         made = _apply(source, plan, ranks, devices, check_inputs)

@@ -6,6 +6,7 @@ import copy
 import functools
 import types
 import weakref
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import nn
 __all__ = ["DEEPEST", "on_meta", "originals", "redirect", "referring", "shallow_copy"]
 
 _ORIGINALS = "_autoparallel_originals"
+_INTERNAL = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 
 DEEPEST = 4  # containers inside of containers that are looked into
 
@@ -23,10 +26,15 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     """The same module tree with dicts of its own; parameters and buffers are shared.
 
     Attributes that refer to modules of the tree (a list of layers, a bound method) refer to the
-    copies.
+    copies, and containers in attributes are copies: a forward may write to them.
     """
     twins: dict[int, nn.Module] = {}
     made = _copied(module, twins)
+    containers: dict[int, Any] = {}
+    for inner in twins.values():
+        for name, value in list(vars(inner).items()):
+            if name not in _INTERNAL:
+                vars(inner)[name] = _own_containers(value, containers)
     redirect(twins.values(), twins)
     return made
 
@@ -39,6 +47,27 @@ def redirect(modules: Iterable[nn.Module], twins: Mapping[int, Any]) -> None:
                 replaced = referring(value, twins)
                 if replaced is not value:
                     vars(module)[name] = replaced
+
+
+def _own_containers(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+    """Lists, dicts and sets copied, the same one to the same copy; anything else as it is.
+
+    known: of what has been copied, by id, the object and its copy.
+    """
+    if type(value) is tuple:
+        items = tuple(_own_containers(item, known, depth + 1) for item in value)
+        return value if all(map(_same, items, value)) else items
+    if type(value) not in _CONTAINERS or depth > DEEPEST:
+        return value
+    if id(value) not in known:
+        made = copy.copy(value)
+        known[id(value)] = (value, made)
+        if isinstance(made, dict):
+            for key, item in made.items():
+                made[key] = _own_containers(item, known, depth + 1)
+        elif isinstance(made, list):
+            made[:] = [_own_containers(item, known, depth + 1) for item in made]
+    return known[id(value)][1]
 
 
 def _copied(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:

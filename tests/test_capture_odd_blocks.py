@@ -9,6 +9,7 @@ import torch
 from block_stacks import LAYERS, WIDTH, Block, Stack, both, instances, numbered, sample, stack
 from torch import nn
 
+from autoparallel.errors import CaptureError
 from autoparallel.graph.capture import capture
 
 
@@ -270,7 +271,6 @@ ODD_ONES = {
     "odd": lambda: numbered(OddIsDifferent),
     "three": lambda: numbered(ThreeIsDifferent),
     "far": lambda: numbered(FarIsDifferent),
-    "own-count": lambda: stack(CountsItsCalls),
     "shared-count": lambda: with_context(CountsInContextStack, CountsInContext),
     "in-place": lambda: stack(InPlace),
     "in-place-view": lambda: stack(InPlaceOnAView),
@@ -298,6 +298,12 @@ def test_what_cannot_be_folded_is_traced(name: str) -> None:
     assert str(folded.graph) == str(full.graph)
     assert folded.repeats == ()
     assert not any(kind.__name__ == "forward" for kind in map(type, model.modules()))
+
+
+def test_counted_calls_are_refused() -> None:
+    """A graph would go on with the count of its trace."""
+    with pytest.raises(CaptureError, match=r"blocks\.0\.calls"):
+        capture(stack(CountsItsCalls), (sample(),), {})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +168,7 @@ def _fingerprint(
 def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int, ...] = ()) -> Any:
     """Hashable; equal for values that a forward cannot tell apart.
 
-    paths: of the block's modules by id, which stand for themselves in any block. depth: how many
+    paths: of modules and tensors by id, which are the same wherever they are. depth: how many
     levels of plain objects are opened; the others are the same only if they are one object.
     """
     if isinstance(value, _SIMPLE):
@@ -176,13 +177,15 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
         return (type(value), str(value))
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return (type(value), str(value.node.expr))
-    if isinstance(value, torch.Tensor):
-        return ("tensor", id(value), value._version)
     if id(value) in paths:
         return ("module", paths[id(value)])
+    if isinstance(value, torch.Tensor):
+        return ("tensor", id(value), value._version)
     if len(above) > _DEEPEST or id(value) in above:
         return ("deep", type(value), id(value))
     inner = functools.partial(token_of, paths=paths, depth=depth, above=(*above, id(value)))
+    if isinstance(value, weakref.ref):
+        return (type(value), inner(value()))
     if isinstance(value, types.MethodType):
         return ("method", id(value.__func__), inner(value.__self__))
     if isinstance(value, functools.partial):

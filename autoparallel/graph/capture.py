@@ -8,7 +8,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,15 +24,17 @@ from autoparallel.graph.arguments import as_given, bind_inputs
 from autoparallel.graph.blocks import Group, find_groups
 from autoparallel.graph.captured import Captured, modes_of
 from autoparallel.graph.draws import DecidedDraws
-from autoparallel.graph.effects import effects, refuse_effects
+from autoparallel.graph.effects import NoReplacing, changed, effects, refuse_effects, tensors_left
 from autoparallel.graph.folding import Folding, Unfoldable
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.held import HeldTensors
 from autoparallel.graph.importer import Importer
 from autoparallel.graph.sizes import IntricateSizes, WatchedSizes
 from autoparallel.graph.spelled import Known, spelled_out
+from autoparallel.graph.steady import is_steady
 from autoparallel.randomness import python_numbers
 from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.untouched import untouched
 
 __all__ = ["Captured", "capture", "refuse_wrapped"]
 
@@ -74,64 +76,122 @@ def refuse_wrapped(model: object) -> None:
             )
 
 
+@dataclass
+class _Ran:
+    """What is known when a forward has been traced.
+
+    outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
+    than it was. left: paths of attributes in which it leaves tensors, which are returned too.
+    settings: other attributes that it sets, where it does nothing else to the model.
+    """
+
+    outputs: Skeleton
+    changes: tuple[str, ...]
+    left: tuple[str, ...]
+    settings: dict[str, Any]
+
+
 class _Flat(nn.Module):
-    """The model with tensors in and tensors out; remembers the skeleton of what came out."""
+    """The model with tensors in and tensors out.
+
+    twice: it is called twice, the second time as the first has left it (see steady.py). ran: a box
+    for what is known afterwards; export puts back what the module's own attributes were.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
-        bound: inspect.BoundArguments,
-        positional: int,
+        wanted: _Wanted,
         inputs: Skeleton,
-        outputs: list[Skeleton],
         folding: Folding,
-        held: HeldTensors,
-        known: Known,
-        part: bool,
+        tensors: HeldTensors,
+        twice: bool,
+        ran: list[_Ran],
     ) -> None:
         super().__init__()
-        self.known, self.held = known, held
-        self.model = model
-        self.bound, self.positional = bound, positional
-        self.inputs, self.folding, self.part = inputs, folding, part
-        self.outputs = outputs
-        self.training = model.training
+        self.model, self.wanted, self.tensors = wanted.model, wanted, tensors
+        self.inputs, self.folding, self.twice = inputs, folding, twice
+        self.remember = ran.append
+        # While it is traced, the model has other parameters, but attributes may refer to these.
+        self.known = {number: places[0][0] for number, places in tensors.places.items()}
+        self.training = self.model.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        before, result = self.held({}), self.called(tensors)
+        after = self.held({})
+        changes = changed(before, after)
+        left = tensors_left(self.model, changes)
+        if self.twice:
+            again = [torch.ops.autoparallel.again(tensor) for tensor in tensors]
+            second = self.called(again)
+            moving = [name for name in changed(after, self.held({})) if _place(name) not in left]
+            if moving:
+                raise _unsteady(self.model, moving)
+            result = (result, second)
+        elif left:
+            result = (result, left)
+        flat, skeleton = flatten(result)
+        settings = _settings(self.model, changes, left)
+        self.remember(_Ran(skeleton, changes, tuple(left), settings))
+        return tuple(flat)
+
+    def held(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model holds that a graph would not change."""
+        return effects(self.model, arguments, self.known)
+
+    def called(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """What the model returns."""
+        wanted = self.wanted
         arguments = rebuild(self.inputs, list(tensors))
-        args, kwargs = as_given(self.bound.signature, arguments, self.positional)
-        held = effects(self.model, arguments) if self.part else {}
+        args, kwargs = as_given(wanted.bound.signature, arguments, wanted.positional)
+        held = self.held(arguments) if wanted.part else {}
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
-        watched = WatchedSizes(tensors)
-        modes = (self.folding.forward(), DecidedDraws(), spelled_out(self.known), watched)
+        watched = WatchedSizes(tuple(tensors))
+        kept = NoReplacing(self.model).installed(operators=False)
+        modes = (self.folding.forward(), DecidedDraws(), spelled_out(wanted.known), watched, kept)
         with contextlib.ExitStack() as stack:
-            for mode in (*modes, self.held):
+            for mode in (*modes, self.tensors):
                 stack.enter_context(mode)
             result = self.model.forward(*args, **kwargs)
-        if self.part:
-            refuse_effects(held, effects(self.model, arguments))
+        if wanted.part:
+            refuse_effects(held, self.held(arguments))
         if python_numbers() != numbers:
             raise CaptureError(
                 f"{type(self.model).__name__}.forward draws random numbers with Python or numpy",
                 why="a graph would have the numbers of this one trace for ever",
                 fix="draw them with torch, or in a module that is not traced",
             )
-        flat, skeleton = flatten(result)
-        self.outputs.append(skeleton)
-        return tuple(flat)
+        return result
 
 
-@contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Modules get their attributes back: the traced forward, or export, may have set some."""
-    held = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for now, before in held:
-            now.clear()
-            now.update(before)
+def _place(name: str) -> str:
+    """The path of an attribute, of the name of an effect."""
+    return name.removeprefix("its attribute ")
+
+
+def _attribute(model: nn.Module, path: str) -> Any:
+    owner, _, last = path.rpartition(".")
+    return vars(model.get_submodule(owner)).get(last)
+
+
+def _settings(model: nn.Module, names: Sequence[str], left: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that were set to numbers and the like; none where more was done than that."""
+    rest = [name for name in names if _place(name) not in left]
+    values = {
+        _place(name): _attribute(model, _place(name)) for name in rest if _place(name) != name
+    }
+    simple = (bool, int, float, str, type(None))
+    whole = len(values) == len(rest) and all(type(value) in simple for value in values.values())
+    return values if whole else {}
+
+
+def _unsteady(model: nn.Module, names: Sequence[str]) -> CaptureError:
+    return CaptureError(
+        f"{type(model).__name__}.forward changes {', '.join(names)} at every call, or goes another "
+        "way when it is called again",
+        why="a graph does the same at every call, and what it leaves behind in Python is lost",
+        fix="keep it in a buffer, return it, or set it up before the model is split",
+    )
 
 
 @contextlib.contextmanager
@@ -237,11 +297,40 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     Raises CaptureError, Unfoldable where blocks were hidden wrongly, and IntricateSizes where
     more dims are to be fixed.
     """
+    model = wanted.model
+    ran, importer, graph = _exported(wanted, folding, one_by_one)
+    if ran.changes:
+        twice, _, both = _exported(wanted, _unfolded(), one_by_one, twice=True)
+        first, second = twice.outputs.children
+        if str(first) != str(second) or not is_steady(both, len(both.outputs) // 2):
+            raise _unsteady(model, ran.changes)
+    first_named: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    aliases = {path: first_named.setdefault(id(parameter), path) for path, parameter in named}
+    return Captured(
+        _by_first_name(graph, aliases),
+        flatten(dict(wanted.bound.arguments))[1],
+        ran.outputs,
+        aliases,
+        importer.constants,
+        folding.repeats(),
+        importer.guards,
+        wanted.part,
+        modes_of(model),
+        ran.left,
+        tuple(ran.settings.items()),
+    )
+
+
+def _exported(
+    wanted: _Wanted, folding: Folding, one_by_one: bool, twice: bool = False
+) -> tuple[_Ran, Importer, Graph]:
+    """The model as torch.export sees it, in one call, or twice."""
     model, bound, part = wanted.model, wanted.bound, wanted.part
     tensors, inputs = flatten(dict(bound.arguments))
     device = next((parameter.device for parameter in model.parameters()), None)
     samples = tuple(_sample(tensor, device) for tensor in tensors)
-    outputs: list[Skeleton] = []
+    ran: list[_Ran] = []
     held = HeldTensors(model, folding, wanted.around)
     free, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
     shapes = tuple(
@@ -253,10 +342,8 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = torch._dynamo.config.patch(fake_tensor_cache_enabled=one_by_one)
     try:
-        with _quiet(), _left_alone(model), folding.installed(), remembers:
-            flat = _Flat(
-                model, bound, wanted.positional, inputs, outputs, folding, held, wanted.known, part
-            )
+        with _quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
+            flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
     except (Unfoldable, IntricateSizes, CaptureError):
         raise
@@ -269,22 +356,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     folding.require_called()
     trained = [part or tensor.requires_grad for tensor in tensors]
     importer = Importer(program, model, folding, held, trained)
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    aliases = {path: first.setdefault(id(parameter), path) for path, parameter in named}
-    graph = _by_first_name(importer.graph(), aliases)
-    repeats = folding.repeats()
-    return Captured(
-        graph,
-        inputs,
-        outputs[-1],
-        aliases,
-        importer.constants,
-        repeats,
-        importer.guards,
-        part,
-        modes_of(model),
-    )
+    return ran[-1], importer, importer.graph()
 
 
 def _by_first_name(graph: Graph, aliases: Mapping[str, str]) -> Graph:

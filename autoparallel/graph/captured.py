@@ -13,7 +13,7 @@ from torch import nn
 
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeats import Repeats, find_repeats
-from autoparallel.structure import Skeleton
+from autoparallel.structure import Skeleton, rebuild
 
 __all__ = ["Captured", "Modes", "modes_of"]
 
@@ -34,6 +34,8 @@ class Captured:
     repeats: paths of modules that are instances of one traced block. guards: what the tracer
     took for granted about the symbolic sizes, such as which way a branch goes. part: whether the
     module is called by Python that goes on with what it returns. modes: see `modes_of`.
+    left: paths of attributes in which the forward leaves tensors: where there are any, the outputs
+    are a pair of what it returns and these. settings: other attributes that it sets, and to what.
     """
 
     graph: Graph
@@ -45,6 +47,15 @@ class Captured:
     guards: tuple[sympy.Basic, ...] = ()
     part: bool = False
     modes: Modes = ()
+    left: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def together(self, tensors: list[torch.Tensor]) -> tuple[Any, dict[str, Any]]:
+        """What the model returns, of the tensors that the program does, and the attributes that it
+        sets, by their paths."""
+        made = rebuild(self.outputs, tensors)
+        settings = dict(self.settings)
+        return (made[0], {**settings, **made[1]}) if self.left else (made, settings)
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
         """Whether the program is right for tensors of these types and sizes, and gives all of them

@@ -38,6 +38,7 @@ _library = torch.library.Library("autoparallel", "DEF")
 _library.define("block(Tensor[] inputs, int key) -> Tensor[]")
 _library.define("enter(Tensor[] inputs, int key) -> ()")
 _library.define("leave(Tensor[] outputs, int key) -> ()")
+_library.define("again(Tensor input) -> Tensor")
 _results: dict[int, tuple[torch.Tensor, ...]] = {}
 _keys = itertools.count()
 
@@ -58,6 +59,11 @@ def _enter(inputs: list[torch.Tensor], key: int) -> None:
 @torch.library.register_fake("autoparallel::leave")
 def _leave(outputs: list[torch.Tensor], key: int) -> None:
     return None
+
+
+@torch.library.register_fake("autoparallel::again")
+def _again(input: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(input)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class _Functional:
             if _is_in_place(node):
                 self.write(node)
                 continue
+            _require_pure(node)
             for name in node.operands():
                 self.refresh(name, node)
             self.append(renamed(node, self.names))
@@ -300,6 +301,23 @@ def _is_in_place(node: Node) -> bool:
     return node.kind == "call" and (
         packet in _FUNCTIONAL or (packet.endswith("_") and not packet.endswith("__"))
     )
+
+
+def _require_pure(node: Node) -> None:
+    """Raises CaptureError for an op that writes to an operand otherwise than in-place ops do."""
+    if node.kind != "call":
+        return
+    schema = operator_of(node.target)._schema
+    named = dict(node.kwargs)
+    for at, argument in enumerate(schema.arguments):
+        operand = node.args[at] if at < len(node.args) else named.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and operand:
+            raise CaptureError(
+                f"{node.target} writes to its argument {argument.name}",
+                where=_place(node),
+                why="whoever shares that memory would have to read what it makes",
+                fix="use what the op returns (without out=)",
+            )
 
 
 def _place(node: Node) -> str:

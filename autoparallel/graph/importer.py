@@ -266,6 +266,13 @@ class Importer:
         single = isinstance(example, torch.Tensor)
         if example is None and not target._schema.is_mutable:
             return  # it only checks its operands
+        if example is None:
+            raise CaptureError(
+                f"{name} writes to tensors and returns none",
+                where=self.origins.where(node),
+                why=f"it writes to {', '.join(written)}; a graph is of values that are returned",
+                fix="use an op that returns what it makes, for each tensor",
+            )
         own = self.fresh(base_of(node.name), 1 if single else len(example))
         if single:
             results: tuple[Value, ...] = (self.value(own, example, flows),)

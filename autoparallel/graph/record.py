@@ -16,6 +16,7 @@ from autoparallel.copies import shallow_copy
 from autoparallel.errors import CaptureError
 from autoparallel.randomness import seeded
 from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.untouched import untouched
 
 __all__ = ["Call", "record"]
 
@@ -49,15 +50,11 @@ def record(
 ) -> dict[str, Call]:
     """The calls of all modules but the model itself, by path, in the order of the first calls.
 
-    The run is without gradients, on a copy with buffers of its own, and with random numbers of its
-    own: the same on every rank, and the user's are left alone.
+    The run is without gradients, on a copy of the tree, and with random numbers of its own: the
+    same on every rank. Whatever it writes to is put back.
     Raises CaptureError where the run fails.
     """
     made = shallow_copy(model)
-    for module in made.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.clone()
     calls: dict[str, Call] = {}
     stack: list[str] = [""]
 
@@ -80,11 +77,10 @@ def record(
         if path:
             module.register_forward_pre_hook(enter(path), with_kwargs=True)
             module.register_forward_hook(leave, always_call=True)
-    kept = [(box, copy.copy(box)) for module in made.modules() for box in _boxes(module)]
     tensors, skeleton = flatten((args, dict(kwargs)))
     given = rebuild(skeleton, [tensor.detach().clone() for tensor in tensors])
     try:
-        with torch.no_grad(), seeded(seed):
+        with untouched(model, given, values=True), torch.no_grad(), seeded(seed):
             made(*given[0], **given[1])
     except Exception as error:
         raise CaptureError(
@@ -92,17 +88,7 @@ def record(
             why=f"{type(error).__name__}: {error}",
             fix="pass example_inputs with which the model runs",
         ) from error
-    finally:
-        for box, before in kept:
-            box.clear()
-            box.extend(before) if isinstance(box, list) else box.update(before)
     return calls
-
-
-def _boxes(module: nn.Module) -> list[Any]:
-    """Lists, dicts and sets that the module holds: a forward may write to them."""
-    held = vars(module).items()
-    return [value for name, value in held if type(value) in (list, dict, set) and name[:1] != "_"]
 
 
 def _frozen(skeleton: Skeleton) -> Skeleton:

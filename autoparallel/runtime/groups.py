@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -94,6 +95,9 @@ class ProcessGroup(Group):
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+_Made = TypeVar("_Made")
+
+
 class _Meeting:
     """Where the threads of a simulated group exchange what they brought."""
 
@@ -102,13 +106,17 @@ class _Meeting:
         self.brought: list[Any] = [None] * world_size
         self.turn = turn
 
-    def exchange(self, rank: int, item: Any) -> list[Any]:
+    def exchange(self, rank: int, item: Any, use: Callable[[list[Any]], _Made]) -> _Made:
+        """What `use` makes of all ranks' items. It is made before any rank goes on.
+
+        Whose item it is may write to it as soon as the exchange is over.
+        """
         self.brought[rank] = item
         self.wait()
-        items = list(self.brought)
+        made = use(list(self.brought))
         self.wait()
         self.brought[rank] = None
-        return items
+        return made
 
     def wait(self) -> None:
         """Until all are here. Global random generators are then where this rank left them."""
@@ -136,25 +144,30 @@ class LocalGroup(Group):
 
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
         self._count("all_reduce")
-        items = self.meeting.exchange(self.rank, tensor)
-        stacked = torch.stack(items)
+        stacked: torch.Tensor = self.meeting.exchange(self.rank, tensor, torch.stack)
         return stacked.sum(0) if operation == "sum" else stacked.amax(0)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         self._count("all_gather")
-        return torch.stack(self.meeting.exchange(self.rank, tensor))
+        return self.meeting.exchange(self.rank, tensor, torch.stack)
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         self._count("reduce_scatter")
-        items = self.meeting.exchange(self.rank, tensor)
-        return torch.stack([item[self.rank] for item in items]).sum(0)
+
+        def own(items: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([item[self.rank] for item in items]).sum(0)
+
+        return self.meeting.exchange(self.rank, tensor, own)
 
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
     ) -> list[torch.Tensor]:
         self._count("all_to_all")
-        items = self.meeting.exchange(self.rank, tensors)
-        return [item[self.rank].clone() for item in items]
+
+        def own(items: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+            return [item[self.rank].clone() for item in items]
+
+        return self.meeting.exchange(self.rank, tensors, own)
 
     def abort(self) -> None:
         """Wake the others after a failure: they would wait for ever."""

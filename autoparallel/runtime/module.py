@@ -36,8 +36,9 @@ from autoparallel.runtime.parameters import (
 from autoparallel.runtime.python import WholeParameters, common_numbers, held_by
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.seeds import give_generator
-from autoparallel.runtime.state import Entry, Replan, State, Tree, state_of
-from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.runtime.state import Entry, Replan, State, Tree, hooks_inside, state_of
+from autoparallel.structure import Skeleton, flatten
+from autoparallel.writes import paused
 
 __all__ = ["full_state_dict", "parallel_module"]
 
@@ -120,7 +121,9 @@ def _become(
     if own is None:
         own = functools.partial(type(module).forward, module)
     kind: Any = type(module)
-    module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), {})
+    # Registries that know classes by where they are defined know it, too.
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
     state = State(path, tree, skeleton, kept, 0, own, plan)
     module.__dict__["_autoparallel"] = state
     module.register_load_state_dict_pre_hook(_split_loaded)
@@ -221,21 +224,51 @@ def _add(made: nn.Module, state: State, plan: Plan) -> Entry:
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a program, or Python where there is none."""
     state = state_of(module)
     if not state.members:
         state.members = tuple(module.modules())
+        state.hooks = hooks_inside(tuple(state.skeleton.modules()))
     modes = tuple([inner.training for inner in state.members])
-    if modes in state.python and not state.entries and state.checks <= 0:
-        return _run_python(module, state, args, kwargs)
+    if hooks_inside(state.members) != state.hooks:
+        # A program does not run hooks of what it is of, but for those that it was traced with.
+        if not state.settled:
+            _log.warning(
+                "%s runs as Python: hooks were registered in it", state.path or "the model"
+            )
+    elif not (modes in state.python and not state.entries and state.checks <= 0):
+        if not state.tree.depth:
+            entry, inputs = _prepared(module, state, modes, args, kwargs)
+            if entry is not None:
+                return _run_program(module, state, entry, inputs)
+        else:
+            state.tree.whole.settle()
+            with paused():
+                entry, inputs = _prepared(module, state, modes, args, kwargs)
+                if entry is not None:
+                    return _run_program(module, state, entry, inputs)
+    return _run_python(module, state, args, kwargs)
+
+
+def _prepared(
+    module: nn.Module,
+    state: State,
+    modes: Modes,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[Entry | None, list[torch.Tensor]]:
+    """The program for a call, None where Python must run, and the tensors that it is given."""
     bound = bind_inputs(state.skeleton, args, kwargs)
     inputs, skeleton = flatten(dict(bound.arguments))
     if state.checks > 0 and state.ranks.world_size > 1:
         state.checks -= 1
         name = type(state.skeleton).__name__
         require_equal(inputs, list(bound.arguments), state.ranks.world, name)
-    entry = _entry(module, state, modes, inputs, skeleton, args, kwargs)
-    if entry is None:
-        return _run_python(module, state, args, kwargs)
+    return _entry(module, state, modes, inputs, skeleton, args, kwargs), inputs
+
+
+def _run_program(module: nn.Module, state: State, entry: Entry, inputs: list[torch.Tensor]) -> Any:
+    """Run a program on the parameters, buffers and inputs as they are now."""
     program = entry.program
     copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
     refresh(copies, state.ranks)
@@ -258,7 +291,11 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         _returned(output, layout, shape, inputs, entry, state)
         for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
     ]
-    return rebuild(entry.captured.outputs, returned)
+    result, left = entry.captured.together(returned)
+    for path, value in left.items():
+        owner, _, name = path.rpartition(".")
+        vars(module.get_submodule(owner))[name] = value
+    return result
 
 
 def _entry(
@@ -353,7 +390,7 @@ def _returned(
 def _split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let load_state_dict take whole tensors: each rank keeps its part of them."""
     state = state_of(module)
-    if state.mesh is None:
+    if state.mesh is None or state.tree.depth:  # the user's Python sees whole parameters
         return
     sizes, coordinates = state.ranks.sizes, state.ranks.coordinates
     for own, layout in state.layouts.items():

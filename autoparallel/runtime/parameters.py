@@ -156,6 +156,10 @@ class Copy:
         where = (id(parameter), held.data_ptr(), held.dtype, held.device)
         return (*where, parameter._version, held._version, _steps.count)
 
+    def forget(self) -> None:
+        """The parameter was written to: gather it again before it is used."""
+        self.seen = ()
+
     def set(self, value: torch.Tensor) -> None:
         """Take a value that was gathered now, into the memory of the one before if possible."""
         known = self.value
@@ -232,6 +236,11 @@ class Leaf:
         self.first = kept.reduced_first(gradient)
         self.parameter: Any = None
         self.local: torch.Tensor | None = None
+
+    @property
+    def held(self) -> torch.Tensor:
+        """What this rank keeps of the parameter."""
+        return _held(self.owner[self.name])
 
     def get(self) -> torch.Tensor:
         """The local leaf of the parameter as it is now."""

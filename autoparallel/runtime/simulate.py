@@ -117,7 +117,7 @@ def simulate_plan(
             )
         held.update(zip(program.mutations, written, strict=True))
         if backward:
-            local = rebuild(captured.outputs, outputs)
+            local, _ = captured.together(outputs)
             loss = _loss_of(local) if backward is True else backward(local)
             if loss is not None:
                 loss.backward()
@@ -139,7 +139,8 @@ def simulate_plan(
     for path, kept in captured.aliases.items():
         if kept in gradients:
             gradients[path] = gradients[kept]
-    return replace(made, gradients=gradients)
+    output = made.output[0] if captured.left else made.output
+    return replace(made, output=output, gradients=gradients)
 
 
 def _together(
@@ -158,7 +159,8 @@ def _together(
     ]
     gradients: dict[str, torch.Tensor] = {}
     for path in results[0].gradients:
-        gradient = joined.maybe([ran.gradients[path] for ran in results], layouts[path])
+        layout = layouts.get(path, same)  # one that the forward has made is whole
+        gradient = joined.maybe([ran.gradients[path] for ran in results], layout)
         if gradient is not None:
             gradients[path] = gradient
     return Simulation(

@@ -20,7 +20,7 @@ from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.seeds import generator_of
 from autoparallel.structure import Skeleton
 
-__all__ = ["Entry", "Replan", "State", "Tree", "state_of"]
+__all__ = ["Entry", "Replan", "State", "Tree", "hooks_inside", "state_of"]
 
 # From the model on the meta device, the path of a module in it, its inputs, how its parameters are
 # stored and whether Python calls it, to a plan. Raises CaptureError where it cannot be traced.
@@ -69,6 +69,7 @@ class State:
     entries: programs by (modes, structure of the inputs). python: modes in which the module cannot
     be traced, and stays the user's Python. full: no more programs are made. own: the user's
     forward. plan: that decided how parameters are stored. members: the module and all in it.
+    hooks: how many there are inside of it for the programs.
     """
 
     path: str
@@ -83,6 +84,7 @@ class State:
     full: bool = False
     settled: bool = False
     members: tuple[nn.Module, ...] = ()
+    hooks: int = 0
 
     @property
     def ranks(self) -> Ranks:
@@ -114,3 +116,9 @@ def state_of(module: nn.Module) -> State:
     """The state of a parallel module. Raises AttributeError for any other module."""
     found: State = module.__dict__["_autoparallel"]
     return found
+
+
+def hooks_inside(modules: tuple[nn.Module, ...]) -> int:
+    """The number of hooks of the modules but the first, whose hooks run around its program."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return sum([len(vars(inner)[kind]) for inner in modules[1:] for kind in kinds])
