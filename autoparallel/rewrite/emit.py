@@ -220,11 +220,16 @@ class _Emitter:
         ]
         args, kwargs = node.args, dict(node.kwargs)
         target, rule = node.target, self.rules[node.name]
-        pads = rule is not None and not rule.takes_empty
-        if pads:
+        pads = rule is not None and any(map(rule.needs_elements, rule.loops))
+        if rule is not None and pads:
             reads = [
-                self.some(read, self.local.may_be_empty(self.graph.values[name], layout, choice))
-                for read, name, layout in zip(reads, names, choice.operands, strict=True)
+                self.some(
+                    read,
+                    self.local.may_be_empty(self.graph.values[name], layout, choice, rule, loops),
+                )
+                for read, name, layout, loops in zip(
+                    reads, names, choice.operands, rule.operands, strict=True
+                )
             ]
         producer = self.graph.producers[names[0]] if names else None
         if producer is not None and self.fused.get(producer.name) == node.name:
@@ -248,8 +253,8 @@ class _Emitter:
             exact = any(isinstance(arg, tuple) and None in arg for arg in args)
             exact = exact or (rule is not None and bool(rule.discovered))  # just what was probed
             expression = f"torch.ops.{target}({text})" if exact else spelled(target, text, reads)
-        if pads:
-            expression = self.local.shortened(expression, node, choice)
+        if rule is not None and pads:
+            expression = self.local.shortened(expression, node, choice, rule)
         for axis, group in enumerate(self.names.axes):
             pending = [result[axis] for result in choice.results] == [Partial()]
             if pending and all(operand[axis] != Partial() for operand in choice.operands):

@@ -11,7 +11,7 @@ from autoparallel.placement import Layout, Shard, local_size
 from autoparallel.plan import OpChoice
 from autoparallel.rewrite.names import Names
 from autoparallel.rewrite.spelling import Code, Speller
-from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, Kernel, OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import op_key
 
@@ -32,14 +32,20 @@ class Local:
         self.graph, self.ranks, self.names = graph, ranks, names
         self.speller, self.rules = speller, rules
 
-    def may_be_empty(self, value: Value, layout: Layout, choice: OpChoice) -> list[int]:
-        """The dims of which a rank may hold nothing, for some inputs, but for those of kernels."""
+    def may_be_empty(
+        self, value: Value, layout: Layout, choice: OpChoice, rule: ShardingRule, loops: Dims
+    ) -> list[int]:
+        """The dims of which a rank may hold nothing, for some inputs, where the op needs something.
+
+        loops: of the value's dims. Dims that a kernel splits are for the kernel to care for.
+        """
         found = {
             placement.dim
             for placement, kernel in zip(layout, _per_axis(choice), strict=True)
             if isinstance(placement, Shard)
             and isinstance(value.shape[placement.dim], Sym)
             and not kernel
+            and any(map(rule.needs_elements, loops[placement.dim]))
         }
         return sorted(found)
 
@@ -120,10 +126,10 @@ class Local:
         placements = self.speller.layout(choice.results[0])
         return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
 
-    def shortened(self, expression: str, node: Node, choice: OpChoice) -> str:
+    def shortened(self, expression: str, node: Node, choice: OpChoice, rule: ShardingRule) -> str:
         """The results without what came of such zeros."""
-        for value, layout in zip(node.results, choice.results, strict=True):
-            dims = self.may_be_empty(value, layout, choice)
+        for value, layout, loops in zip(node.results, choice.results, rule.results, strict=True):
+            dims = self.may_be_empty(value, layout, choice, rule, loops)
             if dims:
                 sizes = (self.speller.size(self.dim(value, dim, layout)) for dim in dims)
                 lengths = (f"{dim}: {size}" for dim, size in zip(dims, sizes, strict=True))
