@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from autoparallel.support.torch_private import TorchDispatchMode, tree_flatten, tree_unflatten
 
 __all__ = ["casts_of"]
 

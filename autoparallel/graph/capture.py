@@ -32,6 +32,7 @@ from autoparallel.graph.sizes import IntricateSizes, WatchedSizes
 from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.randomness import python_numbers
 from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.support.torch_private import EXPORT_LOGGERS, remembering_fake_results
 
 __all__ = ["Captured", "capture", "refuse_wrapped"]
 
@@ -132,7 +133,7 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporting logs and warns about what the graph below makes explicit anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx")]
+    loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -242,7 +243,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     dynamic = (shapes,) if samples else None
     # Torch can remember what an op makes of tensors of which sizes. Where sizes are symbolic, that
     # costs as much as to find out twice: it pays only for blocks that come again and again.
-    remembers = torch._dynamo.config.patch(fake_tensor_cache_enabled=one_by_one)
+    remembers = remembering_fake_results(one_by_one)
     try:
         with _quiet(), _left_alone(model), folding.installed(), remembers:
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)

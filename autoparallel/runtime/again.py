@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from autoparallel.placement import Movement, Placement, local_size, movement
@@ -20,6 +19,11 @@ from autoparallel.runtime.collectives import convert, move
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import drawing_from, generator
+from autoparallel.support.torch_private import (
+    StorageWeakRef,
+    saved_tensors_hooks_are_set,
+    storage_key,
+)
 
 __all__ = ["convert_again", "dropping", "recomputed"]
 
@@ -97,19 +101,19 @@ class _Copies:
     ) -> None:
         """Note where a copy came from; one that shares the memory of its source costs nothing."""
         storage, other = made.untyped_storage(), source.untyped_storage()
-        if storage._cdata == other._cdata:
+        if storage_key(storage) == storage_key(other):
             return
-        before = self.known.get(other._cdata)
+        before = self.known.get(storage_key(other))
         origin = source.detach() if before is None else _View(before[1], source)
         copy = _Copy(origin, group, placements, size)
-        self.known[storage._cdata] = (StorageWeakRef(storage), copy)
+        self.known[storage_key(storage)] = (StorageWeakRef(storage), copy)
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """What autograd is to keep of a tensor: a copy's view, or the tensor and its version.
 
         Detached, as a result that is kept by what made it would never be freed.
         """
-        found = self.known.get(tensor.untyped_storage()._cdata)
+        found = self.known.get(storage_key(tensor))
         if found is None:
             return tensor.detach(), tensor._version
         found[1].wanted += 1
@@ -175,7 +179,7 @@ def dropping(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def wrapped(*args: Any) -> Any:
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        hooked = saved_tensors_hooks_are_set()
         if hooked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return run(*args)
         before = getattr(_current, "copies", None)
