@@ -14,11 +14,14 @@ BASE = $(VENV)/.installed-base
 TEST = $(VENV)/.installed-test
 DEV = $(VENV)/.installed-dev
 WEIGHTS = $(VENV)/.installed-weights
+# Releases of torch that `make versions` tries, and the Python of the oldest.
+TORCH_VERSIONS ?= 2.11.0 $(shell sed -n "s/^torch==//p" constraints.txt) 2.15.0
+PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help environment demo test broad fuzz slow lint format benchmarks clean
+.PHONY: help environment demo test broad fuzz slow lint format benchmarks versions clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -31,6 +34,7 @@ help:
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make benchmarks  every file in benchmarks/"
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/zoo.py is split"
+	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
 
 environment: $(DEV)
@@ -71,6 +75,11 @@ benchmarks: $(TEST)
 coverage: $(TEST)
 	$(VENV)/bin/python docs/make_coverage.py $(ARGS)
 
+versions: $(TORCH_VERSIONS:%=$(VENV)-torch-%/.installed-test)
+	@failed=; for torch in $(TORCH_VERSIONS); do echo "== torch $$torch"; \
+		$(VENV)-torch-$$torch/bin/python -m pytest $(ARGS) || failed="$$failed $$torch"; \
+	done; test -z "$$failed" || { echo "failed on torch$$failed" >&2; exit 1; }
+
 clean:
 	rm -rf out build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find autoparallel planners megatron_rules examples benchmarks tests \
@@ -85,6 +94,17 @@ $(VENV)/bin/python:
 $(BASE): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt --editable .
+	@touch $@
+
+# Every other pin holds on each torch, but for setuptools: torch 2.11 wants an older one. The file
+# of pins in the environment takes the place of any that pip is configured with.
+$(VENV)-torch-%/.installed-test: pyproject.toml constraints.txt
+	$(if $(filter $*,$(firstword $(TORCH_VERSIONS))),$(PYTHON_OLDEST),$(PYTHON)) -m venv $(VENV)-torch-$*
+	grep -v -e '^torch==' -e '^setuptools==' constraints.txt > $(@D)/constraints.txt
+	echo "torch==$*" >> $(@D)/constraints.txt
+	export PIP_CONSTRAINT=$(abspath $(@D))/constraints.txt; \
+	pip="$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-cache-dir" && \
+	$$pip torch && $$pip --editable ".[test]" && $$pip --no-deps megatron-core==0.16.1
 	@touch $@
 
 # megatron-core is what the hand-written layers are judged against. --no-deps: the rest of what it

@@ -43,6 +43,7 @@ from autoparallel.runtime.parameters import as_distributed
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
 from autoparallel.runtime.seeds import give_generator
 from autoparallel.runtime.simulate import Simulation, simulate_plan
+from autoparallel.support.torch_private import share_local_part
 from autoparallel.untouched import untouched
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
@@ -387,7 +388,7 @@ def _keep_identity(waiting: nn.Module, made: nn.Module) -> None:
             if id(known) not in filled:
                 filled.add(id(known))
                 if isinstance(known, DTensor):
-                    known._local_tensor, known._spec = parameter._local_tensor, parameter._spec
+                    share_local_part(known, parameter)
                 else:
                     known.data = parameter.data
             module._parameters[name] = known

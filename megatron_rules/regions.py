@@ -29,6 +29,11 @@ __all__ = [
     "scatter_to_sequence_parallel",
 ]
 
+# The collectives of one tensor: torch 2.11 has them under their older names, 2.15 deprecates those.
+_NEW_NAMES = hasattr(dist, "all_gather_single")
+_all_gather = dist.all_gather_single if _NEW_NAMES else dist.all_gather_into_tensor
+_reduce_scatter = dist.reduce_scatter_single if _NEW_NAMES else dist.reduce_scatter_tensor
+
 Group = dist.ProcessGroup | None
 
 
@@ -140,12 +145,12 @@ def _sequence_part(x: Tensor, group: Group) -> int:
 
 def start_gather(x: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
     whole = x.new_empty((group_size(group) * x.shape[0], *x.shape[1:]))
-    return whole, dist.all_gather_single(whole, x.contiguous(), group=group, async_op=True)
+    return whole, _all_gather(whole, x.contiguous(), group=group, async_op=True)
 
 
 def start_reduce_scatter(x: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
     part = x.new_empty((_sequence_part(x, group), *x.shape[1:]))
-    return part, dist.reduce_scatter_single(part, x.contiguous(), group=group, async_op=True)
+    return part, _reduce_scatter(part, x.contiguous(), group=group, async_op=True)
 
 
 # Crossings between the regions. Each pair of forward and backward is the other's transpose.

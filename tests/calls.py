@@ -1,5 +1,6 @@
 """Calls of ops on real tensors: independent sizes differ, and no value is zero."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -49,6 +50,19 @@ def x(*shape: int, low: float = 0.2, high: float = 0.9, signs: bool = True) -> t
 def fixed(*shape: int) -> torch.Tensor:
     """Numbers that take no gradient."""
     return x(*shape).detach()
+
+
+def x_for(function: Callable[..., Any], *shape: int) -> torch.Tensor:
+    """Trainable numbers, or fixed ones where this release of torch cannot differentiate it."""
+    made = function(torch.ones(2, requires_grad=True))
+    results = [made] if isinstance(made, torch.Tensor) else list(made)
+    try:
+        torch.autograd.backward([result.sum() for result in results])
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        return fixed(*shape)
+    return x(*shape)
 
 
 def ints(*shape: int, low: int = 1, high: int = 9) -> torch.Tensor:

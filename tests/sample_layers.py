@@ -1,7 +1,7 @@
 """Calls of every op that sums, looks up, or is a layer of its own. See sample_calls.py."""
 
 import torch
-from calls import Call, call, fixed, ints, truth, x
+from calls import Call, call, fixed, ints, truth, x, x_for
 
 
 def complex_numbers(*shape: int) -> torch.Tensor:
@@ -30,8 +30,8 @@ def reduction() -> list[Call]:
         call("count_nonzero.default", truth(4, 5), 1),
         call("count_nonzero.dim_IntList", ints(4, 5, 6, low=0, high=3), (0, 2)),
         call("trace.default", x(4, 5)),
-        call("aminmax.default", x(4, 5, 6), dim=1),
-        call("aminmax.default", x(4, 5)),
+        call("aminmax.default", x_for(torch.aminmax, 4, 5, 6), dim=1),
+        call("aminmax.default", x_for(torch.aminmax, 4, 5)),
         call("any.dims", truth(4, 5, 6), (0, 2)),
         call("all.dims", truth(4, 5, 6), (1,), True),
         call("median.dim", x(4, 5, 6), 1),

@@ -40,6 +40,33 @@ def test_every_strategy_is_sound(call):
     assert faults == []
 
 
+def test_attention_keeps_heads_on_every_rank_where_torch_needs_them(monkeypatch):
+    """Heads of known number are split only if all ranks have some; else a rank without takes one.
+
+    Batch and queries may still be empty: nothing is added to their parts.
+    """
+    name = "scaled_dot_product_attention.default"
+    monkeypatch.setattr("autoparallel.support.torch_versions.ATTENTION_NEEDS_HEADS", True)
+
+    def heads_split(sample, world_size):
+        example = sample.example()
+        rule = find_rule(sample.target)(example.call)
+        found = derived(example, rule, world_size)
+        assert not any(fault(example, strategy, world_size) for strategy in found)
+        return [strategy for strategy in found if strategy.operands[0] == Shard(1)]
+
+    six = (x(4, 6, 5, 8), x(4, 6, 7, 8), x(4, 6, 7, 8))
+    assert heads_split(call(name, *six), 3)
+    assert not heads_split(call(name, *six), 4)  # 2, 2, 2 and none
+    grouped = (x(4, 12, 5, 8), x(4, 3, 7, 8), x(4, 3, 7, 8))
+    assert not heads_split(call(name, *grouped, enable_gqa=True), 4)
+    unknown = call(name, *(x(4, 5, 8, 6) for _ in range(3)), symbolic={4: "s0", 5: "s1", 8: "s2"})
+    assert heads_split(unknown, 4)
+    example = unknown.example()
+    rule = find_rule(unknown.target)(example.call)
+    assert [loop for loop in rule.loops if rule.needs_elements(loop)] == ["b1"]
+
+
 def softmax_split_along_its_dim(call):
     return replace(find_rule(call.node.target)(call), whole=frozenset(), kernels={})
 

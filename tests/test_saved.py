@@ -13,6 +13,7 @@ from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.rules.referee import make_example
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import ShardingRule
+from autoparallel.support.torch_versions import RELEASE
 
 
 def rule_of(sample: Call) -> ShardingRule:
@@ -62,16 +63,31 @@ def kept_for_real(sample: Call) -> tuple[set[int], set[int], list[int]]:
 
 
 @pytest.mark.parametrize("sample", CALLS, ids=str)
-def test_what_is_seen_without_data_is_what_is_kept(sample: Call) -> None:
+def test_what_is_seen_without_data_is_what_is_kept(
+    sample: Call, request: pytest.FixtureRequest
+) -> None:
     if rule_of(sample).random:
         pytest.skip("drawn by functions of ours, not by the op")
     seen = saved(sample)
     assert not seen.assumed
     operands, results, inside = kept_for_real(sample)
+    if "attention" in sample.target and len(inside) == 1 and RELEASE < (2, 13):
+        reason = "torch's fake kernel takes the sums that it keeps of float64 for float32"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     assert {index for index, kept in enumerate(seen.operands) if kept} == operands
     own = [index for index, alias in enumerate(seen.aliases) if alias is None]
     assert {index for index in own if seen.results[index]} == results
     assert sorted(item.nbytes for item in seen.internal) == inside
+
+
+def test_what_fused_attention_keeps_of_float32_is_seen_without_data() -> None:
+    """One number for each query and head, besides the operands and the result."""
+    q, k, v = (x(2, 3, n, 8).detach().float().requires_grad_() for n in (4, 5, 5))
+    sample = call("scaled_dot_product_attention.default", q, k, v)
+    assert kept_for_real(sample) == ({0, 1, 2}, {0}, [2 * 3 * 4 * 4])
+    seen = saved(sample)
+    assert (seen.operands, seen.results) == ((True, True, True), (True,))
+    assert [item.nbytes for item in seen.internal] == [2 * 3 * 4 * 4]
 
 
 @pytest.mark.parametrize("sample", CALLS, ids=str)

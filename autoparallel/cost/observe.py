@@ -17,8 +17,6 @@ from math import prod
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoparallel.graph.graph import Ref, Sym
 from autoparallel.graph.operators import operator_of
@@ -26,6 +24,12 @@ from autoparallel.placement import Invariant
 from autoparallel.runtime import draws, kernels, rng
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
+from autoparallel.support.torch_private import (
+    FAKE_TENSOR_LOGGER,
+    FakeTensorMode,
+    TorchDispatchMode,
+    storage_key,
+)
 
 __all__ = ["Observed", "Stand", "StandInGroup", "contiguous", "observe"]
 __all__ += ["random_arguments", "runner", "skeleton"]
@@ -187,13 +191,14 @@ class _Made(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        before = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
+        before = {storage_key(tensor) for tensor in _tensors(args)}
         found = func(*args, **(kwargs or {}))
         for tensor in _tensors(found):
             storage = tensor.untyped_storage()
-            if storage._cdata not in before and storage._cdata not in self.known:
-                self.known[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.known.pop, storage._cdata)
+            key = storage_key(storage)
+            if key not in before and key not in self.known:
+                self.known[key] = storage.nbytes()
+                weakref.finalize(storage, self.known.pop, key)
         self.most = max(self.most, sum(self.known.values()))
         return found
 
@@ -214,7 +219,7 @@ def _besides(results: list[torch.Tensor], operands: list[torch.Tensor]) -> int:
             found = torch.autograd.grad(ends, starts, given, allow_unused=True)
     except Exception:  # any op may refuse to run without data, in any way
         return 0
-    own = {tensor.untyped_storage()._cdata for tensor in found if tensor is not None}
+    own = {storage_key(tensor) for tensor in found if tensor is not None}
     handed_on = sum(nbytes for key, nbytes in made.known.items() if key in own)
     return max(made.most - handed_on, 0)
 
@@ -246,11 +251,11 @@ def _run(
     for tensor in (*operands, *results, *kept):
         storage = tensor.untyped_storage()
         alive.append(storage)
-        if storage._cdata not in numbers:
+        if storage_key(storage) not in numbers:
             if len(alive) > len(operands):
                 sizes.append(storage.nbytes())
-            numbers[storage._cdata] = len(numbers)
-    of = [numbers[storage._cdata] for storage in alive]
+            numbers[storage_key(storage)] = len(numbers)
+    of = [numbers[storage_key(storage)] for storage in alive]
     count = len(operands)
     kept.clear()
     alive.clear()
@@ -306,7 +311,7 @@ def observe(
 @contextmanager
 def _undisturbed(grad: bool) -> Iterator[None]:
     """Whatever modes the caller is in; what goes wrong is for the caller to see, not for logs."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log = logging.getLogger(FAKE_TENSOR_LOGGER)
     disabled, log.disabled = log.disabled, True
     try:
         with (

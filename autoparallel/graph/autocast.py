@@ -5,18 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from autoparallel.support.torch_private import (
+    TorchDispatchMode,
+    schema_of,
+    tree_flatten,
+    tree_unflatten,
+)
 
 __all__ = ["casts_of"]
 
 _CAST = "aten._to_copy.default"
-# What fake tensors are asked on the way.
-_QUESTIONS = {"prim.device.default"}
 
 
 class _Recorder(TorchDispatchMode):
-    """What really runs below autocast: every op, with the types of its tensors."""
+    """What really runs below autocast: every op, with the types of its tensors.
+
+    Fake tensors are asked for devices and sizes on the way, some only the first time: what makes no
+    tensor and writes to none does not count.
+    """
 
     def __init__(self, operands: list[torch.Tensor]) -> None:
         super().__init__()
@@ -31,11 +38,15 @@ class _Recorder(TorchDispatchMode):
         place = self.places.get(id(args[0])) if args else None
         if str(function) == _CAST and place is not None and not self.rows:
             self.casts[place] = made.dtype
-        elif str(function) not in _QUESTIONS:
+        elif _tensors(made) or schema_of(function).is_mutable:
             flat, _ = tree_flatten((args, kwargs or {}))
             kinds = [leaf.dtype if isinstance(leaf, torch.Tensor) else str(leaf) for leaf in flat]
             self.rows.append((str(function), kinds))
         return made
+
+
+def _tensors(made: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(made)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def casts_of(
@@ -63,9 +74,7 @@ def casts_of(
         own_args, own_kwargs = tree_unflatten(leaves, shape)
         with _Recorder([] if casts else operands) as recorder:
             made = target(*own_args, **own_kwargs)
-        return recorder, [
-            leaf.dtype for leaf in tree_flatten(made)[0] if isinstance(leaf, torch.Tensor)
-        ]
+        return recorder, [tensor.dtype for tensor in _tensors(made)]
 
     with torch.no_grad():
         with torch.autocast(device, dtype=dtype, cache_enabled=False):

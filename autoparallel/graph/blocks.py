@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.support.torch_private import expression_of
+
 __all__ = ["Group", "find_groups", "state_of", "token_of"]
 
 # With fewer members there is nothing to win: the first and the last are traced anyway.
@@ -176,7 +178,7 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
     if isinstance(value, _VALUES):
         return (type(value), str(value))
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return (type(value), str(value.node.expr))
+        return (type(value), str(expression_of(value)))
     if id(value) in paths:
         return ("module", paths[id(value)])
     if isinstance(value, torch.Tensor):

@@ -34,6 +34,7 @@ from autoparallel.graph.spelled import Known, spelled_out
 from autoparallel.graph.steady import is_steady
 from autoparallel.randomness import python_numbers
 from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.support.torch_private import EXPORT_LOGGERS, remembering_fake_results
 from autoparallel.untouched import untouched
 
 __all__ = ["Captured", "capture", "refuse_wrapped"]
@@ -197,7 +198,7 @@ def _unsteady(model: nn.Module, names: Sequence[str]) -> CaptureError:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporting logs and warns about what the graph below makes explicit anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx")]
+    loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -340,7 +341,7 @@ def _exported(
     dynamic = (shapes,) if samples else None
     # Torch can remember what an op makes of tensors of which sizes. Where sizes are symbolic, that
     # costs as much as to find out twice: it pays only for blocks that come again and again.
-    remembers = torch._dynamo.config.patch(fake_tensor_cache_enabled=one_by_one)
+    remembers = remembering_fake_results(one_by_one)
     try:
         with _quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)

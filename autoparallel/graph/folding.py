@@ -22,6 +22,7 @@ from torch import nn
 
 from autoparallel.graph.blocks import Group, state_of, token_of
 from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.support.torch_private import expression_of, storage_key
 
 __all__ = ["Folding", "Traced", "Unfoldable"]
 
@@ -276,8 +277,8 @@ class Folding:
         outputs, shape = flatten(result)
         known = {id(tensor): index for index, tensor in enumerate(tensors)}
         made = tuple(tensor for tensor in outputs if id(tensor) not in known)
-        storages = {tensor.untyped_storage()._cdata for tensor in tensors}
-        if any(tensor.untyped_storage()._cdata in storages for tensor in made):
+        storages = {storage_key(tensor) for tensor in tensors}
+        if any(storage_key(tensor) in storages for tensor in made):
             raise self.fail(f"{path} returns a view of what it is called with")
         if _objects(shape) & _objects(skeleton):
             raise self.fail(f"{path} returns an object that it is called with")
@@ -347,7 +348,7 @@ def _looks(tensor: torch.Tensor) -> Any:
 
 
 def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    return expression_of(size) if isinstance(size, torch.SymInt) else size
 
 
 def _constants(skeleton: Skeleton) -> Any:

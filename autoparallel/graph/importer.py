@@ -10,7 +10,6 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from autoparallel.errors import CaptureError
 from autoparallel.graph.autocast import casts_of
@@ -21,6 +20,14 @@ from autoparallel.graph.memory import owner_of, shares_memory
 from autoparallel.graph.operators import packet_of
 from autoparallel.graph.origin import Origins, source_line
 from autoparallel.graph.regions import MARKS, OPAQUE, Regions, base_of
+from autoparallel.support.torch_private import (
+    OpOverload,
+    expression_of,
+    guards_of,
+    hint_of,
+    schema_of,
+    tree_leaves,
+)
 
 __all__ = ["Importer"]
 
@@ -224,7 +231,7 @@ class Importer:
             return
         example = node.meta.get("val")
         if isinstance(example, (torch.SymInt, int, torch.SymFloat, torch.SymBool)):
-            if not isinstance(example, int) and example.node.hint is None:
+            if not isinstance(example, int) and hint_of(example) is None:
                 path, line = self.origins.path(node), source_line(node)
                 raise CaptureError(
                     "the forward computes with a tensor's value in Python",
@@ -241,7 +248,7 @@ class Importer:
         if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             self.inline(node, name, tensors, grad)
             return
-        if not isinstance(target, torch._ops.OpOverload):
+        if not isinstance(target, OpOverload):
             raise CaptureError(
                 f"{name} is no operator of tensors alone",
                 where=self.origins.where(node),
@@ -264,7 +271,7 @@ class Importer:
         probe = Node("", "call", name, (), args, kwargs)
         flows = self.records(probe, grad, tensors)
         single = isinstance(example, torch.Tensor)
-        if example is None and not target._schema.is_mutable:
+        if example is None and not schema_of(target).is_mutable:
             return  # it only checks its operands
         if example is None:
             raise CaptureError(
@@ -404,10 +411,10 @@ class Importer:
         """What the tracer assumed about sizes, and which expressions are numbers by that."""
         examples = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
         sizes = [size for item in examples for size in getattr(item, "shape", ())]
-        made = next((size.node.shape_env for size in sizes if not isinstance(size, int)), None)
-        if made is None:
+        symbolic = next((size for size in sizes if not isinstance(size, int)), None)
+        if symbolic is None:
             return
-        self.guards = tuple(dict.fromkeys(guard.expr for guard in made.guards))
+        self.guards = tuple(dict.fromkeys(guards_of(symbolic)))
         for guard in self.guards:
             if isinstance(guard, sympy.Eq) and guard.rhs.is_number and not guard.lhs.is_Symbol:
                 self.equal[guard.lhs] = guard.rhs
@@ -415,7 +422,7 @@ class Importer:
     def size(self, size: Any) -> Dim:
         if isinstance(size, int):
             return size
-        expr = size.node.expr
+        expr = expression_of(size)
         if self.equal:
             expr = expr.xreplace(self.equal)
         if expr not in self.sizes:
@@ -423,14 +430,14 @@ class Importer:
                 number: Any = int(expr) if expr.is_integer else float(expr)
                 self.sizes[expr] = number
             else:
-                if not size.node.has_hint():
+                if hint_of(size) is None:
                     raise CaptureError(
                         "the number of elements of a tensor depends on the values of another",
                         why="nonzero, masked_select, x[mask] and their like return as many "
                         "elements as fit, which no two ranks need agree on",
                         fix="keep the shape: torch.where(mask, x, 0), masked_fill, or weights",
                     )
-                self.sizes[expr] = Sym(sympy.sympify(expr), int(size.node.hint))
+                self.sizes[expr] = Sym(sympy.sympify(expr), int(hint_of(size)))
         return self.sizes[expr]
 
     def shape(self, example: torch.Tensor) -> tuple[Dim, ...]:
@@ -458,7 +465,7 @@ def _stops(target: str) -> bool:
 
 def _written(target: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
     """Names of the values that a call writes to."""
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     if schema is None or not schema.is_mutable:
         return ()
     changed = [

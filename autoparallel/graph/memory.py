@@ -9,6 +9,7 @@ from typing import Any
 
 from autoparallel.graph.graph import Dim, Node, Ref, Sym, Value, hint
 from autoparallel.graph.operators import operator_of, packet_of
+from autoparallel.support.torch_private import schema_of
 
 __all__ = ["is_view", "owner_of", "shares_memory", "written_back"]
 
@@ -23,7 +24,7 @@ _OWN_INVERSE = frozenset({"transpose", "t", "numpy_T", "mT", "swapaxes", "swapdi
 @cache
 def shares_memory(target: str) -> bool:
     """Whether results of the op may be views of its first operand, as its schema says."""
-    schema = getattr(operator_of(target), "_schema", None)
+    schema = schema_of(operator_of(target))
     if schema is None or not schema.arguments or schema.is_mutable:
         return False
     first = schema.arguments[0].alias_info

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from autoparallel.support.torch_private import schema_of
+
 __all__ = ["draws", "makes_list", "operator_of", "packet_of"]
 
 
@@ -26,7 +28,7 @@ def packet_of(target: str) -> str:
 
 def makes_list(target: str) -> bool:
     """Whether an op returns a list, be it of one tensor."""
-    schema: Any = getattr(operator_of(target), "_schema", None)
+    schema: Any = schema_of(operator_of(target))
     returns: Any = schema.returns if schema is not None else ()
     return len(returns) == 1 and str(returns[0].type).startswith("List[")
 

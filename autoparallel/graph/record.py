@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from autoparallel.copies import shallow_copy
 from autoparallel.errors import CaptureError
 from autoparallel.randomness import seeded
 from autoparallel.structure import Skeleton, flatten, rebuild
+from autoparallel.support.torch_private import is_functorch_wrapped_tensor
 from autoparallel.untouched import untouched
 
 __all__ = ["Call", "record"]

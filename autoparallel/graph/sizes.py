@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from autoparallel.support.torch_private import expression_of
+
 __all__ = ["IntricateSizes", "WatchedSizes"]
 
 # Operations in one size. Each convolution adds two or three, most of which simplify.
@@ -37,7 +39,7 @@ class WatchedSizes(TorchFunctionMode):
             sizes: Any = tensor.shape
             for dim, size in enumerate(sizes):
                 if isinstance(size, torch.SymInt):
-                    for symbol in size.node.expr.free_symbols:
+                    for symbol in expression_of(size).free_symbols:
                         self.places.setdefault(symbol, set()).add((number, dim))
 
     def __torch_function__(
@@ -48,7 +50,7 @@ class WatchedSizes(TorchFunctionMode):
             sizes: Any = result.shape
             for size in sizes:
                 if isinstance(size, torch.SymInt):
-                    self.check(size.node.expr)
+                    self.check(expression_of(size))
         return result
 
     def check(self, size: Any) -> None:

@@ -14,8 +14,15 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import decompose, get_proxy_mode
 from torch.nn import functional
+
+from autoparallel.support.torch_private import (
+    OpOverload,
+    decompose,
+    get_proxy_mode,
+    is_composite,
+    schema_of,
+)
 
 __all__ = ["Known", "spelled_out", "spelling"]
 
@@ -65,7 +72,7 @@ class _Table(Mapping[Any, _Spelling]):
         return iter(_SPELLINGS)
 
     def find(self, op: Any) -> _Spelling | None:
-        if not isinstance(op, torch._ops.OpOverload):
+        if not isinstance(op, OpOverload):
             return None
         drawn = torch.Tag.nondeterministic_seeded in op.tags
         if not drawn and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
@@ -73,7 +80,7 @@ class _Table(Mapping[Any, _Spelling]):
         own = _SPELLINGS.get(str(op))
         if own is not None:
             return own
-        composite = op.namespace == "aten" and op._can_decompose() and op._schema.returns
+        composite = op.namespace == "aten" and is_composite(op) and schema_of(op).returns
         if not composite or self.known(str(op)) or str(op) in _AS_THEY_ARE:
             return None
         packet, _, overload = str(op).rpartition(".")
@@ -145,7 +152,7 @@ def _mean_of(loss: Any, position: int) -> _Spelling:
         rest = {**kwargs, "reduction": _SUM}
         tail = given[position:]
         if tail:
-            names = [argument.name for argument in loss._schema.arguments]
+            names = [argument.name for argument in schema_of(loss).arguments]
             rest |= dict(zip(names[position + 1 :], tail, strict=False))
         if given[0].dtype.itemsize < _SUMMABLE:
             return loss(*given[:position], **{**rest, "reduction": _NONE}).mean()

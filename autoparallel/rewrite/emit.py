@@ -220,9 +220,9 @@ class _Emitter:
         ]
         args, kwargs = node.args, dict(node.kwargs)
         target, rule = node.target, self.rules[node.name]
-        pads = rule is not None and not rule.takes_empty
-        if pads:
-            reads = self.some(node, choice, reads)
+        pads = rule is not None and any(map(rule.needs_elements, rule.loops))
+        if rule is not None and pads:
+            reads = self.some(node, choice, reads, rule)
         producer = self.graph.producers[names[0]] if names else None
         if producer is not None and self.fused.get(producer.name) == node.name:
             inner = self.choices[producer.name]
@@ -245,8 +245,8 @@ class _Emitter:
             exact = any(isinstance(arg, tuple) and None in arg for arg in args)
             exact = exact or (rule is not None and bool(rule.discovered))  # just what was probed
             expression = f"torch.ops.{target}({text})" if exact else spelled(target, text, reads)
-        if pads:
-            expression = self.local.shortened(expression, node, choice)
+        if rule is not None and pads:
+            expression = self.local.shortened(expression, node, choice, rule)
         for axis, group in enumerate(self.names.axes):
             pending = [result[axis] for result in choice.results] == [Partial()]
             if pending and all(operand[axis] != Partial() for operand in choice.operands):
@@ -258,9 +258,9 @@ class _Emitter:
             made = f"[{made}]"
         self.add(f"{made} = {expression}", tuple(reads), tuple(results))
 
-    def some(self, node: Node, choice: OpChoice, reads: list[str]) -> list[str]:
+    def some(self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule) -> list[str]:
         """The operands, with stand-ins where inputs may be so short that a rank has nothing."""
-        split = self.local.split_dims(node, choice)
+        split = self.local.split_dims(node, choice, rule)
         if not any(split):
             return reads
         made = [self.names.fresh(f"{read}_some") for read in reads]

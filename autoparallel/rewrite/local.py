@@ -11,7 +11,7 @@ from autoparallel.placement import Layout, Shard, local_size
 from autoparallel.plan import OpChoice
 from autoparallel.rewrite.names import Names
 from autoparallel.rewrite.spelling import Code, Speller
-from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, Kernel, OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import op_key
 
@@ -32,14 +32,20 @@ class Local:
         self.graph, self.ranks, self.names = graph, ranks, names
         self.speller, self.rules = speller, rules
 
-    def may_be_empty(self, value: Value, layout: Layout, choice: OpChoice) -> list[int]:
-        """The dims of which a rank may hold nothing, for some inputs, but for those of kernels."""
+    def may_be_empty(
+        self, value: Value, layout: Layout, choice: OpChoice, rule: ShardingRule, loops: Dims
+    ) -> list[int]:
+        """The dims of which a rank may hold nothing, for some inputs, where the op needs something.
+
+        loops: of the value's dims. Dims that a kernel splits are for the kernel to care for.
+        """
         found = {
             placement.dim
             for placement, kernel in zip(layout, _per_axis(choice), strict=True)
             if isinstance(placement, Shard)
             and isinstance(value.shape[placement.dim], Sym)
             and not kernel
+            and any(map(rule.needs_elements, loops[placement.dim]))
         }
         return sorted(found)
 
@@ -120,26 +126,29 @@ class Local:
         placements = self.speller.layout(choice.results[0])
         return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
 
-    def split_dims(self, node: Node, choice: OpChoice) -> list[list[int]]:
-        """Per operand, the dims of which a rank may hold nothing."""
-        pairs = zip(node.operands(), choice.operands, strict=True)
-        return [self.may_be_empty(self.graph.values[n], layout, choice) for n, layout in pairs]
+    def split_dims(self, node: Node, choice: OpChoice, rule: ShardingRule) -> list[list[int]]:
+        """Per operand, the dims of which a rank may hold nothing, and the op needs something."""
+        rows = zip(node.operands(), choice.operands, rule.operands, strict=True)
+        return [
+            self.may_be_empty(self.graph.values[name], layout, choice, rule, loops)
+            for name, layout, loops in rows
+        ]
 
-    def shortened(self, expression: str, node: Node, choice: OpChoice) -> str:
+    def shortened(self, expression: str, node: Node, choice: OpChoice, rule: ShardingRule) -> str:
         """The results without what came of stand-ins."""
         held: dict[str, None] = {}
         for name, layout, dims in zip(
-            node.operands(), choice.operands, self.split_dims(node, choice), strict=True
+            node.operands(), choice.operands, self.split_dims(node, choice, rule), strict=True
         ):
             value = self.graph.values[name]
             held.update((self.speller.size(self.dim(value, dim, layout)), None) for dim in dims)
         if not held:
             return expression
         lengths = []
-        for value, layout in zip(node.results, choice.results, strict=True):
+        for value, layout, loops in zip(node.results, choice.results, rule.results, strict=True):
             sizes = (
                 f"{dim}: {self.speller.size(self.dim(value, dim, layout))}"
-                for dim in self.may_be_empty(value, layout, choice)
+                for dim in self.may_be_empty(value, layout, choice, rule, loops)
             )
             lengths.append(f"{{{', '.join(sizes)}}}")
         return f"kernels.shortened({expression}, [{', '.join(held)}], [{', '.join(lengths)}])"

@@ -9,13 +9,19 @@ from typing import Any
 import sympy
 import torch
 from torch.nn import functional
-from torch.utils._sympy.printers import PythonPrinter
 
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Dim, Node, Ref, Sym
 from autoparallel.graph.operators import operator_of
 from autoparallel.placement import Layout, Placement
 from autoparallel.rewrite.names import placement_name
+from autoparallel.support.torch_private import (
+    NN_BINDINGS,
+    PythonPrinter,
+    has_torch_binding,
+    nn_binding,
+    schema_of,
+)
 
 __all__ = ["Code", "Speller", "own_reduction", "spelled"]
 
@@ -106,11 +112,11 @@ def spelled(target: str, text: str, reads: list[str]) -> str:
     space, _, rest = target.partition(".")
     name, _, overload = rest.partition(".")
     if space == "aten" and overload not in _AS_IS and not name.startswith("_"):
-        if hasattr(torch._C._nn, name):
-            own = getattr(torch._C._nn, name)
+        own = nn_binding(name)
+        if own is not None:
             public = getattr(functional, name, None) is own
-            return f"{'F' if public else 'torch._C._nn'}.{name}({text})"
-        if hasattr(torch._C._VariableFunctions, name):
+            return f"{'F' if public else NN_BINDINGS}.{name}({text})"
+        if has_torch_binding(name):
             return f"torch.{name}({text})"
         if name in _METHODS and reads and text.startswith(reads[0]):
             others = text[len(reads[0]) :].removeprefix(", ")
@@ -126,7 +132,7 @@ def own_reduction(node: Node) -> dict[str, Any]:
     op = operator_of(node.target)
     if op is None or not node.target.startswith("aten."):
         return {}
-    for index, argument in enumerate(op._schema.arguments):
+    for index, argument in enumerate(schema_of(op).arguments):
         if argument.name == "reduction" and len(node.args) <= index:
             return {} if "reduction" in dict(node.kwargs) else {"reduction": argument.default_value}
     return {}

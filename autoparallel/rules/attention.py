@@ -5,6 +5,7 @@ from __future__ import annotations
 from autoparallel.graph.graph import Dim, hint
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Loops, OpCall, ShardingRule
+from autoparallel.support import torch_versions
 
 
 @rule("aten.scaled_dot_product_attention.default")
@@ -14,7 +15,8 @@ def attention(call: OpCall) -> ShardingRule:
     Batch and heads are free; queries too unless the causal mask counts from the first one;
     keys need a kernel; e would leave the first product whole. The two products share (n, s, t) but
     not d and e, so a point of the nest counts 2 (d + e) / (d e) FLOPs. With grouped heads,
-    n = (g, m): keys and values have g alone. Of nothing, torch gives no gradient to a mask.
+    n = (g, m): keys and values have g alone. Of nothing, torch gives no gradient to a mask, and
+    some releases cannot run without heads.
     """
     query, key, value = call.operands[:3]
     rank = len(query.shape)
@@ -69,4 +71,5 @@ def attention(call: OpCall) -> ShardingRule:
         linear=(frozenset({2}),),
         flops=2 * (width + depth) / (width * depth),
         takes_empty=not any(mask.requires_grad for mask in call.operands[3:]),
+        occupied=frozenset(q[head] if torch_versions.ATTENTION_NEEDS_HEADS and head >= 0 else ()),
     )

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._library.custom_ops import OPDEFS
 
 from autoparallel.files import default_cache_folder, write_whole
 from autoparallel.graph.graph import Ref, Sym, map_leaves
@@ -23,6 +22,11 @@ from autoparallel.rules.found import Found
 from autoparallel.rules.pattern import Probe
 from autoparallel.rules.rule import OpCall
 from autoparallel.rules.shrink import related_terms
+from autoparallel.support.torch_private import (
+    custom_op_functions,
+    dispatch_registrations,
+    schema_of,
+)
 
 __all__ = ["key_of", "load", "store"]
 
@@ -52,7 +56,7 @@ def key_of(call: OpCall) -> str:
     rows = {
         "version": VERSION,
         "torch": torch.__version__,
-        "op": str(probe.operation._schema),
+        "op": str(schema_of(probe.operation)),
         "source": _source(call.node.target),
         "args": map_leaves(word, (call.node.args, call.node.kwargs)),
         "sizes": related_terms(probe),
@@ -66,17 +70,11 @@ def _source(target: str) -> str:
     space, name, overload = target.split(".")
     if space == "aten":
         return ""
-    definition = OPDEFS.get(f"{space}::{name}")
-    if definition is None:
+    functions = custom_op_functions(f"{space}::{name}")
+    if functions is None:
         suffix = "" if overload == "default" else f".{overload}"
-        text = torch._C._dispatch_dump(f"{space}::{name}{suffix}")
+        text = dispatch_registrations(f"{space}::{name}{suffix}")
     else:
-        functions = (
-            definition._init_fn,
-            definition._abstract_fn,
-            definition._setup_context_fn,
-            definition._backward_fn,
-        )
         text = "\n".join(map(_text, functions))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

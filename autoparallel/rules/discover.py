@@ -26,6 +26,7 @@ from autoparallel.rules.rule import Dims, OpCall, Tile
 from autoparallel.rules.shrink import Shrunk, shrink
 from autoparallel.rules.sizes import sorted_atoms
 from autoparallel.rules.trial import Trial
+from autoparallel.support.torch_private import schema_of
 
 __all__ = ["ProbeError", "confirmed", "discover"]
 
@@ -73,7 +74,7 @@ def _refuse(probe: Probe) -> None:
     """Raises ProbeError for ops that no rule can help, by what their schemas say."""
     if draws(probe.call.node.target):
         raise ProbeError("draws random numbers, which every rank would draw differently")
-    if probe.operation._schema.is_mutable:
+    if schema_of(probe.operation).is_mutable:
         raise ProbeError("writes to its inputs")
     if "c10d" in probe.call.node.target.partition(".")[0]:
         raise ProbeError("communicates by itself")

@@ -12,6 +12,7 @@ from autoparallel.rules.found import Found, FoundKernel
 from autoparallel.rules.pattern import OpFailedError, Probe
 from autoparallel.rules.shrink import Shrunk
 from autoparallel.rules.sizes import assignment
+from autoparallel.support.torch_private import schema_of
 
 __all__ = ["kernels_for"]
 
@@ -86,7 +87,7 @@ def _takes_special(probe: Probe, shrunk: Shrunk, index: int) -> bool:
     numbers = {-1}
     for item in (
         *leaves((probe.call.node.args, probe.call.node.kwargs)),
-        *(argument.default_value for argument in probe.operation._schema.arguments),
+        *(argument.default_value for argument in schema_of(probe.operation).arguments),
     ):
         if isinstance(item, int) and not isinstance(item, bool) and item < 0:
             numbers.add(item)

@@ -12,11 +12,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch._library.custom_ops import OPDEFS
 
 from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves
 from autoparallel.graph.operators import operator_of
 from autoparallel.rules.rule import OpCall
+from autoparallel.support.torch_private import is_custom_op
 
 __all__ = [
     "OpFailedError",
@@ -191,7 +191,7 @@ class Probe:
         space, name, _ = self.call.node.target.split(".")
         if space == "aten":
             return not name.startswith(("_", "native_"))
-        return f"{space}::{name}" in OPDEFS
+        return is_custom_op(f"{space}::{name}")
 
     def own(self) -> Pattern:
         """The pattern that fits this call's sizes alone."""

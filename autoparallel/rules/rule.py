@@ -103,7 +103,8 @@ class ShardingRule:
     vector over the result's last dim if it is given one more operand. adds: the op is such an
     addition. grain: of loops whose parts must have a multiple of so many elements.
     takes_empty: it also runs on a part without elements, which ranks are left with where a loop is
-    shorter than they are many. reasons: why loops are whole, where there is more to say.
+    shorter than they are many. occupied: loops of which every part must have elements even so.
+    reasons: why loops are whole, where there is more to say.
     discovered: the rule in einsum-like words, if nobody wrote it.
     """
 
@@ -121,8 +122,13 @@ class ShardingRule:
     adds: bool = False
     grain: Mapping[str, int] = field(default_factory=dict)
     takes_empty: bool = True
+    occupied: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
     discovered: str = ""
+
+    def needs_elements(self, loop: str) -> bool:
+        """Whether the op runs only on parts of the loop that have elements."""
+        return not self.takes_empty or loop in self.occupied
 
     @staticmethod
     def parse(
@@ -301,7 +307,7 @@ def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
     step = -(-runs // world_size)
     if any(count * tile.blocks * tile.unit % grain for count in (step, runs % step)):
         return False
-    return rule.takes_empty or (world_size - 1) * step < runs
+    return not rule.needs_elements(tile.loop) or (world_size - 1) * step < runs
 
 
 def _share(rule: ShardingRule, tile: Tile, world_size: int) -> float:

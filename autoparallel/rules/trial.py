@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch._library.custom_ops import OPDEFS
 
 from autoparallel.graph.graph import Sym, hint
 from autoparallel.placement import Partial
@@ -16,6 +15,7 @@ from autoparallel.rules.referee import Example, fault, make_example
 from autoparallel.rules.rule import ShardingRule, Strategy, Tile, is_possible, strategies
 from autoparallel.rules.shrink import Shrunk
 from autoparallel.rules.sizes import assignment
+from autoparallel.support.torch_private import has_backward
 
 __all__ = ["Trial"]
 
@@ -215,8 +215,7 @@ class Trial:
 
 def _has_backward(probe: Probe) -> bool:
     """Whether the op can be differentiated, or may be."""
-    definition = OPDEFS.get("::".join(probe.call.node.target.split(".")[:2]))
-    return definition is None or definition._backward_fn is not None
+    return has_backward("::".join(probe.call.node.target.split(".")[:2]))
 
 
 def _elements(pattern: Pattern, sizes: Mapping[int, int]) -> int:

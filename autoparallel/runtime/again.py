@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from autoparallel.placement import Movement, Placement, local_size, movement
@@ -20,6 +19,11 @@ from autoparallel.runtime.collectives import convert, move
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import drawing_from, generator
+from autoparallel.support.torch_private import (
+    StorageWeakRef,
+    saved_tensors_hooks_are_set,
+    storage_key,
+)
 
 __all__ = ["convert_again", "dropping", "recomputed"]
 
@@ -76,7 +80,7 @@ class _Copy:
 
 
 def _same_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
-    return one.untyped_storage()._cdata == two.untyped_storage()._cdata
+    return storage_key(one) == storage_key(two)
 
 
 def _require_version(tensor: torch.Tensor, version: int) -> None:
@@ -110,7 +114,7 @@ class _Copies:
         origin = source.detach() if before is None else _View(before, source)
         copy = _Copy(origin, group, placements, size)
         storage = made.untyped_storage()
-        self.known[storage._cdata] = (StorageWeakRef(storage), made._version, copy)
+        self.known[storage_key(storage)] = (StorageWeakRef(storage), made._version, copy)
 
     def find(self, tensor: torch.Tensor) -> _Copy | None:
         """The copy in whose memory a tensor lies, if the tensor can be made again from it.
@@ -118,7 +122,7 @@ class _Copies:
         It cannot where the copy has been written to, nor where the tensor is the negative of what
         lies there, a view that no public function makes.
         """
-        found = self.known.get(tensor.untyped_storage()._cdata)
+        found = self.known.get(storage_key(tensor))
         if found is None or tensor.is_neg() or tensor._version != found[1]:
             return None
         return found[2]
@@ -194,7 +198,7 @@ def dropping(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def wrapped(*args: Any) -> Any:
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        hooked = saved_tensors_hooks_are_set()
         if hooked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return run(*args)
         before = getattr(_current, "copies", None)

@@ -33,6 +33,7 @@ from autoparallel.runtime.layouts import layout_pieces
 from autoparallel.runtime.ranks import Ranks, single_rank
 from autoparallel.runtime.seeds import rng_state, set_rng_state
 from autoparallel.runtime.state import State
+from autoparallel.support.torch_private import wrapper_tensor
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -54,9 +55,7 @@ class Pieces(torch.Tensor):
     def __new__(
         cls, whole: torch.Size, pieces: dict[torch.Size, torch.Tensor], local: torch.Tensor
     ) -> Pieces:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, whole, dtype=local.dtype, device=local.device
-        )
+        made: Pieces = wrapper_tensor(cls, whole, local.dtype, local.device)
         made.pieces = pieces
         return made
 

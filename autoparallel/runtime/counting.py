@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoparallel.support.torch_private import TorchDispatchMode, schema_of
 
 __all__ = ["CollectiveCounter", "CollectiveEvent"]
 
@@ -26,6 +27,7 @@ _KINDS = {
     "c10d::broadcast_": "broadcast",
     "c10d::reduce_": "reduce",
     "c10d::gather_": "gather",
+    "c10d::gather_into_tensor_": "gather",
     "c10d::scatter_": "scatter",
     "c10d::send": "send",
     "_c10d_functional::all_reduce": "all_reduce",
@@ -55,6 +57,7 @@ _NOT_COUNTED = frozenset(
         "c10d::recv_any_source_",
         "_c10d_functional::irecv",
         "_c10d_functional::wait_tensor",
+        "_c10d_functional::wait_tensors",
         "_c10d_functional::_wrap_tensor_autograd",
     }
 )
@@ -111,7 +114,7 @@ class CollectiveCounter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor takes the operator apart first; then it comes here
         result = func(*args, **(kwargs or {}))
-        name = func._schema.name
+        name = schema_of(func).name
         if name in _KINDS:
             self._record(_KINDS[name], args, result)
         elif func.namespace in ("c10d", "_c10d_functional") and name not in _NOT_COUNTED:

@@ -17,6 +17,7 @@ from autoparallel.placement import Invariant, Shard, part_bounds
 from autoparallel.runtime.collectives import convert, pending_sum
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.standing import shortened, silenced, some
+from autoparallel.support.torch_private import assert_on_device
 
 __all__ = ["combined_parts", "masked_lookup", "weighted_mean"]
 
@@ -81,7 +82,7 @@ def masked_lookup(
     with torch.no_grad():
         inside = ((asked >= 0) & (asked < size)).all()
         if asked.is_cuda:
-            torch._assert_async(inside)
+            assert_on_device(inside)
         elif asked.device.type != "meta" and not bool(inside):
             raise IndexError(f"{operation}: an index is not in [0, {size})")
         start, stop = part_bounds(size, group.world_size, group.rank)

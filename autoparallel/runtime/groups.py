@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from autoparallel.randomness import restore, snapshot
+from autoparallel.support.torch_private import functional_collectives
 
 __all__ = ["Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]
 
@@ -68,7 +69,7 @@ class ProcessGroup(Group):
         self.process_group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.name = group.group_name
-        self.ops = torch.ops._c10d_functional
+        self.ops = functional_collectives()
 
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
         reduced = self.ops.all_reduce(tensor.contiguous(), operation, self.name)

@@ -28,6 +28,7 @@ from autoparallel.runtime.statistics import (
     min_split,
     softmax_split,
 )
+from autoparallel.support.torch_private import assert_on_device
 
 __all__ = [
     "amax_split",
@@ -63,7 +64,7 @@ def _require_below(index: torch.Tensor, size: int, what: str) -> None:
     """Out-of-range indices are an error in the unsplit op; with a mask they would be zeros."""
     inside = ((index >= 0) & (index < size)).all()
     if index.is_cuda:
-        torch._assert_async(inside)
+        assert_on_device(inside)
     elif index.device.type != "meta" and not bool(inside):
         raise IndexError(f"{what} out of range: all must be in [0, {size})")
 
@@ -187,7 +188,7 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> to
     sizes = (x.size(1), weight.size(1), weight.size(2))
     aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
     if x.dtype == torch.bfloat16 and aligned:
-        return torch._grouped_mm(x, weight, ends)
+        return functional.grouped_mm(x, weight, offs=ends)
     parts = []
     start = 0
     for matrix, stop in zip(weight.unbind(0), ends.tolist(), strict=True):

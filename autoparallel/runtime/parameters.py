@@ -13,13 +13,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as DTensorReplicate
 from torch.distributed.tensor import Shard as DTensorShard
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
 from autoparallel.runtime.layouts import gathered, reduced, require_refined
 from autoparallel.runtime.ranks import Ranks
+from autoparallel.support.torch_private import (
+    at_end_of_backward,
+    distributed_tensor_like,
+    local_part,
+    strided_shard,
+)
 
 __all__ = [
     "Bundle",
@@ -77,7 +82,7 @@ def _distributed_placements(layout: Layout, mesh: DeviceMesh) -> list[Any]:
         outer = pieces.get(cut.dim, 1)
         pieces[cut.dim] = outer * mesh.size(axis)
         if cut.blocks != 1:
-            found.append(_StridedShard(cut.dim, split_factor=cut.blocks * outer))
+            found.append(strided_shard(cut.dim, cut.blocks * outer))
         else:
             found.append(DTensorShard(cut.dim))
     return found
@@ -111,9 +116,7 @@ def whole_tensor(tensor: torch.Tensor, layout: Layout, ranks: Ranks) -> torch.Te
 
 def _held(parameter: Any) -> torch.Tensor:
     """What this rank holds of a parameter."""
-    held: torch.Tensor = (
-        parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
-    )
+    held: torch.Tensor = local_part(parameter) if isinstance(parameter, DTensor) else parameter.data
     return held
 
 
@@ -197,7 +200,7 @@ class Bundle:
     def add(self, leaf: Leaf, grad: torch.Tensor) -> None:
         """Keep a leaf's local gradient until the end of this backward pass."""
         if not self.waiting:
-            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+            at_end_of_backward(self.finish)
         self.waiting.append((leaf, grad))
 
     def finish(self) -> None:
@@ -282,9 +285,7 @@ class Leaf:
         parameter = self.parameter
         distributed = isinstance(parameter, DTensor)
         if parameter.grad is None:
-            parameter.grad = (
-                DTensor(grad, parameter._spec, requires_grad=False) if distributed else grad
-            )
+            parameter.grad = distributed_tensor_like(grad, parameter) if distributed else grad
         else:
-            held = parameter.grad._local_tensor if distributed else parameter.grad
+            held = local_part(parameter.grad) if distributed else parameter.grad
             held.add_(grad)

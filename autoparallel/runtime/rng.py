@@ -21,6 +21,7 @@ import torch
 from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Layout, Shard, local_layout_size, local_size, part_bounds
 from autoparallel.runtime.ranks import Ranks
+from autoparallel.support.torch_private import in_backward
 
 __all__ = ["Generator", "drawing_from", "dropout", "generator", "op_key", "uniform", "using"]
 
@@ -77,7 +78,7 @@ class Generator:
             self.step += 1
             return self.drawing
         ticket = int(torch.empty((), dtype=torch.int64).random_())
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             self.tickets.pop(ticket, None)
             self.tickets[ticket] = self.drawing = self.step
             self.step += 1

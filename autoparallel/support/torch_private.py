@@ -1,0 +1,295 @@
+"""The private names of torch that the project uses, reached here and nowhere else.
+
+A new release of torch may move any of them without notice; then this file changes, and no other.
+tests/test_torch_private.py says of each how it must behave, and reads the sources for others.
+
+Three kinds of names are read where they are used, because they are attributes of objects and torch
+documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, `_buffers`,
+`_modules`, `_non_persistent_buffers_set`); the keys of `Node.meta` of an exported program (`val`,
+`nn_module_stack`, `stack_trace`). The same file of tests says how these behave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import sympy
+    from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor
+    from torch._ops import OpOverload as OpOverload
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+    from torch.fx.experimental.proxy_tensor import decompose as decompose
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode as get_proxy_mode
+    from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+    from torch.utils._pytree import tree_flatten as tree_flatten
+    from torch.utils._pytree import tree_leaves as tree_leaves
+    from torch.utils._pytree import tree_unflatten as tree_unflatten
+    from torch.utils._sympy.printers import PythonPrinter as PythonPrinter
+
+# The module that has a name, imported when the name is first asked for.
+_HOMES = {
+    # Runs an op on tensors that have sizes and strides but no data.
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    # The type of an op with one schema, which the calls of an exported program name.
+    "OpOverload": "torch._ops",
+    # Prints an expression in sizes as Python.
+    "PythonPrinter": "torch.utils._sympy.printers",
+    # A weak reference to a tensor's memory, which keeps its address from being used again.
+    "StorageWeakRef": "torch.multiprocessing.reductions",
+    # Sees every op that runs, below autograd and autocast.
+    "TorchDispatchMode": "torch.utils._python_dispatch",
+    # Traces ops as what a table says of them.
+    "decompose": "torch.fx.experimental.proxy_tensor",
+    # The tracer at work, None where nothing is traced.
+    "get_proxy_mode": "torch.fx.experimental.proxy_tensor",
+    # Whether a tensor is one that torch.func's transforms see, of which nothing may be kept.
+    "is_functorch_wrapped_tensor": "torch._C._functorch",
+    # The leaves of nested lists, tuples and dicts, with and without the structure, and back.
+    "tree_flatten": "torch.utils._pytree",
+    "tree_leaves": "torch.utils._pytree",
+    "tree_unflatten": "torch.utils._pytree",
+}
+
+# Loggers that report what the project finds out and explains by itself.
+EXPORT_LOGGERS = ("torch._export", "torch.export", "torch.fx")
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+# The text by which a program calls those of torch's Python bindings that have no public name.
+NN_BINDINGS = "torch._C._nn"
+
+__all__ = [
+    "EXPORT_LOGGERS",
+    "FAKE_TENSOR_LOGGER",
+    "NN_BINDINGS",
+    "FakeTensorMode",
+    "OpOverload",
+    "PythonPrinter",
+    "StorageWeakRef",
+    "TorchDispatchMode",
+    "assert_on_device",
+    "at_end_of_backward",
+    "custom_op_functions",
+    "decompose",
+    "dispatch_registrations",
+    "distributed_tensor_like",
+    "expression_of",
+    "functional_collectives",
+    "get_proxy_mode",
+    "guards_of",
+    "has_backward",
+    "has_torch_binding",
+    "hint_of",
+    "in_backward",
+    "is_composite",
+    "is_custom_op",
+    "is_functorch_wrapped_tensor",
+    "local_part",
+    "nn_binding",
+    "remembering_fake_results",
+    "saved_tensors_hooks_are_set",
+    "schema_of",
+    "share_local_part",
+    "storage_key",
+    "strided_shard",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_unflatten",
+    "wrapper_tensor",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+# Ops and their schemas.
+
+
+def schema_of(operation: Any) -> Any:
+    """The schema of an op: its arguments, its results, what it writes. None for other functions."""
+    return getattr(operation, "_schema", None)
+
+
+def is_composite(operation: Any) -> bool:
+    """Whether torch defines the op by others, so that `operation.decompose` runs them."""
+    return bool(operation._can_decompose())
+
+
+def dispatch_registrations(name: str) -> str:
+    """The dispatcher's text on which kernels an op has. name: as in "aten::add.Tensor"."""
+    return torch._C._dispatch_dump(name)
+
+
+def _custom_op(name: str) -> Any:
+    return import_module("torch._library.custom_ops").OPDEFS.get(name)
+
+
+def is_custom_op(name: str) -> bool:
+    """Whether an op was made by torch.library.custom_op. name: as in "mylib::scale"."""
+    return _custom_op(name) is not None
+
+
+def custom_op_functions(name: str) -> tuple[Any, Any, Any, Any] | None:
+    """The Python functions of a torch.library.custom_op: the kernel, its fake, what sets up its
+    context, its backward, each None where it has none. None for other ops."""
+    definition = _custom_op(name)
+    if definition is None:
+        return None
+    return (
+        definition._init_fn,
+        definition._abstract_fn,
+        definition._setup_context_fn,
+        definition._backward_fn,
+    )
+
+
+def has_backward(name: str) -> bool:
+    """Whether an op can be differentiated, or may be: of other than custom ops it is not known."""
+    functions = custom_op_functions(name)
+    return functions is None or functions[3] is not None
+
+
+def functional_collectives() -> Any:
+    """The ops of torch.distributed that return their results, which torch.compile can trace."""
+    return torch.ops._c10d_functional
+
+
+def nn_binding(name: str) -> Any:
+    """The Python binding of an op of torch.nn, which lies in `NN_BINDINGS`; None without one."""
+    return getattr(torch._C._nn, name, None)
+
+
+def has_torch_binding(name: str) -> bool:
+    """Whether `torch.<name>` is the op's own Python binding, not a function written around it."""
+    return hasattr(torch._C._VariableFunctions, name)
+
+
+# Tensors.
+
+
+def assert_on_device(condition: torch.Tensor) -> None:
+    """Fail where a tensor of one truth value is false, without waiting for the device."""
+    torch._assert_async(condition)
+
+
+def storage_key(held: torch.Tensor | torch.UntypedStorage) -> int:
+    """The identity of a tensor's memory: equal for views of one another, fake tensors included.
+
+    It may be used again once that memory is gone (see StorageWeakRef).
+    """
+    storage = held.untyped_storage() if isinstance(held, torch.Tensor) else held
+    return storage._cdata
+
+
+def wrapper_tensor(
+    kind: type[torch.Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A tensor of a subclass, which has a size and a type but no memory of its own."""
+    return torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
+
+
+def local_part(tensor: DTensor) -> torch.Tensor:
+    """What this rank holds of a DTensor, as it is held: `to_local` makes a view instead."""
+    return tensor._local_tensor
+
+
+def share_local_part(target: DTensor, source: DTensor) -> None:
+    """Give one DTensor the memory and the placements of another, and leave it the same object."""
+    target._local_tensor, target._spec = source._local_tensor, source._spec
+
+
+def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
+    """A DTensor that holds `local` and is placed as another, outside of autograd's records."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local, like._spec, requires_grad=False)
+
+
+def strided_shard(dim: int, split_factor: int) -> Placement:
+    """DTensor's placement of a dim of which each of `split_factor` blocks is split by itself."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    _redistribute_blocks()
+    return _StridedShard(dim, split_factor=split_factor)
+
+
+@cache
+def _redistribute_blocks() -> None:
+    """Let torch 2.11 redistribute such a dim one mesh axis after the other, as later releases do.
+
+    It takes every such placement for the order in which mesh axes split a dim, and raises
+    ValueError for what cannot be one. Later releases have an error of its own kind for that, and
+    then go the way of all other placements, from the innermost axis outwards. On that way 2.11
+    does not count such placements as shards, and begins at the outermost axis where it sees none.
+    """
+    from torch.distributed.tensor import _dtensor_spec, _redistribute
+
+    if hasattr(_dtensor_spec, "_StridedShardNotDecodableError"):
+        return
+    decoded = _redistribute._gen_transform_infos_non_cached
+
+    def gen_transform_infos(source: Any, target: Any, *options: Any) -> list[Any]:
+        try:
+            return decoded(source, target, *options)
+        except ValueError as error:
+            if "use_strided_shard_as_shard_order" not in str(error):
+                raise
+        planner = _redistribute.get_redistribute_planner(source.device_mesh, source.tensor_meta)
+        steps = planner.generate_greedy_transform_infos(source, target)
+        return steps if source.num_shards > 1 else steps[::-1]
+
+    vars(_redistribute)["_gen_transform_infos_non_cached"] = gen_transform_infos
+
+
+# Symbolic sizes.
+
+
+def expression_of(size: Any) -> sympy.Expr:
+    """The expression of a symbolic number (SymInt, SymFloat, SymBool)."""
+    expression: sympy.Expr = size.node.expr
+    return expression
+
+
+def hint_of(size: Any) -> Any:
+    """The number that a symbolic one is for the example inputs; None if it is read from data."""
+    return size.node.hint if size.node.has_hint() else None
+
+
+def guards_of(size: torch.SymInt) -> tuple[Any, ...]:
+    """The expressions in sizes that the tracer of a symbolic size took for true, in order."""
+    return tuple(guard.expr for guard in size.node.shape_env.guards)
+
+
+def remembering_fake_results(enabled: bool) -> AbstractContextManager[Any]:
+    """While entered: whether what ops make of fake tensors of the same sizes is remembered."""
+    config = import_module("torch._dynamo").config
+    patch: AbstractContextManager[Any] = config.patch(fake_tensor_cache_enabled=enabled)
+    return patch
+
+
+# Autograd.
+
+
+def in_backward() -> bool:
+    """Whether this thread runs inside of a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def at_end_of_backward(call: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs now has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def saved_tensors_hooks_are_set() -> bool:
+    """Whether torch.autograd.graph.saved_tensors_hooks are in force here."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -1,0 +1,14 @@
+"""How the releases of torch differ where the project must act on it: decided here, nowhere else."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["ATTENTION_NEEDS_HEADS", "RELEASE"]
+
+# The release without its last number, as in (2, 13).
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+# Fused attention on a CPU divides by the number of heads: with none, the process ends by SIGFPE,
+# which nobody can catch. Later releases return a result without elements.
+ATTENTION_NEEDS_HEADS = RELEASE < (2, 13)

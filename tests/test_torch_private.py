@@ -1,0 +1,569 @@
+"""What the project relies on of torch's private names, each by what it does; and no other is used.
+
+A test that fails under a new release of torch says which name changed and what depended on it.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+import torch.distributed as dist
+from processes import run_processes
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from autoparallel.support import torch_private
+
+ROOT = Path(__file__).parent.parent
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("private_names::scale", mutates_args=())
+def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x * factor
+
+
+@torch.library.custom_op("private_names::plain", mutates_args=())
+def plain(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+def fake_scale(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def keep_factor(ctx, inputs, output) -> None:
+    ctx.factor = inputs[1]
+
+
+def scale_backward(ctx, grad):
+    return grad * ctx.factor, None
+
+
+scale.register_fake(fake_scale)
+scale.register_autograd(scale_backward, setup_context=keep_factor)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A device mesh of this one process."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def exported(forward, *inputs):
+    """The program of a function of tensors whose sizes are all symbolic."""
+
+    class Module(nn.Module):
+        def forward(self, *inputs):
+            return forward(*inputs)
+
+    free = torch.export.Dim.AUTO
+    shapes = (tuple(dict.fromkeys(range(x.dim()), free) for x in inputs),)
+    return torch.export.export(Module(), inputs, strict=False, dynamic_shapes=shapes)
+
+
+# Only the adapter names them.
+
+
+ATTRIBUTES = {
+    "_C",
+    "_c10d_functional",
+    "_can_decompose",
+    "_cdata",
+    "_execution_engine",
+    "_local_tensor",
+    "_make_wrapper_subclass",
+    "_schema",
+    "_spec",
+}
+
+
+def private_names(path: Path) -> list[str]:
+    """The private names of torch in a file, with their lines."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "torch"]
+        elif isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            if re.fullmatch(r"torch(\.\w+)+", text):
+                names = [text]
+            elif node.attr in ATTRIBUTES:
+                names = [f"torch.{node.attr}"]
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("torch."):
+            names = [str(node.value).split("(")[0]]
+        parts = [part for name in names for part in name.split(".")[1:]]
+        if any(re.match(r"_(?!_)", part) for part in parts):
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {names[0]}")
+    return found
+
+
+def test_private_names_are_used_in_one_file() -> None:
+    """So that a new release of torch breaks one file."""
+    adapter = Path(torch_private.__file__)
+    used = []
+    for folder in ("autoparallel", "planners", "megatron_rules", "examples", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path != adapter:
+                used += private_names(path)
+    assert not used
+    assert private_names(adapter)
+
+
+def test_every_name_of_the_adapter_is_tested_here() -> None:
+    """A name that is added comes with a test of what it does."""
+    text = Path(__file__).read_text()
+    missing = [name for name in torch_private.__all__ if f"torch_private.{name}" not in text]
+    assert not missing
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        torch_private.nothing  # noqa: B018
+
+
+# Ops and their schemas.
+
+
+def test_an_op_has_one_schema_that_says_what_it_writes() -> None:
+    schema = torch_private.schema_of(aten.add_.Tensor)
+    assert schema.is_mutable
+    assert [argument.name for argument in schema.arguments] == ["self", "other", "alpha"]
+    assert schema.arguments[0].alias_info.is_write
+    assert schema.arguments[1].alias_info is None
+    assert schema.arguments[2].default_value == 1
+    assert str(schema).startswith("aten::add_.Tensor(Tensor(a!) self")
+    assert schema.name == "aten::add_"
+    assert not torch_private.schema_of(aten.add.Tensor).is_mutable
+    assert str(torch_private.schema_of(aten.split.Tensor).returns[0].type).startswith("List[")
+    assert torch_private.schema_of(len) is None
+    assert torch_private.schema_of(None) is None
+
+
+def test_calls_of_an_exported_program_are_op_overloads() -> None:
+    program = exported(lambda x: torch.sin(x), torch.ones(3))
+    (call,) = (node for node in program.graph.nodes if node.op == "call_function")
+    assert isinstance(call.target, torch_private.OpOverload)
+    assert str(call.target) == "aten.sin.default"
+    assert (call.target.namespace, call.target.tags) == ("aten", aten.sin.default.tags)
+    assert not isinstance(aten.sin, torch_private.OpOverload)
+
+
+def test_composite_ops_are_those_that_run_others() -> None:
+    """hstack is defined by cat; cat by no other op."""
+    assert torch_private.is_composite(aten.hstack.default)
+    assert not torch_private.is_composite(aten.cat.default)
+    x = torch.ones(2)
+    assert torch.equal(aten.hstack.default.decompose([x, x]), torch.ones(4))
+
+
+def test_tracing_may_put_other_ops_in_the_place_of_one() -> None:
+    """The table is asked for every op while something is traced, and only then."""
+    assert torch_private.get_proxy_mode() is None
+    seen = []
+
+    def forward(x):
+        seen.append(torch_private.get_proxy_mode())
+        with torch_private.decompose({aten.sin.default: lambda x: aten.cos.default(x)}):
+            return torch.sin(x)
+
+    program = exported(forward, torch.ones(3))
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == ["aten.cos.default"]
+    assert all(mode is not None for mode in seen)
+
+
+def test_the_dispatcher_tells_kernels_apart() -> None:
+    """The text changes when an op is given another kernel."""
+    library = torch.library.Library("private_names", "FRAGMENT")
+    library.define("registered(Tensor x) -> Tensor")
+    before = torch_private.dispatch_registrations("private_names::registered")
+    library.impl("registered", lambda x: x.clone(), "CPU")
+    after = torch_private.dispatch_registrations("private_names::registered")
+    assert before != after
+    assert "CPU" in after
+    assert "CPU" not in before
+
+
+def test_a_custom_op_shows_its_functions() -> None:
+    assert torch_private.is_custom_op("private_names::scale")
+    assert not torch_private.is_custom_op("aten::sin")
+    functions = torch_private.custom_op_functions("private_names::scale")
+    assert functions is not None
+    kernel, fake, context, backward = functions
+    assert kernel.__name__ == "scale"
+    assert fake is fake_scale
+    assert (context, backward) == (keep_factor, scale_backward)
+    rest = torch_private.custom_op_functions("private_names::plain")
+    assert rest is not None
+    assert rest[1:] == (None, None, None)
+    assert torch_private.custom_op_functions("aten::sin") is None
+
+
+def test_custom_ops_say_whether_they_have_a_backward() -> None:
+    assert torch_private.has_backward("private_names::scale")
+    assert not torch_private.has_backward("private_names::plain")
+    assert torch_private.has_backward("aten::sin")
+
+
+def test_functional_collectives_return_what_they_make(mesh) -> None:
+    """One rank: every collective is the identity, and leaves its operand alone."""
+    ops, group = torch_private.functional_collectives(), mesh.get_group()
+    x = torch.arange(6.0).view(1, 6)
+    for made in (
+        ops.all_reduce(x, "sum", group.group_name),
+        ops.all_reduce(x, "max", group.group_name),
+        ops.all_gather_into_tensor(x, 1, group.group_name),
+        ops.reduce_scatter_tensor(x, "sum", 1, group.group_name),
+        ops.all_to_all_single(x.view(-1), [6], [6], group.group_name).view(1, 6),
+    ):
+        result = ops.wait_tensor(made)
+        assert result.data_ptr() != x.data_ptr()
+        assert torch.equal(result, x)
+
+
+def test_python_bindings_are_told_from_functions_around_them() -> None:
+    """torch.split is written in Python around the op; torch.nn's ops have a module of their own."""
+    assert torch_private.has_torch_binding("mm")
+    assert torch_private.has_torch_binding("sin")
+    assert not torch_private.has_torch_binding("linear")
+    assert torch_private.nn_binding("linear") is nn.functional.linear
+    assert torch_private.nn_binding("sin") is None
+    binding = eval(f"{torch_private.NN_BINDINGS}.max_pool2d_with_indices", {"torch": torch})
+    x = torch.rand(1, 4, 4)
+    for made, expected in zip(
+        binding(x, 2), aten.max_pool2d_with_indices.default(x, 2), strict=True
+    ):
+        assert torch.equal(made, expected)
+
+
+# Tensors.
+
+
+def test_an_assertion_on_the_device_fails_for_false() -> None:
+    torch_private.assert_on_device(torch.tensor(True))
+    with pytest.raises(RuntimeError):
+        torch_private.assert_on_device(torch.tensor(False))
+
+
+def test_the_memory_of_a_tensor_is_known_by_its_key() -> None:
+    """Views have the key of what they are views of, also without data."""
+    x, other = torch.zeros(2, 3), torch.zeros(2, 3)
+    assert torch_private.storage_key(x) == torch_private.storage_key(x.t()[1:])
+    assert torch_private.storage_key(x) == torch_private.storage_key(x.untyped_storage())
+    assert torch_private.storage_key(x) != torch_private.storage_key(other)
+    with torch_private.FakeTensorMode():
+        fake, second = torch.empty(2, 3), torch.empty(2, 3)
+        assert torch_private.storage_key(fake) == torch_private.storage_key(fake.view(6))
+        assert torch_private.storage_key(fake) != torch_private.storage_key(second)
+
+
+def test_a_weak_reference_keeps_the_key_of_memory_from_another() -> None:
+    """The memory is freed, but nothing that is made later is taken for it."""
+    x = torch.zeros(1000)
+    key = torch_private.storage_key(x)
+    reference = torch_private.StorageWeakRef(x.untyped_storage())
+    assert not reference.expired()
+    del x
+    gc.collect()
+    assert reference.expired()
+    later = [torch.zeros(1000) for _ in range(100)]
+    assert key not in {torch_private.storage_key(tensor) for tensor in later}
+
+
+def test_fake_tensors_have_sizes_strides_and_no_data() -> None:
+    with torch_private.FakeTensorMode():
+        x = torch.empty(3, 4, requires_grad=True)
+        made = (x.t() @ torch.empty(3, 5)).t()
+    assert (made.shape, made.stride(), made.requires_grad) == ((5, 4), (1, 5), True)
+    assert made.untyped_storage().nbytes() == 4 * 5 * 4
+
+
+def test_a_wrapper_tensor_has_a_size_and_no_memory() -> None:
+    class Described(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    size = torch.Size((10**6, 10**6))
+    made = torch_private.wrapper_tensor(Described, size, torch.float64, torch.device("cpu"))
+    assert isinstance(made, Described)
+    assert (made.shape, made.dtype, made.device) == (size, torch.float64, torch.device("cpu"))
+
+
+def test_a_dispatch_mode_sees_ops_below_autograd_and_autocast() -> None:
+    seen: list[str] = []
+
+    class Recorder(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.ones(2, 2, requires_grad=True)
+    with Recorder():
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            made = x @ x
+        made.sum().backward()
+    assert seen[:3] == ["aten._to_copy.default", "aten._to_copy.default", "aten.mm.default"]
+    assert seen.count("aten.mm.default") == 3
+
+
+def test_nested_arguments_come_apart_and_together() -> None:
+    x, y = torch.ones(1), torch.zeros(1)
+    nested = ([x, {"key": (y, 3)}], None)
+    leaves, structure = torch_private.tree_flatten(nested)
+    assert leaves[0] is x
+    assert leaves[1] is y
+    assert leaves[2:] == [3, None]
+    assert torch_private.tree_leaves(nested) == leaves
+    assert torch_private.tree_unflatten(leaves, structure) == nested
+
+
+def test_tensors_inside_a_function_transform_are_recognized() -> None:
+    seen = []
+
+    def look(x):
+        seen.append(torch_private.is_functorch_wrapped_tensor(x))
+        return x * 2
+
+    torch.func.vmap(look)(torch.ones(3))
+    look(torch.ones(3))
+    assert seen == [True, False]
+
+
+# DTensor.
+
+
+def gathered_blocks(_rank: int) -> list[bool]:
+    """Whether dims that are split block by block, on one and two mesh axes, are put in order."""
+    made = []
+    x = torch.arange(48.0).view(24, 2)
+    line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    thrice, inner = torch_private.strided_shard(0, 3), torch_private.strided_shard(0, 6)
+    for mesh, placements in (
+        (line, [thrice]),
+        (grid, [thrice, Replicate()]),
+        (grid, [thrice, inner]),
+        (grid, [Shard(1), thrice]),
+    ):
+        part = x
+        for axis, placement in enumerate(placements):
+            ranks, own = mesh.size(axis), mesh.get_local_rank(axis)
+            if placement in (thrice, inner):
+                blocks = part.split(part.shape[0] // 3)
+                part = torch.cat([block.chunk(ranks)[own] for block in blocks])
+            elif placement == Shard(1):
+                part = part.chunk(ranks, 1)[own]
+        split = DTensor.from_local(part.contiguous(), mesh, placements, run_check=False)
+        made += [
+            torch.equal(split.full_tensor(), x),
+            torch.equal((split.detach() * 2).full_tensor(), x * 2),
+            tuple(split.shape) == (24, 2),
+        ]
+    return made
+
+
+def test_a_dim_that_is_split_block_by_block_is_gathered_in_order() -> None:
+    """split_factor counts the blocks; each is split over the ranks by itself."""
+    placement = torch_private.strided_shard(0, 3)
+    assert placement == torch_private.strided_shard(0, 3)
+    assert placement not in (Shard(0), torch_private.strided_shard(0, 2))
+    for made in run_processes(gathered_blocks, 4):
+        assert all(made)
+
+
+def test_the_local_part_of_a_dtensor_is_what_it_holds(mesh) -> None:
+    x = torch.arange(6.0)
+    made = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    local = torch_private.local_part(made)
+    local.mul_(2)
+    assert torch.equal(made.full_tensor(), torch.arange(6.0) * 2)
+    assert local.data_ptr() == x.data_ptr()
+
+
+def test_a_dtensor_keeps_its_identity_with_other_memory(mesh) -> None:
+    """An optimizer goes on with the parameter that it knows."""
+    parameter = nn.Parameter(DTensor.from_local(torch.zeros(6), mesh, [Replicate()]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    source = nn.Parameter(DTensor.from_local(torch.ones(6), mesh, [Shard(0)]))
+    torch_private.share_local_part(parameter, source)
+    assert parameter.placements == (Shard(0),)
+    parameter.grad = torch_private.distributed_tensor_like(torch.ones(6) * 3, parameter)
+    assert parameter.grad.placements == (Shard(0),)
+    assert not parameter.grad.requires_grad
+    optimizer.step()
+    assert torch.equal(torch_private.local_part(source), torch.full((6,), -2.0))
+
+
+# Symbolic sizes, and what an exported program says of its nodes.
+
+
+def test_symbolic_sizes_have_expressions_hints_and_guards() -> None:
+    program = exported(lambda x, y: torch.cat([x, x]) + y, torch.ones(3, 4), torch.ones(6, 4))
+    first, second = (node.meta["val"] for node in program.graph.nodes if node.op == "placeholder")
+    (result,) = (n.meta["val"] for n in program.graph.nodes if str(n.target) == "aten.add.Tensor")
+    rows = torch_private.expression_of(first.shape[0])
+    assert isinstance(rows, sympy.Symbol)
+    assert torch_private.expression_of(result.shape[0]) == 2 * rows
+    assert torch_private.hint_of(first.shape[0]) == 3
+    assert torch_private.hint_of(result.shape[0]) == 6
+    guards = torch_private.guards_of(first.shape[0])
+    assert all(isinstance(guard, sympy.Basic) for guard in guards)
+    known = {torch_private.expression_of(second.shape[0]), 2 * rows}
+    assert len(known) == 1 or any(guard.atoms(sympy.Symbol) for guard in guards)
+
+
+def test_a_size_that_data_decide_has_no_hint() -> None:
+    program = exported(lambda x: x.nonzero(), torch.ones(3, 4))
+    (made,) = (
+        n.meta["val"] for n in program.graph.nodes if str(n.target) == "aten.nonzero.default"
+    )
+    assert torch_private.hint_of(made.shape[0]) is None
+
+
+def test_expressions_print_as_python() -> None:
+    size = sympy.Symbol("n", integer=True, positive=True)
+    printed = torch_private.PythonPrinter().doprint(3 * size + sympy.Max(size, 2))
+    assert [eval(printed, {"n": n, "max": max}) for n in (1, 5)] == [5, 20]
+    floored = sympy.floor(sympy.Rational(1, 2) * size)
+    assert "n" in torch_private.PythonPrinter().doprint(floored)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_results_of_fake_tensors_are_remembered_or_not(enabled: bool) -> None:
+    def sizes_found() -> int:
+        """How often the op's own function is asked for the same sizes."""
+        asked = []
+        library = torch.library.Library("private_names", "FRAGMENT")
+        name = f"asked_{enabled}".lower()
+        if not hasattr(torch.ops.private_names, name):
+            library.define(f"{name}(Tensor x) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+
+        @torch.library.register_fake(f"private_names::{name}", lib=library)
+        def fake(x):
+            asked.append(x.shape)
+            return torch.empty_like(x)
+
+        with torch_private.remembering_fake_results(enabled), torch_private.FakeTensorMode():
+            for _ in range(3):
+                getattr(torch.ops.private_names, name)(torch.empty(3))
+        return len(asked)
+
+    before = torch._dynamo.config.fake_tensor_cache_enabled
+    with torch_private.remembering_fake_results(enabled):
+        assert torch._dynamo.config.fake_tensor_cache_enabled is enabled
+        assert torch_private.FakeTensorMode().cache_enabled is enabled
+    assert torch._dynamo.config.fake_tensor_cache_enabled is before
+    if not enabled:
+        assert sizes_found() == 3
+
+
+def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:
+    class Inner(nn.Module):
+        def forward(self, x):
+            return torch.sin(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    program = torch.export.export(Outer(), (torch.ones(3),), strict=False)
+    (call,) = (node for node in program.graph.nodes if node.op == "call_function")
+    assert isinstance(call.meta["val"], torch.Tensor)
+    assert [path for path, _ in call.meta["nn_module_stack"].values()] == ["", "inner"]
+    last = [row for row in call.meta["stack_trace"].splitlines() if "File " in row][-1]
+    assert Path(__file__).name in last
+    assert re.search(r'File "[^"]+", line \d+', last)
+
+
+def test_loggers_of_the_tracer_have_these_names() -> None:
+    """Silencing them silences what is logged below them."""
+    from torch._export import non_strict_utils
+    from torch._subclasses import fake_tensor
+    from torch.export import _trace
+    from torch.fx.experimental import symbolic_shapes
+
+    assert fake_tensor.log.name == torch_private.FAKE_TENSOR_LOGGER
+    for module, name in zip(
+        (non_strict_utils, _trace, symbolic_shapes), torch_private.EXPORT_LOGGERS, strict=True
+    ):
+        logger = logging.getLogger(name)
+        level = logger.level
+        assert module.log.isEnabledFor(logging.WARNING)
+        logger.setLevel(logging.ERROR)
+        assert not module.log.isEnabledFor(logging.WARNING)
+        logger.setLevel(level)
+
+
+# Autograd.
+
+
+def test_a_backward_pass_knows_itself() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(torch_private.in_backward()))
+    loss = (x * x).sum()
+    assert not torch_private.in_backward()
+    loss.backward()
+    assert seen == [True]
+    assert not torch_private.in_backward()
+
+
+def test_a_call_is_made_when_the_backward_pass_has_ended() -> None:
+    order = []
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+
+    def hook(grad):
+        torch_private.at_end_of_backward(lambda: order.append("end"))
+
+    x.register_hook(hook)
+    x.register_post_accumulate_grad_hook(lambda _: order.append("x"))
+    y.register_post_accumulate_grad_hook(lambda _: order.append("y"))
+    (y.sin() * x).sum().backward()
+    assert sorted(order[:2]) == ["x", "y"]
+    assert order[2:] == ["end"]
+
+
+def test_hooks_on_saved_tensors_are_noticed() -> None:
+    assert not torch_private.saved_tensors_hooks_are_set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert torch_private.saved_tensors_hooks_are_set()
+    assert not torch_private.saved_tensors_hooks_are_set()
+
+
+def test_writing_to_a_tensor_counts_up_its_version() -> None:
+    """Views count with what they are views of; writing to `data` does not count."""
+    x = torch.zeros(4)
+    assert x._version == 0
+    x[1:].add_(1)
+    assert (x._version, x[2:]._version) == (1, 1)
+    x.data.add_(1)
+    assert x._version == 1
+
+
+def test_a_module_holds_its_parts_in_dictionaries() -> None:
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("extra", torch.zeros(1), persistent=False)
+    module.register_parameter("absent", None)
+    assert list(module._parameters) == ["weight", "bias", "absent"]
+    assert module._parameters["absent"] is None
+    assert list(module._buffers) == ["running_mean", "running_var", "num_batches_tracked", "extra"]
+    assert module._non_persistent_buffers_set == {"extra"}
+    assert nn.Sequential(module)._modules == {"0": module}
+    module._parameters["weight"] = replacement = nn.Parameter(torch.ones(2))
+    assert module.weight is replacement
