@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+
+from autoparallel.support.torch_private import (
+    OpOverload,
+    TorchDispatchMode,
+    current_dispatch_mode,
+    current_function_mode,
+    schema_of,
+    storage_key,
+    tree_leaves,
+)
 
 __all__ = ["Watch", "memory_of", "paused", "place_of"]
 
@@ -19,7 +27,7 @@ __all__ = ["Watch", "memory_of", "paused", "place_of"]
 def memory_of(tensor: torch.Tensor) -> int | None:
     """A number for the memory that the tensor lies in; None where it has none to speak of."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return storage_key(tensor)
     except (NotImplementedError, RuntimeError, ValueError):
         return None
 
@@ -63,7 +71,7 @@ class Watch:
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Within, a watch that was installed last reports nothing, and costs nothing."""
-    operators, calls = _get_current_dispatch_mode(), _get_current_function_mode()
+    operators, calls = current_dispatch_mode(), current_function_mode()
     if not isinstance(operators, _Operators) or not isinstance(calls, _Calls):
         yield
         return
@@ -90,7 +98,7 @@ class _Operators(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        places = _written(function) if isinstance(function, torch._ops.OpOverload) else ()
+        places = _written(function) if isinstance(function, OpOverload) else ()
         if not places:
             return function(*args, **kwargs)
         operands = [args[at] if at < len(args) else kwargs.get(name) for at, name in places]
@@ -113,7 +121,7 @@ def _written(function: Any) -> tuple[tuple[int, str], ...]:
     """
     return tuple(
         (at, argument.name)
-        for at, argument in enumerate(function._schema.arguments)
+        for at, argument in enumerate(schema_of(function).arguments)
         if argument.name in ("running_mean", "running_var")
         or (argument.alias_info is not None and argument.alias_info.is_write)
     )

@@ -112,6 +112,24 @@ def private_names(path: Path) -> list[str]:
     return found
 
 
+def test_the_innermost_modes_are_told() -> None:
+    """None outside of all modes, and the one that was entered last inside."""
+
+    class Ops(torch_private.TorchDispatchMode):  # type: ignore[name-defined, misc]
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return function(*args, **(kwargs or {}))
+
+    class Calls(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return function(*args, **(kwargs or {}))
+
+    assert torch_private.current_dispatch_mode() is None
+    assert torch_private.current_function_mode() is None
+    with Ops() as ops, Ops() as inner, Calls() as calls:
+        assert torch_private.current_dispatch_mode() is inner is not ops
+        assert torch_private.current_function_mode() is calls
+
+
 def test_private_names_are_used_in_one_file() -> None:
     """So that a new release of torch breaks one file."""
     adapter = Path(torch_private.__file__)

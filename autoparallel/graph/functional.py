@@ -18,6 +18,7 @@ from autoparallel.graph.memory import (
     written_back,
 )
 from autoparallel.graph.operators import operator_of, packet_of
+from autoparallel.support.torch_private import schema_of
 
 __all__ = ["functional"]
 
@@ -307,7 +308,7 @@ def _require_pure(node: Node) -> None:
     """Raises CaptureError for an op that writes to an operand otherwise than in-place ops do."""
     if node.kind != "call":
         return
-    schema = operator_of(node.target)._schema
+    schema = schema_of(operator_of(node.target))
     named = dict(node.kwargs)
     for at, argument in enumerate(schema.arguments):
         operand = node.args[at] if at < len(node.args) else named.get(argument.name)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from autoparallel.copies import DEEPEST, originals
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.graph.folding import Folding
+from autoparallel.support import torch_private
 
 __all__ = ["HeldTensors", "named_tensors", "refuse_views", "storage_key"]
 
@@ -47,7 +48,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch
 def storage_key(tensor: torch.Tensor) -> int | None:
     """Equal for tensors that share memory, on the meta device too. None for those without."""
     try:
-        return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+        return torch_private.storage_key(tensor) if tensor.layout is torch.strided else None
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -10,6 +10,7 @@ import torch
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 from autoparallel.graph.memory import is_view, shares_memory
 from autoparallel.graph.operators import operator_of
+from autoparallel.support.torch_private import schema_of
 
 __all__ = ["is_steady"]
 
@@ -72,7 +73,7 @@ class _Calls:
         seeded = operator is not None and torch.Tag.nondeterministic_seeded in operator.tags
         self.draws += seeded
         key = (*self.spelled(node), self.draws if seeded else None)
-        writes = operator is None or operator._schema.is_mutable
+        writes = operator is None or schema_of(operator).is_mutable
         if writes:
             self.writes[self.second].append(key)
         if self.second:

@@ -76,6 +76,8 @@ __all__ = [
     "TorchDispatchMode",
     "assert_on_device",
     "at_end_of_backward",
+    "current_dispatch_mode",
+    "current_function_mode",
     "custom_op_functions",
     "decompose",
     "dispatch_registrations",
@@ -110,6 +112,23 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+# Modes that watch calls.
+
+
+def current_dispatch_mode() -> Any:
+    """The innermost mode that sees ops, None where there is none."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return _get_current_dispatch_mode()
+
+
+def current_function_mode() -> Any:
+    """The innermost mode that sees calls of torch's functions, None where there is none."""
+    from torch.overrides import _get_current_function_mode
+
+    return _get_current_function_mode()
 
 
 # Ops and their schemas.
