@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autoparallel.analysis.closed_forms import closed_forms
+    from autoparallel.analysis.pipeline import pipeline
+    from autoparallel.analysis.timeline import timeline
     from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate
-    from autoparallel.cost.formula import closed_forms
-    from autoparallel.cost.pipeline import pipeline
-    from autoparallel.cost.timeline import timeline
     from autoparallel.errors import AutoParallelError
     from autoparallel.mesh import Mesh
+    from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
+    from autoparallel.parallel.module import full_state_dict
+    from autoparallel.parallel.seeds import manual_seed, rng_state, set_rng_state
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
-    from autoparallel.runtime.checkpoint import load_checkpoint, save_checkpoint
-    from autoparallel.runtime.module import full_state_dict
-    from autoparallel.runtime.seeds import manual_seed, rng_state, set_rng_state
+    from autoparallel.view.closed_forms_text import forms_text
     from autoparallel.view.dot import write_svg
-    from autoparallel.view.formula import forms_text
     from autoparallel.view.report import print_plan
     from autoparallel.view.trace import write_trace
 
@@ -30,9 +30,9 @@ _HOMES = {
     "autoparallelize": "api",
     "make_plan": "api",
     "simulate": "api",
-    "closed_forms": "cost.formula",
-    "pipeline": "cost.pipeline",
-    "timeline": "cost.timeline",
+    "closed_forms": "analysis.closed_forms",
+    "pipeline": "analysis.pipeline",
+    "timeline": "analysis.timeline",
     "AutoParallelError": "errors",
     "Mesh": "mesh",
     "Invariant": "placement",
@@ -40,13 +40,13 @@ _HOMES = {
     "Replicate": "placement",
     "Shard": "placement",
     "Plan": "plan",
-    "full_state_dict": "runtime.module",
-    "load_checkpoint": "runtime.checkpoint",
-    "manual_seed": "runtime.seeds",
-    "rng_state": "runtime.seeds",
-    "save_checkpoint": "runtime.checkpoint",
-    "set_rng_state": "runtime.seeds",
-    "forms_text": "view.formula",
+    "full_state_dict": "parallel.module",
+    "load_checkpoint": "parallel.checkpoint",
+    "manual_seed": "parallel.seeds",
+    "rng_state": "parallel.seeds",
+    "save_checkpoint": "parallel.checkpoint",
+    "set_rng_state": "parallel.seeds",
+    "forms_text": "view.closed_forms_text",
     "print_plan": "view.report",
     "write_svg": "view.dot",
     "write_trace": "view.trace",

@@ -14,21 +14,24 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from autoparallel.copies import shallow_copy
+from autoparallel.capture.example_inputs import find_example_inputs, split_example
+from autoparallel.capture.export import refuse_wrapped
+from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import (
     InputMismatchError,
     InputsNeededError,
     PlanError,
     WorldSizeError,
 )
-from autoparallel.graph.arguments import find_example_inputs, split_example
-from autoparallel.graph.capture import refuse_wrapped
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.parts import Planner
+from autoparallel.parallel.module import parallel_module
+from autoparallel.parallel.parameters import as_distributed
+from autoparallel.parallel.seeds import give_generator
+from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import Layout, Placement, whole_layout
 from autoparallel.plan import Plan
-from autoparallel.planning import (
+from autoparallel.planning.plan_model import (
     fastest_plan,
     make_options,
     possible_meshes,
@@ -36,15 +39,12 @@ from autoparallel.planning import (
     trace_model,
     with_graphs,
 )
-from autoparallel.rules.unknown import learn
+from autoparallel.planning.traced_parts import Planner
 from autoparallel.runtime.groups import Group, ProcessGroup
-from autoparallel.runtime.module import parallel_module
-from autoparallel.runtime.parameters import as_distributed
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
-from autoparallel.runtime.seeds import give_generator
-from autoparallel.runtime.simulate import Simulation, simulate_plan
+from autoparallel.support.model_snapshot import untouched
+from autoparallel.support.module_copy import shallow_copy
 from autoparallel.support.torch_private import share_local_part
-from autoparallel.untouched import untouched
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import custom_ops
 from calls import Call, call, ints, x
 
-from autoparallel.rules.discover import discover
+from autoparallel.discovery.discover import discover
 
 SAMPLES = [
     call("gelu.default", x(4, 5)),

@@ -122,12 +122,14 @@ def measure(
     """Seconds per phase and peak memory of one row, in this process."""
     clock = Clock(time.process_time if cpu else time.perf_counter)
     with clock.phase("import"):
-        from autoparallel import builder, search, solving
-        from autoparallel.graph import breaks
+        from autoparallel.capture import graph_breaks as breaks
         from autoparallel.mesh import Mesh
         from autoparallel.options import Options
+        from autoparallel.planning.plan_model import network_solver as solving
+        from autoparallel.planning.plan_model import search
         from autoparallel.rewrite.emit import emit
         from autoparallel.runtime.ranks import thread_ranks
+        from autoparallel.strategy import build_network as builder
 
     name, _, sizes = row.partition(":")
     shape = tuple(map(int, sizes.split("x")))

@@ -68,7 +68,7 @@ def build(name: str, tiny: bool) -> tuple[Any, dict[str, Any]]:
 
 def predict(plan: Any) -> tuple[float, float, float]:
     """Seconds forward, backward and of the update, one after the other as the module runs them."""
-    from autoparallel.cost.timeline import timeline
+    from autoparallel.analysis.timeline import timeline
 
     found = timeline(plan, bucket_nbytes=None)
     forward = sum(event.seconds for event in found.events if event.phase == "forward")
@@ -107,12 +107,12 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     from autoparallel import apply_plan
     from autoparallel.api import split_example
+    from autoparallel.capture.graph_breaks import trace
     from autoparallel.cost.calibrate import Effort, calibrate, started
     from autoparallel.cost.hardware import write_hardware
-    from autoparallel.graph.breaks import trace
     from autoparallel.mesh import Mesh
     from autoparallel.options import Options
-    from autoparallel.search import search
+    from autoparallel.planning.search import search
 
     torch.set_num_threads(1)
     results = []

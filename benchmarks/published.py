@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoparallel.cost.collectives import collective_seconds, together_seconds
+from autoparallel.cost.collective_times import collective_seconds, together_seconds
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.placement import Collective, Movement
 from megatron_rules.papers import Transformer, planned, step
@@ -160,7 +160,7 @@ def kept_per_layer(
     Where the sequence is split, with a memory limit that is met only if what layers gather is not
     kept but gathered again in the backward pass, as the paper does.
     """
-    from autoparallel.cost.memory import account
+    from autoparallel.analysis.memory import account
 
     hardware = find_hardware("dgx-a100")
     kept = []
@@ -216,7 +216,7 @@ def zero_bytes(parameters: float, devices: int) -> tuple[float, ...]:
 
     from autoparallel.graph.graph import Value
     from autoparallel.placement import Shard
-    from autoparallel.stores import storage_choices, stored_bytes
+    from autoparallel.strategy.parameter_storage import storage_choices, stored_bytes
 
     value = Value("weight", (int(parameters),), torch.float16, True)
     choices = storage_choices(value, ((Shard(0),),), (devices,), True, True)

@@ -19,10 +19,10 @@ import torch
 
 import autoparallel
 from autoparallel import Mesh, Plan
+from autoparallel.analysis.timeline import Timeline
 from autoparallel.cost.hardware import find_hardware
-from autoparallel.cost.timeline import Timeline
+from autoparallel.support.units import bytes_text, parse_bytes
 from autoparallel.train.models import GPT, GPTConfig
-from autoparallel.units import bytes_text, parse_bytes
 
 
 def main() -> int:

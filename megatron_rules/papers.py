@@ -129,11 +129,11 @@ def planned(
 
     At the pace of the mean device: how many there are besides these ranks, the caller knows.
     """
-    from autoparallel.graph.capture import capture
-    from autoparallel.graph.passes import run_passes
+    from autoparallel.capture.export import capture
+    from autoparallel.graph.passes.run_passes import run_passes
     from autoparallel.mesh import Mesh
     from autoparallel.options import Options
-    from autoparallel.search import search
+    from autoparallel.planning.search import search
 
     module, pins = build(model)
     inputs = module.model.example_inputs(batch=batch)
@@ -165,8 +165,8 @@ def not_written(plan: Any, hardware: Hardware) -> dict[str, tuple[float, float]]
 
     Such a result is neither written nor read, nor is its gradient, and one kernel less is started.
     """
-    from autoparallel.cost.compute import nbytes
-    from autoparallel.routes import layout_fraction
+    from autoparallel.cost.op_costs import nbytes
+    from autoparallel.strategy.redistribution_paths import layout_fraction
 
     graph = plan.captured.graph
     sizes = tuple(size for _, size in plan.mesh.axes)

@@ -9,14 +9,16 @@ charges usage until a limit is kept; `ilp` is the cross-check; `exhaustive` is t
 ones.
 """
 
-from planners import coarse, conditioning, exact, exhaustive, ilp, limited
-from planners.choices import Factor, Variable
+from planners import coarsening as coarse
+from planners import conditioning, exact, exhaustive, ilp
+from planners import lagrangian as limited
 from planners.exact import min_marginals
-from planners.memo import Memo
 from planners.ordering import TooWideError
 from planners.problem import Problem, Spent
 from planners.solution import InfeasibleError, OverLimitError, Solution
+from planners.table_memo import Memo
 from planners.tables import Alternative, Table
+from planners.variables import Factor, Variable
 
 __all__ = [
     "Alternative",

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from planners import exact, ilp
-from planners.choices import Factor, Variable
-from planners.memo import Memo
 from planners.ordering import TooWideError, schedule
 from planners.problem import Problem
 from planners.reduction import ContradictionError, reduce
 from planners.solution import InfeasibleError, Solution
+from planners.table_memo import Memo
 from planners.tables import Table
+from planners.variables import Factor, Variable
 
 __all__ = ["cutset", "solve"]
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from planners.memo import Memo, Operand
 from planners.ordering import Schedule, TooWideError, schedule
 from planners.problem import Problem
 from planners.reduction import ContradictionError, Network, closure, reduce
 from planners.solution import InfeasibleError, Solution
+from planners.table_memo import Memo, Operand
 from planners.tables import Table
 
 MAX_TABLE_ENTRIES = 2**26

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
-from planners.choices import Factor, Variable
 from planners.problem import Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 from planners.tables import Table
+from planners.variables import Factor, Variable
 
 MAX_ASSIGNMENTS = 20_000_000
 

@@ -12,10 +12,10 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.choices import Factor, Variable
 from planners.problem import Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 from planners.tables import Alternative, Prices, Table
+from planners.variables import Factor, Variable
 
 _METHOD = "integer program"
 _RELATIVE_GAP = 1e-9

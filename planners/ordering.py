@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from planners.memo import Operand, Orders
 from planners.reduction import Network
+from planners.table_memo import Operand, Orders
 
 # Predicted cost of a step, in table entries read: a fixed part and the entries of its tables.
 _ENTRIES_PER_STEP = 20_000

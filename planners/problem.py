@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.choices import Factor, Variable, checked_factor, checked_variable, title
 from planners.tables import Alternative, Checker, Prices, Table
+from planners.variables import Factor, Variable, checked_factor, checked_variable, title
 
 __all__ = ["Multiplier", "Problem", "Spent"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.memo import Memo
 from planners.problem import Problem
+from planners.table_memo import Memo
 
 # The scope of a table as variable indices, in the order of the table's axes, and its number.
 Term = tuple[tuple[int, ...], int]

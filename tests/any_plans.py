@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from autoparallel.builder import build_network
+from autoparallel.capture.example_inputs import split_example
+from autoparallel.capture.graph_breaks import trace
 from autoparallel.cost.hardware import find_hardware
-from autoparallel.graph.arguments import split_example
-from autoparallel.graph.breaks import trace
 from autoparallel.graph.captured import Captured
-from autoparallel.graph.passes import at_least
+from autoparallel.graph.passes.run_passes import at_least
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.plan import Plan
-from autoparallel.reading import read_plan
+from autoparallel.planning.solution_to_plan import read_plan
+from autoparallel.strategy.build_network import build_network
+from autoparallel.strategy.cost_network import Network
 from planners import Solution, exact
 
 __all__ = ["any_plans", "network_of"]

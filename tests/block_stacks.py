@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.graph.capture import Captured, capture
+from autoparallel.capture.export import Captured, capture
 
 __all__ = ["LAYERS", "WIDTH", "Block", "Stack", "both", "instances", "numbered", "sample", "stack"]
 

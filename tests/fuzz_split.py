@@ -16,20 +16,20 @@ import torch
 from fuzz_programs import Program
 
 import autoparallel
-from autoparallel.builder import build_network
+from autoparallel.capture.export import capture
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import CaptureError
-from autoparallel.graph.capture import capture
 from autoparallel.graph.graph import Sym
-from autoparallel.graph.passes import at_least, run_passes
+from autoparallel.graph.passes.run_passes import at_least, run_passes
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network
 from autoparallel.options import Options
+from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import layout_text
 from autoparallel.plan import Plan
-from autoparallel.reading import read_plan
-from autoparallel.runtime.simulate import Simulation, simulate_plan
-from autoparallel.structure import flatten
+from autoparallel.planning.solution_to_plan import read_plan
+from autoparallel.strategy.build_network import build_network
+from autoparallel.strategy.cost_network import Network
+from autoparallel.support.pytree import flatten
 from planners import Factor, Problem, Variable, exact
 
 __all__ = ["Coverage", "Split", "Subject", "UnfitError"]

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from autoparallel.rewrite.emit import Program, emit
-from autoparallel.runtime import again
+from autoparallel.runtime import recompute as again
 
 __all__ = ["Kept", "watching"]
 

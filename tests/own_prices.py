@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoparallel.cost.collectives import collective_seconds, together_seconds
-from autoparallel.cost.compute import op_costs, update_seconds
+from autoparallel.cost.collective_times import collective_seconds, together_seconds
 from autoparallel.cost.hardware import Hardware, Link, find_hardware
+from autoparallel.cost.op_costs import op_costs, update_seconds
 from autoparallel.graph.graph import Graph, Value, hint
-from autoparallel.graph.passes import at_least
-from autoparallel.matching import match_rules
+from autoparallel.graph.passes.run_passes import at_least
 from autoparallel.placement import (
     Collective,
     Invariant,
@@ -29,7 +28,8 @@ from autoparallel.placement import (
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, place, tile_of
-from autoparallel.tiling import inert_calls
+from autoparallel.strategy.candidate_splits import inert_calls
+from autoparallel.strategy.rule_matching import match_rules
 
 __all__ = ["Priced", "price"]
 

@@ -7,7 +7,7 @@ import sample_layers
 import torch
 from calls import Call, call, fixed, ints, truth, x
 
-from autoparallel.rules.pointwise import BINARY, UNARY
+from autoparallel.rules.ops.pointwise import BINARY, UNARY
 
 _DOMAINS = {
     "acosh": (1.1, 2.0),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import autoparallel
-from autoparallel.runtime.simulate import Simulation
+from autoparallel.parallel.simulate import Simulation
 
 __all__ = ["split_as_whole"]
 

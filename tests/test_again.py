@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Layout, Partial, Placement, Replicate, Shard
-from autoparallel.runtime import draws, rng
-from autoparallel.runtime.again import convert_again, dropping, recomputed
+from autoparallel.runtime import random_ops as draws
+from autoparallel.runtime import rng
 from autoparallel.runtime.collectives import convert, take_part
-from autoparallel.runtime.layouts import take_layout_part
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
+from autoparallel.runtime.recompute import convert_again, dropping, recomputed
+from autoparallel.runtime.tensor_parts import take_layout_part
 
 S0, R = Shard(0), Replicate()
 SEED = 3

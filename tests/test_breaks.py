@@ -14,11 +14,11 @@ from families import relative_error, worst_gradient
 from torch import nn
 
 import autoparallel
+from autoparallel.capture.export import capture
 from autoparallel.errors import CaptureError, PlanError
-from autoparallel.graph.capture import capture
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.uncaptured_python import common_numbers
 from autoparallel.placement import Invariant, Shard
-from autoparallel.runtime.python import common_numbers
 from autoparallel.runtime.rng import Generator
 from autoparallel.view.report import plan_text
 

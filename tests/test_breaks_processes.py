@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import autoparallel
-from autoparallel.parts import Planner
-from autoparallel.runtime.module import parallel_module
-from autoparallel.runtime.parameters import whole_tensor
-from autoparallel.runtime.python import common_numbers
+from autoparallel.parallel.module import parallel_module
+from autoparallel.parallel.module_state import state_of
+from autoparallel.parallel.parameters import whole_tensor
+from autoparallel.parallel.uncaptured_python import common_numbers
+from autoparallel.planning.traced_parts import Planner
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
 from autoparallel.runtime.rng import Generator
-from autoparallel.runtime.state import state_of
 
 
 def whole_gradients(module: nn.Module) -> dict[str, torch.Tensor]:

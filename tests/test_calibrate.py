@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from autoparallel import make_plan
+from autoparallel.analysis.timeline import timeline
 from autoparallel.cli import main
 from autoparallel.cost.calibrate import Effort, _Bench
-from autoparallel.cost.collectives import collective_seconds
+from autoparallel.cost.collective_times import collective_seconds
 from autoparallel.cost.fit import Call, Move, Product, Samples, fit
 from autoparallel.cost.hardware import (
     Algorithm,
@@ -28,9 +29,8 @@ from autoparallel.cost.hardware import (
     read_hardware,
     write_hardware,
 )
-from autoparallel.cost.moving import moved_seconds
-from autoparallel.cost.products import product_seconds
-from autoparallel.cost.timeline import timeline
+from autoparallel.cost.matmul import product_seconds
+from autoparallel.cost.memory_moves import moved_seconds
 from autoparallel.placement import Collective
 from autoparallel.train.models import GPT, GPTConfig
 

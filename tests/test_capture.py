@@ -10,7 +10,7 @@ from block_stacks import LAYERS, WIDTH, Block, Stack, both, instances, numbered,
 from families import TRANSFORMERS, build, inputs_for
 from torch import nn
 
-from autoparallel.graph.capture import capture
+from autoparallel.capture.export import capture
 
 FAMILY_LAYERS = 4
 

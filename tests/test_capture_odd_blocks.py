@@ -9,8 +9,8 @@ import torch
 from block_stacks import LAYERS, WIDTH, Block, Stack, both, instances, numbered, sample, stack
 from torch import nn
 
+from autoparallel.capture.export import capture
 from autoparallel.errors import CaptureError
-from autoparallel.graph.capture import capture
 
 
 class OddIsDifferent(Block):

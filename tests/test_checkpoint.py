@@ -17,11 +17,11 @@ from torch import nn
 import autoparallel
 from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.checkpoint import in_pieces, load_checkpoint, save_checkpoint
 from autoparallel.placement import Layout, Shard
 from autoparallel.runtime import rng
-from autoparallel.runtime.checkpoint import in_pieces, load_checkpoint, save_checkpoint
-from autoparallel.runtime.layouts import join_layout, take_layout_part
 from autoparallel.runtime.ranks import thread_ranks
+from autoparallel.runtime.tensor_parts import join_layout, take_layout_part
 from autoparallel.train.config import Checkpoints, TrainConfig
 from autoparallel.train.loop import train
 from autoparallel.train.models import GPT, GPTConfig

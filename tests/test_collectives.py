@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from autoparallel.discovery.strategy_validation import difference, part_of
 from autoparallel.placement import (
     Invariant,
     Partial,
@@ -16,7 +17,6 @@ from autoparallel.placement import (
     local_size,
     movement,
 )
-from autoparallel.rules.referee import difference, part_of
 from autoparallel.runtime.collectives import convert, join_parts, move, take_part
 from autoparallel.runtime.groups import thread_groups
 

@@ -11,13 +11,13 @@ from container_models import KINDS, Model, sample
 from families import relative_error, worst_gradient
 
 import autoparallel
-from autoparallel.copies import on_meta
-from autoparallel.graph.capture import capture
-from autoparallel.graph.passes import run_passes
+from autoparallel.capture.export import capture
+from autoparallel.graph.passes.run_passes import run_passes
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
+from autoparallel.planning.search import search
 from autoparallel.rules.registry import find_rule
-from autoparallel.search import search
+from autoparallel.support.module_copy import on_meta
 
 TOLERANCE = 1e-12
 

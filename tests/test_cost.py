@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoparallel.cost.collectives import collective_seconds, movement_seconds
+from autoparallel.cost.collective_times import collective_seconds, movement_seconds
 from autoparallel.cost.hardware import Algorithm, Hardware, Link, Matmul, Regime
 from autoparallel.placement import Collective, gradient, movement, parse_placement
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from autoparallel.cost.compute import OpCost, op_costs, update_seconds
 from autoparallel.cost.hardware import Hardware, Link, Matmul, find_hardware
-from autoparallel.cost.products import product_seconds
+from autoparallel.cost.matmul import product_seconds
+from autoparallel.cost.op_costs import OpCost, op_costs, update_seconds
 from autoparallel.graph.graph import Node, Ref, Value
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, Tile, strategies

@@ -11,7 +11,7 @@ import pytest
 from families import build, inputs_for
 
 import autoparallel
-from autoparallel.cost.collectives import collective_seconds
+from autoparallel.cost.collective_times import collective_seconds
 from autoparallel.cost.hardware import (
     Algorithm,
     Hardware,

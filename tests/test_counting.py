@@ -7,7 +7,7 @@ import torch.distributed._functional_collectives as functional
 from processes import run_processes
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from autoparallel.runtime.counting import _KINDS, _NOT_COUNTED, CollectiveCounter
+from autoparallel.runtime.collective_counter import _KINDS, _NOT_COUNTED, CollectiveCounter
 
 # torch 2.11 has these under their older names, which 2.15 deprecates.
 NEW_NAMES = hasattr(dist, "all_gather_single")

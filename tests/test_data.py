@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from autoparallel import files
+from autoparallel.support import cache_files as files
 from autoparallel.train import data
 from autoparallel.train.data import (
     Batches,

@@ -10,16 +10,16 @@ import torch
 
 import autoparallel
 from autoparallel import Mesh
-from autoparallel.builder import build_network
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import MemoryLimitError, PlanError
-from autoparallel.graph.passes import at_least
+from autoparallel.graph.passes.run_passes import at_least
 from autoparallel.mesh import arrangements
 from autoparallel.placement import Invariant, Replicate, Shard, layout_text
 from autoparallel.plan import Plan
-from autoparallel.reading import assignment_of
+from autoparallel.planning.solution_to_plan import assignment_of
+from autoparallel.strategy.build_network import build_network
+from autoparallel.support.units import bytes_text, parse_bytes
 from autoparallel.train.models import GPT, GPTConfig
-from autoparallel.units import bytes_text, parse_bytes
 
 MESH = Mesh(dp=2, tp=2)
 

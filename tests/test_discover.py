@@ -14,14 +14,14 @@ from calls import Call, ints, truth, x
 from torch import nn
 
 import autoparallel
+from autoparallel.discovery.discover import ProbeError, discover
+from autoparallel.discovery.strategy_validation import derived, fault
+from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Node, Ref, Value
 from autoparallel.rewrite.emit import emit
 from autoparallel.rules import registry
-from autoparallel.rules.discover import ProbeError, discover
-from autoparallel.rules.referee import derived, fault
 from autoparallel.rules.rule import OpCall, ShardingRule
-from autoparallel.rules.unknown import learn
 from autoparallel.runtime.ranks import thread_ranks
 from autoparallel.view.report import plan_text
 

@@ -9,12 +9,13 @@ import custom_ops
 import pytest
 from calls import Call, x
 
-from autoparallel.files import default_cache_folder
-from autoparallel.rules import registry, unknown
-from autoparallel.rules.cache import key_of, load, store
-from autoparallel.rules.discover import discover
-from autoparallel.rules.found import Found
+from autoparallel.discovery import unknown_ops as unknown
+from autoparallel.discovery.discover import discover
+from autoparallel.discovery.discovered_rule import Found
+from autoparallel.discovery.disk_cache import key_of, load, store
+from autoparallel.rules import registry
 from autoparallel.rules.rule import OpCall
+from autoparallel.support.cache_files import default_cache_folder
 
 GATED = "a b (c d) -> a b d; c whole"
 assert custom_ops.GATED is not None  # importing it registers the ops
@@ -78,7 +79,7 @@ def test_the_key_is_of_the_op_and_its_arguments(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.__version__", "0.0")
     keys.add(key_of(plain))
     monkeypatch.undo()
-    monkeypatch.setattr("autoparallel.rules.cache._text", lambda function: "changed")
+    monkeypatch.setattr("autoparallel.discovery.disk_cache._text", lambda function: "changed")
     keys.add(key_of(plain))
     assert len(keys) == 5
 

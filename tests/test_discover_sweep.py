@@ -6,8 +6,8 @@ import pytest
 from calls import Call, call, ints, x
 from sample_calls import CALLS
 
-from autoparallel.rules.discover import ProbeError, discover
-from autoparallel.rules.referee import derived, fault
+from autoparallel.discovery.discover import ProbeError, discover
+from autoparallel.discovery.strategy_validation import derived, fault
 from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import ShardingRule
 

@@ -13,14 +13,14 @@ from any_plans import network_of
 from torch import nn
 
 import autoparallel
-from autoparallel.cost.memory import Account, account
+from autoparallel.analysis.communication import transfers
+from autoparallel.analysis.memory import Account, account
 from autoparallel.errors import MemoryLimitError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Shard, layout_text
 from autoparallel.plan import OpChoice, Plan
-from autoparallel.reading import read_plan
-from autoparallel.stores import Stored
-from autoparallel.traffic import transfers
+from autoparallel.planning.solution_to_plan import read_plan
+from autoparallel.strategy.parameter_storage import Stored
 from autoparallel.train.models import GPT, GPTConfig
 from planners import Solution, exact
 

@@ -10,15 +10,15 @@ import sympy
 import torch
 
 import autoparallel
-from autoparallel.cost.formula import ClosedForms, Form, closed_forms
-from autoparallel.cost.memory import account
+from autoparallel.analysis.closed_forms import ClosedForms, Form, closed_forms
+from autoparallel.analysis.communication import transfers
+from autoparallel.analysis.memory import account
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Collective, local_layout_size
 from autoparallel.plan import Plan
-from autoparallel.traffic import transfers
 from autoparallel.train.models import GPT, GPTConfig
-from autoparallel.view.formula import expression_text, forms_text
+from autoparallel.view.closed_forms_text import expression_text, forms_text
 
 LAYERS, HIDDEN, HEADS, VOCABULARY, POSITIONS = 3, 4096, 32, 51200, 2048
 BATCH, SEQUENCE = 8, 2048

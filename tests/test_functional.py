@@ -9,9 +9,9 @@ import torch
 from split_models import split_as_whole
 from torch import nn
 
+from autoparallel.capture.export import capture
 from autoparallel.errors import CaptureError
-from autoparallel.graph.capture import capture
-from autoparallel.graph.functional import functional
+from autoparallel.graph.passes.functionalize import functional
 
 BATCH, SIZE = 3, 12
 Tensor = torch.Tensor

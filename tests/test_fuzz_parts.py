@@ -11,8 +11,7 @@ from calls import x
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard, gradient
-from autoparallel.rules.referee import (
+from autoparallel.discovery.strategy_validation import (
     derived,
     difference,
     fault,
@@ -20,8 +19,9 @@ from autoparallel.rules.referee import (
     part_of,
     tiles_of,
 )
+from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard, gradient
+from autoparallel.rules.ops.shape import reshape
 from autoparallel.rules.rule import UnsplittableError, place, tile_of
-from autoparallel.rules.shape import reshape
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import LocalGroup, thread_groups
 

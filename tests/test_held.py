@@ -12,10 +12,12 @@ from families import relative_error, worst_gradient
 from torch import nn
 
 import autoparallel
+from autoparallel.capture import block_folding as folding
+from autoparallel.capture import equal_blocks as blocks
+from autoparallel.capture import held_tensors as held
+from autoparallel.capture.export import capture
+from autoparallel.capture.importer import Importer
 from autoparallel.errors import AliasError, CaptureError
-from autoparallel.graph import blocks, folding, held
-from autoparallel.graph.capture import capture
-from autoparallel.graph.importer import Importer
 
 WIDTH = 6
 Run = Callable[[Any, torch.Tensor], torch.Tensor]

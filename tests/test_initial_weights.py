@@ -11,14 +11,14 @@ from processes import run_processes
 from torch import nn
 
 import autoparallel
-from autoparallel.copies import on_meta
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.module import parallel_module
+from autoparallel.parallel.module_state import state_of
 from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
 from autoparallel.runtime.collectives import join_parts
-from autoparallel.runtime.module import parallel_module
 from autoparallel.runtime.ranks import thread_ranks
-from autoparallel.runtime.state import state_of
+from autoparallel.support.module_copy import on_meta
 
 SEED = 21
 

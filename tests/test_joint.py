@@ -11,7 +11,8 @@ from families import build, inputs_for
 from torch import nn
 
 from autoparallel.mesh import Mesh
-from planners import exact, exhaustive, ilp, limited
+from planners import exact, exhaustive, ilp
+from planners import lagrangian as limited
 
 broad = pytest.mark.broad
 

@@ -11,6 +11,7 @@ import torch
 
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.parameters import Residence
 from autoparallel.placement import (
     Invariant,
     Layout,
@@ -20,7 +21,8 @@ from autoparallel.placement import (
     local_layout_size,
     whole_layout,
 )
-from autoparallel.runtime.layouts import (
+from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
+from autoparallel.runtime.tensor_parts import (
     gathered,
     join_layout,
     layout_pieces,
@@ -28,8 +30,6 @@ from autoparallel.runtime.layouts import (
     require_refined,
     take_layout_part,
 )
-from autoparallel.runtime.parameters import Residence
-from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 
 SHAPE = (24, 5)
 MESHES = (Mesh(a=2, b=3), Mesh(a=3, b=1, c=2))

@@ -17,18 +17,18 @@ from sample_calls import CALLS
 from torch import nn
 
 import autoparallel
-from autoparallel.cost.memory import account, state_nbytes
-from autoparallel.cost.peak import Peak
-from autoparallel.cost.walk import Walk, local_shape
+from autoparallel.analysis.abstract_execution import Walk, local_shape
+from autoparallel.analysis.liveness import Peak
+from autoparallel.analysis.memory import account, state_nbytes
+from autoparallel.discovery import strategy_validation as referee
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
+from autoparallel.parallel import simulate
 from autoparallel.placement import Invariant, Movement, Shard
 from autoparallel.plan import ParameterChoice, Plan
-from autoparallel.rules import referee
+from autoparallel.planning.search import search
 from autoparallel.rules.registry import find_rule
-from autoparallel.runtime import simulate
-from autoparallel.search import search
 from autoparallel.train.models import GPT, GPTConfig
 
 MODELS = ("gpt2", "bert", "llama", "resnet", "lstm", "mamba")

@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 
 import autoparallel
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
+from autoparallel.parallel.module import full_state_dict
+from autoparallel.parallel.module_state import state_of
+from autoparallel.parallel.parameters import as_distributed
 from autoparallel.placement import Shard
-from autoparallel.runtime.checkpoint import load_checkpoint, save_checkpoint
-from autoparallel.runtime.layouts import take_layout_part
-from autoparallel.runtime.module import full_state_dict
-from autoparallel.runtime.parameters import as_distributed
-from autoparallel.runtime.state import state_of
+from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.train.models import GPT, GPTConfig
 
 SIZES = GPTConfig(layers=1, hidden=40, heads=10, vocabulary=31, positions=16, dropout=0.2)

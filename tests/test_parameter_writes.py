@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 import autoparallel
 from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
-from autoparallel.parts import Planner
+from autoparallel.parallel.module import parallel_module
+from autoparallel.parallel.module_state import state_of
 from autoparallel.placement import whole_layout
 from autoparallel.plan import Plan
-from autoparallel.runtime.layouts import gathered
-from autoparallel.runtime.module import parallel_module
+from autoparallel.planning.traced_parts import Planner
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
-from autoparallel.runtime.state import state_of
+from autoparallel.runtime.tensor_parts import gathered
 
 TOLERANCE = 1e-12
 Result = tuple[list[float], dict[str, torch.Tensor]]

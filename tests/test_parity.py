@@ -19,8 +19,8 @@ from families import (
 from processes import run_processes
 
 import autoparallel
-from autoparallel.runtime.parameters import whole_tensor
-from autoparallel.runtime.state import state_of
+from autoparallel.parallel.module_state import state_of
+from autoparallel.parallel.parameters import whole_tensor
 
 TOLERANCE = 1e-10
 

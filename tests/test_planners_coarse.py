@@ -6,17 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_problems import priced_problem
 
-from planners import (
-    Factor,
-    InfeasibleError,
-    Problem,
-    Table,
-    Variable,
-    coarse,
-    exact,
-    exhaustive,
-    limited,
-)
+from planners import Factor, InfeasibleError, Problem, Table, Variable, exact, exhaustive
+from planners import coarsening as coarse
+from planners import lagrangian as limited
 
 seeds = st.integers(0, 2**32 - 1)
 

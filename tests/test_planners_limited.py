@@ -19,12 +19,12 @@ from planners import (
     Variable,
     exact,
     exhaustive,
-    filling,
     ilp,
-    limited,
     min_marginals,
 )
-from planners.closing import closed
+from planners import lagrangian as limited
+from planners import local_improvement as filling
+from planners.integer_refinement import closed
 
 seeds = st.integers(0, 2**32 - 1)
 

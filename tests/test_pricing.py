@@ -15,14 +15,14 @@ from own_prices import price
 from torch import nn
 
 import autoparallel
-from autoparallel.cost.memory import account
-from autoparallel.cost.peak import Peak
-from autoparallel.cost.walk import Walk
+from autoparallel.analysis.abstract_execution import Walk
+from autoparallel.analysis.liveness import Peak
+from autoparallel.analysis.memory import account
 from autoparallel.mesh import Mesh
-from autoparallel.network import Network
 from autoparallel.plan import Plan
-from autoparallel.reading import read_plan
-from autoparallel.solving import Solving
+from autoparallel.planning.network_solver import Solving
+from autoparallel.planning.solution_to_plan import read_plan
+from autoparallel.strategy.cost_network import Network
 from autoparallel.train.models import GPT, GPTConfig
 from planners import Solution, exact
 

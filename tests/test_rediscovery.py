@@ -13,10 +13,10 @@ from families import HIDDEN, TRANSFORMERS, VOCABULARY, build, inputs_for, loss_a
 from processes import run_processes
 
 import autoparallel
+from autoparallel.analysis.communication import transfers
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Shard
-from autoparallel.runtime.counting import CollectiveCounter
-from autoparallel.traffic import transfers
+from autoparallel.runtime.collective_counter import CollectiveCounter
 from megatron_rules.recipe import partition, recipe
 
 BATCH, SEQUENCE = 3, 10

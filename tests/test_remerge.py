@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoparallel
-from autoparallel.graph.capture import capture
-from autoparallel.graph.passes import run_passes
-from autoparallel.graph.remerge import see_through_merges
-from autoparallel.traffic import transfers
+from autoparallel.analysis.communication import transfers
+from autoparallel.capture.export import capture
+from autoparallel.graph.passes.merged_dims import see_through_merges
+from autoparallel.graph.passes.run_passes import run_passes
 
 BATCH, SEQUENCE, HEADS, WIDTH = 3, 5, 4, 24
 Tensor = torch.Tensor

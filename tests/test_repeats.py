@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.graph.capture import capture
+from autoparallel.capture.export import capture
 from autoparallel.graph.graph import Graph, Node
-from autoparallel.graph.passes import run_passes
-from autoparallel.graph.repeats import Block, Repeats, find_repeats
+from autoparallel.graph.passes.run_passes import run_passes
+from autoparallel.graph.repeated_blocks import Block, Repeats, find_repeats
 
 WIDTH = 12
 

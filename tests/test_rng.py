@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 import autoparallel
 from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.simulate import Simulation
 from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard, local_size
 from autoparallel.runtime import rng
 from autoparallel.runtime.groups import LocalGroup
-from autoparallel.runtime.layouts import join_layout
 from autoparallel.runtime.ranks import Ranks, one_axis, single_rank, thread_ranks
-from autoparallel.runtime.simulate import Simulation
+from autoparallel.runtime.tensor_parts import join_layout
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
 WORLD_SIZES = (2, 3, 4, 8)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from autoparallel.cost.hardware import Link, find_hardware
-from autoparallel.joint import is_nested
 from autoparallel.mesh import Mesh
 from autoparallel.placement import (
     Invariant,
@@ -27,10 +26,11 @@ from autoparallel.placement import (
     layout_text,
     local_layout_size,
 )
-from autoparallel.routes import Routes
 from autoparallel.runtime.collectives import convert
-from autoparallel.runtime.layouts import take_layout_part
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
+from autoparallel.runtime.tensor_parts import take_layout_part
+from autoparallel.strategy.mesh_strategies import is_nested
+from autoparallel.strategy.redistribution_paths import Routes
 
 # Dim 0 can be cut by both axes; 7 divides by no axis, and 5 runs of 2 by neither.
 SHAPE = (12, 7, 10)

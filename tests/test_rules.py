@@ -7,9 +7,9 @@ import torch
 from calls import call, x
 from sample_calls import CALLS
 
+from autoparallel.discovery.strategy_validation import derived, fault, uneven_parts
 from autoparallel.placement import Invariant, Partial, Replicate, Shard
-from autoparallel.rules.pointwise import pointwise
-from autoparallel.rules.referee import derived, fault, uneven_parts
+from autoparallel.rules.ops.pointwise import pointwise
 from autoparallel.rules.registry import find_rule, registered
 from autoparallel.rules.rule import ShardingRule, Strategy
 

@@ -7,10 +7,10 @@ import torch
 from calls import Call, call, fixed, ints, x
 from sample_calls import CALLS
 
-from autoparallel.cost.observe import contiguous, observe, runner
-from autoparallel.cost.saved import Saved, SavedTensors, _observe
+from autoparallel.cost.fake_run import contiguous, observe, runner
+from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe
+from autoparallel.discovery.strategy_validation import make_example
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
-from autoparallel.rules.referee import make_example
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.support.torch_versions import RELEASE

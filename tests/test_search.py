@@ -10,11 +10,11 @@ from families import build, inputs_for
 from torch import nn
 
 import autoparallel
-from autoparallel.builder import build_network
 from autoparallel.cost.hardware import find_hardware
-from autoparallel.network import Network
 from autoparallel.options import Options
 from autoparallel.placement import layout_text
+from autoparallel.strategy.build_network import build_network
+from autoparallel.strategy.cost_network import Network
 from planners import exact, exhaustive, ilp
 
 

@@ -20,8 +20,8 @@ from autoparallel.plan import ParameterChoice, Plan
 from autoparallel.rewrite.names import Names
 from autoparallel.runtime import kernels
 from autoparallel.runtime.collectives import convert
-from autoparallel.runtime.layouts import take_layout_part
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
+from autoparallel.runtime.tensor_parts import take_layout_part
 
 __all__ = ["copies_again", "spread"]
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoparallel
-from autoparallel.graph.capture import capture
+from autoparallel.capture.export import capture
 from autoparallel.graph.graph import Sym
 
 

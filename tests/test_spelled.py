@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoparallel
-from autoparallel.copies import on_meta
+from autoparallel.support.module_copy import on_meta
 
 
 class Model(nn.Module):

@@ -16,14 +16,15 @@ from torch import nn
 from torch.nn import functional
 
 import autoparallel
+from autoparallel.discovery.strategy_validation import Example, derived, difference, fault
 from autoparallel.graph.graph import leaves
 from autoparallel.graph.operators import operator_of
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Partial, Placement, Shard, part_bounds
-from autoparallel.rules.referee import Example, derived, difference, fault
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import ShardingRule
-from autoparallel.runtime import generic, standing
+from autoparallel.runtime import discovered_kernels as generic
+from autoparallel.runtime import stand_ins as standing
 from autoparallel.runtime.collectives import take_part
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 

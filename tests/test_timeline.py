@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import autoparallel
+from autoparallel.analysis.pipeline import SCHEDULES, in_flight, pipeline, schedule_seconds
+from autoparallel.analysis.timeline import COMMUNICATION, COMPUTE, Timeline, timeline
 from autoparallel.cost.hardware import Hardware, Link, Matmul
-from autoparallel.cost.pipeline import SCHEDULES, in_flight, pipeline, schedule_seconds
-from autoparallel.cost.timeline import COMMUNICATION, COMPUTE, Timeline, timeline
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Step, parse_layout

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autoparallel
 from autoparallel.mesh import Mesh
-from autoparallel.runtime.typecheck import typecheck_plan
+from autoparallel.parallel.typecheck import typecheck_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

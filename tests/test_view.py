@@ -19,13 +19,13 @@ from rich.console import Console
 from torch import nn
 
 import autoparallel
-from autoparallel.cost.memory import account
+from autoparallel.analysis.memory import account
 from autoparallel.placement import Collective, Movement
 from autoparallel.plan import Plan
+from autoparallel.support.units import bytes_text
 from autoparallel.train.models import GPT, GPTConfig
-from autoparallel.units import bytes_text
 from autoparallel.view.dot import to_dot, write_svg
-from autoparallel.view.fold import fold, index_text
+from autoparallel.view.folded_rows import fold, index_text
 from autoparallel.view.report import collective_totals, plan_text, print_plan
 
 LAYERS = 3

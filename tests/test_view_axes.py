@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 import autoparallel
+from autoparallel.analysis.communication import transfers
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Collective, Shard, Step, parse_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from autoparallel.traffic import transfers
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.dot import to_dot
 from autoparallel.view.report import collective_totals, plan_text

@@ -18,7 +18,7 @@ import autoparallel
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.plan import Plan
-from autoparallel.search import search
+from autoparallel.planning.search import search
 
 TOLERANCE = 1e-9
 WORLD_SIZES = (3, 8, 2, 4)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from autoparallel.cost.collectives import collective_seconds
+from autoparallel.cost.collective_times import collective_seconds
 from autoparallel.cost.hardware import Algorithm, Hardware, Link, Matmul, Regime
-from autoparallel.cost.moving import moved_seconds
-from autoparallel.cost.products import product_seconds
+from autoparallel.cost.matmul import product_seconds
+from autoparallel.cost.memory_moves import moved_seconds
 from autoparallel.placement import Collective
-from autoparallel.units import bytes_text
+from autoparallel.support.units import bytes_text
 
 __all__ = ["Call", "Fit", "Move", "Product", "Row", "Samples", "fit"]
 

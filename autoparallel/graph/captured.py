@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from autoparallel.graph.graph import Dim, Graph, Sym
-from autoparallel.graph.repeats import Repeats, find_repeats
-from autoparallel.structure import Skeleton, rebuild
+from autoparallel.graph.repeated_blocks import Repeats, find_repeats
+from autoparallel.support.pytree import Skeleton, rebuild
 
 __all__ = ["Captured", "Modes", "modes_of"]
 

@@ -21,11 +21,11 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.plan import OpChoice, Plan
-from autoparallel.rewrite.local import Local
+from autoparallel.rewrite.conversions import Routes, find_deferred, layouts_made
+from autoparallel.rewrite.expressions import Speller, own_reduction, spelled
+from autoparallel.rewrite.local_calls import Local
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of
-from autoparallel.rewrite.routes import Routes, find_deferred, layouts_made
-from autoparallel.rewrite.spelling import Speller, own_reduction, spelled
 from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks

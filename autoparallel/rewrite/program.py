@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from autoparallel.graph.graph import Dim
 from autoparallel.placement import Layout, part_bounds
-from autoparallel.runtime import again, collectives, draws, kernels
+from autoparallel.runtime import collectives, kernels
+from autoparallel.runtime import random_ops as draws
+from autoparallel.runtime import recompute as again
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 

@@ -28,7 +28,7 @@ _ROOMS = (
     "attention",
     "indexing",
     "losses",
-    "cutting",
+    "slicing",
     "convolution",
     "recurrent",
 )
@@ -69,7 +69,7 @@ def rule(*targets: str, takes_empty: bool = True) -> Callable[[Author], Author]:
 
 def _load() -> None:
     for room in _ROOMS:
-        import_module(f"autoparallel.rules.{room}")
+        import_module(f"autoparallel.rules.ops.{room}")
 
 
 def find_rule(target: str) -> Author | None:

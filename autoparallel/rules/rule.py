@@ -99,7 +99,7 @@ class ShardingRule:
     sum passes. kernels: for loops that need one to be split. flops: per point of the loop nest
     (2 for a product); 0 where moving bytes is all the work. free: a view, no work at all.
     local_args: the call's args for given local shapes of its results. random: name of the function
-    of autoparallel.runtime.draws that runs it, if it draws numbers. takes_bias: the op adds a
+    of autoparallel.runtime.random_ops that runs it, if it draws numbers. takes_bias: the op adds a
     vector over the result's last dim if it is given one more operand. adds: the op is such an
     addition. grain: of loops whose parts must have a multiple of so many elements.
     takes_empty: it also runs on a part without elements, which ranks are left with where a loop is

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from autoparallel.randomness import restore, snapshot
+from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import functional_collectives
 
 __all__ = ["Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]

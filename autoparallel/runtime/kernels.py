@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from autoparallel.placement import part_bounds
 from autoparallel.runtime.collectives import pending_sum, same_sum
-from autoparallel.runtime.generic import combined_parts, masked_lookup, weighted_mean
+from autoparallel.runtime.discovered_kernels import combined_parts, masked_lookup, weighted_mean
 from autoparallel.runtime.groups import Group
-from autoparallel.runtime.standing import shortened, some
+from autoparallel.runtime.stand_ins import shortened, some
 from autoparallel.runtime.statistics import (
     amax_split,
     amin_split,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.files import default_cache_folder, write_whole
+from autoparallel.support.cache_files import default_cache_folder, write_whole
 from autoparallel.train.models import IGNORED_LABEL
 
 __all__ = [

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autoparallel.runtime.checkpoint import load_checkpoint, save_checkpoint
-from autoparallel.runtime.counting import CollectiveCounter
+from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
+from autoparallel.runtime.collective_counter import CollectiveCounter
 from autoparallel.train.config import Checkpoints, TrainConfig
 from autoparallel.train.data import Batches
 from autoparallel.train.metrics import RunRecord, Traffic

@@ -15,7 +15,7 @@ class Traffic:
     """Collectives of one phase of one step on one rank, counted on the running module.
 
     calls, nbytes: ((kind, number), ...) sorted by kind; bytes are those of the whole tensors, as
-    autoparallel.runtime.counting defines them.
+    autoparallel.runtime.collective_counter defines them.
     """
 
     calls: tuple[tuple[str, int], ...] = ()

@@ -16,7 +16,7 @@ import graphviz
 
 from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, Plan
-from autoparallel.units import bytes_text
+from autoparallel.support.units import bytes_text
 from autoparallel.view.picture import Box, Picture, Pill, draw
 from autoparallel.view.words import Words, collective_text, kind_of, op_text
 

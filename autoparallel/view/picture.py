@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from autoparallel.placement import Invariant, Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
-from autoparallel.view.fold import index_text
+from autoparallel.view.folded_rows import index_text
 from autoparallel.view.words import Words, is_unary
 
 __all__ = ["Arrow", "Box", "Picture", "Pill", "draw"]

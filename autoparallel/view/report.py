@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autoparallel.cost.memory import account
+from autoparallel.analysis.communication import PHASES, Transfer, transfers
+from autoparallel.analysis.memory import account
 from autoparallel.placement import Collective, Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from autoparallel.traffic import PHASES, Transfer, transfers
-from autoparallel.units import bytes_text
-from autoparallel.view.fold import Folded, fold
+from autoparallel.support.units import bytes_text
+from autoparallel.view.folded_rows import Folded, fold
 from autoparallel.view.words import Words, collective_text, kind_of, seconds_text
 
 __all__ = ["collective_totals", "plan_text", "print_plan"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
+from autoparallel.analysis.communication import Transfer, transfers
 from autoparallel.placement import (
     Collective,
     Invariant,
@@ -19,7 +20,6 @@ from autoparallel.placement import (
     Shard,
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from autoparallel.traffic import Transfer, transfers
 
 __all__ = [
     "Words",

@@ -1,0 +1,1 @@
+"""What a finished plan takes: memory, time, communication, in numbers and closed forms."""

@@ -1,0 +1,196 @@
+"""The memory that a finished plan takes on a rank, and what takes it.
+
+It is counted by walking the emitted program, and shares nothing with the tables that the planner
+chose by. Of a rank's parts the largest are counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from autoparallel.analysis.abstract_execution import Walk, local_shape
+from autoparallel.analysis.liveness import Peak
+from autoparallel.errors import PlanError
+from autoparallel.graph.graph import Graph
+from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.plan import ParameterChoice, Plan
+
+__all__ = ["CATEGORIES", "Account", "Item", "account", "has_master_copy", "state_nbytes"]
+
+_OF_PARAMETERS = ("parameters", "gradients", "optimizer_state")
+_ITEMIZED = (*_OF_PARAMETERS, "activations", "buffers", "inputs")
+CATEGORIES = (*_ITEMIZED, "temporary")
+# Of a number of the optimizer of mixed precision.
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What takes memory: `count` tensors of one kind, alike in every block.
+
+    category: a field of Account. name: of a parameter or of the value or op that is kept, with *
+    for the number of the block. where: the module that computes it. nbytes: of all of them.
+    """
+
+    category: str
+    name: str
+    where: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Bytes on one rank, at the worst moment of a step.
+
+    parameters, gradients, optimizer_state: between steps, and until the update. Where the
+    optimizer works on other parts than are stored, its part is a copy: the master copy, where it
+    keeps one, else one more parameter. activations: what
+    autograd keeps of the forward pass when the backward pass begins, each storage once; not
+    parameters, buffers and inputs. buffers: of the model, and its constants. inputs: as the caller
+    gives them. temporary: what there is at the worst moment beyond all these: tensors on their way,
+    their gradients, tensors made again, and what collectives need. items: what takes it, the
+    largest first. assumed: ops that could not be run without data, and are taken to keep all that
+    they read and make.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    buffers: int
+    inputs: int
+    temporary: int
+    items: tuple[Item, ...]
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(size for _, size in self.rows)
+
+    @property
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """(category, bytes)."""
+        return tuple((name, getattr(self, name)) for name in CATEGORIES)
+
+
+def state_nbytes(optimizer: str, itemsize: int) -> int:
+    """Bytes of optimizer state for one element of a parameter of `itemsize` bytes.
+
+    "sgd": none. "momentum": one number of the parameter's type. "adam": two. "mixed_adam": a
+    master copy and two moments, all float32 (12 bytes: arXiv 1910.02054); for a parameter that is
+    float32 itself, the moments alone.
+    """
+    if has_master_copy(optimizer, itemsize):
+        return 3 * _FLOAT32_BYTES
+    return {"sgd": 0, "momentum": 1, "adam": 2, "mixed_adam": 2}[optimizer] * itemsize
+
+
+def has_master_copy(optimizer: str, itemsize: int) -> bool:
+    """Whether the optimizer keeps a parameter of `itemsize` bytes once more, in float32."""
+    return optimizer == "mixed_adam" and itemsize < _FLOAT32_BYTES
+
+
+def account(
+    plan: Plan,
+    recomputed: Sequence[Iterable[str]] | None = None,
+    graph: Graph | None = None,
+) -> Account:
+    """The memory that `plan` takes on the rank that holds the most.
+
+    recomputed: regions, as names of calls, that run once more in the backward pass, and of which
+    only what goes in is kept; by default the plan's. graph: with the sizes to count for; by default
+    those planned for (`plan.options.tokens`).
+    Raises PlanError for a plan without its graph.
+    """
+    if not plan.is_traced:
+        raise PlanError(
+            "the plan has no graph to count the memory of",
+            why="it was read from a text",
+            fix="plan again with the model and example inputs",
+        )
+    programs = _programs(plan)
+    trained = {
+        f"{prefix}{node.target}": node.result.requires_grad
+        for prefix, part in programs
+        for node in _graph(part).nodes
+        if node.kind == "parameter"
+    }
+    items: list[Item] = []
+    for parameter in plan.parameters:
+        items += _resident(parameter, plan, trained.get(parameter.path, True))
+    assumed: list[str] = []
+    temporary = 0
+    known: dict[int, tuple[Walk, Peak]] = {}
+    for prefix, part in programs:
+        if id(part) not in known:
+            sized = graph if part is plan else None
+            regions = part.recomputed if recomputed is None else recomputed
+            walk = Walk(sized or at_least(_graph(part), part.options.tokens), part, regions)
+            known[id(part)] = (walk, Peak(walk))
+        walk, peak = known[id(part)]
+        temporary = max(temporary, peak.temporary)
+        assumed += [f"{prefix}{name}" for name in walk.assumed]
+        for number, storage in enumerate(walk.storages):
+            category = {"buffer": "buffers", "input": "inputs"}.get(storage.kind, "activations")
+            if number in peak.kept if category == "activations" else storage.kind != "parameter":
+                where = ".".join(text for text in (prefix.rstrip("."), storage.where) if text)
+                items.append(Item(category, storage.name, where, 1, storage.nbytes))
+    rows = _grouped(items)
+    return Account(
+        **{name: sum(i.nbytes for i in rows if i.category == name) for name in _ITEMIZED},
+        temporary=temporary,
+        items=rows,
+        assumed=tuple(assumed),
+    )
+
+
+def _programs(plan: Plan) -> list[tuple[str, Plan]]:
+    """What is run, with the path of each in the model."""
+    if plan.captured is not None:
+        return [("", plan)]
+    return [(f"{path}.", part.plan) for part in plan.parts for path in part.paths]
+
+
+def _graph(plan: Plan) -> Graph:
+    assert plan.captured is not None
+    return plan.captured.graph
+
+
+def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable[Item]:
+    """What is there of one parameter, whatever runs."""
+    sizes = tuple(size for _, size in plan.mesh.axes)
+    itemsize = parameter.nbytes // max(prod(parameter.shape), 1)
+    optimizer = plan.options.optimizer
+    held = [("parameters", parameter.storage, itemsize)]
+    if trained:
+        held.append(("gradients", parameter.gradient, itemsize))
+        held.append(("optimizer_state", parameter.state, state_nbytes(optimizer, itemsize)))
+        if parameter.state != parameter.storage and not has_master_copy(optimizer, itemsize):
+            held.append(("parameters", parameter.state, itemsize))
+    for category, layout, size in held:
+        count = prod(local_shape(parameter.shape, layout, sizes))
+        yield Item(category, parameter.path, "", 1, count * size)
+
+
+def _grouped(items: Iterable[Item]) -> tuple[Item, ...]:
+    """Items of equal blocks together, the largest first."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for item in items:
+        where = re.sub(r"(?<![^.])\d+(?![^.])", "*", item.where)
+        name = item.name
+        if item.category in _OF_PARAMETERS:
+            name = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        elif where != item.where:
+            name = re.sub(r"(_\d+)+(?=_|$)", "", name)
+        found.setdefault((item.category, name, where), []).append(item.nbytes)
+    rows = [
+        Item(category, name, where, len(sizes), sum(sizes))
+        for (category, name, where), sizes in found.items()
+        if sum(sizes)
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.nbytes))

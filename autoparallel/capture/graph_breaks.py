@@ -1,0 +1,221 @@
+"""Models that cannot be traced whole: the largest submodules that can, and why the rest cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from autoparallel.capture.call_recorder import Call, record
+from autoparallel.capture.equal_modules import Alike, Watch
+from autoparallel.capture.export import Captured, capture
+from autoparallel.capture.held_tensors import refuse_views
+from autoparallel.errors import AliasError, CaptureError
+from autoparallel.graph.passes.run_passes import run_passes
+from autoparallel.plan import Break
+from autoparallel.rules.registry import find_rule
+
+__all__ = ["Broken", "TracedPart", "trace", "trace_alike", "trace_parts"]
+
+_log = logging.getLogger(__name__)
+_RUNS = 3  # example runs, with other random numbers, to see modules that are left out by chance
+
+
+@dataclass(frozen=True)
+class TracedPart:
+    """A graph, and the paths of the equal modules that it is of."""
+
+    paths: tuple[str, ...]
+    captured: Captured
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A model in parts. breaks: the modules that stay Python. aliases: as in Captured."""
+
+    parts: tuple[TracedPart, ...]
+    breaks: tuple[Break, ...]
+    aliases: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what the parts are and where."""
+        rows = [(part.paths, part.captured.graph.fingerprint) for part in self.parts]
+        text = repr((rows, [item.path for item in self.breaks]))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    part: bool = False,
+    around: nn.Module | None = None,
+) -> Captured:
+    """The graph of the whole model after all passes. Raises CaptureError where there is none.
+
+    around: the model that this is a part of.
+    """
+    captured = capture(model, args, kwargs, known=_has_rule, part=part, around=around)
+    return replace(captured, graph=run_passes(captured.graph))
+
+
+def trace_alike(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    counters: tuple[tuple[str, str], ...],
+    around: nn.Module,
+) -> tuple[Captured | CaptureError, bool]:
+    """The graph of a part, or why there is none; and whether that goes for its equals too.
+
+    counters: attributes of it that number the equals; what the trace reads of them is its own.
+    around: the model that it is a part of. Raises AliasError where Python would be no way out.
+    """
+    watch = Watch(counters)
+    found: Captured | CaptureError
+    try:
+        with watch.installed(model):
+            found = trace(model, args, kwargs, part=True, around=around)
+    except AliasError:
+        raise
+    except CaptureError as error:
+        found = error
+    return found, not watch.touched
+
+
+def trace_parts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: CaptureError
+) -> Broken:
+    """The largest submodules of `model` that can be traced, with the inputs of an example run.
+
+    error: why the whole cannot. Only modules with parameters are tried: the others gain nothing.
+    Raises CaptureError where the model has no weights to run with, and where nothing is left.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise CaptureError(
+            error.what,
+            where=error.where,
+            why=f"{error.why}\nIts submodules could be split one by one, but what they are called "
+            "with is known from an example run only, which needs weights",
+            fix=f"pass the model with real weights (not on the meta device), or {error.fix}",
+        )
+    try:
+        finder = _Finder(model, args, kwargs)
+    except CaptureError as failed:
+        raise CaptureError(
+            error.what,
+            where=error.where,
+            why=f"{error.why}\nNor can its submodules be split one by one: {failed.what}, "
+            f"{failed.why}",
+            fix=error.fix,
+        ) from failed
+    finder.broken("", error)
+    finder.uncalled()
+    refuse_views(model, [item.path for item in finder.breaks])
+    if not finder.parts:
+        raise CaptureError(
+            f"nothing of {type(model).__name__} can be split",
+            where="\n".join(map(str, finder.breaks)),
+            why="no submodule with parameters can be traced",
+            fix="see the reasons above; any module that is free of them will be split",
+        )
+    order = {path: index for index, path in enumerate(finder.modules)}
+    parts = tuple(
+        TracedPart(tuple(sorted(paths, key=order.__getitem__)), captured)
+        for captured, paths in finder.parts.values()
+    )
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    aliases = {path: first.setdefault(id(parameter), path) for path, parameter in named}
+    return Broken(parts, tuple(finder.breaks), aliases)
+
+
+class _Finder:
+    """The search down the tree of calls."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.model = model
+        self.alike = Alike(model)
+        self.modules = dict(model.named_modules())
+        self.weighty = {path for path, module in self.modules.items() if _has_parameters(module)}
+        self.calls: dict[str, Call] = {}
+        for seed in range(_RUNS):
+            for path, call in record(model, args, kwargs, seed).items():
+                known = self.calls.setdefault(path, call)
+                known.callers.update(call.callers)
+            seen = {self.alike.canonical(path) for path in self.calls}
+            if all(self.alike.canonical(path) in seen for path in self.weighty if path):
+                break
+        self.children: dict[str, list[str]] = {}
+        for path, call in self.calls.items():
+            for caller in call.callers:
+                self.children.setdefault(caller, []).append(path)
+        self.breaks: list[Break] = []
+        self.parts: dict[Any, tuple[Captured, list[str]]] = {}
+        self.known: dict[Any, Captured | CaptureError] = {}
+        self.done: set[str] = set()
+
+    def broken(self, path: str, error: CaptureError) -> None:
+        """The module at `path` stays Python: note why, and try what it calls."""
+        reason = error.what + (f": {error.why}" if error.why else "")
+        place, _, code = error.where.partition("  ")
+        line = "  ".join(filter(None, (place.rsplit("/", 1)[-1], code)))
+        self.breaks.append(Break(path, line, " ".join(reason.split())))
+        for child in self.children.get(path, ()):
+            self.visit(child)
+
+    def visit(self, path: str) -> None:
+        """Trace the module at `path`, or what it calls."""
+        if path in self.done or path not in self.weighty:
+            return
+        self.done.add(path)
+        call = self.calls[path]
+        canonical = self.alike.canonical(path)
+        key: tuple[Any, ...] = (canonical, call.signature)
+        if key not in self.known:
+            args, kwargs = call.arguments()
+            counters = self.alike.counters(canonical)
+            found, common = trace_alike(self.modules[path], args, kwargs, counters, self.model)
+            if not common:
+                key = (path, call.signature, "alone")
+            self.known[key] = found
+        found = self.known[key]
+        if isinstance(found, CaptureError):
+            _log.info("%s stays Python: %s", path, found.what)
+            self.broken(path, found)
+        else:
+            self.parts.setdefault(key, (found, []))[1].append(path)
+
+    def uncalled(self) -> None:
+        """Modules that no example run has called are like their equals."""
+        parts: dict[str, Any] = {}
+        for key in self.parts:
+            if key[-1] != "alone":
+                parts.setdefault(key[0], key)
+        breaks = {self.alike.canonical(item.path): item for item in reversed(self.breaks)}
+        taken = {path for _, paths in self.parts.values() for path in paths}
+        for path in self.modules:
+            above = path.split(".")
+            inside = any(".".join(above[:end]) in taken for end in range(1, len(above)))
+            if path in self.calls or path not in self.weighty or inside:
+                continue
+            canonical = self.alike.canonical(path)
+            if canonical in parts:
+                self.parts[parts[canonical]][1].append(path)
+                taken.add(path)
+            elif canonical in breaks and path:
+                self.breaks.append(replace(breaks[canonical], path=path))
+
+
+def _has_rule(name: str) -> bool:
+    return find_rule(name) is not None
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

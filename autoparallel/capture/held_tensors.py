@@ -1,0 +1,246 @@
+"""Tensors of a model that its forward reaches otherwise than as attributes of its modules.
+
+A list of parameters, a bound method of an inner module, an object that a module keeps: what is
+read that way is the tensor itself, and the tracer takes it for a constant. A parameter would then
+stay as it was when the model was planned. Here it is put back in its place, or refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from autoparallel.capture.block_folding import Folding
+from autoparallel.errors import AliasError, AutoParallelError, CaptureError
+from autoparallel.support import torch_private
+from autoparallel.support.module_copy import DEEPEST, originals
+
+__all__ = ["HeldTensors", "named_tensors", "refuse_views", "storage_key"]
+
+_DEEPEST = 6  # containers and objects inside of others that are looked into
+_PLAIN = (torch.Tensor, nn.Parameter)
+_INTERNAL = frozenset(vars(nn.Module()))
+# What tells nothing of a tensor's values and makes no tensor.
+_METADATA = frozenset(
+    "shape dtype device layout ndim requires_grad is_leaf is_meta names size dim numel stride "
+    "storage_offset is_floating_point is_complex is_contiguous element_size nbytes itemsize "
+    "__len__ __hash__ _version".split()
+)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """(path, module that has it, kind, tensor) of all parameters and buffers, under each path."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for kind in ("parameter", "buffer"):
+            tensors = module._parameters if kind == "parameter" else module._buffers
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    yield prefix + name, module, kind, tensor
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """Equal for tensors that share memory, on the meta device too. None for those without."""
+    try:
+        return torch_private.storage_key(tensor) if tensor.layout is torch.strided else None
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+class HeldTensors(TorchFunctionMode):
+    """While a forward is traced, gives each function the model's tensors as the tracer has them.
+
+    A parameter or buffer of `model` that is reached past its module is replaced by what its module
+    has in its place. failure: the first tensor for which that cannot be, remembered as the model
+    may catch the error. around: the model that `model` is a part of, whose other tensors the graph
+    of the part cannot read.
+    """
+
+    def __init__(self, model: nn.Module, folding: Folding, around: nn.Module | None = None) -> None:
+        super().__init__()
+        self.folding = folding
+        self.failure: AutoParallelError | None = None
+        self.places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        self.paths: dict[int, str] = {}
+        self.outside: dict[int, str] = {}
+        self.tensors: list[torch.Tensor] = []  # kept, so that their ids stay theirs
+        root = model if around is None else around
+        for path, _, _, tensor in named_tensors(root):
+            self.remember(path, tensor)  # by the name that the user knows
+        own: dict[int, str] = {}
+        for path, module, kind, tensor in named_tensors(model):
+            own[id(module)] = path.rpartition(".")[0]
+            self.places.setdefault(id(tensor), []).append((path, module, kind))
+        for tensor, module, path, name in originals(root):
+            full = f"{path}.{name}" if path else name
+            self.remember(full, tensor)
+            if id(module) in own:
+                inner = f"{own[id(module)]}.{name}" if own[id(module)] else name
+                kind = "parameter" if name in module._parameters else "buffer"
+                self.places.setdefault(id(tensor), []).append((inner, module, kind))
+            else:
+                self.outside[id(tensor)] = full
+        for path, _, _, tensor in named_tensors(root):
+            if id(tensor) not in self.places:
+                self.outside[id(tensor)] = path
+
+    def remember(self, path: str, tensor: torch.Tensor) -> None:
+        """Whose memory it is."""
+        self.tensors.append(tensor)
+        key = storage_key(tensor)
+        if key is not None:
+            self.paths.setdefault(key, path)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(map(self.concerns, args)) or any(map(self.concerns, kwargs.values())):
+            name = getattr(function, "__name__", "")
+            if name == "__get__":
+                name = getattr(function.__self__, "__name__", "")
+            if name not in _METADATA:
+                args = tuple(map(self.placed, args))
+                kwargs = {key: self.placed(value) for key, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+    def concerns(self, item: Any) -> bool:
+        """Whether it is, or holds, a tensor that was there before the trace."""
+        if type(item) in _PLAIN or id(item) in self.places:
+            return isinstance(item, torch.Tensor)
+        if isinstance(item, (list, tuple)):
+            return any(map(self.concerns, item))
+        return isinstance(item, dict) and any(map(self.concerns, item.values()))
+
+    def placed(self, item: Any) -> Any:
+        """An argument with the model's tensors as the tracer has them."""
+        if not self.concerns(item):
+            return item
+        if isinstance(item, torch.Tensor):
+            return self.tensor(item)
+        if isinstance(item, dict):
+            return {key: self.placed(value) for key, value in item.items()}
+        parts = [self.placed(part) for part in item]
+        return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as the tracer has it. Raises CaptureError where it has none."""
+        for path, module, kind in self.places.get(id(tensor), ()):
+            block = self.folding.block_of(path)
+            if block is None:
+                held = vars(module)["_parameters" if kind == "parameter" else "_buffers"]
+                found: torch.Tensor = held[path.rpartition(".")[2]]
+                return found
+        if id(tensor) in self.places:
+            path = self.places[id(tensor)][0][0]
+            raise self.folding.entered(f"the model reads {path} past its block", path)
+        error = self.refusal(tensor)
+        if error is not None:
+            self.failure = self.failure or error
+            raise error
+        return tensor
+
+    def refusal(self, tensor: torch.Tensor) -> AutoParallelError | None:
+        """Why a program must not have this tensor, which is none of the model's, as a constant."""
+        if id(tensor) in self.outside:
+            return CaptureError(
+                f"the forward reads {self.outside[id(tensor)]}, which belongs to another module",
+                why="the graph of a part reads the parameters and buffers of that part",
+                fix="pass it to the forward, or assign it as an attribute of a module in the part",
+            )
+        path = self.paths.get(storage_key(tensor) or 0)
+        if path is not None:
+            return view_error(path)
+        if tensor.requires_grad:
+            return CaptureError(
+                f"the forward reads a tensor of shape {list(tensor.shape)} that requires a "
+                "gradient and is no parameter of the model",
+                why="its gradient would be lost: only registered parameters are split and trained",
+                fix="assign it as an nn.Parameter of a module (in an nn.ParameterList if there are "
+                "several), or call requires_grad_(False)",
+            )
+        return None
+
+
+def view_error(path: str, where: str = "") -> AliasError:
+    """A view of the parameter or buffer at `path`, kept from before the forward."""
+    return AliasError(
+        f"the forward reads a tensor that shares the memory of {path} and is not {path} itself",
+        where=where,
+        why="it was made before the forward (a slice, .detach(), .data, a transpose) and kept; in "
+        f"the split module it would stay as {path} is now",
+        fix=f"make it from {path} inside of the forward, each time",
+    )
+
+
+def refuse_views(model: nn.Module, paths: list[str]) -> None:
+    """Raises AliasError where modules that run as plain Python keep what would not follow.
+
+    paths: of those modules. The parameters that their attributes refer to, directly and in
+    containers, are replaced while they run; views of them, and what other objects keep, are not.
+    The same goes for modules that such objects keep.
+    """
+    ids: dict[int, str] = {}
+    storages: dict[int, str] = {}
+    for path, _, _, tensor in named_tensors(model):
+        ids.setdefault(id(tensor), path)
+        key = storage_key(tensor)
+        if key is not None:
+            storages.setdefault(key, path)
+    for path in paths:
+        for name, value in vars(model.get_submodule(path)).items():
+            if name in _INTERNAL:
+                continue
+            place = f"{path}.{name}" if path else name
+            for tensor, replaced in _reached(value, 0, {}):
+                if id(tensor) not in ids and (storage_key(tensor) or 0) in storages:
+                    raise view_error(storages[storage_key(tensor) or 0], place)
+                if id(tensor) in ids and not replaced:
+                    own = ids[id(tensor)]
+                    raise AliasError(
+                        f"an object that {place} refers to keeps {own}",
+                        where=place,
+                        why="the module stays Python, and such an object keeps the tensor of the "
+                        "model as it is now",
+                        fix=f"refer to {own} from an attribute of the module, a list or a dict",
+                    )
+
+
+def _reached(
+    value: Any, depth: int, above: Mapping[int, None], replaced: bool = True
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Tensors that an attribute leads to, not by way of modules; whether by containers alone."""
+    if isinstance(value, torch.Tensor):
+        yield value, replaced
+        return
+    if isinstance(value, nn.Module) and not replaced:
+        yield from ((tensor, False) for _, _, _, tensor in named_tensors(value))
+    if depth > _DEEPEST or id(value) in above or isinstance(value, (nn.Module, type)):
+        return
+    # Those that `referring` looks into.
+    known = type(value) in (list, tuple) or isinstance(
+        value, (dict, types.MethodType, functools.partial)
+    )
+    replaced = replaced and known and depth <= DEEPEST
+    inner = functools.partial(_reached, depth=depth + 1, above={**above, id(value): None})
+    parts: list[Any] = []
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = list(value)
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, types.MethodType):
+        parts = [value.__self__]
+    elif isinstance(value, functools.partial):
+        parts = [value.func, value.args, value.keywords]
+    elif hasattr(value, "__dict__") and not isinstance(
+        value, (types.ModuleType, types.FunctionType)
+    ):
+        parts = list(vars(value).values())
+    for part in parts:
+        yield from inner(part, replaced=replaced)

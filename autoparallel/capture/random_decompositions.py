@@ -1,0 +1,224 @@
+"""Random ops as functions of uniform and of normal numbers, the only ones that are drawn.
+
+So that one way to draw serves all of them: each element's number is keyed by its place in the
+whole. None of these ops has a gradient with regard to the numbers that describe a distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from autoparallel.capture.decompositions import spelling
+
+# Less than the least positive draw.
+_TINY = 2.0**-25
+
+
+def _uniform(x: Any) -> Any:
+    """A number in [0, 1) for each element, whatever the elements are."""
+    return torch.rand_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32)
+
+
+@spelling("aten.bernoulli.default")
+def bernoulli(x: Any, *, generator: Any = None) -> Any:
+    """1 with the probability that the element is."""
+    return (_uniform(x) < x).to(x.dtype)
+
+
+@spelling("aten.bernoulli.p")
+def bernoulli_p(x: Any, p: float, *, generator: Any = None) -> Any:
+    """1 with one probability for all; of x only the shape is read."""
+    return (_uniform(x) < p).to(x.dtype)
+
+
+@spelling("aten.bernoulli_.float", "aten.bernoulli_.Tensor")
+def bernoulli_(x: Any, p: Any = 0.5, *, generator: Any = None) -> Any:
+    """x becomes 1 with probability p, else 0."""
+    return x.copy_(_uniform(x) < p)
+
+
+@spelling("aten.uniform_.default")
+def uniform_(x: Any, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Any:
+    """x becomes a number in [low, high)."""
+    return x.copy_(torch.rand_like(x) * (high - low) + low)
+
+
+@spelling("aten.normal_.default")
+def normal_(x: Any, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Any:
+    """x becomes a normal number."""
+    return x.copy_(torch.randn_like(x) * std + mean)
+
+
+@spelling("aten.log_normal_.default")
+def log_normal_(x: Any, mean: float = 1.0, std: float = 2.0, *, generator: Any = None) -> Any:
+    """The logarithm of x becomes a normal number."""
+    return x.copy_((torch.randn_like(x) * std + mean).exp())
+
+
+def _exponential(x: Any) -> Any:
+    """Exponential numbers, none of them zero."""
+    return torch.log1p(-_uniform(x)).neg().clamp_min(_TINY)
+
+
+@spelling("aten.exponential_.default")
+def exponential_(x: Any, rate: float = 1.0, *, generator: Any = None) -> Any:
+    """x becomes the time to an event that happens at `rate`."""
+    return x.copy_(_exponential(x) / rate)
+
+
+@spelling("aten.geometric_.default")
+def geometric_(x: Any, p: float, *, generator: Any = None) -> Any:
+    """x becomes the number of trials up to the first success."""
+    return x.copy_((_exponential(x) / -math.log1p(-p)).ceil())
+
+
+@spelling("aten.cauchy_.default")
+def cauchy_(x: Any, median: float = 0.0, sigma: float = 1.0, *, generator: Any = None) -> Any:
+    """x becomes a Cauchy number."""
+    return x.copy_(torch.tan((torch.rand_like(x) - 0.5) * math.pi) * sigma + median)
+
+
+def _normal(mean: Any, std: Any, like: Any) -> Any:
+    mean, std = (item.detach() if isinstance(item, torch.Tensor) else item for item in (mean, std))
+    return torch.randn_like(like) * std + mean
+
+
+@spelling("aten.normal.Tensor_Tensor")
+def normal_of_both(mean: Any, std: Any, *, generator: Any = None) -> Any:
+    """Normal numbers, each with its own mean and deviation."""
+    return _normal(mean, std, mean + std)
+
+
+@spelling("aten.normal.Tensor_float")
+def normal_of_means(mean: Any, std: float = 1.0, *, generator: Any = None) -> Any:
+    """Normal numbers, each with its own mean."""
+    return _normal(mean, std, mean)
+
+
+@spelling("aten.normal.float_Tensor")
+def normal_of_deviations(mean: float, std: Any, *, generator: Any = None) -> Any:
+    """Normal numbers, each with its own deviation."""
+    return _normal(mean, std, std)
+
+
+@spelling("aten.normal.float_float")
+def normal_of_size(
+    mean: float, std: float, size: Any, *, generator: Any = None, **options: Any
+) -> Any:
+    """Normal numbers of one kind."""
+    return torch.randn(size, **options) * std + mean
+
+
+def _whole_numbers(drawn: Any, low: int, high: int, dtype: torch.dtype) -> Any:
+    return ((drawn * (high - low)).floor() + low).to(dtype)
+
+
+@spelling("aten.randint.low")
+def randint_low(low: int, high: int, size: Any, *, dtype: Any = torch.int64, **options: Any) -> Any:
+    """Whole numbers low <= n < high."""
+    drawn = torch.rand(size, dtype=torch.float64, **options)
+    return _whole_numbers(drawn, low, high, dtype or torch.int64)
+
+
+@spelling("aten.randint.default")
+def randint(high: int, size: Any, **options: Any) -> Any:
+    """Whole numbers 0 <= n < high."""
+    return randint_low(0, high, size, **options)
+
+
+@spelling("aten.randint_like.low_dtype")
+def randint_like_low(x: Any, low: int, high: int, *, dtype: Any = None, **options: Any) -> Any:
+    """Whole numbers low <= n < high in the shape of x."""
+    return _whole_numbers(torch.rand_like(x, dtype=torch.float64), low, high, dtype or x.dtype)
+
+
+@spelling("aten.randint_like.default")
+def randint_like(x: Any, high: int, **options: Any) -> Any:
+    """Whole numbers 0 <= n < high in the shape of x."""
+    return randint_like_low(x, 0, high, **options)
+
+
+@spelling("aten.randperm.default")
+def randperm(count: Any, *, dtype: Any = torch.int64, **options: Any) -> Any:
+    """The numbers below `count` in the order of as many draws."""
+    drawn = torch.rand((count,), dtype=torch.float64, **options)
+    return drawn.sort(stable=True).indices.to(dtype or torch.int64)
+
+
+@spelling("aten.multinomial.default")
+def multinomial(
+    weights: Any, count: Any, replacement: bool = False, *, generator: Any = None
+) -> Any:
+    """Places in the last dim, drawn with probabilities that the weights are in proportion to.
+
+    Without replacement: those where an event of that rate happens first (Efraimidis & Spirakis
+    2006). With it: where a uniform number falls among the running sums.
+    """
+    weights = weights.detach()
+    if not replacement:
+        return (weights / _exponential(weights)).topk(count).indices
+    sums = weights.cumsum(-1)
+    drawn = torch.rand((*weights.shape[:-1], count), dtype=sums.dtype, device=sums.device)
+    found = torch.searchsorted(sums, drawn * sums[..., -1:], right=True)
+    return found.clamp_max(weights.shape[-1] - 1)
+
+
+@spelling("aten.native_dropout.default")
+def native_dropout(x: Any, p: float, train: bool | None) -> Any:
+    """x with some elements zeroed, the others scaled; and which are kept."""
+    if train is False:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    kept = _uniform(x) >= p
+    return x * kept.to(x.dtype) * (0.0 if p == 1 else 1 / (1 - p)), kept
+
+
+@spelling("aten.rrelu.default")
+def rrelu(
+    x: Any, low: float = 0.125, high: float = 1 / 3, train: bool = False, generator: Any = None
+) -> Any:
+    """Leaky relu with a slope of its own for every element."""
+    if not train:
+        return functional.leaky_relu(x, (low + high) / 2)
+    return torch.where(x <= 0, x * (torch.rand_like(x) * (high - low) + low), x)
+
+
+def _stacked(
+    op: Any,
+    x: Any,
+    states: Any,
+    weights: Any,
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """Recurrent layers on top of each other with dropout between them: one by one."""
+    if layers == 1 or not (dropout and train):
+        return NotImplemented
+    many = isinstance(states, (list, tuple))
+    directions, each = 1 + bidirectional, len(weights) // layers
+    ends = []
+    for layer in range(layers):
+        own = [
+            state[layer * directions : (layer + 1) * directions]
+            for state in (states if many else [states])
+        ]
+        mine = weights[layer * each : (layer + 1) * each]
+        start = own if many else own[0]
+        x, *end = op(x, start, mine, has_biases, 1, 0.0, train, bidirectional, batch_first)
+        ends.append(end)
+        if layer + 1 < layers:
+            x = functional.dropout(x, dropout)
+    return (x, *(torch.cat(parts) for parts in zip(*ends, strict=True)))
+
+
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    _op = getattr(torch.ops.aten, _name).input
+    spelling(f"aten.{_name}.input")(partial(_stacked, _op))

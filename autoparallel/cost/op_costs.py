@@ -1,0 +1,255 @@
+"""Predicted time of operators by roofline: arithmetic or memory traffic, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autoparallel.cost.collective_times import collective_seconds
+from autoparallel.cost.hardware import Hardware, Link
+from autoparallel.cost.matmul import product_seconds
+from autoparallel.cost.memory_moves import moved_seconds
+from autoparallel.graph.graph import Value, hint, numel_hint
+from autoparallel.placement import Shard
+from autoparallel.rules.function_counts import functions
+from autoparallel.rules.rule import Dims, OpCall, ShardingRule, Strategy
+
+__all__ = ["OpCost", "nbytes", "op_costs", "update_seconds"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """Seconds of one op on the busiest rank, forward and backward.
+
+    product: arithmetic of matrix products. traffic: reading and writing memory, as far as it takes
+    longer than the arithmetic, and starting kernels; whole_traffic: the same if nothing were
+    split. communication: of the kernel. flops: of the products, forward. forward: the forward's
+    share of the seconds, which a recomputation repeats.
+    """
+
+    product: float = 0.0
+    traffic: float = 0.0
+    whole_traffic: float = 0.0
+    communication: float = 0.0
+    flops: float = 0.0
+    forward: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.product + self.traffic + self.communication
+
+
+def nbytes(value: Value) -> int:
+    """Size of the full tensor for the example inputs."""
+    return numel_hint(value.shape) * value.dtype.itemsize
+
+
+def op_costs(
+    call: OpCall,
+    rule: ShardingRule | None,
+    joints: Sequence[tuple[Strategy, ...]],
+    axes: Sequence[tuple[int, Link]],
+    hardware: Hardware,
+) -> tuple[OpCost, ...]:
+    """What joint strategies of one call cost on the busiest rank.
+
+    joints: one strategy per mesh axis each. axes: size and link of every mesh axis.
+    Forward, an op reads its operands and writes its results; a product takes the longer of this
+    and its arithmetic. Backward, a product is made once more per operand that needs a gradient;
+    anything else reads the gradients of its results, and its operands unless it is linear, and
+    writes the gradients of its operands; gradients that are sums (of a norm's weight) are made by
+    a kernel of their own, which reads again. A kernel's communication counts as forward.
+    """
+    if rule is not None and rule.free:
+        return (OpCost(),) * len(joints)
+    if rule is None:
+        rule = ShardingRule(((),) * len(call.operands), ((),) * len(call.results), {})
+    shares = _loop_shares(rule, joints)
+    parts = _bytes(call, joints)
+    whole = np.array([[nbytes(value) for value in (*call.operands, *call.results)]], dtype=float)
+    communication = [_communication(joint, axes) for joint in joints]
+    if rule.flops:
+        product, forward, traffic = _product(call, rule, shares, parts, hardware)
+        _, _, whole_traffic = _product(call, rule, np.ones((1, shares.shape[1])), whole, hardware)
+    else:
+        forward, traffic = _traffic(call, rule, shares, parts, hardware)
+        ones = np.ones((1, shares.shape[1]))
+        _, whole_traffic = _traffic(call, rule, ones, whole, hardware)
+        product = np.zeros(len(joints))
+    flops = rule.flops * rule.points * shares.prod(axis=1)
+    return tuple(
+        OpCost(
+            product=float(product[index]),
+            traffic=float(traffic[index]),
+            whole_traffic=float(whole_traffic[0]),
+            communication=paid,
+            flops=float(flops[index]),
+            forward=float(forward[index]) + paid,
+        )
+        for index, paid in enumerate(communication)
+    )
+
+
+def _loop_shares(rule: ShardingRule, joints: Sequence[tuple[Strategy, ...]]) -> Array:
+    """[joint, loop]: the part of each loop that the busiest rank runs."""
+    place = {name: index for index, name in enumerate(rule.loops)}
+    shares = np.ones((len(joints), len(place)))
+    for row, joint in enumerate(joints):
+        for strategy in joint:
+            if strategy.tile is not None:
+                shares[row, place[strategy.tile.loop]] *= strategy.fraction
+    return shares
+
+
+def _bytes(call: OpCall, joints: Sequence[tuple[Strategy, ...]]) -> Array:
+    """[joint, operand or result]: bytes that the busiest rank holds."""
+    sizes = [float(nbytes(value)) for value in (*call.operands, *call.results)]
+    rows = []
+    for joint in joints:
+        row = list(sizes)
+        for strategy in joint:
+            if strategy.tile is not None:
+                for at, placement in enumerate((*strategy.operands, *strategy.results)):
+                    if isinstance(placement, Shard):
+                        row[at] *= strategy.fraction
+        rows.append(row)
+    return np.array(rows).reshape(len(joints), len(sizes))
+
+
+def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]) -> float:
+    """Seconds of what the kernels communicate, each on its own axis, about its own part.
+
+    What a kernel sends has every loop but the one that it splits, so that the other axes share it.
+    """
+    seconds = 0.0
+    for at, (strategy, (size, link)) in enumerate(zip(joint, axes, strict=True)):
+        if strategy.kernel is None:
+            continue
+        share = 1.0
+        for other, each in enumerate(joint):
+            if other != at:
+                share *= each.fraction
+        for kind, sent in strategy.kernel.collectives:
+            seconds += collective_seconds(kind, sent * share, link, size)
+    return seconds
+
+
+def _traffic(
+    call: OpCall, rule: ShardingRule, shares: Array, parts: Array, hardware: Hardware
+) -> tuple[Array, Array]:
+    """Seconds forward, and in all, of an op that moves bytes and computes functions of elements.
+
+    The two add up: a CPU's core does not read the next element while it computes this one's.
+    """
+    count = len(call.operands)
+    grads = [at for at, operand in enumerate(call.operands) if operand.requires_grad]
+    back = [count + at for at, result in enumerate(call.results) if result.requires_grad]
+    first, second = _function_seconds(call, rule, shares, hardware)
+    once = moved_seconds(parts.sum(axis=1), hardware) + first + hardware.launch_seconds
+    if not grads or not back:
+        return once, once
+    again = parts[:, back].sum(axis=1) + parts[:, grads].sum(axis=1)
+    summed = np.zeros(len(parts))
+    if not any(group.issuperset(grads) for group in rule.linear):
+        again = again + parts[:, :count].sum(axis=1)
+        if any(nbytes(call.operands[at]) < nbytes(call.results[0]) for at in grads):
+            summed = parts[:, [0, *back]].sum(axis=1)
+    seconds = moved_seconds(again, hardware) + second + moved_seconds(summed, hardware)
+    return once, once + seconds + hardware.launch_seconds
+
+
+def _function_seconds(
+    call: OpCall, rule: ShardingRule, shares: Array, hardware: Hardware
+) -> tuple[Array, Array]:
+    """Of exponentials and their like, forward and backward."""
+    none = np.zeros(len(shares))
+    if not hardware.functions_per_second or not any(functions(call)):
+        return none, none
+    seconds = rule.points * shares.prod(axis=1) / hardware.functions_per_second
+    forward, backward = functions(call)
+    return forward * seconds, backward * seconds
+
+
+def _product(
+    call: OpCall, rule: ShardingRule, shares: Array, parts: Array, hardware: Hardware
+) -> tuple[Array, Array, Array]:
+    """Arithmetic in all; seconds forward; what memory and launches add in all.
+
+    A fused chain of products (attention) counts as its first one, repeated; backward, what it did
+    not keep is made again, once per further factor.
+    """
+    factors, groups = _loop_groups(rule)
+    batch, rows, columns, depth = (_extents(rule, names, shares) for names in groups)
+    itemsize = call.results[0].dtype.itemsize
+    points = rule.points * shares.prod(axis=1)
+    times = rule.flops * points / (2 * batch * rows * columns * depth)
+    moved = moved_seconds(parts.sum(axis=1), hardware)
+    forms = ((rows, depth, columns), (depth, columns, rows), (rows, columns, depth))
+    made = [(times, forms[2])]
+    for at, factor in enumerate(factors):
+        if call.operands[factor].requires_grad:
+            made.append((times if at < 2 else times / (len(factors) - 1), forms[min(at, 2)]))
+    arithmetic, traffic = [], []
+    for repeats, (height, width, long) in made:
+        seconds = repeats * product_seconds(batch, height, width, long, itemsize, hardware)
+        arithmetic.append(seconds)
+        traffic.append(np.maximum(moved - seconds, 0.0) + hardware.launch_seconds)
+    forward = arithmetic[0] + traffic[0]
+    return np.sum(arithmetic, axis=0), forward, np.sum(traffic, axis=0)
+
+
+def _loop_groups(rule: ShardingRule) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
+    """The operands that are multiplied, and the loops of the batch, rows, columns and sum.
+
+    Multiplied are the operands that have a summed loop. Of the first two: what both have is of the
+    batch if it is needed afterwards, summed if not; rows are the first one's alone, columns the
+    second's; windows (loops that show in one tensor only) are rows or summed.
+    """
+    made = _names(rule.results)
+    named = [_names([dims]) for dims in rule.operands]
+    factors = [at for at, names in enumerate(named) if names - made]
+    if len(factors) < 2:
+        factors = list(range(len(named)))
+    first, second = (named[at] for at in (factors * 2)[:2])
+    others = _names([rule.operands[at] for at in range(len(named)) if at not in factors[:2]])
+    found: tuple[list[str], ...] = ([], [], [], [])
+    for name in rule.loops:
+        if name in first and name in second:
+            found[0 if name in made or name in others else 3].append(name)
+        elif name not in made and name not in others:
+            found[3].append(name)
+        elif name in second:
+            found[2].append(name)
+        elif name in first or name not in others:
+            found[1].append(name)
+    return tuple(factors), tuple(map(tuple, found))
+
+
+def _names(tensors: Iterable[Dims]) -> frozenset[str]:
+    return frozenset(name for dims in tensors for loops in dims for name in loops)
+
+
+def _extents(rule: ShardingRule, names: Iterable[str], shares: Array) -> Array:
+    """[joint]: the product of the local sizes of the loops."""
+    place = {name: index for index, name in enumerate(rule.loops)}
+    extents = np.ones(len(shares))
+    for name in names:
+        extents *= np.maximum(np.round(hint(rule.sizes[name]) * shares[:, place[name]]), 1)
+    return extents
+
+
+def update_seconds(
+    parameter_nbytes: float, gradient_nbytes: float, state_nbytes: float, hardware: Hardware
+) -> float:
+    """Predicted time of the optimizer's update of one parameter's part, in seconds.
+
+    It reads parameter, gradient and state (moments, master copy), and writes all but the gradient.
+    """
+    moved = 2 * parameter_nbytes + gradient_nbytes + 2 * state_nbytes
+    return moved / hardware.sustained_bytes_per_second

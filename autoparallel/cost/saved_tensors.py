@@ -1,0 +1,242 @@
+"""Which tensors autograd keeps, op by op, and which loops each of them is split with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoparallel.cost.fake_run import (
+    Observed,
+    Stand,
+    StandInGroup,
+    contiguous,
+    observe,
+    random_arguments,
+    runner,
+    skeleton,
+)
+from autoparallel.graph.graph import Graph, Node, Value, hint
+from autoparallel.placement import local_size
+from autoparallel.rules.rule import OpCall, ShardingRule, Tile, place
+
+__all__ = ["Internal", "Saved", "SavedTensors", "fitted", "stand_in"]
+
+
+@dataclass(frozen=True, slots=True)
+class Internal:
+    """Memory that is kept and is neither operand nor result: masks, statistics, copies.
+
+    nbytes: of the whole. loops: those whose splitting splits it.
+    """
+
+    nbytes: int
+    loops: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What one call keeps for its backward.
+
+    operands, results: whether the memory of each is kept. aliases: per result, the operand whose
+    memory it shares (views, casts to its own type, dropout that drops nothing), None for memory of
+    its own. assumed: the op could not be run, and is taken to keep all that it reads and makes.
+    """
+
+    operands: tuple[bool, ...]
+    results: tuple[bool, ...]
+    internal: tuple[Internal, ...]
+    aliases: tuple[int | None, ...]
+    assumed: bool = False
+
+    def internal_nbytes(self, shares: Mapping[str, float]) -> float:
+        """Bytes that are neither operand nor result, where loops are split into such shares."""
+        total = 0.0
+        for item in self.internal:
+            own = float(item.nbytes)
+            for loop, share in shares.items():
+                own *= share if loop in item.loops else 1.0
+            total += own
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One of several calls that run alike: the call, its rule, and what stands for its tensors."""
+
+    call: OpCall
+    rule: ShardingRule | None
+    operands: tuple[Stand, ...]
+    results: tuple[Stand, ...]
+
+
+class SavedTensors:
+    """What every call of a graph keeps, unsplit and as run by a kernel on a part.
+
+    rules: per call node. input_gradients: whether the caller wants gradients of the inputs. Every
+    distinct call is run once, and once more for each loop that may split what it keeps besides
+    operands and results.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        rules: Mapping[str, ShardingRule | None],
+        input_gradients: bool = False,
+    ) -> None:
+        self.graph, self.rules = graph, rules
+        self._stands: dict[str, Stand] = {}
+        self._roots: dict[str, str] = {}
+        self._keys: dict[str, Any] = {}
+        self._cases: dict[Any, _Case] = {}
+        self._seen: dict[Any, Observed] = {}
+        self._made: dict[Any, tuple[Stand, ...]] = {}
+        self._saved: dict[Any, Saved] = {}
+        for node in graph.nodes:
+            if node.kind == "call":
+                self._walk(node)
+            else:
+                stand = stand_in(node.result)
+                if node.kind == "input" and not input_gradients:
+                    stand = replace(stand, requires_grad=False)
+                self._stands[node.result.name] = stand
+                self._roots[node.result.name] = node.result.name
+
+    def of(self, name: str) -> Saved:
+        """What the unsplit call of a node keeps."""
+        key = self._keys[name]
+        if key not in self._saved:
+            self._saved[key] = _with_loops(self._cases[key], self._seen[key])
+        return self._saved[key]
+
+    def of_kernel(self, name: str, loop: str, world_size: int) -> Saved:
+        """What a call keeps if `loop` is split by its kernel over `world_size` ranks.
+
+        The bytes are those of a part of that loop, and of the whole of the others.
+        """
+        case = self._cases[self._keys[name]]
+        key = (self._keys[name], loop, world_size)
+        if key not in self._saved:
+            seen = _observe(case, {}, loop, world_size)
+            self._saved[key] = _with_loops(case, seen, loop, world_size)
+        return self._saved[key]
+
+    def storage_of(self, value: str) -> str:
+        """The value in whose memory this one lies: itself, or what it is a view of."""
+        return self._roots[value]
+
+    def _walk(self, node: Node) -> None:
+        """Find what a call's results are and share, from what is known of its operands."""
+        names = node.operands()
+        stands = [self._stands[name] for name in names]
+        results = tuple([stand_in(value) for value in node.results])
+        rule = self.rules.get(node.name)
+        key = self._keys[node.name] = (
+            node.target,
+            skeleton(node.args),
+            skeleton(node.kwargs),
+            tuple(stands),
+            results,
+            tuple([names.index(name) for name in names]),
+            rule is None,
+        )
+        if key not in self._seen:
+            call = OpCall.of(self.graph, node)
+            case = self._cases[key] = _Case(call, rule, tuple(stands), results)
+            seen = self._seen[key] = _observe(case, {})
+            self._made[key] = tuple(map(fitted, seen.results, results))
+        storages = self._seen[key].storages
+        for value, made, storage in zip(node.results, self._made[key], storages, strict=True):
+            self._stands[value.name] = made
+            own = storage >= len(names)
+            self._roots[value.name] = value.name if own else self._roots[names[storage]]
+
+
+def stand_in(value: Value) -> Stand:
+    """A value with its elements in order, for the example inputs."""
+    grad = value.requires_grad and (value.dtype.is_floating_point or value.dtype.is_complex)
+    return contiguous(tuple([hint(size) for size in value.shape]), value.dtype, grad)
+
+
+def fitted(made: Stand, expected: Stand) -> Stand:
+    """A result as it was seen, if it has the shape that the graph says; else as the graph says.
+
+    Shapes that depend on data are not what they will be. A gradient flows where both say so.
+    """
+    grad = made.requires_grad and expected.requires_grad
+    strides = made.strides if made.shape == expected.shape else expected.strides
+    return Stand(expected.shape, strides, expected.dtype, grad)
+
+
+def _resized(stand: Stand, shape: Sequence[int]) -> Stand:
+    """The same order of dims in memory, and the same gaps, for other sizes."""
+    strides = []
+    for stride in stand.strides:
+        for size, new, inner in zip(stand.shape, shape, stand.strides, strict=True):
+            if 0 < inner < stride and size:
+                stride = stride * new // size
+        strides.append(stride)
+    return Stand(tuple(shape), tuple(strides), stand.dtype, stand.requires_grad)
+
+
+def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int = 1) -> Observed:
+    """Run the call with other sizes of some loops, by the kernel of `loop` if one is given.
+
+    A kernel runs on the part that the first of `ranks` ranks has.
+    """
+    node, rule = case.call.node, case.rule
+    operands, results = case.operands, case.results
+    if rule is None:
+        return observe(runner(node.target), node.args, dict(node.kwargs), operands, results)
+
+    def sized(stand: Stand, dims: tuple[tuple[str, ...], ...]) -> Stand:
+        shape = list(stand.shape)
+        for dim, names in enumerate(dims):
+            for name in names:
+                if name in sizes:
+                    shape[dim] = shape[dim] // hint(rule.sizes[name]) * sizes[name]
+        shard = place(rule, dims, Tile(loop), ranks) if loop else None
+        if shard is not None:
+            shape[shard.dim] = local_size(shape[shard.dim], shard, ranks)
+        return _resized(stand, shape)
+
+    if sizes or loop:
+        operands = tuple(map(sized, operands, rule.operands))
+        results = tuple(map(sized, results, rule.results))
+    args, kwargs = node.args, dict(node.kwargs)
+    if loop:
+        kernel = rule.kernels[loop]
+        size = sizes.get(loop, hint(rule.sizes[loop]))
+        kwargs |= {**dict(kernel.arguments), "group": StandInGroup(ranks), "size": size}
+        function = runner(node.target, kernel=kernel.name)
+        return observe(function, args, kwargs, operands, results, ("meta", "zeros"))
+    if sizes and rule.local_args is not None:
+        args = rule.local_args(case.call, tuple([stand.shape for stand in results]))
+    if rule.random:
+        kwargs |= random_arguments(results[0].shape)
+    return observe(runner(node.target, rule.random), args, kwargs, operands, results)
+
+
+def _with_loops(case: _Case, seen: Observed, loop: str = "", ranks: int = 1) -> Saved:
+    """What was seen, with the loops of memory inside the op: those that make it longer."""
+    count = seen.operands
+    inside = [i for i in seen.saved if i >= count and i not in seen.storages and seen.size(i)]
+    found: dict[int, set[str]] = {storage: set() for storage in inside}
+    rule = case.rule
+    if inside and rule is not None and not seen.assumed:
+        for name in rule.loops:
+            if name in rule.whole or name == loop:
+                continue
+            more = _observe(case, {name: 2 * hint(rule.sizes[name])}, loop, ranks)
+            if more.saved != seen.saved or more.storages != seen.storages or more.assumed:
+                continue
+            for storage in inside:
+                if more.size(storage) == 2 * seen.size(storage):
+                    found[storage].add(name)
+    return Saved(
+        tuple(i in seen.saved for i in range(count)),
+        tuple(storage in seen.saved for storage in seen.storages),
+        tuple(Internal(seen.size(i), frozenset(loops)) for i, loops in found.items()),
+        tuple(storage if storage < count else None for storage in seen.storages),
+        seen.assumed,
+    )

@@ -1,0 +1,108 @@
+"""Discovered rules on disk, so that each op is probed once, not in every process.
+
+One file per op and shape pattern in the common cache folder. A file that cannot be read, or is of
+another version of torch, of the op or of this program, is as good as none; a folder that cannot be
+written to is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoparallel.discovery.discovered_rule import Found
+from autoparallel.discovery.probe_sizes import related_terms
+from autoparallel.discovery.shape_pattern import Probe
+from autoparallel.graph.graph import Ref, Sym, map_leaves
+from autoparallel.rules.rule import OpCall
+from autoparallel.support.cache_files import default_cache_folder, write_whole
+from autoparallel.support.torch_private import (
+    custom_op_functions,
+    dispatch_registrations,
+    schema_of,
+)
+
+__all__ = ["key_of", "load", "store"]
+
+VERSION = 2
+
+
+def key_of(call: OpCall) -> str:
+    """What a rule depends on: the op as it is registered, and the pattern of the call's sizes."""
+    probe = Probe(call)
+    operands = iter(call.operands)
+
+    def word(leaf: Any) -> str:
+        if isinstance(leaf, Ref):
+            value = next(operands)
+            kind = "float" if value.dtype.is_floating_point else str(value.dtype)
+            return f"tensor {kind}{' grad' if value.requires_grad else ''}"
+        if isinstance(leaf, Sym) or (isinstance(leaf, int) and not isinstance(leaf, bool)):
+            return "integer"
+        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+            return "float dtype"
+        return f"{type(leaf).__name__} {leaf}"
+
+    results = [
+        (len(value.shape), [size == 1 for size in value.shape], value.requires_grad)
+        for value in call.results
+    ]
+    rows = {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "op": str(schema_of(probe.operation)),
+        "source": _source(call.node.target),
+        "args": map_leaves(word, (call.node.args, call.node.kwargs)),
+        "sizes": related_terms(probe),
+        "results": results,
+    }
+    return json.dumps(rows)
+
+
+def _source(target: str) -> str:
+    """Digest of what is known of the op's implementation; "" for torch's own."""
+    space, name, overload = target.split(".")
+    if space == "aten":
+        return ""
+    functions = custom_op_functions(f"{space}::{name}")
+    if functions is None:
+        suffix = "" if overload == "default" else f".{overload}"
+        text = dispatch_registrations(f"{space}::{name}{suffix}")
+    else:
+        text = "\n".join(map(_text, functions))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _text(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        return code.co_code.hex() if code is not None else str(type(function))
+
+
+def _path(key: str) -> Path:
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return default_cache_folder() / "rules" / f"{name}.json"
+
+
+def load(key: str) -> Found | None:
+    """The rule that was stored under `key`; None if there is none that can be read."""
+    try:
+        rows = json.loads(_path(key).read_text())
+        return Found.from_json(rows["found"]) if rows["key"] == json.loads(key) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def store(key: str, found: Found) -> None:
+    """Write a rule, whole or not at all: other processes may read and write the same file."""
+    text = json.dumps({"key": json.loads(key), "found": found.to_json()}, indent=1) + "\n"
+    with suppress(OSError):
+        write_whole(_path(key), text.encode())

@@ -1,0 +1,133 @@
+"""Kinds of loops that a generic kernel splits: the guesses; whether they hold is for the trial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from autoparallel.discovery.discovered_rule import Found, FoundKernel
+from autoparallel.discovery.probe_sizes import Shrunk
+from autoparallel.discovery.shape_pattern import OpFailedError, Probe
+from autoparallel.discovery.size_choices import assignment
+from autoparallel.graph.graph import leaves
+from autoparallel.support.torch_private import schema_of
+
+__all__ = ["kernels_for"]
+
+
+def kernels_for(probe: Probe, shrunk: Shrunk, found: Found, loop: str) -> Iterator[FoundKernel]:
+    """Kernels that may split a loop of operands alone, if the op gives one result."""
+    if len(found.results) != 1 or any(loop in names for names in found.results[0]):
+        return
+    at = [
+        (operand, dim)
+        for operand, dims in enumerate(found.operands)
+        for dim, names in enumerate(dims)
+        if loop in names
+    ]
+    if any(found.operands[operand][dim] != (loop,) for operand, dim in at):
+        return
+    if len(at) == 1:
+        yield from _lookups(probe, shrunk, found, *at[0])
+        yield from _combined(found, *at[0])
+    if probe.call.results[0].dtype.is_floating_point and not _counts(probe, shrunk, at):
+        yield FoundKernel("weighted_mean", "P", (("where", tuple(at)),))
+
+
+def _lookups(
+    probe: Probe, shrunk: Shrunk, found: Found, table: int, dim: int
+) -> Iterator[FoundKernel]:
+    """The dim is what an operand of whole numbers has its places in."""
+    size = found.pattern.operands[table][dim]
+    for index, bound in enumerate(shrunk.values.bounds):
+        if bound != size or index == table:
+            continue
+        places = []
+        for names in found.operands[index]:
+            where = [e for e, others in enumerate(found.results[0]) if names == others and names]
+            places.append(where[0] if len(where) == 1 else -1)
+        if -1 in places or len(set(places)) < len(places):
+            continue
+        if not _takes_special(probe, shrunk, index):
+            yield FoundKernel(
+                "masked_lookup", "P", (("where", (table, index, dim, tuple(places))),)
+            )
+
+
+def _combined(found: Found, operand: int, dim: int) -> Iterator[FoundKernel]:
+    """The result has the operand's other dims, in their order, or ones in the place of reduced."""
+    kept = []
+    for names in found.operands[operand]:
+        where = [e for e, others in enumerate(found.results[0]) if names == others and names]
+        kept.append(where[0] if where else -1)
+    order = [place for place in kept if place >= 0]
+    own = [e for e, names in enumerate(found.results[0]) if names]
+    if order == own:
+        arguments = (("where", (operand, dim, tuple(kept))),)
+        yield FoundKernel("combined_parts", "I", arguments, gathers=True)
+
+
+def _runs(probe: Probe, shrunk: Shrunk, index: int, value: float) -> torch.Tensor | None:
+    """The first result where one number of an operand is `value`; None if the op fails."""
+    sizes = assignment(shrunk.order, 0)
+    tensors = probe.tensors(shrunk.pattern, sizes, shrunk.values, 0, guarded=True)
+    tensors[index].view(-1)[:1] = value
+    try:
+        return probe.run(shrunk.pattern, sizes, tensors)[0]
+    except OpFailedError:
+        return None
+
+
+def _takes_special(probe: Probe, shrunk: Shrunk, index: int) -> bool:
+    """Whether places may be other than 0, 1, ...: counted from the end, or marks of no place."""
+    if not probe.checks:
+        return True
+    numbers = {-1}
+    for item in (
+        *leaves((probe.call.node.args, probe.call.node.kwargs)),
+        *(argument.default_value for argument in schema_of(probe.operation).arguments),
+    ):
+        if isinstance(item, int) and not isinstance(item, bool) and item < 0:
+            numbers.add(item)
+    made = (_runs(probe, shrunk, index, number) for number in sorted(numbers))
+    return any(result is not None and bool(result.isfinite().all()) for result in made)
+
+
+def _counts(probe: Probe, shrunk: Shrunk, at: list[tuple[int, int]]) -> bool:
+    """Whether some numbers may not count in a mean: zeros, marked places, what is not a number."""
+    if not _averages_zeros(probe, shrunk, at):
+        return True
+    for index, operand in enumerate(probe.call.operands):
+        if shrunk.values.bounds[index] is not None and _takes_special(probe, shrunk, index):
+            return True
+        if operand.dtype.is_floating_point:
+            made = _runs(probe, shrunk, index, float("nan"))
+            if made is not None and bool(made.isfinite().all()):
+                return True
+    return False
+
+
+def _averages_zeros(probe: Probe, shrunk: Shrunk, at: list[tuple[int, int]]) -> bool:
+    """Whether the result is the mean of its parts' results, by their sizes, zeros among them."""
+    sizes = assignment(shrunk.order, 0)
+    tensors = probe.tensors(shrunk.pattern, sizes, replace(shrunk.values, zeros=0.5), 0)
+    size = tensors[at[0][0]].size(at[0][1])
+    cut = size // 2
+    try:
+        whole = probe.run(shrunk.pattern, sizes, tensors)[0]
+        if not whole.dtype.is_floating_point:
+            return False
+        total = torch.zeros_like(whole)
+        for start, length in ((0, cut), (cut, size - cut)):
+            parts = list(tensors)
+            for operand, dim in at:
+                parts[operand] = parts[operand].narrow(dim, start, length)
+            part = probe.run(shrunk.pattern, sizes, parts)[0]
+            if part.shape != whole.shape:
+                return False
+            total += part * (length / size)
+    except OpFailedError:
+        return False
+    return torch.allclose(whole, total, equal_nan=True)

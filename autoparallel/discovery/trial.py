@@ -1,0 +1,222 @@
+"""A found rule on trial: real calls at several sizes, and the referee's word on each strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from autoparallel.discovery.discovered_rule import Found
+from autoparallel.discovery.probe_sizes import Shrunk
+from autoparallel.discovery.shape_pattern import Pattern, Probe, ProbeError, Values
+from autoparallel.discovery.size_choices import assignment
+from autoparallel.discovery.strategy_validation import Example, fault, make_example
+from autoparallel.graph.graph import Sym, hint
+from autoparallel.placement import Partial
+from autoparallel.rules.rule import ShardingRule, Strategy, Tile, is_possible, strategies
+from autoparallel.support.torch_private import has_backward
+
+__all__ = ["Trial"]
+
+_MOST_OWN = 64
+_MOST_ELEMENTS = 1 << 17
+_QUICK = ((0, 2), (1, 3))
+_LOOSE = 2e-4
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A call with real numbers, and the numbers of ranks to try it on."""
+
+    example: Example
+    ranks: tuple[int, ...]
+
+
+class Trial:
+    """Everything that the rules of one call are tried on.
+
+    gradients: whether the op can be differentiated. Raises ProbeError where it gives other results
+    when it is run again.
+    """
+
+    def __init__(self, probe: Probe, shrunk: Shrunk) -> None:
+        self.probe, self.shrunk = probe, shrunk
+        self.tolerance = 1e-10 if probe.dtype == torch.float64 else _LOOSE
+        self.gradients = any(operand.requires_grad for operand in probe.call.operands)
+        self.backward_error = ""
+        self.faults = 0
+        try:
+            self.cases = {which: self.case(which) for which in (0, 1)}
+        except ProbeError:
+            raise
+        except Exception as error:  # op and backward are anyone's code, and may fail in any way
+            words = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            if not self.gradients or _has_backward(probe):
+                raise ProbeError(f"failed on probe inputs, in its backward: {words}") from error
+            self.gradients, self.backward_error = False, words
+            self.cases = {which: self.case(which) for which in (0, 1)}
+
+    def case(self, which: int, symbolic: bool = False) -> Example:
+        return self.example(assignment(self.shrunk.order, which), which, symbolic)
+
+    def example(
+        self,
+        sizes: Mapping[int, int],
+        seed: int,
+        symbolic: bool = False,
+        values: Values | None = None,
+    ) -> Example:
+        """The call at these sizes. symbolic: its symbols are symbols there too."""
+        probe, pattern = self.probe, self.shrunk.pattern
+        tensors = probe.tensors(pattern, sizes, values or self.shrunk.values, 7 + seed)
+        for operand, tensor in zip(probe.call.operands, tensors, strict=True):
+            if operand.requires_grad and self.gradients and tensor.dtype.is_floating_point:
+                tensor.requires_grad_()
+        before = [tensor.detach().clone() for tensor in tensors]
+        args, kwargs = probe.arguments(pattern, sizes, tensors)
+        names = self.symbols(sizes) if symbolic else {}
+        made = make_example(probe.call.node.target, args, kwargs, names)
+        again = make_example(probe.call.node.target, args, kwargs, names)
+        for old, new in zip(made.results, again.results, strict=True):
+            if not torch.allclose(old, new, rtol=0, atol=0, equal_nan=True):
+                raise ProbeError("gives other results when it is run again: it draws numbers")
+        for old, tensor in zip(before, tensors, strict=True):
+            if not torch.equal(old, tensor.detach()):
+                raise ProbeError("writes to its inputs")
+        return made
+
+    def tried(
+        self, sizes: Mapping[int, int], seed: int, values: Values | None = None
+    ) -> Example | None:
+        """The call at these sizes; None where the op, or its backward, does not take them."""
+        try:
+            return self.example(sizes, seed, values=values)
+        except ProbeError:
+            raise
+        except Exception:  # both are anyone's code, and may fail in any way
+            return None
+
+    def symbols(self, sizes: Mapping[int, int]) -> dict[int, str]:
+        """Sizes that are the call's symbols or products of them, by the value they have here."""
+        pattern = self.shrunk.pattern
+        atoms = pattern.solve(self.probe.call) or {}
+        symbols = {atom for atom, size in atoms.items() if isinstance(size, Sym)}
+        found = {sizes[atom]: f"s{atom}" for atom in sorted(symbols)}
+        for term in pattern.terms():
+            if symbols & set(term.atoms):
+                factors = [f"s{atom}" if atom in symbols else sizes[atom] for atom in term.atoms]
+                found[term.at(sizes)] = "*".join(map(str, (term.factor, *factors)))
+        return found
+
+    def strategies(
+        self, example: Example, rule: ShardingRule, tiles: list[Tile], world_size: int
+    ) -> tuple[Strategy, ...]:
+        operands = tuple(operand.requires_grad for operand in example.call.operands)
+        results = tuple(result.requires_grad for result in example.call.results)
+        return strategies(rule, tiles, operands, results, world_size)
+
+    def wrong(
+        self, example: Example, rule: ShardingRule, strategy: Strategy, world_size: int
+    ) -> str:
+        """What is wrong with a strategy, "" if nothing is."""
+        for value, placement in zip(example.node.results, strategy.results, strict=True):
+            if isinstance(placement, Partial) and value.dtype == torch.bool:
+                return "truth values have no pending sum"
+        self.faults += 1
+        return fault(example, strategy, world_size, rule, self.tolerance)
+
+    def try_loop(self, found: Found, loop: str) -> str:
+        """What is wrong with splitting `loop`, "" if nothing is, on two sets of sizes."""
+        tried = 0
+        why = ""
+        for which, ranks in _QUICK:
+            example = self.cases[which]
+            rule = found.rule(example.call)
+            if rule is None:
+                return "its sizes do not follow from the call's"
+            tiles = [Tile(loop)]
+            for strategy in self.strategies(example, rule, tiles, ranks):
+                if strategy.tile is not None:
+                    tried += 1
+                    why = self.wrong(example, rule, strategy, ranks)
+                    if why:
+                        return why
+        return "" if tried else "too small to be split"
+
+    def try_sum(self, found: Found, group: tuple[int, ...]) -> str:
+        """What is wrong with a pending sum through these operands, "" if nothing is."""
+        for which, ranks in _QUICK:
+            example = self.cases[which]
+            rule = replace(found, linear=(group,)).rule(example.call)
+            if rule is None:
+                raise ProbeError("behaves differently at other sizes")
+            why = self.wrong(example, rule, self.strategies(example, rule, [], ranks)[-1], ranks)
+            if why:
+                return why
+        return ""
+
+    def final(self) -> Iterator[_Case]:
+        """Cases that no choice was made on: other sizes, the call's integers, its symbols."""
+        yield _Case(self.case(2), (2, 3))
+        for example in self.unusual():
+            yield _Case(example, (2,))
+        own = self.own_integers()
+        if own is not None:
+            yield _Case(own, (2, 3))
+        if any(isinstance(size, Sym) for o in self.probe.call.operands for size in o.shape):
+            yield _Case(self.case(1, symbolic=True), (2,))
+
+    def unusual(self) -> Iterator[Example]:
+        """The call with numbers that an op may treat differently: many alike, zeros, large ones."""
+        plain = self.shrunk.values
+        changes: tuple[dict[str, float], ...] = (
+            {"step": 0.25},
+            {"zeros": 0.4},
+            {"high": 20 * plain.high},
+        )
+        for values in (replace(plain, **change) for change in changes):  # type: ignore[arg-type]
+            made = self.tried(assignment(self.shrunk.order, 1), 5, values)
+            if made is None:
+                continue
+            numbers = (*made.results, *made.gradients.values())
+            if all(bool(tensor.isfinite().all()) for tensor in numbers):
+                yield made
+
+    def own_integers(self) -> Example | None:
+        """The call with its own integers, where they are small: they may mean more than sizes."""
+        pattern = self.shrunk.pattern
+        atoms = pattern.solve(self.probe.call) or {}
+        asked = {atom for term in pattern.integers for atom in term.atoms}
+        if not asked or any(atom not in atoms or hint(atoms[atom]) > _MOST_OWN for atom in asked):
+            return None
+        sizes = assignment(self.shrunk.order, 0)
+        taken = {hint(atoms[atom]) for atom in asked}
+        spare = iter(size for size in range(5, 200) if size not in taken)
+        for atom in self.shrunk.order:
+            sizes[atom] = hint(atoms[atom]) if atom in asked else next(spare)
+        if _elements(pattern, sizes) > _MOST_ELEMENTS:
+            return None
+        return self.tried(sizes, 3)
+
+    def tiles(self, rule: ShardingRule, world_size: int) -> list[Tile]:
+        """Every loop's plain split, one into blocks and one into runs."""
+        found = []
+        for loop in rule.loops:
+            for blocks, unit in ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3)):
+                tile = Tile(loop, blocks, unit)
+                size = rule.sizes[loop]
+                if isinstance(size, Sym) and (blocks, unit) != (1, 1):
+                    continue
+                if loop not in rule.whole and is_possible(rule, tile, world_size):
+                    found.append(tile)
+        return found
+
+
+def _has_backward(probe: Probe) -> bool:
+    """Whether the op can be differentiated, or may be."""
+    return has_backward("::".join(probe.call.node.target.split(".")[:2]))
+
+
+def _elements(pattern: Pattern, sizes: Mapping[int, int]) -> int:
+    return sum(torch.Size([term.at(sizes) for term in row]).numel() for row in pattern.operands)

@@ -1,0 +1,1 @@
+"""Graph -> Graph: each pass makes one kind of thing explicit."""

@@ -1,0 +1,331 @@
+"""Batches of matrices that were merged into one dim, taken apart again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, map_leaves
+from autoparallel.graph.operators import operator_of
+from autoparallel.graph.passes.editing import rebuilt
+
+__all__ = [
+    "explicit_bias_of_batches",
+    "unflatten_products",
+    "unmerge_batches",
+    "unmerge_losses",
+]
+
+
+def unflatten_products(graph: Graph) -> Graph:
+    """reshape(linear(reshape(%x, (b*s, k)), %w), (b, s, n)) becomes linear(%x, %w).
+
+    And mm and addmm become matmul and add.
+
+    Why: a batch and a sequence merged into one dim can be split by neither; the product never
+    needed them merged. After: no product left whose operand was flattened to two dims; no mm and
+    no addmm.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.target not in _FLAT_PRODUCTS:
+            nodes.append(node)
+            continue
+        at = _FLAT_PRODUCTS[node.target]
+        source, shape = _unflattened(graph, node.args[at].name, node.result)
+        if node.target == "aten.linear.default" and shape == node.result.shape:
+            nodes.append(node)
+            continue
+        value = node.result
+        if shape != value.shape:
+            value = replace(value, name=f"{value.name}_nd", shape=shape)
+        made = replace(node, name=value.name, results=(value,), kwargs=())
+        if node.target == "aten.linear.default":
+            nodes.append(replace(made, args=(source, *node.args[1:])))
+        elif node.target == "aten.mm.default":
+            nodes.append(replace(made, target="aten.matmul.default", args=(source, node.args[1])))
+        else:
+            product = replace(value, name=f"{value.name}_product")
+            own = replace(made, name=product.name, results=(product,))
+            nodes.append(replace(own, target="aten.matmul.default", args=(source, node.args[2])))
+            args = (Ref(product.name), node.args[0])
+            nodes.append(replace(made, target="aten.add.Tensor", args=args))
+        if value is not node.result:
+            nodes.append(_reshape(node, node.result, value))
+    return rebuilt(graph, nodes, {})
+
+
+# Where the operand is whose rows were flattened.
+_FLAT_PRODUCTS = {"aten.mm.default": 0, "aten.addmm.default": 1, "aten.linear.default": 0}
+
+
+def _unflattened(graph: Graph, name: str, result: Value) -> tuple[Ref, tuple[Dim, ...]]:
+    """What was flattened to two dims, and the shape of the product with that."""
+    operand, flat = graph.values[name], graph.producers[name]
+    if flat.target == "aten.reshape.default" and len(operand.shape) == 2:
+        before = graph.values[flat.operands()[0]]
+        if len(before.shape) > 2 and before.shape[-1] == operand.shape[-1]:
+            return Ref(before.name), (*before.shape[:-1], result.shape[-1])
+    return Ref(name), result.shape
+
+
+def unmerge_losses(graph: Graph) -> Graph:
+    """cross_entropy(reshape(%x, (b*s, c)), reshape(%y, (b*s))) becomes that of (b, c, s) and %y.
+
+    Why: a batch and a sequence merged into one dim can be split by neither, and each rank would
+    need the logits of all tokens. After: no sum or mean over such tokens; the loss keeps its name.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        source = _rows_apart(graph, node)
+        if source is None:
+            nodes.append(node)
+            continue
+        *batch, classes = source.shape
+        order = (0, len(batch), *range(1, len(batch)))
+        shape = (batch[0], classes, *batch[1:])
+        logits = replace(source, name=f"{node.name}_logits", shape=shape)
+        args = (Ref(source.name), order)
+        view = replace(node, name=logits.name, results=(logits,), args=args, kwargs=())
+        target = graph.values[node.args[1].name]
+        tokens = replace(target, name=f"{node.name}_tokens", shape=tuple(batch))
+        nodes += [
+            replace(view, target="aten.permute.default"),
+            _reshape(node, tokens, target),
+            replace(node, args=(Ref(logits.name), Ref(tokens.name), *node.args[2:])),
+        ]
+    return rebuilt(graph, nodes, {})
+
+
+def _rows_apart(graph: Graph, node: Node) -> Value | None:
+    """What the rows of a loss over tokens were, if they are merged from dims of unknown size."""
+    if node.target != "aten.cross_entropy_loss.default" or node.result.shape:
+        return None
+    rows, target = (graph.values[name] for name in node.operands()[:2])
+    flat = graph.producers[rows.name]
+    if flat.target != "aten.reshape.default" or len(rows.shape) != 2 or len(target.shape) != 1:
+        return None
+    before = graph.values[flat.operands()[0]]
+    merged = before.shape[:-1]
+    if len(merged) < 2 or before.shape[-1] != rows.shape[-1]:
+        return None
+    return before if any(isinstance(size, Sym) for size in merged) else None
+
+
+def explicit_bias_of_batches(graph: Graph) -> Graph:
+    """baddbmm(%bias, %x, %y, beta, alpha) becomes bmm(%x, %y) * alpha + %bias * beta.
+
+    Why: a product that is a pending sum is summed before the bias is added, or the bias counts
+    world_size times. After: no baddbmm left; surviving nodes keep name, shape and dtype.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.target != "aten.baddbmm.default":
+            nodes.append(node)
+            continue
+        bias, left, right = node.args[:3]
+        grads = {ref.name: graph.values[ref.name].requires_grad for ref in (bias, left, right)}
+        product = replace(
+            node.result,
+            name=f"{node.name}_product",
+            requires_grad=node.result.requires_grad and (grads[left.name] or grads[right.name]),
+        )
+        added = replace(
+            graph.values[bias.name],
+            name=f"{node.name}_bias",
+            requires_grad=node.result.requires_grad and grads[bias.name],
+        )
+
+        def made(value: Value, target: str, *args: Any, like: Node = node) -> Node:
+            return replace(
+                like, name=value.name, target=target, results=(value,), args=args, kwargs=()
+            )
+
+        nodes.append(made(product, "aten.bmm.default", left, right))
+        alpha, beta = node.keyword("alpha", 1), node.keyword("beta", 1)
+        if alpha != 1:
+            scaled = replace(product, name=f"{node.name}_scaled")
+            nodes.append(made(scaled, "aten.mul.Tensor", Ref(product.name), alpha))
+            product = scaled
+        if beta != 1:
+            nodes.append(made(added, "aten.mul.Tensor", bias, beta))
+            bias = Ref(added.name)
+        nodes.append(made(node.result, "aten.add.Tensor", Ref(product.name), bias))
+    return rebuilt(graph, nodes, {})
+
+
+def unmerge_batches(graph: Graph) -> Graph:
+    """bmm(reshape(%x, (b*h, s, k)), ..) becomes reshape(matmul(%x, ..), (b*h, s, t)).
+
+    %x has the shape (b, h, s, k). And linear(reshape(%x, (b*s, k)), ..) becomes
+    reshape(linear(%x, ..), (b*s, n)). So do all ops between such a reshape and the one that undoes
+    it, if they treat what is merged as a batch: element by element, row by row, matrix by matrix.
+    Why: of dims merged into one of an unknown size only the first can be split; nobody needed them
+    merged. After: no such op whose operand was merged like that; all values keep name and shape,
+    and those that nobody reads are to be dropped.
+    """
+    return _Unmerger(graph).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """What a merged value is a reshape of: `value` has the dims `batch` in place of its first."""
+
+    value: Value
+    batch: tuple[Dim, ...]
+
+
+@dataclass
+class _Unmerger:
+    """apart: by the name of the merged value."""
+
+    graph: Graph
+    nodes: list[Node] = field(default_factory=list)
+    apart: dict[str, _Apart] = field(default_factory=dict)
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            made = self.instead(node) if node.kind == "call" and len(node.results) == 1 else None
+            if made is None:
+                self.nodes.append(node)
+                if node.target == "aten.reshape.default":
+                    self.note_merge(node)
+                elif node.target == "aten.repeat.default":
+                    self.note_repeat(node)
+            elif made.result.shape == node.result.shape:
+                self.nodes.append(replace(made, name=node.name, results=node.results))
+            else:
+                self.nodes += [made, _reshape(node, node.result, made.result)]
+                count = len(made.result.shape) - len(node.result.shape) + 1
+                self.apart[node.name] = _Apart(made.result, made.result.shape[:count])
+        return rebuilt(self.graph, self.nodes, {})
+
+    def note_merge(self, node: Node) -> None:
+        """A reshape that merges the first dims and leaves the others."""
+        before, after = self.graph.values[node.operands()[0]], node.result
+        count = len(before.shape) - len(after.shape) + 1
+        merged = before.shape[:count]
+        if not any(isinstance(size, Sym) for size in merged):
+            return  # loops see through it
+        if count > 1 and len(after.shape) > 1 and before.shape[count:] == after.shape[1:]:
+            self.apart[after.name] = _Apart(before, before.shape[:count])
+
+    def note_repeat(self, node: Node) -> None:
+        """repeat(%x, (n, 1, 1)) is %x once for each of n, merged with the first dim of %x."""
+        source, (times, *others) = self.graph.values[node.operands()[0]], node.args[1]
+        if len(node.args[1]) != len(source.shape) or any(other != 1 for other in others):
+            return
+        once = replace(source, name=f"{node.name}_once", shape=(1, *source.shape))
+        apart = replace(node.result, name=f"{node.name}_apart", shape=(times, *source.shape))
+        self.nodes += [_reshape(node, once, source), _expand(node, apart, once)]
+        self.apart[node.name] = _Apart(apart, apart.shape[:2])
+
+    def instead(self, node: Node) -> Node | None:
+        """The same call on batches that are not merged; None where it is no call for each."""
+        merged = next((name for name in node.operands() if name in self.apart), None)
+        if merged is None or len(node.result.shape) < 2:
+            return None
+        found, first = self.apart[merged], self.graph.values[merged].shape[0]
+        shape = (*found.batch, *node.result.shape[1:])
+        value = replace(node.result, name=f"{node.name}_apart", shape=shape)
+        if node.target == "aten.reshape.default":
+            if node.result.shape[: len(found.batch)] == found.batch:
+                return _reshape(node, node.result, found.value)
+            return _reshape(node, value, found.value) if node.result.shape[0] == first else None
+        args = _shifted(node, len(self.graph.values[merged].shape), len(found.batch) - 1)
+        if args is None or node.result.shape[0] != first:
+            return None
+        if node.target in _OF_ROWS:
+            if node.operands()[0] != merged:
+                return None
+            args = (Ref(found.value.name), *node.args[1:])
+            return replace(node, name=value.name, results=(value,), args=args)
+        shapes = [self.graph.values[name].shape for name in node.operands()]
+        if not _is_pointwise(node.target) and any(shape[0] != first for shape in shapes):
+            return None
+        reads: dict[str, str] = {}
+        for name in node.operands():
+            reads[name] = self.operand(node, name, found.batch, first)
+
+        def leaf(item: Any) -> Any:
+            return Ref(reads[item.name]) if isinstance(item, Ref) else item
+
+        return replace(
+            node,
+            name=value.name,
+            target="aten.matmul.default" if node.target in _PRODUCTS else node.target,
+            results=(value,),
+            args=map_leaves(leaf, args),
+            kwargs=map_leaves(leaf, node.kwargs),
+        )
+
+    def operand(self, reader: Node, name: str, batch: tuple[Dim, ...], first: Dim) -> str:
+        """The name of a value with `batch` in place of its first dim, if that is merged."""
+        value, known = self.graph.values[name], self.apart.get(name)
+        if known is not None and known.batch == batch:
+            return known.value.name
+        if len(value.shape) < len(reader.result.shape):
+            return name
+        own = batch if value.shape[0] == first else (1,) * len(batch)
+        made = replace(value, name=f"{reader.name}_{name}", shape=(*own, *value.shape[1:]))
+        self.nodes.append(_reshape(reader, made, value))
+        return made.name
+
+
+def _reshape(like: Node, made: Value, source: Value) -> Node:
+    return _view(like, "aten.reshape.default", made, source)
+
+
+def _expand(like: Node, made: Value, source: Value) -> Node:
+    return _view(like, "aten.expand.default", made, source)
+
+
+def _view(like: Node, target: str, made: Value, source: Value) -> Node:
+    args = (Ref(source.name), made.shape)
+    return replace(like, name=made.name, target=target, results=(made,), args=args, kwargs=())
+
+
+def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
+    """The call's args for operands of `extra` dims more in front.
+
+    rank: of the merged operand. None where the call is not one for each place in the first dim.
+    """
+    if node.target in _PRODUCTS:
+        return node.args if rank == 3 else None
+    if _is_pointwise(node.target):
+        return node.args
+    if node.target in _OF_ROWS:
+        dims = len(node.args[1]) if "norm" in node.target else 1
+        return node.args if dims < rank else None
+    positions = _DIMS.get(node.target)
+    if positions is None or any(index >= len(node.args) for index in positions):
+        return None
+    args = list(node.args)
+    for index in positions:
+        dim = args[index] % rank
+        if dim == 0:
+            return None
+        args[index] = dim + extra
+    return tuple(args)
+
+
+def _is_pointwise(target: str) -> bool:
+    tags = getattr(operator_of(target), "tags", ())
+    return torch.Tag.pointwise in tags or target in _ALSO_POINTWISE
+
+
+_PRODUCTS = {"aten.bmm.default", "aten.matmul.default"}
+# Of the last dims of the first operand, whatever lies before them.
+_OF_ROWS = {"aten.linear.default", "aten.layer_norm.default", "aten.rms_norm.default"}
+_ALSO_POINTWISE = {"aten.to.dtype", "aten.detach.default", "aten.dropout.default"}
+# Where the call names dims of its operand.
+_DIMS = {
+    "aten.transpose.int": (1, 2),
+    "aten.softmax.int": (1,),
+    "aten.log_softmax.int": (1,),
+    "aten.gather.default": (1,),
+    "aten.slice.Tensor": (1,),
+    "aten.select.int": (1,),
+}

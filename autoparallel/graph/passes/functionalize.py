@@ -1,0 +1,335 @@
+"""In-place ops become ops that make new values; whoever shares the memory reads those."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+
+from autoparallel.errors import CaptureError
+from autoparallel.graph.aliasing import (
+    is_view,
+    owner_of,
+    shares_memory,
+    written_back,
+)
+from autoparallel.graph.graph import Graph, Node, Ref, Value, hint, leaves, map_leaves
+from autoparallel.graph.operators import operator_of, packet_of
+from autoparallel.graph.passes.editing import Rename, rebuilt, renamed
+from autoparallel.support.torch_private import schema_of
+
+__all__ = ["functional"]
+
+
+def functional(graph: Graph) -> Graph:
+    """%y = add_(%x, 1) becomes %y = add(%x, 1), and later reads of %x read %y.
+
+    A write to a view makes what it is a view of anew (slice_scatter and its like), and all other
+    views of it are taken again where they are read next.
+
+    Why: a value must have one meaning. After: no in-place op left; what was written to a buffer is
+    in the graph's mutations. Raises CaptureError where the memory written belongs to an input or a
+    parameter, or is read through what may be a view or a copy.
+    """
+    return _Functional(graph).run()
+
+
+class _Functional:
+    """names: what stands for each value of the old graph. views: what each shares memory with.
+
+    versions: how often the memory of an owner was written; fresh: the version that a name has seen.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes: list[Node] = []
+        self.names: Rename = {}
+        self.views: dict[str, str] = {}
+        self.made_by: dict[str, tuple[Node, int]] = {}
+        self.versions: dict[str, int] = {}
+        self.fresh: dict[str, int] = {}
+        self.values: dict[str, Value] = {}
+        self.taken = {*graph.values, *(node.name for node in graph.nodes)}
+        self.mutations = dict(graph.mutations)
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            if _is_in_place(node):
+                self.write(node)
+                continue
+            _require_pure(node)
+            for name in node.operands():
+                self.refresh(name, node)
+            self.append(renamed(node, self.names))
+            if node.kind == "call" and node.operands() and shares_memory(node.target):
+                for index, value in enumerate(node.results):
+                    self.views[value.name] = node.operands()[0]
+                    self.made_by[value.name] = (node, index)
+                    self.fresh[value.name] = self.versions.get(self.owner(value.name), 0)
+        last = self.graph.nodes[-1] if self.graph.nodes else None
+        for name in (*self.graph.outputs, *self.mutations.values()):
+            self.refresh(name, last)
+        made = rebuilt(self.graph, self.nodes, self.names)
+        final = tuple((path, self.names.get(name, name)) for path, name in self.mutations.items())
+        return replace(made, mutations=final)
+
+    def append(self, node: Node) -> None:
+        self.nodes.append(node)
+        self.values.update((value.name, value) for value in node.results)
+
+    def free(self, base: str) -> str:
+        """A name that nothing has: the base with the first number that is free."""
+        name = next(made for i in count(1) if (made := f"{base}_{i}") not in self.taken)
+        self.taken.add(name)
+        return name
+
+    def owner(self, name: str) -> str:
+        return owner_of(name, self.views)
+
+    def current(self, name: str) -> Value:
+        """What stands for a value of the old graph now."""
+        return self.values[self.names.get(name, name)]
+
+    def refresh(self, name: str, reader: Node | None) -> None:
+        """See to it that `name` stands for what its memory holds now."""
+        version = self.versions.get(self.owner(name), 0)
+        if name not in self.views or self.fresh[name] == version:
+            return
+        parent = self.views[name]
+        self.refresh(parent, reader)
+        if name not in self.made_by:
+            self.names[name] = self.names.get(parent, parent)
+            self.fresh[name] = version
+            return
+        view, _ = self.made_by[name]
+        if not is_view(view.target):
+            raise _unclear(reader or view, name, self.owner(name), view.target)
+        source = self.current(parent)
+        results = tuple(
+            replace(value, name=self.free(value.name), requires_grad=source.requires_grad)
+            for value in view.results
+        )
+        args = (Ref(source.name), *renamed(view, self.names).args[1:])
+        own = results[0].name if len(results) == 1 else self.free(view.name)
+        self.append(replace(view, name=own, results=results, args=args))
+        for value, result in zip(view.results, results, strict=True):
+            if self.fresh[value.name] != version:
+                self.names[value.name] = result.name
+                self.fresh[value.name] = version
+
+    def write(self, node: Node) -> None:
+        """An in-place op: its first operand, and all that shares its memory, is another value."""
+        target = node.operands()[0]
+        owner = self.owner(target)
+        home = self.graph.producers[owner]
+        if home.kind in ("input", "parameter"):
+            raise CaptureError(
+                f"{node.target} writes to {home.kind} {home.target} of the model",
+                where=_place(node),
+                why="what belongs to the caller would change behind its back, on every rank",
+                fix="use the op that returns a new tensor (without the underscore)",
+            )
+        for name in node.operands():
+            self.refresh(name, node)
+        before = self.current(target)
+        self.names[target] = self.new_value(renamed(node, self.names), before)
+        version = self.versions[owner] = self.versions.get(owner, 0) + 1
+        self.fresh[target] = version
+        result = node.results[0].name
+        self.names[result] = self.names[target]
+        self.views[result], self.fresh[result] = target, version
+        top, before = self.write_back(target, before, version, node)
+        if not node.result.requires_grad:
+            self.names[top] = self.without_gradient(node, before, self.current(top))
+            self.versions[owner] = self.fresh[top] = version + 1
+        if home.kind == "buffer":
+            self.mutations[home.target] = owner
+
+    def write_back(
+        self, child: str, before: Value, version: int, writer: Node
+    ) -> tuple[str, Value]:
+        """Make anew what `child` is a view of, up to the owner of the memory.
+
+        Returns the last that was made, and what stood for it before the write.
+        """
+        while child in self.views:
+            parent = self.views[child]
+            if child in self.made_by:
+                view, index = self.made_by[child]
+                if not is_view(view.target):
+                    self.refuse_later_reads(writer, child)
+                    break
+                self.refresh_before(parent, version, writer)
+                before = self.current(parent)
+                if self.current(parent).shape == self.current(child).shape and (
+                    packet_of(view.target) == "slice"
+                ):
+                    self.names[parent] = self.current(child).name
+                    self.fresh[parent] = version
+                    child = parent
+                    continue
+                made = written_back(
+                    renamed(view, self.names),
+                    index,
+                    self.current(parent),
+                    self.current(child),
+                    self.free(parent),
+                )
+                if made is None:
+                    raise _unclear(writer, child, parent, view.target)
+                self.append(made)
+                self.names[parent] = made.result.name
+            else:
+                self.names[parent] = self.names[child]
+            self.fresh[parent] = version
+            child = parent
+        return child, before
+
+    def refresh_before(self, name: str, version: int, writer: Node) -> None:
+        """As refresh, for what a view was a view of just before the write of `version`."""
+        owner = self.owner(name)
+        self.versions[owner] = version - 1
+        self.refresh(name, writer)
+        self.versions[owner] = version
+
+    def refuse_later_reads(self, writer: Node, child: str) -> None:
+        """`child` may be a copy: nobody else may read its memory after the write."""
+        owner, after = self.owner(child), False
+        mine = {name for name in self.views if self.owner(name) == owner} | {owner}
+        mine -= self.offspring(child)
+        for node in self.graph.nodes:
+            if after and mine & set(node.operands()):
+                name = next(name for name in node.operands() if name in mine)
+                raise _unclear(writer, child, name, self.made_by[child][0].target)
+            after = after or node is writer
+        if mine & {*self.graph.outputs, *self.mutations.values()}:
+            raise _unclear(writer, child, owner, self.made_by[child][0].target)
+
+    def offspring(self, name: str) -> set[str]:
+        """The value and all that are surely views of it."""
+        found = {name}
+        for view, parent in self.views.items():
+            node = self.made_by.get(view)
+            if parent in found and (node is None or is_view(node[0].target)):
+                found.add(view)
+        return found
+
+    def new_value(self, node: Node, before: Value) -> str:
+        """Append the functional form of an in-place op. Returns the name of what it makes."""
+        packet = packet_of(node.target)
+        own = node.result
+        if packet == "copy_" or (packet == "fill_" and isinstance(node.args[1], Ref)):
+            source = self.values[node.args[1].name]
+            if source.dtype != before.dtype:
+                cast = replace(source, name=self.free(own.name), dtype=before.dtype)
+                self.make(node, "aten.to.dtype", cast, Ref(source.name), before.dtype)
+                source = cast
+            if source.shape != before.shape:
+                self.make(node, "aten.expand.default", own, Ref(source.name), before.shape)
+                source = own
+            return source.name
+        if packet in ("zero_", "fill_"):
+            number = 0 if packet == "zero_" else node.args[1]
+            if not isinstance(number, Ref):
+                filled = replace(own, requires_grad=False)
+                return self.make(node, "aten.full_like.default", filled, Ref(before.name), number)
+        plain = node.target.replace(packet, _FUNCTIONAL.get(packet, packet[:-1]), 1)
+        plain = _OTHER_OVERLOADS.get(plain, plain)
+        node = replace(node, target=plain)
+        made = self.dtype(node, before)
+        if made == before.dtype:
+            self.append(node)
+            return own.name
+        wide = replace(own, name=self.free(own.name), dtype=made)
+        self.append(replace(node, name=wide.name, results=(wide,)))
+        return self.make(node, "aten.to.dtype", own, Ref(wide.name), before.dtype)
+
+    def without_gradient(self, writer: Node, before: Value, after: Value) -> str:
+        """What is written where no gradient is recorded: autograd does not see the change.
+
+        A gradient that flowed through the memory flows on as if nothing had been written, which
+        is that of after + (before - before) with all but the first `before` detached.
+        """
+        if after.requires_grad:
+            plain = replace(after, name=self.free(after.name), requires_grad=False)
+            self.make(writer, "aten.detach.default", plain, Ref(after.name))
+            after = plain
+        if not before.requires_grad:
+            return after.name
+        fixed = replace(before, name=self.free(before.name), requires_grad=False)
+        self.make(writer, "aten.detach.default", fixed, Ref(before.name))
+        nothing = replace(before, name=self.free(before.name))
+        self.make(writer, "aten.sub.Tensor", nothing, Ref(before.name), Ref(fixed.name))
+        joined = replace(before, name=self.free(after.name))
+        return self.make(writer, "aten.add.Tensor", joined, Ref(after.name), Ref(nothing.name))
+
+    def make(self, like: Node, target: str, result: Value, *args: Any) -> str:
+        self.append(
+            replace(like, name=result.name, target=target, results=(result,), args=args, kwargs=())
+        )
+        return result.name
+
+    def dtype(self, node: Node, before: Value) -> torch.dtype:
+        """The type that the functional op gives: in place, it is cast to that of the memory."""
+        operands = [self.values[name] for name in node.operands()]
+        number = any(isinstance(leaf, float) for leaf in leaves(node.args))
+        if all(value.dtype == before.dtype for value in operands) and not (
+            number and not before.dtype.is_floating_point
+        ):
+            return before.dtype
+
+        def leaf(item: Any) -> Any:
+            if isinstance(item, Ref):
+                value = self.values[item.name]
+                return torch.empty(tuple(map(hint, value.shape)), dtype=value.dtype, device="meta")
+            return hint(item) if hasattr(item, "hint") else item
+
+        kwargs = {key: map_leaves(leaf, item) for key, item in node.kwargs}
+        made = operator_of(node.target)(*map_leaves(leaf, node.args), **kwargs)
+        return made.dtype
+
+
+_OTHER_OVERLOADS = {
+    "aten.transpose.default": "aten.transpose.int",
+}
+_FUNCTIONAL = {f"__i{name}__": f"__{name}__" for name in ("and", "or", "xor", "lshift", "rshift")}
+
+
+def _is_in_place(node: Node) -> bool:
+    packet = packet_of(node.target)
+    return node.kind == "call" and (
+        packet in _FUNCTIONAL or (packet.endswith("_") and not packet.endswith("__"))
+    )
+
+
+def _require_pure(node: Node) -> None:
+    """Raises CaptureError for an op that writes to an operand otherwise than in-place ops do."""
+    if node.kind != "call":
+        return
+    schema = schema_of(operator_of(node.target))
+    named = dict(node.kwargs)
+    for at, argument in enumerate(schema.arguments):
+        operand = node.args[at] if at < len(node.args) else named.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and operand:
+            raise CaptureError(
+                f"{node.target} writes to its argument {argument.name}",
+                where=_place(node),
+                why="whoever shares that memory would have to read what it makes",
+                fix="use what the op returns (without out=)",
+            )
+
+
+def _place(node: Node) -> str:
+    return ", ".join(text for text in (node.where, node.line) if text)
+
+
+def _unclear(node: Node, name: str, other: str, view: str) -> CaptureError:
+    return CaptureError(
+        f"{node.target} needs to know whether %{name} shares memory with %{other}",
+        where=_place(node),
+        why=f"{view} lies between them: it may be a view or a copy, or sees one element twice, "
+        "and one of them was written in place",
+        fix="use the op that returns a new tensor (without the underscore)",
+    )

@@ -1,0 +1,174 @@
+"""Dims that are merged, moved and divided again, seen as what they are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import sympy
+
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value
+from autoparallel.graph.passes.editing import first_operand, rebuilt
+
+__all__ = ["see_through_merges"]
+
+Shape = tuple[Dim, ...]
+
+
+def see_through_merges(graph: Graph) -> Graph:
+    """reshape(transpose(reshape(%x, (s, 8*b, 4)), 0, 1), (b, 8, s, 4)), with %x of (s, b, 32),
+    becomes permute(reshape(%x, (s, b, 8, 4)), (1, 2, 0, 3)).
+
+    Why: of batch and heads merged into one dim, no part of the heads is a part. After: where dims
+    are merged, moved and divided again, the result is made of dims that never were. All values keep
+    name and shape; those that nobody reads any more are to be dropped.
+    """
+    return _Remerger(graph).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """A value is `value` with neighbouring dims merged: groups[i] of them make its dim i."""
+
+    value: Value
+    groups: tuple[int, ...]
+
+
+class _Remerger:
+    """apart: by the name of the merged value."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes: list[Node] = []
+        self.apart: dict[str, _Apart] = {}
+        self.known: dict[tuple[Shape, Shape], Shape | None] = {}
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            if node.target == "aten.reshape.default":
+                self.reshape(node)
+            elif node.kind == "call" and _moved(node) in self.apart:
+                self.move(node)
+            else:
+                self.nodes.append(node)
+        return rebuilt(self.graph, self.nodes, {})
+
+    def reshape(self, node: Node) -> None:
+        source, result = self.graph.values[first_operand(node)], node.result
+        known = self.apart.get(source.name) or _Apart(source, (1,) * len(source.shape))
+        shapes = (known.value.shape, result.shape)
+        if shapes not in self.known:
+            self.known[shapes] = _refined(*shapes)
+        refined = self.known[shapes]
+        symbolic = any(isinstance(size, Sym) for size in refined or ())
+        if refined is None or not symbolic or (refined == result.shape and known.value is source):
+            self.nodes.append(node)
+            return
+        if refined == result.shape:
+            self.nodes.append(replace(node, args=(Ref(known.value.name), result.shape)))
+            return
+        value = known.value
+        if refined != value.shape:
+            value = replace(result, name=f"{node.name}_parts", shape=refined)
+            args = (Ref(known.value.name), refined)
+            self.nodes.append(replace(node, name=value.name, results=(value,), args=args))
+        groups = _groups(refined, result.shape)
+        self.apart[result.name] = _Apart(value, groups)
+        rows = _fixed_merged(refined, groups)
+        if rows not in (refined, result.shape):
+            middle = replace(result, name=f"{node.name}_rows", shape=rows)
+            args = (Ref(value.name), rows)
+            self.nodes.append(replace(node, name=middle.name, results=(middle,), args=args))
+            value = middle
+        self.nodes.append(replace(node, args=(Ref(value.name), result.shape)))
+
+    def move(self, node: Node) -> None:
+        """A transpose or a permutation: whole groups change places."""
+        found = self.apart[first_operand(node)]
+        rank = len(found.groups)
+        order = list(range(rank))
+        if node.target == "aten.permute.default":
+            order = [dim % rank for dim in node.args[1]]
+        else:
+            one, two = (dim % rank for dim in node.args[1:3])
+            order[one], order[two] = order[two], order[one]
+        starts = [sum(found.groups[:index]) for index in range(rank)]
+        inner = [starts[i] + k for i in order for k in range(found.groups[i])]
+        shape = tuple(found.value.shape[dim] for dim in inner)
+        value = replace(node.result, name=f"{node.name}_parts", shape=shape)
+        permuted: dict[str, Any] = {"args": (Ref(found.value.name), tuple(inner)), "kwargs": ()}
+        target = "aten.permute.default"
+        self.nodes.append(
+            replace(node, name=value.name, target=target, results=(value,), **permuted)
+        )
+        args = (Ref(value.name), node.result.shape)
+        self.nodes.append(replace(node, target="aten.reshape.default", args=args, kwargs=()))
+        self.apart[node.name] = _Apart(value, tuple(found.groups[i] for i in order))
+
+
+def _moved(node: Node) -> str:
+    """What a transpose or a permutation moves; "" for any other node."""
+    moves = ("aten.transpose.int", "aten.permute.default")
+    return first_operand(node) if node.target in moves else ""
+
+
+def _expr(size: Dim) -> Any:
+    return size.expr if isinstance(size, Sym) else sympy.Integer(size)
+
+
+def _ends(shape: Shape) -> list[Any]:
+    """Products of the sizes from the right, without those of size 1."""
+    found: list[Any] = [sympy.Integer(1)]
+    for size in reversed(shape):
+        if size != 1:
+            found.append(found[-1] * _expr(size))
+    return found
+
+
+def _refined(before: Shape, after: Shape) -> Shape | None:
+    """The sizes of which both shapes are made by merging neighbours; None where there are none."""
+    if 1 in after or 1 in before:
+        return None
+    sizes_known = {size.expr: size.hint for size in (*before, *after) if isinstance(size, Sym)}
+    ends = dict.fromkeys((*_ends(before), *_ends(after)))
+    symbols = {symbol: sizes_known.get(symbol) for end in ends for symbol in end.free_symbols}
+    if None in symbols.values():
+        return None
+    ordered = sorted(ends, key=lambda end: int(end.subs(symbols)))
+    sizes: list[Dim] = []
+    for low, high in pairwise(ordered):
+        ratio = sympy.cancel(high / low)
+        if not ratio.is_polynomial() or sympy.fraction(ratio)[1] != 1:
+            return None
+        number = int(ratio.subs(symbols))
+        sizes.append(number if ratio.is_number else Sym(ratio, number))
+    return tuple(reversed(sizes))
+
+
+def _fixed_merged(parts: Shape, groups: tuple[int, ...]) -> Shape:
+    """The parts with those groups merged whose sizes are all fixed."""
+    found: list[Dim] = []
+    start = 0
+    for count in groups:
+        group = parts[start : start + count]
+        fixed = [size for size in group if isinstance(size, int)]
+        found += [math.prod(fixed)] if len(fixed) == count else group
+        start += count
+    return tuple(found)
+
+
+def _groups(parts: Shape, merged: Shape) -> tuple[int, ...]:
+    """How many of `parts` make each size of `merged`."""
+    found = []
+    index = 0
+    for size in merged:
+        product: Any = sympy.Integer(1)
+        count = 0
+        while sympy.expand(product - _expr(size)) != 0:
+            product = product * _expr(parts[index])
+            index += 1
+            count += 1
+        found.append(count)
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""The parallel module that the user gets."""

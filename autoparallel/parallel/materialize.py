@@ -1,0 +1,105 @@
+"""The first weights of a model on the meta device, made part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoparallel.errors import AutoParallelError
+from autoparallel.placement import Layout, Shard
+from autoparallel.runtime.ranks import Ranks
+from autoparallel.runtime.tensor_parts import take_layout_part
+from autoparallel.support.module_copy import shallow_copy
+
+__all__ = ["materialize"]
+
+
+def _children_first(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The order of nn.Module.apply."""
+    for name, child in module.named_children():
+        yield from _children_first(child, f"{path}.{name}" if path else name)
+    yield path, module
+
+
+def materialize(
+    model: nn.Module, layouts: Mapping[str, Layout], ranks: Ranks, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """This rank's parts of a meta model's parameters, and its buffers, by path.
+
+    Module by module, in the order of nn.Module.apply, the whole is allocated, filled by the
+    model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`), cut,
+    and freed. Every rank draws the same numbers, so the parts are those of one device with the
+    same seed that runs `model.apply(model._init_weights)`; a tied parameter is what was drawn for
+    it last. An initializer of a module may also fill what its children own, but nothing deeper.
+    Raises AutoParallelError that lists the modules, or their parameters, that nothing fills.
+    """
+    own = getattr(model, "_init_weights", None)
+    parts: dict[str, torch.Tensor] = {}
+    missing: list[str] = []
+    for path, module in _children_first(model):
+        real, held = _allocated(module, device)
+        if not held:
+            continue
+        reset = getattr(real, "reset_parameters", None)
+        owns = any("." not in name for name in held)
+        if callable(own):
+            own(real)
+        elif owns and callable(reset):
+            reset()
+        elif owns:
+            missing.append(path or type(model).__name__)
+            continue
+        for name, tensor in held.items():
+            full = f"{path}.{name}" if path else name
+            if full in parts and bool(tensor.isnan().any()):
+                continue
+            part, layout = tensor.detach(), layouts.get(full, ())
+            if any(isinstance(placement, Shard) for placement in layout):
+                part = take_layout_part(part, layout, ranks.sizes, ranks.coordinates).clone()
+            parts.pop(full, None)  # so that they stand in the order in which they were drawn
+            parts[full] = part
+    named: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    named.update(model.named_parameters(remove_duplicate=False))
+    drawn_last = {id(named[path]): part for path, part in parts.items()}
+    parts = {path: drawn_last[id(named[path])] for path in parts}
+    for path, part in parts.items():
+        if part.is_floating_point() and bool(part.isnan().any()):
+            missing.append(path)
+    if missing:
+        raise AutoParallelError(
+            "the model is on the meta device and cannot be initialized",
+            where=", ".join(missing),
+            why="no reset_parameters() of theirs and no _init_weights(module) fills them",
+            fix="give them reset_parameters(), or pass the model with real weights",
+        )
+    return parts
+
+
+def _allocated(
+    module: nn.Module, device: torch.device
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A copy of the module whose own and whose children's meta tensors have memory.
+
+    Floating ones are filled with NaN, so that what an initializer leaves alone can be told.
+    """
+    real = shallow_copy(module)
+    held: dict[str, torch.Tensor] = {}
+    for prefix, owner in (("", real), *((f"{n}.", m) for n, m in real.named_children())):
+        own: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for tensors in own:
+            for name, value in tensors.items():
+                if value is None:
+                    continue
+                made = value
+                if value.is_meta:
+                    made = torch.empty_like(value, device=device)
+                    if made.is_floating_point():
+                        made.fill_(float("nan"))
+                if isinstance(value, nn.Parameter):
+                    made = nn.Parameter(made, value.requires_grad)
+                tensors[name] = made
+                held[prefix + name] = made
+    return real, held

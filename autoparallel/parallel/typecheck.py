@@ -1,0 +1,88 @@
+"""Judge an emitted module by the type system of `spmd_types`, without devices.
+
+The checker knows the types of the collectives and of torch's ops, and nothing of our rules: a
+conversion that is missing, or made to the wrong type, is a type error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from autoparallel.capture.example_inputs import bind_inputs
+from autoparallel.errors import PlanError
+from autoparallel.placement import Layout, Shard, layout_gradient, whole_layout
+from autoparallel.plan import Plan
+from autoparallel.rewrite.emit import emit
+from autoparallel.runtime.collectives import spmd_type
+from autoparallel.runtime.groups import ProcessGroup
+from autoparallel.runtime.ranks import Ranks, process_ranks
+from autoparallel.runtime.tensor_parts import take_layout_part
+from autoparallel.support.pytree import flatten
+
+__all__ = ["typecheck_plan"]
+
+
+def typecheck_plan(
+    model: nn.Module,
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    alter: Callable[[str], str] | None = None,
+) -> None:
+    """Run rank 0 of the plan's program on the default (fake) process group under the checker.
+
+    alter: changes the program's text first, to see that a broken one is refused.
+    Raises spmd_types.SpmdTypeError where types do not fit, PlanError for a plan without a graph.
+    """
+    import spmd_types
+    from spmd_types import checker
+
+    captured = plan.captured
+    if captured is None:
+        raise PlanError("the plan has no graph", fix="plan again in this process")
+    world: Any = dist.group.WORLD
+    names, shape = zip(*plan.mesh.axes, strict=True)
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    ranks = process_ranks(ProcessGroup(world), mesh)
+    program = emit(captured.graph, plan, ranks, plan.model, alter)
+    inputs, _ = flatten(dict(bind_inputs(model, args, kwargs).arguments))
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    leaves = []
+    for path in program.parameters:
+        whole, layout = weights[path].detach(), plan.storage[path]
+        part = take_layout_part(whole, layout, ranks.sizes, ranks.coordinates)
+        leaves.append(part.clone().requires_grad_())
+    with spmd_types.set_current_mesh(mesh), checker.typecheck(local=True):
+        for leaf, back in zip(leaves, program.gradients, strict=True):
+            spmd_types.assert_type(leaf, _types(layout_gradient(back), ranks))
+        same = _types(whole_layout(len(ranks.sizes)), ranks, spmd_types.R)
+        for tensor in (*inputs, *buffers.values(), *captured.constants.values()):
+            spmd_types.assert_type(tensor, same)
+        outputs, _ = program.run(
+            leaves,
+            [buffers[path] for path in program.buffers],
+            [captured.constants[path] for path in program.constants],
+            inputs,
+            torch.device("cpu"),
+        )
+        for output, layout in zip(outputs, plan.outputs, strict=True):
+            if output.requires_grad:
+                spmd_types.assert_type(output, _types(layout, ranks))
+
+
+def _types(layout: Layout, ranks: Ranks, every: Any = None) -> dict[Any, Any]:
+    """What the checker is told of a tensor, for each axis of several ranks."""
+    import spmd_types
+
+    found: dict[Any, Any] = {}
+    for placement, group in zip(layout, ranks.groups, strict=True):
+        if isinstance(group, ProcessGroup):
+            own = spmd_types.V if isinstance(placement, Shard) else spmd_type(placement)
+            found[group.process_group] = every or own
+    return found

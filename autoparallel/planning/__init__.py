@@ -1,0 +1,1 @@
+"""From a model and what is asked of it to a plan."""

@@ -1,0 +1,58 @@
+"""Which solver a network gets: exact where it is narrow enough, else one that proves a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autoparallel.strategy.cost_network import Network
+from planners import Problem, Solution, TooWideError, conditioning, exact
+from planners import coarsening as coarse
+from planners import lagrangian as limited
+from planners.lagrangian import Narrow
+
+__all__ = ["Solving"]
+
+
+class Solving(Narrow):
+    """A solver of a network's problems that remembers what was too wide.
+
+    Networks of several mesh axes have many states per variable: those that differ on one axis only
+    are grouped. Networks of one axis are wide because of their form: some variables are given.
+    start: an assignment to begin with, where the solver needs one.
+    """
+
+    def __init__(self, network: Network, start: Mapping[str, int] | None = None) -> None:
+        super().__init__()
+        self.network, self.start = network, start
+        self.is_wide = False
+        axes = sum(size > 1 for _, size in network.mesh.axes)
+        self.several, self.many = axes > 1, axes > 2
+
+    def __call__(self, problem: Problem) -> Solution:
+        if not self.is_wide:
+            try:
+                return exact.solve(problem, memo=self.memo)
+            except TooWideError:
+                self.is_wide = True
+        if self.several:
+            return self.coarse(problem)
+        if self.given is None:
+            self.given = conditioning.cutset(problem)
+        return conditioning.solve(problem, given=self.given, memo=self.memo)
+
+    def coarse(self, problem: Problem) -> Solution:
+        """By groups of states that differ on one mesh axis only."""
+        return coarse.solve(problem, self.network.groupings(), start=self.start)
+
+    def within(self, problem: Problem) -> Solution:
+        """The best that keeps the problem's limit. Raises InfeasibleError, OverLimitError.
+
+        On three axes and more the search for it is by groups, and one exact solution proves how
+        near it is to the best.
+        """
+        if not self.many:
+            return limited.solve(problem, solver=self)
+        try:
+            return limited.solve(problem, solver=self.coarse, prover=exact.solve)
+        except TooWideError:
+            return limited.solve(problem, solver=self.coarse)

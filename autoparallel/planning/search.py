@@ -1,0 +1,126 @@
+"""From a captured model to a plan: build the network, solve it, read the solution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.cost.op_costs import nbytes
+from autoparallel.errors import PlanError
+from autoparallel.graph.captured import Captured
+from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Layout, layout_text
+from autoparallel.plan import Plan
+from autoparallel.planning.memory_limit import plan_within
+from autoparallel.planning.network_solver import Solving
+from autoparallel.planning.solution_to_plan import assignment_of, read_plan
+from autoparallel.planning.unsplit_reasons import added_costs, is_left_whole
+from autoparallel.strategy.build_network import build_network
+from autoparallel.strategy.constraints import constrain
+from autoparallel.strategy.cost_network import Network
+from planners import InfeasibleError, Problem, Solution
+
+__all__ = ["search"]
+
+# Shares that are enough: of the FLOPs of products with a weight, of the bytes of matrices.
+ENOUGH_SPLIT = (0.99, 0.95)
+_WEIGHTS = tuple(8.0**power for power in range(8))
+
+
+def search(
+    captured: Captured,
+    model: str,
+    mesh: Mesh,
+    options: Options,
+    stored: Mapping[str, Layout] | None = None,
+    pins: Mapping[str, Layout] | None = None,
+    product_weight: float | None = None,
+    start: Plan | None = None,
+) -> Plan:
+    """The plan of least cost.
+
+    stored: placements (by path) that parameters have already and keep. pins: placements (by path)
+    to be tried. A model too small to be worth splitting is split all the same: products are
+    weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of matrices are
+    split or more weight splits no more; product_weight fixes the weight instead. start: a plan of
+    the same program to begin with: what is found costs no more than it.
+    Raises UnsupportedOpError, and PlanError where the pins contradict each other.
+    """
+    graph = at_least(captured.graph, options.tokens)
+    hardware = find_hardware(options.hardware)
+    network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
+    constrain(network, captured.aliases)
+    paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
+    unknown = [path for path in pins or {} if path not in captured.aliases]
+    if unknown:
+        raise PlanError(
+            f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
+        )
+    pinned: dict[str, Layout] = {}
+    for path, pin in (pins or {}).items():
+        name = paths.get(captured.aliases[path])
+        if name is not None and pinned.setdefault(name, pin) != pin:
+            raise PlanError(
+                f"{path} is tied to {captured.aliases[path]}, which is pinned to "
+                f"{layout_text(pinned[name])}",
+                fix="pin one of the two, or both alike",
+            )
+    begin = assignment_of(network, start) if start is not None else None
+    solve = Solving(network, begin)
+    if options.memory_limit is not None:
+        return plan_within(captured, model, network, solve, pinned)
+    best: tuple[float, float, Solution, Problem] | None = None
+    weights = _WEIGHTS if mesh.world_size > 1 and not options.data_parallel else (1.0,)
+    for weight in weights if product_weight is None else (product_weight,):
+        problem = network.problem(weight, pinned)
+        try:
+            solution = solve(problem)
+        except InfeasibleError as error:
+            raise _impossible(error) from error
+        found = (_split_share(network, solution), _split_bytes(network, solution))
+        missing = sum(
+            max(enough - own, 0.0) for own, enough in zip(found, ENOUGH_SPLIT, strict=True)
+        )
+        if best is None or missing < best[1] - 1e-9:
+            best = (weight, missing, solution, problem)
+        if not missing:
+            break
+    assert best is not None
+    weight, _, solution, problem = best
+    added = (
+        {} if solve.is_wide or solve.many else added_costs(network, problem, solution, solve.memo)
+    )
+    return read_plan(captured, model, mesh, network, solution, weight, added)
+
+
+def _impossible(error: InfeasibleError) -> PlanError:
+    return PlanError("no plan is possible", why=str(error), fix="loosen the options or the pins")
+
+
+def _split_share(network: Network, solution: Solution) -> float:
+    """Share of the FLOPs of products with a weight that belong to ops that are split."""
+    whole = split = 0.0
+    for node in network.graph.calls:
+        rule = network.rules[node.name]
+        if rule is None or not rule.flops:
+            continue
+        if not any(name in network.weights for name in node.operands()):
+            continue
+        flops = float(rule.flops * rule.points)
+        whole += flops
+        if network.costs[node.name][solution.assignment[node.name]].flops < flops:
+            split += flops
+    return split / whole if whole else 1.0
+
+
+def _split_bytes(network: Network, solution: Solution) -> float:
+    """Share of the bytes of matrices that are stored split."""
+    whole = split = 0
+    for node in network.graph.nodes:
+        if node.kind == "parameter" and len(node.result.shape) > 1:
+            whole += nbytes(node.result)
+            if not is_left_whole(network, node, solution.assignment[node.name]):
+                split += nbytes(node.result)
+    return split / whole if whole else 1.0

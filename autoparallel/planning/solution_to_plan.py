@@ -1,0 +1,260 @@
+"""From a solution of the network to a plan, in the words of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from autoparallel.cost.op_costs import nbytes
+from autoparallel.errors import PlanError
+from autoparallel.graph.captured import Captured
+from autoparallel.graph.graph import Graph, hint
+from autoparallel.mesh import Mesh
+from autoparallel.placement import Layout, whole_layout
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.planning.unsplit_reasons import is_left_whole, why_whole
+from autoparallel.strategy.cost_network import Network, reduced_together
+from autoparallel.strategy.parameter_storage import Stored
+from planners import Solution
+
+__all__ = ["assignment_of", "read_plan"]
+
+
+def read_plan(
+    captured: Captured,
+    model: str,
+    mesh: Mesh,
+    network: Network,
+    solution: Solution,
+    weight: float,
+    added: Mapping[str, float] = {},
+) -> Plan:
+    """A solution of the network in the words of the model. weight: what products counted in it.
+
+    added: what splitting would add to the cost, of what it leaves whole.
+    """
+    chosen, graph = solution.assignment, network.graph
+    recompute, recomputed = network.recomputed(chosen)
+    repeated = {name: number for number, group in enumerate(recomputed) for name in group}
+    ops: list[OpChoice] = []
+    seconds = 0.0
+    made: dict[str, Layout] = {}
+    for node in graph.nodes:
+        if node.kind != "call":
+            storage = whole_layout(len(mesh.axes))
+            if node.kind == "parameter":
+                storage = network.storages[node.name][chosen[node.name]].storage
+                seconds += float(network.updates[node.name].cost[chosen[node.name]])
+            made[node.result.name] = storage
+            continue
+        strategy = network.strategies[node.name][chosen[node.name]]
+        cost = network.costs[node.name][chosen[node.name]]
+        rule = network.rules[node.name]
+        again = cost.forward if node.name in repeated else 0.0
+        seconds += cost.seconds + again
+        is_whole = is_left_whole(network, node, chosen[node.name])
+        for value, placement in zip(node.results, strategy.results, strict=True):
+            made[value.name] = placement
+        ops.append(
+            OpChoice(
+                name=node.name,
+                target=node.target,
+                where=node.where,
+                line=node.line,
+                reads=tuple(node.operands()),
+                makes=tuple(value.name for value in node.results),
+                operands=strategy.operands,
+                results=strategy.results,
+                kernels=strategy.kernels,
+                seconds=cost.seconds + again,
+                forward_seconds=cost.forward,
+                flops=cost.flops,
+                whole_flops=float(rule.flops * rule.points) if rule is not None else 0.0,
+                discovered=rule.discovered if rule is not None else "",
+                reason=why_whole(network, node, added) if is_whole else "",
+                added=_finite(added.get(node.name, 0.0)),
+            )
+        )
+    outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
+    again_made = network.made_again(solution)
+    conversions = _conversions(graph, network, ops, made, outputs, chosen, again_made, repeated)
+    seconds += sum(conversion.seconds for conversion in conversions)
+    return Plan(
+        model=model,
+        mesh=mesh,
+        options=network.options,
+        hardware=network.hardware.name,
+        fingerprint=captured.graph.fingerprint,
+        parameters=_parameters(graph, network, chosen, added),
+        ops=tuple(ops),
+        conversions=conversions,
+        outputs=outputs,
+        cost=solution.cost,
+        lower_bound=solution.lower_bound,
+        method=solution.method,
+        seconds=seconds,
+        product_weight=weight,
+        captured=captured,
+        recomputed=recomputed,
+        recompute=recompute,
+    )
+
+
+def assignment_of(network: Network, plan: Plan) -> dict[str, int]:
+    """The states of a network that make `plan`: the inverse of `read_plan`.
+
+    Raises PlanError for a plan of another program or mesh, and for one that the network's options
+    do not allow.
+    """
+    if plan.fingerprint != network.graph.fingerprint or plan.mesh != network.mesh:
+        raise PlanError(
+            f"this plan is for another program, or another mesh than {network.mesh}",
+            fix="begin with a plan of the same model, example inputs and mesh",
+        )
+    found: dict[str, int] = {}
+    read: dict[str, dict[Layout, None]] = {}
+    kept: dict[str, dict[Layout, None]] = {}
+
+    def choose(name: str, states: Iterable[object], state: object) -> None:
+        place = next((index for index, one in enumerate(states) if one == state), None)
+        if place is None:
+            raise PlanError(f"{name} cannot be as this plan has it", fix="plan without it")
+        found[name] = place
+
+    for op in plan.ops:
+        joints = network.strategies[op.name]
+        choose(
+            op.name,
+            [(joint.operands, joint.results, joint.kernels) for joint in joints],
+            (op.operands, op.results, op.kernels),
+        )
+        saves = network.saves.get(op.name, (False,) * len(op.reads))
+        for value, layout, saved in zip(op.reads, op.operands, saves, strict=True):
+            read.setdefault(value, {})[layout] = None
+            if saved:
+                kept.setdefault(value, {})[layout] = None
+    for parameter in plan.parameters:
+        choose(
+            parameter.name,
+            network.storages[parameter.name],
+            Stored(parameter.storage, parameter.gradient, parameter.state),
+        )
+    for name, layout in zip(network.graph.outputs, plan.outputs, strict=True):
+        choose(f"return:{name}", network.outputs[name], layout)
+        read.setdefault(name, {})[layout] = None
+        kept.setdefault(name, {})[layout] = None
+    for _, name in network.graph.mutations:
+        read.setdefault(name, {})[whole_layout(len(network.mesh.axes))] = None
+    modes = dict(plan.recompute)
+    blocks = network.recomputation
+    for index, block in enumerate(blocks.blocks if blocks else ()):
+        assert blocks is not None
+        if len(blocks.modes[index]) > 1:
+            mode = modes.get(block.path, "none")
+            choose(blocks.variable(index), blocks.modes[index], mode)
+    for name, _ in network.fans:
+        if name in found:
+            continue
+        value = name.removesuffix("*")
+        if not name.endswith("*") or value not in network.values:
+            found[name] = 0
+            continue
+        edge = network.values[value]
+        some = frozenset(kept.get(value, {})) if any(edge.kept) else frozenset()
+        choose(
+            name,
+            [(frozenset(g), frozenset(k)) for g, k in zip(edge.groups, edge.kept, strict=True)],
+            (frozenset(read[value]), some),
+        )
+    return found
+
+
+def _parameters(
+    graph: Graph, network: Network, chosen: Mapping[str, int], added: Mapping[str, float]
+) -> tuple[ParameterChoice, ...]:
+    rows = []
+    for node in graph.nodes:
+        if node.kind != "parameter":
+            continue
+        is_whole = is_left_whole(network, node, chosen[node.name])
+        value = node.result
+        stored = network.storages[node.name][chosen[node.name]]
+        rows.append(
+            ParameterChoice(
+                name=node.name,
+                path=node.target,
+                shape=tuple(hint(dim) for dim in value.shape),
+                nbytes=nbytes(value),
+                storage=stored.storage,
+                gradient=stored.gradient,
+                state=stored.state,
+                reason=why_whole(network, node, added) if is_whole else "",
+                added=_finite(added.get(node.name, 0.0)),
+            )
+        )
+    return tuple(rows)
+
+
+def _finite(cost: float) -> float:
+    return cost if math.isfinite(cost) else 0.0
+
+
+def _conversions(
+    graph: Graph,
+    network: Network,
+    ops: list[OpChoice],
+    made: Mapping[str, Layout],
+    outputs: tuple[Layout, ...],
+    chosen: Mapping[str, int],
+    again: frozenset[tuple[str, Layout]],
+    repeated: Mapping[str, int],
+) -> tuple[Conversion, ...]:
+    """Every value that is read otherwise than it is made, once per target.
+
+    again: values and targets that are dropped after the forward pass and made again. repeated: the
+    group of ops that are run again. A value that only one group reads is converted with it.
+    """
+    invariant = whole_layout(len(network.mesh.axes))
+    wanted: dict[tuple[str, Layout], list[str]] = {}
+    for op in ops:
+        for value, layout in zip(op.reads, op.operands, strict=True):
+            if layout != made[value]:
+                wanted.setdefault((value, layout), []).append(op.name)
+    for value, layout in zip(graph.outputs, outputs, strict=True):
+        if layout != made[value]:
+            wanted.setdefault((value, layout), []).append("return")
+    for path, value in graph.mutations:
+        if made[value] != invariant:
+            wanted.setdefault((value, invariant), []).append(f"write {path}")
+    together = reduced_together(graph)
+    rows = []
+    for (name, target), reading in wanted.items():
+        read = graph.values[name]
+        routes = network.values[name].routes
+        source = made[name]
+        seconds = float(routes.seconds((target,))[routes.cells[source], 0])
+        maker = graph.producers[name]
+        if maker.kind == "parameter":
+            stored = network.storages[maker.name][chosen[maker.name]]
+            seconds += network.edges.late(read, stored, target)
+        dropped = (name, target) in again
+        groups = {repeated.get(reader.name) for reader in graph.readers[name]}
+        inside = len(groups) == 1 and None not in groups and name not in graph.outputs
+        if dropped or inside:
+            seconds += float(routes.forward_seconds((target,))[routes.cells[source], 0])
+        rows.append(
+            Conversion(
+                value=name,
+                source=source,
+                target=target,
+                steps=routes.steps(source, target),
+                readers=tuple(dict.fromkeys(reading)),
+                shape=", ".join(map(str, read.shape)),
+                nbytes=nbytes(read),
+                requires_grad=read.requires_grad,
+                seconds=seconds,
+                together=name in together,
+                again=dropped,
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,284 @@
+"""The plan of a model in parts: one for each kind of part, and their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from autoparallel.capture.equal_modules import Alike
+from autoparallel.capture.graph_breaks import Broken, TracedPart, trace, trace_alike
+from autoparallel.errors import AutoParallelError, CaptureError, PlanError
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Layout, layout_text, whole_layout
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Part, Plan
+from autoparallel.planning.search import search
+from autoparallel.support.pytree import flatten
+
+__all__ = ["Planner", "search_parts"]
+
+
+class Planner:
+    """Plans of modules of a running model for other modes and inputs. Equal modules share one."""
+
+    def __init__(self, model: str, mesh: Mesh, options: Options) -> None:
+        self.model, self.mesh = model, mesh
+        # How parameters are stored is decided: what was demanded of that is not asked again.
+        recompute = "none" if options.recompute == "auto" else options.recompute
+        self.options = replace(options, memory_limit=None, constraints=(), recompute=recompute)
+        self.alike: Alike | None = None
+        self.known: dict[Any, Plan | CaptureError] = {}
+
+    def __call__(
+        self,
+        root: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        stored: Mapping[str, Layout],
+        part: bool,
+    ) -> Plan:
+        """The plan of the module at `path`, whose parameters are `stored` already.
+
+        part: whether Python calls it. Raises CaptureError, PlanError and UnsupportedOpError.
+        """
+        if not part:
+            captured = trace(root.get_submodule(path), args, kwargs)
+            return search(captured, self.model, self.mesh, self.options, stored=stored)
+        self.alike = self.alike or Alike(root)
+        module = root.get_submodule(path)
+        tensors, skeleton = flatten((args, kwargs))
+        rest = (
+            str(skeleton),
+            tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
+            tuple(inner.training for inner in module.modules()),
+            tuple(stored.items()),
+        )
+        canonical = self.alike.canonical(path)
+        shared, alone = (canonical, rest), (path, rest, "alone")
+        found = self.known.get(shared) or self.known.get(alone)
+        if found is None:
+            counters = self.alike.counters(canonical)
+            traced, common = trace_alike(module, args, kwargs, counters, root)
+            if isinstance(traced, CaptureError):
+                found = traced
+            else:
+                found = search(traced, path, self.mesh, self.options, stored=stored)
+            self.known[shared if common else alone] = found
+        if isinstance(found, CaptureError):
+            raise found
+        return found
+
+
+def search_parts(
+    broken: Broken,
+    model: nn.Module,
+    mesh: Mesh,
+    options: Options,
+    pins: Mapping[str, Layout] | None = None,
+    product_weight: float | None = None,
+) -> Plan:
+    """The plans of least cost of all parts, and together.
+
+    A parameter of several parts is stored as the first of them wants it, or whole where another
+    cannot take it so. What no part holds is whole. Arguments and errors: those of `search`.
+    """
+    unknown = [path for path in pins or {} if path not in broken.aliases]
+    if unknown:
+        raise PlanError(
+            f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
+        )
+    pinned = {broken.aliases[path]: pin for path, pin in (pins or {}).items()}
+    whole: set[str] = set()
+    while True:
+        planner = _Planner(broken, mesh, options, pinned, product_weight, whole)
+        parts = planner.plan()
+        if parts is not None:
+            break
+    return _sum(broken, model, mesh, options, tuple(parts), pinned)
+
+
+class _Planner:
+    """One attempt. whole: shared parameters that no two parts could agree on otherwise."""
+
+    def __init__(
+        self,
+        broken: Broken,
+        mesh: Mesh,
+        options: Options,
+        pins: Mapping[str, Layout],
+        product_weight: float | None,
+        whole: set[str],
+    ) -> None:
+        self.broken, self.mesh, self.options = broken, mesh, options
+        self.pins, self.product_weight, self.whole = pins, product_weight, whole
+        invariant = whole_layout(len(mesh.axes))
+        self.decided: dict[str, Layout] = dict.fromkeys(sorted(whole), invariant)
+
+    def plan(self) -> list[Part] | None:
+        """The parts' plans; None after something more was found that must be whole."""
+        made: dict[int, list[Part]] = {}
+        for traced in self.in_order():
+            known: dict[Any, tuple[list[str], Plan]] = {}
+            for path in traced.paths:
+                stored, pins = self.given(path, traced)
+                key = (tuple(stored.items()), tuple(pins.items()))
+                if key not in known:
+                    try:
+                        plan = self.search(path, traced, stored, pins)
+                    except PlanError:
+                        held = {self.full(path, own) for own in stored}
+                        if held <= self.whole:
+                            raise
+                        self.whole |= held
+                        return None
+                    known[key] = ([], plan)
+                known[key][0].append(path)
+                for own, placement in known[key][1].storage.items():
+                    self.decided.setdefault(self.full(path, own), placement)
+            made[id(traced)] = [Part(tuple(paths), plan) for paths, plan in known.values()]
+        return [part for traced in self.broken.parts for part in made[id(traced)]]
+
+    def in_order(self) -> list[TracedPart]:
+        """Of the parts that share parameters, the one that computes most decides first."""
+        readers: dict[str, int] = {}
+        for traced in self.broken.parts:
+            for path in traced.paths:
+                for own in dict.fromkeys(traced.captured.aliases.values()):
+                    full = self.full(path, own)
+                    readers[full] = readers.get(full, 0) + 1
+        work: dict[int, float] = {}
+        for index, traced in enumerate(self.broken.parts):
+            path = traced.paths[0]
+            if any(readers[self.full(path, own)] > 1 for own in traced.captured.aliases.values()):
+                alone = self.search(path, traced, {}, {})
+                work[index] = sum(op.whole_flops for op in alone.ops)
+        order = sorted(range(len(self.broken.parts)), key=lambda index: -work.get(index, 0.0))
+        return [self.broken.parts[index] for index in order]
+
+    def given(self, path: str, traced: TracedPart) -> tuple[dict[str, Layout], dict[str, Layout]]:
+        """What is decided of the part's parameters, and what is pinned."""
+        stored: dict[str, Layout] = {}
+        pins: dict[str, Layout] = {}
+        for own in dict.fromkeys(traced.captured.aliases.values()):
+            full = self.full(path, own)
+            if full in self.decided:
+                stored[own] = self.decided[full]
+            elif full in self.pins:
+                pins[own] = self.pins[full]
+        return stored, pins
+
+    def full(self, path: str, own: str) -> str:
+        """The name in the model of a part's parameter."""
+        return self.broken.aliases[f"{path}.{own}"]
+
+    def search(
+        self,
+        path: str,
+        traced: TracedPart,
+        stored: Mapping[str, Layout],
+        pins: Mapping[str, Layout],
+    ) -> Plan:
+        try:
+            return search(
+                traced.captured,
+                path,
+                self.mesh,
+                self.options,
+                stored=stored,
+                pins=pins,
+                product_weight=self.product_weight,
+            )
+        except AutoParallelError as error:
+            error.add_note(f"while planning {path}, a part of a model that is not traced whole")
+            raise
+
+
+def _sum(
+    broken: Broken,
+    model: nn.Module,
+    mesh: Mesh,
+    options: Options,
+    parts: tuple[Part, ...],
+    pins: Mapping[str, Layout],
+) -> Plan:
+    """One plan that tells of all parts."""
+    parameters: dict[str, ParameterChoice] = {}
+    ops: list[OpChoice] = []
+    conversions: list[Conversion] = []
+    for path, plan in ((path, part.plan) for part in parts for path in part.paths):
+        rename = _renaming(broken, path, plan)
+        for choice in plan.parameters:
+            full = broken.aliases[f"{path}.{choice.path}"]
+            named = replace(choice, name=rename(choice.name), path=full)
+            parameters.setdefault(full, named)
+        for op in plan.ops:
+            made = replace(
+                op,
+                name=rename(op.name),
+                where=f"{path}.{op.where}" if op.where else path,
+                reads=tuple(map(rename, op.reads)),
+                makes=tuple(map(rename, op.makes)),
+            )
+            ops.append(made)
+        for conversion in plan.conversions:
+            readers = tuple(map(rename, conversion.readers))
+            moved = replace(conversion, value=rename(conversion.value), readers=readers)
+            conversions.append(moved)
+    invariant = whole_layout(len(mesh.axes))
+    for path, parameter in model.named_parameters():
+        if path not in parameters:
+            if pins.get(path, invariant) != invariant:
+                raise PlanError(
+                    f"parameter {path} cannot be stored as {layout_text(pins[path])}",
+                    why="it belongs to a module that stays Python, which reads it whole",
+                )
+            size = parameter.numel() * parameter.element_size()
+            shape = tuple(parameter.shape)
+            reason = "its module stays Python"
+            row = ParameterChoice(path, path, shape, size, invariant, invariant, invariant, reason)
+            parameters[path] = row
+    plans = [part.plan for part in parts]
+    counts = [len(part.paths) for part in parts]
+    methods = ", ".join(dict.fromkeys(plan.method for plan in plans))
+
+    def total(number: Callable[[Plan], float]) -> float:
+        return sum(number(plan) * count for plan, count in zip(plans, counts, strict=True))
+
+    return Plan(
+        model=type(model).__name__,
+        mesh=mesh,
+        options=options,
+        hardware=plans[0].hardware,
+        fingerprint=broken.fingerprint,
+        parameters=tuple(parameters.values()),
+        ops=tuple(ops),
+        conversions=tuple(conversions),
+        outputs=(),
+        cost=total(lambda plan: plan.cost),
+        lower_bound=total(lambda plan: plan.lower_bound),
+        method=f"the sum of {sum(counts)} parts; {methods}",
+        seconds=total(lambda plan: plan.seconds),
+        product_weight=max(plan.product_weight for plan in plans),
+        breaks=broken.breaks,
+        parts=parts,
+    )
+
+
+def _renaming(broken: Broken, path: str, plan: Plan) -> Callable[[str], str]:
+    """Names of a part's values and ops in the sum: a parameter's is its path in the model."""
+    parameters = {
+        choice.name: broken.aliases[f"{path}.{choice.path}"] for choice in plan.parameters
+    }
+
+    def rename(name: str) -> str:
+        if name == "return":
+            return name
+        if name.startswith("write "):
+            return f"write {path}.{name.removeprefix('write ')}"
+        return parameters.get(name) or f"{path}/{name}"
+
+    return rename

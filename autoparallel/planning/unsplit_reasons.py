@@ -1,0 +1,94 @@
+"""Why a parameter or a product was left whole, and what splitting it would have added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from autoparallel.graph.graph import Graph, Node, hint
+from autoparallel.placement import Shard
+from autoparallel.strategy.cost_network import Network
+from planners import Memo, Problem, Solution, TooWideError, min_marginals
+
+__all__ = ["added_costs", "is_left_whole", "why_whole"]
+
+DEARER = "splitting it would cost more than it saves"
+IMPOSSIBLE = "no plan splits it under these options"
+
+
+def is_left_whole(network: Network, node: Node, state: int) -> bool:
+    """Whether a parameter, or a product with a weight, is not split in this state."""
+    if node.kind == "parameter":
+        return not any(isinstance(p, Shard) for p in network.storages[node.name][state].state)
+    rule = network.rules[node.name]
+    if rule is None or not rule.flops:
+        return False
+    return network.costs[node.name][state].flops >= rule.flops * rule.points
+
+
+def added_costs(
+    network: Network, problem: Problem, solution: Solution, memo: Memo
+) -> dict[str, float]:
+    """For what is left whole and could be split: what the best plan that splits it costs more.
+
+    By node name. Everything else is planned anew for it. Infinite where no plan splits it. Empty
+    for a problem too wide to be solved exactly.
+    """
+    wanted: dict[str, list[int]] = {}
+    for node in network.graph.nodes:
+        if node.kind not in ("parameter", "call"):
+            continue
+        chosen = solution.assignment[node.name]
+        if is_left_whole(network, node, chosen):
+            count = problem.variable(node.name).size
+            split = [i for i in range(count) if not is_left_whole(network, node, i)]
+            if split:
+                wanted[node.name] = split
+    try:
+        marginals = min_marginals(problem, wanted, memo=memo) if wanted else {}
+    except TooWideError:
+        return {}
+    return {
+        name: float(np.min(marginals[name][split])) - solution.cost
+        for name, split in wanted.items()
+    }
+
+
+def why_whole(network: Network, node: Node, added: Mapping[str, float]) -> str:
+    """The reason in words."""
+    if network.world_size == 1:
+        return "there is one rank"
+    if node.kind == "parameter":
+        choices = network.storages[node.name]
+        could = any(isinstance(p, Shard) for choice in choices for p in choice.state)
+    else:
+        count = len(network.strategies[node.name])
+        could = not all(is_left_whole(network, node, state) for state in range(count))
+    if could:
+        return IMPOSSIBLE if added.get(node.name) == np.inf else DEARER
+    if node.kind == "call":
+        return f"no loop of {node.target} can be split here"
+    return _why_unsplittable(network.graph, network, node.result.name)
+
+
+def _why_unsplittable(graph: Graph, network: Network, name: str) -> str:
+    readers = graph.readers[name]
+    shape = tuple(map(hint, graph.values[name].shape))
+    if not any(size > 1 for size in shape):
+        return f"{shape} has a single element"
+    targets = ", ".join(dict.fromkeys(node.target for node in readers))
+    why = _reasons(network, readers, name)
+    return f"{targets} needs it whole{': ' if why else ''}{why}"
+
+
+def _reasons(network: Network, readers: tuple[Node, ...], name: str) -> str:
+    """Why loops of this operand are whole, where a rule that nobody wrote says it."""
+    found: dict[str, None] = {}
+    for node in readers:
+        rule = network.rules[node.name]
+        for operand, dims in zip(node.operands(), rule.operands if rule else (), strict=bool(rule)):
+            if rule is not None and operand == name:
+                loops = (loop for names in dims for loop in names)
+                found.update({rule.reasons[loop]: None for loop in loops if loop in rule.reasons})
+    return "; ".join(found)

@@ -1,0 +1,160 @@
+"""What one call becomes on a rank's part: its sizes, its arguments, the kernels that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from autoparallel.errors import PlanError
+from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value
+from autoparallel.placement import Layout, Shard, local_size
+from autoparallel.plan import OpChoice
+from autoparallel.rewrite.expressions import Code, Speller
+from autoparallel.rewrite.names import Names
+from autoparallel.rules.rule import Dims, Kernel, OpCall, ShardingRule
+from autoparallel.runtime.ranks import Ranks
+from autoparallel.runtime.rng import op_key
+
+__all__ = ["Local"]
+
+
+class Local:
+    """The text of calls on one rank's parts. rules: of the calls, by node name."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        ranks: Ranks,
+        names: Names,
+        speller: Speller,
+        rules: Mapping[str, ShardingRule | None],
+    ) -> None:
+        self.graph, self.ranks, self.names = graph, ranks, names
+        self.speller, self.rules = speller, rules
+
+    def may_be_empty(
+        self, value: Value, layout: Layout, choice: OpChoice, rule: ShardingRule, loops: Dims
+    ) -> list[int]:
+        """The dims of which a rank may hold nothing, for some inputs, where the op needs something.
+
+        loops: of the value's dims. Dims that a kernel splits are for the kernel to care for.
+        """
+        found = {
+            placement.dim
+            for placement, kernel in zip(layout, _per_axis(choice), strict=True)
+            if isinstance(placement, Shard)
+            and isinstance(value.shape[placement.dim], Sym)
+            and not kernel
+            and any(map(rule.needs_elements, loops[placement.dim]))
+        }
+        return sorted(found)
+
+    def args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
+        """The call's args for this rank's part of its results."""
+        rule = self.rules[node.name]
+        split = any(isinstance(item, Shard) for layout in choice.results for item in layout)
+        if rule is None or rule.local_args is None or not split:
+            return node.args
+        shapes = tuple(
+            tuple(self.dim(value, dim, layout) for dim in range(len(value.shape)))
+            for value, layout in zip(node.results, choice.results, strict=True)
+        )
+        return rule.local_args(OpCall.of(self.graph, node), shapes)
+
+    def dim(self, value: Value, dim: int, layout: Layout, without: int = -1) -> Any:
+        """This rank's size of a dim. without: an axis whose cut does not count."""
+        size: Dim = value.shape[dim]
+        for axis, placement in enumerate(layout):
+            if axis == without or not isinstance(placement, Shard) or placement.dim != dim:
+                continue
+            if isinstance(size, int):
+                world_size, rank = self.ranks.sizes[axis], self.ranks.coordinates[axis]
+                size = local_size(size, placement, world_size, rank)
+            else:
+                own = Code(f"part({self.speller.size(size)}, {self.names.axes[axis]})")
+                size = own  # type: ignore[assignment]
+        return size
+
+    def kernels(self, node: Node, choice: OpChoice) -> dict[int, tuple[Kernel, str]]:
+        """By mesh axis the kernel that the op needs, and the size of the loop that it splits."""
+        rule = self.rules[node.name]
+        found: dict[int, tuple[Kernel, str]] = {}
+        for axis, name in enumerate(_per_axis(choice)):
+            if not name:
+                continue
+            assert rule is not None, node.name
+            for value, dims, layout in zip(
+                node.operands(), rule.operands, choice.operands, strict=True
+            ):
+                placement = layout[axis]
+                for loop in dims[placement.dim] if isinstance(placement, Shard) else ():
+                    kernel = rule.kernels.get(loop)
+                    if kernel is not None and kernel.name == name and axis not in found:
+                        assert isinstance(placement, Shard)
+                        size = self.dim(
+                            self.graph.values[value], placement.dim, layout, without=axis
+                        )
+                        found[axis] = (kernel, self.speller.size(size))
+            assert axis in found, f"{node.name}: a kernel without a split operand"
+        return found
+
+    def kernel_call(
+        self,
+        node: Node,
+        text: str,
+        kernels: Mapping[int, tuple[Kernel, str]],
+    ) -> str:
+        """The kernels' call: of several, those that run the op itself run the next one."""
+        run = ""
+        ordered = sorted(kernels, key=lambda axis: kernels[axis][0].wraps)
+        if any(not kernels[axis][0].wraps for axis in ordered[1:]):
+            raise PlanError(
+                f"{node.target} cannot be split on several axes at once in this way",
+                where=node.where,
+                why=f"none of {', '.join(kernels[axis][0].name for axis in ordered)} runs another",
+            )
+        for axis in ordered:
+            kernel, size = kernels[axis]
+            options = f"group={self.names.axes[axis]}, size={size}{run}"
+            options += "".join(f", {name}={value!r}" for name, value in kernel.arguments)
+            run = f", run=functools.partial(kernels.{kernel.name}, {options})"
+        return f"kernels.{kernel.name}({text}, {options})"
+
+    def random(self, node: Node, choice: OpChoice) -> str:
+        """What a random op must know to draw the same numbers for the same elements."""
+        shape = self.speller.shape(node.result.shape)
+        placements = self.speller.layout(choice.results[0])
+        return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
+
+    def split_dims(self, node: Node, choice: OpChoice, rule: ShardingRule) -> list[list[int]]:
+        """Per operand, the dims of which a rank may hold nothing, and the op needs something."""
+        rows = zip(node.operands(), choice.operands, rule.operands, strict=True)
+        return [
+            self.may_be_empty(self.graph.values[name], layout, choice, rule, loops)
+            for name, layout, loops in rows
+        ]
+
+    def shortened(self, expression: str, node: Node, choice: OpChoice, rule: ShardingRule) -> str:
+        """The results without what came of stand-ins."""
+        held: dict[str, None] = {}
+        for name, layout, dims in zip(
+            node.operands(), choice.operands, self.split_dims(node, choice, rule), strict=True
+        ):
+            value = self.graph.values[name]
+            held.update((self.speller.size(self.dim(value, dim, layout)), None) for dim in dims)
+        if not held:
+            return expression
+        lengths = []
+        for value, layout, loops in zip(node.results, choice.results, rule.results, strict=True):
+            sizes = (
+                f"{dim}: {self.speller.size(self.dim(value, dim, layout))}"
+                for dim in self.may_be_empty(value, layout, choice, rule, loops)
+            )
+            lengths.append(f"{{{', '.join(sizes)}}}")
+        return f"kernels.shortened({expression}, [{', '.join(held)}], [{', '.join(lengths)}])"
+
+
+def _per_axis(choice: OpChoice) -> tuple[str, ...]:
+    """The op's kernels, one for each axis."""
+    layouts = (*choice.operands, *choice.results)
+    return choice.kernels or ("",) * (len(layouts[0]) if layouts else 0)

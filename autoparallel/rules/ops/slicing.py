@@ -1,0 +1,255 @@
+"""Cutting tensors along a dim, and putting them together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from autoparallel.graph.graph import Dim
+from autoparallel.rules.ops.shape import SUM_PASSES, axis, carried
+from autoparallel.rules.registry import rule
+from autoparallel.rules.rule import Dims, Loops, OpCall, Shapes, ShardingRule, loop_per_dim
+
+
+def _laid_end_to_end(
+    shape: tuple[Dim, ...], dim: int, parts: list[Dim]
+) -> tuple[Dims, tuple[Dims, ...], dict[str, Dim], frozenset[str]]:
+    """Dims of a tensor, and of its parts along `dim`; sizes; loops that stay whole.
+
+    The parts are blocks of their greatest common divisor: a fused query of 32 heads with key and
+    value of 8 each is 6 blocks, 4 and 1 and 1. Blocks can be split, each by itself.
+    """
+    names, sizes = loop_per_dim(shape)
+    fixed = [part for part in parts if isinstance(part, int)]
+    block = math.gcd(*fixed) if len(fixed) == len(parts) and all(fixed) else 1
+    rows = []
+    if block > 1:
+        sizes.pop(f"d{dim}", None)
+        sizes |= {"blocks": sum(fixed) // block, "inner": block}
+        for index, part in enumerate(fixed):
+            own: Loops = ("inner",)
+            if part != block:
+                own = (f"blocks{index}", "inner")
+                sizes[f"blocks{index}"] = part // block
+            rows.append((*names[:dim], own, *names[dim + 1 :]))
+        own = ("blocks", "inner") if len(parts) > 1 else ("inner",)
+        names = (*names[:dim], own, *names[dim + 1 :])
+    else:
+        rows = [(*names[:dim], (), *names[dim + 1 :]) for _ in parts]
+    whole = {name for name in sizes if name.startswith("blocks")} | {f"d{dim}"} & set(sizes)
+    return names, tuple(rows), sizes, frozenset(whole)
+
+
+@rule(
+    "aten.split.Tensor",
+    "aten.chunk.default",
+    "aten.split_with_sizes.default",
+    "aten.tensor_split.sections",
+    "aten.split_with_sizes_copy.default",
+    "aten.unsafe_split_with_sizes.default",
+)
+def split(call: OpCall) -> ShardingRule:
+    """The parts are blocks of the operand's dim; each block can be split by itself."""
+    shape = call.operands[0].shape
+    dim = axis(call.argument(2, "dim", 0), len(shape))
+    parts = [result.shape[dim] for result in call.results]
+    counted = "chunk" in call.node.target or "sections" in call.node.target
+    if counted and any(part != parts[0] for part in parts):
+        parts = [1] * len(parts)
+    left, right, sizes, whole = _laid_end_to_end(shape, dim, parts)
+    made = ShardingRule((left,), right, sizes, whole=whole, linear=SUM_PASSES, free=True)
+
+    def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
+        spec = call.node.args[1]
+        if call.node.target.endswith("split.Tensor"):
+            spec = shapes[0][dim] or tuple(0 for _ in shapes)
+        elif call.node.target == "aten.chunk.default":
+            spec = len(shapes)
+        elif "with_sizes" in call.node.target:
+            spec = tuple(shape[dim] for shape in shapes)
+        return (call.node.args[0], spec, *call.node.args[2:])
+
+    return replace(made, local_args=local_args)
+
+
+@rule("aten.unsafe_split.Tensor", takes_empty=False)
+def unsafe_split(call: OpCall) -> ShardingRule:
+    """As split; of a part without elements it makes but one."""
+    return split(call)
+
+
+@rule("aten.unbind.int")
+def unbind(call: OpCall) -> ShardingRule:
+    """The dim goes; each result is one place along it."""
+    return _without(call, axis(call.argument(1, "dim", 0), len(call.operands[0].shape)))
+
+
+@rule("aten.select.int")
+def select(call: OpCall) -> ShardingRule:
+    """One place along the dim, which stays whole."""
+    return _without(call, axis(call.node.args[1], len(call.operands[0].shape)))
+
+
+def _without(call: OpCall, dim: int) -> ShardingRule:
+    rank = len(call.operands[0].shape)
+    made = carried(call, [i for i in range(rank) if i != dim])
+    return replace(made, results=made.results * len(call.results))
+
+
+@rule("aten.slice.Tensor", "aten.narrow.default")
+def slice_(call: OpCall) -> ShardingRule:
+    """Part of one dim, which stays whole."""
+    return _keep_dim_whole(call, axis(call.argument(1, "dim", 0), len(call.operands[0].shape)))
+
+
+@rule("aten.unfold.default")
+def unfold(call: OpCall) -> ShardingRule:
+    """Windows of one dim, which stays whole; a new last dim runs through each."""
+    made = _keep_dim_whole(call, axis(call.node.args[1], len(call.operands[0].shape)))
+    return replace(made, results=((*made.results[0], ()),))
+
+
+@rule("aten.tril.default", "aten.triu.default")
+def triangle(call: OpCall) -> ShardingRule:
+    """What is kept depends on the places in the two last dims, which stay whole."""
+    rank = len(call.operands[0].shape)
+    made = carried(call, list(range(rank)))
+    kept = {name for names in made.operands[0][-2:] for name in names}
+    return replace(made, whole=made.whole | kept, free=False)
+
+
+@rule("aten.diagonal_scatter.default")
+def scattered_diagonal(call: OpCall) -> ShardingRule:
+    """A tensor with another diagonal of two dims, which stay whole."""
+    rank = len(call.operands[0].shape)
+    gone = {axis(call.argument(3, "dim1", 0), rank), axis(call.argument(4, "dim2", 1), rank)}
+    made = carried(call, list(range(rank)))
+    row = made.operands[0]
+    part = [*(names for i, names in enumerate(row) if i not in gone), ()]
+    return replace(
+        made,
+        operands=(row, tuple(part)),
+        whole=made.whole | {name for i in gone for name in row[i]},
+        linear=(frozenset({0, 1}),),
+        free=False,
+    )
+
+
+@rule("aten.rot90.default")
+def rot90(call: OpCall) -> ShardingRule:
+    """Two dims, which stay whole, turn."""
+    rank = len(call.operands[0].shape)
+    times, dims = call.argument(1, "k", 1), call.argument(2, "dims", (0, 1))
+    one, two = (axis(dim, rank) for dim in dims)
+    order: list[int | None] = list(range(rank))
+    if times % 2:
+        order[one], order[two] = two, one
+    made = carried(call, order)
+    kept = {name for dim in (one, two) for name in made.operands[0][dim]}
+    return replace(made, whole=made.whole | kept, free=False)
+
+
+@rule("aten.glu.default")
+def gated(call: OpCall) -> ShardingRule:
+    """The first half of one dim times the sigmoid of the second: two blocks."""
+    shape = call.operands[0].shape
+    dim = axis(call.argument(1, "dim", -1), len(shape))
+    half = call.results[0].shape[dim]
+    left, right, sizes, whole = _laid_end_to_end(shape, dim, [half, half])
+    return ShardingRule((left,), right[:1], sizes, whole=whole)
+
+
+@rule("aten.flip.default", "aten.roll.default")
+def moved(call: OpCall) -> ShardingRule:
+    """Elements move along some dims, which stay whole."""
+    made = carried(call, list(range(len(call.operands[0].shape))))
+    dims = call.argument(2 if "roll" in call.node.target else 1, "dims", ())
+    rank = len(call.operands[0].shape)
+    kept = {f"d{axis(dim, rank)}" for dim in dims} if dims else set(made.sizes)
+    return replace(made, whole=made.whole | kept, free=False)
+
+
+def _keep_dim_whole(call: OpCall, dim: int) -> ShardingRule:
+    made = carried(call, list(range(len(call.operands[0].shape))))
+    result = list(made.results[0])
+    result[dim] = ()
+    name = made.operands[0][dim]
+    return replace(made, results=(tuple(result),), whole=made.whole | frozenset(name))
+
+
+@rule("aten.constant_pad_nd.default", "aten.pad.default")
+def pad(call: OpCall) -> ShardingRule:
+    """Padded dims stay whole. Zeros added to a pending sum are zeros of the sum."""
+    rank = len(call.operands[0].shape)
+    made = carried(call, list(range(rank)))
+    amounts = call.node.args[1]
+    result = list(made.results[0])
+    whole = set(made.whole)
+    for index in range(len(amounts) // 2):
+        dim = rank - 1 - index
+        if amounts[2 * index] != 0 or amounts[2 * index + 1] != 0:
+            whole.update(made.operands[0][dim])
+            result[dim] = ()
+    constant, value = True, call.argument(2, "value", 0)
+    if call.node.target == "aten.pad.default":
+        constant = call.argument(2, "mode", "constant") == "constant"
+        value = call.argument(3, "value")
+    zero = value in (None, 0)
+    return replace(
+        made,
+        results=(tuple(result),),
+        whole=frozenset(whole),
+        linear=SUM_PASSES if zero or not constant else (),
+        free=False,
+        takes_empty=constant,
+    )
+
+
+@rule("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
+def cat(call: OpCall) -> ShardingRule:
+    """Joined along one dim: what is joined are blocks of the result."""
+    shape = call.results[0].shape
+    dim = axis(call.argument(1, "dim", 0), len(shape))
+    parts = [operand.shape[dim] for operand in call.operands]
+    whole, operands, sizes, kept = _laid_end_to_end(shape, dim, parts)
+    everything = frozenset(range(len(call.operands)))
+    return ShardingRule(operands, (whole,), sizes, whole=kept, linear=(everything,))
+
+
+@rule("aten.stack.default")
+def stack(call: OpCall) -> ShardingRule:
+    """A new dim, one place per operand."""
+    rank = len(call.results[0].shape)
+    dim = axis(call.argument(1, "dim", 0), rank)
+    made = carried(call, list(range(rank - 1)))
+    result = list(made.operands[0])
+    result.insert(dim, ())
+    return replace(
+        made,
+        operands=made.operands * len(call.operands),
+        results=(tuple(result),),
+        linear=(frozenset(range(len(call.operands))),),
+        free=False,
+    )
+
+
+@rule("aten.slice_scatter.default", "aten.select_scatter.default")
+def scattered(call: OpCall) -> ShardingRule:
+    """A tensor with a part of one dim replaced. That dim stays whole, all others are free."""
+    rank = len(call.operands[0].shape)
+    made = carried(call, list(range(rank)))
+    dim = axis(call.argument(2, "dim", 0), rank)
+    own = made.operands[0]
+    part = list(own)
+    if "slice" in call.node.target:
+        part[dim] = ()
+    else:
+        del part[dim]
+    return replace(
+        made,
+        operands=(own, tuple(part)),
+        whole=made.whole | frozenset(own[dim]),
+        linear=(frozenset({0, 1}),),
+        free=False,
+    )

@@ -1,0 +1,1 @@
+"""The strategies of every op, and what they cost together: the cost network."""

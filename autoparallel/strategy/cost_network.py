@@ -1,0 +1,235 @@
+"""The cost network of one graph: what its variables and states mean, and the numbers.
+
+One variable per op (its joint strategies), one per parameter (how it is stored), one per value that
+several ops read (the set of layouts that it is brought to, each once), one per returned value, one
+per block that may be run again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.cost.hardware import Hardware
+from autoparallel.cost.op_costs import OpCost
+from autoparallel.errors import PlanError
+from autoparallel.graph.graph import Graph
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Layout, layout_text
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.strategy.mesh_strategies import Joint
+from autoparallel.strategy.parameter_storage import Stored
+from autoparallel.strategy.recompute_modes import Recomputation
+from autoparallel.strategy.redistribution import Edge, Edges, Table
+from planners import Factor, Problem, Solution, Variable
+
+__all__ = ["Network", "reduced_together"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass
+class Network:
+    """The problem of one graph, and what its states mean.
+
+    strategies: per call node. storages: per parameter node. outputs: per returned value.
+    costs, usage: per call node, per strategy, what it takes and the bytes that it keeps. values:
+    what every value costs between its maker and its readers; moved: per factor, the value whose way
+    it prices, or "". rules: per call node. weights: values that come from parameters alone.
+    latest: the call with whose backward the bytes are counted, "" for after the forward pass.
+    besides: bytes that a rank needs besides what the tables count, by any plan.
+    """
+
+    graph: Graph
+    mesh: Mesh
+    hardware: Hardware
+    options: Options
+    edges: Edges
+    stored: Mapping[str, Layout]
+    whole_outputs: bool
+    strategies: dict[str, tuple[Joint, ...]] = field(default_factory=dict)
+    storages: dict[str, tuple[Stored, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[Layout, ...]] = field(default_factory=dict)
+    costs: dict[str, tuple[OpCost, ...]] = field(default_factory=dict)
+    factors: list[Factor] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    values: dict[str, Edge] = field(default_factory=dict)
+    fans: list[tuple[str, Table]] = field(default_factory=list)
+    updates: dict[str, Table] = field(default_factory=dict)
+    usage: dict[str, Array] = field(default_factory=dict)
+    recomputation: Recomputation | None = None
+    repeats: dict[str, Table] = field(default_factory=dict)
+    allowed: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    saves: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    _positions: dict[str, float] = field(default_factory=dict)
+    rules: dict[str, ShardingRule | None] = field(default_factory=dict)
+    weights: frozenset[str] = frozenset()
+    latest: str = ""
+    besides: float = 0.0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.mesh.world_size
+
+    def problem(
+        self,
+        product_weight: float = 1.0,
+        pins: Mapping[str, Layout] = {},
+        limit: float | None = None,
+    ) -> Problem:
+        """The numbers. product_weight: what a second of matrix products counts. limit: in bytes.
+
+        pins: storage of parameters (by node name) that is given. Raises PlanError for a pin that
+        the parameter cannot take.
+        """
+        interned: dict[Any, np.ndarray] = {}
+        variables: list[Variable] = []
+        for name, choices in self.storages.items():
+            table = self.updates[name]
+            unary = table.cost
+            if name in pins:
+                allowed = np.array([choice.storage == pins[name] for choice in choices])
+                if not allowed.any():
+                    able = dict.fromkeys(layout_text(choice.storage) for choice in choices)
+                    raise PlanError(
+                        f"parameter {name} cannot be stored as {layout_text(pins[name])}",
+                        why=f"it can be {', '.join(able)}",
+                        fix="pin it to one of these, or leave the pin out",
+                    )
+                unary = np.where(allowed, unary, np.inf)
+            variables.append(Variable(name, unary, table.usage, table.alternatives))
+        for name, costs in self.costs.items():
+            key = (id(costs), product_weight)
+            if key not in interned:
+                interned[key] = np.array([self.priced(cost, product_weight) for cost in costs])
+            unary, usage = interned[key], self.usage.get(name)
+            if name in self.repeats:
+                again = self.repeats[name]
+                unary = interned.setdefault((*key, id(again.cost)), unary + again.cost)
+                usage = None if usage is None else np.zeros_like(usage)
+            variables.append(Variable(name, unary, usage))
+        for name, layouts in self.outputs.items():
+            zeros = interned.setdefault(len(layouts), np.zeros(len(layouts)))
+            variables.append(Variable(f"return:{name}", zeros))
+        for name, table in self.fans:
+            variables.append(Variable(name, table.cost, table.usage, table.alternatives))
+        for index, variable in enumerate(variables):
+            if variable.name in self.allowed:
+                unary = np.where(self.allowed[variable.name], variable.unary, np.inf)
+                variables[index] = replace(variable, unary=unary)
+        # What is near in the model is near in the problem: plans are mixed along this order.
+        variables.sort(key=lambda variable: self.position(variable.name))
+        self.names = tuple(variable.name for variable in variables)
+        return Problem(tuple(variables), tuple(self.factors), limit)
+
+    def groupings(self) -> tuple[dict[str, NDArray[np.intp]], ...]:
+        """Per mesh axis, the states of every variable that differ only there, by a number."""
+        found = []
+        for axis in range(len(self.mesh.axes)):
+            groups: dict[str, NDArray[np.intp]] = {}
+            for name, joints in self.strategies.items():
+                groups[name] = _numbered(
+                    (_without(joint.operands, axis), _without(joint.results, axis))
+                    for joint in joints
+                )
+            for name, stored in self.storages.items():
+                groups[name] = _numbered(
+                    _without((one.storage, one.gradient, one.state), axis) for one in stored
+                )
+            for name, layouts in self.outputs.items():
+                groups[f"return:{name}"] = _numbered(_without((own,), axis) for own in layouts)
+            for name, _ in self.fans:
+                edge = self.values.get(name.removesuffix("*"))
+                if edge is not None and name.endswith("*"):
+                    groups[name] = _numbered(
+                        (frozenset(_without(group, axis)), frozenset(_without(some, axis)))
+                        for group, some in zip(edge.groups, edge.kept, strict=True)
+                    )
+            found.append(groups)
+        return tuple(found)
+
+    def position(self, variable: str) -> float:
+        """Where in the graph a variable belongs: before its first reader, after its maker."""
+        if not self._positions:
+            places = {node.name: index for index, node in enumerate(self.graph.nodes)}
+            for name in self.graph.values:
+                maker = self.graph.producers[name]
+                readers = [places[node.name] for node in self.graph.readers[name]]
+                first = min(readers, default=len(places))
+                if maker.kind == "call":
+                    self._positions[f"{name}*"] = places[maker.name] + 0.5
+                else:
+                    self._positions[maker.name] = self._positions[f"{name}*"] = first - 0.5
+            self._positions.update(
+                (node.name, float(places[node.name])) for node in self.graph.calls
+            )
+            assert self.recomputation is not None
+            for index, block in enumerate(self.recomputation.blocks):
+                self._positions[self.recomputation.variable(index)] = block.start - 0.75
+        return self._positions.get(variable, float("inf"))
+
+    def priced(self, cost: OpCost, product_weight: float) -> float:
+        """What an op counts in the objective.
+
+        Without sequence parallelism all but the products counts as done whole, so that only they
+        are worth splitting and activations stay whole between them.
+        """
+        spread = self.options.sequence_parallel or self.options.data_parallel
+        traffic = cost.traffic if spread else cost.whole_traffic
+        return product_weight * cost.product + traffic + cost.communication
+
+    def recomputed(
+        self, chosen: Mapping[str, int]
+    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, ...], ...]]:
+        """The blocks that are run again, (path, mode), and their ops."""
+        blocks = self.recomputation
+        assert blocks is not None
+        modes, groups = [], []
+        for index, (block, able) in enumerate(zip(blocks.blocks, blocks.modes, strict=True)):
+            mode = able[chosen[blocks.variable(index)] if len(able) > 1 else 0]
+            if mode != "none":
+                modes.append((block.path, mode))
+                groups.append(blocks.groups[index][mode])
+        return tuple(modes), tuple(groups)
+
+    def made_again(self, solution: Solution) -> frozenset[tuple[str, Layout]]:
+        """Values, and what they are converted to, that are dropped after the forward pass."""
+        found: set[tuple[str, Layout]] = set()
+        chosen = solution.assignment
+        if not solution.factor_alternatives:
+            return frozenset()
+        for name, factor, other in zip(
+            self.moved, self.factors, solution.factor_alternatives, strict=True
+        ):
+            if other and name:
+                found.update((name, t) for t in self.values[name].kept[chosen[factor.scope[1]]])
+        for name, other in zip(self.names, solution.variable_alternatives, strict=True):
+            if other and name.endswith("*"):
+                value = name.removesuffix("*")
+                found.update((value, t) for t in self.values[value].kept[chosen[name]])
+        return frozenset(found)
+
+
+def reduced_together(graph: Graph) -> frozenset[str]:
+    """Parameters whose gradients, where they are to be summed over ranks, can wait for the end.
+
+    Those are all: nothing in the backward pass reads a parameter's gradient.
+    """
+    return frozenset(node.result.name for node in graph.nodes if node.kind == "parameter")
+
+
+def _without(layouts: tuple[Layout, ...], axis: int) -> tuple[Layout, ...]:
+    return tuple((*layout[:axis], *layout[axis + 1 :]) for layout in layouts)
+
+
+def _numbered(keys: Iterable[Any]) -> NDArray[np.intp]:
+    """Equal keys have equal numbers."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)

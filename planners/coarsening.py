@@ -1,0 +1,189 @@
+"""Planning of problems with very many states per variable: groups of states, then their members.
+
+A grouping merges states of each variable into groups, such as all that differ on one mesh axis
+alone. With the least of all merged entries in every table, the problem of the groups is small, and
+no more expensive than the original: a lower bound. Its solution says in which groups to look: there
+the problem is solved with the members of these groups alone. What is found is improved by letting
+all variables move at once to any state that shares a group with their own, until none does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planners import conditioning, exact
+from planners.ordering import TooWideError
+from planners.problem import Problem
+from planners.solution import InfeasibleError, Solution
+from planners.table_memo import Memo
+from planners.tables import Table
+from planners.variables import Factor, Variable
+
+__all__ = ["Grouping", "solve"]
+
+# The group (a number from 0 on) of every state, by variable; those left out are not grouped.
+Grouping = Mapping[str, NDArray[np.intp]]
+
+MAX_TABLE_ENTRIES = 2**22
+_MOST_ROUNDS = 10
+_LESS = 1e-12
+
+
+def solve(
+    problem: Problem,
+    groupings: Sequence[Grouping],
+    *,
+    start: Mapping[str, int] | None = None,
+    max_table_entries: int = MAX_TABLE_ENTRIES,
+) -> Solution:
+    """The best assignment found, whatever it uses, and a proven lower bound.
+
+    start: an assignment to improve, beside those that the groupings lead to. max_table_entries:
+    the largest table to hold, in float64 entries; groupings that need larger ones are passed over.
+    Deterministic. Raises InfeasibleError if there is no assignment of finite cost, ValueError for
+    a grouping that does not fit the problem.
+    """
+    plain = problem.weighed(0.0)
+    for grouping in groupings:
+        _check(plain, grouping)
+    search = _Search(plain, groupings, max_table_entries)
+    if start is not None:
+        search.consider(dict(start))
+    bound = search.coarse()
+    search.improve()
+    if search.best is None:
+        found = conditioning.solve(plain, max_table_entries=max_table_entries)
+        return Solution.of(problem, found.assignment, found.method, found.lower_bound)
+    method = f"{len(groupings)} groupings of states"
+    return Solution.of(problem, search.best, method, bound)
+
+
+def _check(problem: Problem, grouping: Grouping) -> None:
+    for name, groups in grouping.items():
+        size = problem.variable(name).size
+        if groups.shape != (size,):
+            raise ValueError(f"groups of {name!r} have shape {groups.shape}, not {(size,)}")
+        if not np.array_equal(np.unique(groups), np.arange(groups.max() + 1)):
+            raise ValueError(f"groups of {name!r} must be numbered from 0 on, without gaps")
+
+
+class _Search:
+    """best, cost: the cheapest assignment found."""
+
+    def __init__(
+        self, problem: Problem, groupings: Sequence[Grouping], max_table_entries: int
+    ) -> None:
+        self.problem = problem
+        self.groupings = groupings
+        self.max_table_entries = max_table_entries
+        self.memo = Memo()
+        self.best: dict[str, int] | None = None
+        self.cost = np.inf
+
+    def consider(self, assignment: dict[str, int]) -> bool:
+        """Whether it is cheaper than what was found before."""
+        cost = self.problem.cost(assignment)
+        if cost >= self.cost - _LESS * abs(cost):
+            return False
+        self.best, self.cost = assignment, cost
+        return True
+
+    def coarse(self) -> float:
+        """Solve the problem of each grouping, and with the members of the groups chosen there.
+
+        Returns the best bound.
+        """
+        tables = [v.unary for v in self.problem.variables] + [f.table for f in self.problem.factors]
+        bound = float(sum(table.min() for table in tables))
+        for grouping in self.groupings:
+            try:
+                found = exact.solve(
+                    merged(self.problem, grouping),
+                    max_table_entries=self.max_table_entries,
+                    memo=self.memo,
+                )
+            except TooWideError:
+                continue
+            bound = max(bound, found.cost)
+            self.within(
+                {
+                    name: np.flatnonzero(groups == found.assignment[name])
+                    for name, groups in grouping.items()
+                }
+            )
+        return bound
+
+    def improve(self) -> None:
+        """Let variables move to states that share a group with their own, until none does."""
+        for _ in range(_MOST_ROUNDS):
+            if self.best is None:
+                return
+            near = [self.near([grouping]) for grouping in self.groupings]
+            moved = self.within(self.near(self.groupings))
+            if moved is None:  # too many at once
+                moved = True in [self.within(states) for states in near]
+            if not moved:
+                return
+
+    def near(self, groupings: Sequence[Grouping]) -> dict[str, NDArray[np.intp]]:
+        """Of every variable the states that share a group with its own in one of the groupings.
+
+        All states of a variable that no grouping knows.
+        """
+        assert self.best is not None
+        states = {}
+        for variable in self.problem.variables:
+            own = self.best[variable.name]
+            known = [g[variable.name] for g in groupings if variable.name in g]
+            if known:
+                shared = np.logical_or.reduce([groups == groups[own] for groups in known])
+                states[variable.name] = np.flatnonzero(shared)
+        return states
+
+    def within(self, states: Mapping[str, NDArray[np.intp]]) -> bool | None:
+        """Solve with these states alone; whether that is the best, None if that is too much."""
+        try:
+            found = exact.solve(
+                self.problem.restricted(states),
+                max_table_entries=self.max_table_entries,
+                memo=self.memo,
+            )
+        except TooWideError:
+            return None
+        except InfeasibleError:
+            return False
+        return self.consider(
+            {
+                name: int(states[name][state]) if name in states else state
+                for name, state in found.assignment.items()
+            }
+        )
+
+
+def merged(problem: Problem, grouping: Grouping) -> Problem:
+    """The plain problem of the groups: every entry is the least of those merged into it.
+
+    No assignment of the original costs less than that of its groups.
+    """
+    parts = {name: (np.argsort(groups, kind="stable"), groups) for name, groups in grouping.items()}
+    made: dict[tuple[int, tuple[bytes, ...]], Table] = {}
+
+    def least(table: Table, scope: tuple[str, ...]) -> Table:
+        key = (id(table), tuple(grouping[n].tobytes() if n in grouping else b"" for n in scope))
+        if key not in made:
+            part = table
+            for axis, name in enumerate(scope):
+                if name in parts:
+                    order, groups = parts[name]
+                    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+                    part = np.minimum.reduceat(part.take(order, axis), starts, axis)
+            made[key] = part
+        return made[key]
+
+    return Problem(
+        tuple(Variable(v.name, least(v.unary, (v.name,))) for v in problem.variables),
+        tuple(Factor(f.scope, least(f.table, f.scope)) for f in problem.factors),
+    )
