@@ -33,7 +33,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make benchmarks  every file in benchmarks/"
-	@echo "make coverage    docs/coverage.md: how much of each model of tests/zoo.py is split"
+	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
 

@@ -34,7 +34,7 @@ from autoparallel.cost.memory_moves import moved_seconds
 from autoparallel.placement import Collective
 from autoparallel.train.models import GPT, GPTConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPES = [(1, n, n, n) for n in (256, 512, 1024, 2048, 4096)] + [
     shape
     for n in (64, 128, 256, 512)

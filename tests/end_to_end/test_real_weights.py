@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXT = Path(__file__).parent.parent / "LICENSE"
+TEXT = Path(__file__).parents[2] / "LICENSE"
 PROMPT = "The three largest cities of France are"
 WHOLE_HEADS = {
     "q_proj": Shard(0, unit=192),

@@ -10,7 +10,7 @@ import pytest
 
 from autoparallel.plan import Plan
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--layers", "2", "--hidden", "256", "--heads", "4", "--batch", "16", "--sequence", "256"]
 
 

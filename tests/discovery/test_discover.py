@@ -290,7 +290,7 @@ def test_a_plan_of_unknown_ops_is_applied_elsewhere(monkeypatch: pytest.MonkeyPa
 )
 def test_the_example_runs(launcher: tuple[str, ...], tmp_path: Path) -> None:
     """Its losses are those of the unsplit model, and it shows what it found."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [*launcher, str(root / "examples" / "custom_op.py"), "--steps", "4"]
     environment = {**os.environ, "AUTOPARALLEL_CACHE": str(tmp_path)}
     done = subprocess.run(

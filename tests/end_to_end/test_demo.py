@@ -16,7 +16,7 @@ from autoparallel.train.data import prepare_corpus
 from autoparallel.train.loop import clip_gradients
 from autoparallel.train.metrics import largest_difference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import demo  # noqa: E402
