@@ -155,7 +155,7 @@ class Plan:
     recomputed: groups of neighbouring ops that are run again in the backward pass: of each, what it
     reads is kept, and what it makes is not. recompute: the blocks that they belong to, (path,
     "selective" or "full"). memory: (category, bytes) on the rank that needs most; of a plan within
-    a limit, of others see `account`.
+    a limit, of others see `memory_of`.
     """
 
     model: str

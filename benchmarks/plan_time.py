@@ -141,10 +141,10 @@ def measure(
     clock.watch(breaks, "capture", "capture")
     clock.watch(breaks, "run_passes", "passes")
     clock.watch(builder, "match_rules", "rules")
-    clock.watch(builder, "Tiling", "tiling")
+    clock.watch(builder, "CandidateSplits", "tiling")
     clock.watch(search, "build_network", "network")
-    clock.watch(solving.Solving, "__call__", "solve")
-    clock.watch(search, "added_costs", "explain")
+    clock.watch(solving.NetworkSolver, "__call__", "solve")
+    clock.watch(search, "cost_of_splitting", "explain")
     with clock.phase("construct"):
         model, inputs = construct(name, batch=max(2, mesh.world_size))
     options = Options(

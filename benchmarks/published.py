@@ -160,14 +160,14 @@ def kept_per_layer(
     Where the sequence is split, with a memory limit that is met only if what layers gather is not
     kept but gathered again in the backward pass, as the paper does.
     """
-    from autoparallel.analysis.memory import account
+    from autoparallel.analysis.memory import memory_of
 
     hardware = find_hardware("dgx-a100")
     kept = []
     for layers in (model.layers, model.layers + 1):
         sizes = (replace(model, layers=layers), tensor, batch, hardware, recompute, split)
         plan = planned(*sizes)
-        taken = account(plan)
+        taken = memory_of(plan)
         if split:
             blocks = {op.name for op in plan.ops if ".blocks." in op.where}
             gathered = sum(
@@ -177,7 +177,7 @@ def kept_per_layer(
                 for _, forward, _ in each.moves
                 if forward is Movement.ALL_GATHER
             )
-            taken = account(planned(*sizes, memory_limit=int(taken.total - 0.95 * gathered)))
+            taken = memory_of(planned(*sizes, memory_limit=int(taken.total - 0.95 * gathered)))
         kept.append(taken.activations)
     return float(kept[1] - kept[0])
 

@@ -13,13 +13,13 @@ from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
 from planners.table_memo import Memo
 
-__all__ = ["closed"]
+__all__ = ["refine_by_integer_program"]
 
 MOST_ENTRIES = 3000
 MOST_NODES = 20
 
 
-def closed(
+def refine_by_integer_program(
     problem: Problem, known: Solution, enough: float, most_entries: int = MOST_ENTRIES
 ) -> Solution:
     """The optimum, if the choices that can still be better than a known solution are few.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from planners import conditioning, exact
 from planners import local_improvement as filling
-from planners.integer_refinement import closed
+from planners.integer_refinement import refine_by_integer_program
 from planners.ordering import TooWideError
 from planners.problem import Multiplier, Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
@@ -63,10 +63,10 @@ def solve(
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
     """
-    return _Search(problem, solver or Narrow(), prover, enough, most_solves).run()
+    return _Search(problem, solver or ExactOrConditioned(), prover, enough, most_solves).run()
 
 
-class Narrow:
+class ExactOrConditioned:
     """Exact where it can be. One memo for all problems that share tables, until `forget`."""
 
     def __init__(self) -> None:
@@ -151,8 +151,10 @@ class _Search:
             best.factor_alternatives,
             root.multiplier,
         )
-        if solution.gap > self.enough * abs(solution.cost) and isinstance(self.solver, Narrow):
-            return closed(self.problem, solution, self.enough)
+        if solution.gap > self.enough * abs(solution.cost) and isinstance(
+            self.solver, ExactOrConditioned
+        ):
+            return refine_by_integer_program(self.problem, solution, self.enough)
         return solution
 
     def explore(self, node: _Node) -> None:
@@ -178,7 +180,7 @@ class _Search:
         """Solve with usage charged; lower_bound is of cost and charge together."""
         self.solves += 1
         plain = (solver or self.solver)(node.problem.weighed(charged))
-        if isinstance(self.solver, Narrow) and self.solver.given is not None:
+        if isinstance(self.solver, ExactOrConditioned) and self.solver.given is not None:
             self.most_solves = min(self.most_solves, _MOST_WIDE_SOLVES)
         self.method = plain.method
         spent = node.problem.spent(plain.assignment, charged)
@@ -211,7 +213,7 @@ class _Search:
 
     def at(self, node: _Node, multiplier: float, solver: Solver | None = None) -> Solution:
         """Solve at one multiplier. Raises the bound."""
-        if isinstance(self.solver, Narrow):
+        if isinstance(self.solver, ExactOrConditioned):
             self.solver.forget()
         solution = self.solved(node, multiplier, solver)
         charge = multiplier * self.limit if multiplier else 0.0
@@ -301,7 +303,7 @@ class _Search:
             if self.solves >= self.most_solves:
                 return
             less, more = node.multiplier * (1 - below), node.multiplier * (1 + above)
-            if isinstance(self.solver, Narrow):
+            if isinstance(self.solver, ExactOrConditioned):
                 self.solver.forget()
             before = self.best
             for first, second in ((less, more), (more, less)):
@@ -362,12 +364,16 @@ class _Search:
         for solution in over[:_MOST_MENDED]:
             if self.best is not None and solution.cost >= self.best.cost:
                 continue
-            mended = filling.mended(self.problem, solution, within, node.multiplier)
-            if mended is not None:
-                self.consider(mended)
+            repair_to_limit = filling.repair_to_limit(
+                self.problem, solution, within, node.multiplier
+            )
+            if repair_to_limit is not None:
+                self.consider(repair_to_limit)
         if self.best is not None:
             others = within + over
-            self.consider(filling.filled(self.problem, self.best, others, node.multiplier))
+            self.consider(
+                filling.improve_within_limit(self.problem, self.best, others, node.multiplier)
+            )
 
     def branches(self, node: _Node) -> list[_Node]:
         """A node for each state of a variable that reaches through much of the model."""

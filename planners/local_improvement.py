@@ -10,10 +10,10 @@ from planners.problem import Problem
 from planners.solution import Solution
 from planners.variables import Factor, Variable
 
-__all__ = ["filled", "mended"]
+__all__ = ["improve_within_limit", "repair_to_limit"]
 
 
-def filled(
+def improve_within_limit(
     problem: Problem, start: Solution, others: Sequence[Solution], multiplier: float
 ) -> Solution:
     """A solution within the limit that costs no more than `start`, which is within it.
@@ -24,15 +24,15 @@ def filled(
     """
     filling = _Filling(problem, start, multiplier)
     for other in reversed(others):
-        filling.take_over(other)
-    filling.pay_otherwise()
+        filling.adopt_changes(other)
+    filling.switch_alternatives()
     return filling.solution(start)
 
 
-def mended(
+def repair_to_limit(
     problem: Problem, start: Solution, others: Sequence[Solution], multiplier: float
 ) -> Solution | None:
-    """A solution within the limit near one that is over it, if changes as in `filled` suffice."""
+    """A solution within the limit near one that is over it, if changes as in `improve_within_limit` suffice."""
     filling = _Filling(problem, start, multiplier)
     filling.save(others)
     return filling.solution(start) if filling.left >= 0.0 else None
@@ -83,7 +83,7 @@ class _Filling:
     def entry(self, number: int, changed: dict[int, int]) -> tuple[int, ...]:
         return tuple([changed.get(place, self.states[place]) for place in self.scopes[number]])
 
-    def take_over(self, other: Solution) -> None:
+    def adopt_changes(self, other: Solution) -> None:
         """Take over what is worth it and fits, most cost per usage first."""
         self.touched = {}
         worthwhile = [change for change in self.changes(other) if change.cost < 0.0]
@@ -145,7 +145,7 @@ class _Filling:
             return _Change(math.inf, 0.0, {}, {})
         return _Change(math.fsum(costs), math.fsum(usages), states, chosen)
 
-    def pay_otherwise(self) -> None:
+    def switch_alternatives(self) -> None:
         """Give single tables another way to pay, most cost per usage first."""
         worthwhile = [change for change in self.payments() if change.cost < 0.0]
         worthwhile.sort(key=lambda c: c.cost / c.usage if c.usage > 0 else -math.inf)

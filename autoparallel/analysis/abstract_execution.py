@@ -13,8 +13,8 @@ from math import prod
 from typing import Any
 
 from autoparallel.cost.fake_run import (
+    FakeTensorSpec,
     Observed,
-    Stand,
     StandInGroup,
     contiguous,
     observe,
@@ -30,7 +30,7 @@ from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime.collectives import move
 
-__all__ = ["Local", "Moment", "Storage", "Walk", "local_shape"]
+__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Storage", "local_shape"]
 
 
 def local_shape(
@@ -65,11 +65,11 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class LocalTensor:
     """One tensor of a rank. storage: its number. gradient: bytes of its gradient, if it has its
     own (that of a view is a view)."""
 
-    stand: Stand
+    stand: FakeTensorSpec
     storage: int
     gradient: int
 
@@ -91,7 +91,7 @@ class Moment:
     backward: int = 0
 
 
-class Walk:
+class AbstractExecution:
     """The forward pass of the first rank, which has the largest part of everything.
 
     storages, locals, moments: in the order in which they come. returned: tensors that the caller
@@ -105,7 +105,7 @@ class Walk:
         # Inputs of a whole model are data; what goes into a part comes from other parts.
         self.part = plan.captured is not None and plan.captured.part
         self.storages: list[Storage] = []
-        self.locals: list[Local] = []
+        self.locals: list[LocalTensor] = []
         self.moments: list[Moment] = []
         self.assumed: list[str] = []
         self._regions = {name: at for at, names in enumerate(recomputed) for name in names}
@@ -144,14 +144,14 @@ class Walk:
         self._at[value.name] = self._put(stand, storage, 0)
         self._made[value.name] = layout
 
-    def _new(self, name: str, where: str, kind: str, size: Stand | int) -> int:
+    def _new(self, name: str, where: str, kind: str, size: FakeTensorSpec | int) -> int:
         number = len(self.storages)
         nbytes = size if isinstance(size, int) else size.nbytes
         self.storages.append(Storage(name, where, kind, nbytes, len(self.moments), number))
         return number
 
-    def _put(self, stand: Stand, storage: int, gradient: int) -> int:
-        self.locals.append(Local(stand, storage, gradient if stand.requires_grad else 0))
+    def _put(self, stand: FakeTensorSpec, storage: int, gradient: int) -> int:
+        self.locals.append(LocalTensor(stand, storage, gradient if stand.requires_grad else 0))
         return len(self.locals) - 1
 
     def _read(self, name: str, layout: Layout, region: int) -> int:
@@ -285,8 +285,8 @@ class Walk:
         self,
         node: Node,
         choice: OpChoice,
-        stands: tuple[Stand, ...],
-        expected: tuple[Stand, ...],
+        stands: tuple[FakeTensorSpec, ...],
+        expected: tuple[FakeTensorSpec, ...],
     ) -> Observed:
         """The call on this rank's parts; calls that run alike are run once."""
         split = choice.operands if any(choice.kernels) else ()

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import sympy
 
-from autoparallel.analysis.abstract_execution import Storage, Walk
-from autoparallel.analysis.liveness import Peak
+from autoparallel.analysis.abstract_execution import AbstractExecution, Storage
+from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.symbolic_sizes import Algebra
 from autoparallel.graph.graph import Graph
 from autoparallel.mesh import Mesh
@@ -80,9 +80,9 @@ class KeptForms:
 
 def _kept(graph: Graph, plan: Plan) -> dict[tuple[str, int], Storage]:
     """What is kept, by its name and how many of that name come before."""
-    walk = Walk(graph, plan, plan.recomputed)
+    walk = AbstractExecution(graph, plan, plan.recomputed)
     found: dict[tuple[str, int], Storage] = {}
-    for number in Peak(walk).kept:
+    for number in Liveness(walk).kept:
         storage = walk.storages[number]
         count = 0
         while (storage.name, count) in found:

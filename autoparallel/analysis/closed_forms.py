@@ -15,7 +15,7 @@ from autoparallel.analysis.symbolic_sizes import Algebra
 from autoparallel.discovery.unknown_ops import find_unknown
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Value, hint
-from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.graph.passes.run_passes import with_larger_hints
 from autoparallel.graph.repeated_blocks import find_repeats
 from autoparallel.placement import Collective, Invariant, Layout
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
@@ -121,7 +121,9 @@ def closed_forms(
             why="the model is not traced whole" if plan.parts else "the plan was read from a text",
             fix="take those of the plans of its parts" if plan.parts else "plan in this process",
         )
-    return _Writer(plan, at_least(plan.captured.graph, plan.options.tokens), names, letters).write()
+    return _Writer(
+        plan, with_larger_hints(plan.captured.graph, plan.options.tokens), names, letters
+    ).write()
 
 
 class _Writer:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.abstract_execution import Walk
+from autoparallel.analysis.abstract_execution import AbstractExecution
 
-__all__ = ["Peak"]
+__all__ = ["Liveness"]
 
 Bytes = NDArray[np.int64]
 
 
-class Peak:
+class Liveness:
     """Lifetimes of a walk's storages, forward and backward.
 
     kept: storages (by number) of activations that wait for the backward pass. activations: their
@@ -20,7 +20,7 @@ class Peak:
     passes. temporary: bytes beyond those kept at the worst moment.
     """
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: AbstractExecution) -> None:
         self.walk = walk
         self.readers: list[list[int]] = [[] for _ in walk.locals]
         for index, moment in enumerate(walk.moments):

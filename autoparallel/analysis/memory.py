@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from autoparallel.analysis.abstract_execution import Walk, local_shape
-from autoparallel.analysis.liveness import Peak
+from autoparallel.analysis.abstract_execution import AbstractExecution, local_shape
+from autoparallel.analysis.liveness import Liveness
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
-from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.graph.passes.run_passes import with_larger_hints
 from autoparallel.plan import ParameterChoice, Plan
 
-__all__ = ["CATEGORIES", "Account", "Item", "account", "has_master_copy", "state_nbytes"]
+__all__ = ["CATEGORIES", "Account", "Item", "has_master_copy", "memory_of", "state_nbytes"]
 
 _OF_PARAMETERS = ("parameters", "gradients", "optimizer_state")
 _ITEMIZED = (*_OF_PARAMETERS, "activations", "buffers", "inputs")
@@ -95,7 +95,7 @@ def has_master_copy(optimizer: str, itemsize: int) -> bool:
     return optimizer == "mixed_adam" and itemsize < _FLOAT32_BYTES
 
 
-def account(
+def memory_of(
     plan: Plan,
     recomputed: Sequence[Iterable[str]] | None = None,
     graph: Graph | None = None,
@@ -125,13 +125,15 @@ def account(
         items += _resident(parameter, plan, trained.get(parameter.path, True))
     assumed: list[str] = []
     temporary = 0
-    known: dict[int, tuple[Walk, Peak]] = {}
+    known: dict[int, tuple[AbstractExecution, Liveness]] = {}
     for prefix, part in programs:
         if id(part) not in known:
             sized = graph if part is plan else None
             regions = part.recomputed if recomputed is None else recomputed
-            walk = Walk(sized or at_least(_graph(part), part.options.tokens), part, regions)
-            known[id(part)] = (walk, Peak(walk))
+            walk = AbstractExecution(
+                sized or with_larger_hints(_graph(part), part.options.tokens), part, regions
+            )
+            known[id(part)] = (walk, Liveness(walk))
         walk, peak = known[id(part)]
         temporary = max(temporary, peak.temporary)
         assumed += [f"{prefix}{name}" for name in walk.assumed]

@@ -16,7 +16,7 @@ from autoparallel.analysis.communication import Transfer, moves
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
 from autoparallel.graph.graph import Sym, numel_hint
-from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.graph.passes.run_passes import with_larger_hints
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 
@@ -349,7 +349,7 @@ def _tokens(plan: Plan) -> int:
     found = [
         numel_hint(tuple(dim for dim in node.result.shape if isinstance(dim, Sym)))
         for graph in plan.graphs[:1]
-        for node in at_least(graph, plan.options.tokens).nodes
+        for node in with_larger_hints(graph, plan.options.tokens).nodes
         if node.kind == "input"
     ]
     return max(found, default=0)

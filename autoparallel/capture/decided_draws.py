@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DecidedDraws"]
+__all__ = ["ConstantComparisons"]
 
 _Comparison = Callable[[float], bool | None]
 # What a number in [0, 1) compared with `bound` gives, where that is the same for all of them.
@@ -22,7 +22,7 @@ _DECIDED: dict[str, _Comparison] = {
 }
 
 
-class DecidedDraws(TorchFunctionMode):
+class ConstantComparisons(TorchFunctionMode):
     """While a forward is traced, a draw of one number from [0, 1) knows its range.
 
     `torch.rand([]) < probability` decides whether a layer is dropped. A graph has one path for all

@@ -24,23 +24,23 @@ from autoparallel.support.torch_private import (
     schema_of,
 )
 
-__all__ = ["Known", "spelled_out", "spelling"]
+__all__ = ["Known", "decomposing", "decomposition"]
 
 Known = Callable[[str], bool]
-_Spelling = Callable[..., Any]
-_SPELLINGS: dict[str, _Spelling] = {}
+_Decomposition = Callable[..., Any]
+_DECOMPOSITIONS: dict[str, _Decomposition] = {}
 _NONE, _MEAN, _SUM = 0, 1, 2
 # Bytes of the smallest numbers whose sum over a batch is one of them.
 _SUMMABLE = 4
 
 
-def spelling(*targets: str) -> Callable[[_Spelling], _Spelling]:
+def decomposition(*targets: str) -> Callable[[_Decomposition], _Decomposition]:
     """The function is what the ops stand for; it may return NotImplemented to keep a call."""
 
-    def register(function: _Spelling) -> _Spelling:
+    def register(function: _Decomposition) -> _Decomposition:
         for target in targets:
-            assert target not in _SPELLINGS, target
-            _SPELLINGS[target] = function
+            assert target not in _DECOMPOSITIONS, target
+            _DECOMPOSITIONS[target] = function
         return function
 
     return register
@@ -51,7 +51,7 @@ def _load() -> None:
     import_module("autoparallel.capture.random_decompositions")
 
 
-class _Table(Mapping[Any, _Spelling]):
+class _Table(Mapping[Any, _Decomposition]):
     """What to trace in place of an op; only asked whether it has one, and for it."""
 
     def __init__(self, known: Known) -> None:
@@ -60,24 +60,24 @@ class _Table(Mapping[Any, _Spelling]):
     def __contains__(self, op: object) -> bool:
         return self.find(op) is not None
 
-    def __getitem__(self, op: Any) -> _Spelling:
+    def __getitem__(self, op: Any) -> _Decomposition:
         found = self.find(op)
         assert found is not None
         return found
 
     def __len__(self) -> int:
-        return len(_SPELLINGS)
+        return len(_DECOMPOSITIONS)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(_SPELLINGS)
+        return iter(_DECOMPOSITIONS)
 
-    def find(self, op: Any) -> _Spelling | None:
+    def find(self, op: Any) -> _Decomposition | None:
         if not isinstance(op, OpOverload):
             return None
         drawn = torch.Tag.nondeterministic_seeded in op.tags
         if not drawn and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
             return None  # autocast casts the operands of the op as a whole
-        own = _SPELLINGS.get(str(op))
+        own = _DECOMPOSITIONS.get(str(op))
         if own is not None:
             return own
         composite = op.namespace == "aten" and is_composite(op) and schema_of(op).returns
@@ -94,7 +94,7 @@ _AS_THEY_ARE = {"aten.item.default", "aten.is_nonzero.default"}
 
 
 @contextlib.contextmanager
-def spelled_out(known: Known) -> Iterator[None]:
+def decomposing(known: Known) -> Iterator[None]:
     """While tracing: ops are traced as what they stand for. known: ops that have a rule."""
     if get_proxy_mode() is None:
         yield
@@ -112,7 +112,7 @@ def _plus(bias: torch.Tensor, product: torch.Tensor, beta: Any, alpha: Any) -> t
     return product + (bias if beta == 1 else bias * beta)
 
 
-@spelling("aten.addmm.default")
+@decomposition("aten.addmm.default")
 def addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """A plain one is kept: a pass of its own finds the dims that were flattened for it."""
     if beta == 1 and alpha == 1:
@@ -120,25 +120,25 @@ def addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) ->
     return _plus(bias, left @ right, beta, alpha)
 
 
-@spelling("aten.addmv.default")
+@decomposition("aten.addmv.default")
 def addmv(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """The bias counts once, however the summed loop of the product is split."""
     return _plus(bias, left @ right, beta, alpha)
 
 
-@spelling("aten.addbmm.default")
+@decomposition("aten.addbmm.default")
 def addbmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """The sum over the batch of products, and a bias."""
     return _plus(bias, torch.bmm(left, right).sum(0), beta, alpha)
 
 
-@spelling("aten.addr.default")
+@decomposition("aten.addr.default")
 def addr(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """An outer product and a bias."""
     return _plus(bias, torch.outer(left, right), beta, alpha)
 
 
-def _mean_of(loss: Any, position: int) -> _Spelling:
+def _mean_of(loss: Any, position: int) -> _Decomposition:
     """A mean over elements: their sum over the count of the whole."""
 
     def spelled(*args: Any, **kwargs: Any) -> Any:
@@ -173,7 +173,7 @@ for _name, _position in (
     ("binary_cross_entropy", 3),
     ("binary_cross_entropy_with_logits", 4),
 ):
-    spelling(f"aten.{_name}.default")(_mean_of(getattr(_aten, _name).default, _position))
+    decomposition(f"aten.{_name}.default")(_mean_of(getattr(_aten, _name).default, _position))
 
 
 def _reduced(losses: Any, weights: Any, reduction: int) -> Any:
@@ -183,7 +183,7 @@ def _reduced(losses: Any, weights: Any, reduction: int) -> Any:
     return losses.sum() if reduction == _SUM else losses.sum() / weights.sum()
 
 
-@spelling("aten.nll_loss.default", "aten.nll_loss_nd.default", "aten.nll_loss2d.default")
+@decomposition("aten.nll_loss.default", "aten.nll_loss_nd.default", "aten.nll_loss2d.default")
 def nll_loss(
     scores: Any, target: Any, weight: Any = None, reduction: int = _MEAN, ignored: int = -100
 ) -> Any:
@@ -201,7 +201,7 @@ def nll_loss(
     return _reduced(torch.where(kept, losses, 0.0) * weights, weights, reduction)
 
 
-@spelling("aten.cross_entropy_loss.default")
+@decomposition("aten.cross_entropy_loss.default")
 def cross_entropy(
     logits: Any,
     target: Any,
@@ -258,14 +258,14 @@ def cross_entropy(
     return made
 
 
-@spelling("aten.bilinear.default")
+@decomposition("aten.bilinear.default")
 def bilinear(left: Any, right: Any, weight: Any, bias: Any = None) -> Any:
     """y[.., n] = sum_(i, j) a[.., i] w[n, i, j] b[.., j] + bias[n], the bias counted once."""
     made = torch.einsum("...i,nij,...j->...n", left, weight, right)
     return made if bias is None else made + bias
 
 
-@spelling("aten.scatter.reduce", "aten.scatter.value_reduce")
+@decomposition("aten.scatter.reduce", "aten.scatter.value_reduce")
 def scatter(x: Any, dim: int, index: Any, source: Any, *, reduce: str) -> Any:
     """The name that `scatter_reduce` has for it."""
     if not isinstance(source, torch.Tensor):
@@ -274,20 +274,20 @@ def scatter(x: Any, dim: int, index: Any, source: Any, *, reduce: str) -> Any:
     return x.scatter_reduce(dim, index, source, way)
 
 
-@spelling("aten.empty_like.default")
+@decomposition("aten.empty_like.default")
 def empty_like(x: Any, **options: Any) -> Any:
     """What is in fresh memory differs from rank to rank."""
     return torch.zeros_like(x, **options)
 
 
-@spelling("aten.empty.memory_format")
+@decomposition("aten.empty.memory_format")
 def empty(size: Any, **options: Any) -> Any:
     """See empty_like."""
     options.pop("memory_format", None)
     return torch.zeros(size, **options)
 
 
-@spelling("aten.new_empty.default")
+@decomposition("aten.new_empty.default")
 def new_empty(x: Any, size: Any, **options: Any) -> Any:
     """See empty_like."""
     return x.new_zeros(size, **options)
@@ -296,7 +296,7 @@ def new_empty(x: Any, size: Any, **options: Any) -> Any:
 _BAG_SUM, _BAG_MEAN = 0, 1
 
 
-@spelling("aten.embedding_bag.default", "aten.embedding_bag.padding_idx")
+@decomposition("aten.embedding_bag.default", "aten.embedding_bag.padding_idx")
 def embedding_bag(
     table: Any,
     index: Any,
@@ -325,7 +325,7 @@ def embedding_bag(
     return sums, bag, counts, torch.zeros_like(counts)
 
 
-@spelling("aten._weight_norm.default")
+@decomposition("aten._weight_norm.default")
 def weight_norm(direction: Any, length: Any, dim: int = 0) -> Any:
     """A weight as a direction and a length for each place along `dim`, or one for all of it."""
     rank = direction.dim()
@@ -333,7 +333,7 @@ def weight_norm(direction: Any, length: Any, dim: int = 0) -> Any:
     return direction * (length / torch.linalg.vector_norm(direction, dim=over, keepdim=True))
 
 
-@spelling("aten.batch_norm.default")
+@decomposition("aten.batch_norm.default")
 def batch_norm(
     x: Any,
     weight: Any,

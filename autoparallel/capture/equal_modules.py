@@ -10,10 +10,10 @@ from torch import nn
 
 from autoparallel.capture.equal_blocks import find_groups
 
-__all__ = ["Alike", "Watch"]
+__all__ = ["EqualModules", "Watch"]
 
 
-class Alike:
+class EqualModules:
     """Which modules of a model are equal but for the values of their parameters."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from autoparallel.capture.block_folding import Folding, Unfoldable
-from autoparallel.capture.decided_draws import DecidedDraws
-from autoparallel.capture.decompositions import Known, spelled_out
+from autoparallel.capture.decided_draws import ConstantComparisons
+from autoparallel.capture.decompositions import Known, decomposing
 from autoparallel.capture.equal_blocks import Group, find_groups
 from autoparallel.capture.example_inputs import as_given, bind_inputs
 from autoparallel.capture.held_tensors import HeldTensors
@@ -155,7 +155,13 @@ class _Flat(nn.Module):
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
         kept = NoReplacing(self.model).installed(operators=False)
-        modes = (self.folding.forward(), DecidedDraws(), spelled_out(wanted.known), watched, kept)
+        modes = (
+            self.folding.forward(),
+            ConstantComparisons(),
+            decomposing(wanted.known),
+            watched,
+            kept,
+        )
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):
                 stack.enter_context(mode)

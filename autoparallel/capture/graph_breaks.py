@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from autoparallel.capture.call_recorder import Call, record
-from autoparallel.capture.equal_modules import Alike, Watch
+from autoparallel.capture.equal_modules import EqualModules, Watch
 from autoparallel.capture.export import Captured, capture
 from autoparallel.capture.held_tensors import refuse_views
 from autoparallel.errors import AliasError, CaptureError
@@ -19,7 +19,7 @@ from autoparallel.graph.passes.run_passes import run_passes
 from autoparallel.plan import Break
 from autoparallel.rules.registry import find_rule
 
-__all__ = ["Broken", "TracedPart", "trace", "trace_alike", "trace_parts"]
+__all__ = ["GraphBreaks", "TracedPart", "trace", "trace_alike", "trace_parts"]
 
 _log = logging.getLogger(__name__)
 _RUNS = 3  # example runs, with other random numbers, to see modules that are left out by chance
@@ -34,7 +34,7 @@ class TracedPart:
 
 
 @dataclass(frozen=True)
-class Broken:
+class GraphBreaks:
     """A model in parts. breaks: the modules that stay Python. aliases: as in Captured."""
 
     parts: tuple[TracedPart, ...]
@@ -91,7 +91,7 @@ def trace_alike(
 
 def trace_parts(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: CaptureError
-) -> Broken:
+) -> GraphBreaks:
     """The largest submodules of `model` that can be traced, with the inputs of an example run.
 
     error: why the whole cannot. Only modules with parameters are tried: the others gain nothing.
@@ -133,7 +133,7 @@ def trace_parts(
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     aliases = {path: first.setdefault(id(parameter), path) for path, parameter in named}
-    return Broken(parts, tuple(finder.breaks), aliases)
+    return GraphBreaks(parts, tuple(finder.breaks), aliases)
 
 
 class _Finder:
@@ -141,7 +141,7 @@ class _Finder:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.model = model
-        self.alike = Alike(model)
+        self.alike = EqualModules(model)
         self.modules = dict(model.named_modules())
         self.weighty = {path for path, module in self.modules.items() if _has_parameters(module)}
         self.calls: dict[str, Call] = {}

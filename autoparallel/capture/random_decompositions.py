@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from autoparallel.capture.decompositions import spelling
+from autoparallel.capture.decompositions import decomposition
 
 # Less than the least positive draw.
 _TINY = 2.0**-25
@@ -24,37 +24,37 @@ def _uniform(x: Any) -> Any:
     return torch.rand_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32)
 
 
-@spelling("aten.bernoulli.default")
+@decomposition("aten.bernoulli.default")
 def bernoulli(x: Any, *, generator: Any = None) -> Any:
     """1 with the probability that the element is."""
     return (_uniform(x) < x).to(x.dtype)
 
 
-@spelling("aten.bernoulli.p")
+@decomposition("aten.bernoulli.p")
 def bernoulli_p(x: Any, p: float, *, generator: Any = None) -> Any:
     """1 with one probability for all; of x only the shape is read."""
     return (_uniform(x) < p).to(x.dtype)
 
 
-@spelling("aten.bernoulli_.float", "aten.bernoulli_.Tensor")
+@decomposition("aten.bernoulli_.float", "aten.bernoulli_.Tensor")
 def bernoulli_(x: Any, p: Any = 0.5, *, generator: Any = None) -> Any:
     """x becomes 1 with probability p, else 0."""
     return x.copy_(_uniform(x) < p)
 
 
-@spelling("aten.uniform_.default")
+@decomposition("aten.uniform_.default")
 def uniform_(x: Any, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Any:
     """x becomes a number in [low, high)."""
     return x.copy_(torch.rand_like(x) * (high - low) + low)
 
 
-@spelling("aten.normal_.default")
+@decomposition("aten.normal_.default")
 def normal_(x: Any, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Any:
     """x becomes a normal number."""
     return x.copy_(torch.randn_like(x) * std + mean)
 
 
-@spelling("aten.log_normal_.default")
+@decomposition("aten.log_normal_.default")
 def log_normal_(x: Any, mean: float = 1.0, std: float = 2.0, *, generator: Any = None) -> Any:
     """The logarithm of x becomes a normal number."""
     return x.copy_((torch.randn_like(x) * std + mean).exp())
@@ -65,19 +65,19 @@ def _exponential(x: Any) -> Any:
     return torch.log1p(-_uniform(x)).neg().clamp_min(_TINY)
 
 
-@spelling("aten.exponential_.default")
+@decomposition("aten.exponential_.default")
 def exponential_(x: Any, rate: float = 1.0, *, generator: Any = None) -> Any:
     """x becomes the time to an event that happens at `rate`."""
     return x.copy_(_exponential(x) / rate)
 
 
-@spelling("aten.geometric_.default")
+@decomposition("aten.geometric_.default")
 def geometric_(x: Any, p: float, *, generator: Any = None) -> Any:
     """x becomes the number of trials up to the first success."""
     return x.copy_((_exponential(x) / -math.log1p(-p)).ceil())
 
 
-@spelling("aten.cauchy_.default")
+@decomposition("aten.cauchy_.default")
 def cauchy_(x: Any, median: float = 0.0, sigma: float = 1.0, *, generator: Any = None) -> Any:
     """x becomes a Cauchy number."""
     return x.copy_(torch.tan((torch.rand_like(x) - 0.5) * math.pi) * sigma + median)
@@ -88,25 +88,25 @@ def _normal(mean: Any, std: Any, like: Any) -> Any:
     return torch.randn_like(like) * std + mean
 
 
-@spelling("aten.normal.Tensor_Tensor")
+@decomposition("aten.normal.Tensor_Tensor")
 def normal_of_both(mean: Any, std: Any, *, generator: Any = None) -> Any:
     """Normal numbers, each with its own mean and deviation."""
     return _normal(mean, std, mean + std)
 
 
-@spelling("aten.normal.Tensor_float")
+@decomposition("aten.normal.Tensor_float")
 def normal_of_means(mean: Any, std: float = 1.0, *, generator: Any = None) -> Any:
     """Normal numbers, each with its own mean."""
     return _normal(mean, std, mean)
 
 
-@spelling("aten.normal.float_Tensor")
+@decomposition("aten.normal.float_Tensor")
 def normal_of_deviations(mean: float, std: Any, *, generator: Any = None) -> Any:
     """Normal numbers, each with its own deviation."""
     return _normal(mean, std, std)
 
 
-@spelling("aten.normal.float_float")
+@decomposition("aten.normal.float_float")
 def normal_of_size(
     mean: float, std: float, size: Any, *, generator: Any = None, **options: Any
 ) -> Any:
@@ -118,39 +118,39 @@ def _whole_numbers(drawn: Any, low: int, high: int, dtype: torch.dtype) -> Any:
     return ((drawn * (high - low)).floor() + low).to(dtype)
 
 
-@spelling("aten.randint.low")
+@decomposition("aten.randint.low")
 def randint_low(low: int, high: int, size: Any, *, dtype: Any = torch.int64, **options: Any) -> Any:
     """Whole numbers low <= n < high."""
     drawn = torch.rand(size, dtype=torch.float64, **options)
     return _whole_numbers(drawn, low, high, dtype or torch.int64)
 
 
-@spelling("aten.randint.default")
+@decomposition("aten.randint.default")
 def randint(high: int, size: Any, **options: Any) -> Any:
     """Whole numbers 0 <= n < high."""
     return randint_low(0, high, size, **options)
 
 
-@spelling("aten.randint_like.low_dtype")
+@decomposition("aten.randint_like.low_dtype")
 def randint_like_low(x: Any, low: int, high: int, *, dtype: Any = None, **options: Any) -> Any:
     """Whole numbers low <= n < high in the shape of x."""
     return _whole_numbers(torch.rand_like(x, dtype=torch.float64), low, high, dtype or x.dtype)
 
 
-@spelling("aten.randint_like.default")
+@decomposition("aten.randint_like.default")
 def randint_like(x: Any, high: int, **options: Any) -> Any:
     """Whole numbers 0 <= n < high in the shape of x."""
     return randint_like_low(x, 0, high, **options)
 
 
-@spelling("aten.randperm.default")
+@decomposition("aten.randperm.default")
 def randperm(count: Any, *, dtype: Any = torch.int64, **options: Any) -> Any:
     """The numbers below `count` in the order of as many draws."""
     drawn = torch.rand((count,), dtype=torch.float64, **options)
     return drawn.sort(stable=True).indices.to(dtype or torch.int64)
 
 
-@spelling("aten.multinomial.default")
+@decomposition("aten.multinomial.default")
 def multinomial(
     weights: Any, count: Any, replacement: bool = False, *, generator: Any = None
 ) -> Any:
@@ -168,7 +168,7 @@ def multinomial(
     return found.clamp_max(weights.shape[-1] - 1)
 
 
-@spelling("aten.native_dropout.default")
+@decomposition("aten.native_dropout.default")
 def native_dropout(x: Any, p: float, train: bool | None) -> Any:
     """x with some elements zeroed, the others scaled; and which are kept."""
     if train is False:
@@ -177,7 +177,7 @@ def native_dropout(x: Any, p: float, train: bool | None) -> Any:
     return x * kept.to(x.dtype) * (0.0 if p == 1 else 1 / (1 - p)), kept
 
 
-@spelling("aten.rrelu.default")
+@decomposition("aten.rrelu.default")
 def rrelu(
     x: Any, low: float = 0.125, high: float = 1 / 3, train: bool = False, generator: Any = None
 ) -> Any:
@@ -221,4 +221,4 @@ def _stacked(
 
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
     _op = getattr(torch.ops.aten, _name).input
-    spelling(f"aten.{_name}.input")(partial(_stacked, _op))
+    decomposition(f"aten.{_name}.input")(partial(_stacked, _op))

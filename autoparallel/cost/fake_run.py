@@ -32,7 +32,7 @@ from autoparallel.support.torch_private import (
     storage_key,
 )
 
-__all__ = ["Observed", "Stand", "StandInGroup", "contiguous", "observe"]
+__all__ = ["FakeTensorSpec", "Observed", "StandInGroup", "contiguous", "observe"]
 __all__ += ["random_arguments", "runner", "skeleton"]
 
 # Ops that cannot run without data run on zeros, if they read no more elements than this.
@@ -40,7 +40,7 @@ _FEW = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
+class FakeTensorSpec:
     """A tensor without its data."""
 
     shape: tuple[int, ...]
@@ -55,13 +55,15 @@ class Stand:
 
 
 @cache
-def contiguous(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False) -> Stand:
+def contiguous(
+    shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False
+) -> FakeTensorSpec:
     """A stand-in for a tensor with its elements in order."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
         step *= max(size, 1)
-    return Stand(shape, tuple(reversed(strides)), dtype, requires_grad)
+    return FakeTensorSpec(shape, tuple(reversed(strides)), dtype, requires_grad)
 
 
 def skeleton(structure: Any) -> Any:
@@ -86,7 +88,7 @@ class Observed:
     """
 
     operands: int
-    results: tuple[Stand, ...]
+    results: tuple[FakeTensorSpec, ...]
     storages: tuple[int, ...]
     sizes: tuple[int, ...]
     saved: tuple[int, ...]
@@ -170,7 +172,7 @@ def _actual(structure: Any, operands: Any, device: str) -> Any:
     return torch.device(device) if isinstance(structure, torch.device) else structure
 
 
-def _stand_in(stand: Stand, device: str) -> torch.Tensor:
+def _stand_in(stand: FakeTensorSpec, device: str) -> torch.Tensor:
     if device == "zeros":
         last = sum((n - 1) * step for n, step in zip(stand.shape, stand.strides, strict=True))
         made = torch.zeros(last + 1 if prod(stand.shape) else 0, dtype=stand.dtype, device="cpu")
@@ -229,7 +231,7 @@ def _run(
     function: Callable[..., Any],
     args: Any,
     kwargs: Mapping[str, Any],
-    stands: Sequence[Stand],
+    stands: Sequence[FakeTensorSpec],
     device: str,
     backward: bool,
 ) -> Observed:
@@ -262,7 +264,10 @@ def _run(
     alive.clear()
     return Observed(
         count,
-        tuple(Stand(tuple(t.shape), tuple(t.stride()), t.dtype, t.requires_grad) for t in results),
+        tuple(
+            FakeTensorSpec(tuple(t.shape), tuple(t.stride()), t.dtype, t.requires_grad)
+            for t in results
+        ),
         tuple(of[count : count + len(results)]),
         tuple(sizes),
         tuple(sorted(set(of[count + len(results) :]))),
@@ -274,8 +279,8 @@ def observe(
     function: Callable[..., Any],
     args: Any,
     kwargs: Mapping[str, Any],
-    operands: Sequence[Stand],
-    expected: Sequence[Stand],
+    operands: Sequence[FakeTensorSpec],
+    expected: Sequence[FakeTensorSpec],
     devices: Sequence[str] = ("fake", "zeros"),
     backward: bool = False,
 ) -> Observed:

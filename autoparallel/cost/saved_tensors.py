@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoparallel.cost.fake_run import (
+    FakeTensorSpec,
     Observed,
-    Stand,
     StandInGroup,
     contiguous,
     observe,
@@ -18,7 +18,7 @@ from autoparallel.cost.fake_run import (
 )
 from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.placement import local_size
-from autoparallel.rules.rule import OpCall, ShardingRule, Tile, place
+from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, place
 
 __all__ = ["Internal", "Saved", "SavedTensors", "fitted", "stand_in"]
 
@@ -66,8 +66,8 @@ class _Case:
 
     call: OpCall
     rule: ShardingRule | None
-    operands: tuple[Stand, ...]
-    results: tuple[Stand, ...]
+    operands: tuple[FakeTensorSpec, ...]
+    results: tuple[FakeTensorSpec, ...]
 
 
 class SavedTensors:
@@ -85,12 +85,12 @@ class SavedTensors:
         input_gradients: bool = False,
     ) -> None:
         self.graph, self.rules = graph, rules
-        self._stands: dict[str, Stand] = {}
+        self._stands: dict[str, FakeTensorSpec] = {}
         self._roots: dict[str, str] = {}
         self._keys: dict[str, Any] = {}
         self._cases: dict[Any, _Case] = {}
         self._seen: dict[Any, Observed] = {}
-        self._made: dict[Any, tuple[Stand, ...]] = {}
+        self._made: dict[Any, tuple[FakeTensorSpec, ...]] = {}
         self._saved: dict[Any, Saved] = {}
         for node in graph.nodes:
             if node.kind == "call":
@@ -152,23 +152,23 @@ class SavedTensors:
             self._roots[value.name] = value.name if own else self._roots[names[storage]]
 
 
-def stand_in(value: Value) -> Stand:
+def stand_in(value: Value) -> FakeTensorSpec:
     """A value with its elements in order, for the example inputs."""
     grad = value.requires_grad and (value.dtype.is_floating_point or value.dtype.is_complex)
     return contiguous(tuple([hint(size) for size in value.shape]), value.dtype, grad)
 
 
-def fitted(made: Stand, expected: Stand) -> Stand:
+def fitted(made: FakeTensorSpec, expected: FakeTensorSpec) -> FakeTensorSpec:
     """A result as it was seen, if it has the shape that the graph says; else as the graph says.
 
     Shapes that depend on data are not what they will be. A gradient flows where both say so.
     """
     grad = made.requires_grad and expected.requires_grad
     strides = made.strides if made.shape == expected.shape else expected.strides
-    return Stand(expected.shape, strides, expected.dtype, grad)
+    return FakeTensorSpec(expected.shape, strides, expected.dtype, grad)
 
 
-def _resized(stand: Stand, shape: Sequence[int]) -> Stand:
+def _resized(stand: FakeTensorSpec, shape: Sequence[int]) -> FakeTensorSpec:
     """The same order of dims in memory, and the same gaps, for other sizes."""
     strides = []
     for stride in stand.strides:
@@ -176,7 +176,7 @@ def _resized(stand: Stand, shape: Sequence[int]) -> Stand:
             if 0 < inner < stride and size:
                 stride = stride * new // size
         strides.append(stride)
-    return Stand(tuple(shape), tuple(strides), stand.dtype, stand.requires_grad)
+    return FakeTensorSpec(tuple(shape), tuple(strides), stand.dtype, stand.requires_grad)
 
 
 def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int = 1) -> Observed:
@@ -189,13 +189,13 @@ def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int =
     if rule is None:
         return observe(runner(node.target), node.args, dict(node.kwargs), operands, results)
 
-    def sized(stand: Stand, dims: tuple[tuple[str, ...], ...]) -> Stand:
+    def sized(stand: FakeTensorSpec, dims: tuple[tuple[str, ...], ...]) -> FakeTensorSpec:
         shape = list(stand.shape)
         for dim, names in enumerate(dims):
             for name in names:
                 if name in sizes:
                     shape[dim] = shape[dim] // hint(rule.sizes[name]) * sizes[name]
-        shard = place(rule, dims, Tile(loop), ranks) if loop else None
+        shard = place(rule, dims, LoopSplit(loop), ranks) if loop else None
         if shard is not None:
             shape[shard.dim] = local_size(shape[shard.dim], shard, ranks)
         return _resized(stand, shape)

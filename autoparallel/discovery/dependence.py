@@ -14,7 +14,7 @@ from itertools import combinations, pairwise
 
 import torch
 
-from autoparallel.discovery.probe_sizes import Shrunk
+from autoparallel.discovery.probe_sizes import ProbeSizes
 from autoparallel.discovery.shape_pattern import (
     OpFailedError,
     Pattern,
@@ -57,7 +57,7 @@ class _Tie:
     size: int
 
 
-def find_structure(probe: Probe, shrunk: Shrunk) -> Structure:
+def find_structure(probe: Probe, shrunk: ProbeSizes) -> Structure:
     """Probe at two sets of sizes; a dim that looks different at them is left as it is.
 
     Sizes are told apart by their values at a third set too.
@@ -105,7 +105,7 @@ def _unlike(made: Structure, sizes: dict[int, int], shapes: list[tuple[int, ...]
 class _Observed:
     """What was seen at one set of sizes."""
 
-    def __init__(self, probe: Probe, shrunk: Shrunk, which: int) -> None:
+    def __init__(self, probe: Probe, shrunk: ProbeSizes, which: int) -> None:
         self.probe, self.pattern = probe, shrunk.pattern
         self.sizes = assignment(shrunk.order, which)
         self.count = len(probe.call.operands)

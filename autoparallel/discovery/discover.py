@@ -15,9 +15,9 @@ from itertools import combinations
 import torch
 
 from autoparallel.discovery.dependence import Structure, find_structure
-from autoparallel.discovery.discovered_rule import Follows, Found
+from autoparallel.discovery.discovered_rule import DiscoveredRule, Follows
 from autoparallel.discovery.kernel_candidates import kernels_for
-from autoparallel.discovery.probe_sizes import Shrunk, shrink
+from autoparallel.discovery.probe_sizes import ProbeSizes, shrink
 from autoparallel.discovery.shape_pattern import Probe, ProbeError, Term, integers_of
 from autoparallel.discovery.size_choices import sorted_atoms
 from autoparallel.discovery.strategy_validation import Example
@@ -25,7 +25,7 @@ from autoparallel.discovery.trial import Trial
 from autoparallel.graph.graph import hint
 from autoparallel.graph.operators import draws
 from autoparallel.placement import part_bounds
-from autoparallel.rules.rule import Dims, OpCall, Tile
+from autoparallel.rules.rule import Dims, LoopSplit, OpCall
 from autoparallel.support.torch_private import schema_of
 
 __all__ = ["ProbeError", "confirmed", "discover"]
@@ -33,7 +33,7 @@ __all__ = ["ProbeError", "confirmed", "discover"]
 _MOST_OPERANDS = 4
 
 
-def discover(call: OpCall) -> Found:
+def discover(call: OpCall) -> DiscoveredRule:
     """The rule of an op that has none, for every call of this shape pattern.
 
     Raises ProbeError where the op cannot be probed: it fails, draws numbers, or writes.
@@ -55,10 +55,10 @@ def discover(call: OpCall) -> Found:
     return found
 
 
-def confirmed(found: Found, call: OpCall) -> bool:
+def confirmed(found: DiscoveredRule, call: OpCall) -> bool:
     """Whether a rule that was found before still holds, on one set of sizes."""
     probe = Probe(call, getattr(torch, found.dtype))
-    shrunk = Shrunk(found.pattern, sorted_atoms(found.pattern, call), found.values)
+    shrunk = ProbeSizes(found.pattern, sorted_atoms(found.pattern, call), found.values)
     try:
         trial = Trial(probe, shrunk)
         rule = found.rule(trial.cases[0].call)
@@ -82,7 +82,7 @@ def _refuse(probe: Probe) -> None:
         raise ProbeError("reads no tensors")
 
 
-def _best(probe: Probe) -> Found:
+def _best(probe: Probe) -> DiscoveredRule:
     """By the freest sizes, or, where the op fails there or some loops stay whole, by tied ones."""
     shrunk = shrink(probe)
     try:
@@ -98,7 +98,7 @@ def _best(probe: Probe) -> Found:
     return found
 
 
-def _split_dims(found: Found) -> int:
+def _split_dims(found: DiscoveredRule) -> int:
     """Number of dims that can be split: how much a rule allows."""
     whole = {name for name, _ in found.whole}
     rows = (*found.operands, *found.results)
@@ -108,13 +108,13 @@ def _split_dims(found: Found) -> int:
 class _Author:
     """Writes the rule of one call."""
 
-    def __init__(self, probe: Probe, shrunk: Shrunk) -> None:
+    def __init__(self, probe: Probe, shrunk: ProbeSizes) -> None:
         self.probe, self.shrunk = probe, shrunk
         self.trial = Trial(probe, shrunk)
 
-    def found(self) -> Found:
+    def found(self) -> DiscoveredRule:
         structure = find_structure(self.probe, self.shrunk)
-        made = Found(
+        made = DiscoveredRule(
             self.probe.call.node.target,
             self.shrunk.pattern,
             tuple(structure.loops.items()),
@@ -141,7 +141,7 @@ class _Author:
 
     # -- loops
 
-    def split(self, made: Found, loop: str) -> Found:
+    def split(self, made: DiscoveredRule, loop: str) -> DiscoveredRule:
         """The rule with `loop` free to be split, if that is right; else with the reason."""
         free = replace(made, whole=tuple(pair for pair in made.whole if pair[0] != loop))
         if not self.probe.checks and _breaks_ties(made, loop):
@@ -163,14 +163,14 @@ class _Author:
                 return other
         return _kept(made, loop, _reason(made, loop))
 
-    def broken(self, made: Found, other: Found) -> bool:
+    def broken(self, made: DiscoveredRule, other: DiscoveredRule) -> bool:
         """Whether integers that follow break the split of a loop that was right without."""
         dims = {(follows.result, follows.dim) for follows in other.follows[len(made.follows) :]}
         loops = {loop for result, dim in dims for loop in made.results[result][dim]}
         free = [name for name, _ in made.loops if name in loops - set(dict(made.whole))]
         return any(self.trial.try_loop(other, loop) for loop in free)
 
-    def followers(self, made: Found, loop: str) -> Iterator[tuple[Follows, ...]]:
+    def followers(self, made: DiscoveredRule, loop: str) -> Iterator[tuple[Follows, ...]]:
         """Integers that may follow the local part of a result's dim that has the loop."""
         dims = [
             (result, dim)
@@ -206,7 +206,7 @@ class _Author:
                 found.setdefault(term, []).append(loop)
         return list(found.values())
 
-    def join(self, made: Found, group: list[str]) -> Found:
+    def join(self, made: DiscoveredRule, group: list[str]) -> DiscoveredRule:
         """Loops that are one loop summed over, as many of them as can be."""
         left = list(group)
         for count in range(len(group), 0, -1):
@@ -226,7 +226,7 @@ class _Author:
 
     # -- pending sums
 
-    def sums(self, made: Found) -> Found:
+    def sums(self, made: DiscoveredRule) -> DiscoveredRule:
         """Sets of operands through which a pending sum passes."""
         numbers = [
             index
@@ -247,14 +247,14 @@ class _Author:
 
     # -- the last word
 
-    def verified(self, made: Found) -> Found:
+    def verified(self, made: DiscoveredRule) -> DiscoveredRule:
         """The rule without what fails on sizes, blocks and runs that no choice was made on."""
         for case in self.trial.final():
             for ranks in case.ranks:
                 made = self.checked(made, case.example, ranks)
         return self.emptied(made)
 
-    def emptied(self, made: Found) -> Found:
+    def emptied(self, made: DiscoveredRule) -> DiscoveredRule:
         """The rule with the word on parts without elements: as few ranks as leave one without."""
         if not self.probe.checks:
             return made
@@ -266,12 +266,12 @@ class _Author:
                 continue
             size = hint(rule.sizes[loop])
             ranks = next(n for n in range(2, size + 2) if part_bounds(size, n, n - 1)[0] == size)
-            for strategy in self.trial.strategies(example, rule, [Tile(loop)], ranks):
+            for strategy in self.trial.strategies(example, rule, [LoopSplit(loop)], ranks):
                 if strategy.tile and self.trial.wrong(example, rule, strategy, ranks):
                     return made
         return replace(made, takes_empty=True)
 
-    def checked(self, made: Found, example: Example, ranks: int) -> Found:
+    def checked(self, made: DiscoveredRule, example: Example, ranks: int) -> DiscoveredRule:
         trial = self.trial
         while True:
             rule = made.rule(example.call)
@@ -303,14 +303,14 @@ def _only_in(structure: Structure, loop: str, results: bool) -> bool:
     return not any(loop in names for dims in rows for names in dims)
 
 
-def _twice(made: Found, chosen: tuple[str, ...]) -> bool:
+def _twice(made: DiscoveredRule, chosen: tuple[str, ...]) -> bool:
     """Whether one operand has two of the loops."""
     return any(
         sum(name in chosen for names in dims for name in names) > 1 for dims in made.operands
     )
 
 
-def _renamed(made: Found, chosen: tuple[str, ...]) -> Found:
+def _renamed(made: DiscoveredRule, chosen: tuple[str, ...]) -> DiscoveredRule:
     """The rule with the chosen loops as one, called as the first of them."""
 
     def row(dims: Dims) -> Dims:
@@ -327,7 +327,7 @@ def _renamed(made: Found, chosen: tuple[str, ...]) -> Found:
     )
 
 
-def _breaks_ties(made: Found, loop: str) -> bool:
+def _breaks_ties(made: DiscoveredRule, loop: str) -> bool:
     """Whether an operand has a size related to the loop's, and does not have the loop."""
     atoms = set(dict(made.loops)[loop].atoms)
     return any(
@@ -336,14 +336,14 @@ def _breaks_ties(made: Found, loop: str) -> bool:
     )
 
 
-def _reason(made: Found, loop: str) -> str:
+def _reason(made: DiscoveredRule, loop: str) -> str:
     """Why a loop is whole, in words that a plan can show."""
     if any(loop in names for dims in made.operands for names in dims):
         return "its parts by themselves give other results, and no kernel is known that mends it"
     return "a part of it cannot be made by itself"
 
 
-def _kept(made: Found, loop: str, why: str) -> Found:
+def _kept(made: DiscoveredRule, loop: str, why: str) -> DiscoveredRule:
     """The rule with the loop whole."""
     rest = tuple(pair for pair in made.whole if pair[0] != loop)
     kernels = tuple(pair for pair in made.kernels if pair[0] != loop)

@@ -18,7 +18,7 @@ from autoparallel.graph.graph import Dim, Sym, hint, leaves
 from autoparallel.placement import Collective, parse_placement
 from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
 
-__all__ = ["Follows", "Found", "FoundKernel", "notation"]
+__all__ = ["DiscoveredKernel", "DiscoveredRule", "Follows", "notation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Follows:
 
 
 @dataclass(frozen=True, slots=True)
-class FoundKernel:
+class DiscoveredKernel:
     """A generic kernel, told which operands and dims it is about.
 
     result: placement of every result. gathers: whether the results of all parts are gathered.
@@ -44,7 +44,7 @@ class FoundKernel:
 
 
 @dataclass(frozen=True)
-class Found:
+class DiscoveredRule:
     """The loop nest of an op, found by trial, for calls that follow `pattern`.
 
     loops: their sizes; factor 0 where it is whatever the dim is. whole: loops that cannot be split,
@@ -61,7 +61,7 @@ class Found:
     whole: tuple[tuple[str, str], ...] = ()
     linear: tuple[tuple[int, ...], ...] = ()
     follows: tuple[Follows, ...] = ()
-    kernels: tuple[tuple[str, FoundKernel], ...] = ()
+    kernels: tuple[tuple[str, DiscoveredKernel], ...] = ()
     takes_empty: bool = False
     values: Values = field(default_factory=Values)
     dtype: str = "float64"
@@ -114,7 +114,7 @@ class Found:
                 found += self.results[follows.result][follows.dim]
         return found
 
-    def kernel(self, kernel: FoundKernel, call: OpCall) -> Kernel:
+    def kernel(self, kernel: DiscoveredKernel, call: OpCall) -> Kernel:
         nbytes = 0
         for result in call.results:
             count = result.dtype.itemsize
@@ -173,10 +173,10 @@ class Found:
         }
 
     @staticmethod
-    def from_json(rows: Mapping[str, Any]) -> Found:
+    def from_json(rows: Mapping[str, Any]) -> DiscoveredRule:
         """The rule that was written. Raises KeyError, TypeError or ValueError for another text."""
         operands, integers = rows["pattern"]
-        return Found(
+        return DiscoveredRule(
             target=rows["target"],
             pattern=Pattern(
                 tuple(tuple(_term(item) for item in row) for row in operands),
@@ -189,7 +189,7 @@ class Found:
             linear=_tuples(rows["linear"]),
             follows=tuple(Follows(*item) for item in rows["follows"]),
             kernels=tuple(
-                (loop, FoundKernel(name, result, _tuples(arguments), gathers))
+                (loop, DiscoveredKernel(name, result, _tuples(arguments), gathers))
                 for loop, (name, result, arguments, gathers) in rows["kernels"].items()
             ),
             takes_empty=bool(rows["takes_empty"]),

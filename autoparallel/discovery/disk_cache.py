@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from autoparallel.discovery.discovered_rule import Found
+from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.probe_sizes import related_terms
 from autoparallel.discovery.shape_pattern import Probe
 from autoparallel.graph.graph import Ref, Sym, map_leaves
@@ -92,16 +92,16 @@ def _path(key: str) -> Path:
     return default_cache_folder() / "rules" / f"{name}.json"
 
 
-def load(key: str) -> Found | None:
+def load(key: str) -> DiscoveredRule | None:
     """The rule that was stored under `key`; None if there is none that can be read."""
     try:
         rows = json.loads(_path(key).read_text())
-        return Found.from_json(rows["found"]) if rows["key"] == json.loads(key) else None
+        return DiscoveredRule.from_json(rows["found"]) if rows["key"] == json.loads(key) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def store(key: str, found: Found) -> None:
+def store(key: str, found: DiscoveredRule) -> None:
     """Write a rule, whole or not at all: other processes may read and write the same file."""
     text = json.dumps({"key": json.loads(key), "found": found.to_json()}, indent=1) + "\n"
     with suppress(OSError):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from autoparallel.discovery.discovered_rule import Found, FoundKernel
-from autoparallel.discovery.probe_sizes import Shrunk
+from autoparallel.discovery.discovered_rule import DiscoveredKernel, DiscoveredRule
+from autoparallel.discovery.probe_sizes import ProbeSizes
 from autoparallel.discovery.shape_pattern import OpFailedError, Probe
 from autoparallel.discovery.size_choices import assignment
 from autoparallel.graph.graph import leaves
@@ -17,7 +17,9 @@ from autoparallel.support.torch_private import schema_of
 __all__ = ["kernels_for"]
 
 
-def kernels_for(probe: Probe, shrunk: Shrunk, found: Found, loop: str) -> Iterator[FoundKernel]:
+def kernels_for(
+    probe: Probe, shrunk: ProbeSizes, found: DiscoveredRule, loop: str
+) -> Iterator[DiscoveredKernel]:
     """Kernels that may split a loop of operands alone, if the op gives one result."""
     if len(found.results) != 1 or any(loop in names for names in found.results[0]):
         return
@@ -33,12 +35,12 @@ def kernels_for(probe: Probe, shrunk: Shrunk, found: Found, loop: str) -> Iterat
         yield from _lookups(probe, shrunk, found, *at[0])
         yield from _combined(found, *at[0])
     if probe.call.results[0].dtype.is_floating_point and not _counts(probe, shrunk, at):
-        yield FoundKernel("weighted_mean", "P", (("where", tuple(at)),))
+        yield DiscoveredKernel("weighted_mean", "P", (("where", tuple(at)),))
 
 
 def _lookups(
-    probe: Probe, shrunk: Shrunk, found: Found, table: int, dim: int
-) -> Iterator[FoundKernel]:
+    probe: Probe, shrunk: ProbeSizes, found: DiscoveredRule, table: int, dim: int
+) -> Iterator[DiscoveredKernel]:
     """The dim is what an operand of whole numbers has its places in."""
     size = found.pattern.operands[table][dim]
     for index, bound in enumerate(shrunk.values.bounds):
@@ -51,12 +53,12 @@ def _lookups(
         if -1 in places or len(set(places)) < len(places):
             continue
         if not _takes_special(probe, shrunk, index):
-            yield FoundKernel(
+            yield DiscoveredKernel(
                 "masked_lookup", "P", (("where", (table, index, dim, tuple(places))),)
             )
 
 
-def _combined(found: Found, operand: int, dim: int) -> Iterator[FoundKernel]:
+def _combined(found: DiscoveredRule, operand: int, dim: int) -> Iterator[DiscoveredKernel]:
     """The result has the operand's other dims, in their order, or ones in the place of reduced."""
     kept = []
     for names in found.operands[operand]:
@@ -66,10 +68,10 @@ def _combined(found: Found, operand: int, dim: int) -> Iterator[FoundKernel]:
     own = [e for e, names in enumerate(found.results[0]) if names]
     if order == own:
         arguments = (("where", (operand, dim, tuple(kept))),)
-        yield FoundKernel("combined_parts", "I", arguments, gathers=True)
+        yield DiscoveredKernel("combined_parts", "I", arguments, gathers=True)
 
 
-def _runs(probe: Probe, shrunk: Shrunk, index: int, value: float) -> torch.Tensor | None:
+def _runs(probe: Probe, shrunk: ProbeSizes, index: int, value: float) -> torch.Tensor | None:
     """The first result where one number of an operand is `value`; None if the op fails."""
     sizes = assignment(shrunk.order, 0)
     tensors = probe.tensors(shrunk.pattern, sizes, shrunk.values, 0, guarded=True)
@@ -80,7 +82,7 @@ def _runs(probe: Probe, shrunk: Shrunk, index: int, value: float) -> torch.Tenso
         return None
 
 
-def _takes_special(probe: Probe, shrunk: Shrunk, index: int) -> bool:
+def _takes_special(probe: Probe, shrunk: ProbeSizes, index: int) -> bool:
     """Whether places may be other than 0, 1, ...: counted from the end, or marks of no place."""
     if not probe.checks:
         return True
@@ -95,7 +97,7 @@ def _takes_special(probe: Probe, shrunk: Shrunk, index: int) -> bool:
     return any(result is not None and bool(result.isfinite().all()) for result in made)
 
 
-def _counts(probe: Probe, shrunk: Shrunk, at: list[tuple[int, int]]) -> bool:
+def _counts(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool:
     """Whether some numbers may not count in a mean: zeros, marked places, what is not a number."""
     if not _averages_zeros(probe, shrunk, at):
         return True
@@ -109,7 +111,7 @@ def _counts(probe: Probe, shrunk: Shrunk, at: list[tuple[int, int]]) -> bool:
     return False
 
 
-def _averages_zeros(probe: Probe, shrunk: Shrunk, at: list[tuple[int, int]]) -> bool:
+def _averages_zeros(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool:
     """Whether the result is the mean of its parts' results, by their sizes, zeros among them."""
     sizes = assignment(shrunk.order, 0)
     tensors = probe.tensors(shrunk.pattern, sizes, replace(shrunk.values, zeros=0.5), 0)

@@ -25,7 +25,7 @@ from autoparallel.discovery.shape_pattern import (
 from autoparallel.discovery.size_choices import CHOICES, assignment, ratio
 from autoparallel.graph.graph import Dim, Sym, hint
 
-__all__ = ["Shrunk", "related_terms", "shrink"]
+__all__ = ["ProbeSizes", "related_terms", "shrink"]
 
 _DOMAINS = (Values(), Values(signs=False), Values(1.1, 2.0, signs=False))
 _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -36,7 +36,7 @@ _MOST_CONSTANT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Shrunk:
+class ProbeSizes:
     """order: the pattern's independent sizes from the smallest to the largest of the call.
 
     tied: the same before sizes that may differ were set free of each other, if there were any.
@@ -45,10 +45,10 @@ class Shrunk:
     pattern: Pattern
     order: tuple[int, ...]
     values: Values
-    tied: Shrunk | None = None
+    tied: ProbeSizes | None = None
 
 
-def shrink(probe: Probe) -> Shrunk:
+def shrink(probe: Probe) -> ProbeSizes:
     """The freest pattern at whose sizes the op runs and gives as many results of the same ranks.
 
     An op that may not check its operands is run at no sizes that break a relation of the call's.
@@ -58,13 +58,13 @@ def shrink(probe: Probe) -> Shrunk:
     pattern = search.first()
     if not probe.checks:
         plain = (None,) * len(probe.call.operands)
-        return Shrunk(pattern, search.ordered(pattern), replace(search.values, bounds=plain))
+        return ProbeSizes(pattern, search.ordered(pattern), replace(search.values, bounds=plain))
     freed = search.relaxed(pattern)
     values = search.bounded(freed)
     tied = None
     if freed != pattern:
-        tied = Shrunk(pattern, search.ordered(pattern), search.bounded(pattern))
-    return Shrunk(freed, search.ordered(freed), values, tied)
+        tied = ProbeSizes(pattern, search.ordered(pattern), search.bounded(pattern))
+    return ProbeSizes(freed, search.ordered(freed), values, tied)
 
 
 def related_terms(probe: Probe) -> str:

@@ -24,10 +24,10 @@ from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import (
+    LoopSplit,
     OpCall,
     ShardingRule,
     Strategy,
-    Tile,
     is_possible,
     strategies,
 )
@@ -39,11 +39,11 @@ __all__ = [
     "Example",
     "derived",
     "difference",
-    "fault",
     "make_example",
     "part_of",
     "tiles_of",
     "uneven_parts",
+    "why_wrong",
 ]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4}
@@ -197,16 +197,16 @@ def _gradients(
     return dict(zip(wanted, made, strict=True))
 
 
-def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[Tile]:
+def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[LoopSplit]:
     """Every way to split every loop: into all blocks of runs of all units that its size allows."""
     for loop in rule.loops:
         size = rule.sizes[loop]
-        yield Tile(loop)
+        yield LoopSplit(loop)
         if isinstance(size, Sym):
             continue
         for blocks in range(1, size // world_size + 1):
             for unit in range(1, size // (blocks * world_size) + 1):
-                tile = Tile(loop, blocks, unit)
+                tile = LoopSplit(loop, blocks, unit)
                 if (blocks, unit) != (1, 1) and is_possible(rule, tile, world_size):
                     yield tile
 
@@ -250,7 +250,7 @@ def part_of(
     return [whole] * world_size
 
 
-def fault(
+def why_wrong(
     example: Example,
     strategy: Strategy,
     world_size: int,

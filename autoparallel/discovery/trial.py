@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from autoparallel.discovery.discovered_rule import Found
-from autoparallel.discovery.probe_sizes import Shrunk
+from autoparallel.discovery.discovered_rule import DiscoveredRule
+from autoparallel.discovery.probe_sizes import ProbeSizes
 from autoparallel.discovery.shape_pattern import Pattern, Probe, ProbeError, Values
 from autoparallel.discovery.size_choices import assignment
-from autoparallel.discovery.strategy_validation import Example, fault, make_example
+from autoparallel.discovery.strategy_validation import Example, make_example, why_wrong
 from autoparallel.graph.graph import Sym, hint
 from autoparallel.placement import Partial
-from autoparallel.rules.rule import ShardingRule, Strategy, Tile, is_possible, strategies
+from autoparallel.rules.rule import LoopSplit, ShardingRule, Strategy, is_possible, strategies
 from autoparallel.support.torch_private import has_backward
 
 __all__ = ["Trial"]
@@ -40,7 +40,7 @@ class Trial:
     when it is run again.
     """
 
-    def __init__(self, probe: Probe, shrunk: Shrunk) -> None:
+    def __init__(self, probe: Probe, shrunk: ProbeSizes) -> None:
         self.probe, self.shrunk = probe, shrunk
         self.tolerance = 1e-10 if probe.dtype == torch.float64 else _LOOSE
         self.gradients = any(operand.requires_grad for operand in probe.call.operands)
@@ -110,7 +110,7 @@ class Trial:
         return found
 
     def strategies(
-        self, example: Example, rule: ShardingRule, tiles: list[Tile], world_size: int
+        self, example: Example, rule: ShardingRule, tiles: list[LoopSplit], world_size: int
     ) -> tuple[Strategy, ...]:
         operands = tuple(operand.requires_grad for operand in example.call.operands)
         results = tuple(result.requires_grad for result in example.call.results)
@@ -124,9 +124,9 @@ class Trial:
             if isinstance(placement, Partial) and value.dtype == torch.bool:
                 return "truth values have no pending sum"
         self.faults += 1
-        return fault(example, strategy, world_size, rule, self.tolerance)
+        return why_wrong(example, strategy, world_size, rule, self.tolerance)
 
-    def try_loop(self, found: Found, loop: str) -> str:
+    def try_loop(self, found: DiscoveredRule, loop: str) -> str:
         """What is wrong with splitting `loop`, "" if nothing is, on two sets of sizes."""
         tried = 0
         why = ""
@@ -135,7 +135,7 @@ class Trial:
             rule = found.rule(example.call)
             if rule is None:
                 return "its sizes do not follow from the call's"
-            tiles = [Tile(loop)]
+            tiles = [LoopSplit(loop)]
             for strategy in self.strategies(example, rule, tiles, ranks):
                 if strategy.tile is not None:
                     tried += 1
@@ -144,7 +144,7 @@ class Trial:
                         return why
         return "" if tried else "too small to be split"
 
-    def try_sum(self, found: Found, group: tuple[int, ...]) -> str:
+    def try_sum(self, found: DiscoveredRule, group: tuple[int, ...]) -> str:
         """What is wrong with a pending sum through these operands, "" if nothing is."""
         for which, ranks in _QUICK:
             example = self.cases[which]
@@ -199,12 +199,12 @@ class Trial:
             return None
         return self.tried(sizes, 3)
 
-    def tiles(self, rule: ShardingRule, world_size: int) -> list[Tile]:
+    def tiles(self, rule: ShardingRule, world_size: int) -> list[LoopSplit]:
         """Every loop's plain split, one into blocks and one into runs."""
         found = []
         for loop in rule.loops:
             for blocks, unit in ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3)):
-                tile = Tile(loop, blocks, unit)
+                tile = LoopSplit(loop, blocks, unit)
                 size = rule.sizes[loop]
                 if isinstance(size, Sym) and (blocks, unit) != (1, 1):
                     continue

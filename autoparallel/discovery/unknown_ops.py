@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from autoparallel.discovery.discover import ProbeError, confirmed, discover
-from autoparallel.discovery.discovered_rule import Found
+from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.disk_cache import key_of, load, store
 from autoparallel.graph.graph import Graph
 from autoparallel.rules.registry import find_rule, known_rule, remember, signature
@@ -41,7 +41,7 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
     return None, _REASONS[key]
 
 
-def _cached(call: OpCall) -> Found:
+def _cached(call: OpCall) -> DiscoveredRule:
     """The stored rule if it still holds; else a new one, which is stored. Raises ProbeError."""
     key = key_of(call)
     found = load(key)

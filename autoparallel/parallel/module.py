@@ -19,10 +19,10 @@ from autoparallel.graph.graph import Sym
 from autoparallel.parallel.materialize import materialize
 from autoparallel.parallel.module_state import Entry, Replan, State, Tree, hooks_inside, state_of
 from autoparallel.parallel.parameters import (
-    Bundle,
-    Copy,
-    Leaf,
-    Residence,
+    GatheredCopy,
+    GradientBucket,
+    LocalParameter,
+    ParameterLayouts,
     as_distributed,
     refresh,
     whole_tensor,
@@ -87,10 +87,10 @@ def parallel_module(
     named = list(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     planned = {choice.path: choice for choice in plan.parameters}
-    kept: dict[str, Residence] = {}
+    kept: dict[str, ParameterLayouts] = {}
     for path, parameter in named:
         choice = planned.get(first.setdefault(id(parameter), path))
-        kept[path] = Residence.of(choice, tuple(parameter.shape), len(ranks.sizes))
+        kept[path] = ParameterLayouts.of(choice, tuple(parameter.shape), len(ranks.sizes))
     _fill(model, made, {path: each.state for path, each in kept.items()}, ranks, mesh)
     copies = _copies(made, kept)
     whole = WholeParameters(made, kept, ranks, first, copies)
@@ -117,7 +117,7 @@ def _become(
     path: str,
     tree: Tree,
     skeleton: nn.Module,
-    kept: dict[str, Residence],
+    kept: dict[str, ParameterLayouts],
     plan: Plan | None,
 ) -> State:
     """Make a split module of one in the copied tree. It has no program yet."""
@@ -137,7 +137,7 @@ def _become(
 def _inner(root: nn.Module, module: nn.Module, path: str, plan: Plan | None) -> State:
     """Make a split module of the one at `path` below `root`."""
     state = state_of(root)
-    kept: dict[str, Residence] = {}
+    kept: dict[str, ParameterLayouts] = {}
     for below, inner in module.named_modules(remove_duplicate=False):
         for name, parameter in held_by(inner).items():
             if parameter is not None:
@@ -192,14 +192,14 @@ def _fill(
     redirect(made.modules(), buffers)
 
 
-def _copies(made: nn.Module, kept: Mapping[str, Residence]) -> dict[int, Copy]:
+def _copies(made: nn.Module, kept: Mapping[str, ParameterLayouts]) -> dict[int, GatheredCopy]:
     """Of parameters of which the ranks keep less than computes: what computes."""
-    found: dict[int, Copy] = {}
+    found: dict[int, GatheredCopy] = {}
     for path, parameter in made.named_parameters():
         if kept[path].state != kept[path].storage:
             owner, _, name = path.rpartition(".")
             holder = held_by(made.get_submodule(owner))
-            found[id(parameter)] = Copy(holder, name, kept[path])
+            found[id(parameter)] = GatheredCopy(holder, name, kept[path])
     return found
 
 
@@ -208,13 +208,13 @@ def _add(made: nn.Module, state: State, plan: Plan) -> Entry:
     captured = plan.captured
     assert captured is not None
     program = emit(captured.graph, plan, state.ranks, plan.model)
-    bundle = Bundle(state.ranks)
+    bundle = GradientBucket(state.ranks)
     leaves = []
     for path, gradient in zip(program.parameters, program.gradients, strict=True):
         owner, _, name = path.rpartition(".")
         holder = held_by(made.get_submodule(owner))
         copy = state.tree.copies.get(id(holder[name]))
-        leaves.append(Leaf(holder, name, path, state.kept[path], gradient, bundle, copy))
+        leaves.append(LocalParameter(holder, name, path, state.kept[path], gradient, bundle, copy))
     inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
     entry = Entry(
         plan,

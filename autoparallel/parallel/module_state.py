@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.graph.captured import Captured, Modes
-from autoparallel.parallel.parameters import Copy, Leaf, Residence
+from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.placement import Layout
@@ -36,7 +36,7 @@ class Entry:
     plan: Plan
     captured: Captured
     program: Program
-    leaves: list[Leaf]
+    leaves: list[LocalParameter]
     shapes: list[tuple[Any, ...]]
 
 
@@ -56,7 +56,7 @@ class Tree:
     replan: Replan
     strict: bool
     whole: WholeParameters
-    copies: Mapping[int, Copy]
+    copies: Mapping[int, GatheredCopy]
     depth: int = 0
 
 
@@ -75,7 +75,7 @@ class State:
     path: str
     tree: Tree
     skeleton: nn.Module
-    kept: dict[str, Residence]
+    kept: dict[str, ParameterLayouts]
     checks: int
     own: Callable[..., Any]
     plan: Plan | None

@@ -27,10 +27,10 @@ from autoparallel.support.torch_private import (
 )
 
 __all__ = [
-    "Bundle",
-    "Copy",
-    "Leaf",
-    "Residence",
+    "GatheredCopy",
+    "GradientBucket",
+    "LocalParameter",
+    "ParameterLayouts",
     "as_distributed",
     "refresh",
     "whole_tensor",
@@ -38,7 +38,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Residence:
+class ParameterLayouts:
     """How one parameter is kept. shape: of the whole; the layouts are those of ParameterChoice."""
 
     shape: tuple[int, ...]
@@ -47,12 +47,12 @@ class Residence:
     state: Layout
 
     @staticmethod
-    def of(choice: ParameterChoice | None, shape: tuple[int, ...], axes: int) -> Residence:
+    def of(choice: ParameterChoice | None, shape: tuple[int, ...], axes: int) -> ParameterLayouts:
         """As planned; whole where nothing is. Raises PlanError for what is impossible."""
         if choice is None:
-            return Residence(shape, *(whole_layout(axes),) * 3)
+            return ParameterLayouts(shape, *(whole_layout(axes),) * 3)
         require_refined(choice.storage, choice.state, choice.path)
-        return Residence(shape, choice.storage, choice.gradient, choice.state)
+        return ParameterLayouts(shape, choice.storage, choice.gradient, choice.state)
 
     def reduced_first(self, given: Layout) -> Layout:
         """What becomes at once of a gradient that lies as `given`: it is cut where it is to be.
@@ -138,14 +138,14 @@ def _count_steps() -> None:
     register_optimizer_step_post_hook(_steps)
 
 
-class Copy:
+class GatheredCopy:
     """What computes in place of a parameter of which the ranks hold less than computes.
 
     It is gathered when the parameter may have changed: after a step of an optimizer, or when
     weights were loaded.
     """
 
-    def __init__(self, owner: dict[str, Any], name: str, kept: Residence) -> None:
+    def __init__(self, owner: dict[str, Any], name: str, kept: ParameterLayouts) -> None:
         self.owner, self.name, self.kept = owner, name, kept
         self.value: torch.Tensor | None = None
         self.seen: tuple[Any, ...] = ()
@@ -173,7 +173,7 @@ class Copy:
         self.seen = self.version
 
 
-def refresh(copies: Sequence[Copy], ranks: Ranks) -> None:
+def refresh(copies: Sequence[GatheredCopy], ranks: Ranks) -> None:
     """Gather all copies that are out of date, together. A collective call."""
     old = [copy for copy in copies if copy.seen != copy.version]
     if not old:
@@ -190,14 +190,14 @@ def refresh(copies: Sequence[Copy], ranks: Ranks) -> None:
             copy.set(whole)
 
 
-class Bundle:
+class GradientBucket:
     """Gradients that are reduced together, when the backward pass ends."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.waiting: list[tuple[Leaf, torch.Tensor]] = []
+        self.waiting: list[tuple[LocalParameter, torch.Tensor]] = []
 
-    def add(self, leaf: Leaf, grad: torch.Tensor) -> None:
+    def add(self, leaf: LocalParameter, grad: torch.Tensor) -> None:
         """Keep a leaf's local gradient until the end of this backward pass."""
         if not self.waiting:
             at_end_of_backward(self.finish)
@@ -216,7 +216,7 @@ class Bundle:
             leaf.give(total)
 
 
-class Leaf:
+class LocalParameter:
     """One parameter: the DTensor that the user sees and the local tensor that computes.
 
     The local leaf shares the DTensor's memory, or that of `copy`, where more computes than is
@@ -229,10 +229,10 @@ class Leaf:
         owner: dict[str, Any],
         name: str,
         path: str,
-        kept: Residence,
+        kept: ParameterLayouts,
         gradient: Layout,
-        bundle: Bundle,
-        copy: Copy | None = None,
+        bundle: GradientBucket,
+        copy: GatheredCopy | None = None,
     ) -> None:
         self.owner, self.name, self.path, self.kept = owner, name, path, kept
         self.gradient, self.bundle, self.copy = gradient, bundle, copy

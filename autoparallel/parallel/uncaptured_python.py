@@ -14,7 +14,13 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel.parameters import Bundle, Copy, Leaf, Residence, refresh
+from autoparallel.parallel.parameters import (
+    GatheredCopy,
+    GradientBucket,
+    LocalParameter,
+    ParameterLayouts,
+    refresh,
+)
 from autoparallel.placement import Invariant, Layout, Shard, layout_gradient, local_layout_size
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks
@@ -90,7 +96,7 @@ class _Seen:
     value: the tensor that was shown, a weak reference.
     """
 
-    leaf: Leaf
+    leaf: LocalParameter
     value: Any
     alive: StorageWeakRef
     shape: tuple[int, ...]
@@ -116,23 +122,23 @@ class WholeParameters(Watch):
     def __init__(
         self,
         module: nn.Module,
-        kept: Mapping[str, Residence],
+        kept: Mapping[str, ParameterLayouts],
         ranks: Ranks,
         originals: Mapping[int, str],
-        copies: Mapping[int, Copy],
+        copies: Mapping[int, GatheredCopy],
     ) -> None:
         """originals: paths of the user's parameters by id, to which attributes may refer still.
 
         copies: what computes in place of parameters, by the parameters' ids.
         """
         self.module, self.ranks = module, ranks
-        self.readers: dict[tuple[int, str], Leaf] = {}
+        self.readers: dict[tuple[int, str], LocalParameter] = {}
         self.seen: dict[int, _Seen] = {}
         self.handles: dict[int, tuple[_Seen, torch.UntypedStorage]] = {}
         self.keeping = False
-        bundle = Bundle(ranks)
+        bundle = GradientBucket(ranks)
         self.references: list[tuple[nn.Module, str, Any, dict[int, str]]] = []
-        leaves: dict[int, Leaf] = {}
+        leaves: dict[int, LocalParameter] = {}
         for path, inner in module.named_modules():
             held = held_by(inner)
             for name, parameter in held.items():
@@ -142,7 +148,9 @@ class WholeParameters(Watch):
                         own = kept[full]
                         back = layout_gradient(own.storage)
                         copy = copies.get(id(parameter))
-                        leaves[id(parameter)] = Leaf(held, name, full, own, back, bundle, copy)
+                        leaves[id(parameter)] = LocalParameter(
+                            held, name, full, own, back, bundle, copy
+                        )
                     self.readers[id(held), name] = leaves[id(parameter)]
             for name, value in vars(inner).items():
                 if name not in _INTERNAL:
@@ -174,7 +182,7 @@ class WholeParameters(Watch):
             self.note(leaf, value)
         return value
 
-    def note(self, leaf: Leaf, value: torch.Tensor) -> None:
+    def note(self, leaf: LocalParameter, value: torch.Tensor) -> None:
         """Python is shown this value: look for what is written to its memory."""
         memory = memory_of(value)
         if memory is None:
@@ -232,7 +240,7 @@ class WholeParameters(Watch):
         if seen is not None:
             self.handles[memory_of(tensor) or 0] = (seen, tensor.untyped_storage())
 
-    def settle(self, only: Leaf | None = None) -> None:
+    def settle(self, only: LocalParameter | None = None) -> None:
         """Keep what was written unseen: to one parameter, or to all."""
         handles = [seen for seen in self.handles.values() if only in (None, seen[0].leaf)]
         for seen, memory in handles:
@@ -308,7 +316,7 @@ class WholeParameters(Watch):
 _MOVING = ("aten.set_.", "aten.resize_", "aten.set.", "aten.resize.")
 
 
-def _refused(leaf: Leaf, why: str) -> AutoParallelError:
+def _refused(leaf: LocalParameter, why: str) -> AutoParallelError:
     return AutoParallelError(
         f"the forward changes parameter {leaf.path} in a way that a split one cannot follow",
         where=leaf.path,

@@ -6,18 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from autoparallel.analysis.memory import Account, account
+from autoparallel.analysis.memory import Account, memory_of
 from autoparallel.capture.export import Captured
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
-from autoparallel.planning.network_solver import Solving
-from autoparallel.planning.solution_to_plan import read_plan
+from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.build_network import rebuilt
 from autoparallel.strategy.constraints import constrain
-from autoparallel.strategy.cost_network import Network
+from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.units import bytes_text
 from planners import InfeasibleError, OverLimitError, Problem, Solution
 
@@ -47,8 +47,8 @@ class _Found:
 def plan_within(
     captured: Captured,
     model: str,
-    network: Network,
-    solve: Solving,
+    network: CostNetwork,
+    solve: NetworkSolver,
     pins: Mapping[str, Layout] = {},
 ) -> Plan:
     """The plan of least cost among those that fit into the memory limit of the options.
@@ -67,7 +67,7 @@ def plan_within(
         if mode != options.recompute:
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured.aliases)
-            solve = Solving(network)
+            solve = NetworkSolver(network)
         found, own_bound = _closest(captured, model, network, solve, pins)
         if mode == options.recompute:
             bound = own_bound
@@ -83,15 +83,15 @@ def plan_within(
 def _closest(
     captured: Captured,
     model: str,
-    network: Network,
-    solve: Solving,
+    network: CostNetwork,
+    solve: NetworkSolver,
     pins: Mapping[str, Layout],
 ) -> tuple[_Found, float]:
     """A plan that fits or, where none was found, the one found that takes least.
 
     And what no plan costs less than whose kept bytes alone are within the limit.
     """
-    limit = _allowed(network) - network.besides
+    limit = _allowed(network) - network.fixed_nbytes
     least: _Found | None = None
     bound = -math.inf
     for attempt in range(_MOST_ATTEMPTS):
@@ -124,7 +124,7 @@ def _closest(
 
 
 def _proven(
-    captured: Captured, model: str, network: Network, plan: Plan, pins: Mapping[str, Layout]
+    captured: Captured, model: str, network: CostNetwork, plan: Plan, pins: Mapping[str, Layout]
 ) -> Plan:
     """The plan, or the one without a limit if that fits; with the better of their bounds.
 
@@ -136,7 +136,7 @@ def _proven(
     recompute = "none" if plan.options.recompute == "auto" else plan.options.recompute
     free = rebuilt(network, replace(plan.options, memory_limit=None, recompute=recompute))
     constrain(free, captured.aliases)
-    best = Solving(free)(free.problem(1.0, pins))
+    best = NetworkSolver(free)(free.problem(1.0, pins))
     other, taken = _read(captured, model, free, best)
     if taken.total <= _allowed(network) and other.cost <= plan.cost:
         return replace(other, options=plan.options)
@@ -149,13 +149,13 @@ def _proven(
     )
 
 
-def _least(problem: Problem, solve: Solving) -> Solution:
+def _least(problem: Problem, solve: NetworkSolver) -> Solution:
     """The solution that keeps least and, of those that do, costs least. It bounds no cost."""
     found = solve(problem.weighed(_SECONDS_PER_BYTE))
     return Solution.of(problem, found.assignment, found.method, -math.inf, _SECONDS_PER_BYTE)
 
 
-def _allowed(network: Network) -> int:
+def _allowed(network: CostNetwork) -> int:
     assert network.options.memory_limit is not None
     return network.options.memory_limit
 
@@ -169,10 +169,10 @@ def _better(problem: Problem, found: Solution, start: Mapping[str, int] | None) 
 
 
 def _read(
-    captured: Captured, model: str, network: Network, solution: Solution
+    captured: Captured, model: str, network: CostNetwork, solution: Solution
 ) -> tuple[Plan, Account]:
-    plan = read_plan(captured, model, network.mesh, network, solution, 1.0)
-    taken = account(plan, graph=network.graph)
+    plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
+    taken = memory_of(plan, graph=network.graph)
     return replace(plan, memory=taken.rows), taken
 
 
@@ -181,7 +181,7 @@ def _shares(taken: Account) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {bytes_text(size)}" for size, name in rows if size)
 
 
-def _does_not_fit(captured: Captured, network: Network, found: _Found) -> MemoryLimitError:
+def _does_not_fit(captured: Captured, network: CostNetwork, found: _Found) -> MemoryLimitError:
     """What the plan that needs least takes, and what limit or how many ranks would do."""
     allowed, taken = _allowed(network), found.taken
     largest = [
@@ -189,8 +189,8 @@ def _does_not_fit(captured: Captured, network: Network, found: _Found) -> Memory
         f"{f' ({item.count} of them)' if item.count > 1 else ''} {bytes_text(item.nbytes)}"
         for item in taken.items[:_LARGEST_ITEMS]
     ]
-    besides = taken.total - found.counted
-    ranks = _enough_ranks(captured, network, found.plan.options, besides)
+    fixed_nbytes = taken.total - found.counted
+    ranks = _enough_ranks(captured, network, found.plan.options, fixed_nbytes)
     more = f"use {ranks.world_size} ranks ({ranks})" if ranks else "use more ranks"
     error = MemoryLimitError(
         f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} per "
@@ -213,7 +213,7 @@ def _at_least(nbytes: int) -> str:
 
 
 def _enough_ranks(
-    captured: Captured, network: Network, options: Options, besides: float
+    captured: Captured, network: CostNetwork, options: Options, fixed_nbytes: float
 ) -> Mesh | None:
     """The mesh with more ranks on its first axis, by doubling, on which a plan should fit.
 
@@ -226,10 +226,10 @@ def _enough_ranks(
         wider = rebuilt(network, options=options, mesh=mesh)
         constrain(wider, captured.aliases)
         try:
-            least = _least(wider.problem(), Solving(wider))
+            least = _least(wider.problem(), NetworkSolver(wider))
         except InfeasibleError:
             return None
-        if least.usage + besides <= _allowed(network):
+        if least.usage + fixed_nbytes <= _allowed(network):
             return mesh
         factor *= 2
     return None

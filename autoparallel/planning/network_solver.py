@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from autoparallel.strategy.cost_network import Network
+from autoparallel.strategy.cost_network import CostNetwork
 from planners import Problem, Solution, TooWideError, conditioning, exact
 from planners import coarsening as coarse
 from planners import lagrangian as limited
-from planners.lagrangian import Narrow
+from planners.lagrangian import ExactOrConditioned
 
-__all__ = ["Solving"]
+__all__ = ["NetworkSolver"]
 
 
-class Solving(Narrow):
+class NetworkSolver(ExactOrConditioned):
     """A solver of a network's problems that remembers what was too wide.
 
     Networks of several mesh axes have many states per variable: those that differ on one axis only
@@ -21,7 +21,7 @@ class Solving(Narrow):
     start: an assignment to begin with, where the solver needs one.
     """
 
-    def __init__(self, network: Network, start: Mapping[str, int] | None = None) -> None:
+    def __init__(self, network: CostNetwork, start: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.network, self.start = network, start
         self.is_wide = False

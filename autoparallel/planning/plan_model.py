@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from autoparallel.capture.example_inputs import bind_inputs
-from autoparallel.capture.graph_breaks import Broken, trace, trace_parts
+from autoparallel.capture.graph_breaks import GraphBreaks, trace, trace_parts
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Captured
@@ -83,7 +83,7 @@ def possible_meshes(
 
 def trace_model(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
-) -> Captured | Broken:
+) -> Captured | GraphBreaks:
     """The graph of the model or, where there is none, those of its largest parts."""
     bind_inputs(model, args, kwargs)
     try:
@@ -106,7 +106,7 @@ def trace_model(
 
 def fastest_plan(
     model: nn.Module,
-    traced: Captured | Broken,
+    traced: Captured | GraphBreaks,
     meshes: tuple[Mesh, ...],
     options: Options,
     pins: Mapping[str, Layout | Placement] | None = None,
@@ -177,7 +177,7 @@ def _require_clear(
 
 def _search(
     model: nn.Module,
-    traced: Captured | Broken,
+    traced: Captured | GraphBreaks,
     mesh: Mesh,
     options: Options,
     pins: Mapping[str, Layout | Placement] | None = None,
@@ -191,7 +191,7 @@ def _search(
                 f"{path} is pinned to {layout_text(pin)} on a mesh of {len(mesh.axes)} axes",
                 fix=f"give one placement for each of {', '.join(name for name, _ in mesh.axes)}",
             )
-    if isinstance(traced, Broken):
+    if isinstance(traced, GraphBreaks):
         asked = [name for name in ("memory_limit", "constraints") if getattr(options, name)]
         asked += ["start"] * (start is not None)
         if asked:
@@ -225,9 +225,9 @@ def require_parameters(plan: Plan, model: nn.Module) -> None:
         )
 
 
-def with_graphs(plan: Plan, traced: Captured | Broken) -> Plan:
+def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
     """The plan with the graphs that it was made for. Raises PlanError where they are others."""
-    own = traced.fingerprint if isinstance(traced, Broken) else traced.graph.fingerprint
+    own = traced.fingerprint if isinstance(traced, GraphBreaks) else traced.graph.fingerprint
     if own != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another {plan.model}",

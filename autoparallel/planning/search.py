@@ -8,18 +8,18 @@ from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.graph.passes.run_passes import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
 from autoparallel.planning.memory_limit import plan_within
-from autoparallel.planning.network_solver import Solving
-from autoparallel.planning.solution_to_plan import assignment_of, read_plan
-from autoparallel.planning.unsplit_reasons import added_costs, is_left_whole
+from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
+from autoparallel.planning.unsplit_reasons import cost_of_splitting, is_left_whole
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
-from autoparallel.strategy.cost_network import Network
+from autoparallel.strategy.cost_network import CostNetwork
 from planners import InfeasibleError, Problem, Solution
 
 __all__ = ["search"]
@@ -48,7 +48,7 @@ def search(
     the same program to begin with: what is found costs no more than it.
     Raises UnsupportedOpError, and PlanError where the pins contradict each other.
     """
-    graph = at_least(captured.graph, options.tokens)
+    graph = with_larger_hints(captured.graph, options.tokens)
     hardware = find_hardware(options.hardware)
     network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
     constrain(network, captured.aliases)
@@ -67,8 +67,8 @@ def search(
                 f"{layout_text(pinned[name])}",
                 fix="pin one of the two, or both alike",
             )
-    begin = assignment_of(network, start) if start is not None else None
-    solve = Solving(network, begin)
+    begin = solution_of_plan(network, start) if start is not None else None
+    solve = NetworkSolver(network, begin)
     if options.memory_limit is not None:
         return plan_within(captured, model, network, solve, pinned)
     best: tuple[float, float, Solution, Problem] | None = None
@@ -90,16 +90,18 @@ def search(
     assert best is not None
     weight, _, solution, problem = best
     added = (
-        {} if solve.is_wide or solve.many else added_costs(network, problem, solution, solve.memo)
+        {}
+        if solve.is_wide or solve.many
+        else cost_of_splitting(network, problem, solution, solve.memo)
     )
-    return read_plan(captured, model, mesh, network, solution, weight, added)
+    return plan_of_solution(captured, model, mesh, network, solution, weight, added)
 
 
 def _impossible(error: InfeasibleError) -> PlanError:
     return PlanError("no plan is possible", why=str(error), fix="loosen the options or the pins")
 
 
-def _split_share(network: Network, solution: Solution) -> float:
+def _split_share(network: CostNetwork, solution: Solution) -> float:
     """Share of the FLOPs of products with a weight that belong to ops that are split."""
     whole = split = 0.0
     for node in network.graph.calls:
@@ -115,7 +117,7 @@ def _split_share(network: Network, solution: Solution) -> float:
     return split / whole if whole else 1.0
 
 
-def _split_bytes(network: Network, solution: Solution) -> float:
+def _split_bytes(network: CostNetwork, solution: Solution) -> float:
     """Share of the bytes of matrices that are stored split."""
     whole = split = 0
     for node in network.graph.nodes:

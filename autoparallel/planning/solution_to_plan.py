@@ -13,18 +13,18 @@ from autoparallel.mesh import Mesh
 from autoparallel.placement import Layout, whole_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.planning.unsplit_reasons import is_left_whole, why_whole
-from autoparallel.strategy.cost_network import Network, reduced_together
-from autoparallel.strategy.parameter_storage import Stored
+from autoparallel.strategy.cost_network import CostNetwork, reduced_together
+from autoparallel.strategy.parameter_storage import ParameterStorage
 from planners import Solution
 
-__all__ = ["assignment_of", "read_plan"]
+__all__ = ["plan_of_solution", "solution_of_plan"]
 
 
-def read_plan(
+def plan_of_solution(
     captured: Captured,
     model: str,
     mesh: Mesh,
-    network: Network,
+    network: CostNetwork,
     solution: Solution,
     weight: float,
     added: Mapping[str, float] = {},
@@ -100,8 +100,8 @@ def read_plan(
     )
 
 
-def assignment_of(network: Network, plan: Plan) -> dict[str, int]:
-    """The states of a network that make `plan`: the inverse of `read_plan`.
+def solution_of_plan(network: CostNetwork, plan: Plan) -> dict[str, int]:
+    """The states of a network that make `plan`: the inverse of `plan_of_solution`.
 
     Raises PlanError for a plan of another program or mesh, and for one that the network's options
     do not allow.
@@ -128,8 +128,8 @@ def assignment_of(network: Network, plan: Plan) -> dict[str, int]:
             [(joint.operands, joint.results, joint.kernels) for joint in joints],
             (op.operands, op.results, op.kernels),
         )
-        saves = network.saves.get(op.name, (False,) * len(op.reads))
-        for value, layout, saved in zip(op.reads, op.operands, saves, strict=True):
+        saved_for_backward = network.saved_for_backward.get(op.name, (False,) * len(op.reads))
+        for value, layout, saved in zip(op.reads, op.operands, saved_for_backward, strict=True):
             read.setdefault(value, {})[layout] = None
             if saved:
                 kept.setdefault(value, {})[layout] = None
@@ -137,7 +137,7 @@ def assignment_of(network: Network, plan: Plan) -> dict[str, int]:
         choose(
             parameter.name,
             network.storages[parameter.name],
-            Stored(parameter.storage, parameter.gradient, parameter.state),
+            ParameterStorage(parameter.storage, parameter.gradient, parameter.state),
         )
     for name, layout in zip(network.graph.outputs, plan.outputs, strict=True):
         choose(f"return:{name}", network.outputs[name], layout)
@@ -152,7 +152,7 @@ def assignment_of(network: Network, plan: Plan) -> dict[str, int]:
         if len(blocks.modes[index]) > 1:
             mode = modes.get(block.path, "none")
             choose(blocks.variable(index), blocks.modes[index], mode)
-    for name, _ in network.fans:
+    for name, _ in network.copy_variables:
         if name in found:
             continue
         value = name.removesuffix("*")
@@ -170,7 +170,7 @@ def assignment_of(network: Network, plan: Plan) -> dict[str, int]:
 
 
 def _parameters(
-    graph: Graph, network: Network, chosen: Mapping[str, int], added: Mapping[str, float]
+    graph: Graph, network: CostNetwork, chosen: Mapping[str, int], added: Mapping[str, float]
 ) -> tuple[ParameterChoice, ...]:
     rows = []
     for node in graph.nodes:
@@ -201,7 +201,7 @@ def _finite(cost: float) -> float:
 
 def _conversions(
     graph: Graph,
-    network: Network,
+    network: CostNetwork,
     ops: list[OpChoice],
     made: Mapping[str, Layout],
     outputs: tuple[Layout, ...],
@@ -236,7 +236,7 @@ def _conversions(
         maker = graph.producers[name]
         if maker.kind == "parameter":
             stored = network.storages[maker.name][chosen[maker.name]]
-            seconds += network.edges.late(read, stored, target)
+            seconds += network.edges.zero_gradient_seconds(read, stored, target)
         dropped = (name, target) in again
         groups = {repeated.get(reader.name) for reader in graph.readers[name]}
         inside = len(groups) == 1 and None not in groups and name not in graph.outputs

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from autoparallel.capture.equal_modules import Alike
-from autoparallel.capture.graph_breaks import Broken, TracedPart, trace, trace_alike
+from autoparallel.capture.equal_modules import EqualModules
+from autoparallel.capture.graph_breaks import GraphBreaks, TracedPart, trace, trace_alike
 from autoparallel.errors import AutoParallelError, CaptureError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
@@ -29,7 +29,7 @@ class Planner:
         # How parameters are stored is decided: what was demanded of that is not asked again.
         recompute = "none" if options.recompute == "auto" else options.recompute
         self.options = replace(options, memory_limit=None, constraints=(), recompute=recompute)
-        self.alike: Alike | None = None
+        self.alike: EqualModules | None = None
         self.known: dict[Any, Plan | CaptureError] = {}
 
     def __call__(
@@ -48,7 +48,7 @@ class Planner:
         if not part:
             captured = trace(root.get_submodule(path), args, kwargs)
             return search(captured, self.model, self.mesh, self.options, stored=stored)
-        self.alike = self.alike or Alike(root)
+        self.alike = self.alike or EqualModules(root)
         module = root.get_submodule(path)
         tensors, skeleton = flatten((args, kwargs))
         rest = (
@@ -74,7 +74,7 @@ class Planner:
 
 
 def search_parts(
-    broken: Broken,
+    broken: GraphBreaks,
     model: nn.Module,
     mesh: Mesh,
     options: Options,
@@ -106,7 +106,7 @@ class _Planner:
 
     def __init__(
         self,
-        broken: Broken,
+        broken: GraphBreaks,
         mesh: Mesh,
         options: Options,
         pins: Mapping[str, Layout],
@@ -198,7 +198,7 @@ class _Planner:
 
 
 def _sum(
-    broken: Broken,
+    broken: GraphBreaks,
     model: nn.Module,
     mesh: Mesh,
     options: Options,
@@ -268,7 +268,7 @@ def _sum(
     )
 
 
-def _renaming(broken: Broken, path: str, plan: Plan) -> Callable[[str], str]:
+def _renaming(broken: GraphBreaks, path: str, plan: Plan) -> Callable[[str], str]:
     """Names of a part's values and ops in the sum: a parameter's is its path in the model."""
     parameters = {
         choice.name: broken.aliases[f"{path}.{choice.path}"] for choice in plan.parameters

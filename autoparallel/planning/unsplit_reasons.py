@@ -8,16 +8,16 @@ import numpy as np
 
 from autoparallel.graph.graph import Graph, Node, hint
 from autoparallel.placement import Shard
-from autoparallel.strategy.cost_network import Network
+from autoparallel.strategy.cost_network import CostNetwork
 from planners import Memo, Problem, Solution, TooWideError, min_marginals
 
-__all__ = ["added_costs", "is_left_whole", "why_whole"]
+__all__ = ["cost_of_splitting", "is_left_whole", "why_whole"]
 
 DEARER = "splitting it would cost more than it saves"
 IMPOSSIBLE = "no plan splits it under these options"
 
 
-def is_left_whole(network: Network, node: Node, state: int) -> bool:
+def is_left_whole(network: CostNetwork, node: Node, state: int) -> bool:
     """Whether a parameter, or a product with a weight, is not split in this state."""
     if node.kind == "parameter":
         return not any(isinstance(p, Shard) for p in network.storages[node.name][state].state)
@@ -27,8 +27,8 @@ def is_left_whole(network: Network, node: Node, state: int) -> bool:
     return network.costs[node.name][state].flops >= rule.flops * rule.points
 
 
-def added_costs(
-    network: Network, problem: Problem, solution: Solution, memo: Memo
+def cost_of_splitting(
+    network: CostNetwork, problem: Problem, solution: Solution, memo: Memo
 ) -> dict[str, float]:
     """For what is left whole and could be split: what the best plan that splits it costs more.
 
@@ -55,7 +55,7 @@ def added_costs(
     }
 
 
-def why_whole(network: Network, node: Node, added: Mapping[str, float]) -> str:
+def why_whole(network: CostNetwork, node: Node, added: Mapping[str, float]) -> str:
     """The reason in words."""
     if network.world_size == 1:
         return "there is one rank"
@@ -72,7 +72,7 @@ def why_whole(network: Network, node: Node, added: Mapping[str, float]) -> str:
     return _why_unsplittable(network.graph, network, node.result.name)
 
 
-def _why_unsplittable(graph: Graph, network: Network, name: str) -> str:
+def _why_unsplittable(graph: Graph, network: CostNetwork, name: str) -> str:
     readers = graph.readers[name]
     shape = tuple(map(hint, graph.values[name].shape))
     if not any(size > 1 for size in shape):
@@ -82,7 +82,7 @@ def _why_unsplittable(graph: Graph, network: Network, name: str) -> str:
     return f"{targets} needs it whole{': ' if why else ''}{why}"
 
 
-def _reasons(network: Network, readers: tuple[Node, ...], name: str) -> str:
+def _reasons(network: CostNetwork, readers: tuple[Node, ...], name: str) -> str:
     """Why loops of this operand are whole, where a rule that nobody wrote says it."""
     found: dict[str, None] = {}
     for node in readers:

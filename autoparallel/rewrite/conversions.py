@@ -15,13 +15,13 @@ from autoparallel.placement import (
 )
 from autoparallel.plan import Conversion, Plan
 
-__all__ = ["Routes", "find_deferred", "layouts_made"]
+__all__ = ["Conversions", "find_deferred", "layouts_made"]
 
 # Of parameters, by node name: the axes on which their gradient is summed by who runs the program.
 Deferred = Mapping[str, tuple[int, ...]]
 
 
-class Routes:
+class Conversions:
     """The plan's conversions, by value and target."""
 
     def __init__(self, plan: Plan) -> None:
@@ -80,7 +80,7 @@ def layouts_made(graph: Graph, plan: Plan, deferred: Deferred) -> dict[str, Layo
     return found
 
 
-def find_deferred(graph: Graph, plan: Plan, routes: Routes) -> Deferred:
+def find_deferred(graph: Graph, plan: Plan, routes: Conversions) -> Deferred:
     """Parameters that every reader wants as Replicate on an axis on which they are whole."""
     whole, storage = whole_layout(len(plan.mesh.axes)), plan.storage
     wanted: dict[str, list[tuple[Step, ...]]] = {}

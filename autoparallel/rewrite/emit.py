@@ -21,9 +21,9 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.plan import OpChoice, Plan
-from autoparallel.rewrite.conversions import Routes, find_deferred, layouts_made
-from autoparallel.rewrite.expressions import Speller, own_reduction, spelled
-from autoparallel.rewrite.local_calls import Local
+from autoparallel.rewrite.conversions import Conversions, find_deferred, layouts_made
+from autoparallel.rewrite.expressions import ExpressionWriter, own_reduction, spelled
+from autoparallel.rewrite.local_calls import LocalCalls
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of
 from autoparallel.rules.registry import known_rule
@@ -71,10 +71,10 @@ class _Emitter:
     ) -> None:
         self.graph, self.plan, self.ranks, self.name = graph, plan, ranks, name
         self.choices = {op.name: op for op in plan.ops}
-        self.routes = Routes(plan)
+        self.routes = Conversions(plan)
         self.deferred = find_deferred(graph, plan, self.routes)
         self.made = layouts_made(graph, plan, self.deferred)
-        self.speller = Speller()
+        self.speller = ExpressionWriter()
         self.symbols = _symbols(graph)
         self.names = Names(ranks.names, (text for text, _, _ in self.symbols), graph.values)
         self.lines: list[Line | Block] = []
@@ -93,7 +93,7 @@ class _Emitter:
             else known_rule(OpCall.of(graph, node))
             for node in graph.calls
         }
-        self.local = Local(graph, ranks, self.names, self.speller, self.rules)
+        self.local = LocalCalls(graph, ranks, self.names, self.speller, self.rules)
         self.fused = self.find_fused()
 
     def program(self, alter: Callable[[str], str] | None) -> Program:

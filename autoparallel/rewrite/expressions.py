@@ -23,7 +23,7 @@ from autoparallel.support.torch_private import (
     schema_of,
 )
 
-__all__ = ["Code", "Speller", "own_reduction", "spelled"]
+__all__ = ["Code", "ExpressionWriter", "own_reduction", "spelled"]
 
 _AS_IS = {"dtype_layout", "Tensor_Scalar_out"}
 _METHODS = {"expand", "repeat", "to"}
@@ -35,7 +35,7 @@ class Code(str):
     __slots__ = ()
 
 
-class Speller:
+class ExpressionWriter:
     """constants: what the text names besides values. symbols: names of the inputs' sizes."""
 
     def __init__(self) -> None:

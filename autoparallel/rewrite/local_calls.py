@@ -9,16 +9,16 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value
 from autoparallel.placement import Layout, Shard, local_size
 from autoparallel.plan import OpChoice
-from autoparallel.rewrite.expressions import Code, Speller
+from autoparallel.rewrite.expressions import Code, ExpressionWriter
 from autoparallel.rewrite.names import Names
 from autoparallel.rules.rule import Dims, Kernel, OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import op_key
 
-__all__ = ["Local"]
+__all__ = ["LocalCalls"]
 
 
-class Local:
+class LocalCalls:
     """The text of calls on one rank's parts. rules: of the calls, by node name."""
 
     def __init__(
@@ -26,7 +26,7 @@ class Local:
         graph: Graph,
         ranks: Ranks,
         names: Names,
-        speller: Speller,
+        speller: ExpressionWriter,
         rules: Mapping[str, ShardingRule | None],
     ) -> None:
         self.graph, self.ranks, self.names = graph, ranks, names

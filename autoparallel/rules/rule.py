@@ -24,11 +24,11 @@ from autoparallel.placement import (
 
 __all__ = [
     "Kernel",
+    "LoopSplit",
     "OpCall",
     "Shapes",
     "ShardingRule",
     "Strategy",
-    "Tile",
     "UnsplittableError",
     "is_possible",
     "loop_per_dim",
@@ -199,7 +199,7 @@ class ShardingRule:
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class LoopSplit:
     """A way to split one loop: as `Shard` splits a dim, into blocks of runs of `unit`."""
 
     loop: str
@@ -216,7 +216,7 @@ class Strategy:
 
     operands: tuple[Placement, ...]
     results: tuple[Placement, ...]
-    tile: Tile | None = None
+    tile: LoopSplit | None = None
     fraction: float = 1.0
     kernel: Kernel | None = None
 
@@ -234,7 +234,7 @@ def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
     return shard
 
 
-def place(rule: ShardingRule, dims: Dims, tile: Tile, world_size: int) -> Shard | None:
+def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
     """How a tensor of `dims` lies when `tile` is split; None where it has no such loop.
 
     Raises UnsplittableError where no Shard says it: a symbolic size inside a merged dim.
@@ -264,14 +264,14 @@ class UnsplittableError(Exception):
     """This loop cannot be split in this way."""
 
 
-def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Tile | None:
+def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> LoopSplit | None:
     """The tile that gives a tensor of `dims` the placement `shard`. Inverse of `place`."""
     names = dims[shard.dim]
     before = 1
     sizes = [rule.sizes[name] for name in names]
     if any(isinstance(size, Sym) for size in sizes):
         plain = len(names) == 1 and shard.blocks == 1 and shard.unit == 1
-        return Tile(names[0]) if plain else None
+        return LoopSplit(names[0]) if plain else None
     whole = 1
     for size in sizes:
         assert isinstance(size, int)
@@ -284,14 +284,14 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Ti
             blocks = shard.blocks // before
             if size // blocks > 1:
                 if shard.unit % after == 0 and (size // blocks) % (shard.unit // after) == 0:
-                    return Tile(name, blocks, shard.unit // after)
+                    return LoopSplit(name, blocks, shard.unit // after)
                 if shard.unit == 1 and (whole // shard.blocks) % (world_size * after) == 0:
-                    return Tile(name, blocks)
+                    return LoopSplit(name, blocks)
         before *= size
     return None
 
 
-def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
+def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     """Whether the loop has such runs, and their parts are such as the op takes.
 
     A symbolic dim may turn out shorter than the number of ranks; the last ones then get nothing.
@@ -310,14 +310,14 @@ def is_possible(rule: ShardingRule, tile: Tile, world_size: int) -> bool:
     return not rule.needs_elements(tile.loop) or (world_size - 1) * step < runs
 
 
-def _share(rule: ShardingRule, tile: Tile, world_size: int) -> float:
+def _share(rule: ShardingRule, tile: LoopSplit, world_size: int) -> float:
     runs = hint(rule.sizes[tile.loop]) // (tile.blocks * tile.unit)
     return -(-runs // world_size) / runs
 
 
 def strategies(
     rule: ShardingRule,
-    tiles: Iterable[Tile],
+    tiles: Iterable[LoopSplit],
     operand_grads: tuple[bool, ...],
     result_grads: tuple[bool, ...],
     world_size: int,

@@ -17,15 +17,21 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, whole_layout
 from autoparallel.rules.rule import ShardingRule, Strategy, strategies
-from autoparallel.strategy.candidate_splits import Tiling, inert_calls, weight_values
-from autoparallel.strategy.cost_network import Network, reduced_together
-from autoparallel.strategy.mesh_strategies import Joint, is_nested, joint_strategies
-from autoparallel.strategy.parameter_storage import Stored, storage_choices, stored_bytes
+from autoparallel.strategy.candidate_splits import CandidateSplits, inert_calls, weight_values
+from autoparallel.strategy.cost_network import CostNetwork, reduced_together
+from autoparallel.strategy.mesh_strategies import MeshStrategy, is_nested, joint_strategies
+from autoparallel.strategy.parameter_storage import ParameterStorage, storage_choices, stored_bytes
 from autoparallel.strategy.recompute_modes import Recomputation
-from autoparallel.strategy.redistribution import Edges, Made, Need, Repeated, Table
+from autoparallel.strategy.redistribution import (
+    ProducerLayouts,
+    ReaderLayouts,
+    RecomputedEnds,
+    RedistributionTables,
+    Table,
+)
 from autoparallel.strategy.redistribution_paths import layout_fraction
-from autoparallel.strategy.rule_matching import Kind, match_rules
-from autoparallel.strategy.saved_activations import Kept
+from autoparallel.strategy.rule_matching import MatchedCall, match_rules
+from autoparallel.strategy.saved_activations import SavedActivations
 from planners import Alternative, Factor
 
 __all__ = ["build_network", "rebuilt"]
@@ -38,9 +44,9 @@ class _Choices:
     """The states of all calls that are alike. made: by result. usage: bytes that the op keeps for
     the backward pass by itself."""
 
-    joints: tuple[Joint, ...]
+    joints: tuple[MeshStrategy, ...]
     costs: tuple[OpCost, ...]
-    made: tuple[Made, ...]
+    made: tuple[ProducerLayouts, ...]
     usage: Array | None = None
 
 
@@ -51,7 +57,7 @@ def build_network(
     options: Options,
     stored: Mapping[str, Layout] | None = None,
     whole_outputs: bool = False,
-) -> Network:
+) -> CostNetwork:
     """All strategies, and what they cost with their neighbours.
 
     stored: layouts that parameters (by path) have already, which they keep. whole_outputs:
@@ -62,7 +68,9 @@ def build_network(
     return builder.build()
 
 
-def rebuilt(network: Network, options: Options | None = None, mesh: Mesh | None = None) -> Network:
+def rebuilt(
+    network: CostNetwork, options: Options | None = None, mesh: Mesh | None = None
+) -> CostNetwork:
     """The network of the same graph under other options, or on another mesh."""
     return build_network(
         network.graph,
@@ -90,19 +98,21 @@ class _Builder:
         self.sizes = tuple(size for _, size in mesh.axes)
         self.links = hardware.links(self.sizes)
         memory = options.memory_limit is not None
-        self.edges = Edges(self.sizes, self.links, self.pace, options, memory)
-        self.network = Network(graph, mesh, hardware, options, self.edges, stored, whole_outputs)
+        self.edges = RedistributionTables(self.sizes, self.links, self.pace, options, memory)
+        self.network = CostNetwork(
+            graph, mesh, hardware, options, self.edges, stored, whole_outputs
+        )
         self.invariant = whole_layout(len(self.sizes))
         self.weights = weight_values(graph)
         self.network.weights = frozenset(self.weights)
         self.inert = inert_calls(graph)
         self.together = reduced_together(graph)
-        self.kept: Kept | None = None
+        self.kept: SavedActivations | None = None
         self.tables: dict[Any, Any] = {}
         self.choices: dict[str, _Choices] = {}
         self.reads = {node.name: node.operands() for node in graph.calls}
 
-    def build(self) -> Network:
+    def build(self) -> CostNetwork:
         self.kinds = match_rules(self.graph, self.inert, self.options, self.mesh.world_size)
         rules = {
             name: None if name in self.inert else kind.rule for name, kind in self.kinds.items()
@@ -110,20 +120,20 @@ class _Builder:
         # Where states are pairs and triples, those that no product asks for are left out.
         several = sum(size > 1 for size in self.sizes) > 1
         tilings = {
-            size: Tiling(self.graph, rules, self.weights, self.options, size, several)
+            size: CandidateSplits(self.graph, rules, self.weights, self.options, size, several)
             for size in dict.fromkeys(self.sizes)
         }
         if self.options.memory_limit is not None:
-            self.kept = Kept(self.graph, rules)
+            self.kept = SavedActivations(self.graph, rules)
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph, rules, self.network.weights, self.options.recompute
         )
         self.tilings = [tilings[size] for size in self.sizes]
         if self.kept is not None:
-            latest, freed = self.kept.latest(self.mesh.world_size, self.recomputation.place)
+            peak_call, freed = self.kept.peak_call(self.mesh.world_size, self.recomputation.place)
             given = (node for node in self.graph.nodes if node.kind in ("input", "constant"))
-            self.network.latest = latest
-            self.network.besides = sum(nbytes(node.result) for node in given) - freed
+            self.network.peak_call = peak_call
+            self.network.fixed_nbytes = sum(nbytes(node.result) for node in given) - freed
         shared: dict[Any, _Choices] = {}
         for node in self.graph.calls:
             kind = self.kinds[node.name]
@@ -138,12 +148,12 @@ class _Builder:
             self.network.costs[node.name] = chosen.costs
             if chosen.usage is not None:
                 self.network.usage[node.name] = chosen.usage
-            if node.name == self.network.latest:
-                self.network.usage[node.name] = self.latest(node, chosen)
+            if node.name == self.network.peak_call:
+                self.network.usage[node.name] = self.peak_call(node, chosen)
             self.network.rules[node.name] = kind.rule
             if self.kept is not None:
                 reads = node.operands()
-                self.network.saves[node.name] = tuple(
+                self.network.saved_for_backward[node.name] = tuple(
                     self.kept.is_kept(node, tuple(i for i, own in enumerate(reads) if own == name))
                     for name in reads
                 )
@@ -160,7 +170,9 @@ class _Builder:
         blocks = self.recomputation
         for block, modes in enumerate(blocks.modes):
             if len(modes) > 1:
-                self.network.fans.append((blocks.variable(block), Table(self.zeros(len(modes)))))
+                self.network.copy_variables.append(
+                    (blocks.variable(block), Table(self.zeros(len(modes))))
+                )
         for node in self.graph.calls:
             own = blocks.block_of(node.name)
             if own is None:
@@ -186,8 +198,8 @@ class _Builder:
                 )
 
     def modes(
-        self, name: str, needs: list[tuple[str, Need]]
-    ) -> tuple[int | None, tuple[Repeated, ...]]:
+        self, name: str, needs: list[tuple[str, ReaderLayouts]]
+    ) -> tuple[int | None, tuple[RecomputedEnds, ...]]:
         """The block whose mode decides who of a value's maker and readers is run again; and who.
 
         Where readers belong to several blocks, what they read counts as kept.
@@ -208,7 +220,7 @@ class _Builder:
             for (reader, _), place in zip(needs, places, strict=True)
         ]
         return block, tuple(
-            Repeated(
+            RecomputedEnds(
                 own and blocks.inside(made_by, block)[mode],
                 tuple(one[mode] for one in inside),
                 apart=maker is not None and not own,
@@ -216,7 +228,7 @@ class _Builder:
             for mode in range(len(blocks.modes[block]))
         )
 
-    def choose(self, node: Node, kind: Kind) -> _Choices:
+    def choose(self, node: Node, kind: MatchedCall) -> _Choices:
         """The states of one call: its joint strategies, and what they cost."""
         call = kind.call
         operands = tuple(operand.requires_grad for operand in call.operands)
@@ -237,7 +249,7 @@ class _Builder:
         costs = op_costs(call, kind.rule, [joint.parts for joint in joints], axes, self.pace)
         held = self.kept.own(node) if self.kept else (False,) * len(results)
         made = tuple(
-            Made(tuple(joint.results[at] for joint in joints), counted=held[at])
+            ProducerLayouts(tuple(joint.results[at] for joint in joints), counted=held[at])
             for at in range(len(results))
         )
         usage = None
@@ -245,7 +257,7 @@ class _Builder:
             usage = np.array([self.kept.nbytes(node, joint, self.sizes) for joint in joints])
         return _Choices(joints, costs, made, usage)
 
-    def latest(self, node: Node, chosen: _Choices) -> Array:
+    def peak_call(self, node: Node, chosen: _Choices) -> Array:
         """What a call keeps and, where its backward begins, the gradients that are there."""
         assert self.kept is not None
         assert chosen.usage is not None
@@ -256,7 +268,9 @@ class _Builder:
         """How one parameter may be stored, and what its update costs."""
         value = node.result
         if node.target in self.stored:
-            choices: tuple[Stored, ...] = (Stored.as_used(self.stored[node.target]),)
+            choices: tuple[ParameterStorage, ...] = (
+                ParameterStorage.as_used(self.stored[node.target]),
+            )
         else:
             shards = tuple(
                 tuple(tiling.shards[value.name]) if size > 1 else ()
@@ -280,7 +294,7 @@ class _Builder:
                 seconds += self.edges.gathering(value, choice)
                 costs.append(seconds if value.requires_grad else 0.0)
                 usage.append(sum(parts))
-            made = Made(tuple(choice.storage for choice in choices), choices, given=True)
+            made = ProducerLayouts(tuple(choice.storage for choice in choices), choices, given=True)
             self.tables[priced] = (Table(np.array(costs), np.array(usage)), made)
         self.network.updates[node.name], self.tables["made", node.name] = self.tables[priced]
 
@@ -309,7 +323,7 @@ class _Builder:
                 )
             self.network.outputs[value.name] = choices
 
-    def made_by(self, name: str) -> tuple[str | None, Made]:
+    def made_by(self, name: str) -> tuple[str | None, ProducerLayouts]:
         """The variable that decides how a value is made, and its layout in each state."""
         node = self.graph.producers[name]
         if node.kind == "call":
@@ -317,7 +331,7 @@ class _Builder:
             return node.name, self.choices[node.name].made[at]
         if node.kind == "parameter":
             return node.name, self.tables["made", node.name]
-        return None, self.shared("given", lambda: Made((self.invariant,), given=True))
+        return None, self.shared("given", lambda: ProducerLayouts((self.invariant,), given=True))
 
     def shared(self, key: Any, make: Any) -> Any:
         """What was made under that key, or is made now."""
@@ -333,35 +347,41 @@ class _Builder:
         found: Array = self.tables[key]
         return found
 
-    def needs(self, name: str) -> list[tuple[str, Need]]:
+    def needs(self, name: str) -> list[tuple[str, ReaderLayouts]]:
         """Per reading variable, the layouts in which it reads the value in each state."""
-        found: list[tuple[str, Need]] = []
+        found: list[tuple[str, ReaderLayouts]] = []
         for node in self.graph.readers[name]:
             at = tuple(i for i, operand in enumerate(self.reads[node.name]) if operand == name)
             choices = self.choices[node.name]
 
-            saves = self.kept is not None and self.kept.is_kept(node, at)
+            saved_for_backward = self.kept is not None and self.kept.is_kept(node, at)
 
             def need(
-                joints: tuple[Joint, ...] = choices.joints, at: Any = at, saves: bool = saves
-            ) -> Need:
-                return Need(
+                joints: tuple[MeshStrategy, ...] = choices.joints,
+                at: Any = at,
+                saved_for_backward: bool = saved_for_backward,
+            ) -> ReaderLayouts:
+                return ReaderLayouts(
                     tuple(tuple(dict.fromkeys(joint.operands[i] for i in at)) for joint in joints),
-                    saves,
+                    saved_for_backward,
                 )
 
-            found.append((node.name, self.shared(("need", id(choices), at, saves), need)))
+            found.append(
+                (node.name, self.shared(("need", id(choices), at, saved_for_backward), need))
+            )
         if name in self.network.outputs:
             layouts = self.network.outputs[name]
             stays = self.kept is not None
             returned = self.shared(
                 ("return", layouts),
-                lambda: Need(tuple((layout,) for layout in layouts), stays, stays),
+                lambda: ReaderLayouts(tuple((layout,) for layout in layouts), stays, stays),
             )
             found.append((f"return:{name}", returned))
         for _, written in self.graph.mutations:
             if written == name:
-                found.append(("", self.shared("written", lambda: Need(((self.invariant,),)))))
+                found.append(
+                    ("", self.shared("written", lambda: ReaderLayouts(((self.invariant,),))))
+                )
         return found
 
     def connect(self) -> None:
@@ -386,10 +406,10 @@ class _Builder:
             if not edge.paid.matters:
                 continue
             if variable is None and not mode:
-                self.network.fans.append((f"{name}*", _first(edge.paid)))
+                self.network.copy_variables.append((f"{name}*", _first(edge.paid)))
             else:
                 count = len(edge.groups)
-                self.network.fans.append((f"{name}*", Table(self.zeros(count))))
+                self.network.copy_variables.append((f"{name}*", Table(self.zeros(count))))
                 self.couple(variable, f"{name}*", edge.paid, name, mode)
             for (reader, _), offer in zip(needs, edge.offers, strict=True):
                 self.couple(f"{name}*", reader, offer, "")
@@ -407,9 +427,9 @@ class _Builder:
         for side, name in enumerate(names):
             if not name:
                 other = names[1 - side]
-                names[side] = f"{other}+{len(self.network.fans)}"
-                self.network.fans.append((names[side], Table(np.zeros(1))))
-        self.network.moved.append(value)
+                names[side] = f"{other}+{len(self.network.copy_variables)}"
+                self.network.copy_variables.append((names[side], Table(np.zeros(1))))
+        self.network.redistributed_value.append(value)
         scope = (names[0], names[1], mode) if mode else (names[0], names[1])
         self.network.factors.append(Factor(scope, table.cost, table.usage, table.alternatives))
 

@@ -8,18 +8,18 @@ from autoparallel.graph.graph import Graph, Node, Sym
 from autoparallel.options import Options
 from autoparallel.placement import Shard
 from autoparallel.rules.rule import (
+    LoopSplit,
     ShardingRule,
-    Tile,
     UnsplittableError,
     is_possible,
     place,
     tile_of,
 )
 
-__all__ = ["Tiling", "inert_calls", "weight_values"]
+__all__ = ["CandidateSplits", "inert_calls", "weight_values"]
 
 
-class Tiling:
+class CandidateSplits:
     """tiles: per call, the ways to split it. shards: per value, the ways in which it may lie.
 
     rules: per call node; calls without one are left alone. weights: see weight_values. sparing:
@@ -44,7 +44,7 @@ class Tiling:
             for node in graph.calls
         }
         self.shards: dict[str, dict[Shard, None]] = {name: {} for name in graph.values}
-        self.tiles: dict[str, dict[Tile, None]] = {}
+        self.tiles: dict[str, dict[LoopSplit, None]] = {}
         products = [name for name, rule in rules.items() if rule is not None and rule.flops]
         self.sparing = sparing and bool(products)
         if world_size > 1:
@@ -57,7 +57,7 @@ class Tiling:
         split the same way; so do readers of what the producers offer. Where two symbolic dims cost
         the same, the inner one (the sequence) is preferred to the outer one (the batch).
         """
-        work: list[tuple[str, Tile]] = []
+        work: list[tuple[str, LoopSplit]] = []
         for node in self.graph.calls:
             rule = self.rules[node.name]
             if rule is None:
@@ -68,22 +68,22 @@ class Tiling:
             symbolic = [loop for loop in rule.loops if isinstance(rule.sizes[loop], Sym)]
             static = [loop for loop in rule.loops if loop not in symbolic]
             for loop in (*static, *reversed(symbolic)):
-                tile = Tile(loop)
+                tile = LoopSplit(loop)
                 if self.is_allowed(node, rule, tile):
                     found[tile] = None
                     work.append((node.name, tile))
         calls = {node.name: node for node in self.graph.calls}
         while work:
-            later: list[tuple[str, Tile]] = []
+            later: list[tuple[str, LoopSplit]] = []
             for name, tile in work:
                 later += self.spread(calls[name], tile)
             work = later
 
-    def spread(self, node: Node, tile: Tile) -> list[tuple[str, Tile]]:
+    def spread(self, node: Node, tile: LoopSplit) -> list[tuple[str, LoopSplit]]:
         """Tell the neighbours how the tensors of `node` lie when it is split by `tile`."""
         rule = self.rules[node.name]
         assert rule is not None
-        fresh: list[tuple[str, Tile]] = []
+        fresh: list[tuple[str, LoopSplit]] = []
         for name, dims in zip(
             self.tensors[node.name], (*rule.operands, *rule.results), strict=True
         ):
@@ -99,12 +99,12 @@ class Tiling:
                     fresh += self.receive(neighbour, name, shard)
         return fresh
 
-    def receive(self, node: Node, name: str, shard: Shard) -> list[tuple[str, Tile]]:
+    def receive(self, node: Node, name: str, shard: Shard) -> list[tuple[str, LoopSplit]]:
         """The tiles of `node` that give its tensor `name` that shard, if they are new."""
         rule = self.rules[node.name]
         if rule is None:
             return []
-        fresh: list[tuple[str, Tile]] = []
+        fresh: list[tuple[str, LoopSplit]] = []
         for own, dims in zip(self.tensors[node.name], (*rule.operands, *rule.results), strict=True):
             if own != name:
                 continue
@@ -116,7 +116,7 @@ class Tiling:
                 fresh.append((node.name, tile))
         return fresh
 
-    def is_allowed(self, node: Node, rule: ShardingRule, tile: Tile) -> bool:
+    def is_allowed(self, node: Node, rule: ShardingRule, tile: LoopSplit) -> bool:
         """Whether the options and the sizes let this call be split so."""
         if tile.loop in rule.whole or not is_possible(rule, tile, self.world_size):
             return False

@@ -31,7 +31,7 @@ from autoparallel.placement import (
     layout_text,
     parse_placement,
 )
-from autoparallel.strategy.cost_network import Network
+from autoparallel.strategy.cost_network import CostNetwork
 
 __all__ = ["Constraint", "constrain", "parse_constraints"]
 
@@ -104,7 +104,7 @@ def _how(text: str, how: str) -> Callable[[Placement], bool]:
     return lambda placement: placement == wanted
 
 
-def constrain(network: Network, aliases: Mapping[str, str]) -> None:
+def constrain(network: CostNetwork, aliases: Mapping[str, str]) -> None:
     """Forbid the states of a network that its options' constraints do not allow.
 
     aliases: for every path of a parameter, the one that the graph knows it by.

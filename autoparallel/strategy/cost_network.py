@@ -22,19 +22,19 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.rules.rule import ShardingRule
-from autoparallel.strategy.mesh_strategies import Joint
-from autoparallel.strategy.parameter_storage import Stored
+from autoparallel.strategy.mesh_strategies import MeshStrategy
+from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.recompute_modes import Recomputation
-from autoparallel.strategy.redistribution import Edge, Edges, Table
+from autoparallel.strategy.redistribution import RedistributionTable, RedistributionTables, Table
 from planners import Factor, Problem, Solution, Variable
 
-__all__ = ["Network", "reduced_together"]
+__all__ = ["CostNetwork", "reduced_together"]
 
 Array = NDArray[np.float64]
 
 
 @dataclass
-class Network:
+class CostNetwork:
     """The problem of one graph, and what its states mean.
 
     strategies: per call node. storages: per parameter node. outputs: per returned value.
@@ -49,29 +49,29 @@ class Network:
     mesh: Mesh
     hardware: Hardware
     options: Options
-    edges: Edges
+    edges: RedistributionTables
     stored: Mapping[str, Layout]
     whole_outputs: bool
-    strategies: dict[str, tuple[Joint, ...]] = field(default_factory=dict)
-    storages: dict[str, tuple[Stored, ...]] = field(default_factory=dict)
+    strategies: dict[str, tuple[MeshStrategy, ...]] = field(default_factory=dict)
+    storages: dict[str, tuple[ParameterStorage, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[Layout, ...]] = field(default_factory=dict)
     costs: dict[str, tuple[OpCost, ...]] = field(default_factory=dict)
     factors: list[Factor] = field(default_factory=list)
-    moved: list[str] = field(default_factory=list)
-    values: dict[str, Edge] = field(default_factory=dict)
-    fans: list[tuple[str, Table]] = field(default_factory=list)
+    redistributed_value: list[str] = field(default_factory=list)
+    values: dict[str, RedistributionTable] = field(default_factory=dict)
+    copy_variables: list[tuple[str, Table]] = field(default_factory=list)
     updates: dict[str, Table] = field(default_factory=dict)
     usage: dict[str, Array] = field(default_factory=dict)
     recomputation: Recomputation | None = None
     repeats: dict[str, Table] = field(default_factory=dict)
     allowed: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
-    saves: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    saved_for_backward: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
-    latest: str = ""
-    besides: float = 0.0
+    peak_call: str = ""
+    fixed_nbytes: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -118,7 +118,7 @@ class Network:
         for name, layouts in self.outputs.items():
             zeros = interned.setdefault(len(layouts), np.zeros(len(layouts)))
             variables.append(Variable(f"return:{name}", zeros))
-        for name, table in self.fans:
+        for name, table in self.copy_variables:
             variables.append(Variable(name, table.cost, table.usage, table.alternatives))
         for index, variable in enumerate(variables):
             if variable.name in self.allowed:
@@ -145,7 +145,7 @@ class Network:
                 )
             for name, layouts in self.outputs.items():
                 groups[f"return:{name}"] = _numbered(_without((own,), axis) for own in layouts)
-            for name, _ in self.fans:
+            for name, _ in self.copy_variables:
                 edge = self.values.get(name.removesuffix("*"))
                 if edge is not None and name.endswith("*"):
                     groups[name] = _numbered(
@@ -206,7 +206,7 @@ class Network:
         if not solution.factor_alternatives:
             return frozenset()
         for name, factor, other in zip(
-            self.moved, self.factors, solution.factor_alternatives, strict=True
+            self.redistributed_value, self.factors, solution.factor_alternatives, strict=True
         ):
             if other and name:
                 found.update((name, t) for t in self.values[name].kept[chosen[factor.scope[1]]])

@@ -10,11 +10,11 @@ from autoparallel.graph.graph import Dim, hint
 from autoparallel.placement import Layout, Shard
 from autoparallel.rules.rule import ShardingRule, Strategy, is_possible
 
-__all__ = ["Joint", "is_nested", "joint_strategies"]
+__all__ = ["MeshStrategy", "is_nested", "joint_strategies"]
 
 
 @dataclass(frozen=True, slots=True)
-class Joint:
+class MeshStrategy:
     """One strategy per mesh axis. operands, results: the layouts that follow from them."""
 
     parts: tuple[Strategy, ...]
@@ -22,9 +22,9 @@ class Joint:
     results: tuple[Layout, ...]
 
     @staticmethod
-    def of(parts: tuple[Strategy, ...]) -> Joint:
+    def of(parts: tuple[Strategy, ...]) -> MeshStrategy:
         """The strategies of all axes as one."""
-        return Joint(
+        return MeshStrategy(
             parts,
             tuple(zip(*(part.operands for part in parts), strict=True)),
             tuple(zip(*(part.results for part in parts), strict=True)),
@@ -58,7 +58,7 @@ def joint_strategies(
     per_axis: Sequence[tuple[Strategy, ...]],
     shapes: Sequence[Sequence[Dim]],
     sizes: tuple[int, ...],
-) -> tuple[Joint, ...]:
+) -> tuple[MeshStrategy, ...]:
     """All joint strategies of one op, the plainest first.
 
     per_axis: its strategies on each axis alone. shapes: of its operands and results. A loop may be
@@ -66,12 +66,12 @@ def joint_strategies(
     their part, so that they can be put inside each other.
     """
     if len(per_axis) == 1:
-        return tuple(Joint.of((part,)) for part in per_axis[0])
+        return tuple(MeshStrategy.of((part,)) for part in per_axis[0])
     found = []
     for parts in product(*per_axis):
         if not _together(rule, parts, sizes):
             continue
-        joint = Joint.of(parts)
+        joint = MeshStrategy.of(parts)
         layouts = (*joint.operands, *joint.results)
         if all(
             is_nested(shape, layout, sizes) for shape, layout in zip(shapes, layouts, strict=True)

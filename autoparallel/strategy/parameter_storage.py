@@ -12,7 +12,7 @@ from autoparallel.placement import Invariant, Layout, Placement, Shard
 from autoparallel.strategy.mesh_strategies import is_nested
 from autoparallel.strategy.redistribution_paths import layout_fraction
 
-__all__ = ["Stored", "state_per_element", "storage_choices", "stored_bytes"]
+__all__ = ["ParameterStorage", "state_per_element", "storage_choices", "stored_bytes"]
 
 # Per optimizer, numbers of the parameter's own type in its state, per element. "mixed_adam" keeps
 # two moments and, for parameters of 16 bits, a master copy, all in float32 (arXiv:1910.02054,
@@ -21,7 +21,7 @@ _NUMBERS = {"sgd": 0, "momentum": 1, "adam": 2, "mixed_adam": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class ParameterStorage:
     """storage: what is there between steps. gradient: how the finished gradient is held.
     state: what the optimizer updates. On every axis all are Invariant or the same Shard."""
 
@@ -30,9 +30,9 @@ class Stored:
     state: Layout
 
     @staticmethod
-    def as_used(layout: Layout) -> Stored:
+    def as_used(layout: Layout) -> ParameterStorage:
         """Parameter, gradient and state lie alike."""
-        return Stored(layout, layout, layout)
+        return ParameterStorage(layout, layout, layout)
 
 
 def storage_choices(
@@ -41,7 +41,7 @@ def storage_choices(
     sizes: tuple[int, ...],
     spread_state: bool,
     scattered_gradients: bool,
-) -> tuple[Stored, ...]:
+) -> tuple[ParameterStorage, ...]:
     """All ways to store one parameter, the plainest first.
 
     shards: per mesh axis, the splits that some op could use. spread_state: whether the optimizer's
@@ -55,16 +55,16 @@ def storage_choices(
         for axis, own in enumerate(shards):
             if not own and sizes[axis] > 1:
                 per_axis[axis] += _even(value, sizes[axis])
-    found: dict[Stored, None] = {}
+    found: dict[ParameterStorage, None] = {}
     layouts = [layout for layout in product(*per_axis) if is_nested(value.shape, layout, sizes)]
     for layout in layouts:
-        found[Stored.as_used(layout)] = None
+        found[ParameterStorage.as_used(layout)] = None
     if spread_state and value.requires_grad:
         for layout in layouts:
             for state in _spread(value, layout, sizes):
-                found[Stored(layout, layout, state)] = None
+                found[ParameterStorage(layout, layout, state)] = None
                 if scattered_gradients:
-                    found[Stored(layout, state, state)] = None
+                    found[ParameterStorage(layout, state, state)] = None
     return tuple(found)
 
 
@@ -102,7 +102,7 @@ def state_per_element(optimizer: str, itemsize: int) -> tuple[int, bool]:
 
 
 def stored_bytes(
-    value: Value, stored: Stored, sizes: tuple[int, ...], optimizer: str
+    value: Value, stored: ParameterStorage, sizes: tuple[int, ...], optimizer: str
 ) -> tuple[float, float, float]:
     """Bytes per rank of the parameter, of its gradient and of the optimizer's state.
 

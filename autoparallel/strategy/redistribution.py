@@ -29,11 +29,18 @@ from autoparallel.placement import (
     Shard,
     Step,
 )
-from autoparallel.strategy.parameter_storage import Stored
-from autoparallel.strategy.redistribution_paths import Routes, layout_fraction
+from autoparallel.strategy.parameter_storage import ParameterStorage
+from autoparallel.strategy.redistribution_paths import RedistributionPaths, layout_fraction
 from planners import Alternative
 
-__all__ = ["Edge", "Edges", "Made", "Need", "Repeated", "Table"]
+__all__ = [
+    "ProducerLayouts",
+    "ReaderLayouts",
+    "RecomputedEnds",
+    "RedistributionTable",
+    "RedistributionTables",
+    "Table",
+]
 
 Array = NDArray[np.float64]
 
@@ -43,7 +50,7 @@ _MOST_TARGETS, _MOST_JOINT = 3, 2
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class ProducerLayouts:
     """How the variable that makes a value lays it in each state. Known by identity.
 
     stored: of a parameter, the states themselves. given: it is there anyway: a parameter, an input.
@@ -51,13 +58,13 @@ class Made:
     """
 
     layouts: tuple[Layout, ...]
-    stored: tuple[Stored, ...] = ()
+    stored: tuple[ParameterStorage, ...] = ()
     given: bool = False
     counted: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Need:
+class ReaderLayouts:
     """In which layouts an op reads a value in each state. Known by identity.
 
     saves: whether what it reads stays, because the backward pass needs it. returned: because the
@@ -65,8 +72,8 @@ class Need:
     """
 
     layouts: tuple[tuple[Layout, ...], ...]
-    saves: bool = False
-    returned: bool = False
+    saved_for_backward: bool = False
+    returned_to_caller: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Repeated:
+class RecomputedEnds:
     """Who is run again in the backward pass: the maker of a value, and which of its readers.
 
     apart: the maker belongs to another block than the readers, of which it may be run again or not.
@@ -96,7 +103,7 @@ class Repeated:
 
 
 @dataclass(frozen=True, eq=False)
-class Edge:
+class RedistributionTable:
     """From a maker to its readers. groups: the layouts that the value is brought to, by state of
     the only reader or of the variable between; kept: those that the backward pass needs.
 
@@ -106,12 +113,12 @@ class Edge:
     groups: tuple[tuple[Layout, ...], ...]
     kept: tuple[tuple[Layout, ...], ...]
     paid: Table
-    routes: Routes
+    routes: RedistributionPaths
     offers: tuple[Table, ...] = ()
 
 
 @dataclass
-class Edges:
+class RedistributionTables:
     """Tables of one network, each made once for all values that are alike.
 
     sizes, links: of the mesh axes. memory: whether bytes are counted.
@@ -122,12 +129,12 @@ class Edges:
     hardware: Hardware
     options: Options
     memory: bool = False
-    _routes: dict[Any, Routes] = field(default_factory=dict)
+    _routes: dict[Any, RedistributionPaths] = field(default_factory=dict)
     _tables: dict[Any, Any] = field(default_factory=dict)
 
     def routes(
         self, value: Value, weight: bool, together: bool, layouts: Sequence[Layout]
-    ) -> Routes:
+    ) -> RedistributionPaths:
         """The ways of a value between these layouts, and through what lies between them."""
         universe = tuple(
             tuple(sorted(dict.fromkeys(column), key=_rank)) for column in zip(*layouts, strict=True)
@@ -135,7 +142,7 @@ class Edges:
         key = (value.shape, value.dtype.itemsize, value.requires_grad, weight, together, universe)
         if key not in self._routes:
             matrix = sum(size != 1 for size in value.shape) > 1
-            self._routes[key] = Routes(
+            self._routes[key] = RedistributionPaths(
                 value.shape,
                 nbytes(value),
                 value.requires_grad,
@@ -169,12 +176,12 @@ class Edges:
     def between(
         self,
         value: Value,
-        made: Made,
-        needs: tuple[Need, ...],
+        made: ProducerLayouts,
+        needs: tuple[ReaderLayouts, ...],
         weight: bool,
         together: bool,
-        modes: tuple[Repeated, ...] = (),
-    ) -> Edge:
+        modes: tuple[RecomputedEnds, ...] = (),
+    ) -> RedistributionTable:
         """The tables of one value: of a maker with its only reader, or with a variable between.
 
         modes: for each way in which the block of the readers may be run again, who is. More than
@@ -184,29 +191,31 @@ class Edges:
         if key not in self._tables:
             if len(needs) == 1:
                 groups = needs[0].layouts
-                kept = groups if needs[0].saves and self.memory else ((),) * len(groups)
+                kept = (
+                    groups if needs[0].saved_for_backward and self.memory else ((),) * len(groups)
+                )
             else:
                 groups, kept = self._groups(needs)
             targets = tuple(dict.fromkeys(target for group in groups for target in group))
             own = tuple(dict.fromkeys(made.layouts))
             routes = self.routes(value, weight, together, (*own, *targets))
-            plain = modes or (Repeated(False, (False,) * len(needs)),)
+            plain = modes or (RecomputedEnds(False, (False,) * len(needs)),)
             tables = [
                 self._paid(value, made, groups, kept, routes, targets, mode) for mode in plain
             ]
-            if any(need.returned for need in needs):
+            if any(need.returned_to_caller for need in needs):
                 tables = [replace(table, alternatives=()) for table in tables]
             offers: tuple[Table, ...] = ()
             if len(needs) > 1:
                 offers = tuple(Table(_offers(groups, kept, need)) for need in needs)
             # Makers and readers are known by identity: keep them alive.
-            edge = Edge(groups, kept, _stacked(tables), routes, offers)
+            edge = RedistributionTable(groups, kept, _stacked(tables), routes, offers)
             self._tables[key] = (edge, made, needs)
-        found: Edge = self._tables[key][0]
+        found: RedistributionTable = self._tables[key][0]
         return found
 
     def _groups(
-        self, needs: tuple[Need, ...]
+        self, needs: tuple[ReaderLayouts, ...]
     ) -> tuple[tuple[tuple[Layout, ...], ...], tuple[tuple[Layout, ...], ...]]:
         """Sets of layouts that a value may be brought to, the smallest first; and what is kept."""
         targets = tuple(dict.fromkeys(t for need in needs for state in need.layouts for t in state))
@@ -216,7 +225,7 @@ class Edges:
         sets = [group for count in counts for group in combinations(targets, count)]
         if len(self.sizes) > 1:
             sets = [group for group in sets if len(group) == 1 or _differ(*group[:2]) == 1]
-        savers = sum(need.saves for need in needs) if self.memory else 0
+        savers = sum(need.saved_for_backward for need in needs) if self.memory else 0
         groups: list[tuple[Layout, ...]] = []
         kept: list[tuple[Layout, ...]] = []
         for group in sets:
@@ -234,18 +243,18 @@ class Edges:
     def _paid(
         self,
         value: Value,
-        made: Made,
+        made: ProducerLayouts,
         groups: tuple[tuple[Layout, ...], ...],
         kept: tuple[tuple[Layout, ...], ...],
-        routes: Routes,
+        routes: RedistributionPaths,
         targets: tuple[Layout, ...],
-        mode: Repeated,
+        mode: RecomputedEnds,
     ) -> Table:
         """table[made, group]: each layout of the group is paid once; what is kept has its bytes."""
         row = np.array([routes.cells[layout] for layout in made.layouts])
         seconds = routes.seconds(targets)[row]
         if made.stored:
-            seconds = seconds + self._late(value, made.stored, targets)
+            seconds = seconds + self._zero_gradient_table(value, made.stored, targets)
         ahead = np.zeros_like(seconds)
         if self.memory or all(mode.readers):
             ahead = routes.forward_seconds(targets)[row]
@@ -259,12 +268,12 @@ class Edges:
     def _weighed(
         self,
         value: Value,
-        made: Made,
+        made: ProducerLayouts,
         targets: tuple[Layout, ...],
         kept: tuple[tuple[Layout, ...], ...],
         cost: Array,
         ahead: Array,
-        mode: Repeated,
+        mode: RecomputedEnds,
     ) -> Table:
         """The bytes of what the backward pass needs, held or made again from what it came from.
 
@@ -305,8 +314,10 @@ class Edges:
         fewer = np.where(again, np.broadcast_to(source[:, None], holds.shape), 0.0)
         return Table(cost, holds, (Alternative(repeat, fewer),))
 
-    def _late(self, value: Value, stored: tuple[Stored, ...], targets: tuple[Layout, ...]) -> Array:
-        """table[stored, target]: see `late`."""
+    def _zero_gradient_table(
+        self, value: Value, stored: tuple[ParameterStorage, ...], targets: tuple[Layout, ...]
+    ) -> Array:
+        """table[stored, target]: see `zero_gradient_seconds`."""
         found = np.zeros((len(stored), len(targets)))
         alike = [
             np.array([t[axis] == Replicate() for t in targets]) for axis in range(len(self.sizes))
@@ -315,13 +326,15 @@ class Edges:
         for index, choice in enumerate(stored):
             if choice.storage == choice.state:
                 continue
-            found[index] = self.late(value, choice, free)
+            found[index] = self.zero_gradient_seconds(value, choice, free)
             for axis, (own, state) in enumerate(zip(choice.storage, choice.state, strict=True)):
                 if own != state:
                     found[index, ~alike[axis]] = np.inf
         return found
 
-    def late(self, value: Value, stored: Stored, target: Layout) -> float:
+    def zero_gradient_seconds(
+        self, value: Value, stored: ParameterStorage, target: Layout
+    ) -> float:
         """What it adds that a gradient is reduced to a part: not much, mostly it is less than 0.
 
         In place of the all-reduce that the way from the parameter to its reader has in backward.
@@ -341,7 +354,7 @@ class Edges:
             seconds += scatter(Collective.REDUCE_SCATTER, size, link, count)
         return seconds
 
-    def gathering(self, value: Value, stored: Stored) -> float:
+    def gathering(self, value: Value, stored: ParameterStorage) -> float:
         """Seconds of gathering what the optimizer updated in parts of a parameter."""
         return sum(
             collective_seconds(
@@ -354,7 +367,7 @@ class Edges:
             if own != state
         )
 
-    def _across(self, value: Value, stored: Stored, axis: int) -> float:
+    def _across(self, value: Value, stored: ParameterStorage, axis: int) -> float:
         """Bytes that a rank has of a parameter where `axis` does not split it.
 
         A gradient is reduced from the outermost axis inwards, what is updated is gathered from the
@@ -427,7 +440,9 @@ def _storage(layout: Layout) -> Layout:
 
 
 def _offers(
-    groups: tuple[tuple[Layout, ...], ...], kept: tuple[tuple[Layout, ...], ...], need: Need
+    groups: tuple[tuple[Layout, ...], ...],
+    kept: tuple[tuple[Layout, ...], ...],
+    need: ReaderLayouts,
 ) -> Array:
     """table[group, state]: zero where the group has all that the state reads, and keeps it."""
     names = {layout: place for place, layout in enumerate(dict.fromkeys(chain(*groups)))}
@@ -439,6 +454,6 @@ def _offers(
                 table[index, names[layout]] = 1
         return table
 
-    has = members(kept if need.saves and any(kept) else groups)
+    has = members(kept if need.saved_for_backward and any(kept) else groups)
     missing = (1 - has) @ members(need.layouts).T
     return np.where(missing > 0, np.inf, 0.0)

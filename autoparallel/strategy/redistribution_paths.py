@@ -24,7 +24,7 @@ from autoparallel.placement import (
 )
 from autoparallel.strategy.mesh_strategies import is_nested
 
-__all__ = ["Routes", "layout_fraction"]
+__all__ = ["RedistributionPaths", "layout_fraction"]
 
 # A longer way must be cheaper by more than rounding.
 _RELATIVE = 1e-9
@@ -46,7 +46,7 @@ def _part(shape: Sequence[Dim], placement: Placement, count: int) -> float:
     return local_size(size, placement, count) / size if size else 1.0
 
 
-class Routes:
+class RedistributionPaths:
     """All cheapest ways between the layouts that a value may have.
 
     shape, nbytes: of the whole value. universe: per axis, the placements that may occur, on the

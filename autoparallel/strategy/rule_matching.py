@@ -14,11 +14,11 @@ from autoparallel.options import Options
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 
-__all__ = ["Kind", "match_rules"]
+__all__ = ["MatchedCall", "match_rules"]
 
 
 @dataclass(frozen=True)
-class Kind:
+class MatchedCall:
     """What all calls of one signature share: rule, and everything derived from it."""
 
     call: OpCall
@@ -27,13 +27,13 @@ class Kind:
 
 def match_rules(
     graph: Graph, inert: set[str], options: Options, world_size: int
-) -> dict[str, Kind]:
+) -> dict[str, MatchedCall]:
     """One rule per distinct call, by node name. inert: calls that every rank computes whole.
 
     Raises UnsupportedOpError that lists every op without a rule that needs one.
     """
-    kinds: dict[str, Kind] = {}
-    known: dict[Any, Kind] = {}
+    kinds: dict[str, MatchedCall] = {}
+    known: dict[Any, MatchedCall] = {}
     missing: dict[str, list[Node]] = {}
     reasons: dict[str, str] = {}
     values = graph.values
@@ -67,7 +67,7 @@ def match_rules(
                 if made is None and (grad or draws(node.target)):
                     missing.setdefault(node.target, []).append(node)
                     reasons.setdefault(node.target, why)
-            known[key] = Kind(call, made)
+            known[key] = MatchedCall(call, made)
         elif node.target in missing:
             missing[node.target].append(node)
         kinds[node.name] = known[key]

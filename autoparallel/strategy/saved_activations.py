@@ -8,13 +8,13 @@ from autoparallel.cost.op_costs import nbytes
 from autoparallel.cost.saved_tensors import SavedTensors
 from autoparallel.graph.graph import Graph, Node, Value
 from autoparallel.rules.rule import ShardingRule
-from autoparallel.strategy.mesh_strategies import Joint
+from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.redistribution_paths import layout_fraction
 
-__all__ = ["Kept"]
+__all__ = ["SavedActivations"]
 
 
-class Kept:
+class SavedActivations:
     """What every op keeps for its backward pass, of what it reads, of what it makes, and besides.
 
     Views keep nothing, but what is kept of a view is kept of what it is a view of: that is where it
@@ -54,7 +54,7 @@ class Kept:
             if keeps and self.is_made(self.saved.storage_of(name))
         }
 
-    def latest(self, ranks: int, repeated: Container[str]) -> tuple[str, float]:
+    def peak_call(self, ranks: int, repeated: Container[str]) -> tuple[str, float]:
         """The call at whose backward most is there, as far as is known before anything is planned.
 
         Its gradients are there beside all that is kept, but for what was freed by then: so many
@@ -86,7 +86,7 @@ class Kept:
                 found.setdefault(value.name, (value, place))
         return list(found.values())
 
-    def gradient_nbytes(self, node: Node, joint: Joint, sizes: tuple[int, ...]) -> float:
+    def gradient_nbytes(self, node: Node, joint: MeshStrategy, sizes: tuple[int, ...]) -> float:
         """Bytes of gradients that are there while the backward of a call runs."""
         layouts = (*joint.operands, *joint.results)
         return sum(
@@ -108,7 +108,7 @@ class Kept:
         """Whether a value is none that is there before the program starts."""
         return self.graph.producers[name].kind == "call"
 
-    def nbytes(self, node: Node, joint: Joint, sizes: tuple[int, ...]) -> float:
+    def nbytes(self, node: Node, joint: MeshStrategy, sizes: tuple[int, ...]) -> float:
         """Bytes that an op keeps by itself: results, and what is neither result nor operand.
 
         Of several kernels the innermost one runs; to it the others' loops are as if split without,

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoparallel.analysis.communication import PHASES, Transfer, transfers
-from autoparallel.analysis.memory import account
+from autoparallel.analysis.memory import memory_of
 from autoparallel.placement import Collective, Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.support.units import bytes_text
@@ -277,7 +277,7 @@ def _memory(plan: Plan) -> Table | None:
     """What the rank that needs most needs it for."""
     if not plan.memory and not plan.is_traced:
         return None
-    memory = plan.memory or account(plan).rows
+    memory = plan.memory or memory_of(plan).rows
     total = sum(nbytes for _, nbytes in memory)
     rows = [
         (name.replace("_", " "), bytes_text(nbytes), f"{nbytes / total:.1%}" if total else "")

@@ -12,7 +12,7 @@ import torch
 import autoparallel
 from autoparallel.analysis.closed_forms import ClosedForms, Form, closed_forms
 from autoparallel.analysis.communication import transfers
-from autoparallel.analysis.memory import account
+from autoparallel.analysis.memory import memory_of
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Collective, local_layout_size
@@ -236,4 +236,4 @@ def test_saved_activations_are_the_account_s(options: dict[str, Any]) -> None:
     """To the byte, whether they divide or not."""
     plan = planned(**options)
     forms = closed_forms(plan, names=NAMES)
-    assert forms.at(forms.total.activations) == account(plan).activations
+    assert forms.at(forms.total.activations) == memory_of(plan).activations

@@ -17,9 +17,9 @@ from sample_calls import CALLS
 from torch import nn
 
 import autoparallel
-from autoparallel.analysis.abstract_execution import Walk, local_shape
-from autoparallel.analysis.liveness import Peak
-from autoparallel.analysis.memory import account, state_nbytes
+from autoparallel.analysis.abstract_execution import AbstractExecution, local_shape
+from autoparallel.analysis.liveness import Liveness
+from autoparallel.analysis.memory import memory_of, state_nbytes
 from autoparallel.discovery import strategy_validation as referee
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
@@ -58,7 +58,7 @@ def compare(name: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     with Float64():
         model, inputs = zoo.build(name, dropout=DROPOUT), zoo.inputs_for(name)
     autoparallel.simulate(model, plan.world_size, example_inputs=inputs, plan=plan)
-    found = account(plan)
+    found = memory_of(plan)
     assert len(kept.nbytes) == plan.world_size
     assert (found.activations, found.assumed) == (max(kept.nbytes.values()), ())
 
@@ -94,7 +94,7 @@ def test_copies_that_are_made_again(recompute: str, monkeypatch: pytest.MonkeyPa
         rows.append(replace(conversion, again=gathers and conversion.requires_grad))
     assert sum(row.again for row in rows) > 1
     dropping = replace(plan, conversions=tuple(rows))
-    assert account(dropping).activations < account(plan).activations
+    assert memory_of(dropping).activations < memory_of(plan).activations
     compare("gpt2", dropping, monkeypatch)
 
 
@@ -115,7 +115,7 @@ def test_the_worst_moment_is_that_of_a_real_step(name: str, recompute: str) -> N
     with Alive(own) as alive:
         returned = module(**inputs)
         returned.loss.backward()
-    found = account(plan)
+    found = memory_of(plan)
     most = alive.most([parameter.grad for parameter in module.parameters()])
     assert found.activations + found.temporary == pytest.approx(most, rel=0.01)
 
@@ -136,8 +136,8 @@ def compare_strategies(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     find = find_rule(sample.target)
     assert find is not None
     for strategy in referee.derived(example, find(example.call), 2):
-        assert referee.fault(example, strategy, 2) == ""
-        found = Peak(Walk(kept.graph, kept.plan)).activations
+        assert referee.why_wrong(example, strategy, 2) == ""
+        found = Liveness(AbstractExecution(kept.graph, kept.plan)).activations
         assert found == max(kept.nbytes.values()), strategy
 
 
@@ -181,7 +181,7 @@ def test_a_small_model_by_hand() -> None:
     are its result, its gradient and the gradient of what it reads: 3 x 5 x 16 numbers; and the
     loss, which the caller holds.
     """
-    found = account(two(1))
+    found = memory_of(two(1))
     assert (found.parameters, found.gradients, found.optimizer_state) == (848, 848, 1696)
     assert (found.activations, found.buffers, found.inputs) == (400, 16, 160)
     assert found.temporary == 3 * 5 * 16 * 4 + 4 - 400
@@ -192,13 +192,13 @@ def test_the_same_split_in_two() -> None:
     """Column, then row: halves of both matrices and of the first bias; the sum is made whole."""
     plan = two(2)
     assert dict(plan.storage)["first.weight"] != dict(plan.storage)["second.bias"]
-    found = account(plan)
+    found = memory_of(plan)
     assert (found.parameters, found.gradients, found.optimizer_state) == (432, 432, 864)
     assert found.activations == 5 * 8 * 4 + 5 * 4 * 4
 
 
 def test_items_add_up_and_blocks_are_one() -> None:
-    found = account(planned("gpt2", 2))
+    found = memory_of(planned("gpt2", 2))
     for category in ("parameters", "gradients", "optimizer_state", "activations"):
         total = sum(item.nbytes for item in found.items if item.category == category)
         assert total == getattr(found, category)
@@ -216,7 +216,7 @@ def test_the_size_planned_for_is_what_counts() -> None:
     plan = traced("gpt2")
     assert plan.captured is not None
     few, many = (
-        account(search(plan.captured, plan.model, Mesh(tp=1), Options(tokens=tokens)))
+        memory_of(search(plan.captured, plan.model, Mesh(tp=1), Options(tokens=tokens)))
         for tokens in (2**12, 2**13)
     )
     assert few.parameters == many.parameters
@@ -265,7 +265,7 @@ def test_the_stages_of_zero(
     ):
         row = ParameterChoice("w", "w", (count,), 2 * count, *stage)
         plan = replace(base, mesh=Mesh(dp=ranks), options=options, parameters=(row,))
-        found = account(plan)
+        found = memory_of(plan)
         total = found.parameters + found.gradients + found.optimizer_state
         assert total == expected
         assert total / 1e9 == pytest.approx(about, rel=0.004)
@@ -274,7 +274,7 @@ def test_the_stages_of_zero(
 def test_a_split_state_without_a_master_copy_updates_a_copy_of_its_part() -> None:
     base = two(1)
     row = ParameterChoice("w", "w", (64,), 256, (Invariant(),), (Shard(0),), (Shard(0),))
-    found = account(replace(base, mesh=Mesh(dp=4), parameters=(row,)))
+    found = memory_of(replace(base, mesh=Mesh(dp=4), parameters=(row,)))
     assert (found.parameters, found.gradients, found.optimizer_state) == (256 + 64, 64, 128)
 
 
@@ -294,7 +294,7 @@ def test_what_is_run_again_keeps_only_what_goes_in() -> None:
     """Of a block, what goes in stays; what it kept is there once more for a while."""
     plan = planned("gpt2", 1)
     blocks = [of_block(plan, f"transformer.h.{layer}") for layer in range(zoo.LAYERS)]
-    before, after = account(plan), account(plan, blocks)
+    before, after = memory_of(plan), memory_of(plan, blocks)
     without = sum(
         item.nbytes
         for item in before.items
@@ -310,7 +310,7 @@ def test_what_is_run_again_keeps_only_what_goes_in() -> None:
 
 def test_a_plan_without_its_graph_has_no_account() -> None:
     with pytest.raises(PlanError, match="no graph"):
-        account(Plan.from_json(two(1).to_json()))
+        memory_of(Plan.from_json(two(1).to_json()))
 
 
 BATCH, SEQUENCE, WIDTH, HEADS = 4, 512, 1024, 16
@@ -338,7 +338,7 @@ def per_layer(ranks: int, **choices: Any) -> float:
             replace(row, again=any(move is Movement.ALL_GATHER for _, move, _ in row.moves))
             for row in plan.conversions
         )
-        taken.append(account(replace(plan, conversions=rows)).activations)
+        taken.append(memory_of(replace(plan, conversions=rows)).activations)
     return (taken[1] - taken[0]) / (BATCH * SEQUENCE * WIDTH)
 
 

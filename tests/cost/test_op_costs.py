@@ -13,7 +13,7 @@ from autoparallel.cost.matmul import product_seconds
 from autoparallel.cost.op_costs import OpCost, op_costs, update_seconds
 from autoparallel.graph.graph import Node, Ref, Value
 from autoparallel.rules.registry import find_rule
-from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, Tile, strategies
+from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, Strategy, strategies
 
 PEAK, MEMORY, LAUNCH = 1000.0, 64.0, 0.5
 PLAIN = Hardware(
@@ -50,9 +50,11 @@ def split(call: OpCall, *loops: str | None, ranks: int = 2) -> tuple[Strategy, .
     rule, grads = rule_of(call), (True,) * len(call.operands)
     found = []
     for loop in loops:
-        tiles = [Tile(loop)] if loop else []
+        tiles = [LoopSplit(loop)] if loop else []
         options = strategies(rule, tiles, grads, (True,), ranks)
-        found.append(next(each for each in options if each.tile == (Tile(loop) if loop else None)))
+        found.append(
+            next(each for each in options if each.tile == (LoopSplit(loop) if loop else None))
+        )
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import autoparallel
 from autoparallel.discovery.discover import ProbeError, discover
-from autoparallel.discovery.strategy_validation import derived, fault
+from autoparallel.discovery.strategy_validation import derived, why_wrong
 from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Node, Ref, Value
@@ -101,7 +101,7 @@ def test_rules_of_ops_that_nobody_knows(call: Call, words: str) -> None:
     assert all(rule.reasons[loop] for loop in rule.whole)
     for world_size in (2, 4):
         for strategy in derived(example, rule, world_size):
-            wrong = fault(example, strategy, world_size, rule)
+            wrong = why_wrong(example, strategy, world_size, rule)
             assert not wrong, f"{strategy} on {world_size}: {wrong}"
 
 

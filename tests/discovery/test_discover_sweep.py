@@ -7,7 +7,7 @@ from calls import Call, call, ints, x
 from sample_calls import CALLS
 
 from autoparallel.discovery.discover import ProbeError, discover
-from autoparallel.discovery.strategy_validation import derived, fault
+from autoparallel.discovery.strategy_validation import derived, why_wrong
 from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import ShardingRule
 
@@ -116,5 +116,5 @@ def _faults(sample: Call, rule: ShardingRule) -> list[str]:
         f"{sample}: {strategy} on {world_size}: {why}"
         for world_size in (2, 3, 4)
         for strategy in derived(example, rule, world_size)
-        if (why := fault(example, strategy, world_size, rule))
+        if (why := why_wrong(example, strategy, world_size, rule))
     ]

@@ -11,7 +11,7 @@ from calls import Call, x
 
 from autoparallel.discovery import unknown_ops as unknown
 from autoparallel.discovery.discover import discover
-from autoparallel.discovery.discovered_rule import Found
+from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.disk_cache import key_of, load, store
 from autoparallel.rules import registry
 from autoparallel.rules.rule import OpCall
@@ -35,7 +35,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ops that were probed, as they are."""
     seen: list[str] = []
 
-    def counted(call: OpCall) -> Found:
+    def counted(call: OpCall) -> DiscoveredRule:
         seen.append(call.node.target)
         return discover(call)
 

@@ -7,7 +7,7 @@ import torch
 from calls import call, x
 from sample_calls import CALLS
 
-from autoparallel.discovery.strategy_validation import derived, fault, uneven_parts
+from autoparallel.discovery.strategy_validation import derived, uneven_parts, why_wrong
 from autoparallel.placement import Invariant, Partial, Replicate, Shard
 from autoparallel.rules.ops.pointwise import pointwise
 from autoparallel.rules.registry import find_rule, registered
@@ -34,7 +34,7 @@ def test_every_strategy_is_sound(call):
     faults = []
     for world_size in (2, 3, 4):
         for strategy in derived(example, rule, world_size):
-            found = fault(example, strategy, world_size)
+            found = why_wrong(example, strategy, world_size)
             if found:
                 faults.append(f"{strategy} on {world_size}: {found}")
     assert faults == []
@@ -52,7 +52,7 @@ def test_attention_keeps_heads_on_every_rank_where_torch_needs_them(monkeypatch)
         example = sample.example()
         rule = find_rule(sample.target)(example.call)
         found = derived(example, rule, world_size)
-        assert not any(fault(example, strategy, world_size) for strategy in found)
+        assert not any(why_wrong(example, strategy, world_size) for strategy in found)
         return [strategy for strategy in found if strategy.operands[0] == Shard(1)]
 
     six = (x(4, 6, 5, 8), x(4, 6, 7, 8), x(4, 6, 7, 8))
@@ -123,7 +123,7 @@ def test_a_wrong_rule_is_caught(name):
     sample, author, wrong = WRONG_RULES[name]
     example = sample.example()
     choices = derived(example, author(example.call), 2)
-    faults = {str(strategy): fault(example, strategy, 2) for strategy in choices}
+    faults = {str(strategy): why_wrong(example, strategy, 2) for strategy in choices}
     assert faults[wrong].startswith(("result 0: ", "rank 0 failed: "))
     assert not any(found for strategy, found in faults.items() if set(strategy) <= set("IR, ->"))
 
@@ -166,7 +166,7 @@ WRONG_STRATEGIES = {
 def test_a_wrong_strategy_is_caught(name):
     operands, results, message = WRONG_STRATEGIES[name]
     example = call("linear.default", x(4, 6), x(8, 6)).example()
-    assert fault(example, Strategy(operands, results), 2).startswith(message)
+    assert why_wrong(example, Strategy(operands, results), 2).startswith(message)
 
 
 def test_pending_sums_are_uneven():

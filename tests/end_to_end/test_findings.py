@@ -14,13 +14,13 @@ from torch import nn
 
 import autoparallel
 from autoparallel.analysis.communication import transfers
-from autoparallel.analysis.memory import Account, account
+from autoparallel.analysis.memory import Account, memory_of
 from autoparallel.errors import MemoryLimitError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Shard, layout_text
 from autoparallel.plan import OpChoice, Plan
-from autoparallel.planning.solution_to_plan import read_plan
-from autoparallel.strategy.parameter_storage import Stored
+from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.train.models import GPT, GPTConfig
 from planners import Solution, exact
 
@@ -143,7 +143,7 @@ def test_limits_are_bytes_and_are_not_relaxed() -> None:
     least = caught.value.least
     assert least > 32 * 2**20
     plan = planned(model, 8, 1024, memory_limit=int(least * 1.05), **options)
-    assert account(plan).total <= least * 1.05
+    assert memory_of(plan).total <= least * 1.05
 
 
 # Bytes per parameter on one of n ranks, mixed precision Adam: parameter, gradient, state.
@@ -168,7 +168,7 @@ def test_the_formulas_are_those_that_are_printed(ranks: int) -> None:
         assert 7.5 * sum(ZERO[stage](ranks)) == pytest.approx(printed, abs=0.06)
 
 
-def stored(choices: tuple[Stored, ...], stage: int) -> int:
+def stored(choices: tuple[ParameterStorage, ...], stage: int) -> int:
     """The place of the choice that is a stage of ZeRO."""
     whole = (Invariant(),)
     for place, choice in enumerate(choices):
@@ -195,8 +195,8 @@ def test_bytes_of_zero_to_the_byte(stage: int, ranks: int) -> None:
     problem = network.problem()
     chosen = {name: stored(choices, stage) for name, choices in network.storages.items()}
     solution = Solution.of(problem, exact.solve(problem.weighed(0.0).pinned(chosen)).assignment, "")
-    plan = read_plan(captured, "GPT", network.mesh, network, solution, 1.0)
-    taken: Account = account(plan)
+    plan = plan_of_solution(captured, "GPT", network.mesh, network, solution, 1.0)
+    taken: Account = memory_of(plan)
     count = sum(parameter.numel() for parameter in model.parameters())
     own = (taken.parameters, taken.gradients, taken.optimizer_state)
     assert own == tuple(count * each for each in ZERO[stage](ranks))

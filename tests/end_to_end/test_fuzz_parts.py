@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from autoparallel.discovery.strategy_validation import (
     derived,
     difference,
-    fault,
     make_example,
     part_of,
     tiles_of,
+    why_wrong,
 )
 from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard, gradient
 from autoparallel.rules.ops.shape import reshape
@@ -120,7 +120,7 @@ def check_view(view: tuple[tuple[int, ...], tuple[int, ...], int]) -> None:
     example = make_example("aten.reshape.default", (x(*before), after))
     rule = reshape(example.call)
     for strategy in derived(example, rule, world_size)[:12]:
-        assert fault(example, strategy, world_size) == "", str(strategy)
+        assert why_wrong(example, strategy, world_size) == "", str(strategy)
     for tile in tiles_of(rule, world_size):
         for dims in (*rule.operands, *rule.results):
             try:

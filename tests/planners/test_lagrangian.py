@@ -24,7 +24,7 @@ from planners import (
 )
 from planners import lagrangian as limited
 from planners import local_improvement as filling
-from planners.integer_refinement import closed
+from planners.integer_refinement import refine_by_integer_program
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -176,17 +176,19 @@ def test_closing_a_gap_finds_the_optimum() -> None:
                 Solution.of(problem, least, "known", -math.inf, math.inf), multiplier=0.0
             )
             for charge in (0.0, 0.1, 1.0):
-                solution = closed(problem, replace(known, multiplier=charge), 0.0)
+                solution = refine_by_integer_program(
+                    problem, replace(known, multiplier=charge), 0.0
+                )
                 accounts_for(problem, solution)
                 assert solution.cost == pytest.approx(expected.cost)
                 assert solution.lower_bound == pytest.approx(expected.cost)
             better += known.cost > expected.cost + 1e-9
-            assert closed(problem, known, 0.0, most_entries=-1) == known
+            assert refine_by_integer_program(problem, known, 0.0, most_entries=-1) == known
     assert better > 10
 
 
 def test_filling_keeps_the_limit_and_costs_no_more() -> None:
-    cheaper = mended = 0
+    cheaper = repair_to_limit = 0
     for seed in range(150):
         found = solvable(seed)
         if found is not None:
@@ -197,16 +199,16 @@ def test_filling_keeps_the_limit_and_costs_no_more() -> None:
             for charge in (0.0, 0.05, 0.2, 1.0):
                 assignment = exact.solve(problem.weighed(charge)).assignment
                 others.append(Solution.of(problem, assignment, "charged", -math.inf, charge))
-            solution = filling.filled(problem, start, others, 0.2)
+            solution = filling.improve_within_limit(problem, start, others, 0.2)
             accounts_for(problem, solution)
             assert expected.cost - 1e-9 <= solution.cost <= start.cost
             cheaper += solution.cost < start.cost
-            saved = filling.mended(problem, others[0], [start, *others], 0.2)
+            saved = filling.repair_to_limit(problem, others[0], [start, *others], 0.2)
             if saved is not None:
                 accounts_for(problem, saved)
-                mended += not problem.fits(others[0].usage)
+                repair_to_limit += not problem.fits(others[0].usage)
     assert cheaper > 10
-    assert mended > 10
+    assert repair_to_limit > 10
 
 
 @pytest.mark.broad

@@ -12,11 +12,11 @@ import autoparallel
 from autoparallel import Mesh
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import MemoryLimitError, PlanError
-from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.graph.passes.run_passes import with_larger_hints
 from autoparallel.mesh import arrangements
 from autoparallel.placement import Invariant, Replicate, Shard, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.solution_to_plan import assignment_of
+from autoparallel.planning.solution_to_plan import solution_of_plan
 from autoparallel.strategy.build_network import build_network
 from autoparallel.support.units import bytes_text, parse_bytes
 from autoparallel.train.models import GPT, GPTConfig
@@ -141,12 +141,12 @@ def test_a_plan_is_an_assignment(options: dict[str, Any]) -> None:
     """Read back into states it costs what it says, and planning may begin with it."""
     plan = planned(**options)
     assert plan.captured is not None
-    graph = at_least(plan.captured.graph, plan.options.tokens)
+    graph = with_larger_hints(plan.captured.graph, plan.options.tokens)
     network = build_network(graph, plan.mesh, find_hardware("dgx-a100"), plan.options)
     problem = network.problem()
     # Copies made again are choices beside the states: at no charge per byte none is.
     if not any(conversion.again for conversion in plan.conversions):
-        assert problem.cost(assignment_of(network, plan)) == pytest.approx(plan.cost, rel=1e-9)
+        assert problem.cost(solution_of_plan(network, plan)) == pytest.approx(plan.cost, rel=1e-9)
     assert planned(start=plan, **options).cost <= plan.cost * (1 + 1e-12)
 
 

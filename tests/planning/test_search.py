@@ -14,11 +14,11 @@ from autoparallel.cost.hardware import find_hardware
 from autoparallel.options import Options
 from autoparallel.placement import layout_text
 from autoparallel.strategy.build_network import build_network
-from autoparallel.strategy.cost_network import Network
+from autoparallel.strategy.cost_network import CostNetwork
 from planners import exact, exhaustive, ilp
 
 
-def network_of(model: nn.Module, inputs: Any, world_size: int, **options: Any) -> Network:
+def network_of(model: nn.Module, inputs: Any, world_size: int, **options: Any) -> CostNetwork:
     """The cost network of a model's plan."""
     plan = autoparallel.make_plan(model, world_size, example_inputs=inputs, **options)
     assert plan.captured is not None

@@ -15,14 +15,14 @@ from own_prices import price
 from torch import nn
 
 import autoparallel
-from autoparallel.analysis.abstract_execution import Walk
-from autoparallel.analysis.liveness import Peak
-from autoparallel.analysis.memory import account
+from autoparallel.analysis.abstract_execution import AbstractExecution
+from autoparallel.analysis.liveness import Liveness
+from autoparallel.analysis.memory import memory_of
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
-from autoparallel.planning.network_solver import Solving
-from autoparallel.planning.solution_to_plan import read_plan
-from autoparallel.strategy.cost_network import Network
+from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.train.models import GPT, GPTConfig
 from planners import Solution, exact
 
@@ -96,14 +96,14 @@ def test_any_plan_costs_what_the_network_says(
     assert bool(repeated) == ("recompute" in options)
 
 
-def as_it_begins(network: Network, plan: Plan) -> int:
+def as_it_begins(network: CostNetwork, plan: Plan) -> int:
     """Bytes of a plan, but for inputs and buffers, when its backward pass begins, and without what
     an op takes inside."""
-    walk = Walk(network.graph, plan, plan.recomputed)
-    (at,) = (i for i, moment in enumerate(walk.moments) if moment.node == network.latest)
-    taken = account(plan)
+    walk = AbstractExecution(network.graph, plan, plan.recomputed)
+    (at,) = (i for i, moment in enumerate(walk.moments) if moment.node == network.peak_call)
+    taken = memory_of(plan)
     stays = taken.parameters + taken.gradients + taken.optimizer_state
-    return stays + int(Peak(walk).backward[at]) - walk.moments[at].backward
+    return stays + int(Liveness(walk).backward[at]) - walk.moments[at].backward
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -120,12 +120,12 @@ def test_the_bytes_of_the_best_plans(recompute: str) -> None:
         memory_limit=10**12,
         tokens=1,
     )
-    assert network.latest == "cross_entropy_loss"
+    assert network.peak_call == "cross_entropy_loss"
     problem = network.problem()
     for charge in (0.0, 1e-9, 1e-7):
         found = exact.solve(problem.weighed(charge))
         solution = Solution.of(problem, found.assignment, "weighed", multiplier=charge)
-        plan = read_plan(captured, "best", network.mesh, network, solution, 1.0)
+        plan = plan_of_solution(captured, "best", network.mesh, network, solution, 1.0)
         assert bool(plan.recomputed) == (recompute != "none")
         assert solution.usage == pytest.approx(as_it_begins(network, plan), rel=5e-3)
 
@@ -135,7 +135,7 @@ def test_a_bound_is_that_of_the_limit_as_given() -> None:
     model = GPT(GPTConfig(2, 64, 8, 211, positions=1024, dropout=0.1)).bfloat16()
     inputs, mesh, limit = model.example_inputs(8), Mesh(dp=2, tp=2), 180 * 2**20
     _, network = network_of(model, inputs, mesh, memory_limit=limit, recompute="auto")
-    first = Solving(network).within(network.problem(1.0, {}, limit - network.besides))
+    first = NetworkSolver(network).within(network.problem(1.0, {}, limit - network.fixed_nbytes))
     plan = autoparallel.make_plan(model, mesh=mesh, example_inputs=inputs, memory_limit=limit)
     assert sum(size for _, size in plan.memory) <= limit
     assert plan.lower_bound <= first.cost < plan.cost

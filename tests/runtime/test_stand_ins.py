@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import autoparallel
-from autoparallel.discovery.strategy_validation import Example, derived, difference, fault
+from autoparallel.discovery.strategy_validation import Example, derived, difference, why_wrong
 from autoparallel.graph.graph import leaves
 from autoparallel.graph.operators import operator_of
 from autoparallel.mesh import Mesh
@@ -77,7 +77,7 @@ def test_no_number_of_a_stand_in_counts(sample: Call, monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             patch.setattr(standing._StandIn, "forward", staticmethod(poisoned))
             for strategy in derived(example, rule_of(example), world_size):
-                found = fault(example, strategy, world_size)
+                found = why_wrong(example, strategy, world_size)
                 if found:
                     faults.append(f"{strategy} on {world_size}: {found}")
     assert faults == []

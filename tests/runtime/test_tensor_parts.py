@@ -11,7 +11,7 @@ import torch
 
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
-from autoparallel.parallel.parameters import Residence
+from autoparallel.parallel.parameters import ParameterLayouts
 from autoparallel.placement import (
     Invariant,
     Layout,
@@ -134,11 +134,11 @@ def test_what_is_updated_is_cut_from_what_computes() -> None:
 def test_a_gradient_is_cut_at_once_where_it_is_held_so() -> None:
     """But not inside a cut of the same dim that comes later."""
     whole, split, pending = Invariant(), Shard(0), Partial()
-    late = Residence((4, 4), (whole, whole), (whole, whole), (split, split))
+    late = ParameterLayouts((4, 4), (whole, whole), (whole, whole), (split, split))
     assert late.reduced_first((pending, pending)) == (pending, pending)
-    early = Residence((4, 4), (whole, whole), (split, split), (split, split))
+    early = ParameterLayouts((4, 4), (whole, whole), (split, split), (split, split))
     assert early.reduced_first((pending, whole)) == (split, split)
-    inner = Residence((4, 4), (whole, whole), (whole, split), (split, split))
+    inner = ParameterLayouts((4, 4), (whole, whole), (whole, split), (split, split))
     assert inner.reduced_first((pending, pending)) == (pending, pending)
-    apart = Residence((4, 4), (whole, whole), (whole, Shard(1)), (split, Shard(1)))
+    apart = ParameterLayouts((4, 4), (whole, whole), (whole, Shard(1)), (split, Shard(1)))
     assert apart.reduced_first((pending, pending)) == (pending, Shard(1))

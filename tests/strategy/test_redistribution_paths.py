@@ -30,7 +30,7 @@ from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.strategy.mesh_strategies import is_nested
-from autoparallel.strategy.redistribution_paths import Routes
+from autoparallel.strategy.redistribution_paths import RedistributionPaths
 
 # Dim 0 can be cut by both axes; 7 divides by no axis, and 5 runs of 2 by neither.
 SHAPE = (12, 7, 10)
@@ -40,14 +40,14 @@ MESHES = ((2, 2), (2, 3))
 Sizes = tuple[int, ...]
 
 
-def routes(sizes: Sizes, inner_is_slow: bool = False) -> Routes:
+def routes(sizes: Sizes, inner_is_slow: bool = False) -> RedistributionPaths:
     """All ways of a tensor of SHAPE in float64, with a gradient; one axis is the faster one."""
     links = [Link.ring(1e9, 1e-5, 1e-5), Link.ring(1e10, 1e-6, 1e-6)]
     if inner_is_slow:
         links.reverse()
     nbytes = 8 * torch.Size(SHAPE).numel()
     universe = (PLACEMENTS, PLACEMENTS)
-    return Routes(
+    return RedistributionPaths(
         SHAPE, nbytes, True, universe, sizes, tuple(links), find_hardware("cpu"), lambda _: True
     )
 

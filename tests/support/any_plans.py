@@ -12,13 +12,13 @@ from autoparallel.capture.example_inputs import split_example
 from autoparallel.capture.graph_breaks import trace
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.graph.captured import Captured
-from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.graph.passes.run_passes import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.plan import Plan
-from autoparallel.planning.solution_to_plan import read_plan
+from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.build_network import build_network
-from autoparallel.strategy.cost_network import Network
+from autoparallel.strategy.cost_network import CostNetwork
 from planners import Solution, exact
 
 __all__ = ["any_plans", "network_of"]
@@ -26,17 +26,17 @@ __all__ = ["any_plans", "network_of"]
 
 def network_of(
     model: nn.Module, inputs: Any, mesh: Mesh, **options: Any
-) -> tuple[Captured, Network]:
+) -> tuple[Captured, CostNetwork]:
     """The cost network of a model on a mesh, with memory counted where there is a limit."""
     args, kwargs = split_example(inputs)
     captured = trace(model, args, kwargs)
     chosen = Options(**{"data_parallel": True, **options})
-    graph = at_least(captured.graph, chosen.tokens)
+    graph = with_larger_hints(captured.graph, chosen.tokens)
     return captured, build_network(graph, mesh, find_hardware(chosen.hardware), chosen)
 
 
 def any_plans(
-    captured: Captured, network: Network, seeds: range
+    captured: Captured, network: CostNetwork, seeds: range
 ) -> Iterator[tuple[Plan, Solution]]:
     """A plan for each seed, and the solution that it is.
 
@@ -66,5 +66,5 @@ def any_plans(
         given = {name: state for name, state in found.items() if name in drawn}
         rest = exact.solve(plain.pinned(given)).assignment
         solution = Solution.of(problem, rest, "drawn", multiplier=price)
-        plan = read_plan(captured, "drawn", network.mesh, network, solution, 1.0)
+        plan = plan_of_solution(captured, "drawn", network.mesh, network, solution, 1.0)
         yield plan, solution

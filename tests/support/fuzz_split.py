@@ -20,15 +20,15 @@ from autoparallel.capture.export import capture
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Sym
-from autoparallel.graph.passes.run_passes import at_least, run_passes
+from autoparallel.graph.passes.run_passes import run_passes, with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.solution_to_plan import read_plan
+from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.build_network import build_network
-from autoparallel.strategy.cost_network import Network
+from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.pytree import flatten
 from planners import Factor, Problem, Variable, exact
 
@@ -166,11 +166,11 @@ class Subject:
     def plan(self, split: Split) -> Plan:
         """The best plan by random costs."""
         options = Options(split.sequence_parallel, split.data_parallel, "dgx-a100")
-        graph = at_least(self.captured.graph, options.tokens)
+        graph = with_larger_hints(self.captured.graph, options.tokens)
         mesh = split.mesh
         network = build_network(graph, mesh, find_hardware(options.hardware), options, {})
         problem = randomized(network, split)
-        plan = read_plan(self.captured, "Model", mesh, network, exact.solve(problem), 1.0)
+        plan = plan_of_solution(self.captured, "Model", mesh, network, exact.solve(problem), 1.0)
         return spared(plan, split.seed) if split.sparing else plan
 
     def check(self, split: Split, coverage: Coverage) -> None:
@@ -244,7 +244,7 @@ def loss_of(output: Any) -> torch.Tensor:
     return total
 
 
-def randomized(network: Network, split: Split) -> Problem:
+def randomized(network: CostNetwork, split: Split) -> Problem:
     """The network's choices at random costs: what is forbidden stays forbidden."""
     rng = np.random.default_rng(split.seed)
     problem = network.problem()

@@ -15,7 +15,7 @@ from autoparallel.cost.collective_times import collective_seconds, together_seco
 from autoparallel.cost.hardware import Hardware, Link, find_hardware
 from autoparallel.cost.op_costs import op_costs, update_seconds
 from autoparallel.graph.graph import Graph, Value, hint
-from autoparallel.graph.passes.run_passes import at_least
+from autoparallel.graph.passes.run_passes import with_larger_hints
 from autoparallel.placement import (
     Collective,
     Invariant,
@@ -199,7 +199,7 @@ def tensors(rule: ShardingRule) -> tuple[Any, ...]:
 def price(plan: Plan) -> Priced:
     """The plan's seconds, anew. Raises AssertionError for a plan that contradicts itself."""
     assert plan.captured is not None
-    graph = at_least(plan.captured.graph, plan.options.tokens)
+    graph = with_larger_hints(plan.captured.graph, plan.options.tokens)
     hardware = find_hardware(plan.hardware).at_pace_of(plan.world_size)
     sizes = tuple(size for _, size in plan.mesh.axes)
     pricer = _Pricer(plan, graph, hardware, sizes, hardware.links(sizes))

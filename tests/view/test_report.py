@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 import autoparallel
-from autoparallel.analysis.memory import account
+from autoparallel.analysis.memory import memory_of
 from autoparallel.placement import Collective, Movement
 from autoparallel.plan import Plan
 from autoparallel.support.units import bytes_text
@@ -108,7 +108,7 @@ def test_report_tells_the_memory(megatron: Plan):
     """Of a plan without a limit too; of a text alone it is not known."""
     traced = autoparallel.make_plan(gpt(), 2)
     (row,) = (line for line in plan_text(traced).splitlines() if line.split()[:1] == ["all"])
-    assert bytes_text(account(traced).total) in row
+    assert bytes_text(memory_of(traced).total) in row
     assert "optimizer state" not in plan_text(megatron)
 
 

@@ -30,7 +30,7 @@ from autoparallel.graph.passes.join_slices import join_slices
 from autoparallel.graph.passes.merged_dims import see_through_merges
 from autoparallel.graph.passes.no_grad import explicit_stops
 
-__all__ = ["PASSES", "at_least", "run_passes"]
+__all__ = ["PASSES", "run_passes", "with_larger_hints"]
 
 
 def _aliasing(test: Callable[[Node, Graph], str | None]) -> Callable[[Graph], Graph]:
@@ -312,7 +312,7 @@ def drop_unused(graph: Graph) -> Graph:
     return rebuilt(graph, nodes[::-1], {})
 
 
-def at_least(graph: Graph, elements: int) -> Graph:
+def with_larger_hints(graph: Graph, elements: int) -> Graph:
     """The same program with hints as for inputs of at least `elements` elements.
 
     Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. The
