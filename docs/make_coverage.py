@@ -1,4 +1,4 @@
-"""Write docs/coverage.md: how much of each model of tests/support/zoo.py is split, and why the rest is not.
+"""Write docs/coverage.md: how much of each model of the zoo is split, and why the rest is not.
 
 python docs/make_coverage.py [family ...]; without names, all of them. Takes minutes.
 """
@@ -30,7 +30,8 @@ WORLD_SIZES = (8, 2)
 LAYERS = (3, 4)
 HEAD = """# Coverage
 
-What tensor parallelism splits of the models in `tests/support/zoo.py`: tiny ones of many families, with
+What tensor parallelism splits of the models in `tests/support/zoo.py`: tiny ones of many families,
+with
 random weights. Written by `python docs/make_coverage.py`. Where two things stand in a cell, the
 first is for 8 ranks and the second for 2.
 

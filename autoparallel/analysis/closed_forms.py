@@ -15,8 +15,8 @@ from autoparallel.analysis.symbolic_sizes import Algebra
 from autoparallel.discovery.unknown_ops import find_unknown
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Value, hint
-from autoparallel.graph.passes.run_passes import with_larger_hints
 from autoparallel.graph.repeated_blocks import find_repeats
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Collective, Invariant, Layout
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.rules.registry import find_rule

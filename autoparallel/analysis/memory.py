@@ -15,7 +15,7 @@ from autoparallel.analysis.abstract_execution import AbstractExecution, local_sh
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
-from autoparallel.graph.passes.run_passes import with_larger_hints
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import ParameterChoice, Plan
 
 __all__ = ["CATEGORIES", "Account", "Item", "has_master_copy", "memory_of", "state_nbytes"]

@@ -16,7 +16,7 @@ from autoparallel.analysis.communication import Transfer, moves
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
 from autoparallel.graph.graph import Sym, numel_hint
-from autoparallel.graph.passes.run_passes import with_larger_hints
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 

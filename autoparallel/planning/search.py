@@ -8,7 +8,7 @@ from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.graph.passes.run_passes import with_larger_hints
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text

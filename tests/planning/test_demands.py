@@ -12,7 +12,7 @@ import autoparallel
 from autoparallel import Mesh
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import MemoryLimitError, PlanError
-from autoparallel.graph.passes.run_passes import with_larger_hints
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import arrangements
 from autoparallel.placement import Invariant, Replicate, Shard, layout_text
 from autoparallel.plan import Plan

@@ -12,7 +12,7 @@ from autoparallel.capture.example_inputs import split_example
 from autoparallel.capture.graph_breaks import trace
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.graph.captured import Captured
-from autoparallel.graph.passes.run_passes import with_larger_hints
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.plan import Plan

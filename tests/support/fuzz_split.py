@@ -20,7 +20,8 @@ from autoparallel.capture.export import capture
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Sym
-from autoparallel.graph.passes.run_passes import run_passes, with_larger_hints
+from autoparallel.graph.passes.run_passes import run_passes
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parallel.simulate import Simulation, simulate_plan

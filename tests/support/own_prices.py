@@ -15,7 +15,7 @@ from autoparallel.cost.collective_times import collective_seconds, together_seco
 from autoparallel.cost.hardware import Hardware, Link, find_hardware
 from autoparallel.cost.op_costs import op_costs, update_seconds
 from autoparallel.graph.graph import Graph, Value, hint
-from autoparallel.graph.passes.run_passes import with_larger_hints
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import (
     Collective,
     Invariant,
