@@ -166,7 +166,7 @@ def not_written(plan: Any, hardware: Hardware) -> dict[str, tuple[float, float]]
     Such a result is neither written nor read, nor is its gradient, and one kernel less is started.
     """
     from autoparallel.cost.op_costs import nbytes
-    from autoparallel.strategy.redistribution_paths import layout_fraction
+    from autoparallel.graph.part_sizes import layout_fraction
 
     graph = plan.captured.graph
     sizes = tuple(size for _, size in plan.mesh.axes)

@@ -24,24 +24,14 @@ from autoparallel.cost.fake_run import (
 )
 from autoparallel.cost.saved_tensors import fitted, stand_in
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
-from autoparallel.placement import Layout, Movement, Shard, Step, local_size, whole_layout
+from autoparallel.graph.part_sizes import local_shape
+from autoparallel.placement import Layout, Movement, Shard, Step, whole_layout
 from autoparallel.plan import OpChoice, Plan
 from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime.collectives import move
 
-__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Storage", "local_shape"]
-
-
-def local_shape(
-    shape: tuple[int, ...], layout: Layout, sizes: tuple[int, ...], without: int = -1
-) -> tuple[int, ...]:
-    """Shape of the largest rank's part. sizes: of the mesh axes. without: an axis not to split."""
-    found = list(shape)
-    for axis, placement in enumerate(layout):
-        if isinstance(placement, Shard) and axis != without:
-            found[placement.dim] = local_size(found[placement.dim], placement, sizes[axis])
-    return tuple(found)
+__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Storage"]
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ import sympy
 from autoparallel.analysis.activation_forms import KeptForms
 from autoparallel.analysis.communication import PHASES, Transfer, transfers
 from autoparallel.analysis.symbolic_sizes import Algebra
+from autoparallel.cost.optimizer_state import state_bytes_per_element
 from autoparallel.discovery.unknown_ops import find_unknown
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Value, hint
@@ -21,7 +22,6 @@ from autoparallel.placement import Collective, Invariant, Layout
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
-from autoparallel.strategy.parameter_storage import state_per_element
 
 __all__ = ["AMOUNTS", "ClosedForms", "Form", "Sent", "closed_forms"]
 
@@ -293,7 +293,7 @@ class _Writer:
     def stored(self, parameter: ParameterChoice, value: Value) -> Iterable[tuple[str, sympy.Expr]]:
         """Bytes of a parameter, its gradient and its optimizer's state, as `stores` counts them."""
         itemsize = value.dtype.itemsize
-        per_element, has_master = state_per_element(self.plan.options.optimizer, itemsize)
+        per_element, has_master = state_bytes_per_element(self.plan.options.optimizer, itemsize)
         part = self.nbytes(value, parameter.state)
         yield "parameters", self.nbytes(value, parameter.storage)
         if parameter.state != parameter.storage and not has_master:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
+from autoparallel.graph.part_sizes import exact_fraction
 from autoparallel.placement import (
     Collective,
     Invariant,
     Layout,
     Movement,
-    Shard,
     Step,
     backward_steps,
     layout_gradient,
-    local_layout_size,
 )
 from autoparallel.plan import Conversion, ParameterChoice, Plan
 
@@ -142,21 +140,8 @@ def _made(
     if move is Movement.NONE or sizes[step.axis] == 1:
         return []
     others = (*layout[: step.axis], Invariant(), *layout[step.axis + 1 :])
-    nbytes = conversion.nbytes * _fraction(conversion.shape, others, sizes)
+    dims = conversion.shape.split(", ") if conversion.shape else []
+    shape = tuple(int(size) if size.isdigit() else None for size in dims)
+    nbytes = conversion.nbytes * exact_fraction(shape, others, sizes)
     whole = int(nbytes) if nbytes.denominator == 1 else float(nbytes)
     return [Transfer(conversion, step, layout, phase, move, whole, together, again)]
-
-
-def _fraction(shape: str, layout: Layout, sizes: tuple[int, ...]) -> Fraction:
-    """What a rank holds of a tensor of that shape. layout: without pending sums."""
-    dims = shape.split(", ") if shape else []
-    found = Fraction(1)
-    for dim in dict.fromkeys(p.dim for p in layout if isinstance(p, Shard)):
-        if dims[dim].isdigit():
-            size = int(dims[dim])
-            found *= Fraction(local_layout_size(size, dim, layout, sizes), size)
-            continue
-        for axis, placement in enumerate(layout):
-            if isinstance(placement, Shard) and placement.dim == dim:
-                found /= sizes[axis]
-    return found

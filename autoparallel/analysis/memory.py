@@ -11,20 +11,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from autoparallel.analysis.abstract_execution import AbstractExecution, local_shape
+from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
+from autoparallel.cost.optimizer_state import state_bytes_per_element
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
+from autoparallel.graph.part_sizes import local_shape
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import ParameterChoice, Plan
 
-__all__ = ["CATEGORIES", "Account", "Item", "has_master_copy", "memory_of", "state_nbytes"]
+__all__ = ["CATEGORIES", "Account", "Item", "memory_of"]
 
 _OF_PARAMETERS = ("parameters", "gradients", "optimizer_state")
 _ITEMIZED = (*_OF_PARAMETERS, "activations", "buffers", "inputs")
 CATEGORIES = (*_ITEMIZED, "temporary")
 # Of a number of the optimizer of mixed precision.
-_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +77,6 @@ class Account:
     def rows(self) -> tuple[tuple[str, int], ...]:
         """(category, bytes)."""
         return tuple((name, getattr(self, name)) for name in CATEGORIES)
-
-
-def state_nbytes(optimizer: str, itemsize: int) -> int:
-    """Bytes of optimizer state for one element of a parameter of `itemsize` bytes.
-
-    "sgd": none. "momentum": one number of the parameter's type. "adam": two. "mixed_adam": a
-    master copy and two moments, all float32 (12 bytes: arXiv 1910.02054); for a parameter that is
-    float32 itself, the moments alone.
-    """
-    if has_master_copy(optimizer, itemsize):
-        return 3 * _FLOAT32_BYTES
-    return {"sgd": 0, "momentum": 1, "adam": 2, "mixed_adam": 2}[optimizer] * itemsize
-
-
-def has_master_copy(optimizer: str, itemsize: int) -> bool:
-    """Whether the optimizer keeps a parameter of `itemsize` bytes once more, in float32."""
-    return optimizer == "mixed_adam" and itemsize < _FLOAT32_BYTES
 
 
 def memory_of(
@@ -171,8 +155,9 @@ def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable
     held = [("parameters", parameter.storage, itemsize)]
     if trained:
         held.append(("gradients", parameter.gradient, itemsize))
-        held.append(("optimizer_state", parameter.state, state_nbytes(optimizer, itemsize)))
-        if parameter.state != parameter.storage and not has_master_copy(optimizer, itemsize):
+        per_element, has_master = state_bytes_per_element(optimizer, itemsize)
+        held.append(("optimizer_state", parameter.state, per_element))
+        if parameter.state != parameter.storage and not has_master:
             held.append(("parameters", parameter.state, itemsize))
     for category, layout, size in held:
         count = prod(local_shape(parameter.shape, layout, sizes))

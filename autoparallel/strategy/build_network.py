@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from autoparallel.cost.hardware import Hardware
 from autoparallel.cost.op_costs import OpCost, nbytes, op_costs, update_seconds
 from autoparallel.graph.graph import Graph, Node
+from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, whole_layout
@@ -29,7 +30,6 @@ from autoparallel.strategy.redistribution import (
     RedistributionTables,
     Table,
 )
-from autoparallel.strategy.redistribution_paths import layout_fraction
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 from autoparallel.strategy.saved_activations import SavedActivations
 from planners import Alternative, Factor

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from itertools import islice, product
 
 from autoparallel.cost.op_costs import nbytes
+from autoparallel.cost.optimizer_state import state_bytes_per_element
 from autoparallel.graph.graph import Value, hint
+from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.placement import Invariant, Layout, Placement, Shard
 from autoparallel.strategy.mesh_strategies import is_nested
-from autoparallel.strategy.redistribution_paths import layout_fraction
 
-__all__ = ["ParameterStorage", "state_per_element", "storage_choices", "stored_bytes"]
-
-# Per optimizer, numbers of the parameter's own type in its state, per element. "mixed_adam" keeps
-# two moments and, for parameters of 16 bits, a master copy, all in float32 (arXiv:1910.02054,
-# section 3.1).
-_NUMBERS = {"sgd": 0, "momentum": 1, "adam": 2, "mixed_adam": 2}
+__all__ = ["ParameterStorage", "storage_choices", "stored_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +90,6 @@ def _even(value: Value, ranks: int, taken: Collection[int] = ()) -> tuple[Shard,
     return tuple(islice(able, 1))
 
 
-def state_per_element(optimizer: str, itemsize: int) -> tuple[int, bool]:
-    """Bytes of an optimizer's state for one element of a parameter of so many bytes, and whether
-    a master copy of the parameter is among them."""
-    has_master = optimizer == "mixed_adam" and itemsize < 4
-    return (12 if has_master else _NUMBERS[optimizer] * itemsize), has_master
-
-
 def stored_bytes(
     value: Value, stored: ParameterStorage, sizes: tuple[int, ...], optimizer: str
 ) -> tuple[float, float, float]:
@@ -113,7 +102,7 @@ def stored_bytes(
     share = layout_fraction(value.shape, stored.state, sizes)
     parameter = whole * layout_fraction(value.shape, stored.storage, sizes)
     itemsize = value.dtype.itemsize
-    per_element, has_master = state_per_element(optimizer, itemsize)
+    per_element, has_master = state_bytes_per_element(optimizer, itemsize)
     if stored.state != stored.storage and not has_master:
         parameter += whole * share
     if not value.requires_grad:

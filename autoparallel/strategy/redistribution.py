@@ -18,6 +18,7 @@ from autoparallel.cost.collective_times import collective_seconds, together_seco
 from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Value
+from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.options import Options
 from autoparallel.placement import (
     Collective,
@@ -30,7 +31,7 @@ from autoparallel.placement import (
     Step,
 )
 from autoparallel.strategy.parameter_storage import ParameterStorage
-from autoparallel.strategy.redistribution_paths import RedistributionPaths, layout_fraction
+from autoparallel.strategy.redistribution_paths import RedistributionPaths
 from planners import Alternative
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain, combinations, product
 
 import numpy as np
@@ -10,40 +10,23 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import Hardware, Link
-from autoparallel.graph.graph import Dim, hint
+from autoparallel.graph.graph import Dim
+from autoparallel.graph.part_sizes import placement_fraction
 from autoparallel.placement import (
     Invariant,
     Layout,
     Movement,
     Placement,
     Replicate,
-    Shard,
     Step,
     is_possible_step,
-    local_size,
 )
 from autoparallel.strategy.mesh_strategies import is_nested
 
-__all__ = ["RedistributionPaths", "layout_fraction"]
+__all__ = ["RedistributionPaths"]
 
 # A longer way must be cheaper by more than rounding.
 _RELATIVE = 1e-9
-
-
-def layout_fraction(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]) -> float:
-    """Share of a tensor's bytes that the rank with the largest part holds."""
-    share = 1.0
-    for placement, count in zip(layout, sizes, strict=True):
-        if isinstance(placement, Shard):
-            share *= _part(shape, placement, count)
-    return share
-
-
-def _part(shape: Sequence[Dim], placement: Placement, count: int) -> float:
-    if not isinstance(placement, Shard):
-        return 1.0
-    size = hint(shape[placement.dim])
-    return local_size(size, placement, count) / size if size else 1.0
 
 
 class RedistributionPaths:
@@ -77,7 +60,7 @@ class RedistributionPaths:
         grid = tuple(map(len, universe))
         self.grid = grid
         shares = [
-            np.array([_part(shape, placement, count) for placement in placements])
+            np.array([placement_fraction(shape, placement, count) for placement in placements])
             for placements, count in zip(universe, sizes, strict=True)
         ]
         self.shares = np.ones(grid)

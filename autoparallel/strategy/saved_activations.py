@@ -7,9 +7,9 @@ from collections.abc import Container, Mapping
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.cost.saved_tensors import SavedTensors
 from autoparallel.graph.graph import Graph, Node, Value
+from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.strategy.mesh_strategies import MeshStrategy
-from autoparallel.strategy.redistribution_paths import layout_fraction
 
 __all__ = ["SavedActivations"]
 

@@ -17,11 +17,13 @@ from sample_calls import CALLS
 from torch import nn
 
 import autoparallel
-from autoparallel.analysis.abstract_execution import AbstractExecution, local_shape
+from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
-from autoparallel.analysis.memory import memory_of, state_nbytes
+from autoparallel.analysis.memory import memory_of
+from autoparallel.cost.optimizer_state import state_bytes_per_element
 from autoparallel.discovery import strategy_validation as referee
 from autoparallel.errors import PlanError
+from autoparallel.graph.part_sizes import local_shape
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parallel import simulate
@@ -235,7 +237,7 @@ def test_the_size_planned_for_is_what_counts() -> None:
     ],
 )
 def test_optimizer_state(optimizer: str, itemsize: int, nbytes: int) -> None:
-    assert state_nbytes(optimizer, itemsize) == nbytes
+    assert state_bytes_per_element(optimizer, itemsize)[0] == nbytes
 
 
 # Bytes (in 10^9) per rank of 7.5 and 1000 billion parameters of 16 bits with mixed-precision Adam

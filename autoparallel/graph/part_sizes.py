@@ -1,0 +1,58 @@
+"""How large a rank's part of a tensor is: its shape, and its share of the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from autoparallel.graph.graph import Dim, hint
+from autoparallel.placement import Layout, Placement, Shard, local_layout_size, local_size
+
+__all__ = ["exact_fraction", "layout_fraction", "local_shape", "placement_fraction"]
+
+
+def local_shape(
+    shape: tuple[int, ...], layout: Layout, sizes: tuple[int, ...], without: int = -1
+) -> tuple[int, ...]:
+    """The shape of the largest rank's part.
+
+    sizes: of the mesh axes. without: the number of an axis whose split is not counted.
+    """
+    counted = tuple(1 if axis == without else size for axis, size in enumerate(sizes))
+    return tuple(local_layout_size(size, dim, layout, counted) for dim, size in enumerate(shape))
+
+
+def layout_fraction(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]) -> float:
+    """The share of a tensor's bytes that the rank with the largest part holds.
+
+    Each axis is counted by itself, so that the shares of a layout's axes can be multiplied.
+    """
+    share = 1.0
+    for placement, count in zip(layout, sizes, strict=True):
+        share *= placement_fraction(shape, placement, count)
+    return share
+
+
+def placement_fraction(shape: Sequence[Dim], placement: Placement, count: int) -> float:
+    """The share of a tensor's bytes that the largest part on one axis of `count` ranks holds."""
+    if not isinstance(placement, Shard):
+        return 1.0
+    size = hint(shape[placement.dim])
+    return local_size(size, placement, count) / size if size else 1.0
+
+
+def exact_fraction(shape: Sequence[int | None], layout: Layout, sizes: tuple[int, ...]) -> Fraction:
+    """The same share as an exact fraction, with the axes that cut one dim counted together.
+
+    shape: None for a dim whose size is not known; its parts are taken to be equal.
+    """
+    share = Fraction(1)
+    for dim in dict.fromkeys(p.dim for p in layout if isinstance(p, Shard)):
+        size = shape[dim]
+        if size is not None:
+            share *= Fraction(local_layout_size(size, dim, layout, sizes), size)
+            continue
+        for axis, placement in enumerate(layout):
+            if isinstance(placement, Shard) and placement.dim == dim:
+                share /= sizes[axis]
+    return share
