@@ -15,6 +15,7 @@ from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.planning.unsplit_reasons import is_left_whole, why_whole
 from autoparallel.strategy.cost_network import CostNetwork, reduced_together
 from autoparallel.strategy.parameter_storage import ParameterStorage
+from autoparallel.strategy.zero_costs import zero_gradient_seconds
 from planners import Solution
 
 __all__ = ["plan_of_solution", "solution_of_plan"]
@@ -236,7 +237,8 @@ def _conversions(
         maker = graph.producers[name]
         if maker.kind == "parameter":
             stored = network.storages[maker.name][chosen[maker.name]]
-            seconds += network.edges.zero_gradient_seconds(read, stored, target)
+            edges = network.edges
+            seconds += zero_gradient_seconds(read, stored, target, edges.links, edges.sizes)
         dropped = (name, target) in again
         groups = {repeated.get(reader.name) for reader in graph.readers[name]}
         inside = len(groups) == 1 and None not in groups and name not in graph.outputs

@@ -32,6 +32,7 @@ from autoparallel.strategy.redistribution import (
 )
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 from autoparallel.strategy.saved_activations import SavedActivations
+from autoparallel.strategy.zero_costs import update_gather_seconds
 from planners import Alternative, Factor
 
 __all__ = ["build_network", "rebuilt"]
@@ -291,7 +292,7 @@ class _Builder:
                 parts = stored_bytes(value, choice, self.sizes, self.options.optimizer)
                 own = nbytes(value) * layout_fraction(value.shape, choice.state, self.sizes)
                 seconds = update_seconds(own, own, parts[2], self.pace)
-                seconds += self.edges.gathering(value, choice)
+                seconds += update_gather_seconds(value, choice, self.edges.links, self.sizes)
                 costs.append(seconds if value.requires_grad else 0.0)
                 usage.append(sum(parts))
             made = ProducerLayouts(tuple(choice.storage for choice in choices), choices, given=True)

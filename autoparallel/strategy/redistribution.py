@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.cost.collective_times import collective_seconds, together_seconds
 from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Value
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.options import Options
 from autoparallel.placement import (
-    Collective,
     Invariant,
     Layout,
     Movement,
@@ -32,6 +30,7 @@ from autoparallel.placement import (
 )
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.redistribution_paths import RedistributionPaths
+from autoparallel.strategy.zero_costs import zero_gradient_table
 from planners import Alternative
 
 __all__ = [
@@ -255,7 +254,9 @@ class RedistributionTables:
         row = np.array([routes.cells[layout] for layout in made.layouts])
         seconds = routes.seconds(targets)[row]
         if made.stored:
-            seconds = seconds + self._zero_gradient_table(value, made.stored, targets)
+            seconds = seconds + zero_gradient_table(
+                value, made.stored, targets, self.links, self.sizes
+            )
         ahead = np.zeros_like(seconds)
         if self.memory or all(mode.readers):
             ahead = routes.forward_seconds(targets)[row]
@@ -314,68 +315,6 @@ class RedistributionTables:
         repeat = np.where(again & np.isfinite(cost), cost + time, np.inf)
         fewer = np.where(again, np.broadcast_to(source[:, None], holds.shape), 0.0)
         return Table(cost, holds, (Alternative(repeat, fewer),))
-
-    def _zero_gradient_table(
-        self, value: Value, stored: tuple[ParameterStorage, ...], targets: tuple[Layout, ...]
-    ) -> Array:
-        """table[stored, target]: see `zero_gradient_seconds`."""
-        found = np.zeros((len(stored), len(targets)))
-        alike = [
-            np.array([t[axis] == Replicate() for t in targets]) for axis in range(len(self.sizes))
-        ]
-        free = (Replicate(),) * len(self.sizes)
-        for index, choice in enumerate(stored):
-            if choice.storage == choice.state:
-                continue
-            found[index] = self.zero_gradient_seconds(value, choice, free)
-            for axis, (own, state) in enumerate(zip(choice.storage, choice.state, strict=True)):
-                if own != state:
-                    found[index, ~alike[axis]] = np.inf
-        return found
-
-    def zero_gradient_seconds(
-        self, value: Value, stored: ParameterStorage, target: Layout
-    ) -> float:
-        """What it adds that a gradient is reduced to a part: not much, mostly it is less than 0.
-
-        In place of the all-reduce that the way from the parameter to its reader has in backward.
-        """
-        seconds = 0.0
-        for axis, (own, state) in enumerate(zip(stored.storage, stored.state, strict=True)):
-            if own == state:
-                continue
-            if target[axis] != Replicate():
-                return np.inf
-            link, count = self.links[axis], self.sizes[axis]
-            others = (*stored.storage[:axis], Invariant(), *stored.storage[axis + 1 :])
-            whole = nbytes(value) * layout_fraction(value.shape, others, self.sizes)
-            seconds -= together_seconds(Collective.ALL_REDUCE, whole, link, count)
-            scatter = together_seconds if stored.gradient == stored.storage else collective_seconds
-            size = self._across(value, stored, axis)
-            seconds += scatter(Collective.REDUCE_SCATTER, size, link, count)
-        return seconds
-
-    def gathering(self, value: Value, stored: ParameterStorage) -> float:
-        """Seconds of gathering what the optimizer updated in parts of a parameter."""
-        return sum(
-            collective_seconds(
-                Collective.ALL_GATHER,
-                self._across(value, stored, axis),
-                self.links[axis],
-                self.sizes[axis],
-            )
-            for axis, (own, state) in enumerate(zip(stored.storage, stored.state, strict=True))
-            if own != state
-        )
-
-    def _across(self, value: Value, stored: ParameterStorage, axis: int) -> float:
-        """Bytes that a rank has of a parameter where `axis` does not split it.
-
-        A gradient is reduced from the outermost axis inwards, what is updated is gathered from the
-        innermost outwards.
-        """
-        others = (*stored.state[:axis], Invariant(), *stored.storage[axis + 1 :])
-        return nbytes(value) * layout_fraction(value.shape, others, self.sizes)
 
 
 def _summed(
