@@ -32,7 +32,10 @@ def improve_within_limit(
 def repair_to_limit(
     problem: Problem, start: Solution, others: Sequence[Solution], multiplier: float
 ) -> Solution | None:
-    """A solution within the limit near one that is over it, if changes as in `improve_within_limit` suffice."""
+    """A solution within the limit near one that is over it.
+
+    None where changes as in `improve_within_limit` do not suffice.
+    """
     filling = _Filling(problem, start, multiplier)
     filling.save(others)
     return filling.solution(start) if filling.left >= 0.0 else None

@@ -8,100 +8,19 @@ ranks, a bias counts once, and a number belongs to an element of the whole.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from autoparallel.support.torch_private import (
-    OpOverload,
-    decompose,
-    get_proxy_mode,
-    is_composite,
-    schema_of,
-)
+from autoparallel.capture.decomposition_registry import Decomposition, decomposition
+from autoparallel.support.torch_private import schema_of
 
-__all__ = ["Known", "decomposing", "decomposition"]
+__all__: list[str] = []
 
-Known = Callable[[str], bool]
-_Decomposition = Callable[..., Any]
-_DECOMPOSITIONS: dict[str, _Decomposition] = {}
 _NONE, _MEAN, _SUM = 0, 1, 2
 # Bytes of the smallest numbers whose sum over a batch is one of them.
 _SUMMABLE = 4
-
-
-def decomposition(*targets: str) -> Callable[[_Decomposition], _Decomposition]:
-    """The function is what the ops stand for; it may return NotImplemented to keep a call."""
-
-    def register(function: _Decomposition) -> _Decomposition:
-        for target in targets:
-            assert target not in _DECOMPOSITIONS, target
-            _DECOMPOSITIONS[target] = function
-        return function
-
-    return register
-
-
-def _load() -> None:
-    """The other rooms with spellings."""
-    import_module("autoparallel.capture.random_decompositions")
-
-
-class _Table(Mapping[Any, _Decomposition]):
-    """What to trace in place of an op; only asked whether it has one, and for it."""
-
-    def __init__(self, known: Known) -> None:
-        self.known = known
-
-    def __contains__(self, op: object) -> bool:
-        return self.find(op) is not None
-
-    def __getitem__(self, op: Any) -> _Decomposition:
-        found = self.find(op)
-        assert found is not None
-        return found
-
-    def __len__(self) -> int:
-        return len(_DECOMPOSITIONS)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(_DECOMPOSITIONS)
-
-    def find(self, op: Any) -> _Decomposition | None:
-        if not isinstance(op, OpOverload):
-            return None
-        drawn = torch.Tag.nondeterministic_seeded in op.tags
-        if not drawn and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-            return None  # autocast casts the operands of the op as a whole
-        own = _DECOMPOSITIONS.get(str(op))
-        if own is not None:
-            return own
-        composite = op.namespace == "aten" and is_composite(op) and schema_of(op).returns
-        if not composite or self.known(str(op)) or str(op) in _AS_THEY_ARE:
-            return None
-        packet, _, overload = str(op).rpartition(".")
-        if packet.endswith("_") and self.known(f"{packet[:-1]}.{overload}"):
-            return None
-        return op.decompose
-
-
-# What importing makes of these does not follow from their definitions.
-_AS_THEY_ARE = {"aten.item.default", "aten.is_nonzero.default"}
-
-
-@contextlib.contextmanager
-def decomposing(known: Known) -> Iterator[None]:
-    """While tracing: ops are traced as what they stand for. known: ops that have a rule."""
-    if get_proxy_mode() is None:
-        yield
-        return
-    _load()
-    with decompose(_Table(known)):
-        yield
 
 
 def _plus(bias: torch.Tensor, product: torch.Tensor, beta: Any, alpha: Any) -> torch.Tensor:
@@ -138,7 +57,7 @@ def addr(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> 
     return _plus(bias, torch.outer(left, right), beta, alpha)
 
 
-def _mean_of(loss: Any, position: int) -> _Decomposition:
+def _mean_of(loss: Any, position: int) -> Decomposition:
     """A mean over elements: their sum over the count of the whole."""
 
     def spelled(*args: Any, **kwargs: Any) -> Any:

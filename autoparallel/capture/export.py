@@ -17,7 +17,8 @@ from torch import nn
 
 from autoparallel.capture.block_folding import Folding, Unfoldable
 from autoparallel.capture.decided_draws import ConstantComparisons
-from autoparallel.capture.decompositions import Known, decomposing
+from autoparallel.capture.decompose import decomposing
+from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_blocks import Group, find_groups
 from autoparallel.capture.example_inputs import as_given, bind_inputs
 from autoparallel.capture.held_tensors import HeldTensors

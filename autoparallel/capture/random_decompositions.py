@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from autoparallel.capture.decompositions import decomposition
+from autoparallel.capture.decomposition_registry import decomposition
 
 # Less than the least positive draw.
 _TINY = 2.0**-25

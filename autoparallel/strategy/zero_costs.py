@@ -1,4 +1,4 @@
-"""What ZeRO adds: gradients that are reduced to a part, and parameters gathered after the update."""
+"""What ZeRO adds: gradients reduced to a part, and parameters gathered after their update."""
 
 from __future__ import annotations
 

@@ -1,0 +1,29 @@
+"""Where the decompositions of ops are registered, by the op's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["DECOMPOSITIONS", "Decomposition", "Known", "decomposition"]
+
+
+Known = Callable[[str], bool]
+
+
+Decomposition = Callable[..., Any]
+
+
+DECOMPOSITIONS: dict[str, Decomposition] = {}
+
+
+def decomposition(*targets: str) -> Callable[[Decomposition], Decomposition]:
+    """The function is what the ops stand for; it may return NotImplemented to keep a call."""
+
+    def register(function: Decomposition) -> Decomposition:
+        for target in targets:
+            assert target not in DECOMPOSITIONS, target
+            DECOMPOSITIONS[target] = function
+        return function
+
+    return register
