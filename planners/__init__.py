@@ -1,17 +1,23 @@
-"""Solvers for cost networks: numbers only, no torch.
+"""Solvers for cost networks: numbers only.
 
-    problem = Problem((Variable("a", [0, 1]), Variable("b", [2, 0])), (Factor(("a", "b"), table),))
-    exact.solve(problem).text()
+Here belong the problem (`Variable`, `Factor`, `Problem`, `Solution`) and algorithms that
+solve it. What does not: torch, models, meshes, seconds and bytes. The meaning of states and the
+numbers in the tables come from `autoparallel.strategy`; the choice of a solver is made in
+`autoparallel.planning`.
 
-`exact` eliminates variables and is the one to use; `conditioning` is for problems that are too wide
-for it, and proves a bound, and so does `coarse`, for very many states per variable; `limited`
-charges usage until a limit is kept; `ilp` is the cross-check; `exhaustive` is the oracle for small
-ones.
+`exact` eliminates variables and is the solver to use. `conditioning` is for problems that are too
+wide for it, `coarsening` for very many states per variable: both find a good assignment and prove a
+bound. `lagrangian` keeps a limit on usage. `ilp` is the cross-check, an integer program solved by
+HiGHS; `exhaustive` is the oracle for small problems.
+
+>>> import numpy as np
+>>> a, b = Variable("a", np.array([0.0, 1.0])), Variable("b", np.array([2.0, 0.0]))
+>>> disagree = Factor(("a", "b"), np.array([[0.0, 5.0], [5.0, 0.0]]))
+>>> exact.solve(Problem((a, b), (disagree,))).text()
+'cost 1, bound 1, gap 0 (variable elimination, 2 variables)'
 """
 
-from planners import coarsening as coarse
-from planners import conditioning, exact, exhaustive, ilp
-from planners import lagrangian as limited
+from planners import coarsening, conditioning, exact, exhaustive, ilp, lagrangian
 from planners.exact import min_marginals
 from planners.ordering import TooWideError
 from planners.problem import Problem, Spent
@@ -32,11 +38,11 @@ __all__ = [
     "Table",
     "TooWideError",
     "Variable",
-    "coarse",
+    "coarsening",
     "conditioning",
     "exact",
     "exhaustive",
     "ilp",
-    "limited",
+    "lagrangian",
     "min_marginals",
 ]

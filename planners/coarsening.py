@@ -1,10 +1,11 @@
-"""Planning of problems with very many states per variable: groups of states, then their members.
+"""Planning with very many states per variable: groups of states first, then their members.
 
 A grouping merges states of each variable into groups, such as all that differ on one mesh axis
 alone. With the least of all merged entries in every table, the problem of the groups is small, and
-no more expensive than the original: a lower bound. Its solution says in which groups to look: there
-the problem is solved with the members of these groups alone. What is found is improved by letting
-all variables move at once to any state that shares a group with their own, until none does.
+its optimum is no more expensive than the original's: a lower bound. Its solution says in which
+groups to look: there the problem is solved with the members of these groups alone. The assignment
+is then improved by letting all variables move at once to any state that shares a group with their
+own, until none does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Grouping = Mapping[str, NDArray[np.intp]]
 
 MAX_TABLE_ENTRIES = 2**22
 _MOST_ROUNDS = 10
+# An improvement must exceed rounding, or two equal assignments would follow each other forever.
 _LESS = 1e-12
 
 
@@ -39,12 +41,17 @@ def solve(
     start: Mapping[str, int] | None = None,
     max_table_entries: int = MAX_TABLE_ENTRIES,
 ) -> Solution:
-    """The best assignment found, whatever it uses, and a proven lower bound.
+    """Return the best assignment that was found, whatever it uses, and a proven lower bound.
 
-    start: an assignment to improve, beside those that the groupings lead to. max_table_entries:
-    the largest table to hold, in float64 entries; groupings that need larger ones are passed over.
-    Deterministic. Raises InfeasibleError if there is no assignment of finite cost, ValueError for
-    a grouping that does not fit the problem.
+    groupings: each is tried by itself. start: an assignment to improve, beside those that the
+    groupings lead to. max_table_entries: the largest table to hold, in float64 entries; groupings
+    that need larger ones are passed over. Deterministic.
+    Raises InfeasibleError if there is no assignment of finite cost, ValueError for a grouping that
+    does not fit the problem.
+
+    >>> a = Variable("a", np.array([3.0, 1.0, 2.0, 4.0]))
+    >>> solve(Problem((a,)), [{"a": np.array([0, 0, 1, 1])}]).text()
+    'cost 1, bound 1, gap 0 (1 groupings of states, 1 variables)'
     """
     plain = problem.weighed(0.0)
     for grouping in groupings:
@@ -55,13 +62,15 @@ def solve(
     bound = search.coarse()
     search.improve()
     if search.best is None:
-        found = conditioning.solve(plain, max_table_entries=max_table_entries)
-        return Solution.of(problem, found.assignment, found.method, found.lower_bound)
+        # Every grouping was too wide, or led to no finite assignment.
+        fallback = conditioning.solve(plain, max_table_entries=max_table_entries)
+        return Solution.of(problem, fallback.assignment, fallback.method, fallback.lower_bound)
     method = f"{len(groupings)} groupings of states"
     return Solution.of(problem, search.best, method, bound)
 
 
 def _check(problem: Problem, grouping: Grouping) -> None:
+    """Raise ValueError unless groups are numbered 0, 1, ... for every state of a variable."""
     for name, groups in grouping.items():
         size = problem.variable(name).size
         if groups.shape != (size,):
@@ -71,7 +80,7 @@ def _check(problem: Problem, grouping: Grouping) -> None:
 
 
 class _Search:
-    """best, cost: the cheapest assignment found."""
+    """The search by groups. best, cost: the cheapest assignment so far, or None and +inf."""
 
     def __init__(
         self, problem: Problem, groupings: Sequence[Grouping], max_table_entries: int
@@ -84,7 +93,7 @@ class _Search:
         self.cost = np.inf
 
     def consider(self, assignment: dict[str, int]) -> bool:
-        """Whether it is cheaper than what was found before."""
+        """Adopt the assignment if it is cheaper than the best so far; say whether it was."""
         cost = self.problem.cost(assignment)
         if cost >= self.cost - _LESS * abs(cost):
             return False
@@ -92,25 +101,26 @@ class _Search:
         return True
 
     def coarse(self) -> float:
-        """Solve the problem of each grouping, and with the members of the groups chosen there.
+        """Solve the problem of each grouping, then that of the members of the groups chosen.
 
-        Returns the best bound.
+        Returns the largest of the lower bounds.
         """
+        # The sum of all least entries is a bound too, if every grouping is too wide.
         tables = [v.unary for v in self.problem.variables] + [f.table for f in self.problem.factors]
         bound = float(sum(table.min() for table in tables))
         for grouping in self.groupings:
             try:
-                found = exact.solve(
+                group_solution = exact.solve(
                     merged(self.problem, grouping),
                     max_table_entries=self.max_table_entries,
                     memo=self.memo,
                 )
             except TooWideError:
                 continue
-            bound = max(bound, found.cost)
+            bound = max(bound, group_solution.cost)
             self.within(
                 {
-                    name: np.flatnonzero(groups == found.assignment[name])
+                    name: np.flatnonzero(groups == group_solution.assignment[name])
                     for name, groups in grouping.items()
                 }
             )
@@ -123,30 +133,38 @@ class _Search:
                 return
             near = [self.near([grouping]) for grouping in self.groupings]
             moved = self.within(self.near(self.groupings))
-            if moved is None:  # too many at once
+            if moved is None:
+                # All groupings at once are too wide: each by itself.
                 moved = True in [self.within(states) for states in near]
             if not moved:
                 return
 
     def near(self, groupings: Sequence[Grouping]) -> dict[str, NDArray[np.intp]]:
-        """Of every variable the states that share a group with its own in one of the groupings.
+        """Return, per variable, the states that share a group with its present one.
 
-        All states of a variable that no grouping knows.
+        Sharing one group, in any of the groupings, is enough. Variables that no grouping names are
+        left out, and so keep all states.
         """
         assert self.best is not None
         states = {}
         for variable in self.problem.variables:
-            own = self.best[variable.name]
-            known = [g[variable.name] for g in groupings if variable.name in g]
-            if known:
-                shared = np.logical_or.reduce([groups == groups[own] for groups in known])
+            present = self.best[variable.name]
+            group_numbers = [g[variable.name] for g in groupings if variable.name in g]
+            if group_numbers:
+                shared = np.logical_or.reduce(
+                    [groups == groups[present] for groups in group_numbers]
+                )
                 states[variable.name] = np.flatnonzero(shared)
         return states
 
     def within(self, states: Mapping[str, NDArray[np.intp]]) -> bool | None:
-        """Solve with these states alone; whether that is the best, None if that is too much."""
+        """Solve with these states alone and adopt the result if it is cheaper.
+
+        states: per variable the states to keep; others keep all. Returns whether it was cheaper,
+        None where the problem is too wide even so.
+        """
         try:
-            found = exact.solve(
+            solution = exact.solve(
                 self.problem.restricted(states),
                 max_table_entries=self.max_table_entries,
                 memo=self.memo,
@@ -158,30 +176,33 @@ class _Search:
         return self.consider(
             {
                 name: int(states[name][state]) if name in states else state
-                for name, state in found.assignment.items()
+                for name, state in solution.assignment.items()
             }
         )
 
 
 def merged(problem: Problem, grouping: Grouping) -> Problem:
-    """The plain problem of the groups: every entry is the least of those merged into it.
+    """Return the plain problem of the groups: every entry is the least of those merged into it.
 
-    No assignment of the original costs less than that of its groups.
+    No assignment of the original costs less than that of its groups, so the optimum of the result
+    is a lower bound. grouping: variables that it leaves out keep their states.
     """
     parts = {name: (np.argsort(groups, kind="stable"), groups) for name, groups in grouping.items()}
-    made: dict[tuple[int, tuple[bytes, ...]], Table] = {}
+    merged_tables: dict[tuple[int, tuple[bytes, ...]], Table] = {}
 
     def least(table: Table, scope: tuple[str, ...]) -> Table:
         key = (id(table), tuple(grouping[n].tobytes() if n in grouping else b"" for n in scope))
-        if key not in made:
+        if key not in merged_tables:
             part = table
             for axis, name in enumerate(scope):
                 if name in parts:
                     order, groups = parts[name]
+                    # With the states sorted by group, each group is one run, which reduceat
+                    # reduces.
                     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
                     part = np.minimum.reduceat(part.take(order, axis), starts, axis)
-            made[key] = part
-        return made[key]
+            merged_tables[key] = part
+        return merged_tables[key]
 
     return Problem(
         tuple(Variable(v.name, least(v.unary, (v.name,))) for v in problem.variables),

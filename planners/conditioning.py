@@ -1,10 +1,11 @@
-"""Planning of problems too wide to eliminate: a few variables are given, the rest is exact.
+"""Planning of problems too wide to eliminate: a few variables are fixed, the rest is exact.
 
-With the variables of a cutset fixed, what is left is narrow. With each of them split into copies,
-one per factor, the problem is narrow too, and no more expensive than the original: a lower bound,
-which multipliers on the copies' costs tighten (Lagrangian relaxation). The copies' states say what
-to fix the variable to; what it really costs in each of its states, all else but the cutset
-re-optimized, then improves it until nothing does.
+With the variables of a cutset fixed, the rest of the problem is narrow (cutset conditioning,
+Dechter 1990). With each of them split into copies, one per factor, the problem is narrow too, and
+no more expensive than the original: a lower bound, which multipliers on the copies' costs tighten
+(Lagrangian decomposition, Guignard & Kim 1987). The copies' states suggest the states to fix the
+cutset to. Min-marginals, with the rest of the cutset fixed, then improve one variable at a time
+until nothing changes.
 """
 
 from __future__ import annotations
@@ -39,11 +40,19 @@ def solve(
     max_table_entries: int = MAX_TABLE_ENTRIES,
     memo: Memo | None = None,
 ) -> Solution:
-    """The best assignment found, whatever it uses, and a proven lower bound.
+    """Return the best assignment that was found, whatever it uses, and a proven lower bound.
 
     given: the cutset, if it is known from a problem with the same factors. max_table_entries: the
-    largest table to hold, in float64 entries; fewer make a larger cutset. Deterministic.
+    largest table to hold, in float64 entries; fewer make a larger cutset. memo: shared with other
+    solves, for its tables and orders. Deterministic.
     Raises InfeasibleError if there is no assignment of finite cost.
+
+    >>> table = np.array([[0.0, 2.0], [2.0, 0.0]])
+    >>> pairs = [("a", "b"), ("b", "c"), ("a", "c")]
+    >>> variables = tuple(Variable(name, np.array([1.0, 0.5])) for name in "abc")
+    >>> triangle = Problem(variables, tuple(Factor(pair, table) for pair in pairs))
+    >>> solve(triangle, max_table_entries=3).cost
+    1.5
     """
     memo = Memo() if memo is None else memo
     names = cutset(problem, max_table_entries) if given is None else given
@@ -55,7 +64,12 @@ def solve(
 
 
 def cutset(problem: Problem, max_table_entries: int = MAX_TABLE_ENTRIES) -> tuple[str, ...]:
-    """Variables without which the problem is narrow: those with the most neighbours, and few."""
+    """Return variables without which the problem is narrow, and few of them.
+
+    Variables with the most neighbours are taken first, twice as many each time; then the number is
+    bisected, and those that can be spared are put back. Returns names; empty if the problem is
+    narrow as it is.
+    """
     limit = max_table_entries
     problem = problem.weighed(0.0)
     neighbors: dict[str, dict[str, None]] = {name: {} for name in problem.names}
@@ -90,7 +104,7 @@ def cutset(problem: Problem, max_table_entries: int = MAX_TABLE_ENTRIES) -> tupl
 
 
 def _without(problem: Problem, names: list[str]) -> Problem:
-    """The problem of the other variables, with all states possible."""
+    """Return the problem of the other variables, with all their states possible."""
     removed = set(names)
     return Problem(
         tuple(variable for variable in problem.variables if variable.name not in removed),
@@ -99,6 +113,7 @@ def _without(problem: Problem, names: list[str]) -> Problem:
 
 
 def _is_narrow(problem: Problem, limit: int) -> bool:
+    """Say whether elimination keeps every table within the limit."""
     try:
         schedule(reduce(problem, Memo()), limit)
     except TooWideError:
@@ -110,7 +125,11 @@ def _is_narrow(problem: Problem, limit: int) -> bool:
 
 @dataclass
 class _Conditioning:
-    """The search over one cutset. best: the cheapest assignment so far; bound: what is proven."""
+    """The search over one cutset.
+
+    cutset: names of variables. limit: entries of the largest table. best: the cheapest assignment
+    so far. bound: no assignment costs less, as far as is proven.
+    """
 
     problem: Problem
     cutset: list[str]
@@ -120,6 +139,7 @@ class _Conditioning:
     bound: float = -np.inf
 
     def run(self) -> Solution:
+        """Return the best assignment after some rounds of relaxation and local improvement."""
         self.split()
         multipliers = {copy: np.zeros(self.size(copy)) for copy in self.copies_of}
         for round_number in range(_ROUNDS):
@@ -138,7 +158,7 @@ class _Conditioning:
         return Solution(best.assignment, best.cost, min(self.bound, best.cost), method)
 
     def split(self) -> None:
-        """The relaxed problem: a copy of each variable of the cutset for each of its factors."""
+        """Make the relaxed problem: one copy of each variable of the cutset per factor."""
         self.copies: dict[str, list[str]] = {name: [] for name in self.cutset}
         self.copies_of: dict[str, str] = {}
         factors = []
@@ -158,15 +178,17 @@ class _Conditioning:
             if copies is None:
                 variables.append(variable)
             else:
+                # The copies' costs add up to the variable's where they agree, whatever the shares.
                 share = variable.unary / max(len(copies), 1)
                 variables += [Variable(copy, share) for copy in copies]
         self.relaxed = Problem(tuple(variables), tuple(factors))
 
     def size(self, copy: str) -> int:
+        """Return the number of states of a copy's variable."""
         return self.problem.variable(self.copies_of[copy]).size
 
     def relax(self, multipliers: dict[str, Table]) -> Mapping[str, int]:
-        """Solve the relaxed problem with what the copies are charged. Raises the bound."""
+        """Solve the relaxed problem with the copies charged by the multipliers; raise the bound."""
         charged = {
             copy: self.relaxed.variable(copy).unary + multipliers[copy] for copy in multipliers
         }
@@ -178,7 +200,7 @@ class _Conditioning:
         return solution.assignment
 
     def vote(self, name: str, states: Mapping[str, int]) -> int:
-        """The state that most copies of a variable take, the lowest of several."""
+        """Return the state that most copies of a variable take, the lowest of several."""
         taken = [states[copy] for copy in self.copies[name]] or [
             int(np.argmin(self.problem.variable(name).unary))
         ]
@@ -186,7 +208,10 @@ class _Conditioning:
         return int(np.argmax(counts))
 
     def attempt(self, fixed: dict[str, int]) -> bool:
-        """Solve with the cutset fixed; whether that is the best so far."""
+        """Solve with the cutset fixed and adopt the result if it is the best so far.
+
+        Returns whether it is.
+        """
         try:
             found = exact.solve(
                 self.problem.pinned(fixed), max_table_entries=self.limit, memo=self.memo
@@ -201,13 +226,19 @@ class _Conditioning:
     def update(
         self, multipliers: dict[str, Table], states: Mapping[str, int], round_number: int
     ) -> bool:
-        """Charge copies that differ from the others for it; whether any does (subgradient)."""
+        """Charge copies that differ from the others for it; say whether any does.
+
+        A step of the subgradient method on the dual, with Polyak's length: the gap over the squared
+        norm, shrinking by the round.
+        """
         steps: dict[str, Table] = {}
         norm = 0.0
         for copies in self.copies.values():
             if len({states[copy] for copy in copies}) <= 1:
                 continue
             indicators = {copy: np.eye(self.size(copy))[states[copy]] for copy in copies}
+            # The charges of one variable's copies add up to zero, so that they cancel where the
+            # copies agree and the bound stays valid.
             mean = sum(indicators.values()) / len(copies)
             for copy, indicator in indicators.items():
                 steps[copy] = indicator - mean
@@ -222,7 +253,10 @@ class _Conditioning:
         return True
 
     def dive(self, multipliers: dict[str, Table]) -> dict[str, int]:
-        """Fix the cutset one by one, to states that the relaxed problem still allows."""
+        """Fix the cutset one by one, to states that the relaxed problem still allows.
+
+        Returns the states; fewer than the cutset has where none of a variable's states is possible.
+        """
         fixed: dict[str, int] = {}
         charges = {copy: self.relaxed.variable(copy).unary for copy in multipliers}
         relaxed = self.relaxed.with_unary(charges)
@@ -244,7 +278,7 @@ class _Conditioning:
         return fixed
 
     def improve(self) -> None:
-        """Each variable of the cutset, given the others, its best state, until nothing changes."""
+        """Give each variable of the cutset its best state in turn, until nothing changes."""
         changed = True
         while changed:
             changed = False

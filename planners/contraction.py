@@ -1,4 +1,4 @@
-"""The least of a sum of tables over some of its axes: what every elimination step computes."""
+"""Min-sum contraction: the least of a sum of tables over some of its axes."""
 
 import math
 from typing import Any
@@ -9,27 +9,35 @@ from numpy.typing import NDArray
 from planners.tables import Table
 
 _CHUNK_ENTRIES = 2**18  # the joint table is walked in pieces of this size, which stay in cache
-# What a block takes beside its entries, in entries; smaller joint tables are not searched for any.
+# The fixed time of a block, in entries that could be walked meanwhile.
 _ENTRIES_PER_BLOCK = 25_000
+# Smaller joint tables are not searched for finite blocks: walking them whole is quicker.
 _SPARSE_ENTRIES = 2**17
 
 
-def contract(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -> Table:
-    """The least, over all axes not kept, of the sum of arrays that broadcast to a joint table.
+def contract(arrays: list[Table], shape: tuple[int, ...], kept_axes: tuple[int, ...]) -> Table:
+    """Return the least, over all axes not kept, of the sum of arrays over a joint table.
 
-    kept: the axes of the result, ascending. Much of a joint table is +inf where a set of what is
-    offered meets what each state needs: only the blocks that can be finite are walked.
+    arrays: each broadcasts to `shape`, the shape of the joint table. kept_axes: the axes of the
+    result, ascending. Much of a joint table is +inf where a set of what is offered meets what each
+    state needs: only the blocks that can be finite are walked.
+
+    >>> contract([np.array([[0.0, 5.0], [5.0, 0.0]]), np.array([[1.0], [3.0]])], (2, 2), (1,))
+    array([1., 3.])
     """
-    if math.prod(shape) >= _SPARSE_ENTRIES and kept == tuple(range(1, len(shape))):
+    if math.prod(shape) >= _SPARSE_ENTRIES and kept_axes == tuple(range(1, len(shape))):
         blocks = _blocks(arrays, shape)
         entries = sum(math.prod(len(axis) for axis in block) for block in blocks)
         if entries + _ENTRIES_PER_BLOCK * len(blocks) <= math.prod(shape):
             return _by_blocks(arrays, shape, blocks)
-    return _dense(arrays, shape, kept)
+    return _dense(arrays, shape, kept_axes)
 
 
 def _blocks(arrays: list[Table], shape: tuple[int, ...]) -> list[list[NDArray[np.intp]]]:
-    """Indices along every axis: states of axis 0 that are finite for the same others, together."""
+    """Return blocks of the joint table, as indices per axis, outside of which all is +inf.
+
+    States of axis 0 that are finite for the same states of all other axes go into one block.
+    """
     supports = []
     for axis in range(1, len(shape)):
         support = np.ones((shape[0], shape[axis]), dtype=np.bool_)
@@ -39,6 +47,7 @@ def _blocks(arrays: list[Table], shape: tuple[int, ...]) -> list[list[NDArray[np
                 support &= np.logical_or.reduce(np.isfinite(array), axis=dropped)
         supports.append(support)
     together = np.concatenate(supports, axis=1) if supports else np.ones((shape[0], 0), np.bool_)
+    # Equal rows are found by their bytes, packed to one bit per state.
     groups: dict[bytes, list[int]] = {}
     for state, row in enumerate(np.packbits(together, axis=1)):
         groups.setdefault(row.tobytes(), []).append(state)
@@ -51,6 +60,7 @@ def _blocks(arrays: list[Table], shape: tuple[int, ...]) -> list[list[NDArray[np
 def _by_blocks(
     arrays: list[Table], shape: tuple[int, ...], blocks: list[list[NDArray[np.intp]]]
 ) -> Table:
+    """Return the contraction over axis 0, computed on the given blocks alone."""
     result = np.full(shape[1:], np.inf)
     first = np.zeros(1, dtype=np.intp)
     for block in blocks:
@@ -67,11 +77,16 @@ def _by_blocks(
     return result
 
 
-def _dense(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -> Table:
-    """All entries, in pieces of the joint table: it is never held whole."""
-    arrays = sorted(arrays, key=lambda array: array.size)  # stable; small tables are summed first
+def _dense(arrays: list[Table], shape: tuple[int, ...], kept_axes: tuple[int, ...]) -> Table:
+    """Return the contraction over all entries, in pieces of the joint table.
+
+    The joint table is never held whole: it may have a million times the entries of its parts.
+    """
+    # Small tables are summed first, while the total is still small. The sort is stable, so that the
+    # order of the sum, and with it the rounding, depends on nothing but the operands.
+    arrays = sorted(arrays, key=lambda array: array.size)
     rows_per_chunk = max(1, _CHUNK_ENTRIES // math.prod(shape[1:]))
-    dropped = tuple(axis for axis in range(1, len(shape)) if axis not in kept)
+    dropped = tuple(axis for axis in range(1, len(shape)) if axis not in kept_axes)
     chunks: list[Table] = []
     for start in range(0, shape[0], rows_per_chunk):
         rows = slice(start, start + rows_per_chunk)
@@ -85,26 +100,35 @@ def _dense(arrays: list[Table], shape: tuple[int, ...], kept: tuple[int, ...]) -
         if dropped:
             total = total.min(axis=dropped, keepdims=True)
         height = len(range(*rows.indices(shape[0])))
-        total = np.broadcast_to(total, _kept(shape, kept, height))
-        if 0 in kept:
+        total = np.broadcast_to(total, _chunk_shape(shape, kept_axes, height))
+        if 0 in kept_axes:
             chunks.append(total)
         elif chunks:
             np.minimum(chunks[0], total.min(axis=0), out=chunks[0])
         else:
             chunks.append(total.min(axis=0))
-    result = np.concatenate(chunks) if 0 in kept else chunks[0]
-    return result.reshape([shape[axis] for axis in kept])
+    result = np.concatenate(chunks) if 0 in kept_axes else chunks[0]
+    return result.reshape([shape[axis] for axis in kept_axes])
 
 
-def _kept(shape: tuple[int, ...], kept: tuple[int, ...], height: int) -> list[int]:
-    """The joint shape of one chunk, with the axes not kept reduced to size 1."""
-    return [height] + [shape[axis] if axis in kept else 1 for axis in range(1, len(shape))]
+def _chunk_shape(shape: tuple[int, ...], kept_axes: tuple[int, ...], height: int) -> list[int]:
+    """Return the joint shape of one chunk, with the axes not kept reduced to size 1."""
+    return [height] + [shape[axis] if axis in kept_axes else 1 for axis in range(1, len(shape))]
 
 
 def along(vector: NDArray[Any], axis: int, ndim: int) -> NDArray[Any]:
-    """The vector as a table of ndim axes, of size 1 but for one."""
+    """Return the vector as a table of ndim axes, all of size 1 but for one.
+
+    >>> along(np.arange(3), axis=1, ndim=3).shape
+    (1, 3, 1)
+    """
     return vector.reshape([-1 if at == axis else 1 for at in range(ndim)])
 
 
 def others(axis: int, ndim: int) -> tuple[int, ...]:
+    """Return all axes of a table but one.
+
+    >>> others(1, 3)
+    (0, 2)
+    """
     return tuple(other for other in range(ndim) if other != axis)

@@ -1,8 +1,9 @@
-"""Exact planning by variable elimination.
+"""Exact planning by variable elimination (min-sum bucket elimination).
 
 Eliminating a variable replaces the tables around it by one table over its neighbours: the least
-it can cost for each of their states. Model graphs are narrow, so these tables stay small; layers
-repeat, so most of them are looked up.
+that it can cost for each of their states (Dechter, "Bucket elimination", Artificial Intelligence
+113, 1999). The time grows with the number of states to the power of the induced width. Model graphs
+are narrow, so these tables stay small; layers repeat, so most of them are looked up.
 """
 
 import math
@@ -17,24 +18,33 @@ from planners.solution import InfeasibleError, Solution
 from planners.table_memo import Memo, Operand
 from planners.tables import Table
 
-MAX_TABLE_ENTRIES = 2**26
+MAX_TABLE_ENTRIES = 2**26  # 512 MiB of float64
 _METHOD = "variable elimination"
+# An error names a small set of variables in conflict; finding one takes a solve for each check.
 _MAX_CONFLICT_CANDIDATES = 1000
 _MAX_CONFLICT_CHECKS = 200
-_GRAIN = 2.0**-40  # of what makes up the optimum: how finely marginals tell states apart
+# Messages are rounded down to this share of the optimum's magnitude, see `_Elimination._down`.
+_GRAIN = 2.0**-40
 
 
 def solve(
     problem: Problem, *, max_table_entries: int = MAX_TABLE_ENTRIES, memo: Memo | None = None
 ) -> Solution:
-    """An assignment of least cost, whatever it uses; its lower bound is its cost.
+    """Return an assignment of least cost, whatever it uses; its lower bound is its cost.
 
     Ties (up to rounding) go to the lowest state, variable by variable in the reverse of the
-    elimination order; the same problem always gives the same assignment.
+    elimination order; the same problem always gives the same assignment. A limit is ignored: see
+    `lagrangian.solve`.
     max_table_entries: the largest table to hold, in float64 entries. memo: share it between solves
     to look up what an earlier one computed, or read its counters.
     Raises InfeasibleError if no assignment has a finite cost (it names variables that cannot
     agree), TooWideError if the problem is not narrow enough.
+
+    >>> from planners import Factor, Variable
+    >>> cheap_apart = Variable("a", np.array([0.0, 0.5])), Variable("b", np.array([1.0, 0.0]))
+    >>> moving = Factor(("a", "b"), np.array([[0.0, 9.0], [9.0, 0.0]]))
+    >>> solve(Problem(cheap_apart, (moving,))).assignment
+    {'a': 1, 'b': 1}
     """
     memo = Memo() if memo is None else memo
     plain = problem.weighed(0.0)
@@ -45,7 +55,7 @@ def solve(
     assignment = elimination.assignment()
     terms = plain.terms(assignment)
     cost = math.fsum(terms)
-    # What was added up on the way is larger than the cost where terms cancel.
+    # Terms can cancel: the rounding error is measured against what was added up, not the sum.
     magnitude = math.fsum(map(abs, terms)) + elimination.magnitude
     assert abs(cost - elimination.optimum) <= 1e-9 * magnitude, (cost, elimination.optimum)
     return Solution.of(problem, assignment, _METHOD)
@@ -58,13 +68,19 @@ def min_marginals(
     max_table_entries: int = MAX_TABLE_ENTRIES,
     memo: Memo | None = None,
 ) -> dict[str, Table]:
-    """For each named variable the least cost with it fixed to each of its states.
+    """Return, per named variable, the least cost with it fixed to each of its states.
 
-    The other variables are re-optimized, so that entry minus optimum is what a state really
-    costs; +inf where it allows no finite cost. Never above that, and below it by rounding only (a
-    share of 2**-40 of all that is added up, for each step between variables). All names together
-    take about twice the time of one solve. Options and errors as in `solve`; also ValueError for an
-    unknown name.
+    The other variables are re-optimized, so that entry minus optimum is what a state really costs;
+    +inf where the state allows no finite cost. An entry is never above that, and below it by
+    rounding only (a share of 2**-40 of all that is added up, for each step between variables). All
+    names together take about twice the time of one solve. Options and errors as in `solve`; also
+    ValueError for an unknown name.
+
+    >>> from planners import Factor, Variable
+    >>> variables = Variable("a", np.array([0.0, 0.5])), Variable("b", np.array([1.0, 0.0]))
+    >>> moving = Factor(("a", "b"), np.array([[0.0, 9.0], [9.0, 0.0]]))
+    >>> min_marginals(Problem(variables, (moving,)), ["a"])
+    {'a': array([1. , 0.5])}
     """
     memo = Memo() if memo is None else memo
     wanted = {name: problem.index(name) for name in names}
@@ -85,8 +101,9 @@ def min_marginals(
 class _Elimination:
     """One problem, reduced, scheduled and eliminated.
 
-    tables[r]: the number of the resulting table of recipe r, smallest entry 0. magnitude: the sum
-    of the absolute values that make up the optimum.
+    optimum: the least cost. tables[r]: the memo's number of the resulting table of recipe r, whose
+    smallest entry is 0. magnitude: the sum of the absolute values that make up the optimum. Raises
+    ContradictionError where no assignment is finite, TooWideError from the schedule.
     """
 
     network: Network
@@ -110,13 +127,18 @@ class _Elimination:
             self.tables.append(table)
             offsets.append(offset)
         memo.reused += len(self.schedule.steps) - len(self.schedule.recipes)
-        spent = [offsets[step.recipe] for step in self.schedule.steps]
-        spent.extend(self.network.offset_terms)
-        self.optimum = math.fsum(spent)
-        self.magnitude = math.fsum(map(abs, spent))
+        # Each result's smallest entry was moved to an offset, so that equal layers give equal
+        # tables; the optimum is the sum of the offsets, one per step (a recipe may serve many).
+        summands = [offsets[step.recipe] for step in self.schedule.steps]
+        summands.extend(self.network.offset_terms)
+        self.optimum = math.fsum(summands)
+        self.magnitude = math.fsum(map(abs, summands))
 
     def assignment(self) -> dict[str, int]:
-        """Go back through the steps: each variable takes its best state given its scope's."""
+        """Return an optimal state for every variable, by name.
+
+        Walks back through the steps: each variable takes its best state given its scope's.
+        """
         states = [0] * len(self.network.states)
         aligned: dict[int, list[Table]] = {}
         chosen: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -137,23 +159,25 @@ class _Elimination:
                 chosen[key] = int(np.argmin(total))
             states[step.variable] = chosen[key]
         return {
-            variable.name: int(kept[state])
-            for variable, kept, state in zip(
+            variable.name: int(states_left[state])
+            for variable, states_left, state in zip(
                 self.problem.variables, self.network.states, states, strict=True
             )
         }
 
     def marginals(self, wanted: list[int]) -> dict[int, Table]:
-        """For each wanted variable, over its kept states: the least cost above the optimum.
+        """Return, per wanted variable, the least cost above the optimum of each state left.
 
-        The message down to a step says, over the step's scope, what all that is not below it costs
-        at least: it comes from its parent, the step that took in its result.
+        This is the downward pass of message passing on the clique tree. The message down to a step
+        says, over the step's scope, the least cost of all that is not below it: it comes from its
+        parent, the step that took in its result.
         """
         steps = self.schedule.steps
         place = {step.variable: number for number, step in enumerate(steps)}
         parents = [
             min([place[other] for other in step.scope]) if step.scope else None for step in steps
         ]
+        # Only ancestors of wanted variables need a message.
         needed = [False] * len(steps)
         for variable in wanted:
             number = place.get(variable)
@@ -178,48 +202,58 @@ class _Elimination:
         return result
 
     def _down(self, child: int, parent: int, above: Operand | None) -> int:
-        """The number of the message from parent to child, over the child's scope."""
+        """Return the number of the message from parent to child, over the child's scope.
+
+        above: the message from the grandparent, None at a root.
+        """
         step, upper = self.schedule.steps[child], self.schedule.steps[parent]
         clique = (upper.variable, *upper.scope)
-        kept = tuple(clique.index(other) for other in step.scope)
+        child_axes = tuple(clique.index(other) for other in step.scope)
         operands = list(self._operands(upper.recipe))
-        operands.remove((self.tables[step.recipe], kept))
+        # All that the parent joined but what came up from this child, which the child counts
+        # itself.
+        operands.remove((self.tables[step.recipe], child_axes))
         if above is not None:
             operands.append(above)
         shape = self.schedule.recipes[upper.recipe].shape
-        number, _ = self.memo.contract(tuple(operands), shape, kept)
-        # Down a chain of equal layers messages come to differ in rounding alone. Cut to a grain,
-        # they are the same table, which is looked up; and no marginal becomes larger by that.
+        number, _ = self.memo.contract(tuple(operands), shape, child_axes)
+        # Down a chain of equal layers messages come to differ in rounding alone. Rounded down to
+        # a grain, they are the same table, which is looked up; rounding down keeps every marginal
+        # a lower bound.
         grain = self.magnitude * _GRAIN
         if grain == 0.0:
             return number
         return self.memo.table(np.floor(self.memo.tables[number] / grain) * grain)
 
     def _operands(self, recipe: int) -> tuple[Operand, ...]:
-        """The recipe's operands with the results of earlier recipes filled in."""
+        """Return the recipe's operands, results of earlier recipes by their table numbers."""
         return tuple(
             (self.tables[-1 - number] if number < 0 else number, axes)
             for number, axes in self.schedule.recipes[recipe].operands
         )
 
     def _subtree(self, recipe: int) -> list[int]:
-        """All variables with a say in the result of the recipe where it is used first."""
+        """Return all variables that contribute to the result of a recipe, where first used."""
         steps = self.schedule.steps
         place = {step.variable: number for number, step in enumerate(steps)}
         last = next(number for number, step in enumerate(steps) if step.recipe == recipe)
         below = {last}
-        found = {steps[last].variable: None} | dict.fromkeys(steps[last].scope)
+        contributors = {steps[last].variable: None} | dict.fromkeys(steps[last].scope)
         for number in reversed(range(last)):
             step = steps[number]
             if step.scope and min([place[other] for other in step.scope]) in below:
                 below.add(number)
-                found[step.variable] = None
+                contributors[step.variable] = None
         # The states that the reduction dropped count as well.
-        return closure(list(found), self.network.blamed)
+        return closure(list(contributors), self.network.blamed)
 
 
 def _infeasible(problem: Problem, candidates: list[int], memo: Memo) -> InfeasibleError:
-    """The error, naming candidates without as many as a limited number of tries can spare."""
+    """Return the error, naming a small set of variables that already contradict each other.
+
+    Chunks of halving size are left out while the rest still contradicts (delta debugging, Zeller &
+    Hildebrandt 2002), within a limited number of tries.
+    """
     if len(candidates) > _MAX_CONFLICT_CANDIDATES:
         return InfeasibleError()
     size = len(candidates)
@@ -238,7 +272,7 @@ def _infeasible(problem: Problem, candidates: list[int], memo: Memo) -> Infeasib
 
 
 def _contradicts(problem: Problem, places: list[int], memo: Memo) -> bool:
-    """Whether these variables by themselves have no assignment of finite cost."""
+    """Say whether these variables by themselves have no assignment of finite cost."""
     variables = tuple(problem.variables[place] for place in places)
     names = {variable.name for variable in variables}
     factors = tuple(f for f in problem.factors if names.issuperset(f.scope))

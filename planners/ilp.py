@@ -1,8 +1,9 @@
-"""The same problem as an integer program, solved by HiGHS: the cross-check, and the fallback.
+"""The planning problem as an integer program, solved by HiGHS: the cross-check, and the fallback.
 
 The local-polytope formulation: one column per state of a variable and per entry of a table (and way
 to pay for it), which are 1 where chosen. The columns of a table add up, over all axes but one, to
-those of that axis' variable. A limit is one more row.
+those of that axis' variable. A limit is one more row. Sources: Wainwright & Jordan 2008, section 8;
+HiGHS: Huangfu & Hall 2018.
 """
 
 import math
@@ -29,13 +30,16 @@ def solve(
     relative_gap: float = _RELATIVE_GAP,
     most_nodes: int | None = None,
 ) -> Solution:
-    """An assignment of least cost within the limit, or the best one found in time, with a bound.
+    """Return an assignment of least cost within the limit, or the best one found in time.
 
-    Without a time limit the result is deterministic, and optimal to about the relative gap unless
-    the search tree had more nodes than `most_nodes`.
-    Raises InfeasibleError if no assignment has a finite cost, OverLimitError if those that have
-    are over the limit, TimeoutError if none was found in time (or nodes), RuntimeError if HiGHS
-    fails.
+    time_limit_seconds: None for no limit; without one the result is deterministic. relative_gap:
+    the result is optimal up to this share of its cost. most_nodes: the largest search tree; with it
+    the result may have a larger gap.
+    Raises InfeasibleError if no assignment has a finite cost, OverLimitError if those that have are
+    over the limit, TimeoutError if none was found in time (or nodes), RuntimeError if HiGHS fails.
+
+    >>> solve(Problem((Variable("a", np.array([2.0, 1.0])),))).assignment
+    {'a': 1}
     """
     if not problem.variables:
         return Solution.of(problem, {}, _METHOD)
@@ -85,10 +89,13 @@ def solve(
 
 
 def lp_bound(problem: Problem) -> float:
-    """The cost of the relaxation in which states may be mixed: no assignment costs less.
+    """Return the cost of the relaxation in which states may be mixed: no assignment costs less.
 
     Raises InfeasibleError if even the relaxation has no finite cost within the limit, RuntimeError
     if HiGHS fails.
+
+    >>> lp_bound(Problem((Variable("a", np.array([2.0, 1.0])),)))
+    1.0
     """
     if not problem.variables:
         return 0.0
@@ -101,26 +108,30 @@ def lp_bound(problem: Problem) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _States:
-    """The columns of a variable, one per state that has a finite cost."""
+    """The columns of a variable, one per state of finite cost: column start + i is states[i]."""
 
     states: Columns
     start: int
 
     @property
     def count(self) -> int:
+        """The number of columns."""
         return len(self.states)
 
 
 @dataclass(frozen=True, slots=True)
 class _Payments:
-    """The columns of a table with several ways to pay: column start + i is entry[i] paid way[i]."""
+    """The columns of a table with several ways to pay: column start + i is entry[i] paid way[i].
+
+    entries: one row per axis of the table, one column per column of the program.
+    """
 
     start: int
     entries: NDArray[np.intp]
     ways: Columns
 
     def way(self, entry: tuple[int, ...], values: Table) -> int:
-        """The way taken for an entry."""
+        """Return the way by which an entry is paid in a solution's column values."""
         at = np.flatnonzero((self.entries == np.array(entry)[:, None]).all(axis=0))
         return int(self.ways[at[np.argmax(values[self.start + at])]])
 
@@ -130,8 +141,8 @@ class _Program:
     """Columns with costs, and rows with lower and upper bounds, as a sparse matrix by row.
 
     variables: the columns of every variable. payments: those of tables with several ways, by the
-    table's number (variables first). The cost of an assignment is offset + unit * (sum of chosen
-    columns' costs).
+    table's number (variables first). integer: per column, whether it must be whole. The cost of an
+    assignment is offset + unit * (sum of chosen columns' costs).
     """
 
     variables: list[_States]
@@ -148,6 +159,7 @@ class _Program:
 
     @staticmethod
     def of(problem: Problem) -> "_Program":
+        """Return the integer program of a problem."""
         builder = _Builder(problem)
         for factor, (scope, prices) in _merged(problem):
             builder.add_table(scope, prices, factor)
@@ -160,10 +172,12 @@ class _Program:
         relative_gap: float = _RELATIVE_GAP,
         most_nodes: int | None = None,
     ) -> highspy.Highs | None:
-        """HiGHS after a run that ended as it should, None if there is no solution.
+        """Run HiGHS; return it, or None if there is no solution.
 
-        Raises as the public functions say.
+        relaxed: columns may be fractions. Raises RuntimeError if HiGHS ends in any other way than
+        solved, infeasible or out of time or nodes.
         """
+        # One thread and a fixed seed, so that the same program gives the same solution.
         highs: highspy.Highs = highspy.Highs()
         options: dict[str, bool | int | float] = {
             "output_flag": False,
@@ -195,6 +209,7 @@ class _Program:
         return highs
 
     def _model(self, relaxed: bool) -> highspy.HighsLp:
+        """Return the program in the form that HiGHS takes."""
         count = len(self.costs)
         model = highspy.HighsLp()
         model.num_col_ = count
@@ -218,7 +233,7 @@ class _Program:
 
 
 class _Builder:
-    """Collects columns and rows; costs of a group of columns are taken from their least."""
+    """Collects columns and rows; costs of a group of columns are counted from their least."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -238,6 +253,7 @@ class _Builder:
             if not len(finite):
                 raise InfeasibleError((variable.name,))
             several = len(prices.ways) > 1
+            # With several ways to pay, the columns of (state, way) carry the costs instead.
             zeros = np.zeros(len(finite))
             costs = zeros if several else variable.unary[finite]
             usage = None if several or variable.usage is None else variable.usage[finite]
@@ -248,7 +264,10 @@ class _Builder:
                 self.add_table((place,), prices, place)
 
     def add_columns(self, costs: Table, usages: Table | None, integer: bool) -> int:
-        """The first of the new columns, of which exactly one will be chosen."""
+        """Add columns of which exactly one will be chosen; return the number of the first.
+
+        The least cost goes into the offset, so that all costs of the program are not negative.
+        """
         low = float(costs.min())
         self.offsets.append(low)
         self._costs.append(costs - low)
@@ -259,23 +278,28 @@ class _Builder:
         return start
 
     def add_row(self, columns: Columns, entries: Table, side: float) -> None:
+        """Add the row: sum of entries * columns = side."""
         self._rows.append(columns)
         self._entries.append(entries)
         self._sides.append(side)
 
     def add_table(self, scope: tuple[int, ...], prices: Prices, number: int | None) -> None:
-        """Columns for the entries of one table, tied to those of its variables.
+        """Add columns for the entries of one table, tied to those of its variables.
 
-        number: of the table, if its way is to be read from the solution.
+        scope: indices of variables. number: of the table, if its way is to be read from the
+        solution.
         """
-        kept = [self.variables[place].states for place in scope]
-        parts = [way.cost[np.ix_(*kept)] for way in prices.ways]
-        used = [None if way.usage is None else way.usage[np.ix_(*kept)] for way in prices.ways]
+        states_left = [self.variables[place].states for place in scope]
+        parts = [way.cost[np.ix_(*states_left)] for way in prices.ways]
+        usage_parts = [
+            None if way.usage is None else way.usage[np.ix_(*states_left)] for way in prices.ways
+        ]
         low = float(min(part.min() for part in parts))
         if low == np.inf:
             raise InfeasibleError(tuple(self.problem.variables[place].name for place in scope))
         single = len(parts) == 1
-        if single and used[0] is None and (parts[0] == low).all():
+        # A constant table needs no columns.
+        if single and usage_parts[0] is None and (parts[0] == low).all():
             self.offsets.append(low)
             return
         at = [np.nonzero(np.isfinite(part)) for part in parts]
@@ -284,15 +308,16 @@ class _Builder:
         usages = np.concatenate(
             [
                 np.zeros(len(where[0])) if usage is None else usage[where]
-                for usage, where in zip(used, at, strict=True)
+                for usage, where in zip(usage_parts, at, strict=True)
             ]
         )
         start = self.add_columns(costs, usages, not single)
         if not single:
             assert number is not None
             ways = np.repeat(np.arange(len(parts)), [len(where[0]) for where in at])
-            states = np.stack([k[axis] for k, axis in zip(kept, entries, strict=True)])
+            states = np.stack([k[axis] for k, axis in zip(states_left, entries, strict=True)])
             self.payments[number] = _Payments(start, states, ways)
+        # For each state of each variable: the table's columns with that state add up to its column.
         for place, along in zip(scope, entries, strict=True):
             variable = self.variables[place]
             for state in range(variable.count):
@@ -301,6 +326,7 @@ class _Builder:
                 self.add_row(np.append(chosen, variable.start + state), signs, 0.0)
 
     def program(self) -> _Program:
+        """Return the program of all columns and rows, with the limit as its last row."""
         costs = np.concatenate([np.zeros(0), *self._costs])
         positive = costs[costs > 0]
         # HiGHS's tolerances are absolute and meant for costs around 1; seconds are far smaller.
@@ -309,6 +335,7 @@ class _Builder:
         limit = self.problem.limit
         if limit is not None:
             usages = np.concatenate([np.zeros(0), *self._usages])
+            # Bytes are scaled to at most 1, for the same absolute tolerances.
             scale = float(np.abs(usages).max()) or 1.0
             using = np.flatnonzero(usages)
             self._rows.append(using)
@@ -331,7 +358,7 @@ class _Builder:
 
 
 def _merged(problem: Problem) -> list[tuple[int | None, tuple[tuple[int, ...], Prices]]]:
-    """Tables with their scope (variable indices): one for all that can be added up.
+    """Return the tables with their scope (variable indices): one for all that can be added up.
 
     Those with several ways to pay stay alone, and come with their number.
     """
@@ -346,10 +373,10 @@ def _merged(problem: Problem) -> list[tuple[int | None, tuple[tuple[int, ...], P
         group = tuple(scope[axis] for axis in order)
         table, usage = _turned(factor, order)
         if group in sums:
-            known, known_usage = sums[group]
-            table = known + table
-            if known_usage is not None:
-                usage = known_usage if usage is None else known_usage + usage
+            sum_so_far, usage_so_far = sums[group]
+            table = sum_so_far + table
+            if usage_so_far is not None:
+                usage = usage_so_far if usage is None else usage_so_far + usage
         sums[group] = (table, usage)
     merged: list[tuple[int | None, tuple[tuple[int, ...], Prices]]] = [
         (None, (group, Prices((Alternative(table, usage),))))
@@ -359,10 +386,12 @@ def _merged(problem: Problem) -> list[tuple[int | None, tuple[tuple[int, ...], P
 
 
 def _turned(factor: Factor, order: list[int]) -> tuple[Table, Table | None]:
+    """Return the factor's table and usage with the axes in the given order."""
     usage = factor.usage
     return factor.table.transpose(order), None if usage is None else usage.transpose(order)
 
 
 def _succeeded(status: highspy.HighsStatus, what: str) -> None:
+    """Raise RuntimeError if HiGHS reports an error."""
     if status == highspy.HighsStatus.kError:
         raise RuntimeError(f"HiGHS refused {what}")

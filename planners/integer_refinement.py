@@ -1,4 +1,4 @@
-"""Closing what gap is left, where few choices are left to make."""
+"""Closing a known solution's gap by an integer program over the few states left in question."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from planners.table_memo import Memo
 
 __all__ = ["refine_by_integer_program"]
 
+# Larger programs are left with their gap: they would take longer than the search itself.
 MOST_ENTRIES = 3000
 MOST_NODES = 20
 
@@ -22,12 +23,14 @@ MOST_NODES = 20
 def refine_by_integer_program(
     problem: Problem, known: Solution, enough: float, most_entries: int = MOST_ENTRIES
 ) -> Solution:
-    """The optimum, if the choices that can still be better than a known solution are few.
+    """Return an optimum, if the states that can still be better than a known solution are few.
 
-    enough: the gap at which to stop, as a share of the cost.
-    What each state costs at least, with usage charged at the known solution's multiplier, shows
-    which states no better solution can have. What is left goes to the integer program, unless its
-    tables have more than `most_entries` entries: then the known solution is returned.
+    known: a solution within the limit, with the multiplier at which its bound was found. enough:
+    the gap at which to stop, as a share of the cost. most_entries: the known solution is returned
+    if the tables left have more entries than this.
+    The min-marginals at the known solution's multiplier say which states no better solution can
+    have: those whose least cost, with usage charged, exceeds the known cost plus the charge for the
+    whole limit (reduced-cost fixing). What is left goes to the integer program.
     """
     limit = 0.0 if problem.limit is None else problem.limit
     weighed = problem.weighed(known.multiplier)
@@ -35,6 +38,8 @@ def refine_by_integer_program(
         marginals = exact.min_marginals(weighed, problem.names, memo=Memo())
     except TooWideError:
         return known
+    # A better solution x has cost(x) <= known.cost and usage(x) <= limit, so its charged cost is at
+    # most this. The addition below allows for rounding.
     most = known.cost + known.multiplier * limit
     most += 1e-9 * (abs(most) + abs(known.cost))
     left = {name: np.flatnonzero(table <= most) for name, table in marginals.items()}
@@ -42,22 +47,28 @@ def refine_by_integer_program(
         return replace(known, lower_bound=known.cost)
     entries = sum(len(states) for states in left.values() if len(states) > 1)
     for factor in problem.factors:
-        own = (1 + len(factor.alternatives)) * math.prod(len(left[name]) for name in factor.scope)
-        entries += own if own > 1 else 0
+        table_entries = (1 + len(factor.alternatives)) * math.prod(
+            len(left[name]) for name in factor.scope
+        )
+        entries += table_entries if table_entries > 1 else 0
     if entries > most_entries:
         return known
     restricted = problem.restricted(left)
     try:
-        found = ilp.solve(restricted, relative_gap=max(enough, 1e-9), most_nodes=MOST_NODES)
+        refined = ilp.solve(restricted, relative_gap=max(enough, 1e-9), most_nodes=MOST_NODES)
     except InfeasibleError:
         return replace(known, lower_bound=known.cost)
     except TimeoutError:
         return known
-    bound = max(known.lower_bound, min(found.lower_bound, known.cost))
-    if found.cost >= known.cost:
+    bound = max(known.lower_bound, min(refined.lower_bound, known.cost))
+    if refined.cost >= known.cost:
         return replace(known, lower_bound=bound)
-    assignment = {name: int(states[found.assignment[name]]) for name, states in left.items()}
-    method = f"{known.method}, closed by the {found.method}"
+    assignment = {name: int(states[refined.assignment[name]]) for name, states in left.items()}
+    method = f"{known.method}, closed by the {refined.method}"
     return replace(
-        found, assignment=assignment, lower_bound=bound, method=method, multiplier=known.multiplier
+        refined,
+        assignment=assignment,
+        lower_bound=bound,
+        method=method,
+        multiplier=known.multiplier,
     )

@@ -1,12 +1,13 @@
-"""Planning within a limit: a price on usage, found so that what is bought just fits.
+"""Planning within a limit: a price on usage, chosen so that the cheapest assignment just fits.
 
-With usage charged at some multiplier the problem is a plain one, and its optimum less
-multiplier * limit is a lower bound on every assignment within the limit; the best multiplier gives
-the best bound (Lagrangian relaxation). Layers repeat, so at that multiplier all of them change
-their mind at once, and what is found is either far over the limit or far below it. So usage is
-charged a little more up to some place in the order of the variables, and a little less behind it:
-the place is moved until the limit is just kept. What is left over then buys single changes. Where
-one variable decides for all layers together, there is a search for each of its states.
+With usage charged at some multiplier the problem is a plain one, and its optimum less multiplier *
+limit is a lower bound on every assignment within the limit; the best multiplier gives the best
+bound (Lagrangian relaxation; Everett 1963, Fisher 1981). Layers repeat, so at that multiplier all
+of them change their mind at once, and the optimum is either far over the limit or far below it. So
+usage is charged a little more up to some place in the order of the variables, and a little less
+behind it: the place is moved until the limit is just kept. The rest of the limit then buys single
+changes. Where one variable decides for all layers together, there is a search for each of its
+states (branch and bound).
 """
 
 from __future__ import annotations
@@ -15,33 +16,34 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from planners import conditioning, exact
-from planners import local_improvement as filling
+from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meeting
+from planners.exact_or_conditioned import ExactOrConditioned
 from planners.integer_refinement import refine_by_integer_program
-from planners.ordering import TooWideError
+from planners.local_improvement import improve_within_limit, repair_to_limit
 from planners.problem import Multiplier, Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
-from planners.table_memo import Memo
 
-__all__ = ["solve"]
+__all__ = ["ExactOrConditioned", "solve"]
 
 Solver = Callable[[Problem], Solution]
 
 MOST_SOLVES = 80
+# A gap of a tenth of a percent is far below the error of any cost model.
 ENOUGH = 1e-3
+# A solve by conditioning takes many eliminations: fewer of them.
 _MOST_WIDE_SOLVES = 15
 _MOST_PLACES = 8
 # How far both charges are below and above the best multiplier, as shares of it. What lies between
 # them is decided a little wrong; but where the change from one to the other costs something by
 # itself, they must be far enough apart to pay for it.
 _SPREADS = ((0.01, 0.01), (0.1, 0.1), (0.5, 0.5), (0.5, 4.0), (1.0, 1.0))
+# After so many places without a new usage, the change from one charge to the other is one jump.
 _MOST_JUMPS = 3
 _MOST_BRANCHES = 8
-# Of solutions found, those near the bound: that are brought within the limit, and that others may
-# take changes from.
-_MOST_MENDED = 3
+# The numbers of solutions near the bound that are brought within the limit, and that others may
+# adopt changes from.
+_MOST_REPAIRED = 3
 _MOST_OTHERS = 8
-_EXACT = 1e-9
 
 
 def solve(
@@ -52,43 +54,37 @@ def solve(
     most_solves: int = MOST_SOLVES,
     enough: float = ENOUGH,
 ) -> Solution:
-    """The best assignment found within the limit, and a proven lower bound.
+    """Return the best assignment that was found within the limit, and a proven lower bound.
 
-    Variables should come in the order of the computation, so that what is near in the model is
-    near in the order. solver: of plain problems; by default the exact one, or conditioning where
-    that is too wide. prover: where the solver's bounds are rough, a slower one that proves better
-    ones; asked once for a multiplier. most_solves: of plain problems, about; a fifth of them to
-    find a multiplier.
+    Variables should come in the order of the computation, so that what is near in the model is near
+    in the order.
+    solver: of plain problems; by default the exact one, or conditioning where that is too wide.
+    prover: where the solver's bounds are rough, a slower one that proves better ones; asked once
+    for a multiplier. most_solves: of plain problems, about; a fifth of them to find a multiplier.
     enough: the search ends at this gap, as a share of the cost. Deterministic.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
+
+    >>> import numpy as np
+    >>> from planners.variables import Variable
+    >>> save_or_recompute = [
+    ...     Variable(f"layer {i}", np.array([1.0, 1.3]), np.array([8.0, 0.0])) for i in range(4)
+    ... ]
+    >>> solution = solve(Problem(tuple(save_or_recompute), limit=20.0))
+    >>> round(solution.cost, 6), solution.usage
+    (4.6, 16.0)
     """
     return _Search(problem, solver or ExactOrConditioned(), prover, enough, most_solves).run()
 
 
-class ExactOrConditioned:
-    """Exact where it can be. One memo for all problems that share tables, until `forget`."""
-
-    def __init__(self) -> None:
-        self.given: tuple[str, ...] | None = None
-        self.memo = Memo()
-
-    def forget(self) -> None:
-        """Drop the memo: no table with usage is the same at another multiplier."""
-        self.memo = Memo(self.memo.orders)
-
-    def __call__(self, problem: Problem) -> Solution:
-        if self.given is None:
-            try:
-                return exact.solve(problem, memo=self.memo)
-            except TooWideError:
-                self.given = conditioning.cutset(problem)
-        return conditioning.solve(problem, given=self.given, memo=self.memo)
-
-
 @dataclass
 class _Node:
-    """The problem with some variables given. bound: no assignment of it costs less."""
+    """A branch of the search: the problem with some variables pinned.
+
+    pins: their states, by name. bound: no assignment of the branch costs less. multiplier: the best
+    one known for the branch. ends: the solutions whose lines meet at that multiplier, one over and
+    one within the limit.
+    """
 
     problem: Problem
     pins: dict[str, int]
@@ -98,7 +94,11 @@ class _Node:
 
 
 class _Search:
-    """best: the cheapest found within the limit. found: all solutions, whatever they use."""
+    """The search within a limit.
+
+    best: the cheapest solution within the limit so far. solutions: all distinct ones, whatever they
+    use; seen: their keys. solves: how many plain problems were solved.
+    """
 
     def __init__(
         self,
@@ -117,10 +117,11 @@ class _Search:
         self.method = ""
         self.solves = 0
         self.limit = math.inf if problem.limit is None else problem.limit
-        self.found: list[Solution] = []
-        self.known: dict[tuple[tuple[int, ...], ...], None] = {}
+        self.solutions: list[Solution] = []
+        self.seen: dict[tuple[tuple[int, ...], ...], None] = {}
 
     def run(self) -> Solution:
+        """Explore branches, the one of the lowest bound first; return the best with the bound."""
         root = _Node(self.problem, {}, -math.inf)
         nodes, leaves = [root], []
         for _ in range(_MOST_BRANCHES):
@@ -139,6 +140,7 @@ class _Search:
                 break
         best = self.best
         assert best is not None
+        # The branches partition the assignments, so that the least of their bounds bounds all.
         bound = min(best.cost, *(node.bound for node in leaves + nodes))
         method = f"{self.method}, usage charged" if root.multiplier else self.method
         solution = Solution(
@@ -158,12 +160,13 @@ class _Search:
         return solution
 
     def explore(self, node: _Node) -> None:
-        """Find the node's multiplier, bound, and the best assignment that it leads to."""
+        """Raise the bound of a branch at its best multiplier; collect good assignments there."""
         try:
             self.search(node)
         except InfeasibleError:
             if not node.pins:
                 raise
+            # No assignment of the branch is within the limit; at the root that is the answer.
             node.bound = math.inf
             return
         if self.prover is not None and not self.is_enough(node):
@@ -173,11 +176,15 @@ class _Search:
             self.split(node)
 
     def is_enough(self, node: _Node) -> bool:
+        """Say whether a branch cannot hold an assignment that is better by more than the gap."""
         best = self.best
         return best is not None and best.cost - node.bound <= self.enough * abs(best.cost)
 
     def solved(self, node: _Node, charged: Multiplier, solver: Solver | None = None) -> Solution:
-        """Solve with usage charged; lower_bound is of cost and charge together."""
+        """Return the solution with usage charged; lower_bound is of cost and charge together.
+
+        charged: one multiplier, or one per table. solver: another than the search's own.
+        """
         self.solves += 1
         plain = (solver or self.solver)(node.problem.weighed(charged))
         if isinstance(self.solver, ExactOrConditioned) and self.solver.given is not None:
@@ -197,7 +204,7 @@ class _Search:
         )
 
     def consider(self, solution: Solution) -> Solution:
-        """Remember the solution, and whether it is the best."""
+        """Remember the solution, and adopt it as the best if it is; return it."""
         fits = self.problem.fits(solution.usage)
         if fits and (self.best is None or solution.cost < self.best.cost):
             self.best = solution
@@ -206,13 +213,13 @@ class _Search:
             solution.variable_alternatives,
             solution.factor_alternatives,
         )
-        if key not in self.known:
-            self.known[key] = None
-            self.found.append(solution)
+        if key not in self.seen:
+            self.seen[key] = None
+            self.solutions.append(solution)
         return solution
 
     def at(self, node: _Node, multiplier: float, solver: Solver | None = None) -> Solution:
-        """Solve at one multiplier. Raises the bound."""
+        """Return the solution at one multiplier, and raise the bound of the branch by it."""
         if isinstance(self.solver, ExactOrConditioned):
             self.solver.forget()
         solution = self.solved(node, multiplier, solver)
@@ -221,26 +228,29 @@ class _Search:
         return solution
 
     def least(self, node: _Node) -> Solution:
-        """The least usage; raises OverLimitError if that is too much."""
+        """Return the solution of least usage. Raises OverLimitError if that is over the limit."""
         plain = self.solver(node.problem.usage_alone())
         if self.prover is not None and not self.problem.fits(plain.cost):
             plain = self.prover(node.problem.usage_alone())
         # As if usage were so dear that nothing else counts.
+        # At an infinite multiplier every table is paid in its way of least usage.
         solution = Solution.of(node.problem, plain.assignment, plain.method, None, math.inf)
         if not self.problem.fits(solution.usage):
             raise OverLimitError(plain.cost, plain.lower_bound, self.limit)
         return self.consider(solution)
 
     def search(self, node: _Node) -> None:
-        """The multiplier at which the node's bound is best.
+        """Find the multiplier at which the branch's bound is best.
 
-        Every assignment is a line above the dual function, falling if it is within the limit: where
-        the least rising and falling lines meet, a solve either shows that there are no lower ones,
-        or gives one.
+        Every assignment is a line over the multiplier (`dual_function`): where the least rising and
+        the least falling line meet, a solve either shows that there are no lower ones, or gives
+        one.
         """
-        known = [s for s in self.found if all(s.assignment[n] == p for n, p in node.pins.items())]
-        over = [s for s in known if not self.problem.fits(s.usage)]
-        within = [s for s in known if self.problem.fits(s.usage)]
+        members = [
+            s for s in self.solutions if all(s.assignment[n] == p for n, p in node.pins.items())
+        ]
+        over = [s for s in members if not self.problem.fits(s.usage)]
+        within = [s for s in members if self.problem.fits(s.usage)]
         if not over:
             solution = self.at(node, 0.0)
             if self.problem.fits(solution.usage):
@@ -248,57 +258,35 @@ class _Search:
             over.append(solution)
         if not within:
             within.append(self.least(node))
-        low, high, same = 0.0, math.inf, 0
+        low, high, run_length = 0.0, math.inf, 0
         for _ in range(max(4, self.most_solves // 5)):
-            meet, promised, node.ends = self.meeting(over, within)
+            meet, promised, node.ends = highest_meeting(self.problem, over, within, self.limit)
             node.multiplier = meet
-            if promised - node.bound <= _EXACT * abs(promised) or self.is_enough(node):
+            if promised - node.bound <= RELATIVE_ROUNDING * abs(promised) or self.is_enough(node):
                 break
             multiplier = meet
-            if abs(same) >= 2 and low and math.isfinite(high):
+            # Lines from one side only: the meeting creeps towards the maximum. The geometric mean
+            # of the multipliers that are known to be too low and too high halves their ratio
+            # instead.
+            if abs(run_length) >= 2 and low and math.isfinite(high):
                 multiplier = math.sqrt(low * high)
             solution = self.at(node, multiplier)
-            height = solution.cost + multiplier * (solution.usage - self.limit)
-            if multiplier == meet and promised - height <= _EXACT * abs(promised):
+            height = charged_cost(solution, multiplier, self.limit)
+            if multiplier == meet and promised - height <= RELATIVE_ROUNDING * abs(promised):
                 break
             if self.problem.fits(solution.usage):
                 within.append(solution)
-                high, same = min(high, multiplier), max(same, 0) + 1
+                high, run_length = min(high, multiplier), max(run_length, 0) + 1
             else:
                 over.append(solution)
-                low, same = max(low, multiplier), min(same, 0) - 1
-
-    def meeting(
-        self, over: list[Solution], within: list[Solution]
-    ) -> tuple[float, float, tuple[Solution, ...]]:
-        """Where the least of all lines is highest: multiplier, height, and the lines there."""
-
-        def height(solution: Solution, multiplier: float) -> float:
-            if not multiplier:
-                return solution.cost
-            return solution.cost + multiplier * (solution.usage - self.limit)
-
-        low = min(over, key=lambda s: s.cost)
-        multiplier = 0.0
-        # From line to line: each falling one that is lower than the rising one cuts it off, and so
-        # on; the height only falls, so this ends.
-        high = min(within, key=lambda s: s.cost)
-        for _ in range(len(over) + len(within)):
-            if high.cost <= low.cost:
-                return 0.0, high.cost, (low, high)
-            multiplier = (high.cost - low.cost) / (low.usage - high.usage)
-            level = height(high, multiplier)
-            lowest = min(over + within, key=lambda s: height(s, multiplier))
-            if height(lowest, multiplier) >= level - _EXACT * abs(level):
-                break
-            if self.problem.fits(lowest.usage):
-                high = lowest
-            else:
-                low = lowest
-        return multiplier, height(high, multiplier), (low, high)
+                low, run_length = max(low, multiplier), min(run_length, 0) - 1
 
     def split(self, node: _Node) -> None:
-        """Charge more up to some place and less behind it, and the other way round."""
+        """Charge more up to some place and less behind it, and the other way round.
+
+        At the best multiplier many layers are indifferent between two states. Two charges around it
+        make the layers before the place take one state and those behind it the other.
+        """
         for below, above in _SPREADS:
             if self.solves >= self.most_solves:
                 return
@@ -316,10 +304,11 @@ class _Search:
                     break
             else:
                 if self.best is before:
-                    return  # the place was found, and no other charges find a better one
+                    # The place is known, and charges further apart would find no better one.
+                    return
 
     def move(self, node: _Node, first: float, second: float) -> bool:
-        """Charge `first` up to a place and `second` behind it; find the place.
+        """Charge `first` up to a place and `second` behind it; find the place that just fits.
 
         Gives up, and returns False, where one end's solution just takes the place of the other's.
         """
@@ -327,7 +316,7 @@ class _Search:
         end = max(places, default=0) + 1
 
         def usage_at(place: int) -> float:
-            charged = [first if own < place else second for own in places]
+            charged = [first if table_place < place else second for table_place in places]
             return self.solved(node, charged).usage
 
         usages = {0: usage_at(0), end: usage_at(end)}
@@ -339,6 +328,8 @@ class _Search:
         for _ in range(_MOST_PLACES):
             if abs(over - within) <= 1 or nothing_new >= _MOST_JUMPS or self.is_enough(node):
                 break
+            # Interpolation in the usages (regula falsi), bounded away from the ends; bisection once
+            # that gave nothing new.
             share = (usages[over] - self.limit) / (usages[over] - usages[within])
             share = 0.5 if nothing_new else min(max(share, 0.1), 0.9)
             place = over + round(share * (within - over))
@@ -353,30 +344,29 @@ class _Search:
         return len(dict.fromkeys(usages.values())) > 2
 
     def fill(self, node: _Node) -> None:
-        """Take over what other solutions do differently: to keep the limit, then to use it up."""
-
-        def height(solution: Solution) -> float:
-            return solution.cost + node.multiplier * (solution.usage - self.limit)
-
-        near = sorted(self.found, key=lambda s: (height(s), s.usage))
+        """Adopt changes from other solutions: first to keep the limit, then to use it up."""
+        near = sorted(
+            self.solutions, key=lambda s: (charged_cost(s, node.multiplier, self.limit), s.usage)
+        )
         within = [s for s in near if self.problem.fits(s.usage)][:_MOST_OTHERS]
         over = [s for s in near if not self.problem.fits(s.usage)][:_MOST_OTHERS]
-        for solution in over[:_MOST_MENDED]:
+        for solution in over[:_MOST_REPAIRED]:
             if self.best is not None and solution.cost >= self.best.cost:
                 continue
-            repair_to_limit = filling.repair_to_limit(
-                self.problem, solution, within, node.multiplier
-            )
-            if repair_to_limit is not None:
-                self.consider(repair_to_limit)
+            repaired = repair_to_limit(self.problem, solution, within, node.multiplier)
+            if repaired is not None:
+                self.consider(repaired)
         if self.best is not None:
             others = within + over
-            self.consider(
-                filling.improve_within_limit(self.problem, self.best, others, node.multiplier)
-            )
+            self.consider(improve_within_limit(self.problem, self.best, others, node.multiplier))
 
     def branches(self, node: _Node) -> list[_Node]:
-        """A node for each state of a variable that reaches through much of the model."""
+        """Return a branch for each state of a variable that reaches through much of the model.
+
+        Such a hub, a tied embedding say, decides for all layers at once, so that the solutions at
+        both ends differ in it and none in between exists. Returns no branches where there is no
+        hub.
+        """
         if len(node.ends) < 2:
             return []
         one, two = (solution.assignment for solution in node.ends)
@@ -402,6 +392,6 @@ class _Search:
 
 
 def _places(problem: Problem) -> list[int]:
-    """Of every table, variables' first: the place of the last of its variables."""
+    """Return, per table (variables' first), the place of the last of its variables."""
     count = len(problem.variables)
     return [*range(count), *(max(scope) for scope in problem.scopes())]

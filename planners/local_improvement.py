@@ -1,4 +1,8 @@
-"""Spending what is left of a limit: single changes towards other solutions, best value first."""
+"""Single changes of an assignment under a limit: to get within it, then to spend what is left.
+
+A change is a group of variables that take another solution's states, or one table that is paid in
+another way. Changes are applied greedily, the best ratio of cost to usage first, as for a knapsack.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +20,39 @@ __all__ = ["improve_within_limit", "repair_to_limit"]
 def improve_within_limit(
     problem: Problem, start: Solution, others: Sequence[Solution], multiplier: float
 ) -> Solution:
-    """A solution within the limit that costs no more than `start`, which is within it.
+    """Return a solution within the limit that costs no more than `start`, which is within it.
 
-    What another solution does differently falls into groups that no table connects, so that each
-    can be taken over by itself; so can each table's way to pay. multiplier: by which a table is
-    paid where its entry is in neither solution.
+    The differences to another solution fall into groups that no table connects, so that each group
+    can be adopted by itself; so can each table's way to pay. others: the solutions to adopt from,
+    the best first. multiplier: decides the way in which a table is paid where its entry is in
+    neither solution.
     """
-    filling = _Filling(problem, start, multiplier)
+    editor = _Filling(problem, start, multiplier)
     for other in reversed(others):
-        filling.adopt_changes(other)
-    filling.switch_alternatives()
-    return filling.solution(start)
+        editor.adopt_changes(other)
+    editor.switch_alternatives()
+    return editor.solution(start)
 
 
 def repair_to_limit(
     problem: Problem, start: Solution, others: Sequence[Solution], multiplier: float
 ) -> Solution | None:
-    """A solution within the limit near one that is over it.
+    """Return a solution within the limit near one that is over it.
 
-    None where changes as in `improve_within_limit` do not suffice.
+    others: solutions that use less. Returns None where changes as in `improve_within_limit` do not
+    suffice.
     """
-    filling = _Filling(problem, start, multiplier)
-    filling.save(others)
-    return filling.solution(start) if filling.left >= 0.0 else None
+    editor = _Filling(problem, start, multiplier)
+    editor.save(others)
+    return editor.solution(start) if editor.left >= 0.0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """cost, usage: what it adds. states: by variable. ways: by table (variables' first)."""
+    """A change of an assignment: cost and usage that it adds, new states, new ways to pay.
+
+    states: by index of the variable. ways: by number of the table (variables' tables first).
+    """
 
     cost: float
     usage: float
@@ -52,9 +61,11 @@ class _Change:
 
 
 class _Filling:
-    """states, ways, paid: of each variable, of each table, and (cost, usage) of each table.
+    """An assignment under change.
 
-    touched: the tables that changes were applied to. left: of the limit.
+    states: of each variable. ways: by which each table is paid. paid: (cost, usage) of each table.
+    touched: tables that the changes of this round were applied to: what a change costs was computed
+    before them. left: the part of the limit that is not used, negative when over it.
     """
 
     def __init__(self, problem: Problem, start: Solution, multiplier: float) -> None:
@@ -74,27 +85,29 @@ class _Filling:
         self.left = problem.most - math.fsum(usage for _, usage in self.paid)
 
     def price(self, number: int, entry: tuple[int, ...], way: int) -> tuple[float, float]:
-        """Cost and usage of a table's entry, paid in that way."""
+        """Return cost and usage of a table's entry, paid in that way."""
         item = self.items[number]
         if way:
-            taken = item.alternatives[way - 1]
-            table, usage = taken.cost, taken.usage
+            alternative = item.alternatives[way - 1]
+            table, usage = alternative.cost, alternative.usage
         else:
             table, usage = item.unary if isinstance(item, Variable) else item.table, item.usage
         return float(table[entry]), 0.0 if usage is None else float(usage[entry])
 
     def entry(self, number: int, changed: dict[int, int]) -> tuple[int, ...]:
+        """Return the entry of a table under the present states, but for the changed ones."""
         return tuple([changed.get(place, self.states[place]) for place in self.scopes[number]])
 
     def adopt_changes(self, other: Solution) -> None:
-        """Take over what is worth it and fits, most cost per usage first."""
+        """Adopt what saves cost and fits, most cost per usage first."""
         self.touched = {}
         worthwhile = [change for change in self.changes(other) if change.cost < 0.0]
+        # Changes that save both cost and usage come before all that must be bought.
         worthwhile.sort(key=lambda c: c.cost / c.usage if c.usage > 0 else -math.inf)
         self.apply(worthwhile)
 
     def save(self, others: Sequence[Solution]) -> None:
-        """Take over what saves usage until enough is saved, least cost per usage first."""
+        """Adopt what saves usage until enough is saved, least cost per usage first."""
         changes = [change for other in others for change in self.changes(other)]
         saving = [c for c in [*changes, *self.payments()] if c.usage < 0.0 and c.cost < math.inf]
         saving.sort(key=lambda change: -change.cost / change.usage)
@@ -104,16 +117,18 @@ class _Filling:
             self.apply([change])
 
     def changes(self, other: Solution) -> list[_Change]:
-        """All that another solution does differently, in groups."""
+        """Return all differences to another solution, in groups that no table connects."""
         wanted = [other.assignment[name] for name in self.problem.names]
         ways = [*other.variable_alternatives, *other.factor_alternatives]
         different = [
-            p for p, (own, new) in enumerate(zip(self.states, wanted, strict=True)) if own != new
+            p
+            for p, (present, new) in enumerate(zip(self.states, wanted, strict=True))
+            if present != new
         ]
         return [self.change(group, wanted, ways) for group in self.groups(different)]
 
     def groups(self, places: list[int]) -> Iterable[list[int]]:
-        """Those of the variables that tables connect with each other."""
+        """Yield the variables in groups that tables connect with each other."""
         pending = dict.fromkeys(places)
         while pending:
             group = [next(iter(pending))]
@@ -127,7 +142,10 @@ class _Filling:
             yield group
 
     def change(self, group: list[int], wanted: list[int], ways: list[int]) -> _Change:
-        """What it means to give the group the wanted states."""
+        """Return the change that gives a group of variables the wanted states.
+
+        ways: of the other solution; a table whose whole entry is the other's is paid as there.
+        """
         states = {place: wanted[place] for place in group}
         numbers = dict.fromkeys(n for place in group for n in self.touching[place])
         costs, usages, chosen = [], [], {}
@@ -136,10 +154,10 @@ class _Filling:
             item = self.items[number]
             way = 0
             if item.alternatives:
-                taken = all(
+                entry_is_wanted = all(
                     wanted[place] == s for place, s in zip(self.scopes[number], entry, strict=True)
                 )
-                way = ways[number] if taken else item.prices.pick(entry, self.multiplier)
+                way = ways[number] if entry_is_wanted else item.prices.pick(entry, self.multiplier)
             cost, usage = self.price(number, entry, way)
             chosen[number] = way
             costs += [cost, -self.paid[number][0]]
@@ -149,14 +167,14 @@ class _Filling:
         return _Change(math.fsum(costs), math.fsum(usages), states, chosen)
 
     def switch_alternatives(self) -> None:
-        """Give single tables another way to pay, most cost per usage first."""
+        """Pay single tables in another way, most cost per usage first."""
         worthwhile = [change for change in self.payments() if change.cost < 0.0]
         worthwhile.sort(key=lambda c: c.cost / c.usage if c.usage > 0 else -math.inf)
         self.touched = {}
         self.apply(worthwhile)
 
     def payments(self) -> list[_Change]:
-        """All other ways to pay for what is chosen."""
+        """Return all changes of one table's way to pay, states as they are."""
         changes = []
         for number, item in enumerate(self.items):
             cost, usage = self.paid[number]
@@ -166,7 +184,7 @@ class _Filling:
         return changes
 
     def apply(self, changes: list[_Change]) -> None:
-        """One after the other, those that fit; at most one for each table."""
+        """Apply, one after the other, the changes that fit; at most one for each table."""
         for change in changes:
             if change.usage > max(self.left, 0.0):
                 continue
@@ -181,6 +199,7 @@ class _Filling:
                 self.paid[number] = self.price(number, self.entry(number, {}), way)
 
     def solution(self, start: Solution) -> Solution:
+        """Return the changed assignment; bound, method and multiplier are those of `start`."""
         count = len(self.states)
         return replace(
             start,

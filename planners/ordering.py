@@ -1,7 +1,8 @@
-"""In which order to eliminate the variables of a network, and what that will cost.
+"""The order in which to eliminate the variables of a network, and the cost of each step.
 
-Nothing is computed on tables here: a schedule names every step by what goes into it, so that
-steps that will give the same table have the same recipe.
+Nothing is computed on tables here: a schedule names every step by what goes into it, so that steps
+that will give the same table have the same recipe. Finding the best order is NP-hard (Arnborg,
+Corneil & Proskurowski 1987); greedy orders by weight and by fill are near it on narrow graphs.
 """
 
 import heapq
@@ -12,23 +13,24 @@ from dataclasses import dataclass
 from planners.reduction import Network
 from planners.table_memo import Operand, Orders
 
-# Predicted cost of a step, in table entries read: a fixed part and the entries of its tables.
+# Predicted cost of a step, in table entries read: this fixed part and the entries of its tables.
 _ENTRIES_PER_STEP = 20_000
-# What finding and scheduling another order takes per variable, in the same unit.
+# The time of finding and scheduling another order, per variable and in the same unit.
 _ENTRIES_PER_VARIABLE = 10_000
-# Of all tables together: 2 GiB.
+# The most entries of all resulting tables together: 2 GiB of float64.
 _MOST_ENTRIES = 2**28
-# What takes longer than some ten seconds.
+# Schedules of more work than this, in the same unit, take longer than some ten seconds.
 _MUCH_WORK = 2**35
 # Variables with more neighbours are not worth scoring by fill: they go late anyway.
 _MAX_FILL_DEGREE = 60
 
 
 class TooWideError(ValueError):
-    """Elimination would need a table of more entries than allowed: use the integer program.
+    """Elimination would need a table of more entries than allowed.
 
     entries: of the first table over the limit (of all tables together, if no single one is), the
-    least of all orders tried. limit: what was allowed for one table.
+    least of all orders tried. limit: the number of entries allowed for one table. The message says
+    to raise `max_table_entries` or to use the integer program.
     """
 
     def __init__(self, entries: int, limit: int) -> None:
@@ -43,10 +45,11 @@ class TooWideError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One step up to renaming: which tables to add up, over which joint shape.
+    """One step of elimination up to renaming: the tables to add up, over one joint shape.
 
-    Axis 0 is the variable eliminated. A table's number is one of the network's, or -1 - r for the
-    result of recipe r.
+    operands: tables with the axes of the joint table that they lie along; a table's number is one
+    of the network's, or -1 - r for the result of recipe r. shape: of the joint table; axis 0 is the
+    variable that is eliminated, and the result has the other axes.
     """
 
     operands: tuple[Operand, ...]
@@ -54,13 +57,16 @@ class Recipe:
 
     @property
     def entries(self) -> int:
-        """Of the resulting table."""
+        """The number of entries of the resulting table."""
         return math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Eliminate `variable`: the result is a table over `scope` (ascending variable indices)."""
+    """Eliminate one variable; the result is a table over its neighbours.
+
+    variable: its index. scope: indices of the neighbours, ascending. recipe: number of the recipe.
+    """
 
     variable: int
     scope: tuple[int, ...]
@@ -69,14 +75,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The steps in order; many of them share a recipe when the network repeats itself."""
+    """The steps of elimination in order; they share recipes when the network repeats itself."""
 
     steps: tuple[Step, ...]
     recipes: tuple[Recipe, ...]
 
     @property
     def work(self) -> int:
-        """Predicted cost of all distinct recipes, in table entries read."""
+        """The predicted cost of all distinct recipes, in table entries read."""
         return sum(
             _ENTRIES_PER_STEP + math.prod(recipe.shape) * len(recipe.operands)
             for recipe in self.recipes
@@ -84,15 +90,16 @@ class Schedule:
 
 
 def schedule(network: Network, max_table_entries: int, orders: Orders | None = None) -> Schedule:
-    """The cheapest of up to four greedy orders.
+    """Return the cheapest of up to four greedy orders, as a schedule.
 
-    Next goes the variable whose step has the smallest joint table (min-weight). If that leaves
-    many distinct steps, whole classes of equal variables are also tried; if it leaves big ones,
-    the variable that connects its neighbours least (min-fill) is, which takes longer to find.
-    orders: those found for earlier problems; one of the same form takes the same order.
-    Raises TooWideError when none keeps all tables within the limit, or all results together within
-    16 times the limit and 2 GiB; also for a table over a quarter of the limit, where there is much
-    work.
+    The next variable is the one whose step has the smallest joint table (min-weight). If that
+    leaves many distinct steps, whole classes of equal variables are also tried; if it leaves big
+    ones, the variable that connects its neighbours least (min-fill) is, which takes longer to find.
+    network: a reduced problem. max_table_entries: the largest result of a step. orders: those found
+    for earlier problems; one of the same form takes the same order, and a new order is added.
+    Raises TooWideError when no order keeps all tables within the limit, or all results together
+    within 16 times the limit and 2 GiB; also for a table over a quarter of the limit, where there
+    is much work.
     """
     orders = {} if orders is None else orders
     form = (tuple(network.sizes), tuple([scope for scope, _ in network.terms]))
@@ -108,10 +115,13 @@ def schedule(network: Network, max_table_entries: int, orders: Orders | None = N
     best_work = math.inf
     needed: list[int] = []
     for filling, by_class in ((False, False), (False, True), (True, False), (True, True)):
+        # Another order is looked for only while the work it may save exceeds the time of finding
+        # it, which is far longer for min-fill.
         if best_work <= search_work * (100 if filling else 1):
             continue
         if by_class and not alike:
             alike = _classes(network, free)
+        # Without equal variables, orders by class are those by variable.
         if by_class and len(dict.fromkeys(alike.values())) == len(free):
             continue
         try:
@@ -139,8 +149,9 @@ def _order(
 ) -> list[int]:
     """Greedy order, a class of variables at a time.
 
-    Why classes: the end of a chain is always the cheapest next step, and a sweep from it gives
-    every layer other messages. Taking equal variables of all layers together keeps layers equal.
+    filling: whether variables are scored by fill, not by weight alone. Why classes: the end of a
+    chain is always the cheapest next step, and a sweep from it gives every layer other messages.
+    Taking equal variables of all layers together keeps layers equal.
     Of two neighbours in a class one has to wait, so a chain of equals is halved again and again.
     Raises TooWideError as soon as a table gets over the limit.
     """
@@ -182,10 +193,11 @@ def _order(
 
 
 class _Graph:
-    """Who shares a table with whom while variables are eliminated, and what each would cost.
+    """The interaction graph under elimination: who shares a table with whom, and each one's score.
 
-    scores[v]: lower goes first. Either the joint table's size alone, or the size of the tables
-    between neighbours not yet connected before that.
+    scores[v]: the variable of the lowest score is eliminated first. A score is (0, weight), the
+    logarithm of the joint table's size, or (fill, weight), where fill is the size of the tables
+    between neighbours that are not connected yet. weights are fixed-point base-2 logarithms.
     """
 
     def __init__(self, network: Network, filling: bool) -> None:
@@ -203,6 +215,8 @@ class _Graph:
     def eliminate(self, variable: int, around: list[int]) -> Iterable[int]:
         """Remove a variable, join all its neighbours, and return whose score may have changed."""
         logs, neighbors, weights = self.logs, self.neighbors, self.weights
+        # The neighbours become a clique. Besides their own scores, a new connection lowers the fill
+        # of every common neighbour of its two ends.
         changed = dict.fromkeys(around)
         for place, first in enumerate(around):
             known = neighbors[first]
@@ -223,6 +237,7 @@ class _Graph:
         return changed
 
     def _score(self, variable: int) -> tuple[int, int]:
+        """Return the score of a variable, see the class."""
         weight = self.weights[variable]
         if not self.filling:
             return 0, weight
@@ -239,7 +254,10 @@ class _Graph:
 
 
 def _classes(network: Network, free: list[int]) -> dict[int, int]:
-    """Variables by what they and their surroundings look like; numbered by first appearance."""
+    """Return the class of every variable: equal ones have equal tables and surroundings.
+
+    Colour refinement (Weisfeiler-Leman) by a few rounds. Classes are numbered by first appearance.
+    """
     around: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {v: [] for v in free}
     own: dict[int, list[int]] = {variable: [] for variable in free}
     for scope, table in network.terms:
@@ -267,12 +285,17 @@ def _classes(network: Network, free: list[int]) -> dict[int, int]:
 
 
 def _numbered(looks: Mapping[int, tuple[object, ...]]) -> dict[int, int]:
+    """Return a number for each look, the same for equal ones, by first appearance."""
     numbers: dict[tuple[object, ...], int] = {}
     return {variable: numbers.setdefault(look, len(numbers)) for variable, look in looks.items()}
 
 
 def _schedule(network: Network, order: list[int]) -> Schedule:
-    """Bucket elimination by name only: every table waits at its first variable to go."""
+    """Return the steps of bucket elimination in the given order, by name only.
+
+    Every table waits in the bucket of the first of its variables to be eliminated, and so does
+    every result.
+    """
     sizes = network.sizes
     position = {variable: place for place, variable in enumerate(order)}
     buckets: list[list[tuple[tuple[int, ...], int]]] = [[] for _ in order]

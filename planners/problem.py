@@ -1,8 +1,8 @@
 """The numbers-only planning problem: variables, cost tables over one or several of them, a limit.
 
 An assignment gives every variable one state. Its cost is the sum of one entry of every table, and
-+inf marks what is not allowed; its usage is the sum of the same entries of the tables' usages.
-The solvers look for an assignment of least cost whose usage is within the limit.
++inf marks combinations that are forbidden; its usage is the sum of the same entries of the tables'
+usages. The solvers look for an assignment of least cost whose usage is within the limit.
 """
 
 import math
@@ -18,15 +18,16 @@ from planners.variables import Factor, Variable, checked_factor, checked_variabl
 __all__ = ["Multiplier", "Problem", "Spent"]
 
 
-# What a unit of usage counts: the same for all tables, or one for each (variables come first).
+# The cost of one unit of usage: the same for all tables, or one for each (variables come first).
 Multiplier = float | Sequence[float]
 
+# A sum of usages may exceed the limit by this share of it: usages are sums of thousands of floats.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What an assignment costs and uses, and which way of paying each table took.
+    """The cost and the usage of an assignment, and the way by which each table was paid.
 
     variable_alternatives, factor_alternatives: parallel to the problem's variables and factors; 0
     is the table itself, i + 1 is alternatives[i].
@@ -42,13 +43,20 @@ class Spent:
 class Problem:
     """Find the assignment of least cost within the limit; frozen, compares by content.
 
-    variables: in the order that breaks ties. factors: several of the same scope add up. limit: of
-    the usage of an assignment; None for none.
+    variables: in the order that breaks ties, best that of the computation. factors: cost tables
+    over several variables; those of the same scope add up. limit: the largest usage that an
+    assignment may have; None for no limit.
     Tables are float64 (anything else is converted), may hold +inf, and are kept by reference, as
     read-only views: layers that repeat share them. Do not change a table after it was handed in.
     Usage is finite everywhere.
-    Raises ValueError for a duplicate or unknown name, a factor of fewer than two variables or
-    twice of the same, an empty variable, a wrong shape, NaN, -inf, or an infinite usage.
+    Raises ValueError for a duplicate or unknown name, a factor of fewer than two variables or twice
+    of the same, an empty variable, a wrong shape, NaN, -inf, or an infinite usage.
+
+    >>> a = Variable("a", np.array([0.0, 1.0]))
+    >>> b = Variable("b", np.array([2.0, 0.0]))
+    >>> problem = Problem((a, b), (Factor(("a", "b"), np.array([[0.0, 5.0], [5.0, 0.0]])),))
+    >>> problem.cost({"a": 1, "b": 1})
+    1.0
     """
 
     variables: tuple[Variable, ...]
@@ -82,12 +90,12 @@ class Problem:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all variables, in order."""
+        """The names of all variables, in order."""
         return tuple(variable.name for variable in self.variables)
 
     @property
     def plain(self) -> bool:
-        """Whether there are only costs: no usage, no alternatives, no limit."""
+        """True if there are only costs: no usage, no alternatives, no limit."""
         return self.limit is None and not any(
             item.usage is not None or item.alternatives
             for group in (self.variables, self.factors)
@@ -95,39 +103,39 @@ class Problem:
         )
 
     def variable(self, name: str) -> Variable:
-        """The variable of that name; raises ValueError if there is none."""
+        """Return the variable of that name. Raises ValueError if there is none."""
         return self.variables[self.index(name)]
 
     def index(self, name: str) -> int:
-        """The variable's place in `variables`; raises ValueError if there is none of that name."""
+        """Return the place of a variable in `variables`. Raises ValueError for an unknown name."""
         if name not in self._index:
             raise ValueError(f"unknown variable {name!r}")
         return self._index[name]
 
     @property
     def most(self) -> float:
-        """The largest usage that counts as within the limit: a rounding error above it."""
+        """The largest usage within the limit, a rounding error above it; +inf without limit."""
         return math.inf if self.limit is None else self.limit + _ROUNDING * abs(self.limit)
 
     def fits(self, usage: float) -> bool:
-        """Whether a usage is within the limit."""
+        """Say whether a usage is within the limit."""
         return usage <= self.most
 
     def scopes(self) -> list[tuple[int, ...]]:
-        """Of every factor, as indices of variables."""
+        """Return the scope of every factor, as indices of variables."""
         index = self._index
         return [tuple([index[name] for name in factor.scope]) for factor in self.factors]
 
     def cost(self, assignment: Mapping[str, int]) -> float:
-        """The cost of a complete assignment, summed from scratch and without rounding on the way.
+        """Return the cost of a complete assignment, without rounding on the way (math.fsum).
 
-        Every table takes its cheapest alternative. Raises ValueError for a name that is missing or
+        Every table is paid in its cheapest way. Raises ValueError for a name that is missing or
         unknown and for a state out of range.
         """
         return math.fsum(self.terms(assignment))
 
     def terms(self, assignment: Mapping[str, int]) -> list[float]:
-        """What every table (unary ones first) adds to the cost; errors as in `cost`."""
+        """Return the summand of every table (unary ones first); errors as in `cost`."""
         terms = []
         for item, entry in self._entries(assignment):
             table = item.unary if isinstance(item, Variable) else item.table
@@ -138,33 +146,37 @@ class Problem:
         return terms
 
     def spent(self, assignment: Mapping[str, int], multiplier: Multiplier = 0.0) -> Spent:
-        """Cost and usage of an assignment; every table takes its best alternative.
+        """Return cost and usage of an assignment, with every table paid in its best way.
 
-        The best is that of least cost + multiplier * usage. Errors as in `cost`.
+        multiplier: the best way is that of least cost + multiplier * usage. Errors as in `cost`.
+
+        >>> recompute = Alternative(np.array([2.0]), np.array([0.0]))
+        >>> kept = Variable("activation", np.array([1.0]), np.array([8.0]), (recompute,))
+        >>> Problem((kept,)).spent({"activation": 0}, multiplier=1.0)
+        Spent(cost=2.0, usage=0.0, variable_alternatives=(1,), factor_alternatives=())
         """
-        costs, usages, picked = [], [], []
+        costs, usages, ways = [], [], []
         entries = self._entries(assignment)
-        for (item, entry), own in zip(entries, self._multipliers(multiplier), strict=True):
+        for (item, entry), price in zip(entries, self._multipliers(multiplier), strict=True):
             if item.alternatives:
                 prices = item.prices
-                way = prices.pick(entry, own)
+                way = prices.pick(entry, price)
                 table, usage = prices.ways[way].cost, prices.ways[way].usage
             else:
                 way, usage = 0, item.usage
                 table = item.unary if isinstance(item, Variable) else item.table
-            picked.append(way)
+            ways.append(way)
             costs.append(float(table[entry]))
             if usage is not None:
                 usages.append(float(usage[entry]))
         split = len(self.variables)
-        return Spent(
-            math.fsum(costs), math.fsum(usages), tuple(picked[:split]), tuple(picked[split:])
-        )
+        return Spent(math.fsum(costs), math.fsum(usages), tuple(ways[:split]), tuple(ways[split:]))
 
     def _entries(
         self, assignment: Mapping[str, int]
     ) -> list[tuple[Variable | Factor, tuple[int, ...]]]:
-        """Every variable and factor with the entry of its tables that the assignment takes."""
+        """Return every variable and factor with the entry that the assignment takes."""
+        # A name too many is found here; a name too few is found below.
         if len(assignment) != len(self._index):
             for name in assignment:
                 self.index(name)
@@ -178,41 +190,48 @@ class Problem:
         return entries
 
     def weighed(self, multiplier: Multiplier) -> "Problem":
-        """The plain problem of least cost + multiplier * usage, over all alternatives.
+        """Return the plain problem whose tables are the least of cost + multiplier * usage.
 
-        Tables that are shared stay shared (those of one multiplier), and those without usage stay
-        as they are.
+        The optimum of the result is the Lagrangian dual at that multiplier (plus multiplier *
+        limit). Tables that are shared stay shared (those of one multiplier), and those without
+        usage stay as they are.
+
+        >>> layer = Variable("layer", np.array([1.0, 3.0]), np.array([4.0, 0.0]))
+        >>> Problem((layer,)).weighed(1.0).variables[0].unary
+        array([5., 3.])
         """
         multipliers = self._multipliers(multiplier)
-        made: dict[tuple[tuple[int, ...], float], Table] = {}
+        weighed_tables: dict[tuple[tuple[int, ...], float], Table] = {}
 
-        def table(item: Variable | Factor, own: float) -> Table:
+        def table(item: Variable | Factor, price: float) -> Table:
             prices = item.prices
-            key = (prices.key, own)
-            if key not in made:
-                made[key] = _read_only(prices.weighed(own))
-            return made[key]
+            # Layers that repeat share their arrays: summing them once keeps the new tables shared
+            # too, which is how elimination recognizes equal layers without comparing entries.
+            key = (prices.key, price)
+            if key not in weighed_tables:
+                weighed_tables[key] = _read_only(prices.weighed(price))
+            return weighed_tables[key]
 
         return self._replaced(
             tuple(
-                Variable(v.name, table(v, own)) if v.usage is not None or v.alternatives else v
-                for v, own in zip(self.variables, multipliers, strict=False)
+                Variable(v.name, table(v, price)) if v.usage is not None or v.alternatives else v
+                for v, price in zip(self.variables, multipliers, strict=False)
             ),
             tuple(
-                Factor(f.scope, table(f, own)) if f.usage is not None or f.alternatives else f
-                for f, own in zip(self.factors, multipliers[len(self.variables) :], strict=True)
+                Factor(f.scope, table(f, price)) if f.usage is not None or f.alternatives else f
+                for f, price in zip(self.factors, multipliers[len(self.variables) :], strict=True)
             ),
         )
 
     def usage_alone(self) -> "Problem":
-        """The plain problem of least usage; what is forbidden stays so."""
-        made: dict[tuple[int, ...], Table] = {}
+        """Return the plain problem of least usage; forbidden entries stay forbidden."""
+        usage_tables: dict[tuple[int, ...], Table] = {}
 
         def table(prices: Prices) -> Table:
             key = prices.key
-            if key not in made:
-                made[key] = _read_only(prices.usages())
-            return made[key]
+            if key not in usage_tables:
+                usage_tables[key] = _read_only(prices.usages())
+            return usage_tables[key]
 
         return self._replaced(
             tuple(Variable(v.name, table(v.prices)) for v in self.variables),
@@ -220,13 +239,14 @@ class Problem:
         )
 
     def _multipliers(self, multiplier: Multiplier) -> Sequence[float]:
-        """Of every table."""
+        """Return one multiplier for every table, variables' tables first."""
         if isinstance(multiplier, float | int):
             return [multiplier] * (len(self.variables) + len(self.factors))
         return multiplier
 
     def _replaced(self, variables: tuple[Variable, ...], factors: tuple[Factor, ...]) -> "Problem":
-        """Without a limit and with other tables, which are known to be as they should."""
+        """Return the problem without a limit and with other tables, which need no checking."""
+        # The constructor would examine all tables again.
         problem = object.__new__(Problem)
         for name, value in (
             ("variables", variables),
@@ -238,9 +258,11 @@ class Problem:
         return problem
 
     def with_unary(self, unaries: Mapping[str, Table]) -> "Problem":
-        """The same problem with other unary tables for some variables; their usage stays.
+        """Return the same problem with other unary tables for some variables; their usage stays.
 
-        Where a new table is +inf, the variable's alternatives are forbidden too.
+        unaries: by variable name, a vector with one cost per state. Where a new table is +inf, the
+        variable's alternatives are forbidden too. Raises ValueError for an unknown name or a wrong
+        shape.
         """
         variables = list(self.variables)
         for name, unary in unaries.items():
@@ -253,15 +275,22 @@ class Problem:
         return replace(self, variables=tuple(variables))
 
     def pinned(self, assignment: Mapping[str, int]) -> "Problem":
-        """The same problem with some variables fixed: their other states cost +inf.
+        """Return the same problem with some variables fixed: their other states cost +inf.
 
-        Raises ValueError for an unknown name and for a state out of range.
+        assignment: the state of each variable to fix, by name. Raises ValueError for an unknown
+        name and for a state out of range.
+
+        >>> free = Problem((Variable("a", np.array([0.0, 1.0])),))
+        >>> free.pinned({"a": 1}).variables[0].unary
+        array([inf, 1.])
         """
         variables = list(self.variables)
         for name, state in assignment.items():
             variable = self.variable(name)
             state = self._state(variable, state)
             others = np.arange(variable.size) != state
+            # States are forbidden, not removed: the numbers of states keep their meaning for the
+            # caller.
             variables[self.index(name)] = Variable(
                 name,
                 np.where(others, np.inf, variable.unary),
@@ -274,28 +303,32 @@ class Problem:
         return replace(self, variables=tuple(variables))
 
     def restricted(self, states: Mapping[str, NDArray[np.intp]]) -> "Problem":
-        """The same problem with some states of some variables alone, in the order given.
+        """Return the same problem with only some states of some variables, in the order given.
 
-        State i of a variable of the result is state states[name][i] of this problem's. Tables that
-        are shared stay shared where the states are equal. Raises ValueError for an unknown name.
+        states: by variable name, the numbers of the states to keep. State i of a variable of the
+        result is state states[name][i] of this problem's. Tables that are shared stay shared where
+        the states are equal. Raises ValueError for an unknown name.
         """
-        kept: dict[str, tuple[NDArray[np.intp], bytes]] = {}
-        for name, own in states.items():
+        selections: dict[str, tuple[NDArray[np.intp], bytes]] = {}
+        for name, selection in states.items():
             self.index(name)
-            kept[name] = (own, own.tobytes())
-        made: dict[tuple[int, tuple[bytes, ...]], Table] = {}
+            selections[name] = (selection, selection.tobytes())
+        parts_of_tables: dict[tuple[int, tuple[bytes, ...]], Table] = {}
 
         def part(array: Table, scope: tuple[str, ...]) -> Table:
-            if not any(name in kept for name in scope):
+            if not any(name in selections for name in scope):
                 return array
-            key = (id(array), tuple(kept[name][1] if name in kept else b"" for name in scope))
-            if key not in made:
+            key = (
+                id(array),
+                tuple(selections[name][1] if name in selections else b"" for name in scope),
+            )
+            if key not in parts_of_tables:
                 indices = [
-                    kept[name][0] if name in kept else np.arange(size)
+                    selections[name][0] if name in selections else np.arange(size)
                     for name, size in zip(scope, array.shape, strict=True)
                 ]
-                made[key] = _read_only(array[np.ix_(*indices)])
-            return made[key]
+                parts_of_tables[key] = _read_only(array[np.ix_(*indices)])
+            return parts_of_tables[key]
 
         def parts(
             item: Variable | Factor, scope: tuple[str, ...]
@@ -309,6 +342,7 @@ class Problem:
             )
             return usage, ways
 
+        # A part of a checked table needs no checking, and neither does its usage.
         problem = self._replaced(
             tuple(
                 Variable(v.name, part(v.unary, (v.name,)), *parts(v, (v.name,)))

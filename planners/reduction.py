@@ -14,7 +14,11 @@ Term = tuple[tuple[int, ...], int]
 
 
 class ContradictionError(Exception):
-    """No finite cost; candidates: indices of variables that by themselves cannot agree."""
+    """No assignment has a finite cost; candidates: variables that by themselves cannot agree.
+
+    candidates: indices of variables, not necessarily the fewest. Internal: solvers turn it into an
+    InfeasibleError with names.
+    """
 
     def __init__(self, candidates: list[int]) -> None:
         super().__init__(candidates)
@@ -23,11 +27,12 @@ class ContradictionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What is left to decide, by variable index: which states, and which tables between them.
+    """The choices that are left to make, by variable index: states, and tables between them.
 
-    states[i]: the states of variable i that were kept. terms: over variables with at least two
-    states. offset_terms: constants to add to the cost. blamed[i]: the variables whose states made
-    variable i lose some of its own.
+    states[i]: the states of variable i that can be part of a finite assignment, ascending. terms:
+    tables over variables with at least two states left, by number in the memo. offset_terms:
+    constants to add to the cost. blamed[i]: the variables whose states made variable i lose some of
+    its own, as keys of a dict.
     """
 
     states: tuple[NDArray[np.intp], ...]
@@ -37,11 +42,14 @@ class Network:
 
     @property
     def sizes(self) -> list[int]:
-        """How many states each variable has left."""
+        """The number of states left, per variable."""
         return [len(states) for states in self.states]
 
     def neighbors(self) -> list[dict[int, None]]:
-        """For each variable those it shares a table with (keys of a dict: sets have no order)."""
+        """Return, per variable, those it shares a table with, as keys of a dict.
+
+        Dictionaries keep the order of insertion, which sets do not: results must be reproducible.
+        """
         neighbors: list[dict[int, None]] = [{} for _ in self.states]
         for scope, _ in self.terms:
             for place, first in enumerate(scope):
@@ -55,9 +63,9 @@ def reduce(problem: Problem, memo: Memo) -> Network:
     """Drop states that no finite assignment can have, then substitute variables of one state.
 
     A state is dropped when its unary cost is +inf, or when some table has no finite entry for it
-    and any states left of the others (arc consistency). Variables that only add to a table are
-    taken out of it, so that it does not connect them. Every assignment of finite cost keeps its
-    cost.
+    and any states left of the others (arc consistency; AC-3, Mackworth 1977). Variables that only
+    add to a table are taken out of it, so that it does not connect them. Every assignment of finite
+    cost keeps its cost.
     Raises ContradictionError when a variable is left without a state.
     """
     unaries = [memo.table(variable.unary) for variable in problem.variables]
@@ -80,8 +88,8 @@ def reduce(problem: Problem, memo: Memo) -> Network:
         add(number, (place,))
     for scope, number in zip(scopes, tables, strict=True):
         add(number, scope)
-    kept = {domain: np.flatnonzero(memo.domains[domain]) for domain in domains}
-    states = tuple(kept[domain] for domain in domains)
+    states_of_domain = {domain: np.flatnonzero(memo.domains[domain]) for domain in domains}
+    states = tuple(states_of_domain[domain] for domain in domains)
     return Network(states, tuple(terms), tuple(offsets), blamed)
 
 
@@ -92,11 +100,16 @@ def _consistent_domains(
     memo: Memo,
     blamed: dict[int, dict[int, None]],
 ) -> list[int]:
-    """The domain of every variable; fills in who is to blame for what was dropped."""
+    """Return the domain of every variable; fills `blamed` in passing.
+
+    Tables are revisited until no domain changes. Domains and revisions are numbers in the memo, so
+    that the same revision in another layer is looked up.
+    """
     domains = [memo.finite_domain(number) for number in unaries]
     empty = [place for place, domain in enumerate(domains) if not memo.domains[domain].any()]
     if empty:
         raise ContradictionError(empty[:1])
+    # A table without +inf can never make a variable lose a state.
     strict = [place for place, number in enumerate(tables) if memo.has_infinity[number]]
     touching: dict[int, list[int]] = {}
     for factor in strict:
@@ -128,12 +141,16 @@ def _consistent_domains(
 
 
 def closure(starts: list[int], blamed: dict[int, dict[int, None]]) -> list[int]:
-    """The variables that these variables' loss of states goes back to, themselves included."""
-    found = dict.fromkeys(starts)
+    """Return the variables that these variables' loss of states goes back to, with themselves.
+
+    >>> closure([0], {0: {2: None}, 2: {1: None}, 5: {0: None}})
+    [0, 1, 2]
+    """
+    reached = dict.fromkeys(starts)
     pending = list(starts)
     while pending:
         for other in blamed.get(pending.pop(), {}):
-            if other not in found:
-                found[other] = None
+            if other not in reached:
+                reached[other] = None
                 pending.append(other)
-    return sorted(found)
+    return sorted(reached)

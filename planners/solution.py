@@ -1,4 +1,4 @@
-"""What a solver returns, and the errors when there is nothing to return."""
+"""The answer of a solver with its proven bound, and the errors for problems that have none."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +9,12 @@ from planners.problem import Problem
 class InfeasibleError(ValueError):
     """No assignment has a finite cost.
 
-    variables: a few variables that cannot agree even when all others are left out; empty when the
-    solver has no cheap way to tell which.
+    variables: names of a few variables that cannot agree even when all others are left out; empty
+    where the solver has no cheap way to tell which. what: the first words of the message, if others
+    than "no assignment has a finite cost".
+
+    >>> str(InfeasibleError(("a", "b")))
+    'no assignment has a finite cost: 2 variables cannot agree: a, b'
     """
 
     def __init__(self, variables: tuple[str, ...] = (), what: str = "") -> None:
@@ -23,9 +27,10 @@ class InfeasibleError(ValueError):
 
 
 class OverLimitError(InfeasibleError):
-    """There are assignments of finite cost, but none within the limit.
+    """Some assignments have a finite cost, but none of them is within the limit.
 
-    usage: of the assignment of least usage that was found. least: no assignment uses less.
+    usage: the least usage of an assignment that was found. least: a proven lower bound on the usage
+    of every assignment. limit: the limit that was asked for. All three are in the unit of usage.
     """
 
     def __init__(self, usage: float, least: float, limit: float) -> None:
@@ -41,10 +46,15 @@ class OverLimitError(InfeasibleError):
 class Solution:
     """A complete assignment and what is proven about it.
 
-    cost: of the assignment, from `Problem.spent`. lower_bound: no assignment within the limit
-    costs less, up to rounding. method: the solver's name in words. usage: of what the problem
-    limits. variable_alternatives, factor_alternatives: which way of paying every table takes, 0
-    for the table itself. multiplier: what a unit of usage was charged where that was chosen.
+    assignment: a state for every variable, by name. cost: of the assignment, as `Problem.spent`
+    adds it up. lower_bound: no assignment within the limit costs less, up to rounding. method: the
+    name of the algorithm, for people. usage: the sum of what the problem limits.
+    variable_alternatives, factor_alternatives: the way by which every table is paid, parallel to
+    the problem's variables and factors; 0 is the table itself, i + 1 is alternatives[i].
+    multiplier: the cost of a unit of usage at which the ways were chosen, where there was one.
+
+    >>> Solution({"a": 1}, cost=3.0, lower_bound=2.5, method="by hand").text()
+    'cost 3, bound 2.5, gap 0.5 (by hand, 1 variables)'
     """
 
     assignment: Mapping[str, int]
@@ -58,11 +68,11 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """How much an optimal assignment could cost less, at most; 0 when proven optimal."""
+        """The most by which an optimal assignment could be cheaper; 0 if this one is proven."""
         return max(0.0, self.cost - self.lower_bound)
 
     def text(self) -> str:
-        """One line: cost, bound, gap, usage if there is any, and method."""
+        """Return one line with cost, bound, gap, usage if there is any, and method."""
         usage = f", usage {self.usage:.9g}" if self.usage else ""
         return (
             f"cost {self.cost:.9g}, bound {self.lower_bound:.9g}, gap {self.gap:.3g}{usage}"
@@ -77,14 +87,18 @@ class Solution:
         lower_bound: float | None = None,
         multiplier: float = 0.0,
     ) -> "Solution":
-        """The solution of an assignment, every table paid in its best way at the multiplier.
+        """Return the solution of an assignment, with every table paid in its best way.
 
-        lower_bound: None where the assignment is an optimum.
+        method: the name of the algorithm. lower_bound: a proven bound, or None where the assignment
+        is an optimum. multiplier: the cost of a unit of usage that decides which way is best.
+        Raises ValueError for an assignment that does not fit the problem.
         """
         spent = problem.spent(assignment, multiplier)
         return Solution(
             assignment,
             spent.cost,
+            # A bound from another summation may exceed the cost by rounding, which would show as a
+            # negative gap.
             spent.cost if lower_bound is None else min(lower_bound, spent.cost),
             method,
             spent.usage,

@@ -1,4 +1,4 @@
-"""Tables known by content, and every computation on them done once.
+"""Cost tables known by content, so that every computation on equal tables is done once.
 
 Layers of a model repeat, so their tables are equal, so the messages between them are equal: a
 `Memo` gives equal tables one number and remembers every result by the numbers that went in.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from planners.contraction import along, contract, others
 from planners.tables import Table
 
-# Orders of elimination, by the number of states of all variables and the scopes of all tables.
+# Orders of elimination, by what they depend on: each variable's number of states, and all scopes.
 Orders = dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], list[int]]
 
 # A table's number and, for each of its axes, the axis of the joint table it lies along.
@@ -24,7 +24,11 @@ Operand = tuple[int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """A table restricted to allowed states, taken apart: offset plus tables over some axes."""
+    """A table restricted to allowed states, taken apart: offset plus tables over some axes.
+
+    offset: a constant of the table's unit. tables: numbers of tables and the axes of the original
+    that they lie along; their sum (broadcast) and the offset is the restricted table.
+    """
 
     offset: float
     tables: tuple[Operand, ...]
@@ -33,9 +37,13 @@ class Pieces:
 class Memo:
     """Interned tables and remembered results; hand it to several solves to share their work.
 
-    computed, reused: how many eliminations were done and how many were looked up. orders: in which
-    variables were eliminated, for problems of the same form; `Memo(orders=memo.orders)` keeps these
+    computed, reused: the numbers of eliminations that were done and that were looked up. orders:
+    the orders of elimination, for problems of the same form; `Memo(orders=memo.orders)` keeps these
     and drops all tables, which else stay in memory as long as the memo lives.
+
+    >>> memo = Memo()
+    >>> memo.table(np.zeros(3)), memo.table(np.ones(3)), memo.table(np.zeros(3))
+    (0, 1, 0)
     """
 
     def __init__(self, orders: Orders | None = None) -> None:
@@ -57,16 +65,20 @@ class Memo:
         ] = {}
 
     def table(self, table: Table) -> int:
-        """The number of the table; each array object is digested once."""
+        """Return the number of the table; equal tables have equal numbers.
+
+        Each array object is digested once, so it must not change afterwards.
+        """
         number = self._by_object.get(id(table))
         if number is None:
             number = self._intern(table)
             self._by_object[id(table)] = number
-            self._alive.append(table)  # so that its id is not given to another array
+            # The array is kept alive, so that its id is not given to another array.
+            self._alive.append(table)
         return number
 
     def domain(self, allowed: NDArray[np.bool_]) -> int:
-        """The number of a set of states."""
+        """Return the number of a set of states, given as one bool per state."""
         content = allowed.tobytes()
         number = self._domain_by_content.get(content)
         if number is None:
@@ -76,14 +88,17 @@ class Memo:
         return number
 
     def finite_domain(self, unary: int) -> int:
-        """The number of the set of states that a unary table allows."""
+        """Return the number of the set of states that a unary table allows (finite entries)."""
         if unary not in self._finite_domain:
             allowed = cast(NDArray[np.bool_], np.isfinite(self.tables[unary]))
             self._finite_domain[unary] = self.domain(allowed)
         return self._finite_domain[unary]
 
     def revised(self, table: int, domains: tuple[int, ...]) -> tuple[int, ...]:
-        """The domains (one per axis) without the states left without a finite entry."""
+        """Return the domains (one per axis) less the states that have no finite entry left.
+
+        table: a table's number. domains: the numbers of the sets of states still possible per axis.
+        """
         key = (table, domains)
         if key not in self._revised:
             finite = np.isfinite(self.tables[table])
@@ -96,45 +111,51 @@ class Memo:
         return self._revised[key]
 
     def pieces(self, table: int, domains: tuple[int, ...]) -> Pieces:
-        """The table restricted to the domains (one per axis), taken apart where that is exact.
+        """Return the table restricted to the domains (one per axis), taken apart where exact.
 
-        Axes with a single state vanish; an axis that only adds a vector becomes a unary table;
-        what is constant goes into the offset.
+        Axes with a single state vanish; an axis that only adds a vector becomes a unary table; a
+        constant goes into the offset.
         """
         key = (table, domains)
-        known = self._pieces.get(key)
-        if known is None:
-            kept = [np.flatnonzero(self.domains[domain]) for domain in domains]
-            part = self.tables[table][np.ix_(*kept)]
-            axes = tuple(axis for axis, states in enumerate(kept) if len(states) > 1)
-            known = self._take_apart(part.reshape([len(kept[axis]) for axis in axes]), axes)
-            self._pieces[key] = known
-        return known
+        pieces = self._pieces.get(key)
+        if pieces is None:
+            states_left = [np.flatnonzero(self.domains[domain]) for domain in domains]
+            part = self.tables[table][np.ix_(*states_left)]
+            axes = tuple(axis for axis, states in enumerate(states_left) if len(states) > 1)
+            pieces = self._take_apart(part.reshape([len(states_left[axis]) for axis in axes]), axes)
+            self._pieces[key] = pieces
+        return pieces
 
     def contract(
-        self, operands: tuple[Operand, ...], shape: tuple[int, ...], kept: tuple[int, ...]
+        self, operands: tuple[Operand, ...], shape: tuple[int, ...], kept_axes: tuple[int, ...]
     ) -> tuple[int, float]:
-        """The least, over all axes not kept, of the sum of the operands over a joint table.
+        """Return the least, over all axes not kept, of the sum of the operands over a joint table.
 
-        kept: in the order of the result's axes. Returns the number of the result, whose smallest
-        entry is 0, and what was subtracted for that (+inf when nothing is finite).
+        operands: table numbers with their axes in the joint table. shape: of the joint table.
+        kept_axes: in the order of the result's axes. Returns the number of the result, whose
+        smallest entry is 0, and the constant that was subtracted for that (+inf when nothing is
+        finite).
         """
+        # The sum does not depend on the order of the operands: sorted, equal sums have equal keys.
         operands = tuple(sorted(operands))
-        key = (operands, shape, kept)
-        known = self._contracted.get(key)
-        if known is not None:
+        key = (operands, shape, kept_axes)
+        numbered = self._contracted.get(key)
+        if numbered is not None:
             self.reused += 1
-            return known
+            return numbered
         self.computed += 1
         arrays = self.aligned(operands, len(shape))
-        result = contract(arrays, shape, tuple(sorted(kept)))
-        order = [sorted(kept).index(axis) for axis in kept]
-        known = self._normalized(result.transpose(order))
-        self._contracted[key] = known
-        return known
+        result = contract(arrays, shape, tuple(sorted(kept_axes)))
+        order = [sorted(kept_axes).index(axis) for axis in kept_axes]
+        numbered = self._normalized(result.transpose(order))
+        self._contracted[key] = numbered
+        return numbered
 
     def aligned(self, operands: tuple[Operand, ...], ndim: int) -> list[Table]:
-        """The operands' arrays, transposed and reshaped to broadcast over the joint table."""
+        """Return the operands' arrays, transposed and reshaped to broadcast over the joint table.
+
+        ndim: the number of axes of the joint table.
+        """
         arrays = []
         for number, positions in operands:
             table = self.tables[number]
@@ -147,9 +168,10 @@ class Memo:
         return arrays
 
     def _intern(self, table: Table) -> int:
+        """Return the number of the table's content, a new one if it was not seen before."""
         table = np.ascontiguousarray(table)
         data = table.tobytes()
-        # Small tables are their own digest.
+        # Small tables are their own digest; 32 bytes of BLAKE2 make a collision implausible.
         digest = data if len(data) <= 64 else hashlib.blake2b(data, digest_size=32).digest()
         key = (table.shape, digest)
         number = self._by_content.get(key)
@@ -161,13 +183,21 @@ class Memo:
         return number
 
     def _normalized(self, table: Table) -> tuple[int, float]:
-        """The table's number after its smallest entry was subtracted, and that entry."""
+        """Return the table's number after its smallest entry was subtracted, and that entry.
+
+        Normalized messages of equal layers are equal, whatever lies before these layers.
+        """
         offset = float(table.min())
         if math.isfinite(offset):
             table = table - offset
         return self._intern(table), offset
 
     def _take_apart(self, part: Table, axes: tuple[int, ...]) -> Pieces:
+        """Split off every axis that only adds a vector: part = rest + vector along that axis.
+
+        axes: of the original table, one per axis of `part`. Equality is exact, not up to rounding,
+        so that the pieces add up to the very table.
+        """
         if not axes:
             return Pieces(float(part), ())
         finite = len(axes) > 1 and np.isfinite(part).all()

@@ -1,0 +1,37 @@
+"""The default solver of plain problems: exact, or conditioning where that is too wide."""
+
+from __future__ import annotations
+
+from planners import conditioning, exact
+from planners.ordering import TooWideError
+from planners.problem import Problem
+from planners.solution import Solution
+from planners.table_memo import Memo
+
+__all__ = ["ExactOrConditioned"]
+
+
+class ExactOrConditioned:
+    """A solver of plain problems: exact elimination, or conditioning where that is too wide.
+
+    given: the cutset of conditioning, once a problem was too wide; it serves all later problems,
+    which must have the same factors. memo: shared by all problems that share tables, until
+    `forget`.
+    """
+
+    def __init__(self) -> None:
+        self.given: tuple[str, ...] | None = None
+        self.memo = Memo()
+
+    def forget(self) -> None:
+        """Drop the memo's tables: no table with usage is the same at another multiplier."""
+        self.memo = Memo(self.memo.orders)
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Return an optimum of a plain problem, or a good assignment with a bound."""
+        if self.given is None:
+            try:
+                return exact.solve(problem, memo=self.memo)
+            except TooWideError:
+                self.given = conditioning.cutset(problem)
+        return conditioning.solve(problem, given=self.given, memo=self.memo)
