@@ -1,4 +1,4 @@
-"""Which ways to split each op are worth considering: its own, and those its neighbours need."""
+"""The splits of each op that are worth considering: its own, and those its neighbours need."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ __all__ = ["CandidateSplits", "inert_calls", "weight_values"]
 
 
 class CandidateSplits:
-    """tiles: per call, the ways to split it. shards: per value, the ways in which it may lie.
+    """The candidate splits of every call, and the shards of every value, for one number of ranks.
 
-    rules: per call node; calls without one are left alone. weights: see weight_values. sparing:
-    only products, and ops with kernels, suggest ways of their own; the others take what these
-    spread.
+    tiles: per call, the ways to split one of its loops. shards: per value, the ways in which it may
+    be split.
+    rules: per call node; calls without one are left unsplit. weights: see `weight_values`.
+    world_size: the number of ranks of one mesh axis. sparing: only products, and ops with kernels,
+    suggest ways of their own; the others take those that these spread.
     """
 
     def __init__(
@@ -51,36 +53,40 @@ class CandidateSplits:
             self.find_tiles()
 
     def find_tiles(self) -> None:
-        """Ways to split, from every loop's own to what its neighbours need, until nothing is new.
+        """Find the splits, from every loop's own to those its neighbours need, until none is new.
 
         A view that divides a dim, or cuts it into blocks, asks the product that made the value to
-        split the same way; so do readers of what the producers offer. Where two symbolic dims cost
-        the same, the inner one (the sequence) is preferred to the outer one (the batch).
+        split the same way; so do readers of what the producers offer.
         """
         work: list[tuple[str, LoopSplit]] = []
         for node in self.graph.calls:
             rule = self.rules[node.name]
             if rule is None:
                 continue
-            found = self.tiles.setdefault(node.name, {})
+            tiles = self.tiles.setdefault(node.name, {})
             if self.sparing and not (rule.flops or rule.kernels):
                 continue
             symbolic = [loop for loop in rule.loops if isinstance(rule.sizes[loop], Sym)]
             static = [loop for loop in rule.loops if loop not in symbolic]
+            # Candidates that are listed first win ties. Where two symbolic dims cost the same, the
+            # inner one (the sequence) is preferred to the outer one (the batch).
             for loop in (*static, *reversed(symbolic)):
                 tile = LoopSplit(loop)
                 if self.is_allowed(node, rule, tile):
-                    found[tile] = None
+                    tiles[tile] = None
                     work.append((node.name, tile))
         calls = {node.name: node for node in self.graph.calls}
         while work:
-            later: list[tuple[str, LoopSplit]] = []
+            fresh: list[tuple[str, LoopSplit]] = []
             for name, tile in work:
-                later += self.spread(calls[name], tile)
-            work = later
+                fresh += self.spread(calls[name], tile)
+            work = fresh
 
     def spread(self, node: Node, tile: LoopSplit) -> list[tuple[str, LoopSplit]]:
-        """Tell the neighbours how the tensors of `node` lie when it is split by `tile`."""
+        """Tell the neighbours how the tensors of `node` lie when it is split by `tile`.
+
+        Returns the calls and tiles that are new thereby.
+        """
         rule = self.rules[node.name]
         assert rule is not None
         fresh: list[tuple[str, LoopSplit]] = []
@@ -91,6 +97,7 @@ class CandidateSplits:
                 shard = place(rule, dims, tile, self.world_size)
             except UnsplittableError:
                 continue
+            # A shard that is known has been told to the neighbours already, so the search ends.
             if shard is None or shard in self.shards[name]:
                 continue
             self.shards[name][shard] = None
@@ -100,13 +107,15 @@ class CandidateSplits:
         return fresh
 
     def receive(self, node: Node, name: str, shard: Shard) -> list[tuple[str, LoopSplit]]:
-        """The tiles of `node` that give its tensor `name` that shard, if they are new."""
+        """Return the tiles of `node` that give its tensor `name` that shard, if they are new."""
         rule = self.rules[node.name]
         if rule is None:
             return []
         fresh: list[tuple[str, LoopSplit]] = []
-        for own, dims in zip(self.tensors[node.name], (*rule.operands, *rule.results), strict=True):
-            if own != name:
+        for tensor, dims in zip(
+            self.tensors[node.name], (*rule.operands, *rule.results), strict=True
+        ):
+            if tensor != name:
                 continue
             tile = tile_of(rule, dims, shard, self.world_size)
             if tile is None or tile in self.tiles[node.name]:
@@ -117,15 +126,18 @@ class CandidateSplits:
         return fresh
 
     def is_allowed(self, node: Node, rule: ShardingRule, tile: LoopSplit) -> bool:
-        """Whether the options and the sizes let this call be split so."""
+        """Say whether the options and the sizes let this call be split so."""
         if tile.loop in rule.whole or not is_possible(rule, tile, self.world_size):
             return False
+        # Symbolic dims are batch and sequence: to split them is data or sequence parallelism.
         if isinstance(rule.sizes[tile.loop], Sym) and not (
             self.options.sequence_parallel or self.options.data_parallel
         ):
             return False
         if self.options.data_parallel:
             return True
+        # Without data parallelism each rank computes its part of every product for the whole batch,
+        # and uses a weight matrix only as it is split.
         if rule.flops and isinstance(rule.sizes[tile.loop], Sym):
             return False
         for operand, dims in zip(self.reads[node.name], rule.operands, strict=True):
@@ -136,31 +148,33 @@ class CandidateSplits:
 
 
 def weight_values(graph: Graph) -> set[str]:
-    """The parameters, and what is made of one of them alone: its casts and transposes.
+    """Return the parameters, and the values computed from one of them alone: casts, transposes.
 
-    What several make together (a norm of position embeddings, say) is computed as activations are.
+    Values computed from several together (a norm of position embeddings, say) are treated as
+    activations.
     """
-    found: set[str] = set()
+    weights: set[str] = set()
     for node in graph.nodes:
         operands = set(node.operands())
-        alone = len(operands) == 1 and operands <= found
+        alone = len(operands) == 1 and operands <= weights
         if node.kind == "parameter" or (node.kind == "call" and alone):
-            found.update(value.name for value in node.results)
-    return found
+            weights.update(value.name for value in node.results)
+    return weights
 
 
 def inert_calls(graph: Graph) -> set[str]:
-    """Calls that no gradient and no parameter touches: masks, positions, rotary tables.
+    """Return the calls that no gradient and no parameter touches: masks, positions, rotary tables.
 
     Every rank computes them whole.
     """
     touched: set[str] = set()
-    found: set[str] = set()
+    inert: set[str] = set()
     for node in graph.nodes:
         grad = any(value.requires_grad for value in node.results)
         reads = node.kind == "call" and any(name in touched for name in node.operands())
         if node.kind == "parameter" or grad or reads:
             touched.update(value.name for value in node.results)
+        # Only calls count: inputs and constants have no strategies.
         elif node.kind == "call":
-            found.add(node.name)
-    return found
+            inert.add(node.name)
+    return inert

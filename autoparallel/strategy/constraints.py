@@ -1,13 +1,14 @@
-"""What a user demands of a plan: which parameters and modules lie how, or not, on which axis.
+"""Constraints of a user on the plan: which parameters and modules may lie how, on which axis.
 
     "blocks.*.feed_forward.*.weight on dp is whole"
     "lm_head.weight is not split 0"
     "encoder.* on tp is not split 1"
 
-First a pattern of parameter paths or of module paths (as in a shell: * for anything). A parameter
-is what it names; a module stands for what all ops in it make. Then, for one axis alone, "on AXIS".
-Then "is" or "is not", and how: "whole" (invariant or replicated), "split" (along any dim),
-"split 1" (along that dim), or a placement as plans print it: "I", "R", "P", "S(0, blocks=3)".
+First comes a pattern of parameter paths or of module paths (as in a shell: * for anything). A
+parameter's path stands for the parameter, a module's for the results of all ops in it. Then, for
+one axis alone, "on AXIS". Then "is" or "is not", and a layout: "whole" (invariant or replicated),
+"split" (along any dim), "split 1" (along that dim), or a placement as plans print it: "I", "R",
+"P", "S(0, blocks=3)".
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ _FORM = re.compile(r"\s*(\S+)(?:\s+on\s+(\w+))?\s+is(\s+not)?\s+(.+?)\s*")
 
 @dataclass(frozen=True)
 class Constraint:
-    """text: as the user wrote it. pattern: of paths. axes: places of the mesh axes that it is
-    about. accepts: whether one placement on such an axis is as demanded."""
+    """One constraint on the layouts of parameters or of modules' results.
+
+    text: as the user wrote it. pattern: of paths. axes: indices of the mesh axes that it is about.
+    accepts: says of one placement on such an axis whether it is as demanded.
+    """
 
     text: str
     pattern: str
@@ -49,23 +53,32 @@ class Constraint:
     accepts: Callable[[Placement], bool]
 
     def matches(self, path: str) -> bool:
-        """Whether it is about the parameter or the module at `path`, or about one it is part of."""
+        """Say whether it is about the parameter or module at `path`, or about one it is part of."""
+        # Every prefix of the path is a module that contains it.
         parts = path.split(".")
         return any(
             fnmatchcase(".".join(parts[:count]), self.pattern) for count in range(len(parts), 0, -1)
         )
 
     def allows(self, layout: Layout) -> bool:
-        """Whether a layout is as demanded."""
+        """Say whether a layout is as demanded on all axes that it is about."""
         return all(self.accepts(layout[axis]) for axis in self.axes)
 
 
 def parse_constraints(texts: tuple[str, ...], mesh: Mesh) -> tuple[Constraint, ...]:
-    """The constraints that `texts` say. Raises PlanError for one that says none."""
+    """Return the constraints that `texts` state.
+
+    mesh: whose axes they may name. Raises PlanError for a text that is no constraint.
+
+    >>> constraint, = parse_constraints(("*.weight on tp is split 1",), Mesh(tp=2))
+    >>> constraint.matches("layers.0.weight"), constraint.matches("layers.0.bias")
+    (True, False)
+    """
     return tuple(_parse(text, mesh) for text in texts)
 
 
 def _parse(text: str, mesh: Mesh) -> Constraint:
+    """Return the constraint that one text states."""
     match = _FORM.fullmatch(text)
     if match is None:
         raise PlanError(
@@ -86,6 +99,7 @@ def _parse(text: str, mesh: Mesh) -> Constraint:
 
 
 def _how(text: str, how: str) -> Callable[[Placement], bool]:
+    """Return the test of a placement that the words after "is" stand for."""
     if how == "whole":
         return lambda placement: isinstance(placement, Invariant | Replicate)
     if how == "split":
@@ -107,16 +121,17 @@ def _how(text: str, how: str) -> Callable[[Placement], bool]:
 def constrain(network: CostNetwork, aliases: Mapping[str, str]) -> None:
     """Forbid the states of a network that its options' constraints do not allow.
 
-    aliases: for every path of a parameter, the one that the graph knows it by.
-    Raises PlanError for a constraint that is about nothing in the model.
+    aliases: for every path of a parameter, the one that the graph knows it by (tied weights have
+    several). Sets `network.allowed`.
+    Raises PlanError for a constraint that is about nothing in the model, or that no state fulfils.
     """
     constraints = parse_constraints(network.options.constraints, network.mesh)
     if not constraints:
         return
     graph = network.graph
     paths: dict[str, list[str]] = {}
-    for path, kept in aliases.items():
-        paths.setdefault(kept, []).append(path)
+    for path, graph_path in aliases.items():
+        paths.setdefault(graph_path, []).append(path)
     used: set[str] = set()
     for node in graph.nodes:
         if node.kind == "parameter":
@@ -124,6 +139,7 @@ def constrain(network: CostNetwork, aliases: Mapping[str, str]) -> None:
             layouts: list[tuple[Layout, ...]] = [
                 (choice.storage,) for choice in network.storages[node.name]
             ]
+        # All results must be as demanded, whichever of them leaves the module.
         elif node.kind == "call" and node.where:
             names = [node.where]
             layouts = [joint.results for joint in network.strategies[node.name]]
@@ -133,7 +149,7 @@ def constrain(network: CostNetwork, aliases: Mapping[str, str]) -> None:
         used.update(constraint.text for constraint in wanted)
         if wanted:
             network.allowed[node.name] = np.array(
-                [all(c.allows(own) for c in wanted for own in state) for state in layouts]
+                [all(c.allows(layout) for c in wanted for layout in state) for state in layouts]
             )
             if not network.allowed[node.name].any():
                 raise PlanError(
@@ -143,9 +159,10 @@ def constrain(network: CostNetwork, aliases: Mapping[str, str]) -> None:
                     fix="allow one of these, name a narrower pattern, or leave the constraint out",
                 )
     for constraint in constraints:
+        # A pattern with a typing error must not pass for a constraint that holds.
         if constraint.text not in used:
-            known = [*aliases, *dict.fromkeys(node.where for node in graph.calls if node.where)]
-            near = get_close_matches(constraint.pattern, known, 3)
+            all_paths = [*aliases, *dict.fromkeys(node.where for node in graph.calls if node.where)]
+            near = get_close_matches(constraint.pattern, all_paths, 3)
             raise PlanError(
                 f"constraint {constraint.text!r} is about nothing: no parameter and no module is "
                 f"called {constraint.pattern!r}",
@@ -154,5 +171,6 @@ def constrain(network: CostNetwork, aliases: Mapping[str, str]) -> None:
 
 
 def _able(layouts: list[tuple[Layout, ...]]) -> str:
+    """Return the possible states in words."""
     texts = dict.fromkeys(", ".join(map(layout_text, state)) for state in layouts)
     return "; ".join(texts)

@@ -22,10 +22,11 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.rules.rule import ShardingRule
+from autoparallel.strategy.cost_tables import Table
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.recompute_modes import Recomputation
-from autoparallel.strategy.redistribution import RedistributionTable, RedistributionTables, Table
+from autoparallel.strategy.redistribution import RedistributionTable, RedistributionTables
 from planners import Factor, Problem, Solution, Variable
 
 __all__ = ["CostNetwork", "reduced_together"]
@@ -35,14 +36,24 @@ Array = NDArray[np.float64]
 
 @dataclass
 class CostNetwork:
-    """The problem of one graph, and what its states mean.
+    """The planning problem of one graph, and the meaning of its states.
 
-    strategies: per call node. storages: per parameter node. outputs: per returned value.
-    costs, usage: per call node, per strategy, what it takes and the bytes that it keeps. values:
-    what every value costs between its maker and its readers; moved: per factor, the value whose way
-    it prices, or "". rules: per call node. weights: values that come from parameters alone.
-    latest: the call with whose backward the bytes are counted, "" for after the forward pass.
-    besides: bytes that a rank needs besides what the tables count, by any plan.
+    graph, mesh, hardware, options: what was planned for. edges: the redistribution tables. stored:
+    layouts that parameters (by path) have already. whole_outputs: all returned values must be
+    whole.
+    strategies, costs, usage: per call node, per state: the strategy, its seconds and its saved
+    bytes. storages, updates: per parameter node, the ways to store it, and their seconds and bytes.
+    outputs: per returned value, its possible layouts. factors, redistributed_value: the factors,
+    and for each the value whose redistribution it prices, or "". values: per value, the table from
+    its producer to its readers. copy_variables: variables that belong to no node, (name, table):
+    "VALUE*" for a value's set of layouts, "block:PATH" for a recompute mode, and stand-ins of one
+    state.
+    recomputation: the modes of every block. repeats: per call of a block whose mode is decided,
+    what recomputing adds. allowed: per node, the states that constraints leave. saved_for_backward:
+    per call, which operands its backward pass needs. rules: per call node. weights: values that
+    come from parameters alone.
+    peak_call: the call during whose backward the bytes are counted, "" for after the forward pass.
+    fixed_nbytes: bytes per rank that any plan needs besides those in the tables.
     """
 
     graph: Graph
@@ -75,7 +86,7 @@ class CostNetwork:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """The number of ranks of the mesh."""
         return self.mesh.world_size
 
     def problem(
@@ -84,10 +95,12 @@ class CostNetwork:
         pins: Mapping[str, Layout] = {},
         limit: float | None = None,
     ) -> Problem:
-        """The numbers. product_weight: what a second of matrix products counts. limit: in bytes.
+        """Return the planner's problem: seconds as cost, bytes per rank as usage.
 
-        pins: storage of parameters (by node name) that is given. Raises PlanError for a pin that
-        the parameter cannot take.
+        product_weight: the factor by which seconds of matrix products count. pins: the storage of
+        parameters (by node name) that is decided already. limit: bytes per rank, less
+        `fixed_nbytes`; None for no limit. Raises PlanError for a pin that the parameter cannot
+        take.
         """
         interned: dict[Any, np.ndarray] = {}
         variables: list[Variable] = []
@@ -106,20 +119,26 @@ class CostNetwork:
                 unary = np.where(allowed, unary, np.inf)
             variables.append(Variable(name, unary, table.usage, table.alternatives))
         for name, costs in self.costs.items():
+            # Calls that are alike share their costs, and so must share the arrays: equal layers are
+            # recognized by them.
             key = (id(costs), product_weight)
             if key not in interned:
                 interned[key] = np.array([self.priced(cost, product_weight) for cost in costs])
             unary, usage = interned[key], self.usage.get(name)
             if name in self.repeats:
-                again = self.repeats[name]
-                unary = interned.setdefault((*key, id(again.cost)), unary + again.cost)
+                recomputed = self.repeats[name]
+                unary = interned.setdefault((*key, id(recomputed.cost)), unary + recomputed.cost)
+                # A block that is recomputed in every plan saves none of its internal activations.
                 usage = None if usage is None else np.zeros_like(usage)
             variables.append(Variable(name, unary, usage))
         for name, layouts in self.outputs.items():
+            # To return a value costs nothing by itself; bringing it to that layout does, in a
+            # factor.
             zeros = interned.setdefault(len(layouts), np.zeros(len(layouts)))
             variables.append(Variable(f"return:{name}", zeros))
         for name, table in self.copy_variables:
             variables.append(Variable(name, table.cost, table.usage, table.alternatives))
+        # Constraints forbid states rather than remove them: numbers of states keep their meaning.
         for index, variable in enumerate(variables):
             if variable.name in self.allowed:
                 unary = np.where(self.allowed[variable.name], variable.unary, np.inf)
@@ -130,8 +149,12 @@ class CostNetwork:
         return Problem(tuple(variables), tuple(self.factors), limit)
 
     def groupings(self) -> tuple[dict[str, NDArray[np.intp]], ...]:
-        """Per mesh axis, the states of every variable that differ only there, by a number."""
-        found = []
+        """Return, per mesh axis, the groups of states that differ on that axis alone.
+
+        Per variable, a vector with the number of each state's group, as `planners.coarsening` takes
+        it.
+        """
+        groupings = []
         for axis in range(len(self.mesh.axes)):
             groups: dict[str, NDArray[np.intp]] = {}
             for name, joints in self.strategies.items():
@@ -144,7 +167,9 @@ class CostNetwork:
                     _without((one.storage, one.gradient, one.state), axis) for one in stored
                 )
             for name, layouts in self.outputs.items():
-                groups[f"return:{name}"] = _numbered(_without((own,), axis) for own in layouts)
+                groups[f"return:{name}"] = _numbered(
+                    _without((layout,), axis) for layout in layouts
+                )
             for name, _ in self.copy_variables:
                 edge = self.values.get(name.removesuffix("*"))
                 if edge is not None and name.endswith("*"):
@@ -152,21 +177,24 @@ class CostNetwork:
                         (frozenset(_without(group, axis)), frozenset(_without(some, axis)))
                         for group, some in zip(edge.groups, edge.kept, strict=True)
                     )
-            found.append(groups)
-        return tuple(found)
+            groupings.append(groups)
+        return tuple(groupings)
 
     def position(self, variable: str) -> float:
-        """Where in the graph a variable belongs: before its first reader, after its maker."""
+        """Return where in the graph a variable belongs: after its producer, before its reader.
+
+        Halves and quarters place variables between nodes. Unknown variables come last.
+        """
         if not self._positions:
             places = {node.name: index for index, node in enumerate(self.graph.nodes)}
             for name in self.graph.values:
-                maker = self.graph.producers[name]
+                producer = self.graph.producers[name]
                 readers = [places[node.name] for node in self.graph.readers[name]]
                 first = min(readers, default=len(places))
-                if maker.kind == "call":
-                    self._positions[f"{name}*"] = places[maker.name] + 0.5
+                if producer.kind == "call":
+                    self._positions[f"{name}*"] = places[producer.name] + 0.5
                 else:
-                    self._positions[maker.name] = self._positions[f"{name}*"] = first - 0.5
+                    self._positions[producer.name] = self._positions[f"{name}*"] = first - 0.5
             self._positions.update(
                 (node.name, float(places[node.name])) for node in self.graph.calls
             )
@@ -176,10 +204,10 @@ class CostNetwork:
         return self._positions.get(variable, float("inf"))
 
     def priced(self, cost: OpCost, product_weight: float) -> float:
-        """What an op counts in the objective.
+        """Return the seconds by which an op counts in the objective.
 
-        Without sequence parallelism all but the products counts as done whole, so that only they
-        are worth splitting and activations stay whole between them.
+        Without sequence or data parallelism all but the products counts as done unsharded, so that
+        only they are worth splitting and activations stay whole between them, as in Megatron.
         """
         spread = self.options.sequence_parallel or self.options.data_parallel
         traffic = cost.traffic if spread else cost.whole_traffic
@@ -188,37 +216,45 @@ class CostNetwork:
     def recomputed(
         self, chosen: Mapping[str, int]
     ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, ...], ...]]:
-        """The blocks that are run again, (path, mode), and their ops."""
+        """Return the blocks that are recomputed, as (path, mode), and the ops of each.
+
+        chosen: the state of every variable.
+        """
         blocks = self.recomputation
         assert blocks is not None
         modes, groups = [], []
         for index, (block, able) in enumerate(zip(blocks.blocks, blocks.modes, strict=True)):
             mode = able[chosen[blocks.variable(index)] if len(able) > 1 else 0]
+            # Blocks whose mode is decided have no variable.
             if mode != "none":
                 modes.append((block.path, mode))
                 groups.append(blocks.groups[index][mode])
         return tuple(modes), tuple(groups)
 
     def made_again(self, solution: Solution) -> frozenset[tuple[str, Layout]]:
-        """Values, and what they are converted to, that are dropped after the forward pass."""
-        found: set[tuple[str, Layout]] = set()
+        """Return the redistributed copies, (value, layout), dropped after the forward pass.
+
+        Those are the copies whose table the solution pays in its alternative way: redistributed
+        once more in the backward pass instead of saved.
+        """
+        dropped: set[tuple[str, Layout]] = set()
         chosen = solution.assignment
         if not solution.factor_alternatives:
             return frozenset()
-        for name, factor, other in zip(
+        for name, factor, way in zip(
             self.redistributed_value, self.factors, solution.factor_alternatives, strict=True
         ):
-            if other and name:
-                found.update((name, t) for t in self.values[name].kept[chosen[factor.scope[1]]])
-        for name, other in zip(self.names, solution.variable_alternatives, strict=True):
-            if other and name.endswith("*"):
+            if way and name:
+                dropped.update((name, t) for t in self.values[name].kept[chosen[factor.scope[1]]])
+        for name, way in zip(self.names, solution.variable_alternatives, strict=True):
+            if way and name.endswith("*"):
                 value = name.removesuffix("*")
-                found.update((value, t) for t in self.values[value].kept[chosen[name]])
-        return frozenset(found)
+                dropped.update((value, t) for t in self.values[value].kept[chosen[name]])
+        return frozenset(dropped)
 
 
 def reduced_together(graph: Graph) -> frozenset[str]:
-    """Parameters whose gradients, where they are to be summed over ranks, can wait for the end.
+    """Return the parameters whose gradients can be reduced in one bucket after the backward pass.
 
     Those are all: nothing in the backward pass reads a parameter's gradient.
     """
@@ -226,10 +262,11 @@ def reduced_together(graph: Graph) -> frozenset[str]:
 
 
 def _without(layouts: tuple[Layout, ...], axis: int) -> tuple[Layout, ...]:
+    """Return the layouts without one mesh axis."""
     return tuple((*layout[:axis], *layout[axis + 1 :]) for layout in layouts)
 
 
 def _numbered(keys: Iterable[Any]) -> NDArray[np.intp]:
-    """Equal keys have equal numbers."""
+    """Return a number for each key, equal ones for equal keys."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)

@@ -1,4 +1,4 @@
-"""How one op may run on a whole mesh: one strategy per axis, where they go together."""
+"""The strategies of one op on the whole mesh: one strategy per axis, where they fit together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["MeshStrategy", "is_nested", "joint_strategies"]
 
 @dataclass(frozen=True, slots=True)
 class MeshStrategy:
-    """One strategy per mesh axis. operands, results: the layouts that follow from them."""
+    """One strategy per mesh axis, and the layouts that follow from them.
+
+    parts: per axis, outermost first. operands, results: per tensor, its placement on every axis.
+    """
 
     parts: tuple[Strategy, ...]
     operands: tuple[Layout, ...]
@@ -23,7 +26,7 @@ class MeshStrategy:
 
     @staticmethod
     def of(parts: tuple[Strategy, ...]) -> MeshStrategy:
-        """The strategies of all axes as one."""
+        """Return the joint strategy of one strategy per axis."""
         return MeshStrategy(
             parts,
             tuple(zip(*(part.operands for part in parts), strict=True)),
@@ -32,21 +35,28 @@ class MeshStrategy:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Per axis the name of the kernel that it needs, or ""."""
+        """Per axis, the name of the kernel that the strategy needs, or ""."""
         return tuple(part.kernel.name if part.kernel else "" for part in self.parts)
 
 
 def is_nested(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]) -> bool:
-    """Whether axes that split the same dim do it alike, so that inner parts are parts of parts.
+    """Say whether axes that split the same dim do it alike, so that inner parts are parts of parts.
 
-    The runs must divide evenly by all ranks, or an inner axis would cut runs and leave ranks with
-    more work than their share; of a dim whose size may change, at the size planned for.
+    shape: of the whole tensor. sizes: of the mesh axes. The runs must divide evenly by all ranks,
+    or an inner axis would cut runs and leave ranks with more work than their share; for a symbolic
+    dim, at the size that is planned for.
+
+    >>> layout = (Shard(0), Shard(0))
+    >>> is_nested((8, 4), layout, sizes=(2, 2)), is_nested((6, 4), layout, sizes=(2, 2))
+    (True, False)
     """
     for (one, first), (two, second) in combinations(enumerate(layout), 2):
         if not (isinstance(first, Shard) and isinstance(second, Shard)):
             continue
         if first.dim != second.dim:
             continue
+        # A run is the smallest piece of a block that is dealt out to ranks: `unit` elements
+        # together.
         runs = hint(shape[first.dim]) // (first.blocks * first.unit)
         if first != second or runs % (sizes[one] * sizes[two]):
             return False
@@ -59,15 +69,16 @@ def joint_strategies(
     shapes: Sequence[Sequence[Dim]],
     sizes: tuple[int, ...],
 ) -> tuple[MeshStrategy, ...]:
-    """All joint strategies of one op, the plainest first.
+    """Return all joint strategies of one op, the plainest first.
 
-    per_axis: its strategies on each axis alone. shapes: of its operands and results. A loop may be
-    split on several axes in the same way. Of several kernels, all but one must run the op itself on
-    their part, so that they can be put inside each other.
+    rule: of the op. per_axis: its strategies on each axis alone. shapes: of its operands and
+    results. sizes: of the axes. A loop may be split on several axes in the same way. Of several
+    kernels, all but one must run the op itself on their part, so that they can be put inside each
+    other.
     """
     if len(per_axis) == 1:
         return tuple(MeshStrategy.of((part,)) for part in per_axis[0])
-    found = []
+    joints = []
     for parts in product(*per_axis):
         if not _together(rule, parts, sizes):
             continue
@@ -76,12 +87,14 @@ def joint_strategies(
         if all(
             is_nested(shape, layout, sizes) for shape, layout in zip(shapes, layouts, strict=True)
         ):
-            found.append(joint)
-    return tuple(found)
+            joints.append(joint)
+    return tuple(joints)
 
 
 def _together(rule: ShardingRule, parts: tuple[Strategy, ...], sizes: tuple[int, ...]) -> bool:
+    """Say whether loops and kernels let one strategy per axis run at the same time."""
     kernels = [part.kernel for part in parts if part.kernel is not None]
+    # Two kernels that both replace the op cannot both run.
     if sum(not kernel.wraps for kernel in kernels) > 1:
         return False
     for (one, first), (two, second) in combinations(enumerate(parts), 2):
@@ -90,6 +103,7 @@ def _together(rule: ShardingRule, parts: tuple[Strategy, ...], sizes: tuple[int,
             continue
         if tile != second.tile or any(p.kernel and not p.kernel.wraps for p in (first, second)):
             return False
+        # Two axes that split one loop split it into the product of their sizes.
         if not is_possible(rule, tile, sizes[one] * sizes[two]):
             return False
     return True

@@ -1,8 +1,9 @@
-"""Which ops are run again in the backward pass, block by block, so that less has to be kept.
+"""Activation recomputation, block by block: the ops run again in the backward pass in each mode.
 
-A block is one of a model's repeated modules. It keeps all that its backward pass needs ("none"), or
-only what goes into it ("full"), or all but what lies between products of activations with each
-other, which grows with the square of the sequence ("selective", arXiv:2205.05198).
+A block is one of a model's repeated modules. In mode "none" it saves all that its backward pass
+needs; in "full" only its inputs (arXiv:1604.06174); in "selective" all but what lies between
+products of activations with each other, which grows with the square of the sequence
+(arXiv:2205.05198).
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ MODES = ("none", "selective", "full")
 
 
 class Recomputation:
-    """The modes of every block of a graph.
+    """The recompute modes of every block of a graph.
 
-    asked: one of MODES for all blocks (a block without such products has nothing to select, and
-    keeps all), or "auto" for a choice between them.
+    rules: per call node. weights: values computed from parameters alone. requested: one of MODES
+    for all blocks (a block without products of activations has nothing to select, and saves all),
+    or "auto" for a choice between all modes that a block has.
+    blocks: the repeated blocks. modes: per block, the modes to choose between. groups: per block
+    and mode, the names of the ops run again. place: by node name, the number of its block.
     """
 
     def __init__(
@@ -30,10 +34,10 @@ class Recomputation:
         graph: Graph,
         rules: Mapping[str, ShardingRule | None],
         weights: frozenset[str],
-        asked: str,
+        requested: str,
     ) -> None:
         self.graph, self.rules, self.weights = graph, rules, weights
-        self.blocks: tuple[Block, ...] = find_repeats(graph).blocks if asked != "none" else ()
+        self.blocks: tuple[Block, ...] = find_repeats(graph).blocks if requested != "none" else ()
         self.modes: list[tuple[str, ...]] = []
         self.groups: list[dict[str, tuple[str, ...]]] = []
         self.place: dict[str, int] = {}
@@ -41,6 +45,7 @@ class Recomputation:
         for index, block in enumerate(self.blocks):
             nodes = graph.nodes[block.start : block.stop]
             self.place.update((node.name, index) for node in nodes)
+            # Blocks of one kind are equal op by op, so their cores lie at the same places.
             if block.kind not in cores:
                 cores[block.kind] = self._core(nodes)
             core = cores[block.kind]
@@ -49,8 +54,9 @@ class Recomputation:
             if core is not None:
                 groups["selective"] = names[slice(*core)]
             modes = [mode for mode in MODES if mode in groups]
-            if asked != "auto":
-                modes = [asked if asked in groups else "none"]
+            if requested != "auto":
+                # A block without a core has no selective mode: it saves all, as if not asked.
+                modes = [requested if requested in groups else "none"]
             self.modes.append(tuple(modes))
             self.groups.append(groups)
         self._members = [
@@ -58,39 +64,44 @@ class Recomputation:
         ]
 
     def _core(self, nodes: tuple[Node, ...]) -> tuple[int, int] | None:
-        """Where the run of ops from the first to the last product of activations lies, if one of
-        them follows from another."""
+        """Return the run of ops between the first and the last product of activations.
+
+        As start and stop among `nodes`; None unless one such product follows from another.
+        """
         reached: dict[str, int] = {}
-        best: tuple[int, int] | None = None
+        core: tuple[int, int] | None = None
         for index, node in enumerate(nodes):
             rule = self.rules.get(node.name)
             operands = node.operands()
+            # reached: per value, the earliest product of activations that it comes from.
             before = [reached[name] for name in operands if name in reached]
             product = (
                 rule is not None
                 and bool(rule.flops)
+                # A product with a weight is cheap to keep; attention's two products are those to
+                # recompute.
                 and len(operands) > 1
                 and not any(name in self.weights for name in operands)
             )
             if product and before:
                 first = min(before)
-                best = (min(first, best[0]) if best else first, index + 1)
+                core = (min(first, core[0]) if core else first, index + 1)
             if any(name in self.weights for name in operands) and rule and rule.flops:
-                continue  # what a layer makes of it is no longer part of the core
+                continue  # The output of a linear layer is no longer part of the core.
             if product:
                 before.append(index)
             if before:
                 reached.update((value.name, min(before)) for value in node.results)
-        return best
+        return core
 
     def block_of(self, name: str) -> int | None:
-        """The number of the block that a node belongs to."""
+        """Return the number of the block that a node belongs to, None for no block."""
         return self.place.get(name)
 
     def variable(self, block: int) -> str:
-        """The name of the planner's variable of a block's mode."""
+        """Return the name of the planner's variable of a block's mode."""
         return f"block:{self.blocks[block].path}"
 
     def inside(self, name: str, block: int) -> tuple[bool, ...]:
-        """Per mode of the block, whether a node is run again."""
+        """Return, per mode of the block, whether a node is run again."""
         return tuple(name in self._members[block][mode] for mode in self.modes[block])

@@ -1,14 +1,14 @@
-"""What it costs that a value is read otherwise than it is made: tables of makers and readers.
+"""Tables of redistribution: the cost of reading a value in another layout than it is produced in.
 
-A value read by one op has a table between the two. A value read by several has a variable of its
-own, the set of layouts that it is brought to: each is paid once, whoever reads it.
+A value that one op reads has a table between its producer and that reader. A value that several
+read has a variable of its own, the set of layouts that it is brought to: each redistribution is
+paid once, whoever reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from autoparallel.placement import (
     Shard,
     Step,
 )
+from autoparallel.strategy.cost_tables import Table, stacked, sum_of_columns
+from autoparallel.strategy.layout_sets import ReaderLayouts, layout_sets, offers_to_reader
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.redistribution_paths import RedistributionPaths
 from autoparallel.strategy.zero_costs import zero_gradient_table
@@ -35,66 +37,35 @@ from planners import Alternative
 
 __all__ = [
     "ProducerLayouts",
-    "ReaderLayouts",
     "RecomputedEnds",
     "RedistributionTable",
     "RedistributionTables",
-    "Table",
 ]
 
 Array = NDArray[np.float64]
 
-# How many layouts of one value may be in use: on one mesh axis, and on several, where they differ
-# on one axis only.
-_MOST_TARGETS, _MOST_JOINT = 3, 2
-
 
 @dataclass(frozen=True, eq=False)
 class ProducerLayouts:
-    """How the variable that makes a value lays it in each state. Known by identity.
+    """The layout of a value in each state of the variable that produces it. Known by identity.
 
-    stored: of a parameter, the states themselves. given: it is there anyway: a parameter, an input.
-    counted: as it is made, its memory is counted elsewhere: its maker keeps it, or it is a view.
+    layouts: one per state. stored: of a parameter, the states themselves. resident: the value is in
+    memory anyway, as parameters and inputs are. counted: its memory as it is produced is counted
+    elsewhere: the producer saves it, or it is a view.
     """
 
     layouts: tuple[Layout, ...]
     stored: tuple[ParameterStorage, ...] = ()
-    given: bool = False
+    resident: bool = False
     counted: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class ReaderLayouts:
-    """In which layouts an op reads a value in each state. Known by identity.
-
-    saves: whether what it reads stays, because the backward pass needs it. returned: because the
-    caller has it.
-    """
-
-    layouts: tuple[tuple[Layout, ...], ...]
-    saved_for_backward: bool = False
-    returned_to_caller: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with its bytes, as the planner takes it."""
-
-    cost: Array
-    usage: Array | None = None
-    alternatives: tuple[Alternative, ...] = ()
-
-    @property
-    def matters(self) -> bool:
-        """Whether it says anything."""
-        return bool(self.cost.any() or (self.usage is not None and self.usage.any()))
 
 
 @dataclass(frozen=True, slots=True)
 class RecomputedEnds:
-    """Who is run again in the backward pass: the maker of a value, and which of its readers.
+    """The ends of a redistribution that are run again in the backward pass.
 
-    apart: the maker belongs to another block than the readers, of which it may be run again or not.
+    maker: the producer is. readers: per reader, whether it is. apart: the producer belongs to
+    another block than the readers, and may be recomputed there or not.
     """
 
     maker: bool
@@ -104,10 +75,13 @@ class RecomputedEnds:
 
 @dataclass(frozen=True, eq=False)
 class RedistributionTable:
-    """From a maker to its readers. groups: the layouts that the value is brought to, by state of
-    the only reader or of the variable between; kept: those that the backward pass needs.
+    """The prices of bringing one value from its producer to its readers.
 
-    paid: against the maker. offers: between the variable and each reader, where there are several.
+    groups: the layouts that the value is brought to, by state of the only reader or of the variable
+    between; kept: those of them that are saved for the backward pass. paid: table[producer's state,
+    group], a third axis for the recompute mode if there are several. routes: the paths that were
+    priced. offers: where there are several readers, a table between the variable and each one,
+    which forbids groups without the layouts that the reader needs.
     """
 
     groups: tuple[tuple[Layout, ...], ...]
@@ -119,9 +93,10 @@ class RedistributionTable:
 
 @dataclass
 class RedistributionTables:
-    """Tables of one network, each made once for all values that are alike.
+    """All redistribution tables of one network, each computed once for all values that are alike.
 
-    sizes, links: of the mesh axes. memory: whether bytes are counted.
+    sizes, links: of the mesh axes, outermost first. memory: True where bytes are counted, that is,
+    where there is a memory limit.
     """
 
     sizes: tuple[int, ...]
@@ -135,12 +110,20 @@ class RedistributionTables:
     def routes(
         self, value: Value, weight: bool, together: bool, layouts: Sequence[Layout]
     ) -> RedistributionPaths:
-        """The ways of a value between these layouts, and through what lies between them."""
+        """Return the paths of a value between these layouts, and through what lies between them.
+
+        weight: the value is a parameter, or computed from one alone. together: its gradient may be
+        reduced in a bucket with others (see `RedistributionPaths`).
+        """
+        # On the way a value may have, on each axis, any placement that one of the layouts has
+        # there.
         universe = tuple(
             tuple(sorted(dict.fromkeys(column), key=_rank)) for column in zip(*layouts, strict=True)
         )
         key = (value.shape, value.dtype.itemsize, value.requires_grad, weight, together, universe)
         if key not in self._routes:
+            # A parameter with one long dim at most is a bias or a gain: small, and free to be
+            # moved.
             matrix = sum(size != 1 for size in value.shape) > 1
             self._routes[key] = RedistributionPaths(
                 value.shape,
@@ -160,12 +143,18 @@ class RedistributionTables:
     def _is_allowed(
         self, step: Step, grad: bool, matrix: bool, weight: bool, together: bool
     ) -> bool:
+        """Say whether the options permit a step of a value.
+
+        grad: it has a gradient. matrix: it is a weight of two or more dims.
+        """
         options = self.options
         back = step.backward if grad else Movement.NONE
         if Movement.REDUCE_SCATTER in (step.forward, back) and not (
             options.sequence_parallel or options.data_parallel
         ):
             return False
+        # Without data parallelism weights are not moved: a matrix is used as it is stored, and only
+        # what costs nothing in the forward pass is done to biases and gains.
         if weight and not options.data_parallel:
             return not matrix and step.forward in (Movement.NONE, Movement.KEEP_ON_FIRST)
         # A gathered parameter is used by each rank in its own way at once: only the gradients of
@@ -176,224 +165,147 @@ class RedistributionTables:
     def between(
         self,
         value: Value,
-        made: ProducerLayouts,
-        needs: tuple[ReaderLayouts, ...],
+        produced: ProducerLayouts,
+        readers: tuple[ReaderLayouts, ...],
         weight: bool,
         together: bool,
         modes: tuple[RecomputedEnds, ...] = (),
     ) -> RedistributionTable:
-        """The tables of one value: of a maker with its only reader, or with a variable between.
+        """Return the tables of a value, from its producer to its reader or readers.
 
-        modes: for each way in which the block of the readers may be run again, who is. More than
-        one makes the tables those of three variables, the last of which is the mode.
+        produced, readers: layouts of both ends; of several readers, the tables are with a variable
+        between. weight, together: as of `routes`. modes: for each way in which the readers' block
+        may be recomputed, the ends that are. More than one makes `paid` a table of three variables,
+        the last of which is the mode.
         """
-        key = (_class(value, weight, together), id(made), tuple(map(id, needs)), modes)
+        key = (_class(value, weight, together), id(produced), tuple(map(id, readers)), modes)
         if key not in self._tables:
-            if len(needs) == 1:
-                groups = needs[0].layouts
-                kept = (
-                    groups if needs[0].saved_for_backward and self.memory else ((),) * len(groups)
+            if len(readers) == 1:
+                groups = readers[0].layouts
+                saved = (
+                    groups if readers[0].saved_for_backward and self.memory else ((),) * len(groups)
                 )
             else:
-                groups, kept = self._groups(needs)
+                groups, saved = layout_sets(readers, len(self.sizes), self.memory)
             targets = tuple(dict.fromkeys(target for group in groups for target in group))
-            own = tuple(dict.fromkeys(made.layouts))
-            routes = self.routes(value, weight, together, (*own, *targets))
-            plain = modes or (RecomputedEnds(False, (False,) * len(needs)),)
+            produced_layouts = tuple(dict.fromkeys(produced.layouts))
+            routes = self.routes(value, weight, together, (*produced_layouts, *targets))
+            plain = modes or (RecomputedEnds(False, (False,) * len(readers)),)
             tables = [
-                self._paid(value, made, groups, kept, routes, targets, mode) for mode in plain
+                self._paid(value, produced, groups, saved, routes, targets, mode) for mode in plain
             ]
-            if any(need.returned_to_caller for need in needs):
+            # What the caller holds cannot be dropped and redistributed again.
+            if any(reader.returned_to_caller for reader in readers):
                 tables = [replace(table, alternatives=()) for table in tables]
             offers: tuple[Table, ...] = ()
-            if len(needs) > 1:
-                offers = tuple(Table(_offers(groups, kept, need)) for need in needs)
-            # Makers and readers are known by identity: keep them alive.
-            edge = RedistributionTable(groups, kept, _stacked(tables), routes, offers)
-            self._tables[key] = (edge, made, needs)
-        found: RedistributionTable = self._tables[key][0]
-        return found
-
-    def _groups(
-        self, needs: tuple[ReaderLayouts, ...]
-    ) -> tuple[tuple[tuple[Layout, ...], ...], tuple[tuple[Layout, ...], ...]]:
-        """Sets of layouts that a value may be brought to, the smallest first; and what is kept."""
-        targets = tuple(dict.fromkeys(t for need in needs for state in need.layouts for t in state))
-        largest = max(len(state) for need in needs for state in need.layouts)
-        most = _MOST_TARGETS if len(self.sizes) == 1 else _MOST_JOINT
-        counts = range(1, max(min(most, len(needs), len(targets)), largest) + 1)
-        sets = [group for count in counts for group in combinations(targets, count)]
-        if len(self.sizes) > 1:
-            sets = [group for group in sets if len(group) == 1 or _differ(*group[:2]) == 1]
-        savers = sum(need.saved_for_backward for need in needs) if self.memory else 0
-        groups: list[tuple[Layout, ...]] = []
-        kept: list[tuple[Layout, ...]] = []
-        for group in sets:
-            # Whatever no saver reads, one of the others does.
-            fewest = max(1, len(group) - (len(needs) - savers))
-            for count in range(fewest, min(savers, len(group)) + 1):
-                for some in combinations(group, count):
-                    groups.append(group)
-                    kept.append(some)
-            if not savers:
-                groups.append(group)
-                kept.append(())
-        return tuple(groups), tuple(kept)
+            if len(readers) > 1:
+                offers = tuple(Table(offers_to_reader(groups, saved, reader)) for reader in readers)
+            # Producers and readers are known by their ids: kept alive, no other object gets them.
+            edge = RedistributionTable(groups, saved, stacked(tables), routes, offers)
+            self._tables[key] = (edge, produced, readers)
+        table_of_value: RedistributionTable = self._tables[key][0]
+        return table_of_value
 
     def _paid(
         self,
         value: Value,
-        made: ProducerLayouts,
+        produced: ProducerLayouts,
         groups: tuple[tuple[Layout, ...], ...],
-        kept: tuple[tuple[Layout, ...], ...],
+        saved: tuple[tuple[Layout, ...], ...],
         routes: RedistributionPaths,
         targets: tuple[Layout, ...],
         mode: RecomputedEnds,
     ) -> Table:
-        """table[made, group]: each layout of the group is paid once; what is kept has its bytes."""
-        row = np.array([routes.cells[layout] for layout in made.layouts])
+        """Return table[producer's state, group]: each layout of the group is paid once.
+
+        saved: per group, the layouts whose bytes count. targets: all layouts of all groups. mode:
+        the ends that are recomputed; a recomputed reader needs its redistribution done again.
+        """
+        row = np.array([routes.cells[layout] for layout in produced.layouts])
         seconds = routes.seconds(targets)[row]
-        if made.stored:
+        if produced.stored:
             seconds = seconds + zero_gradient_table(
-                value, made.stored, targets, self.links, self.sizes
+                value, produced.stored, targets, self.links, self.sizes
             )
+        # Forward seconds are needed where the step may be run twice: by recomputation, or instead
+        # of saving.
         ahead = np.zeros_like(seconds)
         if self.memory or all(mode.readers):
             ahead = routes.forward_seconds(targets)[row]
-        cost = _summed(seconds, targets, groups)
+        cost = sum_of_columns(seconds, targets, groups)
         if all(mode.readers):
-            cost = cost + _summed(ahead, targets, groups)
+            cost = cost + sum_of_columns(ahead, targets, groups)
         if not self.memory:
             return Table(cost)
-        return self._weighed(value, made, targets, kept, cost, ahead, mode)
+        return self._weighed(value, produced, targets, saved, cost, ahead, mode)
 
     def _weighed(
         self,
         value: Value,
-        made: ProducerLayouts,
+        produced: ProducerLayouts,
         targets: tuple[Layout, ...],
-        kept: tuple[tuple[Layout, ...], ...],
+        saved: tuple[tuple[Layout, ...], ...],
         cost: Array,
         ahead: Array,
         mode: RecomputedEnds,
     ) -> Table:
-        """The bytes of what the backward pass needs, held or made again from what it came from.
+        """Return the table with bytes of what is saved, or recomputed from its source.
 
-        What is run again keeps what goes into it, as it was made, and nothing else.
+        cost: seconds of the table. ahead: forward seconds of each redistribution, table[state,
+        target]. A recomputed block saves the values that enter it, as they were produced, and
+        nothing else.
+        The alternative to saving a redistributed copy: save the value as it was produced and
+        redistribute it once more in the backward pass.
         """
         shape, size = value.shape, nbytes(value)
-        here = made.given or (made.counted and not mode.maker and not mode.apart)
+        # Bytes of the value as it was produced are 0 here if they are counted elsewhere.
+        free_source = produced.resident or (produced.counted and not mode.maker and not mode.apart)
         source = np.array(
             [
-                0.0 if here else size * layout_fraction(shape, layout, self.sizes)
-                for layout in made.layouts
+                0.0 if free_source else size * layout_fraction(shape, layout, self.sizes)
+                for layout in produced.layouts
             ]
         )
         entering = any(mode.readers) and not mode.maker
         if all(mode.readers):
             usage = np.broadcast_to(source[:, None] if entering else 0.0, cost.shape)
             return Table(cost, np.ascontiguousarray(usage))
-        if not any(kept) and not entering:
+        if not any(saved) and not entering:
             return Table(cost)
         forms = [_storage(target) for target in targets]
-        plain = [_storage(layout) for layout in made.layouts]
-        other = np.array([[form != own for form in forms] for own in plain])
+        plain = [_storage(layout) for layout in produced.layouts]
+        other = np.array([[form != produced_form for form in forms] for produced_form in plain])
         local = np.array([size * layout_fraction(shape, t, self.sizes) for t in targets])
         held = np.where(other, local, source[:, None])
         distinct = tuple(
-            tuple({_storage(layout): layout for layout in some}.values()) for some in kept
+            tuple({_storage(layout): layout for layout in some}.values()) for some in saved
         )
-        holds = _summed(held, targets, distinct)
-        again = _summed(other.astype(float), targets, distinct) > 0
+        holds = sum_of_columns(held, targets, distinct)
+        redistributed = sum_of_columns(other.astype(float), targets, distinct) > 0
         if entering:
             # Some readers are run again: what they take stays, beside what the others keep.
-            as_made = _summed((~other).astype(float), targets, distinct) > 0
+            as_made = sum_of_columns((~other).astype(float), targets, distinct) > 0
             holds = np.where(as_made, holds, holds + source[:, None])
-        if not again.any():
+        if not redistributed.any():
             return Table(cost, holds)
-        time = _summed(ahead * other, targets, distinct)
-        repeat = np.where(again & np.isfinite(cost), cost + time, np.inf)
-        fewer = np.where(again, np.broadcast_to(source[:, None], holds.shape), 0.0)
+        time = sum_of_columns(ahead * other, targets, distinct)
+        repeat = np.where(redistributed & np.isfinite(cost), cost + time, np.inf)
+        fewer = np.where(redistributed, np.broadcast_to(source[:, None], holds.shape), 0.0)
         return Table(cost, holds, (Alternative(repeat, fewer),))
 
 
-def _summed(
-    columns: Array, targets: tuple[Layout, ...], groups: tuple[tuple[Layout, ...], ...]
-) -> Array:
-    """Per group, the sum of its targets' columns."""
-    place = {target: index for index, target in enumerate(targets)}
-    if all(len(group) == 1 for group in groups):
-        return columns[:, [place[group[0]] for group in groups]]
-    most = max(map(len, groups))
-    padded = np.concatenate([columns, np.zeros((len(columns), 1))], axis=1)
-    total = np.zeros((len(columns), len(groups)))
-    for at in range(most):
-        picked = [place[group[at]] if len(group) > at else len(targets) for group in groups]
-        total = total + padded[:, picked]
-    return total
-
-
-def _stacked(tables: list[Table]) -> Table:
-    """Tables of two variables as one of three, the last of which says which of them counts."""
-    if len(tables) == 1:
-        return tables[0]
-    cost = np.stack([table.cost for table in tables], axis=-1)
-    usage = None
-    if any(table.usage is not None for table in tables):
-        usage = np.stack([_usage(table) for table in tables], axis=-1)
-    if not any(table.alternatives for table in tables):
-        return Table(cost, usage)
-    others = [
-        table.alternatives[0]
-        if table.alternatives
-        else Alternative(np.full(table.cost.shape, np.inf), np.zeros(table.cost.shape))
-        for table in tables
-    ]
-    alternative = Alternative(
-        np.stack([other.cost for other in others], axis=-1),
-        np.stack([other.usage for other in others if other.usage is not None], axis=-1),
-    )
-    return Table(cost, usage, (alternative,))
-
-
-def _usage(table: Table) -> Array:
-    return np.zeros(table.cost.shape) if table.usage is None else table.usage
-
-
 def _class(value: Value, weight: bool, together: bool) -> Any:
+    """Return the key of values whose redistributions cost the same."""
     return (value.shape, value.dtype.itemsize, value.requires_grad, weight, together)
 
 
 def _rank(placement: Placement) -> tuple[str, int, int, int]:
+    """Return a key that sorts placements, so that the order of layouts does not matter."""
     if isinstance(placement, Shard):
         return ("Shard", placement.dim, placement.blocks, placement.unit)
     return (type(placement).__name__, 0, 0, 0)
 
 
-def _differ(one: Layout, two: Layout) -> int:
-    return sum(first != second for first, second in zip(one, two, strict=True))
-
-
 def _storage(layout: Layout) -> Layout:
-    """The layout as memory has it: what is the same on all ranks is the same tensor as I and R."""
+    """Return the layout as memory has it: I and R are the same tensor on every rank."""
     return tuple(Invariant() if isinstance(p, Replicate) else p for p in layout)
-
-
-def _offers(
-    groups: tuple[tuple[Layout, ...], ...],
-    kept: tuple[tuple[Layout, ...], ...],
-    need: ReaderLayouts,
-) -> Array:
-    """table[group, state]: zero where the group has all that the state reads, and keeps it."""
-    names = {layout: place for place, layout in enumerate(dict.fromkeys(chain(*groups)))}
-
-    def members(sets: tuple[tuple[Layout, ...], ...]) -> NDArray[np.float32]:
-        table = np.zeros((len(sets), len(names)), dtype=np.float32)
-        for index, members in enumerate(sets):
-            for layout in members:
-                table[index, names[layout]] = 1
-        return table
-
-    has = members(kept if need.saved_for_backward and any(kept) else groups)
-    missing = (1 - has) @ members(need.layouts).T
-    return np.where(missing > 0, np.inf, 0.0)

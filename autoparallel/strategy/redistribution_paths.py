@@ -1,4 +1,4 @@
-"""How a value gets from one layout to another: the cheapest sequence of moves on single axes."""
+"""The cheapest redistribution of a value: a sequence of steps, each on one mesh axis."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from autoparallel.strategy.mesh_strategies import is_nested
 
 __all__ = ["RedistributionPaths"]
 
-# A longer way must be cheaper by more than rounding.
+# A longer path must be cheaper by more than rounding.
 _RELATIVE = 1e-9
 
 
 class RedistributionPaths:
-    """All cheapest ways between the layouts that a value may have.
+    """All cheapest paths between the layouts that a value may have.
 
-    shape, nbytes: of the whole value. universe: per axis, the placements that may occur, on the
-    way too. sizes, links: of the axes. is_allowed: whether a step may be made. together: on axes
-    where a whole value needs nothing but the sum of its gradients, they are summed in one call with
-    others, whose latency is not counted. That is after the backward pass: on the way such moves
-    come first.
-    Seconds are those of the forward and, where a gradient flows, of the backward pass.
+    shape, nbytes: of the whole value. requires_grad: whether backward seconds count. universe: per
+    axis, the placements that may occur, on the way too. sizes, links: of the axes. is_allowed: says
+    whether a step may be taken. together: the gradient of a value that is whole on an axis is
+    reduced in one bucket with others after the backward pass, so that the latency of this
+    all-reduce is not counted and such steps come first on the path.
+    cells: the number of each layout. moves: per axis, the seconds (forward and backward) of
+    changing the placement there, array[*layout, placement]; forwards: the forward seconds alone.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class RedistributionPaths:
         for axis, placements in enumerate(universe):
             seconds = np.full((*grid, len(placements)), np.inf)
             forward = np.zeros_like(seconds)
+            # A step on one axis moves the part of the value that the other axes leave to a rank.
+            # Few different parts occur: each is priced once.
             others = self.shares / shares[axis].reshape(_along(axis, len(grid)))
             for source, one in enumerate(placements):
                 rows = (slice(None),) * axis + (source,)
@@ -103,6 +106,7 @@ class RedistributionPaths:
                     priced = np.add(ahead, back)
                     seconds[(*rows, ..., target)] = priced[place]
                     forward[(*rows, ..., target)] = np.array(ahead)[place]
+            # On several axes some layouts are impossible, and some steps: they cost +inf.
             if len(grid) > 1:
                 for cell, layout in zip(np.ndindex(*grid), self.layouts, strict=True):
                     for target, two in enumerate(placements):
@@ -118,44 +122,51 @@ class RedistributionPaths:
             self.moves.append(seconds)
             self.forwards.append(forward)
         self.together = together
+        # One step per axis suffices, but for one axis that must first be gathered and split anew.
         self.hops = 1 if len(grid) == 1 else len(grid) + 1
         self._levels: dict[tuple[Layout, ...], list[NDArray[np.float64]]] = {}
         self._forward: dict[tuple[Layout, ...], NDArray[np.float64]] = {}
 
     def levels(self, targets: tuple[Layout, ...]) -> list[NDArray[np.float64]]:
-        """Per number of steps, the least seconds from every layout to each target: (*grid, target).
+        """Return, per number of steps, the least seconds from every layout to each target.
 
-        The last one is repeated by no more steps.
+        Each array is [*grid, target], with one axis of the grid per mesh axis. This is
+        Bellman-Ford's recursion; it ends where one more step does not help.
         """
-        known = self._levels.get(targets)
-        if known is None:
+        levels = self._levels.get(targets)
+        if levels is None:
             start = np.full((len(self.layouts), len(targets)), np.inf)
             start[[self.cells[target] for target in targets], range(len(targets))] = 0.0
-            known = [start.reshape(*self.grid, len(targets))]
+            levels = [start.reshape(*self.grid, len(targets))]
             for _ in range(self.hops):
-                last = known[-1]
+                last = levels[-1]
                 best = last
                 for axis, seconds in enumerate(self.moves):
                     over = (seconds[..., None] + _after(last, axis)).min(axis=-2)
+                    # Only a real gain may add a step: equal paths would otherwise differ in length
+                    # by rounding.
                     best = np.where(over < best * (1 - _RELATIVE), over, best)
                 if np.array_equal(best, last):
                     break
-                known.append(best)
-            self._levels[targets] = known
-        return known
+                levels.append(best)
+            self._levels[targets] = levels
+        return levels
 
     def seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
-        """table[layout, target]: the least seconds, layouts in the order of `cells`."""
+        """Return table[layout, target]: the least seconds, layouts in the order of `cells`."""
         table = self.levels(targets)[-1].reshape(-1, len(targets))
         return self._led(table, targets, self.moves) if self.together else table
 
     def forward_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
-        """table[layout, target]: seconds of the forward pass alone, of the ways of `seconds`."""
+        """Return table[layout, target]: forward seconds of the paths that `seconds` prices.
+
+        They are needed by themselves where a redistribution is done again in the backward pass.
+        """
         if targets not in self._forward:
             levels = self.levels(targets)
             ahead = np.zeros_like(levels[0])
             for last in levels[:-1]:
-                best, found = last, ahead
+                best, best_ahead = last, ahead
                 for axis, (seconds, forward) in enumerate(
                     zip(self.moves, self.forwards, strict=True)
                 ):
@@ -165,8 +176,10 @@ class RedistributionPaths:
                     over = np.take_along_axis(over, first, -2)[..., 0, :]
                     better = over < best * (1 - _RELATIVE)
                     best = np.where(better, over, best)
-                    found = np.where(better, np.take_along_axis(then, first, -2)[..., 0, :], found)
-                ahead = found
+                    best_ahead = np.where(
+                        better, np.take_along_axis(then, first, -2)[..., 0, :], best_ahead
+                    )
+                ahead = best_ahead
             table = ahead.reshape(-1, len(targets))
             if self.together:
                 table = self._led(table, targets, self.forwards)
@@ -179,11 +192,20 @@ class RedistributionPaths:
         targets: tuple[Layout, ...],
         moves: list[NDArray[np.float64]],
     ) -> NDArray[np.float64]:
-        """The table for ways that begin with all moves from I to R that are for good."""
-        found = table.copy()
+        """Return the table for paths whose I->R steps come first.
+
+        They come first because their gradients are reduced in one bucket after the backward pass,
+        where no other backward step may follow. table: seconds of the remaining path. moves:
+        seconds of steps.
+        """
+        led_table = table.copy()
         cells = np.arange(len(self.layouts)).reshape(self.grid)
         one, two = Invariant(), Replicate()
-        able = [axis for axis, own in enumerate(self.universe) if one in own and two in own]
+        able = [
+            axis
+            for axis, placements in enumerate(self.universe)
+            if one in placements and two in placements
+        ]
         # The more axes, the later: each way begins with all such moves that it has.
         for axes in chain.from_iterable(
             combinations(able, count) for count in range(1, len(able) + 1)
@@ -195,11 +217,14 @@ class RedistributionPaths:
                 first = first + moves[axis][..., end]
                 rows, after = rows.take([start], axis), after.take([end], axis)
             led = first.reshape(-1)[rows.reshape(-1), None] + table[after.reshape(-1)]
-            found[np.ix_(rows.reshape(-1), np.array(columns, dtype=int))] = led[:, columns]
-        return found
+            led_table[np.ix_(rows.reshape(-1), np.array(columns, dtype=int))] = led[:, columns]
+        return led_table
 
     def steps(self, source: Layout, target: Layout) -> tuple[Step, ...]:
-        """The cheapest way. Raises ValueError where there is none."""
+        """Return the steps of the cheapest path. Raises ValueError where there is none.
+
+        Ties go to the path of fewest steps, then to the first axis and placement.
+        """
         lead: tuple[Step, ...] = ()
         if self.together:
             lead = tuple(
@@ -213,8 +238,9 @@ class RedistributionPaths:
         final = levels[-1].reshape(-1)[cell]
         if not np.isfinite(final):
             raise ValueError(f"no way from {source} to {target}")
+        # The fewest steps that reach the least seconds.
         hop = next(h for h, level in enumerate(levels) if level.reshape(-1)[cell] == final)
-        found: list[Step] = []
+        steps: list[Step] = []
         layout = source
         while hop:
             place = np.unravel_index(self.cells[layout], self.grid)
@@ -228,7 +254,7 @@ class RedistributionPaths:
                     rest = levels[hop - 1].reshape(-1)[self.cells[after]]
                     options.append((step + rest, len(options), axis, placement, after))
             _, _, axis, placement, after = min(options, key=lambda option: option[:2])
-            found.append(Step(axis, layout[axis], placement))
+            steps.append(Step(axis, layout[axis], placement))
             layout = after
             hop = next(
                 h
@@ -236,20 +262,24 @@ class RedistributionPaths:
                 if level.reshape(-1)[self.cells[layout]]
                 <= levels[hop - 1].reshape(-1)[self.cells[layout]]
             )
-        return (*lead, *found)
+        return (*lead, *steps)
 
 
 def _summed(layout: Layout, axes: tuple[int, ...]) -> Layout:
-    """The layout with R on these axes."""
+    """Return the layout with R on these axes."""
     return tuple(
         Replicate() if axis in axes else placement for axis, placement in enumerate(layout)
     )
 
 
 def _after(table: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """(*grid, target) as (*grid without axis, 1 in its place, placement on the axis, target)."""
+    """Return the table as seen after a step on one axis.
+
+    [*grid, target] becomes [*grid without the axis, 1 in its place, placement, target].
+    """
     return np.expand_dims(np.moveaxis(table, axis, -2), axis)
 
 
 def _along(axis: int, count: int) -> tuple[int, ...]:
+    """Return the shape that broadcasts a vector along one axis of a grid."""
     return tuple(-1 if other == axis else 1 for other in range(count))

@@ -1,4 +1,4 @@
-"""Which rule every call of a graph follows."""
+"""The sharding rule of every call of a graph, found once per signature."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ __all__ = ["MatchedCall", "match_rules"]
 
 @dataclass(frozen=True)
 class MatchedCall:
-    """What all calls of one signature share: rule, and everything derived from it."""
+    """A signature of calls: the op with shapes and constants, and its rule.
+
+    call: the first call of that signature. rule: None where there is none, and all tensors stay
+    whole.
+    """
 
     call: OpCall
     rule: ShardingRule | None
@@ -28,17 +32,22 @@ class MatchedCall:
 def match_rules(
     graph: Graph, inert: set[str], options: Options, world_size: int
 ) -> dict[str, MatchedCall]:
-    """One rule per distinct call, by node name. inert: calls that every rank computes whole.
+    """Return the matched signature of every call, by node name.
 
-    Raises UnsupportedOpError that lists every op without a rule that needs one.
+    inert: calls that every rank computes whole; they need no rule. options: `unknown_ops` says
+    whether ops without a rule are to be discovered, refused or kept whole. world_size: of 1, where
+    nothing is discovered.
+    Raises UnsupportedOpError that lists every op without a rule that needs one, because a gradient
+    flows through it or because it draws random numbers.
     """
-    kinds: dict[str, MatchedCall] = {}
-    known: dict[Any, MatchedCall] = {}
+    matched: dict[str, MatchedCall] = {}
+    by_signature: dict[Any, MatchedCall] = {}
     missing: dict[str, list[Node]] = {}
     reasons: dict[str, str] = {}
     values = graph.values
 
     def shape_of(leaf: Any) -> Any:
+        """Return what a rule may depend on: a tensor's shape and dtype, a constant's value."""
         if isinstance(leaf, Ref):
             value = values[leaf.name]
             return (value.shape, value.dtype, value.requires_grad)
@@ -46,6 +55,7 @@ def match_rules(
 
     for node in graph.calls:
         names = node.operands()
+        # Operands that are the same value must lie alike, so mul(x, x) is not mul(x, y).
         twins = tuple(names.index(name) for name in names)
         key = (
             node.target,
@@ -55,31 +65,36 @@ def match_rules(
             twins,
             node.name in inert,
         )
-        if key not in known:
+        if key not in by_signature:
             call = OpCall.of(graph, node)
-            made = None
-            author = find_rule(node.target)
-            if author is not None and node.name not in inert:
-                made = author(call)
-            if author is None and world_size > 1:
-                made, why = _unwritten(call, inert, options)
+            rule = None
+            write_rule = find_rule(node.target)
+            if write_rule is not None and node.name not in inert:
+                rule = write_rule(call)
+            # On one rank nothing is split, so that no rule is needed.
+            if write_rule is None and world_size > 1:
+                rule, why = _unwritten(call, inert, options)
                 grad = any(result.requires_grad for result in node.results)
-                if made is None and (grad or draws(node.target)):
+                if rule is None and (grad or draws(node.target)):
                     missing.setdefault(node.target, []).append(node)
                     reasons.setdefault(node.target, why)
-            known[key] = MatchedCall(call, made)
+            by_signature[key] = MatchedCall(call, rule)
         elif node.target in missing:
             missing[node.target].append(node)
-        kinds[node.name] = known[key]
+        matched[node.name] = by_signature[key]
+    # Whole tensors are right for any op but a random one, whose ranks would draw differently.
     if options.unknown_ops == "replicate":
         missing = {target: nodes for target, nodes in missing.items() if draws(target)}
     if missing:
         raise _unsupported(missing, reasons)
-    return kinds
+    return matched
 
 
 def _unwritten(call: OpCall, inert: set[str], options: Options) -> tuple[ShardingRule | None, str]:
-    """The rule of a call whose op has none, if it is to be discovered and can be."""
+    """Return the rule of a call whose op has none, if it is to be discovered and can be.
+
+    Also returns why none was discovered, "" where discovery was not asked for.
+    """
     if options.unknown_ops != "discover" or call.node.name in inert:
         return None, ""
     return find_unknown(call)
@@ -88,6 +103,7 @@ def _unwritten(call: OpCall, inert: set[str], options: Options) -> tuple[Shardin
 def _unsupported(
     missing: Mapping[str, list[Node]], reasons: Mapping[str, str]
 ) -> UnsupportedOpError:
+    """Return the error that names all ops without a rule, their first places and reasons."""
     rows = []
     for target, nodes in sorted(missing.items()):
         first = nodes[0]

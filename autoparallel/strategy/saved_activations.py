@@ -1,4 +1,4 @@
-"""What stays in memory between the forward and the backward pass, value by value."""
+"""Activations saved between the forward and the backward pass: which ones, and their bytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ __all__ = ["SavedActivations"]
 
 
 class SavedActivations:
-    """What every op keeps for its backward pass, of what it reads, of what it makes, and besides.
+    """The tensors that every op saves for its backward pass: operands, results, and internal ones.
 
-    Views keep nothing, but what is kept of a view is kept of what it is a view of: that is where it
-    is counted.
+    rules: per call node. Views save nothing themselves: a saved view keeps alive the tensor that it
+    is a view of, and is counted there. viewed: per result that is a view, whether something saves
+    it. roots: the values whose memory is held by some call.
     """
 
     def __init__(self, graph: Graph, rules: Mapping[str, ShardingRule | None]) -> None:
@@ -26,98 +27,124 @@ class SavedActivations:
         self.saved = SavedTensors(graph, rules)
         self.of = self.saved.of
         self.viewed: dict[str, bool] = {}
+        # Backwards, because a view is saved where a view of it is.
         for node in reversed(graph.calls):
             aliases = self.saved.of(node.name).aliases
             for value, alias in zip(node.results, aliases, strict=True):
                 if alias is not None:
                     self.viewed[value.name] = value.name in graph.outputs or any(
-                        self.is_kept(reader, tuple(_places(reader, value.name)))
+                        self.saves(reader, tuple(_places(reader, value.name)))
                         for reader in graph.readers[value.name]
                     )
         self.roots = frozenset(name for node in graph.calls for name in self._saved_by(node))
 
-    def is_kept(self, node: Node, places: tuple[int, ...]) -> bool:
-        """Whether the backward pass needs what `node` reads in these places."""
+    def saves(self, node: Node, places: tuple[int, ...]) -> bool:
+        """Say whether the backward pass needs what `node` reads in these places.
+
+        places: of its operands. A view needs its operand where the view itself is saved.
+        """
         saved = self.saved.of(node.name)
         return any(saved.operands[place] for place in places) or any(
             alias in places and self.viewed[value.name]
             for value, alias in zip(node.results, saved.aliases, strict=True)
         )
 
+    def reads_saved_by(self, node: Node) -> tuple[bool, ...]:
+        """Return, per operand of a call, whether the backward pass needs that value from it."""
+        return tuple(self.saves(node, tuple(_places(node, name))) for name in node.operands())
+
     def _saved_by(self, node: Node) -> set[str]:
-        """The values in whose memory lies what a call keeps, but for what is there before."""
-        own = self.saved.of(node.name)
+        """Return the values whose memory a call holds, but for those that are there before."""
+        saved = self.saved.of(node.name)
         names = (*node.operands(), *(value.name for value in node.results))
         return {
             self.saved.storage_of(name)
-            for name, keeps in zip(names, (*own.operands, *own.results), strict=True)
-            if keeps and self.is_made(self.saved.storage_of(name))
+            for name, is_saved in zip(names, (*saved.operands, *saved.results), strict=True)
+            if is_saved and self.is_computed(self.saved.storage_of(name))
         }
 
     def peak_call(self, ranks: int, repeated: Container[str]) -> tuple[str, float]:
-        """The call at whose backward most is there, as far as is known before anything is planned.
+        """Return the call during whose backward the estimated footprint is largest.
 
-        Its gradients are there beside all that is kept, but for what was freed by then: so many
-        bytes, at most. "" where no call has any. Only calls that are not repeated, and of which
-        nothing is a view: gradients of a view are those of what it is a view of.
+        ranks: all devices of the mesh, over which gradients are assumed to be split evenly.
+        repeated: calls in repeated blocks, which may be recomputed and do not count. Also returns
+        an upper bound on the saved bytes freed before that backward. ("", 0.0) where no call has
+        gradients.
+        The estimate is made before anything is planned: gradients of the call's operands and
+        results, less the saved activations that were freed by then. Views do not count: their
+        gradients are those of the tensor that they are views of.
         """
         graph = self.graph
-        best, most, least, freed = "", 0.0, 0.0, 0.0
+        call, most, freed_before, freed = "", 0.0, 0.0, 0.0
         for node in reversed(graph.calls):
-            own = self.saved.of(node.name)
-            if node.name not in repeated and all(alias is None for alias in own.aliases):
-                made = sum(nbytes(value) for value, _ in self._differentiated(node)) / ranks
-                if made - freed > most:
-                    best, most, least = node.name, made - freed, freed
-            # Of what others keep too, this call may have had a copy.
+            saved = self.saved.of(node.name)
+            if node.name not in repeated and all(alias is None for alias in saved.aliases):
+                gradients = sum(nbytes(value) for value, _ in self._differentiated(node)) / ranks
+                if gradients - freed > most:
+                    call, most, freed_before = node.name, gradients - freed, freed
+            # A value that others save too is counted once more here: this call may have had a
+            # copy of it in another layout. So `freed` is an upper bound.
             freed += sum(nbytes(graph.values[name]) for name in self._saved_by(node))
-            freed += own.internal_nbytes({})
-        return best, least
+            freed += saved.internal_nbytes({})
+        return call, freed_before
 
     def _differentiated(self, node: Node) -> list[tuple[Value, int]]:
-        """What a call reads and makes, as far as it has gradients while its backward runs; each
-        with its place among operands and results."""
+        """Return the operands and results of a call that have gradients while its backward runs.
+
+        Each value comes once, with its place among operands and results. Gradients of inputs and
+        parameters are not counted here, nor those of results that nothing reads.
+        """
         graph, names = self.graph, node.operands()
         values = [*map(graph.values.__getitem__, names), *node.results]
-        found: dict[str, tuple[Value, int]] = {}
+        by_name: dict[str, tuple[Value, int]] = {}
         for place, value in enumerate(values):
             read = place < len(names) or graph.readers[value.name]
-            if value.requires_grad and self.is_made(value.name) and read:
-                found.setdefault(value.name, (value, place))
-        return list(found.values())
+            if value.requires_grad and self.is_computed(value.name) and read:
+                by_name.setdefault(value.name, (value, place))
+        return list(by_name.values())
 
     def gradient_nbytes(self, node: Node, joint: MeshStrategy, sizes: tuple[int, ...]) -> float:
-        """Bytes of gradients that are there while the backward of a call runs."""
+        """Return the bytes per rank of gradients that are alive while a call's backward runs.
+
+        joint: the call's strategy. sizes: of the mesh axes.
+        """
         layouts = (*joint.operands, *joint.results)
         return sum(
             nbytes(value) * layout_fraction(value.shape, layouts[place], sizes)
             for value, place in self._differentiated(node)
         )
 
-    def own(self, node: Node) -> tuple[bool, ...]:
-        """Per result, whether its memory is counted elsewhere already: by its maker, or as that of
-        what it is a view of, where the backward pass needs that."""
+    def counted_elsewhere(self, node: Node) -> tuple[bool, ...]:
+        """Return, per result, whether its memory is counted elsewhere.
+
+        It is where the call itself saves the result, and where the result is a view of a tensor
+        that is saved, or that is there before the program starts.
+        """
         saved = self.saved.of(node.name)
         roots = [self.saved.storage_of(value.name) for value in node.results]
         return tuple(
-            kept or (alias is not None and (root in self.roots or not self.is_made(root)))
-            for kept, alias, root in zip(saved.results, saved.aliases, roots, strict=True)
+            is_saved or (alias is not None and (root in self.roots or not self.is_computed(root)))
+            for is_saved, alias, root in zip(saved.results, saved.aliases, roots, strict=True)
         )
 
-    def is_made(self, name: str) -> bool:
-        """Whether a value is none that is there before the program starts."""
+    def is_computed(self, name: str) -> bool:
+        """Say whether the program computes a value; inputs and parameters are there before."""
         return self.graph.producers[name].kind == "call"
 
     def nbytes(self, node: Node, joint: MeshStrategy, sizes: tuple[int, ...]) -> float:
-        """Bytes that an op keeps by itself: results, and what is neither result nor operand.
+        """Return the bytes per rank that an op itself saves: results and internal tensors.
 
-        Of several kernels the innermost one runs; to it the others' loops are as if split without,
-        and its own as if split once over the ranks of all axes that split it.
+        joint: the op's strategy. sizes: of the mesh axes. Operands are counted where they are read.
+        Of several kernels the innermost one runs the op; seen from it, loops of the others are
+        split as if without a kernel, and its own loop is split once over the ranks of all axes that
+        split it.
         """
         shares: dict[str, float] = {}
         ranks = 1
         saved = self.saved.of(node.name)
         split = [(part, size) for part, size in zip(joint.parts, sizes, strict=True) if part.tile]
+        # Kernels that wrap the op come first, the one that does not wrap it last: it is the
+        # innermost.
         split.sort(key=lambda item: item[0].kernel is not None and not item[0].kernel.wraps)
         innermost = next((part for part, _ in reversed(split) if part.kernel), None)
         inner = innermost.tile.loop if innermost is not None and innermost.tile else ""
@@ -130,13 +157,14 @@ class SavedActivations:
         if inner:
             saved = self.saved.of_kernel(node.name, inner, ranks)
         total = float(saved.internal_nbytes(shares))
-        for value, layout, kept, alias in zip(
+        for value, layout, is_saved, alias in zip(
             node.results, joint.results, saved.results, saved.aliases, strict=True
         ):
-            if kept and alias is None:
+            if is_saved and alias is None:
                 total += nbytes(value) * layout_fraction(value.shape, layout, sizes)
         return total
 
 
 def _places(node: Node, name: str) -> list[int]:
+    """Return the places at which a node reads a value."""
     return [place for place, operand in enumerate(node.operands()) if operand == name]

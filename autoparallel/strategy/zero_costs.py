@@ -1,4 +1,7 @@
-"""What ZeRO adds: gradients reduced to a part, and parameters gathered after their update."""
+"""Seconds that ZeRO adds: gradients reduced to a part, and parameters gathered after the update.
+
+ZeRO (arXiv:1910.02054) splits optimizer states, gradients and parameters over data-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,22 @@ def zero_gradient_table(
     links: Sequence[Link],
     sizes: tuple[int, ...],
 ) -> NDArray[np.float64]:
-    """The seconds of `zero_gradient_seconds` as table[stored, target], for all at once.
+    """Return the seconds of `zero_gradient_seconds` as table[stored, target].
 
-    Infinite where a target does not replicate an axis on which the state is split by itself.
+    value: the parameter. stored: the ways to store it. targets: layouts in which ops read it.
+    links, sizes: of the mesh axes. Infinite where a target does not replicate an axis on which the
+    optimizer's state is split and the parameter is not.
     """
     table = np.zeros((len(stored), len(targets)))
     replicated = [np.array([t[axis] == Replicate() for t in targets]) for axis in range(len(sizes))]
     everywhere = (Replicate(),) * len(sizes)
     for index, choice in enumerate(stored):
+        # Without ZeRO, the gradient's reduction is priced on the path from storage to target.
         if choice.storage == choice.state:
             continue
         table[index] = zero_gradient_seconds(value, choice, everywhere, links, sizes)
-        for axis, (own, state) in enumerate(zip(choice.storage, choice.state, strict=True)):
-            if own != state:
+        for axis, (placement, state) in enumerate(zip(choice.storage, choice.state, strict=True)):
+            if placement != state:
                 table[index, ~replicated[axis]] = np.inf
     return table
 
@@ -51,18 +57,25 @@ def zero_gradient_seconds(
 ) -> float:
     """Seconds ZeRO adds: a reduce-scatter in place of the all-reduce that is already counted.
 
-    Usually negative. value: the parameter. target: the layout in which an op reads it. links,
-    sizes: of the mesh axes. Infinite where the op does not read it replicated.
+    Usually negative, because a reduce-scatter takes half the time of an all-reduce. value: the
+    parameter. stored: how it is stored. target: the layout in which an op reads it. links, sizes:
+    of the mesh axes. Infinite where the op does not read it replicated: only a gradient that is a
+    sum over the ranks can be reduced to parts.
     """
     seconds = 0.0
-    for axis, (own, state) in enumerate(zip(stored.storage, stored.state, strict=True)):
-        if own == state:
+    for axis, (placement, state) in enumerate(zip(stored.storage, stored.state, strict=True)):
+        if placement == state:
             continue
         if target[axis] != Replicate():
             return np.inf
         others = (*stored.storage[:axis], Invariant(), *stored.storage[axis + 1 :])
-        whole = nbytes(value) * layout_fraction(value.shape, others, sizes)
-        seconds -= together_seconds(Collective.ALL_REDUCE, whole, links[axis], sizes[axis])
+        unsharded_nbytes = nbytes(value) * layout_fraction(value.shape, others, sizes)
+        # The path counts an all-reduce for I->R in the backward pass; ZeRO does not do it.
+        seconds -= together_seconds(
+            Collective.ALL_REDUCE, unsharded_nbytes, links[axis], sizes[axis]
+        )
+        # A gradient that is reduced into the bucket of the others pays no latency of its own; one
+        # that is held in parts is reduced as soon as it is there.
         scatter = together_seconds if stored.gradient == stored.storage else collective_seconds
         size = _bytes_across(value, stored, axis, sizes)
         seconds += scatter(Collective.REDUCE_SCATTER, size, links[axis], sizes[axis])
@@ -72,7 +85,11 @@ def zero_gradient_seconds(
 def update_gather_seconds(
     value: Value, stored: ParameterStorage, links: Sequence[Link], sizes: tuple[int, ...]
 ) -> float:
-    """Seconds of gathering a parameter whose parts the optimizer has updated."""
+    """Return the seconds of gathering a parameter whose parts the optimizer has updated.
+
+    value: the parameter. stored: how it is stored; 0 where the optimizer updates it as it is
+    stored. links, sizes: of the mesh axes.
+    """
     return sum(
         collective_seconds(
             Collective.ALL_GATHER,
@@ -80,18 +97,18 @@ def update_gather_seconds(
             links[axis],
             sizes[axis],
         )
-        for axis, (own, state) in enumerate(zip(stored.storage, stored.state, strict=True))
-        if own != state
+        for axis, (placement, state) in enumerate(zip(stored.storage, stored.state, strict=True))
+        if placement != state
     )
 
 
 def _bytes_across(
     value: Value, stored: ParameterStorage, axis: int, sizes: tuple[int, ...]
 ) -> float:
-    """Bytes that a rank has of a parameter where `axis` does not split it.
+    """Return the bytes per rank of a parameter where `axis` does not split it.
 
     A gradient is reduced from the outermost axis inwards, and an updated parameter is gathered from
-    the innermost outwards.
+    the innermost outwards: outer axes are split as the state is, inner ones as the parameter is.
     """
     others = (*stored.state[:axis], Invariant(), *stored.storage[axis + 1 :])
     return nbytes(value) * layout_fraction(value.shape, others, sizes)
