@@ -1,4 +1,4 @@
-"""Measures the machine at hand, on the process group at hand, for the cost model.
+"""Measuring the machine at hand, on the process group at hand, for the cost model.
 
 Every rank measures at the same time, because ranks that share a memory bus slow each other down.
 """
@@ -27,7 +27,7 @@ from autoparallel.runtime.groups import Group, ProcessGroup
 __all__ = ["Effort", "calibrate", "started"]
 
 _FLOAT = torch.float32
-# Of a repeat: by how much it may be late and still be one of the rest.
+# A repeat that takes more than this many times the mean counts as this many times.
 _LATE = 2.0
 _MOST_PAIRS = 32
 _MOVES: dict[Collective, tuple[Placement, Placement]] = {
@@ -40,9 +40,14 @@ _MOVES: dict[Collective, tuple[Placement, Placement]] = {
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured. repeats: of each measurement, of which the median counts: what disturbs
-    a measurement will disturb a training step too. least_seconds: of each repeat. product: side
-    of the largest square product. move_nbytes, call_nbytes: of the largest array.
+    """The number and the sizes of measurements.
+
+    repeats: of each measurement, of which the median counts: disturbances of a measurement will
+    disturb a training step too. least_seconds: of each repeat. product: side of the largest square
+    product. move_nbytes, call_nbytes: of the largest array that is moved, and that is communicated.
+
+    >>> Effort.quick(cuda=False).repeats
+    3
     """
 
     repeats: int = 9
@@ -53,12 +58,12 @@ class Effort:
 
     @staticmethod
     def quick(cuda: bool) -> Effort:
-        """Seconds on any machine."""
+        """Return an effort of seconds on any machine."""
         return Effort(3, 0.0005, 2048 if cuda else 256, 2**24, 2**20)
 
     @staticmethod
     def full(cuda: bool) -> Effort:
-        """A minute or two."""
+        """Return an effort of a minute or two."""
         return Effort(15, 0.005, 8192, 2**32, 2**30) if cuda else Effort()
 
 
@@ -69,12 +74,16 @@ def calibrate(
     clock: Callable[[], float] = time.perf_counter,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fit:
-    """Measure and fit. A collective call under a process group, where all ranks get the same.
+    """Measure the machine and fit hardware to it.
 
-    Without a process group one process is measured, and the links are those of a preset.
-    name: of the hardware. clock: what CPUs are timed by; `time.process_time` where others use the
-    machine too and each process computes in one thread: it does not run while a process waits, for
-    its turn or for other ranks. say: is told what is under way.
+    A collective call under a process group, where all ranks get the same result. Without a process
+    group one process is measured, and the links are those of a preset.
+    effort: by default the full one. name: of the hardware; by default the device's. clock: the
+    timer on CPUs; `time.process_time` where others use the machine too and each process computes in
+    one thread: it does not run while a process waits, for its turn or for other ranks. say: is told
+    what is under way.
+
+    Example: `write_hardware(calibrate(Effort.quick(cuda=False)).hardware, "mine.json")`
     """
     cuda = torch.cuda.is_available()
     effort = effort or Effort.full(cuda)
@@ -82,6 +91,7 @@ def calibrate(
     with torch.no_grad():
         say("products")
         products = tuple(bench.products())
+        # The spread is that of the products, which every rank repeats on its own.
         spread = bench.spread()
         say("memory")
         launch, function = bench.launch(), bench.function()
@@ -94,7 +104,10 @@ def calibrate(
 
 
 class _Bench:
-    """Timings on this rank's device, agreed on by all ranks."""
+    """Timings on this rank's device, agreed on by all ranks.
+
+    relative: this rank's seconds for equal work over all ranks' mean, one per repeat.
+    """
 
     def __init__(self, effort: Effort, clock: Callable[[], float]) -> None:
         self.effort, self.clock = effort, clock
@@ -103,30 +116,35 @@ class _Bench:
         running = dist.is_initialized()
         self.world: Group | None = ProcessGroup(dist.group.WORLD) if running else None
         self.ranks = self.world.world_size if self.world is not None else 1
+        # LOCAL_WORLD_SIZE is set by torchrun; without it all ranks are taken to be on one node.
         self.local_ranks = min(int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks)), self.ranks)
-        # This rank's seconds for equal work, relative to all ranks' median: for the spread.
         self.relative: list[float] = []
 
     # -- timing
 
     def seconds(self, run: Callable[[], object], shared: bool = False) -> float:
-        """Of one run, the median of the repeats; over the ranks the mean, or the slowest if they
-        all take part in one run (shared)."""
+        """Return the seconds of one run: the median of the repeats, the mean over the ranks.
+
+        shared: all ranks take part in one run, as in a collective; then the slowest rank counts.
+        """
+        # The first runs allocate memory and compile kernels.
         for _ in range(2):
             run()
         once = self._largest(self._timed(run, 1))
+        # Runs shorter than the clock can tell apart are timed many at once.
         calls = min(max(math.ceil(self.effort.least_seconds / once), 1), 10_000)
-        found = []
+        times = []
         for _ in range(self.effort.repeats):
             self._meet()
-            found.append(self._timed(run, calls))
-        own = statistics.median(found)
-        middle = self._largest(own) if shared else self._mean(own)
+            times.append(self._timed(run, calls))
+        median = statistics.median(times)
+        middle = self._largest(median) if shared else self._mean(median)
         if not shared:
-            self.relative += [min(one / middle, _LATE) for one in found]
+            self.relative += [min(one / middle, _LATE) for one in times]
         return middle
 
     def _timed(self, run: Callable[[], object], calls: int) -> float:
+        """Return the seconds of one of `calls` runs in a row."""
         clock = time.perf_counter if self.cuda else self.clock
         self._wait()
         start = clock()
@@ -136,31 +154,39 @@ class _Bench:
         return max((clock() - start) / calls, 1e-9)
 
     def _wait(self) -> None:
+        """Wait until the device has done all that was started."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def _meet(self) -> None:
+        """Wait for the other ranks, so that all measure at the same time."""
         if self.world is not None:
             dist.barrier()
 
     def _all(self, seconds: float) -> list[float]:
+        """Return every rank's seconds."""
         if self.world is None:
             return [seconds]
-        own = torch.tensor([seconds], dtype=torch.float64, device=self.device)
-        found: list[float] = self.world.all_gather(own).reshape(-1).tolist()
-        return found
+        local = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+        of_all_ranks: list[float] = self.world.all_gather(local).reshape(-1).tolist()
+        return of_all_ranks
 
     def _largest(self, seconds: float) -> float:
+        """Return the slowest rank's seconds."""
         return max(self._all(seconds))
 
     def _mean(self, seconds: float) -> float:
+        """Return the mean of the ranks' seconds."""
         return statistics.fmean(self._all(seconds))
 
     # -- what is timed
 
     def products(self) -> Iterator[Product]:
-        """Square ones, those that tensor parallelism makes narrow one way or another, and batches
-        as in attention; the main type of element in all, the others in some."""
+        """Yield timed products: square ones, narrow ones and batches.
+
+        Narrow are those that tensor parallelism shortens along one size or another, batches are as
+        in attention. All are done in the main type of element, some in the others.
+        """
         side = self.effort.product
         main = torch.bfloat16 if self.cuda else _FLOAT
         squares = [(1, size, size, size) for size in _halves(side, 5)]
@@ -179,23 +205,28 @@ class _Bench:
                 yield self.product(shape, dtype)
 
     def product(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Product:
-        """Over the last dim of both factors, as a linear layer does it.
+        """Return a timed product over the last dim of both factors, as a linear layer does it.
 
-        Each time other factors, more than a cache holds, as in training.
+        shape: batch, rows, columns, depth. Each run takes other factors, more than a cache holds,
+        as in training.
         """
         batch, rows, columns, depth = shape
-        made = Product(batch, rows, columns, depth, dtype.itemsize, 0.0)
+        product = Product(batch, rows, columns, depth, dtype.itemsize, 0.0)
         pairs = []
-        for _ in range(min(max(self.effort.move_nbytes // made.nbytes, 2), _MOST_PAIRS)):
+        for _ in range(min(max(self.effort.move_nbytes // product.nbytes, 2), _MOST_PAIRS)):
             left = torch.randn(batch, rows, depth, device=self.device).to(dtype)
             right = torch.randn(batch, columns, depth, device=self.device).to(dtype)
             last = right.transpose(1, 2)
             pairs.append((left[0], last[0]) if batch == 1 else (left, last))
         turns = itertools.cycle(pairs)
-        return replace(made, seconds=self.seconds(lambda: torch.matmul(*next(turns))))
+        return replace(product, seconds=self.seconds(lambda: torch.matmul(*next(turns))))
 
     def launch(self) -> float:
-        """Of a kernel with next to nothing to do, in a recorded chain, forward or backward."""
+        """Return the seconds of a kernel with next to nothing to do, forward or backward.
+
+        A chain of 64 additions is recorded and differentiated: so many kernels each way, and two
+        more.
+        """
         length = 64
 
         def chain() -> None:
@@ -209,17 +240,22 @@ class _Bench:
         return self.seconds(chain) / (2 * length + 2)
 
     def function(self) -> float:
-        """Of one exponential beyond moving it, in arrays that stay in the cache; 0 if that is less
-        than moving takes."""
+        """Return the seconds of one exponential beyond moving it; 0 if moving takes longer.
+
+        Arrays stay in the cache, where moving is cheapest and the function shows.
+        """
         count = 2**22 if self.cuda else 2**16
         x = torch.randn(count, device=self.device)
-        made = torch.empty_like(x)
-        moving = self.seconds(lambda: torch.neg(x, out=made))
-        computing = self.seconds(lambda: torch.exp(x, out=made))
+        result = torch.empty_like(x)
+        moving = self.seconds(lambda: torch.neg(x, out=result))
+        computing = self.seconds(lambda: torch.exp(x, out=result))
         return (computing - moving) / count if computing > 2 * moving else 0.0
 
     def moves(self) -> Iterator[Move]:
-        """Sums of two arrays, each into new memory that is kept, as results are in training."""
+        """Yield timed sums of two arrays, each into new memory that is kept.
+
+        Results of training are kept for the backward pass, so they never land in the same memory.
+        """
         for nbytes in _halves(self.effort.move_nbytes, 12, 4):
             if nbytes < 2**14:
                 break
@@ -228,14 +264,14 @@ class _Bench:
             length = max(min(self.effort.move_nbytes // nbytes, 32), 2)
 
             def chain(first: torch.Tensor = first, length: int = length) -> None:
-                kept = [first]
+                sums = [first]
                 for _ in range(length):
-                    kept.append(kept[-1] + first)
+                    sums.append(sums[-1] + first)
 
             yield Move(3 * first.nbytes, self.seconds(chain) / length)
 
     def calls(self) -> Iterator[Call]:
-        """Every collective as a split module makes it, among the ranks of a node and across."""
+        """Yield every collective as a split module does it, inside nodes and between them."""
         if self.world is None:
             return
         for group, across in self._groups():
@@ -261,7 +297,10 @@ class _Bench:
                     yield Call(kind, full, group.world_size, across, seconds)
 
     def _groups(self) -> Iterator[tuple[Group, bool]]:
-        """The ranks of each node, all nodes at a time; and one rank of each, likewise."""
+        """Yield the groups to measure: the ranks of each node, and one rank of each node.
+
+        All groups of a kind work at the same time. The bool says whether a group crosses nodes.
+        """
         nodes = self.ranks // self.local_ranks
         if self.local_ranks > 1:
             mine = _own_group(
@@ -275,12 +314,13 @@ class _Bench:
             yield mine, True
 
     def spread(self) -> float:
-        """Standard deviation, relative, of what equal work takes: on other ranks, at other times.
+        """Return the standard deviation of the time of equal work, relative to its mean.
 
-        By the mean difference of two of the times (Gini's), which is what one rank of two waits.
+        Computed from the mean difference of two of the times (Gini's), which is how long one rank
+        of two waits: sigma = mean difference * sqrt(pi) / 2 for a normal distribution.
         """
-        own = torch.tensor(self.relative, dtype=torch.float64, device=self.device)
-        times = own if self.world is None else self.world.all_gather(own).reshape(-1)
+        local = torch.tensor(self.relative, dtype=torch.float64, device=self.device)
+        times = local if self.world is None else self.world.all_gather(local).reshape(-1)
         times = times.sort().values.cpu()
         count = len(times)
         weights = 2 * torch.arange(1, count + 1, dtype=torch.float64) - count - 1
@@ -289,25 +329,28 @@ class _Bench:
 
 
 def _own_group(members: Sequence[range]) -> Group:
-    made, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])
-    return ProcessGroup(made)
+    """Return the group that this rank belongs to, of groups that all ranks start together."""
+    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])
+    return ProcessGroup(group)
 
 
 def _halves(largest: int, count: int, factor: int = 2) -> list[int]:
+    """Return `largest` divided by growing powers of `factor`, `count` numbers in all."""
     return [largest // factor**power for power in range(count)]
 
 
 def _base(bench: _Bench, name: str, samples: Samples) -> tuple[Hardware, Matmul]:
-    """What is known without measuring: of a GPU its data sheet, of a CPU how many ranks share it.
+    """Return what is known without measuring, and the device's matrix units.
 
-    The preset's network and links stay where none was measured.
+    Of a GPU that is its data sheet, of a CPU how many ranks share it. The preset's network and
+    links stay where none was measured.
     """
-    known = find_hardware("auto")
+    preset = find_hardware("auto")
     if bench.cuda:
         properties = torch.cuda.get_device_properties(bench.device)
         device = properties.name
         count, memory = torch.cuda.device_count(), properties.total_memory
-        tiles = known.matmul.tiles
+        tiles = preset.matmul.tiles
         matmul = Matmul(processors=properties.multi_processor_count, tiles=tiles)
     else:
         device = f"{_processor()}, {torch.get_num_threads()} threads per rank"
@@ -316,7 +359,7 @@ def _base(bench: _Bench, name: str, samples: Samples) -> tuple[Hardware, Matmul]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
         matmul = Matmul()
         # Of a CPU nothing but measurements is known.
-        known = replace(known, flops_per_second=(), memory_bytes_per_second=1.0)
+        preset = replace(preset, flops_per_second=(), memory_bytes_per_second=1.0)
     backend = dist.get_backend() if bench.world is not None else "none"
     links = {call.across for call in samples.calls}
     source = (
@@ -328,9 +371,9 @@ def _base(bench: _Bench, name: str, samples: Samples) -> tuple[Hardware, Matmul]
     source += "" if False in links else "Links inside of nodes: not measured. "
     source += "" if True in links else "Network: not measured. "
     if links != {False, True}:
-        source += f"What is not measured is that of the preset {known.name}: {known.source}"
+        source += f"What is not measured is that of the preset {preset.name}: {preset.source}"
     base = replace(
-        known,
+        preset,
         name=name or device,
         source=source.strip(),
         devices_per_node=count,
@@ -340,6 +383,7 @@ def _base(bench: _Bench, name: str, samples: Samples) -> tuple[Hardware, Matmul]
 
 
 def _processor() -> str:
+    """Return the name of this machine's processor."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
@@ -352,7 +396,10 @@ def _processor() -> str:
 
 @contextmanager
 def started() -> Iterator[int]:
-    """This process's rank, in a process group where a launcher says so; ends what it started."""
+    """Yield this process's rank, in a process group where a launcher asks for one.
+
+    A group that was started here is ended afterwards. Example: `with started() as rank: ...`
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if launched:
         cuda = torch.cuda.is_available()

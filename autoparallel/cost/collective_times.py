@@ -1,4 +1,4 @@
-"""Predicted time of collectives, and of moves between placements."""
+"""Seconds of collectives, and of single steps between placements."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ __all__ = ["collective_seconds", "movement_seconds", "together_seconds"]
 
 
 def collective_seconds(kind: Collective, nbytes: float, link: Link, world_size: int) -> float:
-    """Predicted time of one collective over one mesh axis, in seconds.
+    """Return the predicted seconds of one collective over one mesh axis.
 
-    nbytes: size of the tensor if this axis did not split it. The library takes the fastest of the
-    link's regimes for the size: of each, the hops that follow each other and the bytes that a rank
-    sends (`Algorithm.steps`).
+    kind: the collective. nbytes: size of the tensor if this axis did not split it. link: of the
+    axis. world_size: ranks on the axis. The library takes the fastest of the link's regimes for the
+    size: of each, latencies of the hops that follow each other plus the bytes that a rank sends
+    (`Algorithm.steps`; the alpha-beta model of Hockney 1994).
     Raises ValueError if nbytes < 0 or world_size < 1.
+
+    >>> link = Link.ring(bytes_per_second=1e9, hop_seconds=0.0, floor_seconds=0.0)
+    >>> collective_seconds(Collective.ALL_REDUCE, 1e9, link, world_size=2)
+    1.0
     """
     if nbytes < 0 or world_size < 1:
         raise ValueError(f"{nbytes} bytes on {world_size} ranks")
@@ -25,7 +30,11 @@ def collective_seconds(kind: Collective, nbytes: float, link: Link, world_size: 
 
 
 def together_seconds(kind: Collective, nbytes: float, link: Link, world_size: int) -> float:
-    """The same for a collective that is made in one call with others: no latency is counted."""
+    """Return the seconds of a collective that is done in one call with others.
+
+    Only its bytes count, no latency: a gradient bucket pays the latency once for all its gradients.
+    Arguments as of `collective_seconds`.
+    """
     if world_size == 1:
         return 0.0
     return nbytes * min(per_byte for _, per_byte in link.lines(kind, world_size))
@@ -39,10 +48,11 @@ def movement_seconds(
     world_size: int,
     together: bool = False,
 ) -> float:
-    """Predicted time of one move over one mesh axis, in one direction, in seconds.
+    """Return the predicted seconds of one step over one mesh axis, in one direction.
 
-    nbytes: size of the tensor if this axis did not split it. A slice is a view. A pad or a
-    keep-on-first writes the whole tensor once. together: as for `together_seconds`.
+    move: what the step does. nbytes: size of the tensor if this axis did not split it. together:
+    the collective is done in one call with others, see `together_seconds`. A slice is a view. A pad
+    or a keep-on-first writes the whole tensor once.
     """
     if move.collective is not None:
         seconds = together_seconds if together else collective_seconds

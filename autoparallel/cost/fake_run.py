@@ -1,7 +1,7 @@
-"""What one call of an op makes and keeps for its backward: seen by running it, without data.
+"""One call of an op, run without data: its results, and the memory that its backward pass needs.
 
-It runs on stand-ins: fake CPU tensors with the strides that the real ones will have, because what
-is kept depends on them (a product keeps an operand that lies as it needs it, else a copy).
+The call runs on fake CPU tensors with the strides that the real ones will have, because strides
+decide what is saved (a product saves an operand that lies as it needs it, else a copy).
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ __all__ = ["FakeTensorSpec", "Observed", "StandInGroup", "contiguous", "observe"
 __all__ += ["random_arguments", "runner", "skeleton"]
 
 # Ops that cannot run without data run on zeros, if they read no more elements than this.
-_FEW = 1 << 20
+_FEW_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class FakeTensorSpec:
-    """A tensor without its data."""
+    """A tensor without its data: all that decides how an op treats it.
+
+    shape, strides: in elements. requires_grad: whether autograd records what is done to it.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -50,7 +53,7 @@ class FakeTensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size of its elements."""
+        """The bytes of its elements, gaps between them not counted."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -58,16 +61,24 @@ class FakeTensorSpec:
 def contiguous(
     shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False
 ) -> FakeTensorSpec:
-    """A stand-in for a tensor with its elements in order."""
+    """Return the spec of a tensor with its elements in order.
+
+    >>> contiguous((2, 3), torch.float32).strides
+    (3, 1)
+    """
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
+        # An empty dim has the stride that a dim of one element would have, as in torch.
         step *= max(size, 1)
     return FakeTensorSpec(shape, tuple(reversed(strides)), dtype, requires_grad)
 
 
 def skeleton(structure: Any) -> Any:
-    """Nested arguments of a call without the names of what it reads: equal for calls alike."""
+    """Return nested arguments of a call without the names of what it reads.
+
+    Equal for calls that are alike, so that each kind of call is run once.
+    """
     kind = type(structure)
     if kind is Ref:
         return Ref
@@ -78,13 +89,14 @@ def skeleton(structure: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What a call was seen to do. Storages are numbered: those of the operands first.
+    """The results and the saved memory of a call that was run. Storages are numbered.
 
-    results: the tensors that it makes. storages: of each result. sizes: bytes of the storages that
-    it made itself, by number less the number of operands. saved: storages that its backward needs.
-    assumed: whether it could not be run, and was taken to keep all that it reads and makes.
-    backward: bytes that its backward takes at its worst moment besides the gradients that it makes,
-    if that was asked for.
+    operands: how many storages are those of operands; they have the first numbers. results: specs
+    of the resulting tensors. storages: of each result. sizes: bytes of the storages that the call
+    allocated, by number less the number of operands. saved: storages that its backward needs.
+    assumed: the call could not be run, and is taken to save all that it reads and returns.
+    backward: bytes that its backward needs at its worst moment besides the gradients that it
+    returns, if that was asked for.
     """
 
     operands: int
@@ -96,35 +108,43 @@ class Observed:
     backward: int = 0
 
     def size(self, storage: int) -> int:
-        """Bytes of a storage that the call made."""
+        """Return the bytes of a storage that the call allocated."""
         return self.sizes[storage - self.operands]
 
 
 class StandInGroup(Group):
-    """Ranks that are not there: collectives return memory of the right size."""
+    """A process group without processes: collectives return memory of the right size.
+
+    Kernels that communicate can so be run as on one of `world_size` ranks.
+    """
 
     def __init__(self, world_size: int, rank: int = 0) -> None:
         self.rank, self.world_size = rank, world_size
 
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
+        """Return zeros of the tensor's shape."""
         return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return zeros with the ranks' parts along a new first dim."""
         return tensor.new_zeros((self.world_size, *tensor.shape))
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return zeros of one rank's part: the tensor without its first dim."""
         return tensor.new_zeros(tensor.shape[1:])
 
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
     ) -> list[torch.Tensor]:
+        """Return zeros of the shapes that the other ranks would send."""
         return [tensors[0].new_zeros(shape) for shape in shapes]
 
 
 def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A random op that draws nothing from the user's generators, and nothing number by number."""
+    """Return a random op that leaves the user's generators as they are."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        # The fast mode draws from one stream, not a number for each element's index.
         source = rng.Generator(mode="fast")
         with rng.using(source):
             source.drawing = 0
@@ -134,14 +154,18 @@ def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def runner(target: str, random: str = "", kernel: str = "") -> Callable[..., Any]:
-    """What an emitted program calls for an op: it itself, ours if it is random, or a kernel."""
+    """Return the function that an emitted program calls for an op.
+
+    target: the op. random: the name of our own form of a random op, "" if it is none. kernel: the
+    name of a kernel, "" for the op itself.
+    """
     if kernel:
         return getattr(kernels, kernel)
     return _drawing(getattr(draws, random)) if random else operator_of(target)
 
 
 def random_arguments(shape: tuple[int, ...]) -> dict[str, Any]:
-    """What a random op is told besides its own arguments: of a whole of this shape, unsplit."""
+    """Return the arguments of a random op besides its own, for an unsplit tensor of this shape."""
     alone = StandInGroup(1)
     ranks = Ranks(("",), (alone,), alone)
     return {"key": 0, "shape": torch.Size(shape), "placements": (Invariant(),), "ranks": ranks}
@@ -149,10 +173,12 @@ def random_arguments(shape: tuple[int, ...]) -> dict[str, Any]:
 
 @cache
 def _mode() -> FakeTensorMode:
+    """Return the one fake-tensor mode: its cache serves all calls."""
     return FakeTensorMode()
 
 
 def _tensors(structure: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples and lists, in order."""
     if isinstance(structure, torch.Tensor):
         return [structure]
     if isinstance(structure, (tuple, list)):
@@ -161,6 +187,7 @@ def _tensors(structure: Any) -> list[torch.Tensor]:
 
 
 def _actual(structure: Any, operands: Any, device: str) -> Any:
+    """Return nested arguments with operands for Refs, hints for Syms, and the device replaced."""
     if isinstance(structure, torch.Size):
         return structure
     if isinstance(structure, tuple):
@@ -172,59 +199,64 @@ def _actual(structure: Any, operands: Any, device: str) -> Any:
     return torch.device(device) if isinstance(structure, torch.device) else structure
 
 
-def _stand_in(stand: FakeTensorSpec, device: str) -> torch.Tensor:
+def _stand_in(spec: FakeTensorSpec, device: str) -> torch.Tensor:
+    """Return a tensor of that spec without data, or of zeros on device "zeros"."""
     if device == "zeros":
-        last = sum((n - 1) * step for n, step in zip(stand.shape, stand.strides, strict=True))
-        made = torch.zeros(last + 1 if prod(stand.shape) else 0, dtype=stand.dtype, device="cpu")
-        made = made.as_strided(stand.shape, stand.strides)
+        # Strides may leave gaps or repeat elements: memory reaches to the last element.
+        last = sum((n - 1) * step for n, step in zip(spec.shape, spec.strides, strict=True))
+        tensor = torch.zeros(last + 1 if prod(spec.shape) else 0, dtype=spec.dtype, device="cpu")
+        tensor = tensor.as_strided(spec.shape, spec.strides)
     else:
         place = "meta" if device == "meta" else "cpu"
-        made = torch.empty_strided(stand.shape, stand.strides, dtype=stand.dtype, device=place)
-    return made.requires_grad_(stand.requires_grad)
+        tensor = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=place)
+    return tensor.requires_grad_(spec.requires_grad)
 
 
-class _Made(TorchDispatchMode):
-    """Counts the bytes of storages that are made within and not yet freed. most: at one time."""
+class _LiveMemory(TorchDispatchMode):
+    """Counts bytes of storages allocated within and not yet freed.
+
+    live: bytes by storage. most: the largest sum at one time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, int] = {}
+        self.live: dict[int, int] = {}
         self.most = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         before = {storage_key(tensor) for tensor in _tensors(args)}
-        found = func(*args, **(kwargs or {}))
-        for tensor in _tensors(found):
+        results = func(*args, **(kwargs or {}))
+        for tensor in _tensors(results):
             storage = tensor.untyped_storage()
-            key = storage_key(storage)
-            if key not in before and key not in self.known:
-                self.known[key] = storage.nbytes()
-                weakref.finalize(storage, self.known.pop, key)
-        self.most = max(self.most, sum(self.known.values()))
-        return found
+            # Views and in-place results lie in an operand's storage: nothing was allocated.
+            if storage_key(storage) not in before and storage_key(storage) not in self.live:
+                self.live[storage_key(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage_key(storage))
+        self.most = max(self.most, sum(self.live.values()))
+        return results
 
 
-def _besides(results: list[torch.Tensor], operands: list[torch.Tensor]) -> int:
-    """Bytes that the backward of a call takes at its worst moment besides gradients that it makes.
+def _backward_workspace(results: list[torch.Tensor], operands: list[torch.Tensor]) -> int:
+    """Return the bytes that a call's backward needs at its worst moment besides its gradients.
 
-    0 where it cannot be run without data.
+    0 where the backward cannot be run without data.
     """
     ends = [tensor for tensor in results if tensor.requires_grad and tensor.grad_fn is not None]
     starts = [tensor for tensor in operands if tensor.requires_grad]
     if not ends or not starts:
         return 0
-    given = [torch.empty_like(tensor) for tensor in ends]
-    made = _Made()
+    incoming = [torch.empty_like(tensor) for tensor in ends]
+    memory = _LiveMemory()
     try:
-        with torch.no_grad(), made:
-            found = torch.autograd.grad(ends, starts, given, allow_unused=True)
+        with torch.no_grad(), memory:
+            gradients = torch.autograd.grad(ends, starts, incoming, allow_unused=True)
     except Exception:  # any op may refuse to run without data, in any way
         return 0
-    own = {storage_key(tensor) for tensor in found if tensor is not None}
-    handed_on = sum(nbytes for key, nbytes in made.known.items() if key in own)
-    return max(made.most - handed_on, 0)
+    returned = {storage_key(tensor) for tensor in gradients if tensor is not None}
+    returned_nbytes = sum(nbytes for key, nbytes in memory.live.items() if key in returned)
+    return max(memory.most - returned_nbytes, 0)
 
 
 def _run(
@@ -235,23 +267,30 @@ def _run(
     device: str,
     backward: bool,
 ) -> Observed:
+    """Run a call on one kind of stand-ins and return what was seen.
+
+    stands: specs of the operands. device: "fake", "meta" or "zeros". backward: whether to run the
+    backward pass too. Raises whatever the op raises.
+    """
     operands = [_stand_in(stand, device) for stand in stands]
     source = iter(operands)
     place = "meta" if device == "meta" else "cpu"
-    given = [_actual(arg, source, place) for arg in args]
+    positional = [_actual(arg, source, place) for arg in args]
     named = {name: _actual(item, source, place) for name, item in kwargs.items()}
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        results = _tensors(function(*given, **named))
+        results = _tensors(function(*positional, **named))
+    # Storages are numbered in the order of operands, results, saved tensors. `alive` keeps them, so
+    # that no address is used twice while they are numbered.
     numbers: dict[int, int] = {}
     alive = []
     sizes = []
-    for tensor in (*operands, *results, *kept):
+    for tensor in (*operands, *results, *saved):
         storage = tensor.untyped_storage()
         alive.append(storage)
         if storage_key(storage) not in numbers:
@@ -260,7 +299,8 @@ def _run(
             numbers[storage_key(storage)] = len(numbers)
     of = [numbers[storage_key(storage)] for storage in alive]
     count = len(operands)
-    kept.clear()
+    # The graph of autograd goes on holding what the backward needs; these lists must not.
+    saved.clear()
     alive.clear()
     return Observed(
         count,
@@ -271,7 +311,7 @@ def _run(
         tuple(of[count : count + len(results)]),
         tuple(sizes),
         tuple(sorted(set(of[count + len(results) :]))),
-        backward=_besides(results, operands) if backward else 0,
+        backward=_backward_workspace(results, operands) if backward else 0,
     )
 
 
@@ -284,15 +324,18 @@ def observe(
     devices: Sequence[str] = ("fake", "zeros"),
     backward: bool = False,
 ) -> Observed:
-    """Run a call and see what it makes and keeps.
+    """Run a call without data and return its results and the memory that it saves.
 
-    args, kwargs: nested tuples with a Ref for each operand, in order. expected: what its results
-    are by the graph, for calls that cannot be run. devices: what to try, in order: "fake" (CPU
-    tensors without data), "meta" (tensors of no device), "zeros" (CPU tensors, if they are small).
-    backward: whether to run its backward too.
+    function: what runs it, see `runner`. args, kwargs: nested tuples with a Ref for each operand,
+    in order. operands: their specs. expected: specs of the results by the graph, for calls that
+    cannot be run. devices: what to try, in order: "fake" (CPU tensors without data), "meta"
+    (tensors of no device), "zeros" (CPU tensors, if they are small). backward: whether to run its
+    backward too.
+    Where no device works, the call is assumed to save all operands and results. Never raises.
     """
+    # Autograd records only where it would in the model; without gradients nothing is saved.
     enabled = any(stand.requires_grad for stand in operands)
-    few = sum(prod(stand.shape) for stand in operands) <= _FEW
+    few = sum(prod(stand.shape) for stand in operands) <= _FEW_ELEMENTS
     for device in devices:
         if device == "zeros" and not few:
             continue
@@ -302,6 +345,7 @@ def observe(
         except Exception:  # any op may refuse to run without data, in any way
             continue
     count = len(operands)
+    # What could not be seen is assumed at its worst: everything is saved.
     grad = enabled and any(stand.requires_grad for stand in expected)
     saved = range(count + len(expected)) if grad else ()
     return Observed(
@@ -316,12 +360,16 @@ def observe(
 
 @contextmanager
 def _undisturbed(grad: bool) -> Iterator[None]:
-    """Whatever modes the caller is in; what goes wrong is for the caller to see, not for logs."""
+    """Shield a run from the modes that the caller is in, and the logs from its failures.
+
+    Failures are for `observe` to see: warnings and fake tensors' log are off within.
+    """
     log = logging.getLogger(FAKE_TENSOR_LOGGER)
     disabled, log.disabled = log.disabled, True
     try:
         with (
             warnings.catch_warnings(),
+            # Inference mode would keep autograd from saving anything.
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
             torch.autocast("cpu", enabled=False),

@@ -1,4 +1,4 @@
-"""Hardware as data: devices, nodes and links, by preset or from a file, and the machine at hand."""
+"""Hardware as data: devices, nodes and links, from presets, from a file, or the machine at hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KINDS = tuple(kind.value for kind in Collective)
 
 @dataclass(frozen=True, slots=True)
 class Matmul:
-    """How fast products of a given shape run, as a share of the peak. See `product_seconds`.
+    """The speed of products of a given shape, as a share of the peak. See `product_seconds`.
 
     processors: units that each compute one tile of the result at a time. tiles: (rows, columns) to
     choose from. efficiency: share of the peak on the largest tile and a long sum. fill: length of
@@ -52,14 +52,16 @@ class Matmul:
 class Hardware:
     """A cluster of nodes of equal devices, one rank on each device.
 
-    source: where the figures come from. flops_per_second: (itemsize, peak) pairs of products.
-    memory_bytes_per_second: peak, of which memory_efficiency is sustained. launch_seconds: of
-    starting one kernel. spread: standard deviation, relative, of what equal work takes on the
-    devices. inside: the link between devices of a node. network: between nodes, bytes_per_second
-    being one device's share. memory_by_size: (bytes that a kernel moves, bytes per second) pairs,
-    ascending, where caches make short arrays faster than long ones; sustained at all sizes if
-    empty. functions_per_second: of exponentials and their like, element by element; 0 where memory
-    is always slower.
+    name, source: for people; source says where the figures come from. flops_per_second: (itemsize,
+    peak) pairs of products. memory_bytes_per_second: peak, of which memory_efficiency is sustained.
+    launch_seconds: of starting one kernel. spread: standard deviation, relative, of the time of
+    equal work on the devices. inside: the link between devices of a node. network: between nodes,
+    bytes_per_second being one device's share. memory_by_size: (bytes that a kernel moves, bytes per
+    second) pairs, ascending, where caches make short arrays faster than long ones; sustained at all
+    sizes if empty. functions_per_second: of exponentials and their like, element by element; 0
+    where memory is always slower.
+
+    Example: `find_hardware("dgx-a100").device_memory_bytes`
     """
 
     name: str
@@ -78,46 +80,58 @@ class Hardware:
     functions_per_second: float = 0.0
 
     def peak(self, itemsize: int) -> float:
-        """Peak rate of products of elements of `itemsize` bytes, in FLOP/s."""
+        """Return the peak rate of products of elements of `itemsize` bytes, in FLOP/s.
+
+        Sizes without a figure run at the rate of the widest type.
+        """
         rates = dict(self.flops_per_second)
         return rates.get(itemsize, rates[max(rates)])
 
     @cached_property
     def sustained_bytes_per_second(self) -> float:
-        """What kernels that read and write long arrays reach."""
+        """The rate that kernels reach which read and write long arrays."""
         return self.memory_bytes_per_second * self.memory_efficiency
 
     @cached_property
     def _known_links(self) -> dict[tuple[int, ...], tuple[Link, ...]]:
+        """The links of the meshes seen so far, by the sizes of their axes."""
         return {}
 
     def links(self, axis_sizes: tuple[int, ...]) -> tuple[Link, ...]:
-        """The link of every mesh axis, ranks being numbered with the last axis innermost.
+        """Return the link of every mesh axis, ranks being numbered with the last axis innermost.
 
-        An axis of size n and stride s has m = min(n, devices_per_node // s) members in a node. An
-        axis that stays inside a node has the node's link. Otherwise m network shares carry what
-        passes between nodes, as far as the node's own link can follow.
+        axis_sizes: of the mesh, outermost first. An axis of size n and stride s has m = min(n,
+        devices_per_node // s) members in a node. An axis that stays inside a node has the node's
+        link. Otherwise m network shares carry what passes between nodes, as far as the node's own
+        link can follow.
         """
         if axis_sizes not in self._known_links:
-            made = []
+            links = []
             stride = math.prod(axis_sizes)
             for size in axis_sizes:
+                # The stride of an axis is the number of ranks inside it.
                 stride //= size
-                made.append(self._link(size, min(size, max(self.devices_per_node // stride, 1))))
-            self._known_links[axis_sizes] = tuple(made)
+                links.append(self._link(size, min(size, max(self.devices_per_node // stride, 1))))
+            self._known_links[axis_sizes] = tuple(links)
         return self._known_links[axis_sizes]
 
     def slowest(self, devices: int) -> float:
-        """How much longer the slowest of so many devices takes than the mean one, as a factor.
+        """Return by what factor the slowest of so many devices takes longer than the mean one.
 
         All wait for it. The largest of n draws from a normal distribution, as Blom (1958) puts it.
+
+        >>> find_hardware("dgx-a100").slowest(1)
+        1.0
         """
         if devices == 1:
             return 1.0
         return 1.0 + self.spread * NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
 
     def at_pace_of(self, devices: int) -> Hardware:
-        """Devices that all work as fast as the slowest of so many, for which the others wait."""
+        """Return hardware whose devices all work at the pace of the slowest of so many.
+
+        In each step the others wait for the slowest, so that its pace is everyone's.
+        """
         slower = self.slowest(devices)
         return replace(
             self,
@@ -126,46 +140,59 @@ class Hardware:
             memory_by_size=tuple((size, rate / slower) for size, rate in self.memory_by_size),
             functions_per_second=self.functions_per_second / slower,
             launch_seconds=self.launch_seconds * slower,
+            # The spread is in the rates now, and must not count twice.
             spread=0.0,
         )
 
     def _link(self, size: int, members: int) -> Link:
+        """Return the link of an axis with `members` of its `size` ranks in one node."""
         if size == 1:
             return self.inside
         nodes = -(-size // members)
         if nodes == 1:
             return Link(tuple(joined(each, each, size, size, 1) for each in self.inside.regimes))
         outside = {each.way: each for each in self.network.regimes}
-        found = []
+        regimes = []
         for near in self.inside.regimes:
+            # A regime that one of the two parts lacks cannot cross nodes.
             far = outside.get(near.way)
             if far is not None:
-                found.append(joined(near, far, size, members, nodes))
-        return Link(tuple(found))
+                regimes.append(joined(near, far, size, members, nodes))
+        return Link(tuple(regimes))
 
 
 @lru_cache(maxsize=1)
 def _rows() -> dict[str, Any]:
+    """Return the presets' entries by name, read once."""
     text = resources.files("autoparallel.cost").joinpath("hardware.json").read_text()
     rows: dict[str, Any] = json.loads(text)
     return rows
 
 
 def presets() -> tuple[str, ...]:
-    """Names that `find_hardware` knows."""
+    """Return the names that `find_hardware` knows.
+
+    >>> "dgx-a100" in presets()
+    True
+    """
     return tuple(_rows())
 
 
 @lru_cache(maxsize=32)
 def _preset(name: str) -> Hardware:
+    """Return the preset of that name."""
     return _parse({"name": name, **_rows()[name]}, f"preset {name}")
 
 
 def find_hardware(name: str | Path | Hardware) -> Hardware:
-    """The preset of that name, or what the JSON file at that path says.
+    """Return the preset of that name, or the hardware that the JSON file at that path describes.
 
-    "auto" is the GPU at hand if there is one, else "cpu". Raises PlanError for an unknown name,
-    with the known ones, and for a file that does not describe hardware.
+    name: a preset, a path, hardware itself (returned as it is), or "auto" for the GPU at hand if
+    there is one, else "cpu". Raises PlanError for an unknown name, with the known ones, and for a
+    file that does not describe hardware.
+
+    >>> find_hardware("dgx-a100").devices_per_node
+    8
     """
     if isinstance(name, Hardware):
         return name
@@ -187,9 +214,10 @@ def find_hardware(name: str | Path | Hardware) -> Hardware:
 
 
 def read_hardware(path: str | Path) -> Hardware:
-    """The hardware that a file describes, as `write_hardware` writes it.
+    """Return the hardware that a file describes, as `write_hardware` writes it.
 
-    Raises PlanError for a file that is missing, or that says what hardware does not have.
+    path: of a JSON file; without an entry "name" the hardware is named after it. Raises PlanError
+    for a file that is missing, or that has unknown, missing or impossible entries.
     """
     try:
         rows = json.loads(Path(path).read_text())
@@ -205,7 +233,10 @@ def read_hardware(path: str | Path) -> Hardware:
 
 
 def write_hardware(hardware: Hardware, path: str | Path) -> None:
-    """Write a file that `read_hardware` reads to the same hardware."""
+    """Write a file that `read_hardware` reads to the same hardware.
+
+    Example: `write_hardware(find_hardware("dgx-a100"), "mine.json")`
+    """
     rows = asdict(hardware)
     rows["flops_per_second"] = {str(size): rate for size, rate in hardware.flops_per_second}
     for name in ("inside", "network"):
@@ -217,7 +248,11 @@ def write_hardware(hardware: Hardware, path: str | Path) -> None:
 
 
 def _parse(rows: Any, where: str) -> Hardware:
-    """A checked description. Raises PlanError for unknown, missing or impossible entries."""
+    """Return the hardware of checked entries.
+
+    where: of the description, for errors. Raises PlanError for unknown, missing or impossible
+    entries.
+    """
     rows = _checked(rows, Hardware, where)
     rates = rows["flops_per_second"]
     if not isinstance(rates, Mapping) or not rates:
@@ -274,31 +309,33 @@ def _parse(rows: Any, where: str) -> Hardware:
 
 
 def _link(rows: Any, where: str) -> Link:
+    """Return the link of checked entries."""
     if not isinstance(rows, list) or not rows:
         _refuse(where, "regimes", rows, "a list of at least one")
-    known = [each.value for each in Algorithm]
-    found = []
+    algorithms = [each.value for each in Algorithm]
+    regimes = []
     for row in rows:
         row = _checked(row, Regime, where)
-        if row["algorithm"] not in known:
-            _refuse(where, "algorithm", row["algorithm"], f"one of {', '.join(known)}")
+        if row["algorithm"] not in algorithms:
+            _refuse(where, "algorithm", row["algorithm"], f"one of {', '.join(algorithms)}")
         for key in ("bytes_per_second", "hop_seconds", "floor_seconds"):
             _number(where, key, row[key], positive=key == "bytes_per_second")
         only = row.get("collectives", [])
         if not isinstance(only, list) or any(kind not in _KINDS for kind in only):
             _refuse(where, "collectives", only, f"a list of {', '.join(_KINDS)}")
         row = {**row, "algorithm": Algorithm(row["algorithm"]), "collectives": tuple(only)}
-        found.append(Regime(**row))
-    link = Link(tuple(found))
+        regimes.append(Regime(**row))
+    link = Link(tuple(regimes))
+    # A plan may need any collective, so the link must be able to do all.
     for kind in Collective:
         if not link.lines(kind, 2):
-            have = [each.algorithm.value for each in found]
+            have = [each.algorithm.value for each in regimes]
             _refuse(where, "regimes", have, f"one that makes {kind.value}")
     return link
 
 
 def _checked(rows: Any, kind: type[Any], where: str) -> dict[str, Any]:
-    """The entries, of which none is unknown and none missing."""
+    """Return the entries, of which none is unknown and none missing."""
     if not isinstance(rows, Mapping):
         _refuse(where, kind.__name__.lower(), rows, "a table of named entries")
     names = {each.name: each for each in fields(kind)}
@@ -315,6 +352,7 @@ def _checked(rows: Any, kind: type[Any], where: str) -> dict[str, Any]:
 
 
 def _number(where: str, key: str, value: Any, positive: bool = True) -> float:
+    """Return the value as a float. Raises PlanError unless it is a number in range."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < 0 or (positive and value == 0):
         _refuse(where, key, value, f"a {'positive' if positive else 'non-negative'} number")
@@ -322,10 +360,13 @@ def _number(where: str, key: str, value: Any, positive: bool = True) -> float:
 
 
 def _refuse(where: str, key: str, value: Any, wanted: str) -> None:
+    """Raise the error for an impossible entry."""
     raise PlanError(f"{key} is {value!r}", where=where, fix=f"give {wanted}")
 
 
 def _at_hand() -> str:
+    """Return the name of the preset for the device of this machine."""
+    # Imported here, because presets and files need no torch.
     import torch
 
     if not torch.cuda.is_available():

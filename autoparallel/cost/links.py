@@ -1,4 +1,4 @@
-"""Links between devices: the ways in which a library makes collectives over them."""
+"""Links between devices: the regimes in which a library does collectives over them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from autoparallel.placement import Collective
 
 __all__ = ["Algorithm", "Link", "Regime", "joined"]
 
-_BOTH_WAYS = 2  # an all-reduce is a reduce-scatter and an all-gather
+_BOTH_WAYS = 2  # An all-reduce is a reduce-scatter and an all-gather.
 
 
 class Algorithm(Enum):
-    """How a collective is made: which hops follow each other, and which bytes a rank sends."""
+    """The algorithm of a collective: hops that follow each other, and bytes that a rank sends."""
 
     RING = "ring"
     TREE = "tree"
@@ -23,12 +23,17 @@ class Algorithm(Enum):
     EXCHANGE = "exchange"
 
     def steps(self, kind: Collective, world_size: int) -> tuple[int, float] | None:
-        """Hops one after the other, and the share of the full tensor that a rank sends.
+        """Return hops one after the other, and the share of the full tensor that a rank sends.
 
-        None where the algorithm cannot make the collective. RING: everything but an all-to-all,
-        every part passes all ranks (Patarasuk & Yuan 2009). TREE: an all-reduce, up and down
-        again (Sanders et al. 2009). SWITCH: an all-reduce added up by the switch; a rank sends the
-        whole to be added and its own part of the sum to all. EXCHANGE: an all-to-all, directly.
+        kind: the collective. world_size: the ranks n. None where the algorithm cannot do the
+        collective.
+        RING: everything but an all-to-all; every part passes all ranks (Patarasuk & Yuan 2009).
+        TREE: an all-reduce, up and down again (Sanders et al. 2009). SWITCH: an all-reduce added up
+        by the switch; a rank sends the whole to be added and its own part of the sum to all.
+        EXCHANGE: an all-to-all, directly.
+
+        >>> Algorithm.RING.steps(Collective.ALL_REDUCE, 4)
+        (6, 1.5)
         """
         n = world_size
         if self is Algorithm.EXCHANGE:
@@ -46,12 +51,12 @@ class Algorithm(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """One way in which a library makes collectives: an algorithm and its protocol.
+    """One way in which a library does collectives: an algorithm and its protocol.
 
-    bytes_per_second: what a rank sends at large sizes. hop_seconds: latency of a hop.
-    floor_seconds: of starting. protocol: its name, by which regimes inside a node and between
-    nodes belong together. collectives: those that it is for, by name, if not for all that the
-    algorithm can make: a library may make one in a better way than another.
+    bytes_per_second: the rate at which a rank sends at large sizes. hop_seconds: latency of a hop.
+    floor_seconds: of starting. protocol: its name, by which regimes inside a node and between nodes
+    belong together. collectives: those that it is for, by name, if not for all that the algorithm
+    can do: a library may do one in a better way than another.
     """
 
     algorithm: Algorithm
@@ -63,19 +68,19 @@ class Regime:
 
     @property
     def way(self) -> tuple[Algorithm, str, tuple[str, ...]]:
-        """By which a regime inside a node and one between nodes belong together."""
+        """The key by which a regime inside a node and one between nodes belong together."""
         return self.algorithm, self.protocol, self.collectives
 
 
 @dataclass(frozen=True)
 class Link:
-    """What a mesh axis communicates over. A collective takes the fastest regime for its size."""
+    """The connection of a mesh axis. A collective takes the fastest regime for its size."""
 
     regimes: tuple[Regime, ...]
 
     @staticmethod
     def ring(bytes_per_second: float, hop_seconds: float, floor_seconds: float) -> Link:
-        """A link with rings alone, and direct exchange at the same rate."""
+        """Return a link with rings alone, and direct exchange at the same rate."""
         return Link(
             tuple(
                 Regime(algorithm, bytes_per_second, hop_seconds, floor_seconds)
@@ -85,33 +90,41 @@ class Link:
 
     @cached_property
     def _known(self) -> dict[tuple[Collective, int], tuple[tuple[float, float], ...]]:
+        """The lines computed so far, by collective and number of ranks."""
         return {}
 
     def lines(self, kind: Collective, world_size: int) -> tuple[tuple[float, float], ...]:
-        """(seconds, seconds per byte of the full tensor) of every regime that can make it."""
+        """Return (seconds, seconds per byte of the full tensor) of every regime that can do it.
+
+        The time of each regime is a line over the size; the fastest at a size is the lowest line.
+        """
         key = (kind, world_size)
         if key not in self._known:
-            found = []
+            lines = []
             for regime in self.regimes:
                 steps = regime.algorithm.steps(kind, world_size)
-                taken = not regime.collectives or kind.value in regime.collectives
-                if steps is not None and taken:
+                is_for_kind = not regime.collectives or kind.value in regime.collectives
+                if steps is not None and is_for_kind:
                     hops, sent = steps
                     seconds = regime.floor_seconds + hops * regime.hop_seconds
-                    found.append((seconds, sent / regime.bytes_per_second))
-            self._known[key] = tuple(found)
+                    lines.append((seconds, sent / regime.bytes_per_second))
+            self._known[key] = tuple(lines)
         return self._known[key]
 
 
 def joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Regime:
-    """A regime over several nodes: the rate of the slower part, and the mean latency of a hop.
+    """Return a regime over several nodes: the slower part's rate, a hop's mean latency.
 
-    A ring goes through each node once, entering by the network. A tree is a chain in each node and
-    a tree between nodes. In an exchange a device's own share carries all that leaves its node.
+    near, far: the regime inside a node and between nodes. size: ranks on the axis. members: of them
+    in one node. nodes: how many nodes. A ring goes through each node once, entering by the network.
+    A tree is a chain in each node and a tree between nodes. In an exchange a device's own share
+    carries all that leaves its node.
     """
+    # All members of a node send through their own network shares at once.
     rate, hop = far.bytes_per_second * members, near.hop_seconds
     if near.algorithm is Algorithm.TREE:
         hops = (members - 1) * near.hop_seconds + math.ceil(math.log2(nodes)) * far.hop_seconds
+        # `Algorithm.steps` counts log2(size) hops each way: the mean latency makes these add up.
         hop = hops / math.ceil(math.log2(size))
     elif nodes > 1:
         hop = ((size - nodes) * near.hop_seconds + (nodes - 1) * far.hop_seconds) / (size - 1)

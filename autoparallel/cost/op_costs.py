@@ -1,4 +1,7 @@
-"""Predicted time of operators by roofline: arithmetic or memory traffic, forward and backward."""
+"""Seconds of operators by roofline: arithmetic or memory traffic, forward and backward.
+
+The roofline model: Williams, Waterman & Patterson 2009.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,12 @@ class OpCost:
     """Seconds of one op on the busiest rank, forward and backward.
 
     product: arithmetic of matrix products. traffic: reading and writing memory, as far as it takes
-    longer than the arithmetic, and starting kernels; whole_traffic: the same if nothing were
-    split. communication: of the kernel. flops: of the products, forward. forward: the forward's
-    share of the seconds, which a recomputation repeats.
+    longer than the arithmetic, and starting kernels; whole_traffic: the same if nothing were split.
+    communication: of the op's kernel. flops: of the products, forward. forward: the forward's share
+    of the seconds, which a recomputation repeats.
+
+    >>> OpCost(product=2.0, traffic=0.5, communication=0.25).seconds
+    2.75
     """
 
     product: float = 0.0
@@ -41,12 +47,12 @@ class OpCost:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The sum of arithmetic, memory traffic and communication."""
         return self.product + self.traffic + self.communication
 
 
 def nbytes(value: Value) -> int:
-    """Size of the full tensor for the example inputs."""
+    """Return the bytes of the whole tensor, at the sizes of the example inputs."""
     return numel_hint(value.shape) * value.dtype.itemsize
 
 
@@ -57,15 +63,17 @@ def op_costs(
     axes: Sequence[tuple[int, Link]],
     hardware: Hardware,
 ) -> tuple[OpCost, ...]:
-    """What joint strategies of one call cost on the busiest rank.
+    """Return the cost of every joint strategy of one call on the busiest rank.
 
-    joints: one strategy per mesh axis each. axes: size and link of every mesh axis.
-    Forward, an op reads its operands and writes its results; a product takes the longer of this
-    and its arithmetic. Backward, a product is made once more per operand that needs a gradient;
-    anything else reads the gradients of its results, and its operands unless it is linear, and
-    writes the gradients of its operands; gradients that are sums (of a norm's weight) are made by
-    a kernel of their own, which reads again. A kernel's communication counts as forward.
+    call, rule: of the op; no rule means that nothing is split. joints: one strategy per mesh axis
+    each. axes: size and link of every mesh axis. hardware: at the pace of the slowest device.
+    Forward, an op reads its operands and writes its results; a product takes the longer of this and
+    its arithmetic. Backward, a product is done once more per operand that needs a gradient; any
+    other op reads the gradients of its results, and its operands unless it is linear, and writes
+    the gradients of its operands; gradients that are sums (of a norm's weight) are computed by a
+    kernel of their own, which reads again. A kernel's communication counts as forward.
     """
+    # Views move nothing and start no kernel.
     if rule is not None and rule.free:
         return (OpCost(),) * len(joints)
     if rule is None:
@@ -97,7 +105,7 @@ def op_costs(
 
 
 def _loop_shares(rule: ShardingRule, joints: Sequence[tuple[Strategy, ...]]) -> Array:
-    """[joint, loop]: the part of each loop that the busiest rank runs."""
+    """Return [joint, loop]: the part of each loop that the busiest rank runs."""
     place = {name: index for index, name in enumerate(rule.loops)}
     shares = np.ones((len(joints), len(place)))
     for row, joint in enumerate(joints):
@@ -108,7 +116,7 @@ def _loop_shares(rule: ShardingRule, joints: Sequence[tuple[Strategy, ...]]) -> 
 
 
 def _bytes(call: OpCall, joints: Sequence[tuple[Strategy, ...]]) -> Array:
-    """[joint, operand or result]: bytes that the busiest rank holds."""
+    """Return [joint, operand or result]: bytes that the busiest rank holds."""
     sizes = [float(nbytes(value)) for value in (*call.operands, *call.results)]
     rows = []
     for joint in joints:
@@ -123,9 +131,10 @@ def _bytes(call: OpCall, joints: Sequence[tuple[Strategy, ...]]) -> Array:
 
 
 def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]) -> float:
-    """Seconds of what the kernels communicate, each on its own axis, about its own part.
+    """Return the seconds that kernels communicate, each on its own axis, about its own part.
 
-    What a kernel sends has every loop but the one that it splits, so that the other axes share it.
+    The tensors that a kernel sends have every loop but the one that it splits, so that the other
+    axes share them.
     """
     seconds = 0.0
     for at, (strategy, (size, link)) in enumerate(zip(joint, axes, strict=True)):
@@ -143,7 +152,7 @@ def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]
 def _traffic(
     call: OpCall, rule: ShardingRule, shares: Array, parts: Array, hardware: Hardware
 ) -> tuple[Array, Array]:
-    """Seconds forward, and in all, of an op that moves bytes and computes functions of elements.
+    """Return seconds forward, and in all, of an op that moves bytes and computes functions.
 
     The two add up: a CPU's core does not read the next element while it computes this one's.
     """
@@ -156,8 +165,10 @@ def _traffic(
         return once, once
     again = parts[:, back].sum(axis=1) + parts[:, grads].sum(axis=1)
     summed = np.zeros(len(parts))
+    # A linear op needs no operand for its gradient; any other reads them again.
     if not any(group.issuperset(grads) for group in rule.linear):
         again = again + parts[:, :count].sum(axis=1)
+        # An operand smaller than the result was broadcast: its gradient is a sum.
         if any(nbytes(call.operands[at]) < nbytes(call.results[0]) for at in grads):
             summed = parts[:, [0, *back]].sum(axis=1)
     seconds = moved_seconds(again, hardware) + second + moved_seconds(summed, hardware)
@@ -167,8 +178,9 @@ def _traffic(
 def _function_seconds(
     call: OpCall, rule: ShardingRule, shares: Array, hardware: Hardware
 ) -> tuple[Array, Array]:
-    """Of exponentials and their like, forward and backward."""
+    """Return the seconds of exponentials and their like, forward and backward."""
     none = np.zeros(len(shares))
+    # On GPUs moving the elements always takes longer.
     if not hardware.functions_per_second or not any(functions(call)):
         return none, none
     seconds = rule.points * shares.prod(axis=1) / hardware.functions_per_second
@@ -179,10 +191,10 @@ def _function_seconds(
 def _product(
     call: OpCall, rule: ShardingRule, shares: Array, parts: Array, hardware: Hardware
 ) -> tuple[Array, Array, Array]:
-    """Arithmetic in all; seconds forward; what memory and launches add in all.
+    """Return arithmetic in all; seconds forward; seconds in all that memory and launches add.
 
-    A fused chain of products (attention) counts as its first one, repeated; backward, what it did
-    not keep is made again, once per further factor.
+    A fused chain of products (attention) counts as its first one, repeated; the backward recomputes
+    the intermediate results that it did not save, once per further factor.
     """
     factors, groups = _loop_groups(rule)
     batch, rows, columns, depth = (_extents(rule, names, shares) for names in groups)
@@ -190,56 +202,60 @@ def _product(
     points = rule.points * shares.prod(axis=1)
     times = rule.flops * points / (2 * batch * rows * columns * depth)
     moved = moved_seconds(parts.sum(axis=1), hardware)
+    # The gradients of C = A B are dA = dC B^T and dB = A^T dC: the same three sizes in other roles.
     forms = ((rows, depth, columns), (depth, columns, rows), (rows, columns, depth))
-    made = [(times, forms[2])]
+    products = [(times, forms[2])]
     for at, factor in enumerate(factors):
         if call.operands[factor].requires_grad:
-            made.append((times if at < 2 else times / (len(factors) - 1), forms[min(at, 2)]))
+            products.append((times if at < 2 else times / (len(factors) - 1), forms[min(at, 2)]))
     arithmetic, traffic = [], []
-    for repeats, (height, width, long) in made:
+    for repeats, (height, width, long) in products:
         seconds = repeats * product_seconds(batch, height, width, long, itemsize, hardware)
         arithmetic.append(seconds)
+        # The roofline: only memory time beyond the arithmetic adds to it.
         traffic.append(np.maximum(moved - seconds, 0.0) + hardware.launch_seconds)
     forward = arithmetic[0] + traffic[0]
     return np.sum(arithmetic, axis=0), forward, np.sum(traffic, axis=0)
 
 
 def _loop_groups(rule: ShardingRule) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
-    """The operands that are multiplied, and the loops of the batch, rows, columns and sum.
+    """Return the operands that are multiplied, and the loops of batch, rows, columns and sum.
 
-    Multiplied are the operands that have a summed loop. Of the first two: what both have is of the
-    batch if it is needed afterwards, summed if not; rows are the first one's alone, columns the
-    second's; windows (loops that show in one tensor only) are rows or summed.
+    Multiplied are the operands that have a summed loop. Of the first two, a loop that both have is
+    of the batch if it is needed afterwards, summed if not; rows are the first one's alone, columns
+    the second's; windows (loops that show in one tensor only) are rows or summed.
     """
-    made = _names(rule.results)
+    result_loops = _names(rule.results)
     named = [_names([dims]) for dims in rule.operands]
-    factors = [at for at, names in enumerate(named) if names - made]
+    factors = [at for at, names in enumerate(named) if names - result_loops]
     if len(factors) < 2:
         factors = list(range(len(named)))
     first, second = (named[at] for at in (factors * 2)[:2])
     others = _names([rule.operands[at] for at in range(len(named)) if at not in factors[:2]])
-    found: tuple[list[str], ...] = ([], [], [], [])
+    groups: tuple[list[str], ...] = ([], [], [], [])
     for name in rule.loops:
         if name in first and name in second:
-            found[0 if name in made or name in others else 3].append(name)
-        elif name not in made and name not in others:
-            found[3].append(name)
+            groups[0 if name in result_loops or name in others else 3].append(name)
+        elif name not in result_loops and name not in others:
+            groups[3].append(name)
         elif name in second:
-            found[2].append(name)
+            groups[2].append(name)
         elif name in first or name not in others:
-            found[1].append(name)
-    return tuple(factors), tuple(map(tuple, found))
+            groups[1].append(name)
+    return tuple(factors), tuple(map(tuple, groups))
 
 
 def _names(tensors: Iterable[Dims]) -> frozenset[str]:
+    """Return the loops of some tensors."""
     return frozenset(name for dims in tensors for loops in dims for name in loops)
 
 
 def _extents(rule: ShardingRule, names: Iterable[str], shares: Array) -> Array:
-    """[joint]: the product of the local sizes of the loops."""
+    """Return [joint]: the product of the local sizes of the loops."""
     place = {name: index for index, name in enumerate(rule.loops)}
     extents = np.ones(len(shares))
     for name in names:
+        # A rank with less than one index works on one: the busiest rank counts.
         extents *= np.maximum(np.round(hint(rule.sizes[name]) * shares[:, place[name]]), 1)
     return extents
 
@@ -247,9 +263,11 @@ def _extents(rule: ShardingRule, names: Iterable[str], shares: Array) -> Array:
 def update_seconds(
     parameter_nbytes: float, gradient_nbytes: float, state_nbytes: float, hardware: Hardware
 ) -> float:
-    """Predicted time of the optimizer's update of one parameter's part, in seconds.
+    """Return the predicted seconds of the optimizer's update of one parameter's part.
 
     It reads parameter, gradient and state (moments, master copy), and writes all but the gradient.
+    parameter_nbytes, gradient_nbytes, state_nbytes: of the part that a rank updates.
     """
+    # Parameter and state are read and written, the gradient is read.
     moved = 2 * parameter_nbytes + gradient_nbytes + 2 * state_nbytes
     return moved / hardware.sustained_bytes_per_second

@@ -1,11 +1,11 @@
-"""What an optimizer keeps for each element of a parameter."""
+"""The bytes that an optimizer holds for each element of a parameter."""
 
 from __future__ import annotations
 
 __all__ = ["state_bytes_per_element"]
 
 _FLOAT32_BYTES = 4
-# Numbers that each optimizer keeps per element, besides a master copy.
+# How many numbers each optimizer holds per element, besides a master copy.
 _NUMBERS = {"sgd": 0, "momentum": 1, "adam": 2, "mixed_adam": 2}
 
 

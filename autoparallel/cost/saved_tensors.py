@@ -1,4 +1,4 @@
-"""Which tensors autograd keeps, op by op, and which loops each of them is split with."""
+"""The tensors that autograd saves, op by op, and the loops that each of them is split with."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Internal", "Saved", "SavedTensors", "fitted", "stand_in"]
 
 @dataclass(frozen=True, slots=True)
 class Internal:
-    """Memory that is kept and is neither operand nor result: masks, statistics, copies.
+    """Saved memory that is neither operand nor result: masks, statistics, copies.
 
-    nbytes: of the whole. loops: those whose splitting splits it.
+    nbytes: of the unsplit tensor. loops: those whose splitting splits it too.
     """
 
     nbytes: int
@@ -36,11 +36,12 @@ class Internal:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What one call keeps for its backward.
+    """The memory that one call saves for its backward pass.
 
-    operands, results: whether the memory of each is kept. aliases: per result, the operand whose
-    memory it shares (views, casts to its own type, dropout that drops nothing), None for memory of
-    its own. assumed: the op could not be run, and is taken to keep all that it reads and makes.
+    operands, results: whether the memory of each is saved. internal: other memory. aliases: per
+    result, the operand whose memory it shares (views, casts to its own type, dropout that drops
+    nothing), None for memory of its own. assumed: the op could not be run, and is taken to save all
+    that it reads and returns.
     """
 
     operands: tuple[bool, ...]
@@ -50,19 +51,26 @@ class Saved:
     assumed: bool = False
 
     def internal_nbytes(self, shares: Mapping[str, float]) -> float:
-        """Bytes that are neither operand nor result, where loops are split into such shares."""
+        """Return the bytes of internal memory where loops are split into such shares.
+
+        shares: by loop, the part that a rank has; loops that are left out are whole.
+
+        >>> saved = Saved((), (), (Internal(64, frozenset("b")),), ())
+        >>> saved.internal_nbytes({"b": 0.5, "h": 0.5})
+        32.0
+        """
         total = 0.0
         for item in self.internal:
-            own = float(item.nbytes)
+            nbytes = float(item.nbytes)
             for loop, share in shares.items():
-                own *= share if loop in item.loops else 1.0
-            total += own
+                nbytes *= share if loop in item.loops else 1.0
+            total += nbytes
         return total
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One of several calls that run alike: the call, its rule, and what stands for its tensors."""
+    """One of several calls that run alike: the call, its rule, and specs of its tensors."""
 
     call: OpCall
     rule: ShardingRule | None
@@ -71,11 +79,10 @@ class _Case:
 
 
 class SavedTensors:
-    """What every call of a graph keeps, unsplit and as run by a kernel on a part.
+    """The memory that every call of a graph saves, unsplit and as run by a kernel on a part.
 
     rules: per call node. input_gradients: whether the caller wants gradients of the inputs. Every
-    distinct call is run once, and once more for each loop that may split what it keeps besides
-    operands and results.
+    distinct call is run once, and once more for each loop that may split its internal memory.
     """
 
     def __init__(
@@ -103,14 +110,14 @@ class SavedTensors:
                 self._roots[node.result.name] = node.result.name
 
     def of(self, name: str) -> Saved:
-        """What the unsplit call of a node keeps."""
+        """Return what the unsplit call of a node saves."""
         key = self._keys[name]
         if key not in self._saved:
             self._saved[key] = _with_loops(self._cases[key], self._seen[key])
         return self._saved[key]
 
     def of_kernel(self, name: str, loop: str, world_size: int) -> Saved:
-        """What a call keeps if `loop` is split by its kernel over `world_size` ranks.
+        """Return what a call saves if `loop` is split by its kernel over `world_size` ranks.
 
         The bytes are those of a part of that loop, and of the whole of the others.
         """
@@ -122,11 +129,11 @@ class SavedTensors:
         return self._saved[key]
 
     def storage_of(self, value: str) -> str:
-        """The value in whose memory this one lies: itself, or what it is a view of."""
+        """Return the value in whose memory this one lies: itself, or what it is a view of."""
         return self._roots[value]
 
     def _walk(self, node: Node) -> None:
-        """Find what a call's results are and share, from what is known of its operands."""
+        """Find the strides and the sharing of a call's results from those of its operands."""
         names = node.operands()
         stands = [self._stands[name] for name in names]
         results = tuple([stand_in(value) for value in node.results])
@@ -137,6 +144,7 @@ class SavedTensors:
             skeleton(node.kwargs),
             tuple(stands),
             results,
+            # Which operands are the same tensor matters: its memory is saved once.
             tuple([names.index(name) for name in names]),
             rule is None,
         )
@@ -146,43 +154,48 @@ class SavedTensors:
             seen = self._seen[key] = _observe(case, {})
             self._made[key] = tuple(map(fitted, seen.results, results))
         storages = self._seen[key].storages
-        for value, made, storage in zip(node.results, self._made[key], storages, strict=True):
-            self._stands[value.name] = made
-            own = storage >= len(names)
-            self._roots[value.name] = value.name if own else self._roots[names[storage]]
+        for value, fitted_spec, storage in zip(
+            node.results, self._made[key], storages, strict=True
+        ):
+            self._stands[value.name] = fitted_spec
+            has_own_memory = storage >= len(names)
+            self._roots[value.name] = value.name if has_own_memory else self._roots[names[storage]]
 
 
 def stand_in(value: Value) -> FakeTensorSpec:
-    """A value with its elements in order, for the example inputs."""
+    """Return the spec of a value with its elements in order, at the hints of its sizes."""
     grad = value.requires_grad and (value.dtype.is_floating_point or value.dtype.is_complex)
     return contiguous(tuple([hint(size) for size in value.shape]), value.dtype, grad)
 
 
-def fitted(made: FakeTensorSpec, expected: FakeTensorSpec) -> FakeTensorSpec:
-    """A result as it was seen, if it has the shape that the graph says; else as the graph says.
+def fitted(seen: FakeTensorSpec, expected: FakeTensorSpec) -> FakeTensorSpec:
+    """Return a result's spec as it was seen, if it has the graph's shape; else the graph's.
 
     Shapes that depend on data are not what they will be. A gradient flows where both say so.
     """
-    grad = made.requires_grad and expected.requires_grad
-    strides = made.strides if made.shape == expected.shape else expected.strides
+    grad = seen.requires_grad and expected.requires_grad
+    # Strides of another shape mean nothing.
+    strides = seen.strides if seen.shape == expected.shape else expected.strides
     return FakeTensorSpec(expected.shape, strides, expected.dtype, grad)
 
 
-def _resized(stand: FakeTensorSpec, shape: Sequence[int]) -> FakeTensorSpec:
-    """The same order of dims in memory, and the same gaps, for other sizes."""
+def _resized(spec: FakeTensorSpec, shape: Sequence[int]) -> FakeTensorSpec:
+    """Return a spec of other sizes with the same order of dims in memory, and the same gaps."""
     strides = []
-    for stride in stand.strides:
-        for size, new, inner in zip(stand.shape, shape, stand.strides, strict=True):
+    for stride in spec.strides:
+        for size, new, inner in zip(spec.shape, shape, spec.strides, strict=True):
+            # A stride is the product of the sizes inside it, and grows with each of them.
             if 0 < inner < stride and size:
                 stride = stride * new // size
         strides.append(stride)
-    return FakeTensorSpec(tuple(shape), tuple(strides), stand.dtype, stand.requires_grad)
+    return FakeTensorSpec(tuple(shape), tuple(strides), spec.dtype, spec.requires_grad)
 
 
 def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int = 1) -> Observed:
     """Run the call with other sizes of some loops, by the kernel of `loop` if one is given.
 
-    A kernel runs on the part that the first of `ranks` ranks has.
+    sizes: by loop, in place of the rule's. A kernel runs on the part that the first of `ranks`
+    ranks has.
     """
     node, rule = case.call.node, case.rule
     operands, results = case.operands, case.results
@@ -190,6 +203,7 @@ def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int =
         return observe(runner(node.target), node.args, dict(node.kwargs), operands, results)
 
     def sized(stand: FakeTensorSpec, dims: tuple[tuple[str, ...], ...]) -> FakeTensorSpec:
+        """Return the spec of a tensor at the sizes asked for, as the first rank holds it."""
         shape = list(stand.shape)
         for dim, names in enumerate(dims):
             for name in names:
@@ -210,6 +224,7 @@ def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int =
         kwargs |= {**dict(kernel.arguments), "group": StandInGroup(ranks), "size": size}
         function = runner(node.target, kernel=kernel.name)
         return observe(function, args, kwargs, operands, results, ("meta", "zeros"))
+    # Constants such as the shape of a view must fit the other sizes.
     if sizes and rule.local_args is not None:
         args = rule.local_args(case.call, tuple([stand.shape for stand in results]))
     if rule.random:
@@ -218,25 +233,30 @@ def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int =
 
 
 def _with_loops(case: _Case, seen: Observed, loop: str = "", ranks: int = 1) -> Saved:
-    """What was seen, with the loops of memory inside the op: those that make it longer."""
+    """Return what was seen, with the loops of internal memory: those that make it longer.
+
+    seen: at the sizes of the graph. Each loop is doubled once: memory that doubles has that loop.
+    """
     count = seen.operands
     inside = [i for i in seen.saved if i >= count and i not in seen.storages and seen.size(i)]
-    found: dict[int, set[str]] = {storage: set() for storage in inside}
+    loops_of_storage: dict[int, set[str]] = {storage: set() for storage in inside}
     rule = case.rule
     if inside and rule is not None and not seen.assumed:
         for name in rule.loops:
             if name in rule.whole or name == loop:
                 continue
             more = _observe(case, {name: 2 * hint(rule.sizes[name])}, loop, ranks)
+            # Another size may take another kernel, which saves other tensors: then nothing is
+            # learnt.
             if more.saved != seen.saved or more.storages != seen.storages or more.assumed:
                 continue
             for storage in inside:
                 if more.size(storage) == 2 * seen.size(storage):
-                    found[storage].add(name)
+                    loops_of_storage[storage].add(name)
     return Saved(
         tuple(i in seen.saved for i in range(count)),
         tuple(storage in seen.saved for storage in seen.storages),
-        tuple(Internal(seen.size(i), frozenset(loops)) for i, loops in found.items()),
+        tuple(Internal(seen.size(i), frozenset(loops)) for i, loops in loops_of_storage.items()),
         tuple(storage if storage < count else None for storage in seen.storages),
         seen.assumed,
     )
