@@ -11,14 +11,19 @@ from autoparallel.train.metrics import RunRecord, largest_difference
 
 __all__ = ["Comparison"]
 
+# Rounding errors grow with every step, so the curves are held to a tolerance only at first.
 COMPARED_STEPS = 20
-TOLERANCE = 1e-4  # of the losses over the first COMPARED_STEPS, in float32
-CLEAR_FALL = 0.5  # of the held-out loss, in nats per token
+TOLERANCE = 1e-4  # The largest difference of losses over the first COMPARED_STEPS, in float32.
+CLEAR_FALL = 0.5  # How much the held-out loss must fall, in nats per token.
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """title: what was trained. records: one per method, the last one is the reference."""
+    """Runs of one model by several methods.
+
+    title: the name of the model, for people. records: one per method; the last one is the
+    reference.
+    """
 
     title: str
     records: tuple[RunRecord, ...]
@@ -29,29 +34,36 @@ class Comparison:
         return self.records[-1]
 
     def difference(self, record: RunRecord, steps: int | None = None) -> float:
-        """Largest difference of a run's losses from the reference's, over the first steps."""
+        """Return the largest difference of a run's losses from the reference's.
+
+        steps: how many first steps to look at, None for all.
+        """
         return largest_difference(record.losses, self.reference.losses, steps)
 
     def complaints(self) -> tuple[str, ...]:
-        """What is not as it should be: curves that part early, held-out loss that does not fall."""
-        found = []
+        """Return what is wrong: curves that part early, held-out loss that does not fall.
+
+        One sentence each; an empty tuple means that the methods agree and train.
+        """
+        complaints = []
         for record in self.records:
             early = self.difference(record, COMPARED_STEPS)
+            # Written so that NaN is a complaint.
             if not early <= TOLERANCE:
-                found.append(
+                complaints.append(
                     f"{record.name}: its loss is {early:.1e} from {self.reference.name}'s within "
                     f"{COMPARED_STEPS} steps, more than {TOLERANCE:.0e}"
                 )
             before, after = record.held_out[0][1], record.held_out[-1][1]
             if not after <= before - CLEAR_FALL:
-                found.append(
+                complaints.append(
                     f"{record.name}: its held-out loss went from {before:.3f} to {after:.3f}, "
                     f"and should fall by {CLEAR_FALL}"
                 )
-        return tuple(found)
+        return tuple(complaints)
 
     def table(self) -> Table:
-        """One column per run."""
+        """Return a table for a terminal, one column per run."""
         table = Table(title=self.title, title_justify="left")
         table.add_column("")
         for record in self.records:
@@ -61,6 +73,8 @@ class Comparison:
         return table
 
     def _rows(self) -> list[tuple[str, list[str]]]:
+        """Return the rows of the table: a label, and a cell per run."""
+
         def row(label: str, cell: Any) -> tuple[str, list[str]]:
             return label, [cell(record) for record in self.records]
 
@@ -103,7 +117,7 @@ class Comparison:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """For json.dump: every record, the differences and the complaints."""
+        """Return the comparison for json.dump: every record, the differences and the complaints."""
         return {
             "title": self.title,
             "largest_difference": {
@@ -118,7 +132,7 @@ class Comparison:
         }
 
     def draw(self, path: Path) -> None:
-        """Write a PNG: the curves, and below them how far they are from the reference."""
+        """Write a PNG: the curves, and below them their distances from the reference."""
         import matplotlib as mpl
 
         mpl.use("Agg")
@@ -152,6 +166,7 @@ class Comparison:
             )
             if record is not self.reference:
                 pairs = zip(record.losses, self.reference.losses, strict=True)
+                # A logarithmic axis has no place for 0.
                 distance = [max(abs(one - other), 1e-9) for one, other in pairs]
                 apart.semilogy(steps, distance, linewidth=1.0, color=f"C{index}", label=record.name)
         apart.axhline(TOLERANCE, color="gray", linewidth=0.8, linestyle=":")

@@ -1,20 +1,32 @@
-"""What a training run is told: length, learning rate, when to evaluate."""
+"""Options of a training run: length, learning rate, evaluation, checkpoints."""
 
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Checkpoints", "TrainConfig"]
+from autoparallel.errors import AutoParallelError
 
+__all__ = ["Checkpoints", "TrainConfig", "TrainingError"]
+
+# A checkpoint that is being replaced keeps its content under the second name: see save_checkpoint.
 _STEP = re.compile(r"step_(\d+)(\.replaced)?")
+
+
+class TrainingError(AutoParallelError):
+    """A training run that cannot start or go on: an option out of range, a model without loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """Where checkpoints go and how often. folder: of all. every: in steps; the last is kept too.
+    """The folder of a run's checkpoints, and how often one is saved.
 
-    A run goes on from the newest in the folder.
+    folder: of all checkpoints of the run. every: steps between two of them; the last step is saved
+    too. A run goes on from the newest one in the folder. Raises TrainingError if `every` is below
+    1.
+
+    >>> Checkpoints(Path("run")).after(50).as_posix()
+    'run/step_00000050'
     """
 
     folder: Path
@@ -22,27 +34,36 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+            raise TrainingError(
+                f"every must be at least 1, got {self.every}",
+                why="it counts the steps between two checkpoints",
+                fix="give a positive number of steps, or no Checkpoints at all",
+            )
 
     def after(self, steps: int) -> Path:
-        """The checkpoint made when that many steps were done."""
+        """Return the path of the checkpoint that is saved after that many steps."""
         return self.folder / f"step_{steps:08}"
 
     def newest(self) -> Path | None:
-        """The one of the most steps. Whatever has this name is whole: see save_checkpoint."""
-        found = [_STEP.fullmatch(path.name) for path in sorted(self.folder.glob("step_*"))]
-        steps = [int(match[1]) for match in found if match is not None]
+        """Return the path of the checkpoint of the most steps, or None if there is none.
+
+        Whatever has such a name is complete: see `save_checkpoint`.
+        """
+        matches = [_STEP.fullmatch(path.name) for path in sorted(self.folder.glob("step_*"))]
+        steps = [int(match[1]) for match in matches if match is not None]
         return self.after(max(steps)) if steps else None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Options of one run. Raises ValueError for counts below what makes sense.
+    """Options of one training run.
 
-    steps: optimizer steps. warmup_steps: of a linear rise to learning_rate, then a cosine falls to
-    final_fraction of it. weight_decay: on matrices alone. clip_norm: largest norm of the gradient.
-    evaluate_every, evaluation_batches: in steps; batches of held-out text per evaluation.
-    untimed_steps: first steps that the median step time leaves out.
+    steps: optimizer steps. learning_rate: the highest. warmup_steps: of a linear rise to it, after
+    which a cosine falls to final_fraction of it. weight_decay: on matrices alone. betas: of AdamW.
+    clip_norm: largest norm of the gradient. evaluate_every: steps between evaluations.
+    evaluation_batches: batches of held-out text per evaluation. untimed_steps: first steps that the
+    median step time leaves out, because they compile and allocate.
+    Raises TrainingError for numbers out of range.
     """
 
     steps: int = 120
@@ -59,22 +80,35 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "evaluate_every", "evaluation_batches"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise TrainingError(
+                    f"{name} must be at least 1, got {getattr(self, name)}",
+                    fix=f"give a positive {name}",
+                )
         for name in ("warmup_steps", "untimed_steps"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise TrainingError(
+                    f"{name} must not be negative, got {getattr(self, name)}",
+                    fix=f"give {name}=0 or more",
+                )
         if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError(
+            raise TrainingError(
                 f"learning_rate and clip_norm must be positive, got {self.learning_rate} "
-                f"and {self.clip_norm}"
+                f"and {self.clip_norm}",
+                why="without them no step would change a weight",
+                fix="give positive numbers; a large clip_norm clips nothing",
             )
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0: warm-up, then a cosine to the end.
+        """Return the learning rate of a step, counted from 0: warm-up, then a cosine to the end.
 
         Source: Loshchilov & Hutter 2017, without restarts.
+
+        >>> config = TrainConfig(steps=10, learning_rate=1.0, warmup_steps=2)
+        >>> [config.learning_rate_at(step) for step in (0, 1, 2)]
+        [0.5, 1.0, 1.0]
         """
         if step < self.warmup_steps:
+            # Counted from 1, so that the first step trains too.
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2

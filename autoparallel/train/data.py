@@ -1,10 +1,10 @@
 """Text to batches: a corpus, a byte-level BPE, and batches that depend on (seed, step) alone.
 
-The default corpus needs no download: it is the Python standard library's own sources, found
+The default corpus needs no download: it is the Python standard library's own sources, located
 through the running interpreter. Every process that asks for the batch of a step gets the same one.
 
-Sources: Sennrich et al. 2016 (BPE), Radford et al. 2019 (on bytes), Devlin et al. 2018, section
-3.1 (masked language model).
+Sources: Sennrich et al. 2016 (BPE), Radford et al. 2019 (on bytes), Devlin et al. 2018, section 3.1
+(masked language model).
 """
 
 import hashlib
@@ -38,12 +38,12 @@ __all__ = [
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
-SPECIAL_TOKENS = (END_OF_TEXT, MASK)  # their numbers are their places: 0 and 1
+SPECIAL_TOKENS = (END_OF_TEXT, MASK)  # Their numbers are their places: 0 and 1.
 BYTE_ALPHABET = 256
 
 DEFAULT_CORPUS_BYTES = 8_000_000
-HELD_OUT_EVERY = 20  # every twentieth document is held out
-CACHE_FORMAT = 1
+HELD_OUT_EVERY = 20  # Every twentieth document is held out.
+CACHE_FORMAT = 1  # Raised when the cached tensors change their meaning.
 
 # Folders of the standard library that hold no prose of programs: tables, tests, other packages.
 _SKIPPED_FOLDERS = frozenset(
@@ -52,12 +52,15 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 class CorpusError(AutoParallelError):
-    """The text asked for is missing, unreadable, empty or too small."""
+    """The text asked for is missing, unreadable, empty or too small, or its options are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """name: path below the corpus's root, with slashes. text: what it says."""
+    """One text of a corpus.
+
+    name: path below the corpus's root, with slashes. text: its content.
+    """
 
     name: str
     text: str
@@ -66,19 +69,20 @@ class Document:
 def read_corpus(
     path: str | Path | None = None, limit_bytes: int = DEFAULT_CORPUS_BYTES
 ) -> tuple[Document, ...]:
-    """Documents of a file, of every text file in a folder, or of the standard library (None).
+    """Return the documents of a file, of all text files in a folder, or of the standard library.
 
-    The order is that of the names, and reading stops after limit_bytes (the last document is cut).
-    Hidden files and files with NUL bytes are passed over. Raises CorpusError if nothing is left.
+    path: None for the standard library. limit_bytes: reading stops after so many (the last document
+    is cut). The order is that of the names. Hidden files and files with NUL bytes are passed over.
+    Raises CorpusError for a missing or unreadable path, and if no text remains.
     """
     root, files = _corpus_files(path)
     documents: list[Document] = []
-    left = limit_bytes
+    bytes_left = limit_bytes
     for file in files:
-        if left <= 0:
+        if bytes_left <= 0:
             break
         try:
-            content = file.read_bytes()[:left]
+            content = file.read_bytes()[:bytes_left]
         except OSError as error:
             raise CorpusError(
                 f"cannot read {file}",
@@ -87,7 +91,7 @@ def read_corpus(
             ) from error
         if not content.strip() or b"\0" in content:
             continue
-        left -= len(content)
+        bytes_left -= len(content)
         name = file.relative_to(root).as_posix()
         documents.append(Document(name, content.decode("utf-8", errors="replace")))
     if not documents:
@@ -100,7 +104,7 @@ def read_corpus(
 
 
 def _corpus_files(path: str | Path | None) -> tuple[Path, Iterator[Path]]:
-    """The root that names are relative to, and the files in order."""
+    """Return the root that names are relative to, and the files in order."""
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         if not root.is_dir():
@@ -123,7 +127,7 @@ def _corpus_files(path: str | Path | None) -> tuple[Path, Iterator[Path]]:
 
 
 def _walk(root: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Regular files below root, sorted by name in each folder, without hidden and skipped ones."""
+    """Yield the files below root, sorted by name per folder, without hidden and skipped ones."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - skipped - {"__pycache__"})
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -138,8 +142,8 @@ class TokenizedCorpus:
     """A corpus in tokens.
 
     train, held_out: (tokens,) int32, documents end with token 0. vocabulary: number of distinct
-    tokens, special ones included. tokenizer_json: what `tokenizers` stores of a tokenizer.
-    source: what the text is, for people. nbytes: size of the text.
+    tokens, special ones included. tokenizer_json: the tokenizer as `tokenizers` stores it. source:
+    the name of the text, for people. nbytes: size of the text.
     """
 
     train: Tensor
@@ -150,7 +154,7 @@ class TokenizedCorpus:
     nbytes: int
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer that made the tokens."""
+        """Return the tokenizer by which the text was tokenized."""
         return tokenizers.Tokenizer.from_str(self.tokenizer_json)
 
 
@@ -161,16 +165,21 @@ def prepare_corpus(
     limit_bytes: int = DEFAULT_CORPUS_BYTES,
     cache_folder: str | Path | None = None,
 ) -> TokenizedCorpus:
-    """Read text, train a byte-level BPE of `vocabulary` tokens on it, tokenize; cached.
+    """Read text, train a byte-level BPE of `vocabulary` tokens on it, and tokenize it; cached.
 
-    A small text may not hold enough pairs: TokenizedCorpus.vocabulary tells what came out.
-    The cache's key is the content of the text and every option, so a changed text is seen.
-    Raises CorpusError as read_corpus does, ValueError if vocabulary is below 258.
+    path, limit_bytes: as of `read_corpus`. vocabulary: tokens, special ones included; a small text
+    may not hold enough pairs: TokenizedCorpus.vocabulary tells how many came out. cache_folder: by
+    default the user's. The cache's key is the content of the text and every option, so a changed
+    text is seen.
+    Raises CorpusError as read_corpus does, and if vocabulary is below 258.
+
+    Example: `prepare_corpus("my_texts/", vocabulary=8000)`
     """
     if vocabulary < BYTE_ALPHABET + len(SPECIAL_TOKENS):
-        raise ValueError(
-            f"vocabulary must be at least {BYTE_ALPHABET + len(SPECIAL_TOKENS)}, got {vocabulary}: "
-            f"every byte is a token, and so are {', '.join(SPECIAL_TOKENS)}"
+        raise CorpusError(
+            f"vocabulary must be at least {BYTE_ALPHABET + len(SPECIAL_TOKENS)}, got {vocabulary}",
+            why=f"every byte is a token, and so are {', '.join(SPECIAL_TOKENS)}",
+            fix="ask for more tokens",
         )
     documents = read_corpus(path, limit_bytes)
     source = "the Python standard library" if path is None else str(path)
@@ -187,7 +196,7 @@ def prepare_corpus(
 
 
 def _corpus_key(documents: tuple[Document, ...], vocabulary: int) -> str:
-    """Hash of everything that the tokens depend on."""
+    """Return a hash of everything that the tokens depend on."""
     options = [CACHE_FORMAT, tokenizers.__version__, vocabulary, HELD_OUT_EVERY, SPECIAL_TOKENS]
     digest = hashlib.sha256(json.dumps(options).encode())
     for document in documents:
@@ -198,9 +207,9 @@ def _corpus_key(documents: tuple[Document, ...], vocabulary: int) -> str:
 
 
 def _tokenize(documents: tuple[Document, ...], vocabulary: int) -> tuple[Tensor, Tensor, str]:
-    """Tokens of the training part, of the held-out part, and the tokenizer as JSON.
+    """Return tokens of the training part, of the held-out part, and the tokenizer as JSON.
 
-    The tokenizer is trained on the training part alone.
+    The tokenizer is trained on the training part alone, so that the held-out loss is fair.
     """
     train, held_out = _split(documents)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -218,7 +227,7 @@ def _tokenize(documents: tuple[Document, ...], vocabulary: int) -> tuple[Tensor,
 
 
 def _split(documents: tuple[Document, ...]) -> tuple[list[str], list[str]]:
-    """Training and held-out texts: whole documents where there are enough, else the end of each."""
+    """Return training and held-out texts: whole documents if there are enough, else ends."""
     texts = [document.text for document in documents]
     if len(texts) >= HELD_OUT_EVERY:
         held_out = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
@@ -230,7 +239,7 @@ def _split(documents: tuple[Document, ...]) -> tuple[list[str], list[str]]:
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> Tensor:
-    """All texts in one row, each closed by the end-of-text token."""
+    """Return all texts in one row of tokens, each closed by the end-of-text token."""
     end = [tokenizer.token_to_id(END_OF_TEXT)]
     # Not special in the corpus: a text that spells a special token gets its characters' tokens.
     tokenizer.encode_special_tokens = True
@@ -241,7 +250,7 @@ def _encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> Tensor:
 
 
 def _read_cache(file: Path) -> tuple[Tensor, Tensor, str] | None:
-    """What _write_cache wrote, or None if there is nothing that can be read."""
+    """Return what _write_cache wrote, or None if there is nothing that can be read."""
     try:
         with safetensors.safe_open(file, framework="pt") as stored:
             return (
@@ -254,6 +263,7 @@ def _read_cache(file: Path) -> tuple[Tensor, Tensor, str] | None:
 
 
 def _write_cache(file: Path, train: Tensor, held_out: Tensor, tokenizer_json: str) -> None:
+    """Write the tokens and the tokenizer, all at once or not at all."""
     content = safetensors.torch.save(
         {"train": train, "held_out": held_out}, metadata={"tokenizer": tokenizer_json}
     )
@@ -261,7 +271,7 @@ def _write_cache(file: Path, train: Tensor, held_out: Tensor, tokenizer_json: st
 
 
 class Objective(StrEnum):
-    """What the labels are."""
+    """The task that the labels pose."""
 
     CAUSAL = "causal"  # the next token
     MASKED = "masked"  # the original of a token that was hidden
@@ -271,8 +281,11 @@ class Objective(StrEnum):
 class Batches:
     """Batches of a corpus, each a function of (seed, step) and nothing else.
 
-    batch: rows. sequence: tokens per row. masked_fraction: of the tokens, for Objective.MASKED.
-    Raises CorpusError if the training or the held-out part is shorter than one row and a label.
+    corpus: the tokens. batch: rows. sequence: tokens per row. objective: the task. seed: of all
+    choices. masked_fraction: of the tokens, for Objective.MASKED. Raises CorpusError if the
+    training or the held-out part is shorter than one row and a label.
+
+    Example: `Batches(prepare_corpus(), batch=8, sequence=128).train(0)["input_ids"].shape`
     """
 
     corpus: TokenizedCorpus
@@ -293,14 +306,16 @@ class Batches:
                 )
 
     def train(self, step: int) -> dict[str, Tensor]:
-        """Batch of one training step: input_ids and labels, both (batch, sequence) int64."""
+        """Return the batch of a training step: input_ids, labels, both (batch, sequence) int64."""
         return self._make(self.corpus.train, f"train/{step}")
 
     def held_out(self, index: int) -> dict[str, Tensor]:
-        """The index-th evaluation batch, of text that training never sees."""
+        """Return the index-th evaluation batch, of text that training never sees."""
         return self._make(self.corpus.held_out, f"held-out/{index}")
 
     def _make(self, tokens: Tensor, name: str) -> dict[str, Tensor]:
+        """Return rows at random places of the tokens, the same ones for the same name."""
+        # A hash instead of seed + step: neighbouring seeds must not give neighbouring batches.
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         starts = torch.randint(len(tokens) - self.sequence, (self.batch, 1), generator=generator)
@@ -310,9 +325,13 @@ class Batches:
         return self._hide(rows[:, :-1].contiguous(), generator)
 
     def _hide(self, originals: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Choose tokens to predict: 80% become the mask, 10% another token, 10% stay."""
+        """Choose tokens to predict: 80% become the mask, 10% another token, 10% stay.
+
+        originals: (batch, sequence). Returns input_ids, and labels that are ignored elsewhere.
+        """
         chosen = torch.rand(originals.shape, generator=generator) < self.masked_fraction
-        if not chosen.any():  # the mean over no label is not a number
+        # The mean over no label is not a number.
+        if not chosen.any():
             chosen[0, 0] = True
         fate = torch.rand(originals.shape, generator=generator)
         others = torch.randint(

@@ -1,4 +1,4 @@
-"""A trainer: AdamW, warm-up and cosine, clipping, held-out evaluation, and what it all costs.
+"""The trainer: AdamW, warm-up and cosine, clipping, held-out evaluation, counted communication.
 
 It knows nothing of parallelism. A model over many processes trains as one in one process does:
 every process runs this loop on the same batches.
@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
 from autoparallel.runtime.collective_counter import CollectiveCounter
-from autoparallel.train.config import Checkpoints, TrainConfig
+from autoparallel.train.config import Checkpoints, TrainConfig, TrainingError
 from autoparallel.train.data import Batches
 from autoparallel.train.metrics import RunRecord, Traffic
 from autoparallel.train.progress import progress
 
-__all__ = ["clip_gradients", "evaluate", "loss_of", "train"]
+__all__ = ["clip_gradients", "evaluate", "loss_of", "make_optimizer", "train"]
 
 FinishGradients = Callable[[nn.Module, float], Any]
 
@@ -35,12 +35,16 @@ def train(
     finish_gradients: FinishGradients | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> RunRecord:
-    """Train the model in place.
+    """Train the model in place and return the record of the run.
 
-    finish_gradients(model, clip_norm): what happens between backward and the step; the default is
+    model: plain or split. batches: the same on every rank. config: options of the run. name: of the
+    run. finish_gradients(model, clip_norm): called between backward and the step; the default is
     torch's clip_grad_norm_, and hand-written parallel models need their own. checkpoints: where to
     save, and to go on from if there is one; the number of ranks may have changed since.
-    In a process group every rank must call this with equal arguments; rank 0 shows progress.
+    In a process group every rank must call this with equal arguments; rank 0 shows progress. Raises
+    TrainingError if the model returns no loss.
+
+    Example: `train(GPT(GPTConfig()), Batches(prepare_corpus(), 8, 128), TrainConfig(steps=100))`
     """
     finish = clip_gradients if finish_gradients is None else finish_gradients
     optimizer = make_optimizer(model, config)
@@ -51,6 +55,7 @@ def train(
         history = load_checkpoint(newest, model, optimizer)["history"]
     losses, seconds, held_out = history["losses"], history["seconds"], history["held_out"]
     begun = len(losses)
+    # Not the first step, whose lazy work would count too.
     counted_step = min(begun + 1, config.steps - 1)
     counters = {phase: CollectiveCounter() for phase in ("forward", "backward", "update")}
     if not held_out:
@@ -74,7 +79,7 @@ def train(
                 finish(model, config.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())  # waits for the device
+            losses.append(loss.item())  # Waits for the device, so that the time is the step's.
             seconds.append(time.perf_counter() - start)
 
             done = step + 1
@@ -102,7 +107,7 @@ def train(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves vectors (biases, norms) alone.
+    """Return an AdamW that decays matrices and leaves vectors (biases, norms) alone.
 
     Source: Loshchilov & Hutter 2019; the two groups are those of Brown et al. 2020's descendants.
     """
@@ -116,13 +121,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def clip_gradients(model: nn.Module, clip_norm: float) -> None:
-    """Scale all gradients so that their common norm is at most clip_norm."""
+    """Scale all gradients in place so that their common norm is at most clip_norm."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, count: int) -> float:
-    """Mean loss over the first `count` batches of held-out text; the mode is left as it was."""
+    """Return the mean loss over the first `count` batches of held-out text.
+
+    The model is in evaluation mode meanwhile; afterwards its mode is as it was. No gradients.
+    """
     training = model.training
     device = next(model.parameters()).device
     model.eval()
@@ -135,9 +143,12 @@ def evaluate(model: nn.Module, batches: Batches, count: int) -> float:
 
 
 def loss_of(output: Any) -> Tensor:
-    """The loss in what a model returned: its `loss`, the key "loss", or its first item.
+    """Return the loss in a model's output: its `loss`, the key "loss", or its first item.
 
-    Raises ValueError if there is none.
+    Raises TrainingError if there is no scalar loss.
+
+    >>> loss_of({"loss": torch.tensor(1.5)})
+    tensor(1.5000)
     """
     if isinstance(output, Tensor):
         loss: Any = output
@@ -146,14 +157,19 @@ def loss_of(output: Any) -> Tensor:
     else:
         loss = output.loss if hasattr(output, "loss") else output[0]
     if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise ValueError(f"the model returned no scalar loss but {type(output).__name__}")
+        raise TrainingError(
+            f"the model returned no scalar loss but {type(output).__name__}",
+            why="the loss is the output itself, its `loss`, its key 'loss', or its first item",
+            fix="return the mean loss in one of these places",
+        )
     return loss
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """The part of a parameter that this rank holds."""
+    """Return the part of a parameter that this rank holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _rank() -> int:
+    """Return this process's rank, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

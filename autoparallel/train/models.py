@@ -1,11 +1,11 @@
-"""Plain GPT and BERT in torch alone: what a user would write who never heard of parallelism.
+"""Plain GPT and BERT in torch alone: models of a user who never heard of parallelism.
 
 Both are pre-norm Transformers with a fused query-key-value product and an output head tied to the
-token embedding. Nothing in them knows about devices; splitting them is the planner's work.
-They construct on the meta device and trace with a symbolic batch and sequence.
+token embedding. Nothing in them knows about devices; splitting them is the planner's work. They
+construct on the meta device and trace with a symbolic batch and sequence.
 
-Sources: Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3), Devlin et al. 2018 (BERT),
-Shoeybi et al. 2019, section 5.3 (why BERT's norms come first in large models).
+Sources: Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3), Devlin et al. 2018 (BERT), Shoeybi
+et al. 2019, section 5.3 (why BERT's norms come first in large models).
 """
 
 import math
@@ -23,7 +23,10 @@ INITIAL_DEVIATION = 0.02
 
 
 class ModelOutput(NamedTuple):
-    """loss: scalar mean over the labels that count, None without labels. logits: (b, s, V)."""
+    """The output of both models.
+
+    loss: scalar mean over the labels that count, None without labels. logits: (b, s, V).
+    """
 
     loss: Tensor | None
     logits: Tensor
@@ -31,7 +34,14 @@ class ModelOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """Sizes of a GPT. hidden must be a multiple of heads (ValueError); dropout is a probability."""
+    """Sizes of a GPT; the defaults are GPT-2's smallest.
+
+    layers: number of blocks. hidden: width h, a multiple of heads (ValueError). vocabulary: V.
+    positions: longest sequence. dropout: a probability.
+
+    >>> GPTConfig.gpt3().hidden
+    12288
+    """
 
     layers: int = 12
     hidden: int = 768
@@ -45,23 +55,26 @@ class GPTConfig:
 
     @classmethod
     def gpt2(cls) -> "GPTConfig":
-        """124 million parameters (Radford et al. 2019, table 2, smallest)."""
+        """Return the sizes of 124 million parameters (Radford et al. 2019, table 2, smallest)."""
         return cls()
 
     @classmethod
     def gpt2_xl(cls) -> "GPTConfig":
-        """1.6 billion parameters (Radford et al. 2019, table 2, largest). 25 heads: an odd size."""
+        """Return the sizes of 1.6 billion parameters (Radford et al. 2019, table 2, largest).
+
+        Its 25 heads divide by no usual number of ranks.
+        """
         return cls(layers=48, hidden=1600, heads=25)
 
     @classmethod
     def gpt3(cls) -> "GPTConfig":
-        """175 billion parameters (Brown et al. 2020, table 2.1)."""
+        """Return the sizes of 175 billion parameters (Brown et al. 2020, table 2.1)."""
         return cls(layers=96, hidden=12288, heads=96, positions=2048)
 
 
 @dataclass(frozen=True, slots=True)
 class BertConfig:
-    """Sizes of a BERT; hidden and dropout as for GPTConfig."""
+    """Sizes of a BERT; fields as of GPTConfig, with token_types segments."""
 
     layers: int = 12
     hidden: int = 768
@@ -76,7 +89,7 @@ class BertConfig:
 
     @classmethod
     def large(cls) -> "BertConfig":
-        """340 million parameters (Devlin et al. 2018, section 3)."""
+        """Return the sizes of 340 million parameters (Devlin et al. 2018, section 3)."""
         return cls(layers=24, hidden=1024, heads=16)
 
 
@@ -96,7 +109,10 @@ class Attention(nn.Module):
         self.projection = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (b, s, h). mask: boolean, broadcasts to (b, heads, s, s), True where to attend."""
+        """Return the attended values, (b, s, h).
+
+        x: (b, s, h). mask: boolean, broadcasts to (b, heads, s, s), True where to attend.
+        """
         batch, sequence, _ = x.shape
         query, key, value = (
             part.view(batch, sequence, self.heads, self.hidden // self.heads).transpose(1, 2)
@@ -114,7 +130,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(b, s, h) -> (b, s, 4h) -> (b, s, h). gelu: "tanh" (GPT-2) or "none" (exact, BERT)."""
+    """The two products of a block, (b, s, h) -> (b, s, 4h) -> (b, s, h).
+
+    gelu: "tanh" (GPT-2) or "none" (exact, BERT).
+    """
 
     def __init__(self, hidden: int, gelu: str) -> None:
         super().__init__()
@@ -123,6 +142,7 @@ class FeedForward(nn.Module):
         self.contract = nn.Linear(4 * hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the result for x of shape (b, s, h), in the same shape."""
         return self.contract(F.gelu(self.expand(x), approximate=self.gelu))
 
 
@@ -141,12 +161,19 @@ class Block(nn.Module):
             last.__dict__["initial_scale"] = 1 / math.sqrt(2 * config.layers)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return x plus attention plus feed-forward, all (b, s, h). mask: see Attention."""
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask))
         return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class GPT(nn.Module):
-    """Causal language model; logits are the product with the token embedding (tied head)."""
+    """Causal language model; logits are the product with the token embedding (tied head).
+
+    config: its sizes. Weights are drawn on the default device; on the meta device they are left
+    out.
+
+    Example: `GPT(GPTConfig.gpt2())(**GPT(GPTConfig.gpt2()).example_inputs()).loss`
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -162,13 +189,14 @@ class GPT(nn.Module):
         _initialize(self)
 
     def _init_weights(self, module: nn.Module) -> None:
+        """Draw one module's weights; materialization of meta models looks for this name."""
         _fill(module)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
-        """Logits of the next token at every position, and the loss if labels are given.
+        """Return logits of the next token at every position, and the loss if labels are given.
 
-        input_ids: (b, s) integers, s at most config.positions (IndexError beyond).
-        labels: (b, s) the target of each position, already shifted; -100 does not count.
+        input_ids: (b, s) integers, s at most config.positions (IndexError beyond). labels: (b, s)
+        the target of each position, already shifted; -100 does not count.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
@@ -179,9 +207,9 @@ class GPT(nn.Module):
         return ModelOutput(_loss(logits, labels), logits)
 
     def example_inputs(self, batch: int = 2, sequence: int | None = None) -> dict[str, Tensor]:
-        """Arguments of forward on the model's device, the same on every call.
+        """Return arguments of forward on the model's device, the same on every call.
 
-        sequence defaults to config.positions. labels are input_ids moved one position ahead.
+        sequence: by default config.positions. labels are input_ids moved one position ahead.
         """
         sequence = self.config.positions if sequence is None else sequence
         tokens = _example_tokens(self, (batch, sequence + 1), self.config.vocabulary)
@@ -189,7 +217,10 @@ class GPT(nn.Module):
 
 
 class Bert(nn.Module):
-    """Masked language model with pre-norm blocks; the decoder is tied to the token embedding."""
+    """Masked language model with pre-norm blocks; the decoder is tied to the token embedding.
+
+    config: its sizes. Weights as of GPT.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -210,6 +241,7 @@ class Bert(nn.Module):
         _initialize(self)
 
     def _init_weights(self, module: nn.Module) -> None:
+        """Draw one module's weights; materialization of meta models looks for this name."""
         _fill(module)
         if isinstance(module, Bert):
             nn.init.zeros_(module.head_bias)
@@ -221,12 +253,12 @@ class Bert(nn.Module):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> ModelOutput:
-        """Logits of the original token at every position, and the loss if labels are given.
+        """Return logits of the original token at every position, and the loss if labels are given.
 
-        input_ids: (b, s) integers, s at most config.positions (IndexError beyond).
-        attention_mask: (b, s) of 1 (token) and 0 (padding); all ones without it.
-        token_type_ids: (b, s) integers below config.token_types; all zeros without it.
-        labels: (b, s) the original tokens; -100 where nothing was masked.
+        input_ids: (b, s) integers, s at most config.positions (IndexError beyond). attention_mask:
+        (b, s) of 1 (token) and 0 (padding); all ones without it. token_type_ids: (b, s) integers
+        below config.token_types; all zeros without it. labels: (b, s) the original tokens; -100
+        where nothing was masked.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         if token_type_ids is None:
@@ -242,9 +274,9 @@ class Bert(nn.Module):
         return ModelOutput(_loss(logits, labels), logits)
 
     def example_inputs(self, batch: int = 2, sequence: int | None = None) -> dict[str, Tensor]:
-        """Arguments of forward on the model's device, the same on every call.
+        """Return arguments of forward on the model's device, the same on every call.
 
-        sequence defaults to config.positions. The last position of every row but the first is
+        sequence: by default config.positions. The last position of every row but the first is
         padding, the second half of each row is of type 1, and every third token is a label.
         """
         sequence = self.config.positions if sequence is None else sequence
@@ -261,6 +293,7 @@ class Bert(nn.Module):
 
 
 def _check_heads(hidden: int, heads: int) -> None:
+    """Raise ValueError unless the heads divide the width."""
     if heads < 1 or hidden % heads:
         raise ValueError(f"hidden must be a multiple of heads: {hidden} hidden / {heads} heads")
 
@@ -268,8 +301,8 @@ def _check_heads(hidden: int, heads: int) -> None:
 def _initialize(model: "GPT | Bert") -> None:
     """Give a model built on the meta device its memory and weights, unless it is to stay there.
 
-    Nothing but `_init_weights` draws numbers, so a meta model that is filled part by part gets
-    the weights that this gives for the same seed.
+    Nothing but `_init_weights` draws numbers, so a meta model that is filled part by part gets the
+    weights that this gives for the same seed.
     """
     device = torch.get_default_device()
     if device.type != "meta":
@@ -278,9 +311,10 @@ def _initialize(model: "GPT | Bert") -> None:
 
 
 def _fill(module: nn.Module) -> None:
-    """Weights N(0, 0.02), biases 0, norms 1; what adds to the residual is 1/sqrt(2 layers) of that.
+    """Draw weights from N(0, 0.02); biases 0, norms 1; the last product of a residual branch less.
 
-    Source: Radford et al. 2019, section 2.3.
+    Such a product's deviation is divided by sqrt(2 layers), so that the residual stream does not
+    grow with the depth. Source: Radford et al. 2019, section 2.3.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         scale = getattr(module, "initial_scale", 1.0)
@@ -292,14 +326,14 @@ def _fill(module: nn.Module) -> None:
 
 
 def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Mean cross-entropy of logits (b, s, V) at labels (b, s), or None without labels."""
+    """Return the mean cross-entropy of logits (b, s, V) at labels (b, s), None without labels."""
     if labels is None:
         return None
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
 
 
 def _example_tokens(model: nn.Module, shape: tuple[int, int], vocabulary: int) -> Tensor:
-    """Scattered tokens without a generator: the middle digits of scaled squares."""
+    """Return scattered tokens without a generator: the middle digits of scaled squares."""
     device = next(model.parameters()).device
     count = torch.arange(shape[0] * shape[1], device=device)
     return ((count * count * 40_503 + 12_345) // 64 % vocabulary).view(shape)

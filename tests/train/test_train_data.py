@@ -210,5 +210,5 @@ def test_too_little_text_says_how_much_is_needed(tmp_path):
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 258, got 100"):
+    with pytest.raises(CorpusError, match="at least 258, got 100"):
         prepare_corpus(vocabulary=100, cache_folder=tmp_path)

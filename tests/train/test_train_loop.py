@@ -11,7 +11,7 @@ from torch import nn
 
 from autoparallel.train import progress as progress_module
 from autoparallel.train.comparison import Comparison
-from autoparallel.train.config import TrainConfig
+from autoparallel.train.config import TrainConfig, TrainingError
 from autoparallel.train.data import Batches, Objective, prepare_corpus
 from autoparallel.train.loop import evaluate, loss_of, make_optimizer, train
 from autoparallel.train.metrics import RunRecord, Traffic, largest_difference
@@ -96,7 +96,7 @@ def test_learning_rate_rises_then_follows_a_cosine():
     "options", [{"steps": 0}, {"evaluate_every": 0}, {"warmup_steps": -1}, {"learning_rate": 0.0}]
 )
 def test_senseless_options_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises(TrainingError, match=next(iter(options))):
         TrainConfig(**options)
 
 
@@ -126,7 +126,7 @@ def test_loss_is_found_in_what_models_return():
     for output in (loss, {"loss": loss}, (loss, None)):
         assert loss_of(output) is loss
     for output in ({"logits": loss}, (torch.ones(3),)):
-        with pytest.raises(ValueError, match="no scalar loss"):
+        with pytest.raises(TrainingError, match="no scalar loss"):
             loss_of(output)
 
 
