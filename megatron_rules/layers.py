@@ -4,15 +4,13 @@ Activations are (sequence, batch, hidden): sequence parallelism splits dim 0. A 
 divide by the ranks: rank r has the r-th part of torch.chunk, the last parts may be smaller or
 empty. With sequence parallelism the sequence must divide.
 
-A layer's `splits` says how its parameters lie on the ranks; `pending_gradients` names those of
-which each rank has one term of the gradient after backward (see finish_gradients).
+A layer's `splits` gives the layout of its parameters on the ranks; `pending_gradients` names those
+of which each rank has one term of the gradient after backward (see finish_gradients).
 
-Sources: Shoeybi et al. 2019 (column, row and vocabulary parallelism);
-Korthikanti et al. 2022 (sequence parallelism, gathering again in backward).
+Sources: Shoeybi et al. 2019, arXiv:1909.08053 (column, row and vocabulary parallelism); Korthikanti
+et al. 2022, arXiv:2205.05198 (sequence parallelism, gathering again in backward).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,8 +33,6 @@ from megatron_rules.regions import (
 
 __all__ = [
     "ColumnParallelLinear",
-    "ParallelDropout",
-    "RandomStream",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "column_parallel_linear",
@@ -49,6 +45,8 @@ __all__ = [
 
 
 class _ColumnProduct(torch.autograd.Function):
+    """The column-parallel product, f included: its input's gradient is summed over the ranks."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -59,7 +57,10 @@ class _ColumnProduct(torch.autograd.Function):
         sequence_parallel: bool,
         keep_gathered: bool,
     ) -> Tensor:
+        """Multiply with this rank's rows of the weight; gather x first if sequence-parallel."""
         whole = gathered(x, group) if sequence_parallel else x
+        # What was gathered is p times as large as what came in: to gather it once more saves
+        # memory.
         ctx.save_for_backward(whole if keep_gathered else x, weight)
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         ctx.gather_again = sequence_parallel and not keep_gathered
@@ -68,6 +69,7 @@ class _ColumnProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients; each collective runs while another product is computed."""
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         gather_again = ctx.gather_again and needs_weight
@@ -80,6 +82,7 @@ class _ColumnProduct(torch.autograd.Function):
             else:
                 reduction = dist.all_reduce(x_gradient, group=ctx.group, async_op=True)
         rows = gradient.flatten(0, -2)
+        # The weight's gradient needs the gathered x; that of x was computed meanwhile.
         if gather is not None:
             gather.wait()
         if needs_weight:
@@ -92,10 +95,13 @@ class _ColumnProduct(torch.autograd.Function):
 
 
 class _RowProduct(torch.autograd.Function):
+    """The row-parallel product, g included: the terms of all ranks are summed."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool
     ) -> Tensor:
+        """Multiply with this rank's columns of the weight, and sum over the ranks."""
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         term = F.linear(x, weight)
@@ -107,6 +113,7 @@ class _RowProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients; with sequence parallelism the incoming one is gathered first."""
         x, weight = ctx.saved_tensors
         if ctx.sequence_parallel:
             gradient = gathered(gradient, ctx.group)
@@ -118,7 +125,10 @@ class _RowProduct(torch.autograd.Function):
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's dtype where that is on: the products here hide it from autocast."""
+    """Return the tensor in autocast's dtype, where autocast is on.
+
+    The products here are autograd Functions, which hide them from autocast.
+    """
     kind = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
@@ -132,11 +142,13 @@ def column_parallel_linear(
     sequence_parallel: bool = False,
     keep_gathered: bool = False,
 ) -> Tensor:
-    """Product with this rank's rows of a weight, (s, b, i) -> (s, b, o/p).
+    """Return the product with this rank's rows of a weight, (s, b, i) -> (s, b, o/p).
 
     x: the same on all ranks; with sequence_parallel this rank's positions (s/p, b, i), which are
-    gathered for the product, and gathered once more in backward unless keep_gathered.
-    weight: (o/p, i). bias: (o/p).
+    gathered for the product, and gathered once more in backward unless keep_gathered. weight: (o/p,
+    i). bias: (o/p).
+
+    Example: `column_parallel_linear(x, weight, group=group, sequence_parallel=True)`
     """
     x, weight = _autocast(x), _autocast(weight)
     bias = None if bias is None else _autocast(bias)
@@ -153,23 +165,27 @@ def row_parallel_linear(
     group: Group = None,
     sequence_parallel: bool = False,
 ) -> Tensor:
-    """Sum over the ranks of the products with their columns of a weight, (s, b, i/p) -> (s, b, o).
+    """Return the sum of the ranks' products with their columns of a weight, to (s, b, o).
 
-    With sequence_parallel the result is this rank's positions (s/p, b, o).
-    weight: (o, i/p). bias: (o) whole, added once, after the sum.
+    x: (s, b, i/p). weight: (o, i/p). bias: (o) whole, added once, after the sum. With
+    sequence_parallel the result is this rank's positions (s/p, b, o).
+
+    Example: `row_parallel_linear(x, weight, bias, group=group)`
     """
     x, weight = _autocast(x), _autocast(weight)
     bias = None if bias is None else _autocast(bias)
     if group_size(group) == 1:
         return F.linear(x, weight, bias)
     total = _RowProduct.apply(x, weight, group, sequence_parallel)
+    # Added before the sum, the bias would count once per rank.
     return total if bias is None else total + bias
 
 
 class ColumnParallelLinear(nn.Module):
     """Linear layer with its output split over the group; see column_parallel_linear.
 
-    blocks, unit: see Split. deviation: of the normal initialization.
+    input_size, output_size, bias: as of nn.Linear, for the whole layer. blocks, unit: see Split.
+    deviation: of the normal initialization.
     """
 
     def __init__(
@@ -195,7 +211,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(local_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(s, b, i), or (s/p, b, i) with sequence_parallel -> (s, b, o/p)."""
+        """Return the product: (s, b, i), or (s/p, b, i) with sequence_parallel -> (s, b, o/p)."""
         return column_parallel_linear(
             x,
             self.weight,
@@ -209,7 +225,8 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """Linear layer with its input split over the group; see row_parallel_linear.
 
-    unit: see Split. deviation: of the normal initialization.
+    input_size, output_size, bias: as of nn.Linear, for the whole layer. unit: see Split. deviation:
+    of the normal initialization.
     """
 
     def __init__(
@@ -227,12 +244,13 @@ class RowParallelLinear(nn.Module):
         split = Split(1, input_size, unit=unit)
         self.group, self.sequence_parallel = group, sequence_parallel
         self.splits = {"weight": split}
+        # With sequence parallelism a rank adds the bias to its own positions only.
         self.pending_gradients = ("bias",) if bias and sequence_parallel else ()
         self.weight = _split_normal((output_size, input_size), split, group, deviation)
         self.bias = nn.Parameter(torch.zeros(output_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(s, b, i/p) -> (s, b, o), or (s/p, b, o) with sequence_parallel."""
+        """Return the sum: (s, b, i/p) -> (s, b, o), or (s/p, b, o) with sequence_parallel."""
         return row_parallel_linear(
             x, self.weight, self.bias, group=self.group, sequence_parallel=self.sequence_parallel
         )
@@ -241,7 +259,8 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """Embedding with its vocabulary split over the group, unevenly where it must be.
 
-    A rank looks up the tokens it has and gives zeros for the others; the sum is whole.
+    vocabulary, hidden: of the whole table. deviation: of the normal initialization. A rank looks up
+    the tokens that it has and gives zeros for the others; the sum is whole.
     """
 
     def __init__(
@@ -255,27 +274,34 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = _split_normal((vocabulary, hidden), split, group, deviation)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: integers of any shape, below the vocabulary -> (..., h), the same on all ranks.
+        """Return the embeddings (..., h), the same on all ranks.
 
-        On more than one rank a token outside the vocabulary gives zeros, not an IndexError.
+        tokens: integers of any shape, below the vocabulary. On more than one rank a token outside
+        the vocabulary gives zeros, not an IndexError.
         """
         if group_size(self.group) == 1:
             return F.embedding(tokens, self.weight)
         absent = (tokens < self.first) | (tokens >= self.end)
-        found = F.embedding((tokens - self.first).masked_fill(absent, 0), self.weight)
-        return reduce_from_tensor_parallel(found.masked_fill(absent[..., None], 0.0), self.group)
+        local_rows = F.embedding((tokens - self.first).masked_fill(absent, 0), self.weight)
+        return reduce_from_tensor_parallel(
+            local_rows.masked_fill(absent[..., None], 0.0), self.group
+        )
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits split over the vocabulary: three all-reduces forward, no other."""
+
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, first: int, ignored_label: int, group: Group
     ) -> Tensor:
+        """Return the mean loss; save the local softmax for the backward pass."""
         parallel = group_size(group) > 1
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         largest = wide.amax(dim=-1)
         if parallel:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        # The largest logit of all ranks is subtracted, so that no exponential overflows.
         wide = wide - largest[..., None]
 
         absent = (labels < first) | (labels >= first + logits.shape[-1])
@@ -288,6 +314,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(total, group=group)
 
         weights = (labels != ignored_label).to(wide.dtype)
+        # The mean is over the labels that count, which all ranks see alike.
         weights /= weights.sum()
         softmax /= total[..., None]
         ctx.save_for_backward(softmax, index, absent, weights)
@@ -297,6 +324,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the local logits' gradient, (softmax - one-hot) * weight, by itself."""
         softmax, index, absent, weights = ctx.saved_tensors
         weights = weights * gradient
         result = softmax * weights[..., None]
@@ -312,59 +340,18 @@ def vocab_parallel_cross_entropy(
     ignored_label: int = -100,
     group: Group = None,
 ) -> Tensor:
-    """Mean cross-entropy over the labels that count, a scalar, the same on all ranks.
+    """Return the mean cross-entropy over the labels that count, a scalar, the same on all ranks.
 
     logits: (..., V/p), this rank's part of the vocabulary. labels: (...) integers below vocabulary,
-    the same on all ranks. Three all-reduces of one number per token forward (largest logit,
-    predicted logit, sum of exponentials), none backward. Computed in at least single precision;
-    not a number if no label counts, as in torch.
+    the same on all ranks. vocabulary: V. ignored_label: does not count. Three all-reduces of one
+    number per token forward (largest logit, predicted logit, sum of exponentials), none backward.
+    Computed in at least single precision; NaN if no label counts, as in torch.
+
+    >>> vocab_parallel_cross_entropy(torch.zeros(1, 4), torch.tensor([2]), vocabulary=4)
+    tensor(1.3863)
     """
     first, _ = Split(0, vocabulary).bounds(group_rank(group), group_size(group))
     return _VocabParallelCrossEntropy.apply(logits, labels, first, ignored_label, group)
-
-
-class RandomStream:
-    """Random numbers of this rank alone, beside the generator that all ranks keep in step.
-
-    Dropout of split activations draws from it: a common generator would drop the same positions
-    of every part. Dropout of whole activations must not, or the copies on the ranks would differ.
-    """
-
-    def __init__(self, seed: int, group: Group = None) -> None:
-        self.seed = seed * 1_000_003 + group_rank(group) + 1
-        self.states: dict[torch.device, Tensor] = {}
-
-    @contextmanager
-    def active(self, device: torch.device) -> Iterator[None]:
-        """Within, the device's default generator continues this stream; afterwards its own."""
-        backend = torch if device.type == "cpu" else torch.get_device_module(device)
-        common = backend.get_rng_state()
-        if device in self.states:
-            backend.set_rng_state(self.states[device])
-        else:
-            backend.manual_seed(self.seed)
-        try:
-            yield
-        finally:
-            self.states[device] = backend.get_rng_state()
-            backend.set_rng_state(common)
-
-
-class ParallelDropout(nn.Module):
-    """Dropout from the rank's own stream where activations are split, else from the common one."""
-
-    def __init__(self, probability: float, stream: RandomStream | None) -> None:
-        super().__init__()
-        self.probability, self.stream = probability, stream
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: any shape, kept."""
-        if not self.training or self.probability == 0.0:
-            return x
-        if self.stream is None:
-            return F.dropout(x, self.probability)
-        with self.stream.active(x.device):
-            return F.dropout(x, self.probability)
 
 
 def finish_gradients(model: nn.Module, group: Group = None) -> None:
@@ -392,6 +379,9 @@ def finish_gradients(model: nn.Module, group: Group = None) -> None:
 def _split_normal(
     shape: tuple[int, int], split: Split, group: Group, deviation: float
 ) -> nn.Parameter:
-    """This rank's part of a normal matrix: the same matrix at every world size and equal seed."""
+    """Return this rank's part of a normal matrix.
+
+    The whole matrix is drawn on each rank: with equal seeds it is the same at every world size.
+    """
     whole = nn.init.normal_(torch.empty(shape), std=deviation)
     return nn.Parameter(split.local(whole, group_rank(group), group_size(group)))

@@ -1,9 +1,9 @@
 """GPT and BERT of the hand-written layers, with the plain models' sizes and parameter names.
 
 Per block and pass: two all-reduces of b*s*h numbers without sequence parallelism; with it two
-all-gathers and two reduce-scatters, and two more all-gathers backward unless keep_gathered.
-The embedding, the output head and the loss are split over the vocabulary. Outside the split
-products every rank does the same work, or with sequence parallelism that of its own positions.
+all-gathers and two reduce-scatters, and two more all-gathers backward unless keep_gathered. The
+embedding, the output head and the loss are split over the vocabulary. Outside the split products
+every rank does the same work, or with sequence parallelism that of its own positions.
 """
 
 import math
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoparallel.train.models import IGNORED_LABEL, BertConfig, GPTConfig, ModelOutput
+from megatron_rules.dropout import ParallelDropout, RandomStream
 from megatron_rules.layers import (
     ColumnParallelLinear,
-    ParallelDropout,
-    RandomStream,
     RowParallelLinear,
     VocabParallelEmbedding,
     column_parallel_linear,
@@ -42,7 +41,11 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """What all layers of one model share. stream: random numbers of this rank alone."""
+    """The settings that all layers of one model share.
+
+    group: the ranks. sequence_parallel, keep_gathered: see ParallelGPT. stream: random numbers of
+    this rank alone.
+    """
 
     group: Group
     sequence_parallel: bool
@@ -50,7 +53,7 @@ class Region:
     stream: RandomStream
 
     def column_options(self) -> dict[str, Any]:
-        """Keyword arguments of a column-parallel product."""
+        """Return the keyword arguments of a column-parallel product."""
         return {
             "group": self.group,
             "sequence_parallel": self.sequence_parallel,
@@ -58,16 +61,19 @@ class Region:
         }
 
     def row_options(self) -> dict[str, Any]:
-        """Keyword arguments of a row-parallel product."""
+        """Return the keyword arguments of a row-parallel product."""
         return {"group": self.group, "sequence_parallel": self.sequence_parallel}
 
     def dropout(self, probability: float) -> ParallelDropout:
-        """Dropout of activations outside the split products."""
+        """Return dropout of activations outside the split products."""
         return ParallelDropout(probability, self.stream if self.sequence_parallel else None)
 
     def outside(self, module: ModuleType) -> ModuleType:
-        """The whole module used between the split products: on this rank's positions alone if
-        sequence-parallel, so that its gradients have to be summed over the group."""
+        """Return a whole module that is used between the split products.
+
+        If sequence-parallel it sees this rank's positions alone, so that its gradients are marked
+        as pending: they have to be summed over the group.
+        """
         if self.sequence_parallel:
             names = tuple(name for name, _ in module.named_parameters())
             module.pending_gradients = names  # type: ignore[assignment]
@@ -96,13 +102,18 @@ class ParallelAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: boolean, broadcasts to (b, heads, s, s), True where to attend."""
+        """Return the attended values.
+
+        x: (s, b, h), or (s/p, b, h). mask: boolean, broadcasts to (b, heads, s, s), True where to
+        attend.
+        """
         query, key, value = (
             part.unflatten(-1, (-1, self.width)).permute(1, 2, 0, 3)
             for part in self.query_key_value(x).chunk(3, dim=-1)
         )
         probability = self.dropout if self.training else 0.0
         arguments = (query, key, value, mask, probability, self.causal)
+        # Heads are split, so each rank must drop other entries than its neighbours.
         if probability:
             with self.stream.active(x.device):
                 context = F.scaled_dot_product_attention(*arguments)
@@ -112,7 +123,10 @@ class ParallelAttention(nn.Module):
 
 
 class ParallelFeedForward(nn.Module):
-    """(s, b, h) -> (s, b, 4h/p) -> (s, b, h). gelu: "tanh" (GPT-2) or "none" (exact, BERT)."""
+    """The two products of a block, (s, b, h) -> (s, b, 4h/p) -> (s, b, h).
+
+    gelu: "tanh" (GPT-2) or "none" (exact, BERT).
+    """
 
     def __init__(self, config: GPTConfig | BertConfig, gelu: str, region: Region) -> None:
         super().__init__()
@@ -124,6 +138,7 @@ class ParallelFeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the result in the shape of x, (s, b, h) or (s/p, b, h)."""
         return self.contract(F.gelu(self.expand(x), approximate=self.gelu))
 
 
@@ -142,12 +157,13 @@ class ParallelBlock(nn.Module):
         self.feed_forward_dropout = region.dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return x plus attention plus feed-forward, in the shape of x."""
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask))
         return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class ParallelModel(nn.Module):
-    """What the two models share: the output head, and the exchange with a plain model."""
+    """The parts that both models share: the output head, and the exchange with a plain model."""
 
     token_embedding: VocabParallelEmbedding
 
@@ -162,9 +178,9 @@ class ParallelModel(nn.Module):
 
     @torch.no_grad()
     def load_plain(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take this rank's parts of a plain model's parameters.
+        """Copy this rank's parts of a plain model's parameters.
 
-        Raises ValueError if names are missing or left over.
+        state_dict: whole tensors by name. Raises ValueError if names are missing or left over.
         """
         parameters = dict(self.named_parameters())
         if parameters.keys() != state_dict.keys():
@@ -181,19 +197,20 @@ class ParallelModel(nn.Module):
             parameter.copy_(split.local(whole, rank, world_size) if split else whole)
 
     def gathered_state(self) -> dict[str, Tensor]:
-        """Whole parameters under the plain model's names, on every rank."""
+        """Return whole parameters under the plain model's names, on every rank."""
         return self._gathered({name: value.data for name, value in self.named_parameters()})
 
     def gathered_gradients(self) -> dict[str, Tensor]:
-        """Whole gradients under the plain model's names, on every rank, after finish_gradients.
+        """Return whole gradients under the plain model's names, on every rank.
 
-        Parameters without a gradient are left out.
+        To be called after finish_gradients. Parameters without a gradient are left out.
         """
         return self._gathered(
             {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
         )
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the whole tensors from the parts of all ranks."""
         splits = self._splits()
         return {
             name: splits[name].gather(tensor, self.region.group) if name in splits else tensor
@@ -201,6 +218,7 @@ class ParallelModel(nn.Module):
         }
 
     def _splits(self) -> dict[str, Split]:
+        """Return the layout of every parameter that is split, by path."""
         return {
             f"{path}.{name}" if path else name: split
             for path, module in self.named_modules()
@@ -208,13 +226,16 @@ class ParallelModel(nn.Module):
         }
 
     def _enter(self, x: Tensor) -> Tensor:
-        """(s, b, h) -> this rank's positions if sequence-parallel."""
+        """Return this rank's positions of x (s, b, h) if sequence-parallel, else x."""
         if not self.region.sequence_parallel:
             return x
         return scatter_to_sequence_parallel(x, self.region.group)
 
     def _output(self, x: Tensor, bias: Tensor | None, labels: Tensor | None) -> ModelOutput:
-        """Head and loss. x: (s, b, h), or (s/p, b, h). bias: (V/p). labels: (b, s)."""
+        """Return the loss and this rank's part of the logits, (b, s, V/p).
+
+        x: (s, b, h), or (s/p, b, h). bias: (V/p). labels: (b, s).
+        """
         logits = column_parallel_linear(
             x, self.token_embedding.weight, bias, **self.region.column_options()
         )
@@ -233,10 +254,13 @@ class ParallelModel(nn.Module):
 class ParallelGPT(ParallelModel):
     """The plain GPT over a process group.
 
-    sequence_parallel: split the activations outside the products along the sequence, which must
-    be a multiple of the ranks. keep_gathered: keep what was gathered for backward, instead of
-    gathering it once more. seed: of the dropout that differs between the ranks; the default
-    generators of the ranks must be in step.
+    config: the plain model's. group: the ranks, None for all. sequence_parallel: split the
+    activations outside the products along the sequence, which must be a multiple of the ranks.
+    keep_gathered: keep gathered activations for backward, instead of gathering them once more.
+    seed: of the dropout that differs between the ranks; the default generators of the ranks must be
+    in step.
+
+    Example: `ParallelGPT(GPTConfig.gpt2(), group, sequence_parallel=True)`
     """
 
     def __init__(
@@ -259,7 +283,10 @@ class ParallelGPT(ParallelModel):
         self.final_norm = region.outside(nn.LayerNorm(config.hidden))
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
-        """As the plain model's, but the logits are this rank's part, (b, s, V/p)."""
+        """Return the plain model's output, but of the logits this rank's part, (b, s, V/p).
+
+        input_ids, labels: (b, s), the same on all ranks.
+        """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.token_embedding(input_ids.t()) + self.position_embedding(positions)[:, None]
         x = self.embedding_dropout(self._enter(x))
@@ -311,7 +338,10 @@ class ParallelBert(ParallelModel):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> ModelOutput:
-        """As the plain model's, but the logits are this rank's part, (b, s, V/p)."""
+        """Return the plain model's output, but of the logits this rank's part, (b, s, V/p).
+
+        All arguments are as of the plain model, and the same on all ranks.
+        """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
@@ -326,10 +356,12 @@ class ParallelBert(ParallelModel):
 
 
 def _embedding(count: int, hidden: int) -> nn.Embedding:
+    """Return a whole embedding with normal weights."""
     embedding = nn.Embedding(count, hidden)
     nn.init.normal_(embedding.weight, std=INITIAL_DEVIATION)
     return embedding
 
 
 def _residual_deviation(config: GPTConfig | BertConfig) -> float:
+    """Return the deviation of the last product of a residual branch (Radford et al. 2019)."""
     return INITIAL_DEVIATION / math.sqrt(2 * config.layers)

@@ -13,7 +13,8 @@ from autoparallel.cost.hardware import Hardware, write_hardware
 
 __all__ = ["Step", "Transformer", "planned", "step"]
 
-FUSED_2020 = (  # ops that are one kernel forward, and whether they are one backward too
+# Chains of ops that Megatron-LM ran as one kernel forward in 2020, and whether as one backward too.
+FUSED_2020 = (
     (("mul.Tensor", "masked_fill.Scalar", "softmax.int", "masked_fill.Scalar"), True),
     (("add.Tensor", "gelu.default"), True),
     (("add.Tensor", "dropout.default", "add.Tensor"), False),
@@ -25,7 +26,7 @@ GRADIENT_PASSES = 6
 
 @dataclass(frozen=True)
 class Transformer:
-    """A GPT as the papers print it."""
+    """The sizes of a GPT as the papers print them."""
 
     hidden: int
     heads: int
@@ -35,12 +36,18 @@ class Transformer:
 
     @staticmethod
     def of(row: Mapping[str, Any], table: Mapping[str, Any]) -> Transformer:
-        """The one of a row."""
+        """Return the sizes of one row of a table."""
         sizes = (row["hidden"], row["heads"], row["layers"])
         return Transformer(*sizes, table["sequence"], table["vocabulary"])
 
     def flops(self, batch: int, again: bool) -> float:
-        """Of a step, as arXiv:2104.04473 counts (equation 3); again: with full recomputation."""
+        """Return the FLOPs of a step, as arXiv:2104.04473 counts them (equation 3).
+
+        batch: sequences. again: with full recomputation, that is, with a second forward pass.
+
+        >>> round(Transformer(12288, 96, 96, 2048, 51200).flops(1, again=False) / 1e15, 2)
+        2.2
+        """
         h, s, layers = self.hidden, self.sequence, self.layers
         rest = s / (6 * h) + self.vocabulary / ((16 if again else 12) * layers * h)
         return (96 if again else 72) * batch * s * layers * h * h * (1 + rest)
@@ -48,9 +55,10 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step on one replica's ranks: their own work, what they communicate, the update.
+    """Seconds of a step on one replica's ranks.
 
-    gradient_bytes: of one rank.
+    work: computing. communication: between the ranks. update: of the optimizer. gradient_bytes: of
+    one rank.
     """
 
     work: float
@@ -59,12 +67,15 @@ class Step:
     gradient_bytes: float
 
     def seconds(self, hardware: Hardware, devices: int) -> float:
-        """All of it, at the pace of the slowest device."""
+        """Return the seconds of the step at the pace of the slowest of so many devices."""
         return (self.work + self.update) * hardware.slowest(devices) + self.communication
 
 
 def build(model: Transformer) -> tuple[Any, dict[str, Any]]:
-    """The model in 16 bits with its loss in 32, on the meta device, and how Megatron splits it."""
+    """Return the model on the meta device, and Megatron's partition of it.
+
+    The model is in 16 bits, its loss in 32.
+    """
     import torch
     from torch import Tensor, nn
 
@@ -72,6 +83,8 @@ def build(model: Transformer) -> tuple[Any, dict[str, Any]]:
     from megatron_rules.recipe import partition
 
     class Trained(nn.Module):
+        """The model with its loss in float32, as mixed-precision training computes it."""
+
         def __init__(self) -> None:
             super().__init__()
             self.model = GPT(
@@ -79,6 +92,7 @@ def build(model: Transformer) -> tuple[Any, dict[str, Any]]:
             ).half()
 
         def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            """Return the loss alone."""
             logits = self.model(input_ids).logits
             return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
@@ -98,7 +112,12 @@ def step(
     recompute: str = "full",
     sequence_parallel: bool = False,
 ) -> Step:
-    """One replica's step on `tensor` ranks, for `batch` sequences, as published."""
+    """Return one replica's step on `tensor` ranks, for `batch` sequences, as published.
+
+    fused: count the kernels that Megatron-LM fused. recompute, sequence_parallel: as of Options.
+
+    Example: `step(Transformer(1536, 16, 40, 1024, 51200), 1, 8, find_hardware("dgx-2h")).work`
+    """
     plan = planned(model, tensor, batch, hardware, recompute, sequence_parallel)
     saved = not_written(plan, hardware) if fused else {}
     inside = {name for group in plan.recomputed for name in group}
@@ -125,9 +144,10 @@ def planned(
     sequence_parallel: bool,
     memory_limit: int | None = None,
 ) -> Any:
-    """The published partition as a plan; the fastest, or the fastest within a limit.
+    """Return the published partition as a plan; the fastest, or the fastest within a limit.
 
-    At the pace of the mean device: how many there are besides these ranks, the caller knows.
+    memory_limit: bytes per rank, None for no limit. At the pace of the mean device: the number of
+    devices besides these ranks is known to the caller alone.
     """
     from autoparallel.capture.export import capture
     from autoparallel.graph.passes.run_passes import run_passes
@@ -161,9 +181,10 @@ def planned(
 
 
 def not_written(plan: Any, hardware: Hardware) -> dict[str, tuple[float, float]]:
-    """Seconds that fused kernels save, forward and backward, by the op whose result stays inside.
+    """Return the seconds that fused kernels save, forward and backward, by op.
 
-    Such a result is neither written nor read, nor is its gradient, and one kernel less is started.
+    The op is one whose result stays inside of a fused kernel: it is neither written nor read, nor
+    is its gradient, and one kernel less is started.
     """
     from autoparallel.cost.op_costs import nbytes
     from autoparallel.graph.part_sizes import layout_fraction
@@ -171,7 +192,7 @@ def not_written(plan: Any, hardware: Hardware) -> dict[str, tuple[float, float]]
     graph = plan.captured.graph
     sizes = tuple(size for _, size in plan.mesh.axes)
     ops = {op.name: op for op in plan.ops}
-    found: dict[str, tuple[float, float]] = {}
+    saved: dict[str, tuple[float, float]] = {}
     for first in plan.ops:
         for targets, both_ways in FUSED_2020:
             chain = [first]
@@ -181,11 +202,12 @@ def not_written(plan: Any, hardware: Hardware) -> dict[str, tuple[float, float]]
                     break
                 chain.append(ops[readers[0].name])
             names = tuple(op.target.removeprefix("aten.") for op in chain)
-            if names != targets or any(op.name in found for op in chain):
+            if names != targets or any(op.name in saved for op in chain):
                 continue
             for op in chain[:-1]:
                 value = graph.values[op.makes[0]]
                 local = nbytes(value) * layout_fraction(value.shape, op.results[0], sizes)
+                # Written by one kernel and read by the next.
                 once = 2 * local / hardware.sustained_bytes_per_second + hardware.launch_seconds
-                found[op.name] = (once, once if both_ways else 0.0)
-    return found
+                saved[op.name] = (once, once if both_ways else 0.0)
+    return saved

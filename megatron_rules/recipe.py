@@ -1,4 +1,4 @@
-"""The published partition, stated as a plan: which parameter Megatron-LM splits, and how.
+"""The published partition, stated as a plan: how Megatron-LM splits each parameter.
 
 This is a person's table for one kind of model, by parameter names. The planner never reads it; it
 is what the planner's own plan is compared with.
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from autoparallel.api import make_plan
+from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.plan import Plan
@@ -22,8 +23,8 @@ __all__ = ["PARTITIONS", "partition", "recipe"]
 COLUMN, ROW = Shard(0), Shard(1)
 FUSED = Shard(0, blocks=3)
 
-# Per kind of model (the class's name), patterns of parameter paths. What no pattern names is
-# whole: norms, biases of row-parallel products, position embeddings, BERT's dense head.
+# Per kind of model (the class's name), patterns of parameter paths. Parameters that no pattern
+# names are whole: norms, biases of row-parallel products, position embeddings, BERT's dense head.
 # Sources: arXiv:1909.08053 section 3 (column then row, heads, vocabulary).
 PARTITIONS: Mapping[str, tuple[tuple[str, Placement], ...]] = {
     "GPT": (
@@ -78,18 +79,30 @@ PARTITIONS: Mapping[str, tuple[tuple[str, Placement], ...]] = {
 
 
 def partition(model: nn.Module) -> dict[str, Placement]:
-    """How Megatron-LM stores each parameter, by path.
+    """Return the placement in which Megatron-LM stores each parameter, by path.
 
-    Raises ValueError for a kind of model that nobody has written a table for.
+    model: of one of the classes in PARTITIONS. Raises PlanError for any other: nobody has written a
+    table for it.
+
+    >>> class GPT(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.token_embedding, self.norm = nn.Embedding(4, 2), nn.LayerNorm(2, bias=False)
+    >>> {path: str(placement) for path, placement in partition(GPT()).items()}
+    {'token_embedding.weight': 'S(0)', 'norm.weight': 'I'}
     """
     kind = type(model).__name__
     if kind not in PARTITIONS:
-        raise ValueError(f"no published partition for {kind}; there is one for {list(PARTITIONS)}")
-    found: dict[str, Placement] = {}
+        raise PlanError(
+            f"no published partition for {kind}",
+            why=f"the classes that have one are {', '.join(PARTITIONS)}",
+            fix="let the planner find one (autoparallel.make_plan), or add a table to PARTITIONS",
+        )
+    placements: dict[str, Placement] = {}
     for path, _ in model.named_parameters(remove_duplicate=False):
         matches = (place for pattern, place in PARTITIONS[kind] if fnmatchcase(path, pattern))
-        found[path] = next(matches, Invariant())
-    return found
+        placements[path] = next(matches, Invariant())
+    return placements
 
 
 def recipe(
@@ -100,10 +113,14 @@ def recipe(
     example_inputs: Any = None,
     **options: Any,
 ) -> Plan:
-    """Megatron-LM's partition of `model` as a plan: parameters as published, the rest follows.
+    """Return Megatron-LM's partition of `model` as a plan.
 
-    mesh: its last axis is the tensor-parallel one; parameters are whole on the others. options:
-    those of make_plan. Raises ValueError as `partition` does.
+    Parameters are stored as published, and the planner chooses the rest.
+
+    world_size, example_inputs, options: as of make_plan. mesh: its last axis is the tensor-parallel
+    one; parameters are whole on the others. Raises PlanError as `partition` does.
+
+    Example: `recipe(GPT(GPTConfig()), world_size=4).text()`
     """
     outer = (Invariant(),) * (len(mesh.axes) - 1 if mesh is not None else 0)
     pins = {path: (*outer, placement) for path, placement in partition(model).items()}

@@ -11,7 +11,7 @@ from processes import run_processes
 from torch import Tensor, nn
 
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
-from megatron_rules.layers import ParallelDropout, RandomStream
+from megatron_rules.dropout import ParallelDropout, RandomStream
 from megatron_rules.models import ParallelBert, ParallelGPT
 from megatron_rules.regions import Split
 
