@@ -17,9 +17,19 @@ __all__ = [
 
 
 class AutoParallelError(Exception):
-    """what: one sentence. where: module path and source line. why: the cause. fix: what to type."""
+    """The base of every error that the library raises on purpose: it says what, where, why and how
+    to fix it.
+
+    what: one sentence that says what happened. where: the module's path and the source line in the
+    user's model. why: the cause. fix: what the user may type instead. All but `what` may be empty.
+
+    >>> print(AutoParallelError("the mesh has no axes", fix="write Mesh(tp=8)"))
+    the mesh has no axes
+      fix:   write Mesh(tp=8)
+    """
 
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        """The message is the four texts, a line each; those that are empty are left out."""
         self.what, self.where, self.why, self.fix = what, where, why, fix
         lines = [what]
         for label, text in (("where", where), ("why", why), ("fix", fix)):
@@ -28,21 +38,25 @@ class AutoParallelError(Exception):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
+        """Errors are pickled by their four texts, because launchers send them between processes."""
         return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
 
 
 def _rebuild(
     kind: type[AutoParallelError], what: str, where: str, why: str, fix: str
 ) -> AutoParallelError:
+    """The error that was pickled. Exception's own way would pass the joined message alone."""
     return kind(what, where=where, why=why, fix=fix)
 
 
 class InputsNeededError(AutoParallelError):
-    """No example inputs were given and none could be found."""
+    """No example inputs were given, and none could be derived from the model: it cannot be traced
+    without.
+    """
 
 
 class CaptureError(AutoParallelError):
-    """The model's forward could not be turned into a graph."""
+    """The model's forward could not be turned into a graph, or does what a graph cannot say."""
 
 
 class AliasError(CaptureError):
@@ -50,19 +64,21 @@ class AliasError(CaptureError):
 
 
 class UnsupportedOpError(AutoParallelError):
-    """Ops without a sharding rule; all offenders at once."""
+    """Ops without a sharding rule are in the graph; the message lists all of them at once."""
 
 
 class WorldSizeError(AutoParallelError):
-    """The world size asked for is not the one that runs."""
+    """The world size that was asked for is not that of the process group that runs."""
 
 
 class WrappedModelError(AutoParallelError):
-    """The model is already wrapped by another parallel engine."""
+    """The model is already wrapped by another parallel engine (DDP, FSDP), which moves its
+    tensors.
+    """
 
 
 class PlanError(AutoParallelError):
-    """A plan that does not fit the model, the mesh or the options."""
+    """A plan, or what was asked of one, does not fit the model, the mesh or the options."""
 
 
 class InputMismatchError(AutoParallelError):
@@ -70,6 +86,10 @@ class InputMismatchError(AutoParallelError):
 
 
 class MemoryLimitError(PlanError):
-    """No plan fits into the memory that a rank may use. least: bytes that one takes at least."""
+    """No plan fits into the memory that a rank may use.
 
+    least: a lower bound, in bytes, on what any plan takes; infinity where none was proven.
+    """
+
+    # Set by who raises it, so that a caller may ask again with a limit that can be met.
     least: float = float("inf")

@@ -11,10 +11,18 @@ __all__ = ["Mesh", "arrangements"]
 
 @dataclass(frozen=True, slots=True, init=False)
 class Mesh:
-    """Named axes of devices, outermost first: `Mesh(tp=8)`.
+    """A device mesh without devices: named axes and their sizes, outermost first.
 
-    axes: ((name, size), ...). A size of 1 is valid and changes nothing.
-    Raises PlanError for a size below 1, for a name that is none (programs say it), and for no axis.
+    axes: ((name, size), ...), given as keywords. A size of 1 is valid and changes nothing. Ranks
+    are numbered row by row, as in torch's DeviceMesh: neighbours on the last axis are neighbours in
+    rank.
+
+    Raises PlanError for a size below 1, for a name that is no identifier (an emitted program has a
+    variable of that name), and where there is no axis.
+
+    >>> mesh = Mesh(dp=2, tp=4)
+    >>> print(mesh, mesh.world_size)
+    Mesh(dp=2, tp=4) 8
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -22,7 +30,9 @@ class Mesh:
     def __init__(self, /, **axes: int) -> None:
         if not axes:
             raise PlanError(
-                "a mesh without axes", fix="name one: Mesh(tp=1) is a single rank, Mesh(tp=8) eight"
+                "a mesh without axes",
+                why="every placement is said of a mesh axis",
+                fix="name one: Mesh(tp=1) is a single rank, Mesh(tp=8) eight",
             )
         for name, size in axes.items():
             if not name.isidentifier():
@@ -31,10 +41,14 @@ class Mesh:
                     why="constraints and the program of a rank call it by its name",
                     fix="give one like dp or tp",
                 )
+            # bool is a subclass of int, and Mesh(tp=True) is surely a mistake.
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise PlanError(
-                    f"mesh axis {name!r} has size {size!r}", fix="give a positive whole number"
+                    f"mesh axis {name!r} has size {size!r}",
+                    why="an axis is that many ranks",
+                    fix="give a positive whole number",
                 )
+        # The class is frozen, so that plain assignment is refused even here.
         object.__setattr__(self, "axes", tuple(axes.items()))
 
     @property
@@ -50,17 +64,21 @@ class Mesh:
 
 
 def arrangements(world_size: int, devices_per_node: int) -> tuple[Mesh, ...]:
-    """The meshes of at most two axes whose inner axis fills whole nodes or even parts of one.
+    """The meshes of at most two axes whose inner axis fills whole nodes or an even part of one.
 
-    The narrowest inner axis comes first: `Mesh(dp=16)`, `Mesh(dp=8, tp=2)`, ... A rank per place,
-    so that an inner axis never straddles two nodes.
+    world_size: number of ranks in all. devices_per_node: devices that share the fast links. The
+    narrowest inner axis comes first. The inner axis is the one that talks most (tensor
+    parallelism), so it must not straddle two nodes unless it fills them.
+
+    >>> [str(mesh) for mesh in arrangements(8, devices_per_node=4)]
+    ['Mesh(dp=8)', 'Mesh(dp=4, tp=2)', 'Mesh(dp=2, tp=4)']
     """
     if world_size == 1:
         return (Mesh(tp=1),)
-    found = [Mesh(dp=world_size)]
+    meshes = [Mesh(dp=world_size)]
     for size in range(2, world_size):
         outer, rest = divmod(world_size, size)
         fits = devices_per_node % size == 0 or size % devices_per_node == 0
         if not rest and fits:
-            found.append(Mesh(dp=outer, tp=size))
-    return tuple(found)
+            meshes.append(Mesh(dp=outer, tp=size))
+    return tuple(meshes)

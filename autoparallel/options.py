@@ -1,4 +1,4 @@
-"""What a plan may and may not do. Everything here changes the plan; nothing else does."""
+"""The user's choices that change a plan; nothing that is not here, nor in the model, changes it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,45 @@ _KNOWN = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Choices of the user.
+    """The user's choices. A plan stores them, and is the same for the same model, mesh and options.
 
     sequence_parallel: activations between the split products may be split along dims whose size
     comes from the inputs (the sequence, the batch), with reduce-scatter and all-gather in place of
-    all-reduce. data_parallel: products may be split along such dims too; without it a weight
-    matrix is used just as it is stored. hardware: preset name. unknown_ops: what to do with a
-    differentiable op that has no rule: "discover" one by running the op on small tensors (an error
-    where that fails), "replicate" (keep its tensors whole) or "error". tokens: plan as for inputs
-    of at least this many elements, however small the example inputs are. rng: "counter" draws the
-    same random numbers under every plan; "fast" draws from torch's generators, one stream per
-    shard.
-    strict_capture: refuse a model that cannot be traced whole, in place of splitting what can be.
-    optimizer: whose state is counted and updated: "sgd", "momentum", "adam", or "mixed_adam"
-    (parameters of 16 bits with a master copy and moments in float32). memory_limit: bytes that a
-    rank may use. recompute: what repeated blocks run again in the backward pass to keep less:
-    "none", "selective", "full", or "auto" for each block's best. constraints: see constraints.py.
+    all-reduce (arXiv:2205.05198).
+
+    data_parallel: products may be split along such dims too; without it a weight matrix is used
+    just as it is stored.
+
+    hardware: the name of a preset, or the path of a file that `autoparallel calibrate` has written.
+
+    unknown_ops: what happens to a differentiable op that has no rule. "discover" finds one by
+    running the op on small tensors (an error where that fails), "replicate" keeps its tensors
+    unsharded, "error" refuses the model.
+
+    tokens: the plan is made as for inputs of at least this many elements, however small the example
+    inputs are.
+
+    rng: "counter" draws the same random numbers under every plan; "fast" draws from torch's
+    generators, one stream per shard.
+
+    strict_capture: a model that cannot be traced whole is refused. Otherwise its traceable parts
+    are split.
+
+    optimizer: the optimizer whose state is counted and whose update is priced: "sgd", "momentum",
+    "adam", or "mixed_adam" (parameters of 16 bits with a master copy and moments in float32).
+
+    memory_limit: bytes that a rank may use; None for no limit.
+
+    recompute: what repeated blocks recompute in the backward pass, to save fewer activations:
+    "none", "selective" (between products of activations), "full", or "auto" for each block's best.
+
+    constraints: sentences such as "blocks.*.weight on dp is whole"; strategy/constraints.py has the
+    grammar.
+
+    Raises PlanError for a value that is none of those named here.
+
+    >>> Options(recompute="auto").optimizer
+    'adam'
     """
 
     sequence_parallel: bool = True
@@ -50,24 +73,42 @@ class Options:
     constraints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # Lists become tuples: options are compared and hashed by content.
         object.__setattr__(self, "constraints", _texts(self.constraints))
         for name in ("sequence_parallel", "data_parallel", "strict_capture"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise PlanError(f"{name}={value!r}", fix="choose True or False")
+                raise PlanError(
+                    f"{name}={value!r}", why="it is on or off", fix="choose True or False"
+                )
         for name, known in _KNOWN.items():
             value = getattr(self, name)
             if value not in known:
-                raise PlanError(f"{name}={value!r}", fix=f"choose one of {', '.join(known)}")
+                raise PlanError(
+                    f"{name}={value!r}",
+                    why="there is no such choice",
+                    fix=f"choose one of {', '.join(known)}",
+                )
 
 
 def _texts(constraints: Any) -> tuple[str, ...]:
+    """The constraints as a tuple of texts.
+
+    Raises PlanError for a single text, whose letters would each be taken for a constraint, and for
+    anything that is no text.
+    """
     if isinstance(constraints, str):
-        raise PlanError(f"constraints={constraints!r}", fix=f"give a list: [{constraints!r}]")
-    made = tuple(constraints or ())
-    for text in made:
+        raise PlanError(
+            f"constraints={constraints!r}",
+            why="constraints are a list of sentences, and this is a single one",
+            fix=f"give a list: [{constraints!r}]",
+        )
+    texts = tuple(constraints or ())
+    for text in texts:
         if not isinstance(text, str):
             raise PlanError(
-                f"constraint {text!r} is no text", fix='write "blocks.*.weight is whole"'
+                f"constraint {text!r} is no text",
+                why="a constraint is a sentence",
+                fix='write "blocks.*.weight is whole"',
             )
-    return made
+    return texts

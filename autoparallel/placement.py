@@ -1,8 +1,11 @@
-"""Placements: how one tensor lies on one mesh axis, and what moves it from one to another.
+"""Placements: how a tensor lies on each mesh axis, and which collectives move it from one to
+another.
 
 The type of a tensor fixes the type of its gradient (`gradient`), so a transition fixes its
-backward: moving a value from A to B moves its gradient from gradient(B) to gradient(A). The
-whole table of differentiable collectives is therefore the table of forward moves (`movement`).
+backward: moving a value from A to B moves its gradient from gradient(B) to gradient(A). The whole
+table of differentiable collectives is therefore the table of forward moves (`movement`). Megatron's
+f (arXiv:1909.08053) is I -> R, its g is P -> I; with sequence parallelism (arXiv:2205.05198) they
+are S -> R and P -> S.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, order=True)
 class Invariant:
-    """Same on all ranks, one logical computation; so is its gradient."""
+    """The value is the same on all ranks, as one logical computation; so is its gradient, on every
+    rank in full.
+    """
 
     def __str__(self) -> str:
         return "I"
@@ -47,7 +52,12 @@ class Invariant:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Replicate:
-    """Same on all ranks, each rank uses it differently; its gradient is Partial."""
+    """The value is the same on all ranks, but each rank uses it differently (Megatron's f: its
+    gradient is a partial sum).
+
+    DTensor's Replicate covers both I and R; telling them apart is what makes every backward follow
+    from its forward.
+    """
 
     def __str__(self) -> str:
         return "R"
@@ -55,7 +65,7 @@ class Replicate:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Partial:
-    """The sum over ranks is the value; its gradient is Replicate."""
+    """The sum over the ranks is the value (DTensor's Partial("sum")); its gradient is Replicate."""
 
     def __str__(self) -> str:
         return "P"
@@ -63,12 +73,15 @@ class Partial:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """Each rank holds its part of dimension `dim`; so does its gradient.
+    """Each rank holds its part of dimension `dim`; its gradient is sharded alike.
 
-    blocks: the dim is that many equal blocks laid end to end, each split by itself (a fused QKV
-    weight has 3). unit: each block is split in whole runs of that many elements (a head's width),
-    which matters only where the number of runs does not divide by the number of ranks.
-    Within a block, parts are those of `torch.chunk` over its runs.
+    dim: the dimension, counted from 0. blocks: the dim is that many equal blocks laid end to end,
+    each split by itself (a fused QKV weight has 3). unit: each block is split in whole runs of that
+    many elements (a head's width), which matters only where the number of runs does not divide by
+    the number of ranks. Within a block, parts are those of `torch.chunk` over its runs.
+
+    >>> print(Shard(0), Shard(0, blocks=3), Shard(1, unit=64))
+    S(0) S(0, blocks=3) S(1, unit=64)
     """
 
     dim: int
@@ -91,7 +104,11 @@ _SHARD = re.compile(r"S\((\d+)(?:, blocks=(\d+))?(?:, unit=(\d+))?\)")
 
 
 def parse_placement(text: str) -> Placement:
-    """The placement that prints as `text`. Raises ValueError for anything else."""
+    """The placement that prints as `text`. Raises ValueError for anything else.
+
+    >>> parse_placement("S(1, unit=64)")
+    Shard(dim=1, blocks=1, unit=64)
+    """
     simple: dict[str, Placement] = {"I": Invariant(), "R": Replicate(), "P": Partial()}
     if text in simple:
         return simple[text]
@@ -103,23 +120,40 @@ def parse_placement(text: str) -> Placement:
 
 
 def layout_text(layout: Layout) -> str:
-    """ "S(0)" on a mesh of one axis, "S(0) | R" on two."""
+    """The layout as text: "S(0)" on a mesh of one axis, "S(0) | R" on one of two. Inverse of
+    `parse_layout`.
+
+    >>> layout_text((Shard(0), Replicate()))
+    'S(0) | R'
+    """
     return " | ".join(map(str, layout))
 
 
 def parse_layout(text: str) -> Layout:
-    """The layout that prints as `text`. Raises ValueError for anything else."""
+    """The layout that prints as `text`: its placements, outermost mesh axis first. Raises
+    ValueError for anything else.
+
+    >>> parse_layout("I | S(1)")
+    (Invariant(), Shard(dim=1, blocks=1, unit=1))
+    """
     return tuple(map(parse_placement, text.split(" | ")))
 
 
 @cache
 def whole_layout(axes: int) -> Layout:
-    """Invariant on every axis."""
+    """The layout of an unsharded value on a mesh of `axes` axes: Invariant on every one. axes:
+    their number.
+    """
     return (Invariant(),) * axes
 
 
 def gradient(placement: Placement) -> Placement:
-    """The placement of the gradient of a tensor that lies as `placement`."""
+    """The placement of the gradient of a tensor that lies as `placement`: R and P change places, I
+    and S stay. gradient(gradient(p)) is p.
+
+    >>> gradient(Replicate()), gradient(Shard(1))
+    (Partial(), Shard(dim=1, blocks=1, unit=1))
+    """
     if isinstance(placement, Replicate):
         return Partial()
     if isinstance(placement, Partial):
@@ -128,19 +162,36 @@ def gradient(placement: Placement) -> Placement:
 
 
 def layout_gradient(layout: Layout) -> Layout:
-    """The layout of the gradient of a tensor that lies as `layout`."""
+    """The layout of the gradient of a tensor that lies as `layout`, axis by axis.
+
+    >>> layout_text(layout_gradient((Shard(0), Replicate())))
+    'S(0) | P'
+    """
     return tuple(map(gradient, layout))
 
 
 def part_bounds(count: int, world_size: int, rank: int) -> tuple[int, int]:
-    """[start, stop) of a rank's part of `count` things, as torch.chunk cuts them."""
+    """The bounds [start, stop) of a rank's part of `count` things, as torch.chunk cuts them: every
+    part is count / world_size rounded up, and the last ones are shorter or empty.
+
+    >>> [part_bounds(5, 4, rank) for rank in range(4)]
+    [(0, 2), (2, 4), (4, 5), (5, 5)]
+    """
     step = -(-count // world_size)
     start = min(rank * step, count)
     return start, min(start + step, count)
 
 
 def local_size(size: int, shard: Shard, world_size: int, rank: int = 0) -> int:
-    """Elements of a dim of `size` elements that `rank` holds. Rank 0 holds the largest part."""
+    """The number of elements that `rank` holds of a dim of `size` elements; rank 0 holds the
+    largest part.
+
+    size: of the whole dim. shard: how it is cut; its `dim` is not looked at. world_size: ranks on
+    the mesh axis.
+
+    >>> [local_size(25 * 64, Shard(0, unit=64), 8, rank) for rank in (0, 6, 7)]
+    [256, 64, 0]
+    """
     runs = size // (shard.blocks * shard.unit)
     start, stop = part_bounds(runs, world_size, rank)
     return shard.blocks * shard.unit * (stop - start)
@@ -153,11 +204,16 @@ def local_layout_size(
     sizes: tuple[int, ...],
     ranks: tuple[int, ...] | None = None,
 ) -> int:
-    """Elements along `dim`, `size` in all, that one rank holds.
+    """The number of elements along `dim`, `size` in all, that one rank holds under a layout.
 
-    sizes: of the mesh axes. ranks: the rank's place on each; by default 0, which holds the largest
+    layout: a placement for each mesh axis; those that do not shard `dim` do not matter. sizes: the
+    mesh axes' sizes. ranks: the rank's place on each axis; by default 0, which holds the largest
     part.
+
+    >>> local_layout_size(12, 0, (Shard(0), Shard(0)), (2, 3))
+    2
     """
+    # Outermost first: where two axes cut one dim, the inner one cuts what the outer one left.
     for axis, placement in enumerate(layout):
         if isinstance(placement, Shard) and placement.dim == dim:
             size = local_size(size, placement, sizes[axis], ranks[axis] if ranks else 0)
@@ -165,7 +221,9 @@ def local_layout_size(
 
 
 class Collective(Enum):
-    """What crosses the links. Bytes are counted on the full (unsplit) tensor."""
+    """The collectives that cross the links. Their bytes are counted on the full (unsharded)
+    tensor.
+    """
 
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
@@ -174,7 +232,13 @@ class Collective(Enum):
 
 
 class Movement(Enum):
-    """What a move does in the direction it is made."""
+    """One move of a tensor on a mesh axis, named by what it does in the direction in which it is
+    made.
+
+    NONE and SLICE send nothing. PAD puts a part amid zeros (S -> P), and KEEP_ON_FIRST keeps the
+    value on the first rank and zeros elsewhere (I or R -> P), so that the sum over the ranks stays
+    the value.
+    """
 
     NONE = "none"
     SLICE = "slice"
@@ -187,12 +251,14 @@ class Movement(Enum):
 
     @property
     def collective(self) -> Collective | None:
-        """The collective that it is, None where nothing crosses the links."""
+        """The collective that the move makes; None where nothing crosses the links."""
         return Collective(self.value) if self.value in _COLLECTIVES else None
 
 
 _COLLECTIVES = {collective.value for collective in Collective}
 
+# Nothing leads from P to P, I to I or R to R but staying; S to S of another dim or of other blocks
+# is a real move. `movement` handles equality before it looks here.
 _MOVEMENTS: dict[tuple[type, type], Movement] = {
     (Invariant, Replicate): Movement.NONE,
     (Invariant, Shard): Movement.SLICE,
@@ -212,9 +278,13 @@ _MOVEMENTS: dict[tuple[type, type], Movement] = {
 
 @cache
 def movement(source: Placement, target: Placement) -> Movement:
-    """What brings a tensor that lies as `source` to lie as `target`, forward only.
+    """The move that brings a tensor that lies as `source` to lie as `target`, forward only.
 
-    The backward of the differentiable move is movement(gradient(target), gradient(source)).
+    The backward of the differentiable move is movement(gradient(target), gradient(source)). Every
+    pair of placements has a move.
+
+    >>> movement(Partial(), Shard(0)).value
+    'reduce_scatter'
     """
     if source == target:
         return Movement.NONE
@@ -223,7 +293,7 @@ def movement(source: Placement, target: Placement) -> Movement:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Step:
-    """One move of a tensor on one mesh axis; its placements on the other axes stay."""
+    """One redistribution of a tensor on one mesh axis; its placements on the other axes stay."""
 
     axis: int
     source: Placement
@@ -234,22 +304,30 @@ class Step:
 
     @property
     def forward(self) -> Movement:
-        """What it does to the value."""
+        """The move that the step makes of the value."""
         return movement(self.source, self.target)
 
     @property
     def backward(self) -> Movement:
-        """What it does to the gradient."""
+        """The move that the step makes of the gradient, in the backward pass."""
         return movement(gradient(self.target), gradient(self.source))
 
     def applied(self, layout: Layout) -> Layout:
-        """The layout after the step."""
+        """The layout after the step. The layout must have the step's source on its axis."""
         assert layout[self.axis] == self.source, (layout, self)
         return (*layout[: self.axis], self.target, *layout[self.axis + 1 :])
 
 
 def is_possible_step(layout: Layout, step: Step) -> bool:
-    """Whether the part that a step moves is one piece of its dim: no inner axis cuts that dim."""
+    """Whether the part that a step moves is one piece of its dim, which it is if no inner axis cuts
+    that dim too.
+
+    layout: before the step. Where an inner axis has cut the dim, a rank holds a part of a part, and
+    a collective on the outer axis would put pieces together in the wrong order.
+
+    >>> is_possible_step((Shard(0), Shard(0)), Step(0, Shard(0), Replicate()))
+    False
+    """
     dims = {end.dim for end in (step.source, step.target) if isinstance(end, Shard)}
     return not any(
         isinstance(inner, Shard) and inner.dim in dims for inner in layout[step.axis + 1 :]
@@ -257,7 +335,12 @@ def is_possible_step(layout: Layout, step: Step) -> bool:
 
 
 def backward_steps(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """How the gradient travels when the value travels by `steps`."""
+    """The steps by which the gradient travels when the value travels by `steps`: the same ones in
+    reverse, each from gradient(target) to gradient(source).
+
+    >>> [str(step) for step in backward_steps((Step(0, Invariant(), Replicate()),))]
+    ['0: P -> I']
+    """
     return tuple(
         Step(step.axis, gradient(step.target), gradient(step.source)) for step in reversed(steps)
     )

@@ -1,4 +1,4 @@
-"""Files that several processes share: where what was found out is kept, and writing it whole."""
+"""The folder of cached files, and writing files that processes share whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ __all__ = ["default_cache_folder", "write_whole"]
 
 
 def default_cache_folder() -> Path:
-    """AUTOPARALLEL_CACHE, else XDG_CACHE_HOME/autoparallel, else ~/.cache/autoparallel."""
-    moved = os.environ.get("AUTOPARALLEL_CACHE")
-    if moved:
-        return Path(moved)
+    """The folder for what is worth keeping between runs. It need not exist.
+
+    The first of: the environment's AUTOPARALLEL_CACHE, XDG_CACHE_HOME/autoparallel (the XDG Base
+    Directory rule), ~/.cache/autoparallel.
+    """
+    chosen_by_user = os.environ.get("AUTOPARALLEL_CACHE")
+    if chosen_by_user:
+        return Path(chosen_by_user)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "autoparallel"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, and its folder where there is none: a reader sees all of it or nothing.
+    """Write a file so that a reader sees all of it or nothing; make its folder where there is none.
 
-    Raises OSError where it cannot be written, and leaves nothing behind.
+    path: of the file. content: its bytes. Raises OSError where it cannot be written, and leaves
+    nothing behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    # In the same folder, because os.replace is atomic only within one file system.
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.replace(beside, path)
+        os.replace(unfinished, path)
     except BaseException:
-        os.unlink(beside)
+        os.unlink(unfinished)
         raise

@@ -23,30 +23,40 @@ DEEPEST = 4  # containers inside of containers that are looked into
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """The same module tree with dicts of its own; parameters and buffers are shared.
+    """A copy of a module tree with dicts of its own; parameters and buffers are shared with the
+    original.
 
     Attributes that refer to modules of the tree (a list of layers, a bound method) refer to the
-    copies, and containers in attributes are copies: a forward may write to them.
+    copies, and containers in attributes are copies, so that nothing that the copy does writes to
+    an attribute of the original.
+
+    >>> linear = nn.Linear(2, 3)
+    >>> twin = shallow_copy(linear)
+    >>> twin is linear, twin.weight is linear.weight
+    (False, True)
     """
     twins: dict[int, nn.Module] = {}
-    made = _copied(module, twins)
+    root = _copied(module, twins)
     containers: dict[int, Any] = {}
     for inner in twins.values():
         for name, value in list(vars(inner).items()):
             if name not in _INTERNAL:
                 vars(inner)[name] = _own_containers(value, containers)
     redirect(twins.values(), twins)
-    return made
+    return root
 
 
 def redirect(modules: Iterable[nn.Module], twins: Mapping[int, Any]) -> None:
-    """Let the modules' attributes refer to the twins."""
+    """Let the modules' attributes refer to the twins, by the ids of the objects that these stand
+    for.
+    """
     for module in modules:
         for name, value in list(vars(module).items()):
+            # Torch's own three dicts are filled by who calls this.
             if name not in ("_parameters", "_buffers", "_modules"):
-                replaced = referring(value, twins)
-                if replaced is not value:
-                    vars(module)[name] = replaced
+                redirected = referring(value, twins)
+                if redirected is not value:
+                    vars(module)[name] = redirected
 
 
 def _own_containers(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
@@ -71,14 +81,21 @@ def _own_containers(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
 
 
 def _copied(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
+    """The copy of one module and of those below it. twins: copies by the id of their original,
+    filled here.
+    """
+    # A module that occurs at two places is copied once, so that both stay one module.
     if id(module) not in twins:
-        made = module.__class__.__new__(module.__class__)
-        made.__dict__ = dict(module.__dict__)
-        twins[id(module)] = made
+        twin = module.__class__.__new__(module.__class__)
+        # Without __init__, which may take arguments, and would make new parameters.
+        twin.__dict__ = dict(module.__dict__)
+        twins[id(module)] = twin
         for name, value in module.__dict__.items():
+            # Torch's own dicts: hooks, parameters and buffers. The user's are shared unless they
+            # hold modules.
             if isinstance(value, dict) and name.startswith("_"):
-                made.__dict__[name] = copy.copy(value)
-        made.__dict__["_modules"] = {
+                twin.__dict__[name] = copy.copy(value)
+        twin.__dict__["_modules"] = {
             name: None if child is None else _copied(child, twins)
             for name, child in module._modules.items()
         }
@@ -86,9 +103,16 @@ def _copied(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
 
 
 def referring(value: Any, twins: Mapping[int, Any], depth: int = 0) -> Any:
-    """`value` with each object that has a twin (by id) replaced by it; itself if there is none.
+    """`value` with each object that has a twin replaced by it; `value` itself where there is none
+    inside.
 
-    Looks into lists, tuples, dicts, bound methods and partial functions, not into other objects.
+    value: any attribute of a module. twins: replacements by the id of what they replace. depth: how
+    many containers lie around it. It looks into lists, tuples, dicts, bound methods and partial
+    functions, not into other objects, and leaves the originals as they are.
+
+    >>> old, new = object(), "new"
+    >>> referring([1, (old,)], {id(old): new})
+    [1, ('new',)]
     """
     if id(value) in twins:
         return twins[id(value)]
@@ -100,48 +124,58 @@ def referring(value: Any, twins: Mapping[int, Any], depth: int = 0) -> Any:
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
     if isinstance(value, functools.partial):
         parts = (value.func, value.args, value.keywords)
-        made = tuple(map(inner, parts))
-        if all(a is b for a, b in zip(parts, made, strict=True)):
+        redirected = tuple(map(inner, parts))
+        if all(a is b for a, b in zip(parts, redirected, strict=True)):
             return value
-        return functools.partial(made[0], *made[1], **made[2])
+        return functools.partial(redirected[0], *redirected[1], **redirected[2])
     if isinstance(value, dict):
         items = {key: inner(item) for key, item in value.items()}
         if all(items[key] is item for key, item in value.items()):
             return value
-        replaced = copy.copy(value)
-        replaced.update(items)
-        return replaced
+        # copy.copy keeps the class: an OrderedDict or a config's own kind of dict.
+        redirected_dict = copy.copy(value)
+        redirected_dict.update(items)
+        return redirected_dict
     if type(value) in (list, tuple):
-        found = [inner(item) for item in value]
-        return value if all(map(_same, found, value)) else type(value)(found)
+        redirected_items = [inner(item) for item in value]
+        return value if all(map(_same, redirected_items, value)) else type(value)(redirected_items)
     return value
 
 
 def _same(first: Any, second: Any) -> bool:
+    """Whether both are one object. Comparing by == would compare tensors element by element."""
     return first is second
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of the model without memory, for tracing: everything on the meta device."""
-    made = shallow_copy(model)
-    known: dict[int, Any] = {}
-    for module in made.modules():
+    """A copy of the model without memory, for tracing: every parameter and buffer is on the meta
+    device.
+
+    Tied parameters stay tied, and parameters that need no gradient need none. The original is left
+    as it is.
+
+    >>> on_meta(nn.Linear(2, 3)).weight.device.type
+    'meta'
+    """
+    meta_model = shallow_copy(model)
+    meta_twins: dict[int, Any] = {}
+    for module in meta_model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                if id(parameter) not in known:
-                    known[id(parameter)] = nn.Parameter(
+                if id(parameter) not in meta_twins:
+                    meta_twins[id(parameter)] = nn.Parameter(
                         torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
                         requires_grad=parameter.requires_grad,
                     )
-                module._parameters[name] = known[id(parameter)]
+                module._parameters[name] = meta_twins[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                if id(buffer) not in known:
-                    known[id(buffer)] = torch.empty_like(buffer, device="meta")
-                module._buffers[name] = known[id(buffer)]
-    redirect(made.modules(), known)
-    made.__dict__[_ORIGINALS] = _Originals(model, made)
-    return made
+                if id(buffer) not in meta_twins:
+                    meta_twins[id(buffer)] = torch.empty_like(buffer, device="meta")
+                module._buffers[name] = meta_twins[id(buffer)]
+    redirect(meta_model.modules(), meta_twins)
+    meta_model.__dict__[_ORIGINALS] = _Originals(model, meta_model)
+    return meta_model
 
 
 class _Originals:
@@ -156,19 +190,22 @@ class _Originals:
         self.rows: list[tuple[Any, nn.Module, str, str]] = []
         if model is None or made is None:
             return
-        own = dict(made.named_modules(remove_duplicate=False))
+        copies = dict(made.named_modules(remove_duplicate=False))
         for path, module in model.named_modules(remove_duplicate=False):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
-                    self.rows.append((weakref.ref(tensor), own[path], path, name))
+                    self.rows.append((weakref.ref(tensor), copies[path], path, name))
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return (_Originals, ())
 
 
 def originals(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Module, str, str]]:
-    """Of a model made by `on_meta`: tensors of the model that it was made from, which are there
-    still; and what has their copies: module, its path, and the name in it."""
+    """The tensors of the model that `on_meta` copied, as long as they are still there.
+
+    Each comes with the module of the copy that has its twin, the path of that module, and the name
+    in it.
+    """
     made = vars(model).get(_ORIGINALS)
     for reference, module, path, name in made.rows if made is not None else ():
         tensor = reference()

@@ -1,8 +1,5 @@
-"""Any Python object that holds tensors, taken apart into tensors and a skeleton, and put together.
-
-Dicts, lists, tuples, named tuples, dataclasses and plain objects (a key/value cache, say) are
-containers; everything else is a constant. This is what lets the parallel module take and return
-what the original does.
+"""Pytrees: any Python object that holds tensors, taken apart into tensors and a skeleton, and
+rebuilt.
 """
 
 from __future__ import annotations
@@ -19,9 +16,14 @@ __all__ = ["Skeleton", "flatten", "rebuild"]
 
 @dataclass(frozen=True)
 class Skeleton:
-    """kind: "tensor", "constant" or a container's. keys: of the children. sample: the object.
+    """A structure without its tensors: a tree of containers and constants.
 
-    Two skeletons are equal when their texts are: same containers, same constants.
+    kind: "tensor", "constant", or the container's: "dict", "sequence", "namedtuple", "dataclass" or
+    "object". sample: the object that was taken apart, which tells the class when it is rebuilt.
+    keys, children: of a container, in one order.
+
+    Two skeletons are equal when their texts are: the same containers with the same constants.
+    Constants that are neither numbers nor texts are compared by their type alone.
     """
 
     kind: str
@@ -48,32 +50,44 @@ class Skeleton:
 
 
 def flatten(structure: Any) -> tuple[list[torch.Tensor], Skeleton]:
-    """The tensors of `structure`, in order, and the skeleton that puts them together again."""
+    """The tensors of `structure`, in order, and the skeleton that puts them together again.
+
+    Dicts, lists, tuples, named tuples, dataclasses and plain objects (a key/value cache, say) are
+    containers; everything else is a constant. An object that holds no tensor is a constant too.
+
+    >>> tensors, skeleton = flatten({"x": torch.zeros(2), "y": [3, None]})
+    >>> len(tensors), str(skeleton)
+    (1, "dict('x': *, 'y': list(0: 3, 1: None))")
+    """
     tensors: list[torch.Tensor] = []
     return tensors, _flatten(structure, tensors, ())
 
 
 def _flatten(item: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> Skeleton:
+    """The skeleton of one item. tensors: appended to. above: ids of the containers around it."""
     if isinstance(item, torch.Tensor):
         tensors.append(item)
         return Skeleton("tensor")
     kind, keys, values = _open(item)
+    # An object that contains itself (a module's parent, say) would never end.
     if kind == "constant" or id(item) in above:
         return Skeleton("constant", item)
     before = len(tensors)
     children = tuple(_flatten(value, tensors, (*above, id(item))) for value in values)
+    # Rebuilding copies an object, and one without tensors (a config) must stay the one it is.
     if kind == "object" and len(tensors) == before:
         return Skeleton("constant", item)
     return Skeleton(kind, item, tuple(keys), children)
 
 
 def _open(item: Any) -> tuple[str, list[Any], list[Any]]:
-    """Kind, keys and values of a container."""
+    """The kind, the keys and the values of a container; ("constant", [], []) for anything else."""
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         keys = [field.name for field in dataclasses.fields(item) if field.init]
         return "dataclass", keys, [getattr(item, key) for key in keys]
     if isinstance(item, dict):
         return "dict", list(item), list(item.values())
+    # Before plain tuples, whose classes take one sequence and not each value by itself.
     if isinstance(item, tuple) and hasattr(item, "_fields"):
         return "namedtuple", list(item._fields), list(item)
     if isinstance(item, (list, tuple)):
@@ -84,11 +98,19 @@ def _open(item: Any) -> tuple[str, list[Any], list[Any]]:
 
 
 def rebuild(skeleton: Skeleton, tensors: list[torch.Tensor]) -> Any:
-    """The structure with `tensors` in their places. Inverse of `flatten`."""
+    """The structure with `tensors` in their places. Inverse of `flatten`.
+
+    skeleton: of the structure. tensors: as many as it has places, in the order that `flatten` gave.
+
+    >>> tensors, skeleton = flatten((1, torch.zeros(2)))
+    >>> rebuild(skeleton, ["replaced"])
+    (1, 'replaced')
+    """
     return _rebuild(skeleton, iter(tensors))
 
 
 def _rebuild(skeleton: Skeleton, tensors: Any) -> Any:
+    """One item of the structure. tensors: an iterator, of which the item takes its own."""
     if skeleton.kind == "tensor":
         return next(tensors)
     if skeleton.kind == "constant":
@@ -104,12 +126,14 @@ def _rebuild(skeleton: Skeleton, tensors: Any) -> Any:
         return kind(**named)
     if skeleton.kind == "sequence":
         return kind(values)
-    made = copy.copy(skeleton.sample)
-    made.__dict__ = named
-    return made
+    # Not by its __init__, of which nothing is known; the copy shares the sample's class alone.
+    rebuilt_object = copy.copy(skeleton.sample)
+    rebuilt_object.__dict__ = named
+    return rebuilt_object
 
 
 def _refill(sample: Any, named: dict[Any, Any]) -> Any:
-    made = copy.copy(sample)
-    made.update(named)
-    return made
+    """A dict of a class of its own (an OrderedDict, a model's output) with other values."""
+    filled = copy.copy(sample)
+    filled.update(named)
+    return filled

@@ -1,4 +1,4 @@
-"""The random numbers that the user's own Python draws: torch's, Python's and numpy's."""
+"""The global random generators of the user's own Python: torch's, Python's and numpy's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ __all__ = ["python_numbers", "restore", "seeded", "snapshot"]
 
 
 def snapshot() -> Any:
-    """The state of all global generators."""
+    """The state of all global random generators, for `restore`.
+
+    Numpy counts only where it has been imported, and the GPU's generator only where one is in use:
+    looking at either must not start it.
+
+    >>> before = snapshot()
+    >>> first = torch.rand(())
+    >>> restore(before)
+    >>> bool(torch.rand(()) == first)
+    True
+    """
     numpy = sys.modules.get("numpy")
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return (
@@ -26,17 +36,22 @@ def snapshot() -> Any:
 
 
 def python_numbers() -> Any:
-    """Equal as long as nobody draws from Python's or numpy's global generators."""
+    """The state of Python's and numpy's global generators, as a value that stays equal as long as
+    nobody draws from them.
+
+    Torch's generator is left out: ops that draw from it are seen in the graph.
+    """
     numpy = sys.modules.get("numpy")
     state = numpy.random.get_state() if numpy is not None else ()
     return (
         random.getstate(),
+        # Arrays have no single truth value, so that tuples that hold them cannot be compared.
         [item.tobytes() if hasattr(item, "tobytes") else item for item in state],
     )
 
 
 def restore(state: Any) -> None:
-    """Bring all global generators to where they were."""
+    """Bring all global random generators to where they were. state: as `snapshot` gave it."""
     host, device, python, numpy_state = state
     torch.set_rng_state(host)
     if device is not None:
@@ -48,12 +63,21 @@ def restore(state: Any) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """All global generators draw from `seed`, and then go on where they were."""
+    """A context in which all global generators draw from `seed`; afterwards they go on where they
+    were.
+
+    >>> with seeded(0):
+    ...     first = torch.rand(())
+    >>> with seeded(0):
+    ...     print(bool(torch.rand(()) == first))
+    True
+    """
     before = snapshot()
     try:
         torch.manual_seed(seed)
         random.seed(seed)
         if "numpy" in sys.modules:
+            # Numpy takes seeds of 32 bits, torch of 64.
             sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)
         yield
     finally:

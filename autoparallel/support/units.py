@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Amounts of memory as people write them: "40GiB" to bytes, and bytes to text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from autoparallel.errors import PlanError
 
 __all__ = ["bytes_text", "parse_bytes"]
 
+# Binary prefixes (IEC 80000-13) have an i: 1 KiB is 1024 bytes, 1 kB is 1000.
 _UNITS = {
     "": 1,
     "b": 1,
@@ -17,22 +18,34 @@ _UNITS = {
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes of "40GiB" (2**30 each), "80 GB" (10**9 each) or a number.
+    """The number of bytes in "40GiB" (2**30 each), "80 GB" (10**9 each), or a plain number.
 
     Raises PlanError for anything else, and for what is not more than nothing.
+
+    >>> parse_bytes("40GiB"), parse_bytes("1.5 kB")
+    (42949672960, 1500)
     """
+    refusal = PlanError(
+        f"{size!r} is no amount of memory",
+        why="it is a positive number of bytes, or a number with a unit",
+        fix='write "40GiB" or "80GB"',
+    )
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", size.lower())
         if match is None or match[2] not in _UNITS:
-            raise PlanError(f"{size!r} is no amount of memory", fix='write "40GiB" or "80GB"')
+            raise refusal
         size = int(float(match[1]) * _UNITS[match[2]])
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise PlanError(f"{size!r} is no amount of memory", fix='write "40GiB" or "80GB"')
+        raise refusal
     return size
 
 
 def bytes_text(nbytes: float) -> str:
-    """ "2.0 MiB"."""
+    """A number of bytes in the largest binary unit that keeps it at 1 or more, with one digit.
+
+    >>> bytes_text(512), bytes_text(2 * 1024**2)
+    ('512 B', '2.0 MiB')
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
