@@ -1,4 +1,4 @@
-"""What a trace of a module gives: its graph, and which calls the graph is right for."""
+"""A traced module: its graph, and the conditions under which the graph is right for a call."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from autoparallel.support.pytree import Skeleton, rebuild
 
 __all__ = ["Captured", "Modes", "modes_of"]
 
+# One truth value per module.
 Modes = tuple[bool, ...]
 
 
 def modes_of(model: nn.Module) -> Modes:
-    """Of the model and of each module in it, whether it trains: another mode, another program."""
+    """Whether the model and each module in it trains, in one order: another mode, another
+    program.
+    """
     return tuple(module.training for module in model.modules())
 
 
 @dataclass(frozen=True)
 class Captured:
-    """graph: the program. inputs, outputs: skeletons of what goes in and what comes out.
+    """A module as it was traced: a program, the structures around it, and what it was traced for.
 
+    graph: the program. inputs, outputs: skeletons of the arguments and of the returned structure.
     aliases: for each parameter path the one that stands for it (another one for tied weights).
     constants: tensors that the forward makes from numbers, by the targets of "constant" nodes.
-    repeats: paths of modules that are instances of one traced block. guards: what the tracer
-    took for granted about the symbolic sizes, such as which way a branch goes. part: whether the
+    repeats: paths of modules that are instances of one traced block. guards: conditions on symbolic
+    sizes that the tracer took for granted, such as which way a branch goes. part: whether the
     module is called by Python that goes on with what it returns. modes: see `modes_of`.
     left: paths of attributes in which the forward leaves tensors: where there are any, the outputs
     are a pair of what it returns and these. settings: other attributes that it sets, and to what.
@@ -58,10 +62,11 @@ class Captured:
         return (made[0], {**settings, **made[1]}) if self.left else (made, settings)
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
-        """Whether the program is right for tensors of these types and sizes, and gives all of them
-        that need gradients theirs.
+        """Whether the program is right for tensors of these types and sizes, and gives a gradient
+        to every one of them that needs one.
 
-        Where it is not, tracing with them would give another program.
+        inputs: the tensors of the call, in the order of the graph's input nodes. Where it does not
+        fit, tracing with them would give another program.
         """
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         types = [tensor.dtype for tensor in inputs]
@@ -70,7 +75,7 @@ class Captured:
             return False
         # A gradient that was not planned for would not come back.
         pairs = zip(inputs, values, strict=True)
-        if any(given.requires_grad and not own.requires_grad for given, own in pairs):
+        if any(one.requires_grad and not planned.requires_grad for one, planned in pairs):
             return False
         if shapes not in self._known_shapes:
             self._known_shapes[shapes] = self._holds(shapes, [value.shape for value in values])
@@ -83,9 +88,15 @@ class Captured:
 
     @cached_property
     def _known_shapes(self) -> dict[tuple[tuple[int, ...], ...], bool]:
+        """Answers by the inputs' shapes: evaluating guards takes sympy longer than a small step."""
         return {}
 
     def _holds(self, shapes: tuple[tuple[int, ...], ...], expected: list[tuple[Dim, ...]]) -> bool:
+        """Whether inputs of these shapes agree with the expected sizes and satisfy all guards.
+
+        Symbols get their values from dims that are a symbol by itself; sizes derived from symbols
+        are checked after that.
+        """
         sizes: dict[Any, int] = {}
         derived: list[tuple[sympy.Expr, int]] = []
         for shape, dims in zip(shapes, expected, strict=True):

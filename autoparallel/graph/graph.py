@@ -1,4 +1,8 @@
-"""The dataflow graph: frozen nodes that read and write named values."""
+"""The dataflow graph: frozen nodes that read and write named values.
+
+A graph is in single-assignment form: every value is produced by one node and never changes. Its
+text is its identity, so two graphs with one text have one fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,23 @@ __all__ = [
     "Sym",
     "Value",
     "hint",
+    "leaves",
     "map_leaves",
     "numel_hint",
+    "size_expression",
 ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sym:
-    """A size known when the model runs: an expression in the inputs' sizes.
+    """A size that is known only when the model runs: an expression in the inputs' sizes.
 
-    hint: its value for the example inputs, which is what the cost model sees.
+    expr: a sympy expression in symbols of the inputs' dims. hint: its value for the example inputs,
+    which is what the cost model sees. Two are equal if their expressions are; hints do not count.
     """
 
     expr: sympy.Expr
+    # Not compared: the same program traced with other example inputs is the same program.
     hint: int
 
     def __eq__(self, other: object) -> bool:
@@ -50,13 +58,18 @@ Dim = int | Sym
 
 
 def hint(dim: Dim) -> int:
-    """The size for the example inputs."""
+    """The size for the example inputs: the number itself, or a symbolic size's hint."""
     return dim.hint if isinstance(dim, Sym) else dim
+
+
+def size_expression(dim: Dim) -> sympy.Expr:
+    """The size as a sympy expression, so that fixed and symbolic sizes can be multiplied alike."""
+    return dim.expr if isinstance(dim, Sym) else sympy.Integer(dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A use of the value `name`."""
+    """A use of the value `name` among a node's arguments, as distinct from a text argument."""
 
     name: str
 
@@ -66,7 +79,14 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor that a node makes. requires_grad: a gradient flows back through it."""
+    """A tensor that a node produces, without its numbers.
+
+    name: unique in the graph. shape: sizes, each a number or a Sym. dtype: the element type.
+    requires_grad: a gradient flows back through it.
+
+    >>> print(Value("x", (2, 3), torch.float32))
+    %x: float32[2, 3], no grad
+    """
 
     name: str
     shape: tuple[Dim, ...]
@@ -80,7 +100,11 @@ class Value:
 
 
 def numel_hint(shape: tuple[Dim, ...]) -> int:
-    """Number of elements for the example inputs."""
+    """The number of elements of a tensor of this shape, for the example inputs.
+
+    >>> numel_hint((2, 3, 4))
+    24
+    """
     count = 1
     for dim in shape:
         count *= hint(dim)
@@ -89,13 +113,15 @@ def numel_hint(shape: tuple[Dim, ...]) -> int:
 
 @dataclass(frozen=True)
 class Node:
-    """One operation. kind: "input", "parameter", "buffer", "constant" or "call".
+    """One operation of a graph, or one tensor that the graph starts from.
 
-    target: the op ("aten.linear.default") of a call, the attribute's path of a parameter, buffer
-    or constant, the position of an input. args, kwargs: nested tuples with Ref, Sym and plain
-    leaves. scope: the module calls that it is inside of, the outermost first, each by the module's
-    path; "path@2" is the third call of one module from the same call of another. line: of the
-    user's code. Both belong to the user's view of the program, not to the program.
+    kind: "input", "parameter", "buffer", "constant" or "call". target: the op
+    ("aten.linear.default") of a call, the attribute's path of a parameter, buffer or constant, the
+    position of an input. results: the values that it produces. args, kwargs: nested tuples with
+    Ref, Sym and plain leaves. scope: the module calls that it is inside of, the outermost first,
+    each by the module's path; "path@2" is the third call of one module from the same call of
+    another. line: of the user's code. Both belong to the user's view of the program, not to the
+    program, and do not count when nodes are compared.
     """
 
     name: str
@@ -109,28 +135,37 @@ class Node:
 
     @property
     def where(self) -> str:
-        """Path of the innermost module that it is inside of."""
+        """The path of the innermost module whose call the node is inside of; "" at the top."""
         return self.scope[-1].partition("@")[0] if self.scope else ""
 
     @property
     def result(self) -> Value:
-        """The only result."""
+        """The only result. It is an error of the caller to ask a node with another number of
+        them.
+        """
         assert len(self.results) == 1, self
         return self.results[0]
 
     def operands(self) -> tuple[str, ...]:
-        """Names of the tensors it reads, in order, repeats kept."""
+        """The names of the tensors that the node reads, in order, repeats kept."""
         return self._operands
 
     @cached_property
     def _operands(self) -> tuple[str, ...]:
-        found: list[str] = []
-        _collect(self.args, found)
-        _collect(self.kwargs, found)
-        return tuple(found)
+        """Collected once: every pass asks for them, and arguments can be long lists."""
+        names: list[str] = []
+        _collect(self.args, names)
+        _collect(self.kwargs, names)
+        return tuple(names)
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """The argument given by position or by keyword, or the default where neither is."""
+        if len(self.args) > position:
+            return self.args[position]
+        return self.keyword(name, default)
 
     def keyword(self, name: str, default: Any = None) -> Any:
-        """The keyword argument `name`."""
+        """The keyword argument `name`, or the default where the call does not give it."""
         return dict(self.kwargs).get(name, default)
 
     def __str__(self) -> str:
@@ -142,7 +177,7 @@ class Node:
 
 
 def _collect(structure: tuple[Any, ...], names: list[str]) -> None:
-    """Append the names that nested tuples refer to."""
+    """Append to `names` the names that nested tuples refer to, in order."""
     for item in structure:
         if type(item) is Ref:
             names.append(item.name)
@@ -151,7 +186,11 @@ def _collect(structure: tuple[Any, ...], names: list[str]) -> None:
 
 
 def leaves(structure: Any) -> Iterator[Any]:
-    """Leaves of nested tuples."""
+    """The leaves of nested tuples, in order; a leaf is everything that is no tuple.
+
+    >>> list(leaves((1, (2, (3,)), "x")))
+    [1, 2, 3, 'x']
+    """
     if isinstance(structure, tuple):
         for item in structure:
             yield from leaves(item)
@@ -160,7 +199,11 @@ def leaves(structure: Any) -> Iterator[Any]:
 
 
 def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
-    """The same nested tuples with `function` applied to each leaf."""
+    """The same nested tuples with `function` applied to each leaf, in order.
+
+    >>> map_leaves(lambda leaf: leaf + 1, (1, (2, 3)))
+    (2, (3, 4))
+    """
     if isinstance(structure, tuple):
         return tuple([map_leaves(function, item) for item in structure])
     return function(structure)
@@ -168,10 +211,19 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
 
 @dataclass(frozen=True)
 class Graph:
-    """A program: nodes in execution order and the values it returns.
+    """A program: nodes in execution order, and the names of the values that it returns.
 
-    outputs: names of the returned values, in the order of the output structure's leaves.
-    mutations: (buffer's path, value) pairs to write back after the forward pass.
+    outputs: names of the returned values, in the order of the output structure's leaves. mutations:
+    pairs of a buffer's path and the value that is written back to it after the forward pass.
+
+    >>> x = Value("x", (2, 3), torch.float32)
+    >>> y = Value("y", (2, 3), torch.float32)
+    >>> source = Node("x", "input", "0", (x,))
+    >>> negated = Node("y", "call", "aten.neg.default", (y,), (Ref("x"),))
+    >>> print(Graph((source, negated), ("y",)).verify())
+    %x: float32[2, 3], no grad = input 0()
+    %y: float32[2, 3], no grad = call aten.neg.default(%x)
+    return %y
     """
 
     nodes: tuple[Node, ...]
@@ -180,35 +232,41 @@ class Graph:
 
     @cached_property
     def values(self) -> Mapping[str, Value]:
-        """Every value by its name."""
+        """Every value of the graph, by its name."""
         return {value.name: value for node in self.nodes for value in node.results}
 
     @cached_property
     def producers(self) -> Mapping[str, Node]:
-        """The node that makes each value."""
+        """The node that produces each value, by the value's name."""
         return {value.name: node for node in self.nodes for value in node.results}
 
     @cached_property
     def readers(self) -> Mapping[str, tuple[Node, ...]]:
-        """The nodes that read each value, in execution order, each once."""
-        found: dict[str, dict[str, Node]] = {name: {} for name in self.values}
+        """The nodes that read each value, by its name, in execution order, each once."""
+        readers: dict[str, dict[str, Node]] = {name: {} for name in self.values}
         for node in self.nodes:
             for name in node.operands():
-                found[name][node.name] = node
-        return {name: tuple(nodes.values()) for name, nodes in found.items()}
+                readers[name][node.name] = node
+        return {name: tuple(nodes.values()) for name, nodes in readers.items()}
 
     @cached_property
     def calls(self) -> tuple[Node, ...]:
-        """The nodes that compute."""
+        """The nodes that compute, in execution order: those of kind "call"."""
         return tuple(node for node in self.nodes if node.kind == "call")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the text: equal for equal programs."""
+        """A digest of the text, equal for equal programs. Plans store it to know their model
+        again.
+        """
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
     def verify(self) -> Graph:
-        """Returns the graph itself. Raises AssertionError if a value is read before it is made."""
+        """The graph itself, after a check that every value is produced once, and before it is read.
+
+        Every pass is followed by this check. Raises AssertionError, because a graph that fails it
+        is an error of ours.
+        """
         seen: set[str] = set()
         for node in self.nodes:
             for name in node.operands():

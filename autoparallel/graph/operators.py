@@ -1,4 +1,4 @@
-"""Ops by the names that nodes of a graph have for them: "aten.mm.default"."""
+"""Facts about ops by the names that a graph's nodes have for them: "aten.mm.default"."""
 
 from __future__ import annotations
 
@@ -12,27 +12,47 @@ __all__ = ["draws", "makes_list", "operator_of", "packet_of"]
 
 
 def operator_of(target: str) -> Any:
-    """The op of a node's target; None where there is none of that name."""
-    found: Any = torch.ops
+    """The op of a node's target as torch has it; None where there is none of that name.
+
+    >>> operator_of("aten.mm.default") is torch.ops.aten.mm.default
+    True
+    >>> operator_of("aten.no_such_op.default") is None
+    True
+    """
+    operator: Any = torch.ops
     for part in target.split("."):
-        found = getattr(found, part, None)
-        if found is None:
+        operator = getattr(operator, part, None)
+        if operator is None:
             return None
-    return found
+    return operator
 
 
 def packet_of(target: str) -> str:
-    """The op's name without namespace and overload."""
+    """The op's name without namespace and overload.
+
+    >>> packet_of("aten.mm.default")
+    'mm'
+    """
     return target.split(".")[1] if "." in target else target
 
 
 def makes_list(target: str) -> bool:
-    """Whether an op returns a list, be it of one tensor."""
+    """Whether an op returns a list of tensors, be it of one: its result must then be unpacked.
+
+    >>> makes_list("aten.split.Tensor"), makes_list("aten.mm.default")
+    (True, False)
+    """
     schema: Any = schema_of(operator_of(target))
     returns: Any = schema.returns if schema is not None else ()
     return len(returns) == 1 and str(returns[0].type).startswith("List[")
 
 
 def draws(target: str) -> bool:
-    """Whether an op draws numbers of its own, which every rank would draw differently."""
+    """Whether an op draws random numbers of its own, which every rank would draw differently.
+
+    Torch tags such ops as nondeterministic_seeded; ops of other libraries may lack the tag.
+
+    >>> draws("aten.bernoulli.default"), draws("aten.mm.default")
+    (True, False)
+    """
     return torch.Tag.nondeterministic_seeded in getattr(operator_of(target), "tags", ())

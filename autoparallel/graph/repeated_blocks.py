@@ -1,6 +1,6 @@
-"""Repeated blocks of a graph: runs of calls that one module call became, and which are equal.
+"""Repeated blocks of a graph: equal runs of calls, each of which one module call became.
 
-What is the same for equal blocks (rules, strategies, costs) need be found for one of them alone.
+Rules, strategies and costs are the same for equal blocks, and need be found for one of them alone.
 Blocks are found by what they compute: whether and how modules are numbered does not matter.
 """
 
@@ -22,14 +22,14 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class Block:
-    """What one module call became: nodes[start:stop] of the graph, all of them calls.
+    """The calls that one module call became: nodes[start:stop] of the graph, all of kind "call".
 
-    path: of the module; "path@2" is its third call. kind: equal for blocks that compute the same
-    of inputs of equal shape and type. index: how many blocks of its kind come before it.
-    inputs: values that it reads and does not make, in the order in which they are read first.
-    outputs: values that others read, or that are returned or written, in the order in which they
-    are made. own: nodes of parameters and buffers that it alone reads; they are no inputs.
-    Inputs, outputs and own tensors of blocks of one kind correspond by their places.
+    path: of the module; "path@2" is its third call. kind: a number, equal for blocks that compute
+    the same function of inputs of equal shape and type. index: how many blocks of its kind come
+    before it. inputs: values that it reads and does not produce, in the order in which they are
+    read first. outputs: values that others read, or that are returned or written back, in the order
+    in which they are produced. own: nodes of parameters and buffers that it alone reads; they are
+    no inputs. Inputs, outputs and own tensors of blocks of one kind correspond by their places.
     """
 
     path: str
@@ -43,20 +43,20 @@ class Block:
 
     @property
     def pattern(self) -> str:
-        """The path with a star for every number: equal for the blocks of one list."""
+        """The path with a star for every number: equal for the blocks of one ModuleList."""
         return _NUMBER.sub("*", self.path)
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """blocks: in the order of the program; none overlaps another."""
+    """The blocks of one graph, in the order of the program; none overlaps another."""
 
     graph: Graph
     blocks: tuple[Block, ...]
 
     @cached_property
     def firsts(self) -> tuple[Block, ...]:
-        """The first block of each kind."""
+        """The first block of each kind, at the index of the kind."""
         return tuple(block for block in self.blocks if block.index == 0)
 
     @cached_property
@@ -69,21 +69,27 @@ class Repeats:
         }
 
     def _names(self, block: Block) -> Iterator[str]:
+        """The block's nodes in one order, the same for all blocks of a kind: calls, then own
+        tensors.
+        """
         yield from (node.name for node in self.graph.nodes[block.start : block.stop])
         yield from block.own
 
     def block_of(self, node: str) -> Block | None:
-        """The block that a call, or a tensor that it alone reads, belongs to."""
-        found = self._places.get(node)
-        return found[0] if found else None
+        """The block that a call, or a tensor that it alone reads, belongs to; None outside of
+        blocks.
+        """
+        place = self._places.get(node)
+        return place[0] if place else None
 
     def key(self, node: str) -> Key | None:
-        """Equal for corresponding nodes of equal blocks; None outside of blocks."""
-        found = self._places.get(node)
-        return (found[0].kind, found[1]) if found else None
+        """A key that is equal for corresponding nodes of equal blocks; None outside of blocks."""
+        place = self._places.get(node)
+        return (place[0].kind, place[1]) if place else None
 
     @cached_property
     def _twins(self) -> Mapping[str, str]:
+        """For nodes and values of later blocks, those of the first block of the kind."""
         twins: dict[str, str] = {}
         nodes = {node.name: node for node in self.graph.nodes}
         for block in self.blocks:
@@ -105,24 +111,26 @@ class Repeats:
 
 
 def find_repeats(graph: Graph) -> Repeats:
-    """The blocks of a graph whose passes have run.
+    """The repeated blocks of a graph whose passes have run.
 
-    A module call is a block if another one consists of the same ops; of those inside of each
-    other the outermost, unless it is mostly a chain of blocks itself (one of two equal towers).
+    A module call is a block if another one consists of the same ops; of calls inside of each other
+    the outermost is taken, unless it is mostly a chain of blocks itself (one of two equal towers).
     Beside blocks, calls of modules that are numbered like them are blocks too (a first layer that
-    computes something more), perhaps each of a kind of its own.
+    computes something more), perhaps each of a kind of its own. A graph without repeats has none.
     """
     finder = _Finder(graph)
-    found = sorted(finder.chosen, key=lambda call: call.start)
+    chosen = sorted(finder.chosen, key=lambda call: call.start)
     kinds: dict[Any, int] = {}
     counts: dict[int, int] = {}
     blocks: list[Block] = []
-    for call in found:
-        content, inputs, outputs, own = finder.content(call)
+    for call in chosen:
+        content, inputs, outputs, own_tensors = finder.content(call)
         kind = kinds.setdefault(content, len(kinds))
         counts[kind] = counts.get(kind, -1) + 1
         path = call.scope[-1]
-        blocks.append(Block(path, kind, counts[kind], call.start, call.stop, inputs, outputs, own))
+        blocks.append(
+            Block(path, kind, counts[kind], call.start, call.stop, inputs, outputs, own_tensors)
+        )
     return Repeats(graph, tuple(blocks))
 
 
@@ -131,7 +139,11 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(eq=False)
 class _Call:
-    """A module call: nodes[start:stop], and the calls inside of it that may be blocks."""
+    """A module call: nodes[start:stop], and the calls inside of it that may be blocks.
+
+    count: nodes among those that belong to it, which are fewer where another call's nodes lie in
+    between. leaf: no call of a submodule is inside. ops: a number, equal for calls of the same ops.
+    """
 
     scope: tuple[str, ...]
     start: int
@@ -143,7 +155,12 @@ class _Call:
 
 
 class _Finder:
-    """Chooses the calls that are blocks. chosen: those."""
+    """A search for the calls that are blocks.
+
+    chosen: the blocks. stored: nodes of parameters and buffers by value. left: values that leave
+    the graph. sequences: a number for each sequence of ops. members: how many calls have a
+    sequence.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -157,7 +174,7 @@ class _Finder:
         self.choose(self.whole)
 
     def tree(self) -> _Call:
-        """The module calls by which calls are inside of which."""
+        """The whole program as a call, with the module calls nested as their scopes are."""
         nodes = self.graph.nodes
         whole = _Call((), 0, len(nodes))
         calls: dict[tuple[str, ...], _Call] = {(): whole}
@@ -185,13 +202,15 @@ class _Finder:
         return whole
 
     def may_be(self, call: _Call) -> bool:
-        """Whether nothing else is among its nodes, and it is more than a single layer."""
+        """Whether the call can be a block: its nodes are in one run, and it is more than a single
+        layer.
+        """
         if call.count != call.stop - call.start:
             return False
         return not call.leaf or sum(len(shape) > 1 for shape in self.shapes(call)) > 1
 
     def shapes(self, call: _Call) -> tuple[tuple[Dim, ...], ...]:
-        """Shapes of the parameters and buffers that are read, each once."""
+        """The shapes of the parameters and buffers that the call reads, each once."""
         names = dict.fromkeys(
             name
             for node in self.graph.nodes[call.start : call.stop]
@@ -201,21 +220,23 @@ class _Finder:
         return tuple(self.stored[name].result.shape for name in names)
 
     def count(self, above: _Call) -> None:
-        """Number the sequences of ops; calls that consist of one other call count once."""
+        """Number the sequences of ops; a call that consists of one other call is counted once."""
         for call in above.inner:
             ops = tuple(node.target for node in self.graph.nodes[call.start : call.stop])
             call.ops = self.sequences.setdefault(ops, len(self.sequences))
+            # A wrapper and the module in it are the same run of nodes.
             if (call.start, call.stop) != (above.start, above.stop):
                 self.members[call.ops] = self.members.get(call.ops, 0) + 1
             self.count(call)
 
     def choose(self, above: _Call) -> None:
-        """Choose among the calls inside of `above`."""
+        """Choose the blocks among the calls inside of `above`, from the outside inwards."""
         blocks = [
             call
             for call in above.inner
             if self.members.get(call.ops, 0) > 1 and not self.is_chain(call)
         ]
+        # Blocks of one ModuleList belong together, also where one of them differs.
         lists = {_list_of(call) for call in blocks} - {None}
         for call in above.inner:
             if call in blocks or (_list_of(call) in lists and not self.is_chain(call)):
@@ -224,7 +245,9 @@ class _Finder:
                 self.choose(call)
 
     def is_chain(self, call: _Call) -> bool:
-        """Whether most of it is equal blocks, each of which reads what the one before made."""
+        """Whether most of the call is equal blocks, each of which reads what the one before
+        produced.
+        """
         most = (call.stop - call.start) / 2
         alike: dict[Any, list[_Call]] = {}
         for inner in call.inner:
@@ -239,23 +262,29 @@ class _Finder:
         )
 
     def feeds(self, first: _Call, second: _Call) -> bool:
-        """Whether the second call reads a value that the first one makes."""
+        """Whether the second call reads a value that the first one produces."""
         nodes = self.graph.nodes
-        made = {value.name for node in nodes[first.start : first.stop] for value in node.results}
+        produced = {
+            value.name for node in nodes[first.start : first.stop] for value in node.results
+        }
         return any(
-            name in made for node in nodes[second.start : second.stop] for name in node.operands()
+            name in produced
+            for node in nodes[second.start : second.stop]
+            for name in node.operands()
         )
 
     def content(self, call: _Call) -> tuple[Any, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """The call without names, and its inputs, outputs and own tensors."""
+        """The call with places in place of names, and its inputs, outputs and own tensors."""
         nodes = self.graph.nodes[call.start : call.stop]
         names = {node.name for node in nodes}
+        # Names become the order in which they are met, so equal content has equal places.
         known: dict[str, Any] = {}
         inputs: list[str] = []
-        own: list[str] = []
+        own_tensors: list[str] = []
         outputs: list[str] = []
 
         def plain(leaf: Any) -> Any:
+            """An argument without names. The type counts, because 1 == 1.0 == True."""
             if not isinstance(leaf, Ref):
                 return (type(leaf), leaf)
             if leaf.name not in known:
@@ -263,11 +292,12 @@ class _Finder:
             return known[leaf.name]
 
         def outside(name: str) -> Any:
+            """The place and type of a value that the call does not produce."""
             value = self.graph.values[name]
             readers = self.graph.readers[name]
             is_own = name in self.stored and name not in self.left
             is_own = is_own and all(reader.name in names for reader in readers)
-            place, kind = (own, self.stored[name].kind) if is_own else (inputs, "")
+            place, kind = (own_tensors, self.stored[name].kind) if is_own else (inputs, "")
             place.append(name)
             return (len(place), kind, value.shape, value.dtype, value.requires_grad)
 
@@ -282,7 +312,12 @@ class _Finder:
                 if value.name in self.left or any(item.name not in names for item in readers):
                     outputs.append(value.name)
         content = (*rows, *(known[name] for name in outputs))
-        return content, tuple(inputs), tuple(outputs), tuple(self.stored[n].name for n in own)
+        return (
+            content,
+            tuple(inputs),
+            tuple(outputs),
+            tuple(self.stored[n].name for n in own_tensors),
+        )
 
 
 _STORED = ("parameter", "buffer")

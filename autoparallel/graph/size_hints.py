@@ -1,4 +1,4 @@
-"""The sizes that a plan is made for, where example inputs are too small to say much."""
+"""Larger hints for symbolic sizes, where example inputs are too small to plan for."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ __all__ = ["with_larger_hints"]
 def with_larger_hints(graph: Graph, elements: int) -> Graph:
     """The same program with hints as for inputs of at least `elements` elements.
 
-    Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. The
-    last symbolic dim of every input grows by one common factor; names and expressions stay.
+    Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. The last
+    symbolic dim of every input grows by one common factor; names and expressions stay. The graph is
+    returned as it is where it needs no growth, has no symbolic sizes, or where sizes that add up to
+    a fixed one cannot all grow.
     """
     inputs = [node.result for node in graph.nodes if node.kind == "input"]
     largest = max(
         (numel_hint(tuple(d for d in value.shape if isinstance(d, Sym))) for value in inputs),
         default=elements,
     )
+    # Rounded up: -(-a // b) is the ceiling of a / b.
     factor = -(-elements // max(largest, 1))
+    # A symbol may be a dim of several inputs; the first one decides.
     hints: dict[Any, int] = {}
     for value in inputs:
         symbolic = [dim for dim in value.shape if isinstance(dim, Sym)]

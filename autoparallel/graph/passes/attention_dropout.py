@@ -1,4 +1,4 @@
-"""Fused attention that drops probabilities, spelled out."""
+"""A pass that writes fused attention with dropout as products, softmax and dropout."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def explicit_attention_dropout(graph: Graph) -> Graph:
     nodes: list[Node] = []
     for node in graph.nodes:
         attention = node.target == "aten.scaled_dot_product_attention.default"
-        probability = node.args[4] if attention and len(node.args) > 4 else 0.0
-        probability = node.keyword("dropout_p", probability) if attention else 0.0
+        probability = node.argument(4, "dropout_p", 0.0) if attention else 0.0
         if probability:
             nodes += _spelled_attention(node, graph, probability)
         else:
@@ -31,8 +30,10 @@ def explicit_attention_dropout(graph: Graph) -> Graph:
 
 
 def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Node]:
-    """softmax(q k^T scale + mask), dropped, times v."""
-    made: list[Node] = []
+    """The nodes of softmax(q k^T scale + mask), dropped, times v. The last one keeps the node's
+    name.
+    """
+    nodes: list[Node] = []
     grad, dtype = node.result.requires_grad, node.result.dtype
 
     def call(
@@ -43,10 +44,13 @@ def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Nod
         kind: torch.dtype | None = None,
         **kwargs: Any,
     ) -> Ref:
+        """Append a call and return a use of its result. suffix: of its name; kind: its dtype if
+        another.
+        """
         name = f"{node.name}_{suffix}" if suffix else node.name
         value = Value(name, shape, kind or dtype, grad and kind is None)
         options = tuple(kwargs.items())
-        made.append(Node(name, "call", op, (value,), args, options, node.scope, node.line))
+        nodes.append(Node(name, "call", op, (value,), args, options, node.scope, node.line))
         return Ref(name)
 
     query, key, value = node.args[:3]
@@ -54,6 +58,7 @@ def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Nod
     if node.keyword("enable_gqa", False) and q[-3] != k[-3]:
         assert isinstance(q[-3], int)
         assert isinstance(k[-3], int)
+        # Grouped-query attention (arXiv:2305.13245): each key head serves `times` query heads.
         times = q[-3] // k[-3]
         repeated = []
         for label, item, shape in (("keys", key, k), ("values", value, v)):
@@ -69,10 +74,11 @@ def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Nod
     turned = (*k[:-2], k[-1], k[-2])
     flipped = call("turned", "aten.transpose.int", (key, -2, -1), turned)
     x = call("scores", "aten.matmul.default", (query, flipped), scores)
+    # Torch's default is 1 / sqrt(width of a head).
     scale = node.keyword("scale") or hint(q[-1]) ** -0.5
     x = call("scaled", "aten.mul.Tensor", (x, scale), scores)
-    mask = node.args[3] if len(node.args) > 3 else node.keyword("attn_mask")
-    causal = node.args[5] if len(node.args) > 5 else node.keyword("is_causal", False)
+    mask = node.argument(3, "attn_mask")
+    causal = node.argument(5, "is_causal", False)
     hidden: Ref | None = None
     if causal:
         square = (q[-2], k[-2])
@@ -89,13 +95,15 @@ def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Nod
     if mask is not None and (causal or graph.values[mask.name].dtype == torch.bool):
         shape = (q[-2], k[-2]) if causal else graph.values[mask.name].shape
         hidden = call("hidden", "aten.logical_not.default", (mask,), shape, torch.bool)
+        # Not -inf: a row that attends to nothing would become NaN in the softmax.
         lowest = torch.finfo(dtype).min
         x = call("masked", "aten.masked_fill.Scalar", (x, hidden, lowest), scores)
     elif mask is not None:
         x = call("biased", "aten.add.Tensor", (x, mask), scores)
     x = call("probabilities", "aten.softmax.int", (x, -1), scores)
+    # Such a row is uniform now; the fused kernel gives zeros.
     if hidden is not None:
         x = call("visible", "aten.masked_fill.Scalar", (x, hidden, 0.0), scores)
     x = call("dropped", "aten.dropout.default", (x, probability, True), scores)
     call("", "aten.matmul.default", (x, value), node.result.shape)
-    return made
+    return nodes

@@ -23,8 +23,9 @@ __all__ = ["count_of", "split_bias", "split_mean"]
 def split_bias(graph: Graph) -> Graph:
     """linear(%x, %w, %bias) becomes add(linear(%x, %w), %bias).
 
-    Why: a row-parallel product is reduced before the bias is added, or the bias counts
-    world_size times. After: no linear has a bias; surviving nodes keep name, shape and dtype.
+    Why: a row-parallel product is reduced before the bias is added, or the bias counts world_size
+    times. After: no linear has a bias; surviving nodes keep name, shape and dtype; a second run is
+    a no-op.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
@@ -41,19 +42,21 @@ def split_bias(graph: Graph) -> Graph:
 def split_mean(graph: Graph) -> Graph:
     """mean(%x, dims) becomes sum(%x, dims) / count, with the global count.
 
-    Why: a mean over a split dim must not divide by the local count. After: no mean left. Numbers of
-    16 bits are added up as float32, as they are in a mean: their sum may be none of them.
+    Why: a mean over a sharded dim must not divide by the local count. After: no mean is left; a
+    second run is a no-op. Numbers of 16 bits are summed as float32, as torch does inside of a mean:
+    their sum may be larger than any number of 16 bits.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.target in ("aten.mean.dim", "aten.mean.default"):
             shape = graph.values[first_operand(node)].shape
-            dims = node.args[1] if len(node.args) > 1 else node.keyword("dim")
+            dims = node.argument(1, "dim")
+            # Torch takes both for all dims.
             if dims is None or dims == ():
                 dims = tuple(range(len(shape)))
             dims = dims if isinstance(dims, tuple) else (dims,)
             count = count_of(tuple(shape[dim] for dim in dims))
-            keep = node.args[2] if len(node.args) > 2 else node.keyword("keepdim", False)
+            keep = node.argument(2, "keepdim", False)
             kwargs = tuple(pair for pair in node.kwargs if pair[0] == "dtype")
             kind = node.result.dtype
             narrow = kind.is_floating_point and kind.itemsize < torch.float32.itemsize
@@ -92,7 +95,12 @@ def split_mean(graph: Graph) -> Graph:
 
 
 def count_of(shape: tuple[Dim, ...]) -> Dim:
-    """Number of elements: a plain int, or an expression in the inputs' sizes."""
+    """The number of elements of a shape: an int, or a symbolic size where a dim is symbolic.
+
+    >>> count_of((2, 3))
+    6
+    """
+    # A plain 1 and not sympy's, so that fixed sizes stay ints.
     expr: Any = 1
     for dim in shape:
         expr = expr * (dim.expr if isinstance(dim, Sym) else dim)

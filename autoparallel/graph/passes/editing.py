@@ -1,4 +1,4 @@
-"""What every pass needs: nodes that read other values, and graphs of other nodes."""
+"""Edits that every pass makes: nodes that read other values, and graphs of other nodes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 
 __all__ = ["Rename", "first_operand", "rebuilt", "renamed"]
 
+# New names of values by their old names.
 Rename = dict[str, str]
 
 
 def renamed(node: Node, names: Rename) -> Node:
-    """The node with the values it reads renamed."""
+    """The node with the values that it reads renamed. names: new names by old ones; others stay."""
     if not names:
         return node
 
@@ -24,7 +25,7 @@ def renamed(node: Node, names: Rename) -> Node:
 
 
 def rebuilt(graph: Graph, nodes: list[Node], names: Rename) -> Graph:
-    """The graph of `nodes`, with what it returns renamed."""
+    """The graph of `nodes`, with the values that it returns and writes back renamed."""
     return Graph(
         tuple(nodes),
         tuple(names.get(name, name) for name in graph.outputs),
@@ -33,6 +34,7 @@ def rebuilt(graph: Graph, nodes: list[Node], names: Rename) -> Graph:
 
 
 def first_operand(node: Node) -> str:
+    """The name of the tensor that is the node's first argument."""
     reference = node.args[0]
     assert isinstance(reference, Ref), node
     return reference.name

@@ -1,4 +1,4 @@
-"""Batches of matrices that were merged into one dim, taken apart again."""
+"""Passes that undo flattening of batch x heads, so that each dim can be sharded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def unflatten_products(graph: Graph) -> Graph:
 
     And mm and addmm become matmul and add.
 
-    Why: a batch and a sequence merged into one dim can be split by neither; the product never
-    needed them merged. After: no product left whose operand was flattened to two dims; no mm and
-    no addmm.
+    Why: a batch and a sequence merged into one dim can be sharded by neither, and the product never
+    needed them merged. After: no product is left whose operand was flattened to two dims; no mm and
+    no addmm; a second run is a no-op.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
@@ -41,17 +41,19 @@ def unflatten_products(graph: Graph) -> Graph:
         value = node.result
         if shape != value.shape:
             value = replace(value, name=f"{value.name}_nd", shape=shape)
-        made = replace(node, name=value.name, results=(value,), kwargs=())
+        product_node = replace(node, name=value.name, results=(value,), kwargs=())
         if node.target == "aten.linear.default":
-            nodes.append(replace(made, args=(source, *node.args[1:])))
+            nodes.append(replace(product_node, args=(source, *node.args[1:])))
         elif node.target == "aten.mm.default":
-            nodes.append(replace(made, target="aten.matmul.default", args=(source, node.args[1])))
+            nodes.append(
+                replace(product_node, target="aten.matmul.default", args=(source, node.args[1]))
+            )
         else:
             product = replace(value, name=f"{value.name}_product")
-            own = replace(made, name=product.name, results=(product,))
-            nodes.append(replace(own, target="aten.matmul.default", args=(source, node.args[2])))
+            alone = replace(product_node, name=product.name, results=(product,))
+            nodes.append(replace(alone, target="aten.matmul.default", args=(source, node.args[2])))
             args = (Ref(product.name), node.args[0])
-            nodes.append(replace(made, target="aten.add.Tensor", args=args))
+            nodes.append(replace(product_node, target="aten.add.Tensor", args=args))
         if value is not node.result:
             nodes.append(_reshape(node, node.result, value))
     return rebuilt(graph, nodes, {})
@@ -62,7 +64,7 @@ _FLAT_PRODUCTS = {"aten.mm.default": 0, "aten.addmm.default": 1, "aten.linear.de
 
 
 def _unflattened(graph: Graph, name: str, result: Value) -> tuple[Ref, tuple[Dim, ...]]:
-    """What was flattened to two dims, and the shape of the product with that."""
+    """The value that was flattened to two dims, and the shape of the product with it."""
     operand, flat = graph.values[name], graph.producers[name]
     if flat.target == "aten.reshape.default" and len(operand.shape) == 2:
         before = graph.values[flat.operands()[0]]
@@ -74,8 +76,9 @@ def _unflattened(graph: Graph, name: str, result: Value) -> tuple[Ref, tuple[Dim
 def unmerge_losses(graph: Graph) -> Graph:
     """cross_entropy(reshape(%x, (b*s, c)), reshape(%y, (b*s))) becomes that of (b, c, s) and %y.
 
-    Why: a batch and a sequence merged into one dim can be split by neither, and each rank would
-    need the logits of all tokens. After: no sum or mean over such tokens; the loss keeps its name.
+    Why: a batch and a sequence merged into one dim can be sharded by neither, and each rank would
+    need the logits of all tokens. After: no sum or mean of losses over such tokens is left; the
+    loss keeps its name; a second run is a no-op.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
@@ -84,6 +87,7 @@ def unmerge_losses(graph: Graph) -> Graph:
             nodes.append(node)
             continue
         *batch, classes = source.shape
+        # Torch wants the classes second, behind the first batch dim.
         order = (0, len(batch), *range(1, len(batch)))
         shape = (batch[0], classes, *batch[1:])
         logits = replace(source, name=f"{node.name}_logits", shape=shape)
@@ -100,7 +104,9 @@ def unmerge_losses(graph: Graph) -> Graph:
 
 
 def _rows_apart(graph: Graph, node: Node) -> Value | None:
-    """What the rows of a loss over tokens were, if they are merged from dims of unknown size."""
+    """The value whose rows a loss over tokens flattens, if it has symbolic dims among them; else
+    None.
+    """
     if node.target != "aten.cross_entropy_loss.default" or node.result.shape:
         return None
     rows, target = (graph.values[name] for name in node.operands()[:2])
@@ -117,8 +123,9 @@ def _rows_apart(graph: Graph, node: Node) -> Value | None:
 def explicit_bias_of_batches(graph: Graph) -> Graph:
     """baddbmm(%bias, %x, %y, beta, alpha) becomes bmm(%x, %y) * alpha + %bias * beta.
 
-    Why: a product that is a pending sum is summed before the bias is added, or the bias counts
-    world_size times. After: no baddbmm left; surviving nodes keep name, shape and dtype.
+    Why: a product that is a pending sum is reduced before the bias is added, or the bias counts
+    world_size times. After: no baddbmm is left; surviving nodes keep name, shape and dtype; a
+    second run is a no-op.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
@@ -159,19 +166,22 @@ def explicit_bias_of_batches(graph: Graph) -> Graph:
 def unmerge_batches(graph: Graph) -> Graph:
     """bmm(reshape(%x, (b*h, s, k)), ..) becomes reshape(matmul(%x, ..), (b*h, s, t)).
 
-    %x has the shape (b, h, s, k). And linear(reshape(%x, (b*s, k)), ..) becomes
-    reshape(linear(%x, ..), (b*s, n)). So do all ops between such a reshape and the one that undoes
-    it, if they treat what is merged as a batch: element by element, row by row, matrix by matrix.
-    Why: of dims merged into one of an unknown size only the first can be split; nobody needed them
-    merged. After: no such op whose operand was merged like that; all values keep name and shape,
-    and those that nobody reads are to be dropped.
+    %x has the shape (b, h, s, k). And linear(reshape(%x, (b*s, k)), ..) becomes reshape(linear(%x,
+    ..), (b*s, n)). So do all ops between such a reshape and the one that undoes it, if they treat
+    the merged dim as a batch: element by element, row by row, matrix by matrix.
+
+    Why: of dims merged into one of an unknown size only the first can be sharded, and nobody needed
+    them merged. After: no such op has an operand that was merged like that; all values keep name
+    and shape, and those that nobody reads are left to `drop_unused`.
     """
     return _Unmerger(graph).run()
 
 
 @dataclass(frozen=True, slots=True)
 class _Apart:
-    """What a merged value is a reshape of: `value` has the dims `batch` in place of its first."""
+    """A merged value, seen apart: it is a reshape of `value`, which has the dims `batch` in place
+    of its first.
+    """
 
     value: Value
     batch: tuple[Dim, ...]
@@ -179,31 +189,36 @@ class _Apart:
 
 @dataclass
 class _Unmerger:
-    """apart: by the name of the merged value."""
+    """One run of the pass. nodes: of the new graph. apart: merged values seen apart, by name."""
 
     graph: Graph
     nodes: list[Node] = field(default_factory=list)
     apart: dict[str, _Apart] = field(default_factory=dict)
 
     def run(self) -> Graph:
+        """The new graph: ops on merged batches run on unmerged ones, and their results are merged
+        after that.
+        """
         for node in self.graph.nodes:
-            made = self.instead(node) if node.kind == "call" and len(node.results) == 1 else None
-            if made is None:
+            unmerged = (
+                self.instead(node) if node.kind == "call" and len(node.results) == 1 else None
+            )
+            if unmerged is None:
                 self.nodes.append(node)
                 if node.target == "aten.reshape.default":
                     self.note_merge(node)
                 elif node.target == "aten.repeat.default":
                     self.note_repeat(node)
-            elif made.result.shape == node.result.shape:
-                self.nodes.append(replace(made, name=node.name, results=node.results))
+            elif unmerged.result.shape == node.result.shape:
+                self.nodes.append(replace(unmerged, name=node.name, results=node.results))
             else:
-                self.nodes += [made, _reshape(node, node.result, made.result)]
-                count = len(made.result.shape) - len(node.result.shape) + 1
-                self.apart[node.name] = _Apart(made.result, made.result.shape[:count])
+                self.nodes += [unmerged, _reshape(node, node.result, unmerged.result)]
+                count = len(unmerged.result.shape) - len(node.result.shape) + 1
+                self.apart[node.name] = _Apart(unmerged.result, unmerged.result.shape[:count])
         return rebuilt(self.graph, self.nodes, {})
 
     def note_merge(self, node: Node) -> None:
-        """A reshape that merges the first dims and leaves the others."""
+        """Remember a reshape that merges the first dims and leaves the others."""
         before, after = self.graph.values[node.operands()[0]], node.result
         count = len(before.shape) - len(after.shape) + 1
         merged = before.shape[:count]
@@ -213,7 +228,9 @@ class _Unmerger:
             self.apart[after.name] = _Apart(before, before.shape[:count])
 
     def note_repeat(self, node: Node) -> None:
-        """repeat(%x, (n, 1, 1)) is %x once for each of n, merged with the first dim of %x."""
+        """Write repeat(%x, (n, 1, 1)) as an expansion: %x once for each of n, merged with its first
+        dim.
+        """
         source, (times, *others) = self.graph.values[node.operands()[0]], node.args[1]
         if len(node.args[1]) != len(source.shape) or any(other != 1 for other in others):
             return
@@ -223,31 +240,33 @@ class _Unmerger:
         self.apart[node.name] = _Apart(apart, apart.shape[:2])
 
     def instead(self, node: Node) -> Node | None:
-        """The same call on batches that are not merged; None where it is no call for each."""
+        """The same call on batches that are not merged; None where it is no call for each of
+        them.
+        """
         merged = next((name for name in node.operands() if name in self.apart), None)
         if merged is None or len(node.result.shape) < 2:
             return None
-        found, first = self.apart[merged], self.graph.values[merged].shape[0]
-        shape = (*found.batch, *node.result.shape[1:])
+        apart, first = self.apart[merged], self.graph.values[merged].shape[0]
+        shape = (*apart.batch, *node.result.shape[1:])
         value = replace(node.result, name=f"{node.name}_apart", shape=shape)
         if node.target == "aten.reshape.default":
-            if node.result.shape[: len(found.batch)] == found.batch:
-                return _reshape(node, node.result, found.value)
-            return _reshape(node, value, found.value) if node.result.shape[0] == first else None
-        args = _shifted(node, len(self.graph.values[merged].shape), len(found.batch) - 1)
+            if node.result.shape[: len(apart.batch)] == apart.batch:
+                return _reshape(node, node.result, apart.value)
+            return _reshape(node, value, apart.value) if node.result.shape[0] == first else None
+        args = _shifted(node, len(self.graph.values[merged].shape), len(apart.batch) - 1)
         if args is None or node.result.shape[0] != first:
             return None
         if node.target in _OF_ROWS:
             if node.operands()[0] != merged:
                 return None
-            args = (Ref(found.value.name), *node.args[1:])
+            args = (Ref(apart.value.name), *node.args[1:])
             return replace(node, name=value.name, results=(value,), args=args)
         shapes = [self.graph.values[name].shape for name in node.operands()]
         if not _is_pointwise(node.target) and any(shape[0] != first for shape in shapes):
             return None
         reads: dict[str, str] = {}
         for name in node.operands():
-            reads[name] = self.operand(node, name, found.batch, first)
+            reads[name] = self.operand(node, name, apart.batch, first)
 
         def leaf(item: Any) -> Any:
             return Ref(reads[item.name]) if isinstance(item, Ref) else item
@@ -262,33 +281,40 @@ class _Unmerger:
         )
 
     def operand(self, reader: Node, name: str, batch: tuple[Dim, ...], first: Dim) -> str:
-        """The name of a value with `batch` in place of its first dim, if that is merged."""
+        """The name of a value with `batch` in place of its first dim, if that dim is merged."""
         value, known = self.graph.values[name], self.apart.get(name)
         if known is not None and known.batch == batch:
             return known.value.name
         if len(value.shape) < len(reader.result.shape):
             return name
-        own = batch if value.shape[0] == first else (1,) * len(batch)
-        made = replace(value, name=f"{reader.name}_{name}", shape=(*own, *value.shape[1:]))
-        self.nodes.append(_reshape(reader, made, value))
-        return made.name
+        first_dims = batch if value.shape[0] == first else (1,) * len(batch)
+        reshaped = replace(
+            value, name=f"{reader.name}_{name}", shape=(*first_dims, *value.shape[1:])
+        )
+        self.nodes.append(_reshape(reader, reshaped, value))
+        return reshaped.name
 
 
-def _reshape(like: Node, made: Value, source: Value) -> Node:
-    return _view(like, "aten.reshape.default", made, source)
+def _reshape(like: Node, result: Value, source: Value) -> Node:
+    """A reshape of `source` to the value `made`. like: the node whose place in the program
+    it has.
+    """
+    return _view(like, "aten.reshape.default", result, source)
 
 
-def _expand(like: Node, made: Value, source: Value) -> Node:
-    return _view(like, "aten.expand.default", made, source)
+def _expand(like: Node, result: Value, source: Value) -> Node:
+    """An expansion of `source` to the value `made`."""
+    return _view(like, "aten.expand.default", result, source)
 
 
-def _view(like: Node, target: str, made: Value, source: Value) -> Node:
-    args = (Ref(source.name), made.shape)
-    return replace(like, name=made.name, target=target, results=(made,), args=args, kwargs=())
+def _view(like: Node, target: str, result: Value, source: Value) -> Node:
+    """A call that gives `source` the shape of a new value."""
+    args = (Ref(source.name), result.shape)
+    return replace(like, name=result.name, target=target, results=(result,), args=args, kwargs=())
 
 
 def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
-    """The call's args for operands of `extra` dims more in front.
+    """The call's args for operands with `extra` more dims in front.
 
     rank: of the merged operand. None where the call is not one for each place in the first dim.
     """
@@ -305,6 +331,7 @@ def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
     args = list(node.args)
     for index in positions:
         dim = args[index] % rank
+        # The call works along the merged dim itself, and so not on each place by itself.
         if dim == 0:
             return None
         args[index] = dim + extra
@@ -312,6 +339,7 @@ def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
 
 
 def _is_pointwise(target: str) -> bool:
+    """Whether the op computes each element by itself, by torch's own tag."""
     tags = getattr(operator_of(target), "tags", ())
     return torch.Tag.pointwise in tags or target in _ALSO_POINTWISE
 

@@ -1,4 +1,4 @@
-"""In-place ops become ops that make new values; whoever shares the memory reads those."""
+"""A pass that turns in-place ops into ops with new values, also through views."""
 
 from __future__ import annotations
 
@@ -26,20 +26,24 @@ __all__ = ["functional"]
 def functional(graph: Graph) -> Graph:
     """%y = add_(%x, 1) becomes %y = add(%x, 1), and later reads of %x read %y.
 
-    A write to a view makes what it is a view of anew (slice_scatter and its like), and all other
-    views of it are taken again where they are read next.
+    A write to a view produces the value that it is a view of anew (by slice_scatter and its like),
+    and all other views of that are taken again where they are read next.
 
-    Why: a value must have one meaning. After: no in-place op left; what was written to a buffer is
-    in the graph's mutations. Raises CaptureError where the memory written belongs to an input or a
-    parameter, or is read through what may be a view or a copy.
+    Why: a value must have one meaning. After: no in-place op is left; values written to buffers are
+    in the graph's mutations; a second run is a no-op. Raises CaptureError where the memory written
+    belongs to an input or a parameter, or is read through an op that may give a view or a copy.
     """
     return _Functional(graph).run()
 
 
 class _Functional:
-    """names: what stands for each value of the old graph. views: what each shares memory with.
+    """One run of the pass.
 
-    versions: how often the memory of an owner was written; fresh: the version that a name has seen.
+    names: the value that stands for each value of the old graph now. views: for each value, the one
+    that it shares memory with. made_by: the call that took each view, and the index among its
+    results. versions: how often the memory of an owner was written. fresh: the version that a name
+    has seen. values: of the new graph, by name. taken: names that are in use. mutations: the owner
+    whose memory is each buffer's, by the buffer's path.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -55,6 +59,9 @@ class _Functional:
         self.mutations = dict(graph.mutations)
 
     def run(self) -> Graph:
+        """The new graph: in-place ops are written out, and stale views are taken again where they
+        are read.
+        """
         for node in self.graph.nodes:
             if _is_in_place(node):
                 self.write(node)
@@ -71,29 +78,33 @@ class _Functional:
         last = self.graph.nodes[-1] if self.graph.nodes else None
         for name in (*self.graph.outputs, *self.mutations.values()):
             self.refresh(name, last)
-        made = rebuilt(self.graph, self.nodes, self.names)
+        rebuilt_graph = rebuilt(self.graph, self.nodes, self.names)
         final = tuple((path, self.names.get(name, name)) for path, name in self.mutations.items())
-        return replace(made, mutations=final)
+        return replace(rebuilt_graph, mutations=final)
 
     def append(self, node: Node) -> None:
+        """Append a node to the new graph."""
         self.nodes.append(node)
         self.values.update((value.name, value) for value in node.results)
 
     def free(self, base: str) -> str:
         """A name that nothing has: the base with the first number that is free."""
-        name = next(made for i in count(1) if (made := f"{base}_{i}") not in self.taken)
+        name = next(candidate for i in count(1) if (candidate := f"{base}_{i}") not in self.taken)
         self.taken.add(name)
         return name
 
     def owner(self, name: str) -> str:
+        """The value of the old graph whose memory `name` is."""
         return owner_of(name, self.views)
 
     def current(self, name: str) -> Value:
-        """What stands for a value of the old graph now."""
+        """The value of the new graph that stands for a value of the old one now."""
         return self.values[self.names.get(name, name)]
 
     def refresh(self, name: str, reader: Node | None) -> None:
-        """See to it that `name` stands for what its memory holds now."""
+        """Let `name` stand for what its memory holds now, by taking its view again if it is
+        stale.
+        """
         version = self.versions.get(self.owner(name), 0)
         if name not in self.views or self.fresh[name] == version:
             return
@@ -104,6 +115,7 @@ class _Functional:
             self.fresh[name] = version
             return
         view, _ = self.made_by[name]
+        # Taking again what may be a copy would show a write that a copy does not see.
         if not is_view(view.target):
             raise _unclear(reader or view, name, self.owner(name), view.target)
         source = self.current(parent)
@@ -112,15 +124,17 @@ class _Functional:
             for value in view.results
         )
         args = (Ref(source.name), *renamed(view, self.names).args[1:])
-        own = results[0].name if len(results) == 1 else self.free(view.name)
-        self.append(replace(view, name=own, results=results, args=args))
+        node_name = results[0].name if len(results) == 1 else self.free(view.name)
+        self.append(replace(view, name=node_name, results=results, args=args))
         for value, result in zip(view.results, results, strict=True):
             if self.fresh[value.name] != version:
                 self.names[value.name] = result.name
                 self.fresh[value.name] = version
 
     def write(self, node: Node) -> None:
-        """An in-place op: its first operand, and all that shares its memory, is another value."""
+        """Write out an in-place op: its first operand, and all that shares its memory, is another
+        value.
+        """
         target = node.operands()[0]
         owner = self.owner(target)
         home = self.graph.producers[owner]
@@ -141,6 +155,7 @@ class _Functional:
         self.names[result] = self.names[target]
         self.views[result], self.fresh[result] = target, version
         top, before = self.write_back(target, before, version, node)
+        # Under no_grad: autograd keeps the gradient that flowed before the write.
         if not node.result.requires_grad:
             self.names[top] = self.without_gradient(node, before, self.current(top))
             self.versions[owner] = self.fresh[top] = version + 1
@@ -195,62 +210,67 @@ class _Functional:
         self.versions[owner] = version
 
     def refuse_later_reads(self, writer: Node, child: str) -> None:
-        """`child` may be a copy: nobody else may read its memory after the write."""
+        """Raise CaptureError if others read the memory of `child`, which may be a copy, after the
+        write.
+        """
         owner, after = self.owner(child), False
-        mine = {name for name in self.views if self.owner(name) == owner} | {owner}
-        mine -= self.offspring(child)
+        sharing = {name for name in self.views if self.owner(name) == owner} | {owner}
+        sharing -= self.offspring(child)
         for node in self.graph.nodes:
-            if after and mine & set(node.operands()):
-                name = next(name for name in node.operands() if name in mine)
+            if after and sharing & set(node.operands()):
+                name = next(name for name in node.operands() if name in sharing)
                 raise _unclear(writer, child, name, self.made_by[child][0].target)
             after = after or node is writer
-        if mine & {*self.graph.outputs, *self.mutations.values()}:
+        if sharing & {*self.graph.outputs, *self.mutations.values()}:
             raise _unclear(writer, child, owner, self.made_by[child][0].target)
 
     def offspring(self, name: str) -> set[str]:
-        """The value and all that are surely views of it."""
-        found = {name}
+        """The names of the value and of all that are surely views of it."""
+        views_of_it = {name}
         for view, parent in self.views.items():
             node = self.made_by.get(view)
-            if parent in found and (node is None or is_view(node[0].target)):
-                found.add(view)
-        return found
+            if parent in views_of_it and (node is None or is_view(node[0].target)):
+                views_of_it.add(view)
+        return views_of_it
 
     def new_value(self, node: Node, before: Value) -> str:
-        """Append the functional form of an in-place op. Returns the name of what it makes."""
+        """Append the functional form of an in-place op. Returns the name of its result."""
         packet = packet_of(node.target)
-        own = node.result
+        result = node.result
         if packet == "copy_" or (packet == "fill_" and isinstance(node.args[1], Ref)):
             source = self.values[node.args[1].name]
             if source.dtype != before.dtype:
-                cast = replace(source, name=self.free(own.name), dtype=before.dtype)
+                cast = replace(source, name=self.free(result.name), dtype=before.dtype)
                 self.make(node, "aten.to.dtype", cast, Ref(source.name), before.dtype)
                 source = cast
             if source.shape != before.shape:
-                self.make(node, "aten.expand.default", own, Ref(source.name), before.shape)
-                source = own
+                self.make(node, "aten.expand.default", result, Ref(source.name), before.shape)
+                source = result
             return source.name
         if packet in ("zero_", "fill_"):
             number = 0 if packet == "zero_" else node.args[1]
             if not isinstance(number, Ref):
-                filled = replace(own, requires_grad=False)
+                # A constant overwrites the value, so that no gradient comes from before.
+                filled = replace(result, requires_grad=False)
                 return self.make(node, "aten.full_like.default", filled, Ref(before.name), number)
+        # add_ is add; __iadd__ and its like have a table.
         plain = node.target.replace(packet, _FUNCTIONAL.get(packet, packet[:-1]), 1)
         plain = _OTHER_OVERLOADS.get(plain, plain)
         node = replace(node, target=plain)
-        made = self.dtype(node, before)
-        if made == before.dtype:
+        computed_dtype = self.dtype(node, before)
+        if computed_dtype == before.dtype:
             self.append(node)
-            return own.name
-        wide = replace(own, name=self.free(own.name), dtype=made)
+            return result.name
+        wide = replace(result, name=self.free(result.name), dtype=computed_dtype)
         self.append(replace(node, name=wide.name, results=(wide,)))
-        return self.make(node, "aten.to.dtype", own, Ref(wide.name), before.dtype)
+        return self.make(node, "aten.to.dtype", result, Ref(wide.name), before.dtype)
 
     def without_gradient(self, writer: Node, before: Value, after: Value) -> str:
-        """What is written where no gradient is recorded: autograd does not see the change.
+        """The name of the value after a write where no gradient is recorded: autograd does not see
+        the change.
 
-        A gradient that flowed through the memory flows on as if nothing had been written, which
-        is that of after + (before - before) with all but the first `before` detached.
+        A gradient that flowed through the memory flows on as if nothing had been written, which is
+        that of after + (before - before) with all but the first `before` detached.
         """
         if after.requires_grad:
             plain = replace(after, name=self.free(after.name), requires_grad=False)
@@ -266,13 +286,17 @@ class _Functional:
         return self.make(writer, "aten.add.Tensor", joined, Ref(after.name), Ref(nothing.name))
 
     def make(self, like: Node, target: str, result: Value, *args: Any) -> str:
+        """Append a call like another one, and return the name of its result."""
         self.append(
             replace(like, name=result.name, target=target, results=(result,), args=args, kwargs=())
         )
         return result.name
 
     def dtype(self, node: Node, before: Value) -> torch.dtype:
-        """The type that the functional op gives: in place, it is cast to that of the memory."""
+        """The type that the functional op gives, which an in-place op casts to that of its memory.
+
+        Torch itself is asked, on meta tensors, where types differ: promotion has many rules.
+        """
         operands = [self.values[name] for name in node.operands()]
         number = any(isinstance(leaf, float) for leaf in leaves(node.args))
         if all(value.dtype == before.dtype for value in operands) and not (
@@ -281,14 +305,15 @@ class _Functional:
             return before.dtype
 
         def leaf(item: Any) -> Any:
+            """An argument as the op takes it: a meta tensor for a value, a number for a size."""
             if isinstance(item, Ref):
                 value = self.values[item.name]
                 return torch.empty(tuple(map(hint, value.shape)), dtype=value.dtype, device="meta")
             return hint(item) if hasattr(item, "hint") else item
 
         kwargs = {key: map_leaves(leaf, item) for key, item in node.kwargs}
-        made = operator_of(node.target)(*map_leaves(leaf, node.args), **kwargs)
-        return made.dtype
+        result = operator_of(node.target)(*map_leaves(leaf, node.args), **kwargs)
+        return result.dtype
 
 
 _OTHER_OVERLOADS = {
@@ -298,6 +323,9 @@ _FUNCTIONAL = {f"__i{name}__": f"__{name}__" for name in ("and", "or", "xor", "l
 
 
 def _is_in_place(node: Node) -> bool:
+    """Whether the call writes to its first operand, by torch's naming: a trailing underscore, or
+    __iand__.
+    """
     packet = packet_of(node.target)
     return node.kind == "call" and (
         packet in _FUNCTIONAL or (packet.endswith("_") and not packet.endswith("__"))
@@ -322,10 +350,12 @@ def _require_pure(node: Node) -> None:
 
 
 def _place(node: Node) -> str:
+    """The module's path and the source line, for an error."""
     return ", ".join(text for text in (node.where, node.line) if text)
 
 
 def _unclear(node: Node, name: str, other: str, view: str) -> CaptureError:
+    """The error for a read of memory that may or may not have been written."""
     return CaptureError(
         f"{node.target} needs to know whether %{name} shares memory with %{other}",
         where=_place(node),

@@ -1,4 +1,4 @@
-"""Slices that together are all of a value."""
+"""A pass that turns slices which together cover a whole dim into one split."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _Range = tuple[int, int]
 def join_slices(graph: Graph) -> Graph:
     """slice(%x, 1, 0, 4), slice(%x, 1, 4, 6) of six columns become split_with_sizes(%x, (4, 2), 1).
 
-    Why: a slice alone needs its dim whole; parts laid end to end, as of a fused query, key and
-    value, are blocks that can be split each by itself. After: no slices of one value and dim, of
-    fixed sizes and step 1, lie end to end from its start to its end.
+    Why: a slice alone needs its dim unsharded; parts laid end to end, as of a fused query, key and
+    value, are blocks that can each be sharded by itself. After: no slices of one value and dim, of
+    fixed sizes and step 1, lie end to end from its start to its end; a second run is a no-op.
     """
     groups: dict[tuple[str, int], dict[_Range, list[Node]]] = {}
     for node in graph.calls:
-        found = _range(node, graph)
-        if found is not None:
-            dim, piece = found
+        dim_and_range = _range(node, graph)
+        if dim_and_range is not None:
+            dim, piece = dim_and_range
             groups.setdefault((first_operand(node), dim), {}).setdefault(piece, []).append(node)
     places = {node.name: place for place, node in enumerate(graph.calls)}
-    made: dict[str, Node] = {}
+    splits: dict[str, Node] = {}
     names: Rename = {}
-    gone: set[str] = set()
+    replaced_names: set[str] = set()
     for (source, dim), pieces in groups.items():
         order = sorted(pieces)
         size = graph.values[source].shape[dim]
@@ -36,8 +36,9 @@ def join_slices(graph: Graph) -> Graph:
         if len(order) < 2 or [start for start, _ in order] != ends[:-1] or ends[-1] != size:
             continue
         everyone = [node for piece in order for node in pieces[piece]]
+        # The split stands where the first slice stood, before every reader.
         first = min(everyone, key=lambda node: places[node.name])
-        made[first.name] = replace(
+        splits[first.name] = replace(
             first,
             name=f"{first.name}_pieces",
             target="aten.split_with_sizes.default",
@@ -45,29 +46,33 @@ def join_slices(graph: Graph) -> Graph:
             args=(first.args[0], tuple(stop - start for start, stop in order), dim),
             kwargs=(),
         )
-        gone |= {node.name for node in everyone}
+        replaced_names |= {node.name for node in everyone}
+        # Slices of the same range are one result of the split.
         for twins in pieces.values():
             names.update({node.result.name: twins[0].result.name for node in twins[1:]})
     nodes = []
     for node in graph.nodes:
-        if node.name in made:
-            nodes.append(renamed(made[node.name], names))
-        elif node.name not in gone:
+        if node.name in splits:
+            nodes.append(renamed(splits[node.name], names))
+        elif node.name not in replaced_names:
             nodes.append(renamed(node, names))
     return rebuilt(graph, nodes, names)
 
 
 def _range(node: Node, graph: Graph) -> tuple[int, _Range] | None:
-    """Dim and bounds of a slice of fixed size and step 1; None for any other node."""
+    """The dim and the bounds of a slice of fixed size and step 1; None for any other node."""
     if node.target != "aten.slice.Tensor":
         return None
     shape = graph.values[first_operand(node)].shape
-    given = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False))
-    given |= dict(node.kwargs)
-    dim = given.get("dim", 0) % len(shape)
-    size, start, end = shape[dim], given.get("start") or 0, given.get("end")
+    arguments = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False))
+    arguments |= dict(node.kwargs)
+    dim = arguments.get("dim", 0) % len(shape)
+    size, start, end = shape[dim], arguments.get("start") or 0, arguments.get("end")
     end = size if end is None else end
-    if given.get("step", 1) != 1 or not all(isinstance(item, int) for item in (size, start, end)):
+    if arguments.get("step", 1) != 1 or not all(
+        isinstance(item, int) for item in (size, start, end)
+    ):
         return None
+    # As Python does: negative ends count from the end, and all are clamped to the dim.
     bounds = [max(0, min(size, item + size if item < 0 else item)) for item in (start, end)]
     return (dim, (bounds[0], bounds[1])) if bounds[0] < bounds[1] else None

@@ -1,4 +1,4 @@
-"""Dims that are merged, moved and divided again, seen as what they are made of."""
+"""A pass that sees through dims that are merged, moved and divided again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, size_expression
 from autoparallel.graph.passes.editing import first_operand, rebuilt
 
 __all__ = ["see_through_merges"]
@@ -21,23 +21,29 @@ def see_through_merges(graph: Graph) -> Graph:
     """reshape(transpose(reshape(%x, (s, 8*b, 4)), 0, 1), (b, 8, s, 4)), with %x of (s, b, 32),
     becomes permute(reshape(%x, (s, b, 8, 4)), (1, 2, 0, 3)).
 
-    Why: of batch and heads merged into one dim, no part of the heads is a part. After: where dims
-    are merged, moved and divided again, the result is made of dims that never were. All values keep
-    name and shape; those that nobody reads any more are to be dropped.
+    Why: where batch and heads are flattened into one dim, no part of that dim is a part of the
+    heads. After: where dims are merged, moved and divided again, the result is computed from dims
+    that were never merged. All values keep name and shape; those that nobody reads any more are
+    left to `drop_unused`.
     """
     return _Remerger(graph).run()
 
 
 @dataclass(frozen=True, slots=True)
 class _Apart:
-    """A value is `value` with neighbouring dims merged: groups[i] of them make its dim i."""
+    """A merged value, seen apart: it is `value` with neighbouring dims merged.
+
+    groups: its dim i is groups[i] neighbouring dims of `value`, in order.
+    """
 
     value: Value
     groups: tuple[int, ...]
 
 
 class _Remerger:
-    """apart: by the name of the merged value."""
+    """One run of the pass. nodes: of the new graph. apart: merged values seen apart, by name.
+    known: common refinements by their two shapes, because sympy is slow.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -46,6 +52,9 @@ class _Remerger:
         self.known: dict[tuple[Shape, Shape], Shape | None] = {}
 
     def run(self) -> Graph:
+        """The new graph: every reshape and every move of merged dims is rewritten, the rest is as
+        it was.
+        """
         for node in self.graph.nodes:
             if node.target == "aten.reshape.default":
                 self.reshape(node)
@@ -56,6 +65,9 @@ class _Remerger:
         return rebuilt(self.graph, self.nodes, {})
 
     def reshape(self, node: Node) -> None:
+        """Append a reshape from the unmerged value to the finest dims, and from there to the
+        result.
+        """
         source, result = self.graph.values[first_operand(node)], node.result
         known = self.apart.get(source.name) or _Apart(source, (1,) * len(source.shape))
         shapes = (known.value.shape, result.shape)
@@ -67,6 +79,7 @@ class _Remerger:
             self.nodes.append(node)
             return
         if refined == result.shape:
+            # The result is the finest dims themselves: it is reshaped past the merge.
             self.nodes.append(replace(node, args=(Ref(known.value.name), result.shape)))
             return
         value = known.value
@@ -77,6 +90,8 @@ class _Remerger:
         groups = _groups(refined, result.shape)
         self.apart[result.name] = _Apart(value, groups)
         rows = _fixed_merged(refined, groups)
+        # Fixed sizes are merged first and by themselves: loops see through that reshape, and only
+        # the one that merges symbolic sizes stays opaque to them.
         if rows not in (refined, result.shape):
             middle = replace(result, name=f"{node.name}_rows", shape=rows)
             args = (Ref(value.name), rows)
@@ -85,50 +100,54 @@ class _Remerger:
         self.nodes.append(replace(node, args=(Ref(value.name), result.shape)))
 
     def move(self, node: Node) -> None:
-        """A transpose or a permutation: whole groups change places."""
-        found = self.apart[first_operand(node)]
-        rank = len(found.groups)
+        """A transpose or a permutation of merged dims: whole groups change places."""
+        merged = self.apart[first_operand(node)]
+        rank = len(merged.groups)
         order = list(range(rank))
         if node.target == "aten.permute.default":
             order = [dim % rank for dim in node.args[1]]
         else:
             one, two = (dim % rank for dim in node.args[1:3])
             order[one], order[two] = order[two], order[one]
-        starts = [sum(found.groups[:index]) for index in range(rank)]
-        inner = [starts[i] + k for i in order for k in range(found.groups[i])]
-        shape = tuple(found.value.shape[dim] for dim in inner)
+        starts = [sum(merged.groups[:index]) for index in range(rank)]
+        inner_order = [starts[i] + k for i in order for k in range(merged.groups[i])]
+        shape = tuple(merged.value.shape[dim] for dim in inner_order)
         value = replace(node.result, name=f"{node.name}_parts", shape=shape)
-        permuted: dict[str, Any] = {"args": (Ref(found.value.name), tuple(inner)), "kwargs": ()}
+        permuted: dict[str, Any] = {
+            "args": (Ref(merged.value.name), tuple(inner_order)),
+            "kwargs": (),
+        }
         target = "aten.permute.default"
         self.nodes.append(
             replace(node, name=value.name, target=target, results=(value,), **permuted)
         )
         args = (Ref(value.name), node.result.shape)
         self.nodes.append(replace(node, target="aten.reshape.default", args=args, kwargs=()))
-        self.apart[node.name] = _Apart(value, tuple(found.groups[i] for i in order))
+        self.apart[node.name] = _Apart(value, tuple(merged.groups[i] for i in order))
 
 
 def _moved(node: Node) -> str:
-    """What a transpose or a permutation moves; "" for any other node."""
+    """The name of what a transpose or a permutation moves; "" for any other node."""
     moves = ("aten.transpose.int", "aten.permute.default")
     return first_operand(node) if node.target in moves else ""
 
 
-def _expr(size: Dim) -> Any:
-    return size.expr if isinstance(size, Sym) else sympy.Integer(size)
-
-
 def _ends(shape: Shape) -> list[Any]:
-    """Products of the sizes from the right, without those of size 1."""
-    found: list[Any] = [sympy.Integer(1)]
+    """The products of the sizes from the right, without those of size 1: where dims end in
+    memory.
+    """
+    products: list[Any] = [sympy.Integer(1)]
     for size in reversed(shape):
         if size != 1:
-            found.append(found[-1] * _expr(size))
-    return found
+            products.append(products[-1] * size_expression(size))
+    return products
 
 
 def _refined(before: Shape, after: Shape) -> Shape | None:
-    """The sizes of which both shapes are made by merging neighbours; None where there are none."""
+    """The finest sizes of which both shapes are made by merging neighbours; None where there are
+    none.
+    """
+    # A dim of size 1 may stand anywhere, so that groups would not be unique.
     if 1 in after or 1 in before:
         return None
     sizes_known = {size.expr: size.hint for size in (*before, *after) if isinstance(size, Sym)}
@@ -136,10 +155,12 @@ def _refined(before: Shape, after: Shape) -> Shape | None:
     symbols = {symbol: sizes_known.get(symbol) for end in ends for symbol in end.free_symbols}
     if None in symbols.values():
         return None
+    # Ordered by the example inputs' sizes; below it is checked that each end divides the next.
     ordered = sorted(ends, key=lambda end: int(end.subs(symbols)))
     sizes: list[Dim] = []
     for low, high in pairwise(ordered):
         ratio = sympy.cancel(high / low)
+        # It must divide for all sizes of the inputs, not just for the example's.
         if not ratio.is_polynomial() or sympy.fraction(ratio)[1] != 1:
             return None
         number = int(ratio.subs(symbols))
@@ -149,26 +170,26 @@ def _refined(before: Shape, after: Shape) -> Shape | None:
 
 def _fixed_merged(parts: Shape, groups: tuple[int, ...]) -> Shape:
     """The parts with those groups merged whose sizes are all fixed."""
-    found: list[Dim] = []
+    sizes: list[Dim] = []
     start = 0
     for count in groups:
         group = parts[start : start + count]
         fixed = [size for size in group if isinstance(size, int)]
-        found += [math.prod(fixed)] if len(fixed) == count else group
+        sizes += [math.prod(fixed)] if len(fixed) == count else group
         start += count
-    return tuple(found)
+    return tuple(sizes)
 
 
 def _groups(parts: Shape, merged: Shape) -> tuple[int, ...]:
-    """How many of `parts` make each size of `merged`."""
-    found = []
+    """For each size of `merged`, how many neighbouring `parts` make it."""
+    counts = []
     index = 0
     for size in merged:
         product: Any = sympy.Integer(1)
         count = 0
-        while sympy.expand(product - _expr(size)) != 0:
-            product = product * _expr(parts[index])
+        while sympy.expand(product - size_expression(size)) != 0:
+            product = product * size_expression(parts[index])
             index += 1
             count += 1
-        found.append(count)
-    return tuple(found)
+        counts.append(count)
+    return tuple(counts)

@@ -1,4 +1,4 @@
-"""Passes that write each thing in one way: no identities, sizes written out, one view each."""
+"""Passes that give each thing one form: no identities, sizes written out, one op per view."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ __all__ = [
 
 
 def _aliasing(test: Callable[[Node, Graph], str | None]) -> Callable[[Graph], Graph]:
-    """A pass that drops nodes whose result is just the value that `test` names."""
+    """A pass that drops the calls whose result is just the value that `test` names."""
 
     def run(graph: Graph) -> Graph:
+        """Drop the calls, and let their readers read the value itself."""
         nodes: list[Node] = []
         names: Rename = {}
         for node in graph.nodes:
@@ -68,6 +69,7 @@ _CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"}
 
 
 def _is_identity(node: Node, graph: Graph) -> str | None:
+    """The value that the call's result is the same as; None where it computes something."""
     if node.target in _IDENTITY:
         return first_operand(node)
     if len(node.results) != 1 or not node.args or not isinstance(node.args[0], Ref):
@@ -78,6 +80,7 @@ def _is_identity(node: Node, graph: Graph) -> str | None:
         return operand.name
     if node.target in _CASTS and operand.dtype == result.dtype:
         return operand.name
+    # Dropout of probability 0, or in eval mode.
     if node.target == "aten.dropout.default" and (node.args[1] == 0 or not node.args[2]):
         return operand.name
     if (
@@ -93,9 +96,11 @@ def _is_identity(node: Node, graph: Graph) -> str | None:
 drop_identities = _aliasing(_is_identity)
 
 
-drop_identities.__doc__ = """Casts to the same type, views to the same shape, dropout of nothing.
+drop_identities.__name__ = "drop_identities"
+drop_identities.__doc__ = """clone(%x), a cast to the same type, a view to the same shape become %x.
 
-Why: each would be an operator with strategies of its own. After: none left.
+Why: each would be an operator with strategies of its own. After: none is left, nor dropout of
+probability 0, nor the addition of 0; a second run is a no-op.
 """
 
 
@@ -120,11 +125,13 @@ def drop_empty_parts(graph: Graph) -> Graph:
 
 
 def explicit_sizes(graph: Graph) -> Graph:
-    """view(%x, (b, -1)) becomes view(%x, (b, 48)): sizes written out, one spelling for each view.
+    """view(%x, (b, -1)) becomes reshape(%x, (b, 48)): sizes written out, one op for each kind of
+    view.
 
     And one for each expansion: broadcast_tensors([%x, %y]) becomes expand(%x, ..), expand(%y, ..).
 
-    Why: a size is what the rewriter replaces by a local one. After: no -1 and no flatten left.
+    Why: the rewriter replaces sizes by local ones, so that they must be there. After: no -1, no
+    view, flatten or squeeze is left; a second run is a no-op.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
@@ -139,8 +146,8 @@ def explicit_sizes(graph: Graph) -> Graph:
             parts = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
             for part, value in zip(parts, node.results, strict=True):
                 name = node.name if len(parts) == 1 else value.name
-                own = replace(node, name=name, results=(value,), args=(part, value.shape))
-                nodes.append(replace(own, target="aten.expand.default", kwargs=()))
+                view = replace(node, name=name, results=(value,), args=(part, value.shape))
+                nodes.append(replace(view, target="aten.expand.default", kwargs=()))
             continue
         nodes.append(node)
     return rebuilt(graph, nodes, {})
@@ -169,15 +176,17 @@ _EXPANSIONS = {
 
 
 def types_alone(graph: Graph) -> Graph:
-    """new_zeros(%x, (b, 4)) becomes zeros((b, 4)), and type_as(%y, %x) to(%y), of the type of %x.
+    """new_zeros(%x, (b, 4)) becomes zeros((b, 4)), and type_as(%y, %x) becomes to(%y), of the type
+    of %x.
 
-    Why: of the operand only the type is read, so it matters to nobody how it lies.
-    After: no new_empty, new_zeros, new_ones, new_full, type_as and to.other left.
+    Why: of %x only the type is read, so that its layout must not matter. After: no new_empty,
+    new_zeros, new_ones, new_full, type_as and to.other is left; a second run is a no-op.
     """
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.target in _CREATIONS:
             value = replace(node.result, requires_grad=False)
+            # The emitted program writes its own device where a graph names one.
             kwargs = (("dtype", value.dtype), ("device", torch.device("cpu")))
             node = replace(
                 node,
@@ -207,26 +216,32 @@ _CREATIONS = {
 def merge_reshapes(graph: Graph) -> Graph:
     """reshape(reshape(%x, a), b) becomes reshape(%x, b).
 
-    Why: flattening and unflattening again must not hide a dim in between.
-    After: no reshape reads a reshape.
+    Why: flattening and unflattening again must not hide a dim in between. After: no reshape reads a
+    reshape; a second run is a no-op.
     """
     nodes: list[Node] = []
-    kept: dict[str, Node] = {}
+    producers: dict[str, Node] = {}
     for node in graph.nodes:
         if node.target == "aten.reshape.default":
-            before = kept.get(first_operand(node))
+            before = producers.get(first_operand(node))
             if before is not None and before.target == "aten.reshape.default":
                 node = replace(node, args=(before.args[0], node.args[1]))
         nodes.append(node)
         for value in node.results:
-            kept[value.name] = node
+            producers[value.name] = node
     return rebuilt(graph, nodes, {})
 
 
 def drop_unused(graph: Graph) -> Graph:
-    """What nobody reads goes, but for inputs. Why: it would be planned. After: all is read."""
+    """Calls, parameters and buffers that nobody reads are dropped; inputs stay, whose positions
+    count.
+
+    Why: they would be planned and computed. After: every value is read, returned or written back,
+    or its node is an input; a second run is a no-op.
+    """
     needed = set(graph.outputs) | {name for _, name in graph.mutations}
     nodes: list[Node] = []
+    # Backwards, so that a value is known to be needed before its node is met.
     for node in reversed(graph.nodes):
         if node.kind != "input" and not any(value.name in needed for value in node.results):
             continue

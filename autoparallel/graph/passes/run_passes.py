@@ -1,4 +1,4 @@
-"""Graph -> Graph: each pass makes one kind of thing explicit, and is verified after it ran."""
+"""The passes in their order, each verified after it ran."""
 
 from __future__ import annotations
 
@@ -32,13 +32,17 @@ __all__ = ["PASSES", "run_passes"]
 
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    # First of all in-place ops go: every later pass may take a value to have one meaning.
     functional,
+    # Then what no user wrote as such: types of other tensors, regions without gradient.
     types_alone,
     explicit_stops,
     explicit_attention_dropout,
+    # One form for each thing, before anything looks for patterns.
     drop_empty_parts,
     drop_identities,
     explicit_sizes,
+    # Structure that a split must see: blocks of a dim, and dims that were flattened.
     join_slices,
     see_through_merges,
     explicit_bias_of_batches,
@@ -47,6 +51,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     unmerge_losses,
     merge_reshapes,
     drop_identities,
+    # Last, because passes above look for products with a bias and for losses with a mean.
     split_bias,
     split_mean,
     drop_unused,
@@ -54,7 +59,9 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
 
 
 def run_passes(graph: Graph) -> Graph:
-    """All passes in order, each verified."""
+    """The graph after all passes, in order, each verified. Raises CaptureError where the program
+    writes to memory that it must not.
+    """
     for run in PASSES:
         graph = run(graph).verify()
     return graph
