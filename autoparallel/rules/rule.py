@@ -1,8 +1,9 @@
-"""A rule says of which loops an operator is made; this file derives all its strategies from that.
+"""Sharding rules: the loops of which an op is made, and all strategies that follow from them.
 
 Every dimension of every operand and result is a product of loops, outermost first, as in einsum.
-Splitting one loop over a mesh axis fixes all placements: an operand that has the loop is Shard,
-one without it is Replicate; a result that has it is Shard, one without it is Partial.
+Splitting one loop over a mesh axis fixes all placements: an operand that has the loop is Shard, one
+without it is Replicate; a result that has it is Shard, one without it is Partial. (Alpa,
+arXiv:2201.12023, and Shardy state rules alike.)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value, hint
+from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value, hint, numel_hint
 from autoparallel.placement import (
     Collective,
     Invariant,
@@ -38,20 +39,29 @@ __all__ = [
     "tile_of",
 ]
 
+# A dim's loops, outermost first; a tensor's dims; the local shapes of several tensors.
 Loops = tuple[str, ...]
 Dims = tuple[Loops, ...]
 Shapes = tuple[tuple[Any, ...], ...]
 
 
 def loop_per_dim(shape: tuple[Dim, ...]) -> tuple[Dims, dict[str, Dim]]:
-    """A loop d0, d1, .. for each dim, none for one of size 1; and the loops' sizes."""
+    """A loop d0, d1, .. for each dim, none for one of size 1, whose split would leave ranks without
+    work; and the loops' sizes.
+
+    >>> loop_per_dim((4, 1, 6))
+    ((('d0',), (), ('d2',)), {'d0': 4, 'd2': 6})
+    """
     sizes = {f"d{i}": size for i, size in enumerate(shape) if size != 1}
     return tuple((f"d{i}",) if f"d{i}" in sizes else () for i in range(len(shape))), sizes
 
 
 @dataclass(frozen=True, slots=True)
 class OpCall:
-    """One call of an op: the node and the tensors that it reads, repeats kept."""
+    """One call of an op as rules see it: the node, and the tensors that it reads, repeats kept.
+
+    operands: in the order of the node's arguments; a value that is read twice is there twice.
+    """
 
     node: Node
     operands: tuple[Value, ...]
@@ -63,24 +73,22 @@ class OpCall:
 
     @property
     def results(self) -> tuple[Value, ...]:
-        """The tensors that it makes."""
+        """The tensors that the call produces."""
         return self.node.results
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument given by position or by keyword."""
-        if len(self.node.args) > position:
-            return self.node.args[position]
-        return self.node.keyword(name, default)
+        """An argument given by position or by keyword; the default where the call leaves it out."""
+        return self.node.argument(position, name, default)
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A function of autoparallel.runtime.kernels that runs the op on a part and communicates.
 
-    result: placement of every result without the loop. collectives: (kind, bytes of the full
-    tensor), backward ones among them. arguments: what else it is called with, by name. wraps: it
-    runs the op itself on its part, which may be the kernel of another mesh axis (of all kernels of
-    one call, all but one must).
+    name: of the function. result: the placement of every result without the loop. collectives:
+    pairs of a kind and the bytes of the full tensor, backward ones among them, for the cost model.
+    arguments: what else it is called with, by name. wraps: it runs the op itself on its part, which
+    may be the kernel of another mesh axis (of all kernels of one call, all but one must).
     """
 
     name: str
@@ -92,20 +100,19 @@ class Kernel:
 
 @dataclass(frozen=True)
 class ShardingRule:
-    """The loop nest of one op call.
+    """The loop nest of one op call, and what a split of it must heed.
 
-    operands, results: per tensor, per dim, the loops that make it up. sizes: of each loop.
-    whole: loops that cannot be split. linear: sets of operands through which, jointly, a pending
-    sum passes. kernels: for loops that need one to be split. flops: per point of the loop nest
-    (2 for a product); 0 where moving bytes is all the work. free: a view, no work at all.
-    local_args: the call's args for given local shapes of its results. random: name of the function
-    of autoparallel.runtime.random_ops that runs it, if it draws numbers. takes_bias: the op adds a
-    vector over the result's last dim if it is given one more operand. adds: the op is such an
-    addition. grain: of loops whose parts must have a multiple of so many elements.
-    takes_empty: it also runs on a part without elements, which ranks are left with where a loop is
-    shorter than they are many. occupied: loops of which every part must have elements even so.
-    reasons: why loops are whole, where there is more to say.
-    discovered: the rule in einsum-like words, if nobody wrote it.
+    operands, results: per tensor, per dim, the loops that make it up. sizes: of each loop. whole:
+    loops that cannot be split. linear: sets of operands through which, jointly, a pending sum
+    passes. kernels: for loops that need one to be split. flops: floating point operations per point
+    of the loop nest (2 for a product); 0 where moving bytes is all the work. free: the op is a
+    view, no work at all. local_args: a function to the call's args for given local shapes of its
+    results. random: the function of autoparallel.runtime.random_ops that runs the op, if it draws
+    numbers. takes_bias: the op adds a vector over the result's last dim if it is given one more
+    operand. adds: the op is such an addition. grain: of loops whose parts must have a multiple of
+    so many elements. takes_empty: the op also runs on a part without elements, which ranks are left
+    with where a loop is shorter than they are many. occupied: loops of which every part must have
+    elements even so. reasons: why loops are whole, where there is more to say. discovered: the rule in einsum-like words, if nobody wrote it.
     """
 
     operands: tuple[Dims, ...]
@@ -140,17 +147,20 @@ class ShardingRule:
         kernels: Mapping[str, Kernel] | None = None,
         flops: float = 0,
     ) -> ShardingRule:
-        """A rule in einsum-like notation: "... k, n k -> ... n".
+        """The rule of a call in einsum-like notation: "... k, n k -> ... n".
 
-        Names are loops; "..." stands for the dims that are left; "1" is a dim without a loop.
-        Sizes are read off the call's tensors. Raises ValueError where the notation has another
-        number of tensors or dims than the call.
+        Names are loops; "..." stands for the dims that are left; "1" is a dim without a loop, and
+        so is any dim of size 1. Sizes are read off the call's tensors. The keywords are fields of
+        the rule. Raises ValueError where the notation has another number of tensors or dims than
+        the call: the author of the rule sees it.
         """
         left, _, right = notation.partition("->")
         tensors = [*call.operands, *call.results]
         texts = [text.split() for text in (left + "," + right).split(",")]
         if len(texts) != len(tensors):
-            raise ValueError(f"{notation!r} for {len(tensors)} tensors")
+            raise ValueError(
+                f"{notation!r} names {len(texts)} tensors, the call has {len(tensors)}"
+            )
         sizes: dict[str, Dim] = {}
         dims: list[Dims] = []
         for words, tensor in zip(texts, tensors, strict=True):
@@ -158,12 +168,14 @@ class ShardingRule:
             if "..." in words:
                 at = words.index("...")
                 extra = rank - len(words) + 1
+                # Numbered from the right, so that batches of different ranks are broadcast as in
+                # numpy.
                 words = [*words[:at], *(f"_{extra - i}" for i in range(extra)), *words[at + 1 :]]
             if len(words) != rank:
-                raise ValueError(f"{notation!r} for {tensor}")
+                raise ValueError(f"{notation!r} names {len(words)} dims for {tensor}")
             row: list[Loops] = []
             for word, size in zip(words, tensor.shape, strict=True):
-                if word == "1" or (size == 1 and sizes.get(word, 1) != 1) or size == 1:
+                if word == "1" or size == 1:
                     row.append(())
                 else:
                     row.append((word,))
@@ -182,25 +194,24 @@ class ShardingRule:
 
     @cached_property
     def loops(self) -> tuple[str, ...]:
-        """Every loop, in order of appearance."""
-        found: dict[str, None] = {}
+        """Every loop of an operand or a result, in order of appearance."""
+        loops: dict[str, None] = {}
         for dims in (*self.operands, *self.results):
             for names in dims:
-                found.update(dict.fromkeys(names))
-        return tuple(found)
+                loops.update(dict.fromkeys(names))
+        return tuple(loops)
 
     @cached_property
     def points(self) -> int:
-        """Number of points of the loop nest, for the example inputs."""
-        count = 1
-        for name in self.loops:
-            count *= hint(self.sizes[name])
-        return count
+        """The number of points of the loop nest, for the example inputs."""
+        return numel_hint(tuple(self.sizes[name] for name in self.loops))
 
 
 @dataclass(frozen=True, slots=True)
 class LoopSplit:
-    """A way to split one loop: as `Shard` splits a dim, into blocks of runs of `unit`."""
+    """A way to split one loop: into `blocks` equal blocks, each in runs of `unit` elements, as
+    `Shard` splits a dim.
+    """
 
     loop: str
     blocks: int = 1
@@ -211,7 +222,9 @@ class LoopSplit:
 class Strategy:
     """One way to run an op on one mesh axis: a placement for every operand and result.
 
-    tile: what is split, None if nothing is. fraction: the largest rank's share of the work.
+    operands, results: placements, in the call's order. tile: the split of a loop, None where
+    nothing is split. fraction: the largest rank's share of the work. kernel: what runs in place of
+    the op, None for the op itself.
     """
 
     operands: tuple[Placement, ...]
@@ -226,7 +239,15 @@ class Strategy:
 
 
 def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
-    """The same parts with unit 1, where the runs of each block divide by the number of ranks."""
+    """The shard with unit 1 where that gives the same parts: where the runs of each block divide by
+    the number of ranks.
+
+    One placement must have one form, or equal layouts would be redistributed into each other. size:
+    of the whole dim.
+
+    >>> print(normalized(Shard(0, unit=64), 12 * 64, 4), normalized(Shard(0, unit=64), 25 * 64, 4))
+    S(0) S(0, unit=64)
+    """
     if isinstance(size, Sym) or shard.unit == 1:
         return shard
     if (size // (shard.blocks * shard.unit)) % world_size == 0:
@@ -235,9 +256,14 @@ def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
 
 
 def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
-    """How a tensor of `dims` lies when `tile` is split; None where it has no such loop.
+    """The placement of a tensor of `dims` when `tile` is split; None where it has no such loop.
 
-    Raises UnsplittableError where no Shard says it: a symbolic size inside a merged dim.
+    Loops outside of the split one in the same dim become blocks, and loops inside of it become the
+    unit. Raises UnsplittableError where no Shard says it: a symbolic size inside a merged dim.
+
+    >>> merged = ShardingRule(((("heads", "width"),),), (), {"heads": 12, "width": 64})
+    >>> print(place(merged, merged.operands[0], LoopSplit("heads"), 8))
+    S(0, unit=64)
     """
     for index, names in enumerate(dims):
         if tile.loop not in names:
@@ -261,11 +287,17 @@ def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> S
 
 
 class UnsplittableError(Exception):
-    """This loop cannot be split in this way."""
+    """This loop cannot be split in this way. Strategies that would need it are left out."""
 
 
 def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> LoopSplit | None:
-    """The tile that gives a tensor of `dims` the placement `shard`. Inverse of `place`."""
+    """The split of a loop that gives a tensor of `dims` the placement `shard`; None where there is
+    none. Inverse of `place`.
+
+    >>> merged = ShardingRule(((("heads", "width"),),), (), {"heads": 12, "width": 64})
+    >>> tile_of(merged, merged.operands[0], Shard(0, unit=64), 8)
+    LoopSplit(loop='heads', blocks=1, unit=1)
+    """
     names = dims[shard.dim]
     before = 1
     sizes = [rule.sizes[name] for name in names]
@@ -279,12 +311,15 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Lo
     after = whole
     for name, size in zip(names, sizes, strict=True):
         assert isinstance(size, int)
+        # `before` loops lie outside of this one, runs of `after` elements inside.
         after //= size
         if shard.blocks % before == 0 and size % (shard.blocks // before) == 0:
             blocks = shard.blocks // before
             if size // blocks > 1:
                 if shard.unit % after == 0 and (size // blocks) % (shard.unit // after) == 0:
                     return LoopSplit(name, blocks, shard.unit // after)
+                # A shard that `normalized` has put in its plain form is cut at this loop's runs all
+                # the same.
                 if shard.unit == 1 and (whole // shard.blocks) % (world_size * after) == 0:
                     return LoopSplit(name, blocks)
         before *= size
@@ -292,10 +327,11 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Lo
 
 
 def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
-    """Whether the loop has such runs, and their parts are such as the op takes.
+    """Whether the loop divides into such blocks and runs, at least two of them, and into parts that
+    the op takes.
 
     A symbolic dim may turn out shorter than the number of ranks; the last ones then get nothing.
-    What its parts are multiples of is not known.
+    Nor is it known what its parts are multiples of, so that a loop with a grain is not split.
     """
     size = rule.sizes[tile.loop]
     grain = rule.grain.get(tile.loop, 1)
@@ -304,6 +340,7 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     runs, rest = divmod(size, tile.blocks * tile.unit)
     if rest or runs < 2:
         return False
+    # Parts are those of torch.chunk: `step` runs each, and what is left for the last one.
     step = -(-runs // world_size)
     if any(count * tile.blocks * tile.unit % grain for count in (step, runs % step)):
         return False
@@ -311,6 +348,7 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
 
 
 def _share(rule: ShardingRule, tile: LoopSplit, world_size: int) -> float:
+    """The largest rank's share of the work, for the example inputs."""
     runs = hint(rule.sizes[tile.loop]) // (tile.blocks * tile.unit)
     return -(-runs // world_size) / runs
 
@@ -322,27 +360,32 @@ def strategies(
     result_grads: tuple[bool, ...],
     world_size: int,
 ) -> tuple[Strategy, ...]:
-    """All strategies of one op on one mesh axis, the plainest first.
+    """All strategies of one op on one mesh axis, the plainest first, each once.
 
-    operand_grads, result_grads: whether a gradient flows through each tensor. A tensor without
-    one is Invariant where one with a gradient would be Replicate.
+    rule: of the call. tiles: the splits of loops to consider. operand_grads, result_grads: whether
+    a gradient flows through each tensor; a tensor without one is Invariant where one with a
+    gradient would be Replicate, because I and R differ in their gradient alone. world_size: ranks
+    on the mesh axis; with one rank nothing is split.
     """
     replicate = Replicate()
 
     def rep(grad: bool) -> Placement:
         return replicate if grad else Invariant()
 
-    found: dict[Strategy, None] = {}
+    # A dict in place of a set keeps the order, and with it determinism.
+    unique: dict[Strategy, None] = {}
     whole = Strategy(
         tuple([Invariant()] * len(operand_grads)), tuple([Invariant()] * len(result_grads))
     )
-    found[whole] = None
+    unique[whole] = None
     if world_size == 1:
         return (whole,)
     if any(operand_grads):
-        found[Strategy(tuple(map(rep, operand_grads)), tuple(map(rep, result_grads)))] = None
+        unique[Strategy(tuple(map(rep, operand_grads)), tuple(map(rep, result_grads)))] = None
     for tile in tiles:
         kernel = rule.kernels.get(tile.loop)
+        # A kernel knows where its part begins from the rank alone, so that it takes plain splits
+        # only.
         if tile.loop in rule.whole or (kernel is not None and (tile.blocks, tile.unit) != (1, 1)):
             continue
         if not is_possible(rule, tile, world_size):
@@ -356,7 +399,8 @@ def strategies(
             results = tuple(place(rule, dims, tile, world_size) or without for dims in rule.results)
         except UnsplittableError:
             continue
-        found[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None
+        unique[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None
+    # f(a + b) = f(a) + f(b): each rank may run the op on its summand, and the sum stays pending.
     for group in rule.linear:
         # Constants alone are no pending sums: their product with a whole tensor may become one.
         if any(operand_grads) and not any(operand_grads[index] for index in group):
@@ -364,5 +408,5 @@ def strategies(
         operands = tuple(
             Partial() if index in group else rep(grad) for index, grad in enumerate(operand_grads)
         )
-        found[Strategy(operands, tuple([Partial()] * len(result_grads)))] = None
-    return tuple(found)
+        unique[Strategy(operands, tuple([Partial()] * len(result_grads)))] = None
+    return tuple(unique)

@@ -1,4 +1,4 @@
-"""Fused attention."""
+"""The rule of fused attention."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from autoparallel.support import torch_versions
 def attention(call: OpCall) -> ShardingRule:
     """y[.., n, s, e] = sum_t softmax_t(sum_d q[.., n, s, d] k[.., n, t, d]) v[.., n, t, e].
 
-    Batch and heads are free; queries too unless the causal mask counts from the first one;
-    keys need a kernel; e would leave the first product whole. The two products share (n, s, t) but
-    not d and e, so a point of the nest counts 2 (d + e) / (d e) FLOPs. With grouped heads,
-    n = (g, m): keys and values have g alone. Of nothing, torch gives no gradient to a mask, and
-    some releases cannot run without heads.
+    Batch and heads are free, and so are queries unless the causal mask counts from the first one.
+    Keys would need a kernel, and e would leave the first product whole. With grouped heads, n = (g,
+    m): keys and values have g alone. Of a part without elements, torch gives no gradient to a mask,
+    and some releases cannot run without heads.
     """
     query, key, value = call.operands[:3]
     rank = len(query.shape)
@@ -25,6 +24,9 @@ def attention(call: OpCall) -> ShardingRule:
     sizes: dict[str, Dim] = {}
 
     def named(tensor_shape: tuple[Dim, ...], last: tuple[str, str]) -> list[Loops]:
+        """The loops of one tensor, aligned right with the query. last: names of its two last
+        dims.
+        """
         row: list[Loops] = []
         for index, size in enumerate(tensor_shape):
             position = index + rank - len(tensor_shape)
@@ -58,10 +60,12 @@ def attention(call: OpCall) -> ShardingRule:
     for mask in call.operands[3:]:
         row = named(mask.shape, ("s", "t"))
         at = len(mask.shape) - 3
+        # A mask with a dim of heads has the loops of the query's heads.
         if at >= 0 and row[at]:
             row[at] = q[head]
         operands.append(tuple(row))
     width, depth = hint(query.shape[-1]), hint(value.shape[-1])
+    # is_causal masks by the place in the part, which is not the place in the whole.
     whole = {"d", "e", "t"} | ({"s"} if causal else set())
     return ShardingRule(
         tuple(operands),
@@ -69,6 +73,8 @@ def attention(call: OpCall) -> ShardingRule:
         sizes,
         whole=frozenset(whole),
         linear=(frozenset({2}),),
+        # The two products share (n, s, t) but not d and e, of which the nest has both: each point
+        # counts 2 (d + e) / (d e).
         flops=2 * (width + depth) / (width * depth),
         takes_empty=not any(mask.requires_grad for mask in call.operands[3:]),
         occupied=frozenset(q[head] if torch_versions.ATTENTION_NEEDS_HEADS and head >= 0 else ()),

@@ -1,4 +1,4 @@
-"""Products: sums over a shared loop."""
+"""Rules of products: sums over a shared loop."""
 
 from __future__ import annotations
 
@@ -8,34 +8,41 @@ from autoparallel.placement import Partial
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 
+# A product is linear in each factor by itself; a bias goes with one factor, or it would be lost.
 LINEAR_IN_EACH = ({0}, {1})
 WITH_BIAS = ({0, 1}, {0, 2})
 
 
 @rule("aten.linear.default")
 def linear(call: OpCall) -> ShardingRule:
-    """y[..., n] = sum_k x[..., k] w[n, k]. Split n: column-parallel, k: row-parallel."""
+    """y[..., n] = sum_k x[..., k] w[n, k]. Split n: column-parallel, k: row-parallel
+    (arXiv:1909.08053, section 3).
+    """
     vector = len(call.operands[1].shape) == 1
     notation = "... k, k -> ..." if vector else "... k, n k -> ... n"
-    made = ShardingRule.parse(notation, call, linear=LINEAR_IN_EACH, flops=2)
-    return replace(made, takes_bias=not vector)
+    parsed = ShardingRule.parse(notation, call, linear=LINEAR_IN_EACH, flops=2)
+    return replace(parsed, takes_bias=not vector)
 
 
 @rule("aten.mm.default")
 def mm(call: OpCall) -> ShardingRule:
-    """C[m,n] = sum_k A[m,k] B[k,n] (arXiv:1909.08053)."""
+    """C[m,n] = sum_k A[m,k] B[k,n]. Split n: column-parallel, k: row-parallel
+    (arXiv:1909.08053).
+    """
     return ShardingRule.parse("m k, k n -> m n", call, linear=LINEAR_IN_EACH, flops=2)
 
 
 @rule("aten.bmm.default")
 def bmm(call: OpCall) -> ShardingRule:
-    """C[b,m,n] = sum_k A[b,m,k] B[b,k,n]."""
+    """C[b,m,n] = sum_k A[b,m,k] B[b,k,n]. The batch b is free."""
     return ShardingRule.parse("b m k, b k n -> b m n", call, linear=LINEAR_IN_EACH, flops=2)
 
 
 @rule("aten.matmul.default")
 def matmul(call: OpCall) -> ShardingRule:
-    """C[..., m, n] = sum_k A[..., m, k] B[..., k, n], with vectors and broadcast batches."""
+    """C[..., m, n] = sum_k A[..., m, k] B[..., k, n], with vectors and broadcast batches as in
+    numpy.
+    """
     left, right = (len(operand.shape) for operand in call.operands)
     if left == 1 and right == 1:
         notation = "k, k -> "
@@ -52,22 +59,23 @@ def matmul(call: OpCall) -> ShardingRule:
 
 @rule("aten.mv.default")
 def mv(call: OpCall) -> ShardingRule:
-    """y[m] = sum_k A[m,k] x[k]."""
+    """y[m] = sum_k A[m,k] x[k]. The matrix is split by rows, or with the vector by columns."""
     return ShardingRule.parse("m k, k -> m", call, linear=LINEAR_IN_EACH, flops=2)
 
 
 @rule("aten.dot.default", "aten.vdot.default")
 def dot(call: OpCall) -> ShardingRule:
-    """y = sum_k a[k] b[k]."""
+    """y = sum_k a[k] b[k]. Both vectors are split alike, and the sum is pending."""
     return ShardingRule.parse("k, k -> ", call, linear=LINEAR_IN_EACH, flops=2)
 
 
 @rule("aten.outer.default")
 def outer(call: OpCall) -> ShardingRule:
-    """C[m,n] = a[m] b[n]."""
+    """C[m,n] = a[m] b[n]. Nothing is summed."""
     return ShardingRule.parse("m, n -> m n", call, linear=LINEAR_IN_EACH)
 
 
+# Loops of the two factors, of the result, and those that are summed over.
 _ADDED = {
     "aten.addmm.default": ("m k, k n", "m n", "k"),
     "aten.addmv.default": ("m k, k", "m", "k"),
@@ -78,9 +86,13 @@ _ADDED = {
 
 @rule(*_ADDED)
 def added_product(call: OpCall) -> ShardingRule:
-    """A product and a bias that must count once: what is summed stays whole."""
+    """A product and a bias that must count once: summed loops stay whole.
+
+    Passes take the bias out of most of these first, so that the sum can be split after all.
+    """
     factors, result, summed = _ADDED[call.node.target]
     names = result.split()
+    # The bias is broadcast to the result, aligned right.
     bias = " ".join(names[len(names) - len(call.operands[0].shape) :])
     return ShardingRule.parse(
         f"{bias}, {factors} -> {result}", call, whole=summed, linear=WITH_BIAS, flops=2
@@ -95,10 +107,12 @@ def einsum(call: OpCall) -> ShardingRule:
     letters = left.replace("...", "").replace(",", "")
     if not arrow:
         right = "..." if "..." in left else ""
+        # Without an arrow, einsum sorts the names that occur once.
         right += "".join(sorted(name for name in set(letters) if letters.count(name) == 1))
     twice = {name for text in texts for name in text if name != "." and text.count(name) > 1}
 
     def spaced(text: str) -> str:
+        """An operand's or the result's letters as words; "..." stays one."""
         return " ".join(text.replace("...", ".")).replace(".", "...")
 
     return ShardingRule.parse(
@@ -110,7 +124,8 @@ def einsum(call: OpCall) -> ShardingRule:
     )
 
 
-_ALIGNED_BYTES = 16  # what torch demands of the strides of a grouped product's operands
+# torch's grouped product demands that the strides of its operands are multiples of 16 bytes.
+_ALIGNED_BYTES = 16
 
 
 @rule(
@@ -122,7 +137,8 @@ def grouped_mm(call: OpCall) -> ShardingRule:
     """y[t, n] = sum_k x[t, k] w[e(t), k, n], with e(t) the first e for which t < ends[e].
 
     Rows are sorted by the matrix (the expert) that they are multiplied with. Matrices can be split
-    with a kernel: each rank multiplies the rows of its own, the others are zeros.
+    with a kernel: each rank multiplies the rows of its own matrices, and leaves zeros for the
+    others.
     """
     left, right = call.operands[:2]
     itemsize = left.dtype.itemsize
@@ -139,7 +155,7 @@ def grouped_mm(call: OpCall) -> ShardingRule:
     summed_once = {"k"} if call.argument(3, "bias") is not None else set()
     grouped = {(2, 3): {"t"}, (3, 3): set(), (2, 2): {"k", "e"}, (3, 2): {"n", "e"}}[shapes]
     alone = shapes == (2, 3) and len(call.operands) == 3 and call.argument(4, "out_dtype") is None
-    made = ShardingRule.parse(
+    parsed = ShardingRule.parse(
         f"{', '.join([operands, *more])} -> {results}",
         call,
         whole=grouped | summed_once | (set() if alone or shapes == (3, 3) else {"e"}),
@@ -147,10 +163,11 @@ def grouped_mm(call: OpCall) -> ShardingRule:
         kernels={"e": Kernel("grouped_mm_matrices", Partial())} if alone else {},
         flops=2,
     )
-    count = made.sizes.get("e", 1)
+    count = parsed.sizes.get("e", 1)
     assert isinstance(count, int)
     return replace(
-        made,
+        parsed,
         grain=dict.fromkeys(("k", "n"), grain),
+        # The nest has a loop of experts, but each row meets only one of them.
         flops=2 if shapes == (3, 3) else 2 / count,
     )

@@ -1,4 +1,4 @@
-"""Convolutions, pooling and resampling: windows over the last dims, which stay whole."""
+"""Rules of convolutions, pooling and resampling: windows over the last dims, which stay whole."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
 
 
 def _spatial(target: str) -> int:
-    """Number of dims that the windows run over: the 2 of "aten.conv2d.default"."""
+    """The number of dims that the windows run over: the 2 of "aten.conv2d.default"."""
     match = re.search(r"(\d)d", target)
     assert match is not None, target
     return int(match.group(1))
 
 
+# The position of `groups` among a convolution's arguments.
 _GROUPS = 6
 
 
 def _local_groups(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
-    """As many groups as the part of the result has channels for."""
+    """The call's args with as many groups as the local part of the result has channels for."""
     args, channel = call.node.args, -1 - _spatial(call.node.target)
     if len(args) <= _GROUPS or args[_GROUPS] == 1:
         return args
-    each = call.results[0].shape[channel] // args[_GROUPS]
-    return (*args[:_GROUPS], shapes[0][channel] // each, *args[_GROUPS + 1 :])
+    channels_per_group = call.results[0].shape[channel] // args[_GROUPS]
+    return (*args[:_GROUPS], shapes[0][channel] // channels_per_group, *args[_GROUPS + 1 :])
 
 
 @rule(
@@ -40,18 +41,18 @@ def _local_groups(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
 def convolution(call: OpCall) -> ShardingRule:
     """y[b, g o, s] = sum_(i, k) x[b, g i, s + k] w[g o, i, k] + bias[g o].
 
-    The weight of a transposed one is w[g i, o, k]. Batch and output channels are free, input
-    channels a sum, for which a bias must count once; with several groups, these are free and their
-    own output channels are not.
+    The weight of a transposed one is w[g i, o, k]. Batch and output channels are free. Input
+    channels are summed, for which a bias must count once. With several groups, the groups are free
+    and their own output channels are not.
     """
     x, weight = call.operands[:2]
     spatial = _spatial(call.node.target)
     transposed = "transpose" in call.node.target
     groups = call.argument(_GROUPS, "groups", 1)
-    one, two = weight.shape[:2]
-    assert isinstance(one, int)
-    shared: dict[str, Dim] = {"g": groups, "io"[not transposed]: one // groups}
-    shared["io"[transposed]] = two
+    weight_rows, weight_columns = weight.shape[:2]
+    assert isinstance(weight_rows, int)
+    shared: dict[str, Dim] = {"g": groups, "io"[not transposed]: weight_rows // groups}
+    shared["io"[transposed]] = weight_columns
     shared["b"] = x.shape[0] if len(x.shape) == spatial + 2 else 1
     kernel = [f"k{index}" for index in range(spatial)]
     places = [f"s{index}" for index in range(spatial)]
@@ -60,6 +61,7 @@ def convolution(call: OpCall) -> ShardingRule:
     sizes = {name: size for name, size in shared.items() if size != 1}
 
     def dims(*rows: str) -> Dims:
+        """The loops of a tensor's dims, without those of size 1."""
         return tuple(tuple(name for name in row.split() if name in sizes) for row in rows)
 
     batch = ("b",) if len(x.shape) == spatial + 2 else ()
@@ -70,8 +72,10 @@ def convolution(call: OpCall) -> ShardingRule:
         operands.append(dims("g o"))
     whole = {*kernel, *places} | ({"o"} if groups != 1 else set())
     kernels = {"i": Kernel("convolution_inputs", Partial())} if bias else {}
+    # The kernel adds the bias on one rank, and knows plain convolutions alone.
     if bias and (transposed or groups != 1):
         whole |= {"i"}
+    # local_args replaces positional arguments alone.
     if call.node.keyword("groups", 1) != 1:
         whole |= {"g"}
     return ShardingRule(
@@ -87,6 +91,9 @@ def convolution(call: OpCall) -> ShardingRule:
 
 
 def _leading(call: OpCall, linear: bool) -> ShardingRule:
+    """A rule with a loop for each dim before the windows, which have none. linear: in the
+    operand.
+    """
     count = len(call.operands[0].shape) - _spatial(call.node.target)
     names = " ".join([f"d{index}" for index in range(count)])
     windows = " ".join(["1"] * _spatial(call.node.target))
@@ -102,7 +109,9 @@ def _leading(call: OpCall, linear: bool) -> ShardingRule:
     takes_empty=False,
 )
 def max_pool(call: OpCall) -> ShardingRule:
-    """Every batch entry and channel by itself."""
+    """The largest number of each window: every batch entry and channel by itself, nothing
+    linear.
+    """
     return _leading(call, linear=False)
 
 
@@ -127,7 +136,9 @@ _MORE_INTERPOLATIONS = (
     takes_empty=False,
 )
 def window_sum(call: OpCall) -> ShardingRule:
-    """Every batch entry and channel by itself, and weighted sums of its elements."""
+    """Weighted sums over windows: every batch entry and channel by itself, linear in the
+    operand.
+    """
     return _leading(call, linear=True)
 
 
@@ -144,8 +155,11 @@ def columns(call: OpCall) -> ShardingRule:
     sizes = {name: size for name, size in sizes.items() if size != 1}
 
     def dims(*texts: str) -> Dims:
-        kept = tuple(tuple(name for name in text.split() if name in sizes) for text in texts)
-        return kept if batched else kept[1:]
+        """The loops of a tensor's dims; without the first one where there is no batch."""
+        loops_of_dims = tuple(
+            tuple(name for name in text.split() if name in sizes) for text in texts
+        )
+        return loops_of_dims if batched else loops_of_dims[1:]
 
     image_dims, table_dims = dims("b", "c", "", ""), dims("b", "c k", "")
     sides = (image_dims, table_dims) if "im2col" in call.node.target else (table_dims, image_dims)
@@ -156,7 +170,7 @@ def columns(call: OpCall) -> ShardingRule:
 
 @rule("aten.grid_sampler.default", takes_empty=False)
 def grid_sampler(call: OpCall) -> ShardingRule:
-    """Pixels at given places: every batch entry and channel by itself."""
+    """Pixels at given places: every batch entry and channel by itself, linear in the image."""
     windows = " ".join(["1"] * (len(call.operands[0].shape) - 2))
     return ShardingRule.parse(f"b c {windows}, b {windows} 1 -> b c {windows}", call, linear=[{0}])
 

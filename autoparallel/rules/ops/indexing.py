@@ -1,4 +1,4 @@
-"""Look-ups."""
+"""Rules of look-ups and of writes to indexed places."""
 
 from __future__ import annotations
 
@@ -14,28 +14,33 @@ from autoparallel.rules.rule import Dims, Kernel, Loops, OpCall, ShardingRule, l
 
 @rule("aten.embedding.default")
 def embedding(call: OpCall) -> ShardingRule:
-    """y[..., h] = w[index[...], h]. Split over the rows with a mask, each rank adds its own.
+    """y[..., h] = w[index[...], h]. Split over the rows v with a mask, each rank adds the rows that
+    it holds.
 
-    A gradient scaled by how often a row is read must see all of the index; a sparse one has no
-    conversions.
+    A gradient scaled by how often a row is read must see all of the index, and a sparse gradient
+    cannot be redistributed: both keep loops whole. (Vocabulary-parallel embedding,
+    arXiv:1909.08053, section 3.)
     """
     scaled, sparse = (
         call.argument(3, "scale_grad_by_freq", False),
         call.argument(4, "sparse", False),
     )
-    made = ShardingRule.parse(
+    parsed = ShardingRule.parse(
         "v h, ... -> ... h", call, linear=[{0}], kernels={"v": Kernel("embedding_rows", Partial())}
     )
-    whole = set(made.loops) - (set() if sparse else {"h"}) if scaled or sparse else set()
-    return replace(made, whole=frozenset(whole))
+    whole = set(parsed.loops) - (set() if sparse else {"h"}) if scaled or sparse else set()
+    return replace(parsed, whole=frozenset(whole))
 
 
 @rule("aten.index_select.default")
 def index_select(call: OpCall) -> ShardingRule:
-    """y[.., i, ..] = x[.., index[i], ..]: the places can be split, what they point to can not."""
+    """y[.., i, ..] = x[.., index[i], ..]: the index can be split; the dim that it points into needs
+    a kernel.
+    """
     names, sizes = loop_per_dim(call.operands[0].shape)
     dim = call.node.args[1] % len(names)
     count = call.results[0].shape[dim]
+    # A loop of its own: places in the result are not places in the operand.
     place: Loops = ("i",) if count != 1 else ()
     result = [*names[:dim], place, *names[dim + 1 :]]
     index = (place,) if call.operands[1].shape else ()
@@ -50,7 +55,9 @@ def index_select(call: OpCall) -> ShardingRule:
 
 @rule("aten.gather.default")
 def gather(call: OpCall) -> ShardingRule:
-    """y[a, i, b] = x[a, index[a, i, b], b]: the other dims are free where all of them is read."""
+    """y[a, i, b] = x[a, index[a, i, b], b]: other dims are free where the index covers all
+    of them.
+    """
     x, index = call.operands
     names, sizes = loop_per_dim(call.operands[0].shape)
     if not names:
@@ -59,6 +66,8 @@ def gather(call: OpCall) -> ShardingRule:
     whole: set[str] = set()
     row: list[Loops] = []
     for i, (size, count) in enumerate(zip(x.shape, index.shape, strict=True)):
+        # torch.gather reads the first places of a dim that the index covers in part, so that parts
+        # would not correspond.
         if i == dim or size != count:
             whole.update(names[i] if i != dim else ())
             row.append((f"i{i}",) if i == dim and count != 1 else ())
@@ -79,13 +88,14 @@ def gather(call: OpCall) -> ShardingRule:
 def index(call: OpCall) -> ShardingRule:
     """y[.., i, ..] = x[.., index[i], ..]: indexed dims stay whole, all other dims are free.
 
-    Dims of several indices are aligned right; they take the place of the indexed dims, or come
-    first where these do not lie side by side.
+    The dims of several indices are aligned right; they take the place of the indexed dims, or come
+    first where these do not lie side by side (as in numpy's advanced indexing).
     """
     names, sizes = loop_per_dim(call.operands[0].shape)
     places = call.node.args[1]
     indexed = [dim for dim, item in enumerate(places) if isinstance(item, Ref)]
     operands = call.operands[1:]
+    # The number of true places, and so the result's shape, depends on the values: nothing is split.
     if any(operand.dtype == torch.bool for operand in operands):
         tensors = (*call.operands, *call.results)
         nothing: list[Dims] = [((),) * len(tensor.shape) for tensor in tensors]
@@ -121,9 +131,9 @@ def index(call: OpCall) -> ShardingRule:
     "aten.scatter_reduce.two",
 )
 def scatter(call: OpCall) -> ShardingRule:
-    """x[a, index[a, i, b], b] is set to, or joined with, y[a, i, b].
+    """x[a, index[a, i, b], b] is set to y[a, i, b], or joined with it.
 
-    Dims other than that of the places are free where all of them is written.
+    Other dims than that of the places are free where the index covers all of them.
     """
     x, index = call.operands[:2]
     names, sizes = loop_per_dim(call.operands[0].shape)
@@ -140,6 +150,8 @@ def scatter(call: OpCall) -> ShardingRule:
             () if i == dim or (name and name[0] in whole) else name for i, name in enumerate(names)
         ]
         rows.append(tuple(row[: len(tensor.shape)]))
+    # Setting and adding are linear in both tensors together; a number but 0 would count on every
+    # rank.
     sums: tuple[frozenset[int], ...] = ()
     if source and call.argument(4, "reduce", "sum") in ("sum", "mean"):
         sums = (frozenset({0, 2}),)
@@ -156,7 +168,9 @@ def scatter(call: OpCall) -> ShardingRule:
     "aten.index_reduce.default",
 )
 def index_write(call: OpCall) -> ShardingRule:
-    """x[a, index[i], b] is set to, or joined with, y[a, i, b]: all other dims are free."""
+    """x[a, index[i], b] is set to y[a, i, b], or joined with it: all dims but the indexed one are
+    free.
+    """
     names, sizes = loop_per_dim(call.operands[0].shape)
     dim = call.node.args[1] % max(len(names), 1)
     whole = frozenset(names[dim]) if names else frozenset()
@@ -176,7 +190,8 @@ def index_write(call: OpCall) -> ShardingRule:
 
 @rule("aten.index_put.default", "aten._unsafe_index_put.default")
 def index_put(call: OpCall) -> ShardingRule:
-    """x[.., index[i], ..] is set to, or joined with, y[.., i, ..]: other dims are free.
+    """x[.., index[i], ..] is set to y[.., i, ..], or joined with it: dims that are not indexed are
+    free.
 
     Values are aligned right with what `x[.., index, ..]` gives.
     """
@@ -187,6 +202,7 @@ def index_put(call: OpCall) -> ShardingRule:
     indices = call.operands[1:-1]
     linear = (frozenset({0, len(call.operands) - 1}),)
     if any(operand.dtype == torch.bool for operand in indices):
+        # A mask of several dims stands for as many dims of x, and adds one to the result.
         covered: set[int] = set()
         at = 0
         tensors = iter(indices)
@@ -223,7 +239,7 @@ def index_put(call: OpCall) -> ShardingRule:
 
 @rule("aten.bucketize.Tensor", "aten.isin.Tensor_Tensor")
 def compared(call: OpCall) -> ShardingRule:
-    """Each element by itself, compared with all of a list."""
+    """Each element is compared with all of a list, which every rank needs in full."""
     row = " ".join(f"d{i}" for i in range(len(call.operands[0].shape)))
     others = " ".join(["1"] * len(call.operands[1].shape))
     return ShardingRule.parse(f"{row}, {others} -> {row}", call)
@@ -231,17 +247,17 @@ def compared(call: OpCall) -> ShardingRule:
 
 @rule("aten.searchsorted.Tensor")
 def searchsorted(call: OpCall) -> ShardingRule:
-    """Places in sorted rows: a list for all, or one for each place of the leading dims."""
+    """Places in sorted rows: one list for all, or one for each place of the leading dims."""
     rows, values = call.operands[:2]
     names = [f"d{i}" for i in range(len(values.shape))]
-    own = ["1"] if len(rows.shape) == 1 else [*names[:-1], "1"]
-    texts = [" ".join(own), " ".join(names), *[" ".join(own)] * (len(call.operands) - 2)]
+    row = ["1"] if len(rows.shape) == 1 else [*names[:-1], "1"]
+    texts = [" ".join(row), " ".join(names), *[" ".join(row)] * (len(call.operands) - 2)]
     return ShardingRule.parse(f"{', '.join(texts)} -> {' '.join(names)}", call)
 
 
 @rule("aten.take.default")
 def take(call: OpCall) -> ShardingRule:
-    """Any elements of a tensor, which stays whole."""
+    """Elements at any places of a tensor, which stays whole; the places can be split."""
     places = " ".join(f"i{i}" for i in range(len(call.operands[1].shape)))
     source = " ".join(["1"] * len(call.operands[0].shape))
     return ShardingRule.parse(f"{source}, {places} -> {places}", call, linear=[{0}])
@@ -249,7 +265,7 @@ def take(call: OpCall) -> ShardingRule:
 
 @rule("aten.masked_scatter.default", "aten.put.default")
 def all_whole(call: OpCall) -> ShardingRule:
-    """Which element goes where depends on all the others."""
+    """Nothing is split, because which element goes where depends on all the others."""
     tensors = (*call.operands, *call.results)
     rows: list[Dims] = [((),) * len(tensor.shape) for tensor in tensors]
     return ShardingRule(

@@ -1,4 +1,4 @@
-"""Losses."""
+"""Rules of losses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from autoparallel.placement import Collective, Invariant, Partial
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 
+# Torch's numbers for `reduction`; 2 is the sum.
 _MEAN, _NONE = 1, 0
 
 
@@ -14,10 +15,9 @@ _MEAN, _NONE = 1, 0
 def cross_entropy(call: OpCall) -> ShardingRule:
     """loss = mean over tokens t of logsumexp_c(x[t, c]) - x[t, target[t]].
 
-    Split over classes: an all-reduce of one number per token and one of two (Megatron-LM takes
-    three of one, arXiv:1909.08053, section 3).
-    Split over tokens, along any of their dims: each rank sums its own and divides by the global
-    count.
+    Split over classes it takes an all-reduce of one number per token and one of two (Megatron-LM
+    takes three of one, arXiv:1909.08053, section 3). Split over tokens, along any of their dims,
+    each rank sums its own and divides by the global count.
     """
     logits = call.operands[0]
     plain = (
@@ -27,6 +27,7 @@ def cross_entropy(call: OpCall) -> ShardingRule:
         and call.argument(4, "label_smoothing", 0.0) == 0.0
     )
     reduction = call.argument(3, "reduction", _MEAN)
+    # Weights, label smoothing and target probabilities have no kernel.
     if not plain:
         return _whole(call, reduction)
     per_token = numel_hint((logits.shape[0], *logits.shape[2:])) * logits.dtype.itemsize
@@ -39,12 +40,14 @@ def cross_entropy(call: OpCall) -> ShardingRule:
     )
     if reduction == _NONE:
         return ShardingRule.parse(f"{rows} -> {' '.join(tokens)}", call, kernels={"c": classes})
+    # The one all-reduce is of the count, 8 bytes: tokens may be ignored, unevenly over the ranks.
     part = Kernel("cross_entropy_tokens", Partial(), ((Collective.ALL_REDUCE, 8),), wraps=True)
     kernels = {"c": classes, **dict.fromkeys(tokens, part)}
     return ShardingRule.parse(f"{rows} -> ", call, kernels=kernels)
 
 
 def _whole(call: OpCall, reduction: int) -> ShardingRule:
+    """The rule of a loss that nothing splits; its loops are named all the same, to be counted."""
     logits = call.operands[0]
     names = ["c"] if len(logits.shape) == 1 else ["t", "c"]
     names += [f"x{i}" for i in range(len(logits.shape) - 2)]
@@ -62,7 +65,9 @@ def _whole(call: OpCall, reduction: int) -> ShardingRule:
 
 @rule("aten.nll_loss.default", "aten.nll_loss_nd.default")
 def nll_loss(call: OpCall) -> ShardingRule:
-    """-x[t, target[t], ..]: classes stay whole; so does all else if the mean is taken."""
+    """-x[t, target[t], ..]: classes stay whole; so does all else if the mean is taken, for its
+    count.
+    """
     reduction = call.argument(3, "reduction", _MEAN)
     rank = len(call.operands[0].shape)
     names = ["c"] if rank == 1 else ["t", "c", *(f"x{i}" for i in range(rank - 2))]
@@ -75,6 +80,7 @@ def nll_loss(call: OpCall) -> ShardingRule:
     )
 
 
+# The position of `reduction` among each loss's arguments.
 _REDUCTION_AT = {
     "aten.mse_loss.default": 2,
     "aten.l1_loss.default": 2,
@@ -89,7 +95,9 @@ _REDUCTION_AT = {
 
 @rule(*_REDUCTION_AT)
 def elementwise_loss(call: OpCall) -> ShardingRule:
-    """A loss of each element by itself, or their sum. A mean stays whole: it needs the count."""
+    """A loss of each element by itself, or their sum. A mean stays whole: it needs the global
+    count.
+    """
     reduction = call.argument(_REDUCTION_AT[call.node.target], "reduction", _MEAN)
     rank = max(len(operand.shape) for operand in call.operands)
     names = [f"d{i}" for i in range(rank)]

@@ -1,4 +1,4 @@
-"""Normalizations: the dims over which they take the mean stay whole."""
+"""Rules of normalizations: dims over which they take the mean stay whole, or need a kernel."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from autoparallel.rules.rule import Kernel, Loops, OpCall, Shapes, ShardingRule
 
 @rule("aten.layer_norm.default", "aten.rms_norm.default", "aten.native_layer_norm.default")
 def last_dims(call: OpCall) -> ShardingRule:
-    """y[..., n] = (x - mean_n) / deviation_n * w[n] + b[n]: all but the last dims are free."""
+    """y[..., n] = (x - mean_n) / deviation_n * w[n] + b[n]: all but the normalized dims are free.
+
+    Layer norm of activations that are sharded along the sequence needs no communication
+    (arXiv:2205.05198).
+    """
     count = len(call.node.args[1])
     inner = " ".join(f"n{i}" for i in range(count))
     affine = f", {inner}" * (len(call.operands) - 1)
+    # native_layer_norm also returns mean and deviation, of size 1 along normalized dims.
     statistics = (", ... " + " ".join(["1"] * count)) * (len(call.results) - 1)
     return ShardingRule.parse(
         f"... {inner}{affine} -> ... {inner}{statistics}",
@@ -26,7 +31,9 @@ def last_dims(call: OpCall) -> ShardingRule:
 
 
 def _channels(call: OpCall, whole: str) -> ShardingRule:
-    """x[b, c, s] with vectors over c. whole: the initials of the loops that cannot be split."""
+    """The rule of x[b, c, s] with vectors over c. whole: initials of the loops that cannot be
+    split.
+    """
     spatial = [f"s{i}" for i in range(len(call.operands[0].shape) - 2)]
     row = " ".join(["b", "c", *spatial])
     vectors = ", c" * (len(call.operands) - 1)
@@ -39,8 +46,8 @@ def _channels(call: OpCall, whole: str) -> ShardingRule:
 def batch_norm(call: OpCall) -> ShardingRule:
     """y[b, c, s] = (x - mean_c) / deviation_c * w[c] + bias[c].
 
-    With statistics of its own, the mean is over b and s. If it also keeps running ones, it writes
-    to its operands, which only the whole op may do.
+    In training the mean is over b and s, which stay whole. If running statistics are kept too, it
+    writes to its operands, which only the unsharded op may do.
     """
     trains, keeps = bool(call.node.args[5]), call.node.args[3] is not None
     return _channels(call, ("bcs" if keeps else "bs") if trains else "")
@@ -54,50 +61,53 @@ def batch_norm(call: OpCall) -> ShardingRule:
 def batch_statistics(call: OpCall) -> ShardingRule:
     """Batch norm with the batch's own mean and deviation, and the running ones as results.
 
-    A split of what they are taken over needs those of all ranks: two numbers per channel are
-    gathered, and two summed backward.
+    Splitting the dims of the mean needs statistics of all ranks: two numbers per channel are
+    gathered, and two summed backward (synchronized batch norm).
     """
     x = call.operands[0]
-    made = _channels(call, "")
+    by_channel = _channels(call, "")
+    # Statistics are kept as float32 at least.
     nbytes = 2 * numel_hint(x.shape[1:2]) * max(x.dtype.itemsize, 4)
-    moved = ((Collective.ALL_GATHER, nbytes), (Collective.ALL_REDUCE, nbytes))
-    kernel = Kernel("batch_norm_split", Invariant(), moved)
-    taken = [name for name in made.sizes if name != "c"]
-    return replace(made, kernels=dict.fromkeys(taken, kernel))
+    collectives = ((Collective.ALL_GATHER, nbytes), (Collective.ALL_REDUCE, nbytes))
+    kernel = Kernel("batch_norm_split", Invariant(), collectives)
+    averaged = [name for name in by_channel.sizes if name != "c"]
+    return replace(by_channel, kernels=dict.fromkeys(averaged, kernel))
 
 
 @rule("aten.instance_norm.default", takes_empty=False)
 def instance_norm(call: OpCall) -> ShardingRule:
-    """As batch_norm, with a mean for each b."""
+    """Batch norm with a mean for each b, so that the batch is free in training too."""
     trains, keeps = bool(call.node.args[5]), call.node.args[3] is not None
     return _channels(call, ("bcs" if keeps else "s") if trains else "")
 
 
 @rule("aten.group_norm.default", takes_empty=False)
 def group_norm(call: OpCall) -> ShardingRule:
-    """y[b, g c, s] = (x - mean_(c, s)) / deviation_(c, s) * w[g c] + bias[g c].
-
-    b and g are free.
+    """y[b, g c, s] = (x - mean_(c, s)) / deviation_(c, s) * w[g c] + bias[g c]: b and g are
+    free.
     """
     groups = call.node.args[1]
-    made = _channels(call, "cs")
+    by_channel = _channels(call, "cs")
     channels = call.operands[0].shape[1]
     if not isinstance(channels, int):
         return _channels(call, "cs")
-    own: dict[str, Dim] = {"g": groups, "c": channels // groups}
-    own = {name: size for name, size in own.items() if size != 1}
+    channel_sizes: dict[str, Dim] = {"g": groups, "c": channels // groups}
+    channel_sizes = {name: size for name, size in channel_sizes.items() if size != 1}
 
     def divided(dims: tuple[Loops, ...]) -> tuple[Loops, ...]:
-        return tuple(tuple(own) if names == ("c",) else names for names in dims)
+        """The loops of one tensor with its channels as groups and channels of a group."""
+        return tuple(tuple(channel_sizes) if names == ("c",) else names for names in dims)
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
+        """The args with as many groups as the local channels are."""
         args = call.node.args
         return (args[0], shapes[0][1] * groups // channels, *args[2:])
 
     return replace(
-        made,
-        operands=tuple(map(divided, made.operands)),
-        results=tuple(map(divided, made.results)),
-        sizes={name: size for name, size in made.sizes.items() if name != "c"} | own,
+        by_channel,
+        operands=tuple(map(divided, by_channel.operands)),
+        results=tuple(map(divided, by_channel.results)),
+        sizes={name: size for name, size in by_channel.sizes.items() if name != "c"}
+        | channel_sizes,
         local_args=local_args,
     )

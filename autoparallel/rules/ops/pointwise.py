@@ -1,4 +1,4 @@
-"""Ops that compute each element by itself, after broadcasting."""
+"""Rules of ops that compute each element by itself, after broadcasting."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ rad2deg signbit sinc i0 isposinf isneginf hardshrink softshrink angle mvlgamma
 special_i0e special_i1 special_i1e special_entr special_erfcx special_log_ndtr special_ndtri
 """.split()
 
+# Ops through which a pending sum passes: f(a + b) = f(a) + f(b).
 _LINEAR_UNARY = [
     "aten.neg.default",
     "aten.to.dtype",
@@ -35,6 +36,7 @@ _LINEAR_UNARY = [
     "aten.true_divide.Scalar",
 ]
 
+# Binary ops by the overloads that they have.
 _OVERLOADS = {
     "Tensor Scalar": """
         eq ne lt le gt ge fmod remainder bitwise_and bitwise_or bitwise_xor copysign
@@ -57,7 +59,9 @@ BINARY = tuple(
 
 
 def broadcast(call: OpCall) -> tuple[tuple[tuple[Loops, ...], ...], dict[str, Dim]]:
-    """Loops of every operand and of the results: one per dim of the result, aligned right."""
+    """The loops of every operand and result, one per dim of the result, aligned right; and their
+    sizes.
+    """
     shape = call.results[0].shape
     sizes: dict[str, Dim] = {}
     for index, size in enumerate(shape):
@@ -76,7 +80,9 @@ def broadcast(call: OpCall) -> tuple[tuple[tuple[Loops, ...], ...], dict[str, Di
 
 
 def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
-    """y[i] = f(a[i], b[i], ...): every dim of the result can be split."""
+    """y[i] = f(a[i], b[i], ...): every dim can be split. linear: sets of operands as in
+    ShardingRule.
+    """
     dims, sizes = broadcast(call)
     count = len(call.operands)
     groups = tuple(frozenset(group) for group in linear)
@@ -94,13 +100,14 @@ def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
     "aten.isin.Tensor_Scalar",
 )
 def nonlinear(call: OpCall) -> ShardingRule:
-    """A pending sum does not pass: f(a + b) is not f(a) + f(b)."""
+    """y[i] = f(a[i], ...) where f(a + b) is not f(a) + f(b), so that no pending sum passes."""
     return pointwise(call)
 
 
 @rule(*_LINEAR_UNARY)
 def linear_unary(call: OpCall) -> ShardingRule:
-    """f(a + b) = f(a) + f(b)."""
+    """y[i] = f(a[i]) where f(a + b) = f(a) + f(b), for floating point numbers."""
+    # Casting to or from integers rounds, which no sum survives.
     if not call.operands[0].dtype.is_floating_point or not call.results[0].dtype.is_floating_point:
         return pointwise(call)
     return pointwise(call, {0})
@@ -116,16 +123,21 @@ def linear_unary(call: OpCall) -> ShardingRule:
     "aten.rsub.Scalar",
 )
 def add(call: OpCall) -> ShardingRule:
-    """Linear in both operands together. A constant added to a pending sum would count twice."""
+    """Linear in both operands together. A constant added to a pending sum would count on every
+    rank.
+    """
     if len(call.operands) != 2:
         return pointwise(call)
+    # alpha would have to scale the bias that the product adds.
     plain = call.node.target == "aten.add.Tensor" and not call.node.kwargs
     return replace(pointwise(call, {0, 1}), adds=plain)
 
 
 @rule("aten.mul.Tensor", "aten.multiply.Tensor")
 def mul(call: OpCall) -> ShardingRule:
-    """Linear in each operand by itself. x * x is linear in neither."""
+    """Linear in each operand by itself. x * x is linear in neither, since (a + b)^2 is not a^2 +
+    b^2.
+    """
     if len(call.operands) == 1:
         return pointwise(call, {0})
     if call.operands[0].name == call.operands[1].name:
@@ -135,14 +147,14 @@ def mul(call: OpCall) -> ShardingRule:
 
 @rule("aten.div.Tensor", "aten.divide.Tensor", "aten.true_divide.Tensor")
 def div(call: OpCall) -> ShardingRule:
-    """Linear in the dividend."""
+    """Linear in the dividend. x / x is not."""
     same = len(call.operands) == 2 and call.operands[0].name == call.operands[1].name
     return pointwise(call) if same else pointwise(call, {0})
 
 
 @rule("aten.addcmul.default", "aten.addcdiv.default")
 def add_product(call: OpCall) -> ShardingRule:
-    """x + a b or x + a / b: linear in x and one factor together, but for a divisor."""
+    """x + a b or x + a / b: linear in x and one factor together, but not in a divisor."""
     names = [operand.name for operand in call.operands]
     if names[1] == names[2]:
         return pointwise(call)
@@ -152,19 +164,19 @@ def add_product(call: OpCall) -> ShardingRule:
 
 @rule("aten.masked_fill.Tensor")
 def masked_fill(call: OpCall) -> ShardingRule:
-    """Linear in both the tensor and the value together."""
+    """Linear in the tensor and the value together; the mask is the same on all ranks."""
     return pointwise(call, {0, 2})
 
 
 @rule("aten.fill.Tensor")
 def fill(call: OpCall) -> ShardingRule:
-    """The value, repeated. Of the other tensor only the shape is read."""
+    """The value, repeated in the shape of another tensor, of which nothing else is read."""
     return pointwise(call)
 
 
 @rule("aten.where.self")
 def where(call: OpCall) -> ShardingRule:
-    """Linear in both branches together."""
+    """Linear in both branches together; the condition is the same on all ranks."""
     return pointwise(call, {1, 2})
 
 
@@ -179,36 +191,36 @@ def where_number(call: OpCall) -> ShardingRule:
 
 @rule("aten.complex.default")
 def parts(call: OpCall) -> ShardingRule:
-    """Linear in the real and the imaginary part together."""
+    """A complex number: linear in the real and the imaginary part together."""
     return pointwise(call, {0, 1})
 
 
 @rule("aten.linalg_cross.default")
 def cross(call: OpCall) -> ShardingRule:
     """Linear in each vector by itself; the dim of their three elements stays whole."""
-    made = pointwise(call, {0}, {1})
+    elementwise = pointwise(call, {0}, {1})
     rank = len(call.results[0].shape)
     dim = call.node.keyword("dim", -1) % rank
     if call.operands[0].name == call.operands[-1].name:
-        made = pointwise(call)
-    return replace(made, whole=frozenset(made.results[0][dim]))
+        elementwise = pointwise(call)
+    return replace(elementwise, whole=frozenset(elementwise.results[0][dim]))
 
 
 @rule("aten.lerp.Scalar", "aten.lerp.Tensor")
 def lerp(call: OpCall) -> ShardingRule:
-    """Linear in both ends together."""
+    """a + weight (b - a): linear in both ends together, for a given weight."""
     return pointwise(call, {0, 1})
 
 
 @rule("aten.div.Tensor_mode", "aten.div.Scalar_mode")
 def rounded_div(call: OpCall) -> ShardingRule:
-    """What is rounded is not a sum."""
+    """A quotient that is rounded, through which no sum passes."""
     return pointwise(call)
 
 
 @rule("aten.prelu.default")
 def prelu(call: OpCall) -> ShardingRule:
-    """A slope per channel, the second dim, or one for all."""
+    """One slope per channel, the second dim, or one for all. A slope has the channel's loop."""
     shape, slopes = call.operands[0].shape, call.operands[1].shape
     names = [f"d{i}" for i in range(len(shape))]
     slope = names[min(1, len(names) - 1)] if slopes else ""
@@ -222,5 +234,5 @@ def prelu(call: OpCall) -> ShardingRule:
     "aten.fill.Scalar",
 )
 def filled(call: OpCall) -> ShardingRule:
-    """A constant of the operand's shape: its values do not depend on the operand's."""
+    """A constant in the operand's shape: its values do not depend on the operand's."""
     return pointwise(call)

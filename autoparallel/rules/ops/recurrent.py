@@ -1,4 +1,4 @@
-"""Recurrent networks that torch runs as one op."""
+"""Rules of recurrent networks that torch runs as one op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from autoparallel.rules.rule import Dims, OpCall, ShardingRule
 
 @rule("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
 def recurrent(call: OpCall) -> ShardingRule:
-    """Sequences are independent; the steps, features and layers of each are not."""
+    """Sequences of the batch are independent; the steps, features and layers of each are not.
+
+    Raises UnsupportedOpError for dropout between layers, which torch draws inside of the op.
+    """
     if call.node.args[4] > 1 and call.node.args[5] and call.node.args[6]:
         raise UnsupportedOpError(
             f"{call.node.target} with dropout between its layers",

@@ -1,4 +1,4 @@
-"""Sums over dims, and reductions whose dims must stay whole."""
+"""Rules of sums over dims, and of reductions whose dims stay whole or need a kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from autoparallel.placement import Collective, Invariant
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Kernel, Loops, OpCall, ShardingRule, loop_per_dim
 
+# The position of `dim` among the arguments, where it is not the second.
 _DIMS_AT = {"aten.linalg_vector_norm.default": 2, "aten.norm.ScalarOpt_dim": 2}
+# Overloads that take no dim and reduce all of them.
 _ALL_DIMS = (
     "aten.norm.Scalar",
     *(
@@ -18,6 +20,7 @@ _ALL_DIMS = (
 
 
 def _reduced_dims(call: OpCall) -> set[int]:
+    """The dims that the call reduces, counted from 0."""
     rank = len(call.operands[0].shape)
     dims = call.argument(_DIMS_AT.get(call.node.target, 1), "dim")
     if call.node.target in _ALL_DIMS:
@@ -30,7 +33,9 @@ def _reduced_dims(call: OpCall) -> set[int]:
 
 
 def _reduction(call: OpCall, reduced: set[int]) -> tuple[Dims, Dims, dict[str, Dim]]:
-    """Dims of the operand and of the result, and the loops' sizes."""
+    """Dims of the operand and of the result, and the loops' sizes. A dim that is kept has no
+    loop.
+    """
     shape = call.operands[0].shape
     names, sizes = loop_per_dim(shape)
     keep = len(call.results[0].shape) == len(shape)
@@ -45,21 +50,23 @@ def _reduction(call: OpCall, reduced: set[int]) -> tuple[Dims, Dims, dict[str, D
 
 @rule("aten.sum.dim_IntList", "aten.sum.default")
 def sum_(call: OpCall) -> ShardingRule:
-    """A split of a summed dim leaves a pending sum."""
+    """y[a] = sum_b x[a, b]. A split of a summed dim leaves a pending sum."""
     left, right, sizes = _reduction(call, _reduced_dims(call))
     return ShardingRule((left,), (right,), sizes, linear=(frozenset({0}),))
 
 
 @rule("aten.nansum.default", "aten.count_nonzero.default", "aten.count_nonzero.dim_IntList")
 def sum_of_terms(call: OpCall) -> ShardingRule:
-    """A sum of what is not linear in the operand."""
+    """A sum of terms that are not linear in the operand: splits leave a pending sum, none
+    passes.
+    """
     left, right, sizes = _reduction(call, _reduced_dims(call))
     return ShardingRule((left,), (right,), sizes)
 
 
 @rule("aten.trace.default")
 def trace(call: OpCall) -> ShardingRule:
-    """A sum over places that no split of one dim holds together."""
+    """A sum over the diagonal, of which no part of one dim holds its part; linear all the same."""
     left, sizes = loop_per_dim(call.operands[0].shape)
     return ShardingRule((left,), ((),), sizes, whole=frozenset(sizes), linear=(frozenset({0}),))
 
@@ -91,12 +98,13 @@ def trace(call: OpCall) -> ShardingRule:
     takes_empty=False,
 )
 def whole_reduction(call: OpCall) -> ShardingRule:
-    """Not a plain sum: the reduced dims stay whole."""
+    """A reduction that is no plain sum: a reduced dim stays whole, or is split by a kernel."""
     reduced = _reduced_dims(call)
     left, right, sizes = _reduction(call, reduced)
     whole = frozenset(name for i in reduced for name in left[i])
     kernel = _COMMUNICATING.get(call.node.target)
     kernels: dict[str, Kernel] = {}
+    # Kernels know one reduced dim.
     if kernel is not None and len(whole) == 1 and len(reduced) == 1:
         kernels = {name: _reducing(call, kernel[0], kernel[1]) for name in whole}
         whole = frozenset()
@@ -125,8 +133,8 @@ def _reducing(call: OpCall, kernel: str, times: int) -> Kernel:
     dim = call.argument(1, "dim")
     dim = dim[0] if isinstance(dim, tuple) else dim
     rows = numel_hint(operand.shape) // max(numel_hint((operand.shape[dim],)), 1)
-    moved = (Collective.ALL_REDUCE, rows * operand.dtype.itemsize)
-    return Kernel(kernel, Invariant(), (moved,) * times)
+    reduced_once = (Collective.ALL_REDUCE, rows * operand.dtype.itemsize)
+    return Kernel(kernel, Invariant(), (reduced_once,) * times)
 
 
 _PLACES = ("topk", "kthvalue", "sort", "mode", "cummax", "cummin")
@@ -134,7 +142,7 @@ _PLACES = ("topk", "kthvalue", "sort", "mode", "cummax", "cummin")
 
 @rule(*(f"aten.{name}.default" for name in _PLACES), "aten.sort.stable")
 def ordered(call: OpCall) -> ShardingRule:
-    """Places along one dim, which stays whole, in the order of their values."""
+    """Values ordered along one dim, which stays whole, and their places."""
     position = 2 if call.node.target in ("aten.topk.default", "aten.kthvalue.default") else 1
     dim = call.argument(position, "dim", -1) % max(len(call.operands[0].shape), 1)
     left, right, sizes = _reduction(call, {dim})
@@ -144,7 +152,7 @@ def ordered(call: OpCall) -> ShardingRule:
 
 @rule("aten._fft_r2c.default", "aten._fft_c2c.default", "aten._fft_c2r.default", takes_empty=False)
 def fourier(call: OpCall) -> ShardingRule:
-    """Sums over some dims, which stay whole, with a weight for each frequency."""
+    """Sums over some dims, which stay whole, with a weight for each frequency: linear."""
     left, sizes = loop_per_dim(call.operands[0].shape)
     rank = len(left)
     dims = {dim % rank for dim in call.node.args[1]}
@@ -155,27 +163,27 @@ def fourier(call: OpCall) -> ShardingRule:
 
 @rule("aten.renorm.default")
 def renorm(call: OpCall) -> ShardingRule:
-    """Each place along one dim is scaled by its norm, which is over all others."""
+    """Each place along one dim is scaled by its norm, which is over all other dims."""
     left, sizes = loop_per_dim(call.operands[0].shape)
-    kept = left[call.node.args[2] % len(left)]
-    return ShardingRule((left,), (left,), sizes, whole=frozenset(sizes) - set(kept))
+    free = left[call.node.args[2] % len(left)]
+    return ShardingRule((left,), (left,), sizes, whole=frozenset(sizes) - set(free))
 
 
 @rule("aten.cdist.default")
 def cdist(call: OpCall) -> ShardingRule:
-    """Distances of all pairs of rows; a row stays whole."""
+    """Distances of all pairs of rows; a row itself stays whole."""
     return ShardingRule.parse("... m k, ... n k -> ... m n", call, whole="k")
 
 
 @rule("aten.cosine_similarity.default")
 def cosine_similarity(call: OpCall) -> ShardingRule:
-    """A product of vectors along one dim, which stays whole."""
+    """A product of vectors along one dim, which stays whole, over their lengths."""
     rank = max(len(operand.shape) for operand in call.operands)
     names = [f"d{i}" for i in range(rank)]
-    gone = names[call.argument(2, "dim", 1) % rank]
+    reduced = names[call.argument(2, "dim", 1) % rank]
     rows = [" ".join(names[rank - len(operand.shape) :]) for operand in call.operands]
-    kept = " ".join(name for name in names if name != gone)
-    return ShardingRule.parse(f"{', '.join(rows)} -> {kept}", call, whole=[gone])
+    result = " ".join(name for name in names if name != reduced)
+    return ShardingRule.parse(f"{', '.join(rows)} -> {result}", call, whole=[reduced])
 
 
 @rule(
@@ -188,7 +196,9 @@ def cosine_similarity(call: OpCall) -> ShardingRule:
     "aten._log_softmax.default",
 )
 def along_dim(call: OpCall) -> ShardingRule:
-    """Every element depends on the others along one dim, which stays whole."""
+    """Every element depends on the others along one dim, which stays whole or is split by a
+    kernel.
+    """
     names, sizes = loop_per_dim(call.operands[0].shape)
     whole = frozenset(names[call.node.args[1] % len(names)]) if names else frozenset()
     passes = (frozenset({0}),) if call.node.target == "aten.cumsum.default" else ()

@@ -1,4 +1,4 @@
-"""Cutting tensors along a dim, and putting them together."""
+"""Rules of cutting tensors along a dim, and of putting them together."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ def _laid_end_to_end(
     """
     names, sizes = loop_per_dim(shape)
     fixed = [part for part in parts if isinstance(part, int)]
+    # Symbolic parts, or parts without elements, have no block in common.
     block = math.gcd(*fixed) if len(fixed) == len(parts) and all(fixed) else 1
     rows = []
     if block > 1:
         sizes.pop(f"d{dim}", None)
         sizes |= {"blocks": sum(fixed) // block, "inner": block}
         for index, part in enumerate(fixed):
-            own: Loops = ("inner",)
+            row: Loops = ("inner",)
+            # A part of one block has the inner loop alone.
             if part != block:
-                own = (f"blocks{index}", "inner")
+                row = (f"blocks{index}", "inner")
                 sizes[f"blocks{index}"] = part // block
-            rows.append((*names[:dim], own, *names[dim + 1 :]))
-        own = ("blocks", "inner") if len(parts) > 1 else ("inner",)
-        names = (*names[:dim], own, *names[dim + 1 :])
+            rows.append((*names[:dim], row, *names[dim + 1 :]))
+        row = ("blocks", "inner") if len(parts) > 1 else ("inner",)
+        names = (*names[:dim], row, *names[dim + 1 :])
     else:
         rows = [(*names[:dim], (), *names[dim + 1 :]) for _ in parts]
     whole = {name for name in sizes if name.startswith("blocks")} | {f"d{dim}"} & set(sizes)
@@ -55,14 +57,17 @@ def split(call: OpCall) -> ShardingRule:
     dim = axis(call.argument(2, "dim", 0), len(shape))
     parts = [result.shape[dim] for result in call.results]
     counted = "chunk" in call.node.target or "sections" in call.node.target
+    # The op would cut a part of the dim into counted parts of other sizes.
     if counted and any(part != parts[0] for part in parts):
         parts = [1] * len(parts)
     left, right, sizes, whole = _laid_end_to_end(shape, dim, parts)
-    made = ShardingRule((left,), right, sizes, whole=whole, linear=SUM_PASSES, free=True)
+    base = ShardingRule((left,), right, sizes, whole=whole, linear=SUM_PASSES, free=True)
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
+        """The args with the parts' local sizes, however the op is told how to cut."""
         spec = call.node.args[1]
         if call.node.target.endswith("split.Tensor"):
+            # torch cannot count parts of size 0, but takes sizes of 0.
             spec = shapes[0][dim] or tuple(0 for _ in shapes)
         elif call.node.target == "aten.chunk.default":
             spec = len(shapes)
@@ -70,12 +75,12 @@ def split(call: OpCall) -> ShardingRule:
             spec = tuple(shape[dim] for shape in shapes)
         return (call.node.args[0], spec, *call.node.args[2:])
 
-    return replace(made, local_args=local_args)
+    return replace(base, local_args=local_args)
 
 
 @rule("aten.unsafe_split.Tensor", takes_empty=False)
 def unsafe_split(call: OpCall) -> ShardingRule:
-    """As split; of a part without elements it makes but one."""
+    """As split, but of a part without elements it makes only one."""
     return split(call)
 
 
@@ -87,50 +92,51 @@ def unbind(call: OpCall) -> ShardingRule:
 
 @rule("aten.select.int")
 def select(call: OpCall) -> ShardingRule:
-    """One place along the dim, which stays whole."""
+    """One place along the dim, which stays whole and goes."""
     return _without(call, axis(call.node.args[1], len(call.operands[0].shape)))
 
 
 def _without(call: OpCall, dim: int) -> ShardingRule:
+    """The rule of results that lack one dim of the operand."""
     rank = len(call.operands[0].shape)
-    made = carried(call, [i for i in range(rank) if i != dim])
-    return replace(made, results=made.results * len(call.results))
+    base = carried(call, [i for i in range(rank) if i != dim])
+    return replace(base, results=base.results * len(call.results))
 
 
 @rule("aten.slice.Tensor", "aten.narrow.default")
 def slice_(call: OpCall) -> ShardingRule:
-    """Part of one dim, which stays whole."""
+    """A range of one dim, which stays whole; all others are free."""
     return _keep_dim_whole(call, axis(call.argument(1, "dim", 0), len(call.operands[0].shape)))
 
 
 @rule("aten.unfold.default")
 def unfold(call: OpCall) -> ShardingRule:
     """Windows of one dim, which stays whole; a new last dim runs through each."""
-    made = _keep_dim_whole(call, axis(call.node.args[1], len(call.operands[0].shape)))
-    return replace(made, results=((*made.results[0], ()),))
+    base = _keep_dim_whole(call, axis(call.node.args[1], len(call.operands[0].shape)))
+    return replace(base, results=((*base.results[0], ()),))
 
 
 @rule("aten.tril.default", "aten.triu.default")
 def triangle(call: OpCall) -> ShardingRule:
-    """What is kept depends on the places in the two last dims, which stay whole."""
+    """Which elements stay depends on the places in the two last dims, which stay whole."""
     rank = len(call.operands[0].shape)
-    made = carried(call, list(range(rank)))
-    kept = {name for names in made.operands[0][-2:] for name in names}
-    return replace(made, whole=made.whole | kept, free=False)
+    base = carried(call, list(range(rank)))
+    in_place = {name for names in base.operands[0][-2:] for name in names}
+    return replace(base, whole=base.whole | in_place, free=False)
 
 
 @rule("aten.diagonal_scatter.default")
 def scattered_diagonal(call: OpCall) -> ShardingRule:
     """A tensor with another diagonal of two dims, which stay whole."""
     rank = len(call.operands[0].shape)
-    gone = {axis(call.argument(3, "dim1", 0), rank), axis(call.argument(4, "dim2", 1), rank)}
-    made = carried(call, list(range(rank)))
-    row = made.operands[0]
-    part = [*(names for i, names in enumerate(row) if i not in gone), ()]
+    crossed = {axis(call.argument(3, "dim1", 0), rank), axis(call.argument(4, "dim2", 1), rank)}
+    base = carried(call, list(range(rank)))
+    row = base.operands[0]
+    part = [*(names for i, names in enumerate(row) if i not in crossed), ()]
     return replace(
-        made,
+        base,
         operands=(row, tuple(part)),
-        whole=made.whole | {name for i in gone for name in row[i]},
+        whole=base.whole | {name for i in crossed for name in row[i]},
         linear=(frozenset({0, 1}),),
         free=False,
     )
@@ -138,21 +144,21 @@ def scattered_diagonal(call: OpCall) -> ShardingRule:
 
 @rule("aten.rot90.default")
 def rot90(call: OpCall) -> ShardingRule:
-    """Two dims, which stay whole, turn."""
+    """Two dims, which stay whole, turn; all others are free."""
     rank = len(call.operands[0].shape)
     times, dims = call.argument(1, "k", 1), call.argument(2, "dims", (0, 1))
     one, two = (axis(dim, rank) for dim in dims)
     order: list[int | None] = list(range(rank))
     if times % 2:
         order[one], order[two] = two, one
-    made = carried(call, order)
-    kept = {name for dim in (one, two) for name in made.operands[0][dim]}
-    return replace(made, whole=made.whole | kept, free=False)
+    base = carried(call, order)
+    turned = {name for dim in (one, two) for name in base.operands[0][dim]}
+    return replace(base, whole=base.whole | turned, free=False)
 
 
 @rule("aten.glu.default")
 def gated(call: OpCall) -> ShardingRule:
-    """The first half of one dim times the sigmoid of the second: two blocks."""
+    """The first half of one dim times the sigmoid of the second: two blocks, each split alike."""
     shape = call.operands[0].shape
     dim = axis(call.argument(1, "dim", -1), len(shape))
     half = call.results[0].shape[dim]
@@ -162,42 +168,44 @@ def gated(call: OpCall) -> ShardingRule:
 
 @rule("aten.flip.default", "aten.roll.default")
 def moved(call: OpCall) -> ShardingRule:
-    """Elements move along some dims, which stay whole."""
-    made = carried(call, list(range(len(call.operands[0].shape))))
+    """Elements move along some dims, which stay whole; without dims, along all."""
+    base = carried(call, list(range(len(call.operands[0].shape))))
     dims = call.argument(2 if "roll" in call.node.target else 1, "dims", ())
     rank = len(call.operands[0].shape)
-    kept = {f"d{axis(dim, rank)}" for dim in dims} if dims else set(made.sizes)
-    return replace(made, whole=made.whole | kept, free=False)
+    shifted = {f"d{axis(dim, rank)}" for dim in dims} if dims else set(base.sizes)
+    return replace(base, whole=base.whole | shifted, free=False)
 
 
 def _keep_dim_whole(call: OpCall, dim: int) -> ShardingRule:
-    made = carried(call, list(range(len(call.operands[0].shape))))
-    result = list(made.results[0])
+    """The rule of a result with another size along one dim, which stays whole."""
+    base = carried(call, list(range(len(call.operands[0].shape))))
+    result = list(base.results[0])
     result[dim] = ()
-    name = made.operands[0][dim]
-    return replace(made, results=(tuple(result),), whole=made.whole | frozenset(name))
+    name = base.operands[0][dim]
+    return replace(base, results=(tuple(result),), whole=base.whole | frozenset(name))
 
 
 @rule("aten.constant_pad_nd.default", "aten.pad.default")
 def pad(call: OpCall) -> ShardingRule:
     """Padded dims stay whole. Zeros added to a pending sum are zeros of the sum."""
     rank = len(call.operands[0].shape)
-    made = carried(call, list(range(rank)))
+    base = carried(call, list(range(rank)))
     amounts = call.node.args[1]
-    result = list(made.results[0])
-    whole = set(made.whole)
+    result = list(base.results[0])
+    whole = set(base.whole)
     for index in range(len(amounts) // 2):
         dim = rank - 1 - index
         if amounts[2 * index] != 0 or amounts[2 * index + 1] != 0:
-            whole.update(made.operands[0][dim])
+            whole.update(base.operands[0][dim])
             result[dim] = ()
+    # constant_pad_nd has no mode; pad's other modes repeat elements, which is linear.
     constant, value = True, call.argument(2, "value", 0)
     if call.node.target == "aten.pad.default":
         constant = call.argument(2, "mode", "constant") == "constant"
         value = call.argument(3, "value")
     zero = value in (None, 0)
     return replace(
-        made,
+        base,
         results=(tuple(result),),
         whole=frozenset(whole),
         linear=SUM_PASSES if zero or not constant else (),
@@ -208,26 +216,26 @@ def pad(call: OpCall) -> ShardingRule:
 
 @rule("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
 def cat(call: OpCall) -> ShardingRule:
-    """Joined along one dim: what is joined are blocks of the result."""
+    """Tensors joined along one dim are blocks of the result's dim."""
     shape = call.results[0].shape
     dim = axis(call.argument(1, "dim", 0), len(shape))
     parts = [operand.shape[dim] for operand in call.operands]
-    whole, operands, sizes, kept = _laid_end_to_end(shape, dim, parts)
+    whole, operands, sizes, unsplittable = _laid_end_to_end(shape, dim, parts)
     everything = frozenset(range(len(call.operands)))
-    return ShardingRule(operands, (whole,), sizes, whole=kept, linear=(everything,))
+    return ShardingRule(operands, (whole,), sizes, whole=unsplittable, linear=(everything,))
 
 
 @rule("aten.stack.default")
 def stack(call: OpCall) -> ShardingRule:
-    """A new dim, one place per operand."""
+    """A new dim, one place per operand; all other dims are free."""
     rank = len(call.results[0].shape)
     dim = axis(call.argument(1, "dim", 0), rank)
-    made = carried(call, list(range(rank - 1)))
-    result = list(made.operands[0])
+    base = carried(call, list(range(rank - 1)))
+    result = list(base.operands[0])
     result.insert(dim, ())
     return replace(
-        made,
-        operands=made.operands * len(call.operands),
+        base,
+        operands=base.operands * len(call.operands),
         results=(tuple(result),),
         linear=(frozenset(range(len(call.operands))),),
         free=False,
@@ -238,18 +246,18 @@ def stack(call: OpCall) -> ShardingRule:
 def scattered(call: OpCall) -> ShardingRule:
     """A tensor with a part of one dim replaced. That dim stays whole, all others are free."""
     rank = len(call.operands[0].shape)
-    made = carried(call, list(range(rank)))
+    base = carried(call, list(range(rank)))
     dim = axis(call.argument(2, "dim", 0), rank)
-    own = made.operands[0]
-    part = list(own)
+    row = base.operands[0]
+    part = list(row)
     if "slice" in call.node.target:
         part[dim] = ()
     else:
         del part[dim]
     return replace(
-        made,
-        operands=(own, tuple(part)),
-        whole=made.whole | frozenset(own[dim]),
+        base,
+        operands=(row, tuple(part)),
+        whole=base.whole | frozenset(row[dim]),
         linear=(frozenset({0, 1}),),
         free=False,
     )
