@@ -1,4 +1,6 @@
-"""How the values of a plan come from the layout in which they are made to those that are read."""
+"""The steps by which a plan's values are redistributed from the layout of the producer to a
+reader's.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ from autoparallel.plan import Conversion, Plan
 
 __all__ = ["Conversions", "find_deferred", "layouts_made"]
 
-# Of parameters, by node name: the axes on which their gradient is summed by who runs the program.
+# By a parameter's node: the mesh axes on which its gradient is summed by who runs the program.
+# One collective for all parameters of an axis then sums the gradients after the backward pass.
 Deferred = Mapping[str, tuple[int, ...]]
 
 
 class Conversions:
-    """The plan's conversions, by value and target."""
+    """The plan's conversions, by value and target layout.
+
+    known: conversions that the plan lists. made: the layout in which each value is produced.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.known: dict[tuple[str, Layout], Conversion] = {
@@ -33,12 +39,20 @@ class Conversions:
     def steps(
         self, name: str, target: Layout, deferred: Deferred | None = None
     ) -> tuple[Step, ...]:
-        """How a value gets there. A single step need not be in the plan."""
+        """The steps by which a value gets from its producer's layout to `target`; none where it
+        needs none.
+
+        name: of the value. deferred: axes whose step the value does not take, because it starts on
+        the other side of it. A single step need not be in the plan; of several, the plan must say
+        the order, and where it does not there are no steps.
+        """
         conversion = self.known.get((name, target))
         if conversion is None:
             source = self.made.get(name, whole_layout(len(target)))
             ends = enumerate(zip(source, target, strict=True))
-            steps = tuple(Step(axis, one, two) for axis, (one, two) in ends if one != two)
+            steps = tuple(
+                Step(axis, held, wanted) for axis, (held, wanted) in ends if held != wanted
+            )
             if len(steps) > 1 or not all(is_possible_step(source, step) for step in steps):
                 return ()
         else:
@@ -47,48 +61,58 @@ class Conversions:
         return tuple(step for step in steps if step.axis not in axes)
 
     def is_again(self, name: str, target: Layout) -> bool:
-        """Whether the copy is dropped after the forward pass and made again in the backward."""
+        """Whether the copy is dropped after the forward pass and redistributed again in the
+        backward pass.
+        """
         conversion = self.known.get((name, target))
         return conversion is not None and conversion.again
 
 
 def _made(plan: Plan) -> dict[str, Layout]:
-    found = {parameter.name: parameter.storage for parameter in plan.parameters}
+    """The layouts in which parameters are stored and ops produce their results, by value."""
+    layouts = {parameter.name: parameter.storage for parameter in plan.parameters}
     for op in plan.ops:
-        found.update(zip(op.makes, op.results, strict=True))
-    return found
+        layouts.update(zip(op.makes, op.results, strict=True))
+    return layouts
 
 
 def layouts_made(graph: Graph, plan: Plan, deferred: Deferred) -> dict[str, Layout]:
-    """How the program has every value before it is converted.
+    """The layout that each value has in the program before it is converted, by name.
 
-    A parameter is already Replicate on the axes on which its gradient is summed by others.
+    graph: of the plan. deferred: as `find_deferred` gives it; a parameter is already Replicate on
+    the axes on which its gradient is summed by who runs the program.
     """
     whole, storage = whole_layout(len(plan.mesh.axes)), plan.storage
-    found: dict[str, Layout] = {}
+    layouts: dict[str, Layout] = {}
     for node in graph.nodes:
         if node.kind == "parameter":
-            own = storage.get(node.target, whole)
+            stored = storage.get(node.target, whole)
             axes = deferred.get(node.name, ())
-            found[node.result.name] = tuple(
-                Replicate() if axis in axes else placement for axis, placement in enumerate(own)
+            layouts[node.result.name] = tuple(
+                Replicate() if axis in axes else placement for axis, placement in enumerate(stored)
             )
         elif node.kind != "call":
-            found[node.result.name] = whole
+            layouts[node.result.name] = whole
     for op in plan.ops:
-        found.update(zip(op.makes, op.results, strict=True))
-    return found
+        layouts.update(zip(op.makes, op.results, strict=True))
+    return layouts
 
 
 def find_deferred(graph: Graph, plan: Plan, routes: Conversions) -> Deferred:
-    """Parameters that every reader wants as Replicate on an axis on which they are whole."""
+    """The parameters that every reader wants as Replicate on an axis on which they are stored
+    whole.
+
+    Their gradients need no collective inside of the program: all of an axis are summed in one when
+    the backward pass ends. By node name, the axes. routes: the plan's conversions.
+    """
     whole, storage = whole_layout(len(plan.mesh.axes)), plan.storage
     wanted: dict[str, list[tuple[Step, ...]]] = {}
     for op in plan.ops:
         for name, layout in zip(op.reads, op.operands, strict=True):
             wanted.setdefault(name, []).append(routes.steps(name, layout))
-    found: dict[str, tuple[int, ...]] = {}
+    deferred: dict[str, tuple[int, ...]] = {}
     for node in graph.nodes:
+        # The caller of the module reads a parameter that is returned, and expects it as I.
         if node.kind != "parameter" or node.name in graph.outputs or node.name not in wanted:
             continue
         axes = tuple(
@@ -102,5 +126,5 @@ def find_deferred(graph: Graph, plan: Plan, routes: Conversions) -> Deferred:
             )
         )
         if axes:
-            found[node.name] = axes
-    return found
+            deferred[node.name] = axes
+    return deferred

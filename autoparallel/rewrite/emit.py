@@ -1,6 +1,6 @@
-"""Readable Python for one rank: the graph's ops on local tensors, conversions where they differ.
+"""The program of one rank as readable Python: the graph's ops on local tensors, with conversions.
 
-It knows no op by name: what an op's arguments become on a part is its rule's business.
+No op is known by name here: what an op's arguments become on a part is its rule's business.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ def emit(
     alter: Callable[[str], str] | None = None,
     rules: Mapping[str, ShardingRule | None] | None = None,
 ) -> Program:
-    """The program of one rank. alter: changes its text before it is compiled.
+    """The program of one rank.
 
-    rules: of calls, by node name, that are to be used in place of those that are known.
+    graph, plan: what to run and how; the plan must be of this graph. ranks: the rank's place on
+    each mesh axis. name: of the program, in tracebacks. alter: a function that changes the text
+    before it is compiled, for tests that break it. rules: of calls, by node name, that are used in
+    place of those that are known.
 
     Raises PlanError where the plan was made for another graph or another mesh.
+
+    Example: `print(emit(graph, plan, one_axis(group)).source)`.
     """
     if plan.fingerprint != graph.fingerprint:
         raise PlanError(
@@ -61,6 +66,16 @@ def emit(
 
 
 class _Emitter:
+    """Writes the program of one rank, line by line.
+
+    choices: the plan's choice for each op. deferred, made: see conversions.py. lines: of the
+    program. block: the recomputed block that is open, if one is; inside: values produced in it.
+    open: the op that is being written. blocks: number and members of the recomputed block of each
+    op. converted: the names of conversions that are in the text already, by value, steps and scope.
+    cuts: every sharded size, where dropped copies must be redistributed alike on all ranks
+    (`drops`). fused: see `find_fused`.
+    """
+
     def __init__(
         self,
         graph: Graph,
@@ -97,6 +112,7 @@ class _Emitter:
         self.fused = self.find_fused()
 
     def program(self, alter: Callable[[str], str] | None) -> Program:
+        """The whole program: its head, the calls, and what it returns. alter: see `emit`."""
         kinds: dict[str, list[Node]] = {"parameter": [], "buffer": [], "constant": [], "input": []}
         for node in self.graph.nodes:
             if node.kind != "call":
@@ -115,7 +131,10 @@ class _Emitter:
         self.calls()
         returned = []
         for value, layout in zip(self.graph.outputs, self.plan.outputs, strict=True):
+            # Reading emits a conversion where the output has another layout than its producer gives
+            # it.
             returned.append(self.read(value, layout))
+        # Buffers are the same on every rank, so that all write the whole value.
         whole = whole_layout(len(self.ranks.sizes))
         written = [self.read(value, whole) for _, value in self.graph.mutations]
         if self.drops:
@@ -144,19 +163,22 @@ class _Emitter:
         )
 
     def calls(self) -> None:
-        """Emit all ops, those to be recomputed in blocks. Raises PlanError for a torn block."""
+        """Emit all ops, those to be recomputed in blocks. Raises PlanError where other ops lie in
+        between.
+        """
         group: tuple[str, ...] = ()
         left: set[str] = set()
         for node in self.graph.calls:
-            index, own = self.blocks.get(node.name, (0, ()))
-            if left and own != group:
+            index, members = self.blocks.get(node.name, (0, ()))
+            if left and members != group:
                 raise PlanError(
                     f"{node.name} lies between ops that are to be recomputed together",
                     where=node.where,
+                    why="a recomputed block is one function, and nothing may interrupt it",
                     fix="plan again",
                 )
-            if own and not left:
-                group, left, self.inside = own, set(own), set()
+            if members and not left:
+                group, left, self.inside = members, set(members), set()
                 self.block = Block(f"block_{index}")
                 self.lines.append(self.block)
             self.open = node.name
@@ -167,7 +189,7 @@ class _Emitter:
                 self.block = None
 
     def collect_cuts(self) -> None:
-        """Every cut of a dim, once: its size, and the axes that cut it."""
+        """Collect every cut of a dim, once: the dim's size, and the mesh axes that cut it."""
         for op in self.plan.ops:
             names = (*op.reads, *op.makes)
             for name, layout in zip(names, (*op.operands, *op.results), strict=True):
@@ -181,15 +203,17 @@ class _Emitter:
                         self.cuts[f"({', '.join((self.speller.size(size), *cuts))})"] = None
 
     def add(self, text: str, reads: tuple[str, ...], makes: tuple[str, ...]) -> None:
-        """One more line: to the block that is open, if one is."""
+        """Append one line to the block that is open, or to the program."""
         (self.lines if self.block is None else self.block.lines).append(Line(text, reads, makes))
 
     def find_fused(self) -> dict[str, str]:
-        """Products whose bias can be added in the same call: product's node -> add's node.
+        """Products whose bias can be added in the same call: from the product's node to the
+        addition's.
 
-        Nothing may happen in between: one reader, and the product is read as it is made.
+        Nothing may happen in between: the product has one reader, which reads it in the layout in
+        which it is produced.
         """
-        found: dict[str, str] = {}
+        fused: dict[str, str] = {}
         for node in self.graph.calls:
             addition = self.rules.get(node.name)
             if addition is None or not addition.adds:
@@ -199,18 +223,22 @@ class _Emitter:
             rule = self.rules.get(product.name)
             if rule is None or not rule.takes_bias:
                 continue
-            choice, own = self.choices[product.name], self.choices[node.name]
+            choice, addition_choice = self.choices[product.name], self.choices[node.name]
             alone = len(self.graph.readers[first]) == 1 and first not in self.graph.outputs
             vector = len(self.graph.values[second].shape) == 1
-            same = own.operands[0] == choice.results[0] and Partial() not in choice.results[0]
+            # A pending sum is reduced first, or the bias would count on every rank.
+            same = (
+                addition_choice.operands[0] == choice.results[0]
+                and Partial() not in choice.results[0]
+            )
             wide = self.graph.values[second].shape == node.result.shape[-1:]
             together = self.blocks.get(product.name) == self.blocks.get(node.name)
             if alone and vector and same and wide and together and first != second:
-                found[product.name] = node.name
-        return found
+                fused[product.name] = node.name
+        return fused
 
     def call(self, node: Node) -> None:
-        """Emit one op: conversions of what it reads, then itself."""
+        """Emit one op: the conversions of its operands, then the op itself."""
         if node.name in self.fused:
             return
         choice = self.choices[node.name]
@@ -220,6 +248,7 @@ class _Emitter:
         ]
         args, kwargs = node.args, dict(node.kwargs)
         target, rule = node.target, self.rules[node.name]
+        # Ops that fail on empty parts run on stand-ins, and what comes of these is cut off again.
         pads = rule is not None and any(map(rule.needs_elements, rule.loops))
         if rule is not None and pads:
             reads = self.some(node, choice, reads, rule)
@@ -253,23 +282,26 @@ class _Emitter:
                 expression = (
                     expression if axis in kernels else f"pending_sum({expression}, {group})"
                 )
-        made = ", ".join(results)
+        left_side = ", ".join(results)
         if len(results) == 1 and not kernels and makes_list(target):
-            made = f"[{made}]"
-        self.add(f"{made} = {expression}", tuple(reads), tuple(results))
+            left_side = f"[{left_side}]"
+        self.add(f"{left_side} = {expression}", tuple(reads), tuple(results))
 
     def some(self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule) -> list[str]:
         """The operands, with stand-ins where inputs may be so short that a rank has nothing."""
         split = self.local.split_dims(node, choice, rule)
         if not any(split):
             return reads
-        made = [self.names.fresh(f"{read}_some") for read in reads]
-        before, after = (", ".join(names) for names in (reads, made))
-        self.add(f"[{after}] = kernels.some([{before}], {split})", tuple(reads), tuple(made))
-        return made
+        stand_ins = [self.names.fresh(f"{read}_some") for read in reads]
+        before, after = (", ".join(names) for names in (reads, stand_ins))
+        self.add(f"[{after}] = kernels.some([{before}], {split})", tuple(reads), tuple(stand_ins))
+        return stand_ins
 
     def read(self, name: str, layout: Layout) -> str:
-        """The identifier of a value as `layout`; emits its conversion at the first use."""
+        """The identifier of a value in `layout`; emits its conversion at the first use.
+
+        Raises PlanError where the plan has no steps to the layout.
+        """
         current, steps = self.made[name], self.routes.steps(name, layout, self.deferred)
         read = self.names.values[name]
         again = self.routes.is_again(name, layout)
@@ -279,30 +311,36 @@ class _Emitter:
             key = (name, steps[: count + 1], scope)
             target = step.applied(current)
             if key not in self.converted:
-                made = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
-                line = Line(self.step(value, read, made, current, step, again), (read,), (made,))
+                target_name = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
+                line = Line(
+                    self.step(value, read, target_name, current, step, again),
+                    (read,),
+                    (target_name,),
+                )
+                # Before the block, so that the copy is kept when the block is recomputed.
                 if outside:
                     self.lines.insert(len(self.lines) - 1, line)
                 elif self.block is not None:
                     self.block.lines.append(line)
                 else:
                     self.lines.append(line)
-                self.converted[key] = made
+                self.converted[key] = target_name
             read, current = self.converted[key], target
         if current != layout and name not in self.deferred:
             raise PlanError(
                 f"the plan does not say how {name} gets from {layout_text(current)} to "
                 f"{layout_text(layout)}",
+                why="it takes several steps, and the plan lists none",
                 fix="plan again",
             )
         return read
 
     def scope(self, name: str, again: bool) -> tuple[str, bool]:
-        """Where a conversion may be read: in one block, or everywhere (""). And whether its lines
+        """The block in which a conversion may be read ("" for everywhere), and whether its lines
         belong before the block that is open.
 
         In a block are the copies of values that only the block reads, and those that are dropped
-        and made again.
+        and redistributed again.
         """
         if self.block is None:
             return ("again" if again else ""), False
@@ -319,28 +357,33 @@ class _Emitter:
         return "", True
 
     def step(
-        self, value: Value, read: str, made: str, current: Layout, step: Step, again: bool
+        self, value: Value, read: str, target_name: str, current: Layout, step: Step, again: bool
     ) -> str:
-        """The line of one move on one axis."""
+        """The line of one step on one axis.
+
+        value: the whole tensor. read, made: names before and after. current: the layout before the
+        step. again: the copy is dropped after the forward pass.
+        """
         function = "convert" if value.requires_grad else "move"
         function = "convert_again" if again else function
         source, target = self.speller.placement(step.source), self.speller.placement(step.target)
         size = ", 0" if again else ""
         if isinstance(step.source, Shard):
-            own = self.local.dim(value, step.source.dim, current, without=step.axis)
-            size = f", {self.speller.size(own)}"
+            local = self.local.dim(value, step.source.dim, current, without=step.axis)
+            # A gather must know the whole size, because uneven parts do not tell it.
+            size = f", {self.speller.size(local)}"
         if again:
             self.drops = True
             size += ", alike"
         axis = self.names.axes[step.axis]
-        return f"{made} = {function}({read}, {axis}, {source}, {target}{size})"
+        return f"{target_name} = {function}({read}, {axis}, {source}, {target}{size})"
 
 
 def _symbols(graph: Graph) -> tuple[tuple[str, str, int], ...]:
-    """Names of the inputs' symbolic sizes, each with an input and a dim that has it."""
-    found: dict[Any, tuple[str, str, int]] = {}
+    """The names of the inputs' symbolic sizes, each with an input and a dim that has it."""
+    symbols: dict[Any, tuple[str, str, int]] = {}
     for node in graph.nodes:
         for dim, size in enumerate(node.result.shape if node.kind == "input" else ()):
             if isinstance(size, Sym) and size.expr.is_Symbol:
-                found.setdefault(size.expr, (str(size.expr), node.result.name, dim))
-    return tuple(found.values())
+                symbols.setdefault(size.expr, (str(size.expr), node.result.name, dim))
+    return tuple(symbols.values())

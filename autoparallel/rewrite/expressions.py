@@ -1,4 +1,4 @@
-"""How the parts of a call are written in an emitted program: sizes, arguments, functions."""
+"""Expressions of an emitted program: sizes, arguments and functions as Python text."""
 
 from __future__ import annotations
 
@@ -25,18 +25,25 @@ from autoparallel.support.torch_private import (
 
 __all__ = ["Code", "ExpressionWriter", "own_reduction", "spelled"]
 
+# Overloads that torch's Python functions do not take in the op's order of arguments.
 _AS_IS = {"dtype_layout", "Tensor_Scalar_out"}
+# Ops that torch has as methods of tensors alone.
 _METHODS = {"expand", "repeat", "to"}
 
 
 class Code(str):
-    """An expression, printed without quotes."""
+    """An expression, which is printed without quotes among the arguments."""
 
     __slots__ = ()
 
 
 class ExpressionWriter:
-    """constants: what the text names besides values. symbols: names of the inputs' sizes."""
+    """Writes sizes, placements and arguments as text, and collects the objects that the text names.
+
+    constants: objects that the text names besides values, by name. symbols: the names of the
+    inputs' sizes, by symbol. sizes: texts that were printed before, because sympy's printer is
+    slow.
+    """
 
     def __init__(self) -> None:
         self.constants: dict[str, Any] = {}
@@ -45,18 +52,18 @@ class ExpressionWriter:
         self.printer = PythonPrinter()
 
     def placement(self, placement: Placement) -> str:
-        """A placement by a short name."""
+        """A placement by a short name, which the program gets as a constant."""
         name = placement_name(placement)
         self.constants[name] = placement
         return name
 
     def layout(self, layout: Layout) -> str:
-        """A layout as a tuple of such names."""
+        """A layout as a tuple of such names, one for each mesh axis."""
         names = [self.placement(placement) for placement in layout]
         return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
     def size(self, size: Any) -> str:
-        """A number, or an expression in the inputs' sizes."""
+        """A number, or an expression in the inputs' sizes, as text."""
         if isinstance(size, Code):
             return str(size)
         if not isinstance(size, Sym):
@@ -66,36 +73,46 @@ class ExpressionWriter:
         return self.sizes[size]
 
     def shape(self, sizes: Iterable[Any]) -> str:
-        """A tuple of sizes."""
+        """A tuple of sizes as text, with a comma behind each."""
         return f"({''.join(f'{self.size(size)}, ' for size in sizes)})"
 
     def printed(self, size: Sym) -> str:
-        """The expression in the names that the program gives to the inputs' sizes."""
+        """A symbolic size in the names that the program gives to the inputs' sizes.
+
+        Raises PlanError for a size that the inputs do not determine, such as a number of true
+        values.
+        """
         known = {symbol: sympy.Symbol(text) for symbol, text in self.symbols.items()}
         unknown = size.expr.free_symbols - set(known)
         if unknown:
-            raise PlanError(f"size {size} does not follow from the inputs' sizes")
+            raise PlanError(
+                f"size {size} does not follow from the inputs' sizes",
+                why=f"{', '.join(map(str, unknown))} is known only when values are computed",
+                fix="make the size a number or a function of the inputs' shapes",
+            )
         return str(self.printer.doprint(size.expr.subs(known)))
 
     def arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reads: Iterable[str]
     ) -> str:
-        """A call's arguments. reads: what its tensors are called, in order."""
+        """A call's arguments as text. reads: the names of its tensors, in order, repeats kept."""
         names = iter(reads)
         parts = [self.argument(arg, names) for arg in args]
         parts += [f"{key}={self.argument(value, names)}" for key, value in kwargs.items()]
         return ", ".join(parts)
 
     def argument(self, item: Any, names: Iterator[str]) -> str:
-        """One argument."""
+        """One argument as text; nested tuples become lists, and tensors take the next name."""
         if isinstance(item, Ref):
             return next(names)
         if isinstance(item, (Code, Sym)):
             return self.size(item)
         if isinstance(item, tuple):
             return "[" + ", ".join(self.argument(part, names) for part in item) + "]"
+        # Every rank has a device of its own, which it passes to the program.
         if isinstance(item, torch.device):
             return "device"
+        # repr gives inf and nan, which are no names in Python.
         if isinstance(item, float) and not math.isfinite(item):
             return f"float('{item}')"
         if isinstance(item, (int, float, str, bool, type(None), torch.dtype)):
@@ -108,13 +125,20 @@ class ExpressionWriter:
 
 
 def spelled(target: str, text: str, reads: list[str]) -> str:
-    """The call of an op, as a person would write it where torch has such a function."""
+    """The call of an op, as a person would write it where torch has such a function.
+
+    target: of the op. text: its arguments. reads: the names of its tensors; a method is called on
+    the first.
+
+    >>> spelled("aten.relu.default", "x", ["x"]), spelled("aten.to.dtype", "x, y", ["x"])
+    ('torch.relu(x)', 'x.to(y)')
+    """
     space, _, rest = target.partition(".")
     name, _, overload = rest.partition(".")
     if space == "aten" and overload not in _AS_IS and not name.startswith("_"):
-        own = nn_binding(name)
-        if own is not None:
-            public = getattr(functional, name, None) is own
+        function = nn_binding(name)
+        if function is not None:
+            public = getattr(functional, name, None) is function
             return f"{'F' if public else NN_BINDINGS}.{name}({text})"
         if has_torch_binding(name):
             return f"torch.{name}({text})"
@@ -125,9 +149,11 @@ def spelled(target: str, text: str, reads: list[str]) -> str:
 
 
 def own_reduction(node: Node) -> dict[str, Any]:
-    """The schema's default of `reduction`, written out where the call leaves it to the default.
+    """The default of `reduction` by the op's schema, where the call leaves it to the default; else
+    nothing.
 
-    torch's Python bindings of losses have another default (none) than the ops (mean).
+    Torch's Python bindings of losses have another default (none) than the ops (mean), so that it is
+    written out.
     """
     op = operator_of(node.target)
     if op is None or not node.target.startswith("aten."):

@@ -1,4 +1,4 @@
-"""What one call becomes on a rank's part: its sizes, its arguments, the kernels that it needs."""
+"""The call of an op on a rank's part: its sizes, its arguments, the kernels that it needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ __all__ = ["LocalCalls"]
 
 
 class LocalCalls:
-    """The text of calls on one rank's parts. rules: of the calls, by node name."""
+    """Writes calls on one rank's parts.
+
+    graph: of the plan. ranks: the rank's place on each mesh axis. names, speller: of the program.
+    rules: of the calls, by node name; None where a call has no rule and stays unsharded.
+    """
 
     def __init__(
         self,
@@ -35,11 +39,12 @@ class LocalCalls:
     def may_be_empty(
         self, value: Value, layout: Layout, choice: OpChoice, rule: ShardingRule, loops: Dims
     ) -> list[int]:
-        """The dims of which a rank may hold nothing, for some inputs, where the op needs something.
+        """The dims of a value of which a rank may hold nothing, for some inputs, in order.
 
-        loops: of the value's dims. Dims that a kernel splits are for the kernel to care for.
+        loops: of the value's dims. Dims whose loops may be empty are left out, and those that a
+        kernel splits: kernels take empty parts.
         """
-        found = {
+        dims = {
             placement.dim
             for placement, kernel in zip(layout, _per_axis(choice), strict=True)
             if isinstance(placement, Shard)
@@ -47,10 +52,10 @@ class LocalCalls:
             and not kernel
             and any(map(rule.needs_elements, loops[placement.dim]))
         }
-        return sorted(found)
+        return sorted(dims)
 
     def args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
-        """The call's args for this rank's part of its results."""
+        """The call's args for this rank's part of its results, by its rule's local_args."""
         rule = self.rules[node.name]
         split = any(isinstance(item, Shard) for layout in choice.results for item in layout)
         if rule is None or rule.local_args is None or not split:
@@ -62,7 +67,11 @@ class LocalCalls:
         return rule.local_args(OpCall.of(self.graph, node), shapes)
 
     def dim(self, value: Value, dim: int, layout: Layout, without: int = -1) -> Any:
-        """This rank's size of a dim. without: an axis whose cut does not count."""
+        """This rank's size of a dim: a number, or an expression where the inputs decide it.
+
+        value: the whole tensor. layout: of the rank's part. without: an axis whose cut does not
+        count; -1 for none.
+        """
         size: Dim = value.shape[dim]
         for axis, placement in enumerate(layout):
             if axis == without or not isinstance(placement, Shard) or placement.dim != dim:
@@ -71,14 +80,16 @@ class LocalCalls:
                 world_size, rank = self.ranks.sizes[axis], self.ranks.coordinates[axis]
                 size = local_size(size, placement, world_size, rank)
             else:
-                own = Code(f"part({self.speller.size(size)}, {self.names.axes[axis]})")
-                size = own  # type: ignore[assignment]
+                part = Code(f"part({self.speller.size(size)}, {self.names.axes[axis]})")
+                size = part  # type: ignore[assignment]
         return size
 
     def kernels(self, node: Node, choice: OpChoice) -> dict[int, tuple[Kernel, str]]:
-        """By mesh axis the kernel that the op needs, and the size of the loop that it splits."""
+        """By mesh axis, the kernel that the op needs and the local size of the loop that it
+        splits.
+        """
         rule = self.rules[node.name]
-        found: dict[int, tuple[Kernel, str]] = {}
+        kernels: dict[int, tuple[Kernel, str]] = {}
         for axis, name in enumerate(_per_axis(choice)):
             if not name:
                 continue
@@ -89,14 +100,14 @@ class LocalCalls:
                 placement = layout[axis]
                 for loop in dims[placement.dim] if isinstance(placement, Shard) else ():
                     kernel = rule.kernels.get(loop)
-                    if kernel is not None and kernel.name == name and axis not in found:
+                    if kernel is not None and kernel.name == name and axis not in kernels:
                         assert isinstance(placement, Shard)
                         size = self.dim(
                             self.graph.values[value], placement.dim, layout, without=axis
                         )
-                        found[axis] = (kernel, self.speller.size(size))
-            assert axis in found, f"{node.name}: a kernel without a split operand"
-        return found
+                        kernels[axis] = (kernel, self.speller.size(size))
+            assert axis in kernels, f"{node.name}: a kernel without a split operand"
+        return kernels
 
     def kernel_call(
         self,
@@ -104,14 +115,20 @@ class LocalCalls:
         text: str,
         kernels: Mapping[int, tuple[Kernel, str]],
     ) -> str:
-        """The kernels' call: of several, those that run the op itself run the next one."""
+        """The call of the kernels: of several, those that run the op itself run the next one.
+
+        kernels: as `LocalCalls.kernels` gives them. Raises PlanError where two of them cannot be
+        nested.
+        """
         run = ""
+        # False sorts first: at most one kernel wraps nothing, and it is the innermost.
         ordered = sorted(kernels, key=lambda axis: kernels[axis][0].wraps)
         if any(not kernels[axis][0].wraps for axis in ordered[1:]):
             raise PlanError(
                 f"{node.target} cannot be split on several axes at once in this way",
                 where=node.where,
                 why=f"none of {', '.join(kernels[axis][0].name for axis in ordered)} runs another",
+                fix="constrain the op's tensors to be whole on one of the axes, and plan again",
             )
         for axis in ordered:
             kernel, size = kernels[axis]
@@ -121,7 +138,9 @@ class LocalCalls:
         return f"kernels.{kernel.name}({text}, {options})"
 
     def random(self, node: Node, choice: OpChoice) -> str:
-        """What a random op must know to draw the same numbers for the same elements."""
+        """The keywords by which a random op draws the same numbers for the same elements on every
+        rank.
+        """
         shape = self.speller.shape(node.result.shape)
         placements = self.speller.layout(choice.results[0])
         return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
@@ -136,13 +155,15 @@ class LocalCalls:
 
     def shortened(self, expression: str, node: Node, choice: OpChoice, rule: ShardingRule) -> str:
         """The results without what came of stand-ins."""
-        held: dict[str, None] = {}
+        lengths_held: dict[str, None] = {}
         for name, layout, dims in zip(
             node.operands(), choice.operands, self.split_dims(node, choice, rule), strict=True
         ):
             value = self.graph.values[name]
-            held.update((self.speller.size(self.dim(value, dim, layout)), None) for dim in dims)
-        if not held:
+            lengths_held.update(
+                (self.speller.size(self.dim(value, dim, layout)), None) for dim in dims
+            )
+        if not lengths_held:
             return expression
         lengths = []
         for value, layout, loops in zip(node.results, choice.results, rule.results, strict=True):
@@ -151,10 +172,12 @@ class LocalCalls:
                 for dim in self.may_be_empty(value, layout, choice, rule, loops)
             )
             lengths.append(f"{{{', '.join(sizes)}}}")
-        return f"kernels.shortened({expression}, [{', '.join(held)}], [{', '.join(lengths)}])"
+        return (
+            f"kernels.shortened({expression}, [{', '.join(lengths_held)}], [{', '.join(lengths)}])"
+        )
 
 
 def _per_axis(choice: OpChoice) -> tuple[str, ...]:
-    """The op's kernels, one for each axis."""
+    """The names of the op's kernels, one for each mesh axis; "" where it needs none."""
     layouts = (*choice.operands, *choice.results)
     return choice.kernels or ("",) * (len(layouts[0]) if layouts else 0)

@@ -1,4 +1,4 @@
-"""Names in an emitted program: of values, mesh axes, placements and layouts."""
+"""Identifiers in an emitted program: of values, mesh axes, placements and layouts."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from autoparallel.placement import Layout, Placement, Shard
 
 __all__ = ["Names", "layout_name", "placement_name"]
 
-# What an emitted program calls by name besides values, placements and mesh axes.
+# Names that an emitted program reads besides those of values, placements and mesh axes.
 RESERVED = frozenset(
     """
     F again alike buffers constants convert convert_again device forward functools inputs kernels
     math move parameters part parts_are_alike pending_sum ranks recomputed rng torch
     """.split()
 )
+# Names of placements, constants and recomputed blocks, which the writers below make up.
 _PATTERNS = re.compile(r"[IRP]|S\d+(_blocks\d+)?(_unit\d+)?|constant_\d+|block_\d+")
 
 
 class Names:
     """Distinct identifiers: of the mesh axes first, then of values, which keep theirs if they can.
 
-    symbols: names of sizes, which no value may have.
+    axes: the mesh axes' names. symbols: names of sizes, which no value may have. values: their
+    names in the graph. The attributes `axes` and `values` are their identifiers; `taken` are all
+    that are in use.
     """
 
     def __init__(self, axes: Iterable[str], symbols: Iterable[str], values: Iterable[str]) -> None:
@@ -33,7 +36,13 @@ class Names:
         self.values = {name: self.fresh(name) for name in values}
 
     def fresh(self, name: str) -> str:
-        """`name`, or with underscores behind it where it means something else."""
+        """`name`, with underscores behind it where it means something else, and reserved from now
+        on.
+
+        >>> names = Names(["tp"], [], ["x", "class"])
+        >>> names.fresh("x"), names.values["class"]
+        ('x_', 'class_')
+        """
         while (
             name in self.taken
             or name in RESERVED
@@ -47,7 +56,11 @@ class Names:
 
 
 def placement_name(placement: Placement) -> str:
-    """S0, S0_blocks3, R: the placement as an identifier."""
+    """The placement as an identifier.
+
+    >>> placement_name(Shard(0, blocks=3))
+    'S0_blocks3'
+    """
     if not isinstance(placement, Shard):
         return str(placement)
     extra = f"_blocks{placement.blocks}" if placement.blocks != 1 else ""
@@ -56,5 +69,9 @@ def placement_name(placement: Placement) -> str:
 
 
 def layout_name(layout: Layout) -> str:
-    """S0_R: the layout as part of an identifier."""
+    """The layout as part of an identifier, its placements joined by underscores.
+
+    >>> layout_name((Shard(0), Shard(1)))
+    'S0_S1'
+    """
     return "_".join(map(placement_name, layout))
