@@ -1,4 +1,4 @@
-"""Which results change when one slice of an operand changes: the loops of an unknown op.
+"""The loops of an unknown op, from which results change when one slice of an operand changes.
 
 A dim of an operand and one of a result share a loop where slice i of the one changes only slice i
 of the other. Where the dims are of different sizes, they may share a part of it: blocks of the dim
@@ -28,7 +28,9 @@ from autoparallel.rules.rule import Dims
 
 __all__ = ["Structure", "find_structure"]
 
+# Sets of random numbers at most: a slice may change nothing by chance (a maximum, a ReLU).
 _DRAWS = 4
+# A dim: the tensor's number (operands first, then results), and the dim's.
 Place = tuple[int, int]
 
 
@@ -36,8 +38,8 @@ Place = tuple[int, int]
 class Structure:
     """The loops of a call, named in order of appearance.
 
-    operands, results: as in ShardingRule. loops: their sizes. carried: loops that an operand and a
-    result share.
+    operands, results: as in ShardingRule. loops: their sizes in the pattern's independent sizes.
+    carried: loops that an operand and a result share.
     """
 
     operands: tuple[Dims, ...]
@@ -48,7 +50,11 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class _Tie:
-    """Elements [low, low * size) of the strides of two dims run together."""
+    """Two dims that run together in some of their strides.
+
+    The element (place // low_one) % size of dim `one` is the element (place // low_two) % size of
+    dim `two`: below `low` lie inner loops, above low * size outer ones.
+    """
 
     one: Place
     low_one: int
@@ -58,11 +64,13 @@ class _Tie:
 
 
 def find_structure(probe: Probe, shrunk: ProbeSizes) -> Structure:
-    """Probe at two sets of sizes; a dim that looks different at them is left as it is.
+    """The loops that the op shows at two sets of sizes; a dim that looks different at them gets a
+    loop of its own.
 
-    Sizes are told apart by their values at a third set too.
+    probe: the call. shrunk: small sizes for it. The loops' sizes are checked at a third set of
+    sizes. Raises ProbeError or OpFailedError where the op cannot be run there.
     """
-    found = [_Observed(probe, shrunk, which) for which in (0, 1)]
+    observed = [_Observed(probe, shrunk, which) for which in (0, 1)]
     third = assignment(shrunk.order, 2)
     tensors = probe.tensors(shrunk.pattern, third, shrunk.values, 1)
     results = probe.run(shrunk.pattern, third, tensors)
@@ -70,7 +78,7 @@ def find_structure(probe: Probe, shrunk: ProbeSizes) -> Structure:
     opaque: set[Place] = set()
     while True:
         before = len(opaque)
-        cuts = [one.cuts(opaque) for one in found]
+        cuts = [one.cuts(opaque) for one in observed]
         if len(opaque) > before:
             continue
         uneven = {
@@ -81,29 +89,35 @@ def find_structure(probe: Probe, shrunk: ProbeSizes) -> Structure:
         if uneven:
             opaque |= uneven
             continue
-        known = [*(one.sizes for one in found), third]
-        made = _named(shrunk.pattern, known, found, cuts, opaque, shapes)
-        unlike = _unlike(made, third, shapes) - opaque
+        known = [*(one.sizes for one in observed), third]
+        structure = _named(shrunk.pattern, known, observed, cuts, opaque, shapes)
+        unlike = _unlike(structure, third, shapes) - opaque
         if not unlike:
-            return made
+            return structure
         opaque |= unlike
 
 
-def _unlike(made: Structure, sizes: dict[int, int], shapes: list[tuple[int, ...]]) -> set[Place]:
+def _unlike(
+    structure: Structure, sizes: dict[int, int], shapes: list[tuple[int, ...]]
+) -> set[Place]:
     """Dims of several loops whose sizes do not multiply to what is seen at `sizes`."""
-    found: set[Place] = set()
-    for tensor, row in enumerate((*made.operands, *made.results)):
+    unlike: set[Place] = set()
+    for tensor, row in enumerate((*structure.operands, *structure.results)):
         for dim, names in enumerate(row):
             product = 1
             for name in names:
-                product *= made.loops[name].at(sizes)
+                product *= structure.loops[name].at(sizes)
             if len(names) > 1 and product != shapes[tensor][dim]:
-                found.add((tensor, dim))
-    return found
+                unlike.add((tensor, dim))
+    return unlike
 
 
 class _Observed:
-    """What was seen at one set of sizes."""
+    """The dependences that are seen at one set of sizes.
+
+    sizes: values of the pattern's independent sizes. count: number of operands. shapes: of operands
+    and results. ties: dims that run together.
+    """
 
     def __init__(self, probe: Probe, shrunk: ProbeSizes, which: int) -> None:
         self.probe, self.pattern = probe, shrunk.pattern
@@ -114,10 +128,13 @@ class _Observed:
         self.observe(shrunk.values)
 
     def observe(self, values: Values) -> None:
+        """Change each slice of each operand in turn, and note which slices of the results
+        differ.
+        """
         probe, pattern, sizes = self.probe, self.pattern, self.sizes
         changed: dict[tuple[Place, Place], torch.Tensor] = {}
         for seed in range(1, 1 + _DRAWS):
-            known = sum(int(matrix.sum()) for matrix in changed.values())
+            seen_before = sum(int(matrix.sum()) for matrix in changed.values())
             tensors = probe.tensors(pattern, sizes, values, seed)
             others = probe.tensors(pattern, sizes, values, seed + 1000)
             whole = probe.run(pattern, sizes, tensors)
@@ -128,15 +145,16 @@ class _Observed:
                 for dim, size in enumerate(tensor.shape):
                     if size == 1:
                         continue
-                    made: dict[int, tuple[torch.Tensor, ...]] = {}
+                    results_by_slice: dict[int, tuple[torch.Tensor, ...]] = {}
                     for i in range(size):
-                        moved = tensor.clone()
-                        moved.select(dim, i).copy_(other.select(dim, i))
-                        inputs = [*tensors[:operand], moved, *tensors[operand + 1 :]]
+                        changed_tensor = tensor.clone()
+                        changed_tensor.select(dim, i).copy_(other.select(dim, i))
+                        inputs = [*tensors[:operand], changed_tensor, *tensors[operand + 1 :]]
                         with suppress(OpFailedError):
-                            made[i] = probe.run(pattern, sizes, inputs)
-                    self.compare(changed, (operand, dim), size, whole, made)
-            if known == sum(int(matrix.sum()) for matrix in changed.values()):
+                            results_by_slice[i] = probe.run(pattern, sizes, inputs)
+                    self.compare(changed, (operand, dim), size, whole, results_by_slice)
+            # More numbers show nothing new.
+            if seen_before == sum(int(matrix.sum()) for matrix in changed.values()):
                 break
         for (one, two), matrix in changed.items():
             self.ties += _ties(one, two, matrix)
@@ -150,7 +168,9 @@ class _Observed:
         before: tuple[torch.Tensor, ...],
         after: dict[int, tuple[torch.Tensor, ...]],
     ) -> None:
-        """Note which slices of the results differ where slice i of an operand does: after[i]."""
+        """Note in `changed` which slices of the results differ where slice i of an operand does:
+        after[i].
+        """
         for index, one in enumerate(before):
             others = [results[index] for results in after.values()]
             if any(other.shape != one.shape for other in others):
@@ -169,7 +189,9 @@ class _Observed:
                 changed[key][list(after)] |= rows
 
     def untouched(self, changed: dict[tuple[Place, Place], torch.Tensor]) -> None:
-        """An operand whose numbers change nothing gives its shape: dims of one size are one."""
+        """Tie dims of equal size to an operand whose numbers change nothing: it gives its shape
+        alone.
+        """
         touching = {one[0] for (one, _), matrix in changed.items() if bool(matrix.any())}
         for (one, two), matrix in changed.items():
             if one[0] not in touching and matrix.shape[0] == matrix.shape[1]:
@@ -178,31 +200,35 @@ class _Observed:
     def cuts(self, opaque: set[Place]) -> dict[Place, list[int]]:
         """Per dim, the strides at which its loops begin: 1, ..., the dim's size.
 
-        Adds to `opaque` the dims whose cuts are not each a multiple of the one before.
+        opaque: dims that are left as they are; those whose cuts are not each a multiple of the one
+        before are added to it.
         """
         while True:
             ties = [tie for tie in self.ties if tie.one not in opaque and tie.two not in opaque]
-            found: dict[Place, set[int]] = {
+            points_of: dict[Place, set[int]] = {
                 (tensor, dim): {1, size}
                 for tensor, shape in enumerate(self.shapes)
                 for dim, size in enumerate(shape)
                 if size > 1
             }
             for tie in ties:
-                found[tie.one] |= {tie.low_one, tie.low_one * tie.size}
-                found[tie.two] |= {tie.low_two, tie.low_two * tie.size}
-            self.spread(ties, found)
+                points_of[tie.one] |= {tie.low_one, tie.low_one * tie.size}
+                points_of[tie.two] |= {tie.low_two, tie.low_two * tie.size}
+            self.spread(ties, points_of)
             broken = {
                 place
-                for place, points in found.items()
+                for place, points in points_of.items()
                 if any(high % low for low, high in pairwise(sorted(points)))
             }
+            # Ties of a broken dim no longer count, which may mend others: all is computed anew.
             if not broken - opaque:
-                return {place: sorted(points) for place, points in found.items()}
+                return {place: sorted(points) for place, points in points_of.items()}
             opaque |= broken
 
-    def spread(self, ties: list[_Tie], found: dict[Place, set[int]]) -> None:
-        """Where one of two dims that run together is cut, so is the other."""
+    def spread(self, ties: list[_Tie], points_of: dict[Place, set[int]]) -> None:
+        """Cut each of two dims that run together where the other is cut. found: points by dim,
+        filled here.
+        """
         changed = True
         while changed:
             changed = False
@@ -212,16 +238,16 @@ class _Observed:
                     (tie.two, tie.low_two, tie.one, tie.low_one),
                 )
                 for source, low, target, low_target in ways:
-                    for point in tuple(found[source]):
+                    for point in tuple(points_of[source]):
                         if point % low or not low < point < low * tie.size:
                             continue
-                        if point // low * low_target not in found[target]:
-                            found[target].add(point // low * low_target)
+                        if point // low * low_target not in points_of[target]:
+                            points_of[target].add(point // low * low_target)
                             changed = True
 
 
 def _different(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Other numbers everywhere, of the same kind."""
+    """Other numbers in every place, of the same kind and range."""
     if tensor.dtype == torch.bool:
         return ~tensor
     return torch.where(other == tensor, other.flip(0) if other.dim() else other, other)
@@ -231,21 +257,23 @@ def _ties(one: Place, two: Place, matrix: torch.Tensor) -> Iterator[_Tie]:
     """The largest parts of two dims that run together. matrix[i, j]: slice i changes slice j."""
     rows, columns = matrix.nonzero(as_tuple=True)
     n, m = matrix.shape
+    # Too few changes were seen to tell anything.
     if len(rows) < max(2, min(n, m) // 2):
         return
-    found: list[_Tie] = []
+    ties: list[_Tie] = []
+    # Larger parts first: a smaller tie inside of a larger one says less.
     for size in sorted(d for d in range(2, min(n, m) + 1) if n % d == 0 and m % d == 0)[::-1]:
         for low_one in _divisors(n // size):
             for low_two in _divisors(m // size):
                 if bool((rows // low_one % size == columns // low_two % size).all()):
                     tie = _Tie(one, low_one, two, low_two, size)
-                    if all(_apart(tie, other) for other in found):
-                        found.append(tie)
-    yield from found
+                    if all(_apart(tie, other) for other in ties):
+                        ties.append(tie)
+    yield from ties
 
 
 def _apart(tie: _Tie, other: _Tie) -> bool:
-    """Whether they are about other strides of both dims."""
+    """Whether two ties are about other strides of both dims, so that both can hold."""
     return all(
         low >= other_low * other.size or other_low >= low * tie.size
         for low, other_low in ((tie.low_one, other.low_one), (tie.low_two, other.low_two))
@@ -253,30 +281,37 @@ def _apart(tie: _Tie, other: _Tie) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
+    """The divisors of a number, from the smallest."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _named(
     pattern: Pattern,
     known: list[dict[int, int]],
-    found: list[_Observed],
+    observed: list[_Observed],
     cuts: list[dict[Place, list[int]]],
     opaque: set[Place],
     shapes: list[tuple[int, ...]],
 ) -> Structure:
-    """Loops from the pieces of dims that run together, with sizes that hold for any call."""
+    """Loops from the pieces of dims that run together, with sizes that hold for any call.
+
+    known: three sets of sizes. found: what was observed at two of them, and cuts: of those. opaque:
+    dims that have one loop. shapes: of all tensors at the third set.
+    """
     parents: dict[tuple[Place, int], tuple[Place, int]] = {}
 
     def root(piece: tuple[Place, int]) -> tuple[Place, int]:
+        """The piece that stands for all pieces that run together with this one (union-find)."""
         while parents.setdefault(piece, piece) != piece:
             piece = parents[piece]
         return piece
 
-    first, points = found[0], cuts[0]
+    first, points = observed[0], cuts[0]
     count = first.count
     tied: set[tuple[Place, int]] = set()
-    others = set(_pairs(found[1].ties, cuts[1], opaque))
+    others = set(_pairs(observed[1].ties, cuts[1], opaque))
     for pair in _pairs(first.ties, points, opaque):
+        # Seen at one set of sizes alone, it was chance.
         if pair in others:
             tied.update(pair)
             parents[root(pair[1])] = root(pair[0])
@@ -308,6 +343,7 @@ def _named(
     places = [names for dims in rows for names in dims]
     for name in {name: None for dims in rows[count:] for names in dims for name in names}:
         alone = places.count((name,)) == 1 and sum(name in names for names in places) == 1
+        # A result's own dim may have any size: it is read off the result.
         if alone and not asked & set(loops[name].atoms):
             loops[name] = Term(0)
     return Structure(tuple(rows[:count]), tuple(rows[count:]), loops, tuple(carried))
@@ -316,7 +352,7 @@ def _named(
 def _pairs(
     ties: list[_Tie], points: dict[Place, list[int]], opaque: set[Place]
 ) -> Iterator[tuple[tuple[Place, int], tuple[Place, int]]]:
-    """Pieces of dims, counted from the inner one, that run together."""
+    """Pieces of dims, counted from the inner one, that run together by these ties."""
     for tie in ties:
         if tie.one in opaque or tie.two in opaque:
             continue
@@ -329,7 +365,7 @@ def _pairs(
 
 
 def _term(pattern: Pattern, sizes: list[dict[int, int]], values: list[int]) -> Term:
-    """The size that has these values at these sizes; factor 0 where there is none."""
+    """The size that has these values at these sizes; factor 0 where no product of sizes has."""
     if len(set(values)) == 1:
         return Term(values[0])
     for known in pattern.terms():

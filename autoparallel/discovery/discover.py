@@ -1,9 +1,11 @@
-"""Rules for ops that have none: found by running the op on small tensors, proven by the referee.
+"""Rules for ops that have none, by running the op on small tensors and validating what that
+suggests.
 
-The op is run at small sizes that are as free of each other as it lets them be (`shrink`). Slices of
-its operands are changed to see which slices of its results change (`dependence`). That proposes
-loops, and every strategy that follows from them is put on trial: split, run and join must equal
-unsplit, forward and backward (`trial`). What fails is dropped; what is left is the rule.
+The op is run at small sizes that are as free of each other as it lets them be (`probe_sizes`).
+Slices of its operands are changed to see which slices of its results change (`dependence`). That
+proposes loops, and every strategy that follows from them is put on trial: split, run and join must
+equal unsplit, forward and backward (`trial`). Strategies that fail are dropped; those that are left
+are the rule.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import torch
 
 from autoparallel.discovery.dependence import Structure, find_structure
 from autoparallel.discovery.discovered_rule import DiscoveredRule, Follows
+from autoparallel.discovery.example_calls import Example
 from autoparallel.discovery.kernel_candidates import kernels_for
 from autoparallel.discovery.probe_sizes import ProbeSizes, shrink
 from autoparallel.discovery.shape_pattern import Probe, ProbeError, Term, integers_of
 from autoparallel.discovery.size_choices import sorted_atoms
-from autoparallel.discovery.strategy_validation import Example
 from autoparallel.discovery.trial import Trial
 from autoparallel.graph.graph import hint
 from autoparallel.graph.operators import draws
@@ -30,33 +32,40 @@ from autoparallel.support.torch_private import schema_of
 
 __all__ = ["ProbeError", "confirmed", "discover"]
 
+# With more operands, not every subset is tried for pending sums.
 _MOST_OPERANDS = 4
 
 
 def discover(call: OpCall) -> DiscoveredRule:
     """The rule of an op that has none, for every call of this shape pattern.
 
-    Raises ProbeError where the op cannot be probed: it fails, draws numbers, or writes.
+    call: one call of the op. It is run on the CPU, in float64 and, where it refuses that, in
+    float32. Raises ProbeError where the op cannot be probed: it fails, draws numbers, or writes.
+
+    Example: `discover(OpCall.of(graph, node)).rule(other_call)`.
     """
-    found = None
+    discovered = None
     errors = []
     for dtype in (torch.float64, torch.float32):
         probe = Probe(call, dtype)
         _refuse(probe)
         try:
-            found = _best(probe)
+            discovered = _best(probe)
             break
         except ProbeError as error:
             errors.append(error)
             if not any(operand.dtype.is_floating_point for operand in call.operands):
                 break
-    if found is None:
+    if discovered is None:
         raise errors[0]
-    return found
+    return discovered
 
 
 def confirmed(found: DiscoveredRule, call: OpCall) -> bool:
-    """Whether a rule that was found before still holds, on one set of sizes."""
+    """Whether a rule that was found before still holds, on one set of sizes.
+
+    found: the rule, perhaps read from a file. call: the call that asks for it.
+    """
     probe = Probe(call, getattr(torch, found.dtype))
     shrunk = ProbeSizes(found.pattern, sorted_atoms(found.pattern, call), found.values)
     try:
@@ -71,7 +80,7 @@ def confirmed(found: DiscoveredRule, call: OpCall) -> bool:
 
 
 def _refuse(probe: Probe) -> None:
-    """Raises ProbeError for ops that no rule can help, by what their schemas say."""
+    """Raise ProbeError for ops that no rule can help, by their schemas alone."""
     if draws(probe.call.node.target):
         raise ProbeError("draws random numbers, which every rank would draw differently")
     if schema_of(probe.operation).is_mutable:
@@ -83,38 +92,41 @@ def _refuse(probe: Probe) -> None:
 
 
 def _best(probe: Probe) -> DiscoveredRule:
-    """By the freest sizes, or, where the op fails there or some loops stay whole, by tied ones."""
+    """The rule by the freest sizes or, where the op fails there or some loops stay whole, by tied
+    ones.
+    """
     shrunk = shrink(probe)
     try:
-        found = _Author(probe, shrunk).found()
+        freest = _Author(probe, shrunk).written()
     except ProbeError:
         if shrunk.tied is None:
             raise
-        return _Author(probe, shrunk.tied).found()
-    if found.whole and shrunk.tied is not None:
-        other = _Author(probe, shrunk.tied).found()
-        if _split_dims(other) > _split_dims(found):
-            return other
-    return found
+        return _Author(probe, shrunk.tied).written()
+    if freest.whole and shrunk.tied is not None:
+        tied_rule = _Author(probe, shrunk.tied).written()
+        if _split_dims(tied_rule) > _split_dims(freest):
+            return tied_rule
+    return freest
 
 
-def _split_dims(found: DiscoveredRule) -> int:
-    """Number of dims that can be split: how much a rule allows."""
-    whole = {name for name, _ in found.whole}
-    rows = (*found.operands, *found.results)
+def _split_dims(discovered: DiscoveredRule) -> int:
+    """The number of dims that can be split: a measure of how much a rule allows."""
+    whole = {name for name, _ in discovered.whole}
+    rows = (*discovered.operands, *discovered.results)
     return sum(bool(set(names) - whole) for dims in rows for names in dims)
 
 
 class _Author:
-    """Writes the rule of one call."""
+    """Writes the rule of one call. trial: everything that a rule of it is tried on."""
 
     def __init__(self, probe: Probe, shrunk: ProbeSizes) -> None:
         self.probe, self.shrunk = probe, shrunk
         self.trial = Trial(probe, shrunk)
 
-    def found(self) -> DiscoveredRule:
+    def written(self) -> DiscoveredRule:
+        """The rule: all loops start whole, and each is set free where a trial finds no fault."""
         structure = find_structure(self.probe, self.shrunk)
-        made = DiscoveredRule(
+        draft = DiscoveredRule(
             self.probe.call.node.target,
             self.shrunk.pattern,
             tuple(structure.loops.items()),
@@ -126,60 +138,63 @@ class _Author:
             note=self.note(),
         )
         for loop in structure.carried:
-            made = self.split(made, loop)
+            draft = self.split(draft, loop)
         for loop in structure.loops:
             if loop not in structure.carried and _only_in(structure, loop, results=True):
-                made = self.split(made, loop)
+                draft = self.split(draft, loop)
         for group in self.groups(structure):
-            made = self.join(made, group)
-        made = self.sums(made)
-        return self.verified(made)
+            draft = self.join(draft, group)
+        draft = self.sums(draft)
+        return self.verified(draft)
 
     def note(self) -> str:
+        """A note for the plan where the op has no backward, and only its forward is proven."""
         error = self.trial.backward_error
         return f"proven forward only: backward failed: {error}" if error else ""
 
     # -- loops
 
-    def split(self, made: DiscoveredRule, loop: str) -> DiscoveredRule:
-        """The rule with `loop` free to be split, if that is right; else with the reason."""
-        free = replace(made, whole=tuple(pair for pair in made.whole if pair[0] != loop))
-        if not self.probe.checks and _breaks_ties(made, loop):
-            why = "the op may not check that its operands still fit each other"
-            return _kept(made, loop, why)
-        atoms = set(dict(made.loops)[loop].atoms)
+    def split(self, draft: DiscoveredRule, loop: str) -> DiscoveredRule:
+        """The rule with `loop` free to be split, if that is right; else whole, with the reason."""
+        set_free = replace(draft, whole=tuple(pair for pair in draft.whole if pair[0] != loop))
+        # An op that does not check its operands could read past the end of one.
+        if not self.probe.checks and _breaks_ties(draft, loop):
+            unsafe = "the op may not check that its operands still fit each other"
+            return _kept(draft, loop, unsafe)
+        atoms = set(dict(draft.loops)[loop].atoms)
         asked = any(atoms & set(term.atoms) for term in self.shrunk.pattern.integers)
         if self.probe.checks or not asked:
-            why = self.trial.try_loop(free, loop)
-            if not why:
-                return free
-        for follows in self.followers(made, loop):
-            other = replace(free, follows=follows)
-            if not self.trial.try_loop(other, loop) and not self.broken(made, other):
+            unsafe = self.trial.try_loop(set_free, loop)
+            if not unsafe:
+                return set_free
+        for follows in self.followers(draft, loop):
+            other = replace(set_free, follows=follows)
+            if not self.trial.try_loop(other, loop) and not self.broken(draft, other):
                 return other
-        for kernel in kernels_for(self.probe, self.shrunk, made, loop):
-            other = replace(free, kernels=(*made.kernels, (loop, kernel)))
+        # Kernels come last: they communicate, and a plain split does not.
+        for kernel in kernels_for(self.probe, self.shrunk, draft, loop):
+            other = replace(set_free, kernels=(*draft.kernels, (loop, kernel)))
             if not self.trial.try_loop(other, loop):
                 return other
-        return _kept(made, loop, _reason(made, loop))
+        return _kept(draft, loop, _reason(draft, loop))
 
-    def broken(self, made: DiscoveredRule, other: DiscoveredRule) -> bool:
+    def broken(self, draft: DiscoveredRule, other: DiscoveredRule) -> bool:
         """Whether integers that follow break the split of a loop that was right without."""
-        dims = {(follows.result, follows.dim) for follows in other.follows[len(made.follows) :]}
-        loops = {loop for result, dim in dims for loop in made.results[result][dim]}
-        free = [name for name, _ in made.loops if name in loops - set(dict(made.whole))]
+        dims = {(follows.result, follows.dim) for follows in other.follows[len(draft.follows) :]}
+        loops = {loop for result, dim in dims for loop in draft.results[result][dim]}
+        free = [name for name, _ in draft.loops if name in loops - set(dict(draft.whole))]
         return any(self.trial.try_loop(other, loop) for loop in free)
 
-    def followers(self, made: DiscoveredRule, loop: str) -> Iterator[tuple[Follows, ...]]:
-        """Integers that may follow the local part of a result's dim that has the loop."""
+    def followers(self, draft: DiscoveredRule, loop: str) -> Iterator[tuple[Follows, ...]]:
+        """Integer arguments that may follow the local size of a result's dim that has the loop."""
         dims = [
             (result, dim)
-            for result, row in enumerate(made.results)
+            for result, row in enumerate(draft.results)
             for dim, names in enumerate(row)
             if loop in names
         ]
-        atoms = set(dict(made.loops)[loop].atoms)
-        fixed = {follows.integer for follows in made.follows}
+        atoms = set(dict(draft.loops)[loop].atoms)
+        fixed = {follows.integer for follows in draft.follows}
         terms = self.shrunk.pattern.integers
         positional = len(integers_of(_args_alone(self.probe.call)))
         ties = [
@@ -196,70 +211,75 @@ class _Author:
         choices += [(at,) for at in (*ties, *numbers)]
         for chosen in dict.fromkeys(choices):
             for result, dim in dims:
-                yield (*made.follows, *(Follows(at, result, dim) for at in chosen))
+                yield (*draft.follows, *(Follows(at, result, dim) for at in chosen))
 
     def groups(self, structure: Structure) -> list[list[str]]:
         """Loops of operands alone, those of one size together: they may be summed over as one."""
-        found: dict[Term, list[str]] = {}
+        by_size: dict[Term, list[str]] = {}
         for loop, term in structure.loops.items():
             if loop not in structure.carried and _only_in(structure, loop, results=False):
-                found.setdefault(term, []).append(loop)
-        return list(found.values())
+                by_size.setdefault(term, []).append(loop)
+        return list(by_size.values())
 
-    def join(self, made: DiscoveredRule, group: list[str]) -> DiscoveredRule:
-        """Loops that are one loop summed over, as many of them as can be."""
+    def join(self, draft: DiscoveredRule, group: list[str]) -> DiscoveredRule:
+        """The rule with loops joined that are one loop summed over, as many of them as can be."""
         left = list(group)
+        # The largest sets first: a loop that is summed with others is none by itself.
         for count in range(len(group), 0, -1):
             for chosen in combinations(group, count):
                 if not all(loop in left for loop in chosen):
                     continue
-                if count > 1 and _twice(made, chosen):
+                if count > 1 and _twice(draft, chosen):
                     continue
-                merged = _renamed(made, chosen)
+                merged = _renamed(draft, chosen)
                 tried = self.split(merged, chosen[0])
                 if chosen[0] not in dict(tried.whole):
-                    made = tried
+                    draft = tried
                     left = [loop for loop in left if loop not in chosen]
                 elif count == 1:
-                    made = tried
-        return made
+                    draft = tried
+        return draft
 
     # -- pending sums
 
-    def sums(self, made: DiscoveredRule) -> DiscoveredRule:
-        """Sets of operands through which a pending sum passes."""
+    def sums(self, draft: DiscoveredRule) -> DiscoveredRule:
+        """The rule with the sets of operands through which a pending sum passes."""
         numbers = [
             index
             for index, operand in enumerate(self.probe.call.operands)
             if operand.dtype != torch.bool and self.shrunk.values.bounds[index] is None
         ]
-        found: list[tuple[int, ...]] = []
+        groups: list[tuple[int, ...]] = []
         few = len(numbers) <= _MOST_OPERANDS
         for count in range(1, len(numbers) + 1):
             if not few and count not in (1, 2, len(numbers)):
                 continue
             for group in combinations(numbers, count):
-                if not few and any(set(small) <= set(group) for small in found):
+                if not few and any(set(small) <= set(group) for small in groups):
                     continue
-                if not self.trial.try_sum(made, group):
-                    found.append(group)
-        return replace(made, linear=tuple(found))
+                if not self.trial.try_sum(draft, group):
+                    groups.append(group)
+        return replace(draft, linear=tuple(groups))
 
     # -- the last word
 
-    def verified(self, made: DiscoveredRule) -> DiscoveredRule:
-        """The rule without what fails on sizes, blocks and runs that no choice was made on."""
+    def verified(self, draft: DiscoveredRule) -> DiscoveredRule:
+        """The rule without strategies that fail on sizes, blocks and runs that no choice was made
+        on.
+        """
         for case in self.trial.final():
             for ranks in case.ranks:
-                made = self.checked(made, case.example, ranks)
-        return self.emptied(made)
+                draft = self.checked(draft, case.example, ranks)
+        return self.emptied(draft)
 
-    def emptied(self, made: DiscoveredRule) -> DiscoveredRule:
-        """The rule with the word on parts without elements: as few ranks as leave one without."""
+    def emptied(self, draft: DiscoveredRule) -> DiscoveredRule:
+        """The rule with `takes_empty` set if it holds: as few ranks as leave one without
+        elements.
+        """
         if not self.probe.checks:
-            return made
+            return draft
         example = self.trial.cases[0]
-        rule = replace(made, takes_empty=True).rule(example.call)
+        rule = replace(draft, takes_empty=True).rule(example.call)
         assert rule is not None
         for loop in rule.loops:
             if loop in rule.whole:
@@ -268,13 +288,16 @@ class _Author:
             ranks = next(n for n in range(2, size + 2) if part_bounds(size, n, n - 1)[0] == size)
             for strategy in self.trial.strategies(example, rule, [LoopSplit(loop)], ranks):
                 if strategy.tile and self.trial.wrong(example, rule, strategy, ranks):
-                    return made
-        return replace(made, takes_empty=True)
+                    return draft
+        return replace(draft, takes_empty=True)
 
-    def checked(self, made: DiscoveredRule, example: Example, ranks: int) -> DiscoveredRule:
+    def checked(self, draft: DiscoveredRule, example: Example, ranks: int) -> DiscoveredRule:
+        """The rule without strategies that fail on one example. Raises ProbeError if it fails
+        unsplit.
+        """
         trial = self.trial
         while True:
-            rule = made.rule(example.call)
+            rule = draft.rule(example.call)
             if rule is None:
                 raise ProbeError("behaves differently at other sizes")
             for strategy in trial.strategies(example, rule, trial.tiles(rule, ranks), ranks):
@@ -282,18 +305,20 @@ class _Author:
                 if not why:
                     continue
                 if strategy.tile is not None:
-                    made = _kept(made, strategy.tile.loop, _reason(made, strategy.tile.loop))
+                    draft = _kept(draft, strategy.tile.loop, _reason(draft, strategy.tile.loop))
                     break
                 group = tuple(index for index, p in enumerate(strategy.operands) if str(p) == "P")
-                if group not in made.linear:
+                # Neither a loop nor a sum: running it unsplit is wrong, and no rule can be right.
+                if group not in draft.linear:
                     raise ProbeError(f"is not what it is taken for: {strategy}: {why}")
-                made = replace(made, linear=tuple(g for g in made.linear if g != group))
+                draft = replace(draft, linear=tuple(g for g in draft.linear if g != group))
                 break
             else:
-                return made
+                return draft
 
 
 def _args_alone(call: OpCall) -> OpCall:
+    """The call without keyword arguments: a rule's local_args change positional ones alone."""
     return OpCall(replace(call.node, kwargs=()), call.operands)
 
 
@@ -303,48 +328,49 @@ def _only_in(structure: Structure, loop: str, results: bool) -> bool:
     return not any(loop in names for dims in rows for names in dims)
 
 
-def _twice(made: DiscoveredRule, chosen: tuple[str, ...]) -> bool:
-    """Whether one operand has two of the loops."""
+def _twice(draft: DiscoveredRule, chosen: tuple[str, ...]) -> bool:
+    """Whether one operand has two of the loops, which one loop could not stand for."""
     return any(
-        sum(name in chosen for names in dims for name in names) > 1 for dims in made.operands
+        sum(name in chosen for names in dims for name in names) > 1 for dims in draft.operands
     )
 
 
-def _renamed(made: DiscoveredRule, chosen: tuple[str, ...]) -> DiscoveredRule:
-    """The rule with the chosen loops as one, called as the first of them."""
+def _renamed(draft: DiscoveredRule, chosen: tuple[str, ...]) -> DiscoveredRule:
+    """The rule with the chosen loops as one, named as the first of them."""
 
     def row(dims: Dims) -> Dims:
+        """The dims of one tensor with the new name."""
         return tuple(
             tuple(chosen[0] if name in chosen else name for name in names) for names in dims
         )
 
-    gone = set(chosen[1:])
+    merged = set(chosen[1:])
     return replace(
-        made,
-        operands=tuple(map(row, made.operands)),
-        loops=tuple(pair for pair in made.loops if pair[0] not in gone),
-        whole=tuple(pair for pair in made.whole if pair[0] not in gone),
+        draft,
+        operands=tuple(map(row, draft.operands)),
+        loops=tuple(pair for pair in draft.loops if pair[0] not in merged),
+        whole=tuple(pair for pair in draft.whole if pair[0] not in merged),
     )
 
 
-def _breaks_ties(made: DiscoveredRule, loop: str) -> bool:
+def _breaks_ties(draft: DiscoveredRule, loop: str) -> bool:
     """Whether an operand has a size related to the loop's, and does not have the loop."""
-    atoms = set(dict(made.loops)[loop].atoms)
+    atoms = set(dict(draft.loops)[loop].atoms)
     return any(
         any(atoms & set(term.atoms) for term in row) and not any(loop in names for names in dims)
-        for row, dims in zip(made.pattern.operands, made.operands, strict=True)
+        for row, dims in zip(draft.pattern.operands, draft.operands, strict=True)
     )
 
 
-def _reason(made: DiscoveredRule, loop: str) -> str:
-    """Why a loop is whole, in words that a plan can show."""
-    if any(loop in names for dims in made.operands for names in dims):
+def _reason(draft: DiscoveredRule, loop: str) -> str:
+    """The reason why a loop is whole, in words that a plan can show."""
+    if any(loop in names for dims in draft.operands for names in dims):
         return "its parts by themselves give other results, and no kernel is known that mends it"
     return "a part of it cannot be made by itself"
 
 
-def _kept(made: DiscoveredRule, loop: str, why: str) -> DiscoveredRule:
-    """The rule with the loop whole."""
-    rest = tuple(pair for pair in made.whole if pair[0] != loop)
-    kernels = tuple(pair for pair in made.kernels if pair[0] != loop)
-    return replace(made, whole=(*rest, (loop, why)), kernels=kernels)
+def _kept(draft: DiscoveredRule, loop: str, why: str) -> DiscoveredRule:
+    """The rule with the loop whole, and with the reason for it."""
+    rest = tuple(pair for pair in draft.whole if pair[0] != loop)
+    kernels = tuple(pair for pair in draft.kernels if pair[0] != loop)
+    return replace(draft, whole=(*rest, (loop, why)), kernels=kernels)

@@ -1,4 +1,4 @@
-"""A rule that was discovered: data alone, for every call of one shape pattern."""
+"""A discovered rule: data alone, for every call of one shape pattern, with JSON both ways."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from autoparallel.discovery.shape_pattern import (
     integers_of,
     replace_integers,
 )
-from autoparallel.graph.graph import Dim, Sym, hint, leaves
+from autoparallel.graph.graph import Dim, Sym, hint, numel_hint
 from autoparallel.placement import Collective, parse_placement
+from autoparallel.rules.notation import notation
 from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
 
-__all__ = ["DiscoveredKernel", "DiscoveredRule", "Follows", "notation"]
+__all__ = ["DiscoveredKernel", "DiscoveredRule", "Follows"]
 
 
 @dataclass(frozen=True, slots=True)
 class Follows:
-    """An integer argument (counted among those of the call) that shrinks with a result's dim."""
+    """An integer argument that shrinks with a result's dim when that dim is split (a number of
+    groups, say).
+
+    integer: counted among those of the call. result, dim: whose local size it follows.
+    """
 
     integer: int
     result: int
@@ -32,9 +37,10 @@ class Follows:
 
 @dataclass(frozen=True, slots=True)
 class DiscoveredKernel:
-    """A generic kernel, told which operands and dims it is about.
+    """A generic kernel (runtime/discovered_kernels.py), told which operands and dims it is about.
 
-    result: placement of every result. gathers: whether the results of all parts are gathered.
+    name: of the function. result: placement of every result, as text. arguments: for the function,
+    by name. gathers: whether the results of all parts are gathered.
     """
 
     name: str
@@ -47,10 +53,11 @@ class DiscoveredKernel:
 class DiscoveredRule:
     """The loop nest of an op, found by trial, for calls that follow `pattern`.
 
-    loops: their sizes; factor 0 where it is whatever the dim is. whole: loops that cannot be split,
-    and why. linear: as in ShardingRule. follows: integers that follow a local size. kernels: per
-    loop. takes_empty: as in ShardingRule. values, dtype: what the
-    op was probed with. note: what else is worth knowing.
+    target: the op. pattern: how the call's sizes follow from independent ones. loops: their sizes;
+    factor 0 where a loop has whatever size the dim has. operands, results: as in ShardingRule.
+    whole: loops that cannot be split, and why. linear: as in ShardingRule. follows: integers that
+    follow a local size. kernels: per loop. takes_empty: as in ShardingRule. values, dtype: numbers
+    and type that the op was probed with. note: words for the plan.
     """
 
     target: str
@@ -90,7 +97,7 @@ class DiscoveredRule:
         reasons = dict(self.whole)
         for name in self.stuck(call):
             reasons.setdefault(name, "an integer argument follows a size that is not known")
-        made = ShardingRule(
+        rule_of_call = ShardingRule(
             self.operands,
             self.results,
             sizes,
@@ -101,26 +108,26 @@ class DiscoveredRule:
             takes_empty=self.takes_empty,
             reasons=reasons,
         )
-        words = "; ".join(text for text in (notation(made), self.note) if text)
-        return replace(made, discovered=words)
+        words = "; ".join(text for text in (notation(rule_of_call), self.note) if text)
+        return replace(rule_of_call, discovered=words)
 
     def stuck(self, call: OpCall) -> list[str]:
-        """Loops that cannot be split in this call: an integer is no multiple of a symbol."""
+        """Loops that cannot be split in this call, because an integer is no multiple of a symbolic
+        size.
+        """
         integers = integers_of(call)
-        found: list[str] = []
+        loops: list[str] = []
         for follows in self.follows:
             size = call.results[follows.result].shape[follows.dim]
             if isinstance(size, Sym) and integers[follows.integer] != size:
-                found += self.results[follows.result][follows.dim]
-        return found
+                loops += self.results[follows.result][follows.dim]
+        return loops
 
     def kernel(self, kernel: DiscoveredKernel, call: OpCall) -> Kernel:
+        """The kernel as a rule has it, with the bytes that it gathers in this call."""
         nbytes = 0
         for result in call.results:
-            count = result.dtype.itemsize
-            for size in result.shape:
-                count *= hint(size)
-            nbytes += count
+            nbytes += result.dtype.itemsize * numel_hint(result.shape)
         collectives = ((Collective.ALL_GATHER, 2 * nbytes),) if kernel.gathers else ()
         return Kernel(
             kernel.name,
@@ -140,11 +147,11 @@ class DiscoveredRule:
                 integers[follows.integer] = local
             elif not isinstance(whole, Sym) and isinstance(local, int):
                 integers[follows.integer] = whole * local // hint(size)
-        made: tuple[Any, ...] = replace_integers(call.node.args, iter(integers))
-        return made
+        args: tuple[Any, ...] = replace_integers(call.node.args, iter(integers))
+        return args
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and dicts."""
+        """The rule as plain lists and dicts. Inverse of `from_json`."""
         return {
             "target": self.target,
             "pattern": [
@@ -203,6 +210,7 @@ class DiscoveredRule:
 
 
 def _is_product(names: tuple[str, ...], sizes: Mapping[str, Dim], size: Dim) -> bool:
+    """Whether the loops' sizes multiply to the dim's, for the example inputs."""
     product = 1
     for name in names:
         if name not in sizes:
@@ -212,53 +220,22 @@ def _is_product(names: tuple[str, ...], sizes: Mapping[str, Dim], size: Dim) -> 
 
 
 def _row(term: Term) -> list[Any]:
+    """A size as JSON. Inverse of `_term`."""
     return [term.factor, list(term.atoms)]
 
 
 def _term(item: Any) -> Term:
+    """The size that was written as JSON. Raises TypeError or ValueError for anything else."""
     factor, atoms = item
     return Term(int(factor), tuple(int(atom) for atom in atoms))
 
 
 def _values(low: float, high: float, signs: bool, bounds: list[Any]) -> Values:
+    """The numbers that an op was probed with, from JSON."""
     terms = (None if bound is None else _term(bound) for bound in bounds)
     return Values(low, high, signs, tuple(terms))
 
 
 def _tuples(item: Any) -> Any:
+    """Nested lists as nested tuples: JSON has no tuples, and a rule must be hashable."""
     return tuple(map(_tuples, item)) if isinstance(item, (list, tuple)) else item
-
-
-def notation(rule: ShardingRule) -> str:
-    """The rule in einsum-like words: "a b, c b -> a c; b summed".
-
-    (a b) is a dim that merges loops, 1 a dim without one.
-    """
-    names = {loop: _letter(index) for index, loop in enumerate(rule.loops)}
-
-    def word(loops: tuple[str, ...]) -> str:
-        text = " ".join(names[loop] for loop in loops)
-        return f"({text})" if len(loops) > 1 else text or "1"
-
-    sides = (
-        ", ".join(" ".join(map(word, dims)) or "()" for dims in tensors)
-        for tensors in (rule.operands, rule.results)
-    )
-    in_results = set(leaves(rule.results))
-    free = [loop for loop in rule.loops if loop not in rule.whole]
-    summed = [names[loop] for loop in free if loop not in in_results and loop not in rule.kernels]
-    parts = [" -> ".join(sides)]
-    if summed:
-        parts.append(f"{' '.join(summed)} summed")
-    if rule.kernels:
-        parts += [f"{names[loop]} by {kernel.name}" for loop, kernel in rule.kernels.items()]
-    if rule.whole:
-        parts.append(f"{' '.join(names[loop] for loop in rule.loops if loop in rule.whole)} whole")
-    if rule.linear:
-        groups = ["+".join(str(index) for index in sorted(group)) for group in rule.linear]
-        parts.append(f"linear in {', '.join(groups)}")
-    return "; ".join(parts)
-
-
-def _letter(index: int) -> str:
-    return chr(ord("a") + index) if index < 26 else f"a{index}"

@@ -1,8 +1,8 @@
-"""Discovered rules on disk, so that each op is probed once, not in every process.
+"""Discovered rules on disk, so that each op is probed once and not in every process.
 
-One file per op and shape pattern in the common cache folder. A file that cannot be read, or is of
-another version of torch, of the op or of this program, is as good as none; a folder that cannot be
-written to is left alone.
+There is one file per op and shape pattern in the common cache folder. A file that cannot be read,
+or is of another version of torch, of the op or of this program, is as good as none; a folder that
+cannot be written to is left alone.
 """
 
 from __future__ import annotations
@@ -30,15 +30,21 @@ from autoparallel.support.torch_private import (
 
 __all__ = ["key_of", "load", "store"]
 
+# To be raised when a rule that is on disk would be found differently today.
 VERSION = 2
 
 
 def key_of(call: OpCall) -> str:
-    """What a rule depends on: the op as it is registered, and the pattern of the call's sizes."""
+    """The key of a rule: the op as it is registered, and the pattern of the call's sizes, as JSON.
+
+    Two calls with one key have one rule. The op's source counts, so that a changed op is probed
+    again.
+    """
     probe = Probe(call)
     operands = iter(call.operands)
 
     def word(leaf: Any) -> str:
+        """One argument by its kind; numbers that are sizes are in the pattern."""
         if isinstance(leaf, Ref):
             value = next(operands)
             kind = "float" if value.dtype.is_floating_point else str(value.dtype)
@@ -66,7 +72,7 @@ def key_of(call: OpCall) -> str:
 
 
 def _source(target: str) -> str:
-    """Digest of what is known of the op's implementation; "" for torch's own."""
+    """A digest of the op's implementation, as far as it is known; "" for torch's own."""
     space, name, overload = target.split(".")
     if space == "aten":
         return ""
@@ -80,6 +86,7 @@ def _source(target: str) -> str:
 
 
 def _text(function: Any) -> str:
+    """The source of a function; its bytecode where there is none, as in an interactive session."""
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
@@ -88,6 +95,7 @@ def _text(function: Any) -> str:
 
 
 def _path(key: str) -> Path:
+    """The file of a key. Keys are too long for names of files."""
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return default_cache_folder() / "rules" / f"{name}.json"
 
@@ -101,8 +109,8 @@ def load(key: str) -> DiscoveredRule | None:
         return None
 
 
-def store(key: str, found: DiscoveredRule) -> None:
+def store(key: str, discovered: DiscoveredRule) -> None:
     """Write a rule, whole or not at all: other processes may read and write the same file."""
-    text = json.dumps({"key": json.loads(key), "found": found.to_json()}, indent=1) + "\n"
+    text = json.dumps({"key": json.loads(key), "found": discovered.to_json()}, indent=1) + "\n"
     with suppress(OSError):
         write_whole(_path(key), text.encode())

@@ -1,4 +1,4 @@
-"""Kinds of loops that a generic kernel splits: the guesses; whether they hold is for the trial."""
+"""Guesses which generic kernel may split a loop that no plain split does; a trial decides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ __all__ = ["kernels_for"]
 def kernels_for(
     probe: Probe, shrunk: ProbeSizes, found: DiscoveredRule, loop: str
 ) -> Iterator[DiscoveredKernel]:
-    """Kernels that may split a loop of operands alone, if the op gives one result."""
+    """Kernels that may split a loop of operands alone, if the op gives one result.
+
+    probe, shrunk: the call at small sizes. found: the rule so far. loop: the one to be split. Every
+    kernel is a guess, which the caller must try.
+    """
     if len(found.results) != 1 or any(loop in names for names in found.results[0]):
         return
     at = [
@@ -41,7 +45,7 @@ def kernels_for(
 def _lookups(
     probe: Probe, shrunk: ProbeSizes, found: DiscoveredRule, table: int, dim: int
 ) -> Iterator[DiscoveredKernel]:
-    """The dim is what an operand of whole numbers has its places in."""
+    """A masked look-up, if the dim is what an operand of whole numbers has its places in."""
     size = found.pattern.operands[table][dim]
     for index, bound in enumerate(shrunk.values.bounds):
         if bound != size or index == table:
@@ -59,15 +63,17 @@ def _lookups(
 
 
 def _combined(found: DiscoveredRule, operand: int, dim: int) -> Iterator[DiscoveredKernel]:
-    """The result has the operand's other dims, in their order, or ones in the place of reduced."""
-    kept = []
+    """Parts' results gathered and reduced again, if the result has the operand's other dims in
+    their order.
+    """
+    result_dims = []
     for names in found.operands[operand]:
         where = [e for e, others in enumerate(found.results[0]) if names == others and names]
-        kept.append(where[0] if where else -1)
-    order = [place for place in kept if place >= 0]
-    own = [e for e, names in enumerate(found.results[0]) if names]
-    if order == own:
-        arguments = (("where", (operand, dim, tuple(kept))),)
+        result_dims.append(where[0] if where else -1)
+    order = [place for place in result_dims if place >= 0]
+    dims_with_loops = [e for e, names in enumerate(found.results[0]) if names]
+    if order == dims_with_loops:
+        arguments = (("where", (operand, dim, tuple(result_dims))),)
         yield DiscoveredKernel("combined_parts", "I", arguments, gathers=True)
 
 
@@ -86,6 +92,7 @@ def _takes_special(probe: Probe, shrunk: ProbeSizes, index: int) -> bool:
     """Whether places may be other than 0, 1, ...: counted from the end, or marks of no place."""
     if not probe.checks:
         return True
+    # Negative defaults and arguments often mark places: padding_idx=-1, ignore_index=-100.
     numbers = {-1}
     for item in (
         *leaves((probe.call.node.args, probe.call.node.kwargs)),
@@ -93,26 +100,28 @@ def _takes_special(probe: Probe, shrunk: ProbeSizes, index: int) -> bool:
     ):
         if isinstance(item, int) and not isinstance(item, bool) and item < 0:
             numbers.add(item)
-    made = (_runs(probe, shrunk, index, number) for number in sorted(numbers))
-    return any(result is not None and bool(result.isfinite().all()) for result in made)
+    results = (_runs(probe, shrunk, index, number) for number in sorted(numbers))
+    return any(result is not None and bool(result.isfinite().all()) for result in results)
 
 
 def _counts(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool:
-    """Whether some numbers may not count in a mean: zeros, marked places, what is not a number."""
+    """Whether some numbers may not count in a mean: zeros, marked places, or NaN."""
     if not _averages_zeros(probe, shrunk, at):
         return True
     for index, operand in enumerate(probe.call.operands):
         if shrunk.values.bounds[index] is not None and _takes_special(probe, shrunk, index):
             return True
         if operand.dtype.is_floating_point:
-            made = _runs(probe, shrunk, index, float("nan"))
-            if made is not None and bool(made.isfinite().all()):
+            result = _runs(probe, shrunk, index, float("nan"))
+            if result is not None and bool(result.isfinite().all()):
                 return True
     return False
 
 
 def _averages_zeros(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool:
-    """Whether the result is the mean of its parts' results, by their sizes, zeros among them."""
+    """Whether the result is the mean of its parts' results by their sizes, zeros among the
+    numbers.
+    """
     sizes = assignment(shrunk.order, 0)
     tensors = probe.tensors(shrunk.pattern, sizes, replace(shrunk.values, zeros=0.5), 0)
     size = tensors[at[0][0]].size(at[0][1])

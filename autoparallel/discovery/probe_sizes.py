@@ -27,9 +27,13 @@ from autoparallel.graph.graph import Dim, Sym, hint
 
 __all__ = ["ProbeSizes", "related_terms", "shrink"]
 
+# Both signs, positive alone (logarithms, roots), and above 1 (acosh).
 _DOMAINS = (Values(), Values(signs=False), Values(1.1, 2.0, signs=False))
+# Multiples that an op may demand of a size: pairs, quads, vectors of 16 bytes.
 _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16)
+# Larger ratios are taken for chance.
 _MOST_MULTIPLE = 8
+# An op may be slow, and is run many times.
 _MOST_ELEMENTS = 1 << 17
 _MOST_TOGETHER = 8
 _MOST_CONSTANT = 64
@@ -37,8 +41,10 @@ _MOST_CONSTANT = 64
 
 @dataclass(frozen=True, slots=True)
 class ProbeSizes:
-    """order: the pattern's independent sizes from the smallest to the largest of the call.
+    """Small sizes for a call, and numbers to fill its operands with.
 
+    pattern: how the call's sizes follow from independent ones. order: the independent sizes, from
+    the smallest to the largest of the call. values: magnitudes, signs and bounds of the numbers.
     tied: the same before sizes that may differ were set free of each other, if there were any.
     """
 
@@ -68,9 +74,10 @@ def shrink(probe: Probe) -> ProbeSizes:
 
 
 def related_terms(probe: Probe) -> str:
-    """The call's sizes by their relations alone: equal for calls whose sizes are equally related.
+    """The call's sizes by their relations alone, as text: equal for calls whose sizes are equally
+    related.
 
-    Numbers of integers that are no sizes are kept.
+    Numbers of integers that are no sizes are kept, because they may decide what the op does.
     """
     pattern = next(_Search(probe).candidates(True, True, 1))
     symbolic = ["s" if isinstance(slot.size, Sym) else "" for slot in _Search(probe).slots]
@@ -91,6 +98,13 @@ class _Slot:
 
 
 class _Search:
+    """A search for the freest pattern that runs.
+
+    slots: all places where a size stands. rank: the largest of the operands. actual: the size in
+    the call of each independent size, by which they are ordered. values: numbers that the op takes.
+    error: why it failed first.
+    """
+
     def __init__(self, probe: Probe) -> None:
         self.probe, self.values = probe, _DOMAINS[0]
         call = probe.call
@@ -107,9 +121,9 @@ class _Search:
     # -- patterns to start from
 
     def first(self) -> Pattern:
-        """The first that runs, from independent sizes to those that keep every relation."""
-        own = self.probe.own()
-        elements = [torch.Size([term.factor for term in row]).numel() for row in own.operands]
+        """The first pattern that runs, from independent sizes to those that keep every relation."""
+        as_called = self.probe.own()
+        elements = [torch.Size([term.factor for term in row]).numel() for row in as_called.operands]
         symbolic = any(isinstance(slot.size, Sym) for slot in self.slots)
         first_error = ""
         for values in _DOMAINS:
@@ -120,16 +134,17 @@ class _Search:
                         for pattern in self.candidates(small, related, factor):
                             if self.runs(pattern):
                                 return pattern
-            if not symbolic and sum(elements) <= _MOST_ELEMENTS and self.runs(own):
-                return own
+            if not symbolic and sum(elements) <= _MOST_ELEMENTS and self.runs(as_called):
+                return as_called
             first_error = first_error or self.error
         raise ProbeError(f"failed on probe inputs: {first_error}")
 
     def candidates(self, small: bool, related: bool, factor: int) -> Iterator[Pattern]:
-        """Equal sizes are one size. small: so are integers that could name a dim.
+        """A pattern in which equal sizes are one size.
 
-        related: larger sizes are multiples and products of smaller ones where they are so by
-        their numbers. factor: of every other size, where it divides it.
+        small: so are integers that could name a dim. related: larger sizes are multiples and
+        products of smaller ones where their numbers are. factor: a factor of every other size,
+        where it divides it.
         """
         sizes: dict[Dim, list[_Slot]] = {}
         fixed: dict[_Slot, Term] = {}
@@ -166,6 +181,9 @@ class _Search:
         yield _pattern(self.probe, dict(rows))
 
     def fresh(self, size: Dim, bias: float = 0.0) -> int:
+        """A new independent size for a size of the call. bias: its place among equal ones in the
+        order.
+        """
         atom = len(self.actual)
         self.actual[atom] = hint(size) + bias
         return atom
@@ -178,7 +196,9 @@ class _Search:
         related: bool,
         factor: int,
     ) -> Term:
-        """A size by smaller ones if it is related to them, else by itself."""
+        """A size by smaller ones if it is related to them, else by itself, as a new independent
+        one.
+        """
         if related:
             larger: list[Dim] = list(known)[::-1]
             for one, two in combinations(larger, 2):
@@ -212,6 +232,7 @@ class _Search:
     # -- what runs
 
     def ordered(self, pattern: Pattern) -> tuple[int, ...]:
+        """The pattern's independent sizes, from the smallest to the largest of the call."""
         return tuple(sorted(pattern.atoms, key=lambda atom: (self.actual[atom], atom)))
 
     def runs(self, pattern: Pattern) -> bool:
@@ -240,16 +261,19 @@ class _Search:
             return None
 
     def alike(self, results: tuple[torch.Tensor, ...]) -> bool:
-        """Whether they are as many, of the same ranks, and equal in size where the call's are."""
+        """Whether the results are as many, of the same ranks, and equal in size where the call's
+        are.
+        """
         wanted = self.probe.call.results
         if len(results) != len(wanted) or any(
-            len(own.shape) != result.dim() for own, result in zip(wanted, results, strict=True)
+            len(expected.shape) != result.dim()
+            for expected, result in zip(wanted, results, strict=True)
         ):
             self.error = self.error or "at small sizes it gives other results"
             return False
         seen: dict[tuple[int, Dim], int] = {}
-        for own, result in zip(wanted, results, strict=True):
-            for dim, (size, now) in enumerate(zip(own.shape, result.shape, strict=True)):
+        for expected, result in zip(wanted, results, strict=True):
+            for dim, (size, now) in enumerate(zip(expected.shape, result.shape, strict=True)):
                 if (size == 1) != (now == 1) or seen.setdefault((dim, size), now) != now:
                     self.error = self.error or "at small sizes its results are of other shapes"
                     return False
@@ -258,7 +282,9 @@ class _Search:
     # -- freeing what is tied by chance
 
     def relaxed(self, pattern: Pattern) -> Pattern:
-        """Sizes are set free one by one, then two by two, as long as the op still runs."""
+        """The pattern with sizes set free one by one, then two by two, as long as the op still
+        runs.
+        """
         terms = dict(zip(self.slots, pattern.terms(), strict=True))
         changed = True
         while changed:
@@ -279,7 +305,7 @@ class _Search:
         return self.settled(_pattern(self.probe, terms))
 
     def settled(self, pattern: Pattern) -> Pattern:
-        """Integers that no dim follows are what they are: they may mean more than sizes."""
+        """The pattern with integers that no dim follows fixed: they may mean more than sizes."""
         followed = {atom for row in pattern.operands for term in row for atom in term.atoms}
         fixed = tuple(
             term
@@ -315,7 +341,7 @@ class _Search:
     def freed(
         self, terms: dict[_Slot, Term], factors: tuple[int, ...], chosen: tuple[_Slot, ...]
     ) -> dict[_Slot, Term] | None:
-        """The terms with a new size at `chosen`, if the op runs so."""
+        """The terms with a new size at the chosen slots, if the op runs so; else None."""
         size = chosen[0].size
         for factor in dict.fromkeys(factors):
             if isinstance(size, Sym) and factor != 1:
@@ -323,17 +349,17 @@ class _Search:
             if hint(size) % factor:
                 continue
             atom = Term(factor, (self.fresh(hint(size) // factor, 0.5),))
-            made = {slot: atom if slot in chosen else old for slot, old in terms.items()}
-            if self.runs(_pattern(self.probe, made)):
-                return made
+            freed_terms = {slot: atom if slot in chosen else old for slot, old in terms.items()}
+            if self.runs(_pattern(self.probe, freed_terms)):
+                return freed_terms
         return None
 
     # -- whole numbers that are places
 
     def bounded(self, pattern: Pattern) -> Values:
-        """For each operand of whole numbers, along which dim they are places, if along any.
+        """The values, with a bound for each operand of whole numbers that are places along a dim.
 
-        The op takes them below that size, and refuses that size itself.
+        The op takes them below that dim's size, and refuses that size itself.
         """
         bounds: list[Term | None] = []
         order = self.ordered(pattern)
@@ -343,6 +369,7 @@ class _Search:
         return replace(self.values, bounds=tuple(bounds))
 
     def bound(self, pattern: Pattern, order: tuple[int, ...], index: int) -> Term | None:
+        """The size below which an operand's numbers must be; None where there is no such size."""
         sizes = assignment(order, 0)
         terms = {
             term.at(sizes): term
@@ -371,6 +398,7 @@ class _Search:
 
 
 def _pattern(probe: Probe, terms: Mapping[_Slot, Term]) -> Pattern:
+    """The pattern that has these sizes at the call's places."""
     rows: list[list[Term]] = [[] for _ in probe.call.operands]
     integers: list[Term] = []
     for slot, term in terms.items():

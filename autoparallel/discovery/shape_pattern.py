@@ -1,7 +1,8 @@
-"""The shape pattern of a call: which of its sizes follow which, and the call at other sizes.
+"""The shape pattern of a call: how its sizes follow from independent ones, and the call at other
+sizes.
 
-What an op does to the sizes of one call tells what it does to any that follow the same pattern,
-so a rule can be found on small tensors, and be used for large ones.
+An op that is understood at one call's sizes is understood at any that follow the same pattern, so a
+rule can be found on small tensors, and be used for large ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 
-from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves
+from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves, size_expression
 from autoparallel.graph.operators import operator_of
 from autoparallel.rules.rule import OpCall
 from autoparallel.support.torch_private import is_custom_op
@@ -30,15 +31,16 @@ __all__ = [
 ]
 
 
+# Elements of guard memory on each side of an operand, see `Probe.tensors`.
 _GUARD = 4096
 
 
 class ProbeError(Exception):
-    """Why an op cannot be probed, as the rest of a sentence that starts with the op."""
+    """An op cannot be probed. Its text is the rest of a sentence that starts with the op."""
 
 
 class OpFailedError(ProbeError):
-    """The op itself raised something, or gave what is no use. words: what."""
+    """The op itself raised an error, or gave results of no use. words: its own words."""
 
     def __init__(self, words: str) -> None:
         super().__init__(f"failed on probe inputs: {words}")
@@ -47,13 +49,19 @@ class OpFailedError(ProbeError):
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A size: a number times the product of some of the pattern's independent sizes."""
+    """A size: a number times the product of some of the pattern's independent sizes.
+
+    factor: the number. atoms: indices of the independent sizes, sorted, repeats kept.
+
+    >>> Term(2, (0, 1)).at({0: 3, 1: 5})
+    30
+    """
 
     factor: int
     atoms: tuple[int, ...] = ()
 
     def at(self, sizes: Mapping[int, int]) -> int:
-        """Its value where the independent sizes are these."""
+        """The value where the independent sizes have these values."""
         value = self.factor
         for atom in self.atoms:
             value *= sizes[atom]
@@ -72,30 +80,35 @@ class Term:
             return symbols[0]
         expression: Any = sympy.Integer(self.factor)
         for size in known:
-            expression = expression * (size.expr if isinstance(size, Sym) else size)
+            expression = expression * size_expression(size)
         return Sym(expression, number)
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """The sizes of a call: of every dim of every operand, and its integer arguments, in order."""
+    """The sizes of a call: of every dim of every operand, and its integer arguments, in order.
+
+    Sizes that share an independent size are related: a product of (m, k) and (k, n) has three.
+    """
 
     operands: tuple[tuple[Term, ...], ...]
     integers: tuple[Term, ...]
 
     @property
     def atoms(self) -> tuple[int, ...]:
-        """Its independent sizes."""
+        """The indices of the pattern's independent sizes, sorted."""
         return tuple(sorted({atom for term in self.terms() for atom in term.atoms}))
 
     def terms(self) -> Iterator[Term]:
-        """All of its sizes."""
+        """All sizes of the pattern: those of operands, then the integers."""
         for row in self.operands:
             yield from row
         yield from self.integers
 
     def solve(self, call: OpCall) -> dict[int, Dim] | None:
-        """The independent sizes of `call`; None if it does not follow the pattern."""
+        """The independent sizes of `call`, by index; None if the call does not follow the
+        pattern.
+        """
         integers = integers_of(call)
         if len(self.operands) != len(call.operands) or len(self.integers) != len(integers):
             return None
@@ -105,33 +118,32 @@ class Pattern:
                 return None
             pairs += zip(row, operand.shape, strict=True)
         pairs += zip(self.integers, integers, strict=True)
-        found: dict[int, Dim] = {}
+        sizes: dict[int, Dim] = {}
         while True:
-            before = len(found)
-            for term, size in pairs:
-                unknown = [atom for atom in term.atoms if atom not in found]
+            before = len(sizes)
+            for term, actual in pairs:
+                unknown = [atom for atom in term.atoms if atom not in sizes]
+                # As in elimination: a size with one unknown tells it.
                 if len(unknown) == 1:
-                    rest = Term(term.factor, tuple(a for a in term.atoms if a in found))
-                    value = _over(size, rest.of(found))
+                    rest = Term(term.factor, tuple(a for a in term.atoms if a in sizes))
+                    value = _over(actual, rest.of(sizes))
                     if value is None:
                         return None
-                    found[unknown[0]] = value
-            if len(found) == before:
+                    sizes[unknown[0]] = value
+            if len(sizes) == before:
                 break
-        if len(found) != len(self.atoms):
+        if len(sizes) != len(self.atoms):
             return None
-        return found if all(term.of(found) == size for term, size in pairs) else None
+        return sizes if all(term.of(sizes) == actual for term, actual in pairs) else None
 
 
 def _over(size: Dim, divisor: Dim) -> Dim | None:
-    """size / divisor; None where that is no whole number."""
+    """The quotient of two sizes; None where it is no whole number."""
     if isinstance(size, int) and isinstance(divisor, int):
         return size // divisor if size % divisor == 0 else None
     if divisor == 1:
         return size
-    one = size.expr if isinstance(size, Sym) else sympy.Integer(size)
-    two = divisor.expr if isinstance(divisor, Sym) else sympy.Integer(divisor)
-    quotient = sympy.cancel(one / two)
+    quotient = sympy.cancel(size_expression(size) / size_expression(divisor))
     if hint(size) % hint(divisor):
         return None
     if quotient.is_Integer:
@@ -140,26 +152,28 @@ def _over(size: Dim, divisor: Dim) -> Dim | None:
 
 
 def _is_size(leaf: Any) -> bool:
+    """Whether an argument may be a size: a whole number, and no truth value."""
     return isinstance(leaf, Sym) or (isinstance(leaf, int) and not isinstance(leaf, bool))
 
 
 def integers_of(call: OpCall) -> list[Dim]:
-    """The integer arguments of a call, in order."""
+    """The integer arguments of a call, in order, those of keywords last."""
     structure = (call.node.args, call.node.kwargs)
     return [leaf for leaf in leaves(structure) if _is_size(leaf)]
 
 
 def replace_integers(structure: Any, integers: Iterator[Any]) -> Any:
-    """The same nested tuples with other integers."""
+    """The same nested tuples with other integers, taken from the iterator in order."""
     return map_leaves(lambda leaf: next(integers) if _is_size(leaf) else leaf, structure)
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What operands are filled with: numbers of magnitude low to high, of both signs or positive.
+    """The numbers that operands are filled with.
 
-    bounds: per operand of whole numbers that are places along some dim, that dim's size. step: they
-    are multiples of it, if it is not 0. zeros: the share of them that is zero.
+    low, high: bounds of their magnitude. signs: both signs, or positive alone. bounds: per operand
+    of whole numbers that are places along some dim, that dim's size. step: numbers are multiples of
+    it, if it is not 0. zeros: the share of numbers that is zero.
     """
 
     low: float = 0.2
@@ -173,7 +187,8 @@ class Values:
 class Probe:
     """A call that can be run at other sizes, on the CPU.
 
-    dtype: what stands for every floating point type.
+    call: as the graph has it. dtype: the type that stands for every floating point type. runs: how
+    often the op was run.
     """
 
     def __init__(self, call: OpCall, dtype: torch.dtype = torch.float64) -> None:
@@ -185,7 +200,7 @@ class Probe:
     def checks(self) -> bool:
         """Whether the op refuses operands that do not fit each other.
 
-        Torch's public ops do, and so do those that are written in Python, out of such. Others may
+        Torch's public ops do, and so do those that are written in Python out of such. Others may
         read or write past the end of a tensor instead.
         """
         space, name, _ = self.call.node.target.split(".")
@@ -194,7 +209,7 @@ class Probe:
         return is_custom_op(f"{space}::{name}")
 
     def own(self) -> Pattern:
-        """The pattern that fits this call's sizes alone."""
+        """The pattern that fits this call's sizes alone, with every size a number."""
         return Pattern(
             tuple(
                 tuple(Term(hint(size)) for size in operand.shape) for operand in self.call.operands
@@ -212,11 +227,12 @@ class Probe:
     ) -> list[torch.Tensor]:
         """An operand of the pattern's shape each, without gradients.
 
-        guarded: each lies amid memory that is not a number, so that an op that does not check
-        sizes, and reads past the end of an operand, gives itself away (and harms nobody).
+        sizes: values of the independent sizes. seed: of the numbers. guarded: each lies amid memory
+        that is NaN, so that an op that does not check sizes, and reads past the end of an operand,
+        gives itself away (and harms nobody).
         """
         generator = torch.Generator().manual_seed(seed)
-        made = []
+        operands = []
         for index, (operand, row) in enumerate(
             zip(self.call.operands, pattern.operands, strict=True)
         ):
@@ -224,8 +240,8 @@ class Probe:
             bound = values.bounds[index] if values.bounds else None
             limit = bound.at(sizes) if bound is not None else None
             tensor = self.fill(shape, operand.dtype, values, limit, generator)
-            made.append(_amid_nothing(tensor) if guarded else tensor)
-        return made
+            operands.append(_amid_nothing(tensor) if guarded else tensor)
+        return operands
 
     def fill(
         self,
@@ -235,23 +251,25 @@ class Probe:
         limit: int | None,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """Random numbers of one operand. limit: whole numbers are below it."""
+        """Random numbers of one operand. limit: whole numbers are below it, if it is not None."""
         if dtype == torch.bool:
             return torch.randint(0, 2, shape, generator=generator) == 1
         if not dtype.is_floating_point:
             if dtype.is_complex:
                 raise ProbeError("reads complex numbers, which are not probed")
+            # Whole numbers that are no places are small and not 0, so that they may divide or
+            # repeat.
             low, high = (1, 3) if limit is None else (0, limit)
             return torch.randint(low, high, shape, generator=generator).to(dtype)
-        made = torch.rand(shape, generator=generator, dtype=torch.float64)
-        made = made * (values.high - values.low) + values.low
+        numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
+        numbers = numbers * (values.high - values.low) + values.low
         if values.step:
-            made = (made / values.step).ceil() * values.step
+            numbers = (numbers / values.step).ceil() * values.step
         if values.zeros:
-            made *= torch.rand(shape, generator=generator) >= values.zeros
+            numbers *= torch.rand(shape, generator=generator) >= values.zeros
         if values.signs:
-            made *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
-        return made.to(self.dtype)
+            numbers *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        return numbers.to(self.dtype)
 
     def arguments(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
@@ -261,6 +279,7 @@ class Probe:
         operands = iter(tensors)
 
         def actual(leaf: Any) -> Any:
+            """One argument as the op is called with it."""
             if isinstance(leaf, Ref):
                 return next(operands)
             if isinstance(leaf, torch.device):
@@ -288,23 +307,25 @@ class Probe:
     def run(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """The results. Raises OpFailedError."""
+        """The results of the op, without gradients. Raises OpFailedError with the op's own
+        words.
+        """
         self.runs += 1
         args, kwargs = self.arguments(pattern, sizes, tensors)
         try:
             with torch.no_grad():
-                made = self.operation(*args, **kwargs)
+                returned = self.operation(*args, **kwargs)
         except Exception as error:  # an op is anyone's code, and may fail in any way
             words = f"{type(error).__name__}: {str(error).strip()[:300]}"
             raise OpFailedError(words) from error
-        results = (made,) if isinstance(made, torch.Tensor) else tuple(made)
+        results = (returned,) if isinstance(returned, torch.Tensor) else tuple(returned)
         if not all(isinstance(result, torch.Tensor) for result in results):
             raise OpFailedError("it gives what is no tensor")
         return results
 
 
 def _amid_nothing(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, with memory that is not a number (or far out of range) on both sides."""
+    """The same numbers, with memory that is NaN (or far out of range) on both sides."""
     nothing: float | bool = float("nan")
     if not tensor.dtype.is_floating_point:
         nothing = tensor.dtype == torch.bool or torch.iinfo(tensor.dtype).max

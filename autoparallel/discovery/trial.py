@@ -1,4 +1,4 @@
-"""A found rule on trial: real calls at several sizes, and the referee's word on each strategy."""
+"""The trial of a discovered rule: every strategy is validated on real calls at several sizes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from autoparallel.discovery.discovered_rule import DiscoveredRule
+from autoparallel.discovery.example_calls import Example, make_example
 from autoparallel.discovery.probe_sizes import ProbeSizes
 from autoparallel.discovery.shape_pattern import Pattern, Probe, ProbeError, Values
 from autoparallel.discovery.size_choices import assignment
-from autoparallel.discovery.strategy_validation import Example, make_example, why_wrong
+from autoparallel.discovery.strategy_validation import why_wrong
 from autoparallel.graph.graph import Sym, hint
 from autoparallel.placement import Partial
 from autoparallel.rules.rule import LoopSplit, ShardingRule, Strategy, is_possible, strategies
@@ -19,9 +20,12 @@ from autoparallel.support.torch_private import has_backward
 
 __all__ = ["Trial"]
 
+# Integers of the call above this are taken for sizes.
 _MOST_OWN = 64
 _MOST_ELEMENTS = 1 << 17
+# Which sizes, and how many ranks: enough to refuse most wrong guesses.
 _QUICK = ((0, 2), (1, 3))
+# For ops that take no float64.
 _LOOSE = 2e-4
 
 
@@ -36,8 +40,9 @@ class _Case:
 class Trial:
     """Everything that the rules of one call are tried on.
 
-    gradients: whether the op can be differentiated. Raises ProbeError where it gives other results
-    when it is run again.
+    probe, shrunk: the call, and its small sizes. tolerance: of comparisons. gradients: whether the
+    op can be differentiated; if not, backward_error says why. faults: how many strategies were
+    tried. Raises ProbeError where the op gives other results when it is run again.
     """
 
     def __init__(self, probe: Probe, shrunk: ProbeSizes) -> None:
@@ -58,6 +63,7 @@ class Trial:
             self.cases = {which: self.case(which) for which in (0, 1)}
 
     def case(self, which: int, symbolic: bool = False) -> Example:
+        """The call at one of the choices of small sizes. symbolic: see `example`."""
         return self.example(assignment(self.shrunk.order, which), which, symbolic)
 
     def example(
@@ -67,7 +73,9 @@ class Trial:
         symbolic: bool = False,
         values: Values | None = None,
     ) -> Example:
-        """The call at these sizes. symbolic: its symbols are symbols there too."""
+        """The call at these sizes, with its unsplit results. symbolic: its symbols are symbols
+        there too.
+        """
         probe, pattern = self.probe, self.shrunk.pattern
         tensors = probe.tensors(pattern, sizes, values or self.shrunk.values, 7 + seed)
         for operand, tensor in zip(probe.call.operands, tensors, strict=True):
@@ -76,15 +84,15 @@ class Trial:
         before = [tensor.detach().clone() for tensor in tensors]
         args, kwargs = probe.arguments(pattern, sizes, tensors)
         names = self.symbols(sizes) if symbolic else {}
-        made = make_example(probe.call.node.target, args, kwargs, names)
-        again = make_example(probe.call.node.target, args, kwargs, names)
-        for old, new in zip(made.results, again.results, strict=True):
+        first_run = make_example(probe.call.node.target, args, kwargs, names)
+        second_run = make_example(probe.call.node.target, args, kwargs, names)
+        for old, new in zip(first_run.results, second_run.results, strict=True):
             if not torch.allclose(old, new, rtol=0, atol=0, equal_nan=True):
                 raise ProbeError("gives other results when it is run again: it draws numbers")
         for old, tensor in zip(before, tensors, strict=True):
             if not torch.equal(old, tensor.detach()):
                 raise ProbeError("writes to its inputs")
-        return made
+        return first_run
 
     def tried(
         self, sizes: Mapping[int, int], seed: int, values: Values | None = None
@@ -98,20 +106,23 @@ class Trial:
             return None
 
     def symbols(self, sizes: Mapping[int, int]) -> dict[int, str]:
-        """Sizes that are the call's symbols or products of them, by the value they have here."""
+        """Sizes that are the call's symbols or products of them, by the value that they have
+        here.
+        """
         pattern = self.shrunk.pattern
         atoms = pattern.solve(self.probe.call) or {}
         symbols = {atom for atom, size in atoms.items() if isinstance(size, Sym)}
-        found = {sizes[atom]: f"s{atom}" for atom in sorted(symbols)}
+        names = {sizes[atom]: f"s{atom}" for atom in sorted(symbols)}
         for term in pattern.terms():
             if symbols & set(term.atoms):
                 factors = [f"s{atom}" if atom in symbols else sizes[atom] for atom in term.atoms]
-                found[term.at(sizes)] = "*".join(map(str, (term.factor, *factors)))
-        return found
+                names[term.at(sizes)] = "*".join(map(str, (term.factor, *factors)))
+        return names
 
     def strategies(
         self, example: Example, rule: ShardingRule, tiles: list[LoopSplit], world_size: int
     ) -> tuple[Strategy, ...]:
+        """All strategies of a rule for the example, with these splits of loops."""
         operands = tuple(operand.requires_grad for operand in example.call.operands)
         results = tuple(result.requires_grad for result in example.call.results)
         return strategies(rule, tiles, operands, results, world_size)
@@ -119,20 +130,20 @@ class Trial:
     def wrong(
         self, example: Example, rule: ShardingRule, strategy: Strategy, world_size: int
     ) -> str:
-        """What is wrong with a strategy, "" if nothing is."""
+        """The fault of a strategy as text, "" if it has none."""
         for value, placement in zip(example.node.results, strategy.results, strict=True):
             if isinstance(placement, Partial) and value.dtype == torch.bool:
                 return "truth values have no pending sum"
         self.faults += 1
         return why_wrong(example, strategy, world_size, rule, self.tolerance)
 
-    def try_loop(self, found: DiscoveredRule, loop: str) -> str:
-        """What is wrong with splitting `loop`, "" if nothing is, on two sets of sizes."""
+    def try_loop(self, discovered: DiscoveredRule, loop: str) -> str:
+        """The fault of splitting `loop`, "" if it has none, on two sets of sizes."""
         tried = 0
         why = ""
         for which, ranks in _QUICK:
             example = self.cases[which]
-            rule = found.rule(example.call)
+            rule = discovered.rule(example.call)
             if rule is None:
                 return "its sizes do not follow from the call's"
             tiles = [LoopSplit(loop)]
@@ -144,11 +155,11 @@ class Trial:
                         return why
         return "" if tried else "too small to be split"
 
-    def try_sum(self, found: DiscoveredRule, group: tuple[int, ...]) -> str:
-        """What is wrong with a pending sum through these operands, "" if nothing is."""
+    def try_sum(self, discovered: DiscoveredRule, group: tuple[int, ...]) -> str:
+        """The fault of a pending sum through these operands, "" if it has none."""
         for which, ranks in _QUICK:
             example = self.cases[which]
-            rule = replace(found, linear=(group,)).rule(example.call)
+            rule = replace(discovered, linear=(group,)).rule(example.call)
             if rule is None:
                 raise ProbeError("behaves differently at other sizes")
             why = self.wrong(example, rule, self.strategies(example, rule, [], ranks)[-1], ranks)
@@ -161,9 +172,9 @@ class Trial:
         yield _Case(self.case(2), (2, 3))
         for example in self.unusual():
             yield _Case(example, (2,))
-        own = self.own_integers()
-        if own is not None:
-            yield _Case(own, (2, 3))
+        with_integers = self.own_integers()
+        if with_integers is not None:
+            yield _Case(with_integers, (2, 3))
         if any(isinstance(size, Sym) for o in self.probe.call.operands for size in o.shape):
             yield _Case(self.case(1, symbolic=True), (2,))
 
@@ -176,12 +187,12 @@ class Trial:
             {"high": 20 * plain.high},
         )
         for values in (replace(plain, **change) for change in changes):  # type: ignore[arg-type]
-            made = self.tried(assignment(self.shrunk.order, 1), 5, values)
-            if made is None:
+            example = self.tried(assignment(self.shrunk.order, 1), 5, values)
+            if example is None:
                 continue
-            numbers = (*made.results, *made.gradients.values())
+            numbers = (*example.results, *example.gradients.values())
             if all(bool(tensor.isfinite().all()) for tensor in numbers):
-                yield made
+                yield example
 
     def own_integers(self) -> Example | None:
         """The call with its own integers, where they are small: they may mean more than sizes."""
@@ -191,8 +202,8 @@ class Trial:
         if not asked or any(atom not in atoms or hint(atoms[atom]) > _MOST_OWN for atom in asked):
             return None
         sizes = assignment(self.shrunk.order, 0)
-        taken = {hint(atoms[atom]) for atom in asked}
-        spare = iter(size for size in range(5, 200) if size not in taken)
+        own_values = {hint(atoms[atom]) for atom in asked}
+        spare = iter(size for size in range(5, 200) if size not in own_values)
         for atom in self.shrunk.order:
             sizes[atom] = hint(atoms[atom]) if atom in asked else next(spare)
         if _elements(pattern, sizes) > _MOST_ELEMENTS:
@@ -200,8 +211,8 @@ class Trial:
         return self.tried(sizes, 3)
 
     def tiles(self, rule: ShardingRule, world_size: int) -> list[LoopSplit]:
-        """Every loop's plain split, one into blocks and one into runs."""
-        found = []
+        """Every loop's plain split, and splits into blocks and into runs."""
+        tiles = []
         for loop in rule.loops:
             for blocks, unit in ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3)):
                 tile = LoopSplit(loop, blocks, unit)
@@ -209,8 +220,8 @@ class Trial:
                 if isinstance(size, Sym) and (blocks, unit) != (1, 1):
                     continue
                 if loop not in rule.whole and is_possible(rule, tile, world_size):
-                    found.append(tile)
-        return found
+                    tiles.append(tile)
+        return tiles
 
 
 def _has_backward(probe: Probe) -> bool:
@@ -219,4 +230,5 @@ def _has_backward(probe: Probe) -> bool:
 
 
 def _elements(pattern: Pattern, sizes: Mapping[int, int]) -> int:
+    """The number of elements of all operands together."""
     return sum(torch.Size([term.at(sizes) for term in row]).numel() for row in pattern.operands)

@@ -1,4 +1,4 @@
-"""Calls of ops that nobody wrote a rule for: find one, or say why none is found."""
+"""Calls of ops that nobody wrote a rule for: one is found, or it is said why none is."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from autoparallel.rules.rule import OpCall, ShardingRule
 
 __all__ = ["find_unknown", "learn"]
 
+# Why no rule was found, by the call's signature: an op is not probed twice.
 _REASONS: dict[Any, str] = {}
 
 
 def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
-    """The rule of a call whose op has none, or None and why there is none: "the op ..."."""
+    """The rule of a call whose op has none, and ""; or None, and why there is none: "the op ...".
+
+    A written rule is returned as it is. A rule that was found is remembered for this process, and
+    stored on disk for others.
+    """
     known = known_rule(call)
     if known is not None:
         return known, ""
@@ -27,16 +32,16 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = _cached(call).rule(call)
+                discovered = _cached(call).rule(call)
         except ProbeError as error:
-            found, why = None, f"the op {error}"
+            discovered, why = None, f"the op {error}"
         except Exception as error:  # run by the referee, ops may fail in any way: the plan says how
-            found, why = None, f"the op cannot be probed: {type(error).__name__}: {error}"
+            discovered, why = None, f"the op cannot be probed: {type(error).__name__}: {error}"
         else:
             why = "the op's sizes follow no pattern that was found"
-        if found is not None:
-            remember(call, found)
-            return found, ""
+        if discovered is not None:
+            remember(call, discovered)
+            return discovered, ""
         _REASONS[key] = why
     return None, _REASONS[key]
 
@@ -44,15 +49,17 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
 def _cached(call: OpCall) -> DiscoveredRule:
     """The stored rule if it still holds; else a new one, which is stored. Raises ProbeError."""
     key = key_of(call)
-    found = load(key)
-    if found is None or not confirmed(found, call):
-        found = discover(call)
-        store(key, found)
-    return found
+    discovered = load(key)
+    if discovered is None or not confirmed(discovered, call):
+        discovered = discover(call)
+        store(key, discovered)
+    return discovered
 
 
 def learn(graph: Graph) -> None:
-    """Find the rules that a plan of this graph was made with, where it was made elsewhere."""
+    """Find the rules that a plan of this graph was made with, where it was made in another
+    process.
+    """
     for node in graph.calls:
         if find_rule(node.target) is None:
             find_unknown(OpCall.of(graph, node))

@@ -85,9 +85,10 @@ class ExpressionWriter:
         known = {symbol: sympy.Symbol(text) for symbol, text in self.symbols.items()}
         unknown = size.expr.free_symbols - set(known)
         if unknown:
+            symbols = ", ".join(sorted(map(str, unknown)))
             raise PlanError(
                 f"size {size} does not follow from the inputs' sizes",
-                why=f"{', '.join(map(str, unknown))} is known only when values are computed",
+                why=f"{symbols} is known only when values are computed",
                 fix="make the size a number or a function of the inputs' shapes",
             )
         return str(self.printer.doprint(size.expr.subs(known)))

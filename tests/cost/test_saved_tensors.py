@@ -9,7 +9,7 @@ from sample_calls import CALLS
 
 from autoparallel.cost.fake_run import contiguous, observe, runner
 from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe
-from autoparallel.discovery.strategy_validation import make_example
+from autoparallel.discovery.example_calls import make_example
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import ShardingRule

@@ -11,10 +11,10 @@ from calls import x
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from autoparallel.discovery.example_calls import make_example
 from autoparallel.discovery.strategy_validation import (
     derived,
     difference,
-    make_example,
     part_of,
     tiles_of,
     why_wrong,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autoparallel.discovery.strategy_validation import Example, make_example
+from autoparallel.discovery.example_calls import Example, make_example
 
 _SEED = count()
 
