@@ -45,7 +45,9 @@ class AutoParallelError(Exception):
 def _rebuild(
     kind: type[AutoParallelError], what: str, where: str, why: str, fix: str
 ) -> AutoParallelError:
-    """The error that was pickled. Exception's own way would pass the joined message alone."""
+    """Return the error that was pickled. Exception's own way would pass the joined message
+    alone.
+    """
     return kind(what, where=where, why=why, fix=fix)
 
 

@@ -92,7 +92,7 @@ class Options:
 
 
 def _texts(constraints: Any) -> tuple[str, ...]:
-    """The constraints as a tuple of texts.
+    """Return the constraints as a tuple of texts.
 
     Raises PlanError for a single text, whose letters would each be taken for a constraint, and for
     anything that is no text.

@@ -104,7 +104,7 @@ _SHARD = re.compile(r"S\((\d+)(?:, blocks=(\d+))?(?:, unit=(\d+))?\)")
 
 
 def parse_placement(text: str) -> Placement:
-    """The placement that prints as `text`. Raises ValueError for anything else.
+    """Return the placement that prints as `text`. Raises ValueError for anything else.
 
     >>> parse_placement("S(1, unit=64)")
     Shard(dim=1, blocks=1, unit=64)
@@ -120,7 +120,7 @@ def parse_placement(text: str) -> Placement:
 
 
 def layout_text(layout: Layout) -> str:
-    """The layout as text: "S(0)" on a mesh of one axis, "S(0) | R" on one of two. Inverse of
+    """Return the layout as text: "S(0)" on a mesh of one axis, "S(0) | R" on one of two. Inverse of
     `parse_layout`.
 
     >>> layout_text((Shard(0), Replicate()))
@@ -130,7 +130,7 @@ def layout_text(layout: Layout) -> str:
 
 
 def parse_layout(text: str) -> Layout:
-    """The layout that prints as `text`: its placements, outermost mesh axis first. Raises
+    """Return the layout that prints as `text`: its placements, outermost mesh axis first. Raises
     ValueError for anything else.
 
     >>> parse_layout("I | S(1)")
@@ -141,15 +141,15 @@ def parse_layout(text: str) -> Layout:
 
 @cache
 def whole_layout(axes: int) -> Layout:
-    """The layout of an unsharded value on a mesh of `axes` axes: Invariant on every one. axes:
-    their number.
+    """Return the layout of an unsharded value on a mesh of `axes` axes: Invariant on every one.
+    axes: their number.
     """
     return (Invariant(),) * axes
 
 
 def gradient(placement: Placement) -> Placement:
-    """The placement of the gradient of a tensor that lies as `placement`: R and P change places, I
-    and S stay. gradient(gradient(p)) is p.
+    """Return the placement of the gradient of a tensor that lies as `placement`: R and P change
+    places, I and S stay. gradient(gradient(p)) is p.
 
     >>> gradient(Replicate()), gradient(Shard(1))
     (Partial(), Shard(dim=1, blocks=1, unit=1))
@@ -162,7 +162,7 @@ def gradient(placement: Placement) -> Placement:
 
 
 def layout_gradient(layout: Layout) -> Layout:
-    """The layout of the gradient of a tensor that lies as `layout`, axis by axis.
+    """Return the layout of the gradient of a tensor that lies as `layout`, axis by axis.
 
     >>> layout_text(layout_gradient((Shard(0), Replicate())))
     'S(0) | P'
@@ -171,8 +171,8 @@ def layout_gradient(layout: Layout) -> Layout:
 
 
 def part_bounds(count: int, world_size: int, rank: int) -> tuple[int, int]:
-    """The bounds [start, stop) of a rank's part of `count` things, as torch.chunk cuts them: every
-    part is count / world_size rounded up, and the last ones are shorter or empty.
+    """Return the bounds [start, stop) of a rank's part of `count` things, as torch.chunk cuts them:
+    every part is count / world_size rounded up, and the last ones are shorter or empty.
 
     >>> [part_bounds(5, 4, rank) for rank in range(4)]
     [(0, 2), (2, 4), (4, 5), (5, 5)]
@@ -183,7 +183,7 @@ def part_bounds(count: int, world_size: int, rank: int) -> tuple[int, int]:
 
 
 def local_size(size: int, shard: Shard, world_size: int, rank: int = 0) -> int:
-    """The number of elements that `rank` holds of a dim of `size` elements; rank 0 holds the
+    """Return the number of elements that `rank` holds of a dim of `size` elements; rank 0 holds the
     largest part.
 
     size: of the whole dim. shard: how it is cut; its `dim` is not looked at. world_size: ranks on
@@ -204,7 +204,7 @@ def local_layout_size(
     sizes: tuple[int, ...],
     ranks: tuple[int, ...] | None = None,
 ) -> int:
-    """The number of elements along `dim`, `size` in all, that one rank holds under a layout.
+    """Return the number of elements along `dim`, `size` in all, that one rank holds under a layout.
 
     layout: a placement for each mesh axis; those that do not shard `dim` do not matter. sizes: the
     mesh axes' sizes. ranks: the rank's place on each axis; by default 0, which holds the largest
@@ -278,7 +278,7 @@ _MOVEMENTS: dict[tuple[type, type], Movement] = {
 
 @cache
 def movement(source: Placement, target: Placement) -> Movement:
-    """The move that brings a tensor that lies as `source` to lie as `target`, forward only.
+    """Return the move that brings a tensor that lies as `source` to lie as `target`, forward only.
 
     The backward of the differentiable move is movement(gradient(target), gradient(source)). Every
     pair of placements has a move.
@@ -313,14 +313,14 @@ class Step:
         return movement(gradient(self.target), gradient(self.source))
 
     def applied(self, layout: Layout) -> Layout:
-        """The layout after the step. The layout must have the step's source on its axis."""
+        """Return the layout after the step. The layout must have the step's source on its axis."""
         assert layout[self.axis] == self.source, (layout, self)
         return (*layout[: self.axis], self.target, *layout[self.axis + 1 :])
 
 
 def is_possible_step(layout: Layout, step: Step) -> bool:
-    """Whether the part that a step moves is one piece of its dim, which it is if no inner axis cuts
-    that dim too.
+    """Return whether the part that a step moves is one piece of its dim, which it is if no inner
+    axis cuts that dim too.
 
     layout: before the step. Where an inner axis has cut the dim, a rank holds a part of a part, and
     a collective on the outer axis would put pieces together in the wrong order.
@@ -335,8 +335,8 @@ def is_possible_step(layout: Layout, step: Step) -> bool:
 
 
 def backward_steps(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps by which the gradient travels when the value travels by `steps`: the same ones in
-    reverse, each from gradient(target) to gradient(source).
+    """Return the steps by which the gradient travels when the value travels by `steps`: the same
+    ones in reverse, each from gradient(target) to gradient(source).
 
     >>> [str(step) for step in backward_steps((Step(0, Invariant(), Replicate()),))]
     ['0: P -> I']

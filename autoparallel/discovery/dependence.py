@@ -64,8 +64,8 @@ class _Tie:
 
 
 def find_structure(probe: Probe, shrunk: ProbeSizes) -> Structure:
-    """The loops that the op shows at two sets of sizes; a dim that looks different at them gets a
-    loop of its own.
+    """Return the loops that the op shows at two sets of sizes; a dim that looks different at them
+    gets a loop of its own.
 
     probe: the call. shrunk: small sizes for it. The loops' sizes are checked at a third set of
     sizes. Raises ProbeError or OpFailedError where the op cannot be run there.
@@ -100,7 +100,7 @@ def find_structure(probe: Probe, shrunk: ProbeSizes) -> Structure:
 def _unlike(
     structure: Structure, sizes: dict[int, int], shapes: list[tuple[int, ...]]
 ) -> set[Place]:
-    """Dims of several loops whose sizes do not multiply to what is seen at `sizes`."""
+    """Return dims of several loops whose sizes do not multiply to what is seen at `sizes`."""
     unlike: set[Place] = set()
     for tensor, row in enumerate((*structure.operands, *structure.results)):
         for dim, names in enumerate(row):
@@ -198,7 +198,7 @@ class _Observed:
                 self.ties.append(_Tie(one, 1, two, 1, matrix.shape[0]))
 
     def cuts(self, opaque: set[Place]) -> dict[Place, list[int]]:
-        """Per dim, the strides at which its loops begin: 1, ..., the dim's size.
+        """Return return, per dim, the strides at which its loops begin: 1, ..., the dim's size.
 
         opaque: dims that are left as they are; those whose cuts are not each a multiple of the one
         before are added to it.
@@ -247,14 +247,16 @@ class _Observed:
 
 
 def _different(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Other numbers in every place, of the same kind and range."""
+    """Return other numbers in every place, of the same kind and range."""
     if tensor.dtype == torch.bool:
         return ~tensor
     return torch.where(other == tensor, other.flip(0) if other.dim() else other, other)
 
 
 def _ties(one: Place, two: Place, matrix: torch.Tensor) -> Iterator[_Tie]:
-    """The largest parts of two dims that run together. matrix[i, j]: slice i changes slice j."""
+    """Yield the largest parts of two dims that run together. matrix[i, j]: slice i changes
+    slice j.
+    """
     rows, columns = matrix.nonzero(as_tuple=True)
     n, m = matrix.shape
     # Too few changes were seen to tell anything.
@@ -273,7 +275,7 @@ def _ties(one: Place, two: Place, matrix: torch.Tensor) -> Iterator[_Tie]:
 
 
 def _apart(tie: _Tie, other: _Tie) -> bool:
-    """Whether two ties are about other strides of both dims, so that both can hold."""
+    """Return whether two ties are about other strides of both dims, so that both can hold."""
     return all(
         low >= other_low * other.size or other_low >= low * tie.size
         for low, other_low in ((tie.low_one, other.low_one), (tie.low_two, other.low_two))
@@ -281,7 +283,7 @@ def _apart(tie: _Tie, other: _Tie) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    """The divisors of a number, from the smallest."""
+    """Return the divisors of a number, from the smallest."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
@@ -293,7 +295,7 @@ def _named(
     opaque: set[Place],
     shapes: list[tuple[int, ...]],
 ) -> Structure:
-    """Loops from the pieces of dims that run together, with sizes that hold for any call.
+    """Return loops from the pieces of dims that run together, with sizes that hold for any call.
 
     known: three sets of sizes. found: what was observed at two of them, and cuts: of those. opaque:
     dims that have one loop. shapes: of all tensors at the third set.
@@ -301,7 +303,9 @@ def _named(
     parents: dict[tuple[Place, int], tuple[Place, int]] = {}
 
     def root(piece: tuple[Place, int]) -> tuple[Place, int]:
-        """The piece that stands for all pieces that run together with this one (union-find)."""
+        """Return the piece that stands for all pieces that run together with this one
+        (union-find).
+        """
         while parents.setdefault(piece, piece) != piece:
             piece = parents[piece]
         return piece
@@ -352,7 +356,7 @@ def _named(
 def _pairs(
     ties: list[_Tie], points: dict[Place, list[int]], opaque: set[Place]
 ) -> Iterator[tuple[tuple[Place, int], tuple[Place, int]]]:
-    """Pieces of dims, counted from the inner one, that run together by these ties."""
+    """Yield pieces of dims, counted from the inner one, that run together by these ties."""
     for tie in ties:
         if tie.one in opaque or tie.two in opaque:
             continue
@@ -365,7 +369,9 @@ def _pairs(
 
 
 def _term(pattern: Pattern, sizes: list[dict[int, int]], values: list[int]) -> Term:
-    """The size that has these values at these sizes; factor 0 where no product of sizes has."""
+    """Return the size that has these values at these sizes; factor 0 where no product of
+    sizes has.
+    """
     if len(set(values)) == 1:
         return Term(values[0])
     for known in pattern.terms():

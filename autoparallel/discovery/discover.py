@@ -37,7 +37,7 @@ _MOST_OPERANDS = 4
 
 
 def discover(call: OpCall) -> DiscoveredRule:
-    """The rule of an op that has none, for every call of this shape pattern.
+    """Return the rule of an op that has none, for every call of this shape pattern.
 
     call: one call of the op. It is run on the CPU, in float64 and, where it refuses that, in
     float32. Raises ProbeError where the op cannot be probed: it fails, draws numbers, or writes.
@@ -61,17 +61,19 @@ def discover(call: OpCall) -> DiscoveredRule:
     return discovered
 
 
-def confirmed(found: DiscoveredRule, call: OpCall) -> bool:
-    """Whether a rule that was found before still holds, on one set of sizes.
+def confirmed(discovered: DiscoveredRule, call: OpCall) -> bool:
+    """Return whether a rule that was found before still holds, on one set of sizes.
 
     found: the rule, perhaps read from a file. call: the call that asks for it.
     """
-    probe = Probe(call, getattr(torch, found.dtype))
-    shrunk = ProbeSizes(found.pattern, sorted_atoms(found.pattern, call), found.values)
+    probe = Probe(call, getattr(torch, discovered.dtype))
+    shrunk = ProbeSizes(
+        discovered.pattern, sorted_atoms(discovered.pattern, call), discovered.values
+    )
     try:
         trial = Trial(probe, shrunk)
-        rule = found.rule(trial.cases[0].call)
-        if rule is None or found.rule(call) is None:
+        rule = discovered.rule(trial.cases[0].call)
+        if rule is None or discovered.rule(call) is None:
             return False
         choices = trial.strategies(trial.cases[0], rule, trial.tiles(rule, 2), 2)
         return not any(trial.wrong(trial.cases[0], rule, choice, 2) for choice in choices)
@@ -92,8 +94,8 @@ def _refuse(probe: Probe) -> None:
 
 
 def _best(probe: Probe) -> DiscoveredRule:
-    """The rule by the freest sizes or, where the op fails there or some loops stay whole, by tied
-    ones.
+    """Return the rule by the freest sizes or, where the op fails there or some loops stay whole, by
+    tied ones.
     """
     shrunk = shrink(probe)
     try:
@@ -110,7 +112,7 @@ def _best(probe: Probe) -> DiscoveredRule:
 
 
 def _split_dims(discovered: DiscoveredRule) -> int:
-    """The number of dims that can be split: a measure of how much a rule allows."""
+    """Return the number of dims that can be split: a measure of how much a rule allows."""
     whole = {name for name, _ in discovered.whole}
     rows = (*discovered.operands, *discovered.results)
     return sum(bool(set(names) - whole) for dims in rows for names in dims)
@@ -124,7 +126,9 @@ class _Author:
         self.trial = Trial(probe, shrunk)
 
     def written(self) -> DiscoveredRule:
-        """The rule: all loops start whole, and each is set free where a trial finds no fault."""
+        """Return the rule: all loops start whole, and each is set free where a trial finds no
+        fault.
+        """
         structure = find_structure(self.probe, self.shrunk)
         draft = DiscoveredRule(
             self.probe.call.node.target,
@@ -148,14 +152,18 @@ class _Author:
         return self.verified(draft)
 
     def note(self) -> str:
-        """A note for the plan where the op has no backward, and only its forward is proven."""
+        """Return a note for the plan where the op has no backward, and only its forward is
+        proven.
+        """
         error = self.trial.backward_error
         return f"proven forward only: backward failed: {error}" if error else ""
 
     # -- loops
 
     def split(self, draft: DiscoveredRule, loop: str) -> DiscoveredRule:
-        """The rule with `loop` free to be split, if that is right; else whole, with the reason."""
+        """Return the rule with `loop` free to be split, if that is right; else whole, with the
+        reason.
+        """
         set_free = replace(draft, whole=tuple(pair for pair in draft.whole if pair[0] != loop))
         # An op that does not check its operands could read past the end of one.
         if not self.probe.checks and _breaks_ties(draft, loop):
@@ -179,14 +187,16 @@ class _Author:
         return _kept(draft, loop, _reason(draft, loop))
 
     def broken(self, draft: DiscoveredRule, other: DiscoveredRule) -> bool:
-        """Whether integers that follow break the split of a loop that was right without."""
+        """Return whether integers that follow break the split of a loop that was right without."""
         dims = {(follows.result, follows.dim) for follows in other.follows[len(draft.follows) :]}
         loops = {loop for result, dim in dims for loop in draft.results[result][dim]}
         free = [name for name, _ in draft.loops if name in loops - set(dict(draft.whole))]
         return any(self.trial.try_loop(other, loop) for loop in free)
 
     def followers(self, draft: DiscoveredRule, loop: str) -> Iterator[tuple[Follows, ...]]:
-        """Integer arguments that may follow the local size of a result's dim that has the loop."""
+        """Yield integer arguments that may follow the local size of a result's dim that has the
+        loop.
+        """
         dims = [
             (result, dim)
             for result, row in enumerate(draft.results)
@@ -214,7 +224,9 @@ class _Author:
                 yield (*draft.follows, *(Follows(at, result, dim) for at in chosen))
 
     def groups(self, structure: Structure) -> list[list[str]]:
-        """Loops of operands alone, those of one size together: they may be summed over as one."""
+        """Return loops of operands alone, those of one size together: they may be summed over as
+        one.
+        """
         by_size: dict[Term, list[str]] = {}
         for loop, term in structure.loops.items():
             if loop not in structure.carried and _only_in(structure, loop, results=False):
@@ -222,7 +234,9 @@ class _Author:
         return list(by_size.values())
 
     def join(self, draft: DiscoveredRule, group: list[str]) -> DiscoveredRule:
-        """The rule with loops joined that are one loop summed over, as many of them as can be."""
+        """Return the rule with loops joined that are one loop summed over, as many of them as can
+        be.
+        """
         left = list(group)
         # The largest sets first: a loop that is summed with others is none by itself.
         for count in range(len(group), 0, -1):
@@ -243,7 +257,7 @@ class _Author:
     # -- pending sums
 
     def sums(self, draft: DiscoveredRule) -> DiscoveredRule:
-        """The rule with the sets of operands through which a pending sum passes."""
+        """Return the rule with the sets of operands through which a pending sum passes."""
         numbers = [
             index
             for index, operand in enumerate(self.probe.call.operands)
@@ -264,8 +278,8 @@ class _Author:
     # -- the last word
 
     def verified(self, draft: DiscoveredRule) -> DiscoveredRule:
-        """The rule without strategies that fail on sizes, blocks and runs that no choice was made
-        on.
+        """Return the rule without strategies that fail on sizes, blocks and runs that no choice was
+        made on.
         """
         for case in self.trial.final():
             for ranks in case.ranks:
@@ -273,7 +287,7 @@ class _Author:
         return self.emptied(draft)
 
     def emptied(self, draft: DiscoveredRule) -> DiscoveredRule:
-        """The rule with `takes_empty` set if it holds: as few ranks as leave one without
+        """Return the rule with `takes_empty` set if it holds: as few ranks as leave one without
         elements.
         """
         if not self.probe.checks:
@@ -292,8 +306,8 @@ class _Author:
         return replace(draft, takes_empty=True)
 
     def checked(self, draft: DiscoveredRule, example: Example, ranks: int) -> DiscoveredRule:
-        """The rule without strategies that fail on one example. Raises ProbeError if it fails
-        unsplit.
+        """Return the rule without strategies that fail on one example. Raises ProbeError if it
+        fails unsplit.
         """
         trial = self.trial
         while True:
@@ -318,28 +332,30 @@ class _Author:
 
 
 def _args_alone(call: OpCall) -> OpCall:
-    """The call without keyword arguments: a rule's local_args change positional ones alone."""
+    """Return the call without keyword arguments: a rule's local_args change positional ones
+    alone.
+    """
     return OpCall(replace(call.node, kwargs=()), call.operands)
 
 
 def _only_in(structure: Structure, loop: str, results: bool) -> bool:
-    """Whether only results, or only operands, have the loop."""
+    """Return whether only results, or only operands, have the loop."""
     rows = structure.operands if results else structure.results
     return not any(loop in names for dims in rows for names in dims)
 
 
 def _twice(draft: DiscoveredRule, chosen: tuple[str, ...]) -> bool:
-    """Whether one operand has two of the loops, which one loop could not stand for."""
+    """Return whether one operand has two of the loops, which one loop could not stand for."""
     return any(
         sum(name in chosen for names in dims for name in names) > 1 for dims in draft.operands
     )
 
 
 def _renamed(draft: DiscoveredRule, chosen: tuple[str, ...]) -> DiscoveredRule:
-    """The rule with the chosen loops as one, named as the first of them."""
+    """Return the rule with the chosen loops as one, named as the first of them."""
 
     def row(dims: Dims) -> Dims:
-        """The dims of one tensor with the new name."""
+        """Return the dims of one tensor with the new name."""
         return tuple(
             tuple(chosen[0] if name in chosen else name for name in names) for names in dims
         )
@@ -354,7 +370,7 @@ def _renamed(draft: DiscoveredRule, chosen: tuple[str, ...]) -> DiscoveredRule:
 
 
 def _breaks_ties(draft: DiscoveredRule, loop: str) -> bool:
-    """Whether an operand has a size related to the loop's, and does not have the loop."""
+    """Return whether an operand has a size related to the loop's, and does not have the loop."""
     atoms = set(dict(draft.loops)[loop].atoms)
     return any(
         any(atoms & set(term.atoms) for term in row) and not any(loop in names for names in dims)
@@ -363,14 +379,14 @@ def _breaks_ties(draft: DiscoveredRule, loop: str) -> bool:
 
 
 def _reason(draft: DiscoveredRule, loop: str) -> str:
-    """The reason why a loop is whole, in words that a plan can show."""
+    """Return the reason why a loop is whole, in words that a plan can show."""
     if any(loop in names for dims in draft.operands for names in dims):
         return "its parts by themselves give other results, and no kernel is known that mends it"
     return "a part of it cannot be made by itself"
 
 
 def _kept(draft: DiscoveredRule, loop: str, why: str) -> DiscoveredRule:
-    """The rule with the loop whole, and with the reason for it."""
+    """Return the rule with the loop whole, and with the reason for it."""
     rest = tuple(pair for pair in draft.whole if pair[0] != loop)
     kernels = tuple(pair for pair in draft.kernels if pair[0] != loop)
     return replace(draft, whole=(*rest, (loop, why)), kernels=kernels)

@@ -75,7 +75,7 @@ class DiscoveredRule:
     note: str = ""
 
     def rule(self, call: OpCall) -> ShardingRule | None:
-        """The rule of a call that follows the pattern; None for another."""
+        """Return the rule of a call that follows the pattern; None for another."""
         atoms = self.pattern.solve(call)
         if atoms is None:
             return None
@@ -112,8 +112,8 @@ class DiscoveredRule:
         return replace(rule_of_call, discovered=words)
 
     def stuck(self, call: OpCall) -> list[str]:
-        """Loops that cannot be split in this call, because an integer is no multiple of a symbolic
-        size.
+        """Return loops that cannot be split in this call, because an integer is no multiple of a
+        symbolic size.
         """
         integers = integers_of(call)
         loops: list[str] = []
@@ -124,7 +124,7 @@ class DiscoveredRule:
         return loops
 
     def kernel(self, kernel: DiscoveredKernel, call: OpCall) -> Kernel:
-        """The kernel as a rule has it, with the bytes that it gathers in this call."""
+        """Return the kernel as a rule has it, with the bytes that it gathers in this call."""
         nbytes = 0
         for result in call.results:
             nbytes += result.dtype.itemsize * numel_hint(result.shape)
@@ -137,7 +137,7 @@ class DiscoveredRule:
         )
 
     def local_args(self, call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
-        """The args, with the integers that follow a size in proportion to its local part."""
+        """Return the args, with the integers that follow a size in proportion to its local part."""
         integers: list[Any] = list(integers_of(call))
         for follows in self.follows:
             whole: Dim = integers[follows.integer]
@@ -151,7 +151,7 @@ class DiscoveredRule:
         return args
 
     def to_json(self) -> dict[str, Any]:
-        """The rule as plain lists and dicts. Inverse of `from_json`."""
+        """Return the rule as plain lists and dicts. Inverse of `from_json`."""
         return {
             "target": self.target,
             "pattern": [
@@ -181,7 +181,9 @@ class DiscoveredRule:
 
     @staticmethod
     def from_json(rows: Mapping[str, Any]) -> DiscoveredRule:
-        """The rule that was written. Raises KeyError, TypeError or ValueError for another text."""
+        """Return the rule that was written. Raises KeyError, TypeError or ValueError for another
+        text.
+        """
         operands, integers = rows["pattern"]
         return DiscoveredRule(
             target=rows["target"],
@@ -210,7 +212,7 @@ class DiscoveredRule:
 
 
 def _is_product(names: tuple[str, ...], sizes: Mapping[str, Dim], size: Dim) -> bool:
-    """Whether the loops' sizes multiply to the dim's, for the example inputs."""
+    """Return whether the loops' sizes multiply to the dim's, for the example inputs."""
     product = 1
     for name in names:
         if name not in sizes:
@@ -220,22 +222,24 @@ def _is_product(names: tuple[str, ...], sizes: Mapping[str, Dim], size: Dim) -> 
 
 
 def _row(term: Term) -> list[Any]:
-    """A size as JSON. Inverse of `_term`."""
+    """Return a size as JSON. Inverse of `_term`."""
     return [term.factor, list(term.atoms)]
 
 
 def _term(item: Any) -> Term:
-    """The size that was written as JSON. Raises TypeError or ValueError for anything else."""
+    """Return the size that was written as JSON. Raises TypeError or ValueError for anything
+    else.
+    """
     factor, atoms = item
     return Term(int(factor), tuple(int(atom) for atom in atoms))
 
 
 def _values(low: float, high: float, signs: bool, bounds: list[Any]) -> Values:
-    """The numbers that an op was probed with, from JSON."""
+    """Return the numbers that an op was probed with, from JSON."""
     terms = (None if bound is None else _term(bound) for bound in bounds)
     return Values(low, high, signs, tuple(terms))
 
 
 def _tuples(item: Any) -> Any:
-    """Nested lists as nested tuples: JSON has no tuples, and a rule must be hashable."""
+    """Return nested lists as nested tuples: JSON has no tuples, and a rule must be hashable."""
     return tuple(map(_tuples, item)) if isinstance(item, (list, tuple)) else item

@@ -35,7 +35,8 @@ VERSION = 2
 
 
 def key_of(call: OpCall) -> str:
-    """The key of a rule: the op as it is registered, and the pattern of the call's sizes, as JSON.
+    """Return the key of a rule: the op as it is registered, and the pattern of the call's sizes, as
+    JSON.
 
     Two calls with one key have one rule. The op's source counts, so that a changed op is probed
     again.
@@ -44,7 +45,7 @@ def key_of(call: OpCall) -> str:
     operands = iter(call.operands)
 
     def word(leaf: Any) -> str:
-        """One argument by its kind; numbers that are sizes are in the pattern."""
+        """Return one argument by its kind; numbers that are sizes are in the pattern."""
         if isinstance(leaf, Ref):
             value = next(operands)
             kind = "float" if value.dtype.is_floating_point else str(value.dtype)
@@ -72,7 +73,7 @@ def key_of(call: OpCall) -> str:
 
 
 def _source(target: str) -> str:
-    """A digest of the op's implementation, as far as it is known; "" for torch's own."""
+    """Return a digest of the op's implementation, as far as it is known; "" for torch's own."""
     space, name, overload = target.split(".")
     if space == "aten":
         return ""
@@ -86,7 +87,9 @@ def _source(target: str) -> str:
 
 
 def _text(function: Any) -> str:
-    """The source of a function; its bytecode where there is none, as in an interactive session."""
+    """Return the source of a function; its bytecode where there is none, as in an interactive
+    session.
+    """
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
@@ -95,13 +98,13 @@ def _text(function: Any) -> str:
 
 
 def _path(key: str) -> Path:
-    """The file of a key. Keys are too long for names of files."""
+    """Return the file of a key. Keys are too long for names of files."""
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return default_cache_folder() / "rules" / f"{name}.json"
 
 
 def load(key: str) -> DiscoveredRule | None:
-    """The rule that was stored under `key`; None if there is none that can be read."""
+    """Return the rule that was stored under `key`; None if there is none that can be read."""
     try:
         rows = json.loads(_path(key).read_text())
         return DiscoveredRule.from_json(rows["found"]) if rows["key"] == json.loads(key) else None

@@ -63,7 +63,7 @@ class Example:
 
 
 def random_numbers(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Numbers of magnitude 0.5 to 2 and of both signs: no zeros, and no two alike."""
+    """Return numbers of magnitude 0.5 to 2 and of both signs: no zeros, and no two alike."""
     size = torch.rand(shape, generator=generator, dtype=torch.float64) * 1.5 + 0.5
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     return size * sign
@@ -75,8 +75,8 @@ def make_example(
     kwargs: Mapping[str, Any] | None = None,
     symbolic: Mapping[int, str] | None = None,
 ) -> Example:
-    """A call of `target` on real tensors, run unsplit; tensors that require a gradient are given
-    one.
+    """Return a call of `target` on real tensors, run unsplit; tensors that require a gradient are
+    given one.
 
     target: the op. args, kwargs: nested tuples with tensors, of which one that occurs twice is one
     operand twice. symbolic: sizes that the program is to take from its inputs, as expressions: {5:
@@ -92,7 +92,7 @@ def make_example(
     tensors: dict[str, torch.Tensor] = {}
 
     def reference(leaf: Any) -> Any:
-        """One argument of the node: a use of a tensor, or a size that may be symbolic."""
+        """Return one argument of the node: a use of a tensor, or a size that may be symbolic."""
         if isinstance(leaf, torch.Tensor):
             name = operand_names.setdefault(id(leaf), f"x{len(operand_names)}")
             tensors[name] = leaf
@@ -102,7 +102,7 @@ def make_example(
         return leaf
 
     def value(name: str, tensor: torch.Tensor, grad: bool) -> Value:
-        """The value that stands for a tensor in the program."""
+        """Return the value that stands for a tensor in the program."""
         shape = tuple(expressions.get(size, size) for size in tensor.shape)
         return Value(name, shape, tensor.dtype, grad and _is_number(tensor.dtype))
 
@@ -151,15 +151,15 @@ def make_example(
 
 
 def _is_number(dtype: torch.dtype) -> bool:
-    """Whether a gradient may flow through tensors of this type."""
+    """Return whether a gradient may flow through tensors of this type."""
     return dtype.is_floating_point or dtype.is_complex
 
 
 def _run_unsplit(node: Node, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The results of the op itself, as torch computes them."""
+    """Return the results of the op itself, as torch computes them."""
 
     def actual(leaf: Any) -> Any:
-        """One argument as the op is called with it."""
+        """Return one argument as the op is called with it."""
         return tensors[leaf.name] if isinstance(leaf, Ref) else leaf
 
     kwargs = {key: map_leaves(actual, item) for key, item in node.kwargs}
@@ -168,7 +168,7 @@ def _run_unsplit(node: Node, tensors: Mapping[str, torch.Tensor]) -> tuple[torch
 
 
 def _plain(structure: Any) -> Any:
-    """Arguments in which the sizes that are symbolic in the program are numbers."""
+    """Return arguments in which the sizes that are symbolic in the program are numbers."""
     if isinstance(structure, dict):
         return {key: _plain(item) for key, item in structure.items()}
     return map_leaves(lambda leaf: leaf.hint if isinstance(leaf, Sym) else leaf, structure)
@@ -179,7 +179,7 @@ def gradients_of(
     results: tuple[torch.Tensor, ...],
     seeds: tuple[torch.Tensor | None, ...],
 ) -> dict[str, torch.Tensor | None]:
-    """The gradient of every operand that requires one; None where none comes."""
+    """Return the gradient of every operand that requires one; None where none comes."""
     pairs = [
         (result, seed) for result, seed in zip(results, seeds, strict=True) if seed is not None
     ]
@@ -192,7 +192,7 @@ def gradients_of(
 
 
 def storage_of(node: Node, strategy: Strategy) -> dict[str, Placement]:
-    """The placement of each operand before the call.
+    """Return the placement of each operand before the call.
 
     One that is read in two ways starts as a copy, and the emitter converts it to each.
     """
@@ -211,7 +211,7 @@ def run_by_strategy(
     extents: tuple[torch.Tensor, ...],
     rule: ShardingRule | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The results of the emitted program of one rank on its parts."""
+    """Return the results of the emitted program of one rank on its parts."""
     choice = OpChoice(
         node.name,
         node.target,

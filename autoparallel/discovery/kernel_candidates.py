@@ -18,41 +18,41 @@ __all__ = ["kernels_for"]
 
 
 def kernels_for(
-    probe: Probe, shrunk: ProbeSizes, found: DiscoveredRule, loop: str
+    probe: Probe, shrunk: ProbeSizes, draft: DiscoveredRule, loop: str
 ) -> Iterator[DiscoveredKernel]:
-    """Kernels that may split a loop of operands alone, if the op gives one result.
+    """Yield kernels that may split a loop of operands alone, if the op gives one result.
 
     probe, shrunk: the call at small sizes. found: the rule so far. loop: the one to be split. Every
     kernel is a guess, which the caller must try.
     """
-    if len(found.results) != 1 or any(loop in names for names in found.results[0]):
+    if len(draft.results) != 1 or any(loop in names for names in draft.results[0]):
         return
     at = [
         (operand, dim)
-        for operand, dims in enumerate(found.operands)
+        for operand, dims in enumerate(draft.operands)
         for dim, names in enumerate(dims)
         if loop in names
     ]
-    if any(found.operands[operand][dim] != (loop,) for operand, dim in at):
+    if any(draft.operands[operand][dim] != (loop,) for operand, dim in at):
         return
     if len(at) == 1:
-        yield from _lookups(probe, shrunk, found, *at[0])
-        yield from _combined(found, *at[0])
+        yield from _lookups(probe, shrunk, draft, *at[0])
+        yield from _combined(draft, *at[0])
     if probe.call.results[0].dtype.is_floating_point and not _counts(probe, shrunk, at):
         yield DiscoveredKernel("weighted_mean", "P", (("where", tuple(at)),))
 
 
 def _lookups(
-    probe: Probe, shrunk: ProbeSizes, found: DiscoveredRule, table: int, dim: int
+    probe: Probe, shrunk: ProbeSizes, draft: DiscoveredRule, table: int, dim: int
 ) -> Iterator[DiscoveredKernel]:
-    """A masked look-up, if the dim is what an operand of whole numbers has its places in."""
-    size = found.pattern.operands[table][dim]
+    """Yield a masked look-up, if the dim is what an operand of whole numbers has its places in."""
+    size = draft.pattern.operands[table][dim]
     for index, bound in enumerate(shrunk.values.bounds):
         if bound != size or index == table:
             continue
         places = []
-        for names in found.operands[index]:
-            where = [e for e, others in enumerate(found.results[0]) if names == others and names]
+        for names in draft.operands[index]:
+            where = [e for e, others in enumerate(draft.results[0]) if names == others and names]
             places.append(where[0] if len(where) == 1 else -1)
         if -1 in places or len(set(places)) < len(places):
             continue
@@ -62,23 +62,23 @@ def _lookups(
             )
 
 
-def _combined(found: DiscoveredRule, operand: int, dim: int) -> Iterator[DiscoveredKernel]:
-    """Parts' results gathered and reduced again, if the result has the operand's other dims in
-    their order.
+def _combined(draft: DiscoveredRule, operand: int, dim: int) -> Iterator[DiscoveredKernel]:
+    """Yield parts' results gathered and reduced again, if the result has the operand's other dims
+    in their order.
     """
     result_dims = []
-    for names in found.operands[operand]:
-        where = [e for e, others in enumerate(found.results[0]) if names == others and names]
+    for names in draft.operands[operand]:
+        where = [e for e, others in enumerate(draft.results[0]) if names == others and names]
         result_dims.append(where[0] if where else -1)
     order = [place for place in result_dims if place >= 0]
-    dims_with_loops = [e for e, names in enumerate(found.results[0]) if names]
+    dims_with_loops = [e for e, names in enumerate(draft.results[0]) if names]
     if order == dims_with_loops:
         arguments = (("where", (operand, dim, tuple(result_dims))),)
         yield DiscoveredKernel("combined_parts", "I", arguments, gathers=True)
 
 
 def _runs(probe: Probe, shrunk: ProbeSizes, index: int, value: float) -> torch.Tensor | None:
-    """The first result where one number of an operand is `value`; None if the op fails."""
+    """Return the first result where one number of an operand is `value`; None if the op fails."""
     sizes = assignment(shrunk.order, 0)
     tensors = probe.tensors(shrunk.pattern, sizes, shrunk.values, 0, guarded=True)
     tensors[index].view(-1)[:1] = value
@@ -89,7 +89,9 @@ def _runs(probe: Probe, shrunk: ProbeSizes, index: int, value: float) -> torch.T
 
 
 def _takes_special(probe: Probe, shrunk: ProbeSizes, index: int) -> bool:
-    """Whether places may be other than 0, 1, ...: counted from the end, or marks of no place."""
+    """Return whether places may be other than 0, 1, ...: counted from the end, or marks of no
+    place.
+    """
     if not probe.checks:
         return True
     # Negative defaults and arguments often mark places: padding_idx=-1, ignore_index=-100.
@@ -105,7 +107,7 @@ def _takes_special(probe: Probe, shrunk: ProbeSizes, index: int) -> bool:
 
 
 def _counts(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool:
-    """Whether some numbers may not count in a mean: zeros, marked places, or NaN."""
+    """Return whether some numbers may not count in a mean: zeros, marked places, or NaN."""
     if not _averages_zeros(probe, shrunk, at):
         return True
     for index, operand in enumerate(probe.call.operands):
@@ -119,7 +121,7 @@ def _counts(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool
 
 
 def _averages_zeros(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool:
-    """Whether the result is the mean of its parts' results by their sizes, zeros among the
+    """Return whether the result is the mean of its parts' results by their sizes, zeros among the
     numbers.
     """
     sizes = assignment(shrunk.order, 0)

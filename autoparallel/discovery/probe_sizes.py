@@ -55,7 +55,8 @@ class ProbeSizes:
 
 
 def shrink(probe: Probe) -> ProbeSizes:
-    """The freest pattern at whose sizes the op runs and gives as many results of the same ranks.
+    """Return the freest pattern at whose sizes the op runs and gives as many results of the same
+    ranks.
 
     An op that may not check its operands is run at no sizes that break a relation of the call's.
     Raises ProbeError, with the op's own words, where it runs at none.
@@ -74,8 +75,8 @@ def shrink(probe: Probe) -> ProbeSizes:
 
 
 def related_terms(probe: Probe) -> str:
-    """The call's sizes by their relations alone, as text: equal for calls whose sizes are equally
-    related.
+    """Return the call's sizes by their relations alone, as text: equal for calls whose sizes are
+    equally related.
 
     Numbers of integers that are no sizes are kept, because they may decide what the op does.
     """
@@ -121,7 +122,9 @@ class _Search:
     # -- patterns to start from
 
     def first(self) -> Pattern:
-        """The first pattern that runs, from independent sizes to those that keep every relation."""
+        """Return the first pattern that runs, from independent sizes to those that keep every
+        relation.
+        """
         as_called = self.probe.own()
         elements = [torch.Size([term.factor for term in row]).numel() for row in as_called.operands]
         symbolic = any(isinstance(slot.size, Sym) for slot in self.slots)
@@ -140,7 +143,7 @@ class _Search:
         raise ProbeError(f"failed on probe inputs: {first_error}")
 
     def candidates(self, small: bool, related: bool, factor: int) -> Iterator[Pattern]:
-        """A pattern in which equal sizes are one size.
+        """Yield a pattern in which equal sizes are one size.
 
         small: so are integers that could name a dim. related: larger sizes are multiples and
         products of smaller ones where their numbers are. factor: a factor of every other size,
@@ -181,8 +184,8 @@ class _Search:
         yield _pattern(self.probe, dict(rows))
 
     def fresh(self, size: Dim, bias: float = 0.0) -> int:
-        """A new independent size for a size of the call. bias: its place among equal ones in the
-        order.
+        """Return a new independent size for a size of the call. bias: its place among equal ones in
+        the order.
         """
         atom = len(self.actual)
         self.actual[atom] = hint(size) + bias
@@ -196,8 +199,8 @@ class _Search:
         related: bool,
         factor: int,
     ) -> Term:
-        """A size by smaller ones if it is related to them, else by itself, as a new independent
-        one.
+        """Return a size by smaller ones if it is related to them, else by itself, as a new
+        independent one.
         """
         if related:
             larger: list[Dim] = list(known)[::-1]
@@ -232,11 +235,13 @@ class _Search:
     # -- what runs
 
     def ordered(self, pattern: Pattern) -> tuple[int, ...]:
-        """The pattern's independent sizes, from the smallest to the largest of the call."""
+        """Return the pattern's independent sizes, from the smallest to the largest of the call."""
         return tuple(sorted(pattern.atoms, key=lambda atom: (self.actual[atom], atom)))
 
     def runs(self, pattern: Pattern) -> bool:
-        """Whether the op runs at small sizes of this pattern, with results like the call's."""
+        """Return whether the op runs at small sizes of this pattern, with results like the
+        call's.
+        """
         order = self.ordered(pattern)
         for which in range(CHOICES):
             sizes = assignment(order, which)
@@ -252,7 +257,9 @@ class _Search:
         return True
 
     def finite(self, pattern: Pattern, sizes: Mapping[int, int]) -> tuple[torch.Tensor, ...] | None:
-        """The results; None, with the reason noted, if the op fails or they are not finite."""
+        """Return the results; None, with the reason noted, if the op fails or they are not
+        finite.
+        """
         tensors = self.probe.tensors(pattern, sizes, self.values, 0, guarded=True)
         try:
             return self.probe.guarded_run(pattern, sizes, tensors)
@@ -261,8 +268,8 @@ class _Search:
             return None
 
     def alike(self, results: tuple[torch.Tensor, ...]) -> bool:
-        """Whether the results are as many, of the same ranks, and equal in size where the call's
-        are.
+        """Return whether the results are as many, of the same ranks, and equal in size where the
+        call's are.
         """
         wanted = self.probe.call.results
         if len(results) != len(wanted) or any(
@@ -282,8 +289,8 @@ class _Search:
     # -- freeing what is tied by chance
 
     def relaxed(self, pattern: Pattern) -> Pattern:
-        """The pattern with sizes set free one by one, then two by two, as long as the op still
-        runs.
+        """Return the pattern with sizes set free one by one, then two by two, as long as the op
+        still runs.
         """
         terms = dict(zip(self.slots, pattern.terms(), strict=True))
         changed = True
@@ -305,7 +312,9 @@ class _Search:
         return self.settled(_pattern(self.probe, terms))
 
     def settled(self, pattern: Pattern) -> Pattern:
-        """The pattern with integers that no dim follows fixed: they may mean more than sizes."""
+        """Return the pattern with integers that no dim follows fixed: they may mean more than
+        sizes.
+        """
         followed = {atom for row in pattern.operands for term in row for atom in term.atoms}
         fixed = tuple(
             term
@@ -321,7 +330,7 @@ class _Search:
     def subsets(
         self, term: Term, group: list[_Slot], groups: Mapping[Term, list[_Slot]]
     ) -> Iterator[tuple[_Slot, ...]]:
-        """Slots that may turn out to be free of the others together. Not integers alone."""
+        """Yield slots that may turn out to be free of the others together. Not integers alone."""
         shared = any(other != term and set(other.atoms) & set(term.atoms) for other in groups)
         limit = len(group) if shared or term.factor != 1 else len(group) // 2
         if len(group) > _MOST_TOGETHER:
@@ -341,7 +350,7 @@ class _Search:
     def freed(
         self, terms: dict[_Slot, Term], factors: tuple[int, ...], chosen: tuple[_Slot, ...]
     ) -> dict[_Slot, Term] | None:
-        """The terms with a new size at the chosen slots, if the op runs so; else None."""
+        """Return the terms with a new size at the chosen slots, if the op runs so; else None."""
         size = chosen[0].size
         for factor in dict.fromkeys(factors):
             if isinstance(size, Sym) and factor != 1:
@@ -357,7 +366,8 @@ class _Search:
     # -- whole numbers that are places
 
     def bounded(self, pattern: Pattern) -> Values:
-        """The values, with a bound for each operand of whole numbers that are places along a dim.
+        """Return the values, with a bound for each operand of whole numbers that are places along a
+        dim.
 
         The op takes them below that dim's size, and refuses that size itself.
         """
@@ -369,7 +379,9 @@ class _Search:
         return replace(self.values, bounds=tuple(bounds))
 
     def bound(self, pattern: Pattern, order: tuple[int, ...], index: int) -> Term | None:
-        """The size below which an operand's numbers must be; None where there is no such size."""
+        """Return the size below which an operand's numbers must be; None where there is no such
+        size.
+        """
         sizes = assignment(order, 0)
         terms = {
             term.at(sizes): term
@@ -387,7 +399,7 @@ class _Search:
         return None
 
     def accepts(self, pattern: Pattern, sizes: Mapping[int, int], index: int, value: int) -> bool:
-        """Whether the op runs where one number of the operand is `value`."""
+        """Return whether the op runs where one number of the operand is `value`."""
         tensors = self.probe.tensors(pattern, sizes, self.values, 0, guarded=True)
         tensors[index].view(-1)[:1] = value
         try:
@@ -398,7 +410,7 @@ class _Search:
 
 
 def _pattern(probe: Probe, terms: Mapping[_Slot, Term]) -> Pattern:
-    """The pattern that has these sizes at the call's places."""
+    """Return the pattern that has these sizes at the call's places."""
     rows: list[list[Term]] = [[] for _ in probe.call.operands]
     integers: list[Term] = []
     for slot, term in terms.items():

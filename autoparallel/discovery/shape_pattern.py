@@ -61,14 +61,14 @@ class Term:
     atoms: tuple[int, ...] = ()
 
     def at(self, sizes: Mapping[int, int]) -> int:
-        """The value where the independent sizes have these values."""
+        """Return the value where the independent sizes have these values."""
         value = self.factor
         for atom in self.atoms:
             value *= sizes[atom]
         return value
 
     def of(self, sizes: Mapping[int, Dim]) -> Dim:
-        """The same for sizes that may be symbolic."""
+        """Return the same for sizes that may be symbolic."""
         known = [sizes[atom] for atom in self.atoms]
         symbols = [size for size in known if isinstance(size, Sym)]
         number = self.factor
@@ -100,13 +100,13 @@ class Pattern:
         return tuple(sorted({atom for term in self.terms() for atom in term.atoms}))
 
     def terms(self) -> Iterator[Term]:
-        """All sizes of the pattern: those of operands, then the integers."""
+        """Yield all sizes of the pattern: those of operands, then the integers."""
         for row in self.operands:
             yield from row
         yield from self.integers
 
     def solve(self, call: OpCall) -> dict[int, Dim] | None:
-        """The independent sizes of `call`, by index; None if the call does not follow the
+        """Return the independent sizes of `call`, by index; None if the call does not follow the
         pattern.
         """
         integers = integers_of(call)
@@ -138,7 +138,7 @@ class Pattern:
 
 
 def _over(size: Dim, divisor: Dim) -> Dim | None:
-    """The quotient of two sizes; None where it is no whole number."""
+    """Return the quotient of two sizes; None where it is no whole number."""
     if isinstance(size, int) and isinstance(divisor, int):
         return size // divisor if size % divisor == 0 else None
     if divisor == 1:
@@ -152,18 +152,18 @@ def _over(size: Dim, divisor: Dim) -> Dim | None:
 
 
 def _is_size(leaf: Any) -> bool:
-    """Whether an argument may be a size: a whole number, and no truth value."""
+    """Return whether an argument may be a size: a whole number, and no truth value."""
     return isinstance(leaf, Sym) or (isinstance(leaf, int) and not isinstance(leaf, bool))
 
 
 def integers_of(call: OpCall) -> list[Dim]:
-    """The integer arguments of a call, in order, those of keywords last."""
+    """Return the integer arguments of a call, in order, those of keywords last."""
     structure = (call.node.args, call.node.kwargs)
     return [leaf for leaf in leaves(structure) if _is_size(leaf)]
 
 
 def replace_integers(structure: Any, integers: Iterator[Any]) -> Any:
-    """The same nested tuples with other integers, taken from the iterator in order."""
+    """Return the same nested tuples with other integers, taken from the iterator in order."""
     return map_leaves(lambda leaf: next(integers) if _is_size(leaf) else leaf, structure)
 
 
@@ -198,7 +198,7 @@ class Probe:
 
     @property
     def checks(self) -> bool:
-        """Whether the op refuses operands that do not fit each other.
+        """Return whether the op refuses operands that do not fit each other.
 
         Torch's public ops do, and so do those that are written in Python out of such. Others may
         read or write past the end of a tensor instead.
@@ -209,7 +209,7 @@ class Probe:
         return is_custom_op(f"{space}::{name}")
 
     def own(self) -> Pattern:
-        """The pattern that fits this call's sizes alone, with every size a number."""
+        """Return the pattern that fits this call's sizes alone, with every size a number."""
         return Pattern(
             tuple(
                 tuple(Term(hint(size)) for size in operand.shape) for operand in self.call.operands
@@ -225,7 +225,7 @@ class Probe:
         seed: int,
         guarded: bool = False,
     ) -> list[torch.Tensor]:
-        """An operand of the pattern's shape each, without gradients.
+        """Return an operand of the pattern's shape each, without gradients.
 
         sizes: values of the independent sizes. seed: of the numbers. guarded: each lies amid memory
         that is NaN, so that an op that does not check sizes, and reads past the end of an operand,
@@ -251,7 +251,9 @@ class Probe:
         limit: int | None,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """Random numbers of one operand. limit: whole numbers are below it, if it is not None."""
+        """Return random numbers of one operand. limit: whole numbers are below it, if it is not
+        None.
+        """
         if dtype == torch.bool:
             return torch.randint(0, 2, shape, generator=generator) == 1
         if not dtype.is_floating_point:
@@ -274,12 +276,12 @@ class Probe:
     def arguments(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's arguments with these operands, and with the pattern's integers."""
+        """Return the call's arguments with these operands, and with the pattern's integers."""
         integers = iter([term.at(sizes) for term in pattern.integers])
         operands = iter(tensors)
 
         def actual(leaf: Any) -> Any:
-            """One argument as the op is called with it."""
+            """Return one argument as the op is called with it."""
             if isinstance(leaf, Ref):
                 return next(operands)
             if isinstance(leaf, torch.device):
@@ -298,7 +300,9 @@ class Probe:
     def guarded_run(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """The results of guarded operands. Raises OpFailedError, too where they are not finite."""
+        """Return the results of guarded operands. Raises OpFailedError, too where they are not
+        finite.
+        """
         results = self.run(pattern, sizes, tensors)
         if not all(bool(result.isfinite().all()) for result in results):
             raise OpFailedError("its results are not finite")
@@ -307,7 +311,7 @@ class Probe:
     def run(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """The results of the op, without gradients. Raises OpFailedError with the op's own
+        """Return the results of the op, without gradients. Raises OpFailedError with the op's own
         words.
         """
         self.runs += 1
@@ -325,7 +329,7 @@ class Probe:
 
 
 def _amid_nothing(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, with memory that is NaN (or far out of range) on both sides."""
+    """Return the same numbers, with memory that is NaN (or far out of range) on both sides."""
     nothing: float | bool = float("nan")
     if not tensor.dtype.is_floating_point:
         nothing = tensor.dtype == torch.bool or torch.iinfo(tensor.dtype).max

@@ -30,8 +30,8 @@ CHOICES = len(_POOLS)
 
 
 def assignment(order: tuple[int, ...], which: int) -> dict[int, int]:
-    """Small values for the independent sizes: all different, and in the order of the call's own
-    sizes.
+    """Return small values for the independent sizes: all different, and in the order of the call's
+    own sizes.
 
     order: indices of the independent sizes, from the smallest to the largest of the call. which: 0,
     1 or 2, for different values.
@@ -47,14 +47,14 @@ def assignment(order: tuple[int, ...], which: int) -> dict[int, int]:
 
 
 def sorted_atoms(pattern: Pattern, call: OpCall) -> tuple[int, ...]:
-    """The pattern's independent sizes from the smallest to the largest of the call."""
+    """Return the pattern's independent sizes from the smallest to the largest of the call."""
     atoms = pattern.solve(call) or {}
     return tuple(sorted(pattern.atoms, key=lambda atom: (hint(atoms.get(atom, 0)), atom)))
 
 
 def ratio(size: Dim, *parts: Dim) -> int | None:
-    """The quotient of `size` and the product of `parts`, if that is a whole number whatever the
-    symbols are; else None.
+    """Return the quotient of `size` and the product of `parts`, if that is a whole number whatever
+    the symbols are; else None.
 
     >>> ratio(24, 2, 3), ratio(24, 5)
     (4, None)

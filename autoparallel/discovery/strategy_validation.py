@@ -48,7 +48,9 @@ _PATIENCE_SECONDS = 60.0
 
 
 def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[LoopSplit]:
-    """Every way to split every loop: into all blocks of runs of all units that its size allows."""
+    """Yield every way to split every loop: into all blocks of runs of all units that its size
+    allows.
+    """
     for loop in rule.loops:
         size = rule.sizes[loop]
         yield LoopSplit(loop)
@@ -62,7 +64,7 @@ def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[LoopSplit]:
 
 
 def derived(example: Example, rule: ShardingRule, world_size: int) -> tuple[Strategy, ...]:
-    """Every strategy that `rule` allows for this call on `world_size` ranks, each once."""
+    """Return every strategy that `rule` allows for this call on `world_size` ranks, each once."""
     operands = tuple(operand.requires_grad for operand in example.call.operands)
     results = tuple(result.requires_grad for result in example.call.results)
     choices = strategies(rule, tiles_of(rule, world_size), operands, results, world_size)
@@ -74,8 +76,8 @@ def derived(example: Example, rule: ShardingRule, world_size: int) -> tuple[Stra
 def uneven_parts(
     whole: torch.Tensor, world_size: int, generator: torch.Generator
 ) -> list[torch.Tensor]:
-    """Tensors of both signs and of different sizes that add up to `whole`: one pending sum per
-    rank.
+    """Return tensors of both signs and of different sizes that add up to `whole`: one pending sum
+    per rank.
 
     Equal parts would hide a bias that is counted on every rank. Raises TypeError for truth values,
     which have no sum.
@@ -97,7 +99,7 @@ def uneven_parts(
 def part_of(
     whole: torch.Tensor, placement: Placement, world_size: int, generator: torch.Generator
 ) -> list[torch.Tensor]:
-    """The part of `whole` that each rank holds under a placement, in order of ranks."""
+    """Return the part of `whole` that each rank holds under a placement, in order of ranks."""
     if isinstance(placement, Shard):
         return [take_part(whole, placement, world_size, rank) for rank in range(world_size)]
     if isinstance(placement, Partial):
@@ -112,7 +114,7 @@ def why_wrong(
     rule: ShardingRule | None = None,
     tolerance: float | None = None,
 ) -> str:
-    """The fault of running the call by `strategy` on `world_size` ranks; "" if it has none.
+    """Return the fault of running the call by `strategy` on `world_size` ranks; "" if it has none.
 
     Every rank gets its part of the operands and of the incoming gradients; the parts that it
     returns must be those of the unsplit results and gradients. rule: the op's, where it is not to
@@ -141,6 +143,7 @@ def why_wrong(
     errors: dict[int, BaseException] = {}
 
     def run(group: LocalGroup) -> None:
+        """Run one rank, and note its results and gradients, or its error."""
         try:
             mine = {
                 name: parts[group.rank]
@@ -150,8 +153,8 @@ def why_wrong(
             }
             arguments = (example.graph, example.node, strategy, group, mine, example.extents)
             results = run_by_strategy(*arguments, rule)
-            own = (parts[group.rank] for parts in seeds)
-            incoming = tuple(None if part is None else part.contiguous() for part in own)
+            local_seeds = (parts[group.rank] for parts in seeds)
+            incoming = tuple(None if part is None else part.contiguous() for part in local_seeds)
             returned[group.rank] = (results, gradients_of(mine, results, incoming))
         except BaseException as error:
             errors[group.rank] = error
@@ -166,8 +169,10 @@ def why_wrong(
         if thread.is_alive():
             groups[0].abort()
     if errors:
-        own = {r: e for r, e in errors.items() if not isinstance(e, threading.BrokenBarrierError)}
-        rank = min(own or errors)
+        root_causes = {
+            r: e for r, e in errors.items() if not isinstance(e, threading.BrokenBarrierError)
+        }
+        rank = min(root_causes or errors)
         return f"rank {rank} failed: {type(errors[rank]).__name__}: {str(errors[rank])[:300]}"
     for index, (whole, placement) in enumerate(zip(example.results, strategy.results, strict=True)):
         wrong = difference([results[index] for results, _ in returned], whole, placement, tolerance)
@@ -197,7 +202,7 @@ def difference(
     placement: Placement,
     tolerance: float = _TOLERANCE[torch.float64],
 ) -> str:
-    """Where the ranks' parts are not `whole` under `placement`, as text; "" if they are."""
+    """Return where the ranks' parts are not `whole` under `placement`, as text; "" if they are."""
     parts = [part.detach() for part in parts]
     world_size = len(parts)
     if any(part.dtype != whole.dtype for part in parts):
@@ -218,7 +223,7 @@ def difference(
 
 
 def _apart(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
-    """The difference of two tensors as text, "" where it is within the tolerance."""
+    """Return the difference of two tensors as text, "" where it is within the tolerance."""
     if actual.shape != expected.shape:
         return f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     if actual.is_floating_point() or actual.is_complex():

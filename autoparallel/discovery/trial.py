@@ -63,7 +63,7 @@ class Trial:
             self.cases = {which: self.case(which) for which in (0, 1)}
 
     def case(self, which: int, symbolic: bool = False) -> Example:
-        """The call at one of the choices of small sizes. symbolic: see `example`."""
+        """Return the call at one of the choices of small sizes. symbolic: see `example`."""
         return self.example(assignment(self.shrunk.order, which), which, symbolic)
 
     def example(
@@ -73,8 +73,8 @@ class Trial:
         symbolic: bool = False,
         values: Values | None = None,
     ) -> Example:
-        """The call at these sizes, with its unsplit results. symbolic: its symbols are symbols
-        there too.
+        """Return the call at these sizes, with its unsplit results. symbolic: its symbols are
+        symbols there too.
         """
         probe, pattern = self.probe, self.shrunk.pattern
         tensors = probe.tensors(pattern, sizes, values or self.shrunk.values, 7 + seed)
@@ -97,7 +97,9 @@ class Trial:
     def tried(
         self, sizes: Mapping[int, int], seed: int, values: Values | None = None
     ) -> Example | None:
-        """The call at these sizes; None where the op, or its backward, does not take them."""
+        """Return the call at these sizes; None where the op, or its backward, does not take
+        them.
+        """
         try:
             return self.example(sizes, seed, values=values)
         except ProbeError:
@@ -106,7 +108,7 @@ class Trial:
             return None
 
     def symbols(self, sizes: Mapping[int, int]) -> dict[int, str]:
-        """Sizes that are the call's symbols or products of them, by the value that they have
+        """Return sizes that are the call's symbols or products of them, by the value that they have
         here.
         """
         pattern = self.shrunk.pattern
@@ -122,7 +124,7 @@ class Trial:
     def strategies(
         self, example: Example, rule: ShardingRule, tiles: list[LoopSplit], world_size: int
     ) -> tuple[Strategy, ...]:
-        """All strategies of a rule for the example, with these splits of loops."""
+        """Return all strategies of a rule for the example, with these splits of loops."""
         operands = tuple(operand.requires_grad for operand in example.call.operands)
         results = tuple(result.requires_grad for result in example.call.results)
         return strategies(rule, tiles, operands, results, world_size)
@@ -130,7 +132,7 @@ class Trial:
     def wrong(
         self, example: Example, rule: ShardingRule, strategy: Strategy, world_size: int
     ) -> str:
-        """The fault of a strategy as text, "" if it has none."""
+        """Return the fault of a strategy as text, "" if it has none."""
         for value, placement in zip(example.node.results, strategy.results, strict=True):
             if isinstance(placement, Partial) and value.dtype == torch.bool:
                 return "truth values have no pending sum"
@@ -138,7 +140,7 @@ class Trial:
         return why_wrong(example, strategy, world_size, rule, self.tolerance)
 
     def try_loop(self, discovered: DiscoveredRule, loop: str) -> str:
-        """The fault of splitting `loop`, "" if it has none, on two sets of sizes."""
+        """Return the fault of splitting `loop`, "" if it has none, on two sets of sizes."""
         tried = 0
         why = ""
         for which, ranks in _QUICK:
@@ -156,7 +158,7 @@ class Trial:
         return "" if tried else "too small to be split"
 
     def try_sum(self, discovered: DiscoveredRule, group: tuple[int, ...]) -> str:
-        """The fault of a pending sum through these operands, "" if it has none."""
+        """Return the fault of a pending sum through these operands, "" if it has none."""
         for which, ranks in _QUICK:
             example = self.cases[which]
             rule = replace(discovered, linear=(group,)).rule(example.call)
@@ -168,7 +170,7 @@ class Trial:
         return ""
 
     def final(self) -> Iterator[_Case]:
-        """Cases that no choice was made on: other sizes, the call's integers, its symbols."""
+        """Yield cases that no choice was made on: other sizes, the call's integers, its symbols."""
         yield _Case(self.case(2), (2, 3))
         for example in self.unusual():
             yield _Case(example, (2,))
@@ -179,7 +181,9 @@ class Trial:
             yield _Case(self.case(1, symbolic=True), (2,))
 
     def unusual(self) -> Iterator[Example]:
-        """The call with numbers that an op may treat differently: many alike, zeros, large ones."""
+        """Yield the call with numbers that an op may treat differently: many alike, zeros, large
+        ones.
+        """
         plain = self.shrunk.values
         changes: tuple[dict[str, float], ...] = (
             {"step": 0.25},
@@ -195,7 +199,9 @@ class Trial:
                 yield example
 
     def own_integers(self) -> Example | None:
-        """The call with its own integers, where they are small: they may mean more than sizes."""
+        """Return the call with its own integers, where they are small: they may mean more than
+        sizes.
+        """
         pattern = self.shrunk.pattern
         atoms = pattern.solve(self.probe.call) or {}
         asked = {atom for term in pattern.integers for atom in term.atoms}
@@ -211,7 +217,7 @@ class Trial:
         return self.tried(sizes, 3)
 
     def tiles(self, rule: ShardingRule, world_size: int) -> list[LoopSplit]:
-        """Every loop's plain split, and splits into blocks and into runs."""
+        """Return every loop's plain split, and splits into blocks and into runs."""
         tiles = []
         for loop in rule.loops:
             for blocks, unit in ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3)):
@@ -225,10 +231,10 @@ class Trial:
 
 
 def _has_backward(probe: Probe) -> bool:
-    """Whether the op can be differentiated, or may be."""
+    """Return whether the op can be differentiated, or may be."""
     return has_backward("::".join(probe.call.node.target.split(".")[:2]))
 
 
 def _elements(pattern: Pattern, sizes: Mapping[int, int]) -> int:
-    """The number of elements of all operands together."""
+    """Return the number of elements of all operands together."""
     return sum(torch.Size([term.at(sizes) for term in row]).numel() for row in pattern.operands)

@@ -19,7 +19,8 @@ _REASONS: dict[Any, str] = {}
 
 
 def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
-    """The rule of a call whose op has none, and ""; or None, and why there is none: "the op ...".
+    """Return the rule of a call whose op has none, and ""; or None, and why there is none: "the op
+    ...".
 
     A written rule is returned as it is. A rule that was found is remembered for this process, and
     stored on disk for others.
@@ -47,7 +48,9 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
 
 
 def _cached(call: OpCall) -> DiscoveredRule:
-    """The stored rule if it still holds; else a new one, which is stored. Raises ProbeError."""
+    """Return the stored rule if it still holds; else a new one, which is stored. Raises
+    ProbeError.
+    """
     key = key_of(call)
     discovered = load(key)
     if discovered is None or not confirmed(discovered, call):

@@ -25,7 +25,7 @@ _OWN_INVERSE = frozenset({"transpose", "t", "numpy_T", "mT", "swapaxes", "swapdi
 
 @cache
 def shares_memory(target: str) -> bool:
-    """Whether results of the op may be views of its first operand, as its schema says.
+    """Return whether results of the op may be views of its first operand, as its schema says.
 
     >>> shares_memory("aten.transpose.int"), shares_memory("aten.mm.default")
     (True, False)
@@ -38,8 +38,8 @@ def shares_memory(target: str) -> bool:
 
 
 def is_view(target: str) -> bool:
-    """Whether results of the op are always views of its first operand. Some ops copy where they
-    must.
+    """Return whether results of the op are always views of its first operand. Some ops copy where
+    they must.
 
     >>> is_view("aten.transpose.int"), is_view("aten.reshape.default")
     (True, False)
@@ -48,7 +48,7 @@ def is_view(target: str) -> bool:
 
 
 def owner_of(name: str, views: Mapping[str, str]) -> str:
-    """The value whose memory `name` is, at the end of a chain of views.
+    """Return the value whose memory `name` is, at the end of a chain of views.
 
     views: for each view the value that it is a view of.
 
@@ -61,8 +61,8 @@ def owner_of(name: str, views: Mapping[str, str]) -> str:
 
 
 def written_back(view: Node, index: int, parent: Value, child: Value, name: str) -> Node | None:
-    """The node that produces `parent` anew, after result `index` of `view` was written and became
-    `child`.
+    """Return the node that produces `parent` anew, after result `index` of `view` was written and
+    became `child`.
 
     view: the call that made the view. parent: what it is a view of, before the write. child: what
     stands for the view now. name: of the new node and its value. None where a write through such a
@@ -75,6 +75,7 @@ def written_back(view: Node, index: int, parent: Value, child: Value, name: str)
     whole, part = Ref(parent.name), Ref(child.name)
 
     def node(target: str, *args: Any) -> Node:
+        """Return the node that produces the parent's new value by this op."""
         return replace(view, name=name, target=target, results=(result,), args=args, kwargs=())
 
     if packet in _OWN_INVERSE:
@@ -106,7 +107,7 @@ def written_back(view: Node, index: int, parent: Value, child: Value, name: str)
 
 
 def _sum(one: Dim, two: Dim) -> Dim:
-    """The sum of two sizes, a number where both are."""
+    """Return the sum of two sizes, a number where both are."""
     if isinstance(one, int) and isinstance(two, int):
         return one + two
     return Sym(size_expression(one) + size_expression(two), hint(one) + hint(two))

@@ -22,7 +22,7 @@ Modes = tuple[bool, ...]
 
 
 def modes_of(model: nn.Module) -> Modes:
-    """Whether the model and each module in it trains, in one order: another mode, another
+    """Return whether the model and each module in it trains, in one order: another mode, another
     program.
     """
     return tuple(module.training for module in model.modules())
@@ -62,8 +62,8 @@ class Captured:
         return (made[0], {**settings, **made[1]}) if self.left else (made, settings)
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
-        """Whether the program is right for tensors of these types and sizes, and gives a gradient
-        to every one of them that needs one.
+        """Return whether the program is right for tensors of these types and sizes, and gives a
+        gradient to every one of them that needs one.
 
         inputs: the tensors of the call, in the order of the graph's input nodes. Where it does not
         fit, tracing with them would give another program.
@@ -92,7 +92,8 @@ class Captured:
         return {}
 
     def _holds(self, shapes: tuple[tuple[int, ...], ...], expected: list[tuple[Dim, ...]]) -> bool:
-        """Whether inputs of these shapes agree with the expected sizes and satisfy all guards.
+        """Return whether inputs of these shapes agree with the expected sizes and satisfy all
+        guards.
 
         Symbols get their values from dims that are a symbol by itself; sizes derived from symbols
         are checked after that.

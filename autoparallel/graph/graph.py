@@ -58,12 +58,14 @@ Dim = int | Sym
 
 
 def hint(dim: Dim) -> int:
-    """The size for the example inputs: the number itself, or a symbolic size's hint."""
+    """Return the size for the example inputs: the number itself, or a symbolic size's hint."""
     return dim.hint if isinstance(dim, Sym) else dim
 
 
 def size_expression(dim: Dim) -> sympy.Expr:
-    """The size as a sympy expression, so that fixed and symbolic sizes can be multiplied alike."""
+    """Return the size as a sympy expression, so that fixed and symbolic sizes can be multiplied
+    alike.
+    """
     return dim.expr if isinstance(dim, Sym) else sympy.Integer(dim)
 
 
@@ -100,7 +102,7 @@ class Value:
 
 
 def numel_hint(shape: tuple[Dim, ...]) -> int:
-    """The number of elements of a tensor of this shape, for the example inputs.
+    """Return the number of elements of a tensor of this shape, for the example inputs.
 
     >>> numel_hint((2, 3, 4))
     24
@@ -147,7 +149,7 @@ class Node:
         return self.results[0]
 
     def operands(self) -> tuple[str, ...]:
-        """The names of the tensors that the node reads, in order, repeats kept."""
+        """Return the names of the tensors that the node reads, in order, repeats kept."""
         return self._operands
 
     @cached_property
@@ -159,13 +161,13 @@ class Node:
         return tuple(names)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """The argument given by position or by keyword, or the default where neither is."""
+        """Return the argument given by position or by keyword, or the default where neither is."""
         if len(self.args) > position:
             return self.args[position]
         return self.keyword(name, default)
 
     def keyword(self, name: str, default: Any = None) -> Any:
-        """The keyword argument `name`, or the default where the call does not give it."""
+        """Return the keyword argument `name`, or the default where the call does not give it."""
         return dict(self.kwargs).get(name, default)
 
     def __str__(self) -> str:
@@ -186,7 +188,7 @@ def _collect(structure: tuple[Any, ...], names: list[str]) -> None:
 
 
 def leaves(structure: Any) -> Iterator[Any]:
-    """The leaves of nested tuples, in order; a leaf is everything that is no tuple.
+    """Yield the leaves of nested tuples, in order; a leaf is everything that is no tuple.
 
     >>> list(leaves((1, (2, (3,)), "x")))
     [1, 2, 3, 'x']
@@ -199,7 +201,7 @@ def leaves(structure: Any) -> Iterator[Any]:
 
 
 def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
-    """The same nested tuples with `function` applied to each leaf, in order.
+    """Return the same nested tuples with `function` applied to each leaf, in order.
 
     >>> map_leaves(lambda leaf: leaf + 1, (1, (2, 3)))
     (2, (3, 4))
@@ -262,7 +264,8 @@ class Graph:
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
     def verify(self) -> Graph:
-        """The graph itself, after a check that every value is produced once, and before it is read.
+        """Return the graph itself, after a check that every value is produced once, and before it
+        is read.
 
         Every pass is followed by this check. Raises AssertionError, because a graph that fails it
         is an error of ours.

@@ -12,7 +12,7 @@ __all__ = ["draws", "makes_list", "operator_of", "packet_of"]
 
 
 def operator_of(target: str) -> Any:
-    """The op of a node's target as torch has it; None where there is none of that name.
+    """Return the op of a node's target as torch has it; None where there is none of that name.
 
     >>> operator_of("aten.mm.default") is torch.ops.aten.mm.default
     True
@@ -28,7 +28,7 @@ def operator_of(target: str) -> Any:
 
 
 def packet_of(target: str) -> str:
-    """The op's name without namespace and overload.
+    """Return the op's name without namespace and overload.
 
     >>> packet_of("aten.mm.default")
     'mm'
@@ -37,7 +37,8 @@ def packet_of(target: str) -> str:
 
 
 def makes_list(target: str) -> bool:
-    """Whether an op returns a list of tensors, be it of one: its result must then be unpacked.
+    """Return whether an op returns a list of tensors, be it of one: its result must then be
+    unpacked.
 
     >>> makes_list("aten.split.Tensor"), makes_list("aten.mm.default")
     (True, False)
@@ -48,7 +49,8 @@ def makes_list(target: str) -> bool:
 
 
 def draws(target: str) -> bool:
-    """Whether an op draws random numbers of its own, which every rank would draw differently.
+    """Return whether an op draws random numbers of its own, which every rank would draw
+    differently.
 
     Torch tags such ops as nondeterministic_seeded; ops of other libraries may lack the tag.
 

@@ -14,7 +14,7 @@ __all__ = ["exact_fraction", "layout_fraction", "local_shape", "placement_fracti
 def local_shape(
     shape: tuple[int, ...], layout: Layout, sizes: tuple[int, ...], without: int = -1
 ) -> tuple[int, ...]:
-    """The shape of the part that the rank with the largest part holds.
+    """Return the shape of the part that the rank with the largest part holds.
 
     shape: of the whole tensor. layout: a placement per mesh axis. sizes: the mesh axes' sizes.
     without: the number of an axis whose split is not counted; -1 for none.
@@ -28,7 +28,7 @@ def local_shape(
 
 
 def layout_fraction(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]) -> float:
-    """The share of a tensor's bytes that the rank with the largest part holds.
+    """Return the share of a tensor's bytes that the rank with the largest part holds.
 
     shape: of the whole tensor; symbolic sizes count as for the example inputs. layout: a placement
     per mesh axis. sizes: the mesh axes' sizes. Each axis is counted by itself, so that the shares
@@ -44,7 +44,8 @@ def layout_fraction(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]
 
 
 def placement_fraction(shape: Sequence[Dim], placement: Placement, count: int) -> float:
-    """The share of a tensor's bytes that the largest part on one mesh axis of `count` ranks holds.
+    """Return the share of a tensor's bytes that the largest part on one mesh axis of `count` ranks
+    holds.
 
     1 for every placement but Shard, and for a dim without elements.
 
@@ -58,8 +59,8 @@ def placement_fraction(shape: Sequence[Dim], placement: Placement, count: int) -
 
 
 def exact_fraction(shape: Sequence[int | None], layout: Layout, sizes: tuple[int, ...]) -> Fraction:
-    """The largest rank's share of a tensor as an exact fraction, with the axes that cut one dim
-    counted together.
+    """Return the largest rank's share of a tensor as an exact fraction, with the axes that cut one
+    dim counted together.
 
     shape: None for a dim whose size is not known; its parts are taken to be equal. layout: a
     placement per mesh axis. sizes: the mesh axes' sizes.

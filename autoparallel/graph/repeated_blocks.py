@@ -69,21 +69,23 @@ class Repeats:
         }
 
     def _names(self, block: Block) -> Iterator[str]:
-        """The block's nodes in one order, the same for all blocks of a kind: calls, then own
+        """Yield the block's nodes in one order, the same for all blocks of a kind: calls, then own
         tensors.
         """
         yield from (node.name for node in self.graph.nodes[block.start : block.stop])
         yield from block.own
 
     def block_of(self, node: str) -> Block | None:
-        """The block that a call, or a tensor that it alone reads, belongs to; None outside of
-        blocks.
+        """Return the block that a call, or a tensor that it alone reads, belongs to; None outside
+        of blocks.
         """
         place = self._places.get(node)
         return place[0] if place else None
 
     def key(self, node: str) -> Key | None:
-        """A key that is equal for corresponding nodes of equal blocks; None outside of blocks."""
+        """Return a key that is equal for corresponding nodes of equal blocks; None outside of
+        blocks.
+        """
         place = self._places.get(node)
         return (place[0].kind, place[1]) if place else None
 
@@ -103,7 +105,7 @@ class Repeats:
         return twins
 
     def twin(self, name: str) -> str:
-        """The node or value in the first block of its kind that corresponds to `name`.
+        """Return the node or value in the first block of its kind that corresponds to `name`.
 
         That is the node or value itself where it is in the first block or in none.
         """
@@ -111,7 +113,7 @@ class Repeats:
 
 
 def find_repeats(graph: Graph) -> Repeats:
-    """The repeated blocks of a graph whose passes have run.
+    """Return the repeated blocks of a graph whose passes have run.
 
     A module call is a block if another one consists of the same ops; of calls inside of each other
     the outermost is taken, unless it is mostly a chain of blocks itself (one of two equal towers).
@@ -174,7 +176,7 @@ class _Finder:
         self.choose(self.whole)
 
     def tree(self) -> _Call:
-        """The whole program as a call, with the module calls nested as their scopes are."""
+        """Return the whole program as a call, with the module calls nested as their scopes are."""
         nodes = self.graph.nodes
         whole = _Call((), 0, len(nodes))
         calls: dict[tuple[str, ...], _Call] = {(): whole}
@@ -202,15 +204,15 @@ class _Finder:
         return whole
 
     def may_be(self, call: _Call) -> bool:
-        """Whether the call can be a block: its nodes are in one run, and it is more than a single
-        layer.
+        """Return whether the call can be a block: its nodes are in one run, and it is more than a
+        single layer.
         """
         if call.count != call.stop - call.start:
             return False
         return not call.leaf or sum(len(shape) > 1 for shape in self.shapes(call)) > 1
 
     def shapes(self, call: _Call) -> tuple[tuple[Dim, ...], ...]:
-        """The shapes of the parameters and buffers that the call reads, each once."""
+        """Return the shapes of the parameters and buffers that the call reads, each once."""
         names = dict.fromkeys(
             name
             for node in self.graph.nodes[call.start : call.stop]
@@ -245,7 +247,7 @@ class _Finder:
                 self.choose(call)
 
     def is_chain(self, call: _Call) -> bool:
-        """Whether most of the call is equal blocks, each of which reads what the one before
+        """Return whether most of the call is equal blocks, each of which reads what the one before
         produced.
         """
         most = (call.stop - call.start) / 2
@@ -262,7 +264,7 @@ class _Finder:
         )
 
     def feeds(self, first: _Call, second: _Call) -> bool:
-        """Whether the second call reads a value that the first one produces."""
+        """Return whether the second call reads a value that the first one produces."""
         nodes = self.graph.nodes
         produced = {
             value.name for node in nodes[first.start : first.stop] for value in node.results
@@ -274,7 +276,9 @@ class _Finder:
         )
 
     def content(self, call: _Call) -> tuple[Any, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """The call with places in place of names, and its inputs, outputs and own tensors."""
+        """Return the call with places in place of names, and its inputs, outputs and own
+        tensors.
+        """
         nodes = self.graph.nodes[call.start : call.stop]
         names = {node.name for node in nodes}
         # Names become the order in which they are met, so equal content has equal places.
@@ -284,7 +288,7 @@ class _Finder:
         outputs: list[str] = []
 
         def plain(leaf: Any) -> Any:
-            """An argument without names. The type counts, because 1 == 1.0 == True."""
+            """Return an argument without names. The type counts, because 1 == 1.0 == True."""
             if not isinstance(leaf, Ref):
                 return (type(leaf), leaf)
             if leaf.name not in known:
@@ -292,7 +296,7 @@ class _Finder:
             return known[leaf.name]
 
         def outside(name: str) -> Any:
-            """The place and type of a value that the call does not produce."""
+            """Return the place and type of a value that the call does not produce."""
             value = self.graph.values[name]
             readers = self.graph.readers[name]
             is_own = name in self.stored and name not in self.left
@@ -324,7 +328,7 @@ _STORED = ("parameter", "buffer")
 
 
 def _list_of(call: _Call) -> str | None:
-    """The list that the module is numbered in; None where its name has no number."""
+    """Return the list that the module is numbered in; None where its name has no number."""
     path = call.scope[-1].partition("@")[0]
     head, _, last = path.rpartition(".")
     starred = _NUMBER.sub("*", last)

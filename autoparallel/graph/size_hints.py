@@ -16,7 +16,7 @@ __all__ = ["with_larger_hints"]
 
 
 def with_larger_hints(graph: Graph, elements: int) -> Graph:
-    """The same program with hints as for inputs of at least `elements` elements.
+    """Return the same program with hints as for inputs of at least `elements` elements.
 
     Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. The last
     symbolic dim of every input grows by one common factor; names and expressions stay. The graph is
@@ -42,6 +42,7 @@ def with_larger_hints(graph: Graph, elements: int) -> Graph:
     scaled: dict[Any, Sym] = {}
 
     def grow(leaf: Any) -> Any:
+        """Return the size with the hint that follows from the inputs' new ones."""
         if not isinstance(leaf, Sym):
             return leaf
         if leaf.expr not in scaled:

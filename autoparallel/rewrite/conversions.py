@@ -39,8 +39,8 @@ class Conversions:
     def steps(
         self, name: str, target: Layout, deferred: Deferred | None = None
     ) -> tuple[Step, ...]:
-        """The steps by which a value gets from its producer's layout to `target`; none where it
-        needs none.
+        """Return the steps by which a value gets from its producer's layout to `target`; none where
+        it needs none.
 
         name: of the value. deferred: axes whose step the value does not take, because it starts on
         the other side of it. A single step need not be in the plan; of several, the plan must say
@@ -61,7 +61,7 @@ class Conversions:
         return tuple(step for step in steps if step.axis not in axes)
 
     def is_again(self, name: str, target: Layout) -> bool:
-        """Whether the copy is dropped after the forward pass and redistributed again in the
+        """Return whether the copy is dropped after the forward pass and redistributed again in the
         backward pass.
         """
         conversion = self.known.get((name, target))
@@ -69,7 +69,7 @@ class Conversions:
 
 
 def _made(plan: Plan) -> dict[str, Layout]:
-    """The layouts in which parameters are stored and ops produce their results, by value."""
+    """Return the layouts in which parameters are stored and ops produce their results, by value."""
     layouts = {parameter.name: parameter.storage for parameter in plan.parameters}
     for op in plan.ops:
         layouts.update(zip(op.makes, op.results, strict=True))
@@ -77,7 +77,7 @@ def _made(plan: Plan) -> dict[str, Layout]:
 
 
 def layouts_made(graph: Graph, plan: Plan, deferred: Deferred) -> dict[str, Layout]:
-    """The layout that each value has in the program before it is converted, by name.
+    """Return the layout that each value has in the program before it is converted, by name.
 
     graph: of the plan. deferred: as `find_deferred` gives it; a parameter is already Replicate on
     the axes on which its gradient is summed by who runs the program.
@@ -99,8 +99,8 @@ def layouts_made(graph: Graph, plan: Plan, deferred: Deferred) -> dict[str, Layo
 
 
 def find_deferred(graph: Graph, plan: Plan, routes: Conversions) -> Deferred:
-    """The parameters that every reader wants as Replicate on an axis on which they are stored
-    whole.
+    """Return the parameters that every reader wants as Replicate on an axis on which they are
+    stored whole.
 
     Their gradients need no collective inside of the program: all of an axis are summed in one when
     the backward pass ends. By node name, the axes. routes: the plan's conversions.

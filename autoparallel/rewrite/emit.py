@@ -41,7 +41,7 @@ def emit(
     alter: Callable[[str], str] | None = None,
     rules: Mapping[str, ShardingRule | None] | None = None,
 ) -> Program:
-    """The program of one rank.
+    """Return the program of one rank.
 
     graph, plan: what to run and how; the plan must be of this graph. ranks: the rank's place on
     each mesh axis. name: of the program, in tracebacks. alter: a function that changes the text
@@ -112,7 +112,7 @@ class _Emitter:
         self.fused = self.find_fused()
 
     def program(self, alter: Callable[[str], str] | None) -> Program:
-        """The whole program: its head, the calls, and what it returns. alter: see `emit`."""
+        """Return the whole program: its head, the calls, and what it returns. alter: see `emit`."""
         kinds: dict[str, list[Node]] = {"parameter": [], "buffer": [], "constant": [], "input": []}
         for node in self.graph.nodes:
             if node.kind != "call":
@@ -207,7 +207,7 @@ class _Emitter:
         (self.lines if self.block is None else self.block.lines).append(Line(text, reads, makes))
 
     def find_fused(self) -> dict[str, str]:
-        """Products whose bias can be added in the same call: from the product's node to the
+        """Return products whose bias can be added in the same call: from the product's node to the
         addition's.
 
         Nothing may happen in between: the product has one reader, which reads it in the layout in
@@ -288,7 +288,7 @@ class _Emitter:
         self.add(f"{left_side} = {expression}", tuple(reads), tuple(results))
 
     def some(self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule) -> list[str]:
-        """The operands, with stand-ins where inputs may be so short that a rank has nothing."""
+        """Return the operands, or stand-ins where inputs may be so short that a rank has none."""
         split = self.local.split_dims(node, choice, rule)
         if not any(split):
             return reads
@@ -298,7 +298,7 @@ class _Emitter:
         return stand_ins
 
     def read(self, name: str, layout: Layout) -> str:
-        """The identifier of a value in `layout`; emits its conversion at the first use.
+        """Return the identifier of a value in `layout`; emits its conversion at the first use.
 
         Raises PlanError where the plan has no steps to the layout.
         """
@@ -336,8 +336,8 @@ class _Emitter:
         return read
 
     def scope(self, name: str, again: bool) -> tuple[str, bool]:
-        """The block in which a conversion may be read ("" for everywhere), and whether its lines
-        belong before the block that is open.
+        """Return the block in which a conversion may be read ("" for everywhere), and whether its
+        lines belong before the block that is open.
 
         In a block are the copies of values that only the block reads, and those that are dropped
         and redistributed again.
@@ -359,7 +359,7 @@ class _Emitter:
     def step(
         self, value: Value, read: str, target_name: str, current: Layout, step: Step, again: bool
     ) -> str:
-        """The line of one step on one axis.
+        """Return the line of one step on one axis.
 
         value: the whole tensor. read, made: names before and after. current: the layout before the
         step. again: the copy is dropped after the forward pass.
@@ -380,7 +380,7 @@ class _Emitter:
 
 
 def _symbols(graph: Graph) -> tuple[tuple[str, str, int], ...]:
-    """The names of the inputs' symbolic sizes, each with an input and a dim that has it."""
+    """Return the names of the inputs' symbolic sizes, each with an input and a dim that has it."""
     symbols: dict[Any, tuple[str, str, int]] = {}
     for node in graph.nodes:
         for dim, size in enumerate(node.result.shape if node.kind == "input" else ()):

@@ -52,18 +52,18 @@ class ExpressionWriter:
         self.printer = PythonPrinter()
 
     def placement(self, placement: Placement) -> str:
-        """A placement by a short name, which the program gets as a constant."""
+        """Return a placement by a short name, which the program gets as a constant."""
         name = placement_name(placement)
         self.constants[name] = placement
         return name
 
     def layout(self, layout: Layout) -> str:
-        """A layout as a tuple of such names, one for each mesh axis."""
+        """Return a layout as a tuple of such names, one for each mesh axis."""
         names = [self.placement(placement) for placement in layout]
         return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
     def size(self, size: Any) -> str:
-        """A number, or an expression in the inputs' sizes, as text."""
+        """Return a number, or an expression in the inputs' sizes, as text."""
         if isinstance(size, Code):
             return str(size)
         if not isinstance(size, Sym):
@@ -73,11 +73,11 @@ class ExpressionWriter:
         return self.sizes[size]
 
     def shape(self, sizes: Iterable[Any]) -> str:
-        """A tuple of sizes as text, with a comma behind each."""
+        """Return a tuple of sizes as text, with a comma behind each."""
         return f"({''.join(f'{self.size(size)}, ' for size in sizes)})"
 
     def printed(self, size: Sym) -> str:
-        """A symbolic size in the names that the program gives to the inputs' sizes.
+        """Return a symbolic size in the names that the program gives to the inputs' sizes.
 
         Raises PlanError for a size that the inputs do not determine, such as a number of true
         values.
@@ -96,14 +96,18 @@ class ExpressionWriter:
     def arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reads: Iterable[str]
     ) -> str:
-        """A call's arguments as text. reads: the names of its tensors, in order, repeats kept."""
+        """Return a call's arguments as text. reads: the names of its tensors, in order, repeats
+        kept.
+        """
         names = iter(reads)
         parts = [self.argument(arg, names) for arg in args]
         parts += [f"{key}={self.argument(value, names)}" for key, value in kwargs.items()]
         return ", ".join(parts)
 
     def argument(self, item: Any, names: Iterator[str]) -> str:
-        """One argument as text; nested tuples become lists, and tensors take the next name."""
+        """Return one argument as text; nested tuples become lists, and tensors take the next
+        name.
+        """
         if isinstance(item, Ref):
             return next(names)
         if isinstance(item, (Code, Sym)):
@@ -126,7 +130,7 @@ class ExpressionWriter:
 
 
 def spelled(target: str, text: str, reads: list[str]) -> str:
-    """The call of an op, as a person would write it where torch has such a function.
+    """Return the call of an op, as a person would write it where torch has such a function.
 
     target: of the op. text: its arguments. reads: the names of its tensors; a method is called on
     the first.
@@ -150,8 +154,8 @@ def spelled(target: str, text: str, reads: list[str]) -> str:
 
 
 def own_reduction(node: Node) -> dict[str, Any]:
-    """The default of `reduction` by the op's schema, where the call leaves it to the default; else
-    nothing.
+    """Return the default of `reduction` by the op's schema, where the call leaves it to the
+    default; else nothing.
 
     Torch's Python bindings of losses have another default (none) than the ops (mean), so that it is
     written out.

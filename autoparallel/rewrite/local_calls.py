@@ -39,7 +39,7 @@ class LocalCalls:
     def may_be_empty(
         self, value: Value, layout: Layout, choice: OpChoice, rule: ShardingRule, loops: Dims
     ) -> list[int]:
-        """The dims of a value of which a rank may hold nothing, for some inputs, in order.
+        """Return the dims of a value of which a rank may hold nothing, for some inputs, in order.
 
         loops: of the value's dims. Dims whose loops may be empty are left out, and those that a
         kernel splits: kernels take empty parts.
@@ -55,7 +55,7 @@ class LocalCalls:
         return sorted(dims)
 
     def args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
-        """The call's args for this rank's part of its results, by its rule's local_args."""
+        """Return the call's args for this rank's part of its results, by its rule's local_args."""
         rule = self.rules[node.name]
         split = any(isinstance(item, Shard) for layout in choice.results for item in layout)
         if rule is None or rule.local_args is None or not split:
@@ -67,7 +67,7 @@ class LocalCalls:
         return rule.local_args(OpCall.of(self.graph, node), shapes)
 
     def dim(self, value: Value, dim: int, layout: Layout, without: int = -1) -> Any:
-        """This rank's size of a dim: a number, or an expression where the inputs decide it.
+        """Return this rank's size of a dim: a number, or an expression where the inputs decide it.
 
         value: the whole tensor. layout: of the rank's part. without: an axis whose cut does not
         count; -1 for none.
@@ -85,8 +85,8 @@ class LocalCalls:
         return size
 
     def kernels(self, node: Node, choice: OpChoice) -> dict[int, tuple[Kernel, str]]:
-        """By mesh axis, the kernel that the op needs and the local size of the loop that it
-        splits.
+        """Return return, by mesh axis, the kernel that the op needs and the local size of the loop
+        that it splits.
         """
         rule = self.rules[node.name]
         kernels: dict[int, tuple[Kernel, str]] = {}
@@ -115,7 +115,8 @@ class LocalCalls:
         text: str,
         kernels: Mapping[int, tuple[Kernel, str]],
     ) -> str:
-        """The call of the kernels: of several, those that run the op itself run the next one.
+        """Return the call of the kernels: of several, those that run the op itself run the next
+        one.
 
         kernels: as `LocalCalls.kernels` gives them. Raises PlanError where two of them cannot be
         nested.
@@ -138,15 +139,15 @@ class LocalCalls:
         return f"kernels.{kernel.name}({text}, {options})"
 
     def random(self, node: Node, choice: OpChoice) -> str:
-        """The keywords by which a random op draws the same numbers for the same elements on every
-        rank.
+        """Return the keywords by which a random op draws the same numbers for the same elements on
+        every rank.
         """
         shape = self.speller.shape(node.result.shape)
         placements = self.speller.layout(choice.results[0])
         return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
 
     def split_dims(self, node: Node, choice: OpChoice, rule: ShardingRule) -> list[list[int]]:
-        """Per operand, the dims of which a rank may hold nothing, and the op needs something."""
+        """Return, per operand, the dims of which a rank may hold nothing and the op needs some."""
         rows = zip(node.operands(), choice.operands, rule.operands, strict=True)
         return [
             self.may_be_empty(self.graph.values[name], layout, choice, rule, loops)
@@ -154,7 +155,7 @@ class LocalCalls:
         ]
 
     def shortened(self, expression: str, node: Node, choice: OpChoice, rule: ShardingRule) -> str:
-        """The results without what came of stand-ins."""
+        """Return the results without what came of stand-ins, for which a rank has no place."""
         lengths_held: dict[str, None] = {}
         for name, layout, dims in zip(
             node.operands(), choice.operands, self.split_dims(node, choice, rule), strict=True
@@ -178,6 +179,6 @@ class LocalCalls:
 
 
 def _per_axis(choice: OpChoice) -> tuple[str, ...]:
-    """The names of the op's kernels, one for each mesh axis; "" where it needs none."""
+    """Return the names of the op's kernels, one for each mesh axis; "" where it needs none."""
     layouts = (*choice.operands, *choice.results)
     return choice.kernels or ("",) * (len(layouts[0]) if layouts else 0)

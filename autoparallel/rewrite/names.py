@@ -36,8 +36,8 @@ class Names:
         self.values = {name: self.fresh(name) for name in values}
 
     def fresh(self, name: str) -> str:
-        """`name`, with underscores behind it where it means something else, and reserved from now
-        on.
+        """Return `name`, with underscores behind it where it means something else, and reserved
+        from now on.
 
         >>> names = Names(["tp"], [], ["x", "class"])
         >>> names.fresh("x"), names.values["class"]
@@ -56,7 +56,7 @@ class Names:
 
 
 def placement_name(placement: Placement) -> str:
-    """The placement as an identifier.
+    """Return the placement as an identifier.
 
     >>> placement_name(Shard(0, blocks=3))
     'S0_blocks3'
@@ -69,7 +69,7 @@ def placement_name(placement: Placement) -> str:
 
 
 def layout_name(layout: Layout) -> str:
-    """The layout as part of an identifier, its placements joined by underscores.
+    """Return the layout as part of an identifier, its placements joined by underscores.
 
     >>> layout_name((Shard(0), Shard(1)))
     'S0_S1'

@@ -9,7 +9,7 @@ __all__ = ["notation"]
 
 
 def notation(rule: ShardingRule) -> str:
-    """The rule in einsum-like words: "a b, b c -> a c; b summed; linear in 0, 1".
+    """Return the rule in einsum-like words: "a b, b c -> a c; b summed; linear in 0, 1".
 
     Loops are letters in order of appearance; (a b) is a dim that merges loops, 1 a dim without one,
     () a tensor without dims. Behind the arrow's two sides are said: the loops whose split leaves a
@@ -28,7 +28,7 @@ def notation(rule: ShardingRule) -> str:
     names = {loop: _letter(index) for index, loop in enumerate(rule.loops)}
 
     def word(loops: tuple[str, ...]) -> str:
-        """One dim."""
+        """Return one dim."""
         text = " ".join(names[loop] for loop in loops)
         return f"({text})" if len(loops) > 1 else text or "1"
 
@@ -53,5 +53,5 @@ def notation(rule: ShardingRule) -> str:
 
 
 def _letter(index: int) -> str:
-    """The name of a loop: a letter, and numbered ones where letters end."""
+    """Return the name of a loop: a letter, and numbered ones where letters end."""
     return chr(ord("a") + index) if index < 26 else f"a{index}"

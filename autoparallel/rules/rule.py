@@ -46,8 +46,8 @@ Shapes = tuple[tuple[Any, ...], ...]
 
 
 def loop_per_dim(shape: tuple[Dim, ...]) -> tuple[Dims, dict[str, Dim]]:
-    """A loop d0, d1, .. for each dim, none for one of size 1, whose split would leave ranks without
-    work; and the loops' sizes.
+    """Return a loop d0, d1, .. for each dim, none for one of size 1, whose split would leave ranks
+    without work; and the loops' sizes.
 
     >>> loop_per_dim((4, 1, 6))
     ((('d0',), (), ('d2',)), {'d0': 4, 'd2': 6})
@@ -68,7 +68,7 @@ class OpCall:
 
     @classmethod
     def of(cls, graph: Graph, node: Node) -> OpCall:
-        """The call that a node of the graph is."""
+        """Return the call that a node of the graph is."""
         return cls(node, tuple([graph.values[name] for name in node.operands()]))
 
     @property
@@ -77,7 +77,9 @@ class OpCall:
         return self.node.results
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument given by position or by keyword; the default where the call leaves it out."""
+        """Return an argument given by position or by keyword; the default where the call leaves it
+        out.
+        """
         return self.node.argument(position, name, default)
 
 
@@ -147,7 +149,7 @@ class ShardingRule:
         kernels: Mapping[str, Kernel] | None = None,
         flops: float = 0,
     ) -> ShardingRule:
-        """The rule of a call in einsum-like notation: "... k, n k -> ... n".
+        """Return the rule of a call in einsum-like notation: "... k, n k -> ... n".
 
         Names are loops; "..." stands for the dims that are left; "1" is a dim without a loop, and
         so is any dim of size 1. Sizes are read off the call's tensors. The keywords are fields of
@@ -239,8 +241,8 @@ class Strategy:
 
 
 def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
-    """The shard with unit 1 where that gives the same parts: where the runs of each block divide by
-    the number of ranks.
+    """Return the shard with unit 1 where that gives the same parts: where the runs of each block
+    divide by the number of ranks.
 
     One placement must have one form, or equal layouts would be redistributed into each other. size:
     of the whole dim.
@@ -256,7 +258,8 @@ def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
 
 
 def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
-    """The placement of a tensor of `dims` when `tile` is split; None where it has no such loop.
+    """Return the placement of a tensor of `dims` when `tile` is split; None where it has no such
+    loop.
 
     Loops outside of the split one in the same dim become blocks, and loops inside of it become the
     unit. Raises UnsplittableError where no Shard says it: a symbolic size inside a merged dim.
@@ -291,8 +294,8 @@ class UnsplittableError(Exception):
 
 
 def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> LoopSplit | None:
-    """The split of a loop that gives a tensor of `dims` the placement `shard`; None where there is
-    none. Inverse of `place`.
+    """Return the split of a loop that gives a tensor of `dims` the placement `shard`; None where
+    there is none. Inverse of `place`.
 
     >>> merged = ShardingRule(((("heads", "width"),),), (), {"heads": 12, "width": 64})
     >>> tile_of(merged, merged.operands[0], Shard(0, unit=64), 8)
@@ -327,8 +330,8 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Lo
 
 
 def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
-    """Whether the loop divides into such blocks and runs, at least two of them, and into parts that
-    the op takes.
+    """Return whether the loop divides into such blocks and runs, at least two of them, and into
+    parts that the op takes.
 
     A symbolic dim may turn out shorter than the number of ranks; the last ones then get nothing.
     Nor is it known what its parts are multiples of, so that a loop with a grain is not split.
@@ -348,7 +351,7 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
 
 
 def _share(rule: ShardingRule, tile: LoopSplit, world_size: int) -> float:
-    """The largest rank's share of the work, for the example inputs."""
+    """Return the largest rank's share of the work, for the example inputs."""
     runs = hint(rule.sizes[tile.loop]) // (tile.blocks * tile.unit)
     return -(-runs // world_size) / runs
 
@@ -360,7 +363,7 @@ def strategies(
     result_grads: tuple[bool, ...],
     world_size: int,
 ) -> tuple[Strategy, ...]:
-    """All strategies of one op on one mesh axis, the plainest first, each once.
+    """Return all strategies of one op on one mesh axis, the plainest first, each once.
 
     rule: of the call. tiles: the splits of loops to consider. operand_grads, result_grads: whether
     a gradient flows through each tensor; a tensor without one is Invariant where one with a
@@ -370,6 +373,7 @@ def strategies(
     replicate = Replicate()
 
     def rep(grad: bool) -> Placement:
+        """Return R for a tensor with a gradient, and I for one without."""
         return replicate if grad else Invariant()
 
     # A dict in place of a set keeps the order, and with it determinism.

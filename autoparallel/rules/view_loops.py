@@ -14,7 +14,7 @@ __all__ = ["view_loops"]
 
 
 def _product(dims: list[Dim]) -> Any:
-    """The product of sizes as a sympy expression."""
+    """Return the product of sizes as a sympy expression."""
     result: Any = sympy.Integer(1)
     for dim in dims:
         result = result * size_expression(dim)
@@ -24,7 +24,7 @@ def _product(dims: list[Dim]) -> Any:
 def view_loops(
     before: tuple[Dim, ...], after: tuple[Dim, ...]
 ) -> tuple[Dims, Dims, dict[str, Dim], frozenset[str]]:
-    """The loops of a view from shape `before` to shape `after`.
+    """Return the loops of a view from shape `before` to shape `after`.
 
     Both shapes are cut into the shortest runs of dims of equal product; inside a run, loops lie
     between the dims' boundaries, seen from the right: 1600 -> (25, 64) has loops of 25 and 64.
@@ -132,7 +132,7 @@ def _opaque(
 
 
 def _boundaries(sizes: list[int]) -> list[int]:
-    """The products of the dims from the right: [1, d_n, d_n d_(n-1), ...].
+    """Return the products of the dims from the right: [1, d_n, d_n d_(n-1), ...].
 
     >>> _boundaries([2, 3, 4])
     [1, 4, 12, 24]

@@ -10,7 +10,7 @@ __all__ = ["default_cache_folder", "write_whole"]
 
 
 def default_cache_folder() -> Path:
-    """The folder for what is worth keeping between runs. It need not exist.
+    """Return the folder for what is worth keeping between runs. It need not exist.
 
     The first of: the environment's AUTOPARALLEL_CACHE, XDG_CACHE_HOME/autoparallel (the XDG Base
     Directory rule), ~/.cache/autoparallel.

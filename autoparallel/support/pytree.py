@@ -50,7 +50,7 @@ class Skeleton:
 
 
 def flatten(structure: Any) -> tuple[list[torch.Tensor], Skeleton]:
-    """The tensors of `structure`, in order, and the skeleton that puts them together again.
+    """Return the tensors of `structure`, in order, and the skeleton that puts them together again.
 
     Dicts, lists, tuples, named tuples, dataclasses and plain objects (a key/value cache, say) are
     containers; everything else is a constant. An object that holds no tensor is a constant too.
@@ -64,7 +64,9 @@ def flatten(structure: Any) -> tuple[list[torch.Tensor], Skeleton]:
 
 
 def _flatten(item: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> Skeleton:
-    """The skeleton of one item. tensors: appended to. above: ids of the containers around it."""
+    """Return the skeleton of one item. tensors: appended to. above: ids of the containers around
+    it.
+    """
     if isinstance(item, torch.Tensor):
         tensors.append(item)
         return Skeleton("tensor")
@@ -81,7 +83,9 @@ def _flatten(item: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> 
 
 
 def _open(item: Any) -> tuple[str, list[Any], list[Any]]:
-    """The kind, the keys and the values of a container; ("constant", [], []) for anything else."""
+    """Return the kind, the keys and the values of a container; ("constant", [], []) for anything
+    else.
+    """
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         keys = [field.name for field in dataclasses.fields(item) if field.init]
         return "dataclass", keys, [getattr(item, key) for key in keys]
@@ -98,7 +102,7 @@ def _open(item: Any) -> tuple[str, list[Any], list[Any]]:
 
 
 def rebuild(skeleton: Skeleton, tensors: list[torch.Tensor]) -> Any:
-    """The structure with `tensors` in their places. Inverse of `flatten`.
+    """Return the structure with `tensors` in their places. Inverse of `flatten`.
 
     skeleton: of the structure. tensors: as many as it has places, in the order that `flatten` gave.
 
@@ -110,7 +114,7 @@ def rebuild(skeleton: Skeleton, tensors: list[torch.Tensor]) -> Any:
 
 
 def _rebuild(skeleton: Skeleton, tensors: Any) -> Any:
-    """One item of the structure. tensors: an iterator, of which the item takes its own."""
+    """Return one item of the structure. tensors: an iterator, of which the item takes its own."""
     if skeleton.kind == "tensor":
         return next(tensors)
     if skeleton.kind == "constant":
@@ -133,7 +137,7 @@ def _rebuild(skeleton: Skeleton, tensors: Any) -> Any:
 
 
 def _refill(sample: Any, named: dict[Any, Any]) -> Any:
-    """A dict of a class of its own (an OrderedDict, a model's output) with other values."""
+    """Return a dict of a class of its own (an OrderedDict, a model's output) with other values."""
     filled = copy.copy(sample)
     filled.update(named)
     return filled

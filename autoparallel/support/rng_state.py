@@ -14,7 +14,7 @@ __all__ = ["python_numbers", "restore", "seeded", "snapshot"]
 
 
 def snapshot() -> Any:
-    """The state of all global random generators, for `restore`.
+    """Return the state of all global random generators, for `restore`.
 
     Numpy counts only where it has been imported, and the GPU's generator only where one is in use:
     looking at either must not start it.
@@ -36,8 +36,8 @@ def snapshot() -> Any:
 
 
 def python_numbers() -> Any:
-    """The state of Python's and numpy's global generators, as a value that stays equal as long as
-    nobody draws from them.
+    """Return the state of Python's and numpy's global generators, as a value that stays equal as
+    long as nobody draws from them.
 
     Torch's generator is left out: ops that draw from it are seen in the graph.
     """

@@ -18,7 +18,7 @@ _UNITS = {
 
 
 def parse_bytes(size: int | str) -> int:
-    """The number of bytes in "40GiB" (2**30 each), "80 GB" (10**9 each), or a plain number.
+    """Return the number of bytes in "40GiB" (2**30 each), "80 GB" (10**9 each), or a plain number.
 
     Raises PlanError for anything else, and for what is not more than nothing.
 
@@ -41,7 +41,8 @@ def parse_bytes(size: int | str) -> int:
 
 
 def bytes_text(nbytes: float) -> str:
-    """A number of bytes in the largest binary unit that keeps it at 1 or more, with one digit.
+    """Return a number of bytes in the largest binary unit that keeps it at 1 or more, with one
+    digit.
 
     >>> bytes_text(512), bytes_text(2 * 1024**2)
     ('512 B', '2.0 MiB')

@@ -30,8 +30,8 @@ def explicit_attention_dropout(graph: Graph) -> Graph:
 
 
 def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Node]:
-    """The nodes of softmax(q k^T scale + mask), dropped, times v. The last one keeps the node's
-    name.
+    """Return the nodes of softmax(q k^T scale + mask), dropped, times v. The last one keeps the
+    node's name.
     """
     nodes: list[Node] = []
     grad, dtype = node.result.requires_grad, node.result.dtype

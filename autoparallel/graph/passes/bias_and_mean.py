@@ -95,7 +95,7 @@ def split_mean(graph: Graph) -> Graph:
 
 
 def count_of(shape: tuple[Dim, ...]) -> Dim:
-    """The number of elements of a shape: an int, or a symbolic size where a dim is symbolic.
+    """Return the number of elements of a shape: an int, or a symbolic size where a dim is symbolic.
 
     >>> count_of((2, 3))
     6

@@ -14,18 +14,21 @@ Rename = dict[str, str]
 
 
 def renamed(node: Node, names: Rename) -> Node:
-    """The node with the values that it reads renamed. names: new names by old ones; others stay."""
+    """Return the node with the values that it reads renamed. names: new names by old ones; others
+    stay.
+    """
     if not names:
         return node
 
     def leaf(item: Any) -> Any:
+        """Return the argument, renamed where it is a use of a value that is."""
         return Ref(names[item.name]) if isinstance(item, Ref) and item.name in names else item
 
     return replace(node, args=map_leaves(leaf, node.args), kwargs=map_leaves(leaf, node.kwargs))
 
 
 def rebuilt(graph: Graph, nodes: list[Node], names: Rename) -> Graph:
-    """The graph of `nodes`, with the values that it returns and writes back renamed."""
+    """Return the graph of `nodes`, with the values that it returns and writes back renamed."""
     return Graph(
         tuple(nodes),
         tuple(names.get(name, name) for name in graph.outputs),
@@ -34,7 +37,7 @@ def rebuilt(graph: Graph, nodes: list[Node], names: Rename) -> Graph:
 
 
 def first_operand(node: Node) -> str:
-    """The name of the tensor that is the node's first argument."""
+    """Return the name of the tensor that is the node's first argument."""
     reference = node.args[0]
     assert isinstance(reference, Ref), node
     return reference.name

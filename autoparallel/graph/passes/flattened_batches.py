@@ -64,7 +64,7 @@ _FLAT_PRODUCTS = {"aten.mm.default": 0, "aten.addmm.default": 1, "aten.linear.de
 
 
 def _unflattened(graph: Graph, name: str, result: Value) -> tuple[Ref, tuple[Dim, ...]]:
-    """The value that was flattened to two dims, and the shape of the product with it."""
+    """Return the value that was flattened to two dims, and the shape of the product with it."""
     operand, flat = graph.values[name], graph.producers[name]
     if flat.target == "aten.reshape.default" and len(operand.shape) == 2:
         before = graph.values[flat.operands()[0]]
@@ -104,8 +104,8 @@ def unmerge_losses(graph: Graph) -> Graph:
 
 
 def _rows_apart(graph: Graph, node: Node) -> Value | None:
-    """The value whose rows a loss over tokens flattens, if it has symbolic dims among them; else
-    None.
+    """Return the value whose rows a loss over tokens flattens, if it has symbolic dims among them;
+    else None.
     """
     if node.target != "aten.cross_entropy_loss.default" or node.result.shape:
         return None
@@ -145,21 +145,22 @@ def explicit_bias_of_batches(graph: Graph) -> Graph:
             requires_grad=node.result.requires_grad and grads[bias.name],
         )
 
-        def made(value: Value, target: str, *args: Any, like: Node = node) -> Node:
+        def produce(value: Value, target: str, *args: Any, like: Node = node) -> Node:
+            """Return a call that produces the value, at the node's place in the program."""
             return replace(
                 like, name=value.name, target=target, results=(value,), args=args, kwargs=()
             )
 
-        nodes.append(made(product, "aten.bmm.default", left, right))
+        nodes.append(produce(product, "aten.bmm.default", left, right))
         alpha, beta = node.keyword("alpha", 1), node.keyword("beta", 1)
         if alpha != 1:
             scaled = replace(product, name=f"{node.name}_scaled")
-            nodes.append(made(scaled, "aten.mul.Tensor", Ref(product.name), alpha))
+            nodes.append(produce(scaled, "aten.mul.Tensor", Ref(product.name), alpha))
             product = scaled
         if beta != 1:
-            nodes.append(made(added, "aten.mul.Tensor", bias, beta))
+            nodes.append(produce(added, "aten.mul.Tensor", bias, beta))
             bias = Ref(added.name)
-        nodes.append(made(node.result, "aten.add.Tensor", Ref(product.name), bias))
+        nodes.append(produce(node.result, "aten.add.Tensor", Ref(product.name), bias))
     return rebuilt(graph, nodes, {})
 
 
@@ -196,8 +197,8 @@ class _Unmerger:
     apart: dict[str, _Apart] = field(default_factory=dict)
 
     def run(self) -> Graph:
-        """The new graph: ops on merged batches run on unmerged ones, and their results are merged
-        after that.
+        """Return the new graph: ops on merged batches run on unmerged ones, and their results are
+        merged after that.
         """
         for node in self.graph.nodes:
             unmerged = (
@@ -240,7 +241,7 @@ class _Unmerger:
         self.apart[node.name] = _Apart(apart, apart.shape[:2])
 
     def instead(self, node: Node) -> Node | None:
-        """The same call on batches that are not merged; None where it is no call for each of
+        """Return the same call on batches that are not merged; None where it is no call for each of
         them.
         """
         merged = next((name for name in node.operands() if name in self.apart), None)
@@ -269,6 +270,7 @@ class _Unmerger:
             reads[name] = self.operand(node, name, apart.batch, first)
 
         def leaf(item: Any) -> Any:
+            """Return the argument, with values of merged batches replaced by unmerged ones."""
             return Ref(reads[item.name]) if isinstance(item, Ref) else item
 
         return replace(
@@ -281,7 +283,9 @@ class _Unmerger:
         )
 
     def operand(self, reader: Node, name: str, batch: tuple[Dim, ...], first: Dim) -> str:
-        """The name of a value with `batch` in place of its first dim, if that dim is merged."""
+        """Return the name of a value with `batch` in place of its first dim, if that dim is
+        merged.
+        """
         value, known = self.graph.values[name], self.apart.get(name)
         if known is not None and known.batch == batch:
             return known.value.name
@@ -296,25 +300,25 @@ class _Unmerger:
 
 
 def _reshape(like: Node, result: Value, source: Value) -> Node:
-    """A reshape of `source` to the value `made`. like: the node whose place in the program
+    """Return a reshape of `source` to the value `made`. like: the node whose place in the program
     it has.
     """
     return _view(like, "aten.reshape.default", result, source)
 
 
 def _expand(like: Node, result: Value, source: Value) -> Node:
-    """An expansion of `source` to the value `made`."""
+    """Return an expansion of `source` to the value `made`."""
     return _view(like, "aten.expand.default", result, source)
 
 
 def _view(like: Node, target: str, result: Value, source: Value) -> Node:
-    """A call that gives `source` the shape of a new value."""
+    """Return a call that gives `source` the shape of a new value."""
     args = (Ref(source.name), result.shape)
     return replace(like, name=result.name, target=target, results=(result,), args=args, kwargs=())
 
 
 def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
-    """The call's args for operands with `extra` more dims in front.
+    """Return the call's args for operands with `extra` more dims in front.
 
     rank: of the merged operand. None where the call is not one for each place in the first dim.
     """
@@ -339,7 +343,7 @@ def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
 
 
 def _is_pointwise(target: str) -> bool:
-    """Whether the op computes each element by itself, by torch's own tag."""
+    """Return whether the op computes each element by itself, by torch's own tag."""
     tags = getattr(operator_of(target), "tags", ())
     return torch.Tag.pointwise in tags or target in _ALSO_POINTWISE
 

@@ -59,8 +59,8 @@ class _Functional:
         self.mutations = dict(graph.mutations)
 
     def run(self) -> Graph:
-        """The new graph: in-place ops are written out, and stale views are taken again where they
-        are read.
+        """Return the new graph: in-place ops are written out, and stale views are taken again where
+        they are read.
         """
         for node in self.graph.nodes:
             if _is_in_place(node):
@@ -88,17 +88,17 @@ class _Functional:
         self.values.update((value.name, value) for value in node.results)
 
     def free(self, base: str) -> str:
-        """A name that nothing has: the base with the first number that is free."""
+        """Return a name that nothing has: the base with the first number that is free."""
         name = next(candidate for i in count(1) if (candidate := f"{base}_{i}") not in self.taken)
         self.taken.add(name)
         return name
 
     def owner(self, name: str) -> str:
-        """The value of the old graph whose memory `name` is."""
+        """Return the value of the old graph whose memory `name` is."""
         return owner_of(name, self.views)
 
     def current(self, name: str) -> Value:
-        """The value of the new graph that stands for a value of the old one now."""
+        """Return the value of the new graph that stands for a value of the old one now."""
         return self.values[self.names.get(name, name)]
 
     def refresh(self, name: str, reader: Node | None) -> None:
@@ -185,17 +185,17 @@ class _Functional:
                     self.fresh[parent] = version
                     child = parent
                     continue
-                made = written_back(
+                rewritten_parent = written_back(
                     renamed(view, self.names),
                     index,
                     self.current(parent),
                     self.current(child),
                     self.free(parent),
                 )
-                if made is None:
+                if rewritten_parent is None:
                     raise _unclear(writer, child, parent, view.target)
-                self.append(made)
-                self.names[parent] = made.result.name
+                self.append(rewritten_parent)
+                self.names[parent] = rewritten_parent.result.name
             else:
                 self.names[parent] = self.names[child]
             self.fresh[parent] = version
@@ -225,7 +225,7 @@ class _Functional:
             raise _unclear(writer, child, owner, self.made_by[child][0].target)
 
     def offspring(self, name: str) -> set[str]:
-        """The names of the value and of all that are surely views of it."""
+        """Return the names of the value and of all that are surely views of it."""
         views_of_it = {name}
         for view, parent in self.views.items():
             node = self.made_by.get(view)
@@ -266,8 +266,8 @@ class _Functional:
         return self.make(node, "aten.to.dtype", result, Ref(wide.name), before.dtype)
 
     def without_gradient(self, writer: Node, before: Value, after: Value) -> str:
-        """The name of the value after a write where no gradient is recorded: autograd does not see
-        the change.
+        """Return the name of the value after a write where no gradient is recorded: autograd does
+        not see the change.
 
         A gradient that flowed through the memory flows on as if nothing had been written, which is
         that of after + (before - before) with all but the first `before` detached.
@@ -293,7 +293,8 @@ class _Functional:
         return result.name
 
     def dtype(self, node: Node, before: Value) -> torch.dtype:
-        """The type that the functional op gives, which an in-place op casts to that of its memory.
+        """Return the type that the functional op gives, which an in-place op casts to that of its
+        memory.
 
         Torch itself is asked, on meta tensors, where types differ: promotion has many rules.
         """
@@ -305,7 +306,9 @@ class _Functional:
             return before.dtype
 
         def leaf(item: Any) -> Any:
-            """An argument as the op takes it: a meta tensor for a value, a number for a size."""
+            """Return an argument as the op takes it: a meta tensor for a value, a number for a
+            size.
+            """
             if isinstance(item, Ref):
                 value = self.values[item.name]
                 return torch.empty(tuple(map(hint, value.shape)), dtype=value.dtype, device="meta")
@@ -323,8 +326,8 @@ _FUNCTIONAL = {f"__i{name}__": f"__{name}__" for name in ("and", "or", "xor", "l
 
 
 def _is_in_place(node: Node) -> bool:
-    """Whether the call writes to its first operand, by torch's naming: a trailing underscore, or
-    __iand__.
+    """Return whether the call writes to its first operand, by torch's naming: a trailing
+    underscore, or __iand__.
     """
     packet = packet_of(node.target)
     return node.kind == "call" and (
@@ -350,12 +353,12 @@ def _require_pure(node: Node) -> None:
 
 
 def _place(node: Node) -> str:
-    """The module's path and the source line, for an error."""
+    """Return the module's path and the source line, for an error."""
     return ", ".join(text for text in (node.where, node.line) if text)
 
 
 def _unclear(node: Node, name: str, other: str, view: str) -> CaptureError:
-    """The error for a read of memory that may or may not have been written."""
+    """Return the error for a read of memory that may or may not have been written."""
     return CaptureError(
         f"{node.target} needs to know whether %{name} shares memory with %{other}",
         where=_place(node),

@@ -60,7 +60,9 @@ def join_slices(graph: Graph) -> Graph:
 
 
 def _range(node: Node, graph: Graph) -> tuple[int, _Range] | None:
-    """The dim and the bounds of a slice of fixed size and step 1; None for any other node."""
+    """Return the dim and the bounds of a slice of fixed size and step 1; None for any other
+    node.
+    """
     if node.target != "aten.slice.Tensor":
         return None
     shape = graph.values[first_operand(node)].shape

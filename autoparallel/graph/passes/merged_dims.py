@@ -52,8 +52,8 @@ class _Remerger:
         self.known: dict[tuple[Shape, Shape], Shape | None] = {}
 
     def run(self) -> Graph:
-        """The new graph: every reshape and every move of merged dims is rewritten, the rest is as
-        it was.
+        """Return the new graph: every reshape and every move of merged dims is rewritten, the rest
+        is as it was.
         """
         for node in self.graph.nodes:
             if node.target == "aten.reshape.default":
@@ -127,13 +127,13 @@ class _Remerger:
 
 
 def _moved(node: Node) -> str:
-    """The name of what a transpose or a permutation moves; "" for any other node."""
+    """Return the name of what a transpose or a permutation moves; "" for any other node."""
     moves = ("aten.transpose.int", "aten.permute.default")
     return first_operand(node) if node.target in moves else ""
 
 
 def _ends(shape: Shape) -> list[Any]:
-    """The products of the sizes from the right, without those of size 1: where dims end in
+    """Return the products of the sizes from the right, without those of size 1: where dims end in
     memory.
     """
     products: list[Any] = [sympy.Integer(1)]
@@ -144,8 +144,8 @@ def _ends(shape: Shape) -> list[Any]:
 
 
 def _refined(before: Shape, after: Shape) -> Shape | None:
-    """The finest sizes of which both shapes are made by merging neighbours; None where there are
-    none.
+    """Return the finest sizes of which both shapes are made by merging neighbours; None where there
+    are none.
     """
     # A dim of size 1 may stand anywhere, so that groups would not be unique.
     if 1 in after or 1 in before:
@@ -169,7 +169,7 @@ def _refined(before: Shape, after: Shape) -> Shape | None:
 
 
 def _fixed_merged(parts: Shape, groups: tuple[int, ...]) -> Shape:
-    """The parts with those groups merged whose sizes are all fixed."""
+    """Return the parts with those groups merged whose sizes are all fixed."""
     sizes: list[Dim] = []
     start = 0
     for count in groups:
@@ -181,7 +181,7 @@ def _fixed_merged(parts: Shape, groups: tuple[int, ...]) -> Shape:
 
 
 def _groups(parts: Shape, merged: Shape) -> tuple[int, ...]:
-    """For each size of `merged`, how many neighbouring `parts` make it."""
+    """Return how many neighbouring `parts` make each size of `merged`."""
     counts = []
     index = 0
     for size in merged:

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def _aliasing(test: Callable[[Node, Graph], str | None]) -> Callable[[Graph], Graph]:
-    """A pass that drops the calls whose result is just the value that `test` names."""
+    """Return a pass that drops the calls whose result is just the value that `test` names."""
 
     def run(graph: Graph) -> Graph:
         """Drop the calls, and let their readers read the value itself."""
@@ -69,7 +69,7 @@ _CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"}
 
 
 def _is_identity(node: Node, graph: Graph) -> str | None:
-    """The value that the call's result is the same as; None where it computes something."""
+    """Return the value that the call's result is the same as; None where it computes something."""
     if node.target in _IDENTITY:
         return first_operand(node)
     if len(node.results) != 1 or not node.args or not isinstance(node.args[0], Ref):

@@ -59,8 +59,8 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
 
 
 def run_passes(graph: Graph) -> Graph:
-    """The graph after all passes, in order, each verified. Raises CaptureError where the program
-    writes to memory that it must not.
+    """Return the graph after all passes, in order, each verified. Raises CaptureError where the
+    program writes to memory that it must not.
     """
     for run in PASSES:
         graph = run(graph).verify()

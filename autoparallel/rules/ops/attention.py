@@ -24,7 +24,7 @@ def attention(call: OpCall) -> ShardingRule:
     sizes: dict[str, Dim] = {}
 
     def named(tensor_shape: tuple[Dim, ...], last: tuple[str, str]) -> list[Loops]:
-        """The loops of one tensor, aligned right with the query. last: names of its two last
+        """Return the loops of one tensor, aligned right with the query. last: names of its two last
         dims.
         """
         row: list[Loops] = []

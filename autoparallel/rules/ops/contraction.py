@@ -112,7 +112,7 @@ def einsum(call: OpCall) -> ShardingRule:
     twice = {name for text in texts for name in text if name != "." and text.count(name) > 1}
 
     def spaced(text: str) -> str:
-        """An operand's or the result's letters as words; "..." stays one."""
+        """Return an operand's or the result's letters as words; "..." stays one."""
         return " ".join(text.replace("...", ".")).replace(".", "...")
 
     return ShardingRule.parse(

@@ -12,7 +12,7 @@ from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
 
 
 def _spatial(target: str) -> int:
-    """The number of dims that the windows run over: the 2 of "aten.conv2d.default"."""
+    """Return the number of dims that the windows run over: the 2 of "aten.conv2d.default"."""
     match = re.search(r"(\d)d", target)
     assert match is not None, target
     return int(match.group(1))
@@ -23,7 +23,9 @@ _GROUPS = 6
 
 
 def _local_groups(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
-    """The call's args with as many groups as the local part of the result has channels for."""
+    """Return the call's args with as many groups as the local part of the result has
+    channels for.
+    """
     args, channel = call.node.args, -1 - _spatial(call.node.target)
     if len(args) <= _GROUPS or args[_GROUPS] == 1:
         return args
@@ -61,7 +63,7 @@ def convolution(call: OpCall) -> ShardingRule:
     sizes = {name: size for name, size in shared.items() if size != 1}
 
     def dims(*rows: str) -> Dims:
-        """The loops of a tensor's dims, without those of size 1."""
+        """Return the loops of a tensor's dims, without those of size 1."""
         return tuple(tuple(name for name in row.split() if name in sizes) for row in rows)
 
     batch = ("b",) if len(x.shape) == spatial + 2 else ()
@@ -91,7 +93,7 @@ def convolution(call: OpCall) -> ShardingRule:
 
 
 def _leading(call: OpCall, linear: bool) -> ShardingRule:
-    """A rule with a loop for each dim before the windows, which have none. linear: in the
+    """Return a rule with a loop for each dim before the windows, which have none. linear: in the
     operand.
     """
     count = len(call.operands[0].shape) - _spatial(call.node.target)
@@ -155,7 +157,7 @@ def columns(call: OpCall) -> ShardingRule:
     sizes = {name: size for name, size in sizes.items() if size != 1}
 
     def dims(*texts: str) -> Dims:
-        """The loops of a tensor's dims; without the first one where there is no batch."""
+        """Return the loops of a tensor's dims; without the first one where there is no batch."""
         loops_of_dims = tuple(
             tuple(name for name in text.split() if name in sizes) for text in texts
         )
@@ -177,12 +179,13 @@ def grid_sampler(call: OpCall) -> ShardingRule:
 
 @rule("aten.affine_grid_generator.default", takes_empty=False)
 def affine_grid(call: OpCall) -> ShardingRule:
-    """Places of pixels under a linear map of each batch entry."""
+    """Places of pixels under a linear map of each batch entry, which is free."""
     windows = " ".join(["1"] * (len(call.results[0].shape) - 2))
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
+        """Return the args with the local batch."""
         size = call.node.args[1]
         return (call.node.args[0], (shapes[0][0], *size[1:]), *call.node.args[2:])
 
-    made = ShardingRule.parse(f"b 1 1 -> b {windows} 1", call, linear=[{0}])
-    return replace(made, local_args=local_args)
+    parsed = ShardingRule.parse(f"b 1 1 -> b {windows} 1", call, linear=[{0}])
+    return replace(parsed, local_args=local_args)

@@ -47,7 +47,9 @@ def cross_entropy(call: OpCall) -> ShardingRule:
 
 
 def _whole(call: OpCall, reduction: int) -> ShardingRule:
-    """The rule of a loss that nothing splits; its loops are named all the same, to be counted."""
+    """Return the rule of a loss that nothing splits; its loops are named all the same, to be
+    counted.
+    """
     logits = call.operands[0]
     names = ["c"] if len(logits.shape) == 1 else ["t", "c"]
     names += [f"x{i}" for i in range(len(logits.shape) - 2)]

@@ -31,8 +31,8 @@ def last_dims(call: OpCall) -> ShardingRule:
 
 
 def _channels(call: OpCall, whole: str) -> ShardingRule:
-    """The rule of x[b, c, s] with vectors over c. whole: initials of the loops that cannot be
-    split.
+    """Return the rule of x[b, c, s] with vectors over c. whole: initials of the loops that cannot
+    be split.
     """
     spatial = [f"s{i}" for i in range(len(call.operands[0].shape) - 2)]
     row = " ".join(["b", "c", *spatial])
@@ -95,11 +95,11 @@ def group_norm(call: OpCall) -> ShardingRule:
     channel_sizes = {name: size for name, size in channel_sizes.items() if size != 1}
 
     def divided(dims: tuple[Loops, ...]) -> tuple[Loops, ...]:
-        """The loops of one tensor with its channels as groups and channels of a group."""
+        """Return the loops of one tensor with its channels as groups and channels of a group."""
         return tuple(tuple(channel_sizes) if names == ("c",) else names for names in dims)
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
-        """The args with as many groups as the local channels are."""
+        """Return the args with as many groups as the local channels are."""
         args = call.node.args
         return (args[0], shapes[0][1] * groups // channels, *args[2:])
 

@@ -59,8 +59,8 @@ BINARY = tuple(
 
 
 def broadcast(call: OpCall) -> tuple[tuple[tuple[Loops, ...], ...], dict[str, Dim]]:
-    """The loops of every operand and result, one per dim of the result, aligned right; and their
-    sizes.
+    """Return the loops of every operand and result, one per dim of the result, aligned right; and
+    their sizes.
     """
     shape = call.results[0].shape
     sizes: dict[str, Dim] = {}
@@ -80,7 +80,7 @@ def broadcast(call: OpCall) -> tuple[tuple[tuple[Loops, ...], ...], dict[str, Di
 
 
 def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
-    """y[i] = f(a[i], b[i], ...): every dim can be split. linear: sets of operands as in
+    """Return the rule of y[i] = f(a[i], b[i], ...): every dim can be split. linear: as in
     ShardingRule.
     """
     dims, sizes = broadcast(call)

@@ -20,7 +20,7 @@ _ALL_DIMS = (
 
 
 def _reduced_dims(call: OpCall) -> set[int]:
-    """The dims that the call reduces, counted from 0."""
+    """Return the dims that the call reduces, counted from 0."""
     rank = len(call.operands[0].shape)
     dims = call.argument(_DIMS_AT.get(call.node.target, 1), "dim")
     if call.node.target in _ALL_DIMS:
@@ -33,7 +33,7 @@ def _reduced_dims(call: OpCall) -> set[int]:
 
 
 def _reduction(call: OpCall, reduced: set[int]) -> tuple[Dims, Dims, dict[str, Dim]]:
-    """Dims of the operand and of the result, and the loops' sizes. A dim that is kept has no
+    """Return dims of the operand and of the result, and the loops' sizes. A dim that is kept has no
     loop.
     """
     shape = call.operands[0].shape
@@ -128,7 +128,7 @@ _COMMUNICATING = {
 
 
 def _reducing(call: OpCall, kernel: str, times: int) -> Kernel:
-    """A kernel that all-reduces one number for each of the operand's rows, `times` times."""
+    """Return a kernel that all-reduces one number for each of the operand's rows, `times` times."""
     operand = call.operands[0]
     dim = call.argument(1, "dim")
     dim = dim[0] if isinstance(dim, tuple) else dim

@@ -15,7 +15,7 @@ SUM_PASSES = (frozenset({0}),)
 
 
 def _local_shape(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
-    """The args of a view with the local shape in place of the whole one."""
+    """Return the args of a view with the local shape in place of the whole one."""
     return (call.node.args[0], shapes[0], *call.node.args[2:])
 
 
@@ -35,7 +35,9 @@ def reshape(call: OpCall) -> ShardingRule:
 
 
 def carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
-    """A view whose result's dim i is the operand's dim sources[i] (None: a new dim of size 1)."""
+    """Return a view whose result's dim i is the operand's dim sources[i] (None: a new dim of size
+    1).
+    """
     operand = call.operands[0]
     names, sizes = loop_per_dim(operand.shape)
     result = tuple(() if source is None else names[source] for source in sources)
@@ -47,7 +49,9 @@ def carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
 
 
 def axis(dim: int, rank: int) -> int:
-    """The dim counted from 0, where it may be counted from the end; 0 for a tensor without dims."""
+    """Return the dim counted from 0, where it may be counted from the end; 0 for a tensor without
+    dims.
+    """
     return dim % rank if rank else 0
 
 
@@ -155,7 +159,9 @@ def repeat(call: OpCall) -> ShardingRule:
         dims.append(tuple(loops))
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
-        """The args with local repetitions; only dims of size 1 repeat another number of times."""
+        """Return the args with local repetitions; only dims of size 1 repeat another number of
+        times.
+        """
         local = tuple(
             part if size == 1 else count
             for part, size, count in zip(shapes[0], shape, times, strict=True)
@@ -214,8 +220,8 @@ def pixel_unshuffle(call: OpCall) -> ShardingRule:
 
 
 def _shuffled(shape: tuple[Dim, ...], factor: int) -> ShardingRule:
-    """The rule from (.., c r q, h, w) to (.., c, h r, w q), for the smaller size of each pair of
-    dims.
+    """Return the rule from (.., c r q, h, w) to (.., c, h r, w q), for the smaller size of each
+    pair of dims.
     """
     (*first, channel, high, wide), sizes = loop_per_dim(shape)
     return ShardingRule(

@@ -15,7 +15,7 @@ from autoparallel.rules.rule import Dims, Loops, OpCall, Shapes, ShardingRule, l
 def _laid_end_to_end(
     shape: tuple[Dim, ...], dim: int, parts: list[Dim]
 ) -> tuple[Dims, tuple[Dims, ...], dict[str, Dim], frozenset[str]]:
-    """Dims of a tensor, and of its parts along `dim`; sizes; loops that stay whole.
+    """Return dims of a tensor, and of its parts along `dim`; sizes; loops that stay whole.
 
     The parts are blocks of their greatest common divisor: a fused query of 32 heads with key and
     value of 8 each is 6 blocks, 4 and 1 and 1. Blocks can be split, each by itself.
@@ -64,7 +64,7 @@ def split(call: OpCall) -> ShardingRule:
     base = ShardingRule((left,), right, sizes, whole=whole, linear=SUM_PASSES, free=True)
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
-        """The args with the parts' local sizes, however the op is told how to cut."""
+        """Return the args with the parts' local sizes, however the op is told how to cut."""
         spec = call.node.args[1]
         if call.node.target.endswith("split.Tensor"):
             # torch cannot count parts of size 0, but takes sizes of 0.
@@ -97,7 +97,7 @@ def select(call: OpCall) -> ShardingRule:
 
 
 def _without(call: OpCall, dim: int) -> ShardingRule:
-    """The rule of results that lack one dim of the operand."""
+    """Return the rule of results that lack one dim of the operand."""
     rank = len(call.operands[0].shape)
     base = carried(call, [i for i in range(rank) if i != dim])
     return replace(base, results=base.results * len(call.results))
@@ -118,7 +118,7 @@ def unfold(call: OpCall) -> ShardingRule:
 
 @rule("aten.tril.default", "aten.triu.default")
 def triangle(call: OpCall) -> ShardingRule:
-    """Which elements stay depends on the places in the two last dims, which stay whole."""
+    """The places in the two last dims, which stay whole, decide which elements stay."""
     rank = len(call.operands[0].shape)
     base = carried(call, list(range(rank)))
     in_place = {name for names in base.operands[0][-2:] for name in names}
@@ -177,7 +177,7 @@ def moved(call: OpCall) -> ShardingRule:
 
 
 def _keep_dim_whole(call: OpCall, dim: int) -> ShardingRule:
-    """The rule of a result with another size along one dim, which stays whole."""
+    """Return the rule of a result with another size along one dim, which stays whole."""
     base = carried(call, list(range(len(call.operands[0].shape))))
     result = list(base.results[0])
     result[dim] = ()
