@@ -192,6 +192,7 @@ def local_size(size: int, shard: Shard, world_size: int, rank: int = 0) -> int:
     >>> [local_size(25 * 64, Shard(0, unit=64), 8, rank) for rank in (0, 6, 7)]
     [256, 64, 0]
     """
+    # All blocks are cut alike, so that a rank holds as many runs of each.
     runs = size // (shard.blocks * shard.unit)
     start, stop = part_bounds(runs, world_size, rank)
     return shard.blocks * shard.unit * (stop - start)

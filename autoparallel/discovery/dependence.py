@@ -77,6 +77,7 @@ def find_structure(probe: Probe, shrunk: ProbeSizes) -> Structure:
     shapes = [tuple(tensor.shape) for tensor in (*tensors, *results)]
     opaque: set[Place] = set()
     while True:
+        # Dims are only ever added to `opaque`, so that the loop ends.
         before = len(opaque)
         cuts = [one.cuts(opaque) for one in observed]
         if len(opaque) > before:
@@ -143,13 +144,17 @@ class _Observed:
             for operand, tensor in enumerate(tensors):
                 other = _different(tensor, others[operand])
                 for dim, size in enumerate(tensor.shape):
+                    # A dim of size 1 has no loop, and its one slice is the whole tensor.
                     if size == 1:
                         continue
                     results_by_slice: dict[int, tuple[torch.Tensor, ...]] = {}
                     for i in range(size):
                         changed_tensor = tensor.clone()
                         changed_tensor.select(dim, i).copy_(other.select(dim, i))
+                        # Slice i alone is replaced, so that every result that differs depends on
+                        # it.
                         inputs = [*tensors[:operand], changed_tensor, *tensors[operand + 1 :]]
+                        # Numbers may be out of the op's domain: other slices and seeds still tell.
                         with suppress(OpFailedError):
                             results_by_slice[i] = probe.run(pattern, sizes, inputs)
                     self.compare(changed, (operand, dim), size, whole, results_by_slice)
@@ -177,6 +182,8 @@ class _Observed:
                 raise ProbeError("gives results whose sizes depend on the numbers that it reads")
             if not others:
                 continue
+            # Exactly unequal, and not beyond a tolerance: an op that does not read a number gives
+            # the same bits.
             differs = torch.stack(others) != one
             for dim, length in enumerate(one.shape):
                 if length == 1:
@@ -184,6 +191,7 @@ class _Observed:
                 key = (place, (self.count + index, dim))
                 if key not in changed:
                     changed[key] = torch.zeros(size, length, dtype=torch.bool)
+                # differs has the operand's slices first, and then the result's dims.
                 rest = [d + 1 for d in range(one.dim()) if d != dim]
                 rows = differs.any(rest) if rest else differs
                 changed[key][list(after)] |= rows
@@ -238,6 +246,8 @@ class _Observed:
                     (tie.two, tie.low_two, tie.one, tie.low_one),
                 )
                 for source, low, target, low_target in ways:
+                    # A cut inside of the tie, in steps of the inner strides, is the same cut of the
+                    # other dim.
                     for point in tuple(points_of[source]):
                         if point % low or not low < point < low * tie.size:
                             continue
@@ -300,6 +310,7 @@ def _named(
     known: three sets of sizes. found: what was observed at two of them, and cuts: of those. opaque:
     dims that have one loop. shapes: of all tensors at the third set.
     """
+    # A forest: pieces that run together have one root.
     parents: dict[tuple[Place, int], tuple[Place, int]] = {}
 
     def root(piece: tuple[Place, int]) -> tuple[Place, int]:
@@ -343,6 +354,7 @@ def _named(
                 row.append(name)
             dims.append(tuple(row))
         rows.append(tuple(dims))
+    # A size that an integer argument says must follow from the call.
     asked = {atom for term in pattern.integers for atom in term.atoms}
     places = [names for dims in rows for names in dims]
     for name in {name: None for dims in rows[count:] for names in dims for name in names}:
@@ -377,6 +389,7 @@ def _term(pattern: Pattern, sizes: list[dict[int, int]], values: list[int]) -> T
     for known in pattern.terms():
         if known.atoms and [known.at(each) for each in sizes] == values:
             return known
+    # Products of up to three independent sizes, the simplest first.
     products = [atoms for count in (1, 2, 3) for atoms in combinations(pattern.atoms, count)]
     for atoms in products:
         quotients = {

@@ -46,6 +46,7 @@ def discover(call: OpCall) -> DiscoveredRule:
     """
     discovered = None
     errors = []
+    # float64 tells wrong sums from rounding by ten more digits; some kernels have float32 alone.
     for dtype in (torch.float64, torch.float32):
         probe = Probe(call, dtype)
         _refuse(probe)
@@ -104,6 +105,7 @@ def _best(probe: Probe) -> DiscoveredRule:
         if shrunk.tied is None:
             raise
         return _Author(probe, shrunk.tied).written()
+    # Freed sizes may hide a loop that two dims share only where they are equal (a square product).
     if freest.whole and shrunk.tied is not None:
         tied_rule = _Author(probe, shrunk.tied).written()
         if _split_dims(tied_rule) > _split_dims(freest):
@@ -218,6 +220,8 @@ class _Author:
             if at not in fixed and not term.atoms and term.factor > 1
         ]
         choices = [tuple(ties)] if ties else []
+        # Candidates in order: all integers tied to the loop's size at once, each alone, then plain
+        # counts.
         choices += [(at,) for at in (*ties, *numbers)]
         for chosen in dict.fromkeys(choices):
             for result, dim in dims:
@@ -269,6 +273,8 @@ class _Author:
             if not few and count not in (1, 2, len(numbers)):
                 continue
             for group in combinations(numbers, count):
+                # Larger sets of what passes by itself are left out: with many operands the subsets
+                # are too many.
                 if not few and any(set(small) <= set(group) for small in groups):
                     continue
                 if not self.trial.try_sum(draft, group):
@@ -281,6 +287,7 @@ class _Author:
         """Return the rule without strategies that fail on sizes, blocks and runs that no choice was
         made on.
         """
+        # All that was decided was decided on two sets of sizes; these are others.
         for case in self.trial.final():
             for ranks in case.ranks:
                 draft = self.checked(draft, case.example, ranks)
@@ -299,6 +306,7 @@ class _Author:
             if loop in rule.whole:
                 continue
             size = hint(rule.sizes[loop])
+            # So many ranks that the last one gets nothing.
             ranks = next(n for n in range(2, size + 2) if part_bounds(size, n, n - 1)[0] == size)
             for strategy in self.trial.strategies(example, rule, [LoopSplit(loop)], ranks):
                 if strategy.tile and self.trial.wrong(example, rule, strategy, ranks):

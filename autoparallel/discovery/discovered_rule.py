@@ -85,6 +85,7 @@ class DiscoveredRule:
             len(dims) != len(tensor.shape) for dims, tensor in zip(rows, tensors, strict=True)
         ):
             return None
+        # Loops of factor 0 follow no size of the pattern: they are read off the dim below.
         sizes: dict[str, Dim] = {name: term.of(atoms) for name, term in self.loops if term.factor}
         for dims, tensor in zip(rows, tensors, strict=True):
             for names, size in zip(dims, tensor.shape, strict=True):
@@ -92,6 +93,7 @@ class DiscoveredRule:
                     sizes.setdefault(names[0], size)
         for dims, tensor in zip(rows, tensors, strict=True):
             for names, size in zip(dims, tensor.shape, strict=True):
+                # The call follows the pattern by its operands; its results must agree.
                 if not _is_product(names, sizes, size):
                     return None
         reasons = dict(self.whole)
@@ -128,6 +130,8 @@ class DiscoveredRule:
         nbytes = 0
         for result in call.results:
             nbytes += result.dtype.itemsize * numel_hint(result.shape)
+        # As many results are gathered as there are ranks, which a rule does not know: priced as
+        # two.
         collectives = ((Collective.ALL_GATHER, 2 * nbytes),) if kernel.gathers else ()
         return Kernel(
             kernel.name,
@@ -146,6 +150,7 @@ class DiscoveredRule:
             if whole == size:
                 integers[follows.integer] = local
             elif not isinstance(whole, Sym) and isinstance(local, int):
+                # In proportion: a number of groups shrinks with the channels.
                 integers[follows.integer] = whole * local // hint(size)
         args: tuple[Any, ...] = replace_integers(call.node.args, iter(integers))
         return args

@@ -48,6 +48,7 @@ def key_of(call: OpCall) -> str:
         """Return one argument by its kind; numbers that are sizes are in the pattern."""
         if isinstance(leaf, Ref):
             value = next(operands)
+            # One rule for all floating point types: what is split does not depend on their width.
             kind = "float" if value.dtype.is_floating_point else str(value.dtype)
             return f"tensor {kind}{' grad' if value.requires_grad else ''}"
         if isinstance(leaf, Sym) or (isinstance(leaf, int) and not isinstance(leaf, bool)):
@@ -78,6 +79,7 @@ def _source(target: str) -> str:
     if space == "aten":
         return ""
     functions = custom_op_functions(f"{space}::{name}")
+    # Not registered by torch.library.custom_op: the table of its registered kernels stands for it.
     if functions is None:
         suffix = "" if overload == "default" else f".{overload}"
         text = dispatch_registrations(f"{space}::{name}{suffix}")
@@ -107,6 +109,7 @@ def load(key: str) -> DiscoveredRule | None:
     """Return the rule that was stored under `key`; None if there is none that can be read."""
     try:
         rows = json.loads(_path(key).read_text())
+        # The key is compared in full: file names are digests, and old versions are other keys.
         return DiscoveredRule.from_json(rows["found"]) if rows["key"] == json.loads(key) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

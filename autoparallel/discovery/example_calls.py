@@ -109,6 +109,7 @@ def make_example(
     named = map_leaves(reference, args)
     options = tuple((key, map_leaves(reference, item)) for key, item in (kwargs or {}).items())
     flows = any(tensor.requires_grad for tensor in tensors.values())
+    # First without results, whose shapes only running the op tells.
     node = Node("y", "call", target, (), named, options)
     results = _run_unsplit(node, tensors)
     values = tuple(value(f"y{index}", result, flows) for index, result in enumerate(results))
@@ -129,6 +130,7 @@ def make_example(
         names = node.operands()
         alone = Strategy((_INVARIANT,) * len(names), (_INVARIANT,) * len(values))
         results = run_by_strategy(graph, node, alone, SingleGroup(), tensors, sizes)
+    # The same numbers in every process, whatever was drawn before.
     generator = torch.Generator().manual_seed(len(target))
     seeds = tuple(
         random_numbers(result.shape, generator).to(result.dtype) if result.requires_grad else None
@@ -223,6 +225,7 @@ def run_by_strategy(
         tuple((placement,) for placement in strategy.results),
         (strategy.kernel.name if strategy.kernel else "",),
     )
+    # A plan of one op: nothing is converted, because storage and outputs lie as the strategy says.
     plan = Plan(
         model="example",
         mesh=Mesh(axis=group.world_size),

@@ -33,6 +33,7 @@ def kernels_for(
         for dim, names in enumerate(dims)
         if loop in names
     ]
+    # Kernels take whole dims alone, not a loop inside of a merged one.
     if any(draft.operands[operand][dim] != (loop,) for operand, dim in at):
         return
     if len(at) == 1:
@@ -54,6 +55,7 @@ def _lookups(
         for names in draft.operands[index]:
             where = [e for e, others in enumerate(draft.results[0]) if names == others and names]
             places.append(where[0] if len(where) == 1 else -1)
+        # Each dim of the places must be one dim of the result, where the mask is applied.
         if -1 in places or len(set(places)) < len(places):
             continue
         if not _takes_special(probe, shrunk, index):
@@ -125,8 +127,10 @@ def _averages_zeros(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]])
     numbers.
     """
     sizes = assignment(shrunk.order, 0)
+    # Half of the numbers are zeros: a mean over nonzero numbers alone would show here.
     tensors = probe.tensors(shrunk.pattern, sizes, replace(shrunk.values, zeros=0.5), 0)
     size = tensors[at[0][0]].size(at[0][1])
+    # Unequal parts where the size is odd, so that a mean of means is told from the mean.
     cut = size // 2
     try:
         whole = probe.run(shrunk.pattern, sizes, tensors)[0]

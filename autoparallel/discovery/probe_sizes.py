@@ -13,6 +13,7 @@ from itertools import combinations
 
 import torch
 
+from autoparallel.discovery.place_bounds import with_bounds
 from autoparallel.discovery.shape_pattern import (
     OpFailedError,
     Pattern,
@@ -67,10 +68,11 @@ def shrink(probe: Probe) -> ProbeSizes:
         plain = (None,) * len(probe.call.operands)
         return ProbeSizes(pattern, search.ordered(pattern), replace(search.values, bounds=plain))
     freed = search.relaxed(pattern)
-    values = search.bounded(freed)
+    values = with_bounds(probe, freed, search.ordered(freed), search.values)
     tied = None
     if freed != pattern:
-        tied = ProbeSizes(pattern, search.ordered(pattern), search.bounded(pattern))
+        order = search.ordered(pattern)
+        tied = ProbeSizes(pattern, order, with_bounds(probe, pattern, order, search.values))
     return ProbeSizes(freed, search.ordered(freed), values, tied)
 
 
@@ -137,6 +139,7 @@ class _Search:
                         for pattern in self.candidates(small, related, factor):
                             if self.runs(pattern):
                                 return pattern
+            # The last resort is the call itself, if it is small and no size is symbolic.
             if not symbolic and sum(elements) <= _MOST_ELEMENTS and self.runs(as_called):
                 return as_called
             first_error = first_error or self.error
@@ -156,6 +159,7 @@ class _Search:
             number = hint(slot.size)
             constant = number <= 1 and not isinstance(slot.size, Sym)
             if slot.operand < 0 and isinstance(slot.size, int):
+                # Such an integer is more likely a dim's number than a size.
                 names_dim = number < max(self.rank, 2)
                 tied = slot.size in dims or (
                     related
@@ -166,6 +170,7 @@ class _Search:
                     )
                 )
                 constant = constant or (names_dim and not small) or not tied
+            # Sizes of 0 and 1, and integers that no dim explains, are what they are.
             if constant:
                 fixed[slot] = Term(number)
             else:
@@ -178,6 +183,7 @@ class _Search:
             for size, slots in sizes.items()
             if isinstance(size, int) and any(slot.operand < 0 for slot in slots)
         ]
+        # From the smallest, so that the smaller sizes that a product is made of are known.
         for size in sorted(sizes, key=hint):
             terms[size] = self.term(size, terms, divisors, related, factor)
         rows = [(slot, fixed.get(slot) or terms[slot.size]) for slot in self.slots]
@@ -243,6 +249,7 @@ class _Search:
         call's.
         """
         order = self.ordered(pattern)
+        # All choices of sizes that discovery uses later must run.
         for which in range(CHOICES):
             sizes = assignment(order, which)
             elements = 0
@@ -251,6 +258,7 @@ class _Search:
             if elements > _MOST_ELEMENTS:
                 self.error = self.error or f"{elements} numbers are more than are probed"
                 return False
+            # Guarded: an op that reads past the end of an operand finds NaN there.
             results = self.finite(pattern, sizes)
             if results is None or not self.alike(results):
                 return False
@@ -325,6 +333,7 @@ class _Search:
             for term, size in zip(pattern.integers, integers_of(self.probe.call), strict=True)
         )
         other = replace(pattern, integers=fixed)
+        # Only where the op runs with them: they may have to fit smaller dims.
         return other if other != pattern and self.runs(other) else pattern
 
     def subsets(
@@ -339,6 +348,7 @@ class _Search:
             for chosen in combinations(group, count):
                 if count == len(group) and len(term.atoms) == 1 and term.factor == 1:
                     continue
+                # An integer that no dim follows would be free of everything.
                 if any(slot.operand >= 0 for slot in chosen):
                     yield chosen
         if limit == 1:
@@ -357,56 +367,13 @@ class _Search:
                 continue
             if hint(size) % factor:
                 continue
+            # A little larger than the size that it was tied to, so that the order of the call's
+            # sizes stays.
             atom = Term(factor, (self.fresh(hint(size) // factor, 0.5),))
             freed_terms = {slot: atom if slot in chosen else old for slot, old in terms.items()}
             if self.runs(_pattern(self.probe, freed_terms)):
                 return freed_terms
         return None
-
-    # -- whole numbers that are places
-
-    def bounded(self, pattern: Pattern) -> Values:
-        """Return the values, with a bound for each operand of whole numbers that are places along a
-        dim.
-
-        The op takes them below that dim's size, and refuses that size itself.
-        """
-        bounds: list[Term | None] = []
-        order = self.ordered(pattern)
-        for index, operand in enumerate(self.probe.call.operands):
-            plain = operand.dtype == torch.bool or operand.dtype.is_floating_point
-            bounds.append(None if plain else self.bound(pattern, order, index))
-        return replace(self.values, bounds=tuple(bounds))
-
-    def bound(self, pattern: Pattern, order: tuple[int, ...], index: int) -> Term | None:
-        """Return the size below which an operand's numbers must be; None where there is no such
-        size.
-        """
-        sizes = assignment(order, 0)
-        terms = {
-            term.at(sizes): term
-            for at, row in enumerate((*pattern.operands, pattern.integers))
-            for term in row
-            if at != index and term.at(sizes) > 1
-        }
-        below: Term | None = None
-        for size in sorted(terms):
-            if not self.accepts(pattern, sizes, index, size - 1):
-                return below
-            if not self.accepts(pattern, sizes, index, size):
-                return terms[size]
-            below = None
-        return None
-
-    def accepts(self, pattern: Pattern, sizes: Mapping[int, int], index: int, value: int) -> bool:
-        """Return whether the op runs where one number of the operand is `value`."""
-        tensors = self.probe.tensors(pattern, sizes, self.values, 0, guarded=True)
-        tensors[index].view(-1)[:1] = value
-        try:
-            self.probe.guarded_run(pattern, sizes, tensors)
-        except OpFailedError:
-            return False
-        return True
 
 
 def _pattern(probe: Probe, terms: Mapping[_Slot, Term]) -> Pattern:

@@ -74,6 +74,7 @@ class Term:
         number = self.factor
         for size in known:
             number *= hint(size)
+        # A plain number where it can be, because Sym and int are never equal.
         if not symbols:
             return number
         if len(known) == 1 and self.factor == 1:
@@ -134,6 +135,7 @@ class Pattern:
                 break
         if len(sizes) != len(self.atoms):
             return None
+        # Solved from some of the sizes, it must hold for all of them.
         return sizes if all(term.of(sizes) == actual for term, actual in pairs) else None
 
 
@@ -143,6 +145,7 @@ def _over(size: Dim, divisor: Dim) -> Dim | None:
         return size // divisor if size % divisor == 0 else None
     if divisor == 1:
         return size
+    # Symbolic sizes: the quotient must be whole for the hints, and simple for the rest.
     quotient = sympy.cancel(size_expression(size) / size_expression(divisor))
     if hint(size) % hint(divisor):
         return None
@@ -205,6 +208,7 @@ class Probe:
         """
         space, name, _ = self.call.node.target.split(".")
         if space == "aten":
+            # By torch's convention these are internal, called after checks were made.
             return not name.startswith(("_", "native_"))
         return is_custom_op(f"{space}::{name}")
 
@@ -264,6 +268,7 @@ class Probe:
             low, high = (1, 3) if limit is None else (0, limit)
             return torch.randint(low, high, shape, generator=generator).to(dtype)
         numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
+        # Magnitudes first, then signs: no number is near 0, where differences vanish.
         numbers = numbers * (values.high - values.low) + values.low
         if values.step:
             numbers = (numbers / values.step).ceil() * values.step
@@ -317,6 +322,7 @@ class Probe:
         self.runs += 1
         args, kwargs = self.arguments(pattern, sizes, tensors)
         try:
+            # Probing asks which results change; gradients are for the trial.
             with torch.no_grad():
                 returned = self.operation(*args, **kwargs)
         except Exception as error:  # an op is anyone's code, and may fail in any way

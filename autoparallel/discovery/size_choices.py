@@ -66,6 +66,7 @@ def ratio(size: Dim, *parts: Dim) -> int | None:
         number *= hint(part)
         product = product * size_expression(part)
         symbolic = symbolic or isinstance(part, Sym)
+    # A cheap test before sympy.
     if hint(size) % number:
         return None
     if not symbolic:

@@ -56,6 +56,7 @@ def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[LoopSplit]:
         yield LoopSplit(loop)
         if isinstance(size, Sym):
             continue
+        # Every block must have at least one run for each rank.
         for blocks in range(1, size // world_size + 1):
             for unit in range(1, size // (blocks * world_size) + 1):
                 tile = LoopSplit(loop, blocks, unit)
@@ -86,6 +87,7 @@ def uneven_parts(
         raise TypeError("truth values have no pending sum")
     parts = []
     for rank in range(1, world_size):
+        # Larger on later ranks, so that no two summands are interchangeable.
         noise = random_numbers(whole.shape, generator) * (rank + 1)
         if not whole.dtype.is_floating_point:
             noise = (noise * 4).round()
@@ -124,6 +126,7 @@ def why_wrong(
     if tolerance is None:
         kinds = [tensor.dtype for tensor in (*example.tensors.values(), *example.results)]
         tolerance = max((_TOLERANCE.get(kind, 0.0) for kind in kinds), default=0.0)
+    # The same parts in every process, so that a fault can be seen again.
     generator = torch.Generator().manual_seed(world_size)
     storage = storage_of(example.node, strategy)
     try:
@@ -147,6 +150,7 @@ def why_wrong(
         try:
             mine = {
                 name: parts[group.rank]
+                # A part that a collective would deliver is contiguous, and a leaf of its own.
                 .clone(memory_format=torch.contiguous_format)
                 .requires_grad_(name in example.gradients)
                 for name, parts in leaves.items()
@@ -172,6 +176,7 @@ def why_wrong(
         root_causes = {
             r: e for r, e in errors.items() if not isinstance(e, threading.BrokenBarrierError)
         }
+        # Ranks that only waited at a broken barrier are no cause.
         rank = min(root_causes or errors)
         return f"rank {rank} failed: {type(errors[rank]).__name__}: {str(errors[rank])[:300]}"
     for index, (whole, placement) in enumerate(zip(example.results, strategy.results, strict=True)):
@@ -180,6 +185,7 @@ def why_wrong(
             return f"result {index}: {wrong}"
     for name, whole in example.gradients.items():
         absent = [rank for rank, (_, gradients) in enumerate(returned) if gradients[name] is None]
+        # On some ranks a gradient may be zero, but autograd must have reached the operand.
         if absent and name not in example.unused:
             return f"gradient of operand {name}: none comes on rank {absent[0]}"
         wrong = difference(
@@ -210,6 +216,7 @@ def difference(
     if isinstance(placement, Partial):
         if any(part.shape != whole.shape for part in parts):
             return f"shapes {[tuple(part.shape) for part in parts]}, not {tuple(whole.shape)}"
+        # sum() of integers is int64, whatever they were.
         total = torch.stack(parts).sum(0).to(whole.dtype)
         return _apart("the sum over ranks", total, whole, tolerance)
     for rank, part in enumerate(parts):

@@ -57,6 +57,8 @@ class Trial:
             raise
         except Exception as error:  # op and backward are anyone's code, and may fail in any way
             words = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            # A broken backward is the op's fault; one that does not exist leaves the forward to be
+            # split.
             if not self.gradients or _has_backward(probe):
                 raise ProbeError(f"failed on probe inputs, in its backward: {words}") from error
             self.gradients, self.backward_error = False, words
@@ -87,9 +89,11 @@ class Trial:
         first_run = make_example(probe.call.node.target, args, kwargs, names)
         second_run = make_example(probe.call.node.target, args, kwargs, names)
         for old, new in zip(first_run.results, second_run.results, strict=True):
+            # Bit for bit: a random op differs, and a deterministic one on the CPU does not.
             if not torch.allclose(old, new, rtol=0, atol=0, equal_nan=True):
                 raise ProbeError("gives other results when it is run again: it draws numbers")
         for old, tensor in zip(before, tensors, strict=True):
+            # Schemas may be wrong: what is written to is seen here.
             if not torch.equal(old, tensor.detach()):
                 raise ProbeError("writes to its inputs")
         return first_run
@@ -178,6 +182,7 @@ class Trial:
         if with_integers is not None:
             yield _Case(with_integers, (2, 3))
         if any(isinstance(size, Sym) for o in self.probe.call.operands for size in o.shape):
+            # Symbolic sizes are emitted as expressions, another path through the rewriter.
             yield _Case(self.case(1, symbolic=True), (2,))
 
     def unusual(self) -> Iterator[Example]:
@@ -209,6 +214,7 @@ class Trial:
             return None
         sizes = assignment(self.shrunk.order, 0)
         own_values = {hint(atoms[atom]) for atom in asked}
+        # Sizes that are none of the call's integers, nor each other's.
         spare = iter(size for size in range(5, 200) if size not in own_values)
         for atom in self.shrunk.order:
             sizes[atom] = hint(atoms[atom]) if atom in asked else next(spare)

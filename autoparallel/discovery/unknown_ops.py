@@ -32,6 +32,7 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
     if key not in _REASONS:
         try:
             with warnings.catch_warnings():
+                # Probing with unusual numbers may warn of what the user's model never does.
                 warnings.simplefilter("ignore")
                 discovered = _cached(call).rule(call)
         except ProbeError as error:

@@ -31,6 +31,7 @@ def shares_memory(target: str) -> bool:
     (True, False)
     """
     schema = schema_of(operator_of(target))
+    # An op that writes returns what it wrote to; functionalize treats those apart.
     if schema is None or not schema.arguments or schema.is_mutable:
         return False
     first = schema.arguments[0].alias_info

@@ -71,6 +71,7 @@ class Captured:
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         types = [tensor.dtype for tensor in inputs]
         values = [node.result for node in self.graph.nodes if node.kind == "input"]
+        # Cheap tests first: this runs before every call.
         if types != [value.dtype for value in values]:
             return False
         # A gradient that was not planned for would not come back.
@@ -115,4 +116,5 @@ class Captured:
                     derived.append((dim.expr, actual))
         if any(expr.subs(sizes) != actual for expr, actual in derived):
             return False
+        # A guard that cannot be decided is taken to hold, as the tracer did.
         return all(guard.subs(sizes) != sympy.false for guard in self.guards)

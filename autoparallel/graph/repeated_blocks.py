@@ -196,6 +196,7 @@ class _Finder:
             if scope:
                 calls[scope[:-1]].leaf = False
         for scope, call in calls.items():
+            # Calls that cannot be blocks are skipped, and what is inside of them moves up.
             if scope and self.may_be(call):
                 above = scope[:-1]
                 while above and not self.may_be(calls[above]):
@@ -207,6 +208,7 @@ class _Finder:
         """Return whether the call can be a block: its nodes are in one run, and it is more than a
         single layer.
         """
+        # Nodes of another call in between: the block would not be one run.
         if call.count != call.stop - call.start:
             return False
         return not call.leaf or sum(len(shape) > 1 for shape in self.shapes(call)) > 1
@@ -250,6 +252,7 @@ class _Finder:
         """Return whether most of the call is equal blocks, each of which reads what the one before
         produced.
         """
+        # More than half, so that a head or an embedding beside the chain does not matter.
         most = (call.stop - call.start) / 2
         alike: dict[Any, list[_Call]] = {}
         for inner in call.inner:
@@ -300,6 +303,7 @@ class _Finder:
             value = self.graph.values[name]
             readers = self.graph.readers[name]
             is_own = name in self.stored and name not in self.left
+            # Tied parameters are read by several blocks, and are inputs of each.
             is_own = is_own and all(reader.name in names for reader in readers)
             place, kind = (own_tensors, self.stored[name].kind) if is_own else (inputs, "")
             place.append(name)

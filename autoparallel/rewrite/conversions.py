@@ -119,6 +119,7 @@ def find_deferred(graph: Graph, plan: Plan, routes: Conversions) -> Deferred:
             axis
             for axis, placement in enumerate(storage.get(node.target, whole))
             if placement == Invariant()
+            # Every reader must make exactly the step I -> R on this axis, whose gradient is summed.
             and all(
                 [step for step in steps if step.axis == axis]
                 == [Step(axis, Invariant(), Replicate())]

@@ -123,6 +123,7 @@ class _Emitter:
             if nodes:
                 head.append(f"[{names}] = {kind}s")
         for text, value, dim in self.symbols:
+            # Symbolic sizes are read off the inputs, before anything else.
             head.append(f"{text} = {self.names.values[value]}.size({dim})")
         self.speller.symbols = {
             self.graph.values[value].shape[dim].expr: text  # type: ignore[union-attr]
@@ -239,6 +240,7 @@ class _Emitter:
 
     def call(self, node: Node) -> None:
         """Emit one op: the conversions of its operands, then the op itself."""
+        # The addition of its bias emits both.
         if node.name in self.fused:
             return
         choice = self.choices[node.name]
@@ -271,12 +273,15 @@ class _Emitter:
         elif rule is not None and rule.random:
             expression = f"rng.{rule.random}({text}, {self.local.random(node, choice)})"
         else:
+            # torch's Python functions take no lists with None, as for x[:, index].
             exact = any(isinstance(arg, tuple) and None in arg for arg in args)
             exact = exact or (rule is not None and bool(rule.discovered))  # just what was probed
             expression = f"torch.ops.{target}({text})" if exact else spelled(target, text, reads)
         if rule is not None and pads:
             expression = self.local.shortened(expression, node, choice, rule)
         for axis, group in enumerate(self.names.axes):
+            # A sum that becomes pending here and was not before: each rank has computed its
+            # summand.
             pending = [result[axis] for result in choice.results] == [Partial()]
             if pending and all(operand[axis] != Partial() for operand in choice.operands):
                 expression = (
@@ -308,6 +313,7 @@ class _Emitter:
         scope, outside = self.scope(name, again)
         value = self.graph.values[name]
         for count, step in enumerate(steps):
+            # By the steps so far, so that two layouts share the copies on the way to both.
             key = (name, steps[: count + 1], scope)
             target = step.applied(current)
             if key not in self.converted:

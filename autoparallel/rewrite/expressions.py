@@ -143,6 +143,7 @@ def spelled(target: str, text: str, reads: list[str]) -> str:
     if space == "aten" and overload not in _AS_IS and not name.startswith("_"):
         function = nn_binding(name)
         if function is not None:
+            # Some of these bindings are private; F re-exports the public ones.
             public = getattr(functional, name, None) is function
             return f"{'F' if public else NN_BINDINGS}.{name}({text})"
         if has_torch_binding(name):

@@ -277,6 +277,7 @@ def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> S
         for position, name in enumerate(names):
             size = rule.sizes[name]
             if isinstance(size, Sym):
+                # A part of a symbolic inner loop is no fixed number of blocks or runs of the dim.
                 if len(names) > 1:
                     raise UnsplittableError
                 return Shard(index)
@@ -341,12 +342,14 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     if isinstance(size, Sym):
         return tile.blocks == tile.unit == grain == 1
     runs, rest = divmod(size, tile.blocks * tile.unit)
+    # One run cannot be shared.
     if rest or runs < 2:
         return False
     # Parts are those of torch.chunk: `step` runs each, and what is left for the last one.
     step = -(-runs // world_size)
     if any(count * tile.blocks * tile.unit % grain for count in (step, runs % step)):
         return False
+    # The last rank's part begins at (world_size - 1) * step; beyond the end, it is empty.
     return not rule.needs_elements(tile.loop) or (world_size - 1) * step < runs
 
 
@@ -384,6 +387,7 @@ def strategies(
     unique[whole] = None
     if world_size == 1:
         return (whole,)
+    # R and I differ in gradients alone: with R, each rank's gradient is its summand.
     if any(operand_grads):
         unique[Strategy(tuple(map(rep, operand_grads)), tuple(map(rep, result_grads)))] = None
     for tile in tiles:

@@ -50,6 +50,7 @@ def view_loops(
         while True:
             one = _product([before[k] for k in run_i])
             two = _product([after[k] for k in run_j])
+            # The shortest run whose products are equal, as expressions: it holds for all inputs.
             if one == two:
                 break
             # The shorter side takes one more dim, until both products are equal.
@@ -104,6 +105,7 @@ def _cut(
         _opaque(before, run_i, left, sizes, whole)
         return
     names: dict[tuple[int, int], str] = {}
+    # Outermost first, so that names run from left to right.
     for low, high in reversed(list(pairwise(cuts))):
         name = f"l{run_i[0]}_{len(names)}"
         names[low, high] = name

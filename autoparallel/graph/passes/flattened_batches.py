@@ -225,6 +225,7 @@ class _Unmerger:
         merged = before.shape[:count]
         if not any(isinstance(size, Sym) for size in merged):
             return  # loops see through it
+        # The dims behind the merged ones must be untouched.
         if count > 1 and len(after.shape) > 1 and before.shape[count:] == after.shape[1:]:
             self.apart[after.name] = _Apart(before, before.shape[:count])
 
@@ -257,6 +258,7 @@ class _Unmerger:
         args = _shifted(node, len(self.graph.values[merged].shape), len(apart.batch) - 1)
         if args is None or node.result.shape[0] != first:
             return None
+        # Its other operands are weights, which have no batch.
         if node.target in _OF_ROWS:
             if node.operands()[0] != merged:
                 return None
@@ -289,6 +291,7 @@ class _Unmerger:
         value, known = self.graph.values[name], self.apart.get(name)
         if known is not None and known.batch == batch:
             return known.value.name
+        # Broadcast against the batch, it has no merged dim to take apart.
         if len(value.shape) < len(reader.result.shape):
             return name
         first_dims = batch if value.shape[0] == first else (1,) * len(batch)

@@ -76,6 +76,7 @@ class _Functional:
                     self.made_by[value.name] = (node, index)
                     self.fresh[value.name] = self.versions.get(self.owner(value.name), 0)
         last = self.graph.nodes[-1] if self.graph.nodes else None
+        # Returned views must show writes that came after they were taken.
         for name in (*self.graph.outputs, *self.mutations.values()):
             self.refresh(name, last)
         rebuilt_graph = rebuilt(self.graph, self.nodes, self.names)
@@ -110,6 +111,7 @@ class _Functional:
             return
         parent = self.views[name]
         self.refresh(parent, reader)
+        # An alias from an earlier write, not a view that some op took: it is what its parent is.
         if name not in self.made_by:
             self.names[name] = self.names.get(parent, parent)
             self.fresh[name] = version
@@ -160,6 +162,7 @@ class _Functional:
             self.names[top] = self.without_gradient(node, before, self.current(top))
             self.versions[owner] = self.fresh[top] = version + 1
         if home.kind == "buffer":
+            # Buffers may be written: the program returns their last value, which is copied back.
             self.mutations[home.target] = owner
 
     def write_back(
@@ -176,8 +179,10 @@ class _Functional:
                 if not is_view(view.target):
                     self.refuse_later_reads(writer, child)
                     break
+                # The other elements of the parent are those from before this write.
                 self.refresh_before(parent, version, writer)
                 before = self.current(parent)
+                # A slice of everything: the child replaces the parent.
                 if self.current(parent).shape == self.current(child).shape and (
                     packet_of(view.target) == "slice"
                 ):
@@ -299,6 +304,7 @@ class _Functional:
         Torch itself is asked, on meta tensors, where types differ: promotion has many rules.
         """
         operands = [self.values[name] for name in node.operands()]
+        # An integer tensor and a float scalar promote to floating point.
         number = any(isinstance(leaf, float) for leaf in leaves(node.args))
         if all(value.dtype == before.dtype for value in operands) and not (
             number and not before.dtype.is_floating_point

@@ -74,6 +74,7 @@ class _Remerger:
         if shapes not in self.known:
             self.known[shapes] = _refined(*shapes)
         refined = self.known[shapes]
+        # Loops see through merges of fixed sizes by themselves.
         symbolic = any(isinstance(size, Sym) for size in refined or ())
         if refined is None or not symbolic or (refined == result.shape and known.value is source):
             self.nodes.append(node)

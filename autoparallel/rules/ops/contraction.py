@@ -154,6 +154,7 @@ def grouped_mm(call: OpCall) -> ShardingRule:
     operands, results = notation.split(" -> ")
     summed_once = {"k"} if call.argument(3, "bias") is not None else set()
     grouped = {(2, 3): {"t"}, (3, 3): set(), (2, 2): {"k", "e"}, (3, 2): {"n", "e"}}[shapes]
+    # The kernel knows rows by matrices, without a bias and another output type.
     alone = shapes == (2, 3) and len(call.operands) == 3 and call.argument(4, "out_dtype") is None
     parsed = ShardingRule.parse(
         f"{', '.join([operands, *more])} -> {results}",

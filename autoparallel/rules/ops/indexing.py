@@ -103,6 +103,7 @@ def index(call: OpCall) -> ShardingRule:
     wide = max(len(operand.shape) for operand in operands)
     side_by_side = indexed[-1] - indexed[0] == len(indexed) - 1
     start = indexed[0] if side_by_side else 0
+    # The indices' own dims: places in the result.
     loops: list[Loops] = []
     for i, size in enumerate(call.results[0].shape[start : start + wide]):
         loops.append((f"i{i}",) if size != 1 else ())
@@ -138,6 +139,7 @@ def scatter(call: OpCall) -> ShardingRule:
     x, index = call.operands[:2]
     names, sizes = loop_per_dim(call.operands[0].shape)
     dim = call.node.args[1] % max(len(names), 1)
+    # A rank cannot write to places that it does not hold.
     whole = set(names[dim] if names else ())
     source = call.operands[2:]
     for i, size in enumerate(x.shape):

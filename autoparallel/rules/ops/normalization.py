@@ -89,6 +89,7 @@ def group_norm(call: OpCall) -> ShardingRule:
     groups = call.node.args[1]
     by_channel = _channels(call, "cs")
     channels = call.operands[0].shape[1]
+    # Groups of an unknown number of channels are no loops.
     if not isinstance(channels, int):
         return _channels(call, "cs")
     channel_sizes: dict[str, Dim] = {"g": groups, "c": channels // groups}

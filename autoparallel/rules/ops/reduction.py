@@ -143,6 +143,7 @@ _PLACES = ("topk", "kthvalue", "sort", "mode", "cummax", "cummin")
 @rule(*(f"aten.{name}.default" for name in _PLACES), "aten.sort.stable")
 def ordered(call: OpCall) -> ShardingRule:
     """Values ordered along one dim, which stays whole, and their places."""
+    # topk and kthvalue take k first.
     position = 2 if call.node.target in ("aten.topk.default", "aten.kthvalue.default") else 1
     dim = call.argument(position, "dim", -1) % max(len(call.operands[0].shape), 1)
     left, right, sizes = _reduction(call, {dim})
