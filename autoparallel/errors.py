@@ -17,8 +17,8 @@ __all__ = [
 
 
 class AutoParallelError(Exception):
-    """The base of every error that the library raises on purpose: it says what, where, why and how
-    to fix it.
+    """The base of every error that the library raises on purpose: it says what, where,
+    why and how to fix it.
 
     what: one sentence that says what happened. where: the module's path and the source line in the
     user's model. why: the cause. fix: what the user may type instead. All but `what` may be empty.
@@ -45,15 +45,16 @@ class AutoParallelError(Exception):
 def _rebuild(
     kind: type[AutoParallelError], what: str, where: str, why: str, fix: str
 ) -> AutoParallelError:
-    """Return the error that was pickled. Exception's own way would pass the joined message
-    alone.
+    """Return the error that was pickled.
+
+    Exception's own way would pass the joined message alone.
     """
     return kind(what, where=where, why=why, fix=fix)
 
 
 class InputsNeededError(AutoParallelError):
-    """No example inputs were given, and none could be derived from the model: it cannot be traced
-    without.
+    """No example inputs were given, and none could be derived from the model:
+    it cannot be traced without.
     """
 
 
@@ -74,8 +75,8 @@ class WorldSizeError(AutoParallelError):
 
 
 class WrappedModelError(AutoParallelError):
-    """The model is already wrapped by another parallel engine (DDP, FSDP), which moves its
-    tensors.
+    """The model is already wrapped by another parallel engine (DDP, FSDP),
+    which moves its tensors.
     """
 
 

@@ -64,8 +64,8 @@ class Mesh:
 
 
 def arrangements(world_size: int, devices_per_node: int) -> tuple[Mesh, ...]:
-    """Return the meshes of at most two axes whose inner axis fills whole nodes or an even part of
-    one.
+    """Return the meshes of at most two axes whose inner axis fills
+    whole nodes or an even part of one.
 
     world_size: number of ranks in all. devices_per_node: devices that share the fast links. The
     narrowest inner axis comes first. The inner axis is the one that talks most (tensor

@@ -1,5 +1,4 @@
-"""Placements: how a tensor lies on each mesh axis, and which collectives move it from one to
-another.
+"""Placements: how a tensor lies on each mesh axis, and the collectives that redistribute it.
 
 The type of a tensor fixes the type of its gradient (`gradient`), so a transition fixes its
 backward: moving a value from A to B moves its gradient from gradient(B) to gradient(A). The whole
@@ -42,8 +41,8 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, order=True)
 class Invariant:
-    """The value is the same on all ranks, as one logical computation; so is its gradient, on every
-    rank in full.
+    """The value is the same on all ranks, as one logical computation; so is its gradient,
+    on every rank in full.
     """
 
     def __str__(self) -> str:
@@ -120,8 +119,9 @@ def parse_placement(text: str) -> Placement:
 
 
 def layout_text(layout: Layout) -> str:
-    """Return the layout as text: "S(0)" on a mesh of one axis, "S(0) | R" on one of two. Inverse of
-    `parse_layout`.
+    """Return the layout as text: "S(0)" on a mesh of one axis, "S(0) | R" on one of two.
+
+    Inverse of `parse_layout`.
 
     >>> layout_text((Shard(0), Replicate()))
     'S(0) | R'
@@ -142,6 +142,7 @@ def parse_layout(text: str) -> Layout:
 @cache
 def whole_layout(axes: int) -> Layout:
     """Return the layout of an unsharded value on a mesh of `axes` axes: Invariant on every one.
+
     axes: their number.
     """
     return (Invariant(),) * axes
@@ -183,8 +184,8 @@ def part_bounds(count: int, world_size: int, rank: int) -> tuple[int, int]:
 
 
 def local_size(size: int, shard: Shard, world_size: int, rank: int = 0) -> int:
-    """Return the number of elements that `rank` holds of a dim of `size` elements; rank 0 holds the
-    largest part.
+    """Return the number of elements that `rank` holds of a dim of `size` elements;
+    rank 0 holds the largest part.
 
     size: of the whole dim. shard: how it is cut; its `dim` is not looked at. world_size: ranks on
     the mesh axis.
@@ -222,8 +223,9 @@ def local_layout_size(
 
 
 class Collective(Enum):
-    """The collectives that cross the links. Their bytes are counted on the full (unsharded)
-    tensor.
+    """The collectives that cross the links.
+
+    Their bytes are counted on the full (unsharded) tensor.
     """
 
     ALL_REDUCE = "all_reduce"
@@ -233,8 +235,8 @@ class Collective(Enum):
 
 
 class Movement(Enum):
-    """One move of a tensor on a mesh axis, named by what it does in the direction in which it is
-    made.
+    """One move of a tensor on a mesh axis, named by what it does
+    in the direction in which it is made.
 
     NONE and SLICE send nothing. PAD puts a part amid zeros (S -> P), and KEEP_ON_FIRST keeps the
     value on the first rank and zeros elsewhere (I or R -> P), so that the sum over the ranks stays

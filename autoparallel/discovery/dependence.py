@@ -129,8 +129,8 @@ class _Observed:
         self.observe(shrunk.values)
 
     def observe(self, values: Values) -> None:
-        """Change each slice of each operand in turn, and note which slices of the results
-        differ.
+        """Change each slice of each operand in turn,
+        and note which slices of the results differ.
         """
         probe, pattern, sizes = self.probe, self.pattern, self.sizes
         changed: dict[tuple[Place, Place], torch.Tensor] = {}
@@ -197,8 +197,8 @@ class _Observed:
                 changed[key][list(after)] |= rows
 
     def untouched(self, changed: dict[tuple[Place, Place], torch.Tensor]) -> None:
-        """Tie dims of equal size to an operand whose numbers change nothing: it gives its shape
-        alone.
+        """Tie dims of equal size to an operand whose numbers change nothing:
+        it gives its shape alone.
         """
         touching = {one[0] for (one, _), matrix in changed.items() if bool(matrix.any())}
         for (one, two), matrix in changed.items():
@@ -234,8 +234,9 @@ class _Observed:
             opaque |= broken
 
     def spread(self, ties: list[_Tie], points_of: dict[Place, set[int]]) -> None:
-        """Cut each of two dims that run together where the other is cut. found: points by dim,
-        filled here.
+        """Cut each of two dims that run together where the other is cut.
+
+        found: points by dim, filled here.
         """
         changed = True
         while changed:
@@ -264,8 +265,9 @@ def _different(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _ties(one: Place, two: Place, matrix: torch.Tensor) -> Iterator[_Tie]:
-    """Yield the largest parts of two dims that run together. matrix[i, j]: slice i changes
-    slice j.
+    """Yield the largest parts of two dims that run together.
+
+    matrix[i, j]: slice i changes slice j.
     """
     rows, columns = matrix.nonzero(as_tuple=True)
     n, m = matrix.shape
@@ -314,8 +316,8 @@ def _named(
     parents: dict[tuple[Place, int], tuple[Place, int]] = {}
 
     def root(piece: tuple[Place, int]) -> tuple[Place, int]:
-        """Return the piece that stands for all pieces that run together with this one
-        (union-find).
+        """Return the piece that stands for all pieces that run
+        together with this one (union-find).
         """
         while parents.setdefault(piece, piece) != piece:
             piece = parents[piece]
@@ -381,8 +383,8 @@ def _pairs(
 
 
 def _term(pattern: Pattern, sizes: list[dict[int, int]], values: list[int]) -> Term:
-    """Return the size that has these values at these sizes; factor 0 where no product of
-    sizes has.
+    """Return the size that has these values at these sizes;
+    factor 0 where no product of sizes has.
     """
     if len(set(values)) == 1:
         return Term(values[0])

@@ -1,5 +1,4 @@
-"""Rules for ops that have none, by running the op on small tensors and validating what that
-suggests.
+"""Rules for ops that have none: suggested by running the op on small tensors, then validated.
 
 The op is run at small sizes that are as free of each other as it lets them be (`probe_sizes`).
 Slices of its operands are changed to see which slices of its results change (`dependence`). That
@@ -95,8 +94,8 @@ def _refuse(probe: Probe) -> None:
 
 
 def _best(probe: Probe) -> DiscoveredRule:
-    """Return the rule by the freest sizes or, where the op fails there or some loops stay whole, by
-    tied ones.
+    """Return the rule by the freest sizes or, where the op fails there or some loops stay whole,
+    by tied ones.
     """
     shrunk = shrink(probe)
     try:
@@ -128,8 +127,8 @@ class _Author:
         self.trial = Trial(probe, shrunk)
 
     def written(self) -> DiscoveredRule:
-        """Return the rule: all loops start whole, and each is set free where a trial finds no
-        fault.
+        """Return the rule: all loops start whole, and each is set free
+        where a trial finds no fault.
         """
         structure = find_structure(self.probe, self.shrunk)
         draft = DiscoveredRule(
@@ -154,8 +153,8 @@ class _Author:
         return self.verified(draft)
 
     def note(self) -> str:
-        """Return a note for the plan where the op has no backward, and only its forward is
-        proven.
+        """Return a note for the plan where the op has no backward,
+        and only its forward is proven.
         """
         error = self.trial.backward_error
         return f"proven forward only: backward failed: {error}" if error else ""
@@ -163,8 +162,8 @@ class _Author:
     # -- loops
 
     def split(self, draft: DiscoveredRule, loop: str) -> DiscoveredRule:
-        """Return the rule with `loop` free to be split, if that is right; else whole, with the
-        reason.
+        """Return the rule with `loop` free to be split, if that is right; else whole,
+        with the reason.
         """
         set_free = replace(draft, whole=tuple(pair for pair in draft.whole if pair[0] != loop))
         # An op that does not check its operands could read past the end of one.
@@ -196,8 +195,8 @@ class _Author:
         return any(self.trial.try_loop(other, loop) for loop in free)
 
     def followers(self, draft: DiscoveredRule, loop: str) -> Iterator[tuple[Follows, ...]]:
-        """Yield integer arguments that may follow the local size of a result's dim that has the
-        loop.
+        """Yield integer arguments that may follow the local size of a
+        result's dim that has the loop.
         """
         dims = [
             (result, dim)
@@ -228,8 +227,8 @@ class _Author:
                 yield (*draft.follows, *(Follows(at, result, dim) for at in chosen))
 
     def groups(self, structure: Structure) -> list[list[str]]:
-        """Return loops of operands alone, those of one size together: they may be summed over as
-        one.
+        """Return loops of operands alone, those of one size together:
+        they may be summed over as one.
         """
         by_size: dict[Term, list[str]] = {}
         for loop, term in structure.loops.items():
@@ -238,8 +237,8 @@ class _Author:
         return list(by_size.values())
 
     def join(self, draft: DiscoveredRule, group: list[str]) -> DiscoveredRule:
-        """Return the rule with loops joined that are one loop summed over, as many of them as can
-        be.
+        """Return the rule with loops joined that are one loop summed over,
+        as many of them as can be.
         """
         left = list(group)
         # The largest sets first: a loop that is summed with others is none by itself.
@@ -284,8 +283,8 @@ class _Author:
     # -- the last word
 
     def verified(self, draft: DiscoveredRule) -> DiscoveredRule:
-        """Return the rule without strategies that fail on sizes, blocks and runs that no choice was
-        made on.
+        """Return the rule without strategies that fail on sizes,
+        blocks and runs that no choice was made on.
         """
         # All that was decided was decided on two sets of sizes; these are others.
         for case in self.trial.final():
@@ -294,8 +293,8 @@ class _Author:
         return self.emptied(draft)
 
     def emptied(self, draft: DiscoveredRule) -> DiscoveredRule:
-        """Return the rule with `takes_empty` set if it holds: as few ranks as leave one without
-        elements.
+        """Return the rule with `takes_empty` set if it holds:
+        as few ranks as leave one without elements.
         """
         if not self.probe.checks:
             return draft
@@ -314,8 +313,9 @@ class _Author:
         return replace(draft, takes_empty=True)
 
     def checked(self, draft: DiscoveredRule, example: Example, ranks: int) -> DiscoveredRule:
-        """Return the rule without strategies that fail on one example. Raises ProbeError if it
-        fails unsplit.
+        """Return the rule without strategies that fail on one example.
+
+        Raises ProbeError if it fails unsplit.
         """
         trial = self.trial
         while True:
@@ -340,8 +340,8 @@ class _Author:
 
 
 def _args_alone(call: OpCall) -> OpCall:
-    """Return the call without keyword arguments: a rule's local_args change positional ones
-    alone.
+    """Return the call without keyword arguments:
+    a rule's local_args change positional ones alone.
     """
     return OpCall(replace(call.node, kwargs=()), call.operands)
 

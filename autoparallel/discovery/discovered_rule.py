@@ -24,8 +24,8 @@ __all__ = ["DiscoveredKernel", "DiscoveredRule", "Follows"]
 
 @dataclass(frozen=True, slots=True)
 class Follows:
-    """An integer argument that shrinks with a result's dim when that dim is split (a number of
-    groups, say).
+    """An integer argument that shrinks with a result's dim when that
+    dim is split (a number of groups, say).
 
     integer: counted among those of the call. result, dim: whose local size it follows.
     """
@@ -114,8 +114,8 @@ class DiscoveredRule:
         return replace(rule_of_call, discovered=words)
 
     def stuck(self, call: OpCall) -> list[str]:
-        """Return loops that cannot be split in this call, because an integer is no multiple of a
-        symbolic size.
+        """Return loops that cannot be split in this call,
+        because an integer is no multiple of a symbolic size.
         """
         integers = integers_of(call)
         loops: list[str] = []
@@ -186,8 +186,9 @@ class DiscoveredRule:
 
     @staticmethod
     def from_json(rows: Mapping[str, Any]) -> DiscoveredRule:
-        """Return the rule that was written. Raises KeyError, TypeError or ValueError for another
-        text.
+        """Return the rule that was written.
+
+        Raises KeyError, TypeError or ValueError for another text.
         """
         operands, integers = rows["pattern"]
         return DiscoveredRule(
@@ -232,8 +233,9 @@ def _row(term: Term) -> list[Any]:
 
 
 def _term(item: Any) -> Term:
-    """Return the size that was written as JSON. Raises TypeError or ValueError for anything
-    else.
+    """Return the size that was written as JSON.
+
+    Raises TypeError or ValueError for anything else.
     """
     factor, atoms = item
     return Term(int(factor), tuple(int(atom) for atom in atoms))

@@ -35,8 +35,8 @@ VERSION = 2
 
 
 def key_of(call: OpCall) -> str:
-    """Return the key of a rule: the op as it is registered, and the pattern of the call's sizes, as
-    JSON.
+    """Return the key of a rule: the op as it is registered, and the pattern of the call's sizes,
+    as JSON.
 
     Two calls with one key have one rule. The op's source counts, so that a changed op is probed
     again.
@@ -89,8 +89,8 @@ def _source(target: str) -> str:
 
 
 def _text(function: Any) -> str:
-    """Return the source of a function; its bytecode where there is none, as in an interactive
-    session.
+    """Return the source of a function; its bytecode where there is none,
+    as in an interactive session.
     """
     try:
         return inspect.getsource(function)

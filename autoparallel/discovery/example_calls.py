@@ -75,8 +75,8 @@ def make_example(
     kwargs: Mapping[str, Any] | None = None,
     symbolic: Mapping[int, str] | None = None,
 ) -> Example:
-    """Return a call of `target` on real tensors, run unsplit; tensors that require a gradient are
-    given one.
+    """Return a call of `target` on real tensors, run unsplit;
+    tensors that require a gradient are given one.
 
     target: the op. args, kwargs: nested tuples with tensors, of which one that occurs twice is one
     operand twice. symbolic: sizes that the program is to take from its inputs, as expressions: {5:

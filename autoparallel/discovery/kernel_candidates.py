@@ -65,8 +65,8 @@ def _lookups(
 
 
 def _combined(draft: DiscoveredRule, operand: int, dim: int) -> Iterator[DiscoveredKernel]:
-    """Yield parts' results gathered and reduced again, if the result has the operand's other dims
-    in their order.
+    """Yield parts' results gathered and reduced again,
+    if the result has the operand's other dims in their order.
     """
     result_dims = []
     for names in draft.operands[operand]:
@@ -91,8 +91,8 @@ def _runs(probe: Probe, shrunk: ProbeSizes, index: int, value: float) -> torch.T
 
 
 def _takes_special(probe: Probe, shrunk: ProbeSizes, index: int) -> bool:
-    """Return whether places may be other than 0, 1, ...: counted from the end, or marks of no
-    place.
+    """Return whether places may be other than 0, 1, ...: counted from the end,
+    or marks of no place.
     """
     if not probe.checks:
         return True
@@ -123,8 +123,8 @@ def _counts(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool
 
 
 def _averages_zeros(probe: Probe, shrunk: ProbeSizes, at: list[tuple[int, int]]) -> bool:
-    """Return whether the result is the mean of its parts' results by their sizes, zeros among the
-    numbers.
+    """Return whether the result is the mean of its parts' results by their sizes,
+    zeros among the numbers.
     """
     sizes = assignment(shrunk.order, 0)
     # Half of the numbers are zeros: a mean over nonzero numbers alone would show here.

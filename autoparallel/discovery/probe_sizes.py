@@ -56,8 +56,8 @@ class ProbeSizes:
 
 
 def shrink(probe: Probe) -> ProbeSizes:
-    """Return the freest pattern at whose sizes the op runs and gives as many results of the same
-    ranks.
+    """Return the freest pattern at whose sizes the op runs and
+    gives as many results of the same ranks.
 
     An op that may not check its operands is run at no sizes that break a relation of the call's.
     Raises ProbeError, with the op's own words, where it runs at none.
@@ -77,8 +77,8 @@ def shrink(probe: Probe) -> ProbeSizes:
 
 
 def related_terms(probe: Probe) -> str:
-    """Return the call's sizes by their relations alone, as text: equal for calls whose sizes are
-    equally related.
+    """Return the call's sizes by their relations alone, as text:
+    equal for calls whose sizes are equally related.
 
     Numbers of integers that are no sizes are kept, because they may decide what the op does.
     """
@@ -124,8 +124,8 @@ class _Search:
     # -- patterns to start from
 
     def first(self) -> Pattern:
-        """Return the first pattern that runs, from independent sizes to those that keep every
-        relation.
+        """Return the first pattern that runs, from independent sizes
+        to those that keep every relation.
         """
         as_called = self.probe.own()
         elements = [torch.Size([term.factor for term in row]).numel() for row in as_called.operands]
@@ -190,8 +190,9 @@ class _Search:
         yield _pattern(self.probe, dict(rows))
 
     def fresh(self, size: Dim, bias: float = 0.0) -> int:
-        """Return a new independent size for a size of the call. bias: its place among equal ones in
-        the order.
+        """Return a new independent size for a size of the call.
+
+        bias: its place among equal ones in the order.
         """
         atom = len(self.actual)
         self.actual[atom] = hint(size) + bias
@@ -205,8 +206,8 @@ class _Search:
         related: bool,
         factor: int,
     ) -> Term:
-        """Return a size by smaller ones if it is related to them, else by itself, as a new
-        independent one.
+        """Return a size by smaller ones if it is related to them, else by itself,
+        as a new independent one.
         """
         if related:
             larger: list[Dim] = list(known)[::-1]
@@ -245,8 +246,8 @@ class _Search:
         return tuple(sorted(pattern.atoms, key=lambda atom: (self.actual[atom], atom)))
 
     def runs(self, pattern: Pattern) -> bool:
-        """Return whether the op runs at small sizes of this pattern, with results like the
-        call's.
+        """Return whether the op runs at small sizes of this pattern,
+        with results like the call's.
         """
         order = self.ordered(pattern)
         # All choices of sizes that discovery uses later must run.
@@ -265,8 +266,8 @@ class _Search:
         return True
 
     def finite(self, pattern: Pattern, sizes: Mapping[int, int]) -> tuple[torch.Tensor, ...] | None:
-        """Return the results; None, with the reason noted, if the op fails or they are not
-        finite.
+        """Return the results; None, with the reason noted,
+        if the op fails or they are not finite.
         """
         tensors = self.probe.tensors(pattern, sizes, self.values, 0, guarded=True)
         try:
@@ -276,8 +277,8 @@ class _Search:
             return None
 
     def alike(self, results: tuple[torch.Tensor, ...]) -> bool:
-        """Return whether the results are as many, of the same ranks, and equal in size where the
-        call's are.
+        """Return whether the results are as many, of the same ranks,
+        and equal in size where the call's are.
         """
         wanted = self.probe.call.results
         if len(results) != len(wanted) or any(
@@ -297,8 +298,8 @@ class _Search:
     # -- freeing what is tied by chance
 
     def relaxed(self, pattern: Pattern) -> Pattern:
-        """Return the pattern with sizes set free one by one, then two by two, as long as the op
-        still runs.
+        """Return the pattern with sizes set free one by one, then two by two,
+        as long as the op still runs.
         """
         terms = dict(zip(self.slots, pattern.terms(), strict=True))
         changed = True
@@ -320,8 +321,8 @@ class _Search:
         return self.settled(_pattern(self.probe, terms))
 
     def settled(self, pattern: Pattern) -> Pattern:
-        """Return the pattern with integers that no dim follows fixed: they may mean more than
-        sizes.
+        """Return the pattern with integers that no dim follows fixed:
+        they may mean more than sizes.
         """
         followed = {atom for row in pattern.operands for term in row for atom in term.atoms}
         fixed = tuple(

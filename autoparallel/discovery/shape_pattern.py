@@ -1,5 +1,4 @@
-"""The shape pattern of a call: how its sizes follow from independent ones, and the call at other
-sizes.
+"""The shape pattern of a call: how its sizes follow from independent ones; and runs at others.
 
 An op that is understood at one call's sizes is understood at any that follow the same pattern, so a
 rule can be found on small tensors, and be used for large ones.
@@ -107,8 +106,8 @@ class Pattern:
         yield from self.integers
 
     def solve(self, call: OpCall) -> dict[int, Dim] | None:
-        """Return the independent sizes of `call`, by index; None if the call does not follow the
-        pattern.
+        """Return the independent sizes of `call`, by index;
+        None if the call does not follow the pattern.
         """
         integers = integers_of(call)
         if len(self.operands) != len(call.operands) or len(self.integers) != len(integers):
@@ -255,8 +254,9 @@ class Probe:
         limit: int | None,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """Return random numbers of one operand. limit: whole numbers are below it, if it is not
-        None.
+        """Return random numbers of one operand.
+
+        limit: whole numbers are below it, if it is not None.
         """
         if dtype == torch.bool:
             return torch.randint(0, 2, shape, generator=generator) == 1
@@ -305,8 +305,9 @@ class Probe:
     def guarded_run(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """Return the results of guarded operands. Raises OpFailedError, too where they are not
-        finite.
+        """Return the results of guarded operands.
+
+        Raises OpFailedError, too where they are not finite.
         """
         results = self.run(pattern, sizes, tensors)
         if not all(bool(result.isfinite().all()) for result in results):
@@ -316,8 +317,9 @@ class Probe:
     def run(
         self, pattern: Pattern, sizes: Mapping[int, int], tensors: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """Return the results of the op, without gradients. Raises OpFailedError with the op's own
-        words.
+        """Return the results of the op, without gradients.
+
+        Raises OpFailedError with the op's own words.
         """
         self.runs += 1
         args, kwargs = self.arguments(pattern, sizes, tensors)

@@ -30,8 +30,8 @@ CHOICES = len(_POOLS)
 
 
 def assignment(order: tuple[int, ...], which: int) -> dict[int, int]:
-    """Return small values for the independent sizes: all different, and in the order of the call's
-    own sizes.
+    """Return small values for the independent sizes: all different,
+    and in the order of the call's own sizes.
 
     order: indices of the independent sizes, from the smallest to the largest of the call. which: 0,
     1 or 2, for different values.

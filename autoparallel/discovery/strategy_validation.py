@@ -1,5 +1,4 @@
-"""The validation of strategies: one is right if split, run and join equal unsplit, forward and
-backward.
+"""The validation of strategies: split, run and join must equal unsplit, forward and backward.
 
 It runs the op through the emitter, one thread per rank, so that what it validates is what a plan
 runs. Nothing here depends on how a strategy was found: derived from a rule, or guessed.
@@ -48,8 +47,8 @@ _PATIENCE_SECONDS = 60.0
 
 
 def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[LoopSplit]:
-    """Yield every way to split every loop: into all blocks of runs of all units that its size
-    allows.
+    """Yield every way to split every loop: into all blocks of runs
+    of all units that its size allows.
     """
     for loop in rule.loops:
         size = rule.sizes[loop]
@@ -77,8 +76,8 @@ def derived(example: Example, rule: ShardingRule, world_size: int) -> tuple[Stra
 def uneven_parts(
     whole: torch.Tensor, world_size: int, generator: torch.Generator
 ) -> list[torch.Tensor]:
-    """Return tensors of both signs and of different sizes that add up to `whole`: one pending sum
-    per rank.
+    """Return tensors of both signs and of different sizes that add up to `whole`:
+    one pending sum per rank.
 
     Equal parts would hide a bias that is counted on every rank. Raises TypeError for truth values,
     which have no sum.

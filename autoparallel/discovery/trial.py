@@ -75,8 +75,9 @@ class Trial:
         symbolic: bool = False,
         values: Values | None = None,
     ) -> Example:
-        """Return the call at these sizes, with its unsplit results. symbolic: its symbols are
-        symbols there too.
+        """Return the call at these sizes, with its unsplit results.
+
+        symbolic: its symbols are symbols there too.
         """
         probe, pattern = self.probe, self.shrunk.pattern
         tensors = probe.tensors(pattern, sizes, values or self.shrunk.values, 7 + seed)
@@ -101,8 +102,8 @@ class Trial:
     def tried(
         self, sizes: Mapping[int, int], seed: int, values: Values | None = None
     ) -> Example | None:
-        """Return the call at these sizes; None where the op, or its backward, does not take
-        them.
+        """Return the call at these sizes; None where the op, or its backward,
+        does not take them.
         """
         try:
             return self.example(sizes, seed, values=values)
@@ -112,8 +113,8 @@ class Trial:
             return None
 
     def symbols(self, sizes: Mapping[int, int]) -> dict[int, str]:
-        """Return sizes that are the call's symbols or products of them, by the value that they have
-        here.
+        """Return sizes that are the call's symbols or products of them,
+        by the value that they have here.
         """
         pattern = self.shrunk.pattern
         atoms = pattern.solve(self.probe.call) or {}
@@ -186,8 +187,8 @@ class Trial:
             yield _Case(self.case(1, symbolic=True), (2,))
 
     def unusual(self) -> Iterator[Example]:
-        """Yield the call with numbers that an op may treat differently: many alike, zeros, large
-        ones.
+        """Yield the call with numbers that an op may treat differently: many alike, zeros,
+        large ones.
         """
         plain = self.shrunk.values
         changes: tuple[dict[str, float], ...] = (
@@ -204,8 +205,8 @@ class Trial:
                 yield example
 
     def own_integers(self) -> Example | None:
-        """Return the call with its own integers, where they are small: they may mean more than
-        sizes.
+        """Return the call with its own integers, where they are small:
+        they may mean more than sizes.
         """
         pattern = self.shrunk.pattern
         atoms = pattern.solve(self.probe.call) or {}

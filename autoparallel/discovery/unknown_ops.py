@@ -19,8 +19,8 @@ _REASONS: dict[Any, str] = {}
 
 
 def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
-    """Return the rule of a call whose op has none, and ""; or None, and why there is none: "the op
-    ...".
+    """Return the rule of a call whose op has none, and ""; or None, and why there is none:
+    "the op ...".
 
     A written rule is returned as it is. A rule that was found is remembered for this process, and
     stored on disk for others.
@@ -49,8 +49,9 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
 
 
 def _cached(call: OpCall) -> DiscoveredRule:
-    """Return the stored rule if it still holds; else a new one, which is stored. Raises
-    ProbeError.
+    """Return the stored rule if it still holds; else a new one, which is stored.
+
+    Raises ProbeError.
     """
     key = key_of(call)
     discovered = load(key)
@@ -61,8 +62,8 @@ def _cached(call: OpCall) -> DiscoveredRule:
 
 
 def learn(graph: Graph) -> None:
-    """Find the rules that a plan of this graph was made with, where it was made in another
-    process.
+    """Find the rules that a plan of this graph was made with,
+    where it was made in another process.
     """
     for node in graph.calls:
         if find_rule(node.target) is None:

@@ -39,8 +39,9 @@ def shares_memory(target: str) -> bool:
 
 
 def is_view(target: str) -> bool:
-    """Return whether results of the op are always views of its first operand. Some ops copy where
-    they must.
+    """Return whether results of the op are always views of its first operand.
+
+    Some ops copy where they must.
 
     >>> is_view("aten.transpose.int"), is_view("aten.reshape.default")
     (True, False)
@@ -62,8 +63,8 @@ def owner_of(name: str, views: Mapping[str, str]) -> str:
 
 
 def written_back(view: Node, index: int, parent: Value, child: Value, name: str) -> Node | None:
-    """Return the node that produces `parent` anew, after result `index` of `view` was written and
-    became `child`.
+    """Return the node that produces `parent` anew,
+    after result `index` of `view` was written and became `child`.
 
     view: the call that made the view. parent: what it is a view of, before the write. child: what
     stands for the view now. name: of the new node and its value. None where a write through such a

@@ -22,8 +22,8 @@ Modes = tuple[bool, ...]
 
 
 def modes_of(model: nn.Module) -> Modes:
-    """Return whether the model and each module in it trains, in one order: another mode, another
-    program.
+    """Return whether the model and each module in it trains, in one order: another mode,
+    another program.
     """
     return tuple(module.training for module in model.modules())
 
@@ -93,8 +93,8 @@ class Captured:
         return {}
 
     def _holds(self, shapes: tuple[tuple[int, ...], ...], expected: list[tuple[Dim, ...]]) -> bool:
-        """Return whether inputs of these shapes agree with the expected sizes and satisfy all
-        guards.
+        """Return whether inputs of these shapes agree with the
+        expected sizes and satisfy all guards.
 
         Symbols get their values from dims that are a symbol by itself; sizes derived from symbols
         are checked after that.

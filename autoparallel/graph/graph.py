@@ -63,8 +63,8 @@ def hint(dim: Dim) -> int:
 
 
 def size_expression(dim: Dim) -> sympy.Expr:
-    """Return the size as a sympy expression, so that fixed and symbolic sizes can be multiplied
-    alike.
+    """Return the size as a sympy expression, so that fixed and
+    symbolic sizes can be multiplied alike.
     """
     return dim.expr if isinstance(dim, Sym) else sympy.Integer(dim)
 
@@ -142,8 +142,9 @@ class Node:
 
     @property
     def result(self) -> Value:
-        """The only result. It is an error of the caller to ask a node with another number of
-        them.
+        """The only result.
+
+        It is an error of the caller to ask a node with another number of them.
         """
         assert len(self.results) == 1, self
         return self.results[0]
@@ -258,14 +259,15 @@ class Graph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the text, equal for equal programs. Plans store it to know their model
-        again.
+        """A digest of the text, equal for equal programs.
+
+        Plans store it to know their model again.
         """
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
     def verify(self) -> Graph:
-        """Return the graph itself, after a check that every value is produced once, and before it
-        is read.
+        """Return the graph itself, after a check that every value is produced once,
+        and before it is read.
 
         Every pass is followed by this check. Raises AssertionError, because a graph that fails it
         is an error of ours.

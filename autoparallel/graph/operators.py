@@ -37,8 +37,8 @@ def packet_of(target: str) -> str:
 
 
 def makes_list(target: str) -> bool:
-    """Return whether an op returns a list of tensors, be it of one: its result must then be
-    unpacked.
+    """Return whether an op returns a list of tensors, be it of one:
+    its result must then be unpacked.
 
     >>> makes_list("aten.split.Tensor"), makes_list("aten.mm.default")
     (True, False)
@@ -49,8 +49,8 @@ def makes_list(target: str) -> bool:
 
 
 def draws(target: str) -> bool:
-    """Return whether an op draws random numbers of its own, which every rank would draw
-    differently.
+    """Return whether an op draws random numbers of its own,
+    which every rank would draw differently.
 
     Torch tags such ops as nondeterministic_seeded; ops of other libraries may lack the tag.
 

@@ -44,8 +44,8 @@ def layout_fraction(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]
 
 
 def placement_fraction(shape: Sequence[Dim], placement: Placement, count: int) -> float:
-    """Return the share of a tensor's bytes that the largest part on one mesh axis of `count` ranks
-    holds.
+    """Return the share of a tensor's bytes that the largest part on
+    one mesh axis of `count` ranks holds.
 
     1 for every placement but Shard, and for a dim without elements.
 
@@ -59,8 +59,8 @@ def placement_fraction(shape: Sequence[Dim], placement: Placement, count: int) -
 
 
 def exact_fraction(shape: Sequence[int | None], layout: Layout, sizes: tuple[int, ...]) -> Fraction:
-    """Return the largest rank's share of a tensor as an exact fraction, with the axes that cut one
-    dim counted together.
+    """Return the largest rank's share of a tensor as an exact fraction,
+    with the axes that cut one dim counted together.
 
     shape: None for a dim whose size is not known; its parts are taken to be equal. layout: a
     placement per mesh axis. sizes: the mesh axes' sizes.

@@ -69,22 +69,22 @@ class Repeats:
         }
 
     def _names(self, block: Block) -> Iterator[str]:
-        """Yield the block's nodes in one order, the same for all blocks of a kind: calls, then own
-        tensors.
+        """Yield the block's nodes in one order, the same for all blocks of a kind: calls,
+        then own tensors.
         """
         yield from (node.name for node in self.graph.nodes[block.start : block.stop])
         yield from block.own
 
     def block_of(self, node: str) -> Block | None:
-        """Return the block that a call, or a tensor that it alone reads, belongs to; None outside
-        of blocks.
+        """Return the block that a call, or a tensor that it alone reads, belongs to;
+        None outside of blocks.
         """
         place = self._places.get(node)
         return place[0] if place else None
 
     def key(self, node: str) -> Key | None:
-        """Return a key that is equal for corresponding nodes of equal blocks; None outside of
-        blocks.
+        """Return a key that is equal for corresponding nodes of equal blocks;
+        None outside of blocks.
         """
         place = self._places.get(node)
         return (place[0].kind, place[1]) if place else None
@@ -205,8 +205,8 @@ class _Finder:
         return whole
 
     def may_be(self, call: _Call) -> bool:
-        """Return whether the call can be a block: its nodes are in one run, and it is more than a
-        single layer.
+        """Return whether the call can be a block: its nodes are in one run,
+        and it is more than a single layer.
         """
         # Nodes of another call in between: the block would not be one run.
         if call.count != call.stop - call.start:
@@ -249,8 +249,8 @@ class _Finder:
                 self.choose(call)
 
     def is_chain(self, call: _Call) -> bool:
-        """Return whether most of the call is equal blocks, each of which reads what the one before
-        produced.
+        """Return whether most of the call is equal blocks,
+        each of which reads what the one before produced.
         """
         # More than half, so that a head or an embedding beside the chain does not matter.
         most = (call.stop - call.start) / 2
@@ -279,8 +279,8 @@ class _Finder:
         )
 
     def content(self, call: _Call) -> tuple[Any, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """Return the call with places in place of names, and its inputs, outputs and own
-        tensors.
+        """Return the call with places in place of names, and its inputs,
+        outputs and own tensors.
         """
         nodes = self.graph.nodes[call.start : call.stop]
         names = {node.name for node in nodes}

@@ -1,5 +1,4 @@
-"""From a plan to the program of one rank: readable Python, ops on local tensors, collectives in
-between.
+"""From a plan to the program of one rank: readable Python that calls ops on local tensors.
 
 Here belongs how the text is written: names, expressions, the arguments of local calls, conversions,
 and compiling it. Functions that the text calls are in runtime/, the nn.Module around it is in

@@ -1,6 +1,4 @@
-"""The steps by which a plan's values are redistributed from the layout of the producer to a
-reader's.
-"""
+"""The steps that redistribute a plan's values from their producer's layout to their readers'."""
 
 from __future__ import annotations
 
@@ -39,8 +37,8 @@ class Conversions:
     def steps(
         self, name: str, target: Layout, deferred: Deferred | None = None
     ) -> tuple[Step, ...]:
-        """Return the steps by which a value gets from its producer's layout to `target`; none where
-        it needs none.
+        """Return the steps by which a value gets from its producer's layout to `target`;
+        none where it needs none.
 
         name: of the value. deferred: axes whose step the value does not take, because it starts on
         the other side of it. A single step need not be in the plan; of several, the plan must say
@@ -61,8 +59,8 @@ class Conversions:
         return tuple(step for step in steps if step.axis not in axes)
 
     def is_again(self, name: str, target: Layout) -> bool:
-        """Return whether the copy is dropped after the forward pass and redistributed again in the
-        backward pass.
+        """Return whether the copy is dropped after the forward pass and
+        redistributed again in the backward pass.
         """
         conversion = self.known.get((name, target))
         return conversion is not None and conversion.again
@@ -99,8 +97,8 @@ def layouts_made(graph: Graph, plan: Plan, deferred: Deferred) -> dict[str, Layo
 
 
 def find_deferred(graph: Graph, plan: Plan, routes: Conversions) -> Deferred:
-    """Return the parameters that every reader wants as Replicate on an axis on which they are
-    stored whole.
+    """Return the parameters that every reader wants as Replicate on
+    an axis on which they are stored whole.
 
     Their gradients need no collective inside of the program: all of an axis are summed in one when
     the backward pass ends. By node name, the axes. routes: the plan's conversions.

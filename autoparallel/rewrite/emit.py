@@ -164,8 +164,9 @@ class _Emitter:
         )
 
     def calls(self) -> None:
-        """Emit all ops, those to be recomputed in blocks. Raises PlanError where other ops lie in
-        between.
+        """Emit all ops, those to be recomputed in blocks.
+
+        Raises PlanError where other ops lie in between.
         """
         group: tuple[str, ...] = ()
         left: set[str] = set()
@@ -208,8 +209,8 @@ class _Emitter:
         (self.lines if self.block is None else self.block.lines).append(Line(text, reads, makes))
 
     def find_fused(self) -> dict[str, str]:
-        """Return products whose bias can be added in the same call: from the product's node to the
-        addition's.
+        """Return products whose bias can be added in the same call:
+        from the product's node to the addition's.
 
         Nothing may happen in between: the product has one reader, which reads it in the layout in
         which it is produced.

@@ -96,8 +96,9 @@ class ExpressionWriter:
     def arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reads: Iterable[str]
     ) -> str:
-        """Return a call's arguments as text. reads: the names of its tensors, in order, repeats
-        kept.
+        """Return a call's arguments as text.
+
+        reads: the names of its tensors, in order, repeats kept.
         """
         names = iter(reads)
         parts = [self.argument(arg, names) for arg in args]
@@ -105,8 +106,8 @@ class ExpressionWriter:
         return ", ".join(parts)
 
     def argument(self, item: Any, names: Iterator[str]) -> str:
-        """Return one argument as text; nested tuples become lists, and tensors take the next
-        name.
+        """Return one argument as text; nested tuples become lists,
+        and tensors take the next name.
         """
         if isinstance(item, Ref):
             return next(names)
@@ -155,8 +156,8 @@ def spelled(target: str, text: str, reads: list[str]) -> str:
 
 
 def own_reduction(node: Node) -> dict[str, Any]:
-    """Return the default of `reduction` by the op's schema, where the call leaves it to the
-    default; else nothing.
+    """Return the default of `reduction` by the op's schema,
+    where the call leaves it to the default; else nothing.
 
     Torch's Python bindings of losses have another default (none) than the ops (mean), so that it is
     written out.

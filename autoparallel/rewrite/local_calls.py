@@ -85,8 +85,8 @@ class LocalCalls:
         return size
 
     def kernels(self, node: Node, choice: OpChoice) -> dict[int, tuple[Kernel, str]]:
-        """Return return, by mesh axis, the kernel that the op needs and the local size of the loop
-        that it splits.
+        """Return return, by mesh axis, the kernel that the op needs and
+        the local size of the loop that it splits.
         """
         rule = self.rules[node.name]
         kernels: dict[int, tuple[Kernel, str]] = {}
@@ -115,8 +115,8 @@ class LocalCalls:
         text: str,
         kernels: Mapping[int, tuple[Kernel, str]],
     ) -> str:
-        """Return the call of the kernels: of several, those that run the op itself run the next
-        one.
+        """Return the call of the kernels: of several,
+        those that run the op itself run the next one.
 
         kernels: as `LocalCalls.kernels` gives them. Raises PlanError where two of them cannot be
         nested.
@@ -139,8 +139,8 @@ class LocalCalls:
         return f"kernels.{kernel.name}({text}, {options})"
 
     def random(self, node: Node, choice: OpChoice) -> str:
-        """Return the keywords by which a random op draws the same numbers for the same elements on
-        every rank.
+        """Return the keywords by which a random op draws the same
+        numbers for the same elements on every rank.
         """
         shape = self.speller.shape(node.result.shape)
         placements = self.speller.layout(choice.results[0])

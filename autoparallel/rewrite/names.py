@@ -36,8 +36,8 @@ class Names:
         self.values = {name: self.fresh(name) for name in values}
 
     def fresh(self, name: str) -> str:
-        """Return `name`, with underscores behind it where it means something else, and reserved
-        from now on.
+        """Return `name`, with underscores behind it where it means something else,
+        and reserved from now on.
 
         >>> names = Names(["tp"], [], ["x", "class"])
         >>> names.fresh("x"), names.values["class"]

@@ -40,8 +40,8 @@ _GELU_BY_TANH = (2.0, 2.5)
 
 
 def functions(call: OpCall) -> tuple[float, float]:
-    """Return the functions evaluated per point of the op's loops, forward and backward, in the time
-    of one exponential.
+    """Return the functions evaluated per point of the op's loops, forward and backward,
+    in the time of one exponential.
 
     Both are 0 for ops that only move numbers, and for those that have no entry.
     """

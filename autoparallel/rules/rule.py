@@ -77,8 +77,8 @@ class OpCall:
         return self.node.results
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """Return an argument given by position or by keyword; the default where the call leaves it
-        out.
+        """Return an argument given by position or by keyword;
+        the default where the call leaves it out.
         """
         return self.node.argument(position, name, default)
 
@@ -258,8 +258,8 @@ def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
 
 
 def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
-    """Return the placement of a tensor of `dims` when `tile` is split; None where it has no such
-    loop.
+    """Return the placement of a tensor of `dims` when `tile` is split;
+    None where it has no such loop.
 
     Loops outside of the split one in the same dim become blocks, and loops inside of it become the
     unit. Raises UnsplittableError where no Shard says it: a symbolic size inside a merged dim.

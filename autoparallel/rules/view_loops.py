@@ -80,8 +80,8 @@ def _cut(
     sizes: dict[str, Dim],
     whole: set[str],
 ) -> None:
-    """Name the loops of one run of dims of equal product; left, right, sizes and whole are
-    filled.
+    """Name the loops of one run of dims of equal product; left, right,
+    sizes and whole are filled.
     """
     run_i = [k for k in run_i if before[k] != 1]
     run_j = [k for k in run_j if after[k] != 1]

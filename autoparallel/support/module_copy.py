@@ -23,8 +23,8 @@ DEEPEST = 4  # containers inside of containers that are looked into
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module tree with dicts of its own; parameters and buffers are shared with
-    the original.
+    """Return a copy of a module tree with dicts of its own;
+    parameters and buffers are shared with the original.
 
     Attributes that refer to modules of the tree (a list of layers, a bound method) refer to the
     copies, and containers in attributes are copies, so that nothing that the copy does writes to
@@ -81,8 +81,9 @@ def _own_containers(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
 
 
 def _copied(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
-    """Return the copy of one module and of those below it. twins: copies by the id of their
-    original, filled here.
+    """Return the copy of one module and of those below it.
+
+    twins: copies by the id of their original, filled here.
     """
     # A module that occurs at two places is copied once, so that both stay one module.
     if id(module) not in twins:
@@ -103,8 +104,8 @@ def _copied(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
 
 
 def referring(value: Any, twins: Mapping[int, Any], depth: int = 0) -> Any:
-    """Return `value` with each object that has a twin replaced by it; `value` itself where there is
-    none inside.
+    """Return `value` with each object that has a twin replaced by it;
+    `value` itself where there is none inside.
 
     value: any attribute of a module. twins: replacements by the id of what they replace. depth: how
     many containers lie around it. It looks into lists, tuples, dicts, bound methods and partial
@@ -143,15 +144,16 @@ def referring(value: Any, twins: Mapping[int, Any], depth: int = 0) -> Any:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Return whether both are one object. Comparing by == would compare tensors element by
-    element.
+    """Return whether both are one object.
+
+    Comparing by == would compare tensors element by element.
     """
     return first is second
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """Return a copy of the model without memory, for tracing: every parameter and buffer is on the
-    meta device.
+    """Return a copy of the model without memory, for tracing:
+    every parameter and buffer is on the meta device.
 
     Tied parameters stay tied, and parameters that need no gradient need none. The original is left
     as it is.

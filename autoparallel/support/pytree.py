@@ -1,6 +1,4 @@
-"""Pytrees: any Python object that holds tensors, taken apart into tensors and a skeleton, and
-rebuilt.
-"""
+"""Pytrees: any object that holds tensors, taken apart into tensors and a skeleton, and rebuilt."""
 
 from __future__ import annotations
 
@@ -64,8 +62,9 @@ def flatten(structure: Any) -> tuple[list[torch.Tensor], Skeleton]:
 
 
 def _flatten(item: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> Skeleton:
-    """Return the skeleton of one item. tensors: appended to. above: ids of the containers around
-    it.
+    """Return the skeleton of one item.
+
+    tensors: appended to. above: ids of the containers around it.
     """
     if isinstance(item, torch.Tensor):
         tensors.append(item)
@@ -83,8 +82,8 @@ def _flatten(item: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> 
 
 
 def _open(item: Any) -> tuple[str, list[Any], list[Any]]:
-    """Return the kind, the keys and the values of a container; ("constant", [], []) for anything
-    else.
+    """Return the kind, the keys and the values of a container; ("constant", [],
+    []) for anything else.
     """
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         keys = [field.name for field in dataclasses.fields(item) if field.init]

@@ -63,8 +63,8 @@ def restore(state: Any) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A context in which all global generators draw from `seed`; afterwards they go on where they
-    were.
+    """A context in which all global generators draw from `seed`;
+    afterwards they go on where they were.
 
     >>> with seeded(0):
     ...     first = torch.rand(())

@@ -41,8 +41,8 @@ def parse_bytes(size: int | str) -> int:
 
 
 def bytes_text(nbytes: float) -> str:
-    """Return a number of bytes in the largest binary unit that keeps it at 1 or more, with one
-    digit.
+    """Return a number of bytes in the largest binary unit that keeps it at 1 or more,
+    with one digit.
 
     >>> bytes_text(512), bytes_text(2 * 1024**2)
     ('512 B', '2.0 MiB')

@@ -30,8 +30,9 @@ def explicit_attention_dropout(graph: Graph) -> Graph:
 
 
 def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Node]:
-    """Return the nodes of softmax(q k^T scale + mask), dropped, times v. The last one keeps the
-    node's name.
+    """Return the nodes of softmax(q k^T scale + mask), dropped, times v.
+
+    The last one keeps the node's name.
     """
     nodes: list[Node] = []
     grad, dtype = node.result.requires_grad, node.result.dtype
@@ -44,8 +45,9 @@ def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Nod
         kind: torch.dtype | None = None,
         **kwargs: Any,
     ) -> Ref:
-        """Append a call and return a use of its result. suffix: of its name; kind: its dtype if
-        another.
+        """Append a call and return a use of its result.
+
+        suffix: of its name; kind: its dtype if another.
         """
         name = f"{node.name}_{suffix}" if suffix else node.name
         value = Value(name, shape, kind or dtype, grad and kind is None)

@@ -14,8 +14,9 @@ Rename = dict[str, str]
 
 
 def renamed(node: Node, names: Rename) -> Node:
-    """Return the node with the values that it reads renamed. names: new names by old ones; others
-    stay.
+    """Return the node with the values that it reads renamed.
+
+    names: new names by old ones; others stay.
     """
     if not names:
         return node

@@ -180,8 +180,8 @@ def unmerge_batches(graph: Graph) -> Graph:
 
 @dataclass(frozen=True, slots=True)
 class _Apart:
-    """A merged value, seen apart: it is a reshape of `value`, which has the dims `batch` in place
-    of its first.
+    """A merged value, seen apart: it is a reshape of `value`,
+    which has the dims `batch` in place of its first.
     """
 
     value: Value
@@ -197,8 +197,8 @@ class _Unmerger:
     apart: dict[str, _Apart] = field(default_factory=dict)
 
     def run(self) -> Graph:
-        """Return the new graph: ops on merged batches run on unmerged ones, and their results are
-        merged after that.
+        """Return the new graph: ops on merged batches run on unmerged ones,
+        and their results are merged after that.
         """
         for node in self.graph.nodes:
             unmerged = (
@@ -230,8 +230,8 @@ class _Unmerger:
             self.apart[after.name] = _Apart(before, before.shape[:count])
 
     def note_repeat(self, node: Node) -> None:
-        """Write repeat(%x, (n, 1, 1)) as an expansion: %x once for each of n, merged with its first
-        dim.
+        """Write repeat(%x, (n, 1, 1)) as an expansion: %x once for each of n,
+        merged with its first dim.
         """
         source, (times, *others) = self.graph.values[node.operands()[0]], node.args[1]
         if len(node.args[1]) != len(source.shape) or any(other != 1 for other in others):
@@ -242,8 +242,8 @@ class _Unmerger:
         self.apart[node.name] = _Apart(apart, apart.shape[:2])
 
     def instead(self, node: Node) -> Node | None:
-        """Return the same call on batches that are not merged; None where it is no call for each of
-        them.
+        """Return the same call on batches that are not merged;
+        None where it is no call for each of them.
         """
         merged = next((name for name in node.operands() if name in self.apart), None)
         if merged is None or len(node.result.shape) < 2:
@@ -285,8 +285,8 @@ class _Unmerger:
         )
 
     def operand(self, reader: Node, name: str, batch: tuple[Dim, ...], first: Dim) -> str:
-        """Return the name of a value with `batch` in place of its first dim, if that dim is
-        merged.
+        """Return the name of a value with `batch` in place of its first dim,
+        if that dim is merged.
         """
         value, known = self.graph.values[name], self.apart.get(name)
         if known is not None and known.batch == batch:
@@ -303,8 +303,9 @@ class _Unmerger:
 
 
 def _reshape(like: Node, result: Value, source: Value) -> Node:
-    """Return a reshape of `source` to the value `made`. like: the node whose place in the program
-    it has.
+    """Return a reshape of `source` to the value `made`.
+
+    like: the node whose place in the program it has.
     """
     return _view(like, "aten.reshape.default", result, source)
 

@@ -59,8 +59,8 @@ class _Functional:
         self.mutations = dict(graph.mutations)
 
     def run(self) -> Graph:
-        """Return the new graph: in-place ops are written out, and stale views are taken again where
-        they are read.
+        """Return the new graph: in-place ops are written out,
+        and stale views are taken again where they are read.
         """
         for node in self.graph.nodes:
             if _is_in_place(node):
@@ -103,8 +103,8 @@ class _Functional:
         return self.values[self.names.get(name, name)]
 
     def refresh(self, name: str, reader: Node | None) -> None:
-        """Let `name` stand for what its memory holds now, by taking its view again if it is
-        stale.
+        """Let `name` stand for what its memory holds now,
+        by taking its view again if it is stale.
         """
         version = self.versions.get(self.owner(name), 0)
         if name not in self.views or self.fresh[name] == version:
@@ -134,8 +134,8 @@ class _Functional:
                 self.fresh[value.name] = version
 
     def write(self, node: Node) -> None:
-        """Write out an in-place op: its first operand, and all that shares its memory, is another
-        value.
+        """Write out an in-place op: its first operand, and all that shares its memory,
+        is another value.
         """
         target = node.operands()[0]
         owner = self.owner(target)
@@ -215,8 +215,8 @@ class _Functional:
         self.versions[owner] = version
 
     def refuse_later_reads(self, writer: Node, child: str) -> None:
-        """Raise CaptureError if others read the memory of `child`, which may be a copy, after the
-        write.
+        """Raise CaptureError if others read the memory of `child`, which may be a copy,
+        after the write.
         """
         owner, after = self.owner(child), False
         sharing = {name for name in self.views if self.owner(name) == owner} | {owner}
@@ -298,8 +298,8 @@ class _Functional:
         return result.name
 
     def dtype(self, node: Node, before: Value) -> torch.dtype:
-        """Return the type that the functional op gives, which an in-place op casts to that of its
-        memory.
+        """Return the type that the functional op gives,
+        which an in-place op casts to that of its memory.
 
         Torch itself is asked, on meta tensors, where types differ: promotion has many rules.
         """
@@ -312,8 +312,8 @@ class _Functional:
             return before.dtype
 
         def leaf(item: Any) -> Any:
-            """Return an argument as the op takes it: a meta tensor for a value, a number for a
-            size.
+            """Return an argument as the op takes it: a meta tensor for a value,
+            a number for a size.
             """
             if isinstance(item, Ref):
                 value = self.values[item.name]
@@ -332,8 +332,8 @@ _FUNCTIONAL = {f"__i{name}__": f"__{name}__" for name in ("and", "or", "xor", "l
 
 
 def _is_in_place(node: Node) -> bool:
-    """Return whether the call writes to its first operand, by torch's naming: a trailing
-    underscore, or __iand__.
+    """Return whether the call writes to its first operand, by torch's naming:
+    a trailing underscore, or __iand__.
     """
     packet = packet_of(node.target)
     return node.kind == "call" and (

@@ -60,8 +60,8 @@ def join_slices(graph: Graph) -> Graph:
 
 
 def _range(node: Node, graph: Graph) -> tuple[int, _Range] | None:
-    """Return the dim and the bounds of a slice of fixed size and step 1; None for any other
-    node.
+    """Return the dim and the bounds of a slice of fixed size and step 1;
+    None for any other node.
     """
     if node.target != "aten.slice.Tensor":
         return None

@@ -65,8 +65,8 @@ class _Remerger:
         return rebuilt(self.graph, self.nodes, {})
 
     def reshape(self, node: Node) -> None:
-        """Append a reshape from the unmerged value to the finest dims, and from there to the
-        result.
+        """Append a reshape from the unmerged value to the finest dims,
+        and from there to the result.
         """
         source, result = self.graph.values[first_operand(node)], node.result
         known = self.apart.get(source.name) or _Apart(source, (1,) * len(source.shape))
@@ -134,8 +134,8 @@ def _moved(node: Node) -> str:
 
 
 def _ends(shape: Shape) -> list[Any]:
-    """Return the products of the sizes from the right, without those of size 1: where dims end in
-    memory.
+    """Return the products of the sizes from the right, without those of size 1:
+    where dims end in memory.
     """
     products: list[Any] = [sympy.Integer(1)]
     for size in reversed(shape):
@@ -145,8 +145,8 @@ def _ends(shape: Shape) -> list[Any]:
 
 
 def _refined(before: Shape, after: Shape) -> Shape | None:
-    """Return the finest sizes of which both shapes are made by merging neighbours; None where there
-    are none.
+    """Return the finest sizes of which both shapes are made by merging neighbours;
+    None where there are none.
     """
     # A dim of size 1 may stand anywhere, so that groups would not be unique.
     if 1 in after or 1 in before:

@@ -125,8 +125,8 @@ def drop_empty_parts(graph: Graph) -> Graph:
 
 
 def explicit_sizes(graph: Graph) -> Graph:
-    """view(%x, (b, -1)) becomes reshape(%x, (b, 48)): sizes written out, one op for each kind of
-    view.
+    """view(%x, (b, -1)) becomes reshape(%x, (b, 48)): sizes written out,
+    one op for each kind of view.
 
     And one for each expansion: broadcast_tensors([%x, %y]) becomes expand(%x, ..), expand(%y, ..).
 
@@ -176,8 +176,8 @@ _EXPANSIONS = {
 
 
 def types_alone(graph: Graph) -> Graph:
-    """new_zeros(%x, (b, 4)) becomes zeros((b, 4)), and type_as(%y, %x) becomes to(%y), of the type
-    of %x.
+    """new_zeros(%x, (b, 4)) becomes zeros((b, 4)), and type_as(%y, %x) becomes to(%y),
+    of the type of %x.
 
     Why: of %x only the type is read, so that its layout must not matter. After: no new_empty,
     new_zeros, new_ones, new_full, type_as and to.other is left; a second run is a no-op.
@@ -233,8 +233,8 @@ def merge_reshapes(graph: Graph) -> Graph:
 
 
 def drop_unused(graph: Graph) -> Graph:
-    """Calls, parameters and buffers that nobody reads are dropped; inputs stay, whose positions
-    count.
+    """Calls, parameters and buffers that nobody reads are dropped; inputs stay,
+    whose positions count.
 
     Why: they would be planned and computed. After: every value is read, returned or written back,
     or its node is an input; a second run is a no-op.

@@ -24,8 +24,9 @@ def attention(call: OpCall) -> ShardingRule:
     sizes: dict[str, Dim] = {}
 
     def named(tensor_shape: tuple[Dim, ...], last: tuple[str, str]) -> list[Loops]:
-        """Return the loops of one tensor, aligned right with the query. last: names of its two last
-        dims.
+        """Return the loops of one tensor, aligned right with the query.
+
+        last: names of its two last dims.
         """
         row: list[Loops] = []
         for index, size in enumerate(tensor_shape):

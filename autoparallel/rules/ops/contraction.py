@@ -15,8 +15,9 @@ WITH_BIAS = ({0, 1}, {0, 2})
 
 @rule("aten.linear.default")
 def linear(call: OpCall) -> ShardingRule:
-    """y[..., n] = sum_k x[..., k] w[n, k]. Split n: column-parallel, k: row-parallel
-    (arXiv:1909.08053, section 3).
+    """y[..., n] = sum_k x[..., k] w[n, k].
+
+    Split n: column-parallel, k: row-parallel (arXiv:1909.08053, section 3).
     """
     vector = len(call.operands[1].shape) == 1
     notation = "... k, k -> ..." if vector else "... k, n k -> ... n"
@@ -26,8 +27,9 @@ def linear(call: OpCall) -> ShardingRule:
 
 @rule("aten.mm.default")
 def mm(call: OpCall) -> ShardingRule:
-    """C[m,n] = sum_k A[m,k] B[k,n]. Split n: column-parallel, k: row-parallel
-    (arXiv:1909.08053).
+    """C[m,n] = sum_k A[m,k] B[k,n].
+
+    Split n: column-parallel, k: row-parallel (arXiv:1909.08053).
     """
     return ShardingRule.parse("m k, k n -> m n", call, linear=LINEAR_IN_EACH, flops=2)
 
@@ -40,8 +42,8 @@ def bmm(call: OpCall) -> ShardingRule:
 
 @rule("aten.matmul.default")
 def matmul(call: OpCall) -> ShardingRule:
-    """C[..., m, n] = sum_k A[..., m, k] B[..., k, n], with vectors and broadcast batches as in
-    numpy.
+    """C[..., m, n] = sum_k A[..., m, k] B[..., k, n],
+    with vectors and broadcast batches as in numpy.
     """
     left, right = (len(operand.shape) for operand in call.operands)
     if left == 1 and right == 1:

@@ -23,8 +23,8 @@ _GROUPS = 6
 
 
 def _local_groups(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
-    """Return the call's args with as many groups as the local part of the result has
-    channels for.
+    """Return the call's args with as many groups as the local part
+    of the result has channels for.
     """
     args, channel = call.node.args, -1 - _spatial(call.node.target)
     if len(args) <= _GROUPS or args[_GROUPS] == 1:
@@ -93,8 +93,9 @@ def convolution(call: OpCall) -> ShardingRule:
 
 
 def _leading(call: OpCall, linear: bool) -> ShardingRule:
-    """Return a rule with a loop for each dim before the windows, which have none. linear: in the
-    operand.
+    """Return a rule with a loop for each dim before the windows, which have none.
+
+    linear: in the operand.
     """
     count = len(call.operands[0].shape) - _spatial(call.node.target)
     names = " ".join([f"d{index}" for index in range(count)])
@@ -111,8 +112,8 @@ def _leading(call: OpCall, linear: bool) -> ShardingRule:
     takes_empty=False,
 )
 def max_pool(call: OpCall) -> ShardingRule:
-    """The largest number of each window: every batch entry and channel by itself, nothing
-    linear.
+    """The largest number of each window: every batch entry and channel by itself,
+    nothing linear.
     """
     return _leading(call, linear=False)
 
@@ -138,8 +139,8 @@ _MORE_INTERPOLATIONS = (
     takes_empty=False,
 )
 def window_sum(call: OpCall) -> ShardingRule:
-    """Weighted sums over windows: every batch entry and channel by itself, linear in the
-    operand.
+    """Weighted sums over windows: every batch entry and channel by itself,
+    linear in the operand.
     """
     return _leading(call, linear=True)
 

@@ -14,8 +14,9 @@ from autoparallel.rules.rule import Dims, Kernel, Loops, OpCall, ShardingRule, l
 
 @rule("aten.embedding.default")
 def embedding(call: OpCall) -> ShardingRule:
-    """y[..., h] = w[index[...], h]. Split over the rows v with a mask, each rank adds the rows that
-    it holds.
+    """y[..., h] = w[index[...], h].
+
+    Split over the rows v with a mask, each rank adds the rows that it holds.
 
     A gradient scaled by how often a row is read must see all of the index, and a sparse gradient
     cannot be redistributed: both keep loops whole. (Vocabulary-parallel embedding,
@@ -34,8 +35,8 @@ def embedding(call: OpCall) -> ShardingRule:
 
 @rule("aten.index_select.default")
 def index_select(call: OpCall) -> ShardingRule:
-    """y[.., i, ..] = x[.., index[i], ..]: the index can be split; the dim that it points into needs
-    a kernel.
+    """y[.., i, ..] = x[.., index[i], ..]: the index can be split;
+    the dim that it points into needs a kernel.
     """
     names, sizes = loop_per_dim(call.operands[0].shape)
     dim = call.node.args[1] % len(names)
@@ -55,8 +56,8 @@ def index_select(call: OpCall) -> ShardingRule:
 
 @rule("aten.gather.default")
 def gather(call: OpCall) -> ShardingRule:
-    """y[a, i, b] = x[a, index[a, i, b], b]: other dims are free where the index covers all
-    of them.
+    """y[a, i, b] = x[a, index[a, i, b], b]: other dims are free
+    where the index covers all of them.
     """
     x, index = call.operands
     names, sizes = loop_per_dim(call.operands[0].shape)
@@ -170,8 +171,8 @@ def scatter(call: OpCall) -> ShardingRule:
     "aten.index_reduce.default",
 )
 def index_write(call: OpCall) -> ShardingRule:
-    """x[a, index[i], b] is set to y[a, i, b], or joined with it: all dims but the indexed one are
-    free.
+    """x[a, index[i], b] is set to y[a, i, b], or joined with it:
+    all dims but the indexed one are free.
     """
     names, sizes = loop_per_dim(call.operands[0].shape)
     dim = call.node.args[1] % max(len(names), 1)
@@ -192,8 +193,8 @@ def index_write(call: OpCall) -> ShardingRule:
 
 @rule("aten.index_put.default", "aten._unsafe_index_put.default")
 def index_put(call: OpCall) -> ShardingRule:
-    """x[.., index[i], ..] is set to y[.., i, ..], or joined with it: dims that are not indexed are
-    free.
+    """x[.., index[i], ..] is set to y[.., i, ..], or joined with it:
+    dims that are not indexed are free.
 
     Values are aligned right with what `x[.., index, ..]` gives.
     """

@@ -47,8 +47,8 @@ def cross_entropy(call: OpCall) -> ShardingRule:
 
 
 def _whole(call: OpCall, reduction: int) -> ShardingRule:
-    """Return the rule of a loss that nothing splits; its loops are named all the same, to be
-    counted.
+    """Return the rule of a loss that nothing splits; its loops are named all the same,
+    to be counted.
     """
     logits = call.operands[0]
     names = ["c"] if len(logits.shape) == 1 else ["t", "c"]
@@ -67,8 +67,8 @@ def _whole(call: OpCall, reduction: int) -> ShardingRule:
 
 @rule("aten.nll_loss.default", "aten.nll_loss_nd.default")
 def nll_loss(call: OpCall) -> ShardingRule:
-    """-x[t, target[t], ..]: classes stay whole; so does all else if the mean is taken, for its
-    count.
+    """-x[t, target[t], ..]: classes stay whole; so does all else if the mean is taken,
+    for its count.
     """
     reduction = call.argument(3, "reduction", _MEAN)
     rank = len(call.operands[0].shape)
@@ -97,8 +97,9 @@ _REDUCTION_AT = {
 
 @rule(*_REDUCTION_AT)
 def elementwise_loss(call: OpCall) -> ShardingRule:
-    """A loss of each element by itself, or their sum. A mean stays whole: it needs the global
-    count.
+    """A loss of each element by itself, or their sum.
+
+    A mean stays whole: it needs the global count.
     """
     reduction = call.argument(_REDUCTION_AT[call.node.target], "reduction", _MEAN)
     rank = max(len(operand.shape) for operand in call.operands)

@@ -31,8 +31,9 @@ def last_dims(call: OpCall) -> ShardingRule:
 
 
 def _channels(call: OpCall, whole: str) -> ShardingRule:
-    """Return the rule of x[b, c, s] with vectors over c. whole: initials of the loops that cannot
-    be split.
+    """Return the rule of x[b, c, s] with vectors over c.
+
+    whole: initials of the loops that cannot be split.
     """
     spatial = [f"s{i}" for i in range(len(call.operands[0].shape) - 2)]
     row = " ".join(["b", "c", *spatial])
@@ -83,8 +84,8 @@ def instance_norm(call: OpCall) -> ShardingRule:
 
 @rule("aten.group_norm.default", takes_empty=False)
 def group_norm(call: OpCall) -> ShardingRule:
-    """y[b, g c, s] = (x - mean_(c, s)) / deviation_(c, s) * w[g c] + bias[g c]: b and g are
-    free.
+    """y[b, g c, s] = (x - mean_(c, s)) / deviation_(c, s) * w[g c] + bias[g c]:
+    b and g are free.
     """
     groups = call.node.args[1]
     by_channel = _channels(call, "cs")

@@ -59,8 +59,8 @@ BINARY = tuple(
 
 
 def broadcast(call: OpCall) -> tuple[tuple[tuple[Loops, ...], ...], dict[str, Dim]]:
-    """Return the loops of every operand and result, one per dim of the result, aligned right; and
-    their sizes.
+    """Return the loops of every operand and result, one per dim of the result, aligned right;
+    and their sizes.
     """
     shape = call.results[0].shape
     sizes: dict[str, Dim] = {}
@@ -80,8 +80,9 @@ def broadcast(call: OpCall) -> tuple[tuple[tuple[Loops, ...], ...], dict[str, Di
 
 
 def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
-    """Return the rule of y[i] = f(a[i], b[i], ...): every dim can be split. linear: as in
-    ShardingRule.
+    """Return the rule of y[i] = f(a[i], b[i], ...): every dim can be split.
+
+    linear: as in ShardingRule.
     """
     dims, sizes = broadcast(call)
     count = len(call.operands)
@@ -123,8 +124,9 @@ def linear_unary(call: OpCall) -> ShardingRule:
     "aten.rsub.Scalar",
 )
 def add(call: OpCall) -> ShardingRule:
-    """Linear in both operands together. A constant added to a pending sum would count on every
-    rank.
+    """Linear in both operands together.
+
+    A constant added to a pending sum would count on every rank.
     """
     if len(call.operands) != 2:
         return pointwise(call)
@@ -135,8 +137,9 @@ def add(call: OpCall) -> ShardingRule:
 
 @rule("aten.mul.Tensor", "aten.multiply.Tensor")
 def mul(call: OpCall) -> ShardingRule:
-    """Linear in each operand by itself. x * x is linear in neither, since (a + b)^2 is not a^2 +
-    b^2.
+    """Linear in each operand by itself.
+
+    x * x is linear in neither, since (a + b)^2 is not a^2 + b^2.
     """
     if len(call.operands) == 1:
         return pointwise(call, {0})

@@ -15,15 +15,16 @@ _FUNCTIONS = {"rand": "rand", "rand_like": "rand", "randn": "randn", "randn_like
 
 @rule("aten.dropout.default")
 def dropout(call: OpCall) -> ShardingRule:
-    """A mask keyed by the element's place in the whole tensor, the same on all ranks: linear, given
-    the mask.
+    """A mask keyed by the element's place in the whole tensor, the same on all ranks: linear,
+    given the mask.
     """
     return replace(pointwise(call, {0}), random="dropout")
 
 
 @rule(*(f"aten.{name}.default" for name in _FUNCTIONS))
 def drawn(call: OpCall) -> ShardingRule:
-    """Random numbers of a given shape, keyed by place. Nothing else is read of a tensor of that
-    shape.
+    """Random numbers of a given shape, keyed by place.
+
+    Nothing else is read of a tensor of that shape.
     """
     return replace(pointwise(call), random=_FUNCTIONS[packet_of(call.node.target)])

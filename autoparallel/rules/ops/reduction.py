@@ -33,8 +33,9 @@ def _reduced_dims(call: OpCall) -> set[int]:
 
 
 def _reduction(call: OpCall, reduced: set[int]) -> tuple[Dims, Dims, dict[str, Dim]]:
-    """Return dims of the operand and of the result, and the loops' sizes. A dim that is kept has no
-    loop.
+    """Return dims of the operand and of the result, and the loops' sizes.
+
+    A dim that is kept has no loop.
     """
     shape = call.operands[0].shape
     names, sizes = loop_per_dim(shape)
@@ -57,8 +58,8 @@ def sum_(call: OpCall) -> ShardingRule:
 
 @rule("aten.nansum.default", "aten.count_nonzero.default", "aten.count_nonzero.dim_IntList")
 def sum_of_terms(call: OpCall) -> ShardingRule:
-    """A sum of terms that are not linear in the operand: splits leave a pending sum, none
-    passes.
+    """A sum of terms that are not linear in the operand: splits leave a pending sum,
+    none passes.
     """
     left, right, sizes = _reduction(call, _reduced_dims(call))
     return ShardingRule((left,), (right,), sizes)
@@ -197,8 +198,8 @@ def cosine_similarity(call: OpCall) -> ShardingRule:
     "aten._log_softmax.default",
 )
 def along_dim(call: OpCall) -> ShardingRule:
-    """Every element depends on the others along one dim, which stays whole or is split by a
-    kernel.
+    """Every element depends on the others along one dim,
+    which stays whole or is split by a kernel.
     """
     names, sizes = loop_per_dim(call.operands[0].shape)
     whole = frozenset(names[call.node.args[1] % len(names)]) if names else frozenset()

@@ -35,8 +35,8 @@ def reshape(call: OpCall) -> ShardingRule:
 
 
 def carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
-    """Return a view whose result's dim i is the operand's dim sources[i] (None: a new dim of size
-    1).
+    """Return a view whose result's dim i is the operand's dim sources[i] (None:
+    a new dim of size 1).
     """
     operand = call.operands[0]
     names, sizes = loop_per_dim(operand.shape)
@@ -49,8 +49,8 @@ def carried(call: OpCall, sources: list[int | None]) -> ShardingRule:
 
 
 def axis(dim: int, rank: int) -> int:
-    """Return the dim counted from 0, where it may be counted from the end; 0 for a tensor without
-    dims.
+    """Return the dim counted from 0, where it may be counted from the end;
+    0 for a tensor without dims.
     """
     return dim % rank if rank else 0
 
@@ -159,8 +159,8 @@ def repeat(call: OpCall) -> ShardingRule:
         dims.append(tuple(loops))
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
-        """Return the args with local repetitions; only dims of size 1 repeat another number of
-        times.
+        """Return the args with local repetitions; only dims of size 1
+        repeat another number of times.
         """
         local = tuple(
             part if size == 1 else count
@@ -220,8 +220,8 @@ def pixel_unshuffle(call: OpCall) -> ShardingRule:
 
 
 def _shuffled(shape: tuple[Dim, ...], factor: int) -> ShardingRule:
-    """Return the rule from (.., c r q, h, w) to (.., c, h r, w q), for the smaller size of each
-    pair of dims.
+    """Return the rule from (.., c r q, h, w) to (.., c, h r, w q),
+    for the smaller size of each pair of dims.
     """
     (*first, channel, high, wide), sizes = loop_per_dim(shape)
     return ShardingRule(
@@ -256,8 +256,8 @@ def channel_shuffle(call: OpCall) -> ShardingRule:
 
 @rule("aten.view_as_real.default", "aten.view_as_complex.default")
 def complex_view(call: OpCall) -> ShardingRule:
-    """The real and the imaginary part become a last dim of two, or a last dim of two becomes
-    them.
+    """The real and the imaginary part become a last dim of two,
+    or a last dim of two becomes them.
     """
     rank = min(len(call.operands[0].shape), len(call.results[0].shape))
     row = " ".join(f"d{i}" for i in range(rank))
