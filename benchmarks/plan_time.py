@@ -125,8 +125,8 @@ def measure(
         from autoparallel.capture import graph_breaks as breaks
         from autoparallel.mesh import Mesh
         from autoparallel.options import Options
-        from autoparallel.planning.plan_model import network_solver as solving
-        from autoparallel.planning.plan_model import search
+        from autoparallel.planning import network_solver as solving
+        from autoparallel.planning import search
         from autoparallel.rewrite.emit import emit
         from autoparallel.runtime.ranks import thread_ranks
         from autoparallel.strategy import build_network as builder
