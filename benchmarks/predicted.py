@@ -106,7 +106,7 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     from autoparallel import apply_plan
-    from autoparallel.api import split_example
+    from autoparallel.capture.example_inputs import split_example
     from autoparallel.capture.graph_breaks import trace
     from autoparallel.cost.calibrate import Effort, calibrate, started
     from autoparallel.cost.hardware import write_hardware

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.deferred import is_deferred
 from autoparallel.parallel.module_state import State
 from autoparallel.parallel.seeds import rng_state, set_rng_state
 from autoparallel.placement import Layout, whole_layout
@@ -199,7 +200,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 def _state_of(module: nn.Module) -> State | None:
     """Of a parallel module; None for a plain one."""
-    if "_waiting" in module.__dict__:
+    if is_deferred(module):
         raise AutoParallelError(
             f"{type(module).__name__} has no plan yet, so nothing says which parts a rank holds",
             why="it was made without example inputs and not called since",

@@ -9,10 +9,17 @@ import torch.distributed as dist
 from torch import nn
 
 from autoparallel.errors import AutoParallelError, InputMismatchError
+from autoparallel.parallel.launch import communication_device
 from autoparallel.plan import Plan
 from autoparallel.runtime.groups import Group, ProcessGroup
 
-__all__ = ["digest", "require_equal", "require_same_plan", "require_same_start"]
+__all__ = [
+    "digest",
+    "require_equal",
+    "require_same_parts",
+    "require_same_plan",
+    "require_same_start",
+]
 
 _SAMPLE = 1024
 
@@ -69,6 +76,22 @@ def require_same_plan(plan: Plan, group: Group) -> None:
             "found out about ops without a rule (AUTOPARALLEL_CACHE) are not the same on all ranks",
             fix="make them the same; or make the plan once (make_plan, Plan.to_json) and let every "
             "rank apply it (Plan.from_json, apply_plan)",
+        )
+
+
+def require_same_parts(plan: Plan, group: Group) -> None:
+    """Compare digests of the plan of a model in parts between the ranks. A collective call.
+
+    The parts are found by running the example inputs, so that they depend on their values.
+    Raises InputMismatchError, on every rank, where they differ.
+    """
+    sums = hashlib.sha256(plan.to_json().encode()).digest()[:7]
+    rows = group.all_gather(torch.tensor([int.from_bytes(sums)], device=communication_device()))
+    if bool((rows != rows[0]).any()):
+        raise InputMismatchError(
+            "the ranks have found different parts of the model that can be split",
+            why="the path through the model depends on the values of the example inputs",
+            fix="pass the same example_inputs on every rank",
         )
 
 

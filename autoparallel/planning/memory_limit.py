@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autoparallel.analysis.memory import Account, memory_of
-from autoparallel.capture.export import Captured
 from autoparallel.errors import MemoryLimitError, PlanError
+from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout

@@ -19,7 +19,7 @@ from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import whole_tensor
 from autoparallel.parallel.uncaptured_python import common_numbers
-from autoparallel.planning.traced_parts import Planner
+from autoparallel.planning.replan import Replanner
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
 from autoparallel.runtime.rng import Generator
 
@@ -222,7 +222,7 @@ def test_constants_that_never_repeat_end_in_python() -> None:
 def on_ranks(model: nn.Module, plan: autoparallel.Plan, work: Any) -> Any:
     """What `work` returns on rank 0 of a simulated group."""
     every = thread_ranks(plan.mesh, in_turn=True)
-    planner = Planner(plan.model, plan.mesh, plan.options)
+    replanner = Replanner(plan.model, plan.mesh, plan.options)
     return run_ranks(
-        every, lambda ranks: work(parallel_module(model, plan, ranks, None, planner, 0))
+        every, lambda ranks: work(parallel_module(model, plan, ranks, None, replanner, 0))
     )[0]

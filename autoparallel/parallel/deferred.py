@@ -1,0 +1,117 @@
+"""A module that becomes parallel when it is first called, because only then are its inputs known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from autoparallel.parallel.parameters import as_distributed
+from autoparallel.parallel.seeds import give_generator
+from autoparallel.placement import whole_layout
+from autoparallel.runtime.ranks import Ranks
+from autoparallel.support.module_copy import shallow_copy
+from autoparallel.support.torch_private import share_local_part
+
+__all__ = ["Make", "deferred", "is_deferred"]
+
+# Plans a model for the arguments of its first call, and applies the plan.
+Make = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], nn.Module]
+
+_WAITING = "_waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """model: the user's own, as it was given. make: see `deferred`."""
+
+    model: nn.Module
+    make: Make
+
+
+class _Deferred:
+    """Mixed into the user's class until the first call shows what the inputs are."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        waiting: _Waiting = self.__dict__[_WAITING]
+        source = _with_weights_of(waiting.model, self)  # type: ignore[arg-type]
+        parallel = waiting.make(source, args, kwargs)
+        _keep_identity(self, parallel)  # type: ignore[arg-type]
+        parallel.__dict__["_generator"] = self.__dict__["_generator"]
+        self.__class__ = parallel.__class__  # type: ignore[assignment]
+        self.__dict__ = parallel.__dict__
+        return self(*args, **kwargs)  # type: ignore[operator]
+
+
+def deferred(
+    model: nn.Module, rng: str, ranks: Ranks, devices: DeviceMesh | None, make: Make
+) -> nn.Module:
+    """A copy of the model that is made parallel when it is first called.
+
+    rng: mode of its random numbers. ranks, devices: where its parameters are until then, whole.
+    make: called once, with the plain model, which holds the weights of then, and the arguments of
+    the first call; it returns the parallel module.
+    The copy's parameters are objects of its own from the start and stay the same objects, so that
+    an optimizer may take them before the first call.
+    """
+    waiting = shallow_copy(model)
+    kind = type(model)
+    waiting.__class__ = type(f"Parallel{kind.__name__}", (_Deferred, kind), {})
+    waiting.__dict__[_WAITING] = _Waiting(model, make)
+    give_generator(waiting, rng, ranks, devices)
+    twins: dict[int, nn.Parameter] = {}
+    for module in waiting.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                data: torch.Tensor = parameter.detach().clone()
+                if devices is not None:
+                    layout = whole_layout(len(ranks.names))
+                    data = as_distributed(data, layout, tuple(data.shape), devices)
+                twin = nn.Parameter(data, parameter.requires_grad)
+                module._parameters[name] = twins.setdefault(id(parameter), twin)
+    return waiting
+
+
+def is_deferred(module: nn.Module) -> bool:
+    """Whether the module still waits for its first call."""
+    return _WAITING in module.__dict__
+
+
+def _with_weights_of(model: nn.Module, waiting: nn.Module) -> nn.Module:
+    """The plain model with the waiting module's weights, which may have been loaded since, and in
+    its modes."""
+    plain = shallow_copy(model)
+    held = dict(waiting.named_parameters(remove_duplicate=False))
+    twins: dict[int, nn.Parameter] = {}
+    for path, module in plain.named_modules():
+        module.training = waiting.get_submodule(path).training
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                current = held[f"{path}.{name}" if path else name]
+                local = current.to_local() if isinstance(current, DTensor) else current
+                twin = nn.Parameter(local.detach(), current.requires_grad)
+                module._parameters[name] = twins.setdefault(id(parameter), twin)
+    return plain
+
+
+def _keep_identity(waiting: nn.Module, parallel: nn.Module) -> None:
+    """Give the waiting module's parameter objects the parts that were made for them."""
+    before = dict(waiting.named_parameters(remove_duplicate=False))
+    filled: set[int] = set()
+    for path, module in parallel.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            known = before[f"{path}.{name}" if path else name]
+            if id(known) not in filled:
+                filled.add(id(known))
+                if isinstance(known, DTensor):
+                    share_local_part(known, parameter)
+                else:
+                    known.data = parameter.data
+            module._parameters[name] = known

@@ -1,0 +1,74 @@
+"""The processes of a launched job: the process group, and this process's place on the mesh."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autoparallel.errors import WorldSizeError
+from autoparallel.mesh import Mesh
+from autoparallel.runtime.groups import ProcessGroup
+from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
+
+__all__ = ["communication_device", "join_mesh", "join_world"]
+
+
+def join_world(world_size: int) -> ProcessGroup | None:
+    """All ranks; under torchrun, this starts the process group. None for a single process.
+
+    Raises WorldSizeError where the ranks that run are not those asked for.
+    """
+    if world_size == 1 and not dist.is_initialized():
+        return None
+    if not dist.is_initialized():
+        launched = os.environ.get("WORLD_SIZE")
+        if launched is None or "RANK" not in os.environ:
+            raise WorldSizeError(
+                f"{world_size} ranks were asked for, and this is a single process",
+                why="no process group is initialized, and torchrun did not start this process",
+                fix=f"torchrun --standalone --nproc-per-node {world_size} your_script.py\n"
+                f"(or try it in one process: autoparallel.simulate(model, {world_size}))",
+            )
+        if int(launched) != world_size:
+            raise _other_size(world_size, int(launched))
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.get_world_size() != world_size:
+        raise _other_size(world_size, dist.get_world_size())
+    return ProcessGroup(dist.group.WORLD)
+
+
+def join_mesh(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
+    """This process's place on a mesh, and the ranks as DTensor wants them; None for one process.
+
+    A collective call. Raises WorldSizeError where the ranks that run are not those of the mesh.
+    """
+    world = join_world(mesh.world_size)
+    if world is None:
+        return single_rank(mesh), None
+    names, sizes = tuple(zip(*mesh.axes, strict=True))
+    device = communication_device()
+    if len(names) == 1:
+        devices = DeviceMesh.from_group(world.process_group, device, mesh_dim_names=names)
+    else:
+        devices = init_device_mesh(device, sizes, mesh_dim_names=names)
+    return process_ranks(world, devices), devices
+
+
+def communication_device() -> str:
+    """The type of the device on which the process group communicates."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return "cuda" if nccl and torch.cuda.is_available() else "cpu"
+
+
+def _other_size(asked: int, launched: int) -> WorldSizeError:
+    return WorldSizeError(
+        f"{asked} ranks were asked for, {launched} are running",
+        why="every rank holds one part of the model",
+        fix=f"pass world_size={launched}, or torchrun --nproc-per-node {asked}",
+    )

@@ -1,0 +1,126 @@
+"""The request: the options, the meshes to choose from, and demands that can be heeded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.errors import PlanError
+from autoparallel.mesh import Mesh, arrangements
+from autoparallel.options import Options
+from autoparallel.placement import Layout, Placement
+from autoparallel.plan import Plan
+from autoparallel.support.units import parse_bytes
+
+__all__ = ["make_options", "possible_meshes", "require_clear", "require_parameters"]
+
+
+def make_options(
+    mesh: Mesh | str | None,
+    data_parallel: bool | None,
+    memory_limit: int | str | None,
+    recompute: str | None,
+    own_inputs: bool,
+    **others: Any,
+) -> Options:
+    """The options, with the defaults that depend on others.
+
+    own_inputs: whether the example inputs are the user's own. Memory is counted for those as they
+    are, however small; those that come with a model say nothing of the batch.
+    """
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    if limit is not None and own_inputs:
+        others["tokens"] = 1
+    return Options(
+        data_parallel=mesh is not None if data_parallel is None else data_parallel,
+        memory_limit=limit,
+        recompute=("none" if limit is None else "auto") if recompute is None else recompute,
+        **others,
+    )
+
+
+def possible_meshes(
+    world_size: int | None, mesh: Mesh | str | None, options: Options
+) -> tuple[Mesh, ...]:
+    """The arrangements of the ranks to choose from.
+
+    Raises PlanError where their number is not told, or told twice, or no number of ranks.
+    """
+    if world_size is not None and (type(world_size) is not int or world_size < 1):
+        raise PlanError(f"world_size={world_size!r}", fix="give a positive whole number of ranks")
+    if isinstance(mesh, Mesh):
+        if world_size is not None and world_size != mesh.world_size:
+            raise PlanError(
+                f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
+                fix="leave one of the two out",
+            )
+        return (mesh,)
+    if mesh not in (None, "auto"):
+        raise PlanError(f"mesh={mesh!r}", fix='pass mesh=Mesh(dp=2, tp=4), or mesh="auto"')
+    if world_size is None:
+        raise PlanError("over how many ranks?", fix="pass world_size=8, or mesh=Mesh(dp=2, tp=4)")
+    if mesh is None:
+        return (Mesh(tp=world_size),)
+    return arrangements(world_size, find_hardware(options.hardware).devices_per_node)
+
+
+def require_clear(
+    meshes: tuple[Mesh, ...],
+    options: Options,
+    pins: Mapping[str, Layout | Placement] | None,
+    product_weight: float | None,
+    start: Plan | None,
+) -> None:
+    """Raises PlanError for demands that no search could heed."""
+    if pins is not None and not isinstance(pins, Mapping):
+        raise PlanError(f"pins={pins!r}", fix='give a table: {"encoder.weight": Shard(0)}')
+    for path, pin in (pins or {}).items():
+        placements = pin if isinstance(pin, tuple) else (pin,)
+        if not all(isinstance(one, Placement) for one in placements):
+            raise PlanError(
+                f"{path} is pinned to {pin!r}, which is no placement",
+                fix="give Shard(0), Invariant(), or a tuple with one for each axis",
+            )
+    if product_weight is not None:
+        number = isinstance(product_weight, int | float) and not isinstance(product_weight, bool)
+        if not number or not 0 < product_weight < math.inf:
+            raise PlanError(f"product_weight={product_weight!r}", fix="give a positive number")
+        if options.memory_limit is not None:
+            raise PlanError(
+                f"product_weight={product_weight!r} under a memory limit",
+                why="what fits is planned for its seconds alone",
+                fix="leave one of the two out",
+            )
+    if start is not None and not isinstance(start, Plan):
+        raise PlanError(
+            f"start is a {type(start).__name__}",
+            fix="give a Plan; Plan.from_json(text) reads one",
+        )
+    if start is not None and start.mesh not in meshes:
+        tried = ", ".join(map(str, meshes))
+        raise PlanError(
+            f"the plan to begin with is for another mesh, {start.mesh}",
+            why=f"the ranks are arranged as {tried}",
+            fix="begin with a plan of the same model, example inputs and mesh",
+        )
+
+
+def require_parameters(plan: Plan, model: nn.Module) -> None:
+    """Raises PlanError for a plan of a model that has other parameters."""
+    own = {path: tuple(p.shape) for path, p in model.named_parameters(remove_duplicate=False)}
+    other = [
+        f"{choice.path}: {choice.shape} in the plan, {own.get(choice.path, 'none')} in the model"
+        for choice in plan.parameters
+        if own.get(choice.path) != choice.shape
+    ]
+    if other:
+        raise PlanError(
+            f"the plan was made for another {plan.model}",
+            where="\n".join(other[:5] + [f"and {len(other) - 5} more"] * (len(other) > 5)),
+            why="its parameters are not those of this model",
+            fix="plan again for this model",
+        )
