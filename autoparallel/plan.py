@@ -154,8 +154,8 @@ class Plan:
     part's path, and those parameters besides that Python reads.
     recomputed: groups of neighbouring ops that are run again in the backward pass: of each, what it
     reads is kept, and what it makes is not. recompute: the blocks that they belong to, (path,
-    "selective" or "full"). memory: (category, bytes) on the rank that needs most; of a plan within
-    a limit, of others see `memory_of`.
+    "selective" or "full"). memory: (category, bytes) on the rank that needs most, as
+    `memory_of` counts it; empty where nobody has counted it.
     """
 
     model: str

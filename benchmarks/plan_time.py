@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PHASES = ("capture", "passes", "rules", "tiling", "network", "solve", "explain", "read")
+PHASES = ("capture", "passes", "rules", "tiling", "network", "solve", "explain", "read", "memory")
 EXTRA = ("import", "construct", "emit")
 MODELS = ("gpt2", "gpt2-xl", "bert-large", "llama-3-8b", "gpt3", "hf-gpt3", "gpt-1t")
 ROWS = (
@@ -126,7 +126,7 @@ def measure(
         from autoparallel.mesh import Mesh
         from autoparallel.options import Options
         from autoparallel.planning import network_solver as solving
-        from autoparallel.planning import search
+        from autoparallel.planning import plan_model, search
         from autoparallel.rewrite.emit import emit
         from autoparallel.runtime.ranks import thread_ranks
         from autoparallel.strategy import build_network as builder
@@ -145,6 +145,7 @@ def measure(
     clock.watch(search, "build_network", "network")
     clock.watch(solving.NetworkSolver, "__call__", "solve")
     clock.watch(search, "cost_of_splitting", "explain")
+    clock.watch(plan_model, "memory_of", "memory")
     with clock.phase("construct"):
         model, inputs = construct(name, batch=max(2, mesh.world_size))
     options = Options(
@@ -153,7 +154,7 @@ def measure(
     )
     captured = breaks.trace(model, (), inputs)
     with clock.phase("read"):
-        plan = search.search(captured, name, mesh, options)
+        plan = plan_model.fastest_plan(model, captured, (mesh,), options)
     planned = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ranks = thread_ranks(mesh)[0]
     with clock.phase("emit"):

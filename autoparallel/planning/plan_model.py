@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from autoparallel.analysis.memory import memory_of
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.graph_breaks import GraphBreaks, trace, trace_parts
 from autoparallel.errors import AliasError, CaptureError, PlanError
@@ -56,7 +57,7 @@ def fastest_plan(
     product_weight: float | None = None,
     start: Plan | None = None,
 ) -> Plan:
-    """The fastest plan of all arrangements.
+    """The fastest plan of all arrangements, with the memory that it takes.
 
     Where none has a plan, raises the error of the one that needs least memory, else the first's.
     Raises PlanError for demands that no search could heed.
@@ -75,7 +76,8 @@ def fastest_plan(
             best = plan
     if best is None:
         raise min(errors, key=lambda error: getattr(error, "least", math.inf))
-    return best
+    # Under a memory limit it was counted to see whether the plan fits.
+    return best if best.memory else replace(best, memory=memory_of(best).rows)
 
 
 def _search(

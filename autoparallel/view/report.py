@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from autoparallel.analysis.communication import PHASES, Transfer, transfers
-from autoparallel.analysis.memory import memory_of
 from autoparallel.placement import Collective, Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.support.units import bytes_text
@@ -273,11 +272,11 @@ def _totals(plan: Plan) -> Table:
     return _table("Collectives in one step", [*columns, ("count", True), ("bytes", True)], rows)
 
 
-def _memory(plan: Plan) -> Table | None:
+def _memory(plan: Plan) -> Table | Text:
     """What the rank that needs most needs it for."""
-    if not plan.memory and not plan.is_traced:
-        return None
-    memory = plan.memory or memory_of(plan).rows
+    memory = plan.memory
+    if not memory:
+        return Text("Memory: the plan does not say what it takes; plan again to have it counted.")
     total = sum(nbytes for _, nbytes in memory)
     rows = [
         (name.replace("_", " "), bytes_text(nbytes), f"{nbytes / total:.1%}" if total else "")

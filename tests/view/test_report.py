@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 
 import autoparallel
 from autoparallel.analysis.memory import memory_of
+from autoparallel.mesh import Mesh
 from autoparallel.placement import Collective, Movement
 from autoparallel.plan import Plan
 from autoparallel.support.units import bytes_text
@@ -105,11 +107,59 @@ def test_report_header(megatron: Plan):
 
 
 def test_report_tells_the_memory(megatron: Plan):
-    """Of a plan without a limit too; of a text alone it is not known."""
+    """Of a plan without a limit too, as it is counted by a walk through the emitted program."""
     traced = autoparallel.make_plan(gpt(), 2)
     (row,) = (line for line in plan_text(traced).splitlines() if line.split()[:1] == ["all"])
     assert bytes_text(memory_of(traced).total) in row
-    assert "optimizer state" not in plan_text(megatron)
+    uncounted = plan_text(replace(megatron, memory=()))
+    assert "Memory: the plan does not say what it takes" in uncounted
+    assert "optimizer state" not in uncounted
+
+
+class Branching(nn.Module):
+    """A model in parts: its path depends on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = perceptron(), perceptron()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        if hidden.sum() > 0:
+            hidden = hidden * 2
+        out: torch.Tensor = self.second(hidden)
+        return out.sum()
+
+
+def plain_plan() -> Plan:
+    return autoparallel.make_plan(gpt(), 2)
+
+
+def mesh_plan() -> Plan:
+    return autoparallel.make_plan(gpt(), mesh=Mesh(dp=2, tp=2))
+
+
+def limited_plan() -> Plan:
+    needed = sum(nbytes for _, nbytes in mesh_plan().memory)
+    plan = autoparallel.make_plan(gpt(), mesh=Mesh(dp=2, tp=2), memory_limit=needed * 4 // 5)
+    assert plan.recompute or sum(nbytes for _, nbytes in plan.memory) < needed
+    return plan
+
+
+def plan_in_parts() -> Plan:
+    torch.manual_seed(0)
+    plan = autoparallel.make_plan(Branching(), 2, example_inputs=torch.randn(8, 32))
+    assert plan.breaks
+    return plan
+
+
+@pytest.mark.parametrize("make", [plain_plan, mesh_plan, limited_plan, plan_in_parts])
+def test_a_plan_that_was_read_prints_what_the_plan_printed(make: Callable[[], Plan]):
+    """Nothing is computed while printing that needs the graph."""
+    plan = make()
+    text = plan_text(plan)
+    assert "Memory of the rank that needs most" in text
+    assert text == plan_text(Plan.from_json(plan.to_json()))
 
 
 def test_report_explains_the_weight(megatron: Plan):

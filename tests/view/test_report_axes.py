@@ -143,7 +143,7 @@ def test_memory_and_what_is_run_again_are_told(plan: Plan) -> None:
     assert "parameters 1.0 KiB 50.0% optimizer state 1.0 KiB 50.0% all 2.0 KiB" in told
     assert "limit 4.0 KiB 50.0% of it used" in told
     assert "buffers" not in table
-    assert "Memory" not in plan_text(replace(plan, memory=()))
+    assert "Memory of the rank" not in plan_text(replace(plan, memory=()))
 
 
 @pytest.mark.parametrize(
