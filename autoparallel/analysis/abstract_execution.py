@@ -105,6 +105,7 @@ class AbstractExecution:
         self._made: dict[str, Layout] = {}
         self._routes = {(item.value, item.target): item for item in plan.conversions}
         self._seen: dict[Any, Observed] = {}
+        self._specs: dict[Any, FakeTensorSpec] = {}
         self._choices = {op.name: op for op in plan.ops}
         self._storage = plan.storage
         for node in graph.nodes:
@@ -120,15 +121,23 @@ class AbstractExecution:
         for number in (*self.returned, *self.written):
             self.storages[self.locals[number].storage].read = len(self.moments)
 
+    def _spec(self, value: Value, layout: Layout) -> FakeTensorSpec:
+        """The part of a value that the rank holds, with its elements in order."""
+        key = (value.shape, value.dtype, value.requires_grad, layout)
+        if key not in self._specs:
+            whole = stand_in(value)
+            shape = local_shape(whole.shape, layout, self.sizes)
+            self._specs[key] = contiguous(shape, whole.dtype, whole.requires_grad)
+        return self._specs[key]
+
     def _given(self, node: Node) -> None:
         """A tensor that is there before the program starts."""
         value = node.result
         layout = self._storage.get(node.target, self.whole)
         layout = layout if node.kind == "parameter" else self.whole
-        whole = stand_in(value)
-        shape = local_shape(whole.shape, layout, self.sizes)
-        grad = whole.requires_grad and (node.kind != "input" or self.part)
-        stand = contiguous(shape, whole.dtype, grad)
+        stand = self._spec(value, layout)
+        if node.kind == "input" and not self.part:
+            stand = replace(stand, requires_grad=False)
         kind = "buffer" if node.kind == "constant" else node.kind
         storage = self._new(node.target if kind == "parameter" else value.name, "", kind, stand)
         self._at[value.name] = self._put(stand, storage, 0)
@@ -190,16 +199,17 @@ class AbstractExecution:
         """One move on one axis."""
         local, there = self.locals[number], step.applied(here)
         axis, source, target = step.axis, step.source, step.target
-        whole = stand_in(value)
-        shape = local_shape(whole.shape, there, self.sizes)
         grad = local.stand.requires_grad
-        expected = contiguous(shape, whole.dtype, grad)
+        expected = self._spec(value, there)
+        if expected.requires_grad != grad:
+            expected = replace(expected, requires_grad=grad)
         kind = step.forward
         # Zeros take the place of the value on all ranks but the first.
         group = StandInGroup(self.sizes[axis], int(kind is Movement.KEEP_ON_FIRST))
         size = 0
         if isinstance(source, Shard):
-            size = local_shape(whole.shape, here, self.sizes, without=axis)[source.dim]
+            whole = tuple(map(hint, value.shape))
+            size = local_shape(whole, here, self.sizes, without=axis)[source.dim]
         key = ("move", local.stand, group.world_size, source, target, size)
         if key not in self._seen:
             run = Movement.NONE if group.world_size == 1 else kind
@@ -209,6 +219,7 @@ class AbstractExecution:
                 {},
                 [local.stand],
                 [expected],
+                ("meta", "zeros"),
             )
         seen = self._seen[key]
         own = seen.storages[0] >= 1
@@ -237,12 +248,8 @@ class AbstractExecution:
             for name, layout in zip(node.operands(), choice.operands, strict=True)
         )
         stands = tuple(self.locals[number].stand for number in reads)
-        expected = []
-        for value, layout in zip(node.results, choice.results, strict=True):
-            whole = stand_in(value)
-            shape = local_shape(whole.shape, layout, self.sizes)
-            expected.append(contiguous(shape, whole.dtype, whole.requires_grad))
-        seen = self._observed(node, choice, stands, tuple(expected))
+        expected = tuple(map(self._spec, node.results, choice.results))
+        seen = self._observed(node, choice, stands, expected)
         if seen.assumed:
             self.assumed.append(node.name)
         now = len(self.moments)

@@ -121,9 +121,10 @@ def memory_of(
         walk, peak = known[id(part)]
         temporary = max(temporary, peak.temporary)
         assumed += [f"{prefix}{name}" for name in walk.assumed]
+        kept = frozenset(peak.kept)
         for number, storage in enumerate(walk.storages):
             category = {"buffer": "buffers", "input": "inputs"}.get(storage.kind, "activations")
-            if number in peak.kept if category == "activations" else storage.kind != "parameter":
+            if number in kept if category == "activations" else storage.kind != "parameter":
                 where = ".".join(text for text in (prefix.rstrip("."), storage.where) if text)
                 items.append(Item(category, storage.name, where, 1, storage.nbytes))
     rows = _grouped(items)

@@ -1,4 +1,4 @@
-"""A module that becomes parallel when it is first called, because only then are its inputs known."""
+"""A module that becomes parallel when it is first called: only then are its inputs known."""
 
 from __future__ import annotations
 

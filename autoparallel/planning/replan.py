@@ -1,4 +1,4 @@
-"""Plans of a running model's modules for calls that its plan is not for: other modes, other inputs."""
+"""Plans of a running model's modules for other modes and inputs than its plan is for."""
 
 from __future__ import annotations
 
