@@ -17,7 +17,15 @@ from autoparallel.placement import (
 )
 from autoparallel.plan import Conversion, ParameterChoice, Plan
 
-__all__ = ["PHASES", "Transfer", "late_axes", "moves", "route", "transfers"]
+__all__ = [
+    "PHASES",
+    "Transfer",
+    "collective_totals",
+    "late_axes",
+    "moves",
+    "route",
+    "transfers",
+]
 
 PHASES = ("forward", "backward", "update")
 
@@ -69,6 +77,28 @@ def transfers(plan: Plan) -> tuple[Transfer, ...]:
     Dims whose size is not a number are taken to divide by the ranks that split them.
     """
     return tuple(move for move in moves(plan) if move.movement.collective is not None)
+
+
+def collective_totals(plan: Plan) -> dict[tuple[str, str, Collective], tuple[int, float]]:
+    """(phase, mesh axis, collective) to number and bytes in one step, of the plan's conversions.
+
+    phase: "forward", "backward" or "update". Bytes are those of the full tensors, as the axis
+    finds them. What is done together counts as one.
+    """
+    made: dict[tuple[str, str, Collective], list[Transfer]] = {}
+    for transfer in transfers(plan):
+        axis = plan.mesh.axes[transfer.step.axis][0]
+        made.setdefault((transfer.phase, axis, transfer.collective), []).append(transfer)
+    found = {}
+    for phase in PHASES:
+        for axis, _ in plan.mesh.axes:
+            for collective in Collective:
+                if group := made.get((phase, axis, collective)):
+                    alone = [transfer for transfer in group if not transfer.together]
+                    number = len(alone) + (len(alone) < len(group))
+                    nbytes = sum(transfer.nbytes for transfer in group)
+                    found[phase, axis, collective] = number, nbytes
+    return found
 
 
 def moves(plan: Plan) -> tuple[Transfer, ...]:

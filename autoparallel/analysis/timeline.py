@@ -19,6 +19,7 @@ from autoparallel.graph.graph import Sym, numel_hint
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
+from autoparallel.support.units import seconds_text
 
 __all__ = [
     "BUCKET_NBYTES",
@@ -86,12 +87,47 @@ class Timeline(TrainingStep):
 
     forward_seconds, backward_seconds: until the forward pass is done, and from then until the
     backward pass is, without what is left of the reduction of gradients.
+
+    >>> import torch, autoparallel
+    >>> layer, inputs = torch.nn.Linear(4096, 4096, bias=False), torch.zeros(512, 4096)
+    >>> plan = autoparallel.make_plan(layer, 2, example_inputs=inputs, hardware="dgx-a100")
+    >>> print(autoparallel.timeline(plan))
+    step           2.89 ms, predicted, on 2 ranks
+    passes         forward 1.3 ms, backward 1.46 ms, gradients and update after them 132 µs
+    computing      2.89 ms
+    communicating  342 µs; nothing is computed for 0 s
+    tokens         8192 a step, 2.836e+06 a second
+    utilization    91.5% of the peak FLOP/s (MFU)
     """
 
     forward_seconds: float
     backward_seconds: float
     events: tuple[Event, ...]
     ranks: int
+
+    def __repr__(self) -> str:
+        step = f"{seconds_text(self.seconds)} a step"
+        return f"<Timeline: {step} on {self.ranks} ranks, {len(self.events)} events>"
+
+    def __str__(self) -> str:
+        """A few lines; `write_trace` shows every event."""
+        rest = self.seconds - self.forward_seconds - self.backward_seconds
+        passes = f"forward {seconds_text(self.forward_seconds)}"
+        passes += f", backward {seconds_text(self.backward_seconds)}"
+        exposed = seconds_text(self.exposed_seconds)
+        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        rows = [
+            ("step", f"{seconds_text(self.seconds)}, predicted, on {ranks}"),
+            ("passes", f"{passes}, gradients and update after them {seconds_text(max(rest, 0.0))}"),
+            ("computing", seconds_text(self.busy(COMPUTE))),
+            (
+                "communicating",
+                f"{seconds_text(self.busy(COMMUNICATION))}; nothing is computed for {exposed}",
+            ),
+            ("tokens", f"{self.tokens} a step, {self.tokens_per_second:.4g} a second"),
+            ("utilization", f"{self.mfu:.1%} of the peak FLOP/s (MFU)"),
+        ]
+        return "\n".join(f"{name:15}{text}" for name, text in rows)
 
     def busy(self, stream: str, phase: str = "") -> float:
         """Seconds that a stream works, in all or in one phase."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from autoparallel.analysis.communication import collective_totals
 from autoparallel.analysis.memory import memory_of
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.graph_breaks import GraphBreaks, trace, trace_parts
@@ -57,7 +58,7 @@ def fastest_plan(
     product_weight: float | None = None,
     start: Plan | None = None,
 ) -> Plan:
-    """The fastest plan of all arrangements, with the memory that it takes.
+    """The fastest plan of all arrangements, with the memory and the collectives that it takes.
 
     Where none has a plan, raises the error of the one that needs least memory, else the first's.
     Raises PlanError for demands that no search could heed.
@@ -76,8 +77,16 @@ def fastest_plan(
             best = plan
     if best is None:
         raise min(errors, key=lambda error: getattr(error, "least", math.inf))
+    return _counted(best)
+
+
+def _counted(plan: Plan) -> Plan:
+    """The plan with what it takes and sends in a step, so that to tell it needs no graph."""
     # Under a memory limit it was counted to see whether the plan fits.
-    return best if best.memory else replace(best, memory=memory_of(best).rows)
+    memory = plan.memory or memory_of(plan).rows
+    totals = collective_totals(plan)
+    collectives = tuple((*key[:2], key[2].value, count) for key, (count, _) in totals.items())
+    return replace(plan, memory=memory, collectives=collectives)
 
 
 def _search(

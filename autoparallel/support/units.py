@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them: "40GiB" to bytes, and bytes to text."""
+"""Amounts of memory and times as people write them: "40GiB" to bytes, and numbers to text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from autoparallel.errors import PlanError
 
-__all__ = ["bytes_text", "parse_bytes"]
+__all__ = ["bytes_text", "parse_bytes", "seconds_text"]
 
 # Binary prefixes (IEC 80000-13) have an i: 1 KiB is 1024 bytes, 1 kB is 1000.
 _UNITS = {
@@ -52,3 +52,15 @@ def bytes_text(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} TiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a time in the largest unit that keeps it at 1 or more, with three digits.
+
+    >>> seconds_text(0.00148)
+    '1.48 ms'
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return "0 s" if seconds == 0 else f"{seconds * 1e9:.3g} ns"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from autoparallel.cost.fit import Row
 from autoparallel.cost.hardware import Hardware
-from autoparallel.view.words import seconds_text
+from autoparallel.support.units import seconds_text
 
 __all__ = ["calibration_text"]
 

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autoparallel.analysis.communication import PHASES, Transfer, transfers
-from autoparallel.placement import Collective, Invariant, Layout, Partial, Replicate, Shard
+from autoparallel.analysis.communication import collective_totals
+from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from autoparallel.support.units import bytes_text
+from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.folded_rows import Folded, fold
-from autoparallel.view.words import Words, collective_text, kind_of, seconds_text
+from autoparallel.view.words import Words, collective_text, kind_of
 
-__all__ = ["collective_totals", "plan_text", "print_plan"]
+__all__ = ["plan_text", "print_plan"]
 
 WIDTH = 160  # of a report that is not written to a terminal
 
@@ -62,28 +62,6 @@ def plan_text(plan: Plan) -> str:
     file = io.StringIO()
     print_plan(plan, console=Console(file=file, width=WIDTH, color_system=None, highlight=False))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
-
-
-def collective_totals(plan: Plan) -> dict[tuple[str, str, Collective], tuple[int, float]]:
-    """(phase, mesh axis, collective) to number and bytes in one step, of the plan's conversions.
-
-    phase: "forward", "backward" or "update". Bytes are those of the full tensors, as the axis
-    finds them. What is done together counts as one.
-    """
-    made: dict[tuple[str, str, Collective], list[Transfer]] = {}
-    for transfer in transfers(plan):
-        axis = plan.mesh.axes[transfer.step.axis][0]
-        made.setdefault((transfer.phase, axis, transfer.collective), []).append(transfer)
-    found = {}
-    for phase in PHASES:
-        for axis, _ in plan.mesh.axes:
-            for collective in Collective:
-                if group := made.get((phase, axis, collective)):
-                    alone = [transfer for transfer in group if not transfer.together]
-                    number = len(alone) + (len(alone) < len(group))
-                    nbytes = sum(transfer.nbytes for transfer in group)
-                    found[phase, axis, collective] = number, nbytes
-    return found
 
 
 def _header(plan: Plan, words: Words) -> Table:

@@ -27,7 +27,6 @@ __all__ = [
     "is_unary",
     "kind_of",
     "op_text",
-    "seconds_text",
 ]
 
 # What a split of the parameter read first is called where a kernel of ours runs the op.
@@ -224,11 +223,3 @@ def op_text(target: str) -> str:
     """ "linear" for "aten.linear.default"."""
     parts = target.split(".")
     return parts[1] if len(parts) > 2 else parts[0]
-
-
-def seconds_text(seconds: float) -> str:
-    """ "1.48 ms"."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.3g} {unit}"
-    return "0 s" if seconds == 0 else f"{seconds * 1e9:.3g} ns"

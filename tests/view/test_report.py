@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import nn
 
 import autoparallel
+from autoparallel.analysis.communication import collective_totals
 from autoparallel.analysis.memory import memory_of
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Collective, Movement
@@ -28,7 +29,7 @@ from autoparallel.support.units import bytes_text
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.dot import to_dot, write_svg
 from autoparallel.view.folded_rows import fold, index_text
-from autoparallel.view.report import collective_totals, plan_text, print_plan
+from autoparallel.view.report import plan_text, print_plan
 
 LAYERS = 3
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 import autoparallel
-from autoparallel.analysis.communication import transfers
+from autoparallel.analysis.communication import collective_totals, transfers
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Collective, Shard, Step, parse_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.dot import to_dot
-from autoparallel.view.report import collective_totals, plan_text
+from autoparallel.view.report import plan_text
 from autoparallel.view.words import Words
 
 

@@ -1,0 +1,127 @@
+"""A plan and a timeline print as short texts, which need nothing that the plan's JSON lacks."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import autoparallel
+from autoparallel import plan as plan_module
+from autoparallel.analysis import timeline as timeline_module
+from autoparallel.analysis.communication import collective_totals
+from autoparallel.mesh import Mesh
+from autoparallel.plan import Break, Plan
+from autoparallel.support.units import bytes_text, seconds_text
+from autoparallel.train.models import GPT, GPTConfig
+
+MOST_LINES = 12
+
+
+def gpt() -> nn.Module:
+    return GPT(GPTConfig(4, hidden=64, heads=8, vocabulary=212, positions=64, dropout=0.0))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return autoparallel.make_plan(gpt(), mesh=Mesh(dp=2, tp=2), hardware="dgx-a100")
+
+
+@pytest.fixture(scope="module")
+def limited(plan: Plan) -> Plan:
+    limit = sum(nbytes for _, nbytes in plan.memory) * 3 // 4
+    inputs = gpt().example_inputs()
+    return autoparallel.make_plan(
+        gpt(),
+        mesh=Mesh(dp=2, tp=2),
+        hardware="dgx-a100",
+        memory_limit=limit,
+        recompute="full",
+        example_inputs=inputs,
+    )
+
+
+@pytest.mark.parametrize("module", [plan_module, timeline_module])
+def test_the_examples_run(module: ModuleType) -> None:
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0
+    assert failed == 0
+
+
+def test_a_plan_prints_as_a_dozen_lines(plan: Plan) -> None:
+    rows = dict(line.split(maxsplit=1) for line in str(plan).splitlines())
+    assert len(rows) <= MOST_LINES
+    assert rows["mesh"] == "Mesh(dp=2, tp=2), 4 ranks"
+    assert (rows["model"], rows["hardware"]) == ("GPT", "dgx-a100")
+    assert seconds_text(plan.seconds) in rows["step"]
+    assert "proven optimal" in rows["cost"]
+    assert f"{plan.split_flops:.1%} of the FLOPs" in rows["split"]
+    assert bytes_text(sum(nbytes for _, nbytes in plan.memory)) in rows["memory"]
+    number = sum(count for count, _ in collective_totals(plan).values())
+    assert rows["collectives"].startswith(f"{number} (")
+    assert number > 0
+
+
+def test_what_is_not_proven_is_told_so(plan: Plan) -> None:
+    assert "at most 25.00% above" in str(replace(plan, lower_bound=plan.cost * 0.75))
+
+
+def test_what_is_left_as_python_is_told(plan: Plan) -> None:
+    lines = str(replace(plan, breaks=(Break("head", "", "a branch on a value"),))).splitlines()
+    assert lines[-1].split(maxsplit=2)[2] == "1 of its modules"
+    assert len(lines) <= MOST_LINES
+
+
+def test_a_limited_plan_tells_the_limit_and_what_runs_again(limited: Plan) -> None:
+    assert limited.memory_limit is not None
+    text = str(limited)
+    assert f" of {bytes_text(limited.memory_limit)} allowed" in text
+    assert "recomputed   4 blocks" in text
+    assert len(text.splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("which", ["plan", "limited"])
+def test_a_plan_that_was_read_is_equal_and_prints_the_same(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    own = request.getfixturevalue(which)
+    read = Plan.from_json(own.to_json())
+    assert read == own
+    assert str(read) == str(own)
+    assert repr(read) == repr(own)
+
+
+def test_a_text_without_counts_is_read_and_printed_without_them(plan: Plan) -> None:
+    """Texts of version 2 need not have them."""
+    rows = json.loads(plan.to_json())
+    rows["memory"] = {}
+    del rows["collectives"]
+    text = str(Plan.from_json(json.dumps(rows)))
+    assert "memory" not in text
+    assert "collectives" not in text
+
+
+def test_reprs_are_short(plan: Plan) -> None:
+    for value in (plan, autoparallel.timeline(plan)):
+        assert len(repr(value)) < 100
+        assert "\n" not in repr(value)
+    assert repr(
+        plan
+    ) == f"<Plan: GPT on Mesh(dp=2, tp=2), {seconds_text(plan.seconds)} a step, " + (
+        "proven optimal>"
+    )
+
+
+def test_a_timeline_prints_as_a_few_lines() -> None:
+    layer, inputs = nn.Linear(64, 64), torch.zeros(32, 64)
+    plan = autoparallel.make_plan(layer, 1, example_inputs=inputs, hardware="dgx-a100")
+    timeline = autoparallel.timeline(plan)
+    rows = dict(line.split(maxsplit=1) for line in str(timeline).splitlines())
+    assert rows["step"] == f"{seconds_text(timeline.seconds)}, predicted, on 1 rank"
+    assert rows["communicating"].startswith("0 s;")
+    assert rows["utilization"].startswith(f"{timeline.mfu:.1%}")
