@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import autoparallel
 from autoparallel.errors import PlanError
+from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Shard
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
@@ -259,3 +260,24 @@ def behaviours(rank: int) -> None:
 def test_a_training_script_sees_no_difference() -> None:
     """On two gloo processes."""
     run_processes(behaviours, 2, timeout_seconds=300)
+
+
+def test_the_guards_of_a_program_are_asked_once_for_calls_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was found out of a kind of inputs is the running module's to remember."""
+    torch.manual_seed(4)
+    model = Frozen().double()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    parallel = autoparallel.autoparallelize(model, 1, example_inputs=(x,))
+    asked: list[tuple[int, ...]] = []
+    fits = Captured.fits
+
+    def count(self: Captured, inputs: list[torch.Tensor]) -> bool:
+        asked.append(tuple(inputs[0].shape))
+        return fits(self, inputs)
+
+    monkeypatch.setattr(Captured, "fits", count)
+    for rows in (8, 8, 6, 8, 6):
+        parallel(x[:rows])
+    assert asked == [(8, 4), (6, 4)]

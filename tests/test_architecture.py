@@ -96,3 +96,38 @@ def test_nothing_of_the_package_is_loaded_before_it_is_used() -> None:
 
     code = "import autoparallel, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def frozen_classes(path: Path) -> list[ast.ClassDef]:
+    """Dataclasses whose values are not to change."""
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any("frozen=True" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+
+
+def writes_into_itself(function: ast.AST) -> bool:
+    """Whether a method sets or deletes items of what its value holds: `self.known[key] = ...`."""
+    return any(
+        isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, ast.Store | ast.Del)
+        and ast.unparse(node.value).startswith("self.")
+        for node in ast.walk(function)
+    )
+
+
+def test_frozen_values_hold_no_caches_that_grow() -> None:
+    """What is found out about a value belongs to the object that works with it."""
+    wrong = [
+        f"{name}: {kind.name}.{function.name}"
+        for name, path in files().items()
+        for kind in frozen_classes(path)
+        for function in kind.body
+        if isinstance(function, ast.FunctionDef) and function.name != "__post_init__"
+        if writes_into_itself(function)
+        or {ast.unparse(decorator) for decorator in function.decorator_list}
+        & {"cache", "functools.cache", "lru_cache", "functools.lru_cache"}
+    ]
+    assert not wrong

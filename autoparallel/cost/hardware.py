@@ -92,11 +92,6 @@ class Hardware:
         """The rate that kernels reach which read and write long arrays."""
         return self.memory_bytes_per_second * self.memory_efficiency
 
-    @cached_property
-    def _known_links(self) -> dict[tuple[int, ...], tuple[Link, ...]]:
-        """The links of the meshes seen so far, by the sizes of their axes."""
-        return {}
-
     def links(self, axis_sizes: tuple[int, ...]) -> tuple[Link, ...]:
         """Return the link of every mesh axis, ranks being numbered with the last axis innermost.
 
@@ -105,15 +100,13 @@ class Hardware:
         link. Otherwise m network shares carry what passes between nodes, as far as the node's own
         link can follow.
         """
-        if axis_sizes not in self._known_links:
-            links = []
-            stride = math.prod(axis_sizes)
-            for size in axis_sizes:
-                # The stride of an axis is the number of ranks inside it.
-                stride //= size
-                links.append(self._link(size, min(size, max(self.devices_per_node // stride, 1))))
-            self._known_links[axis_sizes] = tuple(links)
-        return self._known_links[axis_sizes]
+        links = []
+        stride = math.prod(axis_sizes)
+        for size in axis_sizes:
+            # The stride of an axis is the number of ranks inside it.
+            stride //= size
+            links.append(self._link(size, min(size, max(self.devices_per_node // stride, 1))))
+        return tuple(links)
 
     def slowest(self, devices: int) -> float:
         """Return by what factor the slowest of so many devices takes longer than the mean one.

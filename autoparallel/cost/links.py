@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -71,6 +73,11 @@ class Regime:
         """The key by which a regime inside a node and one between nodes belong together."""
         return self.algorithm, self.protocol, self.collectives
 
+    def makes(self, kind: Collective) -> bool:
+        """Return whether the regime can make the collective, and is for it."""
+        able = self.algorithm.steps(kind, 2) is not None
+        return able and (not self.collectives or kind.value in self.collectives)
+
 
 @dataclass(frozen=True)
 class Link:
@@ -89,27 +96,37 @@ class Link:
         )
 
     @cached_property
-    def _known(self) -> dict[tuple[Collective, int], tuple[tuple[float, float], ...]]:
-        """The lines computed so far, by collective and number of ranks."""
-        return {}
+    def _makers(self) -> Mapping[Collective, tuple[tuple[Algorithm, tuple[Regime, ...]], ...]]:
+        """Per collective the regimes that can make it, neighbours of one algorithm together."""
+        return {
+            kind: tuple(
+                (algorithm, tuple(regimes))
+                for algorithm, regimes in itertools.groupby(
+                    (regime for regime in self.regimes if regime.makes(kind)),
+                    key=lambda regime: regime.algorithm,
+                )
+            )
+            for kind in Collective
+        }
 
     def lines(self, kind: Collective, world_size: int) -> tuple[tuple[float, float], ...]:
-        """Return (seconds, seconds per byte of the full tensor) of every regime that can do it.
+        """Return (seconds, seconds per byte of the full tensor) of every regime that can make it.
 
         The time of each regime is a line over the size; the fastest at a size is the lowest line.
         """
-        key = (kind, world_size)
-        if key not in self._known:
-            lines = []
-            for regime in self.regimes:
-                steps = regime.algorithm.steps(kind, world_size)
-                is_for_kind = not regime.collectives or kind.value in regime.collectives
-                if steps is not None and is_for_kind:
-                    hops, sent = steps
-                    seconds = regime.floor_seconds + hops * regime.hop_seconds
-                    lines.append((seconds, sent / regime.bytes_per_second))
-            self._known[key] = tuple(lines)
-        return self._known[key]
+        lines: list[tuple[float, float]] = []
+        for algorithm, regimes in self._makers[kind]:
+            steps = algorithm.steps(kind, world_size)
+            assert steps is not None, (algorithm, kind)
+            hops, sent = steps
+            lines += [
+                (
+                    regime.floor_seconds + hops * regime.hop_seconds,
+                    sent / regime.bytes_per_second,
+                )
+                for regime in regimes
+            ]
+        return tuple(lines)
 
 
 def joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Regime:

@@ -78,19 +78,12 @@ class Captured:
         pairs = zip(inputs, values, strict=True)
         if any(one.requires_grad and not planned.requires_grad for one, planned in pairs):
             return False
-        if shapes not in self._known_shapes:
-            self._known_shapes[shapes] = self._holds(shapes, [value.shape for value in values])
-        return self._known_shapes[shapes]
+        return self._holds(shapes, [value.shape for value in values])
 
     @cached_property
     def blocks(self) -> Repeats:
         """The repeated blocks of the graph."""
         return find_repeats(self.graph)
-
-    @cached_property
-    def _known_shapes(self) -> dict[tuple[tuple[int, ...], ...], bool]:
-        """Answers by the inputs' shapes: evaluating guards takes sympy longer than a small step."""
-        return {}
 
     def _holds(self, shapes: tuple[tuple[int, ...], ...], expected: list[tuple[Dim, ...]]) -> bool:
         """Return whether inputs of these shapes agree with the

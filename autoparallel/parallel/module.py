@@ -313,7 +313,7 @@ def _entry(
 ) -> Entry | None:
     """The program that fits a call, made now if there is none yet; None where Python must run."""
     for candidate in state.entries.get((modes, skeleton), ()):
-        if candidate.captured.fits(inputs):
+        if candidate.fits(inputs):
             return candidate
     if state.full or modes in state.python:
         return None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -31,13 +32,25 @@ Replan = Callable[
 
 @dataclass
 class Entry:
-    """A program and what its inputs must look like."""
+    """A program and what its inputs must look like.
+
+    known: whether it is right for inputs of some shapes, types and need of gradients, as found out
+    so far: to ask the guards takes long, and most calls are like one before.
+    """
 
     plan: Plan
     captured: Captured
     program: Program
     leaves: list[LocalParameter]
     shapes: list[tuple[Any, ...]]
+    known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+
+    def fits(self, inputs: list[torch.Tensor]) -> bool:
+        """Whether the program is right for these inputs; see `Captured.fits`."""
+        key = tuple([(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs])
+        if key not in self.known:
+            self.known[key] = self.captured.fits(inputs)
+        return self.known[key]
 
 
 @dataclass
