@@ -114,7 +114,8 @@ class ShardingRule:
     operand. adds: the op is such an addition. grain: of loops whose parts must have a multiple of
     so many elements. takes_empty: the op also runs on a part without elements, which ranks are left
     with where a loop is shorter than they are many. occupied: loops of which every part must have
-    elements even so. reasons: why loops are whole, where there is more to say. discovered: the rule in einsum-like words, if nobody wrote it.
+    elements even so. reasons: why loops are whole, where there is more to say. discovered: the
+    rule in einsum-like words, if nobody wrote it.
     """
 
     operands: tuple[Dims, ...]
