@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autoparallel.parallel.seeds import manual_seed, rng_state, set_rng_state
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
+    from autoparallel.rewrite.emitted_program import emitted_program
     from autoparallel.view.closed_forms_text import forms_text
     from autoparallel.view.dot import write_svg
     from autoparallel.view.report import print_plan
@@ -40,6 +41,7 @@ _HOMES = {
     "Replicate": "placement",
     "Shard": "placement",
     "Plan": "plan",
+    "emitted_program": "rewrite.emitted_program",
     "full_state_dict": "parallel.module",
     "load_checkpoint": "parallel.checkpoint",
     "manual_seed": "parallel.seeds",
@@ -63,6 +65,7 @@ __all__ = [
     "apply_plan",
     "autoparallelize",
     "closed_forms",
+    "emitted_program",
     "forms_text",
     "full_state_dict",
     "load_checkpoint",
@@ -84,3 +87,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import linecache
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -115,8 +116,13 @@ def _part(size: int, group: Group) -> int:
 def compiled(
     source: str, name: str, ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """The function, with its text known to tracebacks. axes: what the text calls the mesh's."""
-    file = f"<autoparallel {name} rank {ranks.rank} of {ranks.world_size}>"
+    """The function, with its text known to tracebacks. axes: what the text calls the mesh's.
+
+    Every text has a file name of its own: a model has one program for each mode and each structure
+    of its inputs, and a traceback through one of them must not show the lines of another.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    file = f"<autoparallel {name} rank {ranks.rank} of {ranks.world_size} {digest}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     namespace: dict[str, Any] = {
         "torch": torch,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from autoparallel.errors import PlanError
 from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import functional_collectives
 
-__all__ = ["Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]
+__all__ = ["AbsentGroup", "Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]
 
 
 class Group(ABC):
@@ -60,6 +61,35 @@ class SingleGroup(Group):
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
     ) -> list[torch.Tensor]:
         return tensors
+
+
+class AbsentGroup(Group):
+    """A place among ranks that do not run: it tells where a rank stands and exchanges nothing."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def _refuse(self) -> NoReturn:
+        raise PlanError(
+            f"rank {self.rank} of {self.world_size} would exchange tensors, and no other rank runs",
+            why="the program was emitted to be read, without devices",
+            fix="run it under torchrun from the parallel module, or in one process by "
+            "autoparallel.simulate",
+        )
+
+    def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
+        self._refuse()
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._refuse()
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._refuse()
+
+    def all_to_all(
+        self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
+    ) -> list[torch.Tensor]:
+        self._refuse()
 
 
 class ProcessGroup(Group):

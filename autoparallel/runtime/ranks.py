@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.runtime.groups import (
+    AbsentGroup,
     Group,
     LocalGroup,
     ProcessGroup,
@@ -22,7 +24,15 @@ from autoparallel.runtime.groups import (
     thread_groups,
 )
 
-__all__ = ["Ranks", "one_axis", "process_ranks", "run_ranks", "single_rank", "thread_ranks"]
+__all__ = [
+    "Ranks",
+    "absent_ranks",
+    "one_axis",
+    "process_ranks",
+    "run_ranks",
+    "single_rank",
+    "thread_ranks",
+]
 
 Result = TypeVar("Result")
 
@@ -73,6 +83,24 @@ def single_rank(mesh: Mesh) -> Ranks:
     """The only rank of a mesh of one rank."""
     alone = SingleGroup()
     return Ranks(tuple(name for name, _ in mesh.axes), (alone,) * len(mesh.axes), alone)
+
+
+def absent_ranks(mesh: Mesh, rank: int) -> Ranks:
+    """The place of one rank on a mesh whose other ranks do not run. Raises PlanError for a rank
+    that the mesh does not have."""
+    if not 0 <= rank < mesh.world_size:
+        raise PlanError(
+            f"rank {rank} of {mesh}",
+            why=f"its ranks are numbered from 0 to {mesh.world_size - 1}",
+            fix="pass one of these",
+        )
+    groups: list[Group] = []
+    rest = rank
+    for _, size in reversed(mesh.axes):
+        groups.append(AbsentGroup(rest % size, size) if size > 1 else SingleGroup())
+        rest //= size
+    world = AbsentGroup(rank, mesh.world_size) if mesh.world_size > 1 else SingleGroup()
+    return Ranks(tuple(name for name, _ in mesh.axes), tuple(reversed(groups)), world)
 
 
 def one_axis(group: Group, name: str = "axis") -> Ranks:
