@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import graphviz
 
+from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, Plan
 from autoparallel.support.units import bytes_text
@@ -48,6 +49,7 @@ _BACKWARD = "#6a3fa0"
 _FONT = "DejaVu Sans,Verdana,sans-serif"
 _GREY = "#546e7a"
 _GAP = "&#160;&#160;&#160;"
+_ENDINGS = (".svg", ".png", ".dot")
 _DEPTH = 3  # of nested modules that are framed
 _LEAF = 3  # boxes in a module without children that need no frame
 _NAMED = 6  # ops in a box that are named
@@ -56,11 +58,32 @@ _NAMED = 6  # ops in a box that are named
 def write_svg(
     plan: Plan, path: str | PathLike[str], *, layers: Layers = "fold", within: str = ""
 ) -> None:
-    """Write the picture as one self-contained SVG file, the same for the same plan.
+    """Write the picture as one self-contained file, the same for the same plan.
 
-    layers: "fold" draws repeated modules once, "all" draws every one. within: as for to_dot.
+    path: its ending says what is written: ".svg", ".png", or ".dot" for the text that both are
+    drawn from. layers: "fold" draws repeated modules once, "all" draws every one. within: as for
+    to_dot.
+
+        >>> import autoparallel, pathlib, tempfile, torch
+        >>> plan = autoparallel.make_plan(torch.nn.Linear(8, 8), 2, example_inputs=torch.ones(4, 8))
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "plan.svg")
+        >>> autoparallel.write_svg(plan, path)
+        >>> "</svg>" in path.read_text()
+        True
+
+    Raises AutoParallelError for another ending, before anything is drawn.
     """
-    Path(path).write_bytes(_render(to_dot(plan, layers=layers, within=within)))
+    ending = Path(path).suffix.lower()
+    if ending not in _ENDINGS:
+        raise AutoParallelError(
+            f"a picture of a plan cannot be written to {os.fspath(path)!r}",
+            why=f"the ending says what is written, and {ending or 'none'!r} is not one of "
+            + ", ".join(_ENDINGS),
+            fix=f"write_svg(plan, {str(Path(path).with_suffix('.svg'))!r})",
+        )
+    source = to_dot(plan, layers=layers, within=within)
+    content = source.encode() if ending == ".dot" else _render(source, ending.removeprefix("."))
+    Path(path).write_bytes(content)
 
 
 def to_dot(plan: Plan, *, layers: Layers = "fold", within: str = "") -> str:
@@ -94,14 +117,14 @@ def to_dot(plan: Plan, *, layers: Layers = "fold", within: str = "") -> str:
     return str(graph.source)
 
 
-def _render(source: str) -> bytes:
-    """The SVG of a DOT text, by the engine that comes with pygraphviz: no `dot` is needed."""
+def _render(source: str, kind: str) -> bytes:
+    """The picture of a DOT text, by the engine that comes with pygraphviz: no `dot` is needed."""
     import pygraphviz
 
     with _without_chatter():
-        svg = pygraphviz.AGraph(string=source).draw(path=None, format="svg", prog="dot")
-    assert isinstance(svg, bytes)
-    return svg
+        picture = pygraphviz.AGraph(string=source).draw(path=None, format=kind, prog="dot")
+    assert isinstance(picture, bytes)
+    return picture
 
 
 @contextmanager
