@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
     from autoparallel.rewrite.emitted_program import emitted_program
+    from autoparallel.rules.registry import register_rule
+    from autoparallel.rules.rule import OpCall, ShardingRule
     from autoparallel.view.closed_forms_text import forms_text
     from autoparallel.view.dot import write_svg
     from autoparallel.view.report import print_plan
@@ -41,6 +43,9 @@ _HOMES = {
     "Replicate": "placement",
     "Shard": "placement",
     "Plan": "plan",
+    "OpCall": "rules.rule",
+    "ShardingRule": "rules.rule",
+    "register_rule": "rules.registry",
     "emitted_program": "rewrite.emitted_program",
     "full_state_dict": "parallel.module",
     "load_checkpoint": "parallel.checkpoint",
@@ -58,10 +63,12 @@ __all__ = [
     "AutoParallelError",
     "Invariant",
     "Mesh",
+    "OpCall",
     "Partial",
     "Plan",
     "Replicate",
     "Shard",
+    "ShardingRule",
     "apply_plan",
     "autoparallelize",
     "closed_forms",
@@ -73,6 +80,7 @@ __all__ = [
     "manual_seed",
     "pipeline",
     "print_plan",
+    "register_rule",
     "rng_state",
     "save_checkpoint",
     "set_rng_state",

@@ -10,6 +10,7 @@ __all__ = [
     "InputsNeededError",
     "MemoryLimitError",
     "PlanError",
+    "RuleError",
     "UnsupportedOpError",
     "WorldSizeError",
     "WrappedModelError",
@@ -68,6 +69,10 @@ class AliasError(CaptureError):
 
 class UnsupportedOpError(AutoParallelError):
     """Ops without a sharding rule are in the graph; the message lists all of them at once."""
+
+
+class RuleError(AutoParallelError):
+    """A registered sharding rule that is not right, or cannot be proven right."""
 
 
 class WorldSizeError(AutoParallelError):

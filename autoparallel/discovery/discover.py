@@ -29,7 +29,7 @@ from autoparallel.placement import part_bounds
 from autoparallel.rules.rule import Dims, LoopSplit, OpCall
 from autoparallel.support.torch_private import schema_of
 
-__all__ = ["ProbeError", "confirmed", "discover"]
+__all__ = ["ProbeError", "confirmed", "discover", "require_probeable"]
 
 # With more operands, not every subset is tried for pending sums.
 _MOST_OPERANDS = 4
@@ -48,7 +48,7 @@ def discover(call: OpCall) -> DiscoveredRule:
     # float64 tells wrong sums from rounding by ten more digits; some kernels have float32 alone.
     for dtype in (torch.float64, torch.float32):
         probe = Probe(call, dtype)
-        _refuse(probe)
+        require_probeable(probe)
         try:
             discovered = _best(probe)
             break
@@ -81,7 +81,7 @@ def confirmed(discovered: DiscoveredRule, call: OpCall) -> bool:
         return False
 
 
-def _refuse(probe: Probe) -> None:
+def require_probeable(probe: Probe) -> None:
     """Raise ProbeError for ops that no rule can help, by their schemas alone."""
     if draws(probe.call.node.target):
         raise ProbeError("draws random numbers, which every rank would draw differently")

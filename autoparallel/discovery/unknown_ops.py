@@ -8,6 +8,7 @@ from typing import Any
 from autoparallel.discovery.discover import ProbeError, confirmed, discover
 from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.disk_cache import key_of, load, store
+from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.graph.graph import Graph
 from autoparallel.rules.registry import find_rule, known_rule, remember, signature
 from autoparallel.rules.rule import OpCall, ShardingRule
@@ -62,9 +63,11 @@ def _cached(call: OpCall) -> DiscoveredRule:
 
 
 def learn(graph: Graph) -> None:
-    """Find the rules that a plan of this graph was made with,
-    where it was made in another process.
+    """Find the rules that a plan of this graph was made with, where it was made elsewhere.
+
+    Rules that are registered in this process are proven here: it is they that are followed.
     """
+    require_proven(OpCall.of(graph, node) for node in graph.calls)
     for node in graph.calls:
         if find_rule(node.target) is None:
             find_unknown(OpCall.of(graph, node))

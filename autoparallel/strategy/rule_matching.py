@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.discovery.unknown_ops import find_unknown
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
@@ -38,8 +39,10 @@ def match_rules(
     whether ops without a rule are to be discovered, refused or kept whole. world_size: of 1, where
     nothing is discovered.
     Raises UnsupportedOpError that lists every op without a rule that needs one, because a gradient
-    flows through it or because it draws random numbers.
+    flows through it or because it draws random numbers, and RuleError that lists every registered
+    rule that is wrong.
     """
+    require_proven(OpCall.of(graph, node) for node in graph.calls if node.name not in inert)
     matched: dict[str, MatchedCall] = {}
     by_signature: dict[Any, MatchedCall] = {}
     missing: dict[str, list[Node]] = {}
@@ -120,6 +123,6 @@ def _unsupported(
         f"no sharding rule for {', '.join(sorted(missing))}{discovered}",
         where="\n".join(rows),
         why="\n".join(why),
-        fix="register a rule (autoparallel.rules.registry.rule), or pass unknown_ops='replicate' "
-        "to keep their tensors whole",
+        fix="write a rule (autoparallel.register_rule, see examples/custom_rule.py), or pass "
+        "unknown_ops='replicate' to keep their tensors whole",
     )

@@ -1,0 +1,190 @@
+"""Rules that were registered from outside are proven before a plan uses them.
+
+The op is run at small sizes, as for an op without a rule, and every strategy that follows from the
+rule is put on trial there. The rule must have the same loops at these sizes as at the call's own:
+what was proven is then what is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from autoparallel.discovery.discover import ProbeError, require_probeable
+from autoparallel.discovery.probe_sizes import ProbeSizes, shrink
+from autoparallel.discovery.shape_pattern import Probe
+from autoparallel.discovery.strategy_validation import Example
+from autoparallel.discovery.trial import Trial
+from autoparallel.errors import RuleError
+from autoparallel.graph.graph import Sym, hint, numel_hint
+from autoparallel.rules.registry import find_rule, needs_proof, signature, written_at
+from autoparallel.rules.rule import Dims, OpCall, ShardingRule
+
+__all__ = ["require_proven", "why_unproven"]
+
+_MOST_ELEMENTS = 1 << 17
+# By the function that states the rule, so that one that takes its place is proven anew.
+_PROVEN: dict[Any, str] = {}
+
+
+def require_proven(calls: Iterable[OpCall]) -> None:
+    """Prove the registered rules of all calls. Raises RuleError that lists every wrong one."""
+    wrong: dict[str, str] = {}
+    for call in calls:
+        target = call.node.target
+        if needs_proof(target) and target not in wrong:
+            why = why_unproven(call)
+            if why:
+                wrong[target] = f"{why}\nfor the call {call.node}"
+    if wrong:
+        several = len(wrong) > 1
+        raise RuleError(
+            f"the sharding rule{'s' if several else ''} of {', '.join(wrong)} cannot be used",
+            where="\n".join(f"{target}: {written_at(target)}" for target in wrong),
+            why="\n".join(f"{target}: {why}" for target, why in wrong.items()),
+            fix="correct the rule (examples/custom_rule.py), or register none: "
+            "unknown_ops='discover' finds one by trial",
+        )
+
+
+def why_unproven(call: OpCall) -> str:
+    """Why the registered rule of a call must not be used; "" where every strategy is right."""
+    key = (find_rule(call.node.target), signature(call))
+    if key not in _PROVEN:
+        _PROVEN[key] = _why_unproven(call)
+    return _PROVEN[key]
+
+
+def _why_unproven(call: OpCall) -> str:
+    author = find_rule(call.node.target)
+    assert author is not None
+    try:
+        rule = author(call)
+    except RuleError as error:
+        return error.why or error.what
+    why = _misfit(rule, call)
+    if why:
+        return why
+    claims = [name for name in ("takes_bias", "adds", "random") if getattr(rule, name)]
+    if claims:
+        return (
+            f"{' and '.join(claims)} cannot be proven by running the op (trusted=True leaves "
+            "the proof out)"
+        )
+    reasons: dict[str, None] = {}
+    for dtype in (torch.float64, torch.float32):
+        try:
+            probe = Probe(call, dtype)
+            require_probeable(probe)
+            sizes = list(_sizes(probe))
+        except ProbeError as error:
+            reasons[f"the op {error}"] = None
+            continue
+        for small in sizes:
+            try:
+                why = _wrong_strategy(rule, Trial(probe, small))
+            except _OtherFormError:
+                reasons["at small sizes the rule has other loops than for this call"] = None
+            except RuleError as error:
+                reasons[error.why or error.what] = None
+            except ProbeError as error:
+                cause = error.__cause__
+                reasons[cause.why if isinstance(cause, RuleError) else f"the op {error}"] = None
+            else:
+                return why
+    return (
+        "it cannot be proven on small tensors: "
+        + "; ".join(reasons)
+        + " (trusted=True leaves the proof out)"
+    )
+
+
+class _OtherFormError(Exception):
+    """At the sizes of a trial, the rule is not the one that is to be proven."""
+
+
+def _sizes(probe: Probe) -> Iterator[ProbeSizes]:
+    """The freest sizes, those that are tied as the call's are, and the call's own if small."""
+    shrunk = shrink(probe)
+    yield shrunk
+    if shrunk.tied is not None:
+        yield shrunk.tied
+    if sum(numel_hint(operand.shape) for operand in probe.call.operands) <= _MOST_ELEMENTS:
+        yield ProbeSizes(probe.own(), (), (shrunk.tied or shrunk).values)
+
+
+def _wrong_strategy(rule: ShardingRule, trial: Trial) -> str:
+    """What is wrong with the first wrong strategy, "" if all are right."""
+    for example, ranks in _cases(trial):
+        author = find_rule(example.node.target)
+        assert author is not None
+        small = author(example.call)
+        why = _misfit(small, example.call)
+        if why or _form(small) != _form(rule):
+            raise _OtherFormError
+        for world_size in ranks:
+            tiles = trial.tiles(small, world_size)
+            for strategy in trial.strategies(example, small, tiles, world_size):
+                wrong = trial.wrong(example, small, strategy, world_size)
+                if wrong:
+                    split = f"split along {strategy.tile.loop!r}" if strategy.tile else "run"
+                    return (
+                        f"{split} as {strategy} on {world_size} ranks, the op does not give what "
+                        f"it gives unsplit: {wrong}"
+                    )
+    return ""
+
+
+def _cases(trial: Trial) -> Iterator[tuple[Example, tuple[int, ...]]]:
+    """Calls, and the numbers of ranks to try them on: 4 leave some ranks with nothing."""
+    yield trial.cases[0], (2, 4)
+    yield trial.cases[1], (3,)
+    for case in trial.final():
+        yield case.example, case.ranks
+
+
+def _form(rule: ShardingRule) -> Any:
+    """All of a rule that strategies follow from, but the sizes."""
+    kernels = {loop: kernel.name for loop, kernel in rule.kernels.items()}
+    loops = (rule.operands, rule.results, rule.whole, frozenset(rule.linear))
+    return (*loops, kernels, rule.grain, rule.takes_empty, rule.local_args is None)
+
+
+def _misfit(rule: ShardingRule, call: OpCall) -> str:
+    """How the rule's loops do not fit the call's tensors; "" where they do."""
+    for kind, rows, values in (
+        ("operand", rule.operands, call.operands),
+        ("result", rule.results, call.results),
+    ):
+        if len(rows) != len(values):
+            return f"it has {len(rows)} {kind}s, and the call {len(values)}"
+        for index, (dims, value) in enumerate(zip(rows, values, strict=True)):
+            if not _fits(rule, dims, value.shape):
+                return f"its loops for {kind} {index} do not make up {value}"
+    unknown = [i for group in rule.linear for i in group if not 0 <= i < len(call.operands)]
+    if unknown:
+        return f"linear names operand {unknown[0]}, and there are {len(call.operands)}"
+    loops = dict.fromkeys((*rule.whole, *rule.kernels, *rule.grain))
+    strange = [name for name in loops if name not in rule.sizes]
+    return f"it names a loop {strange[0]!r} that no tensor has" if strange else ""
+
+
+def _fits(rule: ShardingRule, dims: Dims, shape: tuple[Any, ...]) -> bool:
+    """Whether each dim is the product of its loops."""
+    if len(dims) != len(shape):
+        return False
+    for names, size in zip(dims, shape, strict=True):
+        if any(name not in rule.sizes for name in names):
+            return False
+        if len(names) == 1 and isinstance(size, Sym):
+            if rule.sizes[names[0]] != size:
+                return False
+            continue
+        product = 1
+        for name in names:
+            product *= hint(rule.sizes[name])
+        if product != hint(size):
+            return False
+    return True
