@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autoparallel.rules.rule import OpCall, ShardingRule
     from autoparallel.view.closed_forms_text import forms_text
     from autoparallel.view.dot import write_svg
+    from autoparallel.view.exports import to_fx, to_networkx
     from autoparallel.view.report import print_plan
     from autoparallel.view.trace import write_trace
 
@@ -55,6 +56,8 @@ _HOMES = {
     "set_rng_state": "parallel.seeds",
     "forms_text": "view.closed_forms_text",
     "print_plan": "view.report",
+    "to_fx": "view.exports",
+    "to_networkx": "view.exports",
     "write_svg": "view.dot",
     "write_trace": "view.trace",
 }
@@ -86,6 +89,8 @@ __all__ = [
     "set_rng_state",
     "simulate",
     "timeline",
+    "to_fx",
+    "to_networkx",
     "write_svg",
     "write_trace",
 ]

@@ -17,6 +17,7 @@ from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
 from autoparallel.parallel.materialize import materialize
+from autoparallel.parallel.module_programs import program_text
 from autoparallel.parallel.module_state import Entry, Replan, State, Tree, hooks_inside, state_of
 from autoparallel.parallel.parameters import (
     GatheredCopy,
@@ -37,7 +38,6 @@ from autoparallel.parallel.uncaptured_python import WholeParameters, common_numb
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
-from autoparallel.rewrite.emitted_program import joined_programs
 from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
@@ -73,29 +73,7 @@ class _Parallel:
         Where the model is split in parts, the program of each part, under a comment that names it.
         Raises PlanError before the first call in a mode that was not planned for.
         """
-        return _program_text(self)  # type: ignore[arg-type]
-
-
-def _program_text(root: nn.Module) -> str:
-    sources = []
-    for module in root.modules():
-        if "_autoparallel" not in module.__dict__:
-            continue
-        state = state_of(module)
-        modes = modes_of(module)
-        for (known, _), entries in state.entries.items():
-            sources += [(state.path, e.program.source) for e in entries if known == modes]
-    if not sources:
-        mode = "train" if root.training else "eval"
-        raise PlanError(
-            f"{type(root).__name__} has no program in {mode} mode",
-            why="a program is emitted at the first call in a mode, and none for modules that stay "
-            "the user's Python",
-            fix="call the module once in this mode",
-        )
-    if all(path == state_of(root).path for path, _ in sources):
-        sources = [("", source) for _, source in sources]
-    return joined_programs(sources)
+        return program_text(self)  # type: ignore[arg-type]
 
 
 def parallel_module(

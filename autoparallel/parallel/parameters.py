@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as DTensorReplicate
@@ -267,6 +268,16 @@ class LocalParameter:
             if parameter.requires_grad:
                 local.register_post_accumulate_grad_hook(self.hand_over)
         return local
+
+    def shared(self) -> nn.Parameter:
+        """Another leaf in the same memory, whose gradient is handed over likewise."""
+        local = self.get()
+        if isinstance(local, nn.Parameter):
+            return local
+        made = nn.Parameter(local.detach(), local.requires_grad)
+        if local.requires_grad:
+            made.register_post_accumulate_grad_hook(self.hand_over)
+        return made
 
     def hand_over(self, local: torch.Tensor) -> None:
         """Move the leaf's finished gradient to the parameter, or to the bundle it waits in."""

@@ -25,12 +25,12 @@ from autoparallel.rewrite.conversions import Conversions, find_deferred, layouts
 from autoparallel.rewrite.expressions import ExpressionWriter, own_reduction, spelled
 from autoparallel.rewrite.local_calls import LocalCalls
 from autoparallel.rewrite.names import Names, layout_name
-from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of
+from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of, names_of
 from autoparallel.rules.registry import known_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
 
-__all__ = ["Program", "emit"]
+__all__ = ["Program", "emit", "fusable"]
 
 
 def emit(
@@ -151,16 +151,17 @@ class _Emitter:
             (layout, self.graph.values[value].shape)
             for value, layout in zip(self.graph.outputs, self.plan.outputs, strict=True)
         )
-        constants = self.speller.constants
+        known = names_of(self.ranks, self.names.axes, self.speller.constants)
         return Program(
             source,
-            compiled(source, self.name, self.ranks, self.names.axes, constants),
+            compiled(source, self.name, self.ranks, known),
             tuple(node.target for node in kinds["parameter"]),
             tuple(layout_gradient(self.made[node.result.name]) for node in kinds["parameter"]),
             tuple(node.target for node in kinds["buffer"]),
             tuple(node.target for node in kinds["constant"]),
             shapes,
             tuple(path for path, _ in self.graph.mutations),
+            known,
         )
 
     def calls(self) -> None:
@@ -216,27 +217,15 @@ class _Emitter:
         which it is produced.
         """
         fused: dict[str, str] = {}
-        for node in self.graph.calls:
-            addition = self.rules.get(node.name)
-            if addition is None or not addition.adds:
-                continue
-            first, second = node.operands()
-            product = self.graph.producers[first]
-            rule = self.rules.get(product.name)
-            if rule is None or not rule.takes_bias:
-                continue
-            choice, addition_choice = self.choices[product.name], self.choices[node.name]
-            alone = len(self.graph.readers[first]) == 1 and first not in self.graph.outputs
-            vector = len(self.graph.values[second].shape) == 1
+        for product, addition in fusable(self.graph, self.rules).items():
+            choice, addition_choice = self.choices[product], self.choices[addition]
             # A pending sum is reduced first, or the bias would count on every rank.
             same = (
                 addition_choice.operands[0] == choice.results[0]
                 and Partial() not in choice.results[0]
             )
-            wide = self.graph.values[second].shape == node.result.shape[-1:]
-            together = self.blocks.get(product.name) == self.blocks.get(node.name)
-            if alone and vector and same and wide and together and first != second:
-                fused[product.name] = node.name
+            if same and self.blocks.get(product) == self.blocks.get(addition):
+                fused[product] = addition
         return fused
 
     def call(self, node: Node) -> None:
@@ -384,6 +373,26 @@ class _Emitter:
             size += ", alike"
         axis = self.names.axes[step.axis]
         return f"{target_name} = {function}({read}, {axis}, {source}, {target}{size})"
+
+
+def fusable(graph: Graph, rules: Mapping[str, ShardingRule | None]) -> dict[str, str]:
+    """Products that nothing but the addition of a bias reads: product's node -> add's node."""
+    found: dict[str, str] = {}
+    for node in graph.calls:
+        addition = rules.get(node.name)
+        if addition is None or not addition.adds:
+            continue
+        first, second = node.operands()
+        product = graph.producers[first]
+        rule = rules.get(product.name)
+        if rule is None or not rule.takes_bias:
+            continue
+        alone = len(graph.readers[first]) == 1 and first not in graph.outputs
+        vector = len(graph.values[second].shape) == 1
+        wide = graph.values[second].shape == node.result.shape[-1:]
+        if alone and vector and wide and first != second:
+            found[product.name] = node.name
+    return found
 
 
 def _symbols(graph: Graph) -> tuple[tuple[str, str, int], ...]:

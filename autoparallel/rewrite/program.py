@@ -21,7 +21,7 @@ from autoparallel.runtime import recompute as again
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 
-__all__ = ["Block", "Line", "Program", "compiled", "lines_of"]
+__all__ = ["Block", "Line", "Program", "compiled", "lines_of", "names_of"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Program:
     parameter is whole and every reader wants it as Replicate, the program reads it as it is, and
     its gradient is a pending sum, to be added up over the ranks by whoever runs the program.
     outputs: (layout, shape) of what it returns; shape entries are ints or expressions.
+    names: what the text calls by name besides its own values.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Program:
     constants: tuple[str, ...]
     outputs: tuple[tuple[Layout, tuple[Dim, ...]], ...]
     mutations: tuple[str, ...]
+    names: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,9 @@ def _part(size: int, group: Group) -> int:
     return stop - start
 
 
-def compiled(
-    source: str, name: str, ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """The function, with its text known to tracebacks. axes: what the text calls the mesh's.
-
-    Every text has a file name of its own: a model has one program for each mode and each structure
-    of its inputs, and a traceback through one of them must not show the lines of another.
-    """
-    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    file = f"<autoparallel {name} rank {ranks.rank} of {ranks.world_size} {digest}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    namespace: dict[str, Any] = {
+def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) -> dict[str, Any]:
+    """What a program calls by name. axes: what the text calls the mesh's."""
+    return {
         "torch": torch,
         "F": functional,
         "functools": functools,
@@ -142,6 +135,18 @@ def compiled(
         **dict(zip(axes, ranks.groups, strict=True)),
         **constants,
     }
+
+
+def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function, with its text known to tracebacks.
+
+    Every text has a file name of its own: a model has one program for each mode and each structure
+    of its inputs, and a traceback through one of them must not show the lines of another.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    file = f"<autoparallel {name} rank {ranks.rank} of {ranks.world_size} {digest}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    namespace = dict(names)
     exec(compile(source, file, "exec"), namespace)
     made: Callable[..., Any] = namespace["forward"]
     return again.dropping(made) if "convert_again(" in source else made
