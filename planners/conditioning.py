@@ -10,12 +10,14 @@ until nothing changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from planners import exact, ilp
+from planners.interaction_graph import components, interaction_graph
 from planners.ordering import TooWideError, schedule
 from planners.problem import Problem
 from planners.reduction import ContradictionError, reduce
@@ -59,23 +61,72 @@ def solve(
     if not names:
         return exact.solve(problem, max_table_entries=max_table_entries, memo=memo)
     limit = _LEEWAY * max_table_entries
-    found = _Conditioning(problem.weighed(0.0), list(names), limit, memo).run()
-    return Solution.of(problem, found.assignment, found.method, found.lower_bound)
+    apart = _apart(problem, names)
+    if len(apart) == 1:
+        found = _Conditioning(problem.weighed(0.0), list(names), limit, memo).run()
+        return Solution.of(problem, found.assignment, found.method, found.lower_bound)
+    solutions = [
+        _Conditioning(part.weighed(0.0), own, limit, memo).run()
+        if own
+        else exact.solve(part, max_table_entries=limit, memo=memo)
+        for part, own in apart
+    ]
+    assignment = {name: state for each in solutions for name, state in each.assignment.items()}
+    bound = math.fsum(each.lower_bound for each in solutions)
+    method = f"variable elimination given {len(names)} variables"
+    return Solution.of(problem, {name: assignment[name] for name in problem.names}, method, bound)
 
 
 def cutset(problem: Problem, max_table_entries: int = MAX_TABLE_ENTRIES) -> tuple[str, ...]:
     """Return variables without which the problem is narrow, and few of them.
 
     Variables with the most neighbours are taken first, twice as many each time; then the number is
-    bisected, and those that can be spared are put back. Returns names; empty if the problem is
-    narrow as it is.
+    bisected, and those that can be spared are put back. Parts that no factor connects have a cutset
+    each: one that is narrow by itself needs none. Returns names; empty if the problem is narrow as
+    it is.
     """
+    names: list[str] = []
+    for part in _components(problem.weighed(0.0)):
+        names += _cutset(part, max_table_entries)
+    return tuple(names)
+
+
+def _components(problem: Problem) -> list[Problem]:
+    """The parts of the problem that no factor connects.
+
+    Variables that share no factor stay with the first part: they are decided by themselves
+    wherever they are.
+    """
+    parts = components(interaction_graph(problem))
+    connected = [part for part in parts if len(part) > 1]
+    if len(connected) < 2:
+        return [problem]
+    connected[0] = sorted([*connected[0], *(part[0] for part in parts if len(part) == 1)])
+    home = {variable: index for index, part in enumerate(connected) for variable in part}
+    factors: list[list[Factor]] = [[] for _ in connected]
+    for factor, scope in zip(problem.factors, problem.scopes(), strict=True):
+        factors[home[scope[0]]].append(factor)
+    return [
+        Problem(tuple(problem.variables[v] for v in part), tuple(own))
+        for part, own in zip(connected, factors, strict=True)
+    ]
+
+
+def _apart(problem: Problem, names: Sequence[str]) -> list[tuple[Problem, list[str]]]:
+    """The parts that no factor connects, each with its share of the cutset."""
+    parts = _components(problem.weighed(0.0))
+    shares = [set(part.names) for part in parts]
+    return [
+        (part, [name for name in names if name in share])
+        for part, share in zip(parts, shares, strict=True)
+    ]
+
+
+def _cutset(problem: Problem, max_table_entries: int) -> tuple[str, ...]:
+    """The cutset of a problem that is one part."""
     limit = max_table_entries
-    problem = problem.weighed(0.0)
-    neighbors: dict[str, dict[str, None]] = {name: {} for name in problem.names}
-    for factor in problem.factors:
-        for name in factor.scope:
-            neighbors[name].update(dict.fromkeys(o for o in factor.scope if o != name))
+    names, graph = problem.names, interaction_graph(problem)
+    neighbors = {name: [names[other] for other in graph[i]] for i, name in enumerate(names)}
     sizes = {variable.name: variable.size for variable in problem.variables}
     ranked: list[str] = []
     while not _is_narrow(_without(problem, ranked), limit):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from planners.interaction_graph import components, network_graph
 from planners.reduction import Network
 from planners.table_memo import Operand, Orders
 
@@ -81,6 +82,11 @@ class Schedule:
     recipes: tuple[Recipe, ...]
 
     @property
+    def width(self) -> int:
+        """The most variables that a step's result is a table over."""
+        return max([len(step.scope) for step in self.steps], default=0)
+
+    @property
     def work(self) -> int:
         """The predicted cost of all distinct recipes, in table entries read."""
         return sum(
@@ -92,11 +98,13 @@ class Schedule:
 def schedule(network: Network, max_table_entries: int, orders: Orders | None = None) -> Schedule:
     """Return the cheapest of up to four greedy orders, as a schedule.
 
-    The next variable is the one whose step has the smallest joint table (min-weight). If that
+        The next variable is the one whose step has the smallest joint table (min-weight). If that
     leaves many distinct steps, whole classes of equal variables are also tried; if it leaves big
     ones, the variable that connects its neighbours least (min-fill) is, which takes longer to find.
     network: a reduced problem. max_table_entries: the largest result of a step. orders: those found
     for earlier problems; one of the same form takes the same order, and a new order is added.
+    Where no order is narrow enough everywhere, parts of the network that share no table take the
+    best order of each.
     Raises TooWideError when no order keeps all tables within the limit, or all results together
     within 16 times the limit and 2 GiB; also for a table over a quarter of the limit, where there
     is much work.
@@ -137,11 +145,42 @@ def schedule(network: Network, max_table_entries: int, orders: Orders | None = N
             best, best_work = candidate, candidate.work
             orders[form] = order
     if best is None:
-        raise TooWideError(min(needed), max_table_entries)
+        apart = _order_apart(network, max_table_entries)
+        if apart is None:
+            raise TooWideError(min(needed), max_table_entries)
+        best, orders[form] = _schedule(network, apart), apart
     largest = max([recipe.entries for recipe in best.recipes], default=0)
     if best.work > _MUCH_WORK and largest > max_table_entries // 4:
         raise TooWideError(largest, max_table_entries // 4)
     return best
+
+
+def _order_apart(network: Network, max_table_entries: int) -> list[int] | None:
+    """The orders of the connected components, one after another; None if there is one or none.
+
+    Raises TooWideError where the results of all of them are too much together, or one of them has
+    no order that is narrow enough.
+    """
+    parts = components(network_graph(network))
+    if len(parts) < 2:
+        return None
+    order: list[int] = []
+    entries = 0
+    for part in parts:
+        own = schedule(_only(network, part), max_table_entries)
+        order += [step.variable for step in own.steps]
+        entries += sum(recipe.entries for recipe in own.recipes)
+    if entries > min(16 * max_table_entries, _MOST_ENTRIES):
+        raise TooWideError(entries, max_table_entries)
+    return order
+
+
+def _only(network: Network, variables: list[int]) -> Network:
+    """The network of these variables; the others count as decided."""
+    kept = set(variables)
+    states = [own if v in kept else own[:1] for v, own in enumerate(network.states)]
+    terms = [term for term in network.terms if kept.issuperset(term[0])]
+    return Network(tuple(states), tuple(terms), (), {})
 
 
 def _order(

@@ -1,0 +1,56 @@
+"""Which variables share a table, as a networkx graph: what can be solved apart, and how narrow.
+
+Eliminating a variable joins all its neighbours. The largest number of neighbours that any variable
+has when it goes is the width of the order; no order has less than the graph's treewidth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import networkx
+
+from planners.problem import Problem
+from planners.reduction import Network
+
+__all__ = ["components", "interaction_graph", "network_graph", "width_of_order"]
+
+
+def interaction_graph(problem: Problem) -> networkx.Graph:
+    """The problem's variables, by their places, with an edge for every two that share a factor."""
+    graph = networkx.Graph()
+    graph.add_nodes_from(range(len(problem.variables)))
+    for scope in problem.scopes():
+        for place, first in enumerate(scope):
+            graph.add_edges_from((first, second) for second in scope[place + 1 :])
+    return graph
+
+
+def network_graph(network: Network) -> networkx.Graph:
+    """The graph of the variables that are still to be decided."""
+    graph = networkx.Graph()
+    graph.add_nodes_from(variable for variable, size in enumerate(network.sizes) if size > 1)
+    for variable, around in enumerate(network.neighbors()):
+        graph.add_edges_from((variable, other) for other in around)
+    return graph
+
+
+def components(graph: networkx.Graph) -> list[list[int]]:
+    """Variables that nothing connects are in different lists, each ascending, by first variable.
+
+    What the variables of one list take says nothing of the others: each is a problem of its own.
+    """
+    return sorted(sorted(part) for part in networkx.connected_components(graph))
+
+
+def width_of_order(graph: networkx.Graph, order: Iterable[int]) -> int:
+    """The most neighbours that a variable has when it is eliminated in this order."""
+    left = networkx.Graph(graph)
+    width = 0
+    for variable in order:
+        around = list(left[variable])
+        width = max(width, len(around))
+        left.remove_node(variable)
+        for place, first in enumerate(around):
+            left.add_edges_from((first, second) for second in around[place + 1 :])
+    return width
