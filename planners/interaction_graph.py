@@ -7,17 +7,21 @@ has when it goes is the width of the order; no order has less than the graph's t
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import networkx
+from typing import TYPE_CHECKING
 
 from planners.problem import Problem
 from planners.reduction import Network
+
+if TYPE_CHECKING:  # imported when needed: most plans are made without it
+    import networkx
 
 __all__ = ["components", "interaction_graph", "network_graph", "width_of_order"]
 
 
 def interaction_graph(problem: Problem) -> networkx.Graph:
     """The problem's variables, by their places, with an edge for every two that share a factor."""
+    import networkx
+
     graph = networkx.Graph()
     graph.add_nodes_from(range(len(problem.variables)))
     for scope in problem.scopes():
@@ -28,6 +32,8 @@ def interaction_graph(problem: Problem) -> networkx.Graph:
 
 def network_graph(network: Network) -> networkx.Graph:
     """The graph of the variables that are still to be decided."""
+    import networkx
+
     graph = networkx.Graph()
     graph.add_nodes_from(variable for variable, size in enumerate(network.sizes) if size > 1)
     for variable, around in enumerate(network.neighbors()):
@@ -40,12 +46,14 @@ def components(graph: networkx.Graph) -> list[list[int]]:
 
     What the variables of one list take says nothing of the others: each is a problem of its own.
     """
+    import networkx
+
     return sorted(sorted(part) for part in networkx.connected_components(graph))
 
 
 def width_of_order(graph: networkx.Graph, order: Iterable[int]) -> int:
     """The most neighbours that a variable has when it is eliminated in this order."""
-    left = networkx.Graph(graph)
+    left = graph.copy()
     width = 0
     for variable in order:
         around = list(left[variable])

@@ -9,9 +9,8 @@ import builtins
 import keyword
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx
 import sympy
 import torch
 from torch import fx
@@ -19,6 +18,9 @@ from torch import fx
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, hint, map_leaves, numel_hint
 from autoparallel.graph.operators import makes_list, operator_of
+
+if TYPE_CHECKING:  # imported when needed: parallel modules do without it
+    import networkx
 
 __all__ = ["OUTPUT", "FxBuilder", "dataflow", "graph_module", "value_nbytes"]
 
@@ -273,6 +275,8 @@ def dataflow(graph: Graph) -> networkx.DiGraph:
     and dtypes, and nbytes of all results. An edge has values, shapes, nbytes: a node may read
     several results of another. The node "return" reads what the graph returns.
     """
+    import networkx
+
     made = networkx.DiGraph()
     for node in graph.nodes:
         made.add_node(
