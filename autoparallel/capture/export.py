@@ -131,9 +131,9 @@ class _Flat(nn.Module):
         if self.twice:
             again = [torch.ops.autoparallel.again(tensor) for tensor in tensors]
             second = self.called(again)
-            moving = [name for name in changed(after, self.held({})) if _place(name) not in left]
-            if moving:
-                raise _unsteady(self.model, moving)
+            names = moving(after, self.held({}))
+            if names:
+                raise _unsteady(self.model, names)
             result = (result, second)
         elif left:
             result = (result, left)

@@ -12,7 +12,7 @@ from autoparallel.capture.equal_blocks import token_of
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
 
-__all__ = ["NoReplacing", "changed", "effects", "refuse_effects", "tensors_left"]
+__all__ = ["NoReplacing", "changed", "effects", "moving", "refuse_effects", "tensors_left"]
 
 _HELD = frozenset(vars(nn.Module()))
 _HOOKS = tuple(name for name in sorted(_HELD) if name.endswith("_hooks"))
@@ -57,6 +57,21 @@ def effects(
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of what is not as it was."""
     return tuple(name for name in {**before, **after} if before.get(name) != after.get(name))
+
+
+def moving(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of what is not as it was, although tensors may be others in the same places."""
+    names = changed(before, after)
+    return tuple(n for n in names if _places(before.get(n)) != _places(after.get(n)))
+
+
+def _places(token: Any) -> Any:
+    """The token with all tensors alike that the model does not know."""
+    if not isinstance(token, (tuple, list)):
+        return token
+    if len(token) == 3 and token[0] == "tensor":
+        return "tensor"
+    return tuple(map(_places, token))
 
 
 def tensors_left(module: nn.Module, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
