@@ -121,7 +121,7 @@ class AbstractExecution:
         for number in (*self.returned, *self.written):
             self.storages[self.locals[number].storage].read = len(self.moments)
 
-    def _spec(self, value: Value, layout: Layout) -> FakeTensorSpec:
+    def _fake_spec(self, value: Value, layout: Layout) -> FakeTensorSpec:
         """The part of a value that the rank holds, with its elements in order."""
         key = (value.shape, value.dtype, value.requires_grad, layout)
         if key not in self._specs:
@@ -135,7 +135,7 @@ class AbstractExecution:
         value = node.result
         layout = self._storage.get(node.target, self.whole)
         layout = layout if node.kind == "parameter" else self.whole
-        stand = self._spec(value, layout)
+        stand = self._fake_spec(value, layout)
         if node.kind == "input" and not self.part:
             stand = replace(stand, requires_grad=False)
         kind = "buffer" if node.kind == "constant" else node.kind
@@ -200,7 +200,7 @@ class AbstractExecution:
         local, there = self.locals[number], step.applied(here)
         axis, source, target = step.axis, step.source, step.target
         grad = local.stand.requires_grad
-        expected = self._spec(value, there)
+        expected = self._fake_spec(value, there)
         if expected.requires_grad != grad:
             expected = replace(expected, requires_grad=grad)
         kind = step.forward
@@ -248,7 +248,7 @@ class AbstractExecution:
             for name, layout in zip(node.operands(), choice.operands, strict=True)
         )
         stands = tuple(self.locals[number].stand for number in reads)
-        expected = tuple(map(self._spec, node.results, choice.results))
+        expected = tuple(map(self._fake_spec, node.results, choice.results))
         seen = self._observed(node, choice, stands, expected)
         if seen.assumed:
             self.assumed.append(node.name)

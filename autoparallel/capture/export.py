@@ -28,6 +28,7 @@ from autoparallel.capture.side_effects import (
     NoReplacing,
     changed,
     effects,
+    moving,
     refuse_effects,
     tensors_left,
 )

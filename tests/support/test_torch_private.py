@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autoparallel.support import torch_private
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 aten = torch.ops.aten
 
 
