@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -67,7 +66,6 @@ def autoparallelize(
         data_parallel,
         memory_limit,
         recompute,
-        example_inputs is not None,
         sequence_parallel=sequence_parallel,
         hardware=hardware,
         unknown_ops=unknown_ops,
@@ -133,7 +131,6 @@ def make_plan(
         data_parallel,
         memory_limit,
         recompute,
-        example_inputs is not None,
         sequence_parallel=sequence_parallel,
         hardware=hardware,
         unknown_ops=unknown_ops,
@@ -221,8 +218,6 @@ def _plan_at_first_call(
 ) -> nn.Module:
     """The model, planned for the inputs of its first call."""
     ranks, devices = join_mesh(meshes[0])
-    if options.memory_limit is not None:
-        options = replace(options, tokens=1)  # what comes is what is counted
 
     def make(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
         with untouched(plain):

@@ -122,7 +122,7 @@ def closed_forms(
             fix="take those of the plans of its parts" if plan.parts else "plan in this process",
         )
     return _Writer(
-        plan, with_larger_hints(plan.captured.graph, plan.options.tokens), names, letters
+        plan, with_larger_hints(plan.captured, plan.options.tokens), names, letters
     ).write()
 
 

@@ -17,7 +17,6 @@ from autoparallel.cost.optimizer_state import state_bytes_per_element
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.part_sizes import local_shape
-from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import ParameterChoice, Plan
 
 __all__ = ["CATEGORIES", "Account", "Item", "memory_of"]
@@ -88,7 +87,7 @@ def memory_of(
 
     recomputed: regions, as names of calls, that run once more in the backward pass, and of which
     only what goes in is kept; by default the plan's. graph: with the sizes to count for; by default
-    those planned for (`plan.options.tokens`).
+    those of the example inputs, however much larger a batch was planned for.
     Raises PlanError for a plan without its graph.
     """
     if not plan.is_traced:
@@ -114,9 +113,7 @@ def memory_of(
         if id(part) not in known:
             sized = graph if part is plan else None
             regions = part.recomputed if recomputed is None else recomputed
-            walk = AbstractExecution(
-                sized or with_larger_hints(_graph(part), part.options.tokens), part, regions
-            )
+            walk = AbstractExecution(sized or _graph(part), part, regions)
             known[id(part)] = (walk, Liveness(walk))
         walk, peak = known[id(part)]
         temporary = max(temporary, peak.temporary)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from autoparallel.analysis.communication import Transfer, moves
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
+from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Sym, numel_hint
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout, Movement
@@ -384,11 +385,17 @@ def _tokens(plan: Plan) -> int:
     """Elements of the largest input, counting the dims that the inputs decide."""
     found = [
         numel_hint(tuple(dim for dim in node.result.shape if isinstance(dim, Sym)))
-        for graph in plan.graphs[:1]
-        for node in with_larger_hints(graph, plan.options.tokens).nodes
+        for captured in _first_traced(plan)
+        for node in with_larger_hints(captured, plan.options.tokens).nodes
         if node.kind == "input"
     ]
     return max(found, default=0)
+
+
+def _first_traced(plan: Plan) -> list[Captured]:
+    """The program of the plan, or of its first part."""
+    first = plan if plan.captured is not None or not plan.parts else plan.parts[0].plan
+    return [first.captured] if first.captured is not None else []
 
 
 def _itemsize(plan: Plan) -> int:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
+import sympy
+
+from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import (
+    Dim,
     Graph,
+    Node,
     Sym,
     map_leaves,
     numel_hint,
@@ -14,49 +20,111 @@ from autoparallel.graph.graph import (
 
 __all__ = ["with_larger_hints"]
 
+_LOOK_UP = "aten.embedding.default"
+_COUNT, _RUNNING_SUM = "aten.arange.", "aten.cumsum.default"
 
-def with_larger_hints(graph: Graph, elements: int) -> Graph:
-    """Return the same program with hints as for inputs of at least `elements` elements.
 
-    Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. The last
-    symbolic dim of every input grows by one common factor; names and expressions stay. The graph is
-    returned as it is where it needs no growth, has no symbolic sizes, or where sizes that add up to
-    a fixed one cannot all grow.
+def with_larger_hints(captured: Captured, elements: int) -> Graph:
+    """The same program with hints as for inputs of at least `elements` elements, if it takes such.
+
+    Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. Their
+    batch grows: the first dims of the inputs, where they are symbolic, by one common factor; all
+    other dims stay, because a model that takes a longer sequence than it was made for is rare.
+    Names and expressions stay. No size is used that the model refuses: what the tracer took for
+    granted holds, no size is negative, and no table of positions is read past its end.
     """
-    inputs = [node.result for node in graph.nodes if node.kind == "input"]
-    largest = max(
-        (numel_hint(tuple(d for d in value.shape if isinstance(d, Sym))) for value in inputs),
-        default=elements,
-    )
-    # Rounded up: -(-a // b) is the ceiling of a / b.
-    factor = -(-elements // max(largest, 1))
-    # A symbol may be a dim of several inputs; the first one decides.
-    hints: dict[Any, int] = {}
-    for value in inputs:
-        symbolic = [dim for dim in value.shape if isinstance(dim, Sym)]
-        for index, dim in enumerate(symbolic):
-            if dim.expr.is_Symbol:
-                hints.setdefault(dim.expr, dim.hint * (factor if index == len(symbolic) - 1 else 1))
-    if factor <= 1 or not hints:
-        return graph
-    scaled: dict[Any, Sym] = {}
+    graph = captured.graph
+    shapes = [node.result.shape for node in graph.nodes if node.kind == "input"]
+    hints = {dim.expr: dim.hint for shape in shapes for dim in shape if _is_free(dim)}
+    batch = _batch(shapes)
+    own = [
+        numel_hint(tuple(dim for dim in shape if isinstance(dim, Sym)))
+        for shape in shapes
+        if any(isinstance(dim, Sym) and dim.expr in batch for dim in shape)
+    ]
+    factor = -(-elements // max(own)) if own else 1
+    bounds = _table_bounds(graph) if factor > 1 else ()
+    while factor > 1:
+        grown = {expr: size * (factor if expr in batch else 1) for expr, size in hints.items()}
+        kept = all(guard.subs(grown) != sympy.false for guard in captured.guards)
+        if kept and all(expr.subs(grown) <= rows for expr, rows in bounds):
+            larger = _resized(graph, grown)
+            if larger is not None:
+                return larger
+        factor //= 2
+    return graph
 
-    def grow(leaf: Any) -> Any:
-        """Return the size with the hint that follows from the inputs' new ones."""
+
+def _batch(shapes: Sequence[tuple[Dim, ...]]) -> frozenset[Any]:
+    """The symbols that the batch consists of.
+
+    They are first dims of inputs. A symbol that is a later dim of some input is the batch only
+    where nothing else is: a mask of (sequence, sequence) does not make the sequence the batch, and
+    a graph's adjacency matrix of (nodes, nodes) leaves its nodes the batch.
+    """
+    first = {dim.expr for shape in shapes for dim in shape[:1] if _is_free(dim)}
+    later = {dim.expr for shape in shapes for dim in shape[1:] if _is_free(dim)}
+    return frozenset(first - later or first)
+
+
+def _is_free(dim: Dim) -> TypeGuard[Sym]:
+    return isinstance(dim, Sym) and bool(dim.expr.is_Symbol)
+
+
+def _table_bounds(graph: Graph) -> tuple[tuple[sympy.Expr, int], ...]:
+    """Sizes that are counted up to, (size, rows of the table that is read at the numbers counted).
+
+    The numbers may be shifted, masked or repeated on their way. Where the size is already beyond
+    the rows they are put into buckets or the like, and it is no bound.
+    """
+    counted: dict[str, frozenset[Sym]] = {}
+    bounds: dict[tuple[sympy.Expr, int], None] = {}
+    for node in graph.nodes:
+        sizes = frozenset(_counts(node))
+        for name in node.operands():
+            if not graph.values[name].dtype.is_floating_point:
+                sizes |= counted.get(name, frozenset())
+        for value in node.results:
+            counted[value.name] = sizes
+        if node.target == _LOOK_UP:
+            rows = graph.values[node.operands()[0]].shape[0]
+            if isinstance(rows, int):
+                bounds |= dict.fromkeys((s.expr, rows) for s in sizes if s.hint <= rows)
+    return tuple(bounds)
+
+
+def _counts(node: Node) -> Iterator[Sym]:
+    """The symbolic size up to which the results of a node count."""
+    if node.target.startswith(_COUNT):
+        dims: Iterable[Any] = node.result.shape
+    elif node.target == _RUNNING_SUM:
+        dims = (node.result.shape[node.args[1]],)
+    else:
+        dims = ()
+    return (dim for dim in dims if isinstance(dim, Sym))
+
+
+def _resized(graph: Graph, sizes: dict[Any, int]) -> Graph | None:
+    """The program with hints for these sizes of the inputs; None where a size comes out negative.
+
+    Sizes that add up to a fixed one cannot all grow.
+    """
+    resized: dict[Any, Sym] = {}
+
+    def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Sym):
             return leaf
-        if leaf.expr not in scaled:
-            scaled[leaf.expr] = Sym(leaf.expr, int(leaf.expr.subs(hints)))
-        return scaled[leaf.expr]
+        if leaf.expr not in resized:
+            resized[leaf.expr] = Sym(leaf.expr, int(leaf.expr.subs(sizes)))
+        return resized[leaf.expr]
 
     nodes = tuple(
         replace(
             node,
-            results=tuple(replace(v, shape=map_leaves(grow, v.shape)) for v in node.results),
-            args=map_leaves(grow, node.args),
+            results=tuple(replace(v, shape=map_leaves(resize, v.shape)) for v in node.results),
+            args=map_leaves(resize, node.args),
+            kwargs=map_leaves(resize, node.kwargs),
         )
         for node in graph.nodes
     )
-    # Sizes that add up to a fixed one cannot all grow.
-    possible = all(size.hint >= 0 for size in scaled.values())
-    return replace(graph, nodes=nodes) if possible else graph
+    return replace(graph, nodes=nodes) if all(s.hint >= 0 for s in resized.values()) else None

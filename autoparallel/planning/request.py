@@ -24,16 +24,15 @@ def make_options(
     data_parallel: bool | None,
     memory_limit: int | str | None,
     recompute: str | None,
-    own_inputs: bool,
     **others: Any,
 ) -> Options:
     """The options, with the defaults that depend on others.
 
-    own_inputs: whether the example inputs are the user's own. Memory is counted for those as they
-    are, however small; those that come with a model say nothing of the batch.
+    Memory is counted for the example inputs as they are, however small, and so under a memory
+    limit the plan is made for them as they are.
     """
     limit = None if memory_limit is None else parse_bytes(memory_limit)
-    if limit is not None and own_inputs:
+    if limit is not None:
         others["tokens"] = 1
     return Options(
         data_parallel=mesh is not None if data_parallel is None else data_parallel,

@@ -48,7 +48,7 @@ def search(
     the same program to begin with: what is found costs no more than it.
     Raises UnsupportedOpError, and PlanError where the pins contradict each other.
     """
-    graph = with_larger_hints(captured.graph, options.tokens)
+    graph = with_larger_hints(captured, options.tokens)
     hardware = find_hardware(options.hardware)
     network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
     constrain(network, captured.aliases)

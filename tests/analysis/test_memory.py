@@ -213,16 +213,22 @@ def test_items_add_up_and_blocks_are_one() -> None:
     assert row.count == zoo.LAYERS
 
 
-def test_the_size_planned_for_is_what_counts() -> None:
-    """Twice the tokens: twice the activations, and the same parameters."""
+def test_the_inputs_count_as_they_are() -> None:
+    """However many tokens a plan is made for; twice the batch is twice the activations."""
     plan = traced("gpt2")
     assert plan.captured is not None
     few, many = (
         memory_of(search(plan.captured, plan.model, Mesh(tp=1), Options(tokens=tokens)))
-        for tokens in (2**12, 2**13)
+        for tokens in (1, 2**13)
     )
-    assert few.parameters == many.parameters
-    assert many.activations > 1.9 * few.activations
+    assert few == many
+    inputs = {name: tensor.repeat(2, 1) for name, tensor in zoo.inputs_for("gpt2").items()}
+    with Float64():
+        model = zoo.build("gpt2", dropout=DROPOUT)
+        twice = memory_of(autoparallel.make_plan(model, 1, example_inputs=inputs))
+    assert twice.parameters == many.parameters
+    assert twice.inputs == 2 * many.inputs
+    assert twice.activations > 1.9 * many.activations
 
 
 @pytest.mark.parametrize(

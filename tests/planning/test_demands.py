@@ -141,7 +141,7 @@ def test_a_plan_is_an_assignment(options: dict[str, Any]) -> None:
     """Read back into states it costs what it says, and planning may begin with it."""
     plan = planned(**options)
     assert plan.captured is not None
-    graph = with_larger_hints(plan.captured.graph, plan.options.tokens)
+    graph = with_larger_hints(plan.captured, plan.options.tokens)
     network = build_network(graph, plan.mesh, find_hardware("dgx-a100"), plan.options)
     problem = network.problem()
     # Copies made again are choices beside the states: at no charge per byte none is.

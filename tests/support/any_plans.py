@@ -31,7 +31,7 @@ def network_of(
     args, kwargs = split_example(inputs)
     captured = trace(model, args, kwargs)
     chosen = Options(**{"data_parallel": True, **options})
-    graph = with_larger_hints(captured.graph, chosen.tokens)
+    graph = with_larger_hints(captured, chosen.tokens)
     return captured, build_network(graph, mesh, find_hardware(chosen.hardware), chosen)
 
 

@@ -167,7 +167,7 @@ class Subject:
     def plan(self, split: Split) -> Plan:
         """The best plan by random costs."""
         options = Options(split.sequence_parallel, split.data_parallel, "dgx-a100")
-        graph = with_larger_hints(self.captured.graph, options.tokens)
+        graph = with_larger_hints(self.captured, options.tokens)
         mesh = split.mesh
         network = build_network(graph, mesh, find_hardware(options.hardware), options, {})
         problem = randomized(network, split)

@@ -199,7 +199,7 @@ def tensors(rule: ShardingRule) -> tuple[Any, ...]:
 def price(plan: Plan) -> Priced:
     """The plan's seconds, anew. Raises AssertionError for a plan that contradicts itself."""
     assert plan.captured is not None
-    graph = with_larger_hints(plan.captured.graph, plan.options.tokens)
+    graph = with_larger_hints(plan.captured, plan.options.tokens)
     hardware = find_hardware(plan.hardware).at_pace_of(plan.world_size)
     sizes = tuple(size for _, size in plan.mesh.axes)
     pricer = _Pricer(plan, graph, hardware, sizes, hardware.links(sizes))
