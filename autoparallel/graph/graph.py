@@ -10,10 +10,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
-import torch
+
+if TYPE_CHECKING:
+    # A plan that was read is drawn and told without torch, and its words come by here.
+    import torch
 
 __all__ = [
     "Dim",
