@@ -225,7 +225,7 @@ def test_axes_without_a_size(size: Any) -> None:
         Mesh(dp=size)
 
 
-@pytest.mark.parametrize("model", [nn.Linear, torch.relu, None], ids=str)
+@pytest.mark.parametrize("model", [nn.Linear, torch.relu, None], ids=["class", "function", "none"])
 def test_what_is_no_module(model: Any) -> None:
     """A class, a function and nothing are refused before they are looked into."""
     with pytest.raises(AutoParallelError) as caught:

@@ -1,0 +1,19 @@
+"""What holds for the collection of all tests."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every process collects the same tests: no name holds an address, which each process chooses.
+
+    Without that pytest-xdist stops with "Different tests were collected".
+    """
+    named = [item.nodeid for item in items if _ADDRESS.search(item.nodeid)]
+    if named:
+        raise pytest.UsageError(f"tests named by addresses, give them ids: {', '.join(named)}")
