@@ -90,7 +90,7 @@ class PlanError(AutoParallelError):
 
 
 class InputMismatchError(AutoParallelError):
-    """Ranks were given different inputs where the plan says that they are equal."""
+    """Inputs that the model does not take, or that are not the same on all ranks."""
 
 
 class MemoryLimitError(PlanError):

@@ -88,6 +88,67 @@ def test_inputs_that_do_not_fit_forward() -> None:
     says(caught.value, "Linear.forward", "'input'")
 
 
+class Classifier(nn.Module):
+    """Token numbers, scaled by features, to a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.scale = nn.Embedding(10, 8), nn.Linear(4, 8)
+
+    def forward(self, tokens: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> Any:
+        """tokens: (b, s). features: (b, 4). labels: (b,)."""
+        summed = self.table(tokens).sum(1) * self.scale(features)
+        return nn.functional.cross_entropy(summed, labels)
+
+
+GOOD: dict[str, Any] = {
+    "tokens": torch.zeros(6, 5, dtype=torch.long),
+    "features": torch.ones(6, 4),
+    "labels": torch.zeros(6, dtype=torch.long),
+}
+REFUSED = {
+    "numpy": ({"features": GOOD["features"].numpy()}, ["features of", "numpy array", "from_numpy"]),
+    "list": ({"tokens": [1, 2, 3]}, ["embedding()", "must be Tensor, not list", "table  ("]),
+    "float ids": ({"tokens": torch.ones(6, 5)}, ["Long, Int", "FloatTensor", "tokens: float32"]),
+    "feature size": ({"features": torch.ones(6, 3)}, ["6x3 and 4x8", "scale  (", "(6, 3)"]),
+    "batch": ({"labels": GOOD["labels"][:4]}, ["batch_size (6)", "(4)", "labels: int64 (4,)"]),
+    "other batch": ({"tokens": GOOD["tokens"][:4]}, ["tensor a (4)", "tensor b (6)"]),
+    "device": ({"features": GOOD["features"].to("meta")}, ["meta", "cpu", "features"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_inputs_that_the_model_refuses(case: str) -> None:
+    """Told in the words of the op that refuses them: for example inputs, and in a call."""
+    change, words = REFUSED[case]
+    inputs = {**GOOD, **change}
+    with pytest.raises(InputMismatchError) as caught:
+        autoparallel.make_plan(Classifier(), 2, example_inputs=inputs)
+    says(caught.value, "Classifier", *words)
+    assert "fake" not in str(caught.value).lower()
+    assert "torch.export" not in str(caught.value)
+    model = autoparallel.autoparallelize(Classifier(), 1, example_inputs=GOOD)
+    with pytest.raises(InputMismatchError) as caught:
+        model(**inputs)
+    says(caught.value, "Classifier", *words)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({**GOOD, "lables": GOOD["labels"]}, "unexpected keyword argument 'lables'"),
+        ({"tokens": GOOD["tokens"]}, "missing a required argument: 'features'"),
+        ([1, 2, 3, 4], "too many positional arguments"),
+    ],
+    ids=["keyword", "missing", "numbers"],
+)
+def test_arguments_that_forward_does_not_have(inputs: Any, words: str) -> None:
+    """The error shows those that it has."""
+    with pytest.raises(CaptureError) as caught:
+        autoparallel.make_plan(Classifier(), 2, example_inputs=inputs)
+    says(caught.value, "Classifier.forward", words, "(tokens, features, labels)")
+
+
 def test_data_dependent_control_flow() -> None:
     """The user's own line is named."""
     x = torch.zeros(4, 8)

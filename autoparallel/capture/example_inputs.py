@@ -46,14 +46,22 @@ def bind_inputs(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> inspect.BoundArguments:
     """The call's arguments by the names of the model's forward."""
+    signature = inspect.signature(model.forward)
     try:
-        return inspect.signature(model.forward).bind(*args, **kwargs)
+        return signature.bind(*args, **kwargs)
     except TypeError as error:
         raise CaptureError(
             f"the inputs do not fit {type(model).__name__}.forward",
             why=str(error),
-            fix="pass a tuple of positional or a dict of keyword arguments",
+            fix="pass a tuple of positional or a dict of keyword arguments: it takes "
+            f"({', '.join(_parameters(signature))})",
         ) from None
+
+
+def _parameters(signature: inspect.Signature) -> list[str]:
+    """The arguments with their defaults, without annotations: "labels=None"."""
+    bare = (p.replace(annotation=p.empty) for p in signature.parameters.values())
+    return [str(parameter) for parameter in bare]
 
 
 def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import logging
 import traceback
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +19,7 @@ from autoparallel.capture.decompose import decomposing
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_blocks import Group, find_groups
 from autoparallel.capture.example_inputs import as_given, bind_inputs
+from autoparallel.capture.forward_contexts import quiet
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
@@ -43,7 +42,7 @@ from autoparallel.graph.graph import Graph
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
 from autoparallel.support.rng_state import python_numbers
-from autoparallel.support.torch_private import EXPORT_LOGGERS, remembering_fake_results
+from autoparallel.support.torch_private import remembering_fake_results
 
 __all__ = ["Captured", "capture", "refuse_wrapped"]
 
@@ -209,22 +208,6 @@ def _unsteady(model: nn.Module, names: Sequence[str]) -> CaptureError:
     )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporting logs and warns about what the graph below makes explicit anyway."""
-    loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _all(_: str) -> bool:
     return True
 
@@ -357,7 +340,7 @@ def _exported(
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
     try:
-        with _quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
+        with quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
     except (Unfoldable, IntricateSizes, CaptureError):

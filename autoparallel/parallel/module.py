@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.capture.example_inputs import bind_inputs
+from autoparallel.capture.refused_inputs import refuse_devices
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
@@ -254,13 +255,13 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if not state.tree.depth:
             entry, inputs = _prepared(module, state, modes, args, kwargs)
             if entry is not None:
-                return _run_program(module, state, entry, inputs)
+                return _run_program(module, state, entry, inputs, args, kwargs)
         else:
             state.tree.whole.settle()
             with paused():
                 entry, inputs = _prepared(module, state, modes, args, kwargs)
                 if entry is not None:
-                    return _run_program(module, state, entry, inputs)
+                    return _run_program(module, state, entry, inputs, args, kwargs)
     return _run_python(module, state, args, kwargs)
 
 
@@ -281,8 +282,19 @@ def _prepared(
     return _entry(module, state, modes, inputs, skeleton, args, kwargs), inputs
 
 
-def _run_program(module: nn.Module, state: State, entry: Entry, inputs: list[torch.Tensor]) -> Any:
-    """Run a program on the parameters, buffers and inputs as they are now."""
+def _run_program(
+    module: nn.Module,
+    state: State,
+    entry: Entry,
+    inputs: list[torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run a program on the parameters, buffers and inputs as they are now.
+
+    inputs: the tensors among args and kwargs. Raises InputMismatchError for a call whose inputs are
+    on another device than the parameters.
+    """
     program = entry.program
     copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
     refresh(copies, state.ranks)
@@ -297,8 +309,12 @@ def _run_program(module: nn.Module, state: State, entry: Entry, inputs: list[tor
         ]
     device = parameters[0].device if parameters else torch.device("cpu")
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
-    with rng.using(state.generator):
-        outputs, written = program.run(parameters, buffers, constants, inputs, device)
+    try:
+        with rng.using(state.generator):
+            outputs, written = program.run(parameters, buffers, constants, inputs, device)
+    except RuntimeError:
+        refuse_devices(state.skeleton, bind_inputs(state.skeleton, args, kwargs).arguments, device)
+        raise
     for path, value in zip(program.mutations, written, strict=True):
         module.get_buffer(path).copy_(value.detach())
     returned = [

@@ -11,8 +11,8 @@ from torch import nn
 
 from autoparallel.analysis.communication import collective_totals
 from autoparallel.analysis.memory import memory_of
-from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.graph_breaks import GraphBreaks, trace, trace_parts
+from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh
@@ -29,14 +29,18 @@ __all__ = ["fastest_plan", "trace_model", "with_graphs"]
 def trace_model(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
 ) -> Captured | GraphBreaks:
-    """The graph of the model or, where there is none, those of its largest parts."""
-    bind_inputs(model, args, kwargs)
+    """The graph of the model or, where there is none, those of its largest parts.
+
+    Raises InputMismatchError for inputs that the model itself does not take.
+    """
+    refuse_arrays(model, args, kwargs)
     try:
         return trace(model, args, kwargs)
     except AliasError:
         raise
     except CaptureError as error:
         whole = error
+    refuse_inputs(model, args, kwargs)
     broken = trace_parts(model, args, kwargs, whole)
     if options.strict_capture:
         raise CaptureError(

@@ -10,6 +10,7 @@ from torch import nn
 
 from autoparallel.capture.equal_modules import EqualModules
 from autoparallel.capture.graph_breaks import trace, trace_alike
+from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
 from autoparallel.errors import CaptureError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
@@ -43,10 +44,17 @@ class Replanner:
     ) -> Plan:
         """The plan of the module at `path`, whose parameters are `stored` already.
 
-        part: whether Python calls it. Raises CaptureError, PlanError and UnsupportedOpError.
+        part: whether Python calls it. Raises CaptureError, PlanError and UnsupportedOpError, and
+        InputMismatchError for a call that the module itself does not take.
         """
         if not part:
-            captured = trace(root.get_submodule(path), args, kwargs)
+            module = root.get_submodule(path)
+            refuse_arrays(module, args, kwargs)
+            try:
+                captured = trace(module, args, kwargs)
+            except CaptureError:
+                refuse_inputs(module, args, kwargs)
+                raise
             return search(captured, self.model, self.mesh, self.options, stored=stored)
         self.alike = self.alike or EqualModules(root)
         module = root.get_submodule(path)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
     from torch.utils._pytree import tree_flatten as tree_flatten
     from torch.utils._pytree import tree_leaves as tree_leaves
+    from torch.utils._pytree import tree_map as tree_map
     from torch.utils._pytree import tree_unflatten as tree_unflatten
     from torch.utils._sympy.printers import PythonPrinter as PythonPrinter
 
@@ -56,6 +57,7 @@ _HOMES = {
     # The leaves of nested lists, tuples and dicts, with and without the structure, and back.
     "tree_flatten": "torch.utils._pytree",
     "tree_leaves": "torch.utils._pytree",
+    "tree_map": "torch.utils._pytree",
     "tree_unflatten": "torch.utils._pytree",
 }
 
@@ -103,6 +105,7 @@ __all__ = [
     "strided_shard",
     "tree_flatten",
     "tree_leaves",
+    "tree_map",
     "tree_unflatten",
     "wrapper_tensor",
 ]

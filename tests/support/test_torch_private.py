@@ -346,6 +346,10 @@ def test_nested_arguments_come_apart_and_together() -> None:
     assert leaves[2:] == [3, None]
     assert torch_private.tree_leaves(nested) == leaves
     assert torch_private.tree_unflatten(leaves, structure) == nested
+    assert torch_private.tree_map(lambda leaf: 2 if leaf == 3 else leaf, nested)[0][1]["key"] == (
+        y,
+        2,
+    )
 
 
 def test_tensors_inside_a_function_transform_are_recognized() -> None:

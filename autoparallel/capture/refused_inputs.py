@@ -1,0 +1,175 @@
+"""Inputs that the model itself refuses, told as such and not as a failure of tracing."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from autoparallel.capture.example_inputs import bind_inputs
+from autoparallel.capture.forward_contexts import quiet
+from autoparallel.errors import InputMismatchError
+from autoparallel.support.model_snapshot import untouched
+from autoparallel.support.pytree import Skeleton, flatten
+from autoparallel.support.torch_private import FakeTensorMode, tree_leaves, tree_map
+
+__all__ = ["refuse_arrays", "refuse_devices", "refuse_inputs"]
+
+# Elements of the largest tensor with which an op is tried again.
+_MOST_ELEMENTS = 2**24
+
+
+def refuse_arrays(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises InputMismatchError for numpy arrays: a graph would hold their numbers for ever."""
+    _, skeleton = flatten(dict(bind_inputs(model, args, kwargs).arguments))
+    arrays = [path for path, leaf in _constants(skeleton, "") if _is_array(leaf)]
+    if arrays:
+        raise InputMismatchError(
+            f"{', '.join(arrays)} of {type(model).__name__}.forward "
+            f"{'are numpy arrays' if len(arrays) > 1 else 'is a numpy array'}",
+            why="only the numbers in tensors may change from call to call",
+            fix="pass torch.from_numpy(array)",
+        )
+
+
+def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises InputMismatchError where an op of the model cannot take what these inputs make of it.
+
+    The forward is run on tensors without data. The op that fails there is tried once more, by
+    itself, on zeros: if it fails again then its sizes or types are wrong, not the way it is run.
+    """
+    bound = bind_inputs(model, args, kwargs)
+    tensors, skeleton = flatten(dict(bound.arguments))
+    # A model without weights takes inputs of any device: those on meta stand for all others.
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    mode, watch = FakeTensorMode(allow_non_fake_inputs=True), _FirstFailure()
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        with quiet(), untouched(model), torch.no_grad(), mode:
+            fakes: dict[str, torch.Tensor] = {
+                name: mode.from_tensor(tensor) for name, tensor in state.items()
+            }
+            given = {id(tensor): tensor.to("meta") if on_meta else tensor for tensor in tensors}
+            known = {name: mode.from_tensor(tensor) for name, tensor in given.items()}
+            inputs = tree_map(lambda leaf: known.get(id(leaf), leaf), (args, dict(kwargs)))
+            with watch:
+                torch.func.functional_call(model, fakes, *inputs)
+        return
+    except Exception as error:
+        failed, where = watch.failed, _place(error, model)
+    why = _why_refused(*failed, ask_devices=not on_meta) if failed is not None else None
+    if why is not None:
+        rows = [f"{path}: {_text(tensor)}" for path, tensor in _named(tensors, skeleton)]
+        raise InputMismatchError(
+            f"{type(model).__name__}.forward does not take inputs like these",
+            where=where,
+            why=why,
+            fix="pass what the model takes when it is called by itself; given were\n"
+            + ("\n".join(rows) or "no tensors"),
+        )
+
+
+def refuse_devices(model: nn.Module, bound: Mapping[str, Any], device: torch.device) -> None:
+    """Raises InputMismatchError for inputs that are not where the parameters are.
+
+    To be asked where a call has failed: some models want lengths on the CPU whatever computes.
+    """
+    apart = [row for row in _named(*flatten(dict(bound))) if row[1].device != device]
+    if apart:
+        raise InputMismatchError(
+            f"inputs of {type(model).__name__}.forward are not on the device of its parameters",
+            where="\n".join(f"{path}: {_text(tensor)}" for path, tensor in apart),
+            why=f"its parameters are on {device}",
+            fix=f'pass tensor.to("{device}")',
+        )
+
+
+class _FirstFailure(TorchFunctionMode):
+    """Remembers the call of torch that failed first, with its arguments."""
+
+    failed: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            self.failed = self.failed or (func, args, kwargs or {})
+            raise
+
+
+def _why_refused(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ask_devices: bool
+) -> str | None:
+    """What is wrong with an op's operands; None if nothing is, or it is too large to try."""
+    operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    devices = dict.fromkeys(str(tensor.device) for tensor in operands if tensor.dim())
+    if ask_devices and len(devices) > 1:
+        return f"{_name(func)} is given tensors on {' and on '.join(devices)}"
+    if sum(tensor.numel() for tensor in operands) > _MOST_ELEMENTS:
+        return None
+
+    def zeros(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return torch.zeros(tuple(leaf.shape), dtype=leaf.dtype)
+        return leaf
+
+    try:
+        func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        return f"{_name(func)}: {first[0][:300] if first else type(error).__name__}"
+    return None
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))
+
+
+def _place(error: BaseException, model: nn.Module) -> str:
+    """The innermost module that was running, and the last line outside of torch."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    place, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner, file = frame.f_locals.get("self"), frame.f_code.co_filename
+        if isinstance(owner, nn.Module) and id(owner) in paths:
+            place = paths[id(owner)] or type(model).__name__
+            if not file.startswith(torch.__path__[0]):
+                line = f"  ({file}:{number})"
+    return place + line
+
+
+def _named(tensors: list[torch.Tensor], skeleton: Skeleton) -> list[tuple[str, torch.Tensor]]:
+    paths = [path for path, _ in _leaves(skeleton, "", "tensor")]
+    return list(zip(paths, tensors, strict=True))
+
+
+def _constants(skeleton: Skeleton, path: str) -> list[tuple[str, Any]]:
+    return _leaves(skeleton, path, "constant")
+
+
+def _leaves(skeleton: Skeleton, path: str, kind: str) -> list[tuple[str, Any]]:
+    """The leaves of one kind, by the names that lead to them: "cache.0.1"."""
+    if not skeleton.children:
+        return [(path, skeleton.sample)] if skeleton.kind == kind else []
+    return [
+        leaf
+        for key, child in zip(skeleton.keys, skeleton.children, strict=True)
+        for leaf in _leaves(child, f"{path}.{key}" if path else str(key), kind)
+    ]
+
+
+def _is_array(leaf: Any) -> bool:
+    kind = type(leaf)
+    return (kind.__module__, kind.__name__) == ("numpy", "ndarray")
+
+
+def _text(tensor: torch.Tensor) -> str:
+    """ "int64 (8, 64) on cpu"."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {tuple(tensor.shape)} on {tensor.device}"
