@@ -97,14 +97,14 @@ def run(
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     model = autoparallel.autoparallelize(plain, world_size, example_inputs=Tokens().train(0))
     masks: Parts = {}
-    original = rng._kept
+    original = rng._dropout_mask
 
     def recorded(x: Any, p: Any, key: Any, shape: Any, layout: Any, *rest: Any) -> torch.Tensor:
         made: torch.Tensor = original(x, p, key, shape, layout, *rest)
         masks[rest[1].drawing, key] = (layout, made)
         return made
 
-    rng._kept = recorded
+    rng._dropout_mask = recorded
     checkpoints = Checkpoints(folder, every=3) if folder is not None else None
     blocks = any(isinstance(p, Shard) and p.blocks > 1 for (p,) in model.plan.storage.values())
     try:
@@ -113,7 +113,7 @@ def run(
     except StoppedError:
         return [], [], masks, blocks
     finally:
-        rng._kept = original
+        rng._dropout_mask = original
 
 
 def joined(results: list[Any]) -> dict[tuple[int, int], torch.Tensor]:

@@ -305,7 +305,7 @@ def drawn_by(
 ) -> tuple[Simulation, dict[int, torch.Tensor], int]:
     """A simulated pass, what each dropout kept, put together, and how many were split."""
     parts: dict[int, dict[int, tuple[Layout, torch.Tensor]]] = {}
-    original = rng._kept
+    original = rng._dropout_mask
 
     def recorded(x: Any, p: Any, key: Any, shape: Any, layout: Any, *rest: Any) -> torch.Tensor:
         made: torch.Tensor = original(x, p, key, shape, layout, *rest)
