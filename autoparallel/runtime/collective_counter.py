@@ -1,4 +1,4 @@
-"""Count the collectives that really run, whoever starts them: by hand, DTensor or emitted code."""
+"""Counts the collectives that really run, whoever starts them: by hand, DTensor or emitted code."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,7 +11,8 @@ from autoparallel.support.torch_private import TorchDispatchMode, schema_of
 
 __all__ = ["CollectiveCounter", "CollectiveEvent"]
 
-# Operators of torch.distributed (c10d) and of its functional form, and the kind each one is.
+# Operators of torch.distributed (c10d) and of its functional form, as of torch 2.13, and the kind
+# that each one is.
 _KINDS = {
     "c10d::allreduce_": "all_reduce",
     "c10d::allreduce_coalesced_": "all_reduce",
@@ -64,10 +65,14 @@ _NOT_COUNTED = frozenset(
 
 
 class CollectiveEvent(NamedTuple):
-    """One call. numel: elements of the whole tensor. shape: its shape, (numel,) if it is several.
+    """One collective that ran on this rank.
+
+    kind: "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce",
+    "gather", "scatter" or "send". numel: elements of the whole tensor. shape: its shape, or
+    (numel,) where one call moves several tensors.
 
     The whole tensor is the larger of what goes in and what comes out: the gathered one of an
-    all-gather, the one before a reduce-scatter.
+    all-gather, the one before a reduce-scatter. What a ring sends is proportional to it.
     """
 
     kind: str
@@ -76,16 +81,25 @@ class CollectiveEvent(NamedTuple):
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts this rank's collectives while it is entered, in forward and in backward.
+    """A context that counts this rank's collectives while it is entered, in forward and in
+    backward.
+
+    counts: number of calls by kind. nbytes_by_kind: bytes of the whole tensors by kind (see
+    CollectiveEvent). events: every call in order. A coalesced call is one call. Calls that DTensor
+    makes inside an operator count as well.
+    Raises NotImplementedError at an operator of torch's c10d that is in neither table of this file,
+    so that no collective is missed.
+
+    Example:
 
         with CollectiveCounter() as counter:
             model(**batch).loss.backward()
         print(counter.counts, counter.nbytes)
 
-    counts: kind -> calls. nbytes_by_kind: kind -> bytes of the whole tensors (see
-    CollectiveEvent). events: every call in order. A coalesced call is one call. Calls that DTensor
-    makes inside an operator count as well. Raises NotImplementedError at an operator of c10d that
-    is not known here, so that none is missed.
+    >>> with CollectiveCounter() as counter:
+    ...     _ = torch.ones(2) + 1  # computes, and sends nothing
+    >>> counter.calls, counter.nbytes
+    (0, 0)
     """
 
     def __init__(self) -> None:
@@ -96,12 +110,12 @@ class CollectiveCounter(TorchDispatchMode):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensors of all calls."""
+        """The bytes of the whole tensors of all calls."""
         return sum(self.nbytes_by_kind.values())
 
     @property
     def calls(self) -> int:
-        """Number of all calls."""
+        """The number of all calls."""
         return len(self.events)
 
     def __torch_dispatch__(
@@ -111,6 +125,7 @@ class CollectiveCounter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Run an operator of torch, and record it if it is a collective."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor takes the operator apart first; then it comes here
         result = func(*args, **(kwargs or {}))
@@ -122,6 +137,9 @@ class CollectiveCounter(TorchDispatchMode):
         return result
 
     def _record(self, kind: str, args: tuple[Any, ...], result: Any) -> None:
+        """Note one call, from its arguments and its result."""
+        # Operators of c10d take their output as an argument or return it, and put it first or
+        # second. Whatever the order, the side with the most elements is the whole tensor.
         sides = [_tensors(side) for side in (*args[:2], result)]
         whole = max(sides, key=lambda tensors: sum(tensor.numel() for tensor in tensors))
         numel = sum(tensor.numel() for tensor in whole)
@@ -133,7 +151,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of an argument: itself, or those in nested lists."""
+    """Return the tensors of an argument: the argument itself, or those in nested lists."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, list | tuple):

@@ -1,7 +1,11 @@
-"""Conversions between placements, forward and backward by one rule.
+"""Redistribution between placements, forward and backward by one rule.
 
-Converting a value from A to B moves its gradient from gradient(B) to gradient(A), so one
-autograd function and one table of moves are all the differentiable collectives there are.
+Redistributing a value from A to B moves its gradient from gradient(B) to gradient(A), so that one
+autograd function and one table of moves (`placement.movement`) are all the differentiable
+collectives there are. Megatron's f is I -> R, its g is P -> I (arXiv:1909.08053).
+
+Ranks may hold parts of different lengths. torch's all-gather and reduce-scatter want equal ones, so
+parts travel padded with zeros to the longest, which is always the first rank's.
 """
 
 from __future__ import annotations
@@ -41,13 +45,22 @@ __all__ = [
 
 
 def _run_length(size: int, shard: Shard, world_size: int, rank: int) -> tuple[int, int]:
-    """Start and length of a rank's run of elements inside each block."""
+    """Return start and length of a rank's run of elements inside each block."""
     start, stop = part_bounds(size // (shard.blocks * shard.unit), world_size, rank)
     return start * shard.unit, (stop - start) * shard.unit
 
 
 def take_part(tensor: torch.Tensor, shard: Shard, world_size: int, rank: int) -> torch.Tensor:
-    """The part of a whole tensor that `rank` holds under `shard`."""
+    """Return the part of a whole tensor that `rank` holds under `shard`.
+
+    tensor: whole along `shard.dim`, whose size must divide by shard.blocks * shard.unit. The result
+    may be a view, and may be empty where there are fewer runs than ranks.
+
+    >>> take_part(torch.arange(6), Shard(0), 2, 1)
+    tensor([3, 4, 5])
+    >>> take_part(torch.arange(6), Shard(0, blocks=2), 2, 0)  # two blocks of three, each cut
+    tensor([0, 1, 3, 4])
+    """
     size = tensor.size(shard.dim)
     start, length = _run_length(size, shard, world_size, rank)
     if shard.blocks == 1:
@@ -57,9 +70,14 @@ def take_part(tensor: torch.Tensor, shard: Shard, world_size: int, rank: int) ->
 
 
 def join_parts(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
-    """The whole tensor of all ranks' parts. Inverse of `take_part`."""
+    """Return the whole tensor of all ranks' parts, in the order of ranks. Inverse of `take_part`.
+
+    >>> join_parts([torch.tensor([0, 1, 3, 4]), torch.tensor([2, 5])], Shard(0, blocks=2))
+    tensor([0, 1, 2, 3, 4, 5])
+    """
     if shard.blocks == 1:
         return torch.cat(parts, shard.dim)
+    # Blocks lie end to end in the whole, while a part has its runs of all blocks end to end.
     blocks = [
         part.unflatten(shard.dim, (shard.blocks, part.size(shard.dim) // shard.blocks))
         for part in parts
@@ -68,7 +86,10 @@ def join_parts(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
 
 
 def _padded(part: torch.Tensor, shard: Shard, longest: int, length: int) -> torch.Tensor:
-    """A part with every block's run padded with zeros to the longest rank's."""
+    """Return a part with every block's run padded with zeros to the longest rank's.
+
+    longest, length: of the longest rank's run and of this one's, in elements.
+    """
     if length == longest:
         return part
     shape = list(part.shape)
@@ -80,6 +101,7 @@ def _padded(part: torch.Tensor, shard: Shard, longest: int, length: int) -> torc
 
 
 def _unpadded(part: torch.Tensor, shard: Shard, longest: int, length: int) -> torch.Tensor:
+    """Return a part without its padding. Inverse of `_padded`."""
     if length == longest:
         return part
     blocks = part.unflatten(shard.dim, (shard.blocks, longest))
@@ -87,18 +109,23 @@ def _unpadded(part: torch.Tensor, shard: Shard, longest: int, length: int) -> to
 
 
 def _lengths(size: int, shard: Shard, group: Group) -> list[int]:
-    """Of every rank's run of elements inside each block; the first is the longest."""
+    """Return the length of every rank's run of elements inside each block; the first is the
+    longest.
+    """
     return [_run_length(size, shard, group.world_size, r)[1] for r in range(group.world_size)]
 
 
 def _all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.Tensor:
+    """Return the whole tensor of which this rank holds a part. size: of the whole along the split
+    dim.
+    """
     lengths = _lengths(size, shard, group)
     rows = group.all_gather(_padded(tensor, shard, lengths[0], lengths[group.rank])).unbind(0)
     return _whole_of_rows(rows, shard, lengths)
 
 
 def _whole_of_rows(rows: Sequence[torch.Tensor], shard: Shard, lengths: list[int]) -> torch.Tensor:
-    """The whole of all ranks' padded parts."""
+    """Return the whole of all ranks' padded parts."""
     parts = [
         _unpadded(row, shard, lengths[0], length) for row, length in zip(rows, lengths, strict=True)
     ]
@@ -106,7 +133,7 @@ def _whole_of_rows(rows: Sequence[torch.Tensor], shard: Shard, lengths: list[int
 
 
 def _rows_to_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> list[torch.Tensor]:
-    """Every rank's part of a whole tensor, padded to the longest."""
+    """Return every rank's part of a whole tensor, padded to the longest."""
     lengths = _lengths(tensor.size(shard.dim), shard, group)
     return [
         _padded(take_part(tensor, shard, group.world_size, r), shard, lengths[0], length)
@@ -115,21 +142,28 @@ def _rows_to_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> list[t
 
 
 def _reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
+    """Return this rank's part of the sum over ranks of whole tensors."""
     lengths = _lengths(tensor.size(shard.dim), shard, group)
     rows = torch.stack(_rows_to_scatter(tensor, shard, group))
     return _unpadded(group.reduce_scatter(rows), shard, lengths[0], lengths[group.rank])
 
 
 def _indices(size: int, shard: Shard, world_size: int, rank: int) -> torch.Tensor:
-    """Places along the whole dim that a rank holds, in the order in which it holds them."""
+    """Return the places along the whole dim that a rank holds, in the order of its part."""
     return take_part(torch.arange(size), Shard(0, shard.blocks, shard.unit), world_size, rank)
 
 
 def _all_to_all(
     tensor: torch.Tensor, source: Shard, target: Shard, size: int, group: Group
 ) -> torch.Tensor:
+    """Return the part under `target` of a tensor of which each rank holds the part under `source`.
+
+    size: of the whole along the source's split dim.
+    """
     count = group.world_size
     if source.dim != target.dim:
+        # Another dim is split: cut what is here along the target's dim, and join along the
+        # source's.
         sent = [take_part(tensor, target, count, r).contiguous() for r in range(count)]
         shapes = []
         for r in range(count):
@@ -137,15 +171,17 @@ def _all_to_all(
             shape[source.dim] = source.blocks * _run_length(size, source, count, r)[1]
             shapes.append(tuple(shape))
         return join_parts(group.all_to_all(sent, shapes), source)
+    # The same dim is split in another way (other blocks or units): send every rank the elements
+    # that it lacks, and put what comes where it belongs, by the places in the whole.
     dim = source.dim
-    have = [_indices(size, source, count, r) for r in range(count)]
-    want = [_indices(size, target, count, r) for r in range(count)]
-    mine, needed = have[group.rank], want[group.rank]
+    held = [_indices(size, source, count, r) for r in range(count)]
+    wanted = [_indices(size, target, count, r) for r in range(count)]
+    held_here, wanted_here = held[group.rank], wanted[group.rank]
     sent = [
-        tensor.index_select(dim, torch.isin(mine, want[r]).nonzero()[:, 0].to(tensor.device))
+        tensor.index_select(dim, torch.isin(held_here, wanted[r]).nonzero()[:, 0].to(tensor.device))
         for r in range(count)
     ]
-    places = [torch.isin(needed, have[r]).nonzero()[:, 0] for r in range(count)]
+    places = [torch.isin(wanted_here, held[r]).nonzero()[:, 0] for r in range(count)]
     shapes = []
     for r in range(count):
         shape = list(tensor.shape)
@@ -153,7 +189,7 @@ def _all_to_all(
         shapes.append(tuple(shape))
     received = group.all_to_all(sent, shapes)
     shape = list(tensor.shape)
-    shape[dim] = len(needed)
+    shape[dim] = len(wanted_here)
     result = tensor.new_empty(shape)
     for place, part in zip(places, received, strict=True):
         result.index_copy_(dim, place.to(tensor.device), part)
@@ -163,9 +199,14 @@ def _all_to_all(
 def move(
     tensor: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
 ) -> torch.Tensor:
-    """Bring a tensor from `source` to `target`, not differentiably.
+    """Bring a tensor from `source` to `target`, not differentiably. Collective.
 
-    size: of the whole along the source's split dim; not read for other sources.
+    tensor: of this rank, as `source` says it lies. size: of the whole along the source's split dim;
+    it is not read for other sources. The result may be `tensor` itself, but never a view of it.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> move(torch.ones(2), SingleGroup(), Invariant(), Shard(0))
+    tensor([1., 1.])
     """
     step = movement(source, target)
     if step is Movement.NONE:
@@ -176,7 +217,7 @@ def move(
         return tensor if group.rank == 0 else torch.zeros_like(tensor)
     if step is Movement.SLICE:
         assert isinstance(target, Shard)
-        # A copy: a view would keep the whole in memory.
+        # The part is copied, because a view would keep the whole in memory.
         part = take_part(tensor, target, group.world_size, group.rank)
         return part.clone(memory_format=torch.contiguous_format)
     if step is Movement.REDUCE_SCATTER:
@@ -192,24 +233,29 @@ def move(
 
 
 def _pad(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.Tensor:
-    """Zeros in the whole shape, with this rank's part in its place."""
+    """Return zeros in the whole shape, with this rank's part in its place: S -> P without a
+    collective.
+    """
     shape = list(tensor.shape)
     shape[shard.dim : shard.dim + 1] = [shard.blocks, size // shard.blocks]
     whole = tensor.new_zeros(shape)
     start, length = _run_length(size, shard, group.world_size, group.rank)
-    own = tensor.unflatten(shard.dim, (shard.blocks, length))
-    whole.narrow(shard.dim + 1, start, length).copy_(own)
+    blocks = tensor.unflatten(shard.dim, (shard.blocks, length))
+    whole.narrow(shard.dim + 1, start, length).copy_(blocks)
     return whole.flatten(shard.dim, shard.dim + 1)
 
 
 class Convert(torch.autograd.Function):
-    """The differentiable move."""
+    """The differentiable `move`: its backward is the move between the gradients' placements."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int
     ) -> torch.Tensor:
+        """Move x, and remember the size along the split dim that the backward move starts from."""
         ctx.group, ctx.source, ctx.target = group, source, target
+        # The backward move starts from gradient(target). Where that is split, x is whole along the
+        # dim, except where the source splits the same dim: then the caller's size is the whole one.
         ctx.size = x.size(target.dim) if isinstance(target, Shard) else 0
         if isinstance(target, Shard) and isinstance(source, Shard) and source.dim == target.dim:
             ctx.size = size
@@ -220,6 +266,7 @@ class Convert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        """Move the gradient from gradient(target) to gradient(source)."""
         back = move(grad, ctx.group, gradient(ctx.target), gradient(ctx.source), ctx.size)
         return back, None, None, None, None
 
@@ -227,25 +274,27 @@ class Convert(torch.autograd.Function):
     def spmd_typecheck(
         *, x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int
     ) -> Any:
-        """The type of the result, for the checker of `spmd_types`."""
+        """Return the type of the result, for the checker of `spmd_types`; its arguments are
+        `forward`'s.
+        """
         from spmd_types import rules
 
         axis = group.process_group  # type: ignore[attr-defined]
         step = movement(source, target)
-        one, two = spmd_type(source), spmd_type(target)
+        source_type, target_type = spmd_type(source), spmd_type(target)
         if step is Movement.ALL_REDUCE:
-            return rules.all_reduce(x, axis, src=one, dst=two)
+            return rules.all_reduce(x, axis, src=source_type, dst=target_type)
         if step is Movement.ALL_GATHER:
-            return rules.all_gather(x, axis, src=one, dst=two)
+            return rules.all_gather(x, axis, src=source_type, dst=target_type)
         if step is Movement.REDUCE_SCATTER:
-            return rules.reduce_scatter(x, axis, src=one, dst=two)
+            return rules.reduce_scatter(x, axis, src=source_type, dst=target_type)
         if step is Movement.ALL_TO_ALL:
-            return rules.all_to_all(x, axis, src=one, dst=two)
-        return rules.convert(x, axis, src=one, dst=two)
+            return rules.all_to_all(x, axis, src=source_type, dst=target_type)
+        return rules.convert(x, axis, src=source_type, dst=target_type)
 
 
 def spmd_type(placement: Placement) -> Any:
-    """The name that `spmd_types` has for a placement."""
+    """Return the name that `spmd_types` has for a placement: I, R, P, or S of the dim."""
     import spmd_types
 
     if isinstance(placement, Shard):
@@ -261,9 +310,18 @@ def spmd_type(placement: Placement) -> Any:
 def convert(
     x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
 ) -> torch.Tensor:
-    """Bring `x` from `source` to `target`, and its gradient back.
+    """Redistribute `x` from `source` to `target`; the backward pass brings its gradient back.
+    Collective.
 
-    size: of the whole along the source's split dim; not read for other sources.
+    x: of this rank, as `source` says it lies. size: of the whole along the source's split dim; it
+    is not read for other sources. This is the differentiable `move`.
+
+    Example: `convert(x, group, Shard(0), Replicate(), 12)` all-gathers a tensor that has 12 rows in
+    all, and reduce-scatters the gradient.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> convert(torch.ones(2), SingleGroup(), Partial(), Invariant())
+    tensor([1., 1.])
     """
     return Convert.apply(x, group, source, target, size)
 
@@ -271,26 +329,39 @@ def convert(
 def convert_fixed(
     x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
 ) -> torch.Tensor:
-    """`convert` of a tensor without a gradient. Tells the type checker, if one is at work."""
-    made = move(x, group, source, target, size)
+    """Redistribute a tensor without a gradient, as `move` does, and tell the type checker of it.
+
+    size: of the whole along the source's split dim; it is not read for other sources. The checker
+    is `spmd_types`, and only where it is at work does this differ from `move`.
+    """
+    moved = move(x, group, source, target, size)
     checker = sys.modules.get("spmd_types")
     cut = movement(source, target) is Movement.SLICE
     if cut and checker is not None and checker.is_type_checking():
         axis = group.process_group  # type: ignore[attr-defined]
-        return checker.reinterpret(made, axis, src=checker.R, dst=checker.V, expert_mode=True)
-    return made
+        return checker.reinterpret(moved, axis, src=checker.R, dst=checker.V, expert_mode=True)
+    return moved
 
 
 def _by_type(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Places of tensors of one type of element, for every type."""
-    found: dict[torch.dtype, list[int]] = {}
+    """Return the places of tensors of one element type, for every type in order of first
+    appearance.
+    """
+    places: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        found.setdefault(tensor.dtype, []).append(index)
-    return list(found.values())
+        places.setdefault(tensor.dtype, []).append(index)
+    return list(places.values())
 
 
 def sum_together(tensors: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
-    """The sums over ranks, in one all-reduce per type of element."""
+    """Return the sums over ranks of several tensors, in one all-reduce per element type.
+
+    tensors: the same shapes on every rank. This is how a gradient bucket is reduced.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> sum_together([torch.ones(2), torch.zeros(1, 1)], SingleGroup())
+    [tensor([1., 1.]), tensor([[0.]])]
+    """
     sums: list[torch.Tensor] = list(tensors)
     for places in _by_type(tensors):
         flat = torch.cat([tensors[index].reshape(-1) for index in places])
@@ -303,30 +374,52 @@ def sum_together(tensors: Sequence[torch.Tensor], group: Group) -> list[torch.Te
 def reduce_scatter_together(
     tensors: Sequence[torch.Tensor], shards: Sequence[Shard], group: Group
 ) -> list[torch.Tensor]:
-    """This rank's parts of the sums over ranks, in one reduce-scatter per type of element."""
-    made: list[torch.Tensor] = list(tensors)
+    """Return this rank's parts of the sums over ranks of several tensors, in one reduce-scatter per
+    element type.
+
+    tensors: whole, the same shapes on every rank. shards: how each is split. Parts are contiguous.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> reduce_scatter_together([torch.ones(2)], [Shard(0)], SingleGroup())
+    [tensor([1., 1.])]
+    """
+    results: list[torch.Tensor] = list(tensors)
     for places in _by_type(tensors):
-        rows = [_rows_to_scatter(tensors[index], shards[index], group) for index in places]
+        parts_of_ranks = [
+            _rows_to_scatter(tensors[index], shards[index], group) for index in places
+        ]
+        # Row r holds rank r's padded part of every tensor, so that one collective gives each rank
+        # all of its parts.
         flat = torch.stack(
-            [torch.cat([own[r].reshape(-1) for own in rows]) for r in range(group.world_size)]
+            [
+                torch.cat([padded_parts[r].reshape(-1) for padded_parts in parts_of_ranks])
+                for r in range(group.world_size)
+            ]
         )
-        parts = group.reduce_scatter(flat).split([own[0].numel() for own in rows])
-        for index, own, part in zip(places, rows, parts, strict=True):
+        parts = group.reduce_scatter(flat).split(
+            [padded_parts[0].numel() for padded_parts in parts_of_ranks]
+        )
+        for index, padded_parts, part in zip(places, parts_of_ranks, parts, strict=True):
             shard = shards[index]
             lengths = _lengths(tensors[index].size(shard.dim), shard, group)
-            padded = part.view(own[0].shape)
-            made[index] = _unpadded(padded, shard, lengths[0], lengths[group.rank]).contiguous()
-    return made
+            padded = part.view(padded_parts[0].shape)
+            results[index] = _unpadded(padded, shard, lengths[0], lengths[group.rank]).contiguous()
+    return results
 
 
 def gather_together(
     tensors: Sequence[torch.Tensor], shards: Sequence[Shard], sizes: Sequence[int], group: Group
 ) -> list[torch.Tensor]:
-    """The wholes of which each rank holds parts, in one all-gather per type of element.
+    """Return the wholes of several tensors of which each rank holds parts, in one all-gather per
+    element type.
 
-    sizes: of each whole along its split dim.
+    tensors: this rank's parts. shards: how each is split. sizes: of each whole along its split dim.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> gather_together([torch.ones(2)], [Shard(0)], [2], SingleGroup())
+    [tensor([1., 1.])]
     """
-    made: list[torch.Tensor] = list(tensors)
+    wholes: list[torch.Tensor] = list(tensors)
     for places in _by_type(tensors):
         lengths = {index: _lengths(sizes[index], shards[index], group) for index in places}
         padded = [
@@ -335,15 +428,18 @@ def gather_together(
         ]
         counts = [tensor.numel() for tensor in padded]
         rows = group.all_gather(torch.cat([tensor.reshape(-1) for tensor in padded]))
-        for index, own, part in zip(places, padded, rows.split(counts, dim=1), strict=True):
-            parts = [row.view(own.shape) for row in part.unbind(0)]
-            made[index] = _whole_of_rows(parts, shards[index], lengths[index])
-    return made
+        for index, padded_part, part in zip(places, padded, rows.split(counts, dim=1), strict=True):
+            parts = [row.view(padded_part.shape) for row in part.unbind(0)]
+            wholes[index] = _whole_of_rows(parts, shards[index], lengths[index])
+    return wholes
 
 
 def same_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum over ranks of what differs among them, which the type checker then knows to be the
-    same on all."""
+    """Return the sum over ranks of a value that differs among them, the same on every rank.
+
+    x: without a gradient, such as a count. The type checker, if one is at work, then knows that the
+    result is the same on all ranks.
+    """
     total = group.all_reduce(x)
     checker = sys.modules.get("spmd_types")
     if checker is not None and checker.is_type_checking():
@@ -353,8 +449,11 @@ def same_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def pending_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """`x` itself. Tells the type checker, if one is at work, that the ranks' values are to be
-    added: that is what the split of a summed loop leaves."""
+    """Return `x` itself, as this rank's term of a sum over the ranks: its placement is Partial.
+
+    A kernel that splits a summed loop leaves such terms. The type checker, if one is at work, is
+    told that the ranks' values are still to be added.
+    """
     checker = sys.modules.get("spmd_types")
     if checker is not None and checker.is_type_checking():
         axis = group.process_group  # type: ignore[attr-defined]

@@ -1,8 +1,9 @@
 """Kernels that split any op of a kind: look-ups, reductions that combine, means.
 
-Each takes the op's own arguments, with local tensors, then `group`, the split loop's `size` in the
-whole, the `operation` to run, and `where`: which operands (counted among the tensors that the op is
-given) and dims it is about. That an op is of the kind is for the discovery of its rule to prove.
+Each takes the op's own arguments, with this rank's tensors, then `group`, the whole `size` of the
+loop that is split, the `operation` to run (its qualified name), and `where`, which says which
+operands and dims the kernel is about. Operands are counted among the tensors that the op is given,
+those in lists too. Discovery proves that an op is of the kind before it names one of these kernels.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["combined_parts", "masked_lookup", "weighted_mean"]
 
 
 def _tensors(structure: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of nested lists and tuples, in order."""
     if isinstance(structure, torch.Tensor):
         yield structure
     elif isinstance(structure, (list, tuple)):
@@ -36,7 +38,7 @@ def _run(
     kwargs: Mapping[str, Any],
     others: Mapping[int, torch.Tensor],
 ) -> torch.Tensor:
-    """The op, with other tensors at some places."""
+    """Run the op on its arguments, with the tensors of `others` in the places that are its keys."""
     count = iter(range(len(list(_tensors((args, tuple(kwargs.values())))))))
 
     def actual(item: Any) -> Any:
@@ -46,18 +48,18 @@ def _run(
             return [actual(part) for part in item]
         return item
 
-    made: torch.Tensor = operator_of(operation)(
+    result: torch.Tensor = operator_of(operation)(
         *[actual(arg) for arg in args], **{key: actual(item) for key, item in kwargs.items()}
     )
-    return made
+    return result
 
 
 def _standing_in(
     tensors: Sequence[torch.Tensor], split: Sequence[tuple[int, int]]
 ) -> dict[int, torch.Tensor]:
-    """The operands of the op on a rank that has nothing, all of them standing in for others.
+    """Return stand-ins for all operands of the op, for a rank that holds nothing.
 
-    split: operands and their dims that are split.
+    split: pairs of an operand and a dim of it that is split.
     """
     dims = [[dim for other, dim in split if other == index] for index in range(len(tensors))]
     return dict(enumerate(some(tensors, dims)))
@@ -71,40 +73,45 @@ def masked_lookup(
     where: tuple[int, int, int, tuple[int, ...]],
     **kwargs: Any,
 ) -> torch.Tensor:
-    """A look-up in a table that is split: what is found here or zeros, a pending sum.
+    """Look up in a table whose rows are split: elements of this rank's rows, zeros elsewhere; a
+    pending sum.
 
     where: the table's place among the operands, the index's, the table's split dim, and for each
-    dim of the index the result's dim that it becomes. Raises IndexError for a place outside it.
+    dim of the index the dim of the result that it becomes. size: of the table's dim in the whole.
+    The index is the same on every rank and counts from the start of the whole.
+    Raises IndexError for an index outside of [0, size).
     """
     table, index, dim, places = where
     tensors = list(_tensors((args, tuple(kwargs.values()))))
-    asked = tensors[index]
+    index_tensor = tensors[index]
     with torch.no_grad():
-        inside = ((asked >= 0) & (asked < size)).all()
-        if asked.is_cuda:
+        inside = ((index_tensor >= 0) & (index_tensor < size)).all()
+        if index_tensor.is_cuda:
             assert_on_device(inside)
-        elif asked.device.type != "meta" and not bool(inside):
+        elif index_tensor.device.type != "meta" and not bool(inside):
             raise IndexError(f"{operation}: an index is not in [0, {size})")
         start, stop = part_bounds(size, group.world_size, group.rank)
-        local = asked - start
+        local = index_tensor - start
         elsewhere = (local < 0) | (local >= stop - start)
         # What is not here is looked up at a place that is looked up anyway, so that what comes of
         # it (0 times a derivative) is finite where the unsplit op's is. Nothing at all may be here.
-        anyway = local.masked_fill(elsewhere, 0).flatten()
-        anyway = torch.cat([anyway, anyway.new_zeros(1)]).amax()
-        local = torch.where(elsewhere, anyway, local)
+        somewhere = local.masked_fill(elsewhere, 0).flatten()
+        somewhere = torch.cat([somewhere, somewhere.new_zeros(1)]).amax()
+        local = torch.where(elsewhere, somewhere, local)
         nothing = elsewhere.all()
     if stop == start:
         others = _standing_in(tensors, [(table, dim)])
     else:
         others = {at: silenced(tensor, nothing) for at, tensor in enumerate(tensors)}
-    made = _run(operation, args, kwargs, {**others, index: local})
+    looked_up = _run(operation, args, kwargs, {**others, index: local})
+    # The mask has the index's dims. It is brought to the order that they have in the result, with
+    # size 1 in the result's other dims, so that it broadcasts.
     order = sorted(range(len(places)), key=lambda i: places[i])
-    shape = [1] * made.dim()
+    shape = [1] * looked_up.dim()
     for i in order:
         shape[places[i]] = elsewhere.size(i)
     mask = elsewhere.permute(order).reshape(shape)
-    return pending_sum(made.masked_fill(mask, 0), group)
+    return pending_sum(looked_up.masked_fill(mask, 0), group)
 
 
 def combined_parts(
@@ -115,22 +122,29 @@ def combined_parts(
     where: tuple[int, int, tuple[int, ...]],
     **kwargs: Any,
 ) -> torch.Tensor:
-    """A reduction of which the whole is the reduction of its parts' results, same on every rank.
+    """Reduce a split dim with an op that is the reduction of its parts' results, such as a maximum;
+    the same on every rank.
 
-    where: the operand, its split dim, and for each of its dims the result's dim that it becomes, -1
-    for those that are reduced. All ranks' results are gathered and reduced once more.
+    where: the operand, its split dim, and for each of its dims the dim of the result that it
+    becomes, or -1 for a dim that is reduced. All ranks' results are gathered along the split dim
+    and reduced once more.
     """
-    operand, dim, kept = where
+    operand, dim, result_dims = where
     tensors = list(_tensors((args, tuple(kwargs.values()))))
     bounds = [part_bounds(size, group.world_size, rank) for rank in range(group.world_size)]
     holders = sum(start < stop for start, stop in bounds)
     held = tensors[operand].size(dim) > 0
-    made = _run(operation, args, kwargs, {} if held else _standing_in(tensors, [(operand, dim)]))
-    shape = [made.size(place) if place >= 0 else 1 for place in kept]
-    made = made.reshape(shape)
+    part_result = _run(
+        operation, args, kwargs, {} if held else _standing_in(tensors, [(operand, dim)])
+    )
+    # The parts' results get the operand's dims back, the reduced ones with size 1, so that they can
+    # be laid side by side and given to the op once more.
+    shape = [part_result.size(place) if place >= 0 else 1 for place in result_dims]
+    part_result = part_result.reshape(shape)
+    # A rank without elements adds no row to those that are reduced, whatever its stand-in gave.
     if not held:
-        made = shortened(made, [0], [{dim: 0}])
-    parts = convert(made, group, Shard(dim), Invariant(), holders)
+        part_result = shortened(part_result, [0], [{dim: 0}])
+    parts = convert(part_result, group, Shard(dim), Invariant(), holders)
     return _run(operation, args, kwargs, {operand: parts})
 
 
@@ -142,15 +156,17 @@ def weighted_mean(
     where: tuple[tuple[int, int], ...],
     **kwargs: Any,
 ) -> torch.Tensor:
-    """A mean over a split loop: each rank's own mean by its share of the whole, a pending sum.
+    """Take a mean over a split loop: each rank's own mean times its share of the whole, a pending
+    sum.
 
-    where: the operands and their dims that are split.
+    where: pairs of an operand and a dim of it that is split.
     """
     tensors = list(_tensors((args, tuple(kwargs.values()))))
     operand, dim = where[0]
     held = tensors[operand].size(dim)
     if not held:
-        made = _run(operation, args, kwargs, _standing_in(tensors, where))
-        return pending_sum(shortened(made, [0], [{}]), group)
-    made = _run(operation, args, kwargs, {})
-    return pending_sum(made * (held / size), group)
+        mean = _run(operation, args, kwargs, _standing_in(tensors, where))
+        return pending_sum(shortened(mean, [0], [{}]), group)
+    mean = _run(operation, args, kwargs, {})
+    # The parts may be unequal: sum_r (n_r / n) mean_r is the mean of the whole.
+    return pending_sum(mean * (held / size), group)

@@ -18,32 +18,46 @@ __all__ = ["AbsentGroup", "Group", "LocalGroup", "ProcessGroup", "SingleGroup", 
 
 
 class Group(ABC):
-    """Collectives of `world_size` ranks, seen from `rank`. None of them is differentiable."""
+    """The collectives of `world_size` ranks, seen from rank number `rank`.
+
+    None of them is differentiable: `collectives.convert` makes the backward of each from another.
+    All ranks of a group must call the same collectives in the same order. Tensors are returned new,
+    or as they came where there is one rank.
+    """
 
     rank: int
     world_size: int
 
     @abstractmethod
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
-        """The sum (or "max") over ranks."""
+        """Return the sum of the ranks' tensors, elementwise, or their maximum ("max")."""
 
     @abstractmethod
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(n, *shape): the equal-shaped tensors of all ranks."""
+        """Return (world_size, *shape): the tensors of all ranks, which must have equal shapes."""
 
     @abstractmethod
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of row `rank` of (n, *shape) tensors."""
+        """Return (*shape): row `rank` of the sum over ranks of tensors of (world_size, *shape)."""
 
     @abstractmethod
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
     ) -> list[torch.Tensor]:
-        """tensors[q] goes to rank q; returns what each rank sent here, of the given shapes."""
+        """Send tensors[q] to rank q, and return the tensors that each rank sent here.
+
+        shapes: of those that come, by the rank that sends them; the sender's are not asked for.
+        """
 
 
 class SingleGroup(Group):
-    """One rank: nothing to exchange."""
+    """The group of a mesh axis of one rank, which has nobody to exchange with: tensors come back as
+    they are.
+
+    >>> group = SingleGroup()
+    >>> group.all_reduce(torch.ones(2)), group.all_gather(torch.ones(2)).shape
+    (tensor([1., 1.]), torch.Size([1, 2]))
+    """
 
     def __init__(self) -> None:
         self.rank, self.world_size = 0, 1
@@ -93,7 +107,13 @@ class AbsentGroup(Group):
 
 
 class ProcessGroup(Group):
-    """Functional collectives of a torch.distributed process group; torch.compile can trace them."""
+    """The functional collectives of a torch.distributed process group, which torch.compile can
+    trace.
+
+    group: torch's process group, on which this process is a rank.
+
+    Example: `ProcessGroup(torch.distributed.group.WORLD)` after `init_process_group`.
+    """
 
     def __init__(self, group: Any) -> None:
         self.process_group = group
@@ -118,11 +138,13 @@ class ProcessGroup(Group):
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
     ) -> list[torch.Tensor]:
+        # The parts may differ in every size, so they travel as one flat tensor with a length per
+        # rank.
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         sent = [tensor.numel() for tensor in tensors]
         received = [torch.Size(shape).numel() for shape in shapes]
-        made = self.ops.all_to_all_single(flat, received, sent, self.name)
-        parts = self.ops.wait_tensor(made).split(received)
+        exchanged = self.ops.all_to_all_single(flat, received, sent, self.name)
+        parts = self.ops.wait_tensor(exchanged).split(received)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -130,7 +152,11 @@ _Made = TypeVar("_Made")
 
 
 class _Meeting:
-    """Where the threads of a simulated group exchange what they brought."""
+    """The place where the threads of a simulated group exchange tensors.
+
+    turn: a lock that the thread that works holds, where only one may work at a time; None where all
+    may.
+    """
 
     def __init__(self, world_size: int, turn: threading.Lock | None) -> None:
         self.barrier = threading.Barrier(world_size)
@@ -138,22 +164,29 @@ class _Meeting:
         self.turn = turn
 
     def exchange(self, rank: int, item: Any, use: Callable[[list[Any]], _Made]) -> _Made:
-        """What `use` makes of all ranks' items. It is made before any rank goes on.
+        """Return what `use` makes of every rank's item, in the order of ranks.
 
-        Whose item it is may write to it as soon as the exchange is over.
+        All ranks have brought theirs by then. It is made before any rank goes on: whose item it is
+        may write to it as soon as the exchange is over.
         """
         self.brought[rank] = item
         self.wait()
-        made = use(list(self.brought))
+        result = use(list(self.brought))
+        # The second wait keeps a quick rank from writing to its item, or bringing its next one,
+        # before a slow one has used these.
         self.wait()
         self.brought[rank] = None
-        return made
+        return result
 
     def wait(self) -> None:
-        """Until all are here. Global random generators are then where this rank left them."""
+        """Wait until all ranks are here. Torch's global generators are then where this rank left
+        them.
+        """
         if self.turn is None:
             self.barrier.wait()
             return
+        # Other ranks work while this one waits, in the same process and with the same global
+        # generators.
         numbers = snapshot()
         self.turn.release()
         try:
@@ -164,13 +197,18 @@ class _Meeting:
 
 
 class LocalGroup(Group):
-    """One thread's view of a group whose ranks are threads of this process."""
+    """One thread's view of a group whose ranks are threads of this process.
+
+    meeting: shared by all ranks of the group. counts: the number of calls of each collective that
+    this rank took part in.
+    """
 
     def __init__(self, meeting: _Meeting, rank: int, world_size: int) -> None:
         self.meeting, self.rank, self.world_size = meeting, rank, world_size
         self.counts: dict[str, int] = {}
 
     def _count(self, name: str) -> None:
+        """Note one call."""
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
@@ -195,20 +233,26 @@ class LocalGroup(Group):
     ) -> list[torch.Tensor]:
         self._count("all_to_all")
 
-        def own(items: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        def own_items(items: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+            # A copy: two ranks must not hold the same memory, as two devices never do.
             return [item[self.rank].clone() for item in items]
 
-        return self.meeting.exchange(self.rank, tensors, own)
+        return self.meeting.exchange(self.rank, tensors, own_items)
 
     def abort(self) -> None:
-        """Wake the others after a failure: they would wait for ever."""
+        """Wake the ranks that wait, after this one has failed: they would wait for ever."""
         self.meeting.barrier.abort()
 
 
 def thread_groups(world_size: int, turn: threading.Lock | None = None) -> list[LocalGroup]:
-    """One group object per simulated rank.
+    """Return one group object per simulated rank, in the order of ranks, for threads of this
+    process.
 
-    turn: held by the rank that works, where only one may at a time.
+    turn: a lock that is held by the rank that works, where only one may at a time. Each object must
+    be used by one thread only.
+
+    >>> [group.rank for group in thread_groups(3)]
+    [0, 1, 2]
     """
     meeting = _Meeting(world_size, turn)
     return [LocalGroup(meeting, rank, world_size) for rank in range(world_size)]

@@ -1,6 +1,11 @@
-"""Operators on parts that know where their part begins, and communicate inside if they must.
+"""Kernels: operators on parts that know where their part begins, and communicate inside if they
+must.
 
-Each takes the op's own arguments, with local tensors, then `group` and the sizes of the whole.
+Each takes the op's own arguments, with this rank's tensors, then `group`, the ranks that split a
+loop of the op, and `size`, the whole size of that loop. A result that is "a pending sum" has
+placement Partial: the ranks' results are still to be added. Kernels of this file are written for an
+op, those in `discovered_kernels` for kinds of ops, and those in `statistics` reduce over a split
+dim.
 """
 
 from __future__ import annotations
@@ -55,13 +60,19 @@ __all__ = [
     "weighted_mean",
 ]
 
+# The reductions of losses, by the numbers that torch gives them.
 _NONE, _MEAN, _SUM = 0, 1, 2
-# Not one of torch's: the number of tokens that count, for the kernel of another mesh axis.
+# This one is not torch's: it asks for the number of tokens that count, for the kernel of another
+# mesh axis.
 _COUNT = 3
 
 
 def _require_below(index: torch.Tensor, size: int, what: str) -> None:
-    """Out-of-range indices are an error in the unsplit op; with a mask they would be zeros."""
+    """Raise IndexError for an index outside of [0, size), as the unsplit op does.
+
+    Without this, the mask of a split table would turn it into zeros. On a GPU the check is made
+    there, without a wait.
+    """
     inside = ((index >= 0) & (index < size)).all()
     if index.is_cuda:
         assert_on_device(inside)
@@ -79,9 +90,12 @@ def embedding_rows(
     group: Group,
     size: int,
 ) -> torch.Tensor:
-    """Rows of a table whose rows are split: own rows or zeros, a pending sum over the ranks.
+    """Look up rows of a table whose rows are split: this rank's rows or zeros, a pending sum.
 
-    size: rows of the whole table. Raises IndexError for an index outside it.
+    weight: (v / n, h). index: any shape, counted from the start of the whole. size: v, rows of the
+    whole table. The result is (*index.shape, h). This is Megatron's vocabulary-parallel embedding
+    (arXiv:1909.08053, section 3).
+    Raises IndexError for an index outside of [0, size).
     """
     with torch.no_grad():
         _require_below(index, size, "embedding index")
@@ -90,6 +104,8 @@ def embedding_rows(
         elsewhere = (local < 0) | (local >= stop - start)
         local = local.masked_fill(elsewhere, 0)
     if stop == start:
+        # No rows are here. The sum of none is 0, and keeps the result dependent on the weight, so
+        # that the backward pass runs alike on all ranks.
         rows = weight.new_zeros((*index.shape, weight.size(1))) + weight.sum()
         return pending_sum(rows, group)
     own_padding = padding - start if start <= padding < stop else -1
@@ -98,9 +114,10 @@ def embedding_rows(
 
 
 def _places_here(index: torch.Tensor, size: int, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places along a split dim of `size`: counted from this rank's part, and which are not in it.
+    """Return places along a split dim of `size` as counted from this rank's part, and a mask of
+    those outside it.
 
-    Those are given as place 0.
+    The latter are given as place 0. Raises IndexError for a place outside of the whole.
     """
     _require_below(index, size, "index")
     start, stop = part_bounds(size, group.world_size, group.rank)
@@ -118,7 +135,12 @@ def gather_split(
     group: Group,
     size: int,
 ) -> torch.Tensor:
-    """x[a, index[a, i, b], b] along a split dim: own elements or zeros, a pending sum."""
+    """Take x[a, index[a, i, b], b] along a split dim: this rank's elements or zeros, a pending sum.
+
+    x: split along `dim`, whose whole size is `size`. index: whole, counted from the start of the
+    whole dim.
+    Raises IndexError for an index outside of [0, size).
+    """
     with torch.no_grad():
         local, elsewhere = _places_here(index, size, group)
     if not x.size(dim):
@@ -131,7 +153,12 @@ def gather_split(
 def index_select_split(
     x: torch.Tensor, dim: int, index: torch.Tensor, *, group: Group, size: int
 ) -> torch.Tensor:
-    """x[.., index[i], ..] along a split dim: own elements or zeros, a pending sum."""
+    """Take x[.., index[i], ..] along a split dim: this rank's elements or zeros, a pending sum.
+
+    x: split along `dim`, whose whole size is `size`. index: whole and of one dim, counted from the
+    start of the whole dim.
+    Raises IndexError for an index outside of [0, size).
+    """
     with torch.no_grad():
         local, elsewhere = _places_here(index, size, group)
     shape = [1] * x.dim()
@@ -140,8 +167,8 @@ def index_select_split(
         whole = list(x.shape)
         whole[dim] = index.numel()
         return pending_sum(x.new_zeros(whole) + x.sum(), group)
-    made = x.index_select(dim, local).masked_fill(elsewhere.reshape(shape), 0)
-    return pending_sum(made, group)
+    selected = x.index_select(dim, local).masked_fill(elsewhere.reshape(shape), 0)
+    return pending_sum(selected, group)
 
 
 def convolution_inputs(
@@ -153,38 +180,48 @@ def convolution_inputs(
     size: int,
     **more: Any,
 ) -> torch.Tensor:
-    """A convolution whose input channels are split: a pending sum with the bias on one rank.
+    """Convolve with split input channels: a pending sum, with the bias on the first rank alone.
 
-    options, more: the op's other arguments.
+    x: (b, c / n, *spatial). weight: (o, c / n, *kernel). bias: (o,). options, more: the op's other
+    arguments. size: c of the whole.
     """
     run = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
-    own = bias * (1 if group.rank == 0 else 0)
-    return pending_sum(run(x, weight, own, *options, **more), group)
+    # Times 0 rather than left out: the bias then has a gradient on every rank, and which ranks
+    # communicate in the backward pass does not depend on the rank.
+    bias_here = bias * (1 if group.rank == 0 else 0)
+    return pending_sum(run(x, weight, bias_here, *options, **more), group)
 
 
 def grouped_mm_matrices(
     x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Rows times the matrix of their group, the matrices split: own rows or zeros, a pending sum.
+    """Multiply rows by the matrix of their group, the matrices being split: this rank's rows or
+    zeros, a pending sum.
 
-    x: (t, k), sorted by group. weight: (e / n, k, n). ends: (e,), where the rows of each end. size:
-    e of the whole. The own rows come first, in their order, so that no size must be known to the
-    host; what lies behind them is masked, both ways.
+    x: (t, k), sorted by group. weight: (e / n, k, m), this rank's matrices. ends: (e,), where the
+    rows of each group end. size: e of the whole. The result is (t, m). This rank's rows are moved
+    to the front, in their order, so that no size must be known to the host; what lies behind them
+    is masked, both before and after the product.
     """
     start, stop = part_bounds(size, group.world_size, group.rank)
     with torch.no_grad():
         places = torch.arange(x.size(0), device=x.device)
         first = ends[start - 1] if start else ends.new_zeros(())
-        own_ends = ends[start:stop] - first
-        mine = (places < own_ends[-1]).unsqueeze(1)
-        here = (places + first) % max(x.size(0), 1)
-        back = (places - first) % max(x.size(0), 1)
-    rows = _grouped_mm(x[here].masked_fill(~mine, 0), weight, own_ends.to(ends.dtype))
-    return pending_sum(rows.masked_fill(~mine, 0)[back], group)
+        ends_here = ends[start:stop] - first
+        mine = (places < ends_here[-1]).unsqueeze(1)
+        # Two rotations by `first`, one the inverse of the other: they keep every shape.
+        rotated = (places + first) % max(x.size(0), 1)
+        rotated_back = (places - first) % max(x.size(0), 1)
+    rows = _grouped_mm(x[rotated].masked_fill(~mine, 0), weight, ends_here.to(ends.dtype))
+    return pending_sum(rows.masked_fill(~mine, 0)[rotated_back], group)
 
 
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """torch's grouped product; one product after the other for types and sizes it does not take."""
+    """Multiply by torch's grouped product, or by one product after the other for types and sizes
+    that it does not take.
+
+    torch 2.13 takes bfloat16 with rows that are multiples of 16 bytes.
+    """
     sizes = (x.size(1), weight.size(1), weight.size(2))
     aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
     if x.dtype == torch.bfloat16 and aligned:
@@ -199,22 +236,31 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> to
 
 
 class _CrossEntropyClasses(torch.autograd.Function):
-    """Loss per token with the classes split; two all-reduces, of one and of two numbers a token."""
+    """The loss per token with the classes split, in two all-reduces of one and of two numbers a
+    token.
+
+    Megatron's vocabulary-parallel cross-entropy (arXiv:1909.08053, section 3): logits are never
+    gathered. Backward communicates nothing.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, ignored: int, group: Group, size: int
     ) -> torch.Tensor:
+        """Return log(sum(exp(logits))) - logits[target] of each token, 0 for those that are
+        ignored.
+        """
         start, stop = part_bounds(size, group.world_size, group.rank)
-        kept = target != ignored
-        _require_below(target.masked_fill(~kept, 0), size, "target class")
+        counts = target != ignored
+        _require_below(target.masked_fill(~counts, 0), size, "target class")
         local = target - start
-        here = kept & (local >= 0) & (local < stop - start)
+        here = counts & (local >= 0) & (local < stop - start)
         local = local.masked_fill(~here, 0).unsqueeze(1)
         if stop > start:
             highest = logits.amax(1)
         else:
             highest = logits.new_full(target.shape, float("-inf"))
+        # Less the highest of all ranks, no exponential overflows, and the loss does not change.
         highest = group.all_reduce(highest, "max")
         shifted = logits - highest.unsqueeze(1)
         exponents = shifted.exp()
@@ -223,24 +269,28 @@ class _CrossEntropyClasses(torch.autograd.Function):
         else:
             picked = logits.new_zeros(target.shape)
         picked, total = group.all_reduce(torch.stack([picked, exponents.sum(1)])).unbind(0)
-        ctx.save_for_backward(exponents.div_(total.unsqueeze(1)), local, here, kept)
-        return (total.log() - picked).masked_fill(~kept, 0)
+        # The softmax is all that the backward pass needs; dividing in place saves one (t, c / n).
+        ctx.save_for_backward(exponents.div_(total.unsqueeze(1)), local, here, counts)
+        return (total.log() - picked).masked_fill(~counts, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        probabilities, local, here, kept = ctx.saved_tensors
+        """Return (softmax - one_hot(target)) * grad, of this rank's classes."""
+        probabilities, local, here, counts = ctx.saved_tensors
         result = probabilities.clone()
         if result.size(1):
             result.scatter_add_(1, local, -here.to(result.dtype).unsqueeze(1))
         # What is ignored gets exactly nothing, also where a mean over no token sends infinities.
-        result.mul_(grad.masked_fill(~kept, 0).unsqueeze(1))
+        result.mul_(grad.masked_fill(~counts, 0).unsqueeze(1))
         return result, None, None, None, None
 
     @staticmethod
     def spmd_typecheck(
         *, logits: torch.Tensor, target: torch.Tensor, ignored: int, group: Group, size: int
     ) -> Any:
-        """Classes split in, one logical loss out."""
+        """Return the type of the result for the checker of `spmd_types`: split classes give one
+        loss.
+        """
         import spmd_types
         from spmd_types import rules
 
@@ -262,9 +312,13 @@ def cross_entropy_classes(
     group: Group,
     size: int,
 ) -> torch.Tensor:
-    """Cross-entropy of (t, c / n, ..) logits, the same on every rank. size: classes of the whole.
+    """Compute cross-entropy of logits whose classes are split; the result is the same on every
+    rank.
 
-    Raises IndexError for a target outside [0, size) that is not `ignored`.
+    logits: (t, c / n, ..). target: (t, ..), classes of the whole. reduction: torch's number, 0 for
+    a loss per token, 1 for the mean, 2 for the sum. ignored: the class of tokens that do not count.
+    size: c of the whole. weight and smoothing are in torch's signature, and must be their defaults.
+    Raises IndexError for a target outside of [0, size) that is not `ignored`.
     """
     if reduction == _COUNT:
         return (target != ignored).sum()
@@ -287,28 +341,31 @@ def cross_entropy_tokens(
     size: int,
     run: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of (t / n, c, ..) logits: a pending sum; a mean is over all ranks' tokens.
+    """Compute cross-entropy of logits whose tokens are split: a pending sum, a mean being over all
+    ranks' tokens.
 
-    Or of logits split along a later dim. run: the op on this rank's tokens, where another axis
-    splits the classes.
+    logits: (t / n, c, ..), or (t, c, ../ n, ..), split along a later dim. reduction, ignored: as in
+    `cross_entropy_classes`. run: the op on this rank's tokens, where another mesh axis splits the
+    classes; by default torch's own.
     """
     if reduction in (_MEAN, _COUNT):
         with torch.no_grad():
             if run is not None:
-                own = run(logits, target, weight, _COUNT, ignored, smoothing)
+                count_here = run(logits, target, weight, _COUNT, ignored, smoothing)
             else:
-                own = (target != ignored).sum()
-            count = same_sum(own, group)
+                count_here = (target != ignored).sum()
+            count = same_sum(count_here, group)
     if reduction == _COUNT:
         return count
     if run is not None:
         total = run(logits, target, weight, _SUM, ignored, smoothing)
     else:
-        # The classes usually lie last in memory.
+        # The classes usually lie last in memory: rows of classes are then a view, not a copy.
         rows = logits.movedim(1, -1).flatten(0, -2)
         total = functional.cross_entropy(
             rows, target.flatten(), ignore_index=ignored, reduction="sum"
         )
     if reduction == _MEAN:
+        # Each rank divides its sum by the count of all ranks, so that the terms add up to the mean.
         total = total / count
     return pending_sum(total, group)

@@ -39,10 +39,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """How one rank reaches the others: along each mesh axis, and all of them.
+    """The groups through which one rank reaches the others: one along each mesh axis, and one of
+    all.
 
-    names, groups: per axis, outermost first. world: all ranks, numbered with the last axis
-    innermost.
+    names, groups: of the mesh axes, outermost first. world: the group of all ranks, which are
+    numbered with the last axis innermost, as torch's DeviceMesh numbers them.
+
+    >>> from autoparallel.mesh import Mesh
+    >>> ranks = thread_ranks(Mesh(dp=2, tp=3))
+    >>> [each.coordinates for each in ranks][:4], ranks[5].rank
+    ([(0, 0), (0, 1), (0, 2), (1, 0)], 5)
     """
 
     names: tuple[str, ...]
@@ -51,7 +57,7 @@ class Ranks:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Number of ranks along each axis."""
+        """The number of ranks along each axis."""
         return tuple(group.world_size for group in self.groups)
 
     @cached_property
@@ -66,21 +72,30 @@ class Ranks:
 
     @property
     def world_size(self) -> int:
-        """Number of all ranks."""
+        """The number of all ranks."""
         return self.world.world_size
 
     @property
     def counts(self) -> dict[str, int]:
-        """Simulated ranks: kind of collective -> how many this rank took part in."""
-        found: dict[str, int] = {}
+        """The collectives that this rank took part in, by kind; empty for a rank that is a
+        process.
+        """
+        totals: dict[str, int] = {}
+        # On a mesh of one axis the world is the axis' group too, and must count once.
         for group in dict.fromkeys((self.world, *self.groups)):
             for kind, count in group.counts.items() if isinstance(group, LocalGroup) else ():
-                found[kind] = found.get(kind, 0) + count
-        return found
+                totals[kind] = totals.get(kind, 0) + count
+        return totals
 
 
 def single_rank(mesh: Mesh) -> Ranks:
-    """The only rank of a mesh of one rank."""
+    """Return the only rank of a mesh of one rank, which has nobody to exchange with.
+
+    mesh: every axis of size 1.
+
+    >>> single_rank(Mesh(dp=1, tp=1)).sizes
+    (1, 1)
+    """
     alone = SingleGroup()
     return Ranks(tuple(name for name, _ in mesh.axes), (alone,) * len(mesh.axes), alone)
 
@@ -104,14 +119,24 @@ def absent_ranks(mesh: Mesh, rank: int) -> Ranks:
 
 
 def one_axis(group: Group, name: str = "axis") -> Ranks:
-    """A group as a mesh of one axis."""
+    """Return a group as the ranks of a mesh of one axis with that name.
+
+    >>> one_axis(SingleGroup(), "tp").names
+    ('tp',)
+    """
     return Ranks((name,), (group,), group)
 
 
 def process_ranks(world: ProcessGroup, mesh: DeviceMesh) -> Ranks:
-    """This process's place on a mesh of all processes."""
+    """Return this process's place on a mesh of all processes.
+
+    world: of all processes. mesh: torch's, over the same processes, with named axes.
+
+    Example: `process_ranks(world, init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp")))`
+    """
     names = mesh.mesh_dim_names
     assert names is not None
+    # A group of its own would only make a second communicator of the same processes.
     if len(names) == 1:
         return Ranks(names, (world,), world)
     groups = tuple(
@@ -122,10 +147,14 @@ def process_ranks(world: ProcessGroup, mesh: DeviceMesh) -> Ranks:
 
 
 def thread_ranks(mesh: Mesh, in_turn: bool = False) -> list[Ranks]:
-    """All ranks of a mesh, to be run as threads of this process.
+    """Return all ranks of a mesh, in the order of their numbers, to be run as threads of this
+    process.
 
     in_turn: one rank works at a time, and the next where it must wait, so that ranks do not disturb
     each other's use of what is global in a process, like random generators.
+
+    >>> run_ranks(thread_ranks(Mesh(tp=2)), lambda ranks: ranks.rank * 10)
+    [0, 10]
     """
     names, sizes = tuple(zip(*mesh.axes, strict=True)) or ((), ())
     turn = threading.Lock() if in_turn else None
@@ -133,43 +162,54 @@ def thread_ranks(mesh: Mesh, in_turn: bool = False) -> list[Ranks]:
     if len(sizes) == 1:
         return [Ranks(names, (group,), group) for group in world]
     lines: dict[tuple[int, tuple[int, ...]], list[LocalGroup]] = {}
-    found = []
+    all_ranks = []
     for rank, place in enumerate(itertools.product(*map(range, sizes))):
         groups = []
         for axis, size in enumerate(sizes):
+            # Ranks whose coordinates differ on this axis alone are one group.
             key = (axis, place[:axis] + place[axis + 1 :])
             if key not in lines:
                 lines[key] = thread_groups(size, turn)
             groups.append(lines[key][place[axis]])
-        found.append(Ranks(names, tuple(groups), world[rank]))
-    return found
+        all_ranks.append(Ranks(names, tuple(groups), world[rank]))
+    return all_ranks
 
 
 def run_ranks(ranks: Sequence[Ranks], work: Callable[[Ranks], Result]) -> list[Result]:
-    """What `work` returns on each simulated rank, each in a thread of its own.
+    """Run `work` on each simulated rank, in a thread of its own, and return the results in rank
+    order.
 
-    Raises what the rank raised that failed first.
+    ranks: all those of one mesh, from `thread_ranks`.
+    Raises the exception of the rank that failed first; the others are woken and end.
+
+    >>> def count(ranks: Ranks) -> float:
+    ...     return float(ranks.world.all_reduce(torch.tensor([1.0])))
+    >>> import torch
+    >>> run_ranks(thread_ranks(Mesh(dp=2, tp=2)), count)
+    [4.0, 4.0, 4.0, 4.0]
     """
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
 
-    def run(own: Ranks) -> None:
-        groups: Any = dict.fromkeys((own.world, *own.groups))
-        turn = own.world.meeting.turn  # type: ignore[attr-defined]
+    def run(each: Ranks) -> None:
+        groups: Any = dict.fromkeys((each.world, *each.groups))
+        turn = each.world.meeting.turn  # type: ignore[attr-defined]
         with turn if turn is not None else contextlib.nullcontext():
             try:
-                results[own.rank] = work(own)
+                results[each.rank] = work(each)
             except BaseException as error:
                 errors.append(error)
-                for group in groups:  # wakes all that wait, and they wake the others
+                for group in groups:  # this wakes all that wait, and they wake the others
                     group.abort()
 
-    threads = [threading.Thread(target=run, args=(own,)) for own in ranks]
+    threads = [threading.Thread(target=run, args=(each,)) for each in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if errors:
+        # Ranks that were woken fail with a broken barrier, which is the consequence and not the
+        # cause.
         first = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
         raise (first or errors)[0]
-    return [results[own.rank] for own in ranks]
+    return [results[each.rank] for each in ranks]

@@ -1,7 +1,8 @@
-"""What is not kept for the backward pass, but made again: converted copies, and whole blocks.
+"""Rematerialization: redistributed copies and blocks are recomputed in the backward pass.
 
-A copy that a conversion made is known by its memory. Wherever autograd would keep that memory, as a
-whole or as a view, it keeps where the copy came from instead.
+A copy that a redistribution made is known by its memory. Wherever autograd would save that memory,
+as a whole or as a view, it saves where the copy came from instead. A block is recomputed as a whole
+by torch.utils.checkpoint (arXiv:1604.06174).
 """
 
 from __future__ import annotations
@@ -29,22 +30,29 @@ __all__ = ["convert_again", "dropping", "recomputed"]
 
 
 class _View:
-    """A tensor that lies in the memory of a copy."""
+    """A tensor that lies in the memory of a copy, by its element type, sizes, strides and
+    offset.
+    """
 
     def __init__(self, copy: _Copy, view: torch.Tensor) -> None:
         self.copy = copy
         self.dtype, self.sizes, self.strides = view.dtype, view.size(), view.stride()
         self.offset, self.conjugate = view.storage_offset(), view.is_conj()
 
-    def of(self, made: torch.Tensor) -> torch.Tensor:
-        """The same view of a copy that was made again."""
-        view = torch.empty(0, dtype=self.dtype, device=made.device)
-        view.set_(made.untyped_storage(), self.offset, self.sizes, self.strides)
+    def of(self, recomputed_copy: torch.Tensor) -> torch.Tensor:
+        """Return the same view of a copy that was recomputed."""
+        view = torch.empty(0, dtype=self.dtype, device=recomputed_copy.device)
+        view.set_(recomputed_copy.untyped_storage(), self.offset, self.sizes, self.strides)
         return view.conj() if self.conjugate else view
 
 
 class _Copy:
-    """How a copy is made again. wanted: by how many places of the backward pass."""
+    """A redistributed copy that can be recomputed from its source.
+
+    source: what was redistributed, or its place in another copy. placements: of source and copy.
+    size: of the whole along the source's split dim. wanted: the number of places in the backward
+    pass that have yet to read the copy. held: the copy while it is wanted again.
+    """
 
     def __init__(
         self,
@@ -56,35 +64,42 @@ class _Copy:
         self.source, self.group, self.placements, self.size = source, group, placements, size
         self.version = source._version if isinstance(source, torch.Tensor) else 0
         self.wanted = 0
-        self.made: torch.Tensor | None = None
+        self.held: torch.Tensor | None = None
 
     def again(self) -> torch.Tensor:
-        """The copy. Raises RuntimeError where what it came from has been written to since."""
+        """Return the copy, recomputed. Raises RuntimeError where its source has been written to
+        since.
+        """
         source = self.source
         if isinstance(source, _View):
             source = source.of(source.copy.again())
         else:
             _require_version(source, self.version)
         with torch.no_grad():
-            made = move(source, self.group, *self.placements, self.size)
-            # Where the source would do, the first copy was one all the same: views of it are places
-            # in memory of its own.
-            return made.clone() if _same_memory(made, source) else made
+            moved = move(source, self.group, *self.placements, self.size)
+            # Where the move returns its source, the first copy was a clone all the same: views of
+            # it are places in memory of its own.
+            return moved.clone() if _same_memory(moved, source) else moved
 
     def taken(self) -> torch.Tensor:
-        """The copy for one of the places that want it; kept until the last of them has had it."""
-        made = self.again() if self.made is None else self.made
+        """Return the copy for one of the places that want it; it is held until the last of them has
+        had it.
+        """
+        copy = self.again() if self.held is None else self.held
         self.wanted -= 1
-        self.made = made if self.wanted > 0 else None
-        return made
+        self.held = copy if self.wanted > 0 else None
+        return copy
 
 
-def _same_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
-    return storage_key(one) == storage_key(two)
+def _same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two tensors lie in the same storage."""
+    return storage_key(tensor) == storage_key(other)
 
 
 def _require_version(tensor: torch.Tensor, version: int) -> None:
-    """What autograd requires of what it keeps itself."""
+    """Raise RuntimeError unless a tensor is as it was saved, in the words that autograd has
+    for it.
+    """
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
@@ -94,27 +109,38 @@ def _require_version(tensor: torch.Tensor, version: int) -> None:
 
 
 class _Copies:
-    """The copies of one pass, by their memory, which is not kept alive."""
+    """The copies of one forward pass, by their memory, which is not kept alive.
+
+    known: from a storage's address to a weak reference to it, its version when the copy was made,
+    and the copy.
+    """
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[StorageWeakRef, int, _Copy]] = {}
 
     def add(
         self,
-        made: torch.Tensor,
+        tensor: torch.Tensor,
         source: torch.Tensor,
         group: Group,
         placements: tuple[Placement, Placement],
         size: int,
     ) -> None:
-        """Note where a copy came from; one that shares the memory of its source costs nothing."""
-        if _same_memory(made, source):
+        """Note where a copy came from; one that shares the memory of its source costs nothing and
+        is left.
+
+        tensor: the copy. placements: of source and copy. size: of the whole along the split dim of
+        the source.
+        """
+        if _same_memory(tensor, source):
             return
-        before = self.find(source)
-        origin = source.detach() if before is None else _View(before, source)
+        source_copy = self.find(source)
+        origin = source.detach() if source_copy is None else _View(source_copy, source)
         copy = _Copy(origin, group, placements, size)
-        storage = made.untyped_storage()
-        self.known[storage_key(storage)] = (StorageWeakRef(storage), made._version, copy)
+        storage = tensor.untyped_storage()
+        # The weak reference keeps the address from being given to another storage, so that `find`
+        # never takes a new tensor for an old copy.
+        self.known[storage_key(storage)] = (StorageWeakRef(storage), tensor._version, copy)
 
     def find(self, tensor: torch.Tensor) -> _Copy | None:
         """The copy in whose memory a tensor lies, if the tensor can be made again from it.
@@ -122,15 +148,17 @@ class _Copies:
         It cannot where the copy has been written to, nor where the tensor is the negative of what
         lies there, a view that no public function makes.
         """
-        found = self.known.get(storage_key(tensor))
-        if found is None or tensor.is_neg() or tensor._version != found[1]:
+        entry = self.known.get(storage_key(tensor))
+        if entry is None or tensor.is_neg() or tensor._version != entry[1]:
             return None
-        return found[2]
+        return entry[2]
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """What autograd is to keep of a tensor: a copy's view, or the tensor and its version.
+        """Return an object for autograd to save in place of a tensor: a view of a copy, or the
+        tensor.
 
-        Detached, as a result that is kept by what made it would never be freed.
+        The tensor is detached, and comes with its version: a result that is saved by the op that
+        made it would never be freed.
         """
         copy = self.find(tensor)
         if copy is None:
@@ -139,12 +167,12 @@ class _Copies:
         return _View(copy, tensor)
 
     @staticmethod
-    def unpack(kept: Any) -> torch.Tensor:
-        """The tensor of what was kept."""
-        if isinstance(kept, _View):
-            return kept.of(kept.copy.taken())
+    def unpack(packed: Any) -> torch.Tensor:
+        """Return the tensor that `pack` was given."""
+        if isinstance(packed, _View):
+            return packed.of(packed.copy.taken())
         tensor: torch.Tensor
-        tensor, version = kept
+        tensor, version = packed
         _require_version(tensor, version)
         return tensor
 
@@ -153,15 +181,24 @@ _current = threading.local()
 
 
 def parts_are_alike(ranks: Ranks, *cuts: Any) -> bool:
-    """Whether no rank is left with nothing or a single place of any dim where others have more.
-    cuts: (size, (axis, shard), ..) each.
+    """Say whether all ranks recompute the same copies, for parts cut so.
 
-    An op on nothing may keep nothing, and of a dim of one place a reshape is a view that elsewhere
-    is a copy: then the ranks would not make the same copies again, in the same order.
+    cuts: each is (size, (axis, shard), ..), a dim's whole size and the splits of it, outermost
+    first. The answer is no where a rank is left with nothing, or with a single place where others
+    have more: an op on nothing may save nothing, and of a dim of one place a reshape is a view that
+    elsewhere is a copy. Then the ranks would not recompute the same copies in the same order, and
+    their collectives would not meet.
+
+    >>> from autoparallel.placement import Shard
+    >>> from autoparallel.runtime.groups import thread_groups
+    >>> from autoparallel.runtime.ranks import one_axis
+    >>> ranks = one_axis(thread_groups(2)[0])
+    >>> parts_are_alike(ranks, (4, (0, Shard(0)))), parts_are_alike(ranks, (3, (0, Shard(0))))
+    (True, False)
     """
-    for size, *own in cuts:
+    for size, *splits in cuts:
         sizes = {size}
-        for axis, shard in own:
+        for axis, shard in splits:
             count = ranks.sizes[axis]
             sizes = {local_size(n, shard, count, rank) for n in sizes for rank in range(count)}
         if 0 in sizes or (1 in sizes and len(sizes) > 1):
@@ -177,27 +214,41 @@ def convert_again(
     size: int = 0,
     drop: bool = True,
 ) -> torch.Tensor:
-    """`convert`, of which the backward pass keeps `x` and not the result, where `drop` says so."""
-    made = convert(x, group, source, target, size)
+    """Redistribute as `convert` does, and save `x` for the backward pass, not the result, where
+    `drop` says so.
+
+    x, group, source, target, size: as in `convert`. drop: false where ranks would recompute
+    different copies (`parts_are_alike`). Takes effect inside of a program that `dropping` has
+    wrapped; elsewhere it is `convert`.
+
+    Example: a parameter that ZeRO-3 shards is gathered in the forward pass, dropped, and gathered
+    again (arXiv:1910.02054).
+    """
+    copy = convert(x, group, source, target, size)
     copies: _Copies | None = getattr(_current, "copies", None)
     if copies is not None and drop:
         if movement(source, target) is Movement.KEEP_ON_FIRST and group.rank == 0:
             # The other ranks make zeros. What is a copy there is one here, or the ranks would not
             # make again the same copies, in the same order.
-            made = made.clone()
-        copies.add(made, x, group, (source, target), size)
-    return made
+            copy = copy.clone()
+        copies.add(copy, x, group, (source, target), size)
+    return copy
 
 
 def dropping(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The program, with what `convert_again` makes in it dropped after the forward pass.
+    """Return the program, wrapped so that copies of `convert_again` are dropped after the forward
+    pass.
 
-    Inside somebody else's hooks on what autograd keeps, those decide: torch.utils.checkpoint makes
-    everything again.
+    run: the emitted program of one rank. Inside somebody else's hooks on what autograd saves, those
+    decide: torch.utils.checkpoint recomputes everything. Nothing is dropped where no gradient is
+    recorded, nor while torch.compile traces.
+
+    Example: `forward = dropping(forward)`
     """
 
     @functools.wraps(run)
     def wrapped(*args: Any) -> Any:
+        """Run the program with hooks on what autograd saves."""
         hooked = saved_tensors_hooks_are_set()
         if hooked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return run(*args)
@@ -213,49 +264,67 @@ def dropping(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Anchor(torch.autograd.Function):
-    """The end of a block: where its backward begins, the block is run again, all of it.
+    """The end of a block: where its backward begins, all of the block is recomputed, on every rank.
 
-    On every rank: the block's last op may keep nothing where it has nothing to work on.
+    Without it, recomputing starts at the first saved tensor that is asked for; but the block's last
+    op may save nothing on a rank where it has nothing to work on, and that rank would communicate
+    later than the others.
     """
 
     @staticmethod
     def forward(ctx: Any, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the results as new tensors on the same memory, and save them."""
         ctx.set_materialize_grads(False)
-        made = tuple(torch.ops.aten.alias(result) for result in results)
-        ctx.save_for_backward(*made)
-        return made
+        ends = tuple(torch.ops.aten.alias(result) for result in results)
+        ctx.save_for_backward(*ends)
+        return ends
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        """Ask for a saved tensor, which recomputes the block; gradients pass as they are."""
+        # Reading this attribute unpacks what was saved.
         _ = ctx.saved_tensors
         return grads
 
 
 def _anchored(results: list[torch.Tensor]) -> list[torch.Tensor]:
-    which = [index for index, result in enumerate(results) if result.requires_grad]
-    made = list(results)
-    if which:
-        ends = _Anchor.apply(*(results[index] for index in which))
-        for index, end in zip(which, ends, strict=True):
-            made[index] = end
-    return made
+    """Return a block's results with those that need a gradient anchored."""
+    indices = [index for index, result in enumerate(results) if result.requires_grad]
+    anchored = list(results)
+    if indices:
+        ends = _Anchor.apply(*(results[index] for index in indices))
+        for index, end in zip(indices, ends, strict=True):
+            anchored[index] = end
+    return anchored
 
 
 def recomputed(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
-    """What a block returns; the backward pass keeps its inputs, and runs it again for the rest.
+    """Run a block, saving its inputs alone: the backward pass runs it once more for the rest.
 
-    Random ops draw again what they drew, and the ranks communicate again in the same order.
+    block: takes tensors, and returns a list of tensors. inputs: all that it reads. Random ops draw
+    again the numbers that they drew, and the ranks communicate again in the same order.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> (y,) = recomputed(lambda x: [x.exp().sin()], x)
+    >>> y.sum().backward()
+    >>> torch.equal(x.grad, x.exp().cos() * x.exp())
+    True
     """
+    # The states before the block ran: "fast" streams are set back to them for the second run.
     source = generator()
     states = source.stream_states()
     steps: list[int | None] = []
 
     def run(*tensors: torch.Tensor) -> Any:
+        """Run the block; at the second call, with a generator that draws what it drew at the
+        first.
+        """
         if steps:
             with drawing_from(source.repeated(steps[0], states)):
                 return _anchored(block(*tensors))
-        made = _anchored(block(*tensors))
+        results = _anchored(block(*tensors))
         steps.append(source.drawing)
-        return made
+        return results
 
+    # The generator is set back by `run` itself, so that checkpoint need not copy torch's state.
     return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,7 +1,9 @@
-"""Stand-ins: what an op that refuses nothing computes on, on a rank that holds nothing.
+"""Stand-ins: the operands on which an op computes on a rank that holds no elements.
 
-What comes of a stand-in is no part of the result, and must count as exactly nothing in the gradient
-of every operand: a gradient of 0 times a derivative that is not finite would be nan.
+An op that is split may leave a rank with nothing, and many of torch's ops refuse a dim of size 0.
+They are given one place of zeros there instead. A stand-in's result is no part of the op's result,
+and must count as exactly nothing in the gradient of every operand: a gradient of 0 times a
+derivative that is not finite would be nan.
 """
 
 from __future__ import annotations
@@ -15,69 +17,96 @@ __all__ = ["shortened", "silenced", "some"]
 
 
 class _StandIn(torch.autograd.Function):
-    """Zeros in the place of a part without elements; no gradient comes back."""
+    """Zeros in the place of a part without elements, to which no gradient comes back."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Return zeros of `shape`."""
         ctx.shape = part.shape
         ctx.set_materialize_grads(False)
         return part.new_zeros(shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
+        """Return no elements, as the part had none."""
         return None if grad is None else grad.new_zeros(ctx.shape), None
 
 
 class _Silenced(torch.autograd.Function):
-    """A tensor itself; its gradient is 0, whatever comes, where `silent` says so."""
+    """A tensor itself, whose gradient is 0, whatever comes, where `silent` says so."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, silent: torch.Tensor) -> torch.Tensor:
+        """Return x, as a new tensor on the same memory."""
         ctx.save_for_backward(silent)
         ctx.set_materialize_grads(False)
         return torch.ops.aten.alias(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
+        """Return the gradient, or zeros where it is silenced."""
         (silent,) = ctx.saved_tensors
+        # Filled, not multiplied: 0 times inf or nan would be nan.
         return None if grad is None else grad.masked_fill(silent, 0), None
 
 
 def silenced(x: torch.Tensor, silent: torch.Tensor) -> torch.Tensor:
-    """`x`, to which exactly no gradient comes back where `silent` (a truth value) says so."""
+    """Return `x`, to which exactly no gradient comes back where `silent` says so.
+
+    silent: a tensor of one truth value, which may be known on the device only.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> (silenced(x, torch.tensor(True)) * float("inf")).sum().backward()
+    >>> x.grad
+    tensor([0., 0.])
+    """
     if not x.requires_grad:
         return x
-    made: torch.Tensor = _Silenced.apply(x, silent)
-    return made
+    result: torch.Tensor = _Silenced.apply(x, silent)
+    return result
 
 
 def some(
     operands: Sequence[torch.Tensor], split: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, ...]:
-    """The operands of an op that refuses nothing; all stand in for others if one has nothing.
+    """Return the operands of an op that refuses a dim of size 0; all stand in for others if one has
+    no elements.
 
-    split: per operand the dims of which this rank may hold nothing. There a stand-in has one place,
-    of zeros. No operand then gets a gradient; yet each depends on what it stands for, so that the
-    backward pass communicates on this rank as on others.
+    operands: of this rank. split: per operand the dims of which this rank may hold nothing. There a
+    stand-in has one place, of zeros. No operand then gets a gradient; yet each depends on the
+    operand that it stands for, so that the backward pass communicates on this rank as on others.
+
+    >>> operands = some([torch.ones(0, 2), torch.ones(3)], [[0], []])
+    >>> [tuple(operand.shape) for operand in operands]
+    [(1, 2), (3,)]
     """
     pairs = list(zip(operands, split, strict=True))
     if all(operand.size(dim) for operand, dims in pairs for dim in dims):
         return tuple(operands)
-    made = []
+    stand_ins = []
     for operand, dims in pairs:
         shape = [1 if d in dims and not size else size for d, size in enumerate(operand.shape)]
         if shape != list(operand.shape):
-            made.append(_StandIn.apply(operand, shape))
+            stand_ins.append(_StandIn.apply(operand, shape))
         else:
-            made.append(silenced(operand, torch.ones((), dtype=torch.bool, device=operand.device)))
-    return tuple(made)
+            stand_ins.append(
+                silenced(operand, torch.ones((), dtype=torch.bool, device=operand.device))
+            )
+    return tuple(stand_ins)
 
 
 def shortened(results: Any, held: Sequence[int], lengths: Sequence[Mapping[int, int]]) -> Any:
-    """The results without what came of stand-ins, which is all of them where there were any.
+    """Return an op's results without the elements that came of stand-ins.
 
-    held: the sizes of which one is 0 where operands stand in for others. lengths: per result, its
-    sizes by dim; what is left of a result is this rank's share of a pending sum: zeros.
+    results: a tensor or several. held: the sizes of the operands' split dims; one of them is 0
+    where operands stand in for others, and then nothing of the results counts. lengths: per result,
+    the sizes by dim that it would have without stand-ins. It is cut to them and filled with zeros,
+    which are this rank's share of a pending sum.
+
+    >>> shortened(torch.ones(1, 2), [0], [{0: 0}]).shape
+    torch.Size([0, 2])
+    >>> shortened(torch.ones(1, 2), [0], [{}])
+    tensor([[0., 0.]])
     """
     if all(held):
         return results
@@ -88,6 +117,7 @@ def shortened(results: Any, held: Sequence[int], lengths: Sequence[Mapping[int, 
 
 
 def _without(result: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
+    """Return zeros of a result's shape, cut to `lengths` by dim."""
     for dim, length in lengths.items():
         result = result if result.size(dim) == length else result.narrow(dim, 0, length)
     # A product with 0 would keep what is not a number.

@@ -1,6 +1,8 @@
 """Kernels that reduce over a split dim: softmax, maxima, batch statistics.
 
-Each takes the op's own arguments, with local tensors, then `group` and the size of the whole dim.
+Each takes the op's own arguments, with this rank's tensors, then `group`, the ranks that split the
+dim, and `size`, its size in the whole. Each is an autograd function of its own, because a sum over
+the ranks takes part in most of their backward passes too.
 """
 
 from __future__ import annotations
@@ -28,44 +30,56 @@ __all__ = [
 
 
 def _highest(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """The maximum over all ranks' parts, with the dim kept."""
+    """Return the maximum over all ranks' parts, with the dim kept at size 1."""
     if x.size(dim):
-        own = x.amax(dim, keepdim=True)
+        highest_here = x.amax(dim, keepdim=True)
     else:
+        # A rank without elements brings the neutral element of the maximum.
         shape = list(x.shape)
         shape[dim] = 1
-        own = x.new_full(shape, float("-inf") if x.is_floating_point() else _lowest(x.dtype))
-    return group.all_reduce(own, "max")
+        highest_here = x.new_full(
+            shape, float("-inf") if x.is_floating_point() else _lowest(x.dtype)
+        )
+    return group.all_reduce(highest_here, "max")
 
 
 def _lowest(dtype: torch.dtype) -> int:
+    """Return the least number of an integer type."""
     return torch.iinfo(dtype).min
 
 
 class _Softmax(torch.autograd.Function):
-    """exp(x) over its sum along a split dim, or the logarithm of that."""
+    """The softmax along a split dim, or its logarithm."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, log: bool, group: Group) -> torch.Tensor:
+        """Return this rank's part of exp(x) over its sum, or of the logarithm of that."""
+        # Less the maximum of all ranks, no exponential overflows; the result does not change.
         shifted = x - _highest(x, dim, group)
         exponents = shifted.exp()
         total = group.all_reduce(exponents.sum(dim, keepdim=True))
-        made = shifted - total.log() if log else exponents / total
+        result = shifted - total.log() if log else exponents / total
         ctx.dim, ctx.log, ctx.group = dim, log, group
-        ctx.save_for_backward(made)
-        return made
+        ctx.save_for_backward(result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (made,) = ctx.saved_tensors
-        weighted = grad if ctx.log else grad * made
+        """Return s (g - sum(s g)) for a softmax s, and g - s sum(g) for its logarithm; sums are
+        over ranks too.
+        """
+        (result,) = ctx.saved_tensors
+        weighted = grad if ctx.log else grad * result
         total = ctx.group.all_reduce(weighted.sum(ctx.dim, keepdim=True))
-        back = grad - made.exp() * total if ctx.log else weighted - made * total
+        back = grad - result.exp() * total if ctx.log else weighted - result * total
         return back, None, None, None
 
 
 def _as(x: torch.Tensor, dtype: torch.dtype | bool | None) -> torch.Tensor:
-    """x in the type that the op is asked to compute in."""
+    """Return x in the type that the op is asked to compute in.
+
+    dtype: a type, None for x's own, or aten's _softmax's half_to_float, which means float32.
+    """
     if isinstance(dtype, bool):
         return x.float() if dtype else x
     return x if dtype is None else x.to(dtype)
@@ -80,30 +94,43 @@ def softmax_split(
     size: int,
     log: bool = False,
 ) -> torch.Tensor:
-    """Softmax along a split dim, or its logarithm."""
-    made: torch.Tensor = _Softmax.apply(_as(x, dtype), dim, log, group)
-    return made
+    """Return this rank's part of the softmax along a split dim, or of its logarithm.
+
+    x: split along `dim`. dtype: to compute in, as torch's softmax takes it, or half_to_float, as
+    aten's _softmax does. Two all-reduces forward and one backward, each as large as x without the
+    dim.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> softmax_split(torch.zeros(4), 0, group=SingleGroup(), size=4)
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    result: torch.Tensor = _Softmax.apply(_as(x, dtype), dim, log, group)
+    return result
 
 
 log_softmax_split = partial(softmax_split, log=True)
 
 
 class _LogSumExp(torch.autograd.Function):
-    """log of the sum of exp(x) along a split dim, the same on every rank."""
+    """The logarithm of the sum of exp(x) along a split dim, the same on every rank."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+        """Return the log-sum-exp of all ranks' parts."""
         highest = _highest(x, dim, group)
+        # Where all are -inf, or one is inf, x - highest would be nan; 0 gives -inf or inf, as torch
+        # does.
         highest = highest.masked_fill(highest.isinf(), 0)
         total = group.all_reduce((x - highest).exp().sum(dim, keepdim=True))
-        made = total.log() + highest
-        ctx.save_for_backward(x, made)
-        return made
+        result = total.log() + highest
+        ctx.save_for_backward(x, result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, made = ctx.saved_tensors
-        return grad * (x - made).exp(), None, None
+        """Return softmax(x) times the gradient, of this rank's part."""
+        x, result = ctx.saved_tensors
+        return grad * (x - result).exp(), None, None
 
 
 def _over_one(
@@ -113,33 +140,42 @@ def _over_one(
     keepdim: bool,
     group: Group,
 ) -> torch.Tensor:
-    """A kernel that keeps the dim that it reduces, called as ops of several dims are."""
+    """Run a kernel that keeps the dim that it reduces, called as an op of several dims."""
     dim = dims if isinstance(dims, int) else dims[0]
-    made: torch.Tensor = kernel.apply(x, dim, group)
-    return made if keepdim else made.squeeze(dim)
+    result: torch.Tensor = kernel.apply(x, dim, group)
+    return result if keepdim else result.squeeze(dim)
 
 
 def logsumexp_split(
     x: torch.Tensor, dims: list[int], keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Log-sum-exp over one split dim, the same on every rank."""
+    """Return the log-sum-exp over one split dim, the same on every rank.
+
+    x: split along the dim. dims: that dim alone, as a list. keepdim: whether it stays, with size 1.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> logsumexp_split(torch.zeros(2, 1), [0], group=SingleGroup(), size=2)
+    tensor([0.6931])
+    """
     return _over_one(_LogSumExp, x, dims, keepdim, group)
 
 
 class _Extremes(torch.autograd.Function):
-    """The maximum over a split dim; its gradient goes evenly to all elements that have it."""
+    """The maximum over a split dim, whose gradient goes evenly to all elements that have it."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-        made = _highest(x, dim, group)
-        ctx.save_for_backward(x, made)
+        """Return the maximum of all ranks' parts."""
+        highest = _highest(x, dim, group)
+        ctx.save_for_backward(x, highest)
         ctx.dim, ctx.group = dim, group
-        return made
+        return highest
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, made = ctx.saved_tensors
-        chosen = (x == made).to(grad.dtype)
+        """Divide the gradient by the number of elements, on all ranks, that have the maximum."""
+        x, highest = ctx.saved_tensors
+        chosen = (x == highest).to(grad.dtype)
         count = ctx.group.all_reduce(chosen.sum(ctx.dim, keepdim=True))
         return grad * chosen / count, None, None
 
@@ -147,38 +183,52 @@ class _Extremes(torch.autograd.Function):
 def amax_split(
     x: torch.Tensor, dims: list[int], keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Maximum over one split dim, the same on every rank."""
+    """Return the maximum over one split dim, the same on every rank.
+
+    x: split along the dim. dims: that dim alone, as a list. keepdim: whether it stays, with size 1.
+    The gradient goes evenly to all elements that have the maximum, as torch.amax's does.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> amax_split(torch.tensor([1.0, 3.0]), [0], group=SingleGroup(), size=2)
+    tensor(3.)
+    """
     return _over_one(_Extremes, x, dims, keepdim, group)
 
 
 def amin_split(
     x: torch.Tensor, dims: list[int], keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Minimum over one split dim, the same on every rank."""
+    """Return the minimum over one split dim, the same on every rank. The arguments are
+    `amax_split`'s.
+    """
     return -amax_split(-x, dims, keepdim, group=group, size=size)
 
 
 class _First(torch.autograd.Function):
-    """The maximum over a split dim and the first place that has it, on every rank."""
+    """The maximum over a split dim and the first place that has it, the same on every rank."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, dim: int, group: Group, size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the maximum and its place, counted from the start of the whole."""
         best = _highest(x, dim, group)
         start, _ = part_bounds(size, group.world_size, group.rank)
         shape = [1] * x.dim()
         shape[dim] = x.size(dim)
         places = torch.arange(start, start + x.size(dim), device=x.device).reshape(shape)
-        found = (x == best) | (x.isnan() & best.isnan())
-        places = torch.where(found, -places, -size)
+        has_best = (x == best) | (x.isnan() & best.isnan())
+        # The first place is found as the maximum of -place; -size is below that of every place. A
+        # nan is the maximum where there is one, as in torch.
+        places = torch.where(has_best, -places, -size)
         first = -_highest(places, dim, group)
-        ctx.save_for_backward(found & (places == -first))
+        ctx.save_for_backward(has_best & (places == -first))
         ctx.mark_non_differentiable(first)
         return best, first
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+        """Give the gradient to the one element that was chosen."""
         (chosen,) = ctx.saved_tensors
         return grad * chosen, None, None, None
 
@@ -186,7 +236,15 @@ class _First(torch.autograd.Function):
 def max_split(
     x: torch.Tensor, dim: int, keepdim: bool = False, *, group: Group, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum over a split dim and its place in the whole, the same on every rank."""
+    """Return the maximum over a split dim and its place in the whole, the same on every rank.
+
+    x: split along `dim`, whose whole size is `size`. keepdim: whether the dim stays, with size 1.
+    Of equal elements the first one counts, and alone gets the gradient.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> max_split(torch.tensor([1.0, 3.0, 3.0]), 0, group=SingleGroup(), size=3)
+    (tensor(3.), tensor(1))
+    """
     best, first = _First.apply(x, dim, group, size)
     return (best, first) if keepdim else (best.squeeze(dim), first.squeeze(dim))
 
@@ -194,7 +252,9 @@ def max_split(
 def min_split(
     x: torch.Tensor, dim: int, keepdim: bool = False, *, group: Group, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimum over a split dim and its place in the whole, the same on every rank."""
+    """Return the minimum over a split dim and its place in the whole, as `max_split` does the
+    maximum.
+    """
     best, first = max_split(-x, dim, keepdim, group=group, size=size)
     return -best, first
 
@@ -202,53 +262,61 @@ def min_split(
 def argmax_split(
     x: torch.Tensor, dim: int, keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Place of the maximum over a split dim, the same on every rank."""
+    """Return the place of the maximum over a split dim, as `max_split` does. It has no gradient."""
     return max_split(x.detach(), dim, keepdim, group=group, size=size)[1]
 
 
 def argmin_split(
     x: torch.Tensor, dim: int, keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Place of the minimum over a split dim, the same on every rank."""
+    """Return the place of the minimum over a split dim, as `min_split` does. It has no gradient."""
     return max_split(-x.detach(), dim, keepdim, group=group, size=size)[1]
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Each channel less its mean, over its deviation, both of all ranks' parts.
-
-    Returns the result without scale and offset, the mean, the biased variance and 1 / deviation.
-    """
+    """Each channel less its mean, over its deviation, both of all ranks' parts."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, epsilon: float, group: Group
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the result without scale and offset, the mean, the unbiased variance and 1 /
+        deviation.
+
+        x: (b / n, c, ...). The latter three are (c,) and the same on every rank.
+        """
         dims = [dim for dim in range(x.dim()) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
         channels = x.size(1)
         count = x.numel() // channels
-        own = x.sum(dims) / max(count, 1)
-        spread = (x - own.reshape(shape)).square().sum(dims)
-        packed = torch.cat([own, spread, own.new_full((1,), count)])
-        rows = group.all_gather(packed)
-        means, spreads, counts = rows.split([channels, channels, 1], 1)
+        mean_here = x.sum(dims) / max(count, 1)
+        squares_here = (x - mean_here.reshape(shape)).square().sum(dims)
+        # Parts may be unequal or empty: every rank brings its mean, its sum of squares about that
+        # mean, and its count; they are combined as in Chan et al. 1979, without cancellation.
+        packed = torch.cat([mean_here, squares_here, mean_here.new_full((1,), count)])
+        gathered = group.all_gather(packed)
+        means, squares, counts = gathered.split([channels, channels, 1], 1)
         total = counts.sum()
         mean = (means * counts).sum(0) / total
-        variance = (spreads + counts * (means - mean).square()).sum(0) / total
+        variance = (squares + counts * (means - mean).square()).sum(0) / total
         inverse = (variance + epsilon).rsqrt()
-        made = (x - mean.reshape(shape)) * inverse.reshape(shape)
-        ctx.save_for_backward(made, inverse, total)
+        normalized = (x - mean.reshape(shape)) * inverse.reshape(shape)
+        ctx.save_for_backward(normalized, inverse, total)
         ctx.dims, ctx.shape, ctx.group = dims, shape, group
+        # Running statistics take the variance over n - 1.
         unbiased = variance * (total / (total - 1))
         ctx.mark_non_differentiable(mean, unbiased, inverse)
-        return made, mean, unbiased, inverse
+        return normalized, mean, unbiased, inverse
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-        made, inverse, total = ctx.saved_tensors
-        sums = torch.stack([grad.sum(ctx.dims), (grad * made).sum(ctx.dims)])
-        even, along = (ctx.group.all_reduce(sums) / total).unbind(0)
-        rest = grad - even.reshape(ctx.shape) - made * along.reshape(ctx.shape)
+        """Return (g - mean(g) - x mean(g x)) / deviation, x being the normalized input and means
+        over all ranks.
+        """
+        normalized, inverse, total = ctx.saved_tensors
+        sums = torch.stack([grad.sum(ctx.dims), (grad * normalized).sum(ctx.dims)])
+        mean_grad, mean_projection = (ctx.group.all_reduce(sums) / total).unbind(0)
+        rest = grad - mean_grad.reshape(ctx.shape) - normalized * mean_projection.reshape(ctx.shape)
         return rest * inverse.reshape(ctx.shape), None, None
 
 
@@ -265,22 +333,26 @@ def batch_norm_split(
     group: Group,
     size: int,
 ) -> tuple[torch.Tensor, ...]:
-    """Batch norm of (b / n, c, ...) with the statistics of the whole batch.
+    """Normalize (b / n, c, ...) with the statistics of the whole batch, which is split over the
+    ranks.
 
+    weight, bias, running_mean, running_variance: (c,), whole, or None. training: not read, as the
+    kernel computes as in training. momentum: the share of the new statistics in the running ones.
     Returns the result, mean and 1 / deviation; and the new running mean and variance, if there are
     old ones. All but the result are the same on every rank.
     """
     shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+    # As torch does, half-precision inputs are normalized in float32.
     wide = torch.promote_types(x.dtype, torch.float32)
-    made, mean, variance, inverse = _BatchNorm.apply(x.to(wide), epsilon, group)
+    result, mean, variance, inverse = _BatchNorm.apply(x.to(wide), epsilon, group)
     if weight is not None:
-        made = made * weight.reshape(shape)
+        result = result * weight.reshape(shape)
     if bias is not None:
-        made = made + bias.reshape(shape)
-    made = made.to(x.dtype)
+        result = result + bias.reshape(shape)
+    result = result.to(x.dtype)
     if running_mean is None or running_variance is None:
-        return made, mean, inverse
+        return result, mean, inverse
     with torch.no_grad():
         new_mean = torch.lerp(running_mean, mean.to(running_mean.dtype), momentum)
         new_variance = torch.lerp(running_variance, variance.to(running_variance.dtype), momentum)
-    return made, mean, inverse, new_mean, new_variance
+    return result, mean, inverse, new_mean, new_variance

@@ -43,7 +43,14 @@ __all__ = [
 def take_layout_part(
     tensor: torch.Tensor, layout: Layout, sizes: tuple[int, ...], coordinates: tuple[int, ...]
 ) -> torch.Tensor:
-    """What one rank of a mesh of `sizes` holds of a whole tensor. May be a view."""
+    """Return the part of a whole tensor that one rank of a mesh holds. It may be a view.
+
+    layout: a placement per mesh axis, outermost first. sizes: of the axes. coordinates: the rank's
+    place along each axis. A pending sum counts as whole: every rank gets all of it.
+
+    >>> take_layout_part(torch.arange(8), (Shard(0), Shard(0)), (2, 2), (1, 0))
+    tensor([4, 5])
+    """
     for placement, size, rank in zip(layout, sizes, coordinates, strict=True):
         if isinstance(placement, Shard):
             tensor = take_part(tensor, placement, size, rank)
@@ -53,7 +60,19 @@ def take_layout_part(
 def join_layout(
     parts: Sequence[torch.Tensor], layout: Layout, sizes: tuple[int, ...]
 ) -> torch.Tensor:
-    """The whole tensor of all ranks' parts, in the order of their numbers."""
+    """Return the whole tensor of all ranks' parts, in the order of the ranks' numbers.
+
+    layout, sizes: per mesh axis, outermost first. Pending sums are added; of equal copies the first
+    counts. Inverse of `take_layout_part`.
+
+    >>> parts = [torch.tensor([rank]) for rank in range(4)]
+    >>> join_layout(parts, (Shard(0), Shard(0)), (2, 2))
+    tensor([0, 1, 2, 3])
+    >>> join_layout(parts, (Partial(), Shard(0)), (2, 2))
+    tensor([2, 4])
+    """
+    # The last axis is innermost, so its ranks are neighbours in the list. Joining each run of them
+    # leaves a list of the ranks of the outer axes.
     row = list(parts)
     for placement, size in reversed(list(zip(layout, sizes, strict=True))):
         lines = [row[at : at + size] for at in range(0, len(row), size)]
@@ -69,9 +88,13 @@ def join_layout(
 def layout_pieces(
     shape: torch.Size, layout: Layout, sizes: tuple[int, ...], coordinates: tuple[int, ...]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """The rectangles of a whole tensor that one rank holds, none of them empty.
+    """Return the rectangles of a whole tensor that one rank holds, none of them empty.
 
-    Of each where it begins in the whole and in the part, and its lengths.
+    Each is (its start in the whole, its start in the part, its lengths), a number per dim. layout,
+    sizes, coordinates: as in `take_layout_part`. A split in blocks holds several rectangles.
+
+    >>> layout_pieces(torch.Size([8]), (Shard(0, blocks=2),), (2,), (1,))
+    [((2,), (0,), (2,)), ((6,), (2,), (2,))]
     """
     rows: list[list[tuple[int, int, int]]] = []
     for dim, size in enumerate(shape):
@@ -97,34 +120,48 @@ def layout_pieces(
 def _cut(
     runs: list[tuple[int, int]], shard: Shard, world_size: int, rank: int
 ) -> list[tuple[int, int]]:
-    """The runs (start in the whole, length) that are left of `runs`, laid end to end, by a cut."""
+    """Return what one axis leaves of a dim: the runs (start in the whole, length) that this rank
+    holds.
+
+    runs: those that the outer axes left, which the cut sees laid end to end.
+    """
     block = sum(length for _, length in runs) // shard.blocks
     first, last = (edge * shard.unit for edge in part_bounds(block // shard.unit, world_size, rank))
-    found: list[tuple[int, int]] = []
-    for wanted in range(shard.blocks):
-        low, high, local = wanted * block + first, wanted * block + last, 0
+    left: list[tuple[int, int]] = []
+    for block_number in range(shard.blocks):
+        low, high, local = block_number * block + first, block_number * block + last, 0
+        # `local` is where the run begins among the runs laid end to end; what lies in [low, high)
+        # of them is this rank's.
         for start, length in runs:
             begin, end = max(low, local), min(high, local + length)
             if begin < end:
-                at = start + begin - local
-                if found and sum(found[-1]) == at:
-                    found[-1] = (found[-1][0], found[-1][1] + end - begin)
+                place = start + begin - local
+                if left and sum(left[-1]) == place:
+                    left[-1] = (left[-1][0], left[-1][1] + end - begin)
                 else:
-                    found.append((at, end - begin))
+                    left.append((place, end - begin))
             local += length
-    return found
+    return left
 
 
 def require_refined(coarse: Layout, fine: Layout, what: str) -> None:
-    """Raise PlanError unless `fine` is `coarse` with more axes split, outer cuts first."""
-    for axis, (one, two) in enumerate(zip(coarse, fine, strict=True)):
-        if one == two:
+    """Raise PlanError unless `fine` is `coarse` with more axes split, outer cuts first.
+
+    what: the tensor, for the message. Each part that the optimizer updates must be a part of one
+    that computes, so that gathering it needs no other exchange.
+
+    >>> require_refined((Invariant(), Invariant()), (Shard(0), Invariant()), "weight")
+    """
+    for axis, (coarse_placement, fine_placement) in enumerate(zip(coarse, fine, strict=True)):
+        if coarse_placement == fine_placement:
             continue
+        # A cut by this axis, outer than others of the same dim, would cut before them, and so
+        # elsewhere.
         inner = [later for later in coarse[axis + 1 :] if isinstance(later, Shard)]
         if (
-            isinstance(one, Shard)
-            or not isinstance(two, Shard)
-            or two.dim in {s.dim for s in inner}
+            isinstance(coarse_placement, Shard)
+            or not isinstance(fine_placement, Shard)
+            or fine_placement.dim in {s.dim for s in inner}
         ):
             raise PlanError(
                 f"{what} cannot be {layout_text(fine)} where {layout_text(coarse)} computes",
@@ -139,66 +176,75 @@ def gathered(
     shapes: Sequence[tuple[int, ...]],
     ranks: Ranks,
 ) -> list[torch.Tensor]:
-    """Parts that lie as `fine`, gathered on the axes where `coarse` is not split. Collective.
+    """Gather parts that lie as `fine` on the axes where `coarse` is not split. Collective.
 
-    shapes: of the wholes. One all-gather per axis and type of element.
+    parts: this rank's part of each tensor. fine, coarse: a layout per tensor, as `require_refined`
+    has them. shapes: of the wholes. One all-gather per mesh axis and element type.
+
+    Example: the parameters that ZeRO updated in parts (arXiv:1910.02054) are gathered by it for the
+    next step.
     """
-    made = list(parts)
+    results = list(parts)
+    # From the innermost axis outwards: where two axes cut a dim, the inner cut was made last.
     for axis in reversed(range(len(ranks.sizes))):
-        which, shards, sizes = [], [], []
+        indices, shards, sizes = [], [], []
         for index, (have, want) in enumerate(zip(fine, coarse, strict=True)):
             cut = have[axis]
             if isinstance(cut, Shard) and want[axis] != cut:
-                which.append(index)
+                indices.append(index)
                 shards.append(cut)
                 outer = (*have[:axis], *(Invariant(),) * (len(have) - axis))
                 size = shapes[index][cut.dim]
                 sizes.append(
                     local_layout_size(size, cut.dim, outer, ranks.sizes, ranks.coordinates)
                 )
-        if which:
-            own = [made[index] for index in which]
-            wholes = gather_together(own, shards, sizes, ranks.groups[axis])
-            for index, whole in zip(which, wholes, strict=True):
-                made[index] = whole
-    return made
+        if indices:
+            these_parts = [results[index] for index in indices]
+            wholes = gather_together(these_parts, shards, sizes, ranks.groups[axis])
+            for index, whole in zip(indices, wholes, strict=True):
+                results[index] = whole
+    return results
 
 
 def reduced(
     tensors: Sequence[torch.Tensor],
-    given: Sequence[Layout],
+    layouts: Sequence[Layout],
     wanted: Sequence[Layout],
     ranks: Ranks,
 ) -> list[torch.Tensor]:
-    """Gradients that lie as `given`, brought to lie as `wanted`. Collective.
+    """Redistribute gradients from `layouts` to the layouts `wanted`. Collective.
 
-    Per axis: a pending sum is added up, and cut where it is to be split; what is whole is cut. One
-    reduce-scatter and one all-reduce per axis and type of element; those are last, on what is left.
+    tensors: this rank's gradients. A pending sum is added up, and cut where it is to be split; what
+    is whole is cut. One reduce-scatter and one all-reduce per mesh axis and element type; the
+    all-reduces come last, on the smallest tensors.
+
+    Example: gradients of a ZeRO-2 parameter go from (Partial(),) to (Shard(0),) in one
+    reduce-scatter.
     """
-    made = list(tensors)
+    results = list(tensors)
     for axis, group in enumerate(ranks.groups):
-        which, shards = [], []
-        for index, (have, want) in enumerate(zip(given, wanted, strict=True)):
+        indices, shards = [], []
+        for index, (have, want) in enumerate(zip(layouts, wanted, strict=True)):
             cut = want[axis]
             if have[axis] == cut or not isinstance(cut, Shard):
                 continue
             if isinstance(have[axis], Partial):
-                which.append(index)
+                indices.append(index)
                 shards.append(cut)
             else:
-                part = take_part(made[index], cut, group.world_size, group.rank)
-                made[index] = part.clone(memory_format=torch.contiguous_format)
-        own = [made[index] for index in which]
-        parts = reduce_scatter_together(own, shards, group) if which else []
-        for index, part in zip(which, parts, strict=True):
-            made[index] = part
+                part = take_part(results[index], cut, group.world_size, group.rank)
+                results[index] = part.clone(memory_format=torch.contiguous_format)
+        pending = [results[index] for index in indices]
+        parts = reduce_scatter_together(pending, shards, group) if indices else []
+        for index, part in zip(indices, parts, strict=True):
+            results[index] = part
     for axis, group in enumerate(ranks.groups):
-        which = [
+        indices = [
             index
-            for index, (have, want) in enumerate(zip(given, wanted, strict=True))
+            for index, (have, want) in enumerate(zip(layouts, wanted, strict=True))
             if isinstance(have[axis], Partial) and not isinstance(want[axis], (Partial, Shard))
         ]
-        sums = sum_together([made[index] for index in which], group) if which else []
-        for index, total in zip(which, sums, strict=True):
-            made[index] = total
-    return made
+        sums = sum_together([results[index] for index in indices], group) if indices else []
+        for index, total in zip(indices, sums, strict=True):
+            results[index] = total
+    return results
