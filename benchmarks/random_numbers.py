@@ -20,7 +20,7 @@ import torch
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Placement, Shard
 from autoparallel.runtime import rng
-from autoparallel.runtime.collectives import take_part
+from autoparallel.runtime.axis_parts import take_part
 from autoparallel.runtime.ranks import thread_ranks
 
 # (name, shape of the whole, how it lies, of how many ranks)

@@ -28,7 +28,7 @@ from autoparallel.rules.rule import (
     is_possible,
     strategies,
 )
-from autoparallel.runtime.collectives import take_part
+from autoparallel.runtime.axis_parts import take_part
 from autoparallel.runtime.groups import LocalGroup, thread_groups
 
 __all__ = [

@@ -3,9 +3,6 @@
 Redistributing a value from A to B moves its gradient from gradient(B) to gradient(A), so that one
 autograd function and one table of moves (`placement.movement`) are all the differentiable
 collectives there are. Megatron's f is I -> R, its g is P -> I (arXiv:1909.08053).
-
-Ranks may hold parts of different lengths. torch's all-gather and reduce-scatter want equal ones, so
-parts travel padded with zeros to the longest, which is always the first rank's.
 """
 
 from __future__ import annotations
@@ -25,7 +22,17 @@ from autoparallel.placement import (
     Shard,
     gradient,
     movement,
-    part_bounds,
+)
+from autoparallel.runtime.axis_parts import (
+    cut_and_pad,
+    join_padded,
+    join_parts,
+    pad_part,
+    places_of_rank,
+    run_lengths,
+    run_of_rank,
+    take_part,
+    unpad_part,
 )
 from autoparallel.runtime.groups import Group
 
@@ -33,124 +40,29 @@ __all__ = [
     "convert",
     "convert_fixed",
     "gather_together",
-    "join_parts",
     "move",
     "pending_sum",
     "reduce_scatter_together",
     "same_sum",
     "spmd_type",
     "sum_together",
-    "take_part",
 ]
-
-
-def _run_length(size: int, shard: Shard, world_size: int, rank: int) -> tuple[int, int]:
-    """Return start and length of a rank's run of elements inside each block."""
-    start, stop = part_bounds(size // (shard.blocks * shard.unit), world_size, rank)
-    return start * shard.unit, (stop - start) * shard.unit
-
-
-def take_part(tensor: torch.Tensor, shard: Shard, world_size: int, rank: int) -> torch.Tensor:
-    """Return the part of a whole tensor that `rank` holds under `shard`.
-
-    tensor: whole along `shard.dim`, whose size must divide by shard.blocks * shard.unit. The result
-    may be a view, and may be empty where there are fewer runs than ranks.
-
-    >>> take_part(torch.arange(6), Shard(0), 2, 1)
-    tensor([3, 4, 5])
-    >>> take_part(torch.arange(6), Shard(0, blocks=2), 2, 0)  # two blocks of three, each cut
-    tensor([0, 1, 3, 4])
-    """
-    size = tensor.size(shard.dim)
-    start, length = _run_length(size, shard, world_size, rank)
-    if shard.blocks == 1:
-        return tensor.narrow(shard.dim, start, length)
-    blocks = tensor.unflatten(shard.dim, (shard.blocks, size // shard.blocks))
-    return blocks.narrow(shard.dim + 1, start, length).flatten(shard.dim, shard.dim + 1)
-
-
-def join_parts(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
-    """Return the whole tensor of all ranks' parts, in the order of ranks. Inverse of `take_part`.
-
-    >>> join_parts([torch.tensor([0, 1, 3, 4]), torch.tensor([2, 5])], Shard(0, blocks=2))
-    tensor([0, 1, 2, 3, 4, 5])
-    """
-    if shard.blocks == 1:
-        return torch.cat(parts, shard.dim)
-    # Blocks lie end to end in the whole, while a part has its runs of all blocks end to end.
-    blocks = [
-        part.unflatten(shard.dim, (shard.blocks, part.size(shard.dim) // shard.blocks))
-        for part in parts
-    ]
-    return torch.cat(blocks, shard.dim + 1).flatten(shard.dim, shard.dim + 1)
-
-
-def _padded(part: torch.Tensor, shard: Shard, longest: int, length: int) -> torch.Tensor:
-    """Return a part with every block's run padded with zeros to the longest rank's.
-
-    longest, length: of the longest rank's run and of this one's, in elements.
-    """
-    if length == longest:
-        return part
-    shape = list(part.shape)
-    shape[shard.dim : shard.dim + 1] = [shard.blocks, longest]
-    padded = part.new_zeros(shape)
-    blocks = part.unflatten(shard.dim, (shard.blocks, length))
-    padded.narrow(shard.dim + 1, 0, length).copy_(blocks)
-    return padded.flatten(shard.dim, shard.dim + 1)
-
-
-def _unpadded(part: torch.Tensor, shard: Shard, longest: int, length: int) -> torch.Tensor:
-    """Return a part without its padding. Inverse of `_padded`."""
-    if length == longest:
-        return part
-    blocks = part.unflatten(shard.dim, (shard.blocks, longest))
-    return blocks.narrow(shard.dim + 1, 0, length).flatten(shard.dim, shard.dim + 1)
-
-
-def _lengths(size: int, shard: Shard, group: Group) -> list[int]:
-    """Return the length of every rank's run of elements inside each block; the first is the
-    longest.
-    """
-    return [_run_length(size, shard, group.world_size, r)[1] for r in range(group.world_size)]
 
 
 def _all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.Tensor:
     """Return the whole tensor of which this rank holds a part. size: of the whole along the split
     dim.
     """
-    lengths = _lengths(size, shard, group)
-    rows = group.all_gather(_padded(tensor, shard, lengths[0], lengths[group.rank])).unbind(0)
-    return _whole_of_rows(rows, shard, lengths)
-
-
-def _whole_of_rows(rows: Sequence[torch.Tensor], shard: Shard, lengths: list[int]) -> torch.Tensor:
-    """Return the whole of all ranks' padded parts."""
-    parts = [
-        _unpadded(row, shard, lengths[0], length) for row, length in zip(rows, lengths, strict=True)
-    ]
-    return join_parts(parts, shard)
-
-
-def _rows_to_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> list[torch.Tensor]:
-    """Return every rank's part of a whole tensor, padded to the longest."""
-    lengths = _lengths(tensor.size(shard.dim), shard, group)
-    return [
-        _padded(take_part(tensor, shard, group.world_size, r), shard, lengths[0], length)
-        for r, length in enumerate(lengths)
-    ]
+    lengths = run_lengths(size, shard, group)
+    rows = group.all_gather(pad_part(tensor, shard, lengths[0], lengths[group.rank])).unbind(0)
+    return join_padded(rows, shard, lengths)
 
 
 def _reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
     """Return this rank's part of the sum over ranks of whole tensors."""
-    lengths = _lengths(tensor.size(shard.dim), shard, group)
-    rows = torch.stack(_rows_to_scatter(tensor, shard, group))
-    return _unpadded(group.reduce_scatter(rows), shard, lengths[0], lengths[group.rank])
-
-
-def _indices(size: int, shard: Shard, world_size: int, rank: int) -> torch.Tensor:
-    """Return the places along the whole dim that a rank holds, in the order of its part."""
-    return take_part(torch.arange(size), Shard(0, shard.blocks, shard.unit), world_size, rank)
+    lengths = run_lengths(tensor.size(shard.dim), shard, group)
+    rows = torch.stack(cut_and_pad(tensor, shard, group))
+    return unpad_part(group.reduce_scatter(rows), shard, lengths[0], lengths[group.rank])
 
 
 def _all_to_all(
@@ -168,14 +80,14 @@ def _all_to_all(
         shapes = []
         for r in range(count):
             shape = list(sent[group.rank].shape)
-            shape[source.dim] = source.blocks * _run_length(size, source, count, r)[1]
+            shape[source.dim] = source.blocks * run_of_rank(size, source, count, r)[1]
             shapes.append(tuple(shape))
         return join_parts(group.all_to_all(sent, shapes), source)
     # The same dim is split in another way (other blocks or units): send every rank the elements
     # that it lacks, and put what comes where it belongs, by the places in the whole.
     dim = source.dim
-    held = [_indices(size, source, count, r) for r in range(count)]
-    wanted = [_indices(size, target, count, r) for r in range(count)]
+    held = [places_of_rank(size, source, count, r) for r in range(count)]
+    wanted = [places_of_rank(size, target, count, r) for r in range(count)]
     held_here, wanted_here = held[group.rank], wanted[group.rank]
     sent = [
         tensor.index_select(dim, torch.isin(held_here, wanted[r]).nonzero()[:, 0].to(tensor.device))
@@ -239,7 +151,7 @@ def _pad(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.T
     shape = list(tensor.shape)
     shape[shard.dim : shard.dim + 1] = [shard.blocks, size // shard.blocks]
     whole = tensor.new_zeros(shape)
-    start, length = _run_length(size, shard, group.world_size, group.rank)
+    start, length = run_of_rank(size, shard, group.world_size, group.rank)
     blocks = tensor.unflatten(shard.dim, (shard.blocks, length))
     whole.narrow(shard.dim + 1, start, length).copy_(blocks)
     return whole.flatten(shard.dim, shard.dim + 1)
@@ -335,9 +247,9 @@ def convert_fixed(
     is `spmd_types`, and only where it is at work does this differ from `move`.
     """
     moved = move(x, group, source, target, size)
-    checker = sys.modules.get("spmd_types")
-    cut = movement(source, target) is Movement.SLICE
-    if cut and checker is not None and checker.is_type_checking():
+    checker = _type_checker()
+    # Among moves without a gradient the checker cannot see that a slice makes the ranks differ.
+    if checker is not None and movement(source, target) is Movement.SLICE:
         axis = group.process_group  # type: ignore[attr-defined]
         return checker.reinterpret(moved, axis, src=checker.R, dst=checker.V, expert_mode=True)
     return moved
@@ -385,9 +297,7 @@ def reduce_scatter_together(
     """
     results: list[torch.Tensor] = list(tensors)
     for places in _by_type(tensors):
-        parts_of_ranks = [
-            _rows_to_scatter(tensors[index], shards[index], group) for index in places
-        ]
+        parts_of_ranks = [cut_and_pad(tensors[index], shards[index], group) for index in places]
         # Row r holds rank r's padded part of every tensor, so that one collective gives each rank
         # all of its parts.
         flat = torch.stack(
@@ -401,9 +311,9 @@ def reduce_scatter_together(
         )
         for index, padded_parts, part in zip(places, parts_of_ranks, parts, strict=True):
             shard = shards[index]
-            lengths = _lengths(tensors[index].size(shard.dim), shard, group)
+            lengths = run_lengths(tensors[index].size(shard.dim), shard, group)
             padded = part.view(padded_parts[0].shape)
-            results[index] = _unpadded(padded, shard, lengths[0], lengths[group.rank]).contiguous()
+            results[index] = unpad_part(padded, shard, lengths[0], lengths[group.rank]).contiguous()
     return results
 
 
@@ -421,17 +331,26 @@ def gather_together(
     """
     wholes: list[torch.Tensor] = list(tensors)
     for places in _by_type(tensors):
-        lengths = {index: _lengths(sizes[index], shards[index], group) for index in places}
+        lengths = {index: run_lengths(sizes[index], shards[index], group) for index in places}
         padded = [
-            _padded(tensors[index], shards[index], lengths[index][0], lengths[index][group.rank])
+            pad_part(tensors[index], shards[index], lengths[index][0], lengths[index][group.rank])
             for index in places
         ]
         counts = [tensor.numel() for tensor in padded]
         rows = group.all_gather(torch.cat([tensor.reshape(-1) for tensor in padded]))
         for index, padded_part, part in zip(places, padded, rows.split(counts, dim=1), strict=True):
             parts = [row.view(padded_part.shape) for row in part.unbind(0)]
-            wholes[index] = _whole_of_rows(parts, shards[index], lengths[index])
+            wholes[index] = join_padded(parts, shards[index], lengths[index])
     return wholes
+
+
+def _type_checker() -> Any:
+    """Return the module `spmd_types` while it checks types, else None.
+
+    It is looked up where it was imported by whoever checks, so that running needs no import of it.
+    """
+    checker = sys.modules.get("spmd_types")
+    return checker if checker is not None and checker.is_type_checking() else None
 
 
 def same_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -441,8 +360,8 @@ def same_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
     result is the same on all ranks.
     """
     total = group.all_reduce(x)
-    checker = sys.modules.get("spmd_types")
-    if checker is not None and checker.is_type_checking():
+    checker = _type_checker()
+    if checker is not None:
         axis = group.process_group  # type: ignore[attr-defined]
         checker.mutate_type(total, axis, src=checker.V, dst=checker.R)
     return total
@@ -454,8 +373,8 @@ def pending_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
     A kernel that splits a summed loop leaves such terms. The type checker, if one is at work, is
     told that the ranks' values are still to be added.
     """
-    checker = sys.modules.get("spmd_types")
-    if checker is not None and checker.is_type_checking():
+    checker = _type_checker()
+    if checker is not None:
         axis = group.process_group  # type: ignore[attr-defined]
         return checker.reinterpret(x, axis, src=checker.V, dst=checker.P)
     return x

@@ -17,8 +17,8 @@ from autoparallel.graph.operators import operator_of
 from autoparallel.placement import Invariant, Shard, part_bounds
 from autoparallel.runtime.collectives import convert, pending_sum
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.split_indices import places_here
 from autoparallel.runtime.stand_ins import shortened, silenced, some
-from autoparallel.support.torch_private import assert_on_device
 
 __all__ = ["combined_parts", "masked_lookup", "weighted_mean"]
 
@@ -85,18 +85,12 @@ def masked_lookup(
     tensors = list(_tensors((args, tuple(kwargs.values()))))
     index_tensor = tensors[index]
     with torch.no_grad():
-        inside = ((index_tensor >= 0) & (index_tensor < size)).all()
-        if index_tensor.is_cuda:
-            assert_on_device(inside)
-        elif index_tensor.device.type != "meta" and not bool(inside):
-            raise IndexError(f"{operation}: an index is not in [0, {size})")
         start, stop = part_bounds(size, group.world_size, group.rank)
-        local = index_tensor - start
-        elsewhere = (local < 0) | (local >= stop - start)
-        # What is not here is looked up at a place that is looked up anyway, so that what comes of
-        # it (0 times a derivative) is finite where the unsplit op's is. Nothing at all may be here.
-        somewhere = local.masked_fill(elsewhere, 0).flatten()
-        somewhere = torch.cat([somewhere, somewhere.new_zeros(1)]).amax()
+        local, elsewhere = places_here(index_tensor, size, group, f"{operation}: index")
+        # Elements of other ranks' rows are looked up at a place that is looked up anyway, so that
+        # their result (0 times a derivative) is finite where the unsplit op's is. A zero is
+        # appended for an index without elements, of which there is no maximum.
+        somewhere = torch.cat([local.flatten(), local.new_zeros(1)]).amax()
         local = torch.where(elsewhere, somewhere, local)
         nothing = elsewhere.all()
     if stop == start:

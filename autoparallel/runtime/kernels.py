@@ -20,6 +20,7 @@ from autoparallel.placement import part_bounds
 from autoparallel.runtime.collectives import pending_sum, same_sum
 from autoparallel.runtime.discovered_kernels import combined_parts, masked_lookup, weighted_mean
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.split_indices import places_here, require_below
 from autoparallel.runtime.stand_ins import shortened, some
 from autoparallel.runtime.statistics import (
     amax_split,
@@ -33,7 +34,6 @@ from autoparallel.runtime.statistics import (
     min_split,
     softmax_split,
 )
-from autoparallel.support.torch_private import assert_on_device
 
 __all__ = [
     "amax_split",
@@ -67,19 +67,6 @@ _NONE, _MEAN, _SUM = 0, 1, 2
 _COUNT = 3
 
 
-def _require_below(index: torch.Tensor, size: int, what: str) -> None:
-    """Raise IndexError for an index outside of [0, size), as the unsplit op does.
-
-    Without this, the mask of a split table would turn it into zeros. On a GPU the check is made
-    there, without a wait.
-    """
-    inside = ((index >= 0) & (index < size)).all()
-    if index.is_cuda:
-        assert_on_device(inside)
-    elif index.device.type != "meta" and not bool(inside):
-        raise IndexError(f"{what} out of range: all must be in [0, {size})")
-
-
 def embedding_rows(
     weight: torch.Tensor,
     index: torch.Tensor,
@@ -98,11 +85,8 @@ def embedding_rows(
     Raises IndexError for an index outside of [0, size).
     """
     with torch.no_grad():
-        _require_below(index, size, "embedding index")
         start, stop = part_bounds(size, group.world_size, group.rank)
-        local = index - start
-        elsewhere = (local < 0) | (local >= stop - start)
-        local = local.masked_fill(elsewhere, 0)
+        local, elsewhere = places_here(index, size, group, "embedding index")
     if stop == start:
         # No rows are here. The sum of none is 0, and keeps the result dependent on the weight, so
         # that the backward pass runs alike on all ranks.
@@ -111,19 +95,6 @@ def embedding_rows(
     own_padding = padding - start if start <= padding < stop else -1
     rows = torch.embedding(weight, local, own_padding)
     return pending_sum(rows.masked_fill(elsewhere.unsqueeze(-1), 0), group)
-
-
-def _places_here(index: torch.Tensor, size: int, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return places along a split dim of `size` as counted from this rank's part, and a mask of
-    those outside it.
-
-    The latter are given as place 0. Raises IndexError for a place outside of the whole.
-    """
-    _require_below(index, size, "index")
-    start, stop = part_bounds(size, group.world_size, group.rank)
-    local = index - start
-    elsewhere = (local < 0) | (local >= stop - start)
-    return local.masked_fill(elsewhere, 0), elsewhere
 
 
 def gather_split(
@@ -142,7 +113,7 @@ def gather_split(
     Raises IndexError for an index outside of [0, size).
     """
     with torch.no_grad():
-        local, elsewhere = _places_here(index, size, group)
+        local, elsewhere = places_here(index, size, group)
     if not x.size(dim):
         shape = [min(counts) for counts in zip(x.shape, index.shape, strict=True)]
         shape[dim] = index.size(dim)
@@ -160,7 +131,7 @@ def index_select_split(
     Raises IndexError for an index outside of [0, size).
     """
     with torch.no_grad():
-        local, elsewhere = _places_here(index, size, group)
+        local, elsewhere = places_here(index, size, group)
     shape = [1] * x.dim()
     shape[dim] = index.numel()
     if not x.size(dim):
@@ -252,7 +223,7 @@ class _CrossEntropyClasses(torch.autograd.Function):
         """
         start, stop = part_bounds(size, group.world_size, group.rank)
         counts = target != ignored
-        _require_below(target.masked_fill(~counts, 0), size, "target class")
+        require_below(target.masked_fill(~counts, 0), size, "target class")
         local = target - start
         here = counts & (local >= 0) & (local < stop - start)
         local = local.masked_fill(~here, 0).unsqueeze(1)

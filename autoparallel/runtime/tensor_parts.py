@@ -21,12 +21,11 @@ from autoparallel.placement import (
     local_layout_size,
     part_bounds,
 )
+from autoparallel.runtime.axis_parts import join_parts, take_part
 from autoparallel.runtime.collectives import (
     gather_together,
-    join_parts,
     reduce_scatter_together,
     sum_together,
-    take_part,
 )
 from autoparallel.runtime.ranks import Ranks
 

@@ -16,7 +16,7 @@ from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.module_state import state_of
 from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
-from autoparallel.runtime.collectives import join_parts
+from autoparallel.runtime.axis_parts import join_parts
 from autoparallel.runtime.ranks import thread_ranks
 from autoparallel.support.module_copy import on_meta
 

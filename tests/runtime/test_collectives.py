@@ -17,7 +17,8 @@ from autoparallel.placement import (
     local_size,
     movement,
 )
-from autoparallel.runtime.collectives import convert, join_parts, move, take_part
+from autoparallel.runtime.axis_parts import join_parts, take_part
+from autoparallel.runtime.collectives import convert, move
 from autoparallel.runtime.groups import thread_groups
 
 SHAPE = (7, 12, 5)

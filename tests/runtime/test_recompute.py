@@ -16,7 +16,8 @@ from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Layout, Partial, Placement, Replicate, Shard
 from autoparallel.runtime import random_ops as draws
 from autoparallel.runtime import rng
-from autoparallel.runtime.collectives import convert, take_part
+from autoparallel.runtime.axis_parts import take_part
+from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.recompute import convert_again, dropping, recomputed
 from autoparallel.runtime.tensor_parts import take_layout_part

@@ -25,7 +25,7 @@ from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.runtime import discovered_kernels as generic
 from autoparallel.runtime import stand_ins as standing
-from autoparallel.runtime.collectives import take_part
+from autoparallel.runtime.axis_parts import take_part
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 
 
