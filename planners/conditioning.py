@@ -38,15 +38,15 @@ _MOST_SPARED = 32
 def solve(
     problem: Problem,
     *,
-    given: Sequence[str] | None = None,
+    fixed_variables: Sequence[str] | None = None,
     max_table_entries: int = MAX_TABLE_ENTRIES,
     memo: Memo | None = None,
 ) -> Solution:
     """Return the best assignment that was found, whatever it uses, and a proven lower bound.
 
-    given: the cutset, if it is known from a problem with the same factors. max_table_entries: the
-    largest table to hold, in float64 entries; fewer make a larger cutset. memo: shared with other
-    solves, for its tables and orders. Deterministic.
+    fixed_variables: the cutset, if it is known from a problem with the same factors; by default it
+    is found by `cutset`. max_table_entries: the largest table to hold, in float64 entries; fewer
+    make a larger cutset. memo: shared with other solves, for its tables and orders. Deterministic.
     Raises InfeasibleError if there is no assignment of finite cost.
 
     >>> table = np.array([[0.0, 2.0], [2.0, 0.0]])
@@ -57,19 +57,21 @@ def solve(
     1.5
     """
     memo = Memo() if memo is None else memo
-    names = cutset(problem, max_table_entries) if given is None else given
+    names = cutset(problem, max_table_entries) if fixed_variables is None else fixed_variables
     if not names:
         return exact.solve(problem, max_table_entries=max_table_entries, memo=memo)
     limit = _LEEWAY * max_table_entries
-    apart = _apart(problem, names)
-    if len(apart) == 1:
-        found = _Conditioning(problem.weighed(0.0), list(names), limit, memo).run()
-        return Solution.of(problem, found.assignment, found.method, found.lower_bound)
+    parts = _apart(problem, names)
+    if len(parts) == 1:
+        # Weighed at 0, every table is the least cost of its entries' alternatives: usage is
+        # ignored.
+        plain = _Conditioning(problem.weighed(0.0), list(names), limit, memo).run()
+        return Solution.of(problem, plain.assignment, plain.method, plain.lower_bound)
     solutions = [
-        _Conditioning(part.weighed(0.0), own, limit, memo).run()
-        if own
+        _Conditioning(part.weighed(0.0), share, limit, memo).run()
+        if share
         else exact.solve(part, max_table_entries=limit, memo=memo)
-        for part, own in apart
+        for part, share in parts
     ]
     assignment = {name: state for each in solutions for name, state in each.assignment.items()}
     bound = math.fsum(each.lower_bound for each in solutions)
@@ -146,12 +148,12 @@ def _cutset(problem: Problem, max_table_entries: int) -> tuple[str, ...]:
             high = middle
         else:
             low = middle
-    kept = ranked[:high]
-    for name in kept[:_MOST_SPARED][::-1]:
-        fewer = [other for other in kept if other != name]
+    chosen = ranked[:high]
+    for name in chosen[:_MOST_SPARED][::-1]:
+        fewer = [other for other in chosen if other != name]
         if _is_narrow(_without(problem, fewer), limit):
-            kept = fewer
-    return tuple(kept)
+            chosen = fewer
+    return tuple(chosen)
 
 
 def _without(problem: Problem, names: list[str]) -> Problem:
@@ -252,10 +254,10 @@ class _Conditioning:
 
     def vote(self, name: str, states: Mapping[str, int]) -> int:
         """Return the state that most copies of a variable take, the lowest of several."""
-        taken = [states[copy] for copy in self.copies[name]] or [
+        copy_states = [states[copy] for copy in self.copies[name]] or [
             int(np.argmin(self.problem.variable(name).unary))
         ]
-        counts = np.bincount(taken)
+        counts = np.bincount(copy_states)
         return int(np.argmax(counts))
 
     def attempt(self, fixed: dict[str, int]) -> bool:
@@ -264,14 +266,14 @@ class _Conditioning:
         Returns whether it is.
         """
         try:
-            found = exact.solve(
+            solution = exact.solve(
                 self.problem.pinned(fixed), max_table_entries=self.limit, memo=self.memo
             )
         except InfeasibleError:
             return False
-        if self.best is not None and found.cost >= self.best.cost:
+        if self.best is not None and solution.cost >= self.best.cost:
             return False
-        self.best = found
+        self.best = solution
         return True
 
     def update(

@@ -14,13 +14,13 @@ __all__ = ["ExactOrConditioned"]
 class ExactOrConditioned:
     """A solver of plain problems: exact elimination, or conditioning where that is too wide.
 
-    given: the cutset of conditioning, once a problem was too wide; it serves all later problems,
-    which must have the same factors. memo: shared by all problems that share tables, until
-    `forget`.
+    cutset: names of the variables that conditioning fixes, once a problem was too wide, else None;
+    it serves all later problems, which must have the same factors. memo: shared by all problems
+    that share tables, until `forget`.
     """
 
     def __init__(self) -> None:
-        self.given: tuple[str, ...] | None = None
+        self.cutset: tuple[str, ...] | None = None
         self.memo = Memo()
 
     def forget(self) -> None:
@@ -29,9 +29,9 @@ class ExactOrConditioned:
 
     def __call__(self, problem: Problem) -> Solution:
         """Return an optimum of a plain problem, or a good assignment with a bound."""
-        if self.given is None:
+        if self.cutset is None:
             try:
                 return exact.solve(problem, memo=self.memo)
             except TooWideError:
-                self.given = conditioning.cutset(problem)
-        return conditioning.solve(problem, given=self.given, memo=self.memo)
+                self.cutset = conditioning.cutset(problem)
+        return conditioning.solve(problem, fixed_variables=self.cutset, memo=self.memo)

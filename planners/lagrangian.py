@@ -23,7 +23,7 @@ from planners.local_improvement import improve_within_limit, repair_to_limit
 from planners.problem import Multiplier, Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 
-__all__ = ["ExactOrConditioned", "solve"]
+__all__ = ["solve"]
 
 Solver = Callable[[Problem], Solution]
 
@@ -187,7 +187,7 @@ class _Search:
         """
         self.solves += 1
         plain = (solver or self.solver)(node.problem.weighed(charged))
-        if isinstance(self.solver, ExactOrConditioned) and self.solver.given is not None:
+        if isinstance(self.solver, ExactOrConditioned) and self.solver.cutset is not None:
             self.most_solves = min(self.most_solves, _MOST_WIDE_SOLVES)
         self.method = plain.method
         spent = node.problem.spent(plain.assignment, charged)

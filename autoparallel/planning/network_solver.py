@@ -8,7 +8,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from planners import Problem, Solution, TooWideError, conditioning, exact
 from planners import coarsening as coarse
 from planners import lagrangian as limited
-from planners.lagrangian import ExactOrConditioned
+from planners.exact_or_conditioned import ExactOrConditioned
 
 __all__ = ["NetworkSolver"]
 
@@ -17,7 +17,7 @@ class NetworkSolver(ExactOrConditioned):
     """A solver of a network's problems that remembers what was too wide.
 
     Networks of several mesh axes have many states per variable: those that differ on one axis only
-    are grouped. Networks of one axis are wide because of their form: some variables are given.
+    are grouped. Networks of one axis are wide because of their form: some variables are fixed.
     start: an assignment to begin with, where the solver needs one.
     """
 
@@ -36,9 +36,9 @@ class NetworkSolver(ExactOrConditioned):
                 self.is_wide = True
         if self.several:
             return self.coarse(problem)
-        if self.given is None:
-            self.given = conditioning.cutset(problem)
-        return conditioning.solve(problem, given=self.given, memo=self.memo)
+        if self.cutset is None:
+            self.cutset = conditioning.cutset(problem)
+        return conditioning.solve(problem, fixed_variables=self.cutset, memo=self.memo)
 
     def coarse(self, problem: Problem) -> Solution:
         """By groups of states that differ on one mesh axis only."""

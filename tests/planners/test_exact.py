@@ -317,7 +317,7 @@ def test_conditioning_of_a_grid() -> None:
     problem = Problem(variables, factors)
     names = conditioning.cutset(problem, 4**4)
     assert 0 < len(names) < side * side / 2
-    solution = conditioning.solve(problem, given=names, max_table_entries=4**4)
+    solution = conditioning.solve(problem, fixed_variables=names, max_table_entries=4**4)
     optimum = exact.solve(problem).cost
     assert solution.lower_bound <= optimum <= solution.cost
     assert solution.gap <= 0.02 * solution.cost
