@@ -19,7 +19,7 @@ import torch
 
 import autoparallel
 from autoparallel import Mesh, Plan
-from autoparallel.analysis.timeline import Timeline
+from autoparallel.analysis.training_step import Timeline
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.support.units import bytes_text, parse_bytes
 from autoparallel.train.models import GPT, GPTConfig

@@ -13,7 +13,7 @@ from torch import nn
 
 import autoparallel
 from autoparallel import plan as plan_module
-from autoparallel.analysis import timeline as timeline_module
+from autoparallel.analysis import training_step as step_module
 from autoparallel.analysis.communication import collective_totals
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Break, Plan
@@ -46,7 +46,7 @@ def limited(plan: Plan) -> Plan:
     )
 
 
-@pytest.mark.parametrize("module", [plan_module, timeline_module])
+@pytest.mark.parametrize("module", [plan_module, step_module])
 def test_the_examples_run(module: ModuleType) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted > 0

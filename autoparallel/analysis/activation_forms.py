@@ -1,4 +1,4 @@
-"""What is kept for the backward pass, in closed form: seen as sizes double, one after another."""
+"""Saved activations in closed form, found by doubling one size after another."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from autoparallel.graph.graph import Graph
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
 
-__all__ = ["KeptForms"]
+__all__ = ["ActivationForms"]
 
 _ITEMSIZES = (1, 2, 4, 8)
 
 
-class KeptForms:
-    """Every storage that waits for the backward pass, with its bytes on the busiest rank.
+class ActivationForms:
+    """Closed forms of every storage that waits for the backward pass, in bytes on the busiest rank.
 
-    The plan's program is walked as planned, and once more per symbol with that size doubled. How a
-    storage grows gives the power in which it has the symbol.
+    plan, graph: of one program. algebra: the symbols of its sizes. The plan's program is executed
+    abstractly as planned, and once more per symbol with that size doubled. A storage that grows by
+    2^p has the symbol to the power p.
+
+    Example: `dict(ActivationForms(plan, graph, algebra).forms())`
     """
 
     def __init__(self, plan: Plan, graph: Graph, algebra: Algebra) -> None:
         self.plan, self.graph, self.algebra = plan, graph, algebra
 
     def forms(self) -> Iterator[tuple[str, sympy.Expr]]:
-        """(name of the value or node that it is of, bytes)."""
+        """Yield (name of the value or node that a storage is of, its bytes as an expression)."""
         plan, algebra = self.plan, self.algebra
-        storages = _kept(self.graph, plan)
+        storages = _saved_storages(self.graph, plan)
         powers: dict[tuple[str, int], dict[sympy.Symbol, int]] = {key: {} for key in storages}
         for symbol in (*algebra.inputs, *algebra.axes):
             grown = self.doubled(symbol)
@@ -44,7 +47,7 @@ class KeptForms:
             yield storage.name, self.form(storage, powers[key])
 
     def doubled(self, symbol: sympy.Symbol) -> dict[tuple[str, int], Storage]:
-        """What is kept where one size is twice as large."""
+        """Return the storages that are saved where one size is twice as large."""
         plan, graph = self.plan, self.graph
         if symbol in self.algebra.axes:
             axis = self.algebra.axes.index(symbol)
@@ -55,14 +58,18 @@ class KeptForms:
             plan = replace(plan, mesh=Mesh(**dict(sizes)))
         else:
             graph = self.algebra.grown(graph, symbol, 2)
-        return _kept(graph, plan)
+        return _saved_storages(graph, plan)
 
     def form(self, storage: Storage, powers: dict[sympy.Symbol, int]) -> sympy.Expr:
-        """A monomial that is what the storage takes; by its dims' names where it is a value's."""
-        own, hints = sympy.Integer(1), sympy.Integer(1)
+        """Return a monomial that equals the storage's bytes; by its dims' names where it is a
+        value's.
+
+        powers: of the symbols, as found by doubling.
+        """
+        monomial, monomial_here = sympy.Integer(1), sympy.Integer(1)
         for symbol, power in powers.items():
-            own *= symbol**power
-            hints *= sympy.Integer(self.algebra.values[symbol]) ** power
+            monomial *= symbol**power
+            monomial_here *= sympy.Integer(self.algebra.values[symbol]) ** power
         value = self.graph.values.get(storage.name)
         if value is not None:
             shape = sympy.Integer(1)
@@ -71,21 +78,27 @@ class KeptForms:
             axes = {s: p for s, p in powers.items() if s in self.algebra.axes}
             for symbol, power in axes.items():
                 shape *= symbol**power
+            # The shape is tried first: it says "b s h" where the bytes alone would only give a
+            # number.
             for itemsize in _ITEMSIZES:
                 if self.algebra.at(itemsize * shape) == storage.nbytes:
                     return itemsize * shape
-        rest = sympy.Integer(storage.nbytes) / hints
-        return own * (self.algebra.named(int(rest)) if rest.is_integer else rest)
+        rest = sympy.Integer(storage.nbytes) / monomial_here
+        return monomial * (self.algebra.named(int(rest)) if rest.is_integer else rest)
 
 
-def _kept(graph: Graph, plan: Plan) -> dict[tuple[str, int], Storage]:
-    """What is kept, by its name and how many of that name come before."""
-    walk = AbstractExecution(graph, plan, plan.recomputed)
-    found: dict[tuple[str, int], Storage] = {}
-    for number in Liveness(walk).kept:
-        storage = walk.storages[number]
+def _saved_storages(graph: Graph, plan: Plan) -> dict[tuple[str, int], Storage]:
+    """Return the storages that wait for the backward pass, by name and how many of that name come
+    before.
+    """
+    execution = AbstractExecution(graph, plan, plan.recomputed)
+    storages: dict[tuple[str, int], Storage] = {}
+    for number in Liveness(execution).kept:
+        storage = execution.storages[number]
+        # Names with a number identify storages across executions with other sizes; their own
+        # numbers may differ.
         count = 0
-        while (storage.name, count) in found:
+        while (storage.name, count) in storages:
             count += 1
-        found[storage.name, count] = storage
-    return found
+        storages[storage.name, count] = storage
+    return storages

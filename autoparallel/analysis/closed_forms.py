@@ -1,4 +1,4 @@
-"""A plan in closed form: what is sent, computed and held, in the sizes of inputs and mesh axes."""
+"""A plan in closed form: bytes sent, FLOPs and bytes held, in the sizes of inputs and mesh axes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from autoparallel.analysis.activation_forms import KeptForms
+from autoparallel.analysis.activation_forms import ActivationForms
 from autoparallel.analysis.communication import PHASES, Transfer, transfers
 from autoparallel.analysis.symbolic_sizes import Algebra
 from autoparallel.cost.optimizer_state import state_bytes_per_element
@@ -31,9 +31,12 @@ _ORDER = (*PHASES, "kernel")
 
 @dataclass(frozen=True)
 class Sent:
-    """Collectives that are alike. axis: name of the mesh axis. nbytes: of the tensor of one, as it
-    would be on a rank if this axis did not split it. kernel: that makes them, "" for conversions.
-    together: they are made in one call.
+    """Collectives that are alike, and how many of them a step makes.
+
+    phase: "forward", "backward", "update", or "kernel" for those inside of ops. axis: the name of
+    the mesh axis. nbytes: of the tensor of one, as it would be on a rank if this axis did not split
+    it. kernel: the name of the kernel that makes them, "" for redistributions. together: they are
+    made in one call, as a gradient bucket.
     """
 
     phase: str
@@ -49,9 +52,10 @@ class Sent:
 class Form:
     """Closed forms of a part of a model, on the busiest rank.
 
-    paths: of the modules for each of which they hold; ("",) for what is in no repeated module.
-    flops: of products, forward; backward_flops: backward, those that are run again among them. The
-    rest is in bytes; activations: what is kept of the forward pass for the backward pass.
+    paths: of the modules for each of which they hold; ("",) for all that is in no repeated module.
+    sent: its collectives. flops: of products in the forward pass. backward_flops: of products in
+    the backward pass, those that are recomputed among them. The rest is in bytes; activations:
+    those of the forward pass that are saved for the backward pass.
     """
 
     paths: tuple[str, ...]
@@ -65,12 +69,12 @@ class Form:
 
     @property
     def count(self) -> int:
-        """Of modules."""
+        """The number of modules."""
         return len(self.paths)
 
     @property
     def nbytes(self) -> sympy.Expr:
-        """Of all that is sent."""
+        """The bytes of all that is sent."""
         return sum((row.count * row.nbytes for row in self.sent), ZERO)
 
 
@@ -79,14 +83,18 @@ AMOUNTS = ("flops", "backward_flops", "parameters", "gradients", "optimizer_stat
 
 @dataclass(frozen=True)
 class ClosedForms:
-    """algebra: what the symbols are called, and stand for. forms: of the parts that differ."""
+    """The closed forms of a plan.
+
+    algebra: the symbols, and the sizes that they stand for. forms: one per group of modules that
+    are alike, and one of the rest. `autoparallel.forms_text` prints them.
+    """
 
     algebra: Algebra
     forms: tuple[Form, ...]
 
     @cached_property
     def total(self) -> Form:
-        """Of the whole model."""
+        """The form of the whole model: the sum over all modules."""
         sent: dict[Sent, int] = {}
         for form in self.forms:
             for row in form.sent:
@@ -101,19 +109,30 @@ class ClosedForms:
         return Form(paths, _ordered(rows), **sums)
 
     def at(self, expression: sympy.Expr, **sizes: int) -> float:
-        """What an expression is for these sizes; those that are not given are the plan's own."""
+        """Return the value of an expression for these sizes; those that are not named are the
+        plan's own.
+
+        sizes: by the symbols' names. Raises PlanError for a name that is no symbol's.
+        """
         return self.algebra.at(expression, sizes)
 
 
 def closed_forms(
     plan: Plan, *, names: Mapping[int, str] | None = None, letters: Sequence[str] = ("b", "s")
 ) -> ClosedForms:
-    """The closed forms of a plan that was made in this process.
+    """Return the closed forms of a plan that was made in this process.
 
-    names: what fixed sizes are to be called, {12288: "h"}. letters: what the sizes that the inputs
-    decide are called, in the order in which the inputs show them. Sizes are written as if the ranks
-    divide them where they do in the plan; elsewhere as what the busiest rank holds.
+    names: letters for fixed sizes, such as {12288: "h"}. letters: for the sizes that the inputs
+    decide, in the order in which the inputs show them. Sizes are written as if the ranks divide
+    them where they do in the plan; elsewhere they are those of the busiest rank.
     Raises PlanError for a plan without its graph (read from a text, or of a model in parts).
+
+    >>> import torch, autoparallel
+    >>> layer, inputs = torch.nn.Linear(512, 512, bias=False), torch.zeros(8, 512)
+    >>> plan = autoparallel.make_plan(layer, 2, example_inputs=inputs)
+    >>> forms = closed_forms(plan, names={512: "h"})
+    >>> forms.total.parameters, int(forms.at(forms.total.parameters))
+    (4*h**2/tp, 524288)
     """
     if plan.captured is None:
         raise PlanError(
@@ -127,6 +146,10 @@ def closed_forms(
 
 
 class _Writer:
+    """The state of writing one plan's forms: its ops, nodes, repeated blocks, and answers found
+    before.
+    """
+
     def __init__(
         self,
         plan: Plan,
@@ -143,34 +166,34 @@ class _Writer:
         self.cache: dict[Any, Any] = {}
 
     def write(self) -> ClosedForms:
-        """The forms of every module, those that are equal as one."""
+        """Return the forms of every module, those that are equal as one."""
         sent: dict[str, list[Sent]] = {}
         amounts: dict[str, dict[str, sympy.Expr]] = {}
         for path, row in self.sent():
             sent.setdefault(path, []).append(row)
         for path, name, amount in self.amounts():
-            own = amounts.setdefault(path, dict.fromkeys(AMOUNTS, ZERO))
-            own[name] += amount
+            module_amounts = amounts.setdefault(path, dict.fromkeys(AMOUNTS, ZERO))
+            module_amounts[name] += amount
         groups: dict[Any, list[str]] = {}
         for path in ("", *(block.path for block in self.repeats.blocks)):
             rows = _counted(sent.get(path, ()))
-            own = amounts.get(path, dict.fromkeys(AMOUNTS, ZERO))
-            groups.setdefault((rows, tuple(own.items())), []).append(path)
+            module_amounts = amounts.get(path, dict.fromkeys(AMOUNTS, ZERO))
+            groups.setdefault((rows, tuple(module_amounts.items())), []).append(path)
         forms = [
-            Form(tuple(paths), rows, **dict(own))
-            for (rows, own), paths in groups.items()
-            if rows or any(amount != 0 for _, amount in own)
+            Form(tuple(paths), rows, **dict(module_amounts))
+            for (rows, module_amounts), paths in groups.items()
+            if rows or any(amount != 0 for _, amount in module_amounts)
         ]
         return ClosedForms(self.algebra, tuple(forms))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What was made for this key; made if it was not."""
+        """Return the answer for this key; it is made at the first time."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]
 
     def nbytes(self, value: Value, layout: Layout) -> sympy.Expr:
-        """What a rank holds of a value."""
+        """Return the bytes of a value that a rank holds."""
         elements = self.once(
             (value.shape, layout), lambda: self.algebra.elements(value.shape, layout)
         )
@@ -179,7 +202,7 @@ class _Writer:
     # -- what is sent
 
     def sent(self) -> Iterable[tuple[str, Sent]]:
-        """Every collective, with the module that it belongs to."""
+        """Yield every collective, with the path of the module that it belongs to."""
         for transfer in transfers(self.plan):
             axis = self.plan.mesh.axes[transfer.step.axis][0]
             nbytes = self.nbytes(self.graph.values[transfer.conversion.value], _seen(transfer))
@@ -196,60 +219,70 @@ class _Writer:
                         yield path, Sent("kernel", name, collective, nbytes, kernel)
 
     def home(self, transfer: Transfer) -> str:
-        """The module of what makes the value; of what reads it, where it is stored."""
+        """Return the path of the module that makes the value or, where it is stored, that
+        reads it.
+        """
         maker = self.graph.producers[transfer.conversion.value]
         if maker.kind == "call" or self.repeats.block_of(maker.name) is not None:
             return self.path(maker.name)
         return self.path(transfer.conversion.readers[0])
 
     def path(self, node: str) -> str:
-        """Of the repeated module that a node is in, "" for none."""
+        """Return the path of the repeated module that a node is in, "" for none."""
         block = self.repeats.block_of(node)
         return block.path if block is not None else ""
 
     def kernel_sends(self, op: OpChoice, axis: int) -> list[tuple[Collective, sympy.Expr]]:
-        """What the kernel of one axis communicates. Other splits of what is sent share it."""
+        """Return the collectives of the kernel of one axis, with their bytes.
+
+        Where another axis splits a loop of the tensor that is sent, only a share of it is.
+        """
         call, rule = self.ruled(op.name)
-        own = self.split(rule, op, axis)
+        split_loop = self.split(rule, op, axis)
         shares = self.algebra.shares(rule, op.operands, op.results)
-        found = []
-        for at, (collective, size) in enumerate(rule.kernels[own].collectives if own else ()):
-            nbytes = self.monomial(call, own, at)
+        sends = []
+        for at, (collective, size) in enumerate(
+            rule.kernels[split_loop].collectives if split_loop else ()
+        ):
+            nbytes = self.monomial(call, split_loop, at)
             for loop, share in shares.items():
                 dim = rule.sizes[loop]
-                has = nbytes.free_symbols >= self.algebra.reads(dim) and size % hint(dim) == 0
-                nbytes *= share if loop != own and has else 1
-            found.append((collective, nbytes))
-        return found
+                # Whether the tensor has the loop is read off its size: it has the loop's symbols,
+                # and the loop's size divides it.
+                has_loop = nbytes.free_symbols >= self.algebra.reads(dim) and size % hint(dim) == 0
+                nbytes *= share if loop != split_loop and has_loop else 1
+            sends.append((collective, nbytes))
+        return sends
 
     def split(self, rule: ShardingRule, op: OpChoice, axis: int) -> str:
-        """The loop with a kernel that an op splits on an axis."""
-        alone = [
+        """Return the loop with a kernel that an op splits on an axis."""
+        axis_layouts = [
             tuple(p if at == axis else Invariant() for at, p in enumerate(layout))
             for layout in (*op.operands, *op.results)
         ]
         count = len(op.operands)
-        found = self.algebra.shares(rule, alone[:count], alone[count:])
-        return next((loop for loop in found if loop in rule.kernels), "")
+        shares = self.algebra.shares(rule, axis_layouts[:count], axis_layouts[count:])
+        return next((loop for loop in shares if loop in rule.kernels), "")
 
     def monomial(self, call: OpCall, loop: str, at: int) -> sympy.Expr:
-        """What a kernel sends, as a product of powers of the inputs' sizes.
+        """Return the bytes that a kernel sends as a product of powers of the inputs' sizes.
 
-        The powers are seen by doubling one size after another.
+        call: the op. loop: that the kernel splits. at: the number of the collective. The powers are
+        found by doubling one size after another.
         """
-        size = _sent_bytes(call, loop, at)
-        found, hints = sympy.Integer(1), 1
+        nbytes = _sent_bytes(call, loop, at)
+        monomial, monomial_here = sympy.Integer(1), 1
         for symbol in self.algebra.inputs:
             doubled = _sent_bytes(self.algebra.scaled(call, symbol, 2), loop, at)
-            power = self.algebra.power(size, doubled) or 0
-            found *= symbol**power
-            hints *= self.algebra.values[symbol] ** power
-        return sympy.Rational(size, hints) * found
+            power = self.algebra.power(nbytes, doubled) or 0
+            monomial *= symbol**power
+            monomial_here *= self.algebra.values[symbol] ** power
+        return sympy.Rational(nbytes, monomial_here) * monomial
 
     # -- what is computed and held
 
     def amounts(self) -> Iterable[tuple[str, str, sympy.Expr]]:
-        """(module, what, how much)."""
+        """Yield (path of the module, one of AMOUNTS, how much)."""
         for op in self.plan.ops:
             if op.whole_flops:
                 flops = self.op_flops(op)
@@ -262,13 +295,13 @@ class _Writer:
             path = self.path(parameter.name)
             for name, nbytes in self.stored(parameter, value):
                 yield path if readers[parameter.name] else "", name, nbytes
-        kept = KeptForms(self.plan, self.graph, self.algebra)
-        for name, nbytes in kept.forms():
+        activations = ActivationForms(self.plan, self.graph, self.algebra)
+        for name, nbytes in activations.forms():
             maker = self.graph.producers.get(name)
             yield self.path(maker.name if maker is not None else name), "activations", nbytes
 
     def op_flops(self, op: OpChoice) -> sympy.Expr:
-        """Forward, on the busiest rank."""
+        """Return the FLOPs of an op in the forward pass, on the busiest rank."""
         _, rule = self.ruled(op.name)
         key = (id(rule), op.operands, op.results)
         shares = self.once(
@@ -277,13 +310,17 @@ class _Writer:
         return self.once(("flops", *key), lambda: self.algebra.flops(rule, shares))
 
     def repeated(self, op: OpChoice) -> sympy.Expr:
-        """How often a product is made again backward: for each of two factors with a gradient."""
+        """Return how many times its forward FLOPs an op's backward pass takes: 2 where all factors
+        need gradients.
+        """
         _, rule = self.ruled(op.name)
-        made = {loop for dims in rule.results for names in dims for loop in names}
+        result_loops = {loop for dims in rule.results for names in dims for loop in names}
+        # Factors of a product have a loop that no result has, the summed one; scale and bias do
+        # not. A product costs the same again for the gradient of each of its two factors.
         factors = [
             value
             for value, dims in zip(op.reads, rule.operands, strict=True)
-            if any(loop not in made for names in dims for loop in names)
+            if any(loop not in result_loops for names in dims for loop in names)
         ]
         if len(factors) < 2:
             factors = list(op.reads)
@@ -291,7 +328,7 @@ class _Writer:
         return sympy.Rational(2 * grads, len(factors))
 
     def stored(self, parameter: ParameterChoice, value: Value) -> Iterable[tuple[str, sympy.Expr]]:
-        """Bytes of a parameter, its gradient and its optimizer's state, as `stores` counts them."""
+        """Yield the bytes of a parameter, its gradient and its optimizer's state."""
         itemsize = value.dtype.itemsize
         per_element, has_master = state_bytes_per_element(self.plan.options.optimizer, itemsize)
         part = self.nbytes(value, parameter.state)
@@ -303,16 +340,19 @@ class _Writer:
             yield "optimizer_state", per_element * part / itemsize
 
     def ruled(self, name: str) -> tuple[OpCall, ShardingRule]:
-        """A call and its rule; those of calls that are alike are the same."""
+        """Return a call and its rule; those of calls that are alike in repeated blocks are the
+        same.
+        """
         node = self.nodes[name]
         twin = self.nodes[self.repeats.twin(name)]
-        found = self.once(("rule", twin.name), lambda: self.rule_of(twin))
-        assert found is not None, node
-        call: OpCall = found[0]
-        rule: ShardingRule = found[1]
+        call_and_rule = self.once(("rule", twin.name), lambda: self.rule_of(twin))
+        assert call_and_rule is not None, node
+        call: OpCall = call_and_rule[0]
+        rule: ShardingRule = call_and_rule[1]
         return call, rule
 
     def rule_of(self, node: Node) -> tuple[OpCall, ShardingRule]:
+        """Return a call and its rule, written or discovered."""
         call = OpCall.of(self.graph, node)
         author = find_rule(node.target)
         rule = author(call) if author is not None else find_unknown(call)[0]
@@ -321,12 +361,15 @@ class _Writer:
 
 
 def _seen(transfer: Transfer) -> Layout:
-    """How the tensor lies for the axis that it is sent on."""
+    """Return the layout of a sent tensor as the axis that it is sent on sees it: whole on that
+    axis.
+    """
     axis, layout = transfer.step.axis, transfer.layout
     return (*layout[:axis], Invariant(), *layout[axis + 1 :])
 
 
 def _sent_bytes(call: OpCall, loop: str, at: int) -> int:
+    """Return the bytes of collective number `at` of the kernel that splits a loop."""
     author = find_rule(call.node.target)
     rule = author(call) if author is not None else find_unknown(call)[0]
     assert rule is not None, call
@@ -334,7 +377,7 @@ def _sent_bytes(call: OpCall, loop: str, at: int) -> int:
 
 
 def _counted(rows: Iterable[Sent]) -> tuple[Sent, ...]:
-    """Those that are alike as one, in the order of phases and then of first appearance."""
+    """Return rows that are alike as one, in the order of phases and then of first appearance."""
     counts: dict[Sent, int] = {}
     for row in rows:
         counts[row] = counts.get(row, 0) + 1
@@ -342,4 +385,5 @@ def _counted(rows: Iterable[Sent]) -> tuple[Sent, ...]:
 
 
 def _ordered(rows: Iterable[Sent]) -> tuple[Sent, ...]:
+    """Return the rows in the order of phases."""
     return tuple(sorted(rows, key=lambda row: _ORDER.index(row.phase)))

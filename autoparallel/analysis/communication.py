@@ -1,4 +1,4 @@
-"""What crosses the links in a step of training: a plan's conversions, collective by collective."""
+"""The collectives of a step of training, read off a plan's redistributions one by one."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ PHASES = ("forward", "backward", "update")
 class Transfer:
     """One move on one mesh axis.
 
-    layout: of the tensor before it, for a gradient that of the gradient. phase: one of PHASES.
-    nbytes: of the tensor as it would be on a rank if this axis did not split it. together: made
-    in one call with others like it. again: repeats in the backward pass what the forward did.
+    conversion: the redistribution that it is a step of. layout: of the tensor before the move, for
+    a gradient that of the gradient. phase: one of PHASES. nbytes: of the tensor as it would be on a
+    rank if this axis did not split it. together: made in one call with others like it, as a
+    gradient bucket. again: it repeats in the backward pass a move of the forward pass.
     """
 
     conversion: Conversion
@@ -50,63 +51,88 @@ class Transfer:
 
     @property
     def collective(self) -> Collective:
-        """The collective that it is. Only for one that crosses the links."""
+        """The collective of a move that crosses the links; others have none."""
         collective = self.movement.collective
         assert collective is not None, self
         return collective
 
 
 def route(layout: Layout, steps: tuple[Step, ...]) -> Iterator[tuple[Layout, Step]]:
-    """Each step with the layout before it."""
+    """Yield each step with the layout before it.
+
+    >>> from autoparallel.placement import Replicate, Shard
+    >>> step = Step(0, Shard(0), Replicate())
+    >>> list(route((Shard(0),), (step,))) == [((Shard(0),), step)]
+    True
+    """
     for step in steps:
         yield layout, step
         layout = step.applied(layout)
 
 
 def late_axes(parameter: ParameterChoice | None) -> tuple[int, ...]:
-    """Axes on which the optimizer works on parts of what is stored whole (ZeRO-1 and ZeRO-2)."""
+    """Return the axes on which the optimizer works on parts of what is stored whole (ZeRO-1 and
+    ZeRO-2).
+
+    On these, gradients are reduced to parts in place of the all-reduce, and updated parts are
+    gathered.
+
+    >>> late_axes(None)
+    ()
+    """
     if parameter is None:
         return ()
     pairs = zip(parameter.storage, parameter.state, strict=True)
-    return tuple(axis for axis, (own, state) in enumerate(pairs) if own != state)
+    return tuple(axis for axis, (storage, state) in enumerate(pairs) if storage != state)
 
 
 def transfers(plan: Plan) -> tuple[Transfer, ...]:
-    """Every collective of one step, without those inside of kernels.
+    """Return every collective of one step of training, without those inside of kernels.
 
     Dims whose size is not a number are taken to divide by the ranks that split them.
+
+    Example: `sum(transfer.nbytes for transfer in transfers(plan))`
     """
-    return tuple(move for move in moves(plan) if move.movement.collective is not None)
+    return tuple(transfer for transfer in moves(plan) if transfer.movement.collective is not None)
 
 
 def collective_totals(plan: Plan) -> dict[tuple[str, str, Collective], tuple[int, float]]:
-    """(phase, mesh axis, collective) to number and bytes in one step, of the plan's conversions.
+    """Return the number and the bytes of a step's redistributions by (phase, mesh axis,
+    collective).
 
-    phase: "forward", "backward" or "update". Bytes are those of the full tensors, as the axis
-    finds them. What is done together counts as one.
+    phase: one of PHASES. Bytes are those of the full tensors, as the axis finds them. All that is
+    done together counts as one collective.
+
+    Example: `collective_totals(plan)["forward", "tp", Collective.ALL_REDUCE]`
     """
-    made: dict[tuple[str, str, Collective], list[Transfer]] = {}
+    groups: dict[tuple[str, str, Collective], list[Transfer]] = {}
     for transfer in transfers(plan):
         axis = plan.mesh.axes[transfer.step.axis][0]
-        made.setdefault((transfer.phase, axis, transfer.collective), []).append(transfer)
-    found = {}
+        groups.setdefault((transfer.phase, axis, transfer.collective), []).append(transfer)
+    totals = {}
     for phase in PHASES:
         for axis, _ in plan.mesh.axes:
             for collective in Collective:
-                if group := made.get((phase, axis, collective)):
+                if group := groups.get((phase, axis, collective)):
                     alone = [transfer for transfer in group if not transfer.together]
                     number = len(alone) + (len(alone) < len(group))
                     nbytes = sum(transfer.nbytes for transfer in group)
-                    found[phase, axis, collective] = number, nbytes
-    return found
+                    totals[phase, axis, collective] = number, nbytes
+    return totals
 
 
 def moves(plan: Plan) -> tuple[Transfer, ...]:
-    """Every move of one step that takes time, on the links or in memory."""
+    """Return every move of one step that takes time, on the links or in memory.
+
+    Local moves, such as slices, are among them. The order is that of the plan's conversions, each
+    forward, backward and update.
+
+    Example: `[move for move in moves(plan) if move.phase == "update"]`
+    """
     parameters = {parameter.name: parameter for parameter in plan.parameters}
     sizes = tuple(size for _, size in plan.mesh.axes)
     repeated = _repeated(plan)
-    found: list[Transfer] = []
+    transfers: list[Transfer] = []
     updated: set[tuple[str, int]] = set()
     for conversion in plan.conversions:
         parameter = parameters.get(conversion.value)
@@ -115,30 +141,43 @@ def moves(plan: Plan) -> tuple[Transfer, ...]:
         for phase in ("forward", "backward")[: 2 if twice else 1]:
             for layout, step in route(conversion.source, conversion.steps):
                 again = phase == "backward"
-                found += _made(conversion, step, layout, step.forward, phase, sizes, again=again)
+                transfers += _transfer(
+                    conversion, step, layout, step.forward, phase, sizes, again=again
+                )
         if conversion.requires_grad:
+            # The gradient takes the same steps in reverse, each from the target's gradient to the
+            # source's.
             back = backward_steps(conversion.steps)
             for layout, step in route(layout_gradient(conversion.target), back):
-                move, together = step.forward, conversion.together
-                if step.axis in late and move is Movement.ALL_REDUCE:
+                movement, together = step.forward, conversion.together
+                # ZeRO-1 and -2: only the part that the optimizer updates is wanted, so reducing to
+                # parts does.
+                if step.axis in late and movement is Movement.ALL_REDUCE:
                     assert parameter is not None
-                    move = Movement.REDUCE_SCATTER
+                    movement = Movement.REDUCE_SCATTER
+                    # Where also the gradient is held in parts (ZeRO-2), it is reduced as soon as it
+                    # is there.
                     together &= parameter.gradient == parameter.storage
                     layout = (*parameter.state[: step.axis], *layout[step.axis :])
+                # Only steps that move nothing forward (I -> R) are put off into the bucket.
                 together &= step.backward is Movement.NONE
-                found += _made(conversion, step, layout, move, "backward", sizes, together=together)
+                transfers += _transfer(
+                    conversion, step, layout, movement, "backward", sizes, together=together
+                )
         for axis in late:
             if (conversion.value, axis) not in updated:
                 assert parameter is not None
                 updated.add((conversion.value, axis))
                 step = Step(axis, parameter.state[axis], parameter.storage[axis])
                 layout = (*parameter.state[: axis + 1], *parameter.storage[axis + 1 :])
-                found += _made(conversion, step, layout, step.forward, "update", sizes)
-    return tuple(found)
+                transfers += _transfer(conversion, step, layout, step.forward, "update", sizes)
+    return tuple(transfers)
 
 
 def _repeated(plan: Plan) -> frozenset[str]:
-    """Values whose conversions are run again with a group of ops: nothing else reads them."""
+    """Return the values whose redistributions are run again with a recomputed region: nothing else
+    reads them.
+    """
     group = {name: index for index, names in enumerate(plan.recomputed) for name in names}
     groups: dict[str, set[int]] = {}
     for op in plan.ops if group else ():
@@ -151,27 +190,28 @@ def _repeated(plan: Plan) -> frozenset[str]:
     }
     return frozenset(
         value
-        for value, found in groups.items()
-        if len(found) == 1 and -1 not in found and value not in outside
+        for value, readers in groups.items()
+        if len(readers) == 1 and -1 not in readers and value not in outside
     )
 
 
-def _made(
+def _transfer(
     conversion: Conversion,
     step: Step,
     layout: Layout,
-    move: Movement,
+    movement: Movement,
     phase: str,
     sizes: tuple[int, ...],
     *,
     together: bool = False,
     again: bool = False,
 ) -> list[Transfer]:
-    if move is Movement.NONE or sizes[step.axis] == 1:
+    """Return the move as a list of one transfer, or of none where it takes no time."""
+    if movement is Movement.NONE or sizes[step.axis] == 1:
         return []
     others = (*layout[: step.axis], Invariant(), *layout[step.axis + 1 :])
     dims = conversion.shape.split(", ") if conversion.shape else []
     shape = tuple(int(size) if size.isdigit() else None for size in dims)
     nbytes = conversion.nbytes * exact_fraction(shape, others, sizes)
     whole = int(nbytes) if nbytes.denominator == 1 else float(nbytes)
-    return [Transfer(conversion, step, layout, phase, move, whole, together, again)]
+    return [Transfer(conversion, step, layout, phase, movement, whole, together, again)]

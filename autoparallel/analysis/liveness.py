@@ -1,4 +1,4 @@
-"""What is alive when: the tensors that are kept for the backward pass, and the worst moment."""
+"""The lifetimes of a program's tensors: saved activations, and the moment with the most bytes."""
 
 from __future__ import annotations
 
@@ -13,134 +13,157 @@ Bytes = NDArray[np.int64]
 
 
 class Liveness:
-    """Lifetimes of a walk's storages, forward and backward.
+    """Lifetimes of a program's storages, forward and backward.
 
-    kept: storages (by number) of activations that wait for the backward pass. activations: their
-    bytes. forward, backward: bytes of activations and of their gradients at every moment of the two
-    passes. temporary: bytes beyond those kept at the worst moment.
+    execution: of the program. kept: numbers of the storages of activations that are saved for the
+    backward pass. activations: their bytes. forward, backward: bytes of activations and of their
+    gradients at every moment of the two passes; a moment of the backward pass has the number of the
+    forward moment whose backward it is, and the last entry is the time between the passes.
+    temporary: bytes beyond the saved ones at the moment with the most.
+
+    Example: `Liveness(AbstractExecution(graph, plan)).activations`
     """
 
-    def __init__(self, walk: AbstractExecution) -> None:
-        self.walk = walk
-        self.readers: list[list[int]] = [[] for _ in walk.locals]
-        for index, moment in enumerate(walk.moments):
+    def __init__(self, execution: AbstractExecution) -> None:
+        self.execution = execution
+        self.readers: list[list[int]] = [[] for _ in execution.locals]
+        for index, moment in enumerate(execution.moments):
             for number in moment.reads:
                 self.readers[number].append(index)
-        self.region = [moment.region for moment in walk.moments]
-        # Moments at whose backward each storage is needed: kept all along, or made again by then.
-        self.savers: list[list[int]] = [[] for _ in walk.storages]
-        self.again: list[list[int]] = [[] for _ in walk.storages]
+        self.region = [moment.region for moment in execution.moments]
+        # The moments at whose backward each storage is needed: there all along, or recomputed then.
+        self.savers: list[list[int]] = [[] for _ in execution.storages]
+        self.again: list[list[int]] = [[] for _ in execution.storages]
         self._find_savers()
         self.kept = tuple(
             number
-            for number, storage in enumerate(walk.storages)
+            for number, storage in enumerate(execution.storages)
             if storage.kind == "activation" and self.savers[number]
         )
-        self.activations = sum(walk.storages[number].nbytes for number in self.kept)
+        self.activations = sum(execution.storages[number].nbytes for number in self.kept)
         self.forward, self.backward = self._forward(), self._backward()
         worst = max(self.forward.max(initial=0), self.backward.max(initial=0))
         self.temporary = max(int(worst) - self.activations, 0)
 
     def _find_savers(self) -> None:
-        walk, region = self.walk, self.region
+        """Fill `savers` and `again`: the moments at whose backward each storage is needed."""
+        execution, region = self.execution, self.region
         starts: dict[int, int] = {}
-        for index, own in enumerate(region):
-            starts.setdefault(own, index)
-        for number, storage in enumerate(walk.storages):
+        for index, its_region in enumerate(region):
+            starts.setdefault(its_region, index)
+        for number, storage in enumerate(execution.storages):
             born = region[storage.born] if storage.kind == "activation" else -1
             for saver in storage.savers:
-                own = region[saver]
-                inside = own != -1 and own == born
+                its_region = region[saver]
+                # What a recomputed region saves of its own storages is made again; what it saves of
+                # others must be there when the region starts to run again.
+                inside = its_region != -1 and its_region == born
                 (self.again if inside else self.savers)[number].append(
-                    saver if own == -1 or inside else starts[own]
+                    saver if its_region == -1 or inside else starts[its_region]
                 )
-        for index, moment in enumerate(walk.moments):
-            own = region[index]
-            for number in moment.reads if own != -1 else ():
-                at = walk.locals[number].storage
-                storage = walk.storages[at]
-                if storage.kind != "activation" or region[storage.born] != own:
-                    self.savers[at].append(starts[own])
-        for number in reversed(range(len(walk.storages))):
-            source = walk.storages[number].remade
+        # A region that runs again reads all of its inputs once more.
+        for index, moment in enumerate(execution.moments):
+            its_region = region[index]
+            for number in moment.reads if its_region != -1 else ():
+                at = execution.locals[number].storage
+                storage = execution.storages[at]
+                if storage.kind != "activation" or region[storage.born] != its_region:
+                    self.savers[at].append(starts[its_region])
+        # A dropped copy is made again, and its source is needed in its place. Sources come before
+        # their copies, so going backwards passes the need on along chains.
+        for number in reversed(range(len(execution.storages))):
+            source = execution.storages[number].remade
             if source != number and self.savers[number]:
                 self.again[number] += self.savers[number]
                 self.savers[source] += self.savers[number]
                 self.savers[number] = []
 
     def _forward(self) -> Bytes:
-        """Bytes of activations at every moment of the forward pass."""
-        walk = self.walk
-        count = len(walk.moments)
+        """Return the bytes of activations at every moment of the forward pass."""
+        execution = self.execution
+        count = len(execution.moments)
         change = np.zeros(count + 2, dtype=np.int64)
-        kept = set(self.kept)
-        for number, storage in enumerate(walk.storages):
+        saved = set(self.kept)
+        for number, storage in enumerate(execution.storages):
             if storage.kind == "activation":
-                last = count if number in kept else max(storage.read, storage.born)
+                last = count if number in saved else max(storage.read, storage.born)
                 change[storage.born] += storage.nbytes
                 change[min(last, count) + 1] -= storage.nbytes
-        return _alive(change, [moment.forward for moment in walk.moments])
+        return _alive(change, [moment.forward for moment in execution.moments])
 
     def _backward(self) -> Bytes:
-        """Bytes of activations and of their gradients at every moment of the backward pass."""
-        walk = self.walk
-        count = len(walk.moments)
+        """Return the bytes of activations and of their gradients at every moment of the backward
+        pass.
+        """
+        execution = self.execution
+        count = len(execution.moments)
+        # Differences from one moment to the next, summed up at the end.
         change = np.zeros(count + 2, dtype=np.int64)
 
         def alive(first: int, last: int, nbytes: int) -> None:
+            """Count bytes that are there at the moments from `first` to `last`."""
             change[first] += nbytes
             change[last + 1] -= nbytes
 
         ends: dict[int, int] = {}
-        for index, own in enumerate(self.region):
-            ends[own] = index
-        returned = {walk.locals[number].storage for number in walk.returned}
-        for number, storage in enumerate(walk.storages):
+        for index, its_region in enumerate(self.region):
+            ends[its_region] = index
+        returned = {execution.locals[number].storage for number in execution.returned}
+        for number, storage in enumerate(execution.storages):
             if storage.kind != "activation":
                 continue
+            # The caller holds what was returned throughout.
             if number in returned:
                 alive(0, count, storage.nbytes)
             elif self.savers[number]:
                 alive(min(self.savers[number]), count, storage.nbytes)
             if self.again[number]:
                 last = max(self.again[number])
-                own = self.region[storage.born]
+                its_region = self.region[storage.born]
                 alive(
                     min(self.again[number]),
-                    max(last, ends[own] if own != -1 else 0),
+                    max(last, ends[its_region] if its_region != -1 else 0),
                     storage.nbytes,
                 )
         lasts = self._lasts()
-        for index, moment in enumerate(walk.moments):
+        # The backward pass runs from the last moment to the first: a gradient is there from its
+        # last reader's backward down to that of the moment that made the tensor.
+        for index, moment in enumerate(execution.moments):
             for number in moment.makes:
                 last = lasts[number]
                 if last >= 0:
-                    alive(index, last, walk.locals[number].gradient)
-        return _alive(change, [moment.backward for moment in walk.moments])
+                    alive(index, last, execution.locals[number].gradient)
+        return _alive(change, [moment.backward for moment in execution.moments])
 
     def _lasts(self) -> list[int]:
-        """Of each tensor, the moment at whose backward its gradient begins to be; -1 for none.
+        """Return, for each tensor, the moment at whose backward its gradient first exists; -1 for
+        none.
 
-        The gradient of a view is that of what it is a view of, seen otherwise. Gradients come from
-        the caller for the loss or, where none is returned, for all that is returned.
+        The gradient of a view is that of its base, seen otherwise. Gradients come from the caller
+        for the loss or, where none is returned, for all that is returned.
         """
-        walk = self.walk
-        found = [max(readers, default=-1) for readers in self.readers]
-        stands = [(number, walk.locals[number].stand) for number in walk.returned]
-        losses = [number for number, own in stands if own.requires_grad and not own.shape]
-        for number in losses or walk.returned:
-            found[number] = len(walk.moments)
-        for moment in reversed(walk.moments):
-            for made in moment.makes:
-                if walk.locals[made].gradient == 0:
-                    for read in moment.reads:
-                        if walk.locals[read].storage == walk.locals[made].storage:
-                            found[read] = max(found[read], found[made])
-        return found
+        execution = self.execution
+        lasts = [max(readers, default=-1) for readers in self.readers]
+        returned = [(number, execution.locals[number].spec) for number in execution.returned]
+        losses = [number for number, spec in returned if spec.requires_grad and not spec.shape]
+        for number in losses or execution.returned:
+            lasts[number] = len(execution.moments)
+        # A base's gradient exists as soon as that of any of its views.
+        for moment in reversed(execution.moments):
+            for result in moment.makes:
+                if execution.locals[result].gradient == 0:
+                    for operand in moment.reads:
+                        if execution.locals[operand].storage == execution.locals[result].storage:
+                            lasts[operand] = max(lasts[operand], lasts[result])
+        return lasts
 
 
 def _alive(change: Bytes, besides: list[int]) -> Bytes:
-    """From what begins and ends at every moment, and what there is besides for that moment only."""
+    """Return the bytes at every moment.
+
+    change: bytes that begin less those that ended, per moment. besides: bytes that are there at one
+    moment only.
+    """
     alive = np.cumsum(change)[:-1]
     alive[:-1] += np.array(besides, dtype=np.int64)
     return alive

@@ -1,7 +1,7 @@
-"""The memory that a finished plan takes on a rank, and what takes it.
+"""The memory that a finished plan takes on a rank, and the tensors that take it.
 
-It is counted by walking the emitted program, and shares nothing with the tables that the planner
-chose by. Of a rank's parts the largest are counted.
+It is counted by executing the emitted program abstractly, and shares nothing with the tables that
+the planner chose by. Of a rank's parts the largest are counted.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ __all__ = ["CATEGORIES", "Account", "Item", "memory_of"]
 _OF_PARAMETERS = ("parameters", "gradients", "optimizer_state")
 _ITEMIZED = (*_OF_PARAMETERS, "activations", "buffers", "inputs")
 CATEGORIES = (*_ITEMIZED, "temporary")
-# Of a number of the optimizer of mixed precision.
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What takes memory: `count` tensors of one kind, alike in every block.
+    """Tensors that take memory: `count` of one kind, alike in every block.
 
-    category: a field of Account. name: of a parameter or of the value or op that is kept, with *
-    for the number of the block. where: the module that computes it. nbytes: of all of them.
+    category: one of CATEGORIES, a field of Account. name: of a parameter, or of the value or op
+    that is saved, with * for the number of the block. where: the module that computes it. nbytes:
+    of all of them.
     """
 
     category: str
@@ -46,15 +46,17 @@ class Item:
 class Account:
     """Bytes on one rank, at the worst moment of a step.
 
-    parameters, gradients, optimizer_state: between steps, and until the update. Where the
-    optimizer works on other parts than are stored, its part is a copy: the master copy, where it
-    keeps one, else one more parameter. activations: what
-    autograd keeps of the forward pass when the backward pass begins, each storage once; not
-    parameters, buffers and inputs. buffers: of the model, and its constants. inputs: as the caller
-    gives them. temporary: what there is at the worst moment beyond all these: tensors on their way,
-    their gradients, tensors made again, and what collectives need. items: what takes it, the
-    largest first. assumed: ops that could not be run without data, and are taken to keep all that
-    they read and make.
+    parameters, gradients, optimizer_state: between steps, and until the update. Where the optimizer
+    works on other parts than are stored, its part is a copy: the master copy, where it keeps one,
+    else one more parameter. activations: those of the forward pass that autograd has saved when the
+    backward pass begins, each storage once; not parameters, buffers and inputs. buffers: of the
+    model, and its constants. inputs: as the caller gives them. temporary: bytes at the worst moment
+    beyond all these: tensors on their way, their gradients, recomputed tensors, and collectives'
+    buffers. items: the tensors that take it, the largest first. assumed: ops that could not be run
+    without data, and are taken to save all that they read and make.
+
+    >>> Account(4, 4, 8, 0, 0, 1, 2, ()).total
+    19
     """
 
     parameters: int
@@ -69,12 +71,12 @@ class Account:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all categories."""
         return sum(size for _, size in self.rows)
 
     @property
     def rows(self) -> tuple[tuple[str, int], ...]:
-        """(category, bytes)."""
+        """The bytes by category, as (category, bytes)."""
         return tuple((name, getattr(self, name)) for name in CATEGORIES)
 
 
@@ -83,12 +85,17 @@ def memory_of(
     recomputed: Sequence[Iterable[str]] | None = None,
     graph: Graph | None = None,
 ) -> Account:
-    """The memory that `plan` takes on the rank that holds the most.
+    """Return the memory that `plan` takes on the rank that holds the most.
 
     recomputed: regions, as names of calls, that run once more in the backward pass, and of which
-    only what goes in is kept; by default the plan's. graph: with the sizes to count for; by default
+    only the inputs are saved; by default the plan's. graph: with the sizes to count for; by default
     those of the example inputs, however much larger a batch was planned for.
     Raises PlanError for a plan without its graph.
+
+    >>> import torch, autoparallel
+    >>> layer, inputs = torch.nn.Linear(512, 512, bias=False), torch.zeros(8, 512)
+    >>> memory_of(autoparallel.make_plan(layer, 2, example_inputs=inputs)).parameters
+    524288
     """
     if not plan.is_traced:
         raise PlanError(
@@ -110,18 +117,20 @@ def memory_of(
     temporary = 0
     known: dict[int, tuple[AbstractExecution, Liveness]] = {}
     for prefix, part in programs:
+        # Equal parts share one plan, which is executed once.
         if id(part) not in known:
             sized = graph if part is plan else None
             regions = part.recomputed if recomputed is None else recomputed
-            walk = AbstractExecution(sized or _graph(part), part, regions)
-            known[id(part)] = (walk, Liveness(walk))
-        walk, peak = known[id(part)]
-        temporary = max(temporary, peak.temporary)
-        assumed += [f"{prefix}{name}" for name in walk.assumed]
-        kept = frozenset(peak.kept)
-        for number, storage in enumerate(walk.storages):
+            execution = AbstractExecution(sized or _graph(part), part, regions)
+            known[id(part)] = (execution, Liveness(execution))
+        execution, liveness = known[id(part)]
+        # Parts run one after the other, so the worst one counts; saved activations add up.
+        temporary = max(temporary, liveness.temporary)
+        assumed += [f"{prefix}{name}" for name in execution.assumed]
+        saved = frozenset(liveness.kept)
+        for number, storage in enumerate(execution.storages):
             category = {"buffer": "buffers", "input": "inputs"}.get(storage.kind, "activations")
-            if number in kept if category == "activations" else storage.kind != "parameter":
+            if number in saved if category == "activations" else storage.kind != "parameter":
                 where = ".".join(text for text in (prefix.rstrip("."), storage.where) if text)
                 items.append(Item(category, storage.name, where, 1, storage.nbytes))
     rows = _grouped(items)
@@ -134,19 +143,22 @@ def memory_of(
 
 
 def _programs(plan: Plan) -> list[tuple[str, Plan]]:
-    """What is run, with the path of each in the model."""
+    """Return the plans of what is run, with the path of each in the model as a prefix."""
     if plan.captured is not None:
         return [("", plan)]
     return [(f"{path}.", part.plan) for part in plan.parts for path in part.paths]
 
 
 def _graph(plan: Plan) -> Graph:
+    """Return the graph of a traced plan."""
     assert plan.captured is not None
     return plan.captured.graph
 
 
 def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable[Item]:
-    """What is there of one parameter, whatever runs."""
+    """Yield the items of one parameter, which are there whatever runs. trained: it has a
+    gradient.
+    """
     sizes = tuple(size for _, size in plan.mesh.axes)
     itemsize = parameter.nbytes // max(prod(parameter.shape), 1)
     optimizer = plan.options.optimizer
@@ -163,19 +175,21 @@ def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable
 
 
 def _grouped(items: Iterable[Item]) -> tuple[Item, ...]:
-    """Items of equal blocks together, the largest first."""
-    found: dict[tuple[str, str, str], list[int]] = {}
+    """Return items of equal blocks as one, the largest first."""
+    sizes_of_rows: dict[tuple[str, str, str], list[int]] = {}
     for item in items:
+        # A whole number between dots is a block's place in a list.
         where = re.sub(r"(?<![^.])\d+(?![^.])", "*", item.where)
         name = item.name
         if item.category in _OF_PARAMETERS:
             name = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
         elif where != item.where:
+            # Names of values count calls of one op: relu_3 of one block is relu_4 of the next.
             name = re.sub(r"(_\d+)+(?=_|$)", "", name)
-        found.setdefault((item.category, name, where), []).append(item.nbytes)
+        sizes_of_rows.setdefault((item.category, name, where), []).append(item.nbytes)
     rows = [
         Item(category, name, where, len(sizes), sum(sizes))
-        for (category, name, where), sizes in found.items()
+        for (category, name, where), sizes in sizes_of_rows.items()
         if sum(sizes)
     ]
     return tuple(sorted(rows, key=lambda row: -row.nbytes))

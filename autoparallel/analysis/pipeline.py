@@ -1,13 +1,14 @@
-"""An estimate of pipeline stages of equal blocks: bubbles, sends, and what a stage must hold."""
+"""An estimate of pipeline stages of equal blocks: bubbles, sends, and the memory of a stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoparallel.analysis.timeline import COMPUTE, Timeline, TrainingStep
+from autoparallel.analysis.training_step import COMPUTE, Timeline, TrainingStep
 from autoparallel.cost.collective_times import collective_seconds
 from autoparallel.cost.hardware import Link
+from autoparallel.errors import PlanError
 from autoparallel.placement import Collective
 
 __all__ = [
@@ -26,9 +27,10 @@ SCHEDULES = ("gpipe", "1f1b")
 class PipelineEstimate(TrainingStep):
     """A predicted step of a pipeline: all micro-batches, and the update.
 
-    bubble: share of the passes' time in which a stage waits. send_seconds: of one micro-batch from
-    one stage to the next. in_flight: micro-batches whose activations the first stage holds at most;
-    the later ones hold no more. activation_nbytes: of these.
+    stages, micro_batches, schedule: as asked for. bubble: share of the passes' time in which a
+    stage waits, between 0 and 1. send_seconds: of one micro-batch from one stage to the next.
+    in_flight: micro-batches whose activations the first stage holds at most; later stages hold no
+    more. activation_nbytes: bytes of these on a rank.
     """
 
     stages: int
@@ -50,14 +52,23 @@ def pipeline(
     link: Link | None = None,
     activation_nbytes: float = 0.0,
 ) -> PipelineEstimate:
-    """The model of a timeline, cut into equal stages that each have as many ranks as it has.
+    """Return an estimate of the timeline's model cut into equal stages, each with as many ranks as
+    the model has.
 
-    timeline: of one micro-batch. send_nbytes: what a rank sends to the next stage per micro-batch,
-    forward, and receives back as a gradient. link: between stages. activation_nbytes: what a rank
-    keeps of one micro-batch for the backward pass of the whole model.
-    The passes take as long as the schedule makes them (`schedule_seconds`); what comes after the
-    backward pass (reducing gradients, updating) is done once, each stage its own part.
-    Raises ValueError for another schedule, and for fewer than one stage or micro-batch.
+    timeline: of one micro-batch. micro_batches: how many make a step. schedule: "1f1b" or "gpipe".
+    send_nbytes: bytes that a rank sends to the next stage per micro-batch, forward, and receives
+    back as a gradient. link: between stages; None for sends that take no time. activation_nbytes:
+    bytes that a rank saves of one micro-batch for the backward pass of the whole model. The passes
+    take as long as the schedule makes them (`schedule_seconds`); the work after the backward pass
+    (reducing gradients, updating) is done once, each stage its own part.
+    Raises PlanError for another schedule, and for fewer than one stage or micro-batch.
+
+    >>> import torch, autoparallel
+    >>> layer, inputs = torch.nn.Linear(512, 512, bias=False), torch.zeros(8, 512)
+    >>> plan = autoparallel.make_plan(layer, 2, example_inputs=inputs)
+    >>> estimate = pipeline(autoparallel.timeline(plan), stages=4, micro_batches=12)
+    >>> f"{estimate.bubble:.2f}", estimate.in_flight
+    ('0.20', 4)
     """
     _check(stages, micro_batches, schedule)
     send = send_seconds(send_nbytes, link) if link is not None and stages > 1 else 0.0
@@ -67,7 +78,7 @@ def pipeline(
         stages, micro_batches, schedule, forward, backward - again, recompute=again, send=send
     )
     rest = timeline.seconds - timeline.forward_seconds - timeline.backward_seconds
-    held = in_flight(stages, micro_batches, schedule)
+    held_batches = in_flight(stages, micro_batches, schedule)
     work = micro_batches * (forward + backward)
     return PipelineEstimate(
         stages=stages,
@@ -76,8 +87,8 @@ def pipeline(
         seconds=passes + rest / stages,
         bubble=1 - work / passes if passes else 0.0,
         send_seconds=send,
-        in_flight=held,
-        activation_nbytes=held * activation_nbytes / stages,
+        in_flight=held_batches,
+        activation_nbytes=held_batches * activation_nbytes / stages,
         tokens=timeline.tokens * micro_batches,
         flops=timeline.flops * micro_batches,
         peak=timeline.peak * stages,
@@ -85,12 +96,24 @@ def pipeline(
 
 
 def send_seconds(nbytes: float, link: Link) -> float:
-    """Predicted time of one send: half of what two ranks gather from each other."""
+    """Return the predicted seconds of sending `nbytes` over a link.
+
+    Model: half of an all-gather of two ranks, in which each sends its half to the other at once.
+
+    Example: `send_seconds(2 * batch * sequence * hidden, hardware.links((stages,))[0])`
+    """
+    # In an all-gather of 2 * nbytes in all, either rank sends nbytes.
     return collective_seconds(Collective.ALL_GATHER, 2 * nbytes, link, 2)
 
 
 def in_flight(stages: int, micro_batches: int, schedule: str) -> int:
-    """Micro-batches that the first stage has run forward and not yet backward, at most."""
+    """Return how many micro-batches the first stage has run forward and not yet backward, at most.
+
+    Raises PlanError as `pipeline` does.
+
+    >>> in_flight(4, 12, "1f1b"), in_flight(4, 12, "gpipe")
+    (4, 12)
+    """
     _check(stages, micro_batches, schedule)
     waiting = most = 0
     for kind, _ in _order(0, stages, micro_batches, schedule):
@@ -109,42 +132,51 @@ def schedule_seconds(
     recompute: float = 0.0,
     send: float = 0.0,
 ) -> float:
-    """Seconds from the first forward to the last backward pass of equal stages.
+    """Return the seconds from the first forward to the last backward pass of equal stages.
 
-    forward, backward, recompute: of one micro-batch on one stage; what is run again needs no
-    gradient and can fill a bubble. A stage computes while it sends.
-    "gpipe": all forward, then all backward (arXiv:1811.06965). "1f1b": a stage runs backward as
-    soon as it can (arXiv:2104.04473, section 2.2). With neither sends nor recomputation both take
-    (micro_batches + stages - 1) (forward + backward).
+    forward, backward, recompute: seconds of one micro-batch on one stage; what is recomputed needs
+    no gradient and can fill a bubble. send: seconds between stages; a stage computes while it
+    sends.
+    Model: "gpipe" runs all forward passes, then all backward (arXiv:1811.06965); "1f1b" runs
+    backward as soon as it can (arXiv:2104.04473, section 2.2). With neither sends nor recomputation
+    both take (micro_batches + stages - 1) (forward + backward).
+    Raises PlanError as `pipeline` does.
+
+    >>> schedule_seconds(4, 12, "1f1b", forward=1.0, backward=2.0)
+    45.0
     """
     _check(stages, micro_batches, schedule)
     orders = [_order(stage, stages, micro_batches, schedule) for stage in range(stages)]
     free = [0.0] * stages
     done: dict[tuple[int, str, int], float] = {}
-    at = [0] * stages
-    while any(place < len(order) for place, order in zip(at, orders, strict=True)):
-        moved = False
+    next_pass = [0] * stages
+    # Every stage works off its list in order. A pass starts when its stage is free and its
+    # neighbour's pass has arrived; the loop goes round until no stage has anything left.
+    while any(place < len(order) for place, order in zip(next_pass, orders, strict=True)):
+        progressed = False
         for stage, order in enumerate(orders):
-            while at[stage] < len(order):
-                kind, batch = order[at[stage]]
-                above = stage + 1 if kind == "backward" else stage - 1
-                needs = (above, kind, batch)
-                if 0 <= above < stages and needs not in done:
+            while next_pass[stage] < len(order):
+                kind, batch = order[next_pass[stage]]
+                neighbour = stage + 1 if kind == "backward" else stage - 1
+                needs = (neighbour, kind, batch)
+                if 0 <= neighbour < stages and needs not in done:
                     break
-                ready = done[needs] + send if 0 <= above < stages else 0.0
+                ready = done[needs] + send if 0 <= neighbour < stages else 0.0
+                # Recomputing needs no gradient, so it is done while the stage waits for one.
                 if kind == "backward":
                     free[stage] = max(free[stage] + recompute, ready) + backward
                 else:
                     free[stage] = max(free[stage], ready) + forward
                 done[stage, kind, batch] = free[stage]
-                at[stage] += 1
-                moved = True
-        assert moved, "a schedule that waits for itself"
+                next_pass[stage] += 1
+                progressed = True
+        assert progressed, "a schedule that waits for itself"
     return max(free)
 
 
 def _order(stage: int, stages: int, micro_batches: int, schedule: str) -> Sequence[tuple[str, int]]:
-    """What a stage does, in order: ("forward" or "backward", number of the micro-batch)."""
+    """Return a stage's passes in order: ("forward" or "backward", number of the micro-batch)."""
+    # 1F1B: a stage runs as many forward passes ahead as there are stages from it to the last.
     ahead = micro_batches if schedule == "gpipe" else min(stages - stage, micro_batches)
     order = [("forward", batch) for batch in range(ahead)]
     for batch in range(micro_batches):
@@ -155,9 +187,15 @@ def _order(stage: int, stages: int, micro_batches: int, schedule: str) -> Sequen
 
 
 def _check(stages: int, micro_batches: int, schedule: str) -> None:
+    """Raise PlanError for a schedule or counts that make no pipeline."""
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}")
+        raise PlanError(
+            f"there is no schedule {schedule!r} for pipelines",
+            fix=f"pass schedule={' or '.join(map(repr, SCHEDULES))}",
+        )
     if not all(type(count) is int and count > 0 for count in (stages, micro_batches)):
-        raise ValueError(
-            f"{stages} stages and {micro_batches} micro-batches: whole numbers, at least 1"
+        raise PlanError(
+            f"{stages} stages and {micro_batches} micro-batches make no pipeline",
+            why="both are counted: whole numbers, at least 1",
+            fix="pass stages=4, micro_batches=16, for example",
         )

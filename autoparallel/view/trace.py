@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from autoparallel.analysis.timeline import COMMUNICATION, COMPUTE, Timeline
+from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Timeline
 
 __all__ = ["trace_json", "write_trace"]
 

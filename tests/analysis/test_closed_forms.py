@@ -173,6 +173,12 @@ def test_no_forms_without_the_graph(megatron: Plan) -> None:
         closed_forms(Plan.from_json(megatron.to_json()))
 
 
+def test_a_name_that_no_size_has_is_refused(megatron: Plan) -> None:
+    forms = closed_forms(megatron)
+    with pytest.raises(PlanError, match="no size of the closed forms is called 'batch'"):
+        forms.at(forms.total.flops, batch=24)
+
+
 def test_expressions_read_as_in_papers() -> None:
     s, b, h, a, t = sympy.symbols("s b h a t", positive=True)
     order = ("s", "b", "h", "a", "t")

@@ -11,8 +11,10 @@ import torch
 
 import autoparallel
 from autoparallel.analysis.pipeline import SCHEDULES, in_flight, pipeline, schedule_seconds
-from autoparallel.analysis.timeline import COMMUNICATION, COMPUTE, Timeline, timeline
+from autoparallel.analysis.timeline import timeline
+from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Timeline
 from autoparallel.cost.hardware import Hardware, Link, Matmul
+from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Step, parse_layout
@@ -345,11 +347,11 @@ def test_speed_up_as_published() -> None:
 
 def test_pipelines_refuse_what_there_is_not(whole: Plan) -> None:
     """Schedules, and numbers of stages."""
-    with pytest.raises(ValueError, match="interleaved"):
+    with pytest.raises(PlanError, match="interleaved"):
         in_flight(2, 2, "interleaved")
-    with pytest.raises(ValueError, match="0 stages"):
+    with pytest.raises(PlanError, match="0 stages"):
         in_flight(0, 2, "gpipe")
-    with pytest.raises(ValueError, match="0 stages"):
+    with pytest.raises(PlanError, match="0 stages"):
         pipeline(timeline(whole), 0, 2)
-    with pytest.raises(ValueError, match=r"2\.5 stages"):
+    with pytest.raises(PlanError, match=r"2\.5 stages"):
         pipeline(timeline(whole), 2.5, 2)  # type: ignore[arg-type]
