@@ -1,4 +1,4 @@
-"""How long it takes to plan, phase by phase, and how much memory: no weights and no GPU needed.
+"""Measures the time and memory of planning, phase by phase: no weights and no GPU are needed.
 
     python benchmarks/plan_time.py [--rows gpt2:8,gpt3:8x8] [--json out/plan_time.json]
 
@@ -37,23 +37,26 @@ LLAMA_SEQUENCE = 2048
 
 
 def construct(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
-    """The model and its planning inputs, on the meta device."""
+    """Return the model and its planning inputs, on the meta device.
+
+    name: one of MODELS, or "tiny". batch: sequences in the inputs.
+    """
     import torch
 
     from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
-    own: dict[str, Callable[[], Any]] = {
+    bundled: dict[str, Callable[[], Any]] = {
         "tiny": lambda: GPT(GPTConfig(layers=1, hidden=16, heads=2, vocabulary=31, positions=8)),
         "gpt2": lambda: GPT(GPTConfig.gpt2()),
         "gpt2-xl": lambda: GPT(GPTConfig.gpt2_xl()),
         "gpt3": lambda: GPT(GPTConfig.gpt3()),
-        # Narayanan et al. 2021, table 1, the largest.
+        # The largest of Narayanan et al. 2021 (arXiv:2104.04473), table 1.
         "gpt-1t": lambda: GPT(GPTConfig(layers=128, hidden=25600, heads=160, positions=2048)),
         "bert-large": lambda: Bert(BertConfig.large()),
     }
     with torch.device("meta"):
-        if name in own:
-            model = own[name]()
+        if name in bundled:
+            model = bundled[name]()
             return model, model.example_inputs(batch=batch)
         import transformers
 
@@ -81,7 +84,9 @@ def construct(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
 
 
 class Clock:
-    """Seconds per phase by `now`; of a phase inside of another, only the inner one counts."""
+    """The seconds of each phase, by `now`; of a phase inside of another, only the inner one
+    counts.
+    """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
@@ -91,6 +96,7 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside of this context for phase `name`."""
         self._next()
         self.running.append(name)
         try:
@@ -100,16 +106,18 @@ class Clock:
             self.running.pop()
 
     def _next(self) -> None:
+        """Add the time since the last change to the phase that was running."""
         now = self.now()
         if self.running:
             self.seconds[self.running[-1]] += now - self.since
         self.since = now
 
     def watch(self, owner: Any, attribute: str, phase: str) -> None:
-        """Calls of `owner.attribute` belong to `phase` from now on."""
+        """Count calls of `owner.attribute` for `phase` from now on."""
         function = getattr(owner, attribute)
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            """Call the function, inside its phase."""
             with self.phase(phase):
                 return function(*args, **kwargs)
 
@@ -119,7 +127,12 @@ class Clock:
 def measure(
     row: str, hardware: str, data_parallel: bool | None, cold: bool, cpu: bool
 ) -> dict[str, Any]:
-    """Seconds per phase and peak memory of one row, in this process."""
+    """Return the seconds per phase and the peak memory of one row, measured in this process.
+
+    row: as "gpt3:8x8". hardware: preset or file. data_parallel: whether products may be split along
+    the batch; None for meshes of several axes only. cold: torch's start-up counts too. cpu:
+    processor time, where others use the machine.
+    """
     clock = Clock(time.process_time if cpu else time.perf_counter)
     with clock.phase("import"):
         from autoparallel.capture import graph_breaks as breaks
@@ -137,7 +150,7 @@ def measure(
     if not cold:
         tiny, inputs = construct("tiny", 2)
         breaks.trace(tiny, (), inputs)
-    # Phases by the names that are called.
+    # A phase is the time in a function, by the name under which its caller finds it.
     clock.watch(breaks, "capture", "capture")
     clock.watch(breaks, "run_passes", "passes")
     clock.watch(builder, "match_rules", "rules")
@@ -155,6 +168,8 @@ def measure(
     captured = breaks.trace(model, (), inputs)
     with clock.phase("read"):
         plan = plan_model.fastest_plan(model, captured, (mesh,), options)
+    # ru_maxrss is in bytes on macOS and in kilobytes elsewhere. It is read before the program is
+    # emitted, which is not part of planning.
     planned = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ranks = thread_ranks(mesh)[0]
     with clock.phase("emit"):
@@ -174,13 +189,14 @@ def measure(
 
 
 def in_own_process(row: str, options: list[str]) -> dict[str, Any]:
-    """Run `measure` in a fresh interpreter."""
+    """Run `measure` in a fresh interpreter, and return its figures."""
     command = [sys.executable, __file__, "--one", row, *options]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
+    """Measure the rows that were asked for, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, as gpt3:8x8")
     parser.add_argument("--hardware", default="dgx-a100", help="preset or file")
@@ -197,10 +213,10 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        made = measure(
+        figure = measure(
             options.one, options.hardware, options.data_parallel, options.cold, options.cpu
         )
-        print(json.dumps(made))
+        print(json.dumps(figure))
         return
     rows = options.rows.split(",")
     for row in rows:
@@ -218,25 +234,25 @@ def main() -> None:
     print(head + "".join(f"{name:>10}" for name in names) + "   bound")
     figures = []
     for row in rows:
-        made = in_own_process(row, passed)
-        figures.append(made)
-        seconds = "".join(f"{made['seconds'][name]:10.2f}" for name in names)
-        gap = 1 - made["lower_bound"] / made["cost"] if made["cost"] else 0.0
+        figure = in_own_process(row, passed)
+        figures.append(figure)
+        seconds = "".join(f"{figure['seconds'][name]:10.2f}" for name in names)
+        gap = 1 - figure["lower_bound"] / figure["cost"] if figure["cost"] else 0.0
         print(
-            f"{row:18}{made['parameters'] / 1e9:8.2f}B{made['nodes']:7}"
-            f"{made['peak_bytes'] / 2**30:6.2f}{made['total']:8.2f}  {seconds}   "
-            f"{made['method']}, gap {gap:.2%}",
+            f"{row:18}{figure['parameters'] / 1e9:8.2f}B{figure['nodes']:7}"
+            f"{figure['peak_bytes'] / 2**30:6.2f}{figure['total']:8.2f}  {seconds}   "
+            f"{figure['method']}, gap {gap:.2%}",
             flush=True,
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        told = {
+        record = {
             "hardware": options.hardware,
             "cold": options.cold,
             "cpu": options.cpu,
             "rows": figures,
         }
-        options.json.write_text(json.dumps(told, indent=2) + "\n")
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Predicted against measured: steps of training on this machine, by 1 and 2 processes.
+"""Compares predicted with measured steps of training on this machine, by 1 and 2 processes.
 
     python benchmarks/predicted.py [--models gpt,bert] [--processes 1,2] [--json out/predicted.json]
 
@@ -24,8 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+# The error of predictions that the project aims to stay under.
 GOAL = 0.2
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+# One thread, and an allocator that keeps what is freed; see above.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -35,7 +37,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of one model's step. Of the phases (predicted, measured). load: of the machine."""
+    """The seconds of one model's step.
+
+    predicted, measured: of the whole step. forward, backward, update: of the phases, as (predicted,
+    measured). load: of the machine, as the system averages it over a minute.
+    """
 
     model: str
     processes: int
@@ -48,12 +54,12 @@ class Result:
 
     @property
     def error(self) -> float:
-        """Relative to what was measured."""
+        """The error of the prediction, relative to the measured time."""
         return self.predicted / self.measured - 1
 
 
 def build(name: str, tiny: bool) -> tuple[Any, dict[str, Any]]:
-    """The model and its inputs."""
+    """Return the model and its inputs. tiny: only to see that the benchmark runs."""
     from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
     if tiny:
@@ -67,13 +73,15 @@ def build(name: str, tiny: bool) -> tuple[Any, dict[str, Any]]:
 
 
 def predict(plan: Any) -> tuple[float, float, float]:
-    """Seconds forward, backward and of the update, one after the other as the module runs them."""
+    """Return the predicted seconds of forward, backward and update, one after the other as the
+    module runs them.
+    """
     from autoparallel.analysis.timeline import timeline
 
-    found = timeline(plan, bucket_nbytes=None)
-    forward = sum(event.seconds for event in found.events if event.phase == "forward")
+    predicted = timeline(plan, bucket_nbytes=None)
+    forward = sum(event.seconds for event in predicted.events if event.phase == "forward")
     backward = sum(
-        event.seconds for event in found.events if event.phase in ("backward", "recompute")
+        event.seconds for event in predicted.events if event.phase in ("backward", "recompute")
     )
     return forward, backward, plan.seconds - forward - backward
 
@@ -81,11 +89,11 @@ def predict(plan: Any) -> tuple[float, float, float]:
 def measure(
     module: Any, inputs: dict[str, Any], steps: int, clock: Callable[[], float]
 ) -> list[tuple[float, float, float]]:
-    """Seconds forward, backward and of the update, step by step."""
+    """Return the seconds of forward, backward and update, step by step."""
     import torch
 
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    found = []
+    seconds = []
     for step in range(steps + 2):
         start = clock()
         loss = module(**inputs).loss
@@ -95,13 +103,14 @@ def measure(
         optimizer.step()
         optimizer.zero_grad()
         end = clock()
+        # The first two steps pay for lazy start-up: the optimizer's state, kernels, connections.
         if step > 1:
-            found.append((forward - start, backward - forward, end - backward))
-    return found
+            seconds.append((forward - start, backward - forward, end - backward))
+    return seconds
 
 
 def work(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One process of those that calibrate and train. Rank 0's results."""
+    """Calibrate and train as one of the processes, and return the results on rank 0."""
     import torch
     import torch.distributed as dist
 
@@ -120,9 +129,9 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         effort = Effort.quick(False) if options.tiny else Effort.full(False)
         clock = CLOCKS[options.clock]
-        found = calibrate(effort, clock=clock)
+        calibration = calibrate(effort, clock=clock)
         if rank == 0:
-            write_hardware(found.hardware, options.work)
+            write_hardware(calibration.hardware, options.work)
         if ranks > 1:
             dist.barrier()
         for name in options.models.split(","):
@@ -130,7 +139,7 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
             model, inputs = build(name, options.tiny)
             args, kwargs = split_example(inputs)
             captured = trace(model, args, kwargs)
-            # tokens=1: priced for these inputs, however few they are.
+            # tokens=1 prices the plan for these inputs, however few tokens they have.
             settings = Options(hardware=str(options.work), tokens=1)
             plan = search(captured, type(model).__name__, Mesh(tp=ranks), settings)
             module = apply_plan(model, plan, check_inputs=0)
@@ -144,12 +153,15 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def launch(options: argparse.Namespace, processes: int) -> list[Result]:
-    """Calibrate and train in processes of their own."""
+    """Calibrate and train in processes of their own, and return their results."""
     with tempfile.TemporaryDirectory() as folder:
         return _launch(options, processes, Path(folder) / "this-machine.json")
 
 
 def _launch(options: argparse.Namespace, processes: int, hardware: Path) -> list[Result]:
+    """Start the processes, with a file for the hardware that they measure, and read their
+    results.
+    """
     command = [sys.executable, __file__, "--work", str(hardware)]
     if processes > 1:
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -170,6 +182,7 @@ def _launch(options: argparse.Namespace, processes: int, hardware: Path) -> list
 
 
 def main() -> None:
+    """Compare every number of processes and model that was asked for, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="gpt,bert", help="comma-separated")
     parser.add_argument("--processes", default="1,2", help="comma-separated")

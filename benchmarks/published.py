@@ -1,4 +1,4 @@
-"""What the cost model predicts beside what was printed: step times, efficiencies, bytes.
+"""Compares the cost model with published figures: step times, efficiencies, bytes.
 
     python benchmarks/published.py [--only iteration_times,weak_scaling] [--json out/published.json]
 
@@ -7,14 +7,14 @@ and priced, as any user's model is; no weights and no GPU needed. The printed fi
 sources are in published.json. Of the cost model's constants, the efficiency of V100 and A100 and
 the `fill` of products are fitted to `iteration_times`; what is kept aside was fitted to nothing.
 
-What the software of the time did, and this file says:
-- Its kernels. In 2020 scale, mask and softmax were one kernel, so were bias and GELU, and bias,
-  dropout and residual (Megatron-LM 1.0): what is between them is neither written nor read. In 2019
+This file also says how the software of the time differed from plain modules:
+- Kernels: in 2020 scale, mask and softmax were one kernel, so were bias and GELU, and bias,
+  dropout and residual (Megatron-LM 1.0); what is between them is neither written nor read. In 2019
   every operation was a kernel, and PyTorch's took 2-byte elements one by one: they reached about
   half of the memory's rate (`KERNELS_2019`, the one figure fitted to the 39 TFLOP/s of one V100).
-- Its loss: in float32, over a split vocabulary.
-- Its optimizer: mixed-precision Adam; the gradients are cast, and read for their norm.
-- Replicas add their gradients while the backward pass runs: 8.3 billion parameters lost 0.1 s to
+- The loss was in float32, over a split vocabulary.
+- The optimizer was mixed-precision Adam; the gradients are cast, and read for their norm.
+- Replicas added their gradients while the backward pass ran: 8.3 billion parameters lost 0.1 s to
   it, where the gradients take 0.33 s through the node's adapters.
 """
 
@@ -35,12 +35,16 @@ from megatron_rules.papers import Transformer, planned, step
 
 ROWS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
 
-KERNELS_2019 = 0.54  # share of the memory's rate
+# The share of the memory's rate that kernels of 2019 reached; fitted, see above.
+KERNELS_2019 = 0.54
 
 
 @dataclass(frozen=True)
 class Line:
-    """One printed figure and ours. unit: "%" where both are shares."""
+    """One printed figure beside ours.
+
+    table: one of TABLES. what: names the row. ours, printed: in `unit`; "%" where both are shares.
+    """
 
     table: str
     what: str
@@ -50,7 +54,7 @@ class Line:
 
     @property
     def error(self) -> float:
-        """Relative; of shares, the difference."""
+        """The relative error; of shares, the difference."""
         return self.ours - self.printed if self.unit == "%" else self.ours / self.printed - 1
 
     def __str__(self) -> str:
@@ -61,48 +65,50 @@ class Line:
 
 
 def all_reduces() -> Iterator[Line]:
-    """Bus bandwidth of all-reduces by size."""
+    """Yield the bus bandwidth of all-reduces by size, in GB/s."""
     for name, table in ROWS["all_reduces"].items():
         (link,) = find_hardware(table["hardware"]).links((table["devices"],))
         n = table["devices"]
         for size, rate in zip(table["bytes"], table["bus_bytes_per_second"], strict=True):
             seconds = collective_seconds(Collective.ALL_REDUCE, size, link, n)
+            # NCCL's tests call this the bus bandwidth: what a ring sends per rank and second.
             ours = 2 * (n - 1) / n * size / seconds
             label = f"{name}, {n} devices, {size / 2**20:g} MiB"
             yield Line("all_reduces", label, ours / 1e9, rate / 1e9, "GB/s")
 
 
 def iteration_times() -> Iterator[Line]:
-    """Milliseconds of a step, tensor parallel inside a node."""
+    """Yield the milliseconds of a step, tensor parallel inside a node."""
     table = ROWS["iteration_times"]
     for name, (preset, batch) in table["hardware"].items():
         hardware = find_hardware(preset)
         for row in table["rows"]:
-            own = step(Transformer.of(row, table), row["tensor"], batch, hardware)
-            ours = own.seconds(hardware, row["tensor"]) * 1e3
+            cost = step(Transformer.of(row, table), row["tensor"], batch, hardware)
+            ours = cost.seconds(hardware, row["tensor"]) * 1e3
             label = f"{name}, {row['parameters'] / 1e9:g} B on {row['tensor']}"
             yield Line("iteration_times", label, ours, row["milliseconds"][name], "ms")
 
 
 def weak_scaling() -> Iterator[Line]:
-    """Efficiency: FLOP/s per device, relative to those of one device."""
+    """Yield the efficiencies: FLOP/s per device, relative to those of one device."""
     table = ROWS["weak_scaling"]
     hardware = replace(find_hardware(table["hardware"]), memory_efficiency=KERNELS_2019)
     alone, lines = 0.0, []
     for row in table["rows"]:
         model, tensor, replicas = Transformer.of(row, table), row["tensor"], row["replicas"]
         flops = model.flops(table["batch"], again=True) / tensor
-        own = step(model, tensor, table["batch"], hardware, fused=False)
-        rate = flops / own.seconds(hardware, tensor)
+        cost = step(model, tensor, table["batch"], hardware, fused=False)
+        rate = flops / cost.seconds(hardware, tensor)
         if not alone:
             alone, printed = rate, table["flops_per_second_one_device"]
             yield Line("weak_scaling", "one V100", rate / 1e12, printed / 1e12, "TFLOP/s")
         label = f"{row['parameters'] / 1e9:g} B on {tensor}"
         yield Line("weak_scaling", label, rate / alone, row["efficiency"], "%")
         (link, _) = hardware.links((replicas, tensor))
-        reduction = together_seconds(Collective.ALL_REDUCE, own.gradient_bytes, link, replicas)
-        exposed = max(reduction - own.work / 2, 0.0)
-        seconds = own.seconds(hardware, replicas * tensor) + exposed
+        reduction = together_seconds(Collective.ALL_REDUCE, cost.gradient_bytes, link, replicas)
+        # The reduction runs beside the backward pass, which is taken as half of the computing.
+        exposed = max(reduction - cost.work / 2, 0.0)
+        seconds = cost.seconds(hardware, replicas * tensor) + exposed
         printed = row["efficiency_of_replicas"]
         label += f", {replicas} replicas"
         lines.append(Line("weak_scaling", label, flops / seconds / alone, printed, "%"))
@@ -112,14 +118,15 @@ def weak_scaling() -> Iterator[Line]:
 def pipelined_seconds(
     row: Mapping[str, Any], table: Mapping[str, Any], recompute: str, sequence_parallel: bool
 ) -> float:
-    """Seconds of a step with stages of equal layers: 1F1B, interleaved in chunks.
+    """Return the seconds of a step with stages of equal layers: 1F1B, interleaved in chunks.
 
-    The bubble is (stages - 1) / chunks micro-batches (arXiv:2104.04473, section 2.2).
+    row, table: of published.json. recompute: "none", "selective" or "full". The bubble is (stages -
+    1) / chunks micro-batches (arXiv:2104.04473, section 2.2).
     """
     hardware = find_hardware(table["hardware"])
     model, stages = Transformer.of(row, table), row["stages"]
     replicas = row["devices"] // row["tensor"] // stages
-    own = step(
+    cost = step(
         model,
         row["tensor"],
         row["micro_batch"],
@@ -127,13 +134,18 @@ def pipelined_seconds(
         recompute=recompute,
         sequence_parallel=sequence_parallel,
     )
-    count = row["batch"] // replicas // row["micro_batch"]
-    each = own.work * hardware.slowest(row["devices"]) + own.communication
-    return each / stages * (count + (stages - 1) / row["chunks"]) + own.update / stages
+    micro_batches = row["batch"] // replicas // row["micro_batch"]
+    micro_batch_seconds = cost.work * hardware.slowest(row["devices"]) + cost.communication
+    return (
+        micro_batch_seconds / stages * (micro_batches + (stages - 1) / row["chunks"])
+        + cost.update / stages
+    )
 
 
 def pipelined() -> Iterator[Line]:
-    """FLOP/s per device of models of up to a trillion parameters. Kept aside."""
+    """Yield the FLOP/s per device of models of up to a trillion parameters; kept aside, fitted to
+    nothing.
+    """
     table = ROWS["pipelined"]
     for row in table["rows"]:
         flops = Transformer.of(row, table).flops(row["batch"], again=True) / row["devices"]
@@ -143,7 +155,9 @@ def pipelined() -> Iterator[Line]:
 
 
 def selective() -> Iterator[Line]:
-    """Seconds of a step with full recomputation, and with less and a split sequence. Kept aside."""
+    """Yield the seconds of a step with full recomputation, and with selective and a split sequence;
+    kept aside.
+    """
     table = ROWS["selective"]
     for row in table["rows"]:
         label = f"{row['parameters'] / 1e9:g} B on {row['devices']} A100"
@@ -155,19 +169,21 @@ def selective() -> Iterator[Line]:
 def kept_per_layer(
     model: Transformer, tensor: int, batch: int, recompute: str, split: bool
 ) -> float:
-    """Bytes that one layer keeps for the backward pass, on one of `tensor` ranks.
+    """Return the bytes that one layer saves for the backward pass, on one of `tensor` ranks.
 
-    Where the sequence is split, with a memory limit that is met only if what layers gather is not
-    kept but gathered again in the backward pass, as the paper does.
+    Where the sequence is split, a memory limit is set that is met only if activations that layers
+    gather are not saved but gathered again in the backward pass, as the paper does
+    (arXiv:2205.05198).
     """
     from autoparallel.analysis.memory import memory_of
 
     hardware = find_hardware("dgx-a100")
-    kept = []
+    saved = []
+    # The difference of two models leaves out embeddings and the loss.
     for layers in (model.layers, model.layers + 1):
         sizes = (replace(model, layers=layers), tensor, batch, hardware, recompute, split)
         plan = planned(*sizes)
-        taken = memory_of(plan)
+        account = memory_of(plan)
         if split:
             blocks = {op.name for op in plan.ops if ".blocks." in op.where}
             gathered = sum(
@@ -177,13 +193,15 @@ def kept_per_layer(
                 for _, forward, _ in each.moves
                 if forward is Movement.ALL_GATHER
             )
-            taken = memory_of(planned(*sizes, memory_limit=int(taken.total - 0.95 * gathered)))
-        kept.append(taken.activations)
-    return float(kept[1] - kept[0])
+            account = memory_of(planned(*sizes, memory_limit=int(account.total - 0.95 * gathered)))
+        saved.append(account.activations)
+    return float(saved[1] - saved[0])
 
 
 def activation_bytes() -> Iterator[Line]:
-    """Bytes that a layer keeps, over those of one tensor between layers: five variants."""
+    """Yield the bytes that a layer saves, over those of one tensor between layers: five
+    variants.
+    """
     import sympy
     from sympy.parsing.sympy_parser import (
         implicit_multiplication,
@@ -211,7 +229,9 @@ def activation_bytes() -> Iterator[Line]:
 
 
 def zero_bytes(parameters: float, devices: int) -> tuple[float, ...]:
-    """Bytes per device of parameters, gradients and optimizer state: ZeRO's stages 1, 2 and 3."""
+    """Return the bytes per device of ZeRO's stages 1, 2 and 3 (arXiv:1910.02054): all but
+    activations.
+    """
     import torch
 
     from autoparallel.graph.graph import Value
@@ -222,16 +242,16 @@ def zero_bytes(parameters: float, devices: int) -> tuple[float, ...]:
     choices = storage_choices(value, ((Shard(0),),), (devices,), True, True)
     stages = {
         tuple(
-            isinstance(each[0], Shard) for each in (kept.storage, kept.gradient, kept.state)
-        ): sum(stored_bytes(value, kept, (devices,), "mixed_adam"))
-        for kept in choices
+            isinstance(each[0], Shard) for each in (choice.storage, choice.gradient, choice.state)
+        ): sum(stored_bytes(value, choice, (devices,), "mixed_adam"))
+        for choice in choices
     }
     order = ((False, False, True), (False, True, True), (True, True, True))
     return tuple(stages[stage] for stage in order)
 
 
 def zero() -> Iterator[Line]:
-    """GB per device of ZeRO's three stages."""
+    """Yield the GB per device of ZeRO's three stages."""
     for parameters, rows in ROWS["zero"]["rows"].items():
         for devices, printed in rows.items():
             for stage, (ours, theirs) in enumerate(

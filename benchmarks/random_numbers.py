@@ -1,9 +1,9 @@
-"""What a dropout mask costs, beside torch's own: per element, and as a ratio.
+"""Compares the cost of a dropout mask with torch's own: per element, and as a ratio.
 
     python benchmarks/random_numbers.py [--threads 1] [--json out/random_numbers.json]
 
-Each of the three ways is timed in turn, over and over, and the least time of each counts: what
-else the machine does then weighs on all three alike. Forward only, float32.
+Each of the three ways is timed in turn, over and over, and the least time of each counts: other
+work of the machine then weighs on all three alike. Only the forward pass is timed, in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from autoparallel.runtime import rng
 from autoparallel.runtime.axis_parts import take_part
 from autoparallel.runtime.ranks import thread_ranks
 
-# (name, shape of the whole, how it lies, of how many ranks)
+# (name, shape of the whole, placement, number of ranks)
 CASES: tuple[tuple[str, tuple[int, ...], Placement, int], ...] = (
     ("small", (64, 64), Invariant(), 1),
     ("activations", (8, 512, 768), Invariant(), 1),
@@ -37,12 +37,13 @@ PROBABILITY = 0.1
 
 
 def least_seconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Of each function, the least time of one call."""
+    """Return, for each function, the least time of one call in seconds."""
     least = dict.fromkeys(functions, float("inf"))
     for round_ in range(rounds + 2):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
+            # The first two rounds warm up caches and torch's lazy parts.
             if round_ > 1:
                 least[name] = min(least[name], time.perf_counter() - start)
     return least
@@ -51,16 +52,18 @@ def least_seconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[
 def measure(
     shape: tuple[int, ...], placement: Placement, world_size: int, rounds: int
 ) -> dict[str, float]:
-    """Seconds of torch's dropout and of both modes of ours on rank 0's part."""
+    """Return the seconds of torch's dropout and of both modes of ours on rank 0's part."""
     ranks = thread_ranks(Mesh(tp=world_size))[0]
     x = torch.randn(shape)
     if isinstance(placement, Shard):
         x = take_part(x, placement, world_size, 0).contiguous()
 
     def ours(mode: str) -> Callable[[], Any]:
+        """Return a function that draws dropout in one mode."""
         source = rng.Generator(mode=mode)
 
         def call() -> torch.Tensor:
+            """Draw once, as one pass."""
             with rng.using(source):
                 return rng.dropout(
                     x, PROBABILITY, True, key=1, shape=shape, placements=(placement,), ranks=ranks
@@ -77,6 +80,7 @@ def measure(
 
 
 def main() -> None:
+    """Time every case, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=60)

@@ -1,11 +1,11 @@
-"""A model with ops of its own, for which nobody wrote a sharding rule: found, split, trained.
+"""Splits and trains a model with ops of its own, for which nobody wrote a sharding rule.
 
     python examples/custom_op.py                                    both ranks in this process
     torchrun --standalone --nproc-per-node 2 examples/custom_op.py  a process each
 
 The model mixes positions by a running sum that fades, and features by a gate. Both are custom ops,
-opaque to torch and to the planner. It runs them on small tensors to find out how they may be
-split, and proves what it found before it uses it.
+opaque to torch and to the planner. The planner runs them on small tensors to find out how they may
+be split, and proves each rule that it finds before it uses it.
 """
 
 import argparse
@@ -26,7 +26,9 @@ BATCH, SEQUENCE, LEARNING_RATE = 4, 12, 0.02
 
 @torch.library.custom_op("examples::gated", mutates_args=())
 def gated(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of (..., 2 n): gate and up lie side by side, as one product made them."""
+    """Return silu(gate) * up of (..., 2 n): gate and up lie side by side, as one product made
+    them.
+    """
     gate, up = x.chunk(2, -1)
     return functional.silu(gate) * up
 
@@ -37,6 +39,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gated_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """Return the gradient of (..., 2 n), by the derivative of silu."""
     gate, up = ctx.saved_tensors[0].chunk(2, -1)
     share = torch.sigmoid(gate)
     slope = share * (1 + gate * (1 - share))
@@ -44,6 +47,7 @@ def _gated_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 def _gated_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    """Save the input for the backward pass."""
     ctx.save_for_backward(*inputs)
 
 
@@ -52,7 +56,7 @@ gated.register_autograd(_gated_backward, setup_context=_gated_setup)
 
 @torch.library.custom_op("examples::fading_sum", mutates_args=())
 def fading_sum(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """y[b, t, c] = decay[c] y[b, t-1, c] + x[b, t, c]: a linear recurrence over time."""
+    """Return y[b, t, c] = decay[c] y[b, t-1, c] + x[b, t, c]: a linear recurrence over time."""
     rows, state = [], torch.zeros_like(x[:, 0])
     for t in range(x.shape[1]):
         state = decay * state + x[:, t]
@@ -66,8 +70,10 @@ def _(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
 
 
 def _fading_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """Return the gradients of x (b, t, c) and of decay (c)."""
     decay, y = ctx.saved_tensors
     rows, state = [], torch.zeros_like(grad[:, 0])
+    # The gradient obeys the same recurrence, run backwards in time.
     for t in reversed(range(grad.shape[1])):
         state = decay * state + grad[:, t]
         rows.append(state)
@@ -76,6 +82,7 @@ def _fading_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 def _fading_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    """Save decay and the output for the backward pass."""
     ctx.save_for_backward(inputs[1], output)
 
 
@@ -83,7 +90,7 @@ fading_sum.register_autograd(_fading_backward, setup_context=_fading_setup)
 
 
 class Block(nn.Module):
-    """One layer: positions are mixed by `fading_sum`, features by `gated`."""
+    """One layer, in which positions are mixed by `fading_sum`, and features by `gated`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,13 +100,13 @@ class Block(nn.Module):
         self.out = nn.Linear(INNER, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(b, t, WIDTH) to the same."""
+        """Map (b, t, WIDTH) to the same shape."""
         y = fading_sum(gated(self.entry(self.norm(x))), self.decay)
         return x + self.out(y)
 
 
 class Model(nn.Module):
-    """A language model of such layers; returns the loss."""
+    """A language model of such layers, which returns the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,19 +115,19 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """tokens, labels: (b, t)."""
+        """Return the mean loss of tokens (b, t) with labels (b, t)."""
         logits = self.head(self.blocks(self.embedding(tokens)))
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def build() -> Model:
-    """The same weights at every call, in float64."""
+    """Return the model, with the same weights at every call, in float64."""
     torch.manual_seed(0)
     return Model().double()
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
-    """Sequences in which every token is three more than the one before."""
+    """Return the sequences of a step, in which every token is three more than the one before."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(VOCABULARY, (BATCH, 1), generator=generator)
     tokens = (starts + 3 * torch.arange(SEQUENCE + 1)) % VOCABULARY
@@ -128,12 +135,12 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def train_whole(steps: int) -> list[float]:
-    """The losses of the plain model."""
+    """Return the losses of the unsplit model."""
     return train(build(), steps)
 
 
 def train(model: nn.Module, steps: int) -> list[float]:
-    """The losses of `steps` steps of AdamW."""
+    """Return the losses of `steps` steps of AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses = []
     for step in range(steps):
@@ -146,7 +153,9 @@ def train(model: nn.Module, steps: int) -> list[float]:
 
 
 def train_simulated(plan: Plan, steps: int) -> list[float]:
-    """The same by the plan, with all ranks in this process: only its gradients are used."""
+    """Return the losses by the plan, with all ranks in this process: only its gradients are
+    used.
+    """
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses = []
@@ -160,7 +169,7 @@ def train_simulated(plan: Plan, steps: int) -> list[float]:
 
 
 def show(plan: Plan) -> None:
-    """What was found out about the custom ops, and what the plan does with them."""
+    """Print the rules that were found for the custom ops, and the plan's use of them."""
     for target in dict.fromkeys(op.target for op in plan.ops if op.discovered):
         calls = [op for op in plan.ops if op.target == target]
         print(f"\n{target}, {len(calls)} calls")
@@ -174,13 +183,16 @@ def show(plan: Plan) -> None:
 
 
 def main() -> int:
-    """Exit status: 0 if the split model's losses are those of the whole one, and fall."""
+    """Return the exit status: 0 if the split model's losses are those of the whole one, and
+    fall.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=40, help="of training (default: 40)")
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
+    # Planning needs no process group: every rank makes the same plan.
     plan = autoparallel.make_plan(build(), WORLD_SIZE, example_inputs=batch(0))
     first = os.environ.get("RANK", "0") == "0"
     if first:

@@ -1,11 +1,11 @@
-"""The whole road: plan, train three ways, compare. About five minutes on two cores.
+"""Plans, trains three ways and compares: the whole road, in about five minutes on two cores.
 
     make demo                                  (or: python examples/demo.py)
     make demo ARGS="--data my_texts --output my_out"
 
-A GPT and then, in short, a BERT are trained (a) split over two processes by the planner, (b) split
-by hand as Megatron-LM does it, (c) whole, in one process: from the same weights, on the same
-batches. Everything that is shown is written to out/ as well.
+A GPT and then, for fewer steps, a BERT are trained (a) split over two processes by the planner, (b)
+split by hand as Megatron-LM does it, (c) whole, in one process: from the same weights, on the same
+batches. All that is shown is written to out/ as well.
 """
 
 import argparse
@@ -40,11 +40,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunFailedError(Exception):
-    """A training run ended badly; its own words are on stderr."""
+    """A training run that ended badly; its own words are on stderr."""
 
 
 def main() -> int:
-    """Exit status: 0 if every run ended well, the curves agree and the held-out loss fell."""
+    """Return the exit status: 0 if every run ended well, the curves agree and the held-out loss
+    fell.
+    """
     options = parse()
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -71,7 +73,7 @@ def main() -> int:
 def compare(
     console: Console, model: str, steps: int, corpus: TokenizedCorpus, options: Any
 ) -> Comparison:
-    """Plan one model, train it by every method, write what came of it."""
+    """Plan one model, train it by every method, write the results, and return the comparison."""
     settings = trainer.Settings(model, sequence_parallel=options.sequence_parallel)
     if "automatic" in options.methods:
         say(console, f"Plan of the {model.upper()} for {WORLD_SIZE} ranks")
@@ -122,7 +124,7 @@ def run_to_its_end(command: list[str], timeout_seconds: float) -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
-    # What the child would print as its result is our table's, so its stdout is not wanted.
+    # The child prints its result, which our table shows, so its stdout is not wanted.
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -139,10 +141,11 @@ def run_to_its_end(command: list[str], timeout_seconds: float) -> None:
 
 
 def stop_group(process: subprocess.Popen) -> None:
-    """End what is left of the process's group: politely, then at once."""
+    """End all processes that are left of the process's group: politely, then at once."""
     for number, patience_seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)
+        # The group is empty: all of its processes have ended.
         except ProcessLookupError:
             return
         try:
@@ -152,7 +155,7 @@ def stop_group(process: subprocess.Popen) -> None:
 
 
 def summarize(console: Console, comparisons: list[Comparison], output: Path, seconds: float) -> int:
-    """Print and write the comparison; 1 if something is not as it should be."""
+    """Print and write the comparison; return 1 if something is not as it should be, else 0."""
     say(console, "Comparison")
     for comparison in comparisons:
         console.print(comparison.table())
@@ -169,13 +172,13 @@ def summarize(console: Console, comparisons: list[Comparison], output: Path, sec
 
 
 def say(console: Console, title: str) -> None:
-    """A heading."""
+    """Print a heading."""
     console.print(f"\n[bold]== {title}[/bold]")
     sys.stdout.flush()
 
 
 def parse() -> Any:
-    """Options of the command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a text file or a folder of text (default: Python's own)")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the results")

@@ -1,12 +1,12 @@
-"""How to run GPT-3 on 64 A100s: will it fit, how fast will it be, and how do we know?
+"""Plans GPT-3 for 64 A100s without any: whether it fits, how fast it is, how that is known.
 
     python examples/plan_without_gpus.py
     python examples/plan_without_gpus.py --mesh auto --batch 128 --memory 60GiB --output out
 
-No GPU is needed, no process group, and no weights: the model is built on the meta device. What is
-printed: the answer in short; the plan, with every split and every collective; and what it sends,
-computes and holds in closed form. With --output, also the plan as JSON, a picture of it and the
-step as a trace for ui.perfetto.dev.
+No GPU is needed, no process group, and no weights: the model is built on the meta device. It prints
+the answer in short; the plan, with every split and every collective; and the plan's communication,
+computation and memory in closed form. With --output, it also writes the plan as JSON, a picture of
+it and the step as a trace for ui.perfetto.dev.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from autoparallel.train.models import GPT, GPTConfig
 
 
 def main() -> int:
-    """Exit status: 0 if there is a plan that fits."""
+    """Return the exit status: 0 if there is a plan that fits."""
     options = parse()
     config = GPTConfig(options.layers, options.hidden, options.heads, 51200, options.sequence, 0.0)
     with torch.device("meta"):
@@ -59,7 +59,8 @@ def main() -> int:
 
 
 def in_short(plan: Plan, step: Timeline, options: Any, seconds: float) -> str:
-    """The answer on one screen."""
+    """Return the answer on one screen."""
+    # The parameters are bfloat16, two bytes each.
     elements = sum(parameter.nbytes for parameter in plan.parameters) // 2
     used = sum(nbytes for _, nbytes in plan.memory)
     hardware = find_hardware(plan.hardware)
@@ -83,12 +84,12 @@ def in_short(plan: Plan, step: Timeline, options: Any, seconds: float) -> str:
 
 
 def plural(count: int, name: str) -> str:
-    """ "8 nodes", "1 node"."""
+    """Return a count with its noun: "8 nodes", "1 node"."""
     return f"{count} {name}{'s' if count != 1 else ''}"
 
 
 def write(plan: Plan, step: Timeline, folder: Path) -> None:
-    """The plan, its picture and its trace as files."""
+    """Write the plan, its picture and its trace as files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(plan.to_json())
     autoparallel.write_svg(plan, folder / "plan.svg")
@@ -97,7 +98,7 @@ def write(plan: Plan, step: Timeline, folder: Path) -> None:
 
 
 def mesh_of(text: str) -> Mesh | str:
-    """ "auto", or the mesh that "dp=8,tp=8" says."""
+    """Return "auto", or the mesh that a text like "dp=8,tp=8" names."""
     if text == "auto":
         return text
     axes = (axis.partition("=") for axis in text.split(","))
@@ -105,7 +106,9 @@ def mesh_of(text: str) -> Mesh | str:
 
 
 def parse() -> Any:
-    """Options of the command line. The defaults are GPT-3 (Brown et al. 2020, table 2.1)."""
+    """Return the options of the command line. The defaults are GPT-3 (Brown et al. 2020, table
+    2.1).
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Train a small GPT or BERT on text: split by the planner, split by hand, or whole.
+"""Trains a small GPT or BERT on text: split by the planner, split by hand, or whole.
 
     python examples/train.py --method plain
     torchrun --nproc-per-node 2 examples/train.py --method automatic
@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 2 examples/train.py --checkpoints out/run   # stop it, and start it
     torchrun --nproc-per-node 4 examples/train.py --checkpoints out/run   # again at any size
 
-All three start from the same weights and see the same batches, so their losses can be compared.
-What the planner needs of a user is one line: see build_model.
+The three methods start from the same weights and see the same batches, so their losses can be
+compared. The planner asks one line of its user: see build_model.
 """
 
 import argparse
@@ -40,7 +40,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=2)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all methods have in common."""
+    """The settings that all methods share: the model's sizes and the batch's."""
 
     model: str
     layers: int = 4
@@ -51,12 +51,14 @@ class Settings:
     sequence_parallel: bool = True
 
     def batches(self, corpus: TokenizedCorpus) -> Batches:
-        """The same batches in every process."""
+        """Return the same batches in every process."""
         objective = Objective.CAUSAL if self.model == "gpt" else Objective.MASKED
         return Batches(corpus, self.batch, self.sequence, objective, seed=SEED)
 
     def config(self, vocabulary: int) -> GPTConfig | BertConfig:
-        """Sizes of the model; no dropout, so that the three methods compute the same."""
+        """Return the sizes of the model; there is no dropout, so that the three methods compute the
+        same.
+        """
         kind = GPTConfig if self.model == "gpt" else BertConfig
         return kind(
             layers=self.layers,
@@ -68,14 +70,16 @@ class Settings:
         )
 
     def plain_model(self, vocabulary: int) -> nn.Module:
-        """The model that knows nothing of devices, with the same weights in every process."""
+        """Return the model that knows nothing of devices, with the same weights in every
+        process.
+        """
         torch.manual_seed(SEED)
         config = self.config(vocabulary)
         return GPT(config) if isinstance(config, GPTConfig) else Bert(config)
 
 
 def build_model(method: str, settings: Settings, batches: Batches) -> nn.Module:
-    """The model of a method, from the same weights for every method."""
+    """Return the model of a method, from the same weights for every method."""
     plain = settings.plain_model(batches.corpus.vocabulary)
     if method == "plain":
         return plain
@@ -93,10 +97,11 @@ def build_model(method: str, settings: Settings, batches: Batches) -> nn.Module:
 
 
 def finish_hand_written(model: nn.Module, clip_norm: float) -> None:
-    """What hand-written parallelism asks of its user between backward and the step.
+    """Sum and clip gradients, as hand-written parallelism asks of its user between backward and the
+    step.
 
-    Gradients of which each rank has a term are summed, and the norm that clips counts every
-    element of the model once, whether its tensor is split or whole on every rank.
+    Gradients of which each rank has a term are summed, and the norm that clips counts every element
+    of the model once, whether its tensor is split or whole on every rank.
     """
     model.finish_gradients()
     split = {
@@ -104,6 +109,8 @@ def finish_hand_written(model: nn.Module, clip_norm: float) -> None:
         for module in model.modules()
         for name in getattr(module, "splits", ())
     }
+    # [squares of whole parameters, squares of this rank's parts]: only the latter are summed over
+    # ranks.
     squares = torch.zeros(2)
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -140,7 +147,7 @@ def run(
 
 @record
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Train as the command line says, and report on rank 0."""
     options = parse(arguments)
     settings = Settings(options.model, sequence_parallel=options.sequence_parallel)
     config = TrainConfig(steps=options.steps)
@@ -172,7 +179,7 @@ def leave() -> None:
 
 
 def parse(arguments: list[str] | None) -> Any:
-    """Options of the command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="gpt")
     parser.add_argument("--method", choices=METHODS, default="automatic")
