@@ -243,7 +243,7 @@ class _Emitter:
         # Ops that fail on empty parts run on stand-ins, and what comes of these is cut off again.
         pads = rule is not None and any(map(rule.needs_elements, rule.loops))
         if rule is not None and pads:
-            reads = self.some(node, choice, reads, rule)
+            reads = self.stand_ins_for(node, choice, reads, rule)
         producer = self.graph.producers[names[0]] if names else None
         if producer is not None and self.fused.get(producer.name) == node.name:
             inner = self.choices[producer.name]
@@ -268,7 +268,7 @@ class _Emitter:
             exact = exact or (rule is not None and bool(rule.discovered))  # just what was probed
             expression = f"torch.ops.{target}({text})" if exact else spelled(target, text, reads)
         if rule is not None and pads:
-            expression = self.local.shortened(expression, node, choice, rule)
+            expression = self.local.without_stand_ins(expression, node, choice, rule)
         for axis, group in enumerate(self.names.axes):
             # A sum that becomes pending here and was not before: each rank has computed its
             # summand.
@@ -282,14 +282,20 @@ class _Emitter:
             left_side = f"[{left_side}]"
         self.add(f"{left_side} = {expression}", tuple(reads), tuple(results))
 
-    def some(self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule) -> list[str]:
+    def stand_ins_for(
+        self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule
+    ) -> list[str]:
         """Return the operands, or stand-ins where inputs may be so short that a rank has none."""
         split = self.local.split_dims(node, choice, rule)
         if not any(split):
             return reads
         stand_ins = [self.names.fresh(f"{read}_some") for read in reads]
         before, after = (", ".join(names) for names in (reads, stand_ins))
-        self.add(f"[{after}] = kernels.some([{before}], {split})", tuple(reads), tuple(stand_ins))
+        self.add(
+            f"[{after}] = kernels.stand_ins_for([{before}], {split})",
+            tuple(reads),
+            tuple(stand_ins),
+        )
         return stand_ins
 
     def read(self, name: str, layout: Layout) -> str:

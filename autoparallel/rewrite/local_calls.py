@@ -154,7 +154,9 @@ class LocalCalls:
             for name, layout, loops in rows
         ]
 
-    def shortened(self, expression: str, node: Node, choice: OpChoice, rule: ShardingRule) -> str:
+    def without_stand_ins(
+        self, expression: str, node: Node, choice: OpChoice, rule: ShardingRule
+    ) -> str:
         """Return the results without what came of stand-ins, for which a rank has no place."""
         lengths_held: dict[str, None] = {}
         for name, layout, dims in zip(
@@ -173,9 +175,8 @@ class LocalCalls:
                 for dim in self.may_be_empty(value, layout, choice, rule, loops)
             )
             lengths.append(f"{{{', '.join(sizes)}}}")
-        return (
-            f"kernels.shortened({expression}, [{', '.join(lengths_held)}], [{', '.join(lengths)}])"
-        )
+        held, sizes_of_results = ", ".join(lengths_held), ", ".join(lengths)
+        return f"kernels.without_stand_ins({expression}, [{held}], [{sizes_of_results}])"
 
 
 def _per_axis(choice: OpChoice) -> tuple[str, ...]:

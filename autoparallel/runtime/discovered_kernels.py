@@ -18,7 +18,7 @@ from autoparallel.placement import Invariant, Shard, part_bounds
 from autoparallel.runtime.collectives import convert, pending_sum
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.split_indices import places_here
-from autoparallel.runtime.stand_ins import shortened, silenced, some
+from autoparallel.runtime.stand_ins import silenced, stand_ins_for, without_stand_ins
 
 __all__ = ["combined_parts", "masked_lookup", "weighted_mean"]
 
@@ -32,6 +32,11 @@ def _tensors(structure: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
+def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that an op is given, those in lists too: its operands, in order."""
+    return list(_tensors((args, tuple(kwargs.values()))))
+
+
 def _run(
     operation: str,
     args: tuple[Any, ...],
@@ -39,7 +44,7 @@ def _run(
     others: Mapping[int, torch.Tensor],
 ) -> torch.Tensor:
     """Run the op on its arguments, with the tensors of `others` in the places that are its keys."""
-    count = iter(range(len(list(_tensors((args, tuple(kwargs.values())))))))
+    count = iter(range(len(_operands(args, kwargs))))
 
     def actual(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -62,7 +67,7 @@ def _standing_in(
     split: pairs of an operand and a dim of it that is split.
     """
     dims = [[dim for other, dim in split if other == index] for index in range(len(tensors))]
-    return dict(enumerate(some(tensors, dims)))
+    return dict(enumerate(stand_ins_for(tensors, dims)))
 
 
 def masked_lookup(
@@ -82,7 +87,7 @@ def masked_lookup(
     Raises IndexError for an index outside of [0, size).
     """
     table, index, dim, places = where
-    tensors = list(_tensors((args, tuple(kwargs.values()))))
+    tensors = _operands(args, kwargs)
     index_tensor = tensors[index]
     with torch.no_grad():
         start, stop = part_bounds(size, group.world_size, group.rank)
@@ -124,7 +129,7 @@ def combined_parts(
     and reduced once more.
     """
     operand, dim, result_dims = where
-    tensors = list(_tensors((args, tuple(kwargs.values()))))
+    tensors = _operands(args, kwargs)
     bounds = [part_bounds(size, group.world_size, rank) for rank in range(group.world_size)]
     holders = sum(start < stop for start, stop in bounds)
     held = tensors[operand].size(dim) > 0
@@ -137,7 +142,7 @@ def combined_parts(
     part_result = part_result.reshape(shape)
     # A rank without elements adds no row to those that are reduced, whatever its stand-in gave.
     if not held:
-        part_result = shortened(part_result, [0], [{dim: 0}])
+        part_result = without_stand_ins(part_result, [0], [{dim: 0}])
     parts = convert(part_result, group, Shard(dim), Invariant(), holders)
     return _run(operation, args, kwargs, {operand: parts})
 
@@ -155,12 +160,12 @@ def weighted_mean(
 
     where: pairs of an operand and a dim of it that is split.
     """
-    tensors = list(_tensors((args, tuple(kwargs.values()))))
+    tensors = _operands(args, kwargs)
     operand, dim = where[0]
     held = tensors[operand].size(dim)
     if not held:
         mean = _run(operation, args, kwargs, _standing_in(tensors, where))
-        return pending_sum(shortened(mean, [0], [{}]), group)
+        return pending_sum(without_stand_ins(mean, [0], [{}]), group)
     mean = _run(operation, args, kwargs, {})
     # The parts may be unequal: sum_r (n_r / n) mean_r is the mean of the whole.
     return pending_sum(mean * (held / size), group)

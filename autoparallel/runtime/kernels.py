@@ -21,7 +21,7 @@ from autoparallel.runtime.collectives import pending_sum, same_sum
 from autoparallel.runtime.discovered_kernels import combined_parts, masked_lookup, weighted_mean
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.split_indices import places_here, require_below
-from autoparallel.runtime.stand_ins import shortened, some
+from autoparallel.runtime.stand_ins import stand_ins_for, without_stand_ins
 from autoparallel.runtime.statistics import (
     amax_split,
     amin_split,
@@ -54,10 +54,10 @@ __all__ = [
     "masked_lookup",
     "max_split",
     "min_split",
-    "shortened",
     "softmax_split",
-    "some",
+    "stand_ins_for",
     "weighted_mean",
+    "without_stand_ins",
 ]
 
 # The reductions of losses, by the numbers that torch gives them.

@@ -26,7 +26,7 @@ from autoparallel.support.torch_private import (
     storage_key,
 )
 
-__all__ = ["convert_again", "dropping", "recomputed"]
+__all__ = ["convert_again", "dropping", "parts_are_alike", "recomputed"]
 
 
 class _View:

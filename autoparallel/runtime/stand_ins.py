@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["shortened", "silenced", "some"]
+__all__ = ["silenced", "stand_ins_for", "without_stand_ins"]
 
 
 class _StandIn(torch.autograd.Function):
@@ -66,7 +66,7 @@ def silenced(x: torch.Tensor, silent: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def some(
+def stand_ins_for(
     operands: Sequence[torch.Tensor], split: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, ...]:
     """Return the operands of an op that refuses a dim of size 0; all stand in for others if one has
@@ -76,7 +76,7 @@ def some(
     stand-in has one place, of zeros. No operand then gets a gradient; yet each depends on the
     operand that it stands for, so that the backward pass communicates on this rank as on others.
 
-    >>> operands = some([torch.ones(0, 2), torch.ones(3)], [[0], []])
+    >>> operands = stand_ins_for([torch.ones(0, 2), torch.ones(3)], [[0], []])
     >>> [tuple(operand.shape) for operand in operands]
     [(1, 2), (3,)]
     """
@@ -95,7 +95,9 @@ def some(
     return tuple(stand_ins)
 
 
-def shortened(results: Any, held: Sequence[int], lengths: Sequence[Mapping[int, int]]) -> Any:
+def without_stand_ins(
+    results: Any, held: Sequence[int], lengths: Sequence[Mapping[int, int]]
+) -> Any:
     """Return an op's results without the elements that came of stand-ins.
 
     results: a tensor or several. held: the sizes of the operands' split dims; one of them is 0
@@ -103,9 +105,9 @@ def shortened(results: Any, held: Sequence[int], lengths: Sequence[Mapping[int, 
     the sizes by dim that it would have without stand-ins. It is cut to them and filled with zeros,
     which are this rank's share of a pending sum.
 
-    >>> shortened(torch.ones(1, 2), [0], [{0: 0}]).shape
+    >>> without_stand_ins(torch.ones(1, 2), [0], [{0: 0}]).shape
     torch.Size([0, 2])
-    >>> shortened(torch.ones(1, 2), [0], [{}])
+    >>> without_stand_ins(torch.ones(1, 2), [0], [{}])
     tensor([[0., 0.]])
     """
     if all(held):
