@@ -93,7 +93,7 @@ def _saved_storages(graph: Graph, plan: Plan) -> dict[tuple[str, int], Storage]:
     """
     execution = AbstractExecution(graph, plan, plan.recomputed)
     storages: dict[tuple[str, int], Storage] = {}
-    for number in Liveness(execution).kept:
+    for number in Liveness(execution).saved:
         storage = execution.storages[number]
         # Names with a number identify storages across executions with other sizes; their own
         # numbers may differ.

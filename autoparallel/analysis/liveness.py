@@ -15,7 +15,7 @@ Bytes = NDArray[np.int64]
 class Liveness:
     """Lifetimes of a program's storages, forward and backward.
 
-    execution: of the program. kept: numbers of the storages of activations that are saved for the
+    execution: of the program. saved: numbers of the storages of activations that are saved for the
     backward pass. activations: their bytes. forward, backward: bytes of activations and of their
     gradients at every moment of the two passes; a moment of the backward pass has the number of the
     forward moment whose backward it is, and the last entry is the time between the passes.
@@ -35,12 +35,12 @@ class Liveness:
         self.savers: list[list[int]] = [[] for _ in execution.storages]
         self.again: list[list[int]] = [[] for _ in execution.storages]
         self._find_savers()
-        self.kept = tuple(
+        self.saved = tuple(
             number
             for number, storage in enumerate(execution.storages)
             if storage.kind == "activation" and self.savers[number]
         )
-        self.activations = sum(execution.storages[number].nbytes for number in self.kept)
+        self.activations = sum(execution.storages[number].nbytes for number in self.saved)
         self.forward, self.backward = self._forward(), self._backward()
         worst = max(self.forward.max(initial=0), self.backward.max(initial=0))
         self.temporary = max(int(worst) - self.activations, 0)
@@ -83,7 +83,7 @@ class Liveness:
         execution = self.execution
         count = len(execution.moments)
         change = np.zeros(count + 2, dtype=np.int64)
-        saved = set(self.kept)
+        saved = set(self.saved)
         for number, storage in enumerate(execution.storages):
             if storage.kind == "activation":
                 last = count if number in saved else max(storage.read, storage.born)

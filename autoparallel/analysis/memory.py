@@ -121,14 +121,14 @@ def memory_of(
         if id(part) not in known:
             sized = graph if part is plan else None
             regions = part.recomputed if recomputed is None else recomputed
-            execution = AbstractExecution(sized or _graph(part), part, regions)
-            known[id(part)] = (execution, Liveness(execution))
-        execution, liveness = known[id(part)]
+            walk = AbstractExecution(sized or _graph(part), part, regions)
+            known[id(part)] = (walk, Liveness(walk))
+        walk, liveness = known[id(part)]
         # Parts run one after the other, so the worst one counts; saved activations add up.
         temporary = max(temporary, liveness.temporary)
-        assumed += [f"{prefix}{name}" for name in execution.assumed]
-        saved = frozenset(liveness.kept)
-        for number, storage in enumerate(execution.storages):
+        assumed += [f"{prefix}{name}" for name in walk.assumed]
+        saved = frozenset(liveness.saved)
+        for number, storage in enumerate(walk.storages):
             category = {"buffer": "buffers", "input": "inputs"}.get(storage.kind, "activations")
             if number in saved if category == "activations" else storage.kind != "parameter":
                 where = ".".join(text for text in (prefix.rstrip("."), storage.where) if text)

@@ -202,6 +202,7 @@ class Algebra:
         grow = self._growth(symbol, factor)
 
         def grown(values: Iterable[Any]) -> tuple[Any, ...]:
+            """Return the values with grown shapes."""
             return tuple(replace(value, shape=map_leaves(grow, value.shape)) for value in values)
 
         node = replace(

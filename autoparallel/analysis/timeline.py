@@ -9,8 +9,9 @@ of the backward pass. A kernel's collectives, inside of an op, count as computin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from autoparallel.analysis.communication import Transfer, moves
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Event, Timeline
@@ -173,10 +174,14 @@ class _Simulation:
         seconds = movement_seconds(
             move.movement, move.nbytes, self.pace, self.links[axis], self.sizes[axis]
         )
-        where = f" on {self.plan.mesh.axes[axis][0]}" if len(self.sizes) > 1 else ""
-        name = f"{move.movement.value.replace('_', '-')} of {move.conversion.value}{where}"
+        name = self.name_of(move.movement, move.conversion.value, axis)
         stream = COMPUTE if move.movement.collective is None else COMMUNICATION
         return self.streams.issue(stream, name, phase, seconds, ready)
+
+    def name_of(self, movement: Movement, moved: str, axis: int) -> str:
+        """Return the name of a move's event: "all-reduce of gradients on dp"."""
+        where = f" on {self.plan.mesh.axes[axis][0]}" if len(self.sizes) > 1 else ""
+        return f"{movement.value.replace('_', '-')} of {moved}{where}"
 
     def run_op(self, op: OpChoice, phase: str, again: bool) -> None:
         """Run an op's forward pass, and the moves that bring its results to their readers."""
@@ -256,11 +261,8 @@ class _Simulation:
             seconds = movement_seconds(
                 movement, nbytes, self.pace, self.links[axis], self.sizes[axis]
             )
-            name = f"{movement.value.replace('_', '-')} of gradients"
-            where = f" on {self.plan.mesh.axes[axis][0]}" if len(self.sizes) > 1 else ""
-            self.streams.issue(
-                COMMUNICATION, name + where, "backward", seconds, self.streams.free[COMPUTE]
-            )
+            name = self.name_of(movement, "gradients", axis)
+            self.streams.issue(COMMUNICATION, name, "backward", seconds, self.streams.free[COMPUTE])
 
     # -- update
 
@@ -319,13 +321,5 @@ def _first_traced(plan: Plan) -> list[Captured]:
 
 def _itemsize(plan: Plan) -> int:
     """Return the bytes of an element of the largest parameter; 4 where there is none."""
-
-    def elements(shape: Iterable[int]) -> int:
-        """Return the product of the sizes."""
-        count = 1
-        for size in shape:
-            count *= size
-        return count
-
-    largest = max(plan.parameters, key=lambda p: elements(p.shape), default=None)
-    return largest.nbytes // max(elements(largest.shape), 1) if largest is not None else 4
+    largest = max(plan.parameters, key=lambda p: prod(p.shape), default=None)
+    return largest.nbytes // max(prod(largest.shape), 1) if largest is not None else 4
