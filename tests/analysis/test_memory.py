@@ -21,6 +21,7 @@ from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory import memory_of
 from autoparallel.cost.optimizer_state import state_bytes_per_element
+from autoparallel.discovery import example_calls
 from autoparallel.discovery import strategy_validation as referee
 from autoparallel.errors import PlanError
 from autoparallel.graph.part_sizes import local_shape
@@ -133,7 +134,7 @@ def test_what_is_predicted_is_what_autograd_keeps_everywhere(
 def compare_strategies(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every strategy of an op keeps what its program, walked without data, is seen to keep."""
     kept = Kept()
-    monkeypatch.setattr(referee, "emit", watching(kept, monkeypatch))
+    monkeypatch.setattr(example_calls, "emit", watching(kept, monkeypatch))
     example = sample.example()
     find = find_rule(sample.target)
     assert find is not None

@@ -18,7 +18,7 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.simulate import Simulation
 from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard, local_size
-from autoparallel.runtime import rng
+from autoparallel.runtime import counter_words, rng
 from autoparallel.runtime.groups import LocalGroup
 from autoparallel.runtime.ranks import Ranks, one_axis, single_rank, thread_ranks
 from autoparallel.runtime.tensor_parts import join_layout
@@ -82,7 +82,7 @@ def test_pieces_do_not_show(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None
         expected = words(shape)
         assert expected.shape == shape
         with monkeypatch.context() as patch:
-            patch.setattr(rng, "_CHUNK", chunk)
+            patch.setattr(counter_words, "_CHUNK", chunk)
             assert torch.equal(words(shape), expected)
 
 
@@ -312,8 +312,11 @@ def drawn_by(
         parts.setdefault(key, {})[rest[0].rank] = (layout, made)
         return made
 
-    patch.setattr(rng, "_kept", recorded)
-    result = autoparallel.simulate(model, world_size, **options)
+    # Planning runs the program too, on tensors without data, to count its memory.
+    plan = autoparallel.make_plan(model, world_size, **options)
+    patch.setattr(rng, "_dropout_mask", recorded)
+    inputs = options["example_inputs"]
+    result = autoparallel.simulate(model, world_size, example_inputs=inputs, plan=plan)
     patch.undo()
     masks: dict[int, torch.Tensor] = {}
     split = 0
