@@ -1,5 +1,4 @@
-"""Kernels: operators on parts that know where their part begins, and communicate inside if they
-must.
+"""Kernels: operators on parts that know where their part begins, and may communicate inside.
 
 Each takes the op's own arguments, with this rank's tensors, then `group`, the ranks that split a
 loop of the op, and `size`, the whole size of that loop. A result that is "a pending sum" has
