@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from autoparallel.graph.captured import Captured
     from autoparallel.graph.graph import Graph
 
-__all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Part", "Plan"]
+__all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Part", "Plan", "PlannedInput"]
 
 VERSION = 2
 _WRITE_AGAIN = "give the whole text that plan.to_json() wrote"
@@ -116,6 +116,22 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedInput:
+    """One tensor that goes in. name: of its node. path: the caller's name of it ("input_ids").
+
+    dims: its sizes as conversions' shapes write them ("s95", "768"). given, planned: its sizes in
+    the example inputs, and those planned for. is_integer: whether its elements are whole numbers.
+    """
+
+    name: str
+    path: str
+    dims: tuple[str, ...]
+    given: tuple[int, ...]
+    planned: tuple[int, ...]
+    is_integer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Break:
     """A module whose forward stays the user's Python, run alike on all ranks.
 
@@ -158,6 +174,8 @@ class Plan:
     "selective" or "full"). memory: (category, bytes) on the rank that needs most, as
     `memory_of` counts it; empty where nobody has counted it. collectives: (phase, mesh axis,
     collective, number in one step), as `collective_totals` counts them; None where nobody has.
+    inputs: the tensors that go in. returned: what the caller calls each returned tensor
+    ("logits"). Both are empty for a plan in parts, and one that was written without them.
 
     >>> import torch, autoparallel
     >>> layer, inputs = torch.nn.Linear(4096, 4096, bias=False), torch.zeros(512, 4096)
@@ -172,7 +190,7 @@ class Plan:
     cost         0.00323134, lower bound 0.00323134: proven optimal
     method       variable elimination
     split        100.0% of the FLOPs of matrix products, 100.0% of the bytes of matrices
-    memory       704.0 MiB on the rank that needs most
+    memory       164.0 MiB on the rank that needs most
     collectives  1 (1 all-gather) in one step
     """
 
@@ -197,6 +215,8 @@ class Plan:
     recompute: tuple[tuple[str, str], ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
     collectives: tuple[tuple[str, str, str, int], ...] | None = None
+    inputs: tuple[PlannedInput, ...] = ()
+    returned: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         step = f"{seconds_text(self.seconds)} a step"
@@ -316,6 +336,9 @@ class Plan:
         }
         if self.collectives is not None:
             rows["collectives"] = [list(row) for row in self.collectives]
+        if self.inputs or self.returned:
+            rows["inputs"] = [_row(item) for item in self.inputs]
+            rows["returned"] = list(self.returned)
         if self.breaks:
             rows["breaks"] = [_row(item) for item in self.breaks]
             rows["parts"] = [
@@ -363,6 +386,8 @@ class Plan:
             recompute=tuple((path, mode) for path, mode in rows["recompute"]),
             memory=tuple(rows["memory"].items()),
             collectives=_counts(rows.get("collectives")),
+            inputs=tuple(_load(PlannedInput, row) for row in rows.get("inputs", ())),
+            returned=tuple(rows.get("returned", ())),
             breaks=tuple(Break(**row) for row in rows.get("breaks", ())),
             parts=tuple(
                 Part(tuple(part["paths"]), Plan._from_rows(part["plan"]))
@@ -403,7 +428,7 @@ def _row(item: Any) -> dict[str, Any]:
 def _load(kind: Any, row: Mapping[str, Any]) -> Any:
     made: dict[str, Any] = {}
     for name, value in row.items():
-        if name in _LAYOUTS[kind]:
+        if name in _LAYOUTS.get(kind, ()):
             many = isinstance(value, list)
             made[name] = tuple(map(parse_layout, value)) if many else parse_layout(value)
         elif name == "steps":

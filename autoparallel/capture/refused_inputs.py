@@ -14,19 +14,26 @@ from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.forward_contexts import quiet
 from autoparallel.errors import InputMismatchError
 from autoparallel.support.model_snapshot import untouched
-from autoparallel.support.pytree import Skeleton, flatten
+from autoparallel.support.pytree import flatten, leaf_paths
 from autoparallel.support.torch_private import FakeTensorMode, tree_leaves, tree_map
 
 __all__ = ["refuse_arrays", "refuse_devices", "refuse_inputs"]
 
 # Elements of the largest tensor with which an op is tried again.
 _MOST_ELEMENTS = 2**24
+# Errors of torch that tell that data are needed.
+_LACKS_DATA = (
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+    "UnsupportedOperatorException",
+)
 
 
 def refuse_arrays(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raises InputMismatchError for numpy arrays: a graph would hold their numbers for ever."""
     _, skeleton = flatten(dict(bind_inputs(model, args, kwargs).arguments))
-    arrays = [path for path, leaf in _constants(skeleton, "") if _is_array(leaf)]
+    arrays = [path for path, leaf in leaf_paths(skeleton, "constant").items() if _is_array(leaf)]
     if arrays:
         raise InputMismatchError(
             f"{', '.join(arrays)} of {type(model).__name__}.forward "
@@ -39,8 +46,8 @@ def refuse_arrays(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raises InputMismatchError where an op of the model cannot take what these inputs make of it.
 
-    The forward is run on tensors without data. The op that fails there is tried once more, by
-    itself, on zeros: if it fails again then its sizes or types are wrong, not the way it is run.
+    The forward is run on tensors without data. The op that fails there is tried again by itself, on
+    ones and on zeros: if it takes neither, its sizes or types are wrong, not the way it is run.
     """
     bound = bind_inputs(model, args, kwargs)
     tensors, skeleton = flatten(dict(bound.arguments))
@@ -60,10 +67,15 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
                 torch.func.functional_call(model, fakes, *inputs)
         return
     except Exception as error:
+        if type(error).__name__ in _LACKS_DATA:
+            return
         failed, where = watch.failed, _place(error, model)
     why = _why_refused(*failed, ask_devices=not on_meta) if failed is not None else None
     if why is not None:
-        rows = [f"{path}: {_text(tensor)}" for path, tensor in _named(tensors, skeleton)]
+        rows = [
+            f"{path}: {_text(tensor)}"
+            for path, tensor in zip(leaf_paths(skeleton, "tensor"), tensors, strict=True)
+        ]
         raise InputMismatchError(
             f"{type(model).__name__}.forward does not take inputs like these",
             where=where,
@@ -78,7 +90,9 @@ def refuse_devices(model: nn.Module, bound: Mapping[str, Any], device: torch.dev
 
     To be asked where a call has failed: some models want lengths on the CPU whatever computes.
     """
-    apart = [row for row in _named(*flatten(dict(bound))) if row[1].device != device]
+    tensors, skeleton = flatten(dict(bound))
+    rows = zip(leaf_paths(skeleton, "tensor"), tensors, strict=True)
+    apart = [row for row in rows if row[1].device != device]
     if apart:
         raise InputMismatchError(
             f"inputs of {type(model).__name__}.forward are not on the device of its parameters",
@@ -114,17 +128,22 @@ def _why_refused(
     if sum(tensor.numel() for tensor in operands) > _MOST_ELEMENTS:
         return None
 
-    def zeros(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return torch.zeros(tuple(leaf.shape), dtype=leaf.dtype)
-        return leaf
+    why = None
+    for number in (1, 0):
 
-    try:
-        func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
-    except Exception as error:
-        first = str(error).strip().splitlines()
-        return f"{_name(func)}: {first[0][:300] if first else type(error).__name__}"
-    return None
+        def filled(leaf: Any, number: int = number) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return torch.full(tuple(leaf.shape), number, dtype=leaf.dtype)
+            return leaf
+
+        try:
+            func(*tree_map(filled, args), **tree_map(filled, kwargs))
+        except Exception as error:
+            first = str(error).strip().splitlines()
+            why = f"{_name(func)}: {first[0][:300] if first else type(error).__name__}"
+        else:
+            return None
+    return why
 
 
 def _name(func: Any) -> str:
@@ -142,26 +161,6 @@ def _place(error: BaseException, model: nn.Module) -> str:
             if not file.startswith(torch.__path__[0]):
                 line = f"  ({file}:{number})"
     return place + line
-
-
-def _named(tensors: list[torch.Tensor], skeleton: Skeleton) -> list[tuple[str, torch.Tensor]]:
-    paths = [path for path, _ in _leaves(skeleton, "", "tensor")]
-    return list(zip(paths, tensors, strict=True))
-
-
-def _constants(skeleton: Skeleton, path: str) -> list[tuple[str, Any]]:
-    return _leaves(skeleton, path, "constant")
-
-
-def _leaves(skeleton: Skeleton, path: str, kind: str) -> list[tuple[str, Any]]:
-    """The leaves of one kind, by the names that lead to them: "cache.0.1"."""
-    if not skeleton.children:
-        return [(path, skeleton.sample)] if skeleton.kind == kind else []
-    return [
-        leaf
-        for key, child in zip(skeleton.keys, skeleton.children, strict=True)
-        for leaf in _leaves(child, f"{path}.{key}" if path else str(key), kind)
-    ]
 
 
 def _is_array(leaf: Any) -> bool:

@@ -11,11 +11,12 @@ from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph, hint
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Layout, whole_layout
-from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
 from autoparallel.planning.unsplit_reasons import is_left_whole, why_whole
 from autoparallel.strategy.cost_network import CostNetwork, reduced_together
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.zero_costs import zero_gradient_seconds
+from autoparallel.support.pytree import leaf_paths
 from planners import Solution
 
 __all__ = ["plan_of_solution", "solution_of_plan"]
@@ -98,6 +99,27 @@ def plan_of_solution(
         captured=captured,
         recomputed=recomputed,
         recompute=recompute,
+        inputs=_inputs(captured, graph),
+        returned=tuple(leaf_paths(captured.outputs, "tensor")),
+    )
+
+
+def _inputs(captured: Captured, graph: Graph) -> tuple[PlannedInput, ...]:
+    """What goes in, with the sizes of the example inputs and of the graph planned for."""
+    return tuple(
+        PlannedInput(
+            name=node.result.name,
+            path=path,
+            dims=tuple(map(str, node.result.shape)),
+            given=tuple(map(hint, node.result.shape)),
+            planned=tuple(map(hint, graph.values[node.result.name].shape)),
+            is_integer=not (node.result.dtype.is_floating_point or node.result.dtype.is_complex),
+        )
+        for node, path in zip(
+            (node for node in captured.graph.nodes if node.kind == "input"),
+            leaf_paths(captured.inputs, "tensor"),
+            strict=True,
+        )
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Skeleton", "flatten", "rebuild"]
+__all__ = ["Skeleton", "flatten", "leaf_paths", "rebuild"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,20 @@ def flatten(structure: Any) -> tuple[list[torch.Tensor], Skeleton]:
     """
     tensors: list[torch.Tensor] = []
     return tensors, _flatten(structure, tensors, ())
+
+
+def leaf_paths(skeleton: Skeleton, kind: str, path: str = "") -> dict[str, Any]:
+    """The leaves of one kind by the keys that lead to them, in order: "past_key_values.0.1".
+
+    >>> leaf_paths(flatten({"ids": torch.zeros(2), "cache": [torch.zeros(2)]})[1], "tensor")
+    {'ids': None, 'cache.0': None}
+    """
+    if not skeleton.children:
+        return {path: skeleton.sample} if skeleton.kind == kind else {}
+    found: dict[str, Any] = {}
+    for key, child in zip(skeleton.keys, skeleton.children, strict=True):
+        found |= leaf_paths(child, kind, f"{path}.{key}" if path else str(key))
+    return found
 
 
 def _flatten(item: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> Skeleton:

@@ -10,6 +10,7 @@ import sympy
 from autoparallel.analysis.closed_forms import AMOUNTS, ClosedForms, Form, Sent, closed_forms
 from autoparallel.plan import Plan
 from autoparallel.view.folded_rows import fold
+from autoparallel.view.size_names import size_names
 from autoparallel.view.words import collective_text
 
 __all__ = ["expression_text", "forms_text", "plan_forms_text"]
@@ -35,9 +36,16 @@ def forms_text(forms: ClosedForms, plan: Plan) -> str:
     total = forms.total
     used = {symbol for amount in _expressions(total) for symbol in amount.free_symbols}
     values = {symbol.name: size for symbol, size in forms.algebra.values.items() if symbol in used}
+    names = size_names(plan.inputs)
+    called = {
+        symbol.name: f" ({names[str(dim)]})"
+        for dim, symbol in reversed(forms.algebra.renamed.items())
+        if str(dim) in names
+    }
+    sizes = ", ".join(f"{name} = {size}{called.get(name, '')}" for name, size in values.items())
     lines = [
         f"Closed forms of {plan.model} on {plan.mesh}, on the busiest rank, for one step",
-        f"planned for {', '.join(f'{name} = {size}' for name, size in values.items())}",
+        f"planned for {sizes}",
     ]
     for form in (*forms.forms, total):
         lines += ["", "total" if form is total else _title(form)]

@@ -217,7 +217,8 @@ class _Painter:
         elif item.ops:
             self._box(graph, item, path)
         else:
-            label = {"input": f"input {item.name}", "next": "next layer"}.get(item.kind, item.name)
+            own = self.words.value(item.name)
+            label = {"input": f"input {own}", "next": "next layer"}.get(item.kind, item.name)
             if item.kind == "input" and item.name in self.words.producers:
                 label = f"from {self.words.where(item.name)}"
             graph.node(item.name, label, shape="plaintext", style="", fontcolor=_GREY)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +20,7 @@ from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.folded_rows import Folded, fold
+from autoparallel.view.size_names import assumed_text, returned_text
 from autoparallel.view.words import Words, collective_text, kind_of
 
 __all__ = ["plan_text", "print_plan"]
@@ -29,6 +33,42 @@ _STYLES: Mapping[type, str] = {
     Shard: "bold cyan",
     Partial: "yellow",
 }
+
+_LEGEND = (
+    "I     the same on all ranks, as in one process (Invariant)",
+    "R     the same on all ranks, used by each for its part: its gradient is a sum (Replicate)",
+    "S(d)  each rank has a part of dim d; blocks=k: its part of each of k equal blocks (Shard)",
+    "P     each rank has a term of the sum that is the value (Partial)",
+)
+_PIECE = re.compile(r"(?:\{[^}]*\}|[^._{])*[._]?")
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """The dotted path of a module or a value; where it is too long it breaks after a dot.
+
+    Only names that are too long by themselves break elsewhere: after an underscore, if it has one.
+    """
+
+    text: str
+
+    def lines(self, width: int) -> list[str]:
+        """The path in lines of at most `width`, as far as its pieces allow."""
+        found = [""]
+        for piece in filter(None, re.split(r"(?<=\.)(?![^{]*\})", self.text)):
+            short = len(piece) <= width
+            for own in [piece] if short else filter(None, _PIECE.findall(piece)):
+                if len(found[-1]) + len(own) > width and found[-1]:
+                    found.append("")
+                found[-1] += own
+        return found
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        widest = max(map(len, self.lines(1)))
+        return Measurement(min(widest, options.max_width), min(len(self.text), options.max_width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("\n".join(self.lines(options.max_width)), overflow="fold")
 
 
 def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None = None) -> None:
@@ -53,7 +93,7 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
     for table in tables:
         if table is not None:
             console.print(table)
-    for line in (*_kernels(plan), *_discovered(plan)):
+    for line in (*_kernels(plan), *_discovered(plan), "", *_LEGEND):
         console.print(Text(line))
 
 
@@ -80,17 +120,12 @@ def _header(plan: Plan, words: Words) -> Table:
         ("mesh", f"{plan.mesh}, {ranks}"),
         ("hardware", plan.hardware),
         ("allowed", ", ".join(allowed) or "no splits of batch or sequence"),
-        (
-            "planned for",
-            f"inputs of at least {options.tokens} tokens"
-            if options.tokens > 1
-            else "inputs as large as the example inputs",
-        ),
+        ("planned for", _planned_for(plan)),
         ("predicted", f"{seconds_text(plan.seconds)} a step"),
         ("minimized", f"cost {plan.cost:.6g}, {bound}"),
         ("method", plan.method),
         *_recomputed(plan),
-        ("returns", ", ".join(_returned(words, layout) for layout in plan.outputs) or "nothing"),
+        ("returns", returned_text(plan, (_returned(words, layout) for layout in plan.outputs))),
     ]
     if plan.breaks:
         rows[-1] = ("returns", "what its Python returns, whole")
@@ -114,6 +149,14 @@ def _header(plan: Plan, words: Words) -> Table:
     return table
 
 
+def _planned_for(plan: Plan) -> str:
+    if plan.inputs:
+        return assumed_text(plan.inputs)
+    if plan.options.tokens > 1:
+        return f"inputs of at least {plan.options.tokens} elements"
+    return "inputs as large as the example inputs"
+
+
 def _recomputed(plan: Plan) -> list[tuple[str, str]]:
     """Which blocks run again what, in the backward pass."""
     rows = fold((path, mode, mode) for path, mode in plan.recompute if mode != "none")
@@ -130,9 +173,10 @@ def _returned(words: Words, layout: Layout) -> str:
     return "whole" if kind_of(layout) is Invariant else f"split as {words.layout(layout)}"
 
 
-def _table(
-    title: str, columns: list[tuple[str, bool]], rows: Sequence[tuple[str | Text, ...]]
-) -> Table:
+_Cell = str | Text | _Path
+
+
+def _table(title: str, columns: list[tuple[str, bool]], rows: Sequence[tuple[_Cell, ...]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for name, right in columns:
         table.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -162,7 +206,7 @@ def _parameters(plan: Plan, words: Words) -> Table:
         ],
         [
             (
-                row.path,
+                _Path(row.path),
                 _times(row),
                 " × ".join(map(str, row.first.shape)) or "scalar",
                 Text(words.layout(row.first.storage), style=_STYLES[kind_of(row.first.storage)]),
@@ -196,19 +240,23 @@ def _communications(plan: Plan, words: Words) -> Table:
         [(name, name in ("bytes", "time")) for name in columns],
         [
             (
-                "(parameter)" if row.first.value in words.parameters else row.first.value,
-                row.path,
+                _value(words, row.first.value),
+                _Path(row.path),
                 _times(row),
-                words.change(row.first),
+                words.change(row.first, "\n"),
                 Text(_sent(words, row.first, ("forward",)), style="magenta"),
                 Text(_sent(words, row.first, ("backward", "update")), style="blue"),
-                row.first.shape,
+                words.shape(row.first),
                 bytes_text(row.first.nbytes),
                 seconds_text(row.first.seconds),
             )
             for row in rows
         ],
     )
+
+
+def _value(words: Words, value: str) -> _Cell:
+    return "(parameter)" if value in words.parameters else _Path(words.value(value))
 
 
 def _sent(words: Words, conversion: Conversion, phases: Sequence[str]) -> str:
@@ -234,7 +282,10 @@ def _breaks(plan: Plan) -> Table | None:
     return _table(
         "Plain Python, run alike on all ranks (what it calls is split; see the parts below)",
         [("module", False), ("", False), ("why", False), ("where", False)],
-        [(row.path or "(model)", _times(row), row.first.reason, row.first.line) for row in rows],
+        [
+            (_Path(row.path or "(model)"), _times(row), row.first.reason, row.first.line)
+            for row in rows
+        ],
     )
 
 

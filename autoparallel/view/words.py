@@ -19,7 +19,8 @@ from autoparallel.placement import (
     Replicate,
     Shard,
 )
-from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
+from autoparallel.view.size_names import shape_text, size_names
 
 __all__ = [
     "Words",
@@ -63,6 +64,25 @@ class Words:
             for conversion in self.plan.conversions
             for reader in conversion.readers
         }
+
+    def value(self, name: str) -> str:
+        """What a value is called: an input as the caller calls it, all others as in the graph."""
+        prefix, inputs = self._inputs(name)
+        own = name.removeprefix(prefix)
+        path = next((item.path for item in inputs if item.name == own), "")
+        return prefix + (path or own)
+
+    def shape(self, conversion: Conversion) -> str:
+        """Of the whole value, with names for the sizes that the inputs decide."""
+        return shape_text(conversion.shape, size_names(self._inputs(conversion.value)[1]))
+
+    def _inputs(self, value: str) -> tuple[str, tuple[PlannedInput, ...]]:
+        """The inputs of the part in which a value is, and what the part's names begin with."""
+        for part in self.plan.parts:
+            for path in part.paths:
+                if value.startswith(f"{path}/"):
+                    return f"{path}/", part.plan.inputs
+        return "", self.plan.inputs
 
     def where(self, value: str) -> str:
         """The module in which a value is made, "(input)" for an input."""
@@ -108,10 +128,10 @@ class Words:
         ]
         return ", ".join(told)
 
-    def change(self, conversion: Conversion) -> str:
+    def change(self, conversion: Conversion, between: str = ", ") -> str:
         """ "I → R"; "I → R on dp" where there are several axes, of which the others stay."""
         pairs = enumerate(zip(conversion.source, conversion.target, strict=True))
-        return ", ".join(
+        return between.join(
             f"{source} → {target}{self.on(axis)}"
             for axis, (source, target) in pairs
             if source != target
@@ -187,7 +207,7 @@ class Words:
             return "column"
         if op.whole_flops:
             return f"dim {placement.dim}, each part with its part of the input"
-        return "along with the activation"
+        return "sharded like its activation"
 
     @staticmethod
     def _parts(shard: Shard) -> str:

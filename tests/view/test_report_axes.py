@@ -56,7 +56,9 @@ def product(plan: Plan, weight: ParameterChoice, target: str, seen: str) -> Plan
         flops=1.0,
         whole_flops=4.0,
     )
-    return replace(plan, parameters=(weight,), ops=(op,), conversions=(moved,), outputs=())
+    return replace(
+        plan, parameters=(weight,), ops=(op,), conversions=(moved,), outputs=(), returned=()
+    )
 
 
 def stored(storage: str, gradient: str, state: str) -> ParameterChoice:
