@@ -25,6 +25,7 @@ from autoparallel.planning.plan_model import fastest_plan, trace_model, with_gra
 from autoparallel.planning.replan import Replanner
 from autoparallel.planning.request import make_options, possible_meshes, require_parameters
 from autoparallel.runtime.ranks import Ranks
+from autoparallel.support.arguments import MAKE_ONE, require_kind
 from autoparallel.support.model_snapshot import untouched
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
@@ -164,6 +165,7 @@ def apply_plan(
     make_plan. Raises PlanError where plan and model do not belong together.
     """
     refuse_wrapped(model)
+    require_kind(plan, Plan, MAKE_ONE)
     require_parameters(plan, model)
     ranks, devices = join_mesh(plan.mesh)
     if not plan.is_traced:
@@ -197,6 +199,8 @@ def simulate(
             "the model is on the meta device, and simulate computes with its weights",
             fix='model.to_empty(device="cpu") and initialize it, or make_plan, which needs none',
         )
+    if plan is not None:
+        require_kind(plan, Plan, MAKE_ONE)
     if plan is not None and (options or world_size not in (None, plan.world_size)):
         asked = [*options, *["world_size"] * (world_size not in (None, plan.world_size))]
         raise PlanError(

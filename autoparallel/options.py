@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,12 @@ def _texts(constraints: Any) -> tuple[str, ...]:
             f"constraints={constraints!r}",
             why="constraints are a list of sentences, and this is a single one",
             fix=f"give a list: [{constraints!r}]",
+        )
+    if constraints is not None and not isinstance(constraints, Iterable):
+        raise PlanError(
+            f"constraints={constraints!r}",
+            why="constraints are a list of sentences",
+            fix='give a list: ["* is whole"]',
         )
     texts = tuple(constraints or ())
     for text in texts:

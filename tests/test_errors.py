@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,6 +279,39 @@ def test_axes_without_a_name(name: str) -> None:
         Mesh(**{name: 2})
     says(caught.value, repr(name), "dp")
     assert Mesh(self=2).world_size == 2
+
+
+MISUSES: dict[str, Callable[[autoparallel.Plan, nn.Module, str], Any]] = {
+    "picture in no folder": lambda plan, _, file: autoparallel.write_svg(plan, file),
+    "trace in no folder": lambda plan, _, file: autoparallel.write_trace(
+        autoparallel.timeline(plan), file
+    ),
+    "trace of a plan": lambda plan, _, file: autoparallel.write_trace(plan, file),  # type: ignore[arg-type]
+    "layers": lambda plan, _, file: autoparallel.write_svg(plan, file, layers="some"),  # type: ignore[arg-type]
+    "picture of a model": lambda _, model, file: autoparallel.write_svg(model, file),  # type: ignore[arg-type]
+    "report of a model": lambda _, model, file: autoparallel.print_plan(model),  # type: ignore[arg-type]
+    "timeline of a model": lambda _, model, file: autoparallel.timeline(model),  # type: ignore[arg-type]
+    "forms of a model": lambda _, model, file: autoparallel.closed_forms(model),  # type: ignore[arg-type]
+    "names for sizes": lambda plan, _, file: autoparallel.closed_forms(plan, names={"h": 8}),  # type: ignore[dict-item]
+    "no stages": lambda plan, _, file: autoparallel.pipeline(autoparallel.timeline(plan), 0, 1),
+    "a file as a plan": lambda _, model, file: autoparallel.apply_plan(nn.Linear(8, 8), file),  # type: ignore[arg-type]
+    "simulated file": lambda _, model, file: autoparallel.simulate(nn.Linear(8, 8), plan=file),  # type: ignore[arg-type]
+    "seed": lambda _, model, file: autoparallel.manual_seed(model, file),  # type: ignore[arg-type]
+    "random state": lambda _, model, file: autoparallel.set_rng_state(model, {"seed": 1}),
+    "plain module": lambda _, model, file: autoparallel.full_state_dict(nn.Linear(8, 8)),
+    "constraints": lambda _, model, file: autoparallel.make_plan(nn.Linear(8, 8), 2, constraints=3),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("case", MISUSES)
+def test_misuses_are_told_as_such(case: str, tmp_path: Path) -> None:
+    """With what to do, by an error of the project's kind."""
+    x = torch.zeros(4, 8)
+    plan = autoparallel.make_plan(nn.Linear(8, 8), 2, example_inputs=x)
+    model = autoparallel.autoparallelize(nn.Linear(8, 8), 1, example_inputs=x)
+    with pytest.raises(AutoParallelError) as caught:
+        MISUSES[case](plan, model, str(tmp_path / "missing" / "file"))
+    says(caught.value)
 
 
 @pytest.mark.parametrize("size", [0, -2, 2.0, "2", True])

@@ -22,6 +22,7 @@ from autoparallel.placement import Collective, Invariant, Layout
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.rules.registry import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.support.arguments import MAKE_ONE, require_kind
 
 __all__ = ["AMOUNTS", "ClosedForms", "Form", "Sent", "closed_forms"]
 
@@ -134,6 +135,12 @@ def closed_forms(
     >>> forms.total.parameters, int(forms.at(forms.total.parameters))
     (4*h**2/tp, 524288)
     """
+    require_kind(plan, Plan, MAKE_ONE)
+    for size, name in (names or {}).items():
+        if type(size) is not int or not isinstance(name, str):
+            raise PlanError(
+                f"{size!r} is called {name!r}", fix='give sizes and their names: {12288: "h"}'
+            )
     if plan.captured is None:
         raise PlanError(
             "no closed forms without the graph",

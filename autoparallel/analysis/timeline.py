@@ -22,6 +22,7 @@ from autoparallel.graph.graph import Sym, numel_hint
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
+from autoparallel.support.arguments import MAKE_ONE, require_kind
 
 __all__ = [
     "BUCKET_NBYTES",
@@ -48,6 +49,7 @@ def timeline(
 
     Example: `print(timeline(plan, hardware="dgx-h100"))`
     """
+    require_kind(plan, Plan, MAKE_ONE)
     if hardware is None:
         # A plan knows its hardware by name, and that of a file by the file.
         is_preset = plan.hardware in presets()

@@ -15,6 +15,7 @@ from typing import Any
 from autoparallel.cost.links import Algorithm, Link, Regime, joined
 from autoparallel.errors import PlanError
 from autoparallel.placement import Collective
+from autoparallel.support.written_files import write_file
 
 __all__ = [
     "Algorithm",
@@ -237,7 +238,7 @@ def write_hardware(hardware: Hardware, path: str | Path) -> None:
             {**asdict(regime), "algorithm": regime.algorithm.value}
             for regime in getattr(hardware, name).regimes
         ]
-    Path(path).write_text(json.dumps(rows, indent=2) + "\n")
+    write_file(path, (json.dumps(rows, indent=2) + "\n").encode())
 
 
 def _parse(rows: Any, where: str) -> Hardware:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autoparallel.errors import AutoParallelError
 from autoparallel.graph.captured import Captured, Modes
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
 from autoparallel.parallel.seeds import generator_of
@@ -126,8 +127,14 @@ class State:
 
 
 def state_of(module: nn.Module) -> State:
-    """The state of a parallel module. Raises AttributeError for any other module."""
-    found: State = module.__dict__["_autoparallel"]
+    """The state of a parallel module. Raises AutoParallelError for any other module."""
+    found = module.__dict__.get("_autoparallel")
+    if not isinstance(found, State):
+        raise AutoParallelError(
+            f"{type(module).__name__} is no parallel module",
+            why="it was not made by autoparallelize() or apply_plan(), or is a part of such",
+            fix="pass the parallel module itself",
+        )
     return found
 
 

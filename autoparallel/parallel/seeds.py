@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.errors import AutoParallelError
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import Generator
+from autoparallel.support.arguments import require_kind
 
 __all__ = ["generator_of", "give_generator", "manual_seed", "rng_state", "set_rng_state"]
 
@@ -20,8 +21,9 @@ def manual_seed(module: nn.Module, seed: int) -> None:
 
     A module that was never seeded takes rank 0's `torch.initial_seed()`, which is what
     torch.manual_seed() was last called with, at the time when it is made.
-    Raises AutoParallelError for any other module.
+    Raises AutoParallelError for any other module, and for a seed that is no whole number.
     """
+    require_kind(seed, int, "give a whole number: manual_seed(module, 0)")
     generator_of(module).load_state_dict({"seed": seed, "step": 0})
 
 
@@ -36,7 +38,12 @@ def rng_state(module: nn.Module) -> dict[str, int]:
 
 def set_rng_state(module: nn.Module, state: Mapping[str, int]) -> None:
     """Go on where `rng_state` was taken; with rng="counter" at any number of ranks and any plan."""
-    generator_of(module).load_state_dict(dict(state))
+    generator = generator_of(module)
+    if not isinstance(state, Mapping) or not {"seed", "step"} <= set(state):
+        raise AutoParallelError(
+            f"{state!r} is no state of random numbers", fix="give what rng_state(module) returned"
+        )
+    generator.load_state_dict(dict(state))
 
 
 def generator_of(module: nn.Module) -> Generator:

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 import graphviz
 
-from autoparallel.errors import AutoParallelError
+from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, Plan
+from autoparallel.support.arguments import MAKE_ONE, require_kind
 from autoparallel.support.units import bytes_text
+from autoparallel.support.written_files import write_file
 from autoparallel.view.picture import Box, Picture, Pill, draw
 from autoparallel.view.words import Words, collective_text, kind_of, op_text
 
@@ -71,7 +73,8 @@ def write_svg(
         >>> "</svg>" in path.read_text()
         True
 
-    Raises AutoParallelError for another ending, before anything is drawn.
+    Raises AutoParallelError for another ending, before anything is drawn, and where no such file
+    can be written.
     """
     ending = Path(path).suffix.lower()
     if ending not in _ENDINGS:
@@ -83,19 +86,23 @@ def write_svg(
         )
     source = to_dot(plan, layers=layers, within=within)
     content = source.encode() if ending == ".dot" else _render(source, ending.removeprefix("."))
-    Path(path).write_bytes(content)
+    write_file(path, content)
 
 
 def to_dot(plan: Plan, *, layers: Layers = "fold", within: str = "") -> str:
     """The picture as DOT text. within: a module's path, to draw only what is in it.
 
-    Raises ValueError for other layers, and where nothing is in the module.
+    Raises PlanError for other layers, and where nothing is in the module.
     """
+    require_kind(plan, Plan, MAKE_ONE)
     if layers not in ("fold", "all"):
-        raise ValueError(f'layers must be "fold" or "all", not {layers!r}')
+        raise PlanError(f"layers={layers!r}", fix='choose "fold" or "all"')
     picture = draw(plan, layers == "fold", within)
     if within and not picture.boxes:
-        raise ValueError(f"no op of {plan.model} is in a module {within!r}")
+        raise PlanError(
+            f"no op of {plan.model} is in a module {within!r}",
+            fix="give the path of a module, as in model.named_modules()",
+        )
     graph = graphviz.Digraph("plan")
     graph.attr("graph", fontname=_FONT, fontsize="10", bgcolor="white", pad="0.15")
     graph.attr("graph", label=_legend(plan, within), labelloc="t", nodesep="0.2", ranksep="0.22")

@@ -18,6 +18,7 @@ from rich.text import Text
 from autoparallel.analysis.communication import collective_totals
 from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.support.arguments import MAKE_ONE, require_kind
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.folded_rows import Folded, fold
 from autoparallel.view.size_names import assumed_text, returned_text
@@ -76,6 +77,7 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
 
     file: where to, standard output if not given. console: rich's, instead of one made here.
     """
+    require_kind(plan, Plan, MAKE_ONE)
     if console is None:
         console = Console(file=file, highlight=False)
         if not console.is_terminal:

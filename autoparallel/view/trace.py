@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Timeline
+from autoparallel.support.arguments import require_kind
+from autoparallel.support.written_files import write_file
 
 __all__ = ["trace_json", "write_trace"]
 
@@ -15,8 +16,12 @@ _MICRO = 1e6
 
 
 def write_trace(timeline: Timeline, path: str | PathLike[str]) -> None:
-    """Write the trace, the same text for the same timeline."""
-    Path(path).write_text(trace_json(timeline))
+    """Write the trace, the same text for the same timeline.
+
+    Raises AutoParallelError where no such file can be written.
+    """
+    require_kind(timeline, Timeline, "make one: autoparallel.timeline(plan)")
+    write_file(path, trace_json(timeline).encode())
 
 
 def trace_json(timeline: Timeline) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 import autoparallel
 from autoparallel.analysis.communication import collective_totals
 from autoparallel.analysis.memory import memory_of
+from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Collective, Movement
 from autoparallel.plan import Plan
@@ -314,9 +315,9 @@ def test_picture_of_one_module(megatron: Plan, tmp_path: Path):
 
 
 def test_picture_refuses_what_is_not_there(megatron: Plan):
-    with pytest.raises(ValueError, match="layers"):
+    with pytest.raises(PlanError, match="layers"):
         to_dot(megatron, layers="some")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"blocks\.77"):
+    with pytest.raises(PlanError, match=r"blocks\.77"):
         to_dot(megatron, within="blocks.77")
 
 
