@@ -314,16 +314,11 @@ def drawn_by(
         parts.setdefault(key, {})[rest[0].rank] = (layout, made)
         return made
 
-<<<<<<< HEAD
     # Planning runs the program too, on tensors without data, to count its memory.
     plan = autoparallel.make_plan(model, world_size, **options)
     patch.setattr(rng, "_dropout_mask", recorded)
     inputs = options["example_inputs"]
     result = autoparallel.simulate(model, world_size, example_inputs=inputs, plan=plan)
-=======
-    patch.setattr(rng, "_kept", recorded)
-    result = autoparallel.simulate(model, plan=plan, example_inputs=options["example_inputs"])
->>>>>>> 6e83a19 (The masks that a pass draws are recorded of the pass alone, not of counting its memory)
     patch.undo()
     masks: dict[int, torch.Tensor] = {}
     split = 0
