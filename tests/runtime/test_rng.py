@@ -314,8 +314,6 @@ def drawn_by(
         parts.setdefault(key, {})[rest[0].rank] = (layout, made)
         return made
 
-    # Planning runs the program too, on tensors without data, to count its memory.
-    plan = autoparallel.make_plan(model, world_size, **options)
     patch.setattr(rng, "_dropout_mask", recorded)
     inputs = options["example_inputs"]
     result = autoparallel.simulate(model, world_size, example_inputs=inputs, plan=plan)
