@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from autoparallel.graph.graph import Graph, Ref, Sym, Value, leaves, map_leaves
-
-if TYPE_CHECKING:
-    from autoparallel.capture.importer import Importer
+from autoparallel.capture.block_folding import Folding
+from autoparallel.capture.graph_builder import GraphBuilder
+from autoparallel.graph.graph import Graph, Ref, Sym, leaves, map_leaves
 
 __all__ = ["MARKS", "OPAQUE", "Regions", "base_of"]
 
@@ -36,10 +35,14 @@ class _Region:
 
 
 class Regions:
-    """The marked regions of the program that `importer` translates."""
+    """The marked regions of a program, whose nodes are those of `builder`, and their copies.
 
-    def __init__(self, importer: Importer) -> None:
-        self.importer, self.folding = importer, importer.folding
+    folding: which blocks were traced, and which calls stand for others.
+    """
+
+    def __init__(self, folding: Folding, builder: GraphBuilder) -> None:
+        self.folding, self.builder = folding, builder
+        self.modules = dict(member for group in folding.groups for member in group.members)
         self.found: dict[int, _Region] = {}
         self.blocks: dict[str, dict[int, str]] = {}
 
@@ -47,11 +50,11 @@ class Regions:
         """A block that was traced begins or ends here."""
         names, key = self.names_of(node), node.args[1]
         if name == MARKS[0]:
-            path, scope = self.folding.marks[key], self.importer.origins.scope(node)
-            self.found[key] = _Region(path, scope, names, len(self.importer.nodes))
+            path, scope = self.folding.marks[key], self.builder.origins.scope(node)
+            self.found[key] = _Region(path, scope, names, len(self.builder.nodes))
             return
         region = self.found[key]
-        region.outputs, region.stop = names, len(self.importer.nodes)
+        region.outputs, region.stop = names, len(self.builder.nodes)
         self.confine(region)
         twin = self.folding.twins.get(key)
         if twin is not None and self.text(region) != self.text(self.found[twin.key]):
@@ -59,7 +62,7 @@ class Regions:
 
     def names_of(self, node: Any) -> tuple[str, ...]:
         """The values that an opaque call or a mark names."""
-        refs = self.importer.leaf_all(node.args[0])
+        refs = self.builder.leaf_all(node.args[0])
         if not all(isinstance(ref, Ref) for ref in refs):
             raise self.folding.fail("a block is called with a tensor from outside of the program")
         return tuple(ref.name for ref in refs)
@@ -68,35 +71,40 @@ class Regions:
         """A region may read its inputs and what is its own, and must write to neither."""
         internal = {
             value.name
-            for node in self.importer.nodes[region.start : region.stop]
+            for node in self.builder.nodes[region.start : region.stop]
             for value in node.results
         }
         inputs = set(region.inputs)
-        if any(name in self.importer.own and self.is_own(name, region.path) for name in inputs):
+        if any(
+            name in self.builder.tensor_ids and self.is_own(name, region.path) for name in inputs
+        ):
             raise self.folding.fail(f"{region.path} is called with its own parameter")
-        for node in self.importer.nodes[region.start : region.stop]:
+        for node in self.builder.nodes[region.start : region.stop]:
             for name in node.operands():
-                if name in internal or name in inputs or name in self.importer.lifted:
+                if name in internal or name in inputs or name in self.builder.lifted:
                     continue
-                if name not in self.importer.own or not self.is_own(name, region.path):
+                if name not in self.builder.tensor_ids or not self.is_own(name, region.path):
                     raise self.folding.fail(f"{region.path} reads %{name} from elsewhere")
-            outside = [name for name in self.importer.writes[node.name] if name not in internal]
+            outside = [name for name in self.builder.writes[node.name] if name not in internal]
             if outside:
                 raise self.folding.fail(f"{region.path} writes to %{outside[0]}")
             for leaf in leaves((node.args, node.kwargs, *(v.shape for v in node.results))):
-                if isinstance(leaf, Sym) and not leaf.expr.free_symbols <= self.importer.symbols:
+                if (
+                    isinstance(leaf, Sym)
+                    and not leaf.expr.free_symbols <= self.builder.input_symbols
+                ):
                     raise self.folding.fail(f"{region.path} has sizes that depend on values")
         if not internal.issuperset(region.outputs):
             raise self.folding.fail(f"{region.path} returns what it did not make")
 
     def is_own(self, name: str, path: str) -> bool:
         """Whether a stored tensor belongs to the block at `path`, perhaps among others."""
-        return self.importer.own[name] in self.inside(path)
+        return self.builder.tensor_ids[name] in self.inside(path)
 
     def inside(self, path: str) -> dict[int, str]:
         """Paths inside a block by the tensor's id."""
         if path not in self.blocks:
-            block = self.importer.model.get_submodule(path)
+            block = self.modules[path]
             self.blocks[path] = {
                 id(tensor): inner
                 for inner, tensor in (
@@ -116,12 +124,12 @@ class Regions:
                 return (type(leaf), leaf)
             if leaf.name in numbers:
                 return numbers[leaf.name]
-            return own.get(self.importer.own.get(leaf.name, 0), leaf.name)
+            return own.get(self.builder.tensor_ids.get(leaf.name, 0), leaf.name)
 
         rows: list[Any] = []
         for node, grad in zip(
-            self.importer.nodes[region.start : region.stop],
-            self.importer.flows[region.start : region.stop],
+            self.builder.nodes[region.start : region.stop],
+            self.builder.grad_enabled[region.start : region.stop],
             strict=True,
         ):
             args, kwargs = map_leaves(plain, node.args), map_leaves(plain, node.kwargs)
@@ -131,7 +139,7 @@ class Regions:
                 numbers[value.name] = len(numbers)
         return [*rows, [numbers[name] for name in region.outputs]]
 
-    def copy(self, node: Any, tensors: dict[str, Value]) -> None:
+    def copy(self, node: Any) -> None:
         """The nodes of the block that was traced, for the block of an opaque call."""
         path, traced = self.folding.calls[node.args[1]]
         region = self.found[traced.key]
@@ -143,7 +151,9 @@ class Regions:
             raise self.folding.fail(f"{path} is called otherwise than {region.path}")
         block = {inner: tensor for tensor, inner in self.inside(path).items()}
         for tensor, inner in self.inside(region.path).items():
-            renamed[self.importer.by_tensor[tensor]] = self.importer.by_tensor[block[inner]]
+            renamed[self.builder.names_of_tensors[tensor]] = self.builder.names_of_tensors[
+                block[inner]
+            ]
 
         def leaf(item: Any) -> Any:
             if isinstance(item, Ref) and item.name in renamed:
@@ -154,14 +164,14 @@ class Regions:
             inside = entry.startswith(f"{region.path}.")
             return path + entry.removeprefix(region.path) if inside else entry
 
-        scope = self.importer.origins.scope(node)
+        scope = self.builder.origins.scope(node)
         scopes: dict[tuple[str, ...], tuple[str, ...]] = {}
         for index in range(region.start, region.stop):
-            like, grad = self.importer.nodes[index], self.importer.flows[index]
+            like, grad = self.builder.nodes[index], self.builder.grad_enabled[index]
             args, kwargs = map_leaves(leaf, like.args), map_leaves(leaf, like.kwargs)
-            own = self.importer.fresh(base_of(like.name), len(like.results))
+            own = self.builder.fresh(base_of(like.name), len(like.results))
             made = replace(like, name=own, args=args, kwargs=kwargs)
-            flows = self.importer.records(made, grad, tensors)
+            flows = self.builder.records(made, grad)
             single = len(like.results) == 1 and like.results[0].name == like.name
             results = []
             for position, value in enumerate(like.results):
@@ -173,9 +183,10 @@ class Regions:
             if below not in scopes:
                 scopes[below] = (*scope, *map(moved, below))
             made = replace(made, results=tuple(results), scope=scopes[below])
-            self.importer.writes[own] = ()
-            self.importer.add(made, grad, tensors)
-        self.importer.known[node] = tuple(Ref(renamed[name]) for name in region.outputs)
+            self.builder.add(made, grad)
+            written = tuple(renamed[name] for name in self.builder.writes[like.name])
+            self.builder.follow(made, written, flows)
+        self.builder.translated[node] = tuple(Ref(renamed[name]) for name in region.outputs)
 
     def check(self, graph: Graph) -> None:
         """Nobody reads from a traced block what it did not return."""

@@ -20,6 +20,7 @@ from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_blocks import Group, find_groups
 from autoparallel.capture.example_inputs import as_given, bind_inputs
 from autoparallel.capture.forward_contexts import quiet
+from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
@@ -353,7 +354,9 @@ def _exported(
         raise held.failure
     folding.require_called()
     trained = [part or tensor.requires_grad for tensor in tensors]
-    importer = Importer(program, model, folding, held, trained)
+    importer = Importer(
+        program, GraphBuilder(), model=model, folding=folding, held=held, trained_inputs=trained
+    )
     return ran[-1], importer, importer.graph()
 
 

@@ -235,6 +235,19 @@ def test_gradients_flow_as_in_the_full_trace() -> None:
     assert instances(both(model, sample())) == [LAYERS - 1]
 
 
+class Filling(Block):
+    """Only the memory of `filled` says that a gradient flows: its first owner has none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        filled = torch.zeros_like(x)
+        filled[..., 1:] = self.first(x)[..., 1:WIDTH]
+        return x.detach() + filled * 2
+
+
+def test_gradients_flow_through_memory_that_copies_write_to() -> None:
+    assert instances(both(stack(Filling), sample())) == [LAYERS - 1]
+
+
 class WithoutGradient(Stack):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -16,6 +16,7 @@ from autoparallel.capture import block_folding as folding
 from autoparallel.capture import equal_blocks as blocks
 from autoparallel.capture import held_tensors as held
 from autoparallel.capture.export import capture
+from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.importer import Importer
 from autoparallel.errors import AliasError, CaptureError
 
@@ -231,7 +232,10 @@ def test_each_guard_alone_is_enough(guards: str, monkeypatch: pytest.MonkeyPatch
 def test_a_weight_that_the_tracer_does_not_see_is_refused() -> None:
     model = Pairs()
     fold = folding.Folding((), frozenset())
-    importer = Importer(None, model, fold, held.HeldTensors(model, fold), ())
+    seen = held.HeldTensors(model, fold)
+    importer = Importer(
+        None, GraphBuilder(), model=model, folding=fold, held=seen, trained_inputs=()
+    )
     weight = model.blocks[0].get_parameter("0.weight")
     with pytest.raises(CaptureError, match=r"does not see parameter blocks\.0\.0\.weight"):
         importer.require_all([("parameter", "blocks.0.0.weight", weight)])

@@ -1,0 +1,196 @@
+"""The graph under construction: nodes, names, sizes and gradients, as the translators write them.
+
+The importer translates one call of an exported program after the other; the block regions copy
+whole runs of nodes. Both write here, so that names are unique and gradients are followed through
+in-place writes whoever has added a node.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+
+from autoparallel.capture.source_locations import Origins
+from autoparallel.errors import CaptureError
+from autoparallel.graph.aliasing import owner_of, shares_memory
+from autoparallel.graph.graph import Dim, Node, Ref, Sym, Value
+from autoparallel.graph.operators import packet_of
+from autoparallel.support.torch_private import expression_of, hint_of
+
+__all__ = ["GraphBuilder"]
+
+
+_PREFIXES = {"parameter": "p_", "buffer": "b_", "constant": "c_", "input": "tensors_"}
+
+
+class GraphBuilder:
+    """The nodes of a graph so far, and all that must be known to add the next one.
+
+    nodes: in execution order. grad_enabled: for each node, whether torch records gradients where it
+    is; for a tensor that is there before the program runs, whether it needs a gradient. values: all
+    that the nodes produce, by name. translated: for each node of the exported program, the Ref,
+    number, tuple or module that stands for it here. tensor_ids: the id of the model's tensor, by
+    the name of its parameter or buffer node. names_of_tensors: the other way round; tied weights
+    have one name. lifted: names of the constants that the forward makes from numbers. writes: for
+    each call, the values that it writes to. views: for each view, the value whose memory it shares.
+    overwritten: for each result of an in-place op, the value that the op has written to.
+    trained_memory: owners of memory into which a value with a gradient was written. input_symbols:
+    the symbols that the inputs' sizes consist of. equal_sizes: expressions that are numbers by what
+    the tracer assumed. origins: names the module calls.
+
+    Every name is chosen here, in the order of definition, so that a program with copied blocks has
+    the names of a fully traced one.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.grad_enabled: list[bool] = []
+        self.translated: dict[Any, Any] = {}
+        self.tensor_ids: dict[str, int] = {}
+        self.names_of_tensors: dict[int, str] = {}
+        self.lifted: set[str] = set()
+        self.writes: dict[str, tuple[str, ...]] = {}
+        self.views: dict[str, str] = {}
+        self.overwritten: dict[str, str] = {}
+        self.trained_memory: set[str] = set()
+        self.input_symbols: set[sympy.Basic] = set()
+        self.equal_sizes: dict[sympy.Basic, sympy.Basic] = {}
+        self.origins = Origins()
+        self.values: dict[str, Value] = {}
+        self._sizes: dict[sympy.Basic, Dim] = {}
+        self._name_counts: dict[str, int] = {}
+        self._names: set[str] = set()
+
+    def stored(
+        self, kind: str, target: str, example: torch.Tensor, grad: bool, node: Any = None
+    ) -> str:
+        """Add the node of a tensor that is there before the program runs. Returns its name.
+
+        kind, target: as in Node. example: a tensor of its shape and type. grad: whether it needs a
+        gradient. node: the placeholder of the exported program that it is, if it is one.
+        """
+        plain = re.sub(r"[^a-zA-Z0-9]", "_", target).lower()
+        name = self.fresh(_PREFIXES[kind] + plain)
+        self.add(Node(name, kind, target, (self.value(name, example, grad),)), grad)
+        if node is not None:
+            self.translated[node] = Ref(name)
+        return name
+
+    def fresh(self, base: str, results: int = 1) -> str:
+        """The first of base, base_1, base_2, ... that clashes with no value's or node's name.
+
+        results: how many tensors the node produces. Several are called name_0, name_1, ..., which
+        must be free as well.
+        """
+        while True:
+            count = self._name_counts.get(base, 0)
+            self._name_counts[base] = count + 1
+            name = f"{base}_{count}" if count else base
+            if results == 1:
+                value_names = {name}
+            else:
+                value_names = {f"{name}_{index}" for index in range(results)}
+            if not value_names & self._names:
+                self._names |= value_names
+                return name
+
+    def add(self, node: Node, grad: bool) -> None:
+        """Append a node. grad: whether gradients are recorded where it is."""
+        self.nodes.append(node)
+        self.grad_enabled.append(grad)
+        self.values.update((value.name, value) for value in node.results)
+
+    def records(self, node: Node, grad: bool) -> bool:
+        """Whether a gradient flows back through a call. grad: whether any is recorded there."""
+        return grad and not _stops(node.target) and self.carries(node.operands())
+
+    def carries(self, operands: Iterable[str]) -> bool:
+        """Whether a gradient flows through one of them, maybe since it was written to."""
+        names = [owner_of(name, self.overwritten) for name in operands]
+        return any(
+            self.values[name].requires_grad or owner_of(name, self.views) in self.trained_memory
+            for name in names
+        )
+
+    def follow(self, node: Node, writes: tuple[str, ...], flows: bool) -> None:
+        """Remember whose memory a call writes to or shares, so that gradients are followed there.
+
+        writes: the values that it writes to. flows: whether a gradient flows back through it.
+        """
+        self.writes[node.name] = writes
+        for name in writes if node.results else ():
+            self.overwritten[node.results[0].name] = name
+            if flows:
+                owner = owner_of(owner_of(name, self.overwritten), self.views)
+                self.trained_memory.add(owner)
+        if node.results and shares_memory(node.target):
+            operand = node.operands()[0]
+            self.views.update((value.name, operand) for value in node.results)
+
+    def leaf_all(self, item: Any) -> Any:
+        """Arguments with nodes replaced by what they stand for; lists become tuples."""
+        if isinstance(item, torch.fx.Node):
+            if item not in self.translated:
+                raise CaptureError(
+                    f"the program holds an object that is no tensor: {item.name}",
+                    why="its type is " + type(item.meta.get("val")).__name__,
+                    fix="make it outside of the model, or keep what uses it in a submodule of its "
+                    "own, which then stays Python",
+                )
+            return self.translated[item]
+        if isinstance(item, (list, tuple)):
+            return tuple(self.leaf_all(part) for part in item)
+        if isinstance(item, slice):
+            raise AssertionError("a slice in an aten call")
+        return item
+
+    def scalar(self, example: Any) -> Any:
+        """A number of the traced program: itself, or the expression of a symbolic one."""
+        if isinstance(example, (torch.SymInt, torch.SymFloat)):
+            return self.size(example)
+        return example
+
+    def size(self, size: Any) -> Dim:
+        """One size of the traced program, equal sizes being one object.
+
+        Raises CaptureError where it depends on the values of a tensor.
+        """
+        if isinstance(size, int):
+            return size
+        expr = expression_of(size)
+        if self.equal_sizes:
+            expr = expr.xreplace(self.equal_sizes)
+        if expr not in self._sizes:
+            if expr.is_number:
+                number: Any = int(expr) if expr.is_integer else float(expr)
+                self._sizes[expr] = number
+            else:
+                if hint_of(size) is None:
+                    raise CaptureError(
+                        "the number of elements of a tensor depends on the values of another",
+                        why="nonzero, masked_select, x[mask] and their like return as many "
+                        "elements as fit, which no two ranks need agree on",
+                        fix="keep the shape: torch.where(mask, x, 0), masked_fill, or weights",
+                    )
+                self._sizes[expr] = Sym(sympy.sympify(expr), int(hint_of(size)))
+        return self._sizes[expr]
+
+    def shape(self, example: torch.Tensor) -> tuple[Dim, ...]:
+        """The sizes of a tensor of the traced program."""
+        return tuple(self.size(size) for size in example.shape)
+
+    def value(self, name: str, example: torch.Tensor, grad: bool) -> Value:
+        """A value that looks like `example`. grad: whether it has a gradient if its type can."""
+        shape = self.shape(example)
+        floating = example.dtype.is_floating_point or example.dtype.is_complex
+        return Value(name, shape, example.dtype, grad and floating)
+
+
+def _stops(target: str) -> bool:
+    """Whether no gradient flows back through an op of numbers: of its operand it reads no value."""
+    packet = packet_of(target)
+    return packet == "detach" or packet.endswith("_like") or packet.startswith("new_")
