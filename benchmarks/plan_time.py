@@ -141,6 +141,7 @@ def measure(
         from autoparallel.planning import network_solver as solving
         from autoparallel.planning import plan_model, search
         from autoparallel.rewrite.emit import emit
+        from autoparallel.rules.registry import find_rule
         from autoparallel.runtime.ranks import thread_ranks
         from autoparallel.strategy import build_network as builder
 
@@ -149,7 +150,7 @@ def measure(
     mesh = Mesh(**dict(zip(AXES[len(shape)], shape, strict=True)))
     if not cold:
         tiny, inputs = construct("tiny", 2)
-        breaks.trace(tiny, (), inputs)
+        breaks.trace(tiny, (), inputs, known=find_rule)
     # A phase is the time in a function, by the name under which its caller finds it.
     clock.watch(breaks, "capture", "capture")
     clock.watch(breaks, "run_passes", "passes")
@@ -165,7 +166,7 @@ def measure(
         data_parallel=len(shape) > 1 if data_parallel is None else data_parallel,
         hardware=hardware,
     )
-    captured = breaks.trace(model, (), inputs)
+    captured = breaks.trace(model, (), inputs, known=find_rule)
     with clock.phase("read"):
         plan = plan_model.fastest_plan(model, captured, (mesh,), options)
     # ru_maxrss is in bytes on macOS and in kilobytes elsewhere. It is read before the program is

@@ -122,6 +122,7 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
     from autoparallel.mesh import Mesh
     from autoparallel.options import Options
     from autoparallel.planning.search import search
+    from autoparallel.rules.registry import find_rule
 
     torch.set_num_threads(1)
     results = []
@@ -138,7 +139,7 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
             torch.manual_seed(0)
             model, inputs = build(name, options.tiny)
             args, kwargs = split_example(inputs)
-            captured = trace(model, args, kwargs)
+            captured = trace(model, args, kwargs, known=find_rule)
             # tokens=1 prices the plan for these inputs, however few tokens they have.
             settings = Options(hardware=str(options.work), tokens=1)
             plan = search(captured, type(model).__name__, Mesh(tp=ranks), settings)

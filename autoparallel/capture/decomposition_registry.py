@@ -8,7 +8,8 @@ from typing import Any
 __all__ = ["DECOMPOSITIONS", "Decomposition", "Known", "decomposition"]
 
 
-Known = Callable[[str], bool]
+# Says of an op, by its name, whether it is traced as itself: anything true where it is.
+Known = Callable[[str], object]
 
 
 Decomposition = Callable[..., Any]

@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from autoparallel.capture.call_recorder import Call, record
+from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_modules import EqualModules, Watch
 from autoparallel.capture.export import Captured, capture
 from autoparallel.capture.held_tensors import refuse_views
 from autoparallel.errors import AliasError, CaptureError
 from autoparallel.graph.passes.run_passes import run_passes
 from autoparallel.plan import Break
-from autoparallel.rules.registry import find_rule
 
 __all__ = ["GraphBreaks", "TracedPart", "trace", "trace_alike", "trace_parts"]
 
@@ -54,14 +54,16 @@ def trace(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
+    known: Known,
     part: bool = False,
     around: nn.Module | None = None,
 ) -> Captured:
     """The graph of the whole model after all passes. Raises CaptureError where there is none.
 
+    known: says of an op's name whether the op is traced as itself, as those are that have a rule.
     around: the model that this is a part of.
     """
-    captured = capture(model, args, kwargs, known=_has_rule, part=part, around=around)
+    captured = capture(model, args, kwargs, known=known, part=part, around=around)
     return replace(captured, graph=run_passes(captured.graph))
 
 
@@ -70,18 +72,21 @@ def trace_alike(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     counters: tuple[tuple[str, str], ...],
+    *,
+    known: Known,
     around: nn.Module,
 ) -> tuple[Captured | CaptureError, bool]:
     """The graph of a part, or why there is none; and whether that goes for its equals too.
 
     counters: attributes of it that number the equals; what the trace reads of them is its own.
-    around: the model that it is a part of. Raises AliasError where Python would be no way out.
+    known: as in `trace`. around: the model that it is a part of.
+    Raises AliasError where Python would be no way out.
     """
     watch = Watch(counters)
     found: Captured | CaptureError
     try:
         with watch.installed(model):
-            found = trace(model, args, kwargs, part=True, around=around)
+            found = trace(model, args, kwargs, known=known, part=True, around=around)
     except AliasError:
         raise
     except CaptureError as error:
@@ -90,11 +95,17 @@ def trace_alike(
 
 
 def trace_parts(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: CaptureError
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    error: CaptureError,
+    *,
+    known: Known,
 ) -> GraphBreaks:
     """The largest submodules of `model` that can be traced, with the inputs of an example run.
 
-    error: why the whole cannot. Only modules with parameters are tried: the others gain nothing.
+    error: why the whole cannot. known: as in `trace`.
+    Only modules with parameters are tried: the others gain nothing.
     Raises CaptureError where the model has no weights to run with, and where nothing is left.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
@@ -106,7 +117,7 @@ def trace_parts(
             fix=f"pass the model with real weights (not on the meta device), or {error.fix}",
         )
     try:
-        finder = _Finder(model, args, kwargs)
+        finder = _Finder(model, args, kwargs, known)
     except CaptureError as failed:
         raise CaptureError(
             error.what,
@@ -139,16 +150,18 @@ def trace_parts(
 class _Finder:
     """The search down the tree of calls."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Known
+    ) -> None:
+        self.model, self.known_ops = model, known
         self.alike = EqualModules(model)
         self.modules = dict(model.named_modules())
         self.weighty = {path for path, module in self.modules.items() if _has_parameters(module)}
         self.calls: dict[str, Call] = {}
         for seed in range(_RUNS):
             for path, call in record(model, args, kwargs, seed).items():
-                known = self.calls.setdefault(path, call)
-                known.callers.update(call.callers)
+                first = self.calls.setdefault(path, call)
+                first.callers.update(call.callers)
             seen = {self.alike.canonical(path) for path in self.calls}
             if all(self.alike.canonical(path) in seen for path in self.weighty if path):
                 break
@@ -181,7 +194,14 @@ class _Finder:
         if key not in self.known:
             args, kwargs = call.arguments()
             counters = self.alike.counters(canonical)
-            found, common = trace_alike(self.modules[path], args, kwargs, counters, self.model)
+            found, common = trace_alike(
+                self.modules[path],
+                args,
+                kwargs,
+                counters,
+                known=self.known_ops,
+                around=self.model,
+            )
             if not common:
                 key = (path, call.signature, "alone")
             self.known[key] = found
@@ -211,10 +231,6 @@ class _Finder:
                 taken.add(path)
             elif canonical in breaks and path:
                 self.breaks.append(replace(breaks[canonical], path=path))
-
-
-def _has_rule(name: str) -> bool:
-    return find_rule(name) is not None
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from autoparallel.plan import Plan
 from autoparallel.planning.request import require_clear
 from autoparallel.planning.search import search
 from autoparallel.planning.traced_parts import search_parts
+from autoparallel.rules.registry import find_rule
 
 __all__ = ["fastest_plan", "trace_model", "with_graphs"]
 
@@ -35,13 +36,13 @@ def trace_model(
     """
     refuse_arrays(model, args, kwargs)
     try:
-        return trace(model, args, kwargs)
+        return trace(model, args, kwargs, known=find_rule)
     except AliasError:
         raise
     except CaptureError as error:
         whole = error
     refuse_inputs(model, args, kwargs)
-    broken = trace_parts(model, args, kwargs, whole)
+    broken = trace_parts(model, args, kwargs, whole, known=find_rule)
     if options.strict_capture:
         raise CaptureError(
             f"{type(model).__name__} cannot be traced whole",

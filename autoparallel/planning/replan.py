@@ -17,6 +17,7 @@ from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.search import search
+from autoparallel.rules.registry import find_rule
 from autoparallel.support.pytree import flatten
 
 __all__ = ["Replanner"]
@@ -51,7 +52,7 @@ class Replanner:
             module = root.get_submodule(path)
             refuse_arrays(module, args, kwargs)
             try:
-                captured = trace(module, args, kwargs)
+                captured = trace(module, args, kwargs, known=find_rule)
             except CaptureError:
                 refuse_inputs(module, args, kwargs)
                 raise
@@ -70,7 +71,9 @@ class Replanner:
         found = self.known.get(shared) or self.known.get(alone)
         if found is None:
             counters = self.alike.counters(canonical)
-            traced, common = trace_alike(module, args, kwargs, counters, root)
+            traced, common = trace_alike(
+                module, args, kwargs, counters, known=find_rule, around=root
+            )
             if isinstance(traced, CaptureError):
                 found = traced
             else:

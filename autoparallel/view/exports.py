@@ -21,7 +21,7 @@ from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit, fusable
 from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.rewrite.program_module import program_module
-from autoparallel.rules.registry import known_rule
+from autoparallel.rules.registry import find_rule, known_rule
 from autoparallel.rules.rule import OpCall
 from autoparallel.runtime.ranks import Ranks, absent_ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
@@ -74,7 +74,7 @@ def to_fx(
         args, kwargs = split_example(
             find_example_inputs(source) if example_inputs is None else example_inputs
         )
-        return _whole(trace(source, args, kwargs), source, type(source).__name__)
+        return _whole(trace(source, args, kwargs, known=find_rule), source, type(source).__name__)
     if isinstance(source, Graph):
         if rank is not None:
             raise PlanError("a rank beside a graph", fix="pass the plan: to_fx(plan, rank=0)")

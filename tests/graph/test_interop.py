@@ -25,6 +25,7 @@ from autoparallel.capture.graph_breaks import trace
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Ref, Value
 from autoparallel.graph.interop import dataflow, graph_module
+from autoparallel.rules.registry import find_rule
 from autoparallel.support.pytree import flatten, rebuild
 
 
@@ -41,7 +42,7 @@ def test_the_module_equals_the_model(name: str) -> None:
     """
     model, inputs = build(name), inputs_for(name)
     with Float64():
-        captured = trace(model, (), inputs)
+        captured = trace(model, (), inputs, known=find_rule)
         loss, logits = loss_and_logits(model(**inputs))
         module = autoparallel.to_fx(model, example_inputs=inputs)
         expected = gradients_of(model, inputs)
@@ -117,7 +118,7 @@ def test_buffers_are_written_and_sizes_follow_the_inputs() -> None:
 
 def test_what_torch_fx_has_no_place_for_is_refused() -> None:
     """Tensors that are not given, names that a GraphModule has itself, ops that are none."""
-    graph = trace(nn.Linear(4, 4), (torch.ones(2, 4),), {}).graph
+    graph = trace(nn.Linear(4, 4), (torch.ones(2, 4),), {}, known=find_rule).graph
     with pytest.raises(PlanError, match="parameter weight is not given") as caught:
         graph_module(graph, {})
     assert "to_fx(plan, model)" in caught.value.fix
@@ -167,7 +168,7 @@ def test_names_of_the_graph_are_kept_from_the_nodes_that_torch_fx_needs_besides(
 def test_the_dataflow_has_every_node_and_every_read() -> None:
     """With shapes and bytes, in execution order, without a circle."""
     model, inputs = build("gpt"), inputs_for("gpt")
-    graph = trace(model, (), inputs).graph
+    graph = trace(model, (), inputs, known=find_rule).graph
     flow = dataflow(graph)
     assert networkx.is_directed_acyclic_graph(flow)
     assert list(flow) == [*(node.name for node in graph.nodes), "return"]
@@ -198,7 +199,7 @@ def test_a_node_that_reads_two_results_of_another_has_one_edge() -> None:
             first, second = x.split(3, -1)
             return first * second
 
-    flow = dataflow(trace(Both(), (torch.ones(4, 6),), {}).graph)
+    flow = dataflow(trace(Both(), (torch.ones(4, 6),), {}, known=find_rule).graph)
     ((_, _, edge),) = [item for item in flow.edges(data=True) if len(item[2]["values"]) > 1]
     assert edge["nbytes"] == 2 * 4 * 3 * 4
     assert len(edge["shapes"]) == 2

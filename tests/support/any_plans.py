@@ -17,6 +17,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.plan import Plan
 from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.rules.registry import find_rule
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
 from planners import Solution, exact
@@ -29,7 +30,7 @@ def network_of(
 ) -> tuple[Captured, CostNetwork]:
     """The cost network of a model on a mesh, with memory counted where there is a limit."""
     args, kwargs = split_example(inputs)
-    captured = trace(model, args, kwargs)
+    captured = trace(model, args, kwargs, known=find_rule)
     chosen = Options(**{"data_parallel": True, **options})
     graph = with_larger_hints(captured, chosen.tokens)
     return captured, build_network(graph, mesh, find_hardware(chosen.hardware), chosen)
