@@ -1,12 +1,15 @@
 # Needs Python 3.11 and make, nothing else: each target makes the environment that it uses.
 #   make demo     train a GPT and a BERT three ways and compare (about five minutes)
 #   make test     the tests
-# Options:  VENV=folder  PYTHON=interpreter  ARGS="what follows the command"
+# Options:  VENV=folder  PYTHON=interpreter  WORKERS=processes  ARGS="what follows the command"
 
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
+# Processes that share the tests. Each runs one thread, or they would wait for each other.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Stamps: an environment is brought up to date when the pins or the dependencies have changed.
@@ -43,10 +46,10 @@ demo: $(BASE)
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: $(TEST)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
 
 broad: $(TEST)
-	$(VENV)/bin/python -m pytest -m broad $(ARGS)
+	$(PYTEST) -m broad -n $(WORKERS) --dist worksteal $(ARGS)
 
 fuzz: $(TEST)
 	$(VENV)/bin/python -m pytest -m fuzz -s $(ARGS)
@@ -77,7 +80,8 @@ coverage: $(TEST)
 
 versions: $(TORCH_VERSIONS:%=$(VENV)-torch-%/.installed-test)
 	@failed=; for torch in $(TORCH_VERSIONS); do echo "== torch $$torch"; \
-		$(VENV)-torch-$$torch/bin/python -m pytest $(ARGS) || failed="$$failed $$torch"; \
+		OMP_NUM_THREADS=1 $(VENV)-torch-$$torch/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) \
+			|| failed="$$failed $$torch"; \
 	done; test -z "$$failed" || { echo "failed on torch$$failed" >&2; exit 1; }
 
 clean:
