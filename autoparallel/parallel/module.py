@@ -17,9 +17,10 @@ from autoparallel.capture.refused_inputs import refuse_devices
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
+from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.materialize import materialize
 from autoparallel.parallel.module_programs import program_text
-from autoparallel.parallel.module_state import Entry, Replan, State, Tree, hooks_inside, state_of
+from autoparallel.parallel.module_state import Entry, Replan, State, Tree, state_of
 from autoparallel.parallel.parameters import (
     GatheredCopy,
     GradientBucket,
@@ -241,11 +242,11 @@ def _add(made: nn.Module, state: State, plan: Plan) -> Entry:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run a program, or Python where there is none."""
     state = state_of(module)
-    if not state.members:
+    if state.hooks is None:
         state.members = tuple(module.modules())
-        state.hooks = hooks_inside(tuple(state.skeleton.modules()))
+        state.hooks = InnerHooks(state.members, tuple(state.skeleton.modules()))
     modes = tuple([inner.training for inner in state.members])
-    if hooks_inside(state.members) != state.hooks:
+    if state.hooks.changed():
         # A program does not run hooks of what it is of, but for those that it was traced with.
         if not state.settled:
             _log.warning(

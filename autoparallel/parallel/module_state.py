@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.graph.captured import Captured, Modes
+from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.uncaptured_python import WholeParameters
@@ -22,7 +23,7 @@ from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.pytree import Skeleton
 
-__all__ = ["Entry", "Replan", "State", "Tree", "hooks_inside", "state_of"]
+__all__ = ["Entry", "Replan", "State", "Tree", "state_of"]
 
 # From the model on the meta device, the path of a module in it, its inputs, how its parameters are
 # stored and whether Python calls it, to a plan. Raises CaptureError where it cannot be traced.
@@ -83,7 +84,7 @@ class State:
     entries: programs by (modes, structure of the inputs). python: modes in which the module cannot
     be traced, and stays the user's Python. full: no more programs are made. own: the user's
     forward. plan: that decided how parameters are stored. members: the module and all in it.
-    hooks: how many there are inside of it for the programs.
+    hooks: those inside of it, which programs leave out.
     """
 
     path: str
@@ -98,7 +99,7 @@ class State:
     full: bool = False
     settled: bool = False
     members: tuple[nn.Module, ...] = ()
-    hooks: int = 0
+    hooks: InnerHooks | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -136,9 +137,3 @@ def state_of(module: nn.Module) -> State:
             fix="pass the parallel module itself",
         )
     return found
-
-
-def hooks_inside(modules: tuple[nn.Module, ...]) -> int:
-    """The number of hooks of the modules but the first, whose hooks run around its program."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    return sum([len(vars(inner)[kind]) for inner in modules[1:] for kind in kinds])

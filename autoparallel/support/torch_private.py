@@ -11,7 +11,7 @@ documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
@@ -78,6 +78,7 @@ __all__ = [
     "TorchDispatchMode",
     "assert_on_device",
     "at_end_of_backward",
+    "call_hooks_of",
     "current_dispatch_mode",
     "current_function_mode",
     "custom_op_functions",
@@ -91,6 +92,7 @@ __all__ = [
     "has_backward",
     "has_torch_binding",
     "hint_of",
+    "hook_handles_so_far",
     "in_backward",
     "is_composite",
     "is_custom_op",
@@ -315,3 +317,17 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
 def saved_tensors_hooks_are_set() -> bool:
     """Whether torch.autograd.graph.saved_tensors_hooks are in force here."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+# Hooks of modules.
+
+
+def call_hooks_of(modules: Iterable[torch.nn.Module]) -> tuple[dict[int, Any], ...]:
+    """The dictionaries in which modules keep the hooks that run around a call and its backward."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return tuple([vars(module)[kind] for module in modules for kind in kinds])
+
+
+def hook_handles_so_far() -> int:
+    """The number of handles that were made in this process: every registered hook makes one."""
+    return torch.utils.hooks.RemovableHandle.next_id

@@ -589,3 +589,26 @@ def test_a_module_holds_its_parts_in_dictionaries() -> None:
     assert nn.Sequential(module)._modules == {"0": module}
     module._parameters["weight"] = replacement = nn.Parameter(torch.ones(2))
     assert module.weight is replacement
+
+
+REGISTRATIONS = (
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+)
+
+
+@pytest.mark.parametrize("registration", REGISTRATIONS)
+def test_a_registered_hook_is_in_a_dictionary_of_its_module_and_makes_a_handle(
+    registration: str,
+) -> None:
+    """The handle is one more of those of the process, whatever else registers hooks."""
+    module = nn.Linear(2, 2)
+    dictionaries = torch_private.call_hooks_of([module])
+    handles = torch_private.hook_handles_so_far()
+    handle = getattr(module, registration)(lambda *_: None)
+    assert sum(map(len, dictionaries)) == 1
+    assert torch_private.hook_handles_so_far() == handles + 1
+    handle.remove()
+    assert sum(map(len, dictionaries)) == 0
