@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
     from autoparallel.rewrite.emitted_program import emitted_program
-    from autoparallel.rules.registry import register_rule
     from autoparallel.rules.rule import OpCall, ShardingRule
+    from autoparallel.rules.user_rules import register_rule
     from autoparallel.view.closed_forms_text import forms_text
     from autoparallel.view.dot import write_svg
     from autoparallel.view.exports import to_fx, to_networkx
@@ -46,7 +46,7 @@ _HOMES = {
     "Plan": "plan",
     "OpCall": "rules.rule",
     "ShardingRule": "rules.rule",
-    "register_rule": "rules.registry",
+    "register_rule": "rules.user_rules",
     "emitted_program": "rewrite.emitted_program",
     "full_state_dict": "parallel.module",
     "load_checkpoint": "parallel.checkpoint",

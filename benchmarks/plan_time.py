@@ -141,7 +141,7 @@ def measure(
         from autoparallel.planning import network_solver as solving
         from autoparallel.planning import plan_model, search
         from autoparallel.rewrite.emit import emit
-        from autoparallel.rules.registry import find_rule
+        from autoparallel.rules.lookup import find_rule
         from autoparallel.runtime.ranks import thread_ranks
         from autoparallel.strategy import build_network as builder
 

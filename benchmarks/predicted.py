@@ -122,7 +122,7 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
     from autoparallel.mesh import Mesh
     from autoparallel.options import Options
     from autoparallel.planning.search import search
-    from autoparallel.rules.registry import find_rule
+    from autoparallel.rules.lookup import find_rule
 
     torch.set_num_threads(1)
     results = []

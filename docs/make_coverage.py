@@ -23,7 +23,7 @@ from autoparallel.mesh import Mesh  # noqa: E402
 from autoparallel.parallel.simulate import simulate_plan  # noqa: E402
 from autoparallel.plan import Plan  # noqa: E402
 from autoparallel.planning.search import search  # noqa: E402
-from autoparallel.rules.registry import find_rule  # noqa: E402
+from autoparallel.rules.lookup import find_rule  # noqa: E402
 from autoparallel.view.folded_rows import fold  # noqa: E402
 
 WORLD_SIZES = (8, 2)

@@ -20,7 +20,7 @@ from autoparallel.graph.repeated_blocks import find_repeats
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Collective, Invariant, Layout
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 

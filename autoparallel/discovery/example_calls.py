@@ -17,7 +17,7 @@ from autoparallel.options import Options
 from autoparallel.placement import Invariant, Placement
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.rewrite.emit import emit
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule, Strategy
 from autoparallel.runtime.groups import Group, SingleGroup
 from autoparallel.runtime.ranks import one_axis

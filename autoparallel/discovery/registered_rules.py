@@ -19,8 +19,10 @@ from autoparallel.discovery.strategy_validation import Example
 from autoparallel.discovery.trial import Trial
 from autoparallel.errors import RuleError
 from autoparallel.graph.graph import Sym, hint, numel_hint
-from autoparallel.rules.registry import find_rule, needs_proof, signature, written_at
+from autoparallel.rules.lookup import find_rule
+from autoparallel.rules.registry import signature
 from autoparallel.rules.rule import Dims, OpCall, ShardingRule
+from autoparallel.rules.user_rules import needs_proof, written_at
 
 __all__ = ["require_proven", "why_unproven"]
 

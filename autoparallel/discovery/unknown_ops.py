@@ -10,7 +10,8 @@ from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.disk_cache import key_of, load, store
 from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.graph.graph import Graph
-from autoparallel.rules.registry import find_rule, known_rule, remember, signature
+from autoparallel.rules.lookup import find_rule, known_rule
+from autoparallel.rules.registry import remember, signature
 from autoparallel.rules.rule import OpCall, ShardingRule
 
 __all__ = ["find_unknown", "learn"]

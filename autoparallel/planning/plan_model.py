@@ -22,7 +22,7 @@ from autoparallel.plan import Plan
 from autoparallel.planning.request import require_clear
 from autoparallel.planning.search import search
 from autoparallel.planning.traced_parts import search_parts
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 
 __all__ = ["fastest_plan", "trace_model", "with_graphs"]
 

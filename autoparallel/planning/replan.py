@@ -17,7 +17,7 @@ from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.search import search
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.support.pytree import flatten
 
 __all__ = ["Replanner"]

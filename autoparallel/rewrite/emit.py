@@ -26,7 +26,7 @@ from autoparallel.rewrite.expressions import ExpressionWriter, own_reduction, sp
 from autoparallel.rewrite.local_calls import LocalCalls
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of, names_of
-from autoparallel.rules.registry import known_rule
+from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
 

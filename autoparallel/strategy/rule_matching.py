@@ -12,7 +12,7 @@ from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 from autoparallel.graph.operators import draws
 from autoparallel.options import Options
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 
 __all__ = ["MatchedCall", "match_rules"]

@@ -21,7 +21,7 @@ from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit, fusable
 from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.rewrite.program_module import program_module
-from autoparallel.rules.registry import find_rule, known_rule
+from autoparallel.rules.lookup import find_rule, known_rule
 from autoparallel.rules.rule import OpCall
 from autoparallel.runtime.ranks import Ranks, absent_ranks
 from autoparallel.runtime.tensor_parts import take_layout_part

@@ -31,7 +31,7 @@ from autoparallel.parallel import simulate
 from autoparallel.placement import Invariant, Movement, Shard
 from autoparallel.plan import ParameterChoice, Plan
 from autoparallel.planning.search import search
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.train.models import GPT, GPTConfig
 
 MODELS = ("gpt2", "bert", "llama", "resnet", "lstm", "mamba")

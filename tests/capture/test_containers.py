@@ -16,7 +16,7 @@ from autoparallel.graph.passes.run_passes import run_passes
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
 from autoparallel.planning.search import search
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.support.module_copy import on_meta
 
 TOLERANCE = 1e-12

@@ -12,7 +12,7 @@ from autoparallel.cost.hardware import Hardware, Link, Matmul, find_hardware
 from autoparallel.cost.matmul import product_seconds
 from autoparallel.cost.op_costs import OpCost, op_costs, update_seconds
 from autoparallel.graph.graph import Node, Ref, Value
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, Strategy, strategies
 
 PEAK, MEMORY, LAUNCH = 1000.0, 64.0, 0.5

@@ -11,7 +11,7 @@ from autoparallel.cost.fake_run import contiguous, observe, runner
 from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe
 from autoparallel.discovery.example_calls import make_example
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.support.torch_versions import RELEASE
 

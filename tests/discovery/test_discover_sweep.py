@@ -8,7 +8,7 @@ from sample_calls import CALLS
 
 from autoparallel.discovery.discover import ProbeError, discover
 from autoparallel.discovery.strategy_validation import derived, why_wrong
-from autoparallel.rules.registry import known_rule
+from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import ShardingRule
 
 KNOWN = [

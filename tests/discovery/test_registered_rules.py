@@ -18,8 +18,8 @@ from autoparallel import OpCall, ShardingRule
 from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import RuleError
 from autoparallel.plan import Plan
-from autoparallel.rules import registry
-from autoparallel.rules.registry import register_rule
+from autoparallel.rules import registry, user_rules
+from autoparallel.rules.user_rules import register_rule
 
 assert custom_ops.GATED is not None  # importing it registers the ops
 SCAN = "probed.scan.default"
@@ -29,10 +29,9 @@ X = torch.rand(3, 5, 8, dtype=torch.float64)
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
-    registry._load()
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
-    monkeypatch.setattr(registry, "_WRITTEN_AT", {})
-    monkeypatch.setattr(registry, "_TO_PROVE", set())
+    monkeypatch.setattr(user_rules, "_WRITTEN_AT", {})
+    monkeypatch.setattr(user_rules, "_TO_PROVE", set())
 
 
 class Scans(nn.Module):

@@ -9,8 +9,8 @@ from sample_calls import CALLS
 
 from autoparallel.discovery.strategy_validation import derived, uneven_parts, why_wrong
 from autoparallel.placement import Invariant, Partial, Replicate, Shard
+from autoparallel.rules.lookup import find_rule, registered
 from autoparallel.rules.ops.pointwise import pointwise
-from autoparallel.rules.registry import find_rule, registered
 from autoparallel.rules.rule import ShardingRule, Strategy
 
 

@@ -25,7 +25,7 @@ from autoparallel.capture.graph_breaks import trace
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Ref, Value
 from autoparallel.graph.interop import dataflow, graph_module
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.support.pytree import flatten, rebuild
 
 

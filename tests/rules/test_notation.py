@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sample_calls import CALLS
 
+from autoparallel.rules.lookup import find_rule, registered
 from autoparallel.rules.notation import notation
-from autoparallel.rules.registry import find_rule, registered
 from autoparallel.rules.rule import ShardingRule
 
 FILE = Path(__file__).parent / "notation.txt"

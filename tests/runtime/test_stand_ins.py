@@ -21,7 +21,7 @@ from autoparallel.graph.graph import leaves
 from autoparallel.graph.operators import operator_of
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Partial, Placement, Shard, part_bounds
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.runtime import discovered_kernels as generic
 from autoparallel.runtime import stand_ins as standing

@@ -17,7 +17,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.plan import Plan
 from autoparallel.planning.solution_to_plan import plan_of_solution
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
 from planners import Solution, exact

@@ -10,8 +10,9 @@ from torch import nn
 import autoparallel
 from autoparallel import OpCall, ShardingRule
 from autoparallel.errors import RuleError, UnsupportedOpError
-from autoparallel.rules import registry
-from autoparallel.rules.registry import find_rule, needs_proof, register_rule, written_at
+from autoparallel.rules import registry, user_rules
+from autoparallel.rules.lookup import find_rule
+from autoparallel.rules.user_rules import needs_proof, register_rule, written_at
 
 assert custom_ops.GATED is not None  # importing it registers the ops
 SCAN = "probed.scan.default"
@@ -20,10 +21,9 @@ SCAN = "probed.scan.default"
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
-    registry._load()
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
-    monkeypatch.setattr(registry, "_WRITTEN_AT", {})
-    monkeypatch.setattr(registry, "_TO_PROVE", set())
+    monkeypatch.setattr(user_rules, "_WRITTEN_AT", {})
+    monkeypatch.setattr(user_rules, "_TO_PROVE", set())
 
 
 def scan_rule(call: OpCall) -> ShardingRule:
