@@ -144,7 +144,7 @@ def test_rules_that_do_not_fit_the_call_are_refused() -> None:
         return None  # type: ignore[return-value]
 
     rules: dict[str, Callable[[OpCall], ShardingRule]] = {
-        "for 3 tensors": lambda call: ShardingRule.parse("b t c -> b t c", call),
+        "names 2 tensors, the call has 3": lambda call: ShardingRule.parse("b t c -> b t c", call),
         "do not make up": other_sizes,
         "KeyError: 'width'": fails,
         "returned NoneType": nothing,
