@@ -24,10 +24,14 @@ def base_of(name: str) -> str:
 
 @dataclass
 class _Region:
-    """What the call of one block became: nodes[start:stop], from inputs to outputs by name."""
+    """What the call of one block became: nodes[start:stop], from inputs to outputs by name.
+
+    frames: the lines of the forwards that call the block.
+    """
 
     path: str
     scope: tuple[str, ...]
+    frames: tuple[str, ...]
     inputs: tuple[str, ...]
     start: int
     stop: int = -1
@@ -50,8 +54,10 @@ class Regions:
         """A block that was traced begins or ends here."""
         names, key = self.names_of(node), node.args[1]
         if name == MARKS[0]:
-            path, scope = self.folding.marks[key], self.builder.origins.scope(node)
-            self.found[key] = _Region(path, scope, names, len(self.builder.nodes))
+            origins = self.builder.origins
+            scope, frames = origins.scope(node), origins.frames(node)
+            path, start = self.folding.marks[key], len(self.builder.nodes)
+            self.found[key] = _Region(path, scope, frames, names, start)
             return
         region = self.found[key]
         region.outputs, region.stop = names, len(self.builder.nodes)
@@ -164,7 +170,7 @@ class Regions:
             inside = entry.startswith(f"{region.path}.")
             return path + entry.removeprefix(region.path) if inside else entry
 
-        scope = self.builder.origins.scope(node)
+        scope, frames = self.builder.origins.scope(node), self.builder.origins.frames(node)
         scopes: dict[tuple[str, ...], tuple[str, ...]] = {}
         for index in range(region.start, region.stop):
             like, grad = self.builder.nodes[index], self.builder.grad_enabled[index]
@@ -186,6 +192,8 @@ class Regions:
             self.builder.add(made, grad)
             written = tuple(renamed[name] for name in self.builder.writes[like.name])
             self.builder.follow(made, written, flows)
+            own_frames = self.builder.frames[like.name][len(region.frames) :]
+            self.builder.frames[own] = (*frames, *own_frames)
         self.builder.translated[node] = tuple(Ref(renamed[name]) for name in region.outputs)
 
     def check(self, graph: Graph) -> None:

@@ -40,7 +40,9 @@ class GraphBuilder:
     overwritten: for each result of an in-place op, the value that the op has written to.
     trained_memory: owners of memory into which a value with a gradient was written. input_symbols:
     the symbols that the inputs' sizes consist of. equal_sizes: expressions that are numbers by what
-    the tracer assumed. origins: names the module calls.
+    the tracer assumed. origins: names the module calls. frames: for each call, the lines of the
+    forwards that it was made in, the outermost first. bases: each node's name without the number
+    that makes it unique, in the order in which the names were given.
 
     Every name is chosen here, in the order of definition, so that a program with copied blocks has
     the names of a fully traced one.
@@ -60,6 +62,8 @@ class GraphBuilder:
         self.input_symbols: set[sympy.Basic] = set()
         self.equal_sizes: dict[sympy.Basic, sympy.Basic] = {}
         self.origins = Origins()
+        self.frames: dict[str, tuple[str, ...]] = {}
+        self.bases: dict[str, str] = {}
         self.values: dict[str, Value] = {}
         self._sizes: dict[sympy.Basic, Dim] = {}
         self._name_counts: dict[str, int] = {}
@@ -96,6 +100,7 @@ class GraphBuilder:
                 value_names = {f"{name}_{index}" for index in range(results)}
             if not value_names & self._names:
                 self._names |= value_names
+                self.bases[name] = base
                 return name
 
     def add(self, node: Node, grad: bool) -> None:

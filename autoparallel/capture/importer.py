@@ -13,6 +13,7 @@ from torch import nn
 from autoparallel.capture.autocast import casts_of
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.block_regions import MARKS, OPAQUE, Regions, base_of
+from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.source_locations import source_line
@@ -95,7 +96,7 @@ class Importer:
                 )
         graph = Graph(tuple(self.builder.nodes), tuple(outputs), tuple(mutations))
         self.regions.check(graph)
-        return graph.verify()
+        return in_canonical_order(graph.verify(), self.builder).verify()
 
     def attributes(self, signature: Any, module: Any) -> None:
         """Parameters and buffers, seen by the tracer or hidden, in the model's order; constants.
@@ -257,6 +258,7 @@ class Importer:
         made = Node(own, "call", name, results, args, kwargs, scope, line)
         self.builder.add(made, grad)
         self.builder.follow(made, written, flows)
+        self.builder.frames[own] = self.builder.origins.frames(node)
 
     def cast(self, node: Any, args: Any, kwargs: Any, grad: bool) -> tuple[Any, Any]:
         """The arguments of a call under autocast, after explicit casts that do the same."""
@@ -298,6 +300,7 @@ class Importer:
             )
             cast = (item, found[place])
             self.builder.writes[own] = ()
+            self.builder.frames[own] = self.builder.origins.frames(node)
             self.builder.add(
                 Node(own, "call", "aten.to.dtype", (value,), cast, (), scope, line), grad
             )

@@ -7,6 +7,8 @@ from typing import Any
 __all__ = ["Origins", "source_line"]
 
 _Scope = tuple[str, ...]
+# Frames of these files are none of the user's.
+_PACKAGE = __file__.rsplit("/", 2)[0] + "/"
 
 
 class Origins:
@@ -15,6 +17,7 @@ class Origins:
     def __init__(self) -> None:
         self.scopes: dict[tuple[str, ...], _Scope] = {(): ()}
         self.calls: dict[tuple[_Scope, str], int] = {}
+        self.traces: dict[str, tuple[str, ...]] = {}
 
     def scope(self, node: Any) -> _Scope:
         """The module calls that the node is inside of, the outermost first, as Node.scope."""
@@ -34,6 +37,20 @@ class Origins:
             return scope
         count = self.calls[scope, path] = self.calls.get((scope, path), -1) + 1
         return (*scope, f"{path}@{count}" if count else path)
+
+    def frames(self, node: Any) -> tuple[str, ...]:
+        """The lines of the forwards that are at work where the node was made, the outermost first.
+
+        One for each module call, and for the whole model; torch 2.13 keeps of a stack the frames
+        that are named so. Empty where it keeps none.
+        """
+        trace = node.meta.get("stack_trace") or ""
+        if trace not in self.traces:
+            rows = [row.strip() for row in trace.splitlines()]
+            self.traces[trace] = tuple(
+                row for row in rows if row.startswith('File "') and _PACKAGE not in row
+            )
+        return self.traces[trace]
 
     def path(self, node: Any) -> str:
         """Path of the innermost module."""
