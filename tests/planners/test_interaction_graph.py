@@ -179,7 +179,7 @@ def test_small_problems_in_parts_equal_brute_force() -> None:
         loose = Problem((Variable("loose", rng.random(3)),))
         whole = joined(first, loose, second)
         expected = exhaustive.solve(whole)
-        solution = conditioning.solve(whole, given=("a0_0", "b0_1"))
+        solution = conditioning.solve(whole, fixed_variables=("a0_0", "b0_1"))
         assert solution.cost == pytest.approx(expected.cost, rel=1e-12)
         assert list(solution.assignment) == list(whole.names)
 
