@@ -1,4 +1,4 @@
-"""Writes the list of files in docs/architecture.md: every file after those that it imports."""
+"""Writes docs/files.md: the list of all files, every file after those that it imports."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from test_architecture import PACKAGES, files, imports_of  # noqa: E402
 
+DOCUMENT = ROOT / "docs" / "files.md"
+HEAD = """# Files, bottom-up
+
+A file imports only from files above it; `tests/test_architecture.py` reads this list and the
+imports. What each package is for: [architecture.md](architecture.md#where-each-thing-lives).
+Written by `python docs/list_files.py` from the first lines of the files' docstrings.
+"""
 START, END = "<!-- files -->", "<!-- end of files -->"
 
 
@@ -34,16 +41,13 @@ def ordered() -> list[str]:
 
 
 def main() -> None:
-    """Replace the table between the two marks."""
+    """Write the page."""
     rows = []
     for name in ordered():
         text = ast.get_docstring(ast.parse(files()[name].read_text())) or ""
         rows.append(f"| `{name}.py` | {text.partition(chr(10))[0]} |")
     table = "\n".join(["| file | what |", "|---|---|", *rows])
-    document = ROOT / "docs" / "architecture.md"
-    before, _, rest = document.read_text().partition(START)
-    after = rest.partition(END)[2]
-    document.write_text(f"{before}{START}\n{table}\n{END}{after}")
+    DOCUMENT.write_text(f"{HEAD}\n{START}\n{table}\n{END}\n")
 
 
 if __name__ == "__main__":

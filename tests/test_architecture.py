@@ -32,7 +32,7 @@ AT_THE_ROOT = {
 
 def listed() -> list[str]:
     """The files in the order of the document, bottom-up, as module names."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = (ROOT / "docs" / "files.md").read_text()
     table = text.partition("<!-- files -->")[2].partition("<!-- end of files -->")[0]
     return re.findall(r"^\| `([\w./]+)\.py`", table, flags=re.MULTILINE)
 
