@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 
@@ -31,9 +32,8 @@ LAYERS = (3, 4)
 HEAD = """# Coverage
 
 What tensor parallelism splits of the models in `tests/support/zoo.py`: tiny ones of many families,
-with
-random weights. Written by `python docs/make_coverage.py`. Where two things stand in a cell, the
-first is for 8 ranks and the second for 2.
+with random weights. Written by `python docs/make_coverage.py`. Where two things stand in a cell,
+the first is for 8 ranks and the second for 2.
 
 - FLOPs: of matrix products and convolutions, attention included, for the sizes planned for.
 - bytes: of parameters of two dims and more.
@@ -112,7 +112,10 @@ def main(names: Iterable[str]) -> None:
         line, reasons = row(name)
         lines.append(line)
         for reason, what in reasons.items():
-            notes.append(f"- {name}: {', '.join(f'`{item}`' for item in what)}: {reason}")
+            note = f"- {name}: {', '.join(f'`{item}`' for item in what)}: {reason}"
+            # A long path is never broken: it would no longer be found by a search.
+            wrapped = wrap(note, 100, subsequent_indent="  ", break_long_words=False)
+            notes.append("\n".join(wrapped))
     text = HEAD + "\n".join(lines) + "\n"
     if notes:
         text += "\n## What is left whole on 8 ranks, and why\n\n" + "\n".join(notes) + "\n"

@@ -1,7 +1,8 @@
 """The private names of torch that the project uses, reached here and nowhere else.
 
 A new release of torch may move any of them without notice; then this file changes, and no other.
-tests/test_torch_private.py says of each how it must behave, and reads the sources for others.
+tests/support/test_torch_private.py says of each how it must behave, and reads the sources for
+others.
 
 Three kinds of names are read where they are used, because they are attributes of objects and torch
 documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, `_buffers`,
