@@ -103,8 +103,9 @@ class _Ran:
 class _Flat(nn.Module):
     """The model with tensors in and tensors out.
 
-    twice: it is called twice, the second time as the first has left it (see steady.py). ran: a box
-    for what is known afterwards; export puts back what the module's own attributes were.
+    twice: it is called twice, the second time as the first has left it (see steady_forward.py).
+    ran: a list for what is known afterwards; export puts back what the module's own attributes
+    were.
     """
 
     def __init__(
