@@ -89,6 +89,7 @@ class Value:
     name: unique in the graph. shape: sizes, each a number or a Sym. dtype: the element type.
     requires_grad: a gradient flows back through it.
 
+    >>> import torch
     >>> print(Value("x", (2, 3), torch.float32))
     %x: float32[2, 3], no grad
     """
@@ -222,6 +223,7 @@ class Graph:
     outputs: names of the returned values, in the order of the output structure's leaves. mutations:
     pairs of a buffer's path and the value that is written back to it after the forward pass.
 
+    >>> import torch
     >>> x = Value("x", (2, 3), torch.float32)
     >>> y = Value("y", (2, 3), torch.float32)
     >>> source = Node("x", "input", "0", (x,))
