@@ -17,6 +17,8 @@ BASE = $(VENV)/.installed-base
 TEST = $(VENV)/.installed-test
 DEV = $(VENV)/.installed-dev
 WEIGHTS = $(VENV)/.installed-weights
+# Programs of each kind that `make fuzz` tries.
+PROGRAMS ?= 2000
 # Releases of torch that `make versions` tries, and the Python of the oldest.
 TORCH_VERSIONS ?= 2.11.0 $(shell sed -n "s/^torch==//p" constraints.txt) 2.15.0
 PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
@@ -52,7 +54,7 @@ broad: $(TEST)
 	$(PYTEST) -m broad -n $(WORKERS) --dist worksteal $(ARGS)
 
 fuzz: $(TEST)
-	$(VENV)/bin/python -m pytest -m fuzz -s $(ARGS)
+	FUZZ_PROGRAMS=$(PROGRAMS) $(PYTEST) -m fuzz -s $(ARGS)
 
 slow: $(TEST)
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

@@ -5,6 +5,7 @@ A failure prints a program and a way to split it; put both into fuzz_corpus.py a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 WAYS_EACH = 2
+# How many programs `make fuzz` tries of each kind.
+MANY = int(os.environ.get("FUZZ_PROGRAMS", "2000"))
 CALM = settings(
     deadline=None,
     print_blob=False,
@@ -64,7 +67,7 @@ def test_equal_blocks(coverage: Coverage, program: Program, ways: list[Split]) -
 
 @quiet
 @pytest.mark.fuzz
-@settings(CALM, max_examples=500)
+@settings(CALM, max_examples=MANY // 4)
 @given(containing(), some_ways)
 def test_many_equal_blocks(coverage: Coverage, program: Program, ways: list[Split]) -> None:
     judge(program, ways, coverage)
@@ -72,7 +75,7 @@ def test_many_equal_blocks(coverage: Coverage, program: Program, ways: list[Spli
 
 @quiet
 @pytest.mark.fuzz
-@settings(CALM, max_examples=2000)
+@settings(CALM, max_examples=MANY)
 @given(programs(), some_ways)
 def test_many_random_programs(coverage: Coverage, program: Program, ways: list[Split]) -> None:
     judge(program, ways, coverage)

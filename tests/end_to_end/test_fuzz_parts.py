@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -26,7 +27,7 @@ from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import LocalGroup, thread_groups
 
 FEW = settings(deadline=None, max_examples=60, derandomize=True)
-MANY = settings(deadline=None, max_examples=2000)
+MANY = settings(deadline=None, max_examples=int(os.environ.get("FUZZ_PROGRAMS", "2000")))
 sizes = st.sampled_from((2, 3, 4, 5, 6, 7, 8, 12, 1, 18))
 
 
