@@ -1,8 +1,11 @@
-"""Splits any PyTorch model over devices by itself.
+"""A planner that splits any PyTorch model over devices by itself.
 
     model = autoparallel.autoparallelize(model, world_size)
 
-Names are imported when they are first used, so that `import autoparallel` is quick.
+Here are the names that users need, and nothing else. They are imported when they are first used
+(PEP 562), so that `import autoparallel` is quick. What they name is defined in the packages, of
+which docs/architecture.md tells; files that every package needs (errors, placements, the mesh,
+options, the plan) lie beside this one.
 """
 
 from importlib import import_module
@@ -16,8 +19,8 @@ if TYPE_CHECKING:
     from autoparallel.errors import AutoParallelError
     from autoparallel.mesh import Mesh
     from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
-    from autoparallel.parallel.module import full_state_dict
     from autoparallel.parallel.seeds import manual_seed, rng_state, set_rng_state
+    from autoparallel.parallel.state_dicts import full_state_dict
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
     from autoparallel.rewrite.emitted_program import emitted_program
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from autoparallel.view.report import print_plan
     from autoparallel.view.trace import write_trace
 
+# The module of each public name. The imports above are the same, for type checkers alone.
 _HOMES = {
     "apply_plan": "api",
     "autoparallelize": "api",
@@ -48,7 +52,7 @@ _HOMES = {
     "ShardingRule": "rules.rule",
     "register_rule": "rules.user_rules",
     "emitted_program": "rewrite.emitted_program",
-    "full_state_dict": "parallel.module",
+    "full_state_dict": "parallel.state_dicts",
     "load_checkpoint": "parallel.checkpoint",
     "manual_seed": "parallel.seeds",
     "rng_state": "parallel.seeds",
@@ -97,10 +101,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name. Raises AttributeError for others, as every module does."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
+    """Return the public names, for completion, without importing them."""
     return list(__all__)

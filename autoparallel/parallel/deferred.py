@@ -20,15 +20,19 @@ from autoparallel.support.torch_private import share_local_part
 
 __all__ = ["Make", "deferred", "is_deferred"]
 
-# Plans a model for the arguments of its first call, and applies the plan.
+# A function that plans a model for the arguments of its first call, and applies the plan.
 Make = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], nn.Module]
 
+# The attribute in which a deferred module keeps its `_Waiting`.
 _WAITING = "_waiting"
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """model: the user's own, as it was given. make: see `deferred`."""
+    """The model that a deferred module stands for, and the function that makes it parallel.
+
+    model: the user's own, as it was given. make: see `deferred`.
+    """
 
     model: nn.Module
     make: Make
@@ -38,10 +42,12 @@ class _Deferred:
     """Mixed into the user's class until the first call shows what the inputs are."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Become the parallel module of the class and attributes that it has, and run that."""
         waiting: _Waiting = self.__dict__[_WAITING]
         source = _with_weights_of(waiting.model, self)  # type: ignore[arg-type]
         parallel = waiting.make(source, args, kwargs)
         _keep_identity(self, parallel)  # type: ignore[arg-type]
+        # A seed that was set before the first call stays set.
         parallel.__dict__["_generator"] = self.__dict__["_generator"]
         self.__class__ = parallel.__class__  # type: ignore[assignment]
         self.__dict__ = parallel.__dict__
@@ -51,14 +57,16 @@ class _Deferred:
 def deferred(
     model: nn.Module, rng: str, ranks: Ranks, devices: DeviceMesh | None, make: Make
 ) -> nn.Module:
-    """A copy of the model that is made parallel when it is first called.
+    """Return a copy of the model that is made parallel when it is first called.
 
-    rng: mode of its random numbers. ranks, devices: where its parameters are until then, whole.
-    make: called once, with the plain model, which holds the weights of then, and the arguments of
-    the first call; it returns the parallel module.
+    rng: the mode of its random numbers. ranks, devices: the mesh on which its parameters lie until
+    then, unsharded on every rank; devices is None for a single process. make: a function that is
+    called once, with the plain model, holding the weights of then, and the arguments of the first
+    call; it returns the parallel module.
     The copy's parameters are objects of its own from the start and stay the same objects, so that
     an optimizer may take them before the first call.
     """
+    # The class is the user's, so that isinstance holds, under the name that it will keep.
     waiting = shallow_copy(model)
     kind = type(model)
     waiting.__class__ = type(f"Parallel{kind.__name__}", (_Deferred, kind), {})
@@ -78,13 +86,15 @@ def deferred(
 
 
 def is_deferred(module: nn.Module) -> bool:
-    """Whether the module still waits for its first call."""
+    """Return whether the module still waits for its first call, so that it has no plan."""
     return _WAITING in module.__dict__
 
 
 def _with_weights_of(model: nn.Module, waiting: nn.Module) -> nn.Module:
-    """The plain model with the waiting module's weights, which may have been loaded since, and in
-    its modes."""
+    """Return the plain model with the waiting module's weights and modes.
+
+    Weights may have been loaded, and train() or eval() called, since the module was made.
+    """
     plain = shallow_copy(model)
     held = dict(waiting.named_parameters(remove_duplicate=False))
     twins: dict[int, nn.Parameter] = {}
@@ -100,18 +110,23 @@ def _with_weights_of(model: nn.Module, waiting: nn.Module) -> nn.Module:
 
 
 def _keep_identity(waiting: nn.Module, parallel: nn.Module) -> None:
-    """Give the waiting module's parameter objects the parts that were made for them."""
+    """Give the waiting module's parameter objects the parts that were made for them.
+
+    They take the place of the parallel module's parameters. A parameter that is tied stands in
+    several modules and is filled once.
+    """
     before = dict(waiting.named_parameters(remove_duplicate=False))
     filled: set[int] = set()
     for path, module in parallel.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            known = before[f"{path}.{name}" if path else name]
-            if id(known) not in filled:
-                filled.add(id(known))
-                if isinstance(known, DTensor):
-                    share_local_part(known, parameter)
+            lasting = before[f"{path}.{name}" if path else name]
+            if id(lasting) not in filled:
+                filled.add(id(lasting))
+                # The object stays, with what optimizers and hooks know of it; its part changes.
+                if isinstance(lasting, DTensor):
+                    share_local_part(lasting, parameter)
                 else:
-                    known.data = parameter.data
-            module._parameters[name] = known
+                    lasting.data = parameter.data
+            module._parameters[name] = lasting

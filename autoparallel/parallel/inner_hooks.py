@@ -28,10 +28,10 @@ class InnerHooks:
         self.handles = -1
 
     def changed(self) -> bool:
-        """Whether there are other hooks now than the program was traced with.
+        """Return whether there are other hooks now than the program was traced with.
 
-        This is asked at every call. To read three attributes of each of a hundred modules takes
-        longer than to launch an op, so the dictionaries that hold the hooks are kept, and only
+        This is asked at every call. To read four attributes of each of a hundred modules takes as
+        long as several small ops, so the dictionaries that hold the hooks are remembered, and only
         their lengths are added up. A module may be given new dictionaries; what is then registered
         in them makes a handle, and torch numbers all handles of a process.
         """

@@ -17,9 +17,14 @@ __all__ = ["communication_device", "join_mesh", "join_world"]
 
 
 def join_world(world_size: int) -> ProcessGroup | None:
-    """All ranks; under torchrun, this starts the process group. None for a single process.
+    """Return the group of all ranks, None for a single process.
 
-    Raises WorldSizeError where the ranks that run are not those asked for.
+    world_size: the number of ranks that must be running. Where torchrun has started this process
+    and there is no process group yet, one is initialized, on NCCL where there are GPUs and on gloo
+    otherwise. Raises WorldSizeError where the ranks that run are not those asked for.
+
+    >>> join_world(1) is None
+    True
     """
     if world_size == 1 and not dist.is_initialized():
         return None
@@ -36,6 +41,7 @@ def join_world(world_size: int) -> ProcessGroup | None:
             raise _other_size(world_size, int(launched))
         cuda = torch.cuda.is_available()
         if cuda:
+            # NCCL takes the current device, which would be the first one on every rank.
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if cuda else "gloo")
     if dist.get_world_size() != world_size:
@@ -44,9 +50,14 @@ def join_world(world_size: int) -> ProcessGroup | None:
 
 
 def join_mesh(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
-    """This process's place on a mesh, and the ranks as DTensor wants them; None for one process.
+    """Return this process's place on a mesh, and torch's DeviceMesh, None for a single process.
 
-    A collective call. Raises WorldSizeError where the ranks that run are not those of the mesh.
+    A collective call, which makes a process group for each mesh axis. Raises WorldSizeError where
+    the ranks that run are not those of the mesh.
+
+    >>> ranks, devices = join_mesh(Mesh(tp=1))
+    >>> ranks.world_size, devices
+    (1, None)
     """
     world = join_world(mesh.world_size)
     if world is None:
@@ -54,6 +65,7 @@ def join_mesh(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
     names, sizes = tuple(zip(*mesh.axes, strict=True))
     device = communication_device()
     if len(names) == 1:
+        # One axis has all ranks: their group is there already, and need not be made once more.
         devices = DeviceMesh.from_group(world.process_group, device, mesh_dim_names=names)
     else:
         devices = init_device_mesh(device, sizes, mesh_dim_names=names)
@@ -61,12 +73,13 @@ def join_mesh(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
 
 
 def communication_device() -> str:
-    """The type of the device on which the process group communicates."""
+    """Return the type of the device, "cpu" or "cuda", on which the process group communicates."""
     nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     return "cuda" if nccl and torch.cuda.is_available() else "cpu"
 
 
 def _other_size(asked: int, launched: int) -> WorldSizeError:
+    """Return the error for a world size that is not the number of ranks that were launched."""
     return WorldSizeError(
         f"{asked} ranks were asked for, {launched} are running",
         why="every rank holds one part of the model",

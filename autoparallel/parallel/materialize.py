@@ -18,7 +18,7 @@ __all__ = ["materialize"]
 
 
 def _children_first(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The order of nn.Module.apply."""
+    """Yield the modules with their paths, in the order of nn.Module.apply."""
     for name, child in module.named_children():
         yield from _children_first(child, f"{path}.{name}" if path else name)
     yield path, module
@@ -27,16 +27,19 @@ def _children_first(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
 def materialize(
     model: nn.Module, layouts: Mapping[str, Layout], ranks: Ranks, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """This rank's parts of a meta model's parameters, and its buffers, by path.
+    """Return this rank's parts of a meta model's parameters, and its buffers, by path.
 
+    layouts: the layout of each parameter, by path; what has none stays whole. device: the device of
+    the parts.
     Module by module, in the order of nn.Module.apply, the whole is allocated, filled by the
     model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`), cut,
-    and freed. Every rank draws the same numbers, so the parts are those of one device with the
-    same seed that runs `model.apply(model._init_weights)`; a tied parameter is what was drawn for
-    it last. An initializer of a module may also fill what its children own, but nothing deeper.
+    and freed, so that a rank never holds more than one module whole. Every rank draws the same
+    numbers, so the parts are those of one device with the same seed that runs
+    `model.apply(model._init_weights)`; a tied parameter is what was drawn for it last. An
+    initializer of a module may also fill what its children own, but nothing deeper.
     Raises AutoParallelError that lists the modules, or their parameters, that nothing fills.
     """
-    own = getattr(model, "_init_weights", None)
+    initializer = getattr(model, "_init_weights", None)
     parts: dict[str, torch.Tensor] = {}
     missing: list[str] = []
     for path, module in _children_first(model):
@@ -45,8 +48,8 @@ def materialize(
             continue
         reset = getattr(real, "reset_parameters", None)
         owns = any("." not in name for name in held)
-        if callable(own):
-            own(real)
+        if callable(initializer):
+            initializer(real)
         elif owns and callable(reset):
             reset()
         elif owns:
@@ -54,6 +57,7 @@ def materialize(
             continue
         for name, tensor in held.items():
             full = f"{path}.{name}" if path else name
+            # A child's tensor was filled with the child, and its parent left it alone.
             if full in parts and bool(tensor.isnan().any()):
                 continue
             part, layout = tensor.detach(), layouts.get(full, ())
@@ -61,10 +65,13 @@ def materialize(
                 part = take_layout_part(part, layout, ranks.sizes, ranks.coordinates).clone()
             parts.pop(full, None)  # so that they stand in the order in which they were drawn
             parts[full] = part
+    # A tied tensor was allocated once for each of its paths. As on one device, where it is a single
+    # tensor that is filled several times, the numbers that were drawn last stay.
     named: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
     named.update(model.named_parameters(remove_duplicate=False))
     drawn_last = {id(named[path]): part for path, part in parts.items()}
     parts = {path: drawn_last[id(named[path])] for path in parts}
+    # An initializer that leaves a tensor alone leaves the NaNs of its allocation.
     for path, part in parts.items():
         if part.is_floating_point() and bool(part.isnan().any()):
             missing.append(path)
@@ -81,25 +88,26 @@ def materialize(
 def _allocated(
     module: nn.Module, device: torch.device
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A copy of the module whose own and whose children's meta tensors have memory.
+    """Return a copy of the module in which its own and its children's meta tensors have memory.
 
-    Floating ones are filled with NaN, so that what an initializer leaves alone can be told.
+    Return also these tensors, by their paths in the module. Floating ones are filled with NaN, so
+    that what an initializer leaves alone can be told.
     """
     real = shallow_copy(module)
     held: dict[str, torch.Tensor] = {}
     for prefix, owner in (("", real), *((f"{n}.", m) for n, m in real.named_children())):
-        own: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
-        for tensors in own:
+        dictionaries: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for tensors in dictionaries:
             for name, value in tensors.items():
                 if value is None:
                     continue
-                made = value
+                allocated = value
                 if value.is_meta:
-                    made = torch.empty_like(value, device=device)
-                    if made.is_floating_point():
-                        made.fill_(float("nan"))
+                    allocated = torch.empty_like(value, device=device)
+                    if allocated.is_floating_point():
+                        allocated.fill_(float("nan"))
                 if isinstance(value, nn.Parameter):
-                    made = nn.Parameter(made, value.requires_grad)
-                tensors[name] = made
-                held[prefix + name] = made
+                    allocated = nn.Parameter(allocated, value.requires_grad)
+                tensors[name] = allocated
+                held[prefix + name] = allocated
     return real, held

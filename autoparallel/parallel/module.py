@@ -1,4 +1,8 @@
-"""The parallel module: the user's class, its tree and names, with an emitted forward."""
+"""The parallel module: the user's class, its tree and names, with an emitted forward.
+
+A call looks for the program that was emitted for its modes and inputs, plans and emits one where
+there is none yet, and runs the user's own forward where none can be made.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.refused_inputs import refuse_devices
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
+from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
 from autoparallel.parallel.inner_hooks import InnerHooks
-from autoparallel.parallel.materialize import materialize
 from autoparallel.parallel.module_programs import program_text
 from autoparallel.parallel.module_state import Entry, Replan, State, Tree, state_of
 from autoparallel.parallel.parameters import (
-    GatheredCopy,
     GradientBucket,
     LocalParameter,
     ParameterLayouts,
     as_distributed,
     refresh,
-    whole_tensor,
 )
 from autoparallel.parallel.rank_agreement import (
     require_equal,
@@ -36,22 +37,23 @@ from autoparallel.parallel.rank_agreement import (
     require_same_start,
 )
 from autoparallel.parallel.seeds import give_generator
+from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.memory_writes import paused
-from autoparallel.support.module_copy import on_meta, redirect, shallow_copy
+from autoparallel.support.module_copy import on_meta, shallow_copy
 from autoparallel.support.pytree import Skeleton, flatten
 
-__all__ = ["full_state_dict", "parallel_module"]
+__all__ = ["parallel_module"]
 
 _log = logging.getLogger(__name__)
 
-# Programs of one module. Python that computes constants for it would make new ones for ever.
+# The most programs of one module. A constant argument that Python computes anew for every call
+# would have a program made for each of them.
 _MOST_PROGRAMS = 16
 
 
@@ -59,20 +61,30 @@ class _Parallel:
     """Mixed into the user's class: forward runs the emitted program."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the user's forward does, and return what it returns."""
         return _run(self, args, kwargs)  # type: ignore[arg-type]
 
     @property
     def plan(self) -> Plan:
-        """The plan that this module follows."""
-        found = state_of(self).plan  # type: ignore[arg-type]
-        assert found is not None
-        return found
+        """The plan that this module follows.
+
+        Raises PlanError for a module inside of the model that has none of its own.
+        """
+        plan = state_of(self).plan  # type: ignore[arg-type]
+        if plan is None:
+            raise PlanError(
+                f"{type(self).__name__} has no plan of its own",
+                why="it is a module of a model that runs as Python, and is planned in the calls "
+                "that it gets",
+                fix="ask the model for its plan",
+            )
+        return plan
 
     @property
     def emitted_program(self) -> str:
         """The Python that this rank runs in the current mode (train or eval).
 
-        Where the model is split in parts, the program of each part, under a comment that names it.
+        A model that is split in parts has a program for each part, under a comment that names it.
         Raises PlanError before the first call in a mode that was not planned for.
         """
         return program_text(self)  # type: ignore[arg-type]
@@ -86,42 +98,47 @@ def parallel_module(
     replan: Replan,
     checks: int,
 ) -> nn.Module:
-    """A module of the user's class whose parameters are split as `plan` says.
+    """Return a module of the user's class, for this rank, that follows `plan`.
 
-    Parameters become DTensors on `mesh` (plain ones for a single rank); the original is not
-    changed. A model on the meta device is materialized part by part. Where the plan has parts,
-    each of them becomes such a module in its place.
+    model: the user's, which is not changed; one on the meta device is materialized part by part.
+    ranks: this rank's place on the plan's mesh. mesh: the DeviceMesh on which parameters become
+    DTensors; None for a single process, where they stay plain. replan: a function that plans for
+    other modes and inputs than the plan's. checks: number of first calls in which the ranks compare
+    their inputs. Where the plan has parts, each of them becomes such a module in its place.
+    A collective call. Raises AutoParallelError where the ranks start from different models or
+    plans, or where a meta model cannot be initialized.
     """
     skeleton = on_meta(model)
-    made = shallow_copy(model)
+    module = shallow_copy(model)
     require_same_plan(plan, ranks.world)
     require_same_start(model, ranks.world)
     named = list(model.named_parameters(remove_duplicate=False))
+    # A tied parameter has several paths; the plan knows the first of them.
     first: dict[int, str] = {}
     planned = {choice.path: choice for choice in plan.parameters}
-    kept: dict[str, ParameterLayouts] = {}
+    parameters: dict[str, ParameterLayouts] = {}
     for path, parameter in named:
         choice = planned.get(first.setdefault(id(parameter), path))
-        kept[path] = ParameterLayouts.of(choice, tuple(parameter.shape), len(ranks.sizes))
-    _fill(model, made, {path: each.state for path, each in kept.items()}, ranks, mesh)
-    copies = _copies(made, kept)
-    whole = WholeParameters(made, kept, ranks, first, copies)
-    give_generator(made, plan.options.rng, ranks, mesh)
+        parameters[path] = ParameterLayouts.of(choice, tuple(parameter.shape), len(ranks.sizes))
+    fill_tree(model, module, {path: each.state for path, each in parameters.items()}, ranks, mesh)
+    copies = gathered_copies(module, parameters)
+    whole = WholeParameters(module, parameters, ranks, first, copies)
+    give_generator(module, plan.options.rng, ranks, mesh)
     strict = plan.options.strict_capture
-    tree = Tree(made, skeleton, ranks, mesh, replan, strict, whole, copies)
-    state = _become(made, "", tree, skeleton, kept, plan)
+    tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies)
+    state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if plan.captured is not None:
-        _add(made, state, plan)
-    for item in plan.breaks:
-        inner = made.get_submodule(item.path)
-        known = state if inner is made else _inner(made, inner, item.path, None)
-        known.python.add(modes_of(inner))
+        _add(module, state, plan)
+    for graph_break in plan.breaks:
+        inner = module.get_submodule(graph_break.path)
+        broken = state if inner is module else _inner(module, inner, graph_break.path, None)
+        broken.python.add(modes_of(inner))
     for part in plan.parts:
         for path in part.paths:
-            inner = made.get_submodule(path)
-            _add(inner, _inner(made, inner, path, part.plan), part.plan)
-    return made
+            inner = module.get_submodule(path)
+            _add(inner, _inner(module, inner, path, part.plan), part.plan)
+    return module
 
 
 def _become(
@@ -129,104 +146,58 @@ def _become(
     path: str,
     tree: Tree,
     skeleton: nn.Module,
-    kept: dict[str, ParameterLayouts],
+    parameters: dict[str, ParameterLayouts],
     plan: Plan | None,
 ) -> State:
-    """Make a split module of one in the copied tree. It has no program yet."""
-    own = module.__dict__.pop("forward", None)
-    if own is None:
-        own = functools.partial(type(module).forward, module)
+    """Make a split module of one in the copied tree, and return its state; it has no program yet.
+
+    path: the module's path in the model. skeleton: the same module on the meta device. parameters:
+    the layouts of its parameters, by their paths in it. plan: the one that decided on them, if it
+    has a plan of its own.
+    """
+    # A forward that the user has set on the object, not on the class, hides that of the class.
+    forward = module.__dict__.pop("forward", None)
+    if forward is None:
+        forward = functools.partial(type(module).forward, module)
     kind: Any = type(module)
-    # Registries that know classes by where they are defined know it, too.
+    # Registries that know classes by where they are defined, as Hugging Face's do, know
+    # the subclass, too.
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
-    state = State(path, tree, skeleton, kept, 0, own, plan)
+    state = State(path, tree, skeleton, parameters, 0, forward, plan)
     module.__dict__["_autoparallel"] = state
-    module.register_load_state_dict_pre_hook(_split_loaded)
+    module.register_load_state_dict_pre_hook(split_loaded)
     return state
 
 
 def _inner(root: nn.Module, module: nn.Module, path: str, plan: Plan | None) -> State:
-    """Make a split module of the one at `path` below `root`."""
+    """Make a split module of the one at `path` below `root`, which is one, and return its state."""
     state = state_of(root)
-    kept: dict[str, ParameterLayouts] = {}
+    parameters: dict[str, ParameterLayouts] = {}
     for below, inner in module.named_modules(remove_duplicate=False):
         for name, parameter in held_by(inner).items():
             if parameter is not None:
-                own = f"{below}.{name}" if below else name
-                kept[own] = state.kept[f"{path}.{own}"]
+                inner_path = f"{below}.{name}" if below else name
+                parameters[inner_path] = state.parameters[f"{path}.{inner_path}"]
     skeleton = state.skeleton.get_submodule(path)
     full = f"{state.path}.{path}" if state.path else path
-    return _become(module, full, state.tree, skeleton, kept, plan)
+    return _become(module, full, state.tree, skeleton, parameters, plan)
 
 
-def _fill(
-    model: nn.Module,
-    made: nn.Module,
-    layouts: Mapping[str, Layout],
-    ranks: Ranks,
-    mesh: DeviceMesh | None,
-) -> None:
-    """Give the copied tree its own parameters, split, and its own buffers."""
-    parts: dict[str, torch.Tensor] = {}
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        parts = materialize(model, layouts, ranks, device)
-    twins: dict[int, nn.Parameter] = {}
-    buffers: dict[int, torch.Tensor] = {}
-    originals = dict(model.named_modules(remove_duplicate=False))
-    done: set[int] = set()
-    for path, module in made.named_modules(remove_duplicate=False):
-        if id(module) in done:
-            continue
-        done.add(id(module))
-        prefix = f"{path}." if path else ""
-        original = originals[path]
-        for name, parameter in original._parameters.items():
-            if parameter is None:
-                continue
-            full = prefix + name
-            if id(parameter) not in twins:
-                layout = layouts[full]
-                part = parts.get(full)
-                if part is None:
-                    whole = parameter.detach()
-                    part = take_layout_part(whole, layout, ranks.sizes, ranks.coordinates).clone()
-                data = part
-                if mesh is not None:
-                    data = as_distributed(part.contiguous(), layout, tuple(parameter.shape), mesh)
-                twins[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
-            module._parameters[name] = twins[id(parameter)]
-        for name, buffer in original._buffers.items():
-            if buffer is not None:
-                own = parts.get(prefix + name, buffer.detach().clone())
-                module._buffers[name] = buffers.setdefault(id(buffer), own)
-    redirect(made.modules(), buffers)
-
-
-def _copies(made: nn.Module, kept: Mapping[str, ParameterLayouts]) -> dict[int, GatheredCopy]:
-    """Of parameters of which the ranks keep less than computes: what computes."""
-    found: dict[int, GatheredCopy] = {}
-    for path, parameter in made.named_parameters():
-        if kept[path].state != kept[path].storage:
-            owner, _, name = path.rpartition(".")
-            holder = held_by(made.get_submodule(owner))
-            found[id(parameter)] = GatheredCopy(holder, name, kept[path])
-    return found
-
-
-def _add(made: nn.Module, state: State, plan: Plan) -> Entry:
-    """Emit a plan's program and keep it for calls that it fits."""
+def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
+    """Emit a plan's program for this rank, and keep it for calls that it fits."""
     captured = plan.captured
     assert captured is not None
     program = emit(captured.graph, plan, state.ranks, plan.model)
-    bundle = GradientBucket(state.ranks)
+    bucket = GradientBucket(state.ranks)
     leaves = []
     for path, gradient in zip(program.parameters, program.gradients, strict=True):
         owner, _, name = path.rpartition(".")
-        holder = held_by(made.get_submodule(owner))
+        holder = held_by(module.get_submodule(owner))
         copy = state.tree.copies.get(id(holder[name]))
-        leaves.append(LocalParameter(holder, name, path, state.kept[path], gradient, bundle, copy))
+        leaves.append(
+            LocalParameter(holder, name, path, state.parameters[path], gradient, bucket, copy)
+        )
     inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
     entry = Entry(
         plan,
@@ -240,24 +211,29 @@ def _add(made: nn.Module, state: State, plan: Plan) -> Entry:
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a program, or Python where there is none."""
+    """Run the program that fits the call, or the user's Python where there is none."""
     state = state_of(module)
     if state.hooks is None:
         state.members = tuple(module.modules())
         state.hooks = InnerHooks(state.members, tuple(state.skeleton.modules()))
+    # A program is traced in certain modes of all modules in it: with one layer frozen in eval mode,
+    # it is another program.
     modes = tuple([inner.training for inner in state.members])
     if state.hooks.changed():
-        # A program does not run hooks of what it is of, but for those that it was traced with.
+        # A program runs no hooks of the modules in it but those that it was traced with.
         if not state.settled:
             _log.warning(
                 "%s runs as Python: hooks were registered in it", state.path or "the model"
             )
+    # Where Python is all there is, and the ranks have compared their inputs, nothing is looked for.
     elif not (modes in state.python and not state.entries and state.checks <= 0):
         if not state.tree.depth:
             entry, inputs = _prepared(module, state, modes, args, kwargs)
             if entry is not None:
                 return _run_program(module, state, entry, inputs, args, kwargs)
         else:
+            # The user's Python has called this part. It may have written to parameters, which the
+            # program must see; what the program itself writes is not the user's.
             state.tree.whole.settle()
             with paused():
                 entry, inputs = _prepared(module, state, modes, args, kwargs)
@@ -273,7 +249,10 @@ def _prepared(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> tuple[Entry | None, list[torch.Tensor]]:
-    """The program for a call, None where Python must run, and the tensors that it is given."""
+    """Return the program for a call, None where Python must run, and the tensors it is given.
+
+    In the first calls, the ranks compare their inputs. Raises InputMismatchError where they differ.
+    """
     bound = bind_inputs(state.skeleton, args, kwargs)
     inputs, skeleton = flatten(dict(bound.arguments))
     if state.checks > 0 and state.ranks.world_size > 1:
@@ -291,7 +270,7 @@ def _run_program(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Run a program on the parameters, buffers and inputs as they are now.
+    """Run a program on the parameters, buffers and inputs as they are now; return its result.
 
     inputs: the tensors among args and kwargs. Raises InputMismatchError for a call whose inputs are
     on another device than the parameters.
@@ -310,6 +289,7 @@ def _run_program(
         ]
     device = parameters[0].device if parameters else torch.device("cpu")
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
+    # Devices are looked at only when the program has failed: most calls are right.
     try:
         with rng.using(state.generator):
             outputs, written = program.run(parameters, buffers, constants, inputs, device)
@@ -322,6 +302,7 @@ def _run_program(
         _returned(output, layout, shape, inputs, entry, state)
         for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
     ]
+    # The forward may have left tensors in attributes of modules; they are put there again.
     result, left = entry.captured.together(returned)
     for path, value in left.items():
         owner, _, name = path.rpartition(".")
@@ -338,12 +319,17 @@ def _entry(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Entry | None:
-    """The program that fits a call, made now if there is none yet; None where Python must run."""
+    """Return the program that fits a call, made now if there is none; None where Python must run.
+
+    Raises CaptureError and PlanError under strict_capture, and AliasError always: what keeps a view
+    of a parameter would be wrong as Python, too.
+    """
     for candidate in state.entries.get((modes, skeleton), ()):
         if candidate.fits(inputs):
             return candidate
     if state.full or modes in state.python:
         return None
+    # What is traced is the skeleton, in the modes of the module.
     for path, inner in state.skeleton.named_modules():
         inner.training = module.get_submodule(path).training
     part = state.path != "" or state.tree.depth > 0
@@ -370,23 +356,28 @@ def _entry(
 def _run_python(
     module: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """The user's own forward, on whole values; what it calls is split where it can be."""
+    """Run the user's own forward, on whole parameters; what it calls is split where it can be."""
     if not state.settled:
         state.settled = True
         _settle(module, module, "")
     tree = state.tree
+    # A forward that another one calls finds the parameters shown and the numbers seeded.
     if tree.depth:
-        return state.own(*args, **kwargs)
+        return state.forward(*args, **kwargs)
     tree.depth += 1
     try:
         with tree.whole.shown(), common_numbers(state.generator):
-            return state.own(*args, **kwargs)
+            return state.forward(*args, **kwargs)
     finally:
         tree.depth -= 1
 
 
 def _settle(root: nn.Module, module: nn.Module, path: str) -> None:
-    """The nearest modules below that have parameters and a forward are split when first called."""
+    """Make split modules of the nearest ones below that have parameters and a forward.
+
+    They have no program, and are planned when they are first called. Containers such as ModuleList
+    have no forward: those in them are looked at.
+    """
     for name, child in module._modules.items():
         if child is None or "_autoparallel" in child.__dict__:
             continue
@@ -405,38 +396,18 @@ def _returned(
     entry: Entry,
     state: State,
 ) -> torch.Tensor:
-    """What the user gets: the tensor, or a DTensor where it stays split."""
+    """Return what the user gets of an output: the tensor, or a DTensor where it stays split.
+
+    shape: of the whole output, in sizes that this call's inputs give.
+    """
     split = any(isinstance(placement, Shard) for placement in layout)
     if not split or state.mesh is None:
         return output
-    known: dict[Any, int] = {}
+    # A dim of an input whose size is a symbol by itself says what the symbol is in this call.
+    actual_sizes: dict[Any, int] = {}
     for tensor, sizes in zip(inputs, entry.shapes, strict=True):
         for actual, size in zip(tensor.shape, sizes, strict=True):
             if isinstance(size, Sym) and size.expr.is_Symbol:
-                known[size.expr] = actual
-    whole = tuple(int(s.expr.subs(known)) if isinstance(s, Sym) else s for s in shape)
+                actual_sizes[size.expr] = actual
+    whole = tuple(int(s.expr.subs(actual_sizes)) if isinstance(s, Sym) else s for s in shape)
     return as_distributed(output, layout, whole, state.mesh)
-
-
-def _split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let load_state_dict take whole tensors: each rank keeps its part of them."""
-    state = state_of(module)
-    if state.mesh is None or state.tree.depth:  # the user's Python sees whole parameters
-        return
-    sizes, coordinates = state.ranks.sizes, state.ranks.coordinates
-    for own, layout in state.layouts.items():
-        path = prefix + own
-        value = state_dict.get(path)
-        if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
-            part = take_layout_part(value, layout, sizes, coordinates).contiguous()
-            state_dict[path] = as_distributed(part, layout, tuple(value.shape), state.mesh)
-
-
-def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole model's state under the original names, on every rank. A collective call."""
-    state = state_of(module)
-    found: dict[str, torch.Tensor] = {}
-    for path, value in module.state_dict().items():
-        layout = state.layouts.get(path)
-        found[path] = value if layout is None else whole_tensor(value, layout, state.ranks)
-    return found

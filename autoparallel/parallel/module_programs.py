@@ -19,16 +19,19 @@ __all__ = ["program_of", "program_text"]
 
 
 def program_text(root: nn.Module) -> str:
-    """The programs of a parallel module and of the parts in it, for their modes. Raises PlanError
-    where there is none."""
+    """Return the programs of a parallel module and of the parts in it, for the modes they are in.
+
+    Each program stands under a comment that names its part, if there are parts. Raises PlanError
+    where there is no program.
+    """
     sources = []
     for module in root.modules():
         if "_autoparallel" not in module.__dict__:
             continue
         state = state_of(module)
         modes = modes_of(module)
-        for (known, _), entries in state.entries.items():
-            sources += [(state.path, e.program.source) for e in entries if known == modes]
+        for (entry_modes, _), entries in state.entries.items():
+            sources += [(state.path, e.program.source) for e in entries if entry_modes == modes]
     if not sources:
         mode = "train" if root.training else "eval"
         raise PlanError(
@@ -43,16 +46,22 @@ def program_text(root: nn.Module) -> str:
 
 
 def program_of(module: nn.Module) -> fx.GraphModule | None:
-    """The program that a parallel module runs in its mode, for torch.fx; None for other modules.
+    """Return the program that a parallel module runs in its mode, as a torch.fx.GraphModule.
 
-    Its parameters are the rank's own, and their gradients reach the module's. Raises PlanError
-    where there is none for the mode, several, or some that run as parts of Python.
+    Return None for other modules. Its parameters share memory with the rank's own, and their
+    gradients reach the module's. Raises PlanError where there is no program for the mode, where
+    there are several, and where programs run as parts of Python.
     """
     if "_autoparallel" not in module.__dict__:
         return None
     state = state_of(module)
     modes = modes_of(module)
-    entries = [e for (known, _), own in state.entries.items() if known == modes for e in own]
+    entries = [
+        entry
+        for (entry_modes, _), several in state.entries.items()
+        if entry_modes == modes
+        for entry in several
+    ]
     if len(entries) != 1:
         mode = "train" if module.training else "eval"
         raise PlanError(
@@ -71,17 +80,24 @@ def program_of(module: nn.Module) -> fx.GraphModule | None:
     buffers = {path: module.get_buffer(path) for path in program.buffers}
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     constants = {path: entry.captured.constants[path].to(device) for path in program.constants}
-    made = program_module(program, parameters, buffers, constants, device, type(module).__name__)
+    graph_module = program_module(
+        program, parameters, buffers, constants, device, type(module).__name__
+    )
+    # Hooks around the call do what the parallel module does around a program. A call may be made
+    # within a call (a forward in a backward hook), so that passes are a stack.
     passes: list[rng.using] = []
 
     def before(*_: Any) -> None:
+        """Gather copies that are out of date, and begin a pass of random numbers."""
         refresh(copies, state.ranks)
         passes.append(rng.using(state.generator))
         passes[-1].__enter__()
 
     def after(*_: Any) -> None:
+        """End the pass of random numbers."""
         passes.pop().__exit__()
 
-    made.register_forward_pre_hook(before)
-    made.register_forward_hook(after, always_call=True)
-    return made
+    graph_module.register_forward_pre_hook(before)
+    # always_call: also where the forward raises.
+    graph_module.register_forward_hook(after, always_call=True)
+    return graph_module

@@ -1,4 +1,4 @@
-"""What a parallel module knows: how its parameters are kept, and its programs."""
+"""The state of a parallel module: the layouts of its parameters, and its programs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from autoparallel.support.pytree import Skeleton
 
 __all__ = ["Entry", "Replan", "State", "Tree", "state_of"]
 
-# From the model on the meta device, the path of a module in it, its inputs, how its parameters are
-# stored and whether Python calls it, to a plan. Raises CaptureError where it cannot be traced.
+# A function from the model on the meta device, the path of a module in it, its inputs, the layouts
+# in which its parameters are stored, and whether Python calls it, to a plan. It raises CaptureError
+# where the module cannot be traced.
 Replan = Callable[
     [nn.Module, str, tuple[Any, ...], Mapping[str, Any], Mapping[str, Layout], bool], Plan
 ]
@@ -36,8 +37,10 @@ Replan = Callable[
 class Entry:
     """A program and what its inputs must look like.
 
-    known: whether it is right for inputs of some shapes, types and need of gradients, as found out
-    so far: to ask the guards takes long, and most calls are like one before.
+    plan, captured: what it was emitted of. leaves: its parameters, in the order in which it takes
+    them. shapes: of its inputs, in symbolic sizes. known: whether it is right for inputs of some
+    shapes, types and need of gradients, as far as it was asked: to evaluate the guards takes
+    long, and most calls are like one before.
     """
 
     plan: Plan
@@ -48,7 +51,8 @@ class Entry:
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
-        """Whether the program is right for these inputs; see `Captured.fits`."""
+        """Return whether the program is right for these inputs; see `Captured.fits`."""
+        # A list is quicker to make than a generator is to run, and this is asked at every call.
         key = tuple([(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs])
         if key not in self.known:
             self.known[key] = self.captured.fits(inputs)
@@ -57,11 +61,14 @@ class Entry:
 
 @dataclass
 class Tree:
-    """What all split modules of one model share.
+    """The things that all split modules of one model share.
 
-    root: the model. skeleton: the same on the meta device. whole: the parameters as Python reads
-    them. copies: what computes in place of parameters, by the parameters' ids. depth: how many
-    Python forwards are at work.
+    root: the model. skeleton: the same on the meta device, by which other modes and inputs are
+    traced. ranks, mesh: this rank's place, and torch's DeviceMesh, None for a single process.
+    replan: a function that plans for other calls. strict: whether Python in place of a program is
+    an error. whole: the parameters as Python reads them. copies: the gathered copies that compute
+    in place of parameters, by the parameters' ids. depth: the number of Python forwards that are
+    running now, one inside the other.
     """
 
     root: nn.Module
@@ -79,20 +86,22 @@ class Tree:
 class State:
     """Everything that the parallel module adds to the user's.
 
-    path: in the model. skeleton: the original on the meta device, to trace other modes and inputs.
-    kept: how its parameters are kept, by path. checks: calls left that compare the ranks' inputs.
-    entries: programs by (modes, structure of the inputs). python: modes in which the module cannot
-    be traced, and stays the user's Python. full: no more programs are made. own: the user's
-    forward. plan: that decided how parameters are stored. members: the module and all in it.
-    hooks: those inside of it, which programs leave out.
+    path: the module's path in the model. skeleton: the module on the meta device, to trace other
+    modes and inputs. parameters: the layouts of its parameters, by path. checks: number of calls
+    left in which the ranks compare their inputs. forward: the user's own. plan: the one that
+    decided how parameters are stored, None where a module around it did. entries: programs by
+    (modes, structure of the inputs). python: modes in which the module cannot be traced, and stays
+    the user's Python. full: no more programs are made. settled: the modules below it have been
+    split, so that Python calls their programs. members: the module and all in it, from the first
+    call on. hooks: those inside of it, which programs leave out.
     """
 
     path: str
     tree: Tree
     skeleton: nn.Module
-    kept: dict[str, ParameterLayouts]
+    parameters: dict[str, ParameterLayouts]
     checks: int
-    own: Callable[..., Any]
+    forward: Callable[..., Any]
     plan: Plan | None
     entries: dict[tuple[Modes, Skeleton], list[Entry]] = field(default_factory=dict)
     python: set[Modes] = field(default_factory=set)
@@ -103,27 +112,27 @@ class State:
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks."""
+        """This rank's place among the ranks."""
         return self.tree.ranks
 
     @property
     def storage(self) -> dict[str, Layout]:
-        """How the parameters lie that compute, by path."""
-        return {path: kept.storage for path, kept in self.kept.items()}
+        """The layouts of the parameters as programs read them, by path."""
+        return {path: layouts.storage for path, layouts in self.parameters.items()}
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        """How the parameters lie that the user sees, by path."""
-        return {path: kept.state for path, kept in self.kept.items()}
+        """The layouts of the parameters as the user and the optimizer see them, by path."""
+        return {path: layouts.state for path, layouts in self.parameters.items()}
 
     @property
     def mesh(self) -> DeviceMesh | None:
-        """The ranks as DTensor has them."""
+        """The ranks as torch's DTensor has them; None for a single process."""
         return self.tree.mesh
 
     @property
     def generator(self) -> rng.Generator:
-        """Where random numbers come from."""
+        """The model's generator, from which all of its modules draw random numbers."""
         return generator_of(self.tree.root)
 
 

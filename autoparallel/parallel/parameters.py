@@ -1,4 +1,8 @@
-"""Parameters of a parallel module: DTensors outside, plain local leaves inside."""
+"""Parameters of a parallel module: DTensors outside, plain local leaves inside.
+
+The user and the optimizer see a DTensor; the program reads a local tensor that shares its memory.
+Gradients do not pass through DTensor's autograd: a hook on the local leaf hands them over.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ParameterLayouts:
-    """How one parameter is kept. shape: of the whole; the layouts are those of ParameterChoice."""
+    """The layouts of one parameter, and the shape of the unsharded tensor.
+
+    storage: as programs read it. gradient: of the finished gradient. state: as the optimizer
+    updates it, and the user sees it. On one mesh axis, (storage, gradient, state) are (I, I, S) for
+    ZeRO-1, (I, S, S) for ZeRO-2 and (S, S, S) for ZeRO-3 (arXiv:1910.02054), where I is Invariant
+    and S is Shard.
+    """
 
     shape: tuple[int, ...]
     storage: Layout
@@ -49,21 +59,31 @@ class ParameterLayouts:
 
     @staticmethod
     def of(choice: ParameterChoice | None, shape: tuple[int, ...], axes: int) -> ParameterLayouts:
-        """As planned; whole where nothing is. Raises PlanError for what is impossible."""
+        """Return the planned layouts, unsharded ones where choice is None.
+
+        shape: of the unsharded tensor. axes: the number of mesh axes. Raises PlanError where state
+        is no refinement of storage, so that one could not be gathered from the other.
+
+        >>> ParameterLayouts.of(None, (4, 6), axes=1).storage
+        (Invariant(),)
+        """
         if choice is None:
             return ParameterLayouts(shape, *(whole_layout(axes),) * 3)
         require_refined(choice.storage, choice.state, choice.path)
         return ParameterLayouts(shape, choice.storage, choice.gradient, choice.state)
 
-    def reduced_first(self, given: Layout) -> Layout:
-        """What becomes at once of a gradient that lies as `given`: it is cut where it is to be.
+    def reduced_first(self, produced: Layout) -> Layout:
+        """Return the layout to which a gradient is reduced at once, when it is finished.
 
-        Where it is cut on an outer axis later, an inner cut of the same dim must wait for that.
+        produced: its layout as the backward pass leaves it. On an axis where the gradient is held
+        in parts (ZeRO-2 and -3) it is reduce-scattered at once, to free its memory. What is left is
+        done in a bucket at the end of the backward pass. Outer axes cut first: where an outer cut
+        of a dim is left to the bucket, an inner cut of the same dim must wait for it.
         """
-        first = list(given)
+        first = list(produced)
         waiting: set[int] = set()
         for axis, (early, late) in enumerate(zip(self.gradient, self.state, strict=True)):
-            if not isinstance(late, Shard) or given[axis] == late:
+            if not isinstance(late, Shard) or produced[axis] == late:
                 continue
             if early == late and late.dim not in waiting:
                 first[axis] = late
@@ -73,26 +93,36 @@ class ParameterLayouts:
 
 
 def _distributed_placements(layout: Layout, mesh: DeviceMesh) -> list[Any]:
-    """The layout in DTensor's words, where blocks are counted in the whole, over all outer cuts."""
-    found: list[Any] = []
-    pieces: dict[int, int] = {}
+    """Return the layout as DTensor's placements.
+
+    Our blocks of a dim are counted in the part that the outer axes' cuts leave; DTensor's
+    _StridedShard counts them in the whole dim, and so once for each outer part.
+    """
+    placements: list[Any] = []
+    # The number of parts into which axes so far have cut each dim.
+    parts_of_dim: dict[int, int] = {}
     for axis, cut in enumerate(layout):
         if not isinstance(cut, Shard):
-            found.append(DTensorReplicate())
+            placements.append(DTensorReplicate())
             continue
-        outer = pieces.get(cut.dim, 1)
-        pieces[cut.dim] = outer * mesh.size(axis)
+        outer = parts_of_dim.get(cut.dim, 1)
+        parts_of_dim[cut.dim] = outer * mesh.size(axis)
         if cut.blocks != 1:
-            found.append(strided_shard(cut.dim, cut.blocks * outer))
+            placements.append(strided_shard(cut.dim, cut.blocks * outer))
         else:
-            found.append(DTensorShard(cut.dim))
-    return found
+            placements.append(DTensorShard(cut.dim))
+    return placements
 
 
 def as_distributed(
     local: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh
 ) -> DTensor:
-    """The whole tensor of `shape` of which this rank holds `local`."""
+    """Return the DTensor of which this rank holds `local`, without copying or communicating.
+
+    layout: how the whole is split over the mesh. shape: of the whole, which may not divide by the
+    number of ranks.
+    """
+    # DTensor would take all parts for as large as this one; it must be told the whole.
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         local,
@@ -105,24 +135,30 @@ def as_distributed(
 
 
 def whole_tensor(tensor: torch.Tensor, layout: Layout, ranks: Ranks) -> torch.Tensor:
-    """The whole value on every rank, of a parameter or its gradient. A collective call.
+    """Return the whole value, on every rank, of a parameter or its gradient. A collective call.
 
-    Right for every layout, blocks and uneven runs included.
+    tensor: a DTensor, or a plain tensor of a single rank. It is right for every layout, dims in
+    blocks and parts of unequal size included, for which DTensor.full_tensor() is not. The result
+    shares no memory with the parameter.
     """
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    own, whole = local.detach(), whole_layout(len(layout))
-    made = gathered([own], [layout], [whole], [tuple(tensor.shape)], ranks)[0]
-    return made.clone() if made is own else made
+    part, unsharded = local.detach(), whole_layout(len(layout))
+    whole = gathered([part], [layout], [unsharded], [tuple(tensor.shape)], ranks)[0]
+    return whole.clone() if whole is part else whole
 
 
 def _held(parameter: Any) -> torch.Tensor:
-    """What this rank holds of a parameter."""
+    """Return the part that this rank holds of a parameter, in the parameter's memory."""
     held: torch.Tensor = local_part(parameter) if isinstance(parameter, DTensor) else parameter.data
     return held
 
 
 class _Steps(threading.local):
-    """Steps of optimizers so far. Some write to `parameter.data`, which changes no version."""
+    """Counts the steps of all optimizers, in each thread, because ranks may be threads.
+
+    Some optimizers write to `parameter.data`, which raises no tensor's version: without the count,
+    a gathered copy would not be known to be out of date.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -136,55 +172,64 @@ _steps = _Steps()
 
 @cache
 def _count_steps() -> None:
+    """Have torch call `_steps` after each step; only the first of these calls registers it."""
     register_optimizer_step_post_hook(_steps)
 
 
 class GatheredCopy:
-    """What computes in place of a parameter of which the ranks hold less than computes.
+    """The tensor that computes in place of a parameter of which a rank holds less than computes.
 
-    It is gathered when the parameter may have changed: after a step of an optimizer, or when
-    weights were loaded.
+    This is what ZeRO-1 and ZeRO-2 do: the optimizer updates a part, and every forward reads the
+    whole. It is gathered when the parameter may have changed: after a step of an optimizer, or when
+    weights were loaded. owner, name: the dictionary of parameters, and the key, where it is.
     """
 
-    def __init__(self, owner: dict[str, Any], name: str, kept: ParameterLayouts) -> None:
-        self.owner, self.name, self.kept = owner, name, kept
+    def __init__(self, owner: dict[str, Any], name: str, layouts: ParameterLayouts) -> None:
+        self.owner, self.name, self.layouts = owner, name, layouts
         self.value: torch.Tensor | None = None
         self.seen: tuple[Any, ...] = ()
         _count_steps()
 
     @property
     def version(self) -> tuple[Any, ...]:
-        """Another one when the parameter has another value."""
+        """A value that is another one whenever the parameter may have another value.
+
+        It compares what can be seen without reading the numbers: identity, memory and versions.
+        """
         parameter = self.owner[self.name]
         held = _held(parameter)
         where = (id(parameter), held.data_ptr(), held.dtype, held.device)
         return (*where, parameter._version, held._version, _steps.count)
 
     def forget(self) -> None:
-        """The parameter was written to: gather it again before it is used."""
+        """Have the copy gathered again before it is used, because the parameter was written to."""
         self.seen = ()
 
     def set(self, value: torch.Tensor) -> None:
-        """Take a value that was gathered now, into the memory of the one before if possible."""
-        known = self.value
-        if known is not None and (known.dtype, known.device) == (value.dtype, value.device):
-            known.copy_(value)
+        """Take a value that was gathered now, into the memory of the one before if possible.
+
+        The local leaf of the program shares that memory, and stays the same tensor.
+        """
+        before = self.value
+        if before is not None and (before.dtype, before.device) == (value.dtype, value.device):
+            before.copy_(value)
         else:
             self.value = value.contiguous()
         self.seen = self.version
 
 
 def refresh(copies: Sequence[GatheredCopy], ranks: Ranks) -> None:
-    """Gather all copies that are out of date, together. A collective call."""
+    """Gather all copies that are out of date, one collective per mesh axis. A collective call."""
     old = [copy for copy in copies if copy.seen != copy.version]
     if not old:
         return
+    # A copy that was made under inference_mode could not be trained with later.
     with torch.inference_mode(False), torch.no_grad():
         wholes = gathered(
             [_held(copy.owner[copy.name]).detach() for copy in old],
-            [copy.kept.state for copy in old],
-            [copy.kept.storage for copy in old],
-            [copy.kept.shape for copy in old],
+            [copy.layouts.state for copy in old],
+            [copy.layouts.storage for copy in old],
+            [copy.layouts.shape for copy in old],
             ranks,
         )
         for copy, whole in zip(old, wholes, strict=True):
@@ -192,25 +237,33 @@ def refresh(copies: Sequence[GatheredCopy], ranks: Ranks) -> None:
 
 
 class GradientBucket:
-    """Gradients that are reduced together, when the backward pass ends."""
+    """Gradients that are reduced together, when the backward pass ends.
+
+    ranks: the mesh over whose axes they are reduced. One collective for many gradients costs the
+    latency once.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.waiting: list[tuple[LocalParameter, torch.Tensor]] = []
 
     def add(self, leaf: LocalParameter, grad: torch.Tensor) -> None:
-        """Keep a leaf's local gradient until the end of this backward pass."""
+        """Keep a leaf's local gradient until the end of the backward pass that runs now."""
         if not self.waiting:
             at_end_of_backward(self.finish)
         self.waiting.append((leaf, grad))
 
     def finish(self) -> None:
-        """Reduce all, and hand each to its parameter. Ranks agree on the order: of the names."""
+        """Reduce all gradients that wait, and hand each to its parameter.
+
+        Autograd finishes gradients in an order that may differ from rank to rank; all ranks reduce
+        them in the order of the parameters' paths.
+        """
         waiting, self.waiting = sorted(self.waiting, key=lambda item: item[0].path), []
         done = reduced(
             [grad for _, grad in waiting],
             [leaf.first for leaf, _ in waiting],
-            [leaf.kept.state for leaf, _ in waiting],
+            [leaf.layouts.state for leaf, _ in waiting],
             self.ranks,
         )
         for (leaf, _), total in zip(waiting, done, strict=True):
@@ -222,7 +275,10 @@ class LocalParameter:
 
     The local leaf shares the DTensor's memory, or that of `copy`, where more computes than is
     updated. Its gradient is handed over as a DTensor as soon as it is complete, because going
-    through autograd costs far more for many parameters. gradient: how it then lies.
+    through DTensor's autograd costs far more for many parameters.
+    owner, name: the dictionary of parameters, and the key, where the user's is. path: in the model.
+    layouts: its layouts. gradient: the layout of the local gradient as the backward pass leaves it.
+    bucket: the one in which its gradient waits for the end of the backward pass, if it has to.
     """
 
     def __init__(
@@ -230,26 +286,30 @@ class LocalParameter:
         owner: dict[str, Any],
         name: str,
         path: str,
-        kept: ParameterLayouts,
+        layouts: ParameterLayouts,
         gradient: Layout,
-        bundle: GradientBucket,
+        bucket: GradientBucket,
         copy: GatheredCopy | None = None,
     ) -> None:
-        self.owner, self.name, self.path, self.kept = owner, name, path, kept
-        self.gradient, self.bundle, self.copy = gradient, bundle, copy
-        self.first = kept.reduced_first(gradient)
+        self.owner, self.name, self.path, self.layouts = owner, name, path, layouts
+        self.gradient, self.bucket, self.copy = gradient, bucket, copy
+        self.first = layouts.reduced_first(gradient)
         self.parameter: Any = None
         self.local: torch.Tensor | None = None
 
     @property
     def held(self) -> torch.Tensor:
-        """What this rank keeps of the parameter."""
+        """The part that this rank holds of the parameter, in the parameter's memory."""
         return _held(self.owner[self.name])
 
     def get(self) -> torch.Tensor:
-        """The local leaf of the parameter as it is now."""
+        """Return the local leaf of the parameter as it is now, the same one if nothing changed.
+
+        Users may put another parameter in place, move the module, or change requires_grad.
+        """
         parameter = self.owner[self.name]
-        if not isinstance(parameter, DTensor) and self.gradient == self.kept.state:
+        # A plain parameter whose gradient needs no reduction is its own leaf: torch does the rest.
+        if not isinstance(parameter, DTensor) and self.gradient == self.layouts.state:
             return parameter
         held = _held(parameter) if self.copy is None else self.copy.value
         assert held is not None
@@ -270,31 +330,35 @@ class LocalParameter:
         return local
 
     def shared(self) -> nn.Parameter:
-        """Another leaf in the same memory, whose gradient is handed over likewise."""
+        """Return another leaf in the same memory, an nn.Parameter as torch.fx wants it.
+
+        Its gradient is handed over likewise.
+        """
         local = self.get()
         if isinstance(local, nn.Parameter):
             return local
-        made = nn.Parameter(local.detach(), local.requires_grad)
+        twin = nn.Parameter(local.detach(), local.requires_grad)
         if local.requires_grad:
-            made.register_post_accumulate_grad_hook(self.hand_over)
-        return made
+            twin.register_post_accumulate_grad_hook(self.hand_over)
+        return twin
 
     def hand_over(self, local: torch.Tensor) -> None:
-        """Move the leaf's finished gradient to the parameter, or to the bundle it waits in."""
+        """Move the leaf's finished gradient to the parameter, or to the bucket it waits in."""
         grad = local.grad
         local.grad = None
         assert grad is not None
         if self.first != self.gradient:
-            (grad,) = reduced([grad], [self.gradient], [self.first], self.bundle.ranks)
-        if self.first != self.kept.state:
-            self.bundle.add(self, grad)
+            (grad,) = reduced([grad], [self.gradient], [self.first], self.bucket.ranks)
+        if self.first != self.layouts.state:
+            self.bucket.add(self, grad)
         else:
             self.give(grad)
 
     def give(self, grad: torch.Tensor) -> None:
-        """Add a finished local gradient to the parameter's."""
+        """Add a finished local gradient, in the layout of the state, to the parameter's."""
         parameter = self.parameter
         distributed = isinstance(parameter, DTensor)
+        # Autograd's own way: the first gradient is taken as it is, further ones are added in place.
         if parameter.grad is None:
             parameter.grad = distributed_tensor_like(grad, parameter) if distributed else grad
         else:

@@ -1,4 +1,8 @@
-"""Whether the ranks work on the same: the model that each has a part of, its plan, the inputs."""
+"""The ranks compare what must be the same on all of them: the model, its plan, and the inputs.
+
+They exchange digests of a few numbers, in one all-gather: each rank sees all rows, so that all of
+them raise the same error, and none is left waiting in a collective.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,16 @@ __all__ = [
     "require_same_start",
 ]
 
+# Elements of a weight that are compared: every k-th, so that other seeds and other files show.
 _SAMPLE = 1024
 
 
 def require_same_start(model: nn.Module, group: Group) -> None:
     """Compare samples of all weights between the ranks; of a meta model, torch's random state.
 
-    A collective call. Raises AutoParallelError, on every rank, naming the tensors that differ.
+    A collective call. group: all ranks; a single one has nothing to compare. Each rank cuts its
+    part out of its own whole model, so that parts of different models would be put together.
+    Raises AutoParallelError, on every rank, naming the tensors that differ.
     """
     if not isinstance(group, ProcessGroup):
         return
@@ -42,8 +49,10 @@ def require_same_start(model: nn.Module, group: Group) -> None:
         sums.append(digest(torch.get_rng_state()))
     if not sums:
         return
+    # Weights may lie on another device than the one on which the group communicates.
     device = "cuda" if dist.get_backend(group.process_group) == "nccl" else "cpu"
     rows = group.all_gather(torch.stack([each.to(device) for each in sums]))
+    # Rows are (rank, tensor, number of the digest). Two NaNs are no difference.
     different = ((rows != rows[0]) & ~(rows.isnan() & rows[0].isnan())).any(-1).any(0).tolist()
     wrong = [name for name, bad in zip(names, different, strict=True) if bad]
     if wrong:
@@ -60,11 +69,13 @@ def require_same_start(model: nn.Module, group: Group) -> None:
 def require_same_plan(plan: Plan, group: Group) -> None:
     """Compare digests of the plans between the ranks. A collective call.
 
-    Raises AutoParallelError, on every rank, where they differ: their collectives would not match.
+    Each rank makes the plan by itself. Raises AutoParallelError, on every rank, where the plans
+    differ: their collectives would not match, and the job would hang.
     """
     if not isinstance(group, ProcessGroup):
         return
     sums = hashlib.sha256(plan.to_json().encode()).digest()
+    # Six bytes, 48 bits, are a whole number that float64 (53 bits) holds exactly.
     parts = [int.from_bytes(sums[start : start + 6]) for start in range(0, 30, 6)]
     device = "cuda" if dist.get_backend(group.process_group) == "nccl" else "cpu"
     rows = group.all_gather(torch.tensor([parts], dtype=torch.float64, device=device))
@@ -96,9 +107,11 @@ def require_same_parts(plan: Plan, group: Group) -> None:
 
 
 def require_equal(inputs: list[torch.Tensor], names: list[str], group: Group, model: str) -> None:
-    """Compare cheap sums of all inputs between the ranks.
+    """Compare digests of all inputs between the ranks. A collective call.
 
-    Raises InputMismatchError, on every rank, naming the inputs that differ.
+    inputs: the tensors of a call. names: the model's arguments, by which the error calls them where
+    each is one tensor. model: the name of its class. Raises InputMismatchError, on every rank,
+    naming the inputs that differ.
     """
     if not inputs:
         return
@@ -120,7 +133,14 @@ def require_equal(inputs: list[torch.Tensor], names: list[str], group: Group, mo
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Three numbers that tell tensors apart: shape, sum, and sum weighted by position."""
+    """Return three numbers, float64, that tell tensors apart: of shape, sum, and weighted sum.
+
+    The weights are the fractions of multiples of 0.618, near the golden ratio, which are spread
+    evenly over 0 to 1 and repeat after 500 elements: most swaps of elements change that sum.
+
+    >>> digest(torch.tensor([1.0, 2.0])).equal(digest(torch.tensor([2.0, 1.0])))
+    False
+    """
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     flat = real.detach().reshape(-1).to(torch.float64)
     place = torch.arange(flat.numel(), device=flat.device, dtype=torch.float64)

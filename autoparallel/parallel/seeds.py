@@ -28,7 +28,7 @@ def manual_seed(module: nn.Module, seed: int) -> None:
 
 
 def rng_state(module: nn.Module) -> dict[str, int]:
-    """All that a parallel module's random numbers depend on, for a checkpoint.
+    """Return all that a parallel module's random numbers depend on, for a checkpoint.
 
     seed: see manual_seed. step: how many calls so far drew random numbers; dropout in train mode
     does, a pass in eval mode mostly does not. The same on every rank.
@@ -47,22 +47,27 @@ def set_rng_state(module: nn.Module, state: Mapping[str, int]) -> None:
 
 
 def generator_of(module: nn.Module) -> Generator:
-    """Where a parallel module's random numbers come from."""
-    found = module.__dict__.get("_generator")
-    if not isinstance(found, Generator):
+    """Return the generator of a parallel module. Raises AutoParallelError for other modules."""
+    generator = module.__dict__.get("_generator")
+    if not isinstance(generator, Generator):
         raise AutoParallelError(
             f"{type(module).__name__} has no random numbers of its own",
             why="it was not made by autoparallelize() or apply_plan()",
             fix="pass the parallel module itself, not a submodule; torch.manual_seed(seed) is for "
             "plain modules",
         )
-    return found
+    return generator
 
 
 def give_generator(module: nn.Module, mode: str, ranks: Ranks, mesh: DeviceMesh | None) -> None:
-    """Seed a module as rank 0's torch is seeded. A collective call for several ranks."""
+    """Give a module a generator with the seed that rank 0's torch has.
+
+    mode: the option rng, "counter" or "fast". mesh: None for a single process. A collective call
+    for several ranks.
+    """
     seed = torch.initial_seed()
     if mesh is not None:
+        # Seeds have 64 bits without a sign, and torch's whole numbers have one: two halves fit.
         words = torch.tensor([seed >> 32, seed & 0xFFFFFFFF], device=mesh.device_type)
         high, low = ranks.world.all_gather(words)[0].tolist()
         seed = high << 32 | low

@@ -30,11 +30,13 @@ __all__ = ["Simulation", "simulate_plan"]
 
 @dataclass(frozen=True)
 class Simulation:
-    """output: what the model returns, put together. gradients: by parameter path, whole.
+    """The result of one simulated step on all ranks.
 
-    collectives: kind -> number on rank 0, forward and backward. input_gradients: of every input
-    tensor, in order, None where none came. buffers: by path, as the forward left them.
-    apart: where ranks hold the same by the plan, the sum of their differences.
+    output: what the model returns, put together. gradients: the parameters' gradients by path,
+    unsharded. collectives: the number of collectives on rank 0 by kind, forward and backward.
+    input_gradients: those of every input tensor, in order, None where none came. buffers: by path,
+    as the forward left them. apart: the largest sum of differences between two ranks in a tensor
+    that they should hold alike by the plan; 0.0 if the ranks agree bit for bit.
     """
 
     output: Any
@@ -46,6 +48,7 @@ class Simulation:
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:
+    """Return the first scalar in what a model returns that has a gradient, None without one."""
     tensors, _ = flatten(output)
     scalars = [t for t in tensors if t.dim() == 0 and t.requires_grad]
     return scalars[0] if scalars else None
@@ -62,10 +65,12 @@ def simulate_plan(
 ) -> Simulation:
     """Run `plan` on all its ranks, forward and, if the model returns a loss, backward.
 
-    model: the whole model with real weights. backward: False, True (the scalar output that has a
-    gradient) or a function from the rank's local output to its loss. replan: plans modules of a
-    model in parts when they are called otherwise than in the example run.
-    Raises PlanError for a plan without its graph; otherwise whatever a rank raised.
+    model: the whole model with real weights, which stays as it is. args, kwargs: those of its call.
+    backward: False, True (the scalar output that has a gradient) or a function from the rank's
+    local output to its loss. seed: of the random numbers. replan: a function that plans modules of
+    a model in parts when they are called otherwise than in the example run.
+    Raises PlanError for a plan without its graph, and for inputs or modes that it was not made for;
+    otherwise whatever a rank raised.
     """
     if not plan.is_traced:
         raise PlanError("the plan has no graph", fix="simulate(model, world_size, ...) plans anew")
@@ -78,7 +83,9 @@ def simulate_plan(
         raise PlanError(
             "these inputs are not built as those planned for",
             why=f"{skeleton} against {captured.inputs}",
+            fix="pass the arguments as in example_inputs, or plan with arguments like these",
         )
+    # A trace in train mode draws dropout, and has other buffers written, than one in eval mode.
     if captured.modes != modes_of(model):
         raise PlanError(
             "the model, or a module in it, is in another mode (train, eval) than planned for",
@@ -98,49 +105,53 @@ def simulate_plan(
     storage = plan.storage
     states = {parameter.path: parameter.state for parameter in plan.parameters}
 
-    def work(own: Ranks) -> _Ran:
-        program = emit(captured.graph, plan, own, plan.model)
+    def work(rank: Ranks) -> _Ran:
+        """Run one rank's program, and its backward pass, in a thread of its own."""
+        program = emit(captured.graph, plan, rank, plan.model)
         leaves = []
         for path in program.parameters:
             whole, layout = weights[path].detach(), storage[path]
-            part = take_layout_part(whole, layout, own.sizes, own.coordinates)
+            part = take_layout_part(whole, layout, rank.sizes, rank.coordinates)
             leaves.append(part.clone().requires_grad_(weights[path].requires_grad))
-        given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        local_inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         held = {path: buffers[path].clone() for path in program.buffers}
         with rng.using(rng.Generator(seed, mode=plan.options.rng)):
             outputs, written = program.run(
                 leaves,
                 list(held.values()),
                 [captured.constants[path] for path in program.constants],
-                given,
+                local_inputs,
                 device,
             )
         held.update(zip(program.mutations, written, strict=True))
         if backward:
-            local, _ = captured.together(outputs)
-            loss = _loss_of(local) if backward is True else backward(local)
+            returned, _ = captured.together(outputs)
+            loss = _loss_of(returned) if backward is True else backward(returned)
             if loss is not None:
                 loss.backward()
         gradients = {path: leaf.grad for path, leaf in zip(program.parameters, leaves, strict=True)}
-        lies = dict(zip(program.parameters, program.gradients, strict=True))
-        made = {path: grad for path, grad in gradients.items() if grad is not None}
-        done = reduced(
-            list(made.values()),
-            [lies[path] for path in made],
-            [states[path] for path in made],
-            own,
+        # The parallel module's hooks do this for DTensors; here there are plain local leaves.
+        layouts = dict(zip(program.parameters, program.gradients, strict=True))
+        local = {path: grad for path, grad in gradients.items() if grad is not None}
+        finished = reduced(
+            list(local.values()),
+            [layouts[path] for path in local],
+            [states[path] for path in local],
+            rank,
         )
-        gradients.update(zip(made, done, strict=True))
-        return _Ran(outputs, gradients, [tensor.grad for tensor in given], held)
+        gradients.update(zip(local, finished, strict=True))
+        return _Ran(outputs, gradients, [tensor.grad for tensor in local_inputs], held)
 
     results = run_ranks(ranks, work)
-    made = _together(results, ranks[0], states, plan.outputs, captured.outputs)
-    gradients = dict(made.gradients)
-    for path, kept in captured.aliases.items():
-        if kept in gradients:
-            gradients[path] = gradients[kept]
-    output = made.output[0] if captured.left else made.output
-    return replace(made, output=output, gradients=gradients)
+    simulation = _together(results, ranks[0], states, plan.outputs, captured.outputs)
+    gradients = dict(simulation.gradients)
+    # The program knows a tied parameter by its first path; the user may ask by any of them.
+    for path, first in captured.aliases.items():
+        if first in gradients:
+            gradients[path] = gradients[first]
+    # Where the forward left tensors in attributes, they are returned beside what it returned.
+    output = simulation.output[0] if captured.left else simulation.output
+    return replace(simulation, output=output, gradients=gradients)
 
 
 def _together(
@@ -150,7 +161,11 @@ def _together(
     outputs: tuple[Layout, ...],
     structure: Skeleton,
 ) -> Simulation:
-    """What the ranks have in the end, put together. structure: of what the model returns."""
+    """Return what the ranks have in the end, put together.
+
+    results: in the order of the ranks. layouts: of the parameters' gradients, by path. outputs: the
+    layouts of the outputs. structure: of what the model returns.
+    """
     joined = _Joined(ranks.sizes)
     same = whole_layout(len(ranks.sizes))
     whole = [
@@ -188,41 +203,50 @@ def _simulate_parts(
     seed: int,
     replan: Replan | None,
 ) -> Simulation:
-    """The same for a model in parts: each rank is a parallel module in a thread of its own."""
+    """Simulate a model in parts: each rank is a parallel module in a thread of its own."""
 
     def refuse(*_: Any) -> Plan:
-        raise PlanError("a module is called otherwise than in the example run")
+        """Stand in for a function that plans, where none was passed."""
+        raise PlanError(
+            "a module is called otherwise than in the example run",
+            why="the plan has no program for such a call, and nothing here plans one",
+            fix="call autoparallel.simulate, which plans it, or pass replan=",
+        )
 
+    # The user's Python, and what shows it whole parameters, use global state such as torch's
+    # generators: the ranks run in turn, from one collective to the next.
     ranks = thread_ranks(plan.mesh, in_turn=True)
     tensors, skeleton = flatten((args, dict(kwargs)))
 
-    def work(own: Ranks) -> tuple[_Ran, Skeleton, Mapping[str, Layout]]:
-        made = parallel_module(model, plan, own, None, replan or refuse, 0)
-        manual_seed(made, seed)
+    def work(rank: Ranks) -> tuple[_Ran, Skeleton, Mapping[str, Layout]]:
+        """Make one rank's parallel module, and run a step of it."""
+        module = parallel_module(model, plan, rank, None, replan or refuse, 0)
+        manual_seed(module, seed)
         # Copies, as each rank has its own, and Python may write to them.
-        given = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
-        own_args, own_kwargs = rebuild(skeleton, given)
-        output = made(*own_args, **own_kwargs)
+        local_inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+        local_args, local_kwargs = rebuild(skeleton, local_inputs)
+        output = module(*local_args, **local_kwargs)
         if backward:
             loss = _loss_of(output) if backward is True else backward(output)
             if loss is not None:
                 loss.backward()
         outputs, returned = flatten(output)
-        named = made.named_parameters(remove_duplicate=False)
+        named = module.named_parameters(remove_duplicate=False)
         gradients = {path: parameter.grad for path, parameter in named}
-        inputs = [tensor.grad for tensor in given]
-        ran = _Ran(outputs, gradients, inputs, dict(made.named_buffers()))
-        return ran, returned, state_of(made).layouts
+        inputs = [tensor.grad for tensor in local_inputs]
+        ran = _Ran(outputs, gradients, inputs, dict(module.named_buffers()))
+        return ran, returned, state_of(module).layouts
 
     results = run_ranks(ranks, work)
     first, returned, layouts = results[0]
+    # The Python around the parts works on whole values, and returns such.
     outputs = (whole_layout(len(plan.mesh.axes)),) * len(first.outputs)
     return _together([ran for ran, _, _ in results], ranks[0], layouts, outputs, returned)
 
 
 @dataclass(frozen=True)
 class _Ran:
-    """What one rank has in the end. inputs: their gradients."""
+    """The local tensors that one rank has in the end. inputs: the gradients of its inputs."""
 
     outputs: list[torch.Tensor]
     gradients: dict[str, torch.Tensor | None]
@@ -231,13 +255,19 @@ class _Ran:
 
 
 class _Joined:
-    """Puts the ranks' parts together. apart: how far those differed that should be the same."""
+    """Puts the ranks' parts together, and compares those that should be the same.
+
+    sizes: of the mesh axes, outermost first. apart: see Simulation.
+    """
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes, self.apart = sizes, 0.0
 
     def maybe(self, parts: list[torch.Tensor | None], layout: Layout) -> torch.Tensor | None:
-        """The whole of gradients, None where no rank has one."""
+        """Return the whole of gradients, None where no rank has one.
+
+        A rank without a gradient counts as zero where the others have it unsharded.
+        """
         if all(part is None for part in parts):
             return None
         example = next(part for part in parts if part is not None)
@@ -246,9 +276,11 @@ class _Joined:
         return self.of([part for part in parts if part is not None], layout)
 
     def of(self, parts: list[torch.Tensor], layout: Layout) -> torch.Tensor:
-        """The whole tensor."""
+        """Return the whole tensor of which the ranks hold `parts`, in the order of the ranks."""
         parts = [part.detach() for part in parts]
         places = list(itertools.product(*map(range, self.sizes)))
+        # Ranks that differ only on axes where the layout is I or R hold the same part. The first of
+        # each such set is what the others are compared with.
         first: dict[tuple[int, ...], torch.Tensor] = {}
         for place, part in zip(places, parts, strict=True):
             alike = tuple(
@@ -259,7 +291,8 @@ class _Joined:
         return join_layout(parts, layout, self.sizes)
 
     def compare(self, one: torch.Tensor, other: torch.Tensor) -> None:
-        """Note how far two are apart that should be the same."""
+        """Note the sum of differences of two tensors that should be the same; NaN equals NaN."""
+        # In the widest type, so that the difference of two numbers is not rounded away.
         exact = torch.complex128 if one.is_complex() else torch.float64
         away = (other.to(exact) - one.to(exact)).abs().nan_to_num(math.inf)
         same = (other == one) | (other.isnan() & one.isnan())

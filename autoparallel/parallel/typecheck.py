@@ -1,4 +1,4 @@
-"""Judge an emitted module by the type system of `spmd_types`, without devices.
+"""Emitted programs are judged by the type system of `spmd_types`, without devices.
 
 The checker knows the types of the collectives and of torch's ops, and nothing of our rules: a
 conversion that is missing, or made to the wrong type, is a type error.
@@ -36,7 +36,8 @@ def typecheck_plan(
 ) -> None:
     """Run rank 0 of the plan's program on the default (fake) process group under the checker.
 
-    alter: changes the program's text first, to see that a broken one is refused.
+    model: with real weights. args, kwargs: those that the plan was made for. alter: a function that
+    changes the program's text first, to see that a broken one is refused.
     Raises spmd_types.SpmdTypeError where types do not fit, PlanError for a plan without a graph.
     """
     import spmd_types
@@ -58,9 +59,13 @@ def typecheck_plan(
         whole, layout = weights[path].detach(), plan.storage[path]
         part = take_layout_part(whole, layout, ranks.sizes, ranks.coordinates)
         leaves.append(part.clone().requires_grad_())
+    # A type is per mesh axis: R, I, V (varying, for parts) or P (a pending sum), as in JAX.
     with spmd_types.set_current_mesh(mesh), checker.typecheck(local=True):
+        # The type of a leaf is what its gradient needs: a whole parameter that is read as R has a
+        # gradient that is a pending sum, and one that is read as I has not.
         for leaf, back in zip(leaves, program.gradients, strict=True):
             spmd_types.assert_type(leaf, _types(layout_gradient(back), ranks))
+        # Everything but the parameters is the same on all ranks, and has no gradient.
         same = _types(whole_layout(len(ranks.sizes)), ranks, spmd_types.R)
         for tensor in (*inputs, *buffers.values(), *captured.constants.values()):
             spmd_types.assert_type(tensor, same)
@@ -77,12 +82,15 @@ def typecheck_plan(
 
 
 def _types(layout: Layout, ranks: Ranks, every: Any = None) -> dict[Any, Any]:
-    """What the checker is told of a tensor, for each axis of several ranks."""
+    """Return the type of a tensor for each mesh axis of several ranks, by the axis' group.
+
+    every: the type on all axes, in place of what the layout says.
+    """
     import spmd_types
 
-    found: dict[Any, Any] = {}
+    types: dict[Any, Any] = {}
     for placement, group in zip(layout, ranks.groups, strict=True):
         if isinstance(group, ProcessGroup):
-            own = spmd_types.V if isinstance(placement, Shard) else spmd_type(placement)
-            found[group.process_group] = every or own
-    return found
+            by_layout = spmd_types.V if isinstance(placement, Shard) else spmd_type(placement)
+            types[group.process_group] = every or by_layout
+    return types

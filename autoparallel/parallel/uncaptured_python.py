@@ -1,4 +1,8 @@
-"""The user's own Python on a split model: parameters look whole, random numbers are common."""
+"""The user's own Python on a split model: parameters look whole, random numbers are common.
+
+What cannot be traced runs as it is, alike on all ranks: they compute the same from the same whole
+parameters and the same random numbers, so that their values and gradients are equal.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +36,23 @@ from autoparallel.support.rng_state import restore, seeded, snapshot
 
 __all__ = ["WholeParameters", "common_numbers", "held_by"]
 
+# Attributes that every nn.Module has; all others are the user's.
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
 class _Shown(dict[str, Any]):
-    """A module's parameters as its forward reads them: whole, plain tensors.
+    """A module's dictionary of parameters as its forward reads it: whole, plain tensors.
 
-    held: the dict that it stands for.
+    It stands in place of `module._parameters` while the user's Python runs. held: the dictionary
+    that it stands for, with the parameters as the optimizer sees them. whole: it reads them.
     """
 
     def __init__(self, held: dict[str, Any], whole: WholeParameters) -> None:
         super().__init__(held)
         self.held, self.whole = held, whole
+
+    # dict's own methods read what they hold without calling __getitem__, which must not be seen:
+    # all that give values are overridden.
 
     def __getitem__(self, name: str) -> Any:
         return self.whole.read(self.held, name)
@@ -59,17 +68,24 @@ class _Shown(dict[str, Any]):
         super().__delitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Return the whole value of a parameter, the default where there is none of that name."""
         return self.whole.read(self.held, name) if name in self.held else default
 
     def items(self) -> Any:
+        """Return names and whole values, as a list, because reading them gathers."""
         return [(name, self[name]) for name in self]
 
     def values(self) -> Any:
+        """Return whole values, as a list."""
         return [self[name] for name in self]
 
 
 class _Mentioned(dict[int, Any]):
-    """Asked for the twins of parameters, it has none, but remembers which it was asked for."""
+    """A table of twins that has none, but remembers which tensors it was asked for.
+
+    `referring` asks such a table for every tensor to which a value refers; with this one it finds
+    out which parameters an attribute mentions. originals: the parameters' paths by their ids.
+    """
 
     def __init__(self, originals: Mapping[int, str]) -> None:
         super().__init__()
@@ -84,16 +100,18 @@ class _Mentioned(dict[int, Any]):
 
 
 def held_by(module: nn.Module) -> dict[str, Any]:
-    """The module's own parameters as an optimizer sees them."""
-    own: Any = module._parameters
-    return own.held if isinstance(own, _Shown) else own
+    """Return the module's dictionary of parameters as an optimizer sees them, never as shown."""
+    parameters: Any = module._parameters
+    return parameters.held if isinstance(parameters, _Shown) else parameters
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Memory of a whole value that Python was shown. alive: of that memory.
+    """The memory of a whole value that Python was shown.
 
-    value: the tensor that was shown, a weak reference.
+    leaf: the parameter. value: a weak reference to the tensor that was shown. alive: tells whether
+    the memory is still in use, because its address may be used again. shape, stride, offset, dtype:
+    where in the memory the value lies, to read it when the tensor itself is gone.
     """
 
     leaf: LocalParameter
@@ -105,9 +123,9 @@ class _Seen:
     dtype: torch.dtype
 
     def whole(self, memory: torch.UntypedStorage) -> torch.Tensor:
-        """All of the value as its memory holds it now."""
-        made = torch.empty(0, dtype=self.dtype, device=memory.device)
-        return made.set_(memory, self.offset, self.shape, self.stride)
+        """Return the whole value as its memory holds it now."""
+        tensor = torch.empty(0, dtype=self.dtype, device=memory.device)
+        return tensor.set_(memory, self.offset, self.shape, self.stride)
 
 
 class WholeParameters(Watch):
@@ -122,21 +140,23 @@ class WholeParameters(Watch):
     def __init__(
         self,
         module: nn.Module,
-        kept: Mapping[str, ParameterLayouts],
+        parameters: Mapping[str, ParameterLayouts],
         ranks: Ranks,
         originals: Mapping[int, str],
         copies: Mapping[int, GatheredCopy],
     ) -> None:
-        """originals: paths of the user's parameters by id, to which attributes may refer still.
+        """Note every parameter of the tree, and every attribute that refers to one.
 
-        copies: what computes in place of parameters, by the parameters' ids.
+        parameters: the parameters' layouts, by path. originals: paths of the user's parameters by
+        id, to which attributes may refer still. copies: the gathered copies that compute in place
+        of parameters, by the parameters' ids.
         """
         self.module, self.ranks = module, ranks
         self.readers: dict[tuple[int, str], LocalParameter] = {}
         self.seen: dict[int, _Seen] = {}
         self.handles: dict[int, tuple[_Seen, torch.UntypedStorage]] = {}
         self.keeping = False
-        bundle = GradientBucket(ranks)
+        bucket = GradientBucket(ranks)
         self.references: list[tuple[nn.Module, str, Any, dict[int, str]]] = []
         leaves: dict[int, LocalParameter] = {}
         for path, inner in module.named_modules():
@@ -145,11 +165,11 @@ class WholeParameters(Watch):
                 if parameter is not None:
                     full = f"{path}.{name}" if path else name
                     if id(parameter) not in leaves:
-                        own = kept[full]
-                        back = layout_gradient(own.storage)
+                        layouts = parameters[full]
+                        back = layout_gradient(layouts.storage)
                         copy = copies.get(id(parameter))
                         leaves[id(parameter)] = LocalParameter(
-                            held, name, full, own, back, bundle, copy
+                            held, name, full, layouts, back, bucket, copy
                         )
                     self.readers[id(held), name] = leaves[id(parameter)]
             for name, value in vars(inner).items():
@@ -160,7 +180,10 @@ class WholeParameters(Watch):
                         self.references.append((inner, name, value, mentioned.paths))
 
     def read(self, held: dict[str, Any], name: str) -> Any:
-        """The whole value of one parameter, for autograd too."""
+        """Return the whole value of one parameter, through which gradients flow to its part.
+
+        held, name: the dictionary, and the key, where it is.
+        """
         parameter = held[name]
         if parameter is None or (id(held), name) not in self.readers:
             return parameter
@@ -168,12 +191,14 @@ class WholeParameters(Watch):
         self.settle(leaf)
         if leaf.copy is not None:
             refresh([leaf.copy], self.ranks)
-        value, layout = leaf.get(), leaf.kept.storage
+        value, layout = leaf.get(), leaf.layouts.storage
+        # Outer axes cut first, so the innermost axis is gathered first; what the axes outside of it
+        # leave of the dim is how large the gathered dim becomes.
         for axis in reversed(range(len(layout))):
             cut = layout[axis]
             if isinstance(cut, Shard):
                 outer: Layout = (*layout[:axis], *(Invariant(),) * (len(layout) - axis))
-                size = leaf.kept.shape[cut.dim]
+                size = leaf.layouts.shape[cut.dim]
                 size = local_layout_size(
                     size, cut.dim, outer, self.ranks.sizes, self.ranks.coordinates
                 )
@@ -183,10 +208,11 @@ class WholeParameters(Watch):
         return value
 
     def note(self, leaf: LocalParameter, value: torch.Tensor) -> None:
-        """Python is shown this value: look for what is written to its memory."""
+        """Watch the memory of a value that Python is shown, for what is written to it."""
         memory = memory_of(value)
         if memory is None:
             return
+        # Memory that was freed may be used again, for something that is no parameter.
         self.seen = {key: seen for key, seen in self.seen.items() if not seen.alive.expired()}
         self.seen[memory] = _Seen(
             leaf,
@@ -199,30 +225,36 @@ class WholeParameters(Watch):
         )
 
     def of(self, tensor: torch.Tensor) -> _Seen | None:
-        """The whole value in whose memory a tensor lies."""
+        """Return the whole value in whose memory a tensor lies, None where there is none."""
         return self.seen.get(memory_of(tensor) or 0) if self.seen else None
 
     def before(self, tensor: torch.Tensor, operator: str) -> None:
-        """Memory stays what it is: its size is planned."""
+        """Refuse an op, before it runs, that gives a shown value other memory or another size.
+
+        The size of a parameter is planned, and its part shares memory with the optimizer's.
+        """
         seen = self.of(tensor)
         if seen is not None and operator.startswith(_MOVING):
             raise _refused(seen.leaf, f"{operator} gives it other memory")
 
     def after(self, tensor: torch.Tensor) -> None:
-        """Every rank keeps its part of what was written."""
+        """Keep this rank's part of what an op has written to a tensor; every rank does so."""
         seen = None if self.keeping else self.of(tensor)
         if seen is not None:
             self.keep(seen, tensor.untyped_storage())
 
     def keep(self, seen: _Seen, memory: torch.UntypedStorage) -> None:
-        """Write a whole value's part to the parameter, and the value to where else it is shown."""
+        """Write the rank's part of a whole value to the parameter.
+
+        The value is also written to all other tensors that show the same parameter.
+        """
         leaf, self.keeping = seen.leaf, True
         with torch.inference_mode(False), torch.no_grad():
             whole = seen.whole(memory)
             held = leaf.held
             if memory_of(held) != memory_of(whole):
                 sizes, coordinates = self.ranks.sizes, self.ranks.coordinates
-                part = take_layout_part(whole, leaf.kept.state, sizes, coordinates)
+                part = take_layout_part(whole, leaf.layouts.state, sizes, coordinates)
                 # As writing to .data, which autograd takes for no change of what it has kept: the
                 # whole value was written to, and torch looks after that.
                 held.data.copy_(part)
@@ -235,23 +267,33 @@ class WholeParameters(Watch):
         self.keeping = False
 
     def handed_out(self, tensor: torch.Tensor) -> None:
-        """What has the memory's address may write to it unseen."""
+        """Note that Python has the address of a tensor's memory, and may write to it unseen.
+
+        It has where numpy or data_ptr() is called: no op tells of what is then written.
+        """
         seen = None if self.keeping else self.of(tensor)
         if seen is not None:
             self.handles[memory_of(tensor) or 0] = (seen, tensor.untyped_storage())
 
     def settle(self, only: LocalParameter | None = None) -> None:
-        """Keep what was written unseen: to one parameter, or to all."""
+        """Keep what was written unseen, to one parameter or, by default, to all.
+
+        It is looked for by comparing numbers, and only in memory that was handed out.
+        """
         handles = [seen for seen in self.handles.values() if only in (None, seen[0].leaf)]
         for seen, memory in handles:
             whole = seen.whole(memory)
             sizes, coordinates = self.ranks.sizes, self.ranks.coordinates
-            part = take_layout_part(whole, seen.leaf.kept.state, sizes, coordinates)
+            part = take_layout_part(whole, seen.leaf.layouts.state, sizes, coordinates)
             if not torch.equal(part, seen.leaf.held):
                 self.keep(seen, memory)
 
     def assigned(self, tensor: torch.Tensor, value: Any) -> bool:
-        """`parameter.data = value` writes the value: the split parameter keeps its memory."""
+        """Write the value where Python sets `parameter.data`; the parameter keeps its memory.
+
+        Return whether the tensor is a shown parameter. Raises AutoParallelError for a value of
+        another shape or type, and for one that lies in the memory of something that lasts.
+        """
         seen = self.of(tensor)
         if seen is None or seen.value() is not tensor:
             return False
@@ -262,15 +304,16 @@ class WholeParameters(Watch):
                 seen.leaf, "its data becomes the memory of another parameter or a buffer"
             )
         with torch.no_grad():
-            tensor.detach().copy_(value)  # which is reported
+            tensor.detach().copy_(value)  # `after` is told of this op, and keeps the part
         return True
 
     def lasting(self) -> set[int | None]:
-        """The memory of all parameters and buffers that ranks hold."""
+        """Return the memory of all parameters and buffers that this rank holds."""
         held = {memory_of(leaf.held) for leaf in self.readers.values()}
         return held | {memory_of(buffer) for buffer in self.module.buffers()}
 
     def trained(self, tensor: torch.Tensor, value: bool) -> None:
+        """Refuse another `requires_grad` of a shown parameter: programs are planned for it."""
         seen = self.of(tensor)
         if seen is None or seen.value() is not tensor:
             return
@@ -278,14 +321,18 @@ class WholeParameters(Watch):
             raise _refused(seen.leaf, f"its requires_grad becomes {value}")
 
     def refuse_other(self, held: dict[str, Any], name: str) -> None:
-        """Raises AutoParallelError where a parameter that may be split would become another."""
+        """Raise AutoParallelError where a parameter that may be split would become another."""
         leaf = self.readers.get((id(held), name))
         if leaf is not None and self.ranks.world_size > 1:
             raise _refused(leaf, "it becomes another tensor")
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Within, reading a parameter of any module of the tree gives its whole value."""
+        """Have the parameters of all modules of the tree read as whole values, within.
+
+        Attributes that refer to parameters refer to the whole values, too, unless Python has set
+        them to something else in the meantime.
+        """
         changed: list[nn.Module] = []
         replaced: list[tuple[nn.Module, str, Any, Any]] = []
         try:
@@ -308,15 +355,17 @@ class WholeParameters(Watch):
                 inner.__dict__["_parameters"] = held_by(inner)
 
     def at(self, path: str) -> Any:
-        """What is shown at `path`."""
+        """Return the parameter at `path` as it is shown."""
         owner, _, name = path.rpartition(".")
         return self.module.get_submodule(owner)._parameters[name]
 
 
+# The beginnings of ops that give a tensor other memory.
 _MOVING = ("aten.set_.", "aten.resize_", "aten.set.", "aten.resize.")
 
 
 def _refused(leaf: LocalParameter, why: str) -> AutoParallelError:
+    """Return the error for a change of a parameter that its parts cannot follow."""
     return AutoParallelError(
         f"the forward changes parameter {leaf.path} in a way that a split one cannot follow",
         where=leaf.path,
@@ -328,7 +377,7 @@ def _refused(leaf: LocalParameter, why: str) -> AutoParallelError:
 
 @contextlib.contextmanager
 def common_numbers(generator: Generator) -> Iterator[None]:
-    """Python draws the same random numbers on all ranks, by the generator's seed and step.
+    """Have Python draw the same random numbers on all ranks, by the generator's seed and step.
 
     The user's own generators go on afterwards where they were, but for the one number by which
     the generator recognizes a pass that is repeated. A part of a pass that is repeated (by
@@ -342,6 +391,8 @@ def common_numbers(generator: Generator) -> Iterator[None]:
         restore(before)
         yield
         return
+    # Seed and step are hashed, so that no two steps of any two seeds have one stream by design; 56
+    # bits are a seed that torch takes.
     digest = hashlib.blake2b(f"{generator.seed} {step}".encode(), digest_size=7).digest()
     with seeded(int.from_bytes(digest)):
         yield

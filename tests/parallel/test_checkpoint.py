@@ -233,3 +233,15 @@ def test_plain_models_go_on_too(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "a", model, optimizer)
     assert torch.equal(model(torch.ones(8, 4)), expected)
     assert not optimizer.state
+
+
+def test_an_optimizer_of_other_groups_is_refused(tmp_path: Path) -> None:
+    """Learning rates of one group are not those of another."""
+    model = nn.Linear(3, 2)
+    save_checkpoint(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=0.1))
+    groups = [{"params": [parameter]} for parameter in model.parameters()]
+    with pytest.raises(
+        AutoParallelError, match=r"has 2 groups of parameters, and .* had 1"
+    ) as error:
+        load_checkpoint(tmp_path / "run", model, torch.optim.SGD(groups, lr=0.2))
+    assert error.value.fix

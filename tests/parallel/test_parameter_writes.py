@@ -57,15 +57,15 @@ def unsplit(how: str) -> Result:
 
 def whole_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter put together. A collective call."""
-    state, found = state_of(module), {}
-    for path, own in module.named_parameters():
-        local = own.to_local() if isinstance(own, DTensor) else own
-        kept = state.kept[path]
-        whole = whole_layout(len(kept.state))
-        (found[path],) = gathered(
-            [local.detach()], [kept.state], [whole], [kept.shape], state.ranks
+    state, wholes = state_of(module), {}
+    for path, parameter in module.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        layouts = state.parameters[path]
+        whole = whole_layout(len(layouts.state))
+        (wholes[path],) = gathered(
+            [local.detach()], [layouts.state], [whole], [layouts.shape], state.ranks
         )
-    return found
+    return wholes
 
 
 def on_ranks(model: nn.Module, plan: Plan) -> list[Result]:

@@ -1,0 +1,53 @@
+"""State dicts of a parallel module hold the rank's parts; whole ones are loaded and made here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from autoparallel.parallel.module_state import state_of
+from autoparallel.parallel.parameters import as_distributed, whole_tensor
+from autoparallel.runtime.tensor_parts import take_layout_part
+
+__all__ = ["full_state_dict", "split_loaded"]
+
+
+def split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Replace the whole tensors of a state dict by this rank's parts, as DTensors.
+
+    This is the hook that every parallel module has on load_state_dict, so that a checkpoint of the
+    unsplit model can be loaded. prefix: the path, with a dot at its end, that the module's names
+    have in the state dict. Tensors that are DTensors already are taken for parts, and stay.
+    """
+    state = state_of(module)
+    # While the user's Python runs, it sees whole parameters, and loads whole ones.
+    if state.mesh is None or state.tree.depth:
+        return
+    sizes, coordinates = state.ranks.sizes, state.ranks.coordinates
+    for local_path, layout in state.layouts.items():
+        path = prefix + local_path
+        value = state_dict.get(path)
+        if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
+            part = take_layout_part(value, layout, sizes, coordinates).contiguous()
+            state_dict[path] = as_distributed(part, layout, tuple(value.shape), state.mesh)
+
+
+def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the unsplit model's state dict, under the original names, on every rank.
+
+    A collective call: every rank must make it, and then has all parameters whole at once. module:
+    one that autoparallelize() or apply_plan() returned. For large models use save_checkpoint, which
+    gathers nothing. Raises AutoParallelError for other modules.
+
+    Example: `torch.save(full_state_dict(model), "model.pt")` on one rank, after all have called it.
+    """
+    state = state_of(module)
+    whole: dict[str, torch.Tensor] = {}
+    for path, value in module.state_dict().items():
+        layout = state.layouts.get(path)
+        # Buffers have no layout: every rank has them whole.
+        whole[path] = value if layout is None else whole_tensor(value, layout, state.ranks)
+    return whole
