@@ -23,24 +23,30 @@ from planners import InfeasibleError, OverLimitError, Problem, Solution
 
 __all__ = ["plan_within"]
 
-# Each attempt plans with a limit lowered by what the plan before took too much; the last one takes
-# the plan that keeps least.
+# Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
+# takes the plan that keeps least.
 _MOST_ATTEMPTS = 5
-# How many times as many ranks are tried for a model that does not fit.
+# For a model that does not fit, up to so many times as many ranks are tried.
 _MOST_RANKS = 64
+# So many of the largest items of memory are named in the error.
 _LARGEST_ITEMS = 5
 # A gap between cost and bound, as a share of the cost, that needs no other proof.
 _ENOUGH = 0.01
-# So much that nothing but bytes counts, and so little that seconds are not lost in rounding.
+# The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
+# so low that seconds, which break ties, are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A plan, what it takes, and how much of that the planner counts."""
+class _Candidate:
+    """A plan and its memory on the rank that needs most.
+
+    account: all of the memory, by category. counted: those bytes of it that the planner's tables
+    count, which are there when the backward pass begins.
+    """
 
     plan: Plan
-    taken: Account
+    account: Account
     counted: float
 
 
@@ -51,31 +57,38 @@ def plan_within(
     solve: NetworkSolver,
     pins: Mapping[str, Layout] = {},
 ) -> Plan:
-    """The plan of least cost among those that fit into the memory limit of the options.
+    """Return the plan of least cost among those that fit into the memory limit of the options.
 
-    The planner limits the sum of what is kept. What a plan takes besides (buffers, inputs, what is
-    there for a moment only) is known when it is made: then the limit is lowered and it is planned
-    again. What is run again is there for a moment: where that is too much, less is run again.
-    The bound is that of the limit as it was given, for all that may be run again.
-    Raises MemoryLimitError where nothing fits.
+    captured: the traced program. model: the name that the plan gives it. network: its cost network.
+    solve: a solver of the network's problems. pins: layouts of parameters, by node name.
+
+    The planner limits the sum of saved bytes. The rest of a plan's memory (buffers, inputs,
+    temporaries) is known when it is made: then the limit is lowered by the excess and it is planned
+    again. A block that is recomputed has all its activations at once: where that is too much, less
+    is recomputed. The lower bound is that of the limit as it was given, over all modes of
+    recomputation, so that the plan's gap also counts what lowering the limit may have cost.
+    Raises MemoryLimitError where nothing fits, and PlanError where the pins rule out all plans.
     """
     options = network.options
+    # A mode that the user has asked for by name is not given up.
     fewer = {"auto": ("selective", "none"), "full": (), "selective": (), "none": ()}
-    closest: _Found | None = None
+    closest: _Candidate | None = None
     bound = -math.inf
     for mode in (options.recompute, *fewer[options.recompute]):
+        # The constraints belong to a network's states, and must be laid on each network anew.
         if mode != options.recompute:
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured.aliases)
             solve = NetworkSolver(network)
-        found, own_bound = _closest(captured, model, network, solve, pins)
+        nearest, mode_bound = _closest(captured, model, network, solve, pins)
+        # The other modes are restrictions of the first: their bounds do not hold for all plans.
         if mode == options.recompute:
-            bound = own_bound
-        if found.taken.total <= _allowed(network):
-            plan = replace(found.plan, options=options, lower_bound=min(bound, found.plan.cost))
+            bound = mode_bound
+        if nearest.account.total <= _allowed(network):
+            plan = replace(nearest.plan, options=options, lower_bound=min(bound, nearest.plan.cost))
             return _proven(captured, model, network, plan, pins)
-        if closest is None or found.taken.total < closest.taken.total:
-            closest = replace(found, plan=replace(found.plan, options=options))
+        if closest is None or nearest.account.total < closest.account.total:
+            closest = replace(nearest, plan=replace(nearest.plan, options=options))
     assert closest is not None
     raise _does_not_fit(captured, network, closest)
 
@@ -86,13 +99,14 @@ def _closest(
     network: CostNetwork,
     solve: NetworkSolver,
     pins: Mapping[str, Layout],
-) -> tuple[_Found, float]:
-    """A plan that fits or, where none was found, the one found that takes least.
+) -> tuple[_Candidate, float]:
+    """Return a plan that fits or, where no attempt gives one, the plan that takes least.
 
-    And what no plan costs less than whose kept bytes alone are within the limit.
+    Return also a lower bound on the cost of every plan whose saved bytes are within the limit.
     """
+    # Bytes that every plan needs are no matter of choice, and are not in the tables.
     limit = _allowed(network) - network.fixed_nbytes
-    least: _Found | None = None
+    least: _Candidate | None = None
     bound = -math.inf
     for attempt in range(_MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
@@ -112,12 +126,13 @@ def _closest(
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
             ) from error
-        found = _Found(*_read(captured, model, network, solution), solution.usage)
-        if least is None or found.taken.total < least.taken.total:
-            least = found
-        over = found.taken.total - _allowed(network)
+        candidate = _Candidate(*_read(captured, model, network, solution), solution.usage)
+        if least is None or candidate.account.total < least.account.total:
+            least = candidate
+        over = candidate.account.total - _allowed(network)
         if last or over <= 0:
             break
+        # The solution may use less than the limit: from there the excess is taken off.
         limit = min(limit, solution.usage) - over
     assert least is not None
     return least, bound
@@ -126,10 +141,10 @@ def _closest(
 def _proven(
     captured: Captured, model: str, network: CostNetwork, plan: Plan, pins: Mapping[str, Layout]
 ) -> Plan:
-    """The plan, or the one without a limit if that fits; with the better of their bounds.
+    """Return the plan, or the one without a limit if that fits, with the better of their bounds.
 
-    Nothing within a limit costs less than the best without one, which is easier to prove: no copy
-    is made again, no block run again.
+    Nothing within a limit costs less than the best without one, which is easier to prove: there, no
+    copy is gathered again and no block recomputed.
     """
     if plan.cost - plan.lower_bound <= _ENOUGH * plan.cost:
         return plan
@@ -137,8 +152,8 @@ def _proven(
     free = rebuilt(network, replace(plan.options, memory_limit=None, recompute=recompute))
     constrain(free, captured.aliases)
     best = NetworkSolver(free)(free.problem(1.0, pins))
-    other, taken = _read(captured, model, free, best)
-    if taken.total <= _allowed(network) and other.cost <= plan.cost:
+    other, account = _read(captured, model, free, best)
+    if account.total <= _allowed(network) and other.cost <= plan.cost:
         return replace(other, options=plan.options)
     if best.lower_bound <= plan.lower_bound:
         return plan
@@ -150,62 +165,77 @@ def _proven(
 
 
 def _least(problem: Problem, solve: NetworkSolver) -> Solution:
-    """The solution that keeps least and, of those that do, costs least. It bounds no cost."""
-    found = solve(problem.weighed(_SECONDS_PER_BYTE))
-    return Solution.of(problem, found.assignment, found.method, -math.inf, _SECONDS_PER_BYTE)
+    """Return the solution that keeps least and, of those that do, costs least.
+
+    It proves no lower bound on the cost.
+    """
+    smallest = solve(problem.weighed(_SECONDS_PER_BYTE))
+    return Solution.of(problem, smallest.assignment, smallest.method, -math.inf, _SECONDS_PER_BYTE)
 
 
 def _allowed(network: CostNetwork) -> int:
+    """Return the memory limit of one rank, in bytes."""
     assert network.options.memory_limit is not None
     return network.options.memory_limit
 
 
-def _better(problem: Problem, found: Solution, start: Mapping[str, int] | None) -> Solution:
-    """The solution found, or the assignment to begin with, if that fits and costs less."""
+def _better(problem: Problem, solution: Solution, start: Mapping[str, int] | None) -> Solution:
+    """Return the solution, or the assignment to begin with, if that fits and costs less."""
     if start is None or problem.limit is None:
-        return found
-    own = Solution.of(problem, start, "as given", found.lower_bound)
-    return own if own.usage <= problem.limit and own.cost < found.cost else found
+        return solution
+    begun = Solution.of(problem, start, "as given", solution.lower_bound)
+    return begun if begun.usage <= problem.limit and begun.cost < solution.cost else solution
 
 
 def _read(
     captured: Captured, model: str, network: CostNetwork, solution: Solution
 ) -> tuple[Plan, Account]:
+    """Return the plan of a solution, and all of its memory on the rank that needs most."""
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
-    taken = memory_of(plan, graph=network.graph)
-    return replace(plan, memory=taken.rows), taken
+    account = memory_of(plan, graph=network.graph)
+    return replace(plan, memory=account.rows), account
 
 
-def _shares(taken: Account) -> str:
-    rows = sorted(((size, name) for name, size in taken.rows), reverse=True)
+def _shares(account: Account) -> str:
+    """Return the categories of memory with their sizes, the largest first."""
+    rows = sorted(((size, name) for name, size in account.rows), reverse=True)
     return ", ".join(f"{name.replace('_', ' ')} {bytes_text(size)}" for size, name in rows if size)
 
 
-def _does_not_fit(captured: Captured, network: CostNetwork, found: _Found) -> MemoryLimitError:
-    """What the plan that needs least takes, and what limit or how many ranks would do."""
-    allowed, taken = _allowed(network), found.taken
+def _does_not_fit(
+    captured: Captured, network: CostNetwork, candidate: _Candidate
+) -> MemoryLimitError:
+    """Return the error that says what the plan that needs least takes, and what would do.
+
+    What would do is a larger limit, more ranks, or a smaller batch.
+    """
+    allowed, account = _allowed(network), candidate.account
     largest = [
         f"{item.category.replace('_', ' ')}: {item.name}"
         f"{f' ({item.count} of them)' if item.count > 1 else ''} {bytes_text(item.nbytes)}"
-        for item in taken.items[:_LARGEST_ITEMS]
+        for item in account.items[:_LARGEST_ITEMS]
     ]
-    fixed_nbytes = taken.total - found.counted
-    ranks = _enough_ranks(captured, network, found.plan.options, fixed_nbytes)
+    fixed_nbytes = account.total - candidate.counted
+    ranks = _enough_ranks(captured, network, candidate.plan.options, fixed_nbytes)
     more = f"use {ranks.world_size} ranks ({ranks})" if ranks else "use more ranks"
     error = MemoryLimitError(
         f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} per "
         f"rank on {network.mesh}",
         where="\n".join(largest),
-        why=f"the plan found that needs least takes {bytes_text(taken.total)}, "
-        f"{bytes_text(taken.total - allowed)} more than allowed: {_shares(taken)}",
-        fix=f'pass memory_limit="{_at_least(taken.total)}", or {more}, or a smaller batch',
+        why=f"the plan found that needs least takes {bytes_text(account.total)}, "
+        f"{bytes_text(account.total - allowed)} more than allowed: {_shares(account)}",
+        fix=f'pass memory_limit="{_at_least(account.total)}", or {more}, or a smaller batch',
     )
-    error.least = taken.total
+    error.least = account.total
     return error
 
 
 def _at_least(nbytes: int) -> str:
-    """A size that is not smaller, in MiB or GiB."""
+    """Return a size that is not smaller, in whole GiB, MiB or KiB, of at least two digits.
+
+    >>> _at_least(40 * 2**30), _at_least(5 * 2**30 + 1)
+    ('40GiB', '5121MiB')
+    """
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if nbytes >= 10 * unit:
             return f"{-(-nbytes // unit)}{name}"
@@ -215,10 +245,12 @@ def _at_least(nbytes: int) -> str:
 def _enough_ranks(
     captured: Captured, network: CostNetwork, options: Options, fixed_nbytes: float
 ) -> Mesh | None:
-    """The mesh with more ranks on its first axis, by doubling, on which a plan should fit.
+    """Return the mesh with more ranks on its first axis, by doubling, on which a plan should fit.
 
-    besides: bytes of a plan that the planner does not count, taken to be no more there.
+    fixed_nbytes: bytes of a plan that the planner does not count, taken to be no more on a larger
+    mesh. Return None where no such mesh has one.
     """
+    # The outermost axis is the one across nodes, along which machines are added.
     (name, size), *others = network.mesh.axes
     factor = 2
     while factor <= _MOST_RANKS:

@@ -1,4 +1,4 @@
-"""Which solver a network gets: exact where it is narrow enough, else one that proves a bound."""
+"""The solver of a network: exact where it is narrow enough, else one that proves a bound."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class NetworkSolver(ExactOrConditioned):
         self.several, self.many = axes > 1, axes > 2
 
     def __call__(self, problem: Problem) -> Solution:
+        """Return the best solution, or a good one with a proven lower bound on the best."""
         if not self.is_wide:
             try:
                 return exact.solve(problem, memo=self.memo)
@@ -41,14 +42,16 @@ class NetworkSolver(ExactOrConditioned):
         return conditioning.solve(problem, fixed_variables=self.cutset, memo=self.memo)
 
     def coarse(self, problem: Problem) -> Solution:
-        """By groups of states that differ on one mesh axis only."""
+        """Solve by groups of states that differ on one mesh axis only."""
         return coarse.solve(problem, self.network.groupings(), start=self.start)
 
     def within(self, problem: Problem) -> Solution:
-        """The best that keeps the problem's limit. Raises InfeasibleError, OverLimitError.
+        """Return the best solution within the problem's limit of bytes.
 
-        On three axes and more the search for it is by groups, and one exact solution proves how
-        near it is to the best.
+        On three axes and more the search for it is by groups, because every charge per byte that is
+        tried is a problem of its own; one exact solution proves how near it is to the best.
+        Raises InfeasibleError where the problem has no solution, OverLimitError where none is
+        within the limit.
         """
         if not self.many:
             return limited.solve(problem, solver=self)

@@ -1,4 +1,4 @@
-"""From a model and what is asked of it to the fastest plan."""
+"""Plans of a model: traced once, planned for every mesh to choose from, the fastest one taken."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ __all__ = ["fastest_plan", "trace_model", "with_graphs"]
 def trace_model(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
 ) -> Captured | GraphBreaks:
-    """The graph of the model or, where there is none, those of its largest parts.
+    """Return the graph of the model or, where it cannot be traced whole, of its largest parts.
 
-    Raises InputMismatchError for inputs that the model itself does not take.
+    args, kwargs: the example inputs. Raises InputMismatchError for inputs that the model itself
+    does not take, AliasError where the model keeps a view of a parameter, and CaptureError where
+    strict_capture asks for one graph, or no part can be traced.
     """
     refuse_arrays(model, args, kwargs)
     try:
@@ -41,6 +43,7 @@ def trace_model(
         raise
     except CaptureError as error:
         whole = error
+    # Tracing also fails for inputs that the model does not take; that is told in the model's words.
     refuse_inputs(model, args, kwargs)
     broken = trace_parts(model, args, kwargs, whole, known=find_rule)
     if options.strict_capture:
@@ -63,18 +66,21 @@ def fastest_plan(
     product_weight: float | None = None,
     start: Plan | None = None,
 ) -> Plan:
-    """The fastest plan of all arrangements, with the memory and the collectives that it takes.
+    """Return the fastest plan of all meshes, with the memory and the collectives of one step.
 
-    Where none has a plan, raises the error of the one that needs least memory, else the first's.
-    Raises PlanError for demands that no search could heed.
+    traced: see trace_model. meshes: the arrangements of the ranks to choose from. pins, by path,
+    product_weight and start: see make_plan. Raises PlanError for demands that no search could heed;
+    where no mesh has a plan, the error of the one that needs least memory, else the first's.
     """
     require_clear(meshes, options, pins, product_weight, start)
     best: Plan | None = None
     errors: list[PlanError] = []
     for mesh in meshes:
         try:
+            # A plan to begin with is of one mesh; for the other meshes there is none.
             begin = start if len(meshes) == 1 or (start and start.mesh == mesh) else None
             plan = _search(model, traced, mesh, options, pins, product_weight, begin)
+        # One mesh may have no plan, as where heads do not divide, and another one may.
         except PlanError as error:
             errors.append(error)
             continue
@@ -86,7 +92,7 @@ def fastest_plan(
 
 
 def _counted(plan: Plan) -> Plan:
-    """The plan with what it takes and sends in a step, so that to tell it needs no graph."""
+    """Return the plan with its memory and its collectives, which are told without its graph."""
     # Under a memory limit it was counted to see whether the plan fits.
     memory = plan.memory or memory_of(plan).rows
     totals = collective_totals(plan)
@@ -103,8 +109,15 @@ def _search(
     product_weight: float | None = None,
     start: Plan | None = None,
 ) -> Plan:
-    given = {path: pin if isinstance(pin, tuple) else (pin,) for path, pin in (pins or {}).items()}
-    for path, pin in given.items():
+    """Search for the best plan on one mesh.
+
+    Raises PlanError for pins that do not fit the mesh, and for demands that a model in parts cannot
+    heed, because each part is planned by itself.
+    """
+    layouts = {
+        path: pin if isinstance(pin, tuple) else (pin,) for path, pin in (pins or {}).items()
+    }
+    for path, pin in layouts.items():
         if len(pin) != len(mesh.axes):
             raise PlanError(
                 f"{path} is pinned to {layout_text(pin)} on a mesh of {len(mesh.axes)} axes",
@@ -120,17 +133,20 @@ def _search(
                 why="each part is planned by itself",
                 fix="make the model traceable whole, or plan it without",
             )
-        return search_parts(traced, model, mesh, options, given, product_weight)
+        return search_parts(traced, model, mesh, options, layouts, product_weight)
     name = type(model).__name__
     return search(
-        traced, name, mesh, options, pins=given, product_weight=product_weight, start=start
+        traced, name, mesh, options, pins=layouts, product_weight=product_weight, start=start
     )
 
 
 def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
-    """The plan with the graphs that it was made for. Raises PlanError where they are others."""
-    own = traced.fingerprint if isinstance(traced, GraphBreaks) else traced.graph.fingerprint
-    if own != plan.fingerprint:
+    """Return a plan, which was read from JSON, with the graphs that it was made for.
+
+    traced: the model, traced again. Raises PlanError where its fingerprint is not the plan's.
+    """
+    graph = traced if isinstance(traced, GraphBreaks) else traced.graph
+    if graph.fingerprint != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another {plan.model}",
             why="the traced program differs from the one planned for",
@@ -138,8 +154,9 @@ def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
         )
     if isinstance(traced, Captured):
         return replace(plan, captured=traced)
-    known = {path: part.captured for part in traced.parts for path in part.paths}
+    graphs = {path: part.captured for part in traced.parts for path in part.paths}
     parts = (
-        replace(part, plan=replace(part.plan, captured=known[part.paths[0]])) for part in plan.parts
+        replace(part, plan=replace(part.plan, captured=graphs[part.paths[0]]))
+        for part in plan.parts
     )
     return replace(plan, parts=tuple(parts))

@@ -24,11 +24,14 @@ __all__ = ["Replanner"]
 
 
 class Replanner:
-    """Plans modules of a running model for other modes and inputs. Equal modules share a plan."""
+    """Plans modules of a running model for other modes and inputs. Equal modules share a plan.
+
+    model: the name that plans give the model. mesh, options: those of the model's first plan.
+    """
 
     def __init__(self, model: str, mesh: Mesh, options: Options) -> None:
         self.model, self.mesh = model, mesh
-        # How parameters are stored is decided: what was demanded of that is not asked again.
+        # Parameters stay as they are stored, so that the demands on that are not made again.
         recompute = "none" if options.recompute == "auto" else options.recompute
         self.options = replace(options, memory_limit=None, constraints=(), recompute=recompute)
         self.alike: EqualModules | None = None
@@ -43,10 +46,13 @@ class Replanner:
         stored: Mapping[str, Layout],
         part: bool,
     ) -> Plan:
-        """The plan of the module at `path`, whose parameters are `stored` already.
+        """Return a plan of the module at `path` below `root`, for a call of it.
 
-        part: whether Python calls it. Raises CaptureError, PlanError and UnsupportedOpError, and
-        InputMismatchError for a call that the module itself does not take.
+        root: the model on the meta device, in the modes of the call. stored: the layouts of the
+        module's parameters, by their paths in it, which they keep. part: whether Python calls it,
+        as a part of a model that is not traced whole; such a part returns whole tensors.
+        Raises CaptureError where it cannot be traced, which is remembered, PlanError and
+        UnsupportedOpError, and InputMismatchError for a call that the module does not take.
         """
         if not part:
             module = root.get_submodule(path)
@@ -60,6 +66,7 @@ class Replanner:
         self.alike = self.alike or EqualModules(root)
         module = root.get_submodule(path)
         tensors, skeleton = flatten((args, kwargs))
+        # All that a trace depends on, besides the module: inputs, modes, layouts of parameters.
         rest = (
             str(skeleton),
             tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
@@ -68,17 +75,18 @@ class Replanner:
         )
         canonical = self.alike.canonical(path)
         shared, alone = (canonical, rest), (path, rest, "alone")
-        found = self.known.get(shared) or self.known.get(alone)
-        if found is None:
+        plan = self.known.get(shared) or self.known.get(alone)
+        if plan is None:
             counters = self.alike.counters(canonical)
             traced, common = trace_alike(
                 module, args, kwargs, counters, known=find_rule, around=root
             )
             if isinstance(traced, CaptureError):
-                found = traced
+                plan = traced
             else:
-                found = search(traced, path, self.mesh, self.options, stored=stored)
-            self.known[shared if common else alone] = found
-        if isinstance(found, CaptureError):
-            raise found
-        return found
+                plan = search(traced, path, self.mesh, self.options, stored=stored)
+            # A trace that has met something of this module alone is not for those equal to it.
+            self.known[shared if common else alone] = plan
+        if isinstance(plan, CaptureError):
+            raise plan
+        return plan

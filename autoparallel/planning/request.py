@@ -1,4 +1,4 @@
-"""The request: the options, the meshes to choose from, and demands that can be heeded."""
+"""The request: its options and defaults, the meshes to choose from, and what is refused."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ def make_options(
     recompute: str | None,
     **others: Any,
 ) -> Options:
-    """The options, with the defaults that depend on others.
+    """Return the options, with the defaults that depend on other arguments of the request.
 
+    mesh, data_parallel, memory_limit, recompute: see make_plan. others: further fields of Options.
     Memory is counted for the example inputs as they are, however small, and so under a memory
-    limit the plan is made for them as they are.
+    limit the plan is made for them as they are, not for as many tokens as in training.
+    Raises PlanError for an option that has no such value.
+
+    >>> make_options(None, None, "40GiB", None).recompute
+    'auto'
+    >>> make_options(None, None, None, None).data_parallel
+    False
     """
     limit = None if memory_limit is None else parse_bytes(memory_limit)
     if limit is not None:
@@ -45,16 +52,28 @@ def make_options(
 def possible_meshes(
     world_size: int | None, mesh: Mesh | str | None, options: Options
 ) -> tuple[Mesh, ...]:
-    """The arrangements of the ranks to choose from.
+    """Return the arrangements of the ranks to choose from.
 
-    Raises PlanError where their number is not told, or told twice, or no number of ranks.
+    A mesh is taken as it is. Without one the ranks are a single axis, tp; with "auto" they are all
+    arrangements that suit the nodes of the hardware.
+    Raises PlanError where the number of ranks is not told, told twice in different ways, or no
+    positive whole number.
+
+    >>> print(*possible_meshes(8, None, make_options(None, None, None, None)))
+    Mesh(tp=8)
     """
+    # bool is a subclass of int, and world_size=True is surely a mistake.
     if world_size is not None and (type(world_size) is not int or world_size < 1):
-        raise PlanError(f"world_size={world_size!r}", fix="give a positive whole number of ranks")
+        raise PlanError(
+            f"world_size={world_size!r} is no number of ranks",
+            why="the model is split over that many processes",
+            fix="give a positive whole number: world_size=8",
+        )
     if isinstance(mesh, Mesh):
         if world_size is not None and world_size != mesh.world_size:
             raise PlanError(
                 f"{mesh} has {mesh.world_size} ranks, and world_size={world_size} was asked for",
+                why="the ranks of a mesh are the product of its axes",
                 fix="leave one of the two out",
             )
         return (mesh,)
@@ -74,7 +93,10 @@ def require_clear(
     product_weight: float | None,
     start: Plan | None,
 ) -> None:
-    """Raises PlanError for demands that no search could heed."""
+    """Raise PlanError for demands that no search could heed.
+
+    meshes: those to choose from. pins, product_weight, start: see make_plan.
+    """
     if pins is not None and not isinstance(pins, Mapping):
         raise PlanError(f"pins={pins!r}", fix='give a table: {"encoder.weight": Shard(0)}')
     for path, pin in (pins or {}).items():
@@ -84,6 +106,7 @@ def require_clear(
                 f"{path} is pinned to {pin!r}, which is no placement",
                 fix="give Shard(0), Invariant(), or a tuple with one for each axis",
             )
+    # True is a number for isinstance, and NaN compares false with everything.
     if product_weight is not None:
         number = isinstance(product_weight, int | float) and not isinstance(product_weight, bool)
         if not number or not 0 < product_weight < math.inf:
@@ -109,12 +132,12 @@ def require_clear(
 
 
 def require_parameters(plan: Plan, model: nn.Module) -> None:
-    """Raises PlanError for a plan of a model that has other parameters."""
-    own = {path: tuple(p.shape) for path, p in model.named_parameters(remove_duplicate=False)}
+    """Raise PlanError where a plan is of a model that has other parameters, by path or shape."""
+    shapes = {path: tuple(p.shape) for path, p in model.named_parameters(remove_duplicate=False)}
     other = [
-        f"{choice.path}: {choice.shape} in the plan, {own.get(choice.path, 'none')} in the model"
+        f"{choice.path}: {choice.shape} in the plan, {shapes.get(choice.path, 'none')} in the model"
         for choice in plan.parameters
-        if own.get(choice.path) != choice.shape
+        if shapes.get(choice.path) != choice.shape
     ]
     if other:
         raise PlanError(

@@ -24,8 +24,10 @@ from planners import InfeasibleError, Problem, Solution
 
 __all__ = ["search"]
 
-# Shares that are enough: of the FLOPs of products with a weight, of the bytes of matrices.
+# The shares that must be split for a plan to be accepted without more weight on products: of the
+# FLOPs of products with a weight, and of the bytes of matrices.
 ENOUGH_SPLIT = (0.99, 0.95)
+# What a second of products is made to count, one after the other, until enough is split.
 _WEIGHTS = tuple(8.0**power for power in range(8))
 
 
@@ -39,15 +41,19 @@ def search(
     product_weight: float | None = None,
     start: Plan | None = None,
 ) -> Plan:
-    """The plan of least cost.
+    """Return the plan of least cost of one traced program on one mesh.
 
-    stored: placements (by path) that parameters have already and keep. pins: placements (by path)
-    to be tried. A model too small to be worth splitting is split all the same: products are
-    weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of matrices are
-    split or more weight splits no more; product_weight fixes the weight instead. start: a plan of
-    the same program to begin with: what is found costs no more than it.
-    Raises UnsupportedOpError, and PlanError where the pins contradict each other.
+    captured: the program. model: the name that the plan gives it. stored: layouts, by path, that
+    parameters have already and keep. pins: layouts, by path, that parameters are to have. start: a
+    plan of the same program and mesh to begin with; the result costs no more than it.
+    product_weight: what a second of matrix products counts in the cost. By default it is 1 with
+    data parallelism; without it, a model too small to be worth splitting is split all the same:
+    products are weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of
+    matrices are split, or more weight splits no more.
+    Raises UnsupportedOpError for ops without a rule, MemoryLimitError where nothing fits, and
+    PlanError for an unknown pin, for pins that contradict each other, and where no plan is left.
     """
+    # Example inputs are often tiny. Planned for as they are, a plan would save latency alone.
     graph = with_larger_hints(captured, options.tokens)
     hardware = find_hardware(options.hardware)
     network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
@@ -58,6 +64,7 @@ def search(
         raise PlanError(
             f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
         )
+    # Tied parameters are one node of the graph, under the first of their paths.
     pinned: dict[str, Layout] = {}
     for path, pin in (pins or {}).items():
         name = paths.get(captured.aliases[path])
@@ -67,6 +74,7 @@ def search(
                 f"{layout_text(pinned[name])}",
                 fix="pin one of the two, or both alike",
             )
+    # The plan to begin with is told as states of this network, or refused.
     begin = solution_of_plan(network, start) if start is not None else None
     solve = NetworkSolver(network, begin)
     if options.memory_limit is not None:
@@ -79,16 +87,18 @@ def search(
             solution = solve(problem)
         except InfeasibleError as error:
             raise _impossible(error) from error
-        found = (_split_share(network, solution), _split_bytes(network, solution))
+        shares = (_split_share(network, solution), _split_bytes(network, solution))
         missing = sum(
-            max(enough - own, 0.0) for own, enough in zip(found, ENOUGH_SPLIT, strict=True)
+            max(enough - share, 0.0) for share, enough in zip(shares, ENOUGH_SPLIT, strict=True)
         )
+        # More weight must split more to be worth its price; rounding alone does not count.
         if best is None or missing < best[1] - 1e-9:
             best = (weight, missing, solution, problem)
         if not missing:
             break
     assert best is not None
     weight, _, solution, problem = best
+    # It takes an exact solution for every variable, which wide problems have no tables for.
     added = (
         {}
         if solve.is_wide or solve.many
@@ -98,11 +108,15 @@ def search(
 
 
 def _impossible(error: InfeasibleError) -> PlanError:
+    """Return the error for options and pins that leave no plan."""
     return PlanError("no plan is possible", why=str(error), fix="loosen the options or the pins")
 
 
 def _split_share(network: CostNetwork, solution: Solution) -> float:
-    """Share of the FLOPs of products with a weight that belong to ops that are split."""
+    """Return the share of the FLOPs of products with a weight that belong to ops that are split.
+
+    It is 1.0 for a model without such products.
+    """
     whole = split = 0.0
     for node in network.graph.calls:
         rule = network.rules[node.name]
@@ -118,7 +132,7 @@ def _split_share(network: CostNetwork, solution: Solution) -> float:
 
 
 def _split_bytes(network: CostNetwork, solution: Solution) -> float:
-    """Share of the bytes of matrices that are stored split."""
+    """Return the share of the bytes of matrices (two dims and more) that are stored split."""
     whole = split = 0
     for node in network.graph.nodes:
         if node.kind == "parameter" and len(node.result.shape) > 1:

@@ -1,4 +1,4 @@
-"""From a solution of the network to a plan, in the words of the model."""
+"""A solution of the cost network is translated to a plan, in the words of the model, and back."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ def plan_of_solution(
     weight: float,
     added: Mapping[str, float] = {},
 ) -> Plan:
-    """A solution of the network in the words of the model. weight: what products counted in it.
+    """Return a solution of the network in the words of the model: layouts, ops, conversions.
 
-    added: what splitting would add to the cost, of what it leaves whole.
+    model: the name that the plan gives the model. weight: what a second of matrix products counted
+    in the solution's cost. added: per node that is left unsharded and could be sharded, what
+    sharding it would add to the cost; see unsplit_reasons.py.
+    The plan's seconds are those of its rows, added up, while its cost is the solution's own, in
+    which products may weigh more.
     """
     chosen, graph = solution.assignment, network.graph
     recompute, recomputed = network.recomputed(chosen)
@@ -42,6 +46,7 @@ def plan_of_solution(
     seconds = 0.0
     made: dict[str, Layout] = {}
     for node in graph.nodes:
+        # Parameters are as they are stored; inputs and buffers are whole on every rank.
         if node.kind != "call":
             storage = whole_layout(len(mesh.axes))
             if node.kind == "parameter":
@@ -52,6 +57,7 @@ def plan_of_solution(
         strategy = network.strategies[node.name][chosen[node.name]]
         cost = network.costs[node.name][chosen[node.name]]
         rule = network.rules[node.name]
+        # A recomputed op runs forward twice.
         again = cost.forward if node.name in repeated else 0.0
         seconds += cost.seconds + again
         is_whole = is_left_whole(network, node, chosen[node.name])
@@ -124,10 +130,10 @@ def _inputs(captured: Captured, graph: Graph) -> tuple[PlannedInput, ...]:
 
 
 def solution_of_plan(network: CostNetwork, plan: Plan) -> dict[str, int]:
-    """The states of a network that make `plan`: the inverse of `plan_of_solution`.
+    """Return the states of the network's variables that make `plan`, by the variables' names.
 
-    Raises PlanError for a plan of another program or mesh, and for one that the network's options
-    do not allow.
+    This is the inverse of `plan_of_solution`. Raises PlanError for a plan of another program or
+    mesh, and for one that the network's options do not allow.
     """
     if plan.fingerprint != network.graph.fingerprint or plan.mesh != network.mesh:
         raise PlanError(
@@ -135,10 +141,13 @@ def solution_of_plan(network: CostNetwork, plan: Plan) -> dict[str, int]:
             fix="begin with a plan of the same model, example inputs and mesh",
         )
     found: dict[str, int] = {}
+    # Per value, the layouts that are read, and those that are saved for the backward pass: these
+    # two sets are the state of the variable of a value with several readers.
     read: dict[str, dict[Layout, None]] = {}
     kept: dict[str, dict[Layout, None]] = {}
 
     def choose(name: str, states: Iterable[object], state: object) -> None:
+        """Set a variable to the state that is equal to `state`."""
         place = next((index for index, one in enumerate(states) if one == state), None)
         if place is None:
             raise PlanError(f"{name} cannot be as this plan has it", fix="plan without it")
@@ -166,6 +175,7 @@ def solution_of_plan(network: CostNetwork, plan: Plan) -> dict[str, int]:
         choose(f"return:{name}", network.outputs[name], layout)
         read.setdefault(name, {})[layout] = None
         kept.setdefault(name, {})[layout] = None
+    # A buffer is written whole, on every rank.
     for _, name in network.graph.mutations:
         read.setdefault(name, {})[whole_layout(len(network.mesh.axes))] = None
     modes = dict(plan.recompute)
@@ -178,6 +188,8 @@ def solution_of_plan(network: CostNetwork, plan: Plan) -> dict[str, int]:
     for name, _ in network.copy_variables:
         if name in found:
             continue
+        # "value*" is the set of layouts of a value with several readers; the others that are left
+        # are stand-ins with a single state.
         value = name.removesuffix("*")
         if not name.endswith("*") or value not in network.values:
             found[name] = 0
@@ -195,6 +207,7 @@ def solution_of_plan(network: CostNetwork, plan: Plan) -> dict[str, int]:
 def _parameters(
     graph: Graph, network: CostNetwork, chosen: Mapping[str, int], added: Mapping[str, float]
 ) -> tuple[ParameterChoice, ...]:
+    """Return the layouts of every parameter, and the reason where it is left unsharded."""
     rows = []
     for node in graph.nodes:
         if node.kind != "parameter":
@@ -219,6 +232,7 @@ def _parameters(
 
 
 def _finite(cost: float) -> float:
+    """Return a cost that JSON can hold: 0.0 for infinity, which stands for no plan at all."""
     return cost if math.isfinite(cost) else 0.0
 
 
@@ -232,10 +246,12 @@ def _conversions(
     again: frozenset[tuple[str, Layout]],
     repeated: Mapping[str, int],
 ) -> tuple[Conversion, ...]:
-    """Every value that is read otherwise than it is made, once per target.
+    """Return the redistributions: every value that is read in another layout, once per layout.
 
-    again: values and targets that are dropped after the forward pass and made again. repeated: the
-    group of ops that are run again. A value that only one group reads is converted with it.
+    made: the layout in which each value is produced. outputs: the layouts that are returned.
+    chosen: the state of every variable. again: values and layouts whose copies are dropped after
+    the forward pass and redistributed again. repeated: the number of the group with which an op is
+    recomputed. A value that only one such group reads is redistributed again with it.
     """
     invariant = whole_layout(len(network.mesh.axes))
     wanted: dict[tuple[str, Layout], list[str]] = {}
@@ -257,10 +273,12 @@ def _conversions(
         source = made[name]
         seconds = float(routes.seconds((target,))[routes.cells[source], 0])
         maker = graph.producers[name]
+        # The gradient of a parameter may be reduce-scattered in place of the all-reduce (ZeRO).
         if maker.kind == "parameter":
             stored = network.storages[maker.name][chosen[maker.name]]
             edges = network.edges
             seconds += zero_gradient_seconds(read, stored, target, edges.links, edges.sizes)
+        # What is recomputed pays the forward half of its redistribution a second time.
         dropped = (name, target) in again
         groups = {repeated.get(reader.name) for reader in graph.readers[name]}
         inside = len(groups) == 1 and None not in groups and name not in graph.outputs

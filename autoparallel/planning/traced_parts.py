@@ -1,4 +1,4 @@
-"""The plan of a model in parts: one for each kind of part, and their sum."""
+"""Plans of a model that is traced in parts: one for each kind of part, and their sum."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ def search_parts(
     pins: Mapping[str, Layout] | None = None,
     product_weight: float | None = None,
 ) -> Plan:
-    """The plans of least cost of all parts, and together.
+    """Return the plans of least cost of all parts, and one plan that sums them up.
 
+    broken: the traced parts, and where the model stays Python. model: for the parameters that no
+    part holds, which are whole. Other arguments and errors: those of `search`.
     A parameter of several parts is stored as the first of them wants it, or whole where another
-    cannot take it so. What no part holds is whole. Arguments and errors: those of `search`.
+    cannot take it so: then all parts are planned again.
     """
     unknown = [path for path in pins or {} if path not in broken.aliases]
     if unknown:
@@ -38,6 +40,7 @@ def search_parts(
             f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
         )
     pinned = {broken.aliases[path]: pin for path, pin in (pins or {}).items()}
+    # Each attempt that fails adds to `whole`, so that the loop ends.
     whole: set[str] = set()
     while True:
         planner = _Planner(broken, mesh, options, pinned, product_weight, whole)
@@ -48,7 +51,12 @@ def search_parts(
 
 
 class _Planner:
-    """One attempt. whole: shared parameters that no two parts could agree on otherwise."""
+    """One attempt to plan all parts, each with the layouts that the parts before it decided on.
+
+    pins: layouts of parameters, by path in the model. whole: shared parameters that are whole,
+    because no two parts could agree on them; it grows where an attempt fails. decided: layouts of
+    parameters so far, by path in the model.
+    """
 
     def __init__(
         self,
@@ -65,61 +73,72 @@ class _Planner:
         self.decided: dict[str, Layout] = dict.fromkeys(sorted(whole), invariant)
 
     def plan(self) -> list[Part] | None:
-        """The parts' plans; None after something more was found that must be whole."""
-        made: dict[int, list[Part]] = {}
+        """Return the parts' plans, None where more parameters turned out to have to be whole."""
+        planned: dict[int, list[Part]] = {}
         for traced in self.in_order():
+            # Equal parts share a plan where the same is decided of their parameters.
             known: dict[Any, tuple[list[str], Plan]] = {}
             for path in traced.paths:
-                stored, pins = self.given(path, traced)
+                stored, pins = self.demands(path, traced)
                 key = (tuple(stored.items()), tuple(pins.items()))
                 if key not in known:
                     try:
                         plan = self.search(path, traced, stored, pins)
                     except PlanError:
-                        held = {self.full(path, own) for own in stored}
+                        # It fails for what is decided of its parameters, or else by itself.
+                        held = {self.full(path, inner) for inner in stored}
                         if held <= self.whole:
                             raise
                         self.whole |= held
                         return None
                     known[key] = ([], plan)
                 known[key][0].append(path)
-                for own, placement in known[key][1].storage.items():
-                    self.decided.setdefault(self.full(path, own), placement)
-            made[id(traced)] = [Part(tuple(paths), plan) for paths, plan in known.values()]
-        return [part for traced in self.broken.parts for part in made[id(traced)]]
+                for inner, layout in known[key][1].storage.items():
+                    self.decided.setdefault(self.full(path, inner), layout)
+            planned[id(traced)] = [Part(tuple(paths), plan) for paths, plan in known.values()]
+        return [part for traced in self.broken.parts for part in planned[id(traced)]]
 
     def in_order(self) -> list[TracedPart]:
-        """Of the parts that share parameters, the one that computes most decides first."""
+        """Return the parts in the order in which they are planned.
+
+        Of the parts that share parameters, the one that computes most, in FLOPs, comes first and
+        decides on their layouts. Those that share none come last, in the order of the model.
+        """
         readers: dict[str, int] = {}
         for traced in self.broken.parts:
             for path in traced.paths:
-                for own in dict.fromkeys(traced.captured.aliases.values()):
-                    full = self.full(path, own)
+                for inner in dict.fromkeys(traced.captured.aliases.values()):
+                    full = self.full(path, inner)
                     readers[full] = readers.get(full, 0) + 1
         work: dict[int, float] = {}
         for index, traced in enumerate(self.broken.parts):
             path = traced.paths[0]
-            if any(readers[self.full(path, own)] > 1 for own in traced.captured.aliases.values()):
+            inside = traced.captured.aliases.values()
+            if any(readers[self.full(path, inner)] > 1 for inner in inside):
+                # FLOPs do not depend on what is decided of parameters: a plan without tells them.
                 alone = self.search(path, traced, {}, {})
                 work[index] = sum(op.whole_flops for op in alone.ops)
         order = sorted(range(len(self.broken.parts)), key=lambda index: -work.get(index, 0.0))
         return [self.broken.parts[index] for index in order]
 
-    def given(self, path: str, traced: TracedPart) -> tuple[dict[str, Layout], dict[str, Layout]]:
-        """What is decided of the part's parameters, and what is pinned."""
+    def demands(self, path: str, traced: TracedPart) -> tuple[dict[str, Layout], dict[str, Layout]]:
+        """Return the layouts that are decided of a part's parameters, and those that are pinned.
+
+        Both are by the parameters' paths in the part, which is at `path`.
+        """
         stored: dict[str, Layout] = {}
         pins: dict[str, Layout] = {}
-        for own in dict.fromkeys(traced.captured.aliases.values()):
-            full = self.full(path, own)
+        for inner in dict.fromkeys(traced.captured.aliases.values()):
+            full = self.full(path, inner)
             if full in self.decided:
-                stored[own] = self.decided[full]
+                stored[inner] = self.decided[full]
             elif full in self.pins:
-                pins[own] = self.pins[full]
+                pins[inner] = self.pins[full]
         return stored, pins
 
-    def full(self, path: str, own: str) -> str:
-        """The name in the model of a part's parameter."""
-        return self.broken.aliases[f"{path}.{own}"]
+    def full(self, path: str, inner: str) -> str:
+        """Return the first path in the model of a parameter that is at `inner` in a part."""
+        return self.broken.aliases[f"{path}.{inner}"]
 
     def search(
         self,
@@ -128,6 +147,7 @@ class _Planner:
         stored: Mapping[str, Layout],
         pins: Mapping[str, Layout],
     ) -> Plan:
+        """Plan a part by itself. An error says besides of which part it is."""
         try:
             return search(
                 traced.captured,
@@ -151,7 +171,10 @@ def _sum(
     parts: tuple[Part, ...],
     pins: Mapping[str, Layout],
 ) -> Plan:
-    """One plan that tells of all parts."""
+    """Return one plan that tells of all parts: their rows under the names of the model.
+
+    A part that stands in the model several times has its rows as many times.
+    """
     parameters: dict[str, ParameterChoice] = {}
     ops: list[OpChoice] = []
     conversions: list[Conversion] = []
@@ -162,14 +185,14 @@ def _sum(
             named = replace(choice, name=rename(choice.name), path=full)
             parameters.setdefault(full, named)
         for op in plan.ops:
-            made = replace(
+            renamed = replace(
                 op,
                 name=rename(op.name),
                 where=f"{path}.{op.where}" if op.where else path,
                 reads=tuple(map(rename, op.reads)),
                 makes=tuple(map(rename, op.makes)),
             )
-            ops.append(made)
+            ops.append(renamed)
         for conversion in plan.conversions:
             readers = tuple(map(rename, conversion.readers))
             moved = replace(conversion, value=rename(conversion.value), readers=readers)
@@ -181,6 +204,7 @@ def _sum(
                 raise PlanError(
                     f"parameter {path} cannot be stored as {layout_text(pins[path])}",
                     why="it belongs to a module that stays Python, which reads it whole",
+                    fix=f"leave {path} out of pins",
                 )
             size = parameter.numel() * parameter.element_size()
             shape = tuple(parameter.shape)
@@ -192,6 +216,7 @@ def _sum(
     methods = ", ".join(dict.fromkeys(plan.method for plan in plans))
 
     def total(number: Callable[[Plan], float]) -> float:
+        """Add up a number of the parts' plans, each as often as the part is there."""
         return sum(number(plan) * count for plan, count in zip(plans, counts, strict=True))
 
     return Plan(
@@ -215,12 +240,16 @@ def _sum(
 
 
 def _renaming(broken: GraphBreaks, path: str, plan: Plan) -> Callable[[str], str]:
-    """Names of a part's values and ops in the sum: a parameter's is its path in the model."""
+    """Return a function from names of a part's values and ops to those in the sum.
+
+    A parameter has the name of its path in the model, so that parts that share it name it alike.
+    """
     parameters = {
         choice.name: broken.aliases[f"{path}.{choice.path}"] for choice in plan.parameters
     }
 
     def rename(name: str) -> str:
+        """Return the name in the sum. "return" and "write PATH" are readers that are no ops."""
         if name == "return":
             return name
         if name.startswith("write "):

@@ -1,4 +1,4 @@
-"""Why a parameter or a product was left whole, and what splitting it would have added."""
+"""The reason why a parameter or a product is left unsharded, and what sharding it would cost."""
 
 from __future__ import annotations
 
@@ -13,27 +13,34 @@ from planners import Memo, Problem, Solution, TooWideError, min_marginals
 
 __all__ = ["cost_of_splitting", "is_left_whole", "why_whole"]
 
+# The two reasons that are not the rules' own.
 DEARER = "splitting it would cost more than it saves"
 IMPOSSIBLE = "no plan splits it under these options"
 
 
 def is_left_whole(network: CostNetwork, node: Node, state: int) -> bool:
-    """Whether a parameter, or a product with a weight, is not split in this state."""
+    """Return whether a parameter, or an op that has FLOPs, is unsharded in this state.
+
+    state: the number of the parameter's storage, or of the op's strategy, in the network.
+    """
     if node.kind == "parameter":
         return not any(isinstance(p, Shard) for p in network.storages[node.name][state].state)
     rule = network.rules[node.name]
     if rule is None or not rule.flops:
         return False
+    # Where a rank does all the FLOPs there are, nothing is split, whatever the placements are.
     return network.costs[node.name][state].flops >= rule.flops * rule.points
 
 
 def cost_of_splitting(
     network: CostNetwork, problem: Problem, solution: Solution, memo: Memo
 ) -> dict[str, float]:
-    """For what is left whole and could be split: what the best plan that splits it costs more.
+    """Return, per unsharded node, the cost of the cheapest plan that shards it, minus the optimum.
 
-    By node name. Everything else is planned anew for it. Infinite where no plan splits it. Empty
-    for a problem too wide to be solved exactly.
+    problem: the one that was solved. solution: its optimum. memo: the solver's, so that most of its
+    tables need not be made again. Keys are the names of nodes that could be sharded. For each of
+    them everything else is planned anew (its min-marginals); infinity means that no plan shards it.
+    The result is empty for a problem too wide to be solved exactly.
     """
     wanted: dict[str, list[int]] = {}
     for node in network.graph.nodes:
@@ -42,6 +49,7 @@ def cost_of_splitting(
         chosen = solution.assignment[node.name]
         if is_left_whole(network, node, chosen):
             count = problem.variable(node.name).size
+            # The states that shard it. Where there is none, the reason is the rule's.
             split = [i for i in range(count) if not is_left_whole(network, node, i)]
             if split:
                 wanted[node.name] = split
@@ -56,7 +64,11 @@ def cost_of_splitting(
 
 
 def why_whole(network: CostNetwork, node: Node, added: Mapping[str, float]) -> str:
-    """The reason in words."""
+    """Return the reason, in words, why a node is left unsharded.
+
+    added: see cost_of_splitting. That it would cost more than it saves is said only where the
+    node could be sharded; else the reason is that of the ops that need it whole.
+    """
     if network.world_size == 1:
         return "there is one rank"
     if node.kind == "parameter":
@@ -73,6 +85,7 @@ def why_whole(network: CostNetwork, node: Node, added: Mapping[str, float]) -> s
 
 
 def _why_unsplittable(graph: Graph, network: CostNetwork, name: str) -> str:
+    """Return the reason why no op that reads a parameter takes it in parts."""
     readers = graph.readers[name]
     shape = tuple(map(hint, graph.values[name].shape))
     if not any(size > 1 for size in shape):
@@ -83,12 +96,12 @@ def _why_unsplittable(graph: Graph, network: CostNetwork, name: str) -> str:
 
 
 def _reasons(network: CostNetwork, readers: tuple[Node, ...], name: str) -> str:
-    """Why loops of this operand are whole, where a rule that nobody wrote says it."""
-    found: dict[str, None] = {}
+    """Return the reasons that discovered rules give for loops of a value that stay whole."""
+    reasons: dict[str, None] = {}
     for node in readers:
         rule = network.rules[node.name]
         for operand, dims in zip(node.operands(), rule.operands if rule else (), strict=bool(rule)):
             if rule is not None and operand == name:
                 loops = (loop for names in dims for loop in names)
-                found.update({rule.reasons[loop]: None for loop in loops if loop in rule.reasons})
-    return "; ".join(found)
+                reasons.update({rule.reasons[loop]: None for loop in loops if loop in rule.reasons})
+    return "; ".join(reasons)
