@@ -1,4 +1,4 @@
-"""`python -m autoparallel`, and under a launcher `torchrun -m autoparallel`."""
+"""The command line is run by `python -m autoparallel`, or `torchrun -m autoparallel`."""
 
 from autoparallel.cli import main
 

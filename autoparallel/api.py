@@ -1,4 +1,7 @@
-"""The road: model -> graph -> problem -> plan -> sharded module."""
+"""The public functions that plan, split and simulate a model: the road from model to module.
+
+The road is model -> graph -> cost network -> plan -> program -> parallel module.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ from autoparallel.support.model_snapshot import untouched
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
 
+# The ranks compare their inputs in so many first calls: mistakes of a sampler show at once, and the
+# comparison costs a collective.
 CHECKED_CALLS = 2
 
 
@@ -51,15 +56,20 @@ def autoparallelize(
     constraints: Sequence[str] = (),
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
-    """The model, split over `world_size` ranks, as an ordinary module for this rank.
+    """Return the model, split over `world_size` ranks, as an ordinary module for this rank.
 
     model: any module; it is left as it is. world_size: number of processes; 1 changes nothing.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
     model's own (see make_plan), and where it has none, planning waits for the first call.
     check_inputs: number of first calls in which the ranks compare their inputs. Other arguments:
     see make_plan.
-    Under torchrun, starts the process group if there is none.
-    Raises AutoParallelError or a child of it; see autoparallel.errors.
+    The module has the class, the names and the tree of the user's. Its parameters are DTensors,
+    and each rank holds its part of them. A collective call: under torchrun it starts the process
+    group if there is none.
+    Raises AutoParallelError or a child of it, among them WorldSizeError where other ranks run than
+    were asked for, and the errors of make_plan.
+
+    Example: `model = autoparallelize(model, world_size=2)` under `torchrun --nproc-per-node 2`.
     """
     refuse_wrapped(model)
     options = make_options(
@@ -76,6 +86,7 @@ def autoparallelize(
         constraints=constraints,
     )
     meshes = possible_meshes(world_size, mesh, options)
+    # Planning takes a while; a wrong launch is told before.
     join_world(meshes[0].world_size)
     try:
         with untouched(model):
@@ -108,23 +119,32 @@ def make_plan(
     product_weight: float | None = None,
     start: Plan | None = None,
 ) -> Plan:
-    """The plan of least cost. Needs no devices, no processes and no weights (meta is fine).
+    """Return the plan of least cost. It takes no devices, no processes and no weights.
 
-    mesh: how the ranks are arranged, `Mesh(dp=2, tp=4)`, outermost axis first; "auto" tries the
+    model: any module, also one on the meta device; it is left as it is. world_size: number of
+    ranks; it may be left out where mesh says it.
+    mesh: the arrangement of the ranks, `Mesh(dp=2, tp=4)`, outermost axis first; "auto" tries the
     ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan;
     without it they are one axis, tp, and products are split by weights alone.
-    Without example_inputs, the model's `example_inputs()` or Hugging Face `dummy_inputs` are used;
-    raises InputsNeededError where there is neither.
+    example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it, the
+    model's `example_inputs()` or Hugging Face `dummy_inputs` are used.
     data_parallel: whether products may be split along the inputs' dims, and parameters gathered
-    where they are used; by default, if a mesh is given. memory_limit: what a rank may use, "40GiB"
-    or bytes, with inputs as large as the example inputs; raises MemoryLimitError where no plan
-    fits. recompute: "none", "selective", "full", or "auto", the default under a memory limit, for
-    each repeated block's best.
-    constraints: what plans must have, "blocks.*.weight on dp is whole" (see constraints.py).
-    pins: how parameters, by path, are to be stored. product_weight: what a second of matrix
+    where they are used; by default, if a mesh is given. memory_limit: the memory that a rank may
+    use, "40GiB" or bytes, with inputs as large as the example inputs. recompute: "none",
+    "selective", "full", or "auto", the default under a memory limit, for each repeated block's
+    best.
+    constraints: demands on the plan, as "blocks.*.weight on dp is whole" (see
+    strategy/constraints.py). pins: placements or layouts in which parameters, by path, are to be
+    stored. product_weight: what a second of matrix
     products counts in the cost; by default 1, and more only for a model so small that leaving it
     whole would be the fastest. start: a plan to begin with, of the same model, inputs and mesh; it
     is taken where nothing better is found. Other arguments: see Options.
+
+    Raises InputsNeededError where there are no example inputs, CaptureError for a model that cannot
+    be traced in parts either, UnsupportedOpError for ops that have no rule (unknown_ops="error"),
+    MemoryLimitError where no plan fits, and PlanError for contradictory demands.
+
+    Example: `print(make_plan(model, 8))`, and `make_plan(model, mesh=Mesh(dp=2, tp=4)).to_json()`.
     """
     refuse_wrapped(model)
     options = make_options(
@@ -141,6 +161,7 @@ def make_plan(
         constraints=constraints,
     )
     meshes = possible_meshes(world_size, mesh, options)
+    # Tracing runs the forward, which may write to buffers, attributes and random generators.
     with untouched(model):
         args, kwargs = _example(model, example_inputs)
         traced = trace_model(model, args, kwargs, options)
@@ -148,7 +169,10 @@ def make_plan(
 
 
 def _example(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of the example inputs: the given ones, else the model's own."""
+    """Return (args, kwargs) of the example inputs: the user's, else the model's own.
+
+    Raises InputsNeededError where there are none.
+    """
     return split_example(find_example_inputs(model) if example_inputs is None else example_inputs)
 
 
@@ -159,10 +183,15 @@ def apply_plan(
     example_inputs: Any = None,
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
-    """The model, split as `plan` says, as an ordinary module for this rank.
+    """Return the model, split as `plan` says, as an ordinary module for this rank.
 
-    A plan read from JSON has no graph: the model is traced again, with example_inputs as in
-    make_plan. Raises PlanError where plan and model do not belong together.
+    model: the one that was planned, or one like it with other weights. plan: of make_plan, or read
+    from JSON; the latter has no graph, so that the model is traced again, with example_inputs as in
+    make_plan. check_inputs: see autoparallelize. A collective call.
+    Raises PlanError where plan and model do not belong together, and WorldSizeError where other
+    ranks run than the plan is for.
+
+    Example: `model = apply_plan(model, Plan.from_json(Path("plan.json").read_text()))`
     """
     refuse_wrapped(model)
     require_kind(plan, Plan, MAKE_ONE)
@@ -172,6 +201,7 @@ def apply_plan(
         with untouched(model):
             args, kwargs = _example(model, example_inputs)
             plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
+        # Discovered rules are not in the plan, but found in the cache or discovered again.
         if plan.options.unknown_ops == "discover" and plan.world_size > 1:
             for graph in plan.graphs:
                 learn(graph)
@@ -187,11 +217,17 @@ def simulate(
     backward: Any = True,
     **options: Any,
 ) -> Simulation:
-    """All ranks in this process: outputs and gradients put together, collectives counted.
+    """Run all ranks in this process, and return outputs and gradients put together.
 
-    plan: one made before; else it is made with `options` (those of make_plan). backward: whether,
-    or a function from the output to a loss. Needs no launcher; any world size.
-    Raises PlanError for a model without weights, and for a plan beside what would make another.
+    model: any module with weights; it is left as it is. world_size: any number of ranks; it takes
+    no launcher. example_inputs: the arguments of the one call, see make_plan. plan: one made
+    before; else it is made with `options`, which are those of make_plan. backward: True for a
+    backward pass from the returned loss, False for none, or a function from the output to a loss.
+    The result also counts the collectives, and says how far ranks differ that should be equal.
+    Raises PlanError for a model on the meta device, and for a plan beside options that would make
+    another one.
+
+    Example: `simulate(model, 8).gradients["lm_head.weight"]`
     """
     refuse_wrapped(model)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -220,10 +256,14 @@ def simulate(
 def _plan_at_first_call(
     model: nn.Module, meshes: tuple[Mesh, ...], options: Options, check_inputs: int
 ) -> nn.Module:
-    """The model, planned for the inputs of its first call."""
+    """Return a module that is planned for the inputs of its first call, and is whole until then.
+
+    Which of several meshes is the best is known only then; until then it is on the first.
+    """
     ranks, devices = join_mesh(meshes[0])
 
     def make(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+        """Plan for the arguments of the first call, and apply the plan."""
         with untouched(plain):
             traced = trace_model(plain, args, kwargs, options)
             plan = fastest_plan(plain, traced, meshes, options)
@@ -236,6 +276,8 @@ def _plan_at_first_call(
 def _apply(
     model: nn.Module, plan: Plan, ranks: Ranks, devices: DeviceMesh | None, check_inputs: int
 ) -> nn.Module:
+    """Make the parallel module of a plan that has its graphs."""
+    # Parts depend on the path that the example inputs took; graphs do not.
     if plan.breaks:
         require_same_parts(plan, ranks.world)
     replanner = Replanner(plan.model, plan.mesh, plan.options)

@@ -1,4 +1,7 @@
-"""The command line. Results go to stdout, progress to stderr; torch is imported when needed."""
+"""The command line: results go to stdout, progress to stderr.
+
+Torch is imported inside of the command that needs it, so that --help is quick.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,14 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status."""
+    """Run a command, and return the exit status: 0, or 2 for arguments that are wrong.
+
+    arguments: those of the command line, without the program's name; by default sys.argv's. Raises
+    SystemExit, as argparse does, for --help and for a command that there is not.
+
+    >>> main(["calibrate", "--output", "machine.txt"])
+    2
+    """
     parser = argparse.ArgumentParser(
         prog="autoparallel", description="Splits any PyTorch model over devices by itself."
     )
@@ -29,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `calibrate`, with its options."""
     about = "measure this machine, and write a file that hardware= takes"
     parser = commands.add_parser(
         "calibrate",
@@ -52,12 +63,17 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _calibrate(options: argparse.Namespace) -> int:
+    """Measure this machine, write the file, and print what was measured, on rank 0 alone.
+
+    Return 2 for an output file that cannot be written, which is said before anything is measured.
+    """
     if options.output.suffix != ".json":
         print("error: --output must end in .json, by which files are told", file=sys.stderr)
         return 2
     if not options.output.absolute().parent.is_dir():
         print(f"error: there is no folder {options.output.absolute().parent}", file=sys.stderr)
         return 2
+    # After the arguments have been looked at: what is wrong with them is told without torch.
     import torch
 
     from autoparallel.cost.calibrate import Effort, calibrate, started
@@ -66,26 +82,26 @@ def _calibrate(options: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     with started() as rank:
-        found = calibrate(
+        fit = calibrate(
             Effort.quick(cuda) if options.quick else Effort.full(cuda),
             name=options.name,
             clock=clock,
             say=lambda text: print(f"measuring {text}", file=sys.stderr) if rank == 0 else None,
         )
         if rank == 0:
-            write_hardware(found.hardware, options.output)
-            print(_as_json(found) if options.json else _as_text(found, options.output))
+            write_hardware(fit.hardware, options.output)
+            print(_as_json(fit) if options.json else _as_text(fit, options.output))
     return 0
 
 
-def _as_json(found: Fit) -> str:
-    rows = [
-        {"what": row.what, "measured": row.measured, "fitted": row.fitted} for row in found.rows
-    ]
-    return json.dumps({"hardware": found.hardware.name, "rows": rows}, indent=1)
+def _as_json(fit: Fit) -> str:
+    """Return the measurements, beside what the fitted figures predict, as JSON."""
+    rows = [{"what": row.what, "measured": row.measured, "fitted": row.fitted} for row in fit.rows]
+    return json.dumps({"hardware": fit.hardware.name, "rows": rows}, indent=1)
 
 
-def _as_text(found: Fit, output: Path) -> str:
+def _as_text(fit: Fit, output: Path) -> str:
+    """Return the measurements as tables, and where the file is."""
     from autoparallel.view.calibration import calibration_text
 
-    return calibration_text(found.hardware, found.rows) + f"written to {output}"
+    return calibration_text(fit.hardware, fit.rows) + f"written to {output}"

@@ -26,13 +26,19 @@ from autoparallel.rules.user_rules import needs_proof, written_at
 
 __all__ = ["require_proven", "why_unproven"]
 
+# Up to so many elements of all operands, a rule is also proven at the sizes of the call itself.
 _MOST_ELEMENTS = 1 << 17
-# By the function that states the rule, so that one that takes its place is proven anew.
+# The reasons against rules, "" for proven ones, by the function that states the rule and the call's
+# signature: a function that takes its place is proven anew.
 _PROVEN: dict[Any, str] = {}
 
 
 def require_proven(calls: Iterable[OpCall]) -> None:
-    """Prove the registered rules of all calls. Raises RuleError that lists every wrong one."""
+    """Prove the rules that users registered for the ops of all calls.
+
+    calls: those of a graph; each op is reported once. Rules of the project, and trusted ones, are
+    not tried. Raises RuleError that lists every wrong rule, with where it is written.
+    """
     wrong: dict[str, str] = {}
     for call in calls:
         target = call.node.target
@@ -52,7 +58,10 @@ def require_proven(calls: Iterable[OpCall]) -> None:
 
 
 def why_unproven(call: OpCall) -> str:
-    """Why the registered rule of a call must not be used; "" where every strategy is right."""
+    """Return the reason why the rule of a call must not be used; "" where every strategy is right.
+
+    It is remembered: a call of the same shapes and types is not tried again.
+    """
     key = (find_rule(call.node.target), signature(call))
     if key not in _PROVEN:
         _PROVEN[key] = _why_unproven(call)
@@ -60,6 +69,11 @@ def why_unproven(call: OpCall) -> str:
 
 
 def _why_unproven(call: OpCall) -> str:
+    """Return the reason, by trying the rule's strategies at several small sizes.
+
+    One type and one kind of sizes at which all of them are right is a proof, and one wrong strategy
+    is a refutation; what the op does not run on is neither.
+    """
     author = find_rule(call.node.target)
     assert author is not None
     try:
@@ -69,6 +83,7 @@ def _why_unproven(call: OpCall) -> str:
     why = _misfit(rule, call)
     if why:
         return why
+    # These change which kernel runs or how a plan fuses; running the op alone shows nothing of it.
     claims = [name for name in ("takes_bias", "adds", "random") if getattr(rule, name)]
     if claims:
         return (
@@ -76,6 +91,7 @@ def _why_unproven(call: OpCall) -> str:
             "the proof out)"
         )
     reasons: dict[str, None] = {}
+    # In float64, rounding is far below what a wrong strategy changes; some ops take float32 alone.
     for dtype in (torch.float64, torch.float32):
         try:
             probe = Probe(call, dtype)
@@ -104,11 +120,15 @@ def _why_unproven(call: OpCall) -> str:
 
 
 class _OtherFormError(Exception):
-    """At the sizes of a trial, the rule is not the one that is to be proven."""
+    """Raised where, at the sizes of a trial, the rule has another form than for the call."""
 
 
 def _sizes(probe: Probe) -> Iterator[ProbeSizes]:
-    """The freest sizes, those that are tied as the call's are, and the call's own if small."""
+    """Yield the sizes to try: the freest, those tied as the call's are, the call's own if small.
+
+    Free sizes are all different, so that a dim cannot pass for another one. Some ops run only where
+    sizes are tied to each other as in the call.
+    """
     shrunk = shrink(probe)
     yield shrunk
     if shrunk.tied is not None:
@@ -118,7 +138,11 @@ def _sizes(probe: Probe) -> Iterator[ProbeSizes]:
 
 
 def _wrong_strategy(rule: ShardingRule, trial: Trial) -> str:
-    """What is wrong with the first wrong strategy, "" if all are right."""
+    """Return a sentence on the first wrong strategy, "" if all are right.
+
+    Raises _OtherFormError where the rule has another form at the sizes of the trial, so that what
+    is right there says nothing of the call.
+    """
     for example, ranks in _cases(trial):
         author = find_rule(example.node.target)
         assert author is not None
@@ -140,7 +164,10 @@ def _wrong_strategy(rule: ShardingRule, trial: Trial) -> str:
 
 
 def _cases(trial: Trial) -> Iterator[tuple[Example, tuple[int, ...]]]:
-    """Calls, and the numbers of ranks to try them on: 4 leave some ranks with nothing."""
+    """Yield calls, and the numbers of ranks to try them on.
+
+    Sizes are small: of 4 ranks some have no elements, and 3 have parts of unequal sizes.
+    """
     yield trial.cases[0], (2, 4)
     yield trial.cases[1], (3,)
     for case in trial.final():
@@ -148,14 +175,18 @@ def _cases(trial: Trial) -> Iterator[tuple[Example, tuple[int, ...]]]:
 
 
 def _form(rule: ShardingRule) -> Any:
-    """All of a rule that strategies follow from, but the sizes."""
+    """Return all of a rule that strategies follow from, except for the sizes."""
+    # A kernel's arguments and bytes depend on the sizes, and its name does not.
     kernels = {loop: kernel.name for loop, kernel in rule.kernels.items()}
     loops = (rule.operands, rule.results, rule.whole, frozenset(rule.linear))
     return (*loops, kernels, rule.grain, rule.takes_empty, rule.local_args is None)
 
 
 def _misfit(rule: ShardingRule, call: OpCall) -> str:
-    """How the rule's loops do not fit the call's tensors; "" where they do."""
+    """Return a sentence on how the rule's loops do not fit the call; "" where they do.
+
+    Users' rules may be a ShardingRule made by hand, which nobody has checked.
+    """
     for kind, rows, values in (
         ("operand", rule.operands, call.operands),
         ("result", rule.results, call.results),
@@ -174,7 +205,11 @@ def _misfit(rule: ShardingRule, call: OpCall) -> str:
 
 
 def _fits(rule: ShardingRule, dims: Dims, shape: tuple[Any, ...]) -> bool:
-    """Whether each dim is the product of its loops."""
+    """Return whether each dim of a shape is the product of its loops.
+
+    A symbolic dim that is one loop must be that symbol; as a product it is compared by its value
+    for the example inputs.
+    """
     if len(dims) != len(shape):
         return False
     for names, size in zip(dims, shape, strict=True):

@@ -26,15 +26,17 @@ __all__ = ["Block", "Line", "Program", "compiled", "lines_of", "names_of"]
 
 @dataclass(frozen=True)
 class Program:
-    """One rank's program. source: its text.
+    """One rank's program: its text, the function that it is, and what that takes and returns.
 
-    run(parameters, buffers, constants, inputs, device) returns the local outputs and the values
-    to write back. parameters, buffers, constants: paths, in the order in which run takes them.
-    gradients: how the local gradients lie that the parameters then have. On an axis where a
-    parameter is whole and every reader wants it as Replicate, the program reads it as it is, and
-    its gradient is a pending sum, to be added up over the ranks by whoever runs the program.
-    outputs: (layout, shape) of what it returns; shape entries are ints or expressions.
-    names: what the text calls by name besides its own values.
+    source: the text. run(parameters, buffers, constants, inputs, device) returns the local outputs
+    and the values to write back to buffers. parameters, buffers, constants: paths in the model, in
+    the order in which run takes them. gradients: the layouts of the local gradients that the
+    parameters then have. On an axis where a parameter is unsharded and every reader wants it as
+    Replicate, the program reads it as it is, and its gradient is a pending sum, to be reduced over
+    the ranks by whoever runs the program.
+    outputs: (layout, shape) of what it returns; shape entries are ints or expressions in sizes.
+    mutations: paths of the buffers that are written back, in the order of the values. names: the
+    functions and objects that the text calls by name, besides its own values.
     """
 
     source: str
@@ -50,7 +52,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Line:
-    """One statement, and the names of the tensors that it reads and makes."""
+    """One statement of a program.
+
+    text: the statement. reads, makes: names of the tensors that it reads, and gives values to.
+    """
 
     text: str
     reads: tuple[str, ...]
@@ -59,25 +64,37 @@ class Line:
 
 @dataclass
 class Block:
-    """Lines that are run again in the backward pass instead of keeping what they make."""
+    """Lines that are recomputed in the backward pass, so that their activations are not saved.
+
+    name: of the function that they become in the text.
+    """
 
     name: str
     lines: list[Line] = field(default_factory=list)
 
 
-def lines_of(body: Iterable[Line | Block], kept: Iterable[str]) -> list[str]:
-    """The text, with each name deleted after its last use, to free its memory. kept: returned."""
-    items, wanted = list(body), set(kept)
+def lines_of(body: Iterable[Line | Block], returned: Iterable[str]) -> list[str]:
+    """Return the text of a body, line by line, without indentation.
+
+    returned: names that the body's function returns. Every other name is deleted after its last
+    use: Python frees a tensor when its name is gone, and not when it is not used again. A block
+    becomes a function of its own, which takes what it reads and returns what is used after it.
+
+    >>> lines_of([Line("y = f(x)", ("x",), ("y",)), Line("z = g(y)", ("y",), ("z",))], ["z"])
+    ['y = f(x)', 'z = g(y)', 'del y']
+    """
+    items, wanted = list(body), set(returned)
+    # Backwards, so that `wanted` has, at each item, the names that are used after it.
     flat: list[tuple[list[str], tuple[str, ...], tuple[str, ...]]] = []
     for item in reversed(items):
         if isinstance(item, Line):
             flat.append(([item.text], item.reads, item.makes))
             wanted.update(item.reads)
             continue
-        made = dict.fromkeys(name for line in item.lines for name in line.makes)
+        inside = dict.fromkeys(name for line in item.lines for name in line.makes)
         reads = dict.fromkeys(name for line in item.lines for name in line.reads)
-        inputs = tuple(name for name in reads if name not in made)
-        outputs = tuple(name for name in made if name in wanted)
+        inputs = tuple(name for name in reads if name not in inside)
+        outputs = tuple(name for name in inside if name in wanted)
         inner = lines_of(item.lines, outputs)
         rows = [f"def {item.name}({', '.join(inputs)}):"]
         rows += [f"    {row}" for row in (*inner, f"return [{', '.join(outputs)}]")]
@@ -86,37 +103,45 @@ def lines_of(body: Iterable[Line | Block], kept: Iterable[str]) -> list[str]:
         flat.append((rows, inputs, outputs))
         wanted.update(inputs)
     flat.reverse()
-    return _with_deletions(flat, set(kept))
+    return _with_deletions(flat, set(returned))
 
 
 def _with_deletions(
-    rows: list[tuple[list[str], tuple[str, ...], tuple[str, ...]]], kept: set[str]
+    rows: list[tuple[list[str], tuple[str, ...], tuple[str, ...]]], returned: set[str]
 ) -> list[str]:
+    """Return the text of rows (text, reads, makes), with `del` after the last use of each name.
+
+    The function's arguments are not deleted: whoever called it holds them anyway.
+    """
     last: dict[str, int] = {}
     for index, (_, reads, _) in enumerate(rows):
         for name in reads:
             last[name] = index
-    made = {name for _, _, names in rows for name in names}
-    done: dict[int, list[str]] = {}
+    local = {name for _, _, names in rows for name in names}
+    deleted: dict[int, list[str]] = {}
     for name, index in last.items():
-        if name in made and name not in kept:
-            done.setdefault(index, []).append(name)
+        if name in local and name not in returned:
+            deleted.setdefault(index, []).append(name)
     text = []
-    for index, (own, _, _) in enumerate(rows):
-        text += own
-        if index in done:
-            text.append("del " + ", ".join(done[index]))
+    for index, (lines, _, _) in enumerate(rows):
+        text += lines
+        if index in deleted:
+            text.append("del " + ", ".join(deleted[index]))
     return text
 
 
 def _part(size: int, group: Group) -> int:
-    """Elements of `size` that this rank of the group has."""
+    """Return how many of `size` elements this rank of the group has; others may have fewer."""
     start, stop = part_bounds(size, group.world_size, group.rank)
     return stop - start
 
 
 def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) -> dict[str, Any]:
-    """What a program calls by name. axes: what the text calls the mesh's."""
+    """Return the functions and objects that a program's text calls by name.
+
+    axes: the text's names of the mesh axes, whose groups they are bound to. constants: objects by
+    names that the text has for them, such as placements and dtypes.
+    """
     return {
         "torch": torch,
         "F": functional,
@@ -138,8 +163,9 @@ def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) 
 
 
 def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function, with its text known to tracebacks.
+    """Return the function `forward` of a program's text, whose lines tracebacks show.
 
+    source: the text. name: of the model. names: see names_of.
     Every text has a file name of its own: a model has one program for each mode and each structure
     of its inputs, and a traceback through one of them must not show the lines of another.
     """
@@ -148,5 +174,6 @@ def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> 
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     namespace = dict(names)
     exec(compile(source, file, "exec"), namespace)
-    made: Callable[..., Any] = namespace["forward"]
-    return again.dropping(made) if "convert_again(" in source else made
+    forward: Callable[..., Any] = namespace["forward"]
+    # Dropping copies costs a hook on every saved tensor: only programs that drop some pay for it.
+    return again.dropping(forward) if "convert_again(" in source else forward

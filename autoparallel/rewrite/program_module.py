@@ -23,11 +23,12 @@ from autoparallel.rewrite.program import Program
 
 __all__ = ["program_module"]
 
+# Types of arguments that torch.fx writes as text.
 _PLAIN = (
     int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout,
     torch.memory_format,
 )  # fmt: skip
-# Where in the module groups, placements and blocks are.
+# The submodule in which groups, placements and blocks are.
 _OBJECTS = "program_objects"
 _BINARY: Mapping[type[ast.operator], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -61,19 +62,23 @@ def program_module(
     device: torch.device,
     name: str,
 ) -> fx.GraphModule:
-    """The program as a GraphModule: flat tensors in, a tuple of the rank's outputs out.
+    """Return the program as a GraphModule: flat tensors in, a tuple of the rank's outputs out.
 
-    parameters, buffers, constants: the rank's parts by path, shared with the module. Buffers that
-    the program writes to are written when it is called. Values have the names that they have in the
-    text. Copies that the program drops and makes again in the backward pass are kept here.
+    parameters, buffers, constants: the rank's parts by path, shared with the module. device: where
+    they are. name: of the GraphModule's class. Buffers that the program writes to are written when
+    it is called. Values have the names that they have in the text. Copies that the program drops,
+    to gather them again in the backward pass, are saved here.
+    Raises PlanError for a statement that has no form in torch.fx.
     """
     with _parsing:
         function = ast.parse(program.source).body[0]
     assert isinstance(function, ast.FunctionDef)
     paths = (*program.parameters, *program.buffers, *program.constants)
+    # A model may have a submodule of that name.
     home = _OBJECTS
     while any(path.partition(".")[0] == home for path in paths):
         home += "_"
+    # The device is known when the module is made, and is written into the graph as it is.
     reader = _Reader(program.names, _assigned(function), {"device": device}, home)
     held = {
         "parameters": (program.parameters, parameters),
@@ -83,10 +88,9 @@ def program_module(
     # torch.fx wants inputs first.
     unpacked = [s for s in function.body if _unpacked(s) is not None]
     for statement in sorted(unpacked, key=lambda s: _unpacked(s) != "inputs"):
-        own = _targets(statement)
         source = _unpacked(statement)
         assert source is not None
-        for index, value in enumerate(own):
+        for index, value in enumerate(_targets(statement)):
             if source == "inputs":
                 reader.known[value] = reader.builder.add("placeholder", value, name=value)
             else:
@@ -100,7 +104,10 @@ def program_module(
 
 
 def _unpacked(statement: ast.stmt) -> str | None:
-    """What `[a, b] = parameters` unpacks; None for any other statement."""
+    """Return "parameters" for `[a, b] = parameters` and the like, None for other statements.
+
+    Each of the function's arguments that are lists is unpacked by one such statement.
+    """
     if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Name):
         return None
     source = statement.value.id
@@ -108,7 +115,7 @@ def _unpacked(statement: ast.stmt) -> str | None:
 
 
 def _targets(statement: ast.stmt) -> list[str]:
-    """The names that an assignment gives values to."""
+    """Return the names that an assignment gives values to, in order."""
     assert isinstance(statement, ast.Assign)
     (target,) = statement.targets
     items = target.elts if isinstance(target, (ast.List, ast.Tuple)) else [target]
@@ -116,7 +123,7 @@ def _targets(statement: ast.stmt) -> list[str]:
 
 
 def _assigned(function: ast.FunctionDef) -> Iterator[str]:
-    """Every name that the function, or a block in it, gives a value to."""
+    """Yield every name that the function, or a block in it, gives a value to, and the blocks'."""
     for inner in ast.walk(function):
         if isinstance(inner, ast.Assign):
             yield from _targets(inner)
@@ -126,9 +133,13 @@ def _assigned(function: ast.FunctionDef) -> Iterator[str]:
 
 
 class _Reader:
-    """One function of the program on its way to a torch.fx graph.
+    """An interpreter of one function of the program, which builds a torch.fx graph.
 
-    known: values of its names. home: where in the module what torch.fx cannot write is.
+    names: see Program. reserved: names that nodes must not take, because the text uses them. known:
+    the values of the function's names so far, nodes or plain objects. home: the submodule for what
+    torch.fx cannot write. written: the nodes of the buffers that are written back, by path.
+    objects: the nodes of objects in `home`, by id. blocks: the modules of recomputed blocks, and
+    the names that each reads from around it, by the block's name.
     """
 
     def __init__(
@@ -147,7 +158,10 @@ class _Reader:
         self.blocks: dict[str, tuple[Any, tuple[str, ...]]] = {}
 
     def stored(self, value: str, path: str, tensor: torch.Tensor, is_written: bool) -> None:
-        """Read an attribute; what the program writes to is read as a copy, as the module does."""
+        """Make `value` the attribute at `path`, or a copy of it where the program writes to it.
+
+        The parallel module copies such buffers, too: autograd has saved the value of before.
+        """
         if not is_written:
             self.known[value] = self.builder.attribute(path, tensor, value)
             return
@@ -159,7 +173,7 @@ class _Reader:
         self.known[value] = copied
 
     def run(self, statements: list[ast.stmt]) -> Any:
-        """Follow the statements, and return what the last of them returns."""
+        """Interpret the statements, and return what the last of them returns."""
         for statement in statements:
             if isinstance(statement, ast.Return):
                 assert statement.value is not None
@@ -173,6 +187,7 @@ class _Reader:
         raise AssertionError("a program returns")
 
     def assign(self, statement: ast.Assign) -> None:
+        """Interpret an assignment to a name, or to a list of names."""
         names = _targets(statement)
         if isinstance(statement.targets[0], ast.Name):
             self.known[names[0]] = self.value(statement.value, names[0])
@@ -189,26 +204,34 @@ class _Reader:
             self.known[name] = part
 
     def block(self, function: ast.FunctionDef) -> None:
-        """Lines that are run again: a module of its own, which is given all that it reads."""
+        """Make a module of a function in the program, which is a block that is recomputed.
+
+        A GraphModule sees nothing of what is around it: what the function reads from there is
+        passed to it besides its arguments.
+        """
         arguments = [argument.arg for argument in function.args.args]
-        own = {*arguments, *_assigned(function)}
+        local = {*arguments, *_assigned(function)}
         outer = [
             inner.id
             for inner in ast.walk(function)
             if isinstance(inner, ast.Name)
-            and inner.id not in own
+            and inner.id not in local
             and isinstance(self.known.get(inner.id), fx.Node)
         ]
         free = tuple(dict.fromkeys(outer))
         rest = {name: value for name, value in self.known.items() if not isinstance(value, fx.Node)}
-        reader = _Reader(self.names, iter((*self.reserved, *own)), rest, self.home)
+        reader = _Reader(self.names, iter((*self.reserved, *local)), rest, self.home)
         for name in (*arguments, *free):
             reader.known[name] = reader.builder.add("placeholder", name, name=name)
-        made = reader.builder.module(reader.run(function.body), function.name)
-        self.blocks[function.name] = (made, free)
+        module = reader.builder.module(reader.run(function.body), function.name)
+        self.blocks[function.name] = (module, free)
 
     def value(self, expression: ast.expr, name: str = "") -> Any:
-        """What an expression gives: a node, or what is known already. name: of the node."""
+        """Return the value of an expression: a node, or a plain object that is known at once.
+
+        name: of the node, if there is to be one. Raises PlanError for an expression that programs
+        do not have.
+        """
         if isinstance(expression, ast.Constant):
             return expression.value
         if isinstance(expression, ast.Name):
@@ -231,12 +254,14 @@ class _Reader:
         raise _no_form(expression)
 
     def named(self, name: str) -> Any:
+        """Return the value of a name, as Python would look it up."""
         for scope in (self.known, self.names, vars(builtins)):
             if name in scope:
                 return scope[name]
         raise AssertionError(f"{name} is not known to the program")
 
     def call(self, expression: ast.Call, name: str) -> Any:
+        """Return the value of a call: of a block, of a tensor's method, or of a function."""
         keywords = {k.arg: self.value(k.value) for k in expression.keywords if k.arg is not None}
         function = expression.func
         first = expression.args[0] if expression.args else None
@@ -249,6 +274,7 @@ class _Reader:
             return self.computed(self.value(function), (at, *inputs), keywords, name)
         args = tuple(self.value(item) for item in expression.args)
         if isinstance(function, ast.Attribute):
+            # `x.sum()` of a node is a method; `torch.sum` is an attribute of a plain object.
             owner = self.value(function.value)
             if isinstance(owner, fx.Node):
                 arguments = self.lifted((owner, *args)), self.lifted(keywords)
@@ -258,7 +284,7 @@ class _Reader:
     def computed(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str
     ) -> Any:
-        """A call: at once where it is one of numbers that are known, else a node."""
+        """Return the result of a call of numbers that are known, and a node for any other call."""
         pure = getattr(function, "__module__", None) in (*_PURE, "_operator")
         if pure and not _has_node((args, kwargs)):
             return function(*args, **kwargs)
@@ -266,7 +292,10 @@ class _Reader:
         return self.builder.add("call_function", function, *arguments, name=name)
 
     def lifted(self, item: Any) -> Any:
-        """An argument in which torch.fx can write everything as text, or has it as a node."""
+        """Return an argument in which everything is plain or a node, so that torch.fx can write it.
+
+        Other objects become attributes of the module, each once, under the name that the text has.
+        """
         if isinstance(item, (fx.Node, *_PLAIN)):
             return item
         if isinstance(item, (list, tuple)):
@@ -282,6 +311,7 @@ class _Reader:
 
 
 def _has_node(item: Any) -> bool:
+    """Return whether there is a node in nested lists, tuples and dicts."""
     if isinstance(item, (list, tuple)):
         return any(map(_has_node, item))
     if isinstance(item, dict):
@@ -290,7 +320,9 @@ def _has_node(item: Any) -> bool:
 
 
 def _no_form(part: ast.AST) -> PlanError:
+    """Return the error for a part of the text that this file does not know."""
     return PlanError(
         f"the emitted program has no form in torch.fx: {ast.unparse(part)}",
+        why="only the statements that programs are known to consist of are translated",
         fix="read the program as text: autoparallel.emitted_program(plan)",
     )

@@ -2,7 +2,7 @@
 
 A rule says of which loops a call is made; rule.py derives strategies, rules/ops has one file for
 each family of ops, registry.py holds the table that they fill, lookup.py finds a rule in it, and
-user_rules.py takes rules from outside. Facts about ops belong here. The
-cost of a strategy is in cost/ and strategy/, rules that nobody wrote are found in discovery/, and
-kernels that a rule names are in runtime/.
+user_rules.py takes rules from users. Facts about ops belong here. The cost of a strategy is in
+cost/ and strategy/, rules that nobody wrote are found in discovery/, and kernels that a rule names
+are in runtime/.
 """

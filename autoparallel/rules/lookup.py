@@ -40,6 +40,7 @@ def known_rule(call: OpCall) -> ShardingRule | None:
 
     None means that nothing is known of the call, and discovery/ has to try it.
     """
+    # A rule that is registered after the op was discovered takes its place.
     author = find_rule(call.node.target)
     return author(call) if author is not None else recalled_rule(call)
 

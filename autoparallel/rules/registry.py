@@ -39,6 +39,7 @@ def _without_sums_of_truths(author: Author) -> Author:
     which is no sum: cast to numbers rank by rank, one that is true on two ranks would count twice.
     """
 
+    # A function is wrapped, rather than its rule changed, because a rule is made call by call.
     @wraps(author)
     def written(call: OpCall) -> ShardingRule:
         sharding_rule = author(call)

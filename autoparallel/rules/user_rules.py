@@ -57,9 +57,11 @@ def register_rule(
             )
 
     def register(author: Author) -> Author:
+        # Objects with __call__, such as functools.partial, have no code of their own to point to.
         code = getattr(author, "__code__", None)
         where = f"{code.co_filename}:{code.co_firstlineno}" if code else repr(author)
 
+        # Whatever calls the rule gets a ShardingRule, or the error that says whose rule it is.
         @wraps(author)
         def guarded(call: OpCall) -> ShardingRule:
             return _returned(author, call, where)
