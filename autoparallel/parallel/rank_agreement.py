@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from autoparallel.errors import AutoParallelError, InputMismatchError
@@ -50,10 +49,8 @@ def require_same_start(model: nn.Module, group: Group) -> None:
     if not sums:
         return
     # Weights may lie on another device than the one on which the group communicates.
-    device = "cuda" if dist.get_backend(group.process_group) == "nccl" else "cpu"
-    rows = group.all_gather(torch.stack([each.to(device) for each in sums]))
-    # Rows are (rank, tensor, number of the digest). Two NaNs are no difference.
-    different = ((rows != rows[0]) & ~(rows.isnan() & rows[0].isnan())).any(-1).any(0).tolist()
+    device = communication_device()
+    different = _differing(torch.stack([each.to(device) for each in sums]), group)
     wrong = [name for name, bad in zip(names, different, strict=True) if bad]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -74,12 +71,7 @@ def require_same_plan(plan: Plan, group: Group) -> None:
     """
     if not isinstance(group, ProcessGroup):
         return
-    sums = hashlib.sha256(plan.to_json().encode()).digest()
-    # Six bytes, 48 bits, are a whole number that float64 (53 bits) holds exactly.
-    parts = [int.from_bytes(sums[start : start + 6]) for start in range(0, 30, 6)]
-    device = "cuda" if dist.get_backend(group.process_group) == "nccl" else "cpu"
-    rows = group.all_gather(torch.tensor([parts], dtype=torch.float64, device=device))
-    if bool((rows != rows[0]).any()):
+    if not _is_everywhere(plan, group):
         raise AutoParallelError(
             "the ranks have made different plans",
             where=f"rank {group.rank}, {plan.model}",
@@ -96,9 +88,7 @@ def require_same_parts(plan: Plan, group: Group) -> None:
     The parts are found by running the example inputs, so that they depend on their values.
     Raises InputMismatchError, on every rank, where they differ.
     """
-    sums = hashlib.sha256(plan.to_json().encode()).digest()[:7]
-    rows = group.all_gather(torch.tensor([int.from_bytes(sums)], device=communication_device()))
-    if bool((rows != rows[0]).any()):
+    if not _is_everywhere(plan, group):
         raise InputMismatchError(
             "the ranks have found different parts of the model that can be split",
             why="the path through the model depends on the values of the example inputs",
@@ -115,12 +105,9 @@ def require_equal(inputs: list[torch.Tensor], names: list[str], group: Group, mo
     """
     if not inputs:
         return
-    sums = torch.stack([digest(tensor) for tensor in inputs])
-    rows = group.all_gather(sums.contiguous())
-    same = (rows == rows[0]) | (rows.isnan() & rows[0].isnan())
-    different = ~same.all(-1).all(0)
-    if bool(different.any()):
-        which = [index for index, bad in enumerate(different.tolist()) if bad]
+    different = _differing(torch.stack([digest(tensor) for tensor in inputs]), group)
+    which = [index for index, bad in enumerate(different) if bad]
+    if which:
         shown = ", ".join(names[i] if len(names) == len(inputs) else f"input {i}" for i in which)
         raise InputMismatchError(
             f"the ranks were given different inputs: {shown}",
@@ -130,6 +117,27 @@ def require_equal(inputs: list[torch.Tensor], names: list[str], group: Group, mo
             fix="give every rank the same batch (seed the sampler alike), or switch the check "
             "off with check_inputs=0 where differences are meant",
         )
+
+
+def _is_everywhere(plan: Plan, group: Group) -> bool:
+    """Return whether all ranks of the group have this plan. A collective call."""
+    hashed = hashlib.sha256(plan.to_json().encode()).digest()
+    # Seven bytes are a whole number that fits torch's int64, which has a sign.
+    words = [int.from_bytes(hashed[start : start + 7]) for start in range(0, 28, 7)]
+    rows = group.all_gather(torch.tensor(words, device=communication_device()))
+    return bool((rows == rows[0]).all())
+
+
+def _differing(digests: torch.Tensor, group: Group) -> list[bool]:
+    """Return for each tensor whether its digest is another one on some rank. A collective call.
+
+    digests: (number of tensors, 3), on the device on which the group communicates.
+    """
+    rows = group.all_gather(digests.contiguous())
+    # The rows are (ranks, tensors, 3). Two NaNs are no difference.
+    same = (rows == rows[0]) | (rows.isnan() & rows[0].isnan())
+    different: list[bool] = (~same.all(-1).all(0)).tolist()
+    return different
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:

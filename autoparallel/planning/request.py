@@ -16,7 +16,13 @@ from autoparallel.placement import Layout, Placement
 from autoparallel.plan import Plan
 from autoparallel.support.units import parse_bytes
 
-__all__ = ["make_options", "possible_meshes", "require_clear", "require_parameters"]
+__all__ = [
+    "make_options",
+    "possible_meshes",
+    "require_clear",
+    "require_known",
+    "require_parameters",
+]
 
 
 def make_options(
@@ -128,6 +134,20 @@ def require_clear(
             f"the plan to begin with is for another mesh, {start.mesh}",
             why=f"the ranks are arranged as {tried}",
             fix="begin with a plan of the same model, example inputs and mesh",
+        )
+
+
+def require_known(pins: Mapping[str, Layout] | None, aliases: Mapping[str, str]) -> None:
+    """Raise PlanError for a pin of a parameter that the model does not have.
+
+    aliases: see Captured; its keys are all paths of the model's parameters.
+    """
+    unknown = [path for path in pins or {} if path not in aliases]
+    if unknown:
+        raise PlanError(
+            f"the model has no parameter {unknown[0]!r}",
+            why="pins are by the parameters' names",
+            fix="see model.named_parameters()",
         )
 
 

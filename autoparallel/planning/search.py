@@ -15,6 +15,7 @@ from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
 from autoparallel.planning.memory_limit import plan_within
 from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.request import require_known
 from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
 from autoparallel.planning.unsplit_reasons import cost_of_splitting, is_left_whole
 from autoparallel.strategy.build_network import build_network
@@ -59,11 +60,7 @@ def search(
     network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
     constrain(network, captured.aliases)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
-    unknown = [path for path in pins or {} if path not in captured.aliases]
-    if unknown:
-        raise PlanError(
-            f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
-        )
+    require_known(pins, captured.aliases)
     # Tied parameters are one node of the graph, under the first of their paths.
     pinned: dict[str, Layout] = {}
     for path, pin in (pins or {}).items():

@@ -14,6 +14,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text, whole_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Part, Plan
+from autoparallel.planning.request import require_known
 from autoparallel.planning.search import search
 
 __all__ = ["search_parts"]
@@ -34,11 +35,7 @@ def search_parts(
     A parameter of several parts is stored as the first of them wants it, or whole where another
     cannot take it so: then all parts are planned again.
     """
-    unknown = [path for path in pins or {} if path not in broken.aliases]
-    if unknown:
-        raise PlanError(
-            f"the model has no parameter {unknown[0]!r}", fix="see model.named_parameters()"
-        )
+    require_known(pins, broken.aliases)
     pinned = {broken.aliases[path]: pin for path, pin in (pins or {}).items()}
     # Each attempt that fails adds to `whole`, so that the loop ends.
     whole: set[str] = set()

@@ -18,7 +18,7 @@ from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.module_state import state_of
 from autoparallel.placement import whole_layout
 from autoparallel.plan import Plan
-from autoparallel.planning.traced_parts import Planner
+from autoparallel.planning.replan import Replanner
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.tensor_parts import gathered
 
@@ -72,7 +72,7 @@ def on_ranks(model: nn.Module, plan: Plan) -> list[Result]:
     """What each simulated rank has after training."""
 
     def work(ranks: Ranks) -> Result:
-        planner = Planner(plan.model, plan.mesh, plan.options)
+        planner = Replanner(plan.model, plan.mesh, plan.options)
         module = parallel_module(model, plan, ranks, None, planner, 0)
         return train(module), whole_parameters(module)
 
