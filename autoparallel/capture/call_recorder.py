@@ -1,4 +1,4 @@
-"""One run of the user's model on its example inputs: which modules are called, and with what."""
+"""One run of the user's model on its example inputs records which modules it calls with what."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ __all__ = ["Call", "record"]
 
 @dataclass
 class Call:
-    """The first call of a module. callers: paths of the modules that called it, of any call.
+    """The first call of a module in an example run.
 
-    tensors: stand-ins on the meta device with the devices of the real ones.
+    skeleton: the structure of its (args, kwargs) around the tensors. tensors: for each tensor a
+    stand-in on the meta device, and the device of the real one. callers: paths of the modules that
+    have called this one, in whichever call, in order; a dict for the sake of its order.
     """
 
     skeleton: Skeleton
@@ -33,14 +35,14 @@ class Call:
     callers: dict[str, None] = field(default_factory=dict)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) as they were, with tensors of any content."""
-        made = [torch.empty_like(like, device=device) for like, device in self.tensors]
-        args, kwargs = rebuild(self.skeleton, made)
+        """Return (args, kwargs) as they were, with new tensors of arbitrary content."""
+        tensors = [torch.empty_like(like, device=device) for like, device in self.tensors]
+        args, kwargs = rebuild(self.skeleton, tensors)
         return args, kwargs
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """Equal for calls that a tracer cannot tell apart."""
+        """A hashable value that is equal for calls that a tracer cannot tell apart."""
         looks = [(t.shape, t.stride(), t.dtype, device) for t, device in self.tensors]
         return (str(self.skeleton), *looks)
 
@@ -48,22 +50,30 @@ class Call:
 def record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int = 0
 ) -> dict[str, Call]:
-    """The calls of all modules but the model itself, by path, in the order of the first calls.
+    """Run the model once and return the calls of all modules in it, by path, the first call first.
 
-    The run is without gradients, on a copy of the tree, and with random numbers of its own: the
-    same on every rank. Whatever it writes to is put back.
+    model: with weights, as its forward really runs. args, kwargs: its example inputs. seed: of the
+    random numbers of this run, which are the same on every rank; torch's state is put back, as is
+    whatever else the run writes to. The run is without gradients, on a copy of the tree of modules,
+    so that the hooks are never seen by the user's model.
     Raises CaptureError where the run fails.
+
+    >>> list(record(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(1, 2),), {}))
+    ['0', '1']
     """
-    made = shallow_copy(model)
+    copied = shallow_copy(model)
     calls: dict[str, Call] = {}
     stack: list[str] = [""]
 
     def enter(path: str) -> Any:
+        """Return the hook that notes the call of the module at `path` before it runs."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors, skeleton = flatten((args, kwargs))
+            # Inside of torch.func a tensor is one of a batch: it has not the shape of a call.
             if path not in calls and not any(map(is_functorch_wrapped_tensor, tensors)):
-                kept = [(torch.empty_like(t, device="meta"), t.device) for t in tensors]
-                calls[path] = Call(_frozen(skeleton), kept)
+                stand_ins = [(torch.empty_like(t, device="meta"), t.device) for t in tensors]
+                calls[path] = Call(_frozen(skeleton), stand_ins)
             if path in calls:
                 calls[path].callers[stack[-1]] = None
             stack.append(path)
@@ -73,15 +83,17 @@ def record(
     def leave(*_: Any) -> None:
         stack.pop()
 
-    for path, module in made.named_modules():
+    for path, module in copied.named_modules():
         if path:
             module.register_forward_pre_hook(enter(path), with_kwargs=True)
+            # Also where the module raises: the caller may catch that and go on.
             module.register_forward_hook(leave, always_call=True)
     tensors, skeleton = flatten((args, dict(kwargs)))
-    given = rebuild(skeleton, [tensor.detach().clone() for tensor in tensors])
+    # Copies, because a forward may write to its inputs.
+    arguments = rebuild(skeleton, [tensor.detach().clone() for tensor in tensors])
     try:
-        with untouched(model, given, values=True), torch.no_grad(), seeded(seed):
-            made(*given[0], **given[1])
+        with untouched(model, arguments, values=True), torch.no_grad(), seeded(seed):
+            copied(*arguments[0], **arguments[1])
     except Exception as error:
         raise CaptureError(
             f"the example run of {type(model).__name__} failed",
@@ -92,7 +104,7 @@ def record(
 
 
 def _frozen(skeleton: Skeleton) -> Skeleton:
-    """With copies of the objects that the run may change later."""
+    """Return the skeleton with copies of the objects in it that the run may change later."""
     sample = skeleton.sample
     plain = hasattr(sample, "__dict__") and not isinstance(sample, (type, nn.Module))
     if skeleton.kind == "constant" and plain and not callable(sample):

@@ -1,4 +1,4 @@
-"""Comparisons of random draws that are decided before the number is drawn."""
+"""Comparisons of random numbers that come out the same whichever number is drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["ConstantComparisons"]
 
 _Comparison = Callable[[float], bool | None]
-# What a number in [0, 1) compared with `bound` gives, where that is the same for all of them.
+# By comparison: the answer for every number in [0, 1), None where it depends on the number.
 _DECIDED: dict[str, _Comparison] = {
     "lt": lambda bound: True if bound >= 1 else False if bound <= 0 else None,
     "le": lambda bound: True if bound >= 1 else False if bound < 0 else None,
@@ -23,11 +23,13 @@ _DECIDED: dict[str, _Comparison] = {
 
 
 class ConstantComparisons(TorchFunctionMode):
-    """While a forward is traced, a draw of one number from [0, 1) knows its range.
+    """A mode under which a comparison of one drawn number is a constant where its range decides it.
 
-    `torch.rand([]) < probability` decides whether a layer is dropped. A graph has one path for all
-    data, but at probability 0 or 1 there is only one. Every other use of the draw is traced as it
-    is, and refused by the tracer where the path depends on it.
+    `torch.rand([]) < probability` is how layers are dropped (stochastic depth, LayerDrop). A graph
+    has one path for all data, but at probability 0 or 1 there is only one path. Every other use of
+    the number is traced as it is, and refused by the tracer where the path depends on it.
+
+    draws: the drawn tensors of one element, by id.
     """
 
     def __init__(self) -> None:
@@ -43,6 +45,7 @@ class ConstantComparisons(TorchFunctionMode):
             if isinstance(args[1], (bool, int, float)):
                 verdict = _DECIDED[name](float(args[1]))
             if verdict is not None:
+                # A tensor of the number's shape: [[True]] for a draw of shape (1, 1).
                 content: Any = verdict
                 for _ in range(self.draws[id(args[0])].dim()):
                     content = [content]

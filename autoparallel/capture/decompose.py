@@ -1,4 +1,4 @@
-"""Ops are traced as the simpler ops by which they are defined."""
+"""Decompositions while tracing: an op is recorded as the simpler ops that define it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# Importing the first two fills the registry.
+# Importing these two fills the registry.
 from autoparallel.capture import decompositions, random_decompositions  # noqa: F401
 from autoparallel.capture.decomposition_registry import DECOMPOSITIONS, Decomposition, Known
 from autoparallel.support.torch_private import (
@@ -23,7 +23,11 @@ __all__ = ["decomposing"]
 
 
 class _Table(Mapping[Any, Decomposition]):
-    """What to trace in place of an op; only asked whether it has one, and for it."""
+    """The decompositions as torch's tracer asks for them: for one op after the other.
+
+    known: as in `decomposing`. The decompositions that are written out come first; any other op
+    that torch defines by others, and that is not known, is traced as torch defines it.
+    """
 
     def __init__(self, known: Known) -> None:
         self.known = known
@@ -32,9 +36,9 @@ class _Table(Mapping[Any, Decomposition]):
         return self.find(op) is not None
 
     def __getitem__(self, op: Any) -> Decomposition:
-        found = self.find(op)
-        assert found is not None
-        return found
+        decomposition = self.find(op)
+        assert decomposition is not None
+        return decomposition
 
     def __len__(self) -> int:
         return len(DECOMPOSITIONS)
@@ -43,30 +47,38 @@ class _Table(Mapping[Any, Decomposition]):
         return iter(DECOMPOSITIONS)
 
     def find(self, op: Any) -> Decomposition | None:
+        """Return the function to trace in place of an op, None where the op is traced as itself."""
         if not isinstance(op, OpOverload):
             return None
         drawn = torch.Tag.nondeterministic_seeded in op.tags
         if not drawn and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
             return None  # autocast casts the operands of the op as a whole
-        own = DECOMPOSITIONS.get(str(op))
-        if own is not None:
-            return own
+        written_out = DECOMPOSITIONS.get(str(op))
+        if written_out is not None:
+            return written_out
         composite = op.namespace == "aten" and is_composite(op) and schema_of(op).returns
         if not composite or self.known(str(op)) or str(op) in _AS_THEY_ARE:
             return None
+        # An in-place op whose out-of-place form has a rule becomes that form in a pass.
         packet, _, overload = str(op).rpartition(".")
         if packet.endswith("_") and self.known(f"{packet[:-1]}.{overload}"):
             return None
         return op.decompose
 
 
-# What importing makes of these does not follow from their definitions.
+# These return numbers of Python, for which torch's tracer has a way of its own.
 _AS_THEY_ARE = {"aten.item.default", "aten.is_nonzero.default"}
 
 
 @contextlib.contextmanager
 def decomposing(known: Known) -> Iterator[None]:
-    """While tracing: ops are traced as what they stand for. known: ops that have a rule."""
+    """Trace ops, inside of this context, as the ops that define them.
+
+    known: says of an op's name whether the op has a rule, and is traced as itself for that.
+
+    Example: `with decomposing(known=find_rule): model(x)`, inside of torch.export.
+    """
+    # Outside of a trace there is nobody to record the simpler ops: eager torch runs as it is.
     if get_proxy_mode() is None:
         yield
         return

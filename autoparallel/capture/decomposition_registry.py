@@ -1,4 +1,4 @@
-"""Where the decompositions of ops are registered, by the op's name."""
+"""The table of decompositions that are written out here, by the op's name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ __all__ = ["DECOMPOSITIONS", "Decomposition", "Known", "decomposition"]
 Known = Callable[[str], object]
 
 
+# A function of the op's arguments that computes its result by simpler ops.
 Decomposition = Callable[..., Any]
 
-
+# By name and overload ("aten.addmm.default").
 DECOMPOSITIONS: dict[str, Decomposition] = {}
 
 
 def decomposition(*targets: str) -> Callable[[Decomposition], Decomposition]:
-    """The function is what the ops stand for; it may return NotImplemented to keep a call."""
+    """Register the decorated function as the decomposition of these ops.
+
+    targets: names with overload, each of which has no decomposition yet. The function gets the
+    arguments of a call and returns its result, or NotImplemented to have this call traced as it is.
+
+    Example: see `addmm` in decompositions.py.
+    """
 
     def register(function: Decomposition) -> Decomposition:
+        """Enter the function for each target."""
         for target in targets:
             assert target not in DECOMPOSITIONS, target
             DECOMPOSITIONS[target] = function

@@ -1,4 +1,4 @@
-"""Which of a model's blocks are the same, so that tracing one of them tells about all.
+"""The groups of equal blocks in a model, of which tracing one tells about all.
 
 Two blocks are the same when every attribute of theirs that a forward could read is the same:
 classes, parameters and buffers but for their values, modes, plain attributes, what is shared with
@@ -11,32 +11,38 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path, named_tensors
 from autoparallel.support.torch_private import expression_of
 
-__all__ = ["Group", "find_groups", "state_of", "token_of"]
+__all__ = ["Group", "find_groups", "state_of", "token_of", "watched_class"]
 
 # With fewer members there is nothing to win: the first and the last are traced anyway.
 _FEWEST = 3
+# Containers and objects inside of others that are opened; deeper ones are equal only if they are
+# one object.
 _DEEPEST = 4
-_EMPTY = nn.Module()
-_INTERNAL = frozenset(vars(_EMPTY))
-_HOOKS = tuple(name for name in _INTERNAL if "hooks" in name and "state_dict" not in name)
+# Hooks that a call of the module runs. Those of state_dict do not matter to a forward.
+_HOOKS = tuple(
+    sorted(name for name in MODULE_ATTRIBUTES if "hooks" in name and "state_dict" not in name)
+)
+# Values that are the same if their texts are.
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice)
 
 
 @dataclass(frozen=True)
 class Group:
-    """members: (path, block) of equal blocks, in the model's order.
+    """Blocks of a model that compute the same but for the values of their parameters.
 
-    positions: (path inside the block, attribute) of the integers that count the blocks.
+    members: (path, block), in the model's order. positions: (path inside the block, attribute) of
+    the integers that count the blocks, such as `layer_idx`, in which alone they may differ.
     """
 
     members: tuple[tuple[str, nn.Module], ...]
@@ -44,31 +50,37 @@ class Group:
 
 
 def find_groups(model: nn.Module, called: bool = False) -> tuple[Group, ...]:
-    """Equal blocks among siblings that are numbered from 0, the outermost ones only.
+    """Return the groups of equal blocks among siblings that are numbered from 0.
 
+    model: is searched from the outside in; what is inside of a grouped block is in no other group.
     called: leave out blocks without a forward (lists and dicts of modules), which nobody can call:
     what is in them may be grouped instead.
+
+    >>> layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    >>> [path for path, _ in find_groups(nn.Sequential(layers))[0].members]
+    ['0.0', '0.1', '0.2']
     """
     occurrences: dict[int, int] = {}
-    for _, tensor in _tensors(model):
+    for _, _, _, tensor in named_tensors(model):
         occurrences[id(tensor)] = occurrences.get(id(tensor), 0) + 1
-    homes: dict[int, int] = {}
+    places: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
-        homes[id(module)] = homes.get(id(module), 0) + 1
-    search = _Search(occurrences, homes, called)
+        places[id(module)] = places.get(id(module), 0) + 1
+    search = _Search(occurrences, places, called)
     search.visit(model, "")
-    return tuple(search.found)
+    return tuple(search.collected)
 
 
 class _Search:
-    """The search down the tree of modules. called: see find_groups.
+    """The search down the tree of modules.
 
-    occurrences: how often each tensor occurs in the model, by id. homes: the same of modules.
+    occurrences: how often each tensor occurs in the model, by id. places: the same of modules.
+    called: see find_groups. collected: the groups so far.
     """
 
-    def __init__(self, occurrences: dict[int, int], homes: dict[int, int], called: bool) -> None:
-        self.occurrences, self.homes, self.called = occurrences, homes, called
-        self.found: list[Group] = []
+    def __init__(self, occurrences: dict[int, int], places: dict[int, int], called: bool) -> None:
+        self.occurrences, self.places, self.called = occurrences, places, called
+        self.collected: list[Group] = []
         self.seen: set[int] = set()
 
     def visit(self, module: nn.Module, path: str) -> None:
@@ -82,24 +94,25 @@ class _Search:
             str(index) for index in range(len(children))
         ]:
             for group in self.groups(children, path):
-                self.found.append(group)
+                self.collected.append(group)
                 grouped.update(member_path.rpartition(".")[2] for member_path, _ in group.members)
         for name, child in children.items():
             if name not in grouped:
-                self.visit(child, _join(path, name))
+                self.visit(child, join_path(path, name))
 
     def groups(self, children: dict[str, nn.Module], path: str) -> Iterator[Group]:
-        """The groups among numbered siblings."""
+        """Yield the groups among numbered siblings, children of the module at `path`."""
         positions = _positions(list(children.values()))
         alike: dict[Any, list[tuple[str, nn.Module]]] = {}
         for name, child in children.items():
-            if not child._modules or self.homes[id(child)] > 1:
+            # Leaves are quickly traced, and a block in two places is not one of a series.
+            if not child._modules or self.places[id(child)] > 1:
                 continue
             if self.called and type(child).forward is nn.Module.forward:
                 continue
             mark = _fingerprint(child, positions, self.occurrences)
             if mark is not None:
-                alike.setdefault(mark, []).append((_join(path, name), child))
+                alike.setdefault(mark, []).append((join_path(path, name), child))
         for members in alike.values():
             if len(members) >= _FEWEST:
                 inside = {name for name, _ in members[0][1].named_modules()}
@@ -107,27 +120,37 @@ class _Search:
 
 
 def _positions(blocks: list[nn.Module]) -> tuple[tuple[str, str], ...]:
-    """The integers that are the block's number, or differ from it by a constant."""
+    """Return (path inside the block, attribute) of the integers that count the blocks.
+
+    blocks: siblings in their order. Such an integer is the block's number, or differs from it by a
+    constant; with one block alone every integer would be of that kind, so two must have it.
+    """
     offsets: dict[tuple[str, str], set[int]] = {}
     counts: dict[tuple[str, str], int] = {}
     for index, block in enumerate(blocks):
         for path, module in block.named_modules():
             for name, value in vars(module).items():
-                if type(value) is int and name not in _INTERNAL:
+                if type(value) is int and name not in MODULE_ATTRIBUTES:
                     offsets.setdefault((path, name), set()).add(value - index)
                     counts[path, name] = counts.get((path, name), 0) + 1
-    return tuple(key for key, found in offsets.items() if len(found) == 1 and counts[key] > 1)
+    return tuple(key for key, values in offsets.items() if len(values) == 1 and counts[key] > 1)
 
 
 def _fingerprint(
     block: nn.Module, positions: tuple[tuple[str, str], ...], occurrences: dict[int, int]
 ) -> Any:
-    """Hashable, equal for equal blocks. None where a block must be traced by itself."""
+    """Return a hashable value that is equal for equal blocks.
+
+    positions: attributes that are left out. occurrences: how often each tensor occurs in the model,
+    by id: a tensor that others hold too is the same only if it is one tensor. None where a block
+    must be traced by itself: it has hooks or a forward of its own, or runs outside of Python.
+    """
+    # Modules inside are the same wherever the block is: attributes refer to them by their paths.
     paths = {id(module): path for path, module in reversed(list(block.named_modules()))}
     counted = set(positions)
     first: dict[int, str] = {}
     inside: dict[int, int] = {}
-    for _, tensor in _tensors(block):
+    for _, _, _, tensor in named_tensors(block):
         inside[id(tensor)] = inside.get(id(tensor), 0) + 1
     parts: list[Any] = []
     for path, module in block.named_modules(remove_duplicate=False):
@@ -152,7 +175,7 @@ def _fingerprint(
                         tensor.dtype,
                         tensor.device,
                         tensor.requires_grad,
-                        first.setdefault(id(tensor), _join(path, name)),
+                        first.setdefault(id(tensor), join_path(path, name)),
                         id(tensor) if shared else None,
                         name in module._non_persistent_buffers_set,
                     )
@@ -161,19 +184,25 @@ def _fingerprint(
             if child is None:
                 parts.append(("m", name, None))
         for name, value in vars(module).items():
-            if name in _INTERNAL or (path, name) in counted:
+            if name in MODULE_ATTRIBUTES or (path, name) in counted:
                 continue
             parts.append((name, token_of(value, paths)))
     return tuple(parts)
 
 
 def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int, ...] = ()) -> Any:
-    """Hashable; equal for values that a forward cannot tell apart.
+    """Return a hashable value that is equal for values that a forward cannot tell apart.
 
-    paths: of modules and tensors by id, which are the same wherever they are. depth: how many
-    levels of plain objects are opened; the others are the same only if they are one object.
+    value: anything that an attribute or an argument may be. paths: of modules and tensors by id,
+    which count as the same if their paths are. depth: how many levels of plain objects are opened;
+    the others are the same only if they are one object. above: ids of the containers that `value`
+    is in, so that one that holds itself comes to an end.
+
+    >>> token_of([1, 2.0], {}) == token_of([1, 2.0], {}), token_of([1], {}) == token_of([True], {})
+    (True, False)
     """
     if isinstance(value, _SIMPLE):
+        # By text: nan is nan, 0.0 is not -0.0, and 1 is not True.
         return (type(value), repr(value))
     if isinstance(value, _VALUES):
         return (type(value), str(value))
@@ -182,6 +211,7 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
     if id(value) in paths:
         return ("module", paths[id(value)])
     if isinstance(value, torch.Tensor):
+        # The version counts in-place writes: the same tensor after one is another value.
         return ("tensor", id(value), value._version)
     if len(above) > _DEEPEST or id(value) in above:
         return ("deep", type(value), id(value))
@@ -208,9 +238,17 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
 
 
 def state_of(block: nn.Module) -> Any:
-    """What the block holds besides its parameters' values: a forward that changes it has effects.
+    """Return all that the block holds, to be compared before and after its forward.
 
-    Objects are opened two levels deep, so that a counter in a shared context is seen.
+    A forward that changes any of it has side effects, and its graph cannot stand for another block.
+    The values of tensors are not read, only how often they were written to. Objects are opened two
+    levels deep, so that a counter in a shared context is seen.
+
+    >>> block = nn.Linear(2, 2)
+    >>> before = state_of(block)
+    >>> block.calls = 1
+    >>> state_of(block) == before
+    False
     """
     paths: dict[int, str] = {}
     parts: list[Any] = []
@@ -220,15 +258,38 @@ def state_of(block: nn.Module) -> Any:
             for name, tensor in tensors.items():
                 parts.append((name, None if tensor is None else (id(tensor), tensor._version)))
         for name, value in vars(module).items():
-            if name not in _INTERNAL:
+            if name not in MODULE_ATTRIBUTES:
                 parts.append((name, token_of(value, paths, depth=2)))
     return parts
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def watched_class(
+    base: Any, attributes: tuple[str, ...], notice: Callable[[str], None], **methods: Any
+) -> type:
+    """Return a subclass of `base` that reports whenever one of these attributes is read.
 
+    attributes: names of plain attributes of the instances. notice: is called with the name before
+    the value is returned; it may raise. methods: what else the subclass has of its own. It goes by
+    the name of `base`, and an instance becomes one by having its `__class__` set.
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    >>> class Layer:
+    ...     index = 3
+    >>> layer, reads = Layer(), []
+    >>> layer.index = 5
+    >>> layer.__class__ = watched_class(Layer, ("index",), reads.append)
+    >>> layer.index, reads
+    (5, ['index'])
+    """
+
+    def watched(name: str) -> property:
+        """Return the property that reports reads of the attribute and lets writes through."""
+
+        def read(instance: Any) -> Any:
+            notice(name)
+            return vars(instance)[name]
+
+        return property(read, lambda instance, value: vars(instance).__setitem__(name, value))
+
+    body: dict[str, Any] = {name: watched(name) for name in attributes}
+    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base)(base.__name__, (base,), {**body, **methods})

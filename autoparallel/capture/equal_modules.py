@@ -1,20 +1,29 @@
-"""Equal blocks at every depth of a model, so that what was found for one is known for all."""
+"""Equal modules at every depth of a model: what was found out about one is known of all."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
-from autoparallel.capture.equal_blocks import find_groups
+from autoparallel.capture.equal_blocks import find_groups, watched_class
+from autoparallel.capture.module_tensors import join_path
 
 __all__ = ["EqualModules", "Watch"]
 
 
 class EqualModules:
-    """Which modules of a model are equal but for the values of their parameters."""
+    """Knows which modules of a model are equal but for the values of their parameters.
+
+    model: is looked at once, now. first: the path of the first block of its group, by the path of
+    each block whose outer blocks are first ones too. positions: the integers that count the blocks
+    of a group (see Group), by the path of the first block.
+
+    >>> layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    >>> EqualModules(layers).canonical("2.0")
+    '0.0'
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.first: dict[str, str] = {}
@@ -22,65 +31,63 @@ class EqualModules:
         self._collect(model, "")
 
     def _collect(self, module: nn.Module, path: str) -> None:
-        """Groups of the module, and those inside of the first member of each."""
+        """Note the groups of the module at `path`, and those inside of the first block of each."""
         for group in find_groups(module):
-            members = [_join(path, member) for member, _ in group.members]
+            members = [join_path(path, member) for member, _ in group.members]
             self.first.update((member, members[0]) for member in members)
             self.positions[members[0]] = group.positions
             self._collect(group.members[0][1], members[0])
 
     def canonical(self, path: str) -> str:
-        """The path of the first of the modules that are equal to the one at `path`."""
-        found = ""
+        """Return the path of the first of the modules that are equal to the one at `path`."""
+        first = ""
+        # From the outside in: "layers.2.experts.5" is "layers.0.experts.5", then "....experts.0".
         for name in path.split(".") if path else ():
-            found = _join(found, name)
-            found = self.first.get(found, found)
-        return found
+            first = join_path(first, name)
+            first = self.first.get(first, first)
+        return first
 
     def counters(self, canonical: str) -> tuple[tuple[str, str], ...]:
-        """(path inside the module, attribute) of the integers that number the equal modules."""
-        found: list[tuple[str, str]] = []
+        """Return (path inside the module, attribute) of the integers that number equal modules.
+
+        canonical: the path of the module, as `canonical` returns it; "" is the whole model.
+        """
+        counters: list[tuple[str, str]] = []
         for block, positions in self.positions.items():
             for inner, name in positions:
-                place = _join(block, inner)
+                place = join_path(block, inner)
                 if f"{place}.".startswith(f"{canonical}.") or not canonical:
-                    found.append((place[len(canonical) :].removeprefix("."), name))
-        return tuple(found)
+                    counters.append((place[len(canonical) :].removeprefix("."), name))
+        return tuple(counters)
 
 
 class Watch:
-    """Tells whether any of the attributes that number a module is read. touched: whether so."""
+    """Tells whether a forward reads any of the attributes that number a module.
+
+    counters: (path inside the module, attribute), see EqualModules.counters. touched: becomes true
+    when one of them is read: what was found out about the module then goes for it alone.
+    """
 
     def __init__(self, counters: tuple[tuple[str, str], ...]) -> None:
         self.counters, self.touched = counters, False
 
     @contextlib.contextmanager
     def installed(self, module: nn.Module) -> Iterator[None]:
-        """Watch `module`; in the end its classes are what they were."""
+        """Watch `module` inside of this context; in the end its classes are what they were."""
         names: dict[str, list[str]] = {}
         for path, name in self.counters:
             names.setdefault(path, []).append(name)
         changed: list[tuple[nn.Module, type]] = []
         try:
-            for path, own in names.items():
+            for path, attributes in names.items():
                 inner = module.get_submodule(path)
-                base: Any = type(inner)
-                body: dict[str, Any] = {name: self._property(name) for name in own}
-                body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
-                changed.append((inner, base))
-                inner.__class__ = type(base)(base.__name__, (base,), body)
+                changed.append((inner, type(inner)))
+                inner.__class__ = watched_class(type(inner), tuple(attributes), self._notice)
             yield
         finally:
             for inner, kind in reversed(changed):
                 inner.__class__ = kind
 
-    def _property(self, name: str) -> property:
-        def read(module: Any) -> Any:
-            self.touched = True
-            return vars(module)[name]
-
-        return property(read, lambda module, value: vars(module).__setitem__(name, value))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
+    def _notice(self, _: str) -> None:
+        """Remember that an attribute was read."""
+        self.touched = True

@@ -1,4 +1,4 @@
-"""Contexts in which a user's forward is run to find out what it does."""
+"""The context in which a user's forward is run to find out what it does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ __all__ = ["quiet"]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch from logging and warning about what is found out and explained here anyway."""
+    """Keep torch from logging and warning about what is found out and explained here anyway.
+
+    Errors still propagate as exceptions. Loggers, warning filters and stderr are put back.
+
+    Example: `with quiet(): torch.export.export(model, args)`.
+    """
     loggers = [logging.getLogger(name) for name in (*EXPORT_LOGGERS, FAKE_TENSOR_LOGGER)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

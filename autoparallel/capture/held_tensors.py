@@ -1,8 +1,10 @@
 """Tensors of a model that its forward reaches otherwise than as attributes of its modules.
 
-A list of parameters, a bound method of an inner module, an object that a module keeps: what is
-read that way is the tensor itself, and the tracer takes it for a constant. A parameter would then
-stay as it was when the model was planned. Here it is put back in its place, or refused.
+A forward may read a parameter from a list, by a bound method of an inner module, or from an object
+that a module keeps. While torch.export runs, modules have stand-ins in the place of their tensors,
+but such a reader gets the tensor itself, and the tracer takes it for a constant. The parameter
+would then stay as it was when the model was planned. Here the stand-in is put in its place, or the
+model is refused.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from autoparallel.capture.block_folding import Folding
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path, named_tensors
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError
-from autoparallel.support import torch_private
+from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.module_copy import DEEPEST, originals
 
-__all__ = ["HeldTensors", "named_tensors", "refuse_views", "storage_key"]
+__all__ = ["HeldTensors", "refuse_views"]
 
 _DEEPEST = 6  # containers and objects inside of others that are looked into
 _PLAIN = (torch.Tensor, nn.Parameter)
-_INTERNAL = frozenset(vars(nn.Module()))
-# What tells nothing of a tensor's values and makes no tensor.
+# Names of attributes and methods that tell nothing of a tensor's values and return no tensor.
 _METADATA = frozenset(
     "shape dtype device layout ndim requires_grad is_leaf is_meta names size dim numel stride "
     "storage_offset is_floating_point is_complex is_contiguous element_size nbytes itemsize "
@@ -34,32 +36,18 @@ _METADATA = frozenset(
 )
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """(path, module that has it, kind, tensor) of all parameters and buffers, under each path."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for kind in ("parameter", "buffer"):
-            tensors = module._parameters if kind == "parameter" else module._buffers
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    yield prefix + name, module, kind, tensor
-
-
-def storage_key(tensor: torch.Tensor) -> int | None:
-    """Equal for tensors that share memory, on the meta device too. None for those without."""
-    try:
-        return torch_private.storage_key(tensor) if tensor.layout is torch.strided else None
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
 class HeldTensors(TorchFunctionMode):
-    """While a forward is traced, gives each function the model's tensors as the tracer has them.
+    """A mode under which each function gets the model's tensors as the tracer has them.
 
-    A parameter or buffer of `model` that is reached past its module is replaced by what its module
-    has in its place. failure: the first tensor for which that cannot be, remembered as the model
-    may catch the error. around: the model that `model` is a part of, whose other tensors the graph
-    of the part cannot read.
+    A parameter or buffer of `model` that is reached past its module is replaced by the stand-in
+    that its module has at the time. folding: the blocks that are hidden, whose stand-ins nobody
+    has. around: the model that `model` is a part of, whose other tensors the graph of the part
+    cannot read; `model` itself if left out.
+
+    places: (path, module, kind) of each of the model's tensors, by id. paths: the path of the
+    tensor that owns a memory, by the memory's key. outside: paths of tensors of `around` that are
+    none of `model`, by id. failure: the first error raised here, remembered as the model may catch
+    it.
     """
 
     def __init__(self, model: nn.Module, folding: Folding, around: nn.Module | None = None) -> None:
@@ -73,15 +61,17 @@ class HeldTensors(TorchFunctionMode):
         root = model if around is None else around
         for path, _, _, tensor in named_tensors(root):
             self.remember(path, tensor)  # by the name that the user knows
-        own: dict[int, str] = {}
+        module_paths: dict[int, str] = {}
         for path, module, kind, tensor in named_tensors(model):
-            own[id(module)] = path.rpartition(".")[0]
+            module_paths[id(module)] = path.rpartition(".")[0]
             self.places.setdefault(id(tensor), []).append((path, module, kind))
+        # Where modules are copies of the user's, other objects still refer to the tensors that the
+        # user's modules had: those stand for the copies' own.
         for tensor, module, path, name in originals(root):
-            full = f"{path}.{name}" if path else name
+            full = join_path(path, name)
             self.remember(full, tensor)
-            if id(module) in own:
-                inner = f"{own[id(module)]}.{name}" if own[id(module)] else name
+            if id(module) in module_paths:
+                inner = join_path(module_paths[id(module)], name)
                 kind = "parameter" if name in module._parameters else "buffer"
                 self.places.setdefault(id(tensor), []).append((inner, module, kind))
             else:
@@ -91,9 +81,9 @@ class HeldTensors(TorchFunctionMode):
                 self.outside[id(tensor)] = path
 
     def remember(self, path: str, tensor: torch.Tensor) -> None:
-        """Whose memory it is."""
+        """Note that the memory of a tensor belongs to the one at `path`, the first to come."""
         self.tensors.append(tensor)
-        key = storage_key(tensor)
+        key = memory_of(tensor)
         if key is not None:
             self.paths.setdefault(key, path)
 
@@ -101,8 +91,10 @@ class HeldTensors(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # Most calls have none of the model's tensors: these are told quickly.
         if any(map(self.concerns, args)) or any(map(self.concerns, kwargs.values())):
             name = getattr(function, "__name__", "")
+            # An attribute such as `shape` is read by the `__get__` of its descriptor.
             if name == "__get__":
                 name = getattr(function.__self__, "__name__", "")
             if name not in _METADATA:
@@ -111,7 +103,10 @@ class HeldTensors(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def concerns(self, item: Any) -> bool:
-        """Whether it is, or holds, a tensor that was there before the trace."""
+        """Return whether an argument is, or holds, a tensor that was there before the trace.
+
+        The tracer's own tensors are of other types than plain tensors and parameters.
+        """
         if type(item) in _PLAIN or id(item) in self.places:
             return isinstance(item, torch.Tensor)
         if isinstance(item, (list, tuple)):
@@ -119,7 +114,7 @@ class HeldTensors(TorchFunctionMode):
         return isinstance(item, dict) and any(map(self.concerns, item.values()))
 
     def placed(self, item: Any) -> Any:
-        """An argument with the model's tensors as the tracer has them."""
+        """Return an argument with the model's tensors in it as the tracer has them."""
         if not self.concerns(item):
             return item
         if isinstance(item, torch.Tensor):
@@ -130,13 +125,17 @@ class HeldTensors(TorchFunctionMode):
         return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as the tracer has it. Raises CaptureError where it has none."""
+        """Return the tensor as the tracer has it.
+
+        Raises Unfoldable where it is in a hidden block, and CaptureError or AliasError where it is
+        none of the model's and no constant either.
+        """
         for path, module, kind in self.places.get(id(tensor), ()):
             block = self.folding.block_of(path)
             if block is None:
-                held = vars(module)["_parameters" if kind == "parameter" else "_buffers"]
-                found: torch.Tensor = held[path.rpartition(".")[2]]
-                return found
+                tensors = vars(module)["_parameters" if kind == "parameter" else "_buffers"]
+                stand_in: torch.Tensor = tensors[path.rpartition(".")[2]]
+                return stand_in
         if id(tensor) in self.places:
             path = self.places[id(tensor)][0][0]
             raise self.folding.entered(f"the model reads {path} past its block", path)
@@ -147,14 +146,17 @@ class HeldTensors(TorchFunctionMode):
         return tensor
 
     def refusal(self, tensor: torch.Tensor) -> AutoParallelError | None:
-        """Why a program must not have this tensor, which is none of the model's, as a constant."""
+        """Return why a program must not have this tensor as a constant; None where it may.
+
+        tensor: none of the model's own parameters and buffers.
+        """
         if id(tensor) in self.outside:
             return CaptureError(
                 f"the forward reads {self.outside[id(tensor)]}, which belongs to another module",
                 why="the graph of a part reads the parameters and buffers of that part",
                 fix="pass it to the forward, or assign it as an attribute of a module in the part",
             )
-        path = self.paths.get(storage_key(tensor) or 0)
+        path = self.paths.get(memory_of(tensor) or 0)
         if path is not None:
             return view_error(path)
         if tensor.requires_grad:
@@ -169,7 +171,10 @@ class HeldTensors(TorchFunctionMode):
 
 
 def view_error(path: str, where: str = "") -> AliasError:
-    """A view of the parameter or buffer at `path`, kept from before the forward."""
+    """Return the error for a view of the parameter or buffer at `path` from before the forward.
+
+    where: the attribute that keeps the view, if it is known.
+    """
     return AliasError(
         f"the forward reads a tensor that shares the memory of {path} and is not {path} itself",
         where=where,
@@ -180,42 +185,50 @@ def view_error(path: str, where: str = "") -> AliasError:
 
 
 def refuse_views(model: nn.Module, paths: list[str]) -> None:
-    """Raises AliasError where modules that run as plain Python keep what would not follow.
+    """Raise AliasError where modules that run as plain Python keep tensors that would not follow.
 
-    paths: of those modules. The parameters that their attributes refer to, directly and in
-    containers, are replaced while they run; views of them, and what other objects keep, are not.
-    The same goes for modules that such objects keep.
+    model: the user's. paths: of the modules in it that stay Python. The parameters that their
+    attributes refer to, directly and in containers, are replaced while they run; views of them, and
+    what other objects keep, are not. The same goes for modules that such objects keep.
+
+    Example: `refuse_views(model, ["encoder"])`.
     """
     ids: dict[int, str] = {}
     storages: dict[int, str] = {}
     for path, _, _, tensor in named_tensors(model):
         ids.setdefault(id(tensor), path)
-        key = storage_key(tensor)
+        key = memory_of(tensor)
         if key is not None:
             storages.setdefault(key, path)
     for path in paths:
         for name, value in vars(model.get_submodule(path)).items():
-            if name in _INTERNAL:
+            if name in MODULE_ATTRIBUTES:
                 continue
-            place = f"{path}.{name}" if path else name
+            place = join_path(path, name)
             for tensor, replaced in _reached(value, 0, {}):
-                if id(tensor) not in ids and (storage_key(tensor) or 0) in storages:
-                    raise view_error(storages[storage_key(tensor) or 0], place)
+                if id(tensor) not in ids and (memory_of(tensor) or 0) in storages:
+                    raise view_error(storages[memory_of(tensor) or 0], place)
                 if id(tensor) in ids and not replaced:
-                    own = ids[id(tensor)]
+                    owner = ids[id(tensor)]
                     raise AliasError(
-                        f"an object that {place} refers to keeps {own}",
+                        f"an object that {place} refers to keeps {owner}",
                         where=place,
                         why="the module stays Python, and such an object keeps the tensor of the "
                         "model as it is now",
-                        fix=f"refer to {own} from an attribute of the module, a list or a dict",
+                        fix=f"refer to {owner} from an attribute of the module, a list or a dict",
                     )
 
 
 def _reached(
     value: Any, depth: int, above: Mapping[int, None], replaced: bool = True
 ) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Tensors that an attribute leads to, not by way of modules; whether by containers alone."""
+    """Yield (tensor, whether it is replaced) for the tensors that an attribute leads to.
+
+    value: of the attribute. depth: levels of containers and objects above it. above: ids of those.
+    replaced: whether all of them are such that `referring` (support/module_copy.py) looks into
+    them. Modules of the model are not entered, as they are replaced themselves; those that other
+    objects keep are.
+    """
     if isinstance(value, torch.Tensor):
         yield value, replaced
         return
@@ -223,7 +236,7 @@ def _reached(
         yield from ((tensor, False) for _, _, _, tensor in named_tensors(value))
     if depth > _DEEPEST or id(value) in above or isinstance(value, (nn.Module, type)):
         return
-    # Those that `referring` looks into.
+    # These are the types that `referring` looks into.
     known = type(value) in (list, tuple) or isinstance(
         value, (dict, types.MethodType, functools.partial)
     )

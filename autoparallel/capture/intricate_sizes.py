@@ -1,4 +1,4 @@
-"""Sizes that become too intricate to follow: the inputs' dims that they come from are fixed."""
+"""Symbolic sizes that grow too intricate, for which dims of the inputs must be fixed instead."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from autoparallel.support.torch_private import expression_of
 
 __all__ = ["IntricateSizes", "WatchedSizes"]
 
-# Operations in one size. Each convolution adds two or three, most of which simplify.
+# Operations in the expression of one size. Each convolution adds two or three, most of which
+# simplify; sizes of real models that can be followed stay far below.
 _LIMIT = 24
 
 
 class IntricateSizes(Exception):  # noqa: N818 - not an error: the trace begins again
-    """dims: (input, dim) pairs to be fixed."""
+    """A size has become too intricate; the trace begins again with more dims fixed.
+
+    dims: (input, dim) pairs to be fixed, both counted from 0.
+    """
 
     def __init__(self, dims: frozenset[tuple[int, int]]) -> None:
         super().__init__(f"sizes of intricate form come from the inputs' dims {sorted(dims)}")
@@ -24,11 +28,13 @@ class IntricateSizes(Exception):  # noqa: N818 - not an error: the trace begins 
 
 
 class WatchedSizes(TorchFunctionMode):
-    """While a forward is traced, raises IntricateSizes when a size has too many operations.
+    """A mode under which a size with too many operations raises IntricateSizes.
 
     A model that pads images to whole windows, say, has sizes like 4 * ((h // 2 + (-(h // 2)) % 4)
     // 4), which grow from layer to layer until no tracer compares two of them in reasonable time.
-    inputs: the tensors that the forward is given.
+
+    inputs: the tensors that the forward is given. places: the (input, dim) pairs whose size has a
+    symbol, by symbol. seen: expressions that have been looked at.
     """
 
     def __init__(self, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -54,7 +60,11 @@ class WatchedSizes(TorchFunctionMode):
         return result
 
     def check(self, size: Any) -> None:
-        """Raises IntricateSizes for what occurs most in a size of too many operations."""
+        """Raise IntricateSizes where a size has too many operations.
+
+        Fixed is the symbol that occurs most often in it, with all others that occur as often: one
+        fixed dim often makes the rest simple, and the trace that follows tells.
+        """
         if size in self.seen:
             return
         self.seen.add(size)

@@ -1,4 +1,4 @@
-"""What a forward leaves behind besides its result: attributes and objects that it writes to."""
+"""Side effects of a forward: attributes and objects that it writes to besides its result."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from autoparallel.capture.equal_blocks import token_of
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
 
 __all__ = ["NoReplacing", "changed", "effects", "moving", "refuse_effects", "tensors_left"]
 
-_HELD = frozenset(vars(nn.Module()))
-_HOOKS = tuple(name for name in sorted(_HELD) if name.endswith("_hooks"))
+_HOOKS = tuple(name for name in sorted(MODULE_ATTRIBUTES) if name.endswith("_hooks"))
 _NOTHING: Mapping[int, str] = {}
 _DEPTH = 3  # levels of plain objects that are opened
 
@@ -23,50 +23,66 @@ _DEPTH = 3  # levels of plain objects that are opened
 def effects(
     module: nn.Module, arguments: Mapping[str, Any], known: Mapping[int, str] = _NOTHING
 ) -> dict[str, Any]:
-    """By a name for each, what a caller may see change: the same values, no side effects.
+    """Return all that a forward could change and a caller could see, each under a name for users.
 
-    The values of buffers are not looked at: a graph says what it writes to them. known: names of
-    tensors by id, which stand for the model's parameters although they are others.
+    Where the values before and after a forward are equal, it had no side effects. module: the
+    model. arguments: of its forward, by name; they may be written to as well. known: names of
+    tensors by id that stand for the model's parameters although they are others. The values of
+    buffers are not looked at: a graph says what it writes to them.
+
+    >>> "its attribute p" in effects(nn.Dropout(0.5), {})
+    True
     """
     paths = dict(known)
     for tensors in (module.named_parameters(), module.named_buffers()):
         paths.update((id(tensor), path) for path, tensor in tensors)
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for path, inner in module.named_modules():
-        prefix = f"{path}." if path else ""
         for name, value in vars(inner).items():
-            if name not in _HELD:
-                found[f"its attribute {prefix}{name}"] = token_of(value, paths, depth=_DEPTH)
+            if name not in MODULE_ATTRIBUTES:
+                place = join_path(path, name)
+                state[f"its attribute {place}"] = token_of(value, paths, depth=_DEPTH)
         # By their dicts: a tracer shows modules in the guise of others.
-        found[f"the modules in {path or 'it'}"] = [
+        state[f"the modules in {path or 'it'}"] = [
             (name, None if child is None else id(vars(child)))
             for name, child in inner._modules.items()
         ]
         for name in _HOOKS:
             hooks = vars(inner)[name]
-            found[f"{name} of {path or 'the model'}"] = [*hooks, *map(id, hooks.values())]
+            state[f"{name} of {path or 'the model'}"] = [*hooks, *map(id, hooks.values())]
         for kind in ("_parameters", "_buffers"):
-            held = [(name, value is None) for name, value in vars(inner)[kind].items()]
-            found[f"the names in {prefix}{kind}"] = held
+            names = [(name, value is None) for name, value in vars(inner)[kind].items()]
+            state[f"the names in {join_path(path, kind)}"] = names
     for name, value in arguments.items():
         kind = type(value).__name__
-        found[f"its argument {name} (a {kind})"] = token_of(value, paths, depth=_DEPTH)
-    return found
+        state[f"its argument {name} (a {kind})"] = token_of(value, paths, depth=_DEPTH)
+    return state
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of what is not as it was."""
+    """Return the names of all that is not as it was, new and missing things among them.
+
+    >>> changed({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4})
+    ('b', 'c')
+    """
     return tuple(name for name in {**before, **after} if before.get(name) != after.get(name))
 
 
 def moving(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of what is not as it was, although tensors may be others in the same places."""
+    """Return the names of what is not as it was, where a tensor may be another in the same place.
+
+    A forward that remembers its last result changes at every call in this sense only where the
+    result has another structure. before, after: as `effects` returns them.
+
+    >>> moving({"a": ("tensor", 11, 0)}, {"a": ("tensor", 12, 0)})
+    ()
+    """
     names = changed(before, after)
     return tuple(n for n in names if _places(before.get(n)) != _places(after.get(n)))
 
 
 def _places(token: Any) -> Any:
-    """The token with all tensors alike that the model does not know."""
+    """Return the token with all tensors made alike that the model does not know."""
     if not isinstance(token, (tuple, list)):
         return token
     if len(token) == 3 and token[0] == "tensor":
@@ -75,20 +91,26 @@ def _places(token: Any) -> Any:
 
 
 def tensors_left(module: nn.Module, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """By their paths, tensors that are now attributes of modules, of the effects of these names."""
-    found: dict[str, torch.Tensor] = {}
+    """Return the tensors that a forward has left in attributes of modules, by their paths.
+
+    module: the model after the forward. names: of its effects, as `changed` returns them.
+    """
+    left: dict[str, torch.Tensor] = {}
     for name in names:
         place = name.removeprefix("its attribute ")
         owner, _, last = place.rpartition(".")
         if place != name:
             value = vars(module.get_submodule(owner)).get(last)
             if isinstance(value, torch.Tensor):
-                found[place] = value
-    return found
+                left[place] = value
+    return left
 
 
 def refuse_effects(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Raises CaptureError that names what has changed: a graph would not do it again."""
+    """Raise CaptureError, naming all that has changed, as a graph would not change it again.
+
+    before, after: as `effects` returns them. Example: `refuse_effects(before, effects(model, {}))`.
+    """
     names = changed(before, after)
     if names:
         raise CaptureError(
@@ -99,9 +121,10 @@ def refuse_effects(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 
 
 class NoReplacing(Watch):
-    """Refuses what a tracer does not see: tensors that are given other memory, or trained or not.
+    """Refuses two writes to tensors that a tracer does not see: of their memory, and of training.
 
-    model: its parameters must go on being trained as they are.
+    `tensor.data = value` gives a tensor other memory, and `requires_grad` decides whether it is
+    trained. model: its parameters must stay where they are and go on being trained as they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -109,6 +132,7 @@ class NoReplacing(Watch):
         self.names = {id(parameter): path for path, parameter in named}
 
     def assigned(self, tensor: torch.Tensor, value: Any) -> bool:
+        """Raise CaptureError: the forward has assigned to `tensor.data`."""
         name = self.names.get(id(tensor))
         raise CaptureError(
             "the forward gives other memory to "
@@ -119,6 +143,7 @@ class NoReplacing(Watch):
         )
 
     def trained(self, tensor: torch.Tensor, value: bool) -> None:
+        """Raise CaptureError where the forward changes whether a parameter is trained."""
         name = self.names.get(id(tensor))
         if name is not None and tensor.requires_grad != value:
             raise CaptureError(

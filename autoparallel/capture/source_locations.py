@@ -1,4 +1,4 @@
-"""Where in the user's model an exported node comes from: module calls and source line."""
+"""The place in the user's model that an exported node comes from: module calls, source lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _PACKAGE = __file__.rsplit("/", 2)[0] + "/"
 
 
 class Origins:
-    """Names the module calls of one exported program, in the order in which they appear."""
+    """Names the module calls of one exported program, in the order in which they appear.
+
+    The first call of a module at a place is named by the module's path, the next ones "path@1",
+    "path@2". Ask for the nodes in their order, as that is what the calls are numbered by.
+    """
 
     def __init__(self) -> None:
         self.scopes: dict[tuple[str, ...], _Scope] = {(): ()}
@@ -20,7 +24,11 @@ class Origins:
         self.traces: dict[str, tuple[str, ...]] = {}
 
     def scope(self, node: Any) -> _Scope:
-        """The module calls that the node is inside of, the outermost first, as Node.scope."""
+        """Return the module calls that the node is inside of, the outermost first, as Node.scope.
+
+        node: of the exported program. Its `nn_module_stack` has one key for each module call (torch
+        2.13), so that two calls of one module are told apart.
+        """
         stack = node.meta.get("nn_module_stack") or {}
         keys = tuple(stack)
         if keys not in self.scopes:
@@ -32,6 +40,8 @@ class Origins:
         return self.scopes[keys]
 
     def _entered(self, scope: _Scope, qualified: str) -> _Scope:
+        """Return the scope inside of a new call, in `scope`, of the module of that name."""
+        # The exported module holds the user's as its attribute `model`.
         path = qualified.removeprefix("model").removeprefix(".")
         if not path:
             return scope
@@ -39,10 +49,10 @@ class Origins:
         return (*scope, f"{path}@{count}" if count else path)
 
     def frames(self, node: Any) -> tuple[str, ...]:
-        """The lines of the forwards that are at work where the node was made, the outermost first.
+        """Return the lines of the forwards that are at work at the node, the outermost first.
 
-        One for each module call, and for the whole model; torch 2.13 keeps of a stack the frames
-        that are named so. Empty where it keeps none.
+        There is one for the whole model and one for each module call, as torch 2.13 keeps those
+        frames of a stack that are functions named "forward". Empty where it keeps no stack.
         """
         trace = node.meta.get("stack_trace") or ""
         if trace not in self.traces:
@@ -53,17 +63,17 @@ class Origins:
         return self.traces[trace]
 
     def path(self, node: Any) -> str:
-        """Path of the innermost module."""
+        """Return the path of the innermost module that the node is in; "" for the whole model."""
         scope = self.scope(node)
         return scope[-1].partition("@")[0] if scope else ""
 
     def where(self, node: Any) -> str:
-        """Module path and source line, for errors."""
+        """Return module path and source line, for errors."""
         return ", ".join(text for text in (self.path(node), source_line(node)) if text)
 
 
 def source_line(node: Any) -> str:
-    """file.py:line of the user's code that made an exported node; empty where unknown."""
+    """Return "file.py:line" of the user's code that an exported node comes from; "" if unknown."""
     trace = node.meta.get("stack_trace") or ""
     rows = [row.strip() for row in trace.splitlines() if row.strip().startswith("File ")]
     if not rows:

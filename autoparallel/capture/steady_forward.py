@@ -1,4 +1,4 @@
-"""Whether a forward that leaves something behind goes the same way when it is called again."""
+"""The check that a forward which leaves something behind does the same when called again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ _AGAIN = "autoparallel.again.default"
 
 
 def is_steady(graph: Graph, results: int) -> bool:
-    """Whether the second of two calls in one graph computes what the first does.
+    """Return whether the second of two calls in one graph computes what the first does.
 
-    The graph returns what both return, `results` tensors each; the second call is given the inputs
-    through an op of its own. It may go on with what the first has left behind only where that was
-    computed from numbers and sizes alone: parameters are trained and inputs are others by then,
-    and random numbers are drawn anew.
+    graph: returns what both calls return; the second call has its inputs through the op `again`.
+    results: the number of tensors that one call returns. The second call may go on with what the
+    first has left behind only where that was computed from numbers and sizes alone: parameters are
+    trained and inputs are others by then, and random numbers are drawn anew.
+
+    Example: a forward that keeps its causal mask for the next call is steady; one that adds its
+    input to a running sum is not.
     """
     again = any(node.target == _AGAIN for node in graph.calls)
     if not again or len(graph.outputs) != 2 * results:
@@ -36,16 +39,21 @@ def is_steady(graph: Graph, results: int) -> bool:
 
 
 class _Calls:
-    """same: a number for each value, equal for values that are computed alike. writes: what each
-    call writes in place. bound: values of the first call that are not of numbers and sizes alone.
-    stale: whether the second call reads one of those."""
+    """The values of both calls, numbered by how they are computed.
+
+    same: a number for each value, equal for values that are computed alike. writes: the in-place
+    ops of the first and of the second call. bound: values of the first call that depend on more
+    than numbers and sizes. lasting: values that are parameters and buffers, which both calls may
+    read. stale: the second call reads a bound value. draws: how many random ops the call at hand
+    has had. written: how often each value was written to, by its number.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.same: dict[str, int] = {}
         self.numbers: dict[Any, int] = {}
         self.writes: tuple[list[Any], list[Any]] = ([], [])
         self.bound: set[str] = set()
-        self.lasting: set[str] = set()  # parameters and buffers
+        self.lasting: set[str] = set()
         self.stale = self.second = False
         self.draws = 0
         self.written: Counter[int] = Counter()
@@ -56,23 +64,25 @@ class _Calls:
                 self.call(node, graph)
             else:
                 self.give(node, (node.kind, node.target))
-                kept = self.bound if node.kind == "input" else self.lasting
+                names = self.bound if node.kind == "input" else self.lasting
                 if node.kind != "constant":
-                    kept.add(node.result.name)
+                    names.add(node.result.name)
 
     def begin(self, node: Node) -> None:
-        """An input of the second call: it stands for that of the first."""
+        """Take up an input of the second call: it stands for that of the first."""
+        # All inputs come before the other ops of the second call: the first one begins it.
         if not self.second:
             self.second, self.draws = True, 0
             self.written.clear()
         self.same[node.result.name] = self.same[node.operands()[0]]
 
     def call(self, node: Node, graph: Graph) -> None:
-        """Number what an op makes, and see what it is made of."""
+        """Number the results of an op, and see what they depend on."""
         operator, operands = operator_of(node.target), node.operands()
         seeded = operator is not None and torch.Tag.nondeterministic_seeded in operator.tags
         self.draws += seeded
-        key = (*self.spelled(node), self.draws if seeded else None)
+        # Two random ops draw the same numbers if each is the n-th of its call.
+        key = (*self.text(node), self.draws if seeded else None)
         writes = operator is None or schema_of(operator).is_mutable
         if writes:
             self.writes[self.second].append(key)
@@ -82,9 +92,9 @@ class _Calls:
             # A tracer goes on with the result of these in the operand's place.
             for value in node.results:
                 self.same[value.name] = self.same[operands[0]]
-                for kept in (self.bound, self.lasting):
-                    if operands[0] in kept:
-                        kept.add(value.name)
+                for names in (self.bound, self.lasting):
+                    if operands[0] in names:
+                        names.add(value.name)
             self.written[self.same[operands[0]]] += writes
             return
         self.give(node, key)
@@ -92,13 +102,14 @@ class _Calls:
             self.bound.update(value.name for value in node.results)
 
     def give(self, node: Node, key: Any) -> None:
-        """Number what a node makes."""
+        """Number the results of a node, equal keys alike."""
         for index, value in enumerate(node.results):
             self.same[value.name] = self.numbers.setdefault((key, index), len(self.numbers))
 
-    def spelled(self, node: Node) -> tuple[Any, ...]:
-        """The call, with the numbers of the values that it reads, and how often those were written
-        to by then."""
+    def text(self, node: Node) -> tuple[Any, ...]:
+        """Return the call with, for each value that it reads, the value's number and how often
+        that was written to by then.
+        """
 
         def leaf(item: Any) -> Any:
             if not isinstance(item, Ref):
@@ -111,7 +122,7 @@ class _Calls:
 
 
 def _is_itself(node: Node, graph: Graph) -> bool:
-    """Whether the result may be the operand, as of a cast to the type that it has."""
+    """Return whether the result may be the operand itself, as of a cast to the type it has."""
     if not shares_memory(node.target) or is_view(node.target) or len(node.results) != 1:
         return False
     value = graph.values[node.operands()[0]]
@@ -119,4 +130,5 @@ def _is_itself(node: Node, graph: Graph) -> bool:
 
 
 def _hashable(item: Any) -> Any:
+    """Return nested lists and tuples as tuples."""
     return tuple(map(_hashable, item)) if isinstance(item, (list, tuple)) else item
