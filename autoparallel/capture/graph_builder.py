@@ -17,11 +17,11 @@ import torch
 from autoparallel.capture.source_locations import Origins
 from autoparallel.errors import CaptureError
 from autoparallel.graph.aliasing import owner_of, shares_memory
-from autoparallel.graph.graph import Dim, Node, Ref, Sym, Value
-from autoparallel.graph.operators import packet_of
-from autoparallel.support.torch_private import expression_of, hint_of
+from autoparallel.graph.graph import Dim, Node, Ref, Sym, Value, leaves
+from autoparallel.graph.operators import operator_of, packet_of
+from autoparallel.support.torch_private import expression_of, hint_of, schema_of
 
-__all__ = ["GraphBuilder"]
+__all__ = ["GraphBuilder", "written_by"]
 
 
 _PREFIXES = {"parameter": "p_", "buffer": "b_", "constant": "c_", "input": "tensors_"}
@@ -72,10 +72,11 @@ class GraphBuilder:
     def stored(
         self, kind: str, target: str, example: torch.Tensor, grad: bool, node: Any = None
     ) -> str:
-        """Add the node of a tensor that is there before the program runs. Returns its name.
+        """Add the node of a tensor that is there before the program runs, and return its name.
 
         kind, target: as in Node. example: a tensor of its shape and type. grad: whether it needs a
-        gradient. node: the placeholder of the exported program that it is, if it is one.
+        gradient. node: the placeholder of the exported program that stands for it; None for the
+        tensors of a hidden block, which the program does not know.
         """
         plain = re.sub(r"[^a-zA-Z0-9]", "_", target).lower()
         name = self.fresh(_PREFIXES[kind] + plain)
@@ -85,7 +86,7 @@ class GraphBuilder:
         return name
 
     def fresh(self, base: str, results: int = 1) -> str:
-        """The first of base, base_1, base_2, ... that clashes with no value's or node's name.
+        """Return the first of base, base_1, base_2, ... that clashes with no name.
 
         results: how many tensors the node produces. Several are called name_0, name_1, ..., which
         must be free as well.
@@ -103,30 +104,42 @@ class GraphBuilder:
                 self.bases[name] = base
                 return name
 
-    def add(self, node: Node, grad: bool) -> None:
-        """Append a node. grad: whether gradients are recorded where it is."""
+    def add(self, node: Node, grad: bool, frames: tuple[str, ...] = ()) -> None:
+        """Append a node.
+
+        grad: whether gradients are recorded where it is. frames: the lines of the forwards that a
+        call was made in, the outermost first.
+        """
+        self.frames[node.name] = frames
         self.nodes.append(node)
         self.grad_enabled.append(grad)
         self.values.update((value.name, value) for value in node.results)
 
     def records(self, node: Node, grad: bool) -> bool:
-        """Whether a gradient flows back through a call. grad: whether any is recorded there."""
+        """Return whether a gradient flows back through a call.
+
+        node: the call; its results are not looked at. grad: whether any gradient is recorded there.
+        """
         return grad and not _stops(node.target) and self.carries(node.operands())
 
     def carries(self, operands: Iterable[str]) -> bool:
-        """Whether a gradient flows through one of them, maybe since it was written to."""
+        """Return whether a gradient flows through one of these values, as they are now.
+
+        A value that had no gradient has one after a trained value was written into its memory: into
+        the value itself, into a view of it, or into what it is a view of.
+        """
         names = [owner_of(name, self.overwritten) for name in operands]
         return any(
             self.values[name].requires_grad or owner_of(name, self.views) in self.trained_memory
             for name in names
         )
 
-    def follow(self, node: Node, writes: tuple[str, ...], flows: bool) -> None:
-        """Remember whose memory a call writes to or shares, so that gradients are followed there.
+    def follow(self, node: Node, flows: bool) -> None:
+        """Remember whose memory a call writes to or shares, for `carries` to follow.
 
-        writes: the values that it writes to. flows: whether a gradient flows back through it.
+        flows: whether a gradient flows back through it.
         """
-        self.writes[node.name] = writes
+        writes = self.writes[node.name] = written_by(node)
         for name in writes if node.results else ():
             self.overwritten[node.results[0].name] = name
             if flows:
@@ -137,7 +150,11 @@ class GraphBuilder:
             self.views.update((value.name, operand) for value in node.results)
 
     def leaf_all(self, item: Any) -> Any:
-        """Arguments with nodes replaced by what they stand for; lists become tuples."""
+        """Return arguments with nodes replaced by what they stand for, and lists by tuples.
+
+        item: an argument of a call of the exported program. Raises CaptureError for an object that
+        is neither a tensor nor a number.
+        """
         if isinstance(item, torch.fx.Node):
             if item not in self.translated:
                 raise CaptureError(
@@ -154,19 +171,29 @@ class GraphBuilder:
         return item
 
     def scalar(self, example: Any) -> Any:
-        """A number of the traced program: itself, or the expression of a symbolic one."""
+        """Return a number of the exported program as it is, or as an expression if symbolic."""
         if isinstance(example, (torch.SymInt, torch.SymFloat)):
             return self.size(example)
         return example
 
-    def size(self, size: Any) -> Dim:
-        """One size of the traced program, equal sizes being one object.
+    def assume(self, guards: Iterable[sympy.Basic]) -> None:
+        """Note which expressions in sizes are numbers, by what the tracer assumed about sizes.
 
-        Raises CaptureError where it depends on the values of a tensor.
+        A symbol alone that is a number is not among them: the tracer writes the number itself.
+        """
+        for guard in guards:
+            if isinstance(guard, sympy.Eq) and guard.rhs.is_number and not guard.lhs.is_Symbol:
+                self.equal_sizes[guard.lhs] = guard.rhs
+
+    def size(self, size: Any) -> Dim:
+        """Return one size of the exported program, equal sizes as one object.
+
+        Raises CaptureError where the size depends on the values of a tensor.
         """
         if isinstance(size, int):
             return size
         expr = expression_of(size)
+        # The tracer may have assumed h // 4 == 2, say, and still write h // 4.
         if self.equal_sizes:
             expr = expr.xreplace(self.equal_sizes)
         if expr not in self._sizes:
@@ -185,17 +212,42 @@ class GraphBuilder:
         return self._sizes[expr]
 
     def shape(self, example: torch.Tensor) -> tuple[Dim, ...]:
-        """The sizes of a tensor of the traced program."""
+        """Return the sizes of a tensor of the exported program."""
         return tuple(self.size(size) for size in example.shape)
 
     def value(self, name: str, example: torch.Tensor, grad: bool) -> Value:
-        """A value that looks like `example`. grad: whether it has a gradient if its type can."""
+        """Return a value that looks like `example`.
+
+        grad: whether it has a gradient, if numbers of its type can have one.
+        """
         shape = self.shape(example)
         floating = example.dtype.is_floating_point or example.dtype.is_complex
         return Value(name, shape, example.dtype, grad and floating)
 
 
+def written_by(node: Node) -> tuple[str, ...]:
+    """Return the names of the values that a call writes to, as the op's schema says.
+
+    >>> written_by(Node("add_", "call", "aten.add_.Scalar", (), (Ref("x"), 2)))
+    ('x',)
+    >>> written_by(Node("add", "call", "aten.add.Scalar", (), (Ref("x"), 2)))
+    ()
+    """
+    schema = schema_of(operator_of(node.target))
+    if schema is None or not schema.is_mutable:
+        return ()
+    changed = [
+        node.args[index] if index < len(node.args) else dict(node.kwargs).get(argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return tuple(leaf.name for leaf in leaves(tuple(changed)) if isinstance(leaf, Ref))
+
+
 def _stops(target: str) -> bool:
-    """Whether no gradient flows back through an op of numbers: of its operand it reads no value."""
+    """Return whether no gradient flows back through the op, as it reads no value of its operand.
+
+    `zeros_like` and `new_ones` read the shape and the type alone.
+    """
     packet = packet_of(target)
     return packet == "detach" or packet.endswith("_like") or packet.startswith("new_")

@@ -1,4 +1,4 @@
-"""From an exported program to a Graph; opaque calls become copies of the block they stand for."""
+"""From an exported program to a Graph, with opaque calls as copies of the blocks they stand for."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from autoparallel.capture.autocast import casts_of
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.block_regions import MARKS, OPAQUE, Regions, base_of
 from autoparallel.capture.canonical_order import in_canonical_order
-from autoparallel.capture.graph_builder import GraphBuilder
+from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.source_locations import source_line
 from autoparallel.errors import CaptureError
-from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, leaves, map_leaves
+from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.support.torch_private import (
     OpOverload,
     guards_of,
@@ -31,11 +31,18 @@ __all__ = ["Importer"]
 
 
 class Importer:
-    """Translates an exported program into a Graph.
+    """Translates an exported program into a Graph, once.
 
-    program: exported from a module whose attribute `model` is the user's model. builder: an empty
-    one, which gets the nodes. model: the user's. folding: how its blocks were hidden. held: the
-    tensors that no constant may be. trained_inputs: of each input, whether it needs a gradient.
+    program: a torch.export.ExportedProgram of a module whose attribute `model` is the user's model,
+    with tensors in and tensors out. builder: an empty one, which gets the nodes. model: the user's.
+    folding: how its blocks were hidden. held: the tensors that no constant may be. trained_inputs:
+    of each input, whether it needs a gradient.
+
+    constants: the tensors that the forward makes from numbers, by the targets of their nodes.
+    guards: conditions on the inputs' sizes that the tracer took for granted. autocast: device and
+    type of the autocast region that is being translated, None outside of one.
+
+    Example: `Importer(program, GraphBuilder(), model=model, ...).graph()`.
     """
 
     def __init__(
@@ -56,28 +63,42 @@ class Importer:
         self.autocast: tuple[str, torch.dtype] | None = None
 
     def graph(self) -> Graph:
-        """The verified graph. Raises CaptureError, and Unfoldable where hiding was not right."""
+        """Return the verified graph, in canonical order.
+
+        Raises CaptureError where a graph cannot say what the program does, and Unfoldable where
+        blocks were hidden wrongly.
+        """
         signature = self.program.graph_signature
         module = self.program.graph_module
-        self.read_guards(module)
-        for node in module.graph.nodes:
-            if node.op == "placeholder" and node.name in signature.user_inputs:
+        # All symbolic sizes of a program know of one set of assumptions.
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        examples = [node.meta.get("val") for node in placeholders]
+        sizes = (size for item in examples for size in getattr(item, "shape", ()))
+        symbolic = next((size for size in sizes if not isinstance(size, int)), None)
+        guards = () if symbolic is None else tuple(dict.fromkeys(guards_of(symbolic)))
+        self.builder.assume(guards)
+        for node in placeholders:
+            if node.name in signature.user_inputs:
                 number = len(self.builder.nodes)
                 grad = self.trained_inputs[number]
                 self.builder.stored("input", str(number), node.meta["val"], grad, node)
-        # Inputs are named before parameters are, and stand behind them.
+        # Inputs are named first and stand last, behind the parameters, buffers and constants.
         inputs = self.builder.nodes
         self.builder.nodes, self.builder.grad_enabled = [], []
         self.attributes(signature, module)
         self.builder.nodes += inputs
         self.builder.grad_enabled += self.trained_inputs
-        for node in inputs:
-            for size in node.result.shape:
-                self.builder.input_symbols |= (
-                    size.expr.free_symbols if isinstance(size, Sym) else set()
-                )
+        self.builder.input_symbols.update(
+            *(
+                size.expr.free_symbols
+                for node in inputs
+                for size in node.result.shape
+                if isinstance(size, Sym)
+            )
+        )
+        # Other symbols are sizes that depend on values, of which no call can be asked beforehand.
         self.guards = tuple(
-            guard for guard in self.guards if guard.free_symbols <= self.builder.input_symbols
+            guard for guard in guards if guard.free_symbols <= self.builder.input_symbols
         )
         returned = self.body(module, grad=True)
         outputs: list[str] = []
@@ -99,9 +120,11 @@ class Importer:
         return in_canonical_order(graph.verify(), self.builder).verify()
 
     def attributes(self, signature: Any, module: Any) -> None:
-        """Parameters and buffers, seen by the tracer or hidden, in the model's order; constants.
+        """Add the nodes of parameters and buffers, in the model's order, and those of constants.
 
-        A tensor that has several paths is known by the last one, as export has it.
+        signature, module: of the exported program. The tensors of hidden blocks, which the program
+        does not know, are added in their places. A tensor that has several paths goes by the last
+        one, as export has it. Raises CaptureError for a tensor that can be neither.
         """
         seen = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
         holes = {
@@ -127,31 +150,34 @@ class Importer:
                 self.builder.names_of_tensors[id(tensor)] = name
         self.require_all(stored)
         for node in holes.values():
-            self.builder.translated[node] = Ref(
-                self.builder.names_of_tensors[
-                    self.builder.tensor_ids[self.builder.translated[node].name]
-                ]
-            )
-        kept: dict[Any, Ref] = {}
+            tensor_id = self.builder.tensor_ids[self.builder.translated[node].name]
+            self.builder.translated[node] = Ref(self.builder.names_of_tensors[tensor_id])
+        # Equal blocks make equal constants, of which the traced ones stand for all: constants go by
+        # what they are, not by how many there are.
+        added: dict[Any, Ref] = {}
         for hole, target in signature.inputs_to_lifted_tensor_constants.items():
             value = self.program.constants[target]
             self.require_constant(value)
             path = target.removeprefix("model.")
             place, _, last = path.rpartition("lifted_tensor_")
             content: Any = path
+            # A meta tensor has no numbers to go by.
             if last.isdigit() and not value.is_meta:
                 content = (value.dtype, tuple(value.shape), value.device, str(value.tolist()))
-                path = f"{place}lifted_tensor_{len(kept)}"
-            if content not in kept:
-                kept[content] = Ref(
+                path = f"{place}lifted_tensor_{len(added)}"
+            if content not in added:
+                added[content] = Ref(
                     self.builder.stored("constant", path, seen[hole].meta["val"], False)
                 )
                 self.constants[path] = value
-                self.builder.lifted.add(kept[content].name)
-            self.builder.translated[seen[hole]] = kept[content]
+                self.builder.lifted.add(added[content].name)
+            self.builder.translated[seen[hole]] = added[content]
 
     def require_all(self, stored: list[tuple[str, str, torch.Tensor]]) -> None:
-        """Raises CaptureError for a parameter or buffer that the program does not know of."""
+        """Raise CaptureError for a parameter or buffer that the program does not know of.
+
+        stored: (kind, path, tensor) of all that the model lists.
+        """
         for kind, path, tensor in stored:
             if id(tensor) not in self.builder.names_of_tensors:
                 if self.folding.groups:
@@ -163,7 +189,7 @@ class Importer:
                 )
 
     def require_constant(self, value: torch.Tensor) -> None:
-        """Raises CaptureError for a constant that is memory of a parameter or buffer."""
+        """Raise CaptureError for a constant that is memory of a parameter or buffer."""
         error = self.held.refusal(value)
         if error is not None:
             if self.folding.groups:
@@ -171,48 +197,42 @@ class Importer:
             raise error
 
     def body(self, module: Any, grad: bool) -> tuple[Any, ...]:
-        """Translate the calls of one (sub)graph. Returns what it returns."""
+        """Translate the calls of one (sub)graph, and return what it returns.
+
+        module: the torch.fx.GraphModule. grad: whether gradients are recorded in it.
+        """
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 self.builder.translated[node] = getattr(module, node.target)
             elif node.op == "call_function":
                 self.call(node, grad)
             elif node.op == "output":
-                found = self.builder.leaf_all(node.args[0])
-                return found if isinstance(found, tuple) else (found,)
+                returned = self.builder.leaf_all(node.args[0])
+                return returned if isinstance(returned, tuple) else (returned,)
         raise AssertionError("a graph without an output")
 
     def call(self, node: Any, grad: bool) -> None:
-        target = node.target
-        name = str(target)
-        if name.startswith("aten._assert_tensor_metadata") or name in _GUARDS:
+        """Translate one call of the exported program, of whatever kind it is.
+
+        grad: whether gradients are recorded where it is. Raises CaptureError and Unfoldable.
+        """
+        name = str(node.target)
+        if name.startswith("aten._assert_tensor_metadata") or name in _CHECKS:
             return
         if name in MARKS:
             self.regions.mark(node, name)
-            return
-        if name == OPAQUE:
+        elif name == OPAQUE:
             self.regions.copy(node)
-            return
-        example = node.meta.get("val")
-        if isinstance(example, (torch.SymInt, int, torch.SymFloat, torch.SymBool)):
-            if not isinstance(example, int) and hint_of(example) is None:
-                path, line = self.builder.origins.path(node), source_line(node)
-                raise CaptureError(
-                    "the forward computes with a tensor's value in Python",
-                    where=f"{line}  in {path}" if path else line,
-                    why="the value is not known before the model runs (.item(), int(), float())",
-                    fix="keep it a tensor of no dims, which broadcasts as a number does",
-                )
-            self.builder.translated[node] = self.builder.scalar(example)
-            return
-        if getattr(target, "__name__", "") == "getitem":
-            source = self.builder.translated[node.args[0]]
-            self.builder.translated[node] = source[node.args[1]]
-            return
-        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+        elif isinstance(node.meta.get("val"), (torch.SymInt, int, torch.SymFloat, torch.SymBool)):
+            self.number(node)
+        elif getattr(node.target, "__name__", "") == "getitem":
+            results = self.builder.translated[node.args[0]]
+            self.builder.translated[node] = results[node.args[1]]
+        elif name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             self.inline(node, name, grad)
-            return
-        if not isinstance(target, OpOverload):
+        elif isinstance(node.target, OpOverload):
+            self.operator(node, grad)
+        else:
             raise CaptureError(
                 f"{name} is no operator of tensors alone",
                 where=self.builder.origins.where(node),
@@ -220,96 +240,126 @@ class Importer:
                 "programs of their own",
                 fix="keep it in a submodule of its own, which then stays Python",
             )
-        args = self.builder.leaf_all(node.args)
-        kwargs = tuple((key, self.builder.leaf_all(value)) for key, value in node.kwargs.items())
+
+    def number(self, node: Any) -> None:
+        """Translate a call that returns a number: a size, or what is computed from sizes.
+
+        Raises CaptureError where the number depends on the values of a tensor.
+        """
+        example = node.meta["val"]
+        if not isinstance(example, int) and hint_of(example) is None:
+            path, line = self.builder.origins.path(node), source_line(node)
+            raise CaptureError(
+                "the forward computes with a tensor's value in Python",
+                where=f"{line}  in {path}" if path else line,
+                why="the value is not known before the model runs (.item(), int(), float())",
+                fix="keep it a tensor of no dims, which broadcasts as a number does",
+            )
+        self.builder.translated[node] = self.builder.scalar(example)
+
+    def operator(self, node: Any, grad: bool) -> None:
+        """Translate the call of an op on tensors into a node.
+
+        grad: whether gradients are recorded where it is. Raises CaptureError for an op that writes
+        to tensors and returns none.
+        """
+        target, name, example = node.target, str(node.target), node.meta.get("val")
+        builder = self.builder
+        args = builder.leaf_all(node.args)
+        kwargs = tuple((key, builder.leaf_all(value)) for key, value in node.kwargs.items())
         if name == "aten.slice.Tensor":
             # x[:, :3] is traced in two ways, even in equal blocks: with a slice of all rows, and
             # without; from 0, and from None.
-            if grad and self.builder.shape(example) == self.builder.values[args[0].name].shape:
-                self.builder.translated[node] = args[0]
+            if grad and builder.shape(example) == builder.values[args[0].name].shape:
+                builder.translated[node] = args[0]
                 return
             args = (*args[:2], 0, *args[3:]) if args[2:] and args[2] is None else args
         if self.autocast is not None:
             args, kwargs = self.cast(node, args, kwargs, grad)
-        written = _written(target, args)
-        probe = Node("", "call", name, (), args, kwargs)
-        flows = self.builder.records(probe, grad)
-        single = isinstance(example, torch.Tensor)
+        call = Node("", "call", name, (), args, kwargs)
         if example is None and not schema_of(target).is_mutable:
             return  # it only checks its operands
         if example is None:
             raise CaptureError(
                 f"{name} writes to tensors and returns none",
-                where=self.builder.origins.where(node),
-                why=f"it writes to {', '.join(written)}; a graph is of values that are returned",
+                where=builder.origins.where(node),
+                why=f"it writes to {', '.join(written_by(call))}; a graph has returned values alone",
                 fix="use an op that returns what it makes, for each tensor",
             )
-        own = self.builder.fresh(base_of(node.name), 1 if single else len(example))
+        flows = builder.records(call, grad)
+        single = isinstance(example, torch.Tensor)
+        unique = builder.fresh(base_of(node.name), 1 if single else len(example))
         if single:
-            results: tuple[Value, ...] = (self.builder.value(own, example, flows),)
-            self.builder.translated[node] = Ref(own)
+            results: tuple[Value, ...] = (builder.value(unique, example, flows),)
+            builder.translated[node] = Ref(unique)
         else:
             results = tuple(
-                self.builder.value(f"{own}_{index}", item, flows)
+                builder.value(f"{unique}_{index}", item, flows)
                 for index, item in enumerate(example)
             )
-            self.builder.translated[node] = tuple(Ref(value.name) for value in results)
-        scope, line = self.builder.origins.scope(node), source_line(node)
-        made = Node(own, "call", name, results, args, kwargs, scope, line)
-        self.builder.add(made, grad)
-        self.builder.follow(made, written, flows)
-        self.builder.frames[own] = self.builder.origins.frames(node)
+            builder.translated[node] = tuple(Ref(value.name) for value in results)
+        scope, line = builder.origins.scope(node), source_line(node)
+        translated = replace(call, name=unique, results=results, scope=scope, line=line)
+        builder.add(translated, grad, builder.origins.frames(node))
+        builder.follow(translated, flows)
 
     def cast(self, node: Any, args: Any, kwargs: Any, grad: bool) -> tuple[Any, Any]:
-        """The arguments of a call under autocast, after explicit casts that do the same."""
+        """Add explicit casts for those that autocast makes before a call.
+
+        node: the call, of the exported program. args, kwargs: as translated. Returns them with the
+        operands that are cast. Raises CaptureError where casts do not explain the call's types.
+        """
         assert self.autocast is not None
         if self.folding.groups:
             raise self.folding.fail("an autocast region, in which equal blocks may not be equal")
         device, dtype = self.autocast
         examples = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda item: item.meta["val"])
-        found: dict[int, torch.dtype] | None = None
-        places = {
+        casts: dict[int, torch.dtype] | None = None
+        devices = {
             leaf.device.type for leaf in tree_leaves(examples) if isinstance(leaf, torch.Tensor)
         }
-        if places <= {device}:
-            found = casts_of(node.target, *examples, device, dtype)
-        if found is None:
-            on = ", ".join(sorted(places))
+        if devices <= {device}:
+            casts = casts_of(node.target, *examples, device, dtype)
+        if casts is None:
+            on = ", ".join(sorted(devices))
             raise CaptureError(
                 f"what autocast does to {node.target} cannot be told",
                 where=self.builder.origins.where(node),
                 why=f"the region is for {device}, and the model is on {on}"
-                if places != {device}
+                if devices != {device}
                 else "casts of its operands do not explain it",
                 fix="cast explicitly, or run the whole model in the lower precision",
             )
-        place = -1
-        scope, line = self.builder.origins.scope(node), source_line(node)
+        position = -1
+        origins, line = self.builder.origins, source_line(node)
 
         def leaf(item: Any) -> Any:
-            nonlocal place
+            """Return an argument of the call, cast where it is an operand that autocast casts."""
+            nonlocal position
             if not isinstance(item, Ref):
                 return item
-            place += 1
-            if place not in found or found[place] == self.builder.values[item.name].dtype:
+            position += 1
+            value = self.builder.values[item.name]
+            if position not in casts or casts[position] == value.dtype:
                 return item
-            own = self.builder.fresh(f"{item.name}_cast")
-            flows = grad and self.builder.values[item.name].requires_grad
-            value = replace(
-                self.builder.values[item.name], name=own, dtype=found[place], requires_grad=flows
-            )
-            cast = (item, found[place])
-            self.builder.writes[own] = ()
-            self.builder.frames[own] = self.builder.origins.frames(node)
-            self.builder.add(
-                Node(own, "call", "aten.to.dtype", (value,), cast, (), scope, line), grad
-            )
-            return Ref(own)
+            name, kind = self.builder.fresh(f"{item.name}_cast"), casts[position]
+            flows = grad and value.requires_grad
+            result = replace(value, name=name, dtype=kind, requires_grad=flows)
+            operands, scope = (item, kind), origins.scope(node)
+            cast = Node(name, "call", "aten.to.dtype", (result,), operands, (), scope, line)
+            self.builder.add(cast, grad, origins.frames(node))
+            # A cast to another type is no view, which `follow` could not know.
+            self.builder.writes[name] = ()
+            return Ref(name)
 
         return map_leaves(leaf, args), map_leaves(leaf, kwargs)
 
     def inline(self, node: Any, name: str, grad: bool) -> None:
-        """A region that export wraps: its body joins the graph."""
+        """Translate a region without gradient or under autocast: its body joins the graph.
+
+        node: the call of the wrapped body. name: of the wrapper. grad: whether gradients are
+        recorded around it. The positions of its arguments are those of torch 2.13.
+        """
         if name == "wrap_with_set_grad_enabled":
             enabled, module, *operands = node.args
             inner = grad and bool(enabled)
@@ -320,41 +370,18 @@ class Importer:
         holes = [item for item in body.graph.nodes if item.op == "placeholder"]
         for hole, operand in zip(holes, operands, strict=True):
             self.builder.translated[hole] = self.builder.leaf_all(operand)
+        # Regions may lie inside of others: behind the inner one the outer one goes on.
         outer = self.autocast
         if name == "wrap_with_autocast":
             self.autocast = (node.args[0], node.args[1]) if enabled else None
         self.builder.translated[node] = self.body(body, inner)
         self.autocast = outer
 
-    def read_guards(self, module: Any) -> None:
-        """What the tracer assumed about sizes, and which expressions are numbers by that."""
-        examples = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
-        sizes = [size for item in examples for size in getattr(item, "shape", ())]
-        symbolic = next((size for size in sizes if not isinstance(size, int)), None)
-        if symbolic is None:
-            return
-        self.guards = tuple(dict.fromkeys(guards_of(symbolic)))
-        for guard in self.guards:
-            if isinstance(guard, sympy.Eq) and guard.rhs.is_number and not guard.lhs.is_Symbol:
-                self.builder.equal_sizes[guard.lhs] = guard.rhs
 
-
-_GUARDS = {
+# Checks of values, which a graph leaves out: they compute nothing.
+_CHECKS = {
     "aten.sym_constrain_range_for_size.default",
     "aten.sym_constrain_range.default",
     "aten._assert_scalar.default",
     "aten._assert_async.msg",
 }
-
-
-def _written(target: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
-    """Names of the values that a call writes to."""
-    schema = schema_of(target)
-    if schema is None or not schema.is_mutable:
-        return ()
-    changed = [
-        args[index] if index < len(args) else None
-        for index, argument in enumerate(schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    return tuple(leaf.name for leaf in leaves(tuple(changed)) if isinstance(leaf, Ref))
