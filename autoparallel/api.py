@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.capture.example_inputs import find_example_inputs, split_example
-from autoparallel.capture.export import refuse_wrapped
+from autoparallel.capture.refused_models import refuse_wrapped
 from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import InputsNeededError, PlanError
 from autoparallel.mesh import Mesh

@@ -14,82 +14,52 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoparallel.capture.equal_blocks import Group, state_of, token_of
-from autoparallel.support.pytree import Skeleton, flatten, rebuild
-from autoparallel.support.torch_private import expression_of, storage_key
+from autoparallel.capture.block_calls import (
+    KEYS,
+    RESULTS,
+    Traced,
+    constants_of,
+    containers_of,
+    same_tensors,
+)
+from autoparallel.capture.equal_blocks import Group, state_of, token_of, watched_class
+from autoparallel.support.pytree import flatten, rebuild
+from autoparallel.support.torch_private import storage_key
 
-__all__ = ["Folding", "Traced", "Unfoldable"]
+__all__ = ["Folding", "Unfoldable"]
 
 
 class Unfoldable(Exception):  # noqa: N818 - not an error: the full trace is the answer
-    """Blocks are not provably the same. paths: of blocks that must be traced for themselves."""
+    """Blocks are not provably the same, and what they were folded for must be traced again.
+
+    reason: for the log. paths: of blocks that must be traced for themselves in the next attempt;
+    without any, the model is traced without folding.
+    """
 
     def __init__(self, reason: str, paths: tuple[str, ...] = ()) -> None:
         super().__init__(reason)
         self.reason, self.paths = reason, paths
 
 
-_library = torch.library.Library("autoparallel", "DEF")
-_library.define("block(Tensor[] inputs, int key) -> Tensor[]")
-_library.define("enter(Tensor[] inputs, int key) -> ()")
-_library.define("leave(Tensor[] outputs, int key) -> ()")
-_library.define("again(Tensor input) -> Tensor")
-_results: dict[int, tuple[torch.Tensor, ...]] = {}
-_keys = itertools.count()
-
-
-@torch.library.register_fake("autoparallel::block")
-def _block(inputs: list[torch.Tensor], key: int) -> list[torch.Tensor]:
-    return [
-        torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-        for like in _results[key]
-    ]
-
-
-@torch.library.register_fake("autoparallel::enter")
-def _enter(inputs: list[torch.Tensor], key: int) -> None:
-    return None
-
-
-@torch.library.register_fake("autoparallel::leave")
-def _leave(outputs: list[torch.Tensor], key: int) -> None:
-    return None
-
-
-@torch.library.register_fake("autoparallel::again")
-def _again(input: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(input)
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One call of a block that ran. key: of its marks. path: of the block.
-
-    tensors, skeleton: what it was called with. result: skeleton of what it returned, and for each
-    tensor in it its index among those made, or ~index of the input that was passed on.
-    """
-
-    key: int
-    path: str
-    tensors: tuple[torch.Tensor, ...]
-    constants: Any
-    result: Skeleton
-    origins: tuple[int, ...]
-    made: tuple[torch.Tensor, ...]
-
-
 class Folding:
     """One attempt to trace a model with some of its blocks hidden.
 
-    apart: paths of blocks that are traced besides the first and the last of their group.
-    After the trace, `calls` gives the block's path and the traced call of every opaque call, and
-    `twins` the traced calls that must turn out like an earlier one.
+    groups: of equal blocks; none, and nothing is hidden. apart: paths of blocks that are traced
+    besides the first and the last of their group.
+
+    hidden: the hidden blocks, by path. siblings: for each hidden path those of its group. blocks:
+    (path, block) by the id of the block's dict, by which a block is known whatever its class.
+    traced: the traced calls of each group, by the group's number. After the trace, `calls` gives
+    the block's path and the traced call for the key of every opaque call, `marks` the block's path
+    for the key of every mark, and `twins` the traced calls that must turn out like an earlier one.
+    failure: the first reason to give up. running: whether the model's forward is at work.
+
+    Example: `with folding.installed(), folding.forward(): model(x)`, inside of torch.export.
     """
 
     def __init__(self, groups: tuple[Group, ...], apart: frozenset[str]) -> None:
@@ -106,51 +76,60 @@ class Folding:
         self._inside = False
 
     def fail(self, reason: str, *paths: str) -> Unfoldable:
-        """The exception to raise; remembered, as the model may catch it."""
+        """Return the exception to raise; it is remembered, as the model may catch it.
+
+        reason: for the log. paths: see Unfoldable. The first failure is the one that counts.
+        """
         self.failure = self.failure or Unfoldable(reason, paths)
         return self.failure
 
     def entered(self, reason: str, path: str) -> Unfoldable:
-        """The same where something in a hidden block is reached without calling the block.
+        """Return the exception for something in a hidden block that is reached past its call.
 
-        Its equals will be used alike: all of them are traced for themselves.
+        path: of what is reached. The block's equals will be used alike: all of them are traced for
+        themselves in the next attempt.
         """
         return self.fail(reason, *self.siblings.get(self.block_of(path) or path, (path,)))
 
     def block_of(self, path: str) -> str | None:
-        """The hidden block that is at `path`, or has in it what is there."""
+        """Return the path of the hidden block that is at `path` or around it; None without one."""
         names = path.split(".")
         above = (".".join(names[:end]) for end in range(1, len(names) + 1))
         return next((block for block in above if block in self.hidden), None)
 
     def require_called(self) -> None:
-        """Raises Unfoldable where a hidden block was never called."""
+        """Raise Unfoldable where a hidden block was never called: how it is entered is unknown."""
         called = {path for path, _ in self.calls.values()}
         missed = tuple(path for path in self.hidden if path not in called)
         if missed:
             raise self.fail(f"{missed[0]} is never called", *missed)
 
     def repeats(self) -> tuple[tuple[str, ...], ...]:
-        """Paths of the blocks that are one block's copies, for every block that was copied."""
+        """Return, for every block that was copied, its path and those of its copies."""
         copies: dict[int, list[str]] = {}
         for path, traced in self.calls.values():
-            found = copies.setdefault(traced.key, [traced.path])
-            if path not in found:
-                found.append(path)
+            paths = copies.setdefault(traced.key, [traced.path])
+            if path not in paths:
+                paths.append(path)
         return tuple(map(tuple, copies.values()))
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Blocks behave as described above; in the end all is as it was."""
+        """Have blocks behave, inside of this context, as the head of this file says.
+
+        Blocks become instances of subclasses of their classes, so that nothing else of them
+        changes; in the end they are what they were.
+        """
         changed: list[tuple[nn.Module, type]] = []
 
-        def become(module: nn.Module, made: type) -> None:
+        def become(module: nn.Module, kind: type) -> None:
+            """Change the module's class."""
             changed.append((module, type(module)))
-            module.__class__ = made
+            module.__class__ = kind
 
         try:
             for number, group in enumerate(self.groups):
-                kinds: dict[Any, type] = {}
+                kinds: dict[Any, type] = {}  # one subclass for equal modules of a group
                 last = len(group.members) - 1
                 for index, (path, block) in enumerate(group.members):
                     shown = index in (0, last) or path in self.apart
@@ -175,11 +154,14 @@ class Folding:
             for module, kind in reversed(changed):
                 module.__class__ = kind
             for number in self.calls:
-                _results.pop(number, None)
+                RESULTS.pop(number, None)
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """The model's forward runs: what is hidden must not be looked at."""
+        """Have whoever looks into a hidden block, inside of this context, raise Unfoldable.
+
+        It is installed around the model's forward alone: the tracer looks around it as well.
+        """
         self.running = True
         try:
             yield
@@ -187,34 +169,36 @@ class Folding:
             self.running = False
 
     def _nothing(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Return no parameters and no buffers, for a hidden block. Raises Unfoldable."""
         if self.running:
             path, _ = self.blocks[id(vars(module))]
             raise self.entered("the model looks at the parameters of a block", path)
         return {}
 
     def _children(self, module: nn.Module) -> Any:
+        """Return the modules in a hidden block, to all but the model. Raises Unfoldable."""
         if self.running:
             path, _ = self.blocks[id(vars(module))]
             raise self.entered("the model looks at the modules in a block", path)
         return vars(module)["_modules"]
 
     def _kind(self, group: int, base: type, mode: str, watched: tuple[str, ...]) -> type:
-        """A subclass for a block that runs, one that is hidden, or a module inside of one."""
+        """Return the subclass that a module becomes an instance of.
+
+        group: number of the block's group. base: the module's class. mode: "shown" for a block that
+        is traced, "hidden", or "inner" for a module inside of a shown one. watched: attributes that
+        number the blocks, which the forward must not read.
+        """
         folding = self
-        body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        body: dict[str, Any] = {}
 
-        def watch(name: str) -> property:
-            def read(module: Any) -> Any:
-                if folding._inside:
-                    raise folding.fail(f"the forward reads {name}, which numbers the blocks")
-                return vars(module)[name]
-
-            return property(read, lambda module, value: vars(module).__setitem__(name, value))
-
-        for name in watched:
-            body[name] = watch(name)
+        def notice(name: str) -> None:
+            """Raise Unfoldable where a block's forward reads such an attribute."""
+            if folding._inside:
+                raise folding.fail(f"the forward reads {name}, which numbers the blocks")
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            """Run a block that is traced, or record an opaque call for one that is hidden."""
             path, block = folding.blocks[id(vars(module))]
             if folding._inside:
                 raise folding.fail("a block is called by another block")
@@ -228,9 +212,11 @@ class Folding:
                 folding._inside = False
 
         def hide(name: str) -> Any:
+            """Return a method that refuses while the model runs, and else does as ever."""
             original = getattr(base, name)
 
             def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+                """Do as ever, unless the model runs."""
                 if folding.running:
                     path, _ = folding.blocks[id(vars(module))]
                     raise folding.entered(f"the model looks into a block by {name}", path)
@@ -245,10 +231,12 @@ class Folding:
             body["named_modules"] = _only_itself(folding)
             body["_parameters"] = body["_buffers"] = property(folding._nothing)
             body["_modules"] = property(folding._children)
+            # Export compares the state before and after the trace: hidden tensors are in neither.
             body["state_dict"] = lambda module, *args, destination=None, **kwargs: destination
             original: Any = nn.Module.__getattr__
 
             def look(module: Any, name: str) -> Any:
+                """Refuse to find a tensor or module of a hidden block."""
                 inner = ("_parameters", "_buffers", "_modules")
                 if folding.running and any(name in vars(module)[kind] for kind in inner):
                     path, _ = folding.blocks[id(vars(module))]
@@ -256,23 +244,28 @@ class Folding:
                 return original(module, name)
 
             body["__getattr__"] = look
-        return type(base)(base.__name__, (base,), body)
+        return watched_class(base, watched, notice, **body)
 
     def _trace(
         self, group: int, path: str, block: nn.Module, run: Any, args: Any, kwargs: Any
     ) -> Any:
-        """Run a block that is traced, with a mark before and one behind."""
+        """Run a block that is traced, with a mark before and one behind, and return its result.
+
+        group: number of the block's group. run: its forward. Raises Unfoldable for a block whose
+        call does more than a graph of it would say.
+        """
         tensors, skeleton = flatten((args, kwargs))
-        constants = _constants(skeleton)
+        constants = constants_of(skeleton)
+        # In-place writes raise the versions of inputs; all else is compared before and after.
         versions = [tensor._version for tensor in tensors]
-        held = (state_of(block), token_of((args, kwargs), {}, depth=2))
+        before = (state_of(block), token_of((args, kwargs), {}, depth=2))
         twin = self._find(group, tensors, constants)
-        key = next(_keys)
+        key = next(KEYS)
         self.marks[key] = path
         torch.ops.autoparallel.enter(tensors, key)
         result = run(*args, **kwargs)
-        now = (state_of(block), token_of((args, kwargs), {}, depth=2))
-        if now != held or [tensor._version for tensor in tensors] != versions:
+        after = (state_of(block), token_of((args, kwargs), {}, depth=2))
+        if after != before or [tensor._version for tensor in tensors] != versions:
             raise self.fail(f"{path} changes what it is called with or what it holds")
         outputs, shape = flatten(result)
         known = {id(tensor): index for index, tensor in enumerate(tensors)}
@@ -280,7 +273,7 @@ class Folding:
         storages = {storage_key(tensor) for tensor in tensors}
         if any(storage_key(tensor) in storages for tensor in made):
             raise self.fail(f"{path} returns a view of what it is called with")
-        if _objects(shape) & _objects(skeleton):
+        if containers_of(shape) & containers_of(skeleton):
             raise self.fail(f"{path} returns an object that it is called with")
         torch.ops.autoparallel.leave(made, key)
         count = itertools.count()
@@ -297,80 +290,43 @@ class Folding:
         return result
 
     def _call(self, group: int, path: str, args: Any, kwargs: Any) -> Any:
-        """An opaque call in the place of a hidden block."""
+        """Record an opaque call in the place of a hidden block, and return results for it.
+
+        group: number of the block's group. Raises Unfoldable where no traced block was called so:
+        a block whose call matches no traced block is traced itself in the next attempt.
+        """
         tensors, skeleton = flatten((args, kwargs))
-        traced = self._find(group, tensors, _constants(skeleton))
+        traced = self._find(group, tensors, constants_of(skeleton))
         if traced is None:
             raise self.fail(f"{path} is called as no block before it", path)
-        key = next(_keys)
-        _results[key] = traced.made
+        key = next(KEYS)
+        RESULTS[key] = traced.made
         self.calls[key] = (path, traced)
-        made = torch.ops.autoparallel.block(tensors, key)
-        return rebuild(traced.result, [tensors[~o] if o < 0 else made[o] for o in traced.origins])
+        results = torch.ops.autoparallel.block(tensors, key)
+        leaves = [tensors[~index] if index < 0 else results[index] for index in traced.origins]
+        return rebuild(traced.result, leaves)
 
     def _find(self, group: int, tensors: list[torch.Tensor], constants: Any) -> Traced | None:
+        """Return the traced call of the group that was made alike, None where there is none."""
         for call in self.traced.get(group, ()):
-            if call.constants == constants and _alike(call.tensors, tensors):
+            if call.constants == constants and same_tensors(call.tensors, tensors):
                 return call
         return None
 
 
 def _only_itself(folding: Folding) -> Any:
+    """Return the `named_modules` of hidden blocks."""
+
     def named_modules(
         module: nn.Module,
         memo: set[nn.Module] | None = None,
         prefix: str = "",
         remove_duplicate: bool = True,
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The block without what it holds, which is how the tracer does not see it."""
+        """Yield the block without the modules in it, so that the tracer does not see those."""
         if folding.running:
             path, _ = folding.blocks[id(vars(module))]
             raise folding.entered("the model walks through its modules", path)
         yield prefix, module
 
     return named_modules
-
-
-def _alike(first: tuple[torch.Tensor, ...], second: list[torch.Tensor]) -> bool:
-    """Same kinds of tensors, and the same ones given twice. Sizes are compared as expressions."""
-    if len(first) != len(second):
-        return False
-    ids = ([id(tensor) for tensor in first], [id(tensor) for tensor in second])
-    return all(
-        _looks(a) == _looks(b) and ids[0].index(id(a)) == ids[1].index(id(b))
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def _looks(tensor: torch.Tensor) -> Any:
-    sizes = [_expression(size) for size in (*tensor.shape, *tensor.stride())]
-    return (type(tensor), tensor.dtype, tensor.device, tensor.layout, sizes)
-
-
-def _expression(size: Any) -> Any:
-    return expression_of(size) if isinstance(size, torch.SymInt) else size
-
-
-def _constants(skeleton: Skeleton) -> Any:
-    """Hashable: the containers and constants of a call, and the modes it happens in."""
-    modes = (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-    )
-    return (modes, _token(skeleton))
-
-
-def _token(skeleton: Skeleton) -> Any:
-    if skeleton.kind == "constant":
-        return token_of(skeleton.sample, {})
-    keys = tuple(token_of(key, {}) for key in skeleton.keys)
-    return (skeleton.kind, type(skeleton.sample), keys, *map(_token, skeleton.children))
-
-
-def _objects(skeleton: Skeleton) -> set[int]:
-    """The containers that a block could write to, by id."""
-    own = set() if skeleton.kind in ("tensor", "constant", "namedtuple") else {id(skeleton.sample)}
-    if isinstance(skeleton.sample, tuple):
-        own = set()
-    return own.union(*map(_objects, skeleton.children))

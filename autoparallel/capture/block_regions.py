@@ -6,17 +6,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autoparallel.capture.block_calls import MARKS
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.module_tensors import named_tensors
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, leaves, map_leaves
 
-__all__ = ["MARKS", "OPAQUE", "Regions", "base_of"]
+__all__ = ["Regions", "base_of"]
 
-# The ops that block_folding.py writes into the program: before and behind a block that is traced,
-# and in the place of one that is not.
-MARKS = ("autoparallel.enter.default", "autoparallel.leave.default")
-OPAQUE = "autoparallel.block.default"
 _NUMBER = re.compile(r"_\d+$")
 
 

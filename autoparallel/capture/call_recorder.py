@@ -36,7 +36,7 @@ class Call:
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) as they were, with new tensors of arbitrary content."""
-        tensors = [torch.empty_like(like, device=device) for like, device in self.tensors]
+        tensors = [torch.empty_like(stand_in, device=device) for stand_in, device in self.tensors]
         args, kwargs = rebuild(self.skeleton, tensors)
         return args, kwargs
 
@@ -69,6 +69,7 @@ def record(
         """Return the hook that notes the call of the module at `path` before it runs."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            """Note the first call, and each caller."""
             tensors, skeleton = flatten((args, kwargs))
             # Inside of torch.func a tensor is one of a batch: it has not the shape of a call.
             if path not in calls and not any(map(is_functorch_wrapped_tensor, tensors)):
@@ -81,6 +82,7 @@ def record(
         return hook
 
     def leave(*_: Any) -> None:
+        """Go back to the caller when a module has run."""
         stack.pop()
 
     for path, module in copied.named_modules():

@@ -28,13 +28,17 @@ _Item = list[Node]
 
 
 def in_canonical_order(graph: Graph, builder: GraphBuilder) -> Graph:
-    """The same program with the independent calls of each statement in order of their first use.
+    """Return the same program with the independent calls of each statement in order of first use.
 
-    builder: has built the graph, and knows the statement and the unnumbered name of each call.
+    graph: as traced. builder: has built it, and knows the statement and the unnumbered name of each
+    call.
     Calls change places only within one statement of one forward, run once or several times in a
     row, and only if none of them reads what another computes. Statements that write in place or
     draw random numbers stay as they are: there the order has a meaning. Names and the numbers of
     module calls are given anew, in the new order. A graph in canonical order is returned as it is.
+    A loop whose body has several statements stays as it was traced.
+
+    Example: `in_canonical_order(graph, builder).fingerprint`.
     """
     calls = _Arrangement(graph, builder.frames).in_order(list(graph.calls))
     if calls == list(graph.calls):
@@ -47,12 +51,16 @@ class _Arrangement:
 
     All readers of a result are later than the call that produces it. Seen from the end, they are
     where they will stay when that call is placed.
+
+    frames: as in GraphBuilder. ranks: of the calls placed so far; the earlier in the program, the
+    lower. returned: places of the values that are returned or written back. live: names of the
+    calls that these, or calls with effects, depend on.
     """
 
     def __init__(self, graph: Graph, frames: _Frames) -> None:
         self.frames = frames
         self.readers = graph.readers
-        self.ranks: dict[str, int] = {}  # of placed calls; the later placed, the lower
+        self.ranks: dict[str, int] = {}
         returned = (*graph.outputs, *(name for _, name in graph.mutations))
         self.returned = {name: index for index, name in reversed(list(enumerate(returned)))}
         self.live: set[str] = set()
@@ -61,11 +69,15 @@ class _Arrangement:
                 self.live.add(node.name)
 
     def _is_used(self, value: str) -> bool:
+        """Return whether a value is returned or read by a call that is live."""
         readers = self.readers[value]
         return value in self.returned or any(node.name in self.live for node in readers)
 
     def in_order(self, nodes: _Item, depth: int = 0) -> list[Node]:
-        """Arrange the calls of one module call, `depth` module calls below the whole model."""
+        """Place the calls of one module call, `depth` module calls below the whole model.
+
+        nodes: in the order of the trace. Returns them in their new order.
+        """
         placed: list[Node] = []
         # By statement: the lines of the forwards that are at work, down to this module's.
         for _, run in reversed(list(_runs(nodes, depth, self.frames))):
@@ -78,14 +90,14 @@ class _Arrangement:
         return placed[::-1]
 
     def _by_first_use(self, run: list[_Item]) -> list[_Item]:
-        """The items of one statement, the independent ones in order of their first use."""
+        """Return the items of one statement, the independent ones in order of first use."""
         if len(run) == 1 or any(_has_effect(node) for item in run for node in item):
             return run
         parts = self._independent(run)
         return [item for part in sorted(parts, key=self._first_use) for item in part]
 
     def _independent(self, run: list[_Item]) -> list[list[_Item]]:
-        """The items in parts that do not read from each other, by the first item of each.
+        """Return the items in parts that do not read from each other, by the first item of each.
 
         A part whose results nobody needs goes along with the item behind it.
         """
@@ -93,11 +105,13 @@ class _Arrangement:
         producers: dict[str, int] = {}
 
         def root(index: int) -> int:
+            """Return the first item of the part that an item is in, and shorten the way to it."""
             while above[index] != index:
                 above[index] = index = above[above[index]]
             return index
 
         def join(first: int, second: int) -> None:
+            """Make one part of those that two items are in."""
             low, high = sorted((root(first), root(second)))
             above[high] = low
 
@@ -122,7 +136,7 @@ class _Arrangement:
         return list(parts.values())
 
     def _first_use(self, part: list[_Item]) -> tuple[int, int]:
-        """(rank of the first reader, which of its operands), for results read outside of the part.
+        """Return (rank of the first reader, which of its operands) of a part's results.
 
         Results that are returned come after those that are read. All ranks are 0 or less.
         """
@@ -140,12 +154,17 @@ class _Arrangement:
 def _runs(
     nodes: _Item, depth: int, frames: _Frames
 ) -> Iterable[tuple[tuple[str, ...], list[_Item]]]:
-    """The items of one module call by statement, in the order of the program."""
+    """Return (statement, its items) for one module call, in the order of the program.
+
+    A statement is the lines of the forwards that are at work, down to the module's own.
+    """
 
     def call(node: Node) -> object:
+        """Return a value that is equal for neighbours that one inner module call became."""
         return node.scope[: depth + 1] if len(node.scope) > depth else node.name
 
     def statement(item: _Item) -> tuple[str, ...]:
+        """Return the lines that an item was made in."""
         lines = frames.get(item[0].name, ())[: depth + 1]
         # A name is no line: what cannot be told is a statement of its own.
         return lines if len(lines) > depth else (item[0].name,)
@@ -155,7 +174,7 @@ def _runs(
 
 
 def _has_effect(node: Node) -> bool:
-    """Whether it matters when the call runs: it writes in place or draws, or nobody knows."""
+    """Return whether it matters when the call runs: it writes in place or draws, or is unknown."""
     operator = operator_of(node.target)
     schema = schema_of(operator)
     if schema is None or schema.is_mutable:
@@ -164,7 +183,10 @@ def _has_effect(node: Node) -> bool:
 
 
 def _renamed(graph: Graph, calls: list[Node], bases: Mapping[str, str]) -> Graph:
-    """The graph with its calls in this order, and named as if they had been traced in it."""
+    """Return the graph with its calls in this order, named as if they had been traced in it.
+
+    bases: names without numbers, in the order in which names were given.
+    """
     names = GraphBuilder()
     stored = {node.name: node for node in graph.nodes if node.kind != "call"}
     for name, base in bases.items():
@@ -175,11 +197,13 @@ def _renamed(graph: Graph, calls: list[Node], bases: Mapping[str, str]) -> Graph
     counts: dict[tuple[tuple[str, ...], str], int] = {}
 
     def rename(item: object) -> object:
+        """Return an argument with a reference under its new name."""
         return Ref(renamed.get(item.name, item.name)) if isinstance(item, Ref) else item
 
     nodes = list(stored.values())
     for node in calls:
         single = len(node.results) == 1 and node.result.name == node.name
+        # A cast under autocast is named by its operand, which has another name now.
         operand, cast, rest = bases[node.name].rpartition("_cast")
         base = renamed.get(operand, operand) + cast + rest
         name = names.fresh(base, 1 if single else len(node.results))

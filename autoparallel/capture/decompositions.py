@@ -1,9 +1,9 @@
-"""Ops that are traced as the simpler ops that they stand for.
+"""Decompositions applied while tracing.
 
 Two sources. Torch defines many ops by others (`hstack` by `cat`, `lstm_cell` by `linear`): those
-that nobody wrote a rule for are traced as torch defines them. And some, written out here, hide
-a count, a sum or random numbers that must be seen to be split: the count of a mean is that of all
-ranks, a bias counts once, and a number belongs to an element of the whole.
+that nobody wrote a rule for are traced as torch defines them (decompose.py). And some, written out
+here, hide a count or a sum that must be seen to be split: a mean divides by the count of all ranks,
+and a bias counts once, however the sum that it is added to is split.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from autoparallel.support.torch_private import schema_of
 
 __all__: list[str] = []
 
+# The values of `reduction` in aten (torch 2.13, at::Reduction).
 _NONE, _MEAN, _SUM = 0, 1, 2
-# Bytes of the smallest numbers whose sum over a batch is one of them.
+# Bytes of the smallest type in which losses may be summed: float16 overflows at 65504, and bfloat16
+# keeps 8 bits of a sum. Their mean divides first, or adds in float32.
 _SUMMABLE = 4
 
 
 def _plus(bias: torch.Tensor, product: torch.Tensor, beta: Any, alpha: Any) -> torch.Tensor:
-    """beta * bias + alpha * product; a beta of 0 ignores even what is not a number."""
+    """Return beta * bias + alpha * product; a beta of 0 ignores even a bias of nan."""
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product
@@ -33,7 +35,10 @@ def _plus(bias: torch.Tensor, product: torch.Tensor, beta: Any, alpha: Any) -> t
 
 @decomposition("aten.addmm.default")
 def addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    """A plain one is kept: a pass of its own finds the dims that were flattened for it."""
+    """beta * bias + alpha * left @ right, where either factor is not 1.
+
+    A plain one is kept: a pass of its own (split_bias) finds the dims that were flattened for it.
+    """
     if beta == 1 and alpha == 1:
         return NotImplemented
     return _plus(bias, left @ right, beta, alpha)
@@ -41,44 +46,49 @@ def addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) ->
 
 @decomposition("aten.addmv.default")
 def addmv(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    """The bias counts once, however the summed loop of the product is split."""
+    """beta * bias + alpha * left @ right, the bias counted once however the product is split."""
     return _plus(bias, left @ right, beta, alpha)
 
 
 @decomposition("aten.addbmm.default")
 def addbmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    """The sum over the batch of products, and a bias."""
+    """beta * bias + alpha * sum_b left[b] @ right[b], the bias counted once."""
     return _plus(bias, torch.bmm(left, right).sum(0), beta, alpha)
 
 
 @decomposition("aten.addr.default")
 def addr(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    """An outer product and a bias."""
+    """beta * bias + alpha * outer(left, right), the bias counted once."""
     return _plus(bias, torch.outer(left, right), beta, alpha)
 
 
 def _mean_of(loss: Any, position: int) -> Decomposition:
-    """A mean over elements: their sum over the count of the whole."""
+    """Return the decomposition of a loss's mean over elements: their sum over the count of all.
 
-    def spelled(*args: Any, **kwargs: Any) -> Any:
-        given = list(args)
-        if len(given) > position:
-            reduction = given.pop(position)
+    loss: the op. position: of its argument `reduction`. Other reductions are kept.
+    """
+
+    def mean(*args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of a call whose reduction is a mean."""
+        values = list(args)
+        if len(values) > position:
+            reduction = values.pop(position)
         else:
             reduction = kwargs.pop("reduction", _MEAN)
         if reduction != _MEAN:
             return NotImplemented
         rest = {**kwargs, "reduction": _SUM}
-        tail = given[position:]
+        # What came behind `reduction` by position goes by name: another value stands there now.
+        tail = values[position:]
         if tail:
             names = [argument.name for argument in schema_of(loss).arguments]
             rest |= dict(zip(names[position + 1 :], tail, strict=False))
-        if given[0].dtype.itemsize < _SUMMABLE:
-            return loss(*given[:position], **{**rest, "reduction": _NONE}).mean()
-        count = torch.broadcast_shapes(given[0].shape, given[1].shape).numel()
-        return loss(*given[:position], **rest) / count
+        if values[0].dtype.itemsize < _SUMMABLE:
+            return loss(*values[:position], **{**rest, "reduction": _NONE}).mean()
+        count = torch.broadcast_shapes(values[0].shape, values[1].shape).numel()
+        return loss(*values[:position], **rest) / count
 
-    return spelled
+    return mean
 
 
 _aten: Any = torch.ops.aten
@@ -96,7 +106,10 @@ for _name, _position in (
 
 
 def _reduced(losses: Any, weights: Any, reduction: int) -> Any:
-    """losses: of each token, weighted already. A mean is over the weights."""
+    """Return the losses reduced: all of them, their sum, or their sum over that of the weights.
+
+    losses: of each token, weighted already.
+    """
     if reduction == _NONE:
         return losses
     return losses.sum() if reduction == _SUM else losses.sum() / weights.sum()
@@ -108,16 +121,19 @@ def nll_loss(
 ) -> Any:
     """-scores[t, target[t], ...] of every token that is not ignored, weighted by its class.
 
-    A mean divides by the weight of all tokens, wherever they are.
+    scores: [tokens, classes, ...], or [classes] for one token. target: the class of each token. A
+    mean divides by the weight of all tokens, wherever they are.
     """
     dim = min(scores.dim() - 1, 1)
-    kept = target != ignored
-    places = target.masked_fill(~kept, 0)
+    counted = target != ignored
+    # Ignored targets are no classes, often -100: any class will do, as its loss does not count.
+    places = target.masked_fill(~counted, 0)
     losses = -scores.gather(dim, places.unsqueeze(dim)).squeeze(dim)
-    weights = kept.to(scores.dtype)
+    weights = counted.to(scores.dtype)
     if weight is not None:
         weights = weight[places] * weights
-    return _reduced(torch.where(kept, losses, 0.0) * weights, weights, reduction)
+    # Not by the weights alone: 0 times an infinite score is no number.
+    return _reduced(torch.where(counted, losses, 0.0) * weights, weights, reduction)
 
 
 @decomposition("aten.cross_entropy_loss.default")
@@ -129,10 +145,12 @@ def cross_entropy(
     ignored: int = -100,
     smoothing: float = 0.0,
 ) -> Any:
-    """Kept, with the classes last, where each token has one class; else what it stands for.
+    """-log softmax(logits)[t, target[t]] of every token that is not ignored, weighted by class.
 
-    Soft targets: -sum_c weight[c] target[t, c] log softmax_c(logits)[t, c], a mean being over the
-    tokens. label_smoothing mixes the target with an even one.
+    Kept, with the classes last, where each token has one class and all classes one weight: that
+    has a rule. logits: [tokens, classes, ...]. target: the class of each token, or soft targets in
+    the shape of the logits: -sum_c weight[c] target[t, c] log softmax_c(logits)[t, c], whose mean
+    is over the tokens. smoothing mixes the target with an even one (arXiv:1512.00567, section 7).
     """
     dim = min(logits.dim() - 1, 1)
     soft = target.dtype.is_floating_point
@@ -161,57 +179,59 @@ def cross_entropy(
         if reduction == _NONE:
             return losses
         return losses.sum() / (losses.numel() if reduction == _MEAN else 1)
-    kept = target != ignored
-    places = target.masked_fill(~kept, 0)
-    weights = kept.to(scores.dtype)
+    counted = target != ignored
+    places = target.masked_fill(~counted, 0)
+    weights = counted.to(scores.dtype)
     if weight is not None:
         weights = weight[places] * weights
 
-    def mean(losses: Any) -> Any:
-        return _reduced(torch.where(kept, losses, 0.0), weights, reduction)
+    def reduced(losses: Any) -> Any:
+        """Reduce the losses of the tokens that are not ignored."""
+        return _reduced(torch.where(counted, losses, 0.0), weights, reduction)
 
-    made = mean(-weighted.gather(dim, places.unsqueeze(dim)).squeeze(dim))
+    loss = reduced(-weighted.gather(dim, places.unsqueeze(dim)).squeeze(dim))
     if smoothing:  # else the sum over the classes, which may be infinite, must not count at all
         # Two means: over weights that are all 0 the first is no number, the second infinite.
-        made = made * (1 - smoothing) + mean(-weighted.sum(dim)) * (smoothing / classes)
-    return made
+        loss = loss * (1 - smoothing) + reduced(-weighted.sum(dim)) * (smoothing / classes)
+    return loss
 
 
 @decomposition("aten.bilinear.default")
 def bilinear(left: Any, right: Any, weight: Any, bias: Any = None) -> Any:
     """y[.., n] = sum_(i, j) a[.., i] w[n, i, j] b[.., j] + bias[n], the bias counted once."""
-    made = torch.einsum("...i,nij,...j->...n", left, weight, right)
-    return made if bias is None else made + bias
+    product = torch.einsum("...i,nij,...j->...n", left, weight, right)
+    return product if bias is None else product + bias
 
 
 @decomposition("aten.scatter.reduce", "aten.scatter.value_reduce")
 def scatter(x: Any, dim: int, index: Any, source: Any, *, reduce: str) -> Any:
-    """The name that `scatter_reduce` has for it."""
+    """`scatter_reduce`, which has a rule, under the name that it has for the reduction."""
     if not isinstance(source, torch.Tensor):
         source = torch.full_like(index, source, dtype=x.dtype)
-    way = {"add": "sum", "multiply": "prod"}[reduce]
-    return x.scatter_reduce(dim, index, source, way)
+    reduction = {"add": "sum", "multiply": "prod"}[reduce]
+    return x.scatter_reduce(dim, index, source, reduction)
 
 
 @decomposition("aten.empty_like.default")
 def empty_like(x: Any, **options: Any) -> Any:
-    """What is in fresh memory differs from rank to rank."""
+    """Zeros: the numbers in fresh memory would differ from rank to rank."""
     return torch.zeros_like(x, **options)
 
 
 @decomposition("aten.empty.memory_format")
 def empty(size: Any, **options: Any) -> Any:
-    """See empty_like."""
+    """Zeros, for the reason given at empty_like."""
     options.pop("memory_format", None)
     return torch.zeros(size, **options)
 
 
 @decomposition("aten.new_empty.default")
 def new_empty(x: Any, size: Any, **options: Any) -> Any:
-    """See empty_like."""
+    """Zeros, for the reason given at empty_like."""
     return x.new_zeros(size, **options)
 
 
+# The values of `mode` in aten; 2, a maximum, is kept.
 _BAG_SUM, _BAG_MEAN = 0, 1
 
 
@@ -227,18 +247,25 @@ def embedding_bag(
     last: bool = False,
     padding: int | None = None,
 ) -> Any:
-    """Rows that are looked up, and added to the bag that each belongs to."""
+    """Rows that are looked up, and added to the bag that each belongs to.
+
+    table: [rows, features]. index: [entries], rows of the table. offsets: [bags], where each bag
+    begins among the entries. last: whether the last offset only says where the last bag ends.
+    padding: a row that does not count. Returns (sums or means, bag of each entry, entries of each
+    bag, positions of maxima, which are none).
+    """
     if mode not in (_BAG_SUM, _BAG_MEAN) or scaled or sparse:
         return NotImplemented
     starts = offsets[:-1] if last else offsets
     places = torch.arange(index.shape[0], device=index.device, dtype=starts.dtype)
+    # The bag of an entry is the last that begins at it or before it; empty bags have no entry.
     bag = torch.searchsorted(starts, places, right=True) - 1
-    kept = torch.ones_like(index) if padding is None else (index != padding).to(index.dtype)
-    rows = functional.embedding(index, table) * kept.to(table.dtype).unsqueeze(-1)
+    counted = torch.ones_like(index) if padding is None else (index != padding).to(index.dtype)
+    rows = functional.embedding(index, table) * counted.to(table.dtype).unsqueeze(-1)
     if weights is not None:
         rows = rows * weights.unsqueeze(-1)
     sums = rows.new_zeros((starts.shape[0], table.shape[1])).index_add(0, bag, rows)
-    counts = torch.zeros_like(starts).index_add(0, bag, kept)
+    counts = torch.zeros_like(starts).index_add(0, bag, counted)
     if mode == _BAG_MEAN:
         sums = sums / counts.clamp_min(1).unsqueeze(-1).to(sums.dtype)
     return sums, bag, counts, torch.zeros_like(counts)
@@ -246,7 +273,10 @@ def embedding_bag(
 
 @decomposition("aten._weight_norm.default")
 def weight_norm(direction: Any, length: Any, dim: int = 0) -> Any:
-    """A weight as a direction and a length for each place along `dim`, or one for all of it."""
+    """length * direction / |direction|, the norm over all dims but `dim`, or over all if it is -1.
+
+    Source: arXiv:1602.07868.
+    """
     rank = direction.dim()
     over = [other for other in range(rank) if dim == -1 or other != dim % rank]
     return direction * (length / torch.linalg.vector_norm(direction, dim=over, keepdim=True))
@@ -264,14 +294,19 @@ def batch_norm(
     epsilon: float,
     cudnn: bool,
 ) -> Any:
-    """With statistics of the batch: a function, and the running ones written by themselves."""
+    """Normalization by the batch's own statistics, and writes of the running ones.
+
+    Without statistics of the batch the op is kept. aten.batch_norm writes to the running mean and
+    variance on the side; here the new ones are results, and written in place by ops that say so.
+    """
     if not training:
         return NotImplemented
     if mean is None:
         return _aten.native_batch_norm(x, weight, bias, None, None, True, momentum, epsilon)[0]
-    made = _aten._native_batch_norm_legit_functional(
+    # Results: output, mean and inverse deviation of the batch, new running mean and variance.
+    results = _aten._native_batch_norm_legit_functional(
         x, weight, bias, mean, variance, True, momentum, epsilon
     )
-    mean.copy_(made[3])
-    variance.copy_(made[4])
-    return made[0]
+    mean.copy_(results[3])
+    variance.copy_(results[4])
+    return results[0]

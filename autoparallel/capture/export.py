@@ -1,11 +1,10 @@
-"""From a module and example inputs to a Graph. The only user of torch.export."""
+"""From a module and example inputs to a Graph, by torch.export, which is used here alone."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import logging
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,8 @@ from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
+from autoparallel.capture.module_tensors import first_paths
+from autoparallel.capture.refused_models import export_failure
 from autoparallel.capture.side_effects import (
     NoReplacing,
     changed,
@@ -34,9 +35,7 @@ from autoparallel.capture.side_effects import (
 )
 from autoparallel.capture.steady_forward import is_steady
 from autoparallel.errors import (
-    AutoParallelError,
     CaptureError,
-    WrappedModelError,
 )
 from autoparallel.graph.captured import Captured, modes_of
 from autoparallel.graph.graph import Graph
@@ -45,49 +44,16 @@ from autoparallel.support.pytree import Skeleton, flatten, rebuild
 from autoparallel.support.rng_state import python_numbers
 from autoparallel.support.torch_private import remembering_fake_results
 
-__all__ = ["Captured", "capture", "refuse_wrapped"]
+__all__ = ["Captured", "capture"]
 
 _log = logging.getLogger(__name__)
-# A block that is called as none before it is traced by itself in the next attempt.
+# A block whose call matches no traced block is traced itself in the next of three attempts.
 _ATTEMPTS = 3
-
-
-def refuse_wrapped(model: object) -> None:
-    """Raises WrappedModelError for a model that another engine has already split or wrapped.
-
-    And AutoParallelError for what is no module at all.
-    """
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
-        raise AutoParallelError(
-            f"the model is no nn.Module but {given}",
-            fix="pass a module: an instance of a class, or a function wrapped in one's forward",
-        )
-    for path, module in model.named_modules():
-        name = type(module).__name__
-        wrapped = name in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
-        if wrapped or name.startswith("FSDP"):
-            raise WrappedModelError(
-                f"the model is already wrapped in {name}",
-                where=path or "the model itself",
-                why="its parameters or its forward are already another engine's",
-                fix="pass the plain module (model.module for DistributedDataParallel)",
-            )
-    for path, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise WrappedModelError(
-                "the model's parameters are already distributed (DTensor)",
-                where=path,
-                why="another engine, or autoparallelize itself, has split it",
-                fix="pass the plain module",
-            )
 
 
 @dataclass
 class _Ran:
-    """What is known when a forward has been traced.
+    """The facts that are known when a forward has been traced.
 
     outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
     than it was. left: paths of attributes in which it leaves tensors, which are returned too.
@@ -101,11 +67,12 @@ class _Ran:
 
 
 class _Flat(nn.Module):
-    """The model with tensors in and tensors out.
+    """The model with tensors in and tensors out, as torch.export takes it.
 
-    twice: it is called twice, the second time as the first has left it (see steady_forward.py).
-    ran: a list for what is known afterwards; export puts back what the module's own attributes
-    were.
+    wanted: the model and how it is traced. inputs: skeleton of its arguments. folding, tensors: the
+    modes under which it runs. twice: call it twice, the second time as the first has left it (see
+    steady_forward.py), and return both results. ran: a list that gets what is known afterwards;
+    attributes of this module are no place for that, as export puts them back.
     """
 
     def __init__(
@@ -126,14 +93,15 @@ class _Flat(nn.Module):
         self.training = self.model.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        before, result = self.held({}), self.called(tensors)
-        after = self.held({})
+        """Run the model, and return the tensors in its result and those that it leaves behind."""
+        before, result = self.state({}), self.called(tensors)
+        after = self.state({})
         changes = changed(before, after)
         left = tensors_left(self.model, changes)
         if self.twice:
             again = [torch.ops.autoparallel.again(tensor) for tensor in tensors]
             second = self.called(again)
-            names = moving(after, self.held({}))
+            names = moving(after, self.state({}))
             if names:
                 raise _unsteady(self.model, names)
             result = (result, second)
@@ -144,33 +112,37 @@ class _Flat(nn.Module):
         self.remember(_Ran(skeleton, changes, tuple(left), settings))
         return tuple(flat)
 
-    def held(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model holds that a graph would not change."""
+    def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all that the model and its arguments hold and a graph would not change."""
         return effects(self.model, arguments, self.known)
 
     def called(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """What the model returns."""
+        """Run the model's forward under all modes of a trace, and return its result.
+
+        tensors: the tensors of its arguments. Raises CaptureError for random numbers that are not
+        torch's, and for a part's side effects.
+        """
         wanted = self.wanted
         arguments = rebuild(self.inputs, list(tensors))
         args, kwargs = as_given(wanted.bound.signature, arguments, wanted.positional)
-        held = self.held(arguments) if wanted.part else {}
+        before = self.state(arguments) if wanted.part else {}
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
-        kept = NoReplacing(self.model).installed(operators=False)
+        no_replacing = NoReplacing(self.model).installed(operators=False)
         modes = (
             self.folding.forward(),
             ConstantComparisons(),
             decomposing(wanted.known),
             watched,
-            kept,
+            no_replacing,
         )
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):
                 stack.enter_context(mode)
             result = self.model.forward(*args, **kwargs)
         if wanted.part:
-            refuse_effects(held, self.held(arguments))
+            refuse_effects(before, self.state(arguments))
         if python_numbers() != numbers:
             raise CaptureError(
                 f"{type(self.model).__name__}.forward draws random numbers with Python or numpy",
@@ -181,17 +153,22 @@ class _Flat(nn.Module):
 
 
 def _place(name: str) -> str:
-    """The path of an attribute, of the name of an effect."""
+    """Return the path of an attribute, of the name that an effect on it has for users."""
     return name.removeprefix("its attribute ")
 
 
 def _attribute(model: nn.Module, path: str) -> Any:
+    """Return the attribute at `path`, None where there is none now."""
     owner, _, last = path.rpartition(".")
     return vars(model.get_submodule(owner)).get(last)
 
 
 def _settings(model: nn.Module, names: Sequence[str], left: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes that were set to numbers and the like; none where more was done than that."""
+    """Return the attributes that a forward has set to numbers and the like, by path.
+
+    names: of its effects. left: attributes in which it has left tensors. Empty where it has done
+    more than that: then not all of it could be done again.
+    """
     rest = [name for name in names if _place(name) not in left]
     values = {
         _place(name): _attribute(model, _place(name)) for name in rest if _place(name) != name
@@ -202,6 +179,7 @@ def _settings(model: nn.Module, names: Sequence[str], left: Mapping[str, Any]) -
 
 
 def _unsteady(model: nn.Module, names: Sequence[str]) -> CaptureError:
+    """Return the error for a forward that is not the same at every call, with what it changes."""
     return CaptureError(
         f"{type(model).__name__}.forward changes {', '.join(names)} at every call, or goes another "
         "way when it is called again",
@@ -211,6 +189,7 @@ def _unsteady(model: nn.Module, names: Sequence[str]) -> CaptureError:
 
 
 def _all(_: str) -> bool:
+    """Have every op traced as itself."""
     return True
 
 
@@ -224,7 +203,7 @@ def capture(
     part: bool = False,
     around: nn.Module | None = None,
 ) -> Captured:
-    """Trace `model(*args, **kwargs)` in the model's present mode (train or eval).
+    """Trace `model(*args, **kwargs)` in the model's present mode (train or eval) into a graph.
 
     Every dimension of the inputs stays symbolic unless the model fixes it (sizes 0 and 1 are
     fixed), or other sizes come from it that are too intricate to follow (see WatchedSizes).
@@ -235,6 +214,10 @@ def capture(
     around: the model that this is a part of.
     Raises CaptureError, with the user's source line, where the model cannot be traced; AliasError
     where no part of it may run as it is.
+
+    >>> captured = capture(nn.Linear(2, 3, bias=False), (torch.ones(4, 2),), {})
+    >>> [node.target for node in captured.graph.calls]
+    ['aten.linear.default']
     """
     bound = bind_inputs(model, args, kwargs)
     wanted = _Wanted(model, bound, len(args), known, part, around, frozenset())
@@ -248,7 +231,7 @@ def capture(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What to trace, and how: see `capture`.
+    """The arguments of `capture` in one value.
 
     positional: how many arguments were given by position. fixed: (input, dim) pairs that are not
     symbolic.
@@ -264,7 +247,7 @@ class _Wanted:
 
 
 def _folded(wanted: _Wanted) -> Captured:
-    """One trace, with equal blocks traced once where that can be."""
+    """Return a trace in which equal blocks were traced once, if that can be."""
     apart: frozenset[str] = frozenset()
     groups: tuple[Group, ...] = ()
     for _ in range(_ATTEMPTS):
@@ -288,25 +271,26 @@ def _folded(wanted: _Wanted) -> Captured:
 
 
 def _unfolded() -> Folding:
+    """Return a folding that hides nothing."""
     return Folding((), frozenset())
 
 
 def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Captured:
-    """One trace. one_by_one: whether equal blocks are traced one by one.
+    """Return one trace of the model, and prove by a second that it may be called again.
 
+    folding: which blocks are hidden. one_by_one: whether equal blocks are traced one by one.
     Raises CaptureError, Unfoldable where blocks were hidden wrongly, and IntricateSizes where
     more dims are to be fixed.
     """
     model = wanted.model
     ran, importer, graph = _exported(wanted, folding, one_by_one)
+    # What a forward leaves behind may change its next call, which the graph would not know.
     if ran.changes:
         twice, _, both = _exported(wanted, _unfolded(), one_by_one, twice=True)
         first, second = twice.outputs.children
         if str(first) != str(second) or not is_steady(both, len(both.outputs) // 2):
             raise _unsteady(model, ran.changes)
-    first_named: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    aliases = {path: first_named.setdefault(id(parameter), path) for path, parameter in named}
+    aliases = first_paths(model)
     return Captured(
         _by_first_name(graph, aliases),
         flatten(dict(wanted.bound.arguments))[1],
@@ -325,7 +309,10 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
 def _exported(
     wanted: _Wanted, folding: Folding, one_by_one: bool, twice: bool = False
 ) -> tuple[_Ran, Importer, Graph]:
-    """The model as torch.export sees it, in one call, or twice."""
+    """Return a graph of the model, with its importer and the facts of the run.
+
+    twice: call the model twice in the graph. The other arguments are those of `_traced`.
+    """
     model, bound, part = wanted.model, wanted.bound, wanted.part
     tensors, inputs = flatten(dict(bound.arguments))
     device = next((parameter.device for parameter in model.parameters()), None)
@@ -348,7 +335,7 @@ def _exported(
     except (Unfoldable, IntricateSizes, CaptureError):
         raise
     except Exception as error:
-        raise _explain(error, model) from error
+        raise export_failure(error, model) from error
     if folding.failure is not None:
         raise folding.failure
     if held.failure is not None:
@@ -362,7 +349,10 @@ def _exported(
 
 
 def _by_first_name(graph: Graph, aliases: Mapping[str, str]) -> Graph:
-    """Tied weights go by the name that `named_parameters` gives them, whichever was traced."""
+    """Return the graph with tied weights under the path by which the parameter goes.
+
+    aliases: as first_paths returns them. Whichever of the paths was traced does not matter.
+    """
     nodes = tuple(
         replace(node, target=aliases[node.target]) if node.kind == "parameter" else node
         for node in graph.nodes
@@ -371,37 +361,9 @@ def _by_first_name(graph: Graph, aliases: Mapping[str, str]) -> Graph:
 
 
 def _sample(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    """An own tensor of the same kind, so that an input given twice stays two inputs."""
+    """Return a new tensor of the same kind, so that an input given twice stays two inputs.
+
+    device: of the model's parameters. On the meta device nothing would run with real inputs.
+    """
     place = device if device is not None and device.type == "meta" else tensor.device
     return torch.empty_like(tensor, device=place, requires_grad=False)
-
-
-def _explain(error: BaseException, model: nn.Module) -> CaptureError:
-    """The user's own line, and the likely cause, for an export that failed."""
-    text = str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    root = torch.__path__[0]
-    here = __file__.rsplit("/", 2)[0]
-    theirs = [f for f in frames if not f.filename.startswith((root, here, "<"))]
-    where = ""
-    if theirs:
-        last = theirs[-1]
-        where = f"{last.filename}:{last.lineno}  {last.line}"
-    dependent = any(
-        sign in f"{type(error).__name__} {text}"
-        for sign in ("GuardOnDataDependent", "data-dependent", "Could not guard", "unbacked", "u0")
-    )
-    if dependent:
-        return CaptureError(
-            f"{type(model).__name__}.forward branches on the values of a tensor",
-            where=where,
-            why="a graph has one path for all data"
-            + ("" if where else "; " + text.strip().split("\n")[0][:200]),
-            fix="write the choice with torch.where, or move it out of the module that is split",
-        )
-    return CaptureError(
-        f"{type(model).__name__}.forward could not be traced",
-        where=where,
-        why=f"{type(error).__name__}: {text.strip().splitlines()[0][:300] if text else ''}",
-        fix="see whether torch.export.export(model, ..., strict=False) takes it",
-    )

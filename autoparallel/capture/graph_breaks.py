@@ -1,4 +1,4 @@
-"""Models that cannot be traced whole: the largest submodules that can, and why the rest cannot."""
+"""Graph breaks: the largest submodules that can be traced, and why the rest of a model cannot."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_modules import EqualModules, Watch
 from autoparallel.capture.export import Captured, capture
 from autoparallel.capture.held_tensors import refuse_views
+from autoparallel.capture.module_tensors import first_paths
 from autoparallel.errors import AliasError, CaptureError
 from autoparallel.graph.passes.run_passes import run_passes
 from autoparallel.plan import Break
@@ -27,7 +28,11 @@ _RUNS = 3  # example runs, with other random numbers, to see modules that are le
 
 @dataclass(frozen=True)
 class TracedPart:
-    """A graph, and the paths of the equal modules that it is of."""
+    """One graph of a model that has several.
+
+    paths: of the modules that the graph is of: equal ones, in the model's order. captured: the
+    graph with its inputs and outputs, as of the first of them.
+    """
 
     paths: tuple[str, ...]
     captured: Captured
@@ -35,7 +40,12 @@ class TracedPart:
 
 @dataclass(frozen=True)
 class GraphBreaks:
-    """A model in parts. breaks: the modules that stay Python. aliases: as in Captured."""
+    """A model that cannot be traced whole, in parts that can.
+
+    parts: the graphs, each of one or more modules; no module is inside of another. breaks: the
+    modules around them that stay Python, each with the reason. aliases: as in Captured, of the
+    whole model.
+    """
 
     parts: tuple[TracedPart, ...]
     breaks: tuple[Break, ...]
@@ -43,7 +53,7 @@ class GraphBreaks:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what the parts are and where."""
+        """A digest of the parts and their places, by which a plan knows its model again."""
         rows = [(part.paths, part.captured.graph.fingerprint) for part in self.parts]
         text = repr((rows, [item.path for item in self.breaks]))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -58,10 +68,18 @@ def trace(
     part: bool = False,
     around: nn.Module | None = None,
 ) -> Captured:
-    """The graph of the whole model after all passes. Raises CaptureError where there is none.
+    """Return the graph of the whole model after all passes.
 
-    known: says of an op's name whether the op is traced as itself, as those are that have a rule.
-    around: the model that this is a part of.
+    model: in the mode (train or eval) that the graph is for. args, kwargs: example inputs, maybe on
+    the meta device. known: says of an op's name whether the op is traced as itself, as those are
+    that have a rule. part: whether Python calls the model, so that side effects are refused.
+    around: the model that this is a part of, if it is one.
+    Raises CaptureError where there is no such graph.
+
+    >>> import torch
+    >>> graph = trace(nn.Linear(2, 3), (torch.ones(4, 2),), {}, known=lambda op: True).graph
+    >>> [node.target for node in graph.calls][0]
+    'aten.linear.default'
     """
     captured = capture(model, args, kwargs, known=known, part=part, around=around)
     return replace(captured, graph=run_passes(captured.graph))
@@ -76,22 +94,25 @@ def trace_alike(
     known: Known,
     around: nn.Module,
 ) -> tuple[Captured | CaptureError, bool]:
-    """The graph of a part, or why there is none; and whether that goes for its equals too.
+    """Return the graph of a part, or why there is none; and whether that goes for its equals too.
 
-    counters: attributes of it that number the equals; what the trace reads of them is its own.
-    known: as in `trace`. around: the model that it is a part of.
-    Raises AliasError where Python would be no way out.
+    model: the part. args, kwargs: of one call of it. counters: (path inside the part, attribute) of
+    the integers that number it among its equals: where the trace reads one of them, it is of this
+    part alone. known: as in `trace`. around: the model that it is a part of.
+    Raises AliasError where the part may not stay Python either.
+
+    Example: `trace_alike(block, args, {}, (("", "layer_idx"),), known=find_rule, around=model)`.
     """
     watch = Watch(counters)
-    found: Captured | CaptureError
+    result: Captured | CaptureError
     try:
         with watch.installed(model):
-            found = trace(model, args, kwargs, known=known, part=True, around=around)
+            result = trace(model, args, kwargs, known=known, part=True, around=around)
     except AliasError:
         raise
     except CaptureError as error:
-        found = error
-    return found, not watch.touched
+        result = error
+    return result, not watch.touched
 
 
 def trace_parts(
@@ -102,11 +123,15 @@ def trace_parts(
     *,
     known: Known,
 ) -> GraphBreaks:
-    """The largest submodules of `model` that can be traced, with the inputs of an example run.
+    """Trace the largest submodules of `model` that can be traced, with the inputs they are given.
 
-    error: why the whole cannot. known: as in `trace`.
-    Only modules with parameters are tried: the others gain nothing.
-    Raises CaptureError where the model has no weights to run with, and where nothing is left.
+    args, kwargs: example inputs of the model, with which it is run to see what its modules are
+    called with. error: why the whole cannot be traced. known: as in `trace`. Only modules with
+    parameters are tried, as there is nothing to gain from the others.
+    Raises CaptureError where the model has no weights to run with, where it does not run, and where
+    none of its modules can be traced.
+
+    Example: `trace_parts(model, args, {}, error, known=find_rule).breaks`.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise CaptureError(
@@ -141,14 +166,18 @@ def trace_parts(
         TracedPart(tuple(sorted(paths, key=order.__getitem__)), captured)
         for captured, paths in finder.parts.values()
     )
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    aliases = {path: first.setdefault(id(parameter), path) for path, parameter in named}
-    return GraphBreaks(parts, tuple(finder.breaks), aliases)
+    return GraphBreaks(parts, tuple(finder.breaks), first_paths(model))
 
 
 class _Finder:
-    """The search down the tree of calls."""
+    """The search down the tree of calls.
+
+    known_ops: as `known` in `trace`. alike: the equal modules. weighty: paths of the modules with
+    parameters. calls: the first call of each module. children: the paths that each path calls.
+    breaks: the modules that stay Python. parts: graphs with the paths of their modules, by what
+    makes two calls the same to the tracer. known: all that was tried, by the same keys. done: paths
+    that were visited.
+    """
 
     def __init__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Known
@@ -162,6 +191,7 @@ class _Finder:
             for path, call in record(model, args, kwargs, seed).items():
                 first = self.calls.setdefault(path, call)
                 first.callers.update(call.callers)
+            # Modules may be left out by chance (LayerDrop): another run shows others.
             seen = {self.alike.canonical(path) for path in self.calls}
             if all(self.alike.canonical(path) in seen for path in self.weighty if path):
                 break
@@ -175,7 +205,7 @@ class _Finder:
         self.done: set[str] = set()
 
     def broken(self, path: str, error: CaptureError) -> None:
-        """The module at `path` stays Python: note why, and try what it calls."""
+        """Note that the module at `path` stays Python, and why, and try the modules it calls."""
         reason = error.what + (f": {error.why}" if error.why else "")
         place, _, code = error.where.partition("  ")
         line = "  ".join(filter(None, (place.rsplit("/", 1)[-1], code)))
@@ -184,7 +214,7 @@ class _Finder:
             self.visit(child)
 
     def visit(self, path: str) -> None:
-        """Trace the module at `path`, or what it calls."""
+        """Trace the module at `path` or, where that fails, the modules that it calls."""
         if path in self.done or path not in self.weighty:
             return
         self.done.add(path)
@@ -194,7 +224,7 @@ class _Finder:
         if key not in self.known:
             args, kwargs = call.arguments()
             counters = self.alike.counters(canonical)
-            found, common = trace_alike(
+            traced, common = trace_alike(
                 self.modules[path],
                 args,
                 kwargs,
@@ -204,34 +234,35 @@ class _Finder:
             )
             if not common:
                 key = (path, call.signature, "alone")
-            self.known[key] = found
-        found = self.known[key]
-        if isinstance(found, CaptureError):
-            _log.info("%s stays Python: %s", path, found.what)
-            self.broken(path, found)
+            self.known[key] = traced
+        result = self.known[key]
+        if isinstance(result, CaptureError):
+            _log.info("%s stays Python: %s", path, result.what)
+            self.broken(path, result)
         else:
-            self.parts.setdefault(key, (found, []))[1].append(path)
+            self.parts.setdefault(key, (result, []))[1].append(path)
 
     def uncalled(self) -> None:
-        """Modules that no example run has called are like their equals."""
+        """Take modules that no example run has called for what their equals are."""
         parts: dict[str, Any] = {}
         for key in self.parts:
             if key[-1] != "alone":
                 parts.setdefault(key[0], key)
         breaks = {self.alike.canonical(item.path): item for item in reversed(self.breaks)}
-        taken = {path for _, paths in self.parts.values() for path in paths}
+        in_parts = {path for _, paths in self.parts.values() for path in paths}
         for path in self.modules:
             above = path.split(".")
-            inside = any(".".join(above[:end]) in taken for end in range(1, len(above)))
+            inside = any(".".join(above[:end]) in in_parts for end in range(1, len(above)))
             if path in self.calls or path not in self.weighty or inside:
                 continue
             canonical = self.alike.canonical(path)
             if canonical in parts:
                 self.parts[parts[canonical]][1].append(path)
-                taken.add(path)
+                in_parts.add(path)
             elif canonical in breaks and path:
                 self.breaks.append(replace(breaks[canonical], path=path))
 
 
 def _has_parameters(module: nn.Module) -> bool:
+    """Return whether the module or one in it has a parameter."""
     return next(module.parameters(), None) is not None

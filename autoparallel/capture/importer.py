@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from autoparallel.capture.autocast import casts_of
+from autoparallel.capture.block_calls import MARKS, OPAQUE
 from autoparallel.capture.block_folding import Folding
-from autoparallel.capture.block_regions import MARKS, OPAQUE, Regions, base_of
+from autoparallel.capture.block_regions import Regions, base_of
 from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
@@ -283,7 +284,7 @@ class Importer:
             raise CaptureError(
                 f"{name} writes to tensors and returns none",
                 where=builder.origins.where(node),
-                why=f"it writes to {', '.join(written_by(call))}; a graph has returned values alone",
+                why=f"it writes to {', '.join(written_by(call))}; a graph has results alone",
                 fix="use an op that returns what it makes, for each tensor",
             )
         flows = builder.records(call, grad)

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
+from autoparallel.capture.block_calls import AGAIN
 from autoparallel.graph.aliasing import is_view, shares_memory
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 from autoparallel.graph.operators import operator_of
 from autoparallel.support.torch_private import schema_of
 
 __all__ = ["is_steady"]
-
-_AGAIN = "autoparallel.again.default"
 
 
 def is_steady(graph: Graph, results: int) -> bool:
@@ -28,7 +27,7 @@ def is_steady(graph: Graph, results: int) -> bool:
     Example: a forward that keeps its causal mask for the next call is steady; one that adds its
     input to a running sum is not.
     """
-    again = any(node.target == _AGAIN for node in graph.calls)
+    again = any(node.target == AGAIN for node in graph.calls)
     if not again or len(graph.outputs) != 2 * results:
         return False
     calls = _Calls(graph)
@@ -58,7 +57,7 @@ class _Calls:
         self.draws = 0
         self.written: Counter[int] = Counter()
         for node in graph.nodes:
-            if node.target == _AGAIN:
+            if node.target == AGAIN:
                 self.begin(node)
             elif node.kind == "call":
                 self.call(node, graph)
@@ -112,6 +111,7 @@ class _Calls:
         """
 
         def leaf(item: Any) -> Any:
+            """Return an argument with a value's number in place of its name."""
             if not isinstance(item, Ref):
                 return repr(item)
             number = self.same[item.name]
