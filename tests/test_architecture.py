@@ -26,7 +26,7 @@ ROWS = (
 RAISE_ERRORS = ("mesh", "options", "support")
 AT_THE_ROOT = {
     "__init__.py", "__main__.py", "api.py", "cli.py", "errors.py", "mesh.py", "options.py",
-    "placement.py", "plan.py", "py.typed",
+    "placement.py", "py.typed",
 }  # fmt: skip
 
 

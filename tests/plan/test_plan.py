@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 import autoparallel
-from autoparallel import plan as plan_module
 from autoparallel.analysis import training_step as step_module
 from autoparallel.analysis.communication import collective_totals
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Break, Plan
+from autoparallel.plan import choices as choices_module
+from autoparallel.plan import plan as plan_module
+from autoparallel.plan import plan_rows as rows_module
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.train.models import GPT, GPTConfig
 
@@ -46,7 +48,7 @@ def limited(plan: Plan) -> Plan:
     )
 
 
-@pytest.mark.parametrize("module", [plan_module, step_module])
+@pytest.mark.parametrize("module", [plan_module, choices_module, rows_module, step_module])
 def test_the_examples_run(module: ModuleType) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted > 0
@@ -63,7 +65,7 @@ def test_a_plan_prints_as_a_dozen_lines(plan: Plan) -> None:
     assert f"{plan.split_flops:.1%} of the FLOPs" in rows["split"]
     assert bytes_text(sum(nbytes for _, nbytes in plan.memory)) in rows["memory"]
     number = sum(count for count, _ in collective_totals(plan).values())
-    assert rows["collectives"].startswith(f"{number} (")
+    assert rows["collectives"].startswith(f"{number} in one step: ")
     assert number > 0
 
 

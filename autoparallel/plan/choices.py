@@ -1,0 +1,160 @@
+"""The values that a plan consists of: choices for ops, parameters, redistributions and inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoparallel.placement import Layout, Movement, Step
+
+__all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "PlannedInput"]
+
+# The names of the fields are the keys of a plan's JSON: to rename one needs a new version there.
+
+
+@dataclass(frozen=True, slots=True)
+class OpChoice:
+    """An OpChoice says how one op runs, and what that is predicted to take.
+
+    name, target, where, line: of the op's node in the graph: its name, its operator
+    ("aten.mm.default"), the path of its module, its line in the user's source. reads, makes: names
+    of the values that it reads and makes. operands, results: the layouts of these values, in the
+    same order. kernels: per mesh axis, the communicating kernel that the op needs to be split on
+    it, or "".
+    seconds: predicted time of the forward and the backward pass together. forward_seconds: of the
+    forward pass alone; an op that is recomputed in the backward pass counts it twice in seconds.
+    flops: floating-point operations of a matrix product, forward, on the busiest rank; whole_flops:
+    those of the unsplit product. discovered: the op's rule as text, where the rule was found by
+    trial. reason: why a matrix product is left whole; empty if it is split or no product. added:
+    seconds by which the best plan that splits it would cost more; 0 where none does.
+    """
+
+    name: str
+    target: str
+    where: str
+    line: str
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    operands: tuple[Layout, ...]
+    results: tuple[Layout, ...]
+    kernels: tuple[str, ...] = ()
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    flops: float = 0.0
+    whole_flops: float = 0.0
+    discovered: str = ""
+    reason: str = ""
+    added: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterChoice:
+    """A ParameterChoice says how one parameter, its gradient and its optimizer state are stored.
+
+    name: of its node in the graph. path: in the model, as named_parameters() gives it. shape,
+    nbytes: of the unsharded parameter. storage: its layout between optimizer steps (ZeRO-3 shards
+    it). state: the layout of the part that the optimizer updates, and of the optimizer state; the
+    user sees the parameter so. Where state is split and storage is not, the updated parts are
+    gathered before the next step. gradient: the layout in which the gradient is held until the
+    update: on an axis where it is not split as the state is, it is reduced at the end of the
+    backward pass only.
+    ZeRO's stages (arXiv:1910.02054) on an axis are (storage, gradient, state) = (I, I, S) for the
+    first, (I, S, S) for the second and (S, S, S) for the third.
+    reason: why the parameter is left whole; empty if it is split. added: seconds by which the best
+    plan that splits it would cost more; 0 where it is split, and where no plan does.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    nbytes: int
+    storage: Layout
+    gradient: Layout
+    state: Layout
+    reason: str = ""
+    added: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A Conversion redistributes one value, step by step, once for all of its `readers`.
+
+    value: its name. source: the layout in which it is made (or stored, for a parameter). target:
+    the layout in which the readers use it. steps: the changes on single mesh axes between the two,
+    in the order in which they run. readers: names of ops, or "return" for what the caller gets.
+    shape: of the whole value for the sizes planned for, as text ("s0, s1, 768"). nbytes: bytes of
+    the whole value. requires_grad: whether a gradient goes back on the same way.
+    seconds: predicted time of both passes. together: the value is a parameter whose gradient is
+    reduced at the end of the backward pass, in one collective with other gradients (one gradient
+    bucket). again: the redistributed copy is dropped after the forward pass and recomputed in the
+    backward pass.
+    """
+
+    value: str
+    source: Layout
+    target: Layout
+    steps: tuple[Step, ...]
+    readers: tuple[str, ...]
+    shape: str
+    nbytes: int
+    requires_grad: bool
+    seconds: float = 0.0
+    together: bool = False
+    again: bool = False
+
+    @property
+    def moves(self) -> tuple[tuple[int, Movement, Movement], ...]:
+        """Return per step the mesh axis, the movement of the value and that of its gradient.
+
+        The gradient's is Movement.NONE where none is needed. Steps are in the forward order; the
+        backward pass runs them from the last to the first.
+
+        >>> from autoparallel.placement import Invariant, Replicate
+        >>> one, other = Invariant(), Replicate()
+        >>> steps = (Step(0, one, other),)
+        >>> copy = Conversion("x", (one,), (other,), steps, ("mm",), "4, 8", 128, True)
+        >>> [(axis, value.value, gradient.value) for axis, value, gradient in copy.moves]
+        [(0, 'none', 'all_reduce')]
+        """
+        return tuple(
+            (step.axis, step.forward, step.backward if self.requires_grad else Movement.NONE)
+            for step in self.steps
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedInput:
+    """A PlannedInput is one tensor that goes into the model.
+
+    name: of its node in the graph. path: the caller's name of it ("input_ids"). dims: its sizes as
+    the shapes of conversions write them ("s95", "768"). given: its sizes in the example inputs.
+    planned: its sizes in what was planned for. is_integer: whether its elements are whole numbers,
+    as tokens are.
+    """
+
+    name: str
+    path: str
+    dims: tuple[str, ...]
+    given: tuple[int, ...]
+    planned: tuple[int, ...]
+    is_integer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """A Break is a module whose forward stays the user's Python, which all ranks run alike.
+
+    path: in the model, empty for the model itself. line: of the source, empty if unknown. reason:
+    why the forward cannot be traced.
+
+    >>> print(Break("head", "model.py:41", "a branch on a value"))
+    head: a branch on a value (model.py:41)
+    """
+
+    path: str
+    line: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return the module, the reason and the line as one text."""
+        line = f" ({self.line})" if self.line else ""
+        return f"{self.path or 'the model itself'}: {self.reason}{line}"

@@ -1,0 +1,292 @@
+"""The plan: a placement for everything, what that costs, and how near it is to the optimum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Layout, layout_text, parse_layout
+from autoparallel.plan.choices import Break, Conversion, OpChoice, ParameterChoice, PlannedInput
+from autoparallel.plan.plan_rows import VERSION, broken_plan, read_rows, row_of, value_of
+from autoparallel.support.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from autoparallel.graph.captured import Captured
+    from autoparallel.graph.graph import Graph
+
+__all__ = ["Part", "Plan"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Part is a plan for equal modules within a model that is not traced whole.
+
+    paths: of the modules, in the model. plan: one for all of them. Whatever goes into such a module
+    and comes out of it is whole on all ranks.
+    """
+
+    paths: tuple[str, ...]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A Plan fixes a placement for every tensor of a model, and says what a step then costs.
+
+    model: the name of the model's class. mesh, options, hardware: what was planned for.
+    fingerprint: of the graph, by which a plan that was read is matched to a model. parameters,
+    ops, conversions: the choices, in the graph's order. outputs: the layout of each returned
+    tensor.
+    cost: what was minimized, in seconds weighted by product_weight. lower_bound: no plan costs
+    less. method: how that is known. seconds: predicted time of the part of a step that depends on
+    the plan. product_weight: how many seconds a second of matrix products counted in the cost. It
+    is 1 unless the model is so small that leaving it whole would be the fastest; then it is as
+    large as makes splitting pay.
+    captured: the graph itself, where the plan was made in this process; it is not compared.
+    breaks: where the model cannot be traced whole, the modules that stay Python. parts: the plans
+    of the others; ops, conversions and parameters are then those of all parts, named by the
+    part's path, and besides those parameters that the Python reads.
+    recomputed: groups of neighbouring ops that are run again in the backward pass: of each group,
+    the values that it reads are saved for the backward pass, and those that it makes are not.
+    recompute: the blocks that they belong to, as (path, "selective" or "full"). memory: (category,
+    bytes) on the rank that needs most, as `memory_of` counts it; empty where nobody has counted
+    it. collectives: (phase, mesh axis, collective, number in one step), as `collective_totals`
+    counts them; None where nobody has.
+    inputs: the tensors that go in. returned: the caller's name for each returned tensor
+    ("logits"). Both are empty for a plan in parts, and for one that was written without them.
+
+    >>> import torch, autoparallel
+    >>> layer, inputs = torch.nn.Linear(4096, 4096, bias=False), torch.zeros(512, 4096)
+    >>> plan = autoparallel.make_plan(layer, 2, example_inputs=inputs, hardware="dgx-a100")
+    >>> plan
+    <Plan: Linear on Mesh(tp=2), 3.23 ms a step, proven optimal>
+    >>> print(plan)
+    model        Linear
+    mesh         Mesh(tp=2), 2 ranks
+    hardware     dgx-a100
+    step         3.23 ms, predicted
+    cost         0.00323134, lower bound 0.00323134: proven optimal
+    method       variable elimination
+    split        100.0% of the FLOPs of matrix products, 100.0% of the bytes of matrices
+    memory       164.0 MiB on the rank that needs most
+    collectives  1 all-gather in one step
+    """
+
+    model: str
+    mesh: Mesh
+    options: Options
+    hardware: str
+    fingerprint: str
+    parameters: tuple[ParameterChoice, ...]
+    ops: tuple[OpChoice, ...]
+    conversions: tuple[Conversion, ...]
+    outputs: tuple[Layout, ...]
+    cost: float
+    lower_bound: float
+    method: str
+    seconds: float
+    product_weight: float
+    captured: Captured | None = field(default=None, compare=False, repr=False)
+    breaks: tuple[Break, ...] = ()
+    parts: tuple[Part, ...] = ()
+    recomputed: tuple[tuple[str, ...], ...] = ()
+    recompute: tuple[tuple[str, str], ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()
+    collectives: tuple[tuple[str, str, str, int], ...] | None = None
+    inputs: tuple[PlannedInput, ...] = ()
+    returned: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return one short line; the fields would fill pages."""
+        step = f"{seconds_text(self.seconds)} a step"
+        return f"<Plan: {self.model} on {self.mesh}, {step}, {self._proof}>"
+
+    def __str__(self) -> str:
+        """Return a dozen lines at most; `print_plan` prints everything."""
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        split = f"{self.split_flops:.1%} of the FLOPs of matrix products"
+        rows = [
+            ("model", self.model),
+            ("mesh", f"{self.mesh}, {ranks}"),
+            ("hardware", self.hardware),
+            ("step", f"{seconds_text(self.seconds)}, predicted"),
+            ("cost", f"{self.cost:.6g}, lower bound {self.lower_bound:.6g}: {self._proof}"),
+            ("method", self.method),
+            ("split", f"{split}, {self.split_parameter_bytes:.1%} of the bytes of matrices"),
+        ]
+        if self.memory:
+            total = bytes_text(sum(nbytes for _, nbytes in self.memory))
+            limit = self.memory_limit
+            allowed = f" of {bytes_text(limit)} allowed" if limit is not None else ""
+            rows.append(("memory", f"{total}{allowed} on the rank that needs most"))
+        if self.collectives is not None:
+            rows.append(("collectives", self._collectives_text()))
+        blocks = sum(mode != "none" for _, mode in self.recompute)
+        if blocks:
+            rows.append(("recomputed", f"{blocks} block{'s' if blocks > 1 else ''}"))
+        if self.breaks:
+            rows.append(("plain Python", f"{len(self.breaks)} of its modules"))
+        return "\n".join(f"{name:13}{text}" for name, text in rows)
+
+    @property
+    def _proof(self) -> str:
+        """Say how near the cost is to the lower bound."""
+        gap = self.cost - self.lower_bound
+        # Both are sums of the same seconds in another order, so that they differ by roundings.
+        if gap <= 1e-9 * self.cost:
+            return "proven optimal"
+        return f"at most {gap / self.cost:.2%} above the optimum"
+
+    def _collectives_text(self) -> str:
+        """Count the collectives of one step, all phases together: "3: 2 all-gather, ...".
+
+        A single kind is told without the total.
+        """
+        counts: dict[str, int] = {}
+        for _, axis, kind, count in self.collectives or ():
+            name = kind.replace("_", "-")
+            name += f" on {axis}" if len(self.mesh.axes) > 1 else ""
+            counts[name] = counts.get(name, 0) + count
+        each = ", ".join(f"{count} {name}" for name, count in counts.items())
+        if len(counts) > 1:
+            return f"{sum(counts.values())} in one step: {each}"
+        return f"{each or 'none'} in one step"
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks in the mesh."""
+        return self.mesh.world_size
+
+    @property
+    def memory_limit(self) -> int | None:
+        """The bytes that a rank may use; None where the plan was made without a limit."""
+        return self.options.memory_limit
+
+    @property
+    def storage(self) -> Mapping[str, Layout]:
+        """The layout of each parameter between optimizer steps, by the parameter's path."""
+        return {parameter.path: parameter.storage for parameter in self.parameters}
+
+    @property
+    def split_flops(self) -> float:
+        """The share of the matrix products' FLOPs in ops that are split, from 0 to 1.
+
+        It is 1 where there are no matrix products.
+        """
+        whole = sum(op.whole_flops for op in self.ops)
+        split = sum(op.whole_flops for op in self.ops if op.flops < op.whole_flops)
+        return split / whole if whole else 1.0
+
+    @property
+    def split_parameter_bytes(self) -> float:
+        """The share of the bytes of split parameters, from 0 to 1; vectors are not counted.
+
+        It is 1 where there are no parameters of two and more dims.
+        """
+        matrices = [p for p in self.parameters if len(p.shape) > 1]
+        whole = sum(p.nbytes for p in matrices)
+        return sum(p.nbytes for p in matrices if not p.reason) / whole if whole else 1.0
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The graphs that the plan is for; there are none where it was read from a text."""
+        if self.captured is not None:
+            return (self.captured.graph,)
+        return tuple(graph for part in self.parts for graph in part.plan.graphs)
+
+    @property
+    def is_traced(self) -> bool:
+        """True if the graphs are there; a plan that was read has none."""
+        if self.breaks:
+            return all(part.plan.is_traced for part in self.parts)
+        return self.captured is not None
+
+    def to_json(self) -> str:
+        """Return the plan as versioned JSON, the same text for the same plan.
+
+        The graph is not in it: what needs the graph, as applying the plan does, traces the model.
+        """
+        return json.dumps(self._rows(), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Return the plan that `to_json` has written as `text`; it has no graph.
+
+        Raises PlanError for another version and for a text that is broken.
+        """
+        rows = read_rows(text)
+        try:
+            return Plan._from_rows(rows)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise broken_plan(f"{type(error).__name__}: {error}") from None
+
+    def _rows(self) -> dict[str, Any]:
+        """Return what JSON is to hold; keys that not every text has are last."""
+        rows: dict[str, Any] = {
+            "version": VERSION,
+            "model": self.model,
+            "mesh": dict(self.mesh.axes),
+            "options": {name: getattr(self.options, name) for name in Options.__slots__},
+            "hardware": self.hardware,
+            "fingerprint": self.fingerprint,
+            "cost": self.cost,
+            "lower_bound": self.lower_bound,
+            "method": self.method,
+            "seconds": self.seconds,
+            "product_weight": self.product_weight,
+            "outputs": [layout_text(layout) for layout in self.outputs],
+            "parameters": [row_of(parameter) for parameter in self.parameters],
+            "ops": [row_of(op) for op in self.ops],
+            "conversions": [row_of(conversion) for conversion in self.conversions],
+            "recomputed": [list(group) for group in self.recomputed],
+            "recompute": [list(item) for item in self.recompute],
+            "memory": dict(self.memory),
+        }
+        if self.collectives is not None:
+            rows["collectives"] = [list(row) for row in self.collectives]
+        if self.inputs or self.returned:
+            rows["inputs"] = [row_of(item) for item in self.inputs]
+            rows["returned"] = list(self.returned)
+        if self.breaks:
+            rows["breaks"] = [row_of(item) for item in self.breaks]
+            rows["parts"] = [
+                {"paths": list(part.paths), "plan": part.plan._rows()} for part in self.parts
+            ]
+        return rows
+
+    @staticmethod
+    def _from_rows(rows: Mapping[str, Any]) -> Plan:
+        """Return the plan of these rows; keys that not every text has may be absent."""
+        counts = rows.get("collectives")
+        return Plan(
+            model=rows["model"],
+            mesh=Mesh(**rows["mesh"]),
+            options=Options(**rows["options"]),
+            hardware=rows["hardware"],
+            fingerprint=rows["fingerprint"],
+            parameters=tuple(value_of(ParameterChoice, row) for row in rows["parameters"]),
+            ops=tuple(value_of(OpChoice, row) for row in rows["ops"]),
+            conversions=tuple(value_of(Conversion, row) for row in rows["conversions"]),
+            outputs=tuple(map(parse_layout, rows["outputs"])),
+            cost=rows["cost"],
+            lower_bound=rows["lower_bound"],
+            method=rows["method"],
+            seconds=rows["seconds"],
+            product_weight=rows["product_weight"],
+            recomputed=tuple(map(tuple, rows["recomputed"])),
+            recompute=tuple((path, mode) for path, mode in rows["recompute"]),
+            memory=tuple(rows["memory"].items()),
+            # None says that nobody has counted; an empty tuple, that there are none.
+            collectives=None if counts is None else tuple(map(tuple, counts)),
+            inputs=tuple(value_of(PlannedInput, row) for row in rows.get("inputs", ())),
+            returned=tuple(rows.get("returned", ())),
+            breaks=tuple(value_of(Break, row) for row in rows.get("breaks", ())),
+            parts=tuple(
+                Part(tuple(part["paths"]), Plan._from_rows(part["plan"]))
+                for part in rows.get("parts", ())
+            ),
+        )
