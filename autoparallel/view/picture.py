@@ -1,7 +1,8 @@
-"""What a picture of a plan shows: boxes of ops, pills where something is communicated, arrows.
+"""The contents of a picture of a plan: boxes of ops, pills of collectives, and arrows.
 
-Views become part of arrows, ops that belong together become one box, and a run of sibling modules
-(x.0, x.1, ...) that do the same in the same way is drawn once.
+This file decides what is drawn, and dot.py how it looks. Views become part of arrows, ops that
+belong together become one box, and a run of sibling modules (x.0, x.1, ...) that do the same in the
+same way is drawn once.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ from autoparallel.view.words import Words, is_unary
 
 __all__ = ["Arrow", "Box", "Picture", "Pill", "draw"]
 
+# Moves that send nothing, as labels of arrows.
+_LOCAL_MOVES = {
+    Movement.SLICE: "sliced",
+    Movement.PAD: "padded with zeros",
+    Movement.KEEP_ON_FIRST: "kept on the first rank",
+}
+
 
 @dataclass(slots=True)
 class Box:
-    """Ops drawn as one. where: their module.
+    """A Box is a run of ops that are drawn as one.
 
-    kind: "op"; "side" for work that all ranks do on the inputs; "input", "output" and "next" (the
-    next of a run of layers) have no ops.
+    name: unique in the picture. where: the path of the ops' module. ops: in the plan's order. kind:
+    "op"; "side" for work that all ranks do on the inputs; "input", "output" and "next" (the next of
+    a run of layers) have no ops.
     """
 
     name: str
@@ -32,13 +41,16 @@ class Box:
 
     @property
     def layout(self) -> Layout | None:
-        """Of the result."""
+        """The layout of the last op's first result; None for a box without ops."""
         return self.ops[-1].results[0] if self.ops and self.ops[-1].results else None
 
 
 @dataclass(frozen=True, slots=True)
 class Pill:
-    """A conversion that communicates, between a box and its readers."""
+    """A Pill is a conversion that communicates, drawn between a box and its readers.
+
+    name: unique in the picture. where: the path of the module that both ends are in.
+    """
 
     name: str
     where: str
@@ -47,7 +59,10 @@ class Pill:
 
 @dataclass(frozen=True, slots=True)
 class Arrow:
-    """From a box or pill to another, by name. label: of a move that does not communicate."""
+    """An Arrow leads from a box or pill to another, both by name.
+
+    label: what happens on the way where no communication is needed, as "sliced"; often empty.
+    """
 
     source: str
     target: str
@@ -56,7 +71,11 @@ class Arrow:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """All that is drawn. repeats: module path to what to call it and how often it occurs."""
+    """A Picture is all that is drawn, in the plan's order.
+
+    repeats: for the path of the module that stands for a run of equal siblings, the name of the
+    run ("h.{0..11}") and the number of modules in it.
+    """
 
     boxes: tuple[Box, ...]
     pills: tuple[Pill, ...]
@@ -65,12 +84,25 @@ class Picture:
 
 
 def draw(plan: Plan, folded: bool = True, within: str = "") -> Picture:
-    """The picture of a plan, or of what is in one module of it."""
+    """Return the picture of a plan, or of one module of it.
+
+    folded: runs of sibling modules that are planned alike are drawn once. within: the path of the
+    module, "" for the whole model. A module without ops gives a picture without boxes.
+
+    >>> import autoparallel, torch
+    >>> layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    >>> plan = autoparallel.make_plan(layers, 2, example_inputs=torch.ones(4, 8))
+    >>> [(box.where, box.kind) for box in draw(plan).boxes if box.ops]
+    [('0', 'op'), ('1', 'op')]
+    """
     return _Drawing(plan, folded, within).picture()
 
 
 class _Drawing:
+    """A _Drawing is a picture in the making."""
+
     def __init__(self, plan: Plan, folded: bool, within: str) -> None:
+        """Choose the ops that are drawn: those within the module, of repeated ones the first."""
         self.plan = plan
         self.words = Words(plan)
         self.within = within
@@ -81,7 +113,7 @@ class _Drawing:
         if folded:
             self._fold(inside)
         self.ops = [op for op in inside if op.name not in self.hidden]
-        self.alias: dict[str, str] = {}  # result of a view -> what it views
+        self.alias: dict[str, str] = {}  # result of a view -> the value that it views
         self.boxes: list[Box] = []
         self.box_of: dict[str, Box] = {}  # by value
         self.last: Box | None = None
@@ -89,7 +121,7 @@ class _Drawing:
         self.arrows: dict[Arrow, None] = {}
 
     def picture(self) -> Picture:
-        """Boxes first, then what runs between them."""
+        """Make all boxes first, then the arrows and pills between them."""
         side = self._side_work()
         for op in self.ops:
             if op.name in side:
@@ -129,6 +161,7 @@ class _Drawing:
                 self._fold_siblings(prefix, siblings)
 
     def _fold_siblings(self, prefix: str, siblings: dict[int, list[OpChoice]]) -> None:
+        """Fold runs among the modules `prefix`.0, `prefix`.1, ..., whose ops are by number."""
         run: list[int] = []
         last: Hashable = None
         for index in sorted(siblings):
@@ -145,13 +178,18 @@ class _Drawing:
                 self.repeats[first] = name, len(run)
 
     def _hide(self, drawn: list[OpChoice], same: list[OpChoice]) -> None:
+        """Let the ops of one module stand for those of another."""
         for one, other in zip(drawn, same, strict=True):
             self.hidden.add(other.name)
             self.image.update(zip(other.makes, one.makes, strict=True))
 
     def _signature(self, path: str, ops: list[OpChoice]) -> Hashable:
-        """What ops do, how, and on what: equal for modules that are drawn alike."""
-        made: dict[str, int] = {}
+        """Return a key that is equal for modules whose ops do the same in the same way.
+
+        path: of the module. Values made in it are numbered, parameters are named from it on, and
+        all that comes from outside is equal, so that the key is free of the module's own names.
+        """
+        numbers: dict[str, int] = {}
         rows = []
         for op in ops:
             reads: list[Hashable] = []
@@ -162,12 +200,13 @@ class _Drawing:
                     inside = parameter.path.startswith(path + ".")
                     local = parameter.path[len(path) :] if inside else parameter.path
                     reads.append((local, parameter.shape, parameter.storage))
-                elif value in made:
+                elif value in numbers:
                     move = conversion and (conversion.source, conversion.target)
-                    reads.append((made[value], move))
+                    reads.append((numbers[value], move))
                 else:
                     reads.append("outside")
-            made.update({value: len(made) + place for place, value in enumerate(op.makes)})
+            first = len(numbers)
+            numbers.update({value: first + place for place, value in enumerate(op.makes)})
             rows.append(
                 (
                     op.target,
@@ -183,16 +222,18 @@ class _Drawing:
     # -- boxes
 
     def _put(self, op: OpChoice, box: Box) -> None:
+        """Add an op to a box, and the box to the picture if it is new."""
         if not box.ops:
             self.boxes.append(box)
         box.ops.append(op)
         self.box_of.update(dict.fromkeys(op.makes, box))
 
     def _data(self, op: OpChoice) -> list[str]:
+        """Return the values that an op reads but for parameters."""
         return [value for value in op.reads if value not in self.words.parameters]
 
     def _is_view(self, op: OpChoice) -> bool:
-        """Whether an op takes no time and has one operand: it is drawn as part of an arrow."""
+        """True if an op takes no time and has one operand: it is drawn as part of an arrow."""
         if op.seconds or not is_unary(op):
             return False
         return not self.words.sent(self.words.converted.get((op.reads[0], op.name)))
@@ -203,12 +244,13 @@ class _Drawing:
         These depend on inputs alone. What hangs together is one box; None stands for ops that
         are part of an arrow: chains of ops with one operand, and those within a repeated layer.
         """
-        made: set[str] = set()
+        from_inputs: set[str] = set()
         groups: dict[str, list[OpChoice]] = {}  # by value: all that hangs together with it
         side: dict[str, Box | None] = {}
         for op in self.ops:
             from_side = all(
-                value in made or value not in self.words.producers for value in self._data(op)
+                value in from_inputs or value not in self.words.producers
+                for value in self._data(op)
             )
             takes_part = len(self._data(op)) == len(op.reads) and from_side
             whole = all(set(map(type, layout)) == {Invariant} for layout in op.results)
@@ -217,7 +259,7 @@ class _Drawing:
             repeated = any(part.isdigit() for part in op.where.split("."))
             if repeated and not is_unary(op):
                 continue
-            made.update(op.makes)
+            from_inputs.update(op.makes)
             if repeated:
                 side[op.name] = None
                 continue
@@ -240,6 +282,7 @@ class _Drawing:
         return side
 
     def _root(self, value: str) -> str:
+        """Return the drawn value that a value is a view of, or the repetition of, or both."""
         value = self.image.get(value, value)
         while value in self.alias:
             value = self.alias[value]
@@ -247,7 +290,7 @@ class _Drawing:
         return value
 
     def _goes_on(self, box: Box, op: OpChoice) -> bool:
-        """Whether an op only goes on with the work of the box: same module, same placement."""
+        """True if an op only goes on with the work of the box: same module, same placement."""
         last = box.ops[-1]
         if box.where != op.where or op.whole_flops or any((*op.kernels, *last.kernels)):
             return False
@@ -260,6 +303,7 @@ class _Drawing:
     # -- arrows
 
     def _connect(self, op: OpChoice, box: Box) -> None:
+        """Draw the arrows to an op of a box, from the boxes that make what it reads."""
         for value in self._data(op):
             source = self._source(value)
             if source is None or source is box:
@@ -268,6 +312,7 @@ class _Drawing:
             self._arrow(source, box, conversion)
 
     def _source(self, value: str) -> Box | None:
+        """Return the box that makes a value; for an input a box without ops, which may be new."""
         root = self._root(value)
         if root in self.words.parameters:
             return None
@@ -278,6 +323,7 @@ class _Drawing:
         return self.box_of[root]
 
     def _arrow(self, source: Box, target: Box, conversion: Conversion | None) -> None:
+        """Draw an arrow between boxes, through a pill where the conversion communicates."""
         if not self.words.sent(conversion):
             label = self._label(conversion) if conversion is not None else ""
             self.arrows[Arrow(source.name, target.name, label)] = None
@@ -292,15 +338,15 @@ class _Drawing:
         self.arrows[Arrow(self.pills[key].name, target.name)] = None
 
     def _label(self, conversion: Conversion) -> str:
-        """What a conversion that sends nothing does to the value."""
-        return ", ".join(
-            step.forward.value.replace("_", " ") + self.words.on(step.axis)
+        """Say what a conversion that sends nothing does to the value."""
+        return self.words.by_axes(
+            (_LOCAL_MOVES[step.forward], step.axis)
             for step in conversion.steps
-            if step.forward is not Movement.NONE
+            if step.forward in _LOCAL_MOVES
         )
 
     def _ends(self) -> None:
-        """What leaves: results, what others read, what the next of a run of layers is sent."""
+        """Draw what leaves: results, values read outside, and those sent to the next layer."""
         drawn = {op.name for op in self.ops}
         for box in [box for box in self.boxes if box.ops]:
             for value in [value for op in box.ops for value in op.makes]:
@@ -317,6 +363,7 @@ class _Drawing:
                         self._end(f"to {op.where or op.name}", "output", box, conversion)
 
     def _end(self, name: str, kind: str, source: Box, conversion: Conversion | None) -> None:
+        """Draw one way out, as a box without ops."""
         end = Box(name, source.where if kind == "next" else self.within, kind=kind)
         if all(box.name != name for box in self.boxes):
             self.boxes.append(end)
@@ -324,10 +371,12 @@ class _Drawing:
 
 
 def _kinds(layout: Layout) -> tuple[type, ...]:
+    """Return the classes of a layout's placements: S(0) and S(1) are drawn in one box."""
     return tuple(map(type, layout))
 
 
 def _common(one: str, other: str) -> str:
+    """Return the path of the innermost module that both paths are in."""
     parts = []
     for left, right in zip(one.split("."), other.split("."), strict=False):
         if left != right:

@@ -1,17 +1,14 @@
-"""The plan as text: what is split and how, what is communicated where, what it costs."""
+"""The report of a plan for the terminal: splits, communication, memory, and what they cost."""
 
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TextIO
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +20,7 @@ from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.folded_rows import Folded, fold
 from autoparallel.view.size_names import assumed_text, returned_text
 from autoparallel.view.words import Words, collective_text, kind_of
+from autoparallel.view.wrapped_path import WrappedPath
 
 __all__ = ["plan_text", "print_plan"]
 
@@ -38,44 +36,30 @@ _STYLES: Mapping[type, str] = {
 _LEGEND = (
     "I     the same on all ranks, as in one process (Invariant)",
     "R     the same on all ranks, used by each for its part: its gradient is a sum (Replicate)",
-    "S(d)  each rank has a part of dim d; blocks=k: its part of each of k equal blocks (Shard)",
+    "S(d)  each rank has a part of dim d; blocks=k: its part of each of k equal blocks; "
+    "unit=u: in whole runs of u elements (Shard)",
     "P     each rank has a term of the sum that is the value (Partial)",
 )
-_PIECE = re.compile(r"(?:\{[^}]*\}|[^._{])*[._]?")
-
-
-@dataclass(frozen=True, slots=True)
-class _Path:
-    """The dotted path of a module or a value; where it is too long it breaks after a dot.
-
-    Only names that are too long by themselves break elsewhere: after an underscore, if it has one.
-    """
-
-    text: str
-
-    def lines(self, width: int) -> list[str]:
-        """The path in lines of at most `width`, as far as its pieces allow."""
-        found = [""]
-        for piece in filter(None, re.split(r"(?<=\.)(?![^{]*\})", self.text)):
-            short = len(piece) <= width
-            for own in [piece] if short else filter(None, _PIECE.findall(piece)):
-                if len(found[-1]) + len(own) > width and found[-1]:
-                    found.append("")
-                found[-1] += own
-        return found
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        widest = max(map(len, self.lines(1)))
-        return Measurement(min(widest, options.max_width), min(len(self.text), options.max_width))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text("\n".join(self.lines(options.max_width)), overflow="fold")
+# Words in the table of communications that need an explanation, where they occur.
+_NOTES = {
+    "together": "together: in one collective with the gradients of other parameters",
+    "again": "again: sent once more in the backward pass, in place of keeping a copy",
+}
 
 
 def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None = None) -> None:
-    """Print the plan; plain text, 160 columns wide, where it is not printed on a terminal.
+    """Print all that a plan says: splits, communication, memory, and what is left whole.
 
-    file: where to, standard output if not given. console: rich's, instead of one made here.
+    plan: it may have been read from JSON; nothing is computed that needs the graph. file: where to
+    print, standard output if not given. console: rich's, instead of one made here. Off a terminal
+    it is plain text, 160 columns wide. Raises AutoParallelError where `plan` is no plan.
+
+        >>> import autoparallel, io, torch
+        >>> plan = autoparallel.make_plan(torch.nn.Linear(8, 8), 2, example_inputs=torch.ones(4, 8))
+        >>> file = io.StringIO()
+        >>> print_plan(plan, file)
+        >>> file.getvalue().splitlines()[1].rstrip()
+        'mesh            Mesh(tp=2), 2 ranks'
     """
     require_kind(plan, Plan, MAKE_ONE)
     if console is None:
@@ -92,6 +76,7 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
         _whole(plan),
     )
     console.print(_header(plan, words))
+    console.print()
     for table in tables:
         if table is not None:
             console.print(table)
@@ -100,13 +85,17 @@ def print_plan(plan: Plan, file: TextIO | None = None, console: Console | None =
 
 
 def plan_text(plan: Plan) -> str:
-    """What print_plan prints, as plain text."""
+    """Return as plain text what print_plan prints: 160 columns, no spaces at the ends of lines.
+
+    plan: it may have been read from JSON.
+    """
     file = io.StringIO()
     print_plan(plan, console=Console(file=file, width=WIDTH, color_system=None, highlight=False))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
 def _header(plan: Plan, words: Words) -> Table:
+    """Tell what was planned for, what the plan costs, and how near the optimum it is."""
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
     gap = plan.cost - plan.lower_bound
     share = gap / plan.lower_bound if plan.lower_bound else 0.0
@@ -152,6 +141,7 @@ def _header(plan: Plan, words: Words) -> Table:
 
 
 def _planned_for(plan: Plan) -> str:
+    """Tell the sizes that were planned for; older texts of plans do not have them."""
     if plan.inputs:
         return assumed_text(plan.inputs)
     if plan.options.tokens > 1:
@@ -160,7 +150,7 @@ def _planned_for(plan: Plan) -> str:
 
 
 def _recomputed(plan: Plan) -> list[tuple[str, str]]:
-    """Which blocks run again what, in the backward pass."""
+    """Tell which blocks are recomputed in the backward pass, or why none is where it was asked."""
     rows = fold((path, mode, mode) for path, mode in plan.recompute if mode != "none")
     text = ", ".join(f"{row.path} ({row.first})" for row in rows)
     if text:
@@ -172,13 +162,16 @@ def _recomputed(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _returned(words: Words, layout: Layout) -> str:
+    """Say how one returned tensor lies."""
     return "whole" if kind_of(layout) is Invariant else f"split as {words.layout(layout)}"
 
 
-_Cell = str | Text | _Path
+_Cell = str | Text | WrappedPath
 
 
+# Texts are wrapped in Text, because rich would read "[...]" in them as a style.
 def _table(title: str, columns: list[tuple[str, bool]], rows: Sequence[tuple[_Cell, ...]]) -> Table:
+    """Make a table of these columns, (name, is it aligned to the right)."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for name, right in columns:
         table.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -188,10 +181,13 @@ def _table(title: str, columns: list[tuple[str, bool]], rows: Sequence[tuple[_Ce
 
 
 def _times(folded: Folded) -> str:
+    """Say how many rows one stands for; nothing for itself alone."""
     return f"×{folded.count}" if folded.count > 1 else ""
 
 
 def _parameters(plan: Plan, words: Words) -> Table:
+    """Tell how each parameter is stored and split, repeated layers once."""
+
     def split(parameter: ParameterChoice) -> str:
         text = words.split(parameter)
         return f"{text}: {parameter.reason}" if parameter.reason else text
@@ -208,7 +204,7 @@ def _parameters(plan: Plan, words: Words) -> Table:
         ],
         [
             (
-                _Path(row.path),
+                WrappedPath(row.path),
                 _times(row),
                 " × ".join(map(str, row.first.shape)) or "scalar",
                 Text(words.layout(row.first.storage), style=_STYLES[kind_of(row.first.storage)]),
@@ -220,7 +216,13 @@ def _parameters(plan: Plan, words: Words) -> Table:
 
 
 def _communications(plan: Plan, words: Words) -> Table:
+    """Tell each conversion that communicates, repeated layers once, with notes on rare words."""
     moves = [c for c in plan.conversions if words.sent(c)]
+    sent = [transfer for conversion in moves for transfer in words.sent(conversion)]
+    occurs = {
+        "together": any(transfer.together for transfer in sent),
+        "again": any(transfer.again for transfer in sent),
+    }
 
     def content(conversion: Conversion) -> tuple[object, ...]:
         op = words.producers.get(conversion.value)
@@ -237,13 +239,13 @@ def _communications(plan: Plan, words: Words) -> Table:
 
     rows = fold((words.where(c.value), content(c), c) for c in moves)
     columns = ["value", "where", "", "change", "forward", "backward", "shape", "bytes", "time"]
-    return _table(
+    table = _table(
         "Communications (one step; bytes and time of each)",
         [(name, name in ("bytes", "time")) for name in columns],
         [
             (
                 _value(words, row.first.value),
-                _Path(row.path),
+                WrappedPath(row.path),
                 _times(row),
                 words.change(row.first, "\n"),
                 Text(_sent(words, row.first, ("forward",)), style="magenta"),
@@ -256,28 +258,35 @@ def _communications(plan: Plan, words: Words) -> Table:
         ],
     )
 
+    notes = [note for word, note in _NOTES.items() if occurs[word]]
+    if notes:
+        table.caption, table.caption_justify = Text("\n".join(notes), style="dim"), "left"
+    return table
+
 
 def _value(words: Words, value: str) -> _Cell:
-    return "(parameter)" if value in words.parameters else _Path(words.value(value))
+    """Name a value; a parameter is named by the column beside."""
+    return "(parameter)" if value in words.parameters else WrappedPath(words.value(value))
 
 
 def _sent(words: Words, conversion: Conversion, phases: Sequence[str]) -> str:
-    """What is sent in these phases: "all-reduce on dp together", "–" for nothing."""
+    """Tell what is sent in these phases: "all-reduce together on dp and tp", "–" for nothing."""
     told = []
     for transfer in words.sent(conversion):
         if transfer.phase in phases:
-            text = collective_text(transfer.collective) + words.on(transfer.step.axis)
+            text = collective_text(transfer.collective)
+            # On several axes a move sends the part that the other axes have left.
             if len(words.axes) > 1 and transfer.nbytes != conversion.nbytes:
-                text += f" of {bytes_text(transfer.nbytes)}"
+                text += f" {bytes_text(transfer.nbytes)}"
             text += " together" if transfer.together else ""
             text += " again" if transfer.again else ""
             text += " after the update" if transfer.phase == "update" else ""
-            told.append(text)
-    return ("\n" if len(words.axes) > 1 else ", ").join(told) or "–"
+            told.append((text, transfer.step.axis))
+    return words.by_axes(told, "\n" if len(words.axes) > 1 else ", ") or "–"
 
 
 def _breaks(plan: Plan) -> Table | None:
-    """What is not traced, and why."""
+    """Tell which modules are not traced, and why; None where the model is traced whole."""
     if not plan.breaks:
         return None
     rows = fold((item.path, (item.line, item.reason), item) for item in plan.breaks)
@@ -285,13 +294,14 @@ def _breaks(plan: Plan) -> Table | None:
         "Plain Python, run alike on all ranks (what it calls is split; see the parts below)",
         [("module", False), ("", False), ("why", False), ("where", False)],
         [
-            (_Path(row.path or "(model)"), _times(row), row.first.reason, row.first.line)
+            (WrappedPath(row.path or "(model)"), _times(row), row.first.reason, row.first.line)
             for row in rows
         ],
     )
 
 
 def _totals(plan: Plan) -> Table:
+    """Count the collectives of one step by phase, mesh axis and kind."""
     several = len(plan.mesh.axes) > 1
     rows = []
     for (phase, axis, collective), (count, nbytes) in collective_totals(plan).items():
@@ -304,7 +314,7 @@ def _totals(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table | Text:
-    """What the rank that needs most needs it for."""
+    """Tell what takes the memory of the rank that needs most."""
     memory = plan.memory
     if not memory:
         return Text("Memory: the plan does not say what it takes; plan again to have it counted.")
@@ -318,12 +328,15 @@ def _memory(plan: Plan) -> Table | Text:
     if plan.memory_limit is not None:
         limit = plan.memory_limit
         rows.append(("limit", bytes_text(limit), f"{total / limit:.1%} of it used"))
-    columns = [("memory of a rank", False), ("bytes", True), ("share", True)]
+    columns = [("for", False), ("bytes", True), ("share", True)]
     return _table("Memory of the rank that needs most", columns, rows)
 
 
 def _whole(plan: Plan) -> Table | None:
-    """What is left whole, by reason; what splitting it would add is that of the best such plan."""
+    """Tell what is left whole, by reason; None where nothing is.
+
+    What splitting one would add is that of the best plan that splits it.
+    """
     parameters: dict[str, list[ParameterChoice]] = {}
     for parameter in plan.parameters:
         if parameter.reason:
@@ -338,8 +351,8 @@ def _whole(plan: Plan) -> Table | None:
     flops = sum(op.whole_flops for op in plan.ops)
     rows = []
     for reason, group in parameters.items():
-        own = sum(parameter.nbytes for parameter in group)
-        share = f"{own / nbytes:.2%} of bytes" if nbytes else ""
+        whole = sum(parameter.nbytes for parameter in group)
+        share = f"{whole / nbytes:.2%} of bytes" if nbytes else ""
         rows.append((reason, "parameters", str(len(group)), share, _added(group)))
     for reason, ops in products.items():
         share = f"{sum(op.whole_flops for op in ops) / flops:.2%} of FLOPs" if flops else ""
@@ -349,7 +362,7 @@ def _whole(plan: Plan) -> Table | None:
 
 
 def _added(group: Sequence[ParameterChoice] | Sequence[OpChoice]) -> str:
-    """The range of what is known."""
+    """Return the range of what splitting one of the group would add, "" if nothing is known."""
     known = sorted(item.added for item in group if item.added > 0)
     if not known:
         return ""
@@ -358,6 +371,7 @@ def _added(group: Sequence[ParameterChoice] | Sequence[OpChoice]) -> str:
 
 
 def _kernels(plan: Plan) -> list[str]:
+    """Name the kernels of ours that run ops, whose collectives are inside of them."""
     kernels = Counter(name for op in plan.ops for name in op.kernels if name)
     if not kernels:
         return []
@@ -366,7 +380,7 @@ def _kernels(plan: Plan) -> list[str]:
 
 
 def _discovered(plan: Plan) -> list[str]:
-    """Rules that nobody wrote, each once."""
-    found = Counter((op.target, op.discovered) for op in plan.ops if op.discovered)
-    rows = [f"  {target} ×{count}: {rule}" for (target, rule), count in found.items()]
+    """Tell the rules that were found by trial, each once with the number of its calls."""
+    rules = Counter((op.target, op.discovered) for op in plan.ops if op.discovered)
+    rows = [f"  {target} ×{count}: {rule}" for (target, rule), count in rules.items()]
     return ["Rules found by running the op on small tensors:", *rows] if rows else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,45 @@ def test_other_endings_are_refused_and_nothing_is_written(
     assert ".svg, .png, .dot" in caught.value.why
     assert ".svg'" in caught.value.fix
     assert not (tmp_path / name).exists()
+
+
+def test_titles_of_frames_lie_above_the_arrows(tmp_path: Path) -> None:
+    """All of them are there, once, behind the last arrow."""
+    layers = [nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))) for _ in range(2)]
+    model = nn.Sequential(*layers)
+    plan = autoparallel.make_plan(model, 2, example_inputs=torch.ones(4, 8))
+    autoparallel.write_svg(plan, tmp_path / "plan.svg", layers="all")
+    svg = (tmp_path / "plan.svg").read_text()
+    titles = list(re.finditer(r"<text paint-order[^>]*>(\d)</text>", svg))
+    assert [title[1] for title in titles] == ["0", "1"]
+    assert all(title.start() > svg.rindex('class="edge"') for title in titles)
+
+
+class Masked(nn.Module):
+    """A product with a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 12, bias=False)
+        self.register_buffer("mask", torch.ones(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (b, 8). The result is (b, 12)."""
+        y: torch.Tensor = self.linear(x) * self.mask
+        return y
+
+
+def test_buffers_and_inputs_are_told_apart() -> None:
+    """By the caller's names; a plan that was read tells the same."""
+    plan = autoparallel.make_plan(Masked(), 2, example_inputs=torch.ones(4, 8))
+    source = to_dot(plan)
+    assert '"buffer mask"' in source
+    assert '"input x"' in source
+    assert to_dot(Plan.from_json(plan.to_json())) == source
+
+
+def test_shares_that_are_not_even_are_those_of_the_busiest_rank(plan: Plan) -> None:
+    """12 heads on 8 ranks are 2 on some: 16.7 %, not 12.5 %."""
+    assert "50% of the FLOPs on each rank" in to_dot(plan)
+    uneven = tuple(replace(op, flops=op.whole_flops * 2 / 3) for op in plan.ops)
+    assert "66.7% of the FLOPs on the busiest rank" in to_dot(replace(plan, ops=uneven))

@@ -291,12 +291,12 @@ def test_picture_draws_a_run_of_layers_once(tmp_path: Path):
     assert folded == [6, 6]  # four in the block, the embedding's, the head's
     assert every == [10, 18]
     lines = svg(many, tmp_path / "all.svg", layers="all").splitlines()
-    assert [line for line in lines if line.startswith("blocks")] == [
+    assert [line for line in lines if line.startswith("blocks.")] == [
         f"blocks.{index}" for index in range(4)
     ]
     lines = svg(many, tmp_path / "fold.svg").splitlines()
     assert "×4" in lines
-    assert [line for line in lines if line.startswith("blocks")] == ["blocks.{0..3}"]
+    assert [line for line in lines if line.startswith("blocks.")] == ["blocks.{0..3}"]
 
 
 def test_picture_shows_every_collective_once(plan: Plan):

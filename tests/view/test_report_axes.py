@@ -72,22 +72,22 @@ def stored(storage: str, gradient: str, state: str) -> ParameterChoice:
         (
             ("I | S(0)", "I | S(0)", "S(1) | S(0)"),
             "whole, its optimizer state in parts (ZeRO-1) on dp; column: output dim on tp",
-            ["reduce-scatter on dp of 4.0 KiB together", "all-gather on dp of 4.0 KiB after the"],
+            ["reduce-scatter 4.0 KiB together on dp", "all-gather 4.0 KiB after the update on dp"],
         ),
         (
             ("I | S(0)", "S(1) | S(0)", "S(1) | S(0)"),
             "whole, its gradient and optimizer state in parts (ZeRO-2) on dp; column: output dim",
-            ["reduce-scatter on dp of 4.0 KiB\n", "all-gather on dp of 4.0 KiB after the update"],
+            ["reduce-scatter 4.0 KiB on dp\n", "all-gather 4.0 KiB after the update on dp"],
         ),
         (
             ("S(1) | S(0)", "S(1) | S(0)", "S(1) | S(0)"),
             "stored in parts, gathered for use (ZeRO-3) on dp; column: output dim on tp",
-            ["all-gather on dp of 4.0 KiB", "reduce-scatter on dp of 4.0 KiB"],
+            ["all-gather 4.0 KiB on dp", "reduce-scatter 4.0 KiB on dp"],
         ),
         (
             ("I | S(0)", "I | S(0)", "I | S(0)"),
             "column: output dim on tp",
-            ["all-reduce on dp of 4.0 KiB together"],
+            ["all-reduce 4.0 KiB together on dp"],
         ),
     ],
     ids=["zero 1", "zero 2", "zero 3", "data parallel"],
@@ -128,6 +128,8 @@ def test_picture_names_axes(plan: Plan) -> None:
     source = to_dot(plan)
     assert " on dp" in source
     assert " on tp" in source
+    assert "S(0) on dp and tp" in Words(plan).layout(parse_layout("S(0) | S(0)"))
+    assert Words(plan).layout(parse_layout("I | S(1)")) == "S(1) on tp"
     assert "Mesh(dp=2, tp=2), 4 ranks" in source.replace("&#160;", " ").replace("</b>", "")
 
 

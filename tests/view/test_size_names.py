@@ -140,6 +140,18 @@ def test_paths_break_at_dots() -> None:
 
 
 def test_the_placements_are_explained_at_the_end(plan: Plan) -> None:
-    """One line each."""
+    """One line each; every word that a placement may have is among them."""
     lines = plan_text(plan).splitlines()[-4:]
     assert [line.split()[0] for line in lines] == ["I", "R", "S(d)", "P"]
+    assert "blocks=k" in lines[2]
+    assert "unit=u" in lines[2]
+
+
+def test_rare_words_are_explained_where_they_occur(plan: Plan) -> None:
+    """A gradient bucket, and a copy that is made once more in the backward pass."""
+    bucket, again = "in one collective with the gradients", "sent once more in the backward pass"
+    assert any(conversion.together for conversion in plan.conversions)
+    assert bucket in plan_text(plan)
+    assert again not in plan_text(plan)
+    moved = tuple(replace(c, together=False, again=bool(c.again)) for c in plan.conversions)
+    assert bucket not in plan_text(replace(plan, conversions=moved))
