@@ -1,4 +1,4 @@
-"""What a module is called with: example inputs, and arguments by the names of its forward."""
+"""Example inputs of a model, and arguments of a call by the names of the model's forward."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ __all__ = ["as_given", "bind_inputs", "find_example_inputs", "split_example"]
 
 
 def find_example_inputs(model: nn.Module) -> Any:
-    """The model's own `example_inputs()` or Hugging Face `dummy_inputs`.
+    """Return the result of the model's own `example_inputs()`, or Hugging Face's `dummy_inputs`.
 
-    Raises InputsNeededError where there is neither.
+    model: dummy inputs are a dict, of which those are kept that the forward takes; where it takes
+    labels, they are the tokens, so that the loss is part of what is traced. Raises
+    InputsNeededError where the model has neither.
     """
-    own = getattr(model, "example_inputs", None)
-    if callable(own):
-        return own()
+    example_inputs = getattr(model, "example_inputs", None)
+    if callable(example_inputs):
+        return example_inputs()
+    # It is a property, which fails for models that Hugging Face has no dummies for.
     try:
         dummies = getattr(model, "dummy_inputs", None)
     except (AttributeError, NotImplementedError, TypeError):
@@ -45,7 +48,13 @@ def find_example_inputs(model: nn.Module) -> Any:
 def bind_inputs(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> inspect.BoundArguments:
-    """The call's arguments by the names of the model's forward."""
+    """Return the arguments of a call by the names of the model's forward, without defaults.
+
+    args, kwargs: of the call. Raises CaptureError where the forward does not take them.
+
+    >>> bind_inputs(nn.Linear(4, 2), (1,), {}).arguments
+    {'input': 1}
+    """
     signature = inspect.signature(model.forward)
     try:
         return signature.bind(*args, **kwargs)
@@ -59,13 +68,19 @@ def bind_inputs(
 
 
 def _parameters(signature: inspect.Signature) -> list[str]:
-    """The arguments with their defaults, without annotations: "labels=None"."""
+    """Return the parameters of a forward with defaults, without annotations: "labels=None"."""
     bare = (p.replace(annotation=p.empty) for p in signature.parameters.values())
     return [str(parameter) for parameter in bare]
 
 
 def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as (args, kwargs): a tensor, a sequence or a dict of keyword arguments."""
+    """Return example inputs as (args, kwargs).
+
+    example_inputs: a dict of keyword arguments, a sequence of positional ones, or the only one.
+
+    >>> split_example((1, 2)), split_example({"x": 1}), split_example(3)
+    (((1, 2), {}), ((), {'x': 1}), ((3,), {}))
+    """
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -76,9 +91,13 @@ def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 def as_given(
     signature: inspect.Signature, arguments: Mapping[str, Any], positional: int
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments by name, as they were given: the first `positional` ones by position.
+    """Return bound arguments as (args, kwargs) again: the first `positional` ones by position.
 
-    A decorated forward may have a keyword argument that it must not be given twice.
+    signature: of the forward. arguments: by name, as `bind_inputs` returns them. A decorated
+    forward may add a keyword argument of its own, so that what came by position goes by position.
+
+    >>> as_given(inspect.signature(lambda x, y=0: x), {"x": 1, "y": 2}, positional=1)
+    ([1], {'y': 2})
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Inputs that the model itself refuses, told as such and not as a failure of tracing."""
+"""Errors for inputs that the model itself refuses, in place of a failure of tracing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from autoparallel.support.torch_private import FakeTensorMode, tree_leaves, tree
 
 __all__ = ["refuse_arrays", "refuse_devices", "refuse_inputs"]
 
-# Elements of the largest tensor with which an op is tried again.
+# The number of elements, of all operands together, up to which an op is tried again.
 _MOST_ELEMENTS = 2**24
-# Errors of torch that tell that data are needed.
+# Torch's errors where an op needs numbers, which fake tensors lack: that is no fault of the inputs.
 _LACKS_DATA = (
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -31,7 +31,13 @@ _LACKS_DATA = (
 
 
 def refuse_arrays(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises InputMismatchError for numpy arrays: a graph would hold their numbers for ever."""
+    """Refuse numpy arrays among the inputs: a graph would hold their numbers for ever.
+
+    model: gives the names of the arguments. args, kwargs: of the call, at any depth in containers.
+    Raises InputMismatchError with the names of the arrays.
+
+    Example: refuse_arrays(model, (numpy.ones(3),), {})
+    """
     _, skeleton = flatten(dict(bind_inputs(model, args, kwargs).arguments))
     arrays = [path for path, leaf in leaf_paths(skeleton, "constant").items() if _is_array(leaf)]
     if arrays:
@@ -44,7 +50,10 @@ def refuse_arrays(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises InputMismatchError where an op of the model cannot take what these inputs make of it.
+    """Refuse inputs from which an op of the model gets operands that it cannot take.
+
+    model: left as it was. args, kwargs: of the call. Raises InputMismatchError that names the op,
+    the module and the line. Returns where the forward runs, and where it fails for other reasons.
 
     The forward is run on tensors without data. The op that fails there is tried again by itself, on
     ones and on zeros: if it takes neither, its sizes or types are wrong, not the way it is run.
@@ -60,9 +69,9 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             fakes: dict[str, torch.Tensor] = {
                 name: mode.from_tensor(tensor) for name, tensor in state.items()
             }
-            given = {id(tensor): tensor.to("meta") if on_meta else tensor for tensor in tensors}
-            known = {name: mode.from_tensor(tensor) for name, tensor in given.items()}
-            inputs = tree_map(lambda leaf: known.get(id(leaf), leaf), (args, dict(kwargs)))
+            real = {id(tensor): tensor.to("meta") if on_meta else tensor for tensor in tensors}
+            fake = {name: mode.from_tensor(tensor) for name, tensor in real.items()}
+            inputs = tree_map(lambda leaf: fake.get(id(leaf), leaf), (args, dict(kwargs)))
             with watch:
                 torch.func.functional_call(model, fakes, *inputs)
         return
@@ -86,9 +95,13 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def refuse_devices(model: nn.Module, bound: Mapping[str, Any], device: torch.device) -> None:
-    """Raises InputMismatchError for inputs that are not where the parameters are.
+    """Refuse inputs that are not on the device of the parameters.
 
-    To be asked where a call has failed: some models want lengths on the CPU whatever computes.
+    bound: the arguments by name. device: that of the parameters. It is to be asked after a call
+    has failed, because some models want lengths on the CPU whatever computes. Raises
+    InputMismatchError that lists the tensors elsewhere.
+
+    Example: refuse_devices(model, {"x": tensor_on_cpu}, torch.device("cuda:0"))
     """
     tensors, skeleton = flatten(dict(bound))
     rows = zip(leaf_paths(skeleton, "tensor"), tensors, strict=True)
@@ -103,7 +116,7 @@ def refuse_devices(model: nn.Module, bound: Mapping[str, Any], device: torch.dev
 
 
 class _FirstFailure(TorchFunctionMode):
-    """Remembers the call of torch that failed first, with its arguments."""
+    """A _FirstFailure remembers the call of torch that failed first, with its arguments."""
 
     failed: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
 
@@ -120,7 +133,11 @@ class _FirstFailure(TorchFunctionMode):
 def _why_refused(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ask_devices: bool
 ) -> str | None:
-    """What is wrong with an op's operands; None if nothing is, or it is too large to try."""
+    """Say why an op refuses its operands; None if it takes others like them, or is too large.
+
+    ask_devices: whether operands on different devices are a reason; they are none where some are
+    on meta, which stands for all devices.
+    """
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     devices = dict.fromkeys(str(tensor.device) for tensor in operands if tensor.dim())
     if ask_devices and len(devices) > 1:
@@ -128,6 +145,7 @@ def _why_refused(
     if sum(tensor.numel() for tensor in operands) > _MOST_ELEMENTS:
         return None
 
+    # An index of 1 may be out of range and a division by 0 fail: one that works is enough.
     why = None
     for number in (1, 0):
 
@@ -147,11 +165,12 @@ def _why_refused(
 
 
 def _name(func: Any) -> str:
+    """Return the name of a function of torch."""
     return str(getattr(func, "__name__", func))
 
 
 def _place(error: BaseException, model: nn.Module) -> str:
-    """The innermost module that was running, and the last line outside of torch."""
+    """Return the path of the innermost module that was running, and its last line not in torch."""
     paths = {id(module): path for path, module in model.named_modules()}
     place, line = "", ""
     for frame, number in traceback.walk_tb(error.__traceback__):
@@ -164,11 +183,12 @@ def _place(error: BaseException, model: nn.Module) -> str:
 
 
 def _is_array(leaf: Any) -> bool:
+    """True for a numpy array; numpy is not imported to find out."""
     kind = type(leaf)
     return (kind.__module__, kind.__name__) == ("numpy", "ndarray")
 
 
 def _text(tensor: torch.Tensor) -> str:
-    """ "int64 (8, 64) on cpu"."""
+    """Describe a tensor: "int64 (8, 64) on cpu"."""
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {tuple(tensor.shape)} on {tensor.device}"

@@ -1,4 +1,4 @@
-"""Closed forms in the units of the papers: "4 all-reduces of 2 b s h bytes"."""
+"""Closed forms as texts in the units of the papers: "4 all-reduces of 2 b s h bytes"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autoparallel.view.words import collective_text
 
 __all__ = ["expression_text", "forms_text", "plan_forms_text"]
 
-_MOST_PATHS = 3
+_MOST_PATHS = 3  # modules that a title names
 _WORDS = {
     "flops": "FLOPs forward",
     "backward_flops": "FLOPs backward",
@@ -27,12 +27,25 @@ _WORDS = {
 
 
 def plan_forms_text(plan: Plan, names: Mapping[int, str] | None = None) -> str:
-    """The closed forms of a plan as text. names: what fixed sizes are called, {12288: "h"}."""
+    """Return the closed forms of a plan as text.
+
+    plan: it needs its graph, which a plan that was read from JSON lacks. names: letters for fixed
+    sizes, as {12288: "h"}; without it letters are chosen. Raises PlanError for a plan without its
+    graph.
+
+    Example: print(plan_forms_text(plan, names={12288: "h"}))
+    """
     return forms_text(closed_forms(plan, names=names), plan)
 
 
 def forms_text(forms: ClosedForms, plan: Plan) -> str:
-    """Closed forms as text: of each repeated module, of the rest, of all."""
+    """Return closed forms as text: of each repeated module, of the rest, and of the whole step.
+
+    forms: of the plan. plan: gives the title, and the names that a reader knows for sizes. Below
+    the title stand the sizes that were planned for, for each letter that occurs.
+
+    Example: print(forms_text(autoparallel.closed_forms(plan), plan))
+    """
     total = forms.total
     used = {symbol for amount in _expressions(total) for symbol in amount.free_symbols}
     values = {symbol.name: size for symbol, size in forms.algebra.values.items() if symbol in used}
@@ -54,10 +67,12 @@ def forms_text(forms: ClosedForms, plan: Plan) -> str:
 
 
 def _expressions(form: Form) -> list[sympy.Expr]:
+    """Return all amounts of a form."""
     return [*(sent.nbytes for sent in form.sent), *(getattr(form, name) for name in AMOUNTS)]
 
 
 def _title(form: Form) -> str:
+    """Name the modules that a form is of, equal layers as one."""
     rows = [row.path for row in fold((path, "", path) for path in form.paths if path)]
     names = ", ".join(rows[:_MOST_PATHS]) + (", ..." if len(rows) > _MOST_PATHS else "")
     if "" in form.paths:
@@ -66,6 +81,11 @@ def _title(form: Form) -> str:
 
 
 def _rows(form: Form, order: Sequence[str]) -> list[str]:
+    """Tell what a form sends, computes and holds; equal collectives of all phases in one line.
+
+    order: the names of symbols, in the order in which products name them.
+    """
+
     def text(expression: sympy.Expr) -> str:
         return expression_text(expression, order)
 
@@ -93,7 +113,14 @@ def _rows(form: Form, order: Sequence[str]) -> list[str]:
 
 
 def expression_text(expression: sympy.Expr, order: Sequence[str] = ()) -> str:
-    """An expression as a person writes it: "b s (10 h + 24 h/tp)". order: of the symbols."""
+    """Write an expression as a person does: common factors first, no signs between factors.
+
+    order: names of symbols, in the order in which products name them; all others follow.
+
+    >>> b, s, h, tp = sympy.symbols("b s h tp", positive=True)
+    >>> expression_text(10 * b * s * h + 24 * b * s * h / tp, ["b", "s", "h"])
+    '2 b s h (5 + 12/tp)'
+    """
     terms = sympy.Add.make_args(sympy.expand(sympy.sympify(expression)))
     if len(terms) == 1:
         return _product(terms[0], order)
@@ -108,7 +135,7 @@ def expression_text(expression: sympy.Expr, order: Sequence[str] = ()) -> str:
 
 
 def _by_weight(terms: Sequence[sympy.Expr]) -> list[sympy.Expr]:
-    """The terms of the highest degree first."""
+    """Sort terms: the highest degree first, which is the largest term of a large model."""
 
     def weight(term: sympy.Expr) -> tuple[float, float, bool, str]:
         powers = [float(power) for base, power in term.as_powers_dict().items() if base.is_Symbol]
@@ -119,17 +146,19 @@ def _by_weight(terms: Sequence[sympy.Expr]) -> list[sympy.Expr]:
 
 
 def _common(terms: Sequence[sympy.Expr]) -> sympy.Expr:
-    """What all terms are multiples of: whole powers of symbols, and a number."""
-    powers = [term.as_powers_dict() for term in terms]
-    found = sympy.gcd_list([term.as_coeff_Mul()[0] for term in terms])
-    for base in sorted(powers[0], key=str):
-        own = [sympy.sympify(power.get(base, 0)) for power in powers]
-        if base.is_Symbol and all(power.is_Integer for power in own):
-            found *= base ** (min(own) if min(own) > 0 else min(max(own), 0))
-    return found
+    """Return the common factor of terms: a number, and whole powers of symbols."""
+    factors = [term.as_powers_dict() for term in terms]
+    common = sympy.gcd_list([term.as_coeff_Mul()[0] for term in terms])
+    for base in sorted(factors[0], key=str):
+        powers = [sympy.sympify(powers_of.get(base, 0)) for powers_of in factors]
+        if base.is_Symbol and all(power.is_Integer for power in powers):
+            # A symbol above in all terms is taken out once, one below in all as well: 1/tp.
+            common *= base ** (min(powers) if min(powers) > 0 else min(max(powers), 0))
+    return common
 
 
 def _product(term: sympy.Expr, order: Sequence[str]) -> str:
+    """Write a product of a number and powers: "2 b s h^2/(3 tp)"."""
     number, rest = term.as_coeff_Mul()
     above: list[str] = []
     below: list[str] = []

@@ -1,4 +1,4 @@
-"""A plan, a parallel module or a graph for other tools: as torch.fx and as networkx have graphs."""
+"""Plans, parallel modules and graphs as graphs of other libraries: of torch.fx and networkx."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def to_fx(
     rank: int | Ranks | None = None,
     example_inputs: Any = None,
 ) -> fx.GraphModule:
-    """A torch.fx.GraphModule of a graph, or of the program of one rank.
+    """Return a torch.fx.GraphModule of a graph, or of the program of one rank.
 
     source: a plan or a graph gives the captured graph, before it is split; a module is traced with
     `example_inputs` (as in make_plan) and gives its graph; a parallel module gives the program that
-    this rank runs in the current mode. model: whose weights a plan or a graph is to have; without
+    this rank runs in the current mode. example_inputs: its own if not given. model: whose weights a plan or a graph is to have; without
     it they are on the meta device. rank: for a plan, the program of this rank, with its parts of
     the model's weights; runtime.ranks.Ranks in place of a number lets it run among others.
 
-    It takes the input tensors one after another and returns a tuple of the returned ones; nodes
+    The result takes the input tensors one after another and returns a tuple of the returned ones; nodes
     have the names of the graph or of the program, parameters and buffers are get_attr nodes under
     their own paths. A product and the bias added to it are one call, as in the model: the numbers
     are those of the parallel module on one rank, bit for bit. Tensors are shared with the model or
@@ -86,6 +86,7 @@ def to_fx(
 
 
 def _captured(plan: Plan) -> Captured:
+    """Return the graph of a plan. Raises PlanError for a plan in parts and for one without."""
     if plan.breaks:
         raise PlanError(
             f"the plan for {plan.model} has {len(plan.parts)} parts, each with its own graph",
@@ -96,7 +97,7 @@ def _captured(plan: Plan) -> Captured:
 
 
 def _whole(source: Graph | Captured, model: nn.Module | None, name: str) -> fx.GraphModule:
-    """The captured graph, with the model's tensors or with ones on the meta device."""
+    """Return the module of a captured graph, with the model's tensors or with ones on meta."""
     graph = source if isinstance(source, Graph) else source.graph
     constants = source.constants if isinstance(source, Captured) else {}
     tensors = {**constants, **_tensors(graph, model)}
@@ -107,22 +108,23 @@ def _whole(source: Graph | Captured, model: nn.Module | None, name: str) -> fx.G
 
 
 def _tensors(graph: Graph, model: nn.Module | None) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by path: the model's, or ones of the same shapes without numbers."""
+    """Return parameters and buffers by path: the model's, or ones on meta of the same shapes."""
     if model is not None:
         named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         return {**named, **dict(model.named_buffers(remove_duplicate=False))}
-    made: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for node in graph.nodes:
         if node.kind not in ("parameter", "buffer"):
             continue
         value = node.result
         empty = torch.empty([int(str(s)) for s in value.shape], dtype=value.dtype, device="meta")
         wanted = value.requires_grad
-        made[node.target] = nn.Parameter(empty, wanted) if node.kind == "parameter" else empty
-    return made
+        tensors[node.target] = nn.Parameter(empty, wanted) if node.kind == "parameter" else empty
+    return tensors
 
 
 def _device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    """Return the device of the first parameter, the CPU where there is none."""
     parameters = (tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter))
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
@@ -130,7 +132,7 @@ def _device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
 def _part(
     plan: Plan, captured: Captured, model: nn.Module | None, rank: int | Ranks
 ) -> fx.GraphModule:
-    """The program of one rank, with its own parts of the weights and its own buffers."""
+    """Return the program of one rank, with its own parts of the weights and its own buffers."""
     ranks = absent_ranks(plan.mesh, rank) if isinstance(rank, int) else rank
     program = emit(captured.graph, plan, ranks, plan.model)
     tensors = _tensors(captured.graph, model)
@@ -147,7 +149,9 @@ def _part(
 
 
 def to_networkx(source: Plan | Graph) -> networkx.DiGraph:
-    """The dataflow as a networkx.DiGraph: nodes of the graph and what flows between them.
+    """Return the dataflow as a networkx.DiGraph: the graph's nodes, and edges for their values.
+
+    source: a graph, or a plan with its graph.
 
     A node has kind ("input", "parameter", "buffer", "constant", "call", "output"), op, path (of a
     parameter or buffer), module, line, values, and per value shapes (as text), sizes (for the
@@ -169,34 +173,37 @@ def to_networkx(source: Plan | Graph) -> networkx.DiGraph:
     """
     if isinstance(source, Graph):
         return dataflow(source)
-    made = dataflow(_captured(source).graph)
-    _add_placements(made, source)
-    _add_conversions(made, source)
-    return made
+    flow = dataflow(_captured(source).graph)
+    _add_placements(flow, source)
+    _add_conversions(flow, source)
+    return flow
 
 
-def _add_placements(made: networkx.DiGraph, plan: Plan) -> None:
+def _add_placements(flow: networkx.DiGraph, plan: Plan) -> None:
+    """Give each node the placements of its values, and its predicted seconds."""
     ops = {op.name: op for op in plan.ops}
     storage = {parameter.name: parameter.storage for parameter in plan.parameters}
-    for name, attributes in made.nodes(data=True):
+    for name, attributes in flow.nodes(data=True):
         op = ops.get(name)
         if op is not None:
             attributes["placements"] = tuple(map(layout_text, op.results))
             attributes["forward_seconds"] = op.forward_seconds
             attributes["backward_seconds"] = op.seconds - op.forward_seconds
             continue
-        kept = (storage[value] for value in attributes["values"] if value in storage)
-        attributes["placements"] = tuple(map(layout_text, kept))
+        layouts = (storage[value] for value in attributes["values"] if value in storage)
+        attributes["placements"] = tuple(map(layout_text, layouts))
         attributes["forward_seconds"] = attributes["backward_seconds"] = 0.0
 
 
-def _add_conversions(made: networkx.DiGraph, plan: Plan) -> None:
-    producers = {value: name for name, values in made.nodes(data="values") for value in values}
-    for _, _, attributes in made.edges(data=True):
+def _add_conversions(flow: networkx.DiGraph, plan: Plan) -> None:
+    """Give each edge the conversions on it, and their predicted seconds."""
+    producers = {value: name for name, values in flow.nodes(data="values") for value in values}
+    for _, _, attributes in flow.edges(data=True):
         attributes["conversions"], attributes["seconds"] = (), 0.0
     for conversion in plan.conversions:
         ends = (layout_text(conversion.source), layout_text(conversion.target))
         for index, reader in enumerate(conversion.readers):
-            edge = made.edges[producers[conversion.value], OUTPUT if reader == "return" else reader]
+            edge = flow.edges[producers[conversion.value], OUTPUT if reader == "return" else reader]
             edge["conversions"] += ((conversion.value, *ends),)
+            # Its readers share one conversion; to count it once keeps sums over edges right.
             edge["seconds"] += 0.0 if index else conversion.seconds

@@ -1,4 +1,4 @@
-"""A predicted step as a trace that Perfetto (ui.perfetto.dev) and Chrome's viewer open."""
+"""A predicted step as a trace that Perfetto (ui.perfetto.dev) and Chrome's viewer can open."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ from autoparallel.support.written_files import write_file
 
 __all__ = ["trace_json", "write_trace"]
 
-_MICRO = 1e6
+_MICRO = 1e6  # The format counts in microseconds.
 
 
 def write_trace(timeline: Timeline, path: str | PathLike[str]) -> None:
-    """Write the trace, the same text for the same timeline.
+    """Write the trace of a timeline to a file, the same text for the same timeline.
 
-    Raises AutoParallelError where no such file can be written.
+    path: of a JSON file, to be opened at ui.perfetto.dev. Raises AutoParallelError where no such
+    file can be written, and where `timeline` is no Timeline.
+
+    Example: write_trace(autoparallel.timeline(plan), "step.json")
     """
     require_kind(timeline, Timeline, "make one: autoparallel.timeline(plan)")
     write_file(path, trace_json(timeline).encode())
 
 
 def trace_json(timeline: Timeline) -> str:
-    """The events in the Trace Event Format: one process, a thread per stream, microseconds."""
+    """Return a timeline's events in the Trace Event Format: one process, a thread per stream.
+
+    Times are in microseconds from the start of the step. Events of computing and of communicating
+    are in threads of their own, because they overlap.
+
+    Example: json.loads(trace_json(timeline))["traceEvents"]
+    """
     streams = (COMPUTE, COMMUNICATION)
     rows: list[dict[str, Any]] = [
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": at, "args": {"name": stream}}
