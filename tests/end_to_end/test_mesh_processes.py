@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 import autoparallel
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
-from autoparallel.parallel.module import full_state_dict
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import as_distributed
+from autoparallel.parallel.state_dicts import full_state_dict
 from autoparallel.placement import Shard
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.train.models import GPT, GPTConfig

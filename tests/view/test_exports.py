@@ -16,7 +16,7 @@ import autoparallel
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
-from autoparallel.parallel.module import full_state_dict
+from autoparallel.parallel.state_dicts import full_state_dict
 from autoparallel.plan import Plan
 from autoparallel.support.pytree import flatten
 
