@@ -1,4 +1,4 @@
-"""Watch writes to the memory of tensors, whoever makes them: operators, `.data = t`, handles."""
+"""Watches that report writes to tensors: by operators, by `.data = t`, by handles of memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ __all__ = ["Watch", "memory_of", "paused", "place_of"]
 
 
 def memory_of(tensor: torch.Tensor) -> int | None:
-    """A number for the memory that the tensor lies in; None where it has none to speak of."""
+    """Return a number for the memory that a tensor lies in; None where it has none.
+
+    Views have the number of their base. Lazy and functional tensors, and those of some subclasses,
+    have no memory of their own.
+
+    >>> x = torch.ones(4)
+    >>> memory_of(x) == memory_of(x[1:]), memory_of(x) == memory_of(x.clone())
+    (True, False)
+    """
     try:
         return storage_key(tensor)
     except (NotImplementedError, RuntimeError, ValueError):
@@ -33,7 +41,15 @@ def memory_of(tensor: torch.Tensor) -> int | None:
 
 
 def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors that are the same elements of the same memory."""
+    """Return a key that is equal for tensors which are the same elements of the same memory.
+
+    It has the shape, type, device, memory, offset and strides; it is () for a parameter without a
+    shape yet.
+
+    >>> x = torch.ones(4)
+    >>> place_of(x) == place_of(x.view(4)), place_of(x[:2]) == place_of(x[2:])
+    (True, False)
+    """
     if nn.parameter.is_lazy(tensor):
         return ()
     looks = (tuple(tensor.shape), tensor.dtype, tensor.device)
@@ -42,27 +58,44 @@ def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class Watch:
-    """What is done when memory is written to. Every method may be overridden; they do nothing."""
+    """A Watch is told of writes to tensors; its methods do nothing until they are overridden.
+
+    It hears of the writes of one thread, within `installed`.
+
+    >>> class Counter(Watch):
+    ...     writes = 0
+    ...     def after(self, tensor):
+    ...         self.writes += 1
+    >>> counter, x = Counter(), torch.ones(2)
+    >>> with counter.installed():
+    ...     _ = x.add_(1)
+    >>> counter.writes
+    1
+    """
 
     def before(self, tensor: torch.Tensor, operator: str) -> None:
-        """An operator is about to write to `tensor`."""
+        """React to an operator, by its name, that is about to write to `tensor`."""
 
     def after(self, tensor: torch.Tensor) -> None:
-        """An operator has written to `tensor`."""
+        """React to an operator that has written to `tensor`."""
 
     def handed_out(self, tensor: torch.Tensor) -> None:
-        """A handle of the memory is about to be given away, as a numpy array or an address."""
+        """React to a handle of the memory that is about to be given away: an array, an address."""
 
     def assigned(self, tensor: torch.Tensor, value: Any) -> bool:
-        """`tensor.data = value` was asked for. Returns whether it was done here."""
+        """React to `tensor.data = value`. Return True if it is done here, in place of torch."""
         return False
 
     def trained(self, tensor: torch.Tensor, value: bool) -> None:
-        """`tensor.requires_grad = value` was asked for."""
+        """React to `tensor.requires_grad = value`."""
 
     @contextlib.contextmanager
     def installed(self, operators: bool = True) -> Iterator[None]:
-        """Within, this thread's writes are reported; without operators, what else there is."""
+        """Report the writes that this thread makes within.
+
+        operators: False leaves out what operators write, and with it the cost of seeing each of
+        them; handles and assignments are reported all the same.
+        """
         calls = _Calls(self)
         with calls, _Operators(self, calls) if operators else contextlib.nullcontext():
             yield
@@ -70,7 +103,7 @@ class Watch:
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Within, a watch that was installed last reports nothing, and costs nothing."""
+    """Silence the watch that was installed last; within, it reports nothing and costs nothing."""
     operators, calls = current_dispatch_mode(), current_function_mode()
     if not isinstance(operators, _Operators) or not isinstance(calls, _Calls):
         yield
@@ -86,11 +119,12 @@ def paused() -> Iterator[None]:
 
 
 class _Operators(TorchDispatchMode):
-    """Reports what operators write to, by their schemas."""
+    """An _Operators mode reports the tensors that operators write to, by their schemas."""
 
     supports_higher_order_operators = True
 
     def __init__(self, watch: Watch, calls: _Calls) -> None:
+        """Report to `watch`, while `calls` ignores what the watch itself does."""
         super().__init__()
         self.watch, self.calls = watch, calls
 
@@ -115,7 +149,7 @@ class _Operators(TorchDispatchMode):
 
 @cache
 def _written(function: Any) -> tuple[tuple[int, str], ...]:
-    """(position, name) of the arguments that an operator writes to.
+    """Return (position, name) of the arguments that an operator writes to.
 
     The schemas of batch norms do not say that they write to running statistics.
     """
@@ -129,21 +163,22 @@ def _written(function: Any) -> tuple[tuple[int, str], ...]:
 
 @cache
 def _handles() -> frozenset[Any]:
-    """Functions that give the memory away to whom no operator sees."""
+    """Return the functions that give memory away to code whose writes no operator shows."""
     names = ("numpy", "__array__", "untyped_storage", "storage", "data_ptr", "__dlpack__")
     return frozenset(getattr(torch.Tensor, name) for name in names)
 
 
 class _Calls(TorchFunctionMode):
-    """Reports what is no operator."""
+    """A _Calls mode reports the writes that are no operators: assignments and handles."""
 
     def __init__(self, watch: Watch) -> None:
+        """Report to `watch`."""
         super().__init__()
         self.watch, self.idle = watch, False
 
     @contextlib.contextmanager
     def ignored(self) -> Iterator[None]:
-        """Within, calls are the watch's own."""
+        """Ignore calls within, which the watch itself makes."""
         before, self.idle = self.idle, True
         try:
             yield
@@ -153,15 +188,15 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        found = _special().get(function) if args and not self.idle else None
-        if found is not None and found(self.watch, *args, **(kwargs or {})):
+        report = _reports().get(function) if args and not self.idle else None
+        if report is not None and report(self.watch, *args, **(kwargs or {})):
             return None
         return function(*args, **(kwargs or {}))
 
 
 @cache
-def _special() -> dict[Any, Callable[..., bool]]:
-    """By function, what is reported before it; true where the call was made already."""
+def _reports() -> dict[Any, Callable[..., bool]]:
+    """Return by function of torch its report, which returns True where the call is done by it."""
     kind: Any = torch.Tensor
 
     def handle(watch: Watch, tensor: torch.Tensor, *_: Any, **__: Any) -> bool:
@@ -175,8 +210,9 @@ def _special() -> dict[Any, Callable[..., bool]]:
         watch.trained(tensor, requires_grad)
         return False
 
-    found: dict[Any, Callable[..., bool]] = dict.fromkeys(_handles(), handle)
-    found[kind.data.__set__] = assign
-    found[kind.requires_grad.__set__] = train
-    found[kind.requires_grad_] = train
-    return found
+    reports: dict[Any, Callable[..., bool]] = dict.fromkeys(_handles(), handle)
+    # A mode of functions is given the setter of a property as the function.
+    reports[kind.data.__set__] = assign
+    reports[kind.requires_grad.__set__] = train
+    reports[kind.requires_grad_] = train
+    return reports

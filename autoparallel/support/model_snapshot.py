@@ -1,4 +1,4 @@
-"""A model as it was: whatever a forward writes to is put back when it was run for planning only."""
+"""Snapshots of models: whatever a forward writes to is restored after it ran for planning only."""
 
 from __future__ import annotations
 
@@ -19,35 +19,44 @@ from autoparallel.support.rng_state import restore, snapshot
 
 __all__ = ["same_globals", "untouched"]
 
-_DEEPEST = 6  # containers and objects inside of others that are looked into
+_DEEPEST = 6  # levels of containers and objects inside of others that are looked into
 
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, *others: Any, values: bool = False) -> Iterator[None]:
-    """In the end, however it comes, the model and all that it refers to are what they were.
+    """At the end, however it comes, the model and all that it refers to are what they were.
 
-    These are the dicts of its modules with children, tensors and hooks, containers and plain
-    objects in attributes (and in closures of hooks), classes, where tensors lie, whether they are
-    trained, their gradients, torch's global state, and random numbers. others: objects besides.
-    values: also what operators have written to tensors. What they write to is copied before they
-    do, the rest is not. Tracing needs no such copies: it works on tensors without data.
+    model: any module, with or without weights. Restored are the dicts of its modules with children,
+    tensors and hooks, containers and plain objects in attributes (and in closures of hooks),
+    classes, the memory of tensors, whether they are trained, their gradients, torch's global state,
+    and random numbers. others: further objects to restore. values: whether the numbers in tensors
+    are restored as well. Memory is copied just before an operator first writes to it, and the rest
+    is not copied. Tracing needs no such copies: it works on tensors without data.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> with untouched(layer):
+    ...     layer.calls = 1
+    >>> hasattr(layer, "calls")
+    False
     """
-    held = _Held()
-    held.look(model)
+    reached = _Snapshot()
+    reached.look(model)
     for other in others:
-        held.look(other)
+        reached.look(other)
     with same_globals():
         try:
-            with held.watched() if values else contextlib.nullcontext():
+            with reached.installed() if values else contextlib.nullcontext():
                 yield
         finally:
-            held.put_back()
+            reached.put_back()
 
 
-class _Held(Watch):
-    """All that can be reached from a model, as it is now."""
+class _Snapshot(Watch):
+    """A _Snapshot holds all that can be reached from a model, as it is when it is looked at."""
 
     def __init__(self) -> None:
+        """Begin empty; `look` adds a model and its surroundings."""
+        # By identity. The objects are kept, so that no other gets the identity of one that is gone.
         self.seen: dict[int, Any] = {}
         self.boxes: list[tuple[Any, Any]] = []
         self.classes: list[tuple[Any, type]] = []
@@ -57,7 +66,7 @@ class _Held(Watch):
         self.copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def look(self, value: Any, depth: int = 0) -> None:
-        """Note what `value` is and refers to."""
+        """Note the state of `value` and of all that it refers to, each object once."""
         if isinstance(value, _PLAIN) or id(value) in self.seen:
             return
         if isinstance(value, torch.Tensor):
@@ -75,7 +84,7 @@ class _Held(Watch):
             self.inside(value, depth)
 
     def inside(self, value: Any, depth: int) -> None:
-        """Note what is in a container, a function or a plain object."""
+        """Note the contents of a container, a function or a plain object."""
         if isinstance(value, (dict, list, set, collections.deque, bytearray)):
             self.box(value, depth)
         elif isinstance(value, (tuple, frozenset)):
@@ -96,14 +105,14 @@ class _Held(Watch):
             self.box(vars(value), depth)
 
     def box(self, value: Any, depth: int) -> None:
-        """Note a container that can be written to, and what is in it."""
-        kept = list(value.items()) if isinstance(value, dict) else list(value)
-        self.boxes.append((value, kept))
-        for item in value.values() if isinstance(value, dict) else kept:
+        """Note a container that can be written to, and its contents."""
+        contents = list(value.items()) if isinstance(value, dict) else list(value)
+        self.boxes.append((value, contents))
+        for item in value.values() if isinstance(value, dict) else contents:
             self.look(item, depth + 1)
 
     def tensor(self, tensor: torch.Tensor) -> None:
-        """Note where a tensor lies, and its gradient."""
+        """Note the memory of a tensor, its gradient, and attributes that it was given."""
         self.tensors.append(_Tensor(tensor))
         memory = memory_of(tensor)
         if memory is not None and not tensor.is_meta:
@@ -113,14 +122,12 @@ class _Held(Watch):
         if vars(tensor):
             self.box(vars(tensor), 0)
 
-    def watched(self) -> contextlib.AbstractContextManager[None]:
-        """Within, memory is copied before it is written to."""
-        return self.installed()
-
     def before(self, tensor: torch.Tensor, operator: str) -> None:
+        """Copy the memory that an operator is about to write to."""
         self.handed_out(tensor)
 
     def handed_out(self, tensor: torch.Tensor) -> None:
+        """Copy memory that may be written to from now on, once, and only if the model has it."""
         memory = memory_of(tensor)
         if memory in self.memories and memory not in self.copies:
             assert memory is not None
@@ -128,34 +135,37 @@ class _Held(Watch):
             self.copies[memory] = (storage, storage.clone())
 
     def put_back(self) -> None:
-        """Make all of it what it was, but for what nobody has changed."""
+        """Restore all of it; what nobody has changed is left alone."""
         for module, kind in self.classes:
             if type(module) is not kind:
                 module.__class__ = kind
-        for box, kept in self.boxes:
-            _refill(box, kept)
+        for box, contents in self.boxes:
+            _refill(box, contents)
         for array, before in self.arrays:
             if array.shape == before.shape and array.flags.writeable:
                 array[...] = before
         for tensor in self.tensors:
             tensor.put_back()
         for storage, before in self.copies.values():
+            # A write may also have resized the memory.
             if storage.nbytes() != before.nbytes():
                 storage.resize_(before.nbytes())
             storage.copy_(before)
 
 
 class _Tensor:
-    """A tensor as it is now, but for its values."""
+    """A _Tensor is a tensor as it is when it is made, but for its numbers."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        """Note the tensor's class, memory, gradient, and whether it is trained."""
         self.tensor, self.kind, self.place = tensor, type(tensor), place_of(tensor)
         self.leaf = tensor.is_leaf
         self.trained = tensor.requires_grad
         self.gradient = tensor.grad if self.leaf else None
-        self.alias = tensor.data  # keeps the memory
+        self.alias = tensor.data  # keeps the memory, also if the model lets it go
 
     def put_back(self) -> None:
+        """Restore the tensor, in the order in which torch allows it: memory before gradient."""
         tensor = self.tensor
         if type(tensor) is not self.kind:
             tensor.__class__ = self.kind
@@ -173,35 +183,48 @@ _OPAQUE = (type, types.ModuleType, types.GeneratorType, torch.UntypedStorage, to
 
 
 def _is_array(value: Any) -> bool:
+    """True for a numpy array; numpy is not imported to find out."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
-def _refill(box: Any, kept: list[Any]) -> None:
-    """Bring a container back to what it held, in that order, if it holds anything else now."""
+def _refill(box: Any, contents: list[Any]) -> None:
+    """Restore the contents of a container in their order, if it holds anything else now.
+
+    Contents are compared by identity: equality of tensors is a tensor, and equal is not the same.
+    """
     if isinstance(box, dict):
         now = list(box.items())
-        if len(now) != len(kept) or any(
-            a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, kept, strict=True)
+        if len(now) != len(contents) or any(
+            a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, contents, strict=True)
         ):
             box.clear()
-            for key, value in kept:
+            for key, value in contents:
                 box[key] = value
         return
     now = list(box)
-    if len(now) != len(kept) or any(a is not b for a, b in zip(now, kept, strict=True)):
+    if len(now) != len(contents) or any(a is not b for a, b in zip(now, contents, strict=True)):
         box.clear()
-        box.update(kept) if isinstance(box, set) else box.extend(kept)
+        box.update(contents) if isinstance(box, set) else box.extend(contents)
 
 
 @contextlib.contextmanager
 def same_globals() -> Iterator[None]:
-    """In the end random numbers go on where they were, and torch's switches are as before."""
+    """At the end random numbers go on where they were, and torch's switches are as before.
+
+    The switches are those of _SWITCHES, and Python's filters of warnings.
+
+    >>> with same_globals():
+    ...     torch.set_default_dtype(torch.float64)
+    >>> torch.get_default_dtype()
+    torch.float32
+    """
     numbers, switches = snapshot(), [read() for read, _ in _SWITCHES]
     filters = list(warnings.filters)
     try:
         yield
     finally:
+        # Only what has changed is written, because some switches warn or take time when written.
         for (read, write), value in zip(_SWITCHES, switches, strict=True):
             if read() != value:
                 write(value)
@@ -215,7 +238,7 @@ def _default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-# How torch's global switches are read and set.
+# Torch's global switches, each with the functions that read and write it.
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_device, _default_device),
     (torch.is_grad_enabled, torch.set_grad_enabled),

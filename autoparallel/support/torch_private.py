@@ -1,4 +1,4 @@
-"""The private names of torch that the project uses, reached here and nowhere else.
+"""The private names of torch that the project uses, which are reached here and nowhere else.
 
 A new release of torch may move any of them without notice; then this file changes, and no other.
 tests/support/test_torch_private.py says of each how it must behave, and reads the sources for
@@ -49,11 +49,11 @@ _HOMES = {
     "StorageWeakRef": "torch.multiprocessing.reductions",
     # Sees every op that runs, below autograd and autocast.
     "TorchDispatchMode": "torch.utils._python_dispatch",
-    # Traces ops as what a table says of them.
+    # Traces ops by the decompositions of a table.
     "decompose": "torch.fx.experimental.proxy_tensor",
     # The tracer at work, None where nothing is traced.
     "get_proxy_mode": "torch.fx.experimental.proxy_tensor",
-    # Whether a tensor is one that torch.func's transforms see, of which nothing may be kept.
+    # Recognizes tensors within torch.func's transforms, of which nothing may be kept.
     "is_functorch_wrapped_tensor": "torch._C._functorch",
     # The leaves of nested lists, tuples and dicts, with and without the structure, and back.
     "tree_flatten": "torch.utils._pytree",
@@ -62,7 +62,7 @@ _HOMES = {
     "tree_unflatten": "torch.utils._pytree",
 }
 
-# Loggers that report what the project finds out and explains by itself.
+# Loggers whose messages the project replaces by errors of its own.
 EXPORT_LOGGERS = ("torch._export", "torch.export", "torch.fx")
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
 # The text by which a program calls those of torch's Python bindings that have no public name.
@@ -115,6 +115,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a name of _HOMES when it is first asked for (PEP 562), so that this file is quick."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
@@ -124,14 +125,14 @@ def __getattr__(name: str) -> Any:
 
 
 def current_dispatch_mode() -> Any:
-    """The innermost mode that sees ops, None where there is none."""
+    """Return the innermost mode that sees ops, None where there is none."""
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     return _get_current_dispatch_mode()
 
 
 def current_function_mode() -> Any:
-    """The innermost mode that sees calls of torch's functions, None where there is none."""
+    """Return the innermost mode that sees calls of torch's functions, None where there is none."""
     from torch.overrides import _get_current_function_mode
 
     return _get_current_function_mode()
@@ -141,32 +142,40 @@ def current_function_mode() -> Any:
 
 
 def schema_of(operation: Any) -> Any:
-    """The schema of an op: its arguments, its results, what it writes. None for other functions."""
+    """Return the schema of an op: its arguments, its results, its writes. None for other functions.
+
+    >>> schema_of(torch.ops.aten.relu.default).name
+    'aten::relu'
+    """
     return getattr(operation, "_schema", None)
 
 
 def is_composite(operation: Any) -> bool:
-    """Whether torch defines the op by others, so that `operation.decompose` runs them."""
+    """True if torch defines the op by other ops, which `operation.decompose` runs."""
     return bool(operation._can_decompose())
 
 
 def dispatch_registrations(name: str) -> str:
-    """The dispatcher's text on which kernels an op has. name: as in "aten::add.Tensor"."""
+    """Return the dispatcher's text about the kernels of an op. name: as in "aten::add.Tensor"."""
     return torch._C._dispatch_dump(name)
 
 
 def _custom_op(name: str) -> Any:
+    """Return the definition of an op that was made by torch.library.custom_op, else None."""
     return import_module("torch._library.custom_ops").OPDEFS.get(name)
 
 
 def is_custom_op(name: str) -> bool:
-    """Whether an op was made by torch.library.custom_op. name: as in "mylib::scale"."""
+    """True if an op was made by torch.library.custom_op. name: as in "mylib::scale"."""
     return _custom_op(name) is not None
 
 
 def custom_op_functions(name: str) -> tuple[Any, Any, Any, Any] | None:
-    """The Python functions of a torch.library.custom_op: the kernel, its fake, what sets up its
-    context, its backward, each None where it has none. None for other ops."""
+    """Return the Python functions of a torch.library.custom_op, None for other ops.
+
+    name: as in "mylib::scale". They are the kernel, the fake kernel, the function that sets up the
+    context, and the backward; each is None where the op has none.
+    """
     definition = _custom_op(name)
     if definition is None:
         return None
@@ -179,23 +188,27 @@ def custom_op_functions(name: str) -> tuple[Any, Any, Any, Any] | None:
 
 
 def has_backward(name: str) -> bool:
-    """Whether an op can be differentiated, or may be: of other than custom ops it is not known."""
+    """True unless an op is known to have no backward; only of custom ops that is known."""
     functions = custom_op_functions(name)
     return functions is None or functions[3] is not None
 
 
 def functional_collectives() -> Any:
-    """The ops of torch.distributed that return their results, which torch.compile can trace."""
+    """Return the ops of torch.distributed that return their results, so that they can be traced."""
     return torch.ops._c10d_functional
 
 
 def nn_binding(name: str) -> Any:
-    """The Python binding of an op of torch.nn, which lies in `NN_BINDINGS`; None without one."""
+    """Return the Python binding of an op in `NN_BINDINGS`; None where it has none there."""
     return getattr(torch._C._nn, name, None)
 
 
 def has_torch_binding(name: str) -> bool:
-    """Whether `torch.<name>` is the op's own Python binding, not a function written around it."""
+    """True if `torch.<name>` is the op's own Python binding, not a function written around it.
+
+    >>> has_torch_binding("relu"), has_torch_binding("unique")
+    (True, False)
+    """
     return hasattr(torch._C._VariableFunctions, name)
 
 
@@ -203,14 +216,18 @@ def has_torch_binding(name: str) -> bool:
 
 
 def assert_on_device(condition: torch.Tensor) -> None:
-    """Fail where a tensor of one truth value is false, without waiting for the device."""
+    """Fail where a tensor of one truth value is false, without a wait for the device.
+
+    On a GPU the failure is reported by a later call.
+    """
     torch._assert_async(condition)
 
 
 def storage_key(held: torch.Tensor | torch.UntypedStorage) -> int:
-    """The identity of a tensor's memory: equal for views of one another, fake tensors included.
+    """Return the identity of a tensor's memory: equal for views of one another, fake ones too.
 
-    It may be used again once that memory is gone (see StorageWeakRef).
+    It is the address of torch's record of the memory, which may be used again once that memory is
+    gone (see StorageWeakRef).
     """
     storage = held.untyped_storage() if isinstance(held, torch.Tensor) else held
     return storage._cdata
@@ -219,29 +236,29 @@ def storage_key(held: torch.Tensor | torch.UntypedStorage) -> int:
 def wrapper_tensor(
     kind: type[torch.Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """A tensor of a subclass, which has a size and a type but no memory of its own."""
+    """Return a tensor of a subclass, with a shape, a type and a device but no memory of its own."""
     return torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
 
 
 def local_part(tensor: DTensor) -> torch.Tensor:
-    """What this rank holds of a DTensor, as it is held: `to_local` makes a view instead."""
+    """Return this rank's part of a DTensor, the tensor itself; `to_local` makes a view of it."""
     return tensor._local_tensor
 
 
 def share_local_part(target: DTensor, source: DTensor) -> None:
-    """Give one DTensor the memory and the placements of another, and leave it the same object."""
+    """Give `target` the memory and the placements of `source`, and leave it the same object."""
     target._local_tensor, target._spec = source._local_tensor, source._spec
 
 
 def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
-    """A DTensor that holds `local` and is placed as another, outside of autograd's records."""
+    """Return a DTensor that holds `local` and is placed as another, without a gradient."""
     from torch.distributed.tensor import DTensor
 
     return DTensor(local, like._spec, requires_grad=False)
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:
-    """DTensor's placement of a dim of which each of `split_factor` blocks is split by itself."""
+    """Return DTensor's placement of a dim whose `split_factor` blocks are each split by itself."""
     from torch.distributed.tensor.placement_types import _StridedShard
 
     _redistribute_blocks()
@@ -280,23 +297,23 @@ def _redistribute_blocks() -> None:
 
 
 def expression_of(size: Any) -> sympy.Expr:
-    """The expression of a symbolic number (SymInt, SymFloat, SymBool)."""
+    """Return the expression of a symbolic number (SymInt, SymFloat, SymBool)."""
     expression: sympy.Expr = size.node.expr
     return expression
 
 
 def hint_of(size: Any) -> Any:
-    """The number that a symbolic one is for the example inputs; None if it is read from data."""
+    """Return a symbolic number's value for the example inputs; None if it is read from data."""
     return size.node.hint if size.node.has_hint() else None
 
 
 def guards_of(size: torch.SymInt) -> tuple[Any, ...]:
-    """The expressions in sizes that the tracer of a symbolic size took for true, in order."""
+    """Return the expressions in sizes that the tracer of a size took for true, in order."""
     return tuple(guard.expr for guard in size.node.shape_env.guards)
 
 
 def remembering_fake_results(enabled: bool) -> AbstractContextManager[Any]:
-    """While entered: whether what ops make of fake tensors of the same sizes is remembered."""
+    """Return a context that sets whether results of ops on fake tensors are cached by size."""
     config = import_module("torch._dynamo").config
     patch: AbstractContextManager[Any] = config.patch(fake_tensor_cache_enabled=enabled)
     return patch
@@ -306,17 +323,20 @@ def remembering_fake_results(enabled: bool) -> AbstractContextManager[Any]:
 
 
 def in_backward() -> bool:
-    """Whether this thread runs inside of a backward pass."""
+    """True if this thread runs inside of a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def at_end_of_backward(call: Callable[[], None]) -> None:
-    """Call a function when the backward pass that runs now has ended."""
+    """Call a function when the backward pass that runs now has ended.
+
+    Raises RuntimeError outside of a backward pass.
+    """
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def saved_tensors_hooks_are_set() -> bool:
-    """Whether torch.autograd.graph.saved_tensors_hooks are in force here."""
+    """True if torch.autograd.graph.saved_tensors_hooks are in force here."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -324,11 +344,11 @@ def saved_tensors_hooks_are_set() -> bool:
 
 
 def call_hooks_of(modules: Iterable[torch.nn.Module]) -> tuple[dict[int, Any], ...]:
-    """The dictionaries in which modules keep the hooks that run around a call and its backward."""
+    """Return the dictionaries in which modules keep the hooks around a call and its backward."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return tuple([vars(module)[kind] for module in modules for kind in kinds])
 
 
 def hook_handles_so_far() -> int:
-    """The number of handles that were made in this process: every registered hook makes one."""
+    """Return how many handles this process has made: every registered hook makes one."""
     return torch.utils.hooks.RemovableHandle.next_id

@@ -40,16 +40,17 @@ def to_fx(
 
     source: a plan or a graph gives the captured graph, before it is split; a module is traced with
     `example_inputs` (as in make_plan) and gives its graph; a parallel module gives the program that
-    this rank runs in the current mode. example_inputs: its own if not given. model: whose weights a
-    plan or a graph is to have; without it they are on the meta device. rank: for a plan, the
-    program of this rank, with its parts of the model's weights; runtime.ranks.Ranks in place of a
-    number lets it run among others.
+    this rank runs in the current mode. model: whose weights a plan or a graph is to have; without
+    it they are on the meta device. rank: for a plan, the program of this rank, with its parts of
+    the model's weights; runtime.ranks.Ranks in place of a number lets it run among others.
+    example_inputs: for a module, whose own are taken without.
 
     The result takes the input tensors one after another and returns a tuple of the returned ones;
     nodes have the names of the graph or of the program, parameters and buffers are get_attr nodes
-    under their own paths. A product and the bias added to it are one call, as in the model: the numbers
-    are those of the parallel module on one rank, bit for bit. Tensors are shared with the model or
-    the parallel module, and gradients reach its parameters; only a plan's rank has its own parts.
+    under their own paths. A product and the bias added to it are one call, as in the model: the
+    numbers are those of the parallel module on one rank, bit for bit. Tensors are shared with the
+    model or the parallel module, and gradients reach its parameters; only a plan's rank has its own
+    parts.
 
         >>> import autoparallel, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
