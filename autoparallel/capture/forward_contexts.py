@@ -19,7 +19,7 @@ def quiet() -> Iterator[None]:
 
     Errors still propagate as exceptions. Loggers, warning filters and stderr are put back.
 
-    Example: `with quiet(): torch.export.export(model, args)`.
+    Example: `with quiet(): model(x)`.
     """
     loggers = [logging.getLogger(name) for name in (*EXPORT_LOGGERS, FAKE_TENSOR_LOGGER)]
     levels = [logger.level for logger in loggers]

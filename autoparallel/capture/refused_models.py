@@ -82,5 +82,5 @@ def export_failure(error: BaseException, model: nn.Module) -> CaptureError:
         f"{type(model).__name__}.forward could not be traced",
         where=where,
         why=f"{type(error).__name__}: {text.strip().splitlines()[0][:300] if text else ''}",
-        fix="see whether torch.export.export(model, ..., strict=False) takes it",
+        fix="see whether torch.export takes it, with strict=False",
     )
