@@ -1,4 +1,4 @@
-"""What is alive while a step runs: every storage that an op makes, from its making to its end."""
+"""Watch the memory that is alive while a step runs: every storage from its making to its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Alive"]
 
 
 class Alive(TorchDispatchMode):
-    """Storages that are made within, but for those that are there already (given)."""
+    """An Alive mode counts the storages made within it; those of `given` tensors do not count."""
 
     def __init__(self, given: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Alive(TorchDispatchMode):
         self.events.append((self.numbers.pop(key), False))
 
     def most(self, without: Iterable[torch.Tensor]) -> int:
-        """Bytes at the worst moment; not counting the storages of these tensors."""
+        """Return the bytes at the worst moment, without the storages of these tensors."""
         left_out = {self.numbers[tensor.untyped_storage()._cdata] for tensor in without}
         now = most = 0
         for number, begins in self.events:

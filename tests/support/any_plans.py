@@ -1,4 +1,4 @@
-"""Plans that nobody would choose: random states of a model's cost network, read as plans."""
+"""Plans that nobody would choose, which are random states of a model's cost network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["any_plans", "network_of"]
 def network_of(
     model: nn.Module, inputs: Any, mesh: Mesh, **options: Any
 ) -> tuple[Captured, CostNetwork]:
-    """The cost network of a model on a mesh, with memory counted where there is a limit."""
+    """Return a model's cost network on a mesh, with memory counted where there is a limit."""
     args, kwargs = split_example(inputs)
     captured = trace(model, args, kwargs, known=find_rule)
     chosen = Options(**{"data_parallel": True, **options})
@@ -39,7 +39,7 @@ def network_of(
 def any_plans(
     captured: Captured, network: CostNetwork, seeds: range
 ) -> Iterator[tuple[Plan, Solution]]:
-    """A plan for each seed, and the solution that it is.
+    """Yield a plan for each seed, with the solution that it was read from.
 
     What ops, parameters and blocks choose is drawn by adding noise to the costs; how values get
     from one to the other is then the cheapest, with memory charged at some price.

@@ -1,4 +1,4 @@
-"""Stacks of equal blocks, and the folded capture of them against the full one."""
+"""Stacks of equal blocks, whose folded capture is compared with the full one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 12
 
 
 def both(model: nn.Module, *args: Any, **kwargs: Any) -> Captured:
-    """The folded capture, after it was compared with the full one and the model was left alone."""
+    """Return the folded capture, which was compared with the full one; the model is unchanged."""
     kinds = [(path, type(module)) for path, module in model.named_modules()]
     held = {path: dict(vars(module)) for path, module in model.named_modules()}
     state = copy.deepcopy(model.state_dict())
@@ -41,7 +41,7 @@ def both(model: nn.Module, *args: Any, **kwargs: Any) -> Captured:
 
 
 class Block(nn.Module):
-    """Two products and a norm; `options` become attributes."""
+    """A Block has two products and a norm; `options` become its attributes."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other."""
+    """A Stack runs its blocks one after the other."""
 
     def __init__(self, blocks: Any) -> None:
         super().__init__()
@@ -71,20 +71,20 @@ class Stack(nn.Module):
 
 
 def stack(kind: type[Block] = Block, **options: Any) -> Stack:
-    """Equal blocks."""
+    """Return a stack of equal blocks."""
     return Stack(kind(**options) for _ in range(LAYERS))
 
 
 def numbered(kind: type[Block], **options: Any) -> Stack:
-    """Blocks that know their place."""
+    """Return blocks that know their place: each has its number as an attribute."""
     return Stack(kind(layer_idx=index, **options) for index in range(LAYERS))
 
 
 def sample() -> torch.Tensor:
-    """An input of a stack."""
+    """Return an input for a stack."""
     return torch.randn(3, 5, WIDTH)
 
 
 def instances(captured: Captured) -> list[int]:
-    """How many blocks each traced block stands for."""
+    """Return for each traced block the number of blocks that it stands for."""
     return [len(paths) for paths in captured.repeats]

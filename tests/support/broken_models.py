@@ -1,4 +1,4 @@
-"""Models that no tracer takes whole, each for a reason of its own."""
+"""Models that no tracer takes whole, each of them for a reason of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, WORDS, LAYERS = 12, 31, 3
 
 
 class Block(nn.Module):
-    """Two products and a norm."""
+    """A Block has two products and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, something in the middle, a tied head and a loss. x: (b, s) of words."""
+    """A Model has an embedding, a middle, a tied head and a loss. x: (b, s) of words."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Model(nn.Module):
 
 
 class Several(nn.Module):
-    """Blocks for what follows."""
+    """Several has blocks, which its subclasses call in ways that cannot be traced."""
 
     def __init__(self, block: type[nn.Module] = Block) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Loops(Several):
 
 
 class Numpy(Several):
-    """A detour through numpy, which torch does not follow."""
+    """Takes a detour through numpy, which torch does not follow."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights = torch.from_numpy(np.tanh(x.detach().numpy()))
@@ -124,14 +124,14 @@ class PythonDrops(Several):
 
 @dataclasses.dataclass
 class Result:
-    """What a block may return."""
+    """A Result is a dataclass that a block returns."""
 
     x: torch.Tensor
     extra: torch.Tensor | None = None
 
 
 class Structured(Block):
-    """Keyword arguments only; a dataclass, or a dict, or a tuple with None."""
+    """It takes keyword arguments only, and returns a dataclass, or a dict, or a tuple with None."""
 
     def forward(  # type: ignore[override]
         self, *, x: torch.Tensor, mask: torch.Tensor | None = None, kind: str = "dataclass"
@@ -145,7 +145,7 @@ class Structured(Block):
 
 
 class Structures(Several):
-    """One block, called in three ways."""
+    """It calls one block in three ways."""
 
     def __init__(self) -> None:
         super().__init__(Structured)
@@ -160,7 +160,7 @@ class Structures(Several):
 
 
 class WithoutGradient(Several):
-    """A block under no_grad, one that is frozen, one whose input has no gradient."""
+    """It has a block under no_grad, one that is frozen, and one whose input has no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class Number(Block):
 
 
 class Numbers(Branches):
-    """Blocks that look the same but for a number."""
+    """It has blocks that look the same but for a number."""
 
     def __init__(self) -> None:
         Several.__init__(self, Number)
@@ -259,7 +259,7 @@ class Numbers(Branches):
 
 
 class Packed(Several):
-    """A recurrent network on packed sequences; blocks and a parameter in lists, a bound method."""
+    """It runs a recurrent network on packed sequences; lists hold blocks and a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class Packed(Several):
 
 
 class Counts(Several):
-    """Buffers that Python and a block write to."""
+    """It has buffers that Python and a block write to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,13 +306,13 @@ MIDDLES: dict[str, type[Several]] = {
 
 
 def build(name: str) -> Model:
-    """The model, float64, in train mode, the same weights at every call."""
+    """Return the model in float64 and train mode, with the same weights at every call."""
     torch.manual_seed(11)
     return Model(MIDDLES[name]()).double()
 
 
 def inputs() -> dict[str, torch.Tensor]:
-    """A batch of three sequences of seven words."""
+    """Return a batch of three sequences of seven words."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randint(WORDS, (3, 7), generator=generator)
     return {"x": x, "labels": x.roll(1)}

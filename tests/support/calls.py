@@ -1,4 +1,4 @@
-"""Calls of ops on real tensors: independent sizes differ, and no value is zero."""
+"""Calls of ops on real tensors, whose independent sizes differ and whose values are not zero."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ _SEED = count()
 
 @dataclass
 class Call:
-    """target(*args, **kwargs). symbolic: sizes that the program takes from its inputs."""
+    """A Call is target(*args, **kwargs). symbolic: sizes that the program takes from its inputs."""
 
     target: str
     args: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Call:
 
 
 def x(*shape: int, low: float = 0.2, high: float = 0.9, signs: bool = True) -> torch.Tensor:
-    """Trainable numbers of magnitude low to high, of both signs unless told otherwise."""
+    """Return trainable numbers of magnitude low to high, of both signs unless told otherwise."""
     generator = torch.Generator().manual_seed(next(_SEED))
     numbers = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
     if signs:
@@ -48,12 +48,12 @@ def x(*shape: int, low: float = 0.2, high: float = 0.9, signs: bool = True) -> t
 
 
 def fixed(*shape: int) -> torch.Tensor:
-    """Numbers that take no gradient."""
+    """Return numbers that take no gradient."""
     return x(*shape).detach()
 
 
 def x_for(function: Callable[..., Any], *shape: int) -> torch.Tensor:
-    """Trainable numbers, or fixed ones where this release of torch cannot differentiate it."""
+    """Return trainable numbers, or fixed ones where this torch cannot differentiate it."""
     made = function(torch.ones(2, requires_grad=True))
     results = [made] if isinstance(made, torch.Tensor) else list(made)
     try:
@@ -66,13 +66,13 @@ def x_for(function: Callable[..., Any], *shape: int) -> torch.Tensor:
 
 
 def ints(*shape: int, low: int = 1, high: int = 9) -> torch.Tensor:
-    """Whole numbers low <= n < high."""
+    """Return whole numbers low <= n < high."""
     generator = torch.Generator().manual_seed(next(_SEED))
     return torch.randint(low, high, shape, generator=generator)
 
 
 def truth(*shape: int) -> torch.Tensor:
-    """Truth values."""
+    """Return truth values."""
     return ints(*shape) % 2 == 0
 
 

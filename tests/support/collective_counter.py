@@ -1,4 +1,4 @@
-"""Count the collectives that a running module issues, for tests."""
+"""Count the collectives that a running module issues."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,9 @@ _OPERATORS = {
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """counts: how often each (collective, number of elements of the whole tensor) was called.
+    """A CollectiveCounter mode has in `counts` the number of calls of each (collective, elements).
+
+    Elements are those of the whole tensor.
 
     Raises NotImplementedError at a c10d operator that it does not know, so that none is missed.
     """

@@ -31,7 +31,7 @@ Tensor = torch.Tensor
 
 
 class Model(nn.Module):
-    """prepare(model) gives it its blocks; run(model, x) is its forward."""
+    """A Model gets its blocks from prepare(model); run(model, x) is its forward."""
 
     def __init__(
         self, prepare: Callable[[Any], None], run: Callable[[Any, Tensor], Tensor]
@@ -52,7 +52,7 @@ def sample() -> Tensor:
 
 
 def make(kind: str) -> Model:
-    """The model in float64, the same weights at every call."""
+    """Return the model in float64, with the same weights at every call."""
     torch.manual_seed(7)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # not .double(): kept tensors are the model's own
@@ -66,7 +66,7 @@ def make(kind: str) -> Model:
 
 
 def layers(block: Callable[[], Any], container: Any = nn.ModuleList, count: int = COUNT) -> Any:
-    """Blocks in a container under the name `layers`."""
+    """Return what puts blocks into a container under the name `layers`."""
 
     def prepare(model: Any) -> None:
         model.layers = container([block() for _ in range(count)])
@@ -87,7 +87,7 @@ def sequential() -> nn.Sequential:
 
 
 def each(step: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """The step with every block."""
+    """Return a forward that makes the step with every block."""
 
     def run(model: Any, x: Tensor) -> Tensor:
         for block in model.layers:
@@ -137,13 +137,13 @@ def run_deep(model: Any, x: Tensor) -> Tensor:
 
 
 def shared_inside(model: Any) -> None:
-    """All blocks have one and the same second module."""
+    """Give all blocks one and the same second module."""
     second = down()
     model.layers = nn.ModuleList(nn.ModuleList([up(), second]) for _ in range(COUNT))
 
 
 def shared_outside(model: Any) -> None:
-    """Inner modules can be reached by a second path."""
+    """Give inner modules a second path by which they can be reached."""
     model.layers = nn.ModuleList(Block() for _ in range(COUNT))
     model.firsts = nn.ModuleList(block.first for block in model.layers)
 
@@ -215,7 +215,7 @@ def run_weights_outside(model: Any, x: Tensor) -> Tensor:
 
 
 def run_inside_first(model: Any, x: Tensor) -> Tensor:
-    """Some blocks are called, others looked into."""
+    """Call some blocks, and look into others."""
     for index, block in enumerate(model.layers):
         x = block(x) if index % 2 else both(x, block.first, block.second)
     return x
@@ -228,7 +228,7 @@ def run_twice(model: Any, x: Tensor) -> Tensor:
 
 
 def run_medusa(model: Any, x: Tensor) -> Tensor:
-    """Heads side by side, each a list that is called part by part."""
+    """Run heads side by side, each a list that is called part by part."""
     return torch.stack([both(x, head[0], head[1]) for head in model.layers]).tanh().sum(0)
 
 

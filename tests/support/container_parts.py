@@ -1,4 +1,4 @@
-"""Blocks that keep their modules and weights in various ways."""
+"""Blocks that keep their modules and weights in plain lists, dicts, closures and buffers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def both(x: Tensor, first: Any, second: Any) -> Tensor:
 
 
 class Block(nn.Module):
-    """Also called by another method than forward."""
+    """A Block can be called by another method than forward as well."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class Sequence(nn.Module):
-    """Its own way to be iterated, indexed and counted."""
+    """A Sequence has its own way to be iterated, indexed and counted."""
 
     def __init__(self, parts: list[nn.Module]) -> None:
         super().__init__()
@@ -85,14 +85,14 @@ class Sequence(nn.Module):
 
 
 class Listed(nn.ModuleList):
-    """A list with a forward, which the model does not call."""
+    """A Listed is a list with a forward, which the model does not call."""
 
     def forward(self, x: Tensor) -> Tensor:
         return both(x, *self)
 
 
 class Plain(Block):
-    """Keeps its modules a second time: in plain containers, functions, objects, raw parameters."""
+    """It keeps its modules a second time, in plain containers, functions and objects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Plain(Block):
 
 
 class WithParameters(nn.Module):
-    """Parameters in lists and dicts."""
+    """It has parameters in lists and dicts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class WithParameters(nn.Module):
 
 
 class Tracks(Block):
-    """With a buffer that every call writes to."""
+    """It has a buffer that every call writes to."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ops of a user's own: registered with torch.library, known to no rule."""
+"""Ops of a user's own, which are registered with torch.library and have no rule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 def define(name: str, schema: str, function, fake=None, backward=None, setup=None):
-    """An op that runs `function`; its derivative, unless given, is that of the function itself."""
+    """Define an op that runs `function`, with the function's own derivative or the given one."""
     op = torch.library.custom_op(f"probed::{name}", function, mutates_args=(), schema=schema)
     op.register_fake(fake or function)
 
@@ -177,7 +177,7 @@ BROKEN = define(
 
 
 def strict(function):
-    """An op that refuses nothing, as many kernels do."""
+    """Return a function that refuses an operand without elements, as many kernels do."""
 
     def run(x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         if not x.numel():

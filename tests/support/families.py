@@ -1,4 +1,4 @@
-"""The models that tests are about, tiny and with sizes that do not divide where that is allowed."""
+"""The models that tests are about, tiny and with sizes that need not divide by the ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYERS, BATCH, SEQUENCE = 2, 3, 10
 
 
 class MLP(nn.Module):
-    """Two products and a loss. Features 24, inner 40, classes 7."""
+    """An MLP has two products and a loss: 24 features, 40 inner ones, 7 classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
 
 def build(name: str, layers: int = LAYERS, **changes: Any) -> nn.Module:
-    """The model, float64, in train mode, without dropout, the same weights at every call."""
+    """Return the model in float64 and train mode, without dropout, always with the same weights."""
     torch.manual_seed(7)
     return _make(name, layers, **changes).double().train()
 
@@ -51,7 +51,7 @@ def _make(name: str, layers: int, **changes: Any) -> nn.Module:
 
 
 def inputs_for(name: str, batch: int = BATCH, sequence: int = SEQUENCE) -> dict[str, Any]:
-    """Keyword arguments with a real padding mask where the model takes one."""
+    """Return keyword arguments, with a real padding mask where the model takes one."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(high: int, *shape: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ _CASTING |= {torch.log_softmax, torch.Tensor.log_softmax, nn.functional.log_soft
 
 
 class Float64(TorchFunctionMode):
-    """Casts to float32 become casts to float64, whichever function is told to make them.
+    """A Float64 mode turns casts to float32 into casts to float64, whichever function makes them.
 
     Hugging Face models cast norms and logits to float32 whatever their own type is, which would
     hide differences below 1e-7.
@@ -98,20 +98,20 @@ class Float64(TorchFunctionMode):
 
 
 def loss_and_logits(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a dict, a named tuple or a Hugging Face output."""
+    """Return loss and logits of a dict, a named tuple or a Hugging Face output."""
     if isinstance(output, dict):
         return output["loss"], output["logits"]
     return output.loss, output.logits
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, scale: float = 0.0) -> float:
-    """|actual - expected| / |expected|; scale: the least norm to divide by."""
+    """Return |actual - expected| / |expected|. scale: the least norm to divide by."""
     norm = max(float(expected.norm()), scale, 1e-300)
     return float((actual - expected).norm()) / norm
 
 
 def gradients_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every parameter's gradient of the loss, tied ones under each of their names."""
+    """Return every parameter's gradient of the loss, tied ones under each of their names."""
     model.zero_grad()
     loss_and_logits(model(**inputs))[0].backward()
     named = model.named_parameters(remove_duplicate=False)
@@ -121,7 +121,7 @@ def gradients_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Te
 def worst_gradient(
     actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> tuple[float, str]:
-    """Largest relative error over all gradients, and whose it is.
+    """Return the largest relative error over all gradients, and the name of its parameter.
 
     A gradient that is zero but for rounding is compared on the scale of the largest one.
     """

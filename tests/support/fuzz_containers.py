@@ -15,7 +15,7 @@ __all__ = ["contained", "container"]
 
 
 class Block(nn.Module):
-    """Keeps its modules and their weights in plain lists, too."""
+    """A Block keeps its modules and their weights in plain lists, too."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ _WAYS = {
 
 
 def container(name: str, kind: str, sizes: tuple[int, ...]) -> nn.ModuleList:
-    """Equal blocks. sizes: how many, their outer and their inner width."""
+    """Return equal blocks. sizes: their number, their outer and their inner width."""
     count, width, inner = sizes
     made = nn.ModuleList(
         _MAKERS[kind.removeprefix("blocks_")](width, inner) for _ in range(count)
@@ -80,7 +80,7 @@ def container(name: str, kind: str, sizes: tuple[int, ...]) -> nn.ModuleList:
 
 
 def contained(pen: Pen) -> None:
-    """Three to five equal blocks, one after the other or side by side."""
+    """Write three to five equal blocks, one after the other or side by side."""
     a = pen.value(lambda t: t.dim() >= 1)
     kind = pen.one(BLOCKS)
     sizes = (pen.number(3, 5), pen.shape(a)[-1], pen.size())

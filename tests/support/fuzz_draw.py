@@ -1,4 +1,4 @@
-"""Drawing whole programs, and the ways in which they are to be split."""
+"""Draw whole programs, and the ways in which they are to be split."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_LINES = 16
 
 
 def written(number: Number, *first: Callable[[Pen], Any]) -> Program:
-    """A program whose every line matters to what it returns. first: steps that it begins with."""
+    """Return a program whose every line matters to its result. first: steps that it begins with."""
     pen = Pen(number)
     for _ in range(pen.number(1, 2)):
         sizes = [pen.size() for _ in range(pen.one((2, 3, 1, 4)))]
@@ -49,7 +49,7 @@ def written(number: Number, *first: Callable[[Pen], Any]) -> Program:
 
 
 def attempt(pen: Pen, step: Any) -> str:
-    """The step, where it fits."""
+    """Write the step where it fits."""
     try:
         return str(step(pen) or "")
     except (SkippedError, RuntimeError, IndexError):
@@ -57,7 +57,7 @@ def attempt(pen: Pen, step: Any) -> str:
 
 
 def divided(number: Number) -> Split:
-    """World size or mesh, options, and the seed of the costs."""
+    """Draw a world size or a mesh, options, and the seed of the costs."""
     sizes = ((), (), (2, 2), (2, 3), (3, 2), (2, 2, 2))[number(0, 5)]
     return Split(
         math.prod(sizes) if sizes else number(2, 5),
@@ -78,7 +78,7 @@ def programs(draw: Any) -> Program:
 
 @st.composite
 def containing(draw: Any) -> Program:
-    """Programs with equal blocks."""
+    """Draw a program with equal blocks."""
     return written(lambda low, high: int(draw(st.integers(low, high))), contained)
 
 

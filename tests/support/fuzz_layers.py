@@ -68,7 +68,7 @@ def attention(pen: Pen) -> None:
 
 
 def self_attention(pen: Pen) -> None:
-    """The whole of it: a fused product, heads, attention, and back."""
+    """Write all of self-attention: a fused product, heads, attention, and back."""
     a = pen.value(lambda t: t.dim() == 3)
     length, width = pen.length(a, 1), pen.shape(a)[-1]
     count, each = pen.one((2, 3, 5, 4)), pen.one((2, 3, 4))
@@ -99,7 +99,7 @@ def perceptron(pen: Pen) -> None:
 
 
 def windows(pen: Pen) -> None:
-    """Convolutions and pooling."""
+    """Write a convolution or pooling."""
     a = pen.value(lambda t: 3 <= t.dim() <= 4 and t.shape[-1] >= 3 and t.shape[-2] >= 3)
     shape = pen.shape(a)
     plane = len(shape) - 2
@@ -147,14 +147,14 @@ def constants(pen: Pen) -> None:
 
 
 def unrecorded(pen: Pen) -> None:
-    """A region in which no gradient is recorded."""
+    """Write a region in which no gradient is recorded."""
     a = pen.value()
     b = pen.write(f"{a}.detach().tanh()")
     pen.write(f"{a} * {b}")
 
 
 def branched(pen: Pen) -> None:
-    """The program depends on a size."""
+    """Write a branch that depends on a size."""
     a = pen.value(lambda t: t.dim() >= 1)
     size = f"{a}.size({pen.axis(a)})"
     test = pen.one((f"{size} > 4", f"{size} % 2 == 0", f"{size} == 3"))
@@ -173,7 +173,7 @@ def squares(pen: Pen) -> str:
 
 
 def classes(pen: Pen) -> str:
-    """Cross-entropy of all kinds."""
+    """Write a cross-entropy of any kind."""
     a = pen.value(lambda t: t.dim() >= 2 and t.shape[-1] > 1)
     shape = pen.shape(a)
     count = shape[-1]

@@ -1,4 +1,4 @@
-"""The pen that writes random programs: what may be drawn, what is there, what was written."""
+"""The pen that writes random programs: it draws choices, and knows the values that there are."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MOST_ELEMENTS, LARGEST = 1500, 1e3
 
 
 class SkippedError(Exception):
-    """Nothing that is there fits this step."""
+    """A SkippedError says that no value there fits this step."""
 
 
 class Pen:
-    """A program while it is written: its declarations and lines, and the values that they make.
+    """A Pen is a program while it is written: declarations, lines, and the values that they make.
 
     number: draws a whole number, from the first of two to the second, both included.
     """
@@ -42,14 +42,14 @@ class Pen:
         return self.number(0, 1) == 1
 
     def one(self, options: Any) -> Any:
-        """One of them; the first is the simplest."""
+        """Draw one of them; the first is the simplest."""
         options = tuple(options)
         if not options:
             raise SkippedError
         return options[self.number(0, len(options) - 1)]
 
     def order(self, count: int) -> list[int]:
-        """0 to count in some order."""
+        """Draw an order of the numbers from 0 to `count`, which is excluded."""
         rest = list(range(count))
         return [rest.pop(self.number(0, len(rest) - 1)) for _ in range(count)]
 
@@ -59,12 +59,12 @@ class Pen:
     # What is there.
 
     def value(self, test: Test = lambda t: True) -> str:
-        """A value of floating point, often the newest."""
+        """Draw a value of floating point, often the newest."""
         found = [n for n, t in self.values.items() if t.is_floating_point() and test(t)]
         return str(self.one((*found[-1:] * len(found), *reversed(found))))
 
     def whole(self, below: int, test: Test = lambda t: True) -> str:
-        """A value of whole numbers from 0 to below."""
+        """Draw a value of whole numbers from 0 to `below`, which is excluded."""
         found = [
             name
             for name, tensor in self.values.items()
@@ -81,21 +81,21 @@ class Pen:
         return tuple(self.values[name].shape)
 
     def axis(self, name: str, test: Callable[[int], bool] = lambda size: True) -> int:
-        """A dim of the value."""
+        """Draw a dim of the value."""
         return int(self.one(d for d, size in enumerate(self.shape(name)) if test(size)))
 
     def sign(self, dim: int, name: str) -> int:
-        """The dim, or the same counted from the end."""
+        """Draw a way to write the dim: from the beginning or from the end."""
         return dim - len(self.shape(name)) if self.maybe() else dim
 
     def length(self, name: str, dim: int) -> str:
-        """A size as a number, or as what the program asks the value for."""
+        """Write a size as a number, or as an expression that asks the value for it."""
         return f"{name}.size({dim})" if self.maybe() else str(self.shape(name)[dim])
 
     # What to write.
 
     def declare(self, kind: str, *sizes: int) -> str:
-        """A tensor that is there before the program runs: one of before, or a new one."""
+        """Return a tensor that is there before the program runs: an earlier one, or a new one."""
         text = f"{kind}({', '.join(map(str, sizes))})"
         if kind not in INPUTS:
             twins = [name for name, row in self.declarations.items() if row == text]
@@ -108,7 +108,7 @@ class Pen:
         return name
 
     def declare_blocks(self, kind: str, make: Callable[..., Any], *sizes: int) -> str:
-        """Equal blocks, always new ones."""
+        """Declare equal blocks, always new ones."""
         name = f"b{sum(name[0] == 'b' for name in self.declarations)}"
         self.declarations[name] = f"{kind}({', '.join(map(str, sizes))})"
         self.blocks[name] = make(name, kind, sizes)
@@ -121,12 +121,12 @@ class Pen:
         return self.declare("integers", *shape, below)
 
     def truths(self, shape: tuple[int, ...]) -> str:
-        """A mask over the last dims of `shape`, or over all."""
+        """Return a mask over the last dims of `shape`, or over all."""
         start = self.number(0, len(shape))
         return self.declare("truths", *shape[start:])
 
     def write(self, text: str, count: int = 1) -> str:
-        """A line that makes `count` values; returns the first. Dropped where it goes too far."""
+        """Write a line that makes `count` values, drop it if it goes too far; return the first."""
         names = [f"v{len(self.lines)}{'abcdefgh'[i] if count > 1 else ''}" for i in range(count)]
         line = f"{', '.join(names)} = {text}"
         before = set(self.values)
@@ -146,13 +146,13 @@ class Pen:
         return names[0]
 
     def change(self, text: str, *names: str) -> None:
-        """A line that writes in place to memory that goes by these names."""
+        """Write a line that writes in place to memory that goes by these names."""
         with torch.no_grad():
             exec(text, {"torch": torch, "F": F, **self.values})
         self.lines.append((text, names))
 
     def unread(self) -> list[str]:
-        """Values of floating point that no line reads, the newest first."""
+        """Return the values of floating point that no line reads, the newest first."""
         read = {word for line, makes in self.lines for word in _WORD.findall(line.split(" = ")[-1])}
         makes = [name for _, names in self.lines for name in names]
         return [
@@ -162,7 +162,7 @@ class Pen:
         ]
 
     def text(self, returned: str) -> str:
-        """The program without what does not matter to what it returns."""
+        """Return the program without the lines that do not matter to its result."""
         needed = set(_WORD.findall(returned))
         needed |= {name for name, row in self.declarations.items() if row.startswith("buffer")}
         kept = []
@@ -175,11 +175,11 @@ class Pen:
 
 
 def distinct(tensor: torch.Tensor) -> bool:
-    """No two numbers so close that rounding could change their order."""
+    """True if no two numbers are so close that rounding could change their order."""
     flat = tensor.detach().reshape(-1).sort().values
     return bool((flat.diff() > 1e-6).all())
 
 
 def apart_from(tensor: torch.Tensor, *numbers: float) -> bool:
-    """No element so close to one of the numbers that rounding could change its side."""
+    """True if no element is so close to one of the numbers that rounding could change its side."""
     return all(bool(((tensor - number).abs() > 1e-6).all()) for number in numbers)

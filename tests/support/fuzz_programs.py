@@ -1,4 +1,4 @@
-"""Random programs as text: declarations of tensors, lines of plain torch, and what is returned.
+"""Random programs as text: declarations of tensors, lines of plain torch, and the result.
 
     x = input(3, 4)
     w = parameter(5, 4)
@@ -33,7 +33,7 @@ _DECLARATION = re.compile(rf"(\w+) = ({'|'.join(DECLARATIONS)})\(([\d, ]*)\)")
 
 
 def content(name: str, kind: str, sizes: tuple[int, ...]) -> torch.Tensor:
-    """The tensor of a declaration: the same for the same name, no two numbers alike, no zeros."""
+    """Return the tensor of a declaration: the same for a name, no two numbers alike, no zeros."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {sizes}".encode()))
     if kind == "integers":
         return torch.randint(0, sizes[-1], sizes[:-1], generator=generator)
@@ -46,7 +46,7 @@ def content(name: str, kind: str, sizes: tuple[int, ...]) -> torch.Tensor:
 
 @dataclass(frozen=True, repr=False)
 class Program:
-    """A model and its inputs. text: see above."""
+    """A Program is a model and its inputs. text: as shown above."""
 
     text: str
 
@@ -56,7 +56,7 @@ class Program:
 
     @cached_property
     def declared(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Kind and sizes of every tensor that is there before the program runs, by name."""
+        """The kind and the sizes of every tensor that is there before the program runs, by name."""
         found = {}
         for row in self.rows:
             match = _DECLARATION.fullmatch(row)
@@ -80,7 +80,7 @@ class Program:
         return "\n".join(lines) + "\n"
 
     def model(self) -> nn.Module:
-        """A fresh model with all its tensors."""
+        """Return a fresh model with all its tensors."""
         source = self.source()
         file = f"<program {zlib.crc32(source.encode()):08x}>"
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)
@@ -101,7 +101,7 @@ class Program:
         return model
 
     def arguments(self, other: dict[tuple[str, int], int] | None = None) -> list[torch.Tensor]:
-        """Fresh inputs. other: sizes, by input and dim, that differ from the declared ones."""
+        """Return fresh inputs. other: sizes, by input and dim, in place of the declared ones."""
         made = []
         for name in self.inputs:
             kind, sizes = self.declared[name]

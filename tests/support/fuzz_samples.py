@@ -1,4 +1,4 @@
-"""A step of random programs for every op with a rule: its samples, on the program's tensors."""
+"""A step of random programs for every op with a rule: its samples on the program's tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _JUMPS = frozenset(
 
 
 def _word(pen: Pen, item: Any, smooth: bool, known: dict[int, str]) -> str:
-    """An argument of a sample, as text."""
+    """Write an argument of a sample as text."""
     if isinstance(item, torch.Tensor):
         if id(item) not in known:
             known[id(item)] = _operand(pen, item, smooth)
@@ -42,7 +42,7 @@ def _word(pen: Pen, item: Any, smooth: bool, known: dict[int, str]) -> str:
 
 
 def _operand(pen: Pen, tensor: torch.Tensor, smooth: bool) -> str:
-    """What stands for a sample's tensor: a value of its shape, or a new one."""
+    """Return a value in place of a sample's tensor: one of its shape, or a new one."""
     shape = tuple(tensor.shape)
     if tensor.dtype == torch.bool:
         return pen.declare("truths", *shape)
@@ -57,7 +57,7 @@ def _operand(pen: Pen, tensor: torch.Tensor, smooth: bool) -> str:
 
 
 def sampled(pen: Pen) -> None:
-    """One of the sample calls."""
+    """Write one of the sample calls."""
     call: Call = pen.one(CALLS)
     _, name, _ = call.target.split(".")
     if call.symbolic or name in ("rnn_relu",):

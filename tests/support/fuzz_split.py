@@ -1,4 +1,4 @@
-"""Splitting a program by random costs, and comparing what all ranks give with what one gives."""
+"""Split programs by random costs, and compare the result of all ranks with that of one."""
 
 from __future__ import annotations
 
@@ -49,14 +49,15 @@ _REFUSED = (
 
 
 class UnfitError(Exception):
-    """A program that torch itself cannot run backward, or that capture is right to refuse."""
+    """An UnfitError says that torch itself cannot run a program, or capture rightly refuses it."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """seed: of the costs. conversions: what a conversion costs beside an op, about.
+    """A Split says how to split a program. seed: of the costs.
 
-    sizes: of the mesh's axes, where it has several. whole: what it costs more to run an op unsplit.
+    conversions: about how much a conversion costs for each unit that an op costs. sizes: of the
+    mesh's axes, where it has several. whole: by how much an op costs more if it is unsplit.
     sparing: some copies are dropped and made again, some neighbouring ops are run again.
     """
 
@@ -71,14 +72,14 @@ class Split:
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks."""
+        """The mesh of the ranks."""
         sizes = self.sizes or (self.world_size,)
         return Mesh(**{f"axis{axis}": size for axis, size in enumerate(sizes)})
 
 
 @dataclass(repr=False)
 class Coverage:
-    """What was tried."""
+    """A Coverage counts the kinds of ops, placements and conversions that were tried."""
 
     programs: int = 0
     refused: int = 0
@@ -89,11 +90,11 @@ class Coverage:
     conversions: Counter[str] = field(default_factory=Counter)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """Short: hypothesis writes it with every example."""
+        """Write it short, because hypothesis writes it with every example."""
         printer.text("Coverage()")
 
     def add(self, plan: Plan) -> None:
-        """Count what a plan chose."""
+        """Count the choices of a plan."""
         self.worlds[plan.world_size] += 1
         for op in plan.ops:
             sides = (", ".join(map(layout_text, side)) for side in (op.operands, op.results))
@@ -119,7 +120,10 @@ class Coverage:
 
 @dataclass
 class _Ran:
-    """outputs: flat. gradients: of parameters by path, of inputs by position. buffers: by path."""
+    """A _Ran is the result of one run.
+
+    outputs: flat. gradients: of parameters by path, of inputs by position. buffers: by path.
+    """
 
     outputs: list[torch.Tensor]
     gradients: dict[str, torch.Tensor]
@@ -127,7 +131,7 @@ class _Ran:
 
 
 class Subject:
-    """A program, captured once, to be split in many ways."""
+    """A Subject is a program that is captured once, to be split in many ways."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -144,11 +148,11 @@ class Subject:
 
     @cached_property
     def draws(self) -> bool:
-        """Whether it draws random numbers."""
+        """True if the program draws random numbers."""
         return _RANDOM.search(self.program.text) is not None
 
     def whole(self, inputs: tuple[torch.Tensor, ...]) -> _Ran:
-        """What torch gives. Raises UnfitError where it cannot, or where numbers run away."""
+        """Return torch's own result. Raises UnfitError where there is none or numbers run away."""
         model = copy.deepcopy(self.model)
         try:
             output = model(*inputs)
@@ -165,7 +169,7 @@ class Subject:
         return made
 
     def plan(self, split: Split) -> Plan:
-        """The best plan by random costs."""
+        """Return the best plan by random costs."""
         options = Options(split.sequence_parallel, split.data_parallel, "dgx-a100")
         graph = with_larger_hints(self.captured, options.tokens)
         mesh = split.mesh
@@ -175,7 +179,7 @@ class Subject:
         return spared(plan, split.seed) if split.sparing else plan
 
     def check(self, split: Split, coverage: Coverage) -> None:
-        """Raises AssertionError where the ranks together give something else than one."""
+        """Raise AssertionError where the ranks together give something else than one."""
         plan = self.plan(split)
         coverage.add(plan)
         assert Plan.from_json(plan.to_json()) == plan
@@ -202,7 +206,7 @@ class Subject:
             assert not wrong, "\n".join(wrong)
 
     def compare(self, plan: Plan, inputs: tuple[torch.Tensor, ...], expected: _Ran) -> None:
-        """One plan on one set of inputs."""
+        """Compare one plan on one set of inputs."""
         if self.draws:
             whole = self.plan(Split(1))
             expected = _ran(simulate_plan(self.model, whole, fresh(inputs), {}, loss_of))
@@ -214,7 +218,7 @@ class Subject:
         assert not differences, "\n".join(differences)
 
     def other_sizes(self, split: Split) -> dict[tuple[str, int], int]:
-        """Other numbers for the sizes that capture kept symbolic."""
+        """Return other numbers for the sizes that capture kept symbolic."""
         rng = np.random.default_rng(split.seed + 1)
         drawn: dict[Any, int] = {}
         found: dict[tuple[str, int], int] = {}
@@ -227,12 +231,12 @@ class Subject:
 
 
 def fresh(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The same tensors without gradients of earlier runs."""
+    """Return the same tensors without gradients of earlier runs."""
     return tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs)
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The sum of the scalars that the program returns, or else of all that it returns, weighted.
+    """Return the sum of the scalars that a program returns, or else of all results, weighted.
 
     Beside a scalar, what else is returned may be split, so that a rank has but a part of it.
     """
@@ -246,7 +250,7 @@ def loss_of(output: Any) -> torch.Tensor:
 
 
 def randomized(network: CostNetwork, split: Split) -> Problem:
-    """The network's choices at random costs: what is forbidden stays forbidden."""
+    """Return the network with random costs; forbidden choices stay forbidden."""
     rng = np.random.default_rng(split.seed)
     problem = network.problem()
 
@@ -267,7 +271,7 @@ def randomized(network: CostNetwork, split: Split) -> Problem:
 
 
 def spared(plan: Plan, seed: int) -> Plan:
-    """The plan with some copies made again, and some neighbouring ops run again."""
+    """Return the plan with some copies and some neighbouring ops recomputed."""
     rng = np.random.default_rng(seed)
     conversions = tuple(
         replace(conversion, again=bool(rng.integers(2))) for conversion in plan.conversions
@@ -288,7 +292,7 @@ def _ran(made: Simulation) -> _Ran:
 
 
 def _differences(made: _Ran, expected: _Ran) -> Iterator[str]:
-    """Everything that is not as it should be."""
+    """Return the differences between two runs, each as a text."""
     yield from _apart("output", dict(enumerate(made.outputs)), dict(enumerate(expected.outputs)))
     yield from _apart("gradient", made.gradients, expected.gradients)
     yield from _apart("buffer", made.buffers, {p: expected.buffers[p] for p in made.buffers})

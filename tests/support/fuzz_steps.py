@@ -59,7 +59,7 @@ def rounded(pen: Pen) -> None:
 
 
 def partner(pen: Pen, a: str) -> str:
-    """Another operand that broadcasts with `a`."""
+    """Return another operand that broadcasts with `a`."""
     shape = pen.shape(a)
 
     def fits(tensor: torch.Tensor) -> bool:
@@ -153,7 +153,7 @@ def product(pen: Pen) -> None:
 
 
 def flat_product(pen: Pen) -> None:
-    """Products that take no batch, or just one."""
+    """Write a product that takes no batch, or just one."""
     form = pen.number(0, 6)
     a = pen.value(lambda t: t.dim() == (3 if form in (3, 4, 5) else 2))
     *batch, rows, width = pen.shape(a)

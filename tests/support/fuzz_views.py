@@ -10,7 +10,7 @@ __all__ = ["VIEWS"]
 
 
 def factors(pen: Pen, count: int) -> list[int]:
-    """Numbers whose product is `count`."""
+    """Draw numbers whose product is `count`."""
     made: list[int] = []
     while count > 1 and len(made) < 3:
         own = pen.one(n for n in range(2, count + 1) if count % n == 0)
@@ -20,7 +20,7 @@ def factors(pen: Pen, count: int) -> list[int]:
 
 
 def reshape(pen: Pen) -> None:
-    """Dims merged and divided, anyhow or keeping the first ones."""
+    """Merge and divide dims, any of them or all but the first ones."""
     a = pen.value(lambda t: t.dim() >= 1)
     shape = pen.shape(a)
     form = pen.number(0, 4)
@@ -46,7 +46,7 @@ def reshape(pen: Pen) -> None:
 
 
 def heads(pen: Pen) -> None:
-    """What attention does: divide a dim, bring one part forward, and maybe back."""
+    """Divide a dim and bring one part forward, and maybe back, as attention does."""
     a = pen.value(lambda t: t.dim() >= 2 and t.shape[-1] > 3)
     shape = pen.shape(a)
     count = pen.one(n for n in range(2, shape[-1]) if shape[-1] % n == 0)
@@ -68,7 +68,7 @@ def transposed(pen: Pen) -> None:
 
 
 def ones(pen: Pen) -> None:
-    """Dims of size 1 come, go and are repeated."""
+    """Add, drop or repeat dims of size 1."""
     a = pen.value()
     dim = pen.number(0, len(pen.shape(a)))
     form = pen.number(0, 2)
@@ -163,7 +163,7 @@ def bordered(pen: Pen) -> None:
 
 
 def written(pen: Pen) -> None:
-    """In place: a value of the program's own, or a buffer, gets new numbers under its old name."""
+    """Write in place: a value of the program, or a buffer, gets new numbers under its old name."""
     form = pen.number(0, 5)
     a = pen.value()
     b = pen.write(f"{a} * 1.25")
@@ -181,7 +181,7 @@ def written(pen: Pen) -> None:
 
 
 def written_into(pen: Pen) -> None:
-    """A view of a value is written to; both are read on."""
+    """Write to a view of a value; both are read later."""
     a = pen.value(lambda t: t.dim() >= 1)
     b = pen.write(pen.one((f"{a} * 1.25", f"torch.zeros_like({a})", f"{a}.clone()")))
     shape = pen.shape(b)
@@ -214,7 +214,7 @@ def written_into(pen: Pen) -> None:
 
 
 def filled(pen: Pen) -> None:
-    """Writes at places that another tensor tells."""
+    """Write at places that another tensor tells."""
     a = pen.value(lambda t: t.dim() >= 1)
     b = pen.write(f"{a} * 1.25")
     shape, dim = pen.shape(b), pen.axis(b)

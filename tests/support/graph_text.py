@@ -1,4 +1,4 @@
-"""Graphs from their text, and running them op by op: golden texts of passes are written as text."""
+"""Graphs from their texts, and runs of them op by op, for golden texts of passes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _tuples(item: Any) -> Any:
 
 @dataclass(frozen=True)
 class Run:
-    """The results of a run of a graph.
+    """A Run is the results of a run of a graph.
 
     outputs: in order. buffers: after the run, by path. gradients: of a weighted sum of the outputs,
     by the node of the input or parameter.

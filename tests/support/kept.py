@@ -1,4 +1,4 @@
-"""What autograd really keeps when an emitted program runs, rank by rank."""
+"""Count the bytes that autograd really saves when an emitted program runs, rank by rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Kept", "watching"]
 
 
 class Kept:
-    """Bytes per rank of the last program that ran, and what it was emitted from.
+    """A Kept is the saved bytes per rank of the last program that ran, and its graph and plan.
 
     What the caller has anyway (parameters, buffers, constants, inputs) does not count; memory that
     several tensors share counts once.
@@ -32,7 +32,7 @@ class Kept:
 
 
 class _Watched(threading.local):
-    """What autograd was given to keep by the program that runs in this thread."""
+    """A _Watched collects the tensors that the program in this thread gives to autograd to save."""
 
     def __init__(self) -> None:
         self.storages: dict[int, torch.UntypedStorage] = {}
@@ -44,12 +44,12 @@ class _Watched(threading.local):
 
 
 def watching(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Program]:
-    """`emit`, of which every program tells `kept` what it keeps."""
+    """Return `emit` with programs that tell `kept` the tensors that they save."""
     seen = _Watched()
     pack = again._Copies.pack
 
     def packed(copies: Any, tensor: torch.Tensor) -> Any:
-        """Of a copy that is dropped, what it is made of again is what stays."""
+        """Note a saved tensor; for a dropped copy, the tensor that it is recomputed from."""
         made = item = pack(copies, tensor)
         while isinstance(item, again._View):
             item = item.copy.source

@@ -1,4 +1,4 @@
-"""What a plan costs, from its rows alone: nothing here is shared with the planner's tables.
+"""The cost of a plan from its rows alone, as a second opinion on the planner's tables.
 
 The plan's layouts are read op by op and step by step. Of the product only the formulas of one op,
 of one collective and of one update are used.
@@ -56,7 +56,7 @@ OPPOSITE = {"R": "P", "P": "R", "S": "S", "I": "I"}
 
 @dataclass(frozen=True)
 class Priced:
-    """Seconds of one step: of the ops, of the conversions, of the optimizer. rows: of each."""
+    """A Priced is the seconds of one step: of ops, conversions and the optimizer. rows: of each."""
 
     ops: float
     conversions: float
@@ -65,7 +65,7 @@ class Priced:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The sum of all of it."""
         return self.ops + self.conversions + self.updates
 
 
@@ -78,7 +78,7 @@ class _Pricer:
     links: tuple[Link, ...]
 
     def share(self, shape: tuple[Any, ...], layout: Layout, but: int = -1) -> float:
-        """The largest part that a rank holds, as if axis `but` split nothing."""
+        """Return the largest part that a rank holds, as if axis `but` split nothing."""
         left = [hint(size) for size in shape]
         for axis, placement in enumerate(layout):
             if axis == but or not isinstance(placement, Shard):
@@ -98,7 +98,7 @@ class _Pricer:
         return float(seconds(what, nbytes, self.links[axis], self.sizes[axis]))
 
     def conversion(self, row: Conversion, value: Value, parameter: ParameterChoice | None) -> float:
-        """All steps forward, again if they are repeated, and backward."""
+        """Count all steps of a conversion forward, again if they are repeated, and backward."""
         size = numel(value) * value.dtype.itemsize
         layout, ahead, back = row.source, 0.0, 0.0
         for step in row.steps:
@@ -122,14 +122,14 @@ class _Pricer:
         return parameter is not None and parameter.state[step.axis] != parameter.storage[step.axis]
 
     def is_run_again(self, row: Conversion) -> bool:
-        """Whether all that reads the value, in any layout, is in one group that is run again."""
+        """True if all readers of the value, in any layout, are in one group that is recomputed."""
         if row.value in self.graph.outputs:
             return False
         readers = {node.name for node in self.graph.readers[row.value]}
         return any(readers <= set(group) for group in self.plan.recomputed)
 
     def op(self, op: OpChoice, call: OpCall, rule: ShardingRule | None) -> float:
-        """Forward and backward; the forward once more if it is run again."""
+        """Count an op's forward and backward, and the forward once more if it is recomputed."""
         parts = [self.strategy(op, call, rule, axis) for axis in range(len(self.sizes))]
         axes = tuple(zip(self.sizes, self.links, strict=True))
         (cost,) = op_costs(call, rule, [tuple(parts)], axes, self.hardware)
@@ -139,7 +139,7 @@ class _Pricer:
     def strategy(
         self, op: OpChoice, call: OpCall, rule: ShardingRule | None, axis: int
     ) -> Strategy:
-        """The one loop whose split gives all the op's placements on an axis, if it is split."""
+        """Return the one loop whose split gives all the op's placements on an axis, if it is."""
         operands = tuple(layout[axis] for layout in op.operands)
         results = tuple(layout[axis] for layout in op.results)
         placed = list(zip((*operands, *results), tensors(rule), strict=True)) if rule else []
@@ -160,7 +160,7 @@ class _Pricer:
         return Strategy(operands, results, tile, math.ceil(runs / count) / runs, kernel)
 
     def update(self, row: ParameterChoice, value: Value) -> float:
-        """The optimizer's own work, and gathering what it updated in parts."""
+        """Count the optimizer's work, and the gathering of parameters that it updated in parts."""
         if not value.requires_grad:
             return 0.0
         own = row.nbytes * self.share(value.shape, row.state)
@@ -176,28 +176,28 @@ class _Pricer:
         return seconds
 
     def across(self, row: ParameterChoice, value: Value, axis: int) -> float:
-        """Bytes of a gradient when it is reduced over an axis, after the axes outside of it."""
+        """Return the bytes of a gradient when it is reduced over an axis, after the outer axes."""
         layout = (*row.state[:axis], Invariant(), *row.storage[axis + 1 :])
         return row.nbytes * self.share(value.shape, layout)
 
 
 def kind(placement: Placement) -> str:
-    """Its letter."""
+    """Return a placement's letter."""
     return {Invariant: "I", Replicate: "R", Partial: "P", Shard: "S"}[type(placement)]
 
 
 def numel(value: Value) -> int:
-    """Elements of the whole value, for the sizes planned for."""
+    """Return the number of elements of the whole value, for the sizes planned for."""
     return math.prod(hint(size) for size in value.shape)
 
 
 def tensors(rule: ShardingRule) -> tuple[Any, ...]:
-    """The dims of all operands and results."""
+    """Return the dims of all operands and results."""
     return (*rule.operands, *rule.results)
 
 
 def price(plan: Plan) -> Priced:
-    """The plan's seconds, anew. Raises AssertionError for a plan that contradicts itself."""
+    """Count the plan's seconds anew. Raises AssertionError for a plan that contradicts itself."""
     assert plan.captured is not None
     graph = with_larger_hints(plan.captured, plan.options.tokens)
     hardware = find_hardware(plan.hardware).at_pace_of(plan.world_size)

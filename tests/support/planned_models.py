@@ -1,4 +1,4 @@
-"""Models that write to themselves in their forward, and all that a model holds, to be compared."""
+"""Models that write to themselves in their forward, and the state of a model for comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH = 8
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Every dict of every module: keys in order, objects by identity, and what tensors hold."""
+    """Return every dict of every module: keys in order, objects by identity, numbers of tensors."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[f"{path}|class"] = type(module)
@@ -23,7 +23,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
-    """Equal if nothing was changed."""
+    """Return a key that is equal if nothing was changed."""
     if isinstance(value, torch.Tensor):
         grad = None if not value.is_leaf or value.grad is None else _content(value.grad)
         looks = (
@@ -53,7 +53,7 @@ def _content(value: Any) -> Any:
 
 
 class Base(nn.Module):
-    """Two products; `first` and `second` may be set up."""
+    """A Base has two products; subclasses may set up `first` and `second`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Flags(Base):
 
 
 class Settings:
-    """Of a model."""
+    """A Settings object holds a model's settings."""
 
     kind: str | None = None
 
@@ -152,7 +152,7 @@ class Appends(Base):
 
 
 class Counts(Base):
-    """Warms up: the number of the call matters."""
+    """Warms up, so that the number of the call matters."""
 
     calls = 0
 
@@ -162,7 +162,7 @@ class Counts(Base):
 
 
 class Initializes(Base):
-    """Data-dependent initialization, as of ActNorm: parameters are written at the first call."""
+    """Initializes by data, as ActNorm does: parameters are written at the first call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Lazily(Base):
 
 
 class Spectral(Base):
-    """Spectral norm, whose power iteration writes to buffers, by a parametrization."""
+    """Has a spectral norm, a parametrization whose power iteration writes to buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Spectral(Base):
 
 
 class KeepsLoss(Base):
-    """Leaves what it has computed in attributes of itself and of a child."""
+    """Leaves computed tensors in attributes of itself and of a child."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)
@@ -209,7 +209,7 @@ class KeepsLoss(Base):
 
 
 class Stale(Base):
-    """Goes on with what the first call has computed of its input and of a parameter."""
+    """Goes on with tensors that the first call has computed of its input and of a parameter."""
 
     memory: Any = None
 
@@ -220,7 +220,7 @@ class Stale(Base):
 
 
 class Hidden(Base):
-    """A teacher that `parameters()` does not list, written through an object's closure."""
+    """Has a teacher that `parameters()` does not list, written through an object's closure."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ SETTING_UP = (
 
 
 class Momentum(Base):
-    """A student, and a teacher that follows it. how: the way in which the teacher is written."""
+    """Has a student, and a teacher that follows it. how: the way to write the teacher."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Momentum(Base):
         self.how = how
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The teacher's parameters, each with that which it follows."""
+        """Return the teacher's parameters, each with the one that it follows."""
         both = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
         return [*both, (self.teacher_scale, self.scale)]
 

@@ -1,4 +1,4 @@
-"""Random and layered cost networks: plain ones, and ones with usage, alternatives and limits."""
+"""Random and layered cost networks, plain ones and ones with usage, alternatives and limits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _alternatives(
 
 
 def product_states(rng: np.random.Generator, first: Table, second: Table) -> Table:
-    """The table of a joint choice on two axes, each with a table of its own, nearly their sum."""
+    """Return the table of a joint choice on two axes, nearly the sum of their two tables."""
     table = first
     for axis in range(second.ndim):
         table = np.expand_dims(table, 2 * axis + 1)
@@ -56,7 +56,7 @@ def product_states(rng: np.random.Generator, first: Table, second: Table) -> Tab
 def priced_problem(
     rng: np.random.Generator, count: int, most_states: int, *, alternatives: int = 2
 ) -> Problem:
-    """Variables and factors over two or three of them, with usage; half of them in products."""
+    """Return variables, and factors over two or three of them, with usage; half are in products."""
     forbidden = float(rng.choice([0.0, 0.1, 0.25]))
     product = rng.random() < 0.5
     sizes = [(int(rng.integers(1, most_states + 1)), 1) for _ in range(count)]
@@ -91,7 +91,7 @@ def priced_problem(
 def limited_problem(
     rng: np.random.Generator, count: int, most_states: int, *, alternatives: int = 2
 ) -> Problem:
-    """As `priced_problem`, with a limit that is mostly between the least usage and the free one."""
+    """Return a `priced_problem` with a limit, mostly between the least and the free usage."""
     problem = priced_problem(rng, count, most_states, alternatives=alternatives)
     try:
         free = exhaustive.solve(problem)
@@ -103,7 +103,7 @@ def limited_problem(
 
 
 def chain_problem(layers: int, states: int = 4, seed: int = 0) -> Problem:
-    """Equal layers in a row, as of a deep model; no limit yet.
+    """Return equal layers in a row, as of a deep model, without a limit.
 
     Each layer has a parameter (stored whole or in parts, gathered copies kept or gathered again), a
     residual stream that flows on to the next layer, an operator on both, and a mode that decides
@@ -150,7 +150,7 @@ def chain_problem(layers: int, states: int = 4, seed: int = 0) -> Problem:
 def _random_table(
     rng: np.random.Generator, shape: tuple[int, ...], kind: str, forbidden: float
 ) -> Table:
-    """Costs of mixed signs: `real` ones, `ties` (small whole numbers), or `sums` of two vectors."""
+    """Return costs of mixed signs: `real`, `ties` (small whole numbers), `sums` of two vectors."""
     if kind == "ties":
         table = rng.integers(-2, 3, shape).astype(np.float64)
     elif kind == "sums" and len(shape) == 2:
@@ -162,7 +162,7 @@ def _random_table(
 
 
 def random_problem(rng: np.random.Generator, count: int, most_states: int, reach: int) -> Problem:
-    """Variables linked to others at most `reach` places away: parallel, reversed, or not at all."""
+    """Return variables, some linked to others at most `reach` places away, parallel or reversed."""
     sizes = rng.integers(1, most_states + 1, count)
     forbidden = float(rng.choice([0.0, 0.1, 0.35]))
     scale = float(rng.choice([1e-6, 1.0, 1e3]))
@@ -184,7 +184,7 @@ def random_problem(rng: np.random.Generator, count: int, most_states: int, reach
 def layered_problem(
     layers: int, *, width: int = 6, states: int = 4, shared: int = 2, everywhere: bool = False
 ) -> Problem:
-    """Equal layers in a row, and `shared` variables connected to every layer."""
+    """Return equal layers in a row, and `shared` variables connected to every layer."""
     rng = np.random.default_rng(7)
     unaries = [rng.random(states) * 1e-3 for _ in range(width)]
     inside = {(i, i + 1): rng.random((states, states)) * 1e-3 for i in range(width - 1)}
@@ -204,7 +204,7 @@ def layered_problem(
 
 
 def subproblem(problem: Problem, names: tuple[str, ...]) -> Problem:
-    """What is said of these variables alone."""
+    """Return the part of a problem that is about these variables alone."""
     return Problem(
         tuple(v for v in problem.variables if v.name in names),
         tuple(f for f in problem.factors if set(f.scope) <= set(names)),
@@ -212,7 +212,7 @@ def subproblem(problem: Problem, names: tuple[str, ...]) -> Problem:
 
 
 def feasible(problem: Problem) -> bool:
-    """Whether anything is allowed."""
+    """True if the problem allows any assignment."""
     try:
         exhaustive.solve(problem)
     except InfeasibleError:

@@ -1,4 +1,4 @@
-"""Run a function in several gloo processes on this machine, for tests."""
+"""Run a function in several gloo processes on this machine."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ def run_processes(
     *arguments: Any,
     timeout_seconds: float = 180.0,
 ) -> list[Any]:
-    """Result of function(rank, *arguments) of every rank, in order.
+    """Return the results of function(rank, *arguments) of all ranks, in their order.
 
     function must live at the top level of an importable module. The default process group is gloo
     over all ranks. Processes cost seconds to start: put several checks into one function.

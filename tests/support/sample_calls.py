@@ -1,4 +1,4 @@
-"""One or more calls of every op that has a rule.
+"""Sample calls, one or more of every op that has a rule.
 
 Uneven sizes are among them: 5 on 2 and 3 ranks, 7 on all. Symbolic ones may leave ranks empty.
 """
@@ -314,7 +314,9 @@ def _cutting() -> list[Call]:
 
 
 def _grouped() -> list[Call]:
-    """transformers' op takes float64; torch's own only float32 here, and strides of 16 bytes."""
+    """Return grouped products: transformers' op takes float64; torch's only float32, and strides
+    of 16 bytes.
+    """
     import transformers.integrations.moe  # noqa: F401
 
     def small(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Calls of every op that sums, looks up, or is a layer of its own. See sample_calls.py."""
+"""Sample calls of every op that sums, looks up, or is a layer of its own."""
 
 import torch
 from calls import Call, call, fixed, ints, truth, x, x_for
@@ -154,7 +154,7 @@ def attention() -> list[Call]:
 
 
 def places(*shape: int, axis: int = 1) -> torch.Tensor:
-    """An index in which no place occurs twice along a dim."""
+    """Return an index in which no place occurs twice along a dim."""
     return fixed(*shape).argsort(axis)
 
 

@@ -1,4 +1,4 @@
-"""Split models against the unsplit ones: the loss and every gradient."""
+"""Compare split models with the unsplit ones: the loss and every gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["split_as_whole"]
 def split_as_whole(
     model: nn.Module, world_size: int, *inputs: torch.Tensor, atol: float = 1e-12, **options: Any
 ) -> Simulation:
-    """A simulated step of a model that returns its loss, after it was compared with a plain one.
+    """Return a simulated step of a model that returns its loss, compared with a plain step.
 
     atol: of gradients. options: of `simulate`.
     """

@@ -1,4 +1,4 @@
-"""What the project relies on of torch's private names, each by what it does; and no other is used.
+"""Torch's private names do what the project relies on, and no other is used.
 
 A test that fails under a new release of torch says which name changed and what depended on it.
 """
@@ -54,7 +54,7 @@ scale.register_autograd(scale_backward, setup_context=keep_factor)
 
 @pytest.fixture
 def mesh(tmp_path):
-    """A device mesh of this one process."""
+    """Return a device mesh of this one process."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
@@ -62,7 +62,7 @@ def mesh(tmp_path):
 
 
 def exported(forward, *inputs):
-    """The program of a function of tensors whose sizes are all symbolic."""
+    """Return the exported program of a function of tensors whose sizes are all symbolic."""
 
     class Module(nn.Module):
         def forward(self, *inputs):
@@ -90,7 +90,7 @@ ATTRIBUTES = {
 
 
 def private_names(path: Path) -> list[str]:
-    """The private names of torch in a file, with their lines."""
+    """Return the private names of torch in a file, with their lines."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
@@ -368,7 +368,7 @@ def test_tensors_inside_a_function_transform_are_recognized() -> None:
 
 
 def gathered_blocks(_rank: int) -> list[bool]:
-    """Whether dims that are split block by block, on one and two mesh axes, are put in order."""
+    """Check that dims that are split block by block, on one and two mesh axes, are put in order."""
     made = []
     x = torch.arange(48.0).view(24, 2)
     line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
@@ -465,7 +465,7 @@ def test_expressions_print_as_python() -> None:
 @pytest.mark.parametrize("enabled", [True, False])
 def test_results_of_fake_tensors_are_remembered_or_not(enabled: bool) -> None:
     def sizes_found() -> int:
-        """How often the op's own function is asked for the same sizes."""
+        """Count the calls of the op's own function for the same sizes."""
         asked = []
         library = torch.library.Library("private_names", "FRAGMENT")
         name = f"asked_{enabled}".lower()

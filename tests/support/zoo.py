@@ -37,7 +37,7 @@ LAYERS, INNER = 4, 4 * HIDDEN
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """make(layers, dropout): the model. inputs(): keyword arguments with labels.
+    """A Family makes a model by make(layers, dropout), and inputs() with labels for it.
 
     drops: whether the family has dropout. transformer: of the kind that tensor parallelism splits
     nearly whole.
@@ -51,13 +51,13 @@ class Family:
 
 
 def build(name: str, layers: int = LAYERS, dropout: float = 0.0) -> nn.Module:
-    """The model in float64 and train mode, the same weights at every call."""
+    """Return the model in float64 and train mode, with the same weights at every call."""
     torch.manual_seed(7)
     return FAMILIES[name].make(layers, dropout).double().train()
 
 
 def build_reference(name: str) -> nn.Module:
-    """The same model for plain torch: with experts one by one, in matrix products of any type.
+    """Return the same model for plain torch, with experts one by one, in products of any type.
 
     Torch's grouped matrix products, which are Hugging Face's choice, take no float64.
     """
@@ -69,12 +69,12 @@ def build_reference(name: str) -> nn.Module:
 
 
 def inputs_for(name: str) -> Inputs:
-    """The same inputs at every call, with padding and ignored labels where the family has them."""
+    """Return the same inputs at every call, with padding and ignored labels where there are any."""
     return FAMILIES[name].inputs()
 
 
 def _hugging_face(model: str, config: str, **options: Any) -> Callable[[int, float], nn.Module]:
-    """The maker of a Hugging Face model. An option that is callable is given (layers, dropout)."""
+    """Return the maker of a Hugging Face model. An option may be called with (layers, dropout)."""
 
     def make(layers: int, dropout: float) -> nn.Module:
         import transformers

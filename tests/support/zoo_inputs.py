@@ -1,4 +1,4 @@
-"""What the zoo's models are given, as their users give it: the same inputs at every call."""
+"""Inputs of the zoo's models, as their users have them, and the same ones at every call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _random() -> torch.Generator:
 
 
 def tokens(pad: bool = True, length: int = SEQUENCE) -> Inputs:
-    """Text and labels, some of them ignored; pad: one of the texts is shorter."""
+    """Return texts and labels, some of them ignored. pad: one of the texts is shorter."""
     generator = _random()
     shape = (BATCH, length)
     inputs = {
@@ -35,27 +35,27 @@ def tokens(pad: bool = True, length: int = SEQUENCE) -> Inputs:
 
 
 def images() -> Inputs:
-    """Small pictures, each of one class."""
+    """Return small pictures, each of one class."""
     generator = _random()
     pixels = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator, dtype=torch.float64)
     return {"pixel_values": pixels, "labels": torch.randint(CLASSES, (BATCH,), generator=generator)}
 
 
 def masked_images() -> Inputs:
-    """Small pictures with a class for every point."""
+    """Return small pictures with a class for every point."""
     labels = torch.randint(CLASSES, (BATCH, IMAGE, IMAGE), generator=_random())
     return {**images(), "labels": labels}
 
 
 def pairs() -> Inputs:
-    """Source and target of an encoder and a decoder, of unlike lengths."""
+    """Return source and target of an encoder and a decoder, of unlike lengths."""
     inputs = tokens()
     inputs["labels"] = inputs["labels"][:, :7].contiguous()
     return inputs
 
 
 def captioned_images() -> Inputs:
-    """As many texts as images: the loss tells which belongs to which."""
+    """Return as many texts as images; the loss tells which belongs to which."""
     text = tokens()
     return {
         "input_ids": text["input_ids"],
@@ -66,13 +66,13 @@ def captioned_images() -> Inputs:
 
 
 def sounds() -> Inputs:
-    """Spectra, and what was said."""
+    """Return spectra, and the words that were said."""
     features = torch.randn(BATCH, 16, 2 * POSITIONS, generator=_random(), dtype=torch.float64)
     return {"input_features": features, "labels": tokens()["labels"]}
 
 
 def nodes() -> Inputs:
-    """A dense adjacency of 13 nodes, rows summing to one, and their features."""
+    """Return a dense adjacency of 13 nodes, with rows that sum to one, and their features."""
     generator = _random()
     edges = torch.rand(13, 13, generator=generator, dtype=torch.float64) < 0.4
     adjacency = (edges | torch.eye(13, dtype=torch.bool)).double()

@@ -16,13 +16,13 @@ Output = dict[str, torch.Tensor]
 
 
 def judged(logits: torch.Tensor, labels: torch.Tensor) -> Output:
-    """logits: (..., classes). labels: (...), -100 where there is none."""
+    """Return loss and logits. logits: (..., classes). labels: (...), -100 where there is none."""
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
     return {"loss": loss, "logits": logits}
 
 
 class Translator(nn.Module):
-    """`nn.Transformer` between embeddings and a head: a padded source, a causal target."""
+    """A Translator is an `nn.Transformer` between embeddings and a head, with a causal target."""
 
     def __init__(self, layers: int, dropout: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Translator(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A language model of recurrent layers. kind: nn.LSTM or nn.GRU."""
+    """A Recurrent is a language model of recurrent layers. kind: nn.LSTM or nn.GRU."""
 
     def __init__(self, kind: type[nn.RNNBase], layers: int, dropout: float) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Recurrent(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Mixes the patches, then the channels."""
+    """A MixerBlock mixes the patches, then the channels."""
 
     def __init__(self, patches: int, dropout: float) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class MixerBlock(nn.Module):
 
 
 class Mixer(nn.Module):
-    """An MLP-mixer (Tolstikhin et al. 2021) on 16 patches of an image of 32 x 32."""
+    """A Mixer is an MLP-mixer (arXiv:2105.01601) on 16 patches of an image of 32 x 32."""
 
     def __init__(self, layers: int, dropout: float) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Mixer(nn.Module):
 
 
 def double_convolution(before: int, after: int, dropout: float) -> nn.Sequential:
-    """Two convolutions with batch norm."""
+    """Return two convolutions with batch norm."""
     return nn.Sequential(
         nn.Conv2d(before, after, 3, padding=1, bias=False),
         nn.BatchNorm2d(after),
@@ -122,7 +122,7 @@ def double_convolution(before: int, after: int, dropout: float) -> nn.Sequential
 
 
 class UNet(nn.Module):
-    """A U-Net (Ronneberger et al. 2015) with `layers` halvings: a class for every pixel."""
+    """A UNet (arXiv:1505.04597) has `layers` halvings, and returns a class for every pixel."""
 
     def __init__(self, layers: int, dropout: float) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class UNet(nn.Module):
 
 
 class GraphConvolution(nn.Module):
-    """Graph convolutions (Kipf and Welling 2017) on a dense adjacency: a class for every node."""
+    """It has graph convolutions (arXiv:1609.02907) on a dense adjacency: a class for every node."""
 
     def __init__(self, layers: int, dropout: float) -> None:
         super().__init__()
