@@ -163,7 +163,7 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 import torch, zoo
 from autoparallel.capture.graph_breaks import trace
-from autoparallel.rules.registry import find_rule
+from autoparallel.rules.lookup import find_rule
 
 torch.set_num_threads(1)
 found = {"set": list({"sliding_attention", "full_attention"})}
