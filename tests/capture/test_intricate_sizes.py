@@ -12,11 +12,13 @@ from autoparallel.graph.graph import Sym
 
 
 class Windows(nn.Module):
-    """Pads images to whole windows and merges four pixels into one, again and again."""
+    """Pads images to whole windows and merges four pixels into one; and once more, which is too
+    much.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.mix = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (b, h, w, 8)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import as_distributed
 from autoparallel.parallel.state_dicts import full_state_dict
 from autoparallel.placement import Shard
+from autoparallel.plan import Plan
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.train.models import GPT, GPTConfig
 
@@ -32,10 +34,19 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens.roll(-1, 1)}
 
 
-def made(mesh: Mesh, way: str = "as planned") -> tuple[nn.Module, torch.optim.Optimizer]:
+def plain() -> nn.Module:
     torch.manual_seed(8)
-    model = GPT(SIZES).double()
-    plan = autoparallel.make_plan(model, mesh=mesh, example_inputs=batch(0))
+    model: nn.Module = GPT(SIZES).double()
+    return model
+
+
+@cache
+def planned(mesh: Mesh) -> Plan:
+    return autoparallel.make_plan(plain(), mesh=mesh, example_inputs=batch(0))
+
+
+def made(mesh: Mesh, way: str = "as planned") -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, plan = plain(), planned(mesh)
     if way != "as planned":
         plan = spread(plan, at_once=way == "at once")
         plan = copies_again(plan) if way == "at once" else plan

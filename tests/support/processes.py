@@ -14,27 +14,36 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# What every process needs and no test changes. It is imported once, in a server process without
+# threads, of which the others are forks: to import it costs seconds in each of them otherwise.
+_IMPORTED_BEFORE = ["torch", "torch.distributed.tensor", "torch.export", "sympy", "transformers"]
+
 
 def run_processes(
     function: Callable[..., Any],
     world_size: int,
     *arguments: Any,
     timeout_seconds: float = 180.0,
+    start: str = "forkserver",
 ) -> list[Any]:
     """Return the results of function(rank, *arguments) of all ranks, in their order.
 
     function must live at the top level of an importable module. The default process group is gloo
-    over all ranks. Processes cost seconds to start: put several checks into one function.
+    over all ranks. Every rank imports this project and plans for itself, which costs seconds: put
+    several checks into one function. start: "spawn" starts each process by itself, as a launcher
+    does, with a hash seed of its own; forks of one server have its seed in common.
     Raises RuntimeError with the traceback of the first rank that failed, TimeoutError if some rank
     has not finished in time; in both cases no process is left behind.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(_IMPORTED_BEFORE)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, environment = Path(name), dict(os.environ)
         processes = [
             context.Process(
                 target=_work,
-                args=(function, rank, world_size, arguments, folder, timeout_seconds),
+                args=(function, rank, world_size, arguments, folder, timeout_seconds, environment),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -60,7 +69,11 @@ def _work(
     arguments: tuple[Any, ...],
     folder: Path,
     timeout_seconds: float,
+    environment: dict[str, str],
 ) -> None:
+    # A fork has the variables that the server was started with.
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     # Written elsewhere and renamed into place, so that a reader sees a whole file or none.
     written = folder / f"written_{rank}"

@@ -58,13 +58,14 @@ def train(rank: int) -> list[Any]:
     """Two steps by the parallel module and by its program in torch.fx; the weights afterwards."""
     torch.set_num_threads(1)
     found: list[Any] = []
+    model = build("gpt", dropout=0.2)
+    # ZeRO-1 beside tensor parallelism: parameters are gathered again after every step.
+    plan = autoparallel.make_plan(
+        model, mesh=Mesh(dp=2, tp=2), example_inputs=INPUTS, optimizer="adam",
+        constraints=["blocks.*.weight on dp is whole"],
+    )  # fmt: skip
     for by_fx in (False, True):
-        # ZeRO-1 beside tensor parallelism: parameters are gathered again after every step.
-        model = build("gpt", dropout=0.2)
-        parallel = autoparallel.autoparallelize(
-            model, mesh=Mesh(dp=2, tp=2), example_inputs=INPUTS, optimizer="adam",
-            constraints=["blocks.*.weight on dp is whole"],
-        )  # fmt: skip
+        parallel = autoparallel.apply_plan(model, plan)
         autoparallel.manual_seed(parallel, 5)
         optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.01)
         module = autoparallel.to_fx(parallel) if by_fx else None
