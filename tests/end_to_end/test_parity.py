@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from processes import run_processes
 import autoparallel
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import whole_tensor
+from autoparallel.planning.search import search
 
 TOLERANCE = 1e-10
 
@@ -51,19 +53,24 @@ def test_head_counts_that_do_not_divide(world_size: int) -> None:
     assert worst_gradient(dict(result.gradients), gradients_of(model, inputs))[0] < TOLERANCE
 
 
-def compare_processes(rank: int, cases: list[tuple[str, bool]]) -> dict[tuple[str, bool], Any]:
-    """Errors of each case on real gloo processes."""
-    torch.set_num_threads(1)
-    found: dict[tuple[str, bool], Any] = {}
-    world_size = torch.distributed.get_world_size()
-    for name, sequence_parallel in cases:
-        with Float64():
-            model, inputs = build(name, layers=1), inputs_for(name)
-            loss, logits = loss_and_logits(model(**inputs))
-            expected = gradients_of(model, inputs)
-            parallel = autoparallel.autoparallelize(
-                model, world_size, example_inputs=inputs, sequence_parallel=sequence_parallel
-            )
+Errors = tuple[float, float, float, str]
+
+
+def both_ways(name: str) -> dict[tuple[str, bool], Errors]:
+    """Errors of a family without sequence parallelism and with it, planned from one trace."""
+    found: dict[tuple[str, bool], Errors] = {}
+    with Float64():
+        model, inputs = build(name, layers=1), inputs_for(name)
+        loss, logits = loss_and_logits(model(**inputs))
+        expected = gradients_of(model, inputs)
+        world_size = torch.distributed.get_world_size()
+        whole: Any = autoparallel.autoparallelize(
+            model, world_size, example_inputs=inputs, sequence_parallel=False
+        )
+        base = whole.plan
+        options = replace(base.options, sequence_parallel=True)
+        plan = search(base.captured, base.model, base.mesh, options)
+        for parallel in (whole, autoparallel.apply_plan(model, plan)):
             own_loss, own_logits = loss_and_logits(parallel(**inputs))
             own_loss.backward()
             if hasattr(own_logits, "full_tensor"):
@@ -74,11 +81,20 @@ def compare_processes(rank: int, cases: list[tuple[str, bool]]) -> dict[tuple[st
                 for path, p in parallel.named_parameters(remove_duplicate=False)
                 if p.grad is not None
             }
-        found[name, sequence_parallel] = (
-            relative_error(own_loss.detach(), loss.detach()),
-            relative_error(own_logits.detach(), logits.detach()),
-            *worst_gradient(own, expected),
-        )
+            found[name, parallel is not whole] = (
+                relative_error(own_loss.detach(), loss.detach()),
+                relative_error(own_logits.detach(), logits.detach()),
+                *worst_gradient(own, expected),
+            )
+    return found
+
+
+def compare_processes(rank: int) -> dict[tuple[str, bool], Errors]:
+    """Errors of all families on real gloo processes."""
+    torch.set_num_threads(1)
+    found: dict[tuple[str, bool], Errors] = {}
+    for name in FAMILIES:
+        found |= both_ways(name)
     return found
 
 
@@ -86,7 +102,7 @@ def compare_processes(rank: int, cases: list[tuple[str, bool]]) -> dict[tuple[st
 def test_gloo_processes(world_size: int) -> None:
     """All families, with and without sequence parallelism, in one launch."""
     cases = [(name, split) for name in FAMILIES for split in (False, True)]
-    for results in run_processes(compare_processes, world_size, cases, timeout_seconds=400):
+    for results in run_processes(compare_processes, world_size, timeout_seconds=400):
         assert list(results) == cases
         for case, (loss, logits, gradient, where) in results.items():
             assert max(loss, logits, gradient) < TOLERANCE, (case, loss, logits, gradient, where)

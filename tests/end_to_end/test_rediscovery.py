@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from processes import run_processes
 import autoparallel
 from autoparallel.analysis.communication import transfers
 from autoparallel.mesh import Mesh
+from autoparallel.options import Options
 from autoparallel.placement import Invariant, Shard
+from autoparallel.plan import Plan
+from autoparallel.planning.search import search
 from autoparallel.runtime.collective_counter import CollectiveCounter
 from megatron_rules.recipe import partition, recipe
 
@@ -24,35 +30,39 @@ TOKENS = BATCH * SEQUENCE * HIDDEN
 Case = tuple[str, bool]
 
 
-def count(rank: int, cases: list[Case]) -> dict[Case, Any]:
-    """Collectives of the running module, forward and backward, with three layers and with five."""
+def count(rank: int) -> dict[Case, Any]:
+    """Collectives of the running module, forward and backward, with three layers and with five.
+
+    One trace is planned without sequence parallelism and with it.
+    """
     torch.set_num_threads(1)
     found: dict[Case, Any] = {}
-    for name, sequence_parallel in cases:
-        rows = []
-        for layers in (3, 5):
-            inputs = inputs_for(name, BATCH, SEQUENCE)
-            model = autoparallel.autoparallelize(
-                build(name, layers).float(),
-                torch.distributed.get_world_size(),
-                example_inputs=inputs,
-                sequence_parallel=sequence_parallel,
-                check_inputs=0,
-            )
+    for name, layers in itertools.product(TRANSFORMERS, (3, 5)):
+        inputs, model = inputs_for(name, BATCH, SEQUENCE), build(name, layers).float()
+        whole = autoparallel.make_plan(
+            model,
+            torch.distributed.get_world_size(),
+            example_inputs=inputs,
+            sequence_parallel=False,
+        )
+        assert whole.captured is not None
+        options = replace(whole.options, sequence_parallel=True)
+        split = search(whole.captured, whole.model, whole.mesh, options)
+        for sequence_parallel, plan in ((False, whole), (True, split)):
+            parallel = autoparallel.apply_plan(model, plan, check_inputs=0)
             with CollectiveCounter() as forward:
-                loss, _ = loss_and_logits(model(**inputs))
+                loss, _ = loss_and_logits(parallel(**inputs))
             with CollectiveCounter() as backward:
                 loss.backward()
+            rows = found.setdefault((name, sequence_parallel), [])
             rows.append([[(e.kind, e.numel) for e in c.events] for c in (forward, backward)])
-        found[name, sequence_parallel] = rows
     return found
 
 
 @pytest.fixture(scope="module")
 def counted() -> dict[Case, Any]:
     """All families in one launch of two processes."""
-    cases = [(name, split) for name in TRANSFORMERS for split in (False, True)]
-    results: dict[Case, Any] = run_processes(count, 2, cases, timeout_seconds=400)[0]
+    results: dict[Case, Any] = run_processes(count, 2, timeout_seconds=400)[0]
     return results
 
 
@@ -97,13 +107,24 @@ def test_logits_never_cross_the_links(
         assert max(numel for events in run for _, numel in events) < BATCH * SEQUENCE * VOCABULARY
 
 
+@cache
+def traced(name: str) -> Plan:
+    """A plan whose graph is that of all."""
+    return autoparallel.make_plan(build(name), 1, example_inputs=inputs_for(name))
+
+
+def planned(name: str, world_size: int, **options: Any) -> Plan:
+    plan = traced(name)
+    assert plan.captured is not None
+    return search(plan.captured, plan.model, Mesh(tp=world_size), Options(**options))
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_weights_are_split_as_published(name: str, world_size: int) -> None:
     """Column then row, heads, fused weights in three blocks, the tied table by vocabulary."""
-    model, inputs = build(name), inputs_for(name)
-    plan = autoparallel.make_plan(model, world_size, example_inputs=inputs, sequence_parallel=False)
-    published = partition(model)
+    plan = planned(name, world_size, sequence_parallel=False)
+    published = partition(build(name))
     for parameter in plan.parameters:
         expected = published[parameter.path]
         inside = re.search(r"\.\d+\.", parameter.path)
@@ -122,14 +143,10 @@ def test_weights_are_split_as_published(name: str, world_size: int) -> None:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_no_dearer_than_the_recipe(name: str, hardware: str, sequence_parallel: bool) -> None:
     """Under the same objective."""
-    model, inputs = build(name), inputs_for(name)
-    options: dict[str, Any] = {
-        "example_inputs": inputs,
-        "hardware": hardware,
-        "sequence_parallel": sequence_parallel,
-    }
-    own = autoparallel.make_plan(model, 4, **options)
-    published = recipe(model, 4, product_weight=own.product_weight, **options)
+    options: dict[str, Any] = {"hardware": hardware, "sequence_parallel": sequence_parallel}
+    own = planned(name, 4, **options)
+    options |= {"example_inputs": inputs_for(name), "product_weight": own.product_weight}
+    published = recipe(build(name), 4, **options)
     assert own.cost <= published.cost * (1 + 1e-12)
 
 

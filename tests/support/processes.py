@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 # What every process needs and no test changes. It is imported once, in a server process without
 # threads, of which the others are forks: to import it costs seconds in each of them otherwise.
-_IMPORTED_BEFORE = ["torch", "torch.distributed.tensor", "torch.export", "sympy", "transformers"]
+_IMPORTED_BEFORE = ["torch", "torch.distributed.tensor", "torch.export", "sympy"]
+_IMPORTED_BEFORE += [f"transformers.models.{n}.modeling_{n}" for n in ("gpt2", "bert", "llama")]
 
 
 def run_processes(
