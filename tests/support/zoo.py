@@ -135,6 +135,9 @@ _FALCON |= {"ffn_hidden_size": INNER}
 del _FALCON["intermediate_size"]
 _EXPERTS = {**_GROUPED, "intermediate_size": 2 * HIDDEN}
 _IMAGES = {"image_size": IMAGE, "num_labels": CLASSES}
+# Hugging Face's classifiers set it in their first forward, which takes two more traces. ViT, which
+# is not told, shows that they may.
+_TOLD = {"problem_type": "single_label_classification"}
 _BOTH = {
     **_WORDS,
     "d_model": HIDDEN,
@@ -355,6 +358,7 @@ _ALL = (
             "SwinForImageClassification",
             "SwinConfig",
             **_IMAGES,
+            **_TOLD,
             patch_size=2,
             embed_dim=32,
             depths=lambda n, _: [n, n],
@@ -386,6 +390,7 @@ _ALL = (
             "ResNetForImageClassification",
             "ResNetConfig",
             num_labels=CLASSES,
+            **_TOLD,
             embedding_size=16,
             hidden_sizes=[32, 64],
             depths=lambda n, _: [n, n],
