@@ -135,6 +135,17 @@ def step(
     return Step(work, communication, update, 2 * elements)
 
 
+@lru_cache(maxsize=16)
+def _captured(model: Transformer, batch: int) -> tuple[Any, dict[str, Any]]:
+    """Return the traced model for `batch` sequences, and Megatron's partition of it."""
+    from autoparallel.capture.export import capture
+    from autoparallel.graph.passes.run_passes import run_passes
+
+    module, pins = build(model)
+    captured = capture(module, (), module.model.example_inputs(batch=batch))
+    return replace(captured, graph=run_passes(captured.graph)), pins
+
+
 def planned(
     model: Transformer,
     tensor: int,
@@ -149,16 +160,11 @@ def planned(
     memory_limit: bytes per rank, None for no limit. At the pace of the mean device: the number of
     devices besides these ranks is known to the caller alone.
     """
-    from autoparallel.capture.export import capture
-    from autoparallel.graph.passes.run_passes import run_passes
     from autoparallel.mesh import Mesh
     from autoparallel.options import Options
     from autoparallel.planning.search import search
 
-    module, pins = build(model)
-    inputs = module.model.example_inputs(batch=batch)
-    captured = capture(module, (), inputs)
-    captured = replace(captured, graph=run_passes(captured.graph))
+    captured, pins = _captured(model, batch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hardware.json"
         write_hardware(replace(hardware, spread=0.0), path)
