@@ -82,8 +82,8 @@ def all_but(chosen: list[tuple[str, int]], names: list[str]) -> list[tuple[str, 
 
 WITHOUT_DROPOUT = each_once(NAMES, 0)
 # One of each kind, as each costs another trace: fused and separate attention, experts, an encoder
-# and a decoder, images, a recurrence. That masks do not depend on the plan, tests/runtime/test_rng.py
-# shows op by op.
+# and a decoder, images, a recurrence. tests/runtime/test_rng.py shows op by op that masks do not
+# depend on the plan.
 KINDS = ["gpt2", "llama", "deepseek-v3", "bart", "vit", "lstm"]
 WITH_DROPOUT = each_once(KINDS, 1)
 
