@@ -106,7 +106,7 @@ class FxBuilder:
 
 
 def _named(target: Any) -> str:
-    """What a function or an attribute is called, an op without its overload."""
+    """Return the name of a function or an attribute; of an op, the name without its overload."""
     if isinstance(target, str):
         return target.rpartition(".")[2]
     name: str = getattr(target, "overloadpacket", target).__name__
@@ -114,7 +114,7 @@ def _named(target: Any) -> str:
 
 
 def _is_illegal(name: str) -> bool:
-    """Whether Python, or the code that torch.fx writes, has something of this name."""
+    """Return whether Python, or the code that torch.fx writes, has something of this name."""
     return keyword.iskeyword(name) or hasattr(builtins, name) or name in _WRITTEN
 
 

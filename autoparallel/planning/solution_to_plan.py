@@ -111,7 +111,7 @@ def plan_of_solution(
 
 
 def _inputs(captured: Captured, graph: Graph) -> tuple[PlannedInput, ...]:
-    """What goes in, with the sizes of the example inputs and of the graph planned for."""
+    """Return the inputs, with the sizes of the example inputs and of the graph planned for."""
     return tuple(
         PlannedInput(
             name=node.result.name,

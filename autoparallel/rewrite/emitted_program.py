@@ -50,7 +50,7 @@ def joined_programs(sources: list[tuple[str, str]]) -> str:
 
 
 def require_graph(plan: Plan) -> Captured:
-    """What the plan was made for. Raises PlanError where the plan does not have it."""
+    """Return the traced graph of the plan. Raises PlanError for a plan without one."""
     if plan.captured is None:
         raise PlanError(
             f"the plan for {plan.model} has no graph",

@@ -137,7 +137,7 @@ class ShardingRule:
     discovered: str = ""
 
     def needs_elements(self, loop: str) -> bool:
-        """Whether the op runs only on parts of the loop that have elements."""
+        """Return whether the op runs only on parts of the loop that have elements."""
         return not self.takes_empty or loop in self.occupied
 
     @staticmethod

@@ -183,7 +183,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 class _Originals:
-    """What the tensors of a copied model were: objects that its modules keep refer to those still.
+    """The original tensors of a copied model, to which objects that its modules keep still refer.
 
     They are not kept alive. rows: (the original, the copy's module, its path, the tensor's name).
     """
