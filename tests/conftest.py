@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from garbage import collect_rarely
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -17,3 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     named = [item.nodeid for item in items if _ADDRESS.search(item.nodeid)]
     if named:
         raise pytest.UsageError(f"tests named by addresses, give them ids: {', '.join(named)}")
+
+
+def pytest_collection_finish() -> None:
+    """All that the tests import has been imported: it stays."""
+    collect_rarely()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import autoparallel
 from autoparallel.capture.export import capture
+from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Sym
+from autoparallel.parallel.module_state import state_of
 
 
 class Windows(nn.Module):
@@ -43,24 +47,26 @@ class Strides(nn.Module):
         return self.layers(x).sum()
 
 
-def free_dims(model: nn.Module, x: torch.Tensor) -> list[bool]:
-    captured = capture(model, (x,), {})
+def free_dims(captured: Captured) -> list[bool]:
     node = next(node for node in captured.graph.nodes if node.kind == "input")
     return [isinstance(size, Sym) for size in node.result.shape]
 
 
+def test_convolutions_fix_nothing() -> None:
+    """Their sizes simplify."""
+    captured = capture(Strides(), (torch.randn(2, 3, 900, 800),), {})
+    assert free_dims(captured) == [True, False, True, True]
+
+
 def test_only_what_is_intricate_is_fixed() -> None:
-    """Height and width of padded windows are; the batch stays free, and so do convolutions."""
-    images = torch.randn(3, 13, 17, 8)
-    assert free_dims(Windows(), images) == [True, False, False, False]
-    assert free_dims(Strides(), torch.randn(2, 3, 900, 800)) == [True, False, True, True]
-
-
-def test_other_sizes_are_planned_when_they_are_met() -> None:
-    """One module for images of two sizes and batches of three."""
+    """Height and width of padded windows are, and the batch stays free: one module for images of
+    two sizes and batches of three, planned anew where a size is another.
+    """
     model = Windows().double()
     first = torch.randn(3, 13, 17, 8, dtype=torch.float64)
-    split = autoparallel.autoparallelize(model, 1, example_inputs=first)
+    split: Any = autoparallel.autoparallelize(model, 1, example_inputs=first)
+    assert free_dims(split.plan.captured) == [True, False, False, False]
     for shape in ((3, 13, 17, 8), (2, 13, 17, 8), (4, 20, 9, 8)):
         x = torch.randn(shape, dtype=torch.float64)
         assert torch.allclose(split(x), model(x), rtol=1e-12)
+    assert sum(map(len, state_of(split).entries.values())) == 2

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from garbage import collect_rarely
 
 # What every process needs and no test changes. It is imported once, in a server process without
 # threads, of which the others are forks: to import it costs seconds in each of them otherwise.
@@ -76,6 +77,7 @@ def _work(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    collect_rarely()
     # Written elsewhere and renamed into place, so that a reader sees a whole file or none.
     written = folder / f"written_{rank}"
     try:
