@@ -6,6 +6,7 @@ The road is model -> graph -> cost network -> plan -> program -> parallel module
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,8 @@ from autoparallel.errors import InputsNeededError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parallel.deferred import deferred
-from autoparallel.parallel.launch import join_mesh, join_world
+from autoparallel.parallel.launch import join_mesh, join_world, mesh_of
+from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.rank_agreement import require_same_parts
 from autoparallel.parallel.simulate import Simulation, simulate_plan
@@ -42,8 +44,9 @@ def autoparallelize(
     model: nn.Module,
     world_size: int | None = None,
     *,
-    mesh: Mesh | str | None = None,
+    mesh: Mesh | DeviceMesh | str | None = None,
     example_inputs: Any = None,
+    local_inputs: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
     sequence_parallel: bool = True,
     data_parallel: bool | None = None,
     hardware: str = "auto",
@@ -59,6 +62,13 @@ def autoparallelize(
     """Return the model, split over `world_size` ranks, as an ordinary module for this rank.
 
     model: any module; it is left as it is. world_size: number of processes; 1 changes nothing.
+    mesh: as in make_plan, or torch's DeviceMesh with named axes; a part of one, such as
+    `devices["tp"]`, splits the model over the ranks of that part alone.
+    local_inputs: the mesh axis, or axes, along which each rank brings a batch of its own, as with a
+    DistributedSampler: "dp". The batches, which may differ in length, are put together along dim 0,
+    and the loss and the gradients are those of all of them at once. A dict says it for some
+    arguments of forward: {"labels": "dp"}. By default every rank brings the same, whole batch, and
+    takes its part of it.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
     model's own (see make_plan), and where it has none, planning waits for the first call.
     check_inputs: number of first calls in which the ranks compare their inputs. Other arguments:
@@ -72,8 +82,10 @@ def autoparallelize(
     Example: `model = autoparallelize(model, world_size=2)` under `torchrun --nproc-per-node 2`.
     """
     refuse_wrapped(model)
+    devices = mesh if isinstance(mesh, DeviceMesh) else None
+    axes = mesh_of(mesh) if isinstance(mesh, DeviceMesh) else mesh
     options = make_options(
-        mesh,
+        axes,
         data_parallel,
         memory_limit,
         recompute,
@@ -85,25 +97,30 @@ def autoparallelize(
         optimizer=optimizer,
         constraints=constraints,
     )
-    meshes = possible_meshes(world_size, mesh, options)
+    meshes = possible_meshes(world_size, axes, options)
+    local = LocalInputs.of(local_inputs, meshes[0] if len(meshes) == 1 else None)
     # Planning takes a while; a wrong launch is told before.
-    join_world(meshes[0].world_size)
+    if devices is None:
+        join_world(meshes[0].world_size)
+    place = join_mesh(meshes[0], devices) if devices is not None or local is not None else None
     try:
         with untouched(model):
             args, kwargs = _example(model, example_inputs)
+            if local is not None and place is not None:
+                args, kwargs = local.gather(signature(model.forward), args, kwargs, place[0])
             plan = fastest_plan(model, trace_model(model, args, kwargs, options), meshes, options)
     except InputsNeededError:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
-        return _plan_at_first_call(model, meshes, options, check_inputs)
-    return _apply(model, plan, *join_mesh(plan.mesh), check_inputs)
+        return _plan_at_first_call(model, meshes, options, check_inputs, local, place)
+    return _apply(model, plan, *(place or join_mesh(plan.mesh)), check_inputs, local)
 
 
 def make_plan(
     model: nn.Module,
     world_size: int | None = None,
     *,
-    mesh: Mesh | str | None = None,
+    mesh: Mesh | DeviceMesh | str | None = None,
     example_inputs: Any = None,
     sequence_parallel: bool = True,
     data_parallel: bool | None = None,
@@ -123,7 +140,8 @@ def make_plan(
 
     model: any module, also one on the meta device; it is left as it is. world_size: number of
     ranks; it may be left out where mesh says it.
-    mesh: the arrangement of the ranks, `Mesh(dp=2, tp=4)`, outermost axis first; "auto" tries the
+    mesh: the arrangement of the ranks, `Mesh(dp=2, tp=4)`, outermost axis first, or torch's
+    DeviceMesh, of which only the axes count; "auto" tries the
     ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan;
     without it they are one axis, tp, and products are split by weights alone.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it, the
@@ -147,8 +165,9 @@ def make_plan(
     Example: `print(make_plan(model, 8))`, and `make_plan(model, mesh=Mesh(dp=2, tp=4)).to_json()`.
     """
     refuse_wrapped(model)
+    axes = mesh_of(mesh) if isinstance(mesh, DeviceMesh) else mesh
     options = make_options(
-        mesh,
+        axes,
         data_parallel,
         memory_limit,
         recompute,
@@ -160,7 +179,7 @@ def make_plan(
         optimizer=optimizer,
         constraints=constraints,
     )
-    meshes = possible_meshes(world_size, mesh, options)
+    meshes = possible_meshes(world_size, axes, options)
     # Tracing runs the forward, which may write to buffers, attributes and random generators.
     with untouched(model):
         args, kwargs = _example(model, example_inputs)
@@ -182,12 +201,15 @@ def apply_plan(
     *,
     example_inputs: Any = None,
     check_inputs: int = CHECKED_CALLS,
+    mesh: DeviceMesh | None = None,
+    local_inputs: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
 ) -> nn.Module:
     """Return the model, split as `plan` says, as an ordinary module for this rank.
 
     model: the one that was planned, or one like it with other weights. plan: of make_plan, or read
     from JSON; the latter has no graph, so that the model is traced again, with example_inputs as in
-    make_plan. check_inputs: see autoparallelize. A collective call.
+    make_plan. check_inputs, local_inputs: see autoparallelize. mesh: torch's, with the axes of the
+    plan's, where the processes are on one already. A collective call.
     Raises PlanError where plan and model do not belong together, and WorldSizeError where other
     ranks run than the plan is for.
 
@@ -196,16 +218,24 @@ def apply_plan(
     refuse_wrapped(model)
     require_kind(plan, Plan, MAKE_ONE)
     require_parameters(plan, model)
-    ranks, devices = join_mesh(plan.mesh)
+    if mesh is not None and mesh_of(mesh) != plan.mesh:
+        raise PlanError(
+            f"the plan is for {plan.mesh}, and the DeviceMesh is {mesh_of(mesh)}",
+            fix="plan for the axes of the DeviceMesh, or pass one with the axes of the plan",
+        )
+    local = LocalInputs.of(local_inputs, plan.mesh)
+    ranks, devices = join_mesh(plan.mesh, mesh)
     if not plan.is_traced:
         with untouched(model):
             args, kwargs = _example(model, example_inputs)
+            if local is not None:
+                args, kwargs = local.gather(signature(model.forward), args, kwargs, ranks)
             plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
         # Discovered rules are not in the plan, but found in the cache or discovered again.
         if plan.options.unknown_ops == "discover" and plan.world_size > 1:
             for graph in plan.graphs:
                 learn(graph)
-    return _apply(model, plan, ranks, devices, check_inputs)
+    return _apply(model, plan, ranks, devices, check_inputs, local)
 
 
 def simulate(
@@ -254,31 +284,44 @@ def simulate(
 
 
 def _plan_at_first_call(
-    model: nn.Module, meshes: tuple[Mesh, ...], options: Options, check_inputs: int
+    model: nn.Module,
+    meshes: tuple[Mesh, ...],
+    options: Options,
+    check_inputs: int,
+    local: LocalInputs | None,
+    place: tuple[Ranks, DeviceMesh | None] | None,
 ) -> nn.Module:
     """Return a module that is planned for the inputs of its first call, and is whole until then.
 
-    Which of several meshes is the best is known only then; until then it is on the first.
+    Which of several meshes is the best is known only then; until then it is on the first. local:
+    the inputs that ranks bring each for itself. place: this rank's on the mesh, where it is known.
     """
-    ranks, devices = join_mesh(meshes[0])
+    ranks, devices = place or join_mesh(meshes[0])
 
     def make(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
         """Plan for the arguments of the first call, and apply the plan."""
         with untouched(plain):
+            if local is not None:
+                args, kwargs = local.gather(signature(plain.forward), args, kwargs, ranks)
             traced = trace_model(plain, args, kwargs, options)
             plan = fastest_plan(plain, traced, meshes, options)
         joined = (ranks, devices) if plan.mesh == meshes[0] else join_mesh(plan.mesh)
-        return _apply(plain, plan, *joined, check_inputs)
+        return _apply(plain, plan, *joined, check_inputs, local)
 
     return deferred(model, options.rng, ranks, devices, make)
 
 
 def _apply(
-    model: nn.Module, plan: Plan, ranks: Ranks, devices: DeviceMesh | None, check_inputs: int
+    model: nn.Module,
+    plan: Plan,
+    ranks: Ranks,
+    devices: DeviceMesh | None,
+    check_inputs: int,
+    local: LocalInputs | None,
 ) -> nn.Module:
     """Make the parallel module of a plan that has its graphs."""
     # Parts depend on the path that the example inputs took; graphs do not.
     if plan.breaks:
         require_same_parts(plan, ranks.world)
     replanner = Replanner(plan.model, plan.mesh, plan.options)
-    return parallel_module(model, plan, ranks, devices, replanner, check_inputs)
+    return parallel_module(model, plan, ranks, devices, replanner, check_inputs, local)

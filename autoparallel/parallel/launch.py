@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autoparallel.errors import WorldSizeError
+from autoparallel.errors import PlanError, WorldSizeError
 from autoparallel.mesh import Mesh
 from autoparallel.runtime.groups import ProcessGroup
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
+from autoparallel.support.torch_private import flattened_group
 
-__all__ = ["communication_device", "join_mesh", "join_world"]
+__all__ = ["communication_device", "join_devices", "join_mesh", "join_world", "mesh_of"]
 
 
 def join_world(world_size: int) -> ProcessGroup | None:
@@ -49,16 +50,70 @@ def join_world(world_size: int) -> ProcessGroup | None:
     return ProcessGroup(dist.group.WORLD)
 
 
-def join_mesh(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
+def mesh_of(devices: DeviceMesh) -> Mesh:
+    """Return the axes of torch's mesh, or of a part of one, by their names.
+
+    Raises PlanError where it has no names.
+
+    Example: `mesh_of(init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))["tp"])` is
+    `Mesh(tp=4)`.
+    """
+    names = devices.mesh_dim_names
+    if names is None:
+        raise PlanError(
+            "the DeviceMesh has no names of its axes",
+            why="plans, constraints and emitted programs call the axes by name",
+            fix='init_device_mesh(device, (2, 4), mesh_dim_names=("dp", "tp"))',
+        )
+    return Mesh(**{name: devices.size(axis) for axis, name in enumerate(names)})
+
+
+def join_devices(devices: DeviceMesh) -> Ranks:
+    """Return this process's place on a mesh of torch's, which may be a part of a larger one.
+
+    The ranks of the mesh work together; those outside of it go on by themselves. A collective call
+    of all ranks of the mesh, and the first time of all that run where it is a part of several axes.
+    Raises WorldSizeError for a process that is not on the mesh, and PlanError for a mesh whose
+    processes are not numbered in its own order.
+    """
+    mesh = mesh_of(devices)
+    place = devices.get_coordinate()
+    if place is None:
+        raise WorldSizeError(
+            f"rank {dist.get_rank()} is not on the DeviceMesh, {mesh}",
+            why="only the ranks on the mesh hold a part of the model",
+            fix="call autoparallelize on the ranks of the mesh, each with its own part of a "
+            'larger mesh: mesh["tp"]',
+        )
+    if mesh.world_size == 1:
+        return single_rank(mesh)
+    world = ProcessGroup(devices.get_group() if len(mesh.axes) == 1 else flattened_group(devices))
+    number = 0
+    for (_, size), coordinate in zip(mesh.axes, place, strict=True):
+        number = number * size + coordinate
+    if number != world.rank:
+        raise PlanError(
+            f"the processes of the DeviceMesh are not in its order: {devices.mesh.tolist()}",
+            why="ranks are numbered with the last axis innermost",
+            fix="make the mesh by init_device_mesh, or of process numbers that grow",
+        )
+    return process_ranks(world, devices)
+
+
+def join_mesh(mesh: Mesh, devices: DeviceMesh | None = None) -> tuple[Ranks, DeviceMesh | None]:
     """Return this process's place on a mesh, and torch's DeviceMesh, None for a single process.
 
-    A collective call, which makes a process group for each mesh axis. Raises WorldSizeError where
-    the ranks that run are not those of the mesh.
+    devices: torch's mesh, where there is one already; else it is made, with a process group for
+    each mesh axis. A collective call. Raises WorldSizeError where the ranks that run are not those
+    of the mesh.
 
     >>> ranks, devices = join_mesh(Mesh(tp=1))
     >>> ranks.world_size, devices
     (1, None)
     """
+    if devices is not None:
+        ranks = join_devices(devices)
+        return ranks, devices if ranks.world_size > 1 else None
     world = join_world(mesh.world_size)
     if world is None:
         return single_rank(mesh), None
@@ -66,10 +121,10 @@ def join_mesh(mesh: Mesh) -> tuple[Ranks, DeviceMesh | None]:
     device = communication_device()
     if len(names) == 1:
         # One axis has all ranks: their group is there already, and need not be made once more.
-        devices = DeviceMesh.from_group(world.process_group, device, mesh_dim_names=names)
+        joined = DeviceMesh.from_group(world.process_group, device, mesh_dim_names=names)
     else:
-        devices = init_device_mesh(device, sizes, mesh_dim_names=names)
-    return process_ranks(world, devices), devices
+        joined = init_device_mesh(device, sizes, mesh_dim_names=names)
+    return process_ranks(world, joined), joined
 
 
 def communication_device() -> str:
@@ -83,5 +138,6 @@ def _other_size(asked: int, launched: int) -> WorldSizeError:
     return WorldSizeError(
         f"{asked} ranks were asked for, {launched} are running",
         why="every rank holds one part of the model",
-        fix=f"pass world_size={launched}, or torchrun --nproc-per-node {asked}",
+        fix=f"pass world_size={launched}, or torchrun --nproc-per-node {asked}; to split a model "
+        'over some of the ranks, pass a part of a DeviceMesh: mesh=devices["tp"]',
     )

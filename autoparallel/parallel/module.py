@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
 from autoparallel.parallel.inner_hooks import InnerHooks
+from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module_programs import program_text
 from autoparallel.parallel.module_state import Entry, Replan, State, Tree, state_of
 from autoparallel.parallel.parameters import (
@@ -97,6 +99,7 @@ def parallel_module(
     mesh: DeviceMesh | None,
     replan: Replan,
     checks: int,
+    local: LocalInputs | None = None,
 ) -> nn.Module:
     """Return a module of the user's class, for this rank, that follows `plan`.
 
@@ -104,7 +107,8 @@ def parallel_module(
     ranks: this rank's place on the plan's mesh. mesh: the DeviceMesh on which parameters become
     DTensors; None for a single process, where they stay plain. replan: a function that plans for
     other modes and inputs than the plan's. checks: number of first calls in which the ranks compare
-    their inputs. Where the plan has parts, each of them becomes such a module in its place.
+    their inputs. local: the inputs of which ranks bring parts of the batch, None where all bring
+    the whole. Where the plan has parts, each of them becomes such a module in its place.
     A collective call. Raises AutoParallelError where the ranks start from different models or
     plans, or where a meta model cannot be initialized.
     """
@@ -125,7 +129,7 @@ def parallel_module(
     whole = WholeParameters(module, parameters, ranks, first, copies)
     give_generator(module, plan.options.rng, ranks, mesh)
     strict = plan.options.strict_capture
-    tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies)
+    tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies, local)
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if plan.captured is not None:
@@ -213,6 +217,10 @@ def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run the program that fits the call, or the user's Python where there is none."""
     state = state_of(module)
+    local = state.tree.local
+    # Only what the user calls is given local batches: what Python calls within has whole ones.
+    if local is not None and not state.tree.depth:
+        args, kwargs = local.gather(signature(state.skeleton.forward), args, kwargs, state.ranks)
     if state.hooks is None:
         state.members = tuple(module.modules())
         state.hooks = InnerHooks(state.members, tuple(state.skeleton.modules()))

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.errors import AutoParallelError
 from autoparallel.graph.captured import Captured, Modes
 from autoparallel.parallel.inner_hooks import InnerHooks
+from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.uncaptured_python import WholeParameters
@@ -68,7 +69,7 @@ class Tree:
     replan: a function that plans for other calls. strict: whether Python in place of a program is
     an error. whole: the parameters as Python reads them. copies: the gathered copies that compute
     in place of parameters, by the parameters' ids. depth: the number of Python forwards that are
-    running now, one inside the other.
+    running now, one inside the other. local: the inputs of which ranks bring parts of the batch.
     """
 
     root: nn.Module
@@ -79,6 +80,7 @@ class Tree:
     strict: bool
     whole: WholeParameters
     copies: Mapping[int, GatheredCopy]
+    local: LocalInputs | None = None
     depth: int = 0
 
 

@@ -128,9 +128,9 @@ def one_axis(group: Group, name: str = "axis") -> Ranks:
 
 
 def process_ranks(world: ProcessGroup, mesh: DeviceMesh) -> Ranks:
-    """Return this process's place on a mesh of all processes.
+    """Return this process's place on a mesh of processes.
 
-    world: of all processes. mesh: torch's, over the same processes, with named axes.
+    world: of all processes on the mesh. mesh: torch's, with named axes.
 
     Example: `process_ranks(world, init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp")))`
     """

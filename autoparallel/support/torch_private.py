@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor
     from torch._ops import OpOverload as OpOverload
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
     from torch.fx.experimental.proxy_tensor import decompose as decompose
@@ -87,6 +88,7 @@ __all__ = [
     "dispatch_registrations",
     "distributed_tensor_like",
     "expression_of",
+    "flattened_group",
     "functional_collectives",
     "get_proxy_mode",
     "guards_of",
@@ -255,6 +257,18 @@ def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor(local, like._spec, requires_grad=False)
+
+
+def flattened_group(devices: DeviceMesh) -> Any:
+    """Return the process group of all ranks of a mesh of several axes, or of a part of one.
+
+    Where the mesh is a part of another one, all ranks of the larger one must ask for it.
+    """
+    import torch.distributed as dist
+
+    if devices.size() == dist.get_world_size():
+        return dist.group.WORLD
+    return devices._flatten().get_group()
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:
