@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,20 +39,26 @@ class _Waiting:
     make: Make
 
 
-class _Deferred:
-    """Mixed into the user's class until the first call shows what the inputs are."""
+def _class_of(kind: Any) -> type[nn.Module]:
+    """Return the class of a module of the user's class until its first call."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Become the parallel module of the class and attributes that it has, and run that."""
         waiting: _Waiting = self.__dict__[_WAITING]
-        source = _with_weights_of(waiting.model, self)  # type: ignore[arg-type]
+        source = _with_weights_of(waiting.model, self)
         parallel = waiting.make(source, args, kwargs)
-        _keep_identity(self, parallel)  # type: ignore[arg-type]
+        _keep_identity(self, parallel)
         # A seed that was set before the first call stays set.
         parallel.__dict__["_generator"] = self.__dict__["_generator"]
-        self.__class__ = parallel.__class__  # type: ignore[assignment]
+        self.__class__ = parallel.__class__
         self.__dict__ = parallel.__dict__
-        return self(*args, **kwargs)  # type: ignore[operator]
+        return self(*args, **kwargs)
+
+    deferred_class: type[nn.Module] = type(
+        f"Parallel{kind.__name__}", (kind,), {"forward": forward}
+    )
+    return deferred_class
 
 
 def deferred(
@@ -69,7 +76,7 @@ def deferred(
     # The class is the user's, so that isinstance holds, under the name that it will keep.
     waiting = shallow_copy(model)
     kind = type(model)
-    waiting.__class__ = type(f"Parallel{kind.__name__}", (_Deferred, kind), {})
+    waiting.__class__ = _class_of(kind)
     waiting.__dict__[_WAITING] = _Waiting(model, make)
     give_generator(waiting, rng, ranks, devices)
     twins: dict[int, nn.Parameter] = {}

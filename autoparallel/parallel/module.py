@@ -38,6 +38,7 @@ from autoparallel.parallel.rank_agreement import (
     require_same_plan,
     require_same_start,
 )
+from autoparallel.parallel.refused_wrappers import RefusedWrappers
 from autoparallel.parallel.seeds import give_generator
 from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
@@ -59,12 +60,8 @@ _log = logging.getLogger(__name__)
 _MOST_PROGRAMS = 16
 
 
-class _Parallel:
-    """Mixed into the user's class: forward runs the emitted program."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the user's forward does, and return what it returns."""
-        return _run(self, args, kwargs)  # type: ignore[arg-type]
+class _Parallel(RefusedWrappers):
+    """Mixed into the user's class; its forward, which `_class_of` adds, runs emitted programs."""
 
     @property
     def plan(self) -> Plan:
@@ -163,15 +160,33 @@ def _become(
     forward = module.__dict__.pop("forward", None)
     if forward is None:
         forward = functools.partial(type(module).forward, module)
-    kind: Any = type(module)
-    # Registries that know classes by where they are defined, as Hugging Face's do, know
-    # the subclass, too.
-    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
+    module.__class__ = _class_of(type(module))
     state = State(path, tree, skeleton, parameters, 0, forward, plan)
     module.__dict__["_autoparallel"] = state
     module.register_load_state_dict_pre_hook(split_loaded)
     return state
+
+
+def _class_of(kind: Any) -> type[nn.Module]:
+    """Return the class of parallel modules of the user's class, a child of it.
+
+    Its forward has the signature and the documentation of the user's, by which others find out what
+    to call it with: Hugging Face's Trainer drops the columns of a dataset that it does not name.
+    """
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, args, kwargs)
+
+    # Registries that know classes by where they are defined, as Hugging Face's do, know
+    # the subclass, too.
+    body = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "forward": forward,
+    }
+    parallel: type[nn.Module] = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
+    return parallel
 
 
 def _inner(root: nn.Module, module: nn.Module, path: str, plan: Plan | None) -> State:
