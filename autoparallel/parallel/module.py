@@ -131,14 +131,15 @@ def parallel_module(
     state.checks = checks
     if plan.captured is not None:
         _add(module, state, plan)
+    _open(module, state)
     for graph_break in plan.breaks:
         inner = module.get_submodule(graph_break.path)
-        broken = state if inner is module else _inner(module, inner, graph_break.path, None)
-        broken.python.add(modes_of(inner))
+        state_of(inner).python.add(modes_of(inner))
     for part in plan.parts:
         for path in part.paths:
             inner = module.get_submodule(path)
-            _add(inner, _inner(module, inner, path, part.plan), part.plan)
+            state_of(inner).plan = part.plan
+            _add(inner, state_of(inner), part.plan)
     return module
 
 
@@ -160,15 +161,21 @@ def _become(
     forward = module.__dict__.pop("forward", None)
     if forward is None:
         forward = functools.partial(type(module).forward, module)
-    module.__class__ = _class_of(type(module))
+    key = (type(module), "" if path else "Parallel")
+    if key not in tree.classes:
+        tree.classes[key] = _class_of(*key)
+    module.__class__ = tree.classes[key]
     state = State(path, tree, skeleton, parameters, 0, forward, plan)
     module.__dict__["_autoparallel"] = state
     module.register_load_state_dict_pre_hook(split_loaded)
     return state
 
 
-def _class_of(kind: Any) -> type[nn.Module]:
+def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
     """Return the class of parallel modules of the user's class, a child of it.
+
+    prefix: of its name. The modules inside of a model are called as the user calls them: libraries
+    tell their kinds by the names of classes, and the printed model is read.
 
     Its forward has the signature and the documentation of the user's, by which others find out what
     to call it with: Hugging Face's Trainer drops the columns of a dataset that it does not name.
@@ -185,22 +192,31 @@ def _class_of(kind: Any) -> type[nn.Module]:
         "__qualname__": kind.__qualname__,
         "forward": forward,
     }
-    parallel: type[nn.Module] = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
+    parallel: type[nn.Module] = type(f"{prefix}{kind.__name__}", (_Parallel, kind), body)
     return parallel
 
 
-def _inner(root: nn.Module, module: nn.Module, path: str, plan: Plan | None) -> State:
-    """Make a split module of the one at `path` below `root`, which is one, and return its state."""
-    state = state_of(root)
-    parameters: dict[str, ParameterLayouts] = {}
-    for below, inner in module.named_modules(remove_duplicate=False):
-        for name, parameter in held_by(inner).items():
-            if parameter is not None:
-                inner_path = f"{below}.{name}" if below else name
-                parameters[inner_path] = state.parameters[f"{path}.{inner_path}"]
-    skeleton = state.skeleton.get_submodule(path)
-    full = f"{state.path}.{path}" if state.path else path
-    return _become(module, full, state.tree, skeleton, parameters, plan)
+def _open(root: nn.Module, state: State) -> None:
+    """Make split modules of all modules in the tree that have parameters and a forward.
+
+    They have no program yet. One is planned for when such a module is called: by the user, who may
+    call any part of the model, or by the forward of a module that runs as Python.
+    """
+    for path, module in root.named_modules():
+        forward = type(module).forward
+        inner_paths = [
+            f"{below}.{name}" if below else name
+            for below, inner in module.named_modules(remove_duplicate=False)
+            for name, parameter in held_by(inner).items()
+            if parameter is not None
+        ]
+        # Containers such as ModuleList have no forward; what is in them is met by itself. A class
+        # that was compiled into torch takes no Python in place of its forward.
+        compiled = isinstance(module, torch.jit.ScriptModule)
+        if module is root or not inner_paths or forward is nn.Module.forward or compiled:
+            continue
+        parameters = {inner: state.parameters[f"{path}.{inner}"] for inner in inner_paths}
+        _become(module, path, state.tree, state.skeleton.get_submodule(path), parameters, None)
 
 
 def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
@@ -234,7 +250,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     state = state_of(module)
     local = state.tree.local
     # Only what the user calls is given local batches: what Python calls within has whole ones.
-    if local is not None and not state.tree.depth:
+    if local is not None and not state.tree.depth and not state.path:
         args, kwargs = local.gather(signature(state.skeleton.forward), args, kwargs, state.ranks)
     if state.hooks is None:
         state.members = tuple(module.modules())
@@ -244,7 +260,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     modes = tuple([inner.training for inner in state.members])
     if state.hooks.changed():
         # A program runs no hooks of the modules in it but those that it was traced with.
-        if not state.settled:
+        if not state.warned:
+            state.warned = True
             _log.warning(
                 "%s runs as Python: hooks were registered in it", state.path or "the model"
             )
@@ -380,9 +397,6 @@ def _run_python(
     module: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """Run the user's own forward, on whole parameters; what it calls is split where it can be."""
-    if not state.settled:
-        state.settled = True
-        _settle(module, module, "")
     tree = state.tree
     # A forward that another one calls finds the parameters shown and the numbers seeded.
     if tree.depth:
@@ -393,22 +407,6 @@ def _run_python(
             return state.forward(*args, **kwargs)
     finally:
         tree.depth -= 1
-
-
-def _settle(root: nn.Module, module: nn.Module, path: str) -> None:
-    """Make split modules of the nearest ones below that have parameters and a forward.
-
-    They have no program, and are planned when they are first called. Containers such as ModuleList
-    have no forward: those in them are looked at.
-    """
-    for name, child in module._modules.items():
-        if child is None or "_autoparallel" in child.__dict__:
-            continue
-        below = f"{path}.{name}" if path else name
-        if type(child).forward is nn.Module.forward:
-            _settle(root, child, below)
-        elif any(held_by(inner) for inner in child.modules()):
-            _inner(root, child, below, None)
 
 
 def _returned(

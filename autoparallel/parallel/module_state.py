@@ -70,6 +70,7 @@ class Tree:
     an error. whole: the parameters as Python reads them. copies: the gathered copies that compute
     in place of parameters, by the parameters' ids. depth: the number of Python forwards that are
     running now, one inside the other. local: the inputs of which ranks bring parts of the batch.
+    classes: those of split modules, by the user's classes and the prefixes of their names.
     """
 
     root: nn.Module
@@ -82,6 +83,7 @@ class Tree:
     copies: Mapping[int, GatheredCopy]
     local: LocalInputs | None = None
     depth: int = 0
+    classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,8 +95,8 @@ class State:
     left in which the ranks compare their inputs. forward: the user's own. plan: the one that
     decided how parameters are stored, None where a module around it did. entries: programs by
     (modes, structure of the inputs). python: modes in which the module cannot be traced, and stays
-    the user's Python. full: no more programs are made. settled: the modules below it have been
-    split, so that Python calls their programs. members: the module and all in it, from the first
+    the user's Python. full: no more programs are made. warned: the user was told that hooks were
+    registered in it. members: the module and all in it, from the first
     call on. hooks: those inside of it, which programs leave out.
     """
 
@@ -108,7 +110,7 @@ class State:
     entries: dict[tuple[Modes, Skeleton], list[Entry]] = field(default_factory=dict)
     python: set[Modes] = field(default_factory=set)
     full: bool = False
-    settled: bool = False
+    warned: bool = False
     members: tuple[nn.Module, ...] = ()
     hooks: InnerHooks | None = None
 

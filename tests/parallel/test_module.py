@@ -20,6 +20,6 @@ def test_a_module_inside_of_python_says_that_it_has_no_plan() -> None:
     split[1].register_forward_hook(lambda module, args, output: output * 2)
     split(x)  # runs as Python, because of the hook
     assert split.plan.model == "Sequential"
-    with pytest.raises(PlanError, match="ParallelLinear has no plan of its own") as caught:
+    with pytest.raises(PlanError, match="Linear has no plan of its own") as caught:
         _ = split[0].plan
     assert caught.value.fix
