@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
+from small_classifier import plain, rows
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import autoparallel
@@ -17,31 +17,6 @@ from autoparallel.errors import InputMismatchError, PlanError, WorldSizeError
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.state_dicts import full_state_dict
-
-
-class Classifier(nn.Module):
-    """Two products and a mean loss, in which rows with the label -100 do not count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 5)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor, scale: Any = 1.0) -> torch.Tensor:
-        logits = self.down(torch.tanh(self.up(x))) * scale
-        return F.cross_entropy(logits, labels)
-
-
-def plain() -> Classifier:
-    torch.manual_seed(3)
-    return Classifier().double()
-
-
-def rows(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 6, generator=generator, dtype=torch.float64)
-    labels = torch.randint(5, (count,), generator=generator)
-    labels[::3] = -100
-    return x, labels
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
