@@ -77,8 +77,59 @@ class Stops(nn.Module):
         return F.cross_entropy(self.second(x + seventh), labels)
 
 
+class Spectral(nn.Module):
+    """A Fourier neural operator: products of the lowest frequencies, written to slices of zeros;
+    steps, single places and conjugated numbers are written, too.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.lift = nn.Linear(4, 6)
+        self.weight = nn.Parameter(torch.randn(6, 6, 3, dtype=torch.complex64))
+        self.head = nn.Linear(6, 7)
+
+    def forward(self, x, labels):
+        frequencies = torch.fft.rfft(self.lift(x).transpose(1, 2))
+        mixed = torch.zeros_like(frequencies)
+        mixed[..., :3] = torch.einsum("bis,ios->bos", frequencies[..., :3], self.weight)
+        mixed[:, ::2, -1] = frequencies[:, ::2, 1].conj()
+        mixed[:, 1] = mixed[:, 2] * 2
+        x = torch.fft.irfft(mixed, n=x.shape[1]).transpose(1, 2)
+        return F.cross_entropy(self.head(x).mean(1), labels)
+
+
+class SharedKeys(nn.Module):
+    """Attention that is given its keys, in a model whose Python decides by values: the numbers of
+    heads are sizes of its inputs.
+    """
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.out = nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x, key, value):
+            query = self.query(x).unflatten(-1, (4, 6)).transpose(1, 2)
+            y = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.attention = nn.Linear(8, 24), self.Attention()
+
+    def forward(self, x, labels):
+        if x.sum().item() > 1e9:
+            return x.sum()
+        key, value = self.both(x).unflatten(-1, (4, 6)).transpose(1, 2).chunk(2, 1)
+        return F.cross_entropy(self.attention(x, key, value).mean(1), labels)
+
+
 def sample(kind):
     torch.manual_seed(3)
+    if kind is Spectral:
+        return torch.randn(5, 10, 4, dtype=torch.float64), torch.randint(0, 7, (5,))
+    if kind is SharedKeys:
+        return torch.randn(5, 6, 8, dtype=torch.float64), torch.randint(0, 7, (5,))
     if kind is Stops:
         return torch.randn(5, 9, dtype=torch.float64), torch.randint(0, 7, (5,))
     if kind is Convolutions:
@@ -86,12 +137,17 @@ def sample(kind):
     return torch.randint(0, 19, (4, 5)), torch.randint(0, 19, (4, 5))
 
 
+# double() would make complex weights real.
+WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
 @pytest.mark.parametrize("data_parallel", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("kind", [Convolutions, Mixture, Stops])
+@pytest.mark.parametrize("kind", [Convolutions, Mixture, Stops, Spectral, SharedKeys])
 def test_split_equals_whole(kind, world_size, data_parallel):
     inputs = sample(kind)
-    model = kind().double()
+    model = kind()
+    model._apply(lambda tensor: tensor.to(WIDE.get(tensor.dtype, tensor.dtype)))
     # Where everything may be split, nothing has to be: models as small as these would stay whole.
     weight = 4096.0 if data_parallel else None
     split = split_as_whole(

@@ -238,6 +238,10 @@ def _shape() -> list[Call]:
         call("channel_shuffle.default", x(3, 20, 4), 4),
         call("channel_shuffle.default", x(3, 7, 4), 1),
         call("view_as_complex.default", fixed(4, 5, 2)),
+        *(
+            call(f"{name}.default", torch.complex(fixed(4, 5), fixed(4, 5)).conj())
+            for name in ("_conj", "conj_physical", "resolve_conj", "resolve_neg")
+        ),
         call("view_as_real.default", torch.complex(fixed(4, 5), fixed(4, 5))),
         call("diag_embed.default", x(4, 5)),
         call("diag_embed.default", x(4, 5, 6), 1, 0, 2),

@@ -147,6 +147,7 @@ def attention() -> list[Call]:
         call(name, q, k, v, is_causal=True, scale=0.3),
         call(name, *grouped, enable_gqa=True),
         call(name, *grouped, truth(12, 1, 7) | True, enable_gqa=True),
+        call(name, *grouped, enable_gqa=True, symbolic={12: "s0", 3: "s1"}),
         call(name, x(6, 5, 8), x(6, 7, 8), x(6, 7, 8)),
         call(name, x(5, 7, 8, 6), x(5, 7, 8, 6), x(5, 7, 8, 6), symbolic={5: "s0", 8: "s1"}),
         call(name, x(4, 5, 8, 6), x(4, 5, 8, 6), x(4, 5, 8, 6), symbolic={4: "s0", 8: "s1"}),

@@ -9,6 +9,7 @@ from autoparallel.graph.graph import (
 )
 from autoparallel.graph.passes.attention_dropout import explicit_attention_dropout
 from autoparallel.graph.passes.bias_and_mean import split_bias, split_mean
+from autoparallel.graph.passes.complex_writes import real_scatters
 from autoparallel.graph.passes.flattened_batches import (
     explicit_bias_of_batches,
     unflatten_products,
@@ -34,6 +35,7 @@ __all__ = ["PASSES", "run_passes"]
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     # First of all in-place ops go: every later pass may take a value to have one meaning.
     functional,
+    real_scatters,
     # Then what no user wrote as such: types of other tensors, regions without gradient.
     types_alone,
     explicit_stops,

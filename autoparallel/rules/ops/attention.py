@@ -45,7 +45,12 @@ def attention(call: OpCall) -> ShardingRule:
     y = named(call.results[0].shape, ("s", "e"))
     head = rank - 3
     heads, groups = query.shape[head], key.shape[head]
-    if grouped and heads != groups:
+    if grouped and not (isinstance(heads, int) and isinstance(groups, int)):
+        # Of a module that is given its keys, the numbers of heads are sizes of inputs: how many
+        # share a key is not known for all calls, so that heads stay together.
+        sizes.pop(f"b{head}", None)
+        q[head] = k[head] = v[head] = y[head] = ()
+    elif grouped and heads != groups:
         assert isinstance(heads, int)
         assert isinstance(groups, int)
         sizes.pop(f"b{head}", None)
