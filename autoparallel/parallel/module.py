@@ -119,7 +119,7 @@ def parallel_module(
     parameters: dict[str, ParameterLayouts] = {}
     for path, parameter in named:
         choice = planned.get(first.setdefault(id(parameter), path))
-        parameters[path] = ParameterLayouts.of(choice, tuple(parameter.shape), len(ranks.sizes))
+        parameters[path] = ParameterLayouts.of(choice, tuple(parameter.shape), ranks.sizes)
     fill_tree(model, module, {path: each.state for path, each in parameters.items()}, ranks, mesh)
     copies = gathered_copies(module, parameters)
     whole = WholeParameters(module, parameters, ranks, first, copies)
