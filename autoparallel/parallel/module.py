@@ -20,6 +20,7 @@ from autoparallel.capture.refused_inputs import refuse_devices
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
+from autoparallel.parallel.copies import deep_copy, refuse_pickling, saved_whole
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.module_programs import program_text
@@ -88,6 +89,14 @@ class _Parallel:
         Raises PlanError before the first call in a mode that was not planned for.
         """
         return program_text(self)  # type: ignore[arg-type]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a second module that follows the same plan, with parameters of its own."""
+        return deep_copy(self, memo)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise AutoParallelError: a rank's share of a model cannot be pickled."""
+        refuse_pickling(self)  # type: ignore[arg-type]
 
 
 def parallel_module(
@@ -162,7 +171,7 @@ def _become(
     kind: Any = type(module)
     # Registries that know classes by where they are defined, as Hugging Face's do, know
     # the subclass, too.
-    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **saved_whole(kind)}
     module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
     state = State(path, tree, skeleton, parameters, 0, forward, plan)
     module.__dict__["_autoparallel"] = state
