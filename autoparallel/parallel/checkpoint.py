@@ -18,12 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -31,11 +25,10 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.deferred import is_deferred
 from autoparallel.parallel.module_state import State
+from autoparallel.parallel.pieces import Pieces, in_pieces
 from autoparallel.parallel.seeds import rng_state, set_rng_state
 from autoparallel.placement import Layout, whole_layout
-from autoparallel.runtime.ranks import Ranks, single_rank
-from autoparallel.runtime.tensor_parts import layout_pieces
-from autoparallel.support.torch_private import wrapper_tensor
+from autoparallel.runtime.ranks import single_rank
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -44,69 +37,6 @@ _OPTIMIZER = "optimizer.state."
 # Ends of the folders in which the checkpoint before, and the one that is being written, lie.
 _REPLACED = ".replaced"
 _PARTIAL = ".partial"
-
-
-class Pieces(torch.Tensor):
-    """A whole tensor of which this rank holds some rectangles, each with its true offset.
-
-    It answers what torch.distributed.checkpoint asks of its items (its protocol `_Checkpointable`),
-    and does nothing else. A DTensor cannot say this of a dim that is split block by block: its part
-    is taken for one rectangle.
-    pieces: the rectangles by their offsets in the whole, in elements per dim; they share memory
-    with the local part, so that loading fills it in place.
-    """
-
-    pieces: dict[torch.Size, torch.Tensor]
-
-    @staticmethod
-    def __new__(
-        cls, whole: torch.Size, pieces: dict[torch.Size, torch.Tensor], local: torch.Tensor
-    ) -> Pieces:
-        described: Pieces = wrapper_tensor(cls, whole, local.dtype, local.device)
-        described.pieces = pieces
-        return described
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        raise NotImplementedError(f"{func} of a tensor that only describes a checkpoint")
-
-    # The three methods that torch.distributed.checkpoint looks for.
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(at, piece.size()) for at, piece in self.pieces.items()]
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                MetadataIndex(name, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        assert index.offset is not None
-        return self.pieces[index.offset]
-
-
-def in_pieces(local: torch.Tensor, whole: torch.Size, layout: Layout, ranks: Ranks) -> Pieces:
-    """Return the rectangles that this rank holds of a tensor of size `whole`.
-
-    local: the rank's part, whose memory they share. layout: how the tensor is split. A dim that is
-    split in k blocks gives k pieces. An unsharded tensor is one piece, the same on every rank, and
-    torch writes only one of those that are the same.
-    """
-    pieces = {}
-    for start, at, lengths in layout_pieces(whole, layout, ranks.sizes, ranks.coordinates):
-        part = local
-        for dim, (first, length) in enumerate(zip(at, lengths, strict=True)):
-            part = part.narrow(dim, first, length)
-        pieces[torch.Size(start)] = part
-    return Pieces(whole, pieces, local)
 
 
 def save_checkpoint(
@@ -276,7 +206,8 @@ def _tensors(
     def pieces(value: torch.Tensor, path: str) -> Pieces:
         """Describe a tensor that lies like the parameter at `path`; "" stands for unsharded."""
         local = value.to_local() if isinstance(value, DTensor) else value
-        return in_pieces(local.detach(), value.size(), layouts.get(path, whole), ranks)
+        layout = layouts.get(path, whole)
+        return in_pieces(local.detach(), value.size(), layout, ranks.sizes, ranks.coordinates)
 
     stored: dict[str, Any] = {
         f"model.{path}": pieces(value, path)

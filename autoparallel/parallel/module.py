@@ -21,6 +21,7 @@ from autoparallel.capture.refused_inputs import refuse_devices
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
+from autoparallel.parallel.copies import deep_copy, refuse_pickling, saved_whole
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
@@ -88,6 +89,14 @@ class _Parallel(RefusedWrappers):
         """
         return program_text(self)  # type: ignore[arg-type]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a second module that follows the same plan, with parameters of its own."""
+        return deep_copy(self, memo)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise AutoParallelError: a rank's share of a model cannot be pickled."""
+        refuse_pickling(self)  # type: ignore[arg-type]
+
 
 def parallel_module(
     model: nn.Module,
@@ -120,7 +129,7 @@ def parallel_module(
     parameters: dict[str, ParameterLayouts] = {}
     for path, parameter in named:
         choice = planned.get(first.setdefault(id(parameter), path))
-        parameters[path] = ParameterLayouts.of(choice, tuple(parameter.shape), len(ranks.sizes))
+        parameters[path] = ParameterLayouts.of(choice, tuple(parameter.shape), ranks.sizes)
     fill_tree(model, module, {path: each.state for path, each in parameters.items()}, ranks, mesh)
     copies = gathered_copies(module, parameters)
     whole = WholeParameters(module, parameters, ranks, first, copies)
@@ -191,6 +200,7 @@ def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "forward": forward,
+        **saved_whole(kind),
     }
     parallel: type[nn.Module] = type(f"{prefix}{kind.__name__}", (_Parallel, kind), body)
     return parallel

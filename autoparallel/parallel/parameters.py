@@ -16,10 +16,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Replicate as DTensorReplicate
-from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from autoparallel.parallel.distributed_layouts import (
+    distributed_placements,
+    layout_for_distributed,
+)
+from autoparallel.parallel.pieces import teach_torch
 from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
 from autoparallel.runtime.ranks import Ranks
@@ -28,7 +31,6 @@ from autoparallel.support.torch_private import (
     at_end_of_backward,
     distributed_tensor_like,
     local_part,
-    strided_shard,
 )
 
 __all__ = [
@@ -58,19 +60,25 @@ class ParameterLayouts:
     state: Layout
 
     @staticmethod
-    def of(choice: ParameterChoice | None, shape: tuple[int, ...], axes: int) -> ParameterLayouts:
+    def of(
+        choice: ParameterChoice | None, shape: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> ParameterLayouts:
         """Return the planned layouts, unsharded ones where choice is None.
 
-        shape: of the unsharded tensor. axes: the number of mesh axes. Raises PlanError where state
-        is no refinement of storage, so that one could not be gathered from the other.
+        shape: of the unsharded tensor. sizes: of the mesh axes. Where the planned state has parts
+        that no DTensor can describe, such as heads that do not divide by the ranks, the user and
+        the optimizer have equal parts of the same dim, and what computes is gathered of these.
+        Raises PlanError where the planned state is no refinement of storage, so that one could not
+        be gathered from the other.
 
-        >>> ParameterLayouts.of(None, (4, 6), axes=1).storage
+        >>> ParameterLayouts.of(None, (4, 6), sizes=(2,)).storage
         (Invariant(),)
         """
         if choice is None:
-            return ParameterLayouts(shape, *(whole_layout(axes),) * 3)
+            return ParameterLayouts(shape, *(whole_layout(len(sizes)),) * 3)
         require_refined(choice.storage, choice.state, choice.path)
-        return ParameterLayouts(shape, choice.storage, choice.gradient, choice.state)
+        state = layout_for_distributed(choice.state, shape, sizes)
+        return ParameterLayouts(shape, choice.storage, choice.gradient, state)
 
     def reduced_first(self, produced: Layout) -> Layout:
         """Return the layout to which a gradient is reduced at once, when it is finished.
@@ -92,28 +100,6 @@ class ParameterLayouts:
         return tuple(first)
 
 
-def _distributed_placements(layout: Layout, mesh: DeviceMesh) -> list[Any]:
-    """Return the layout as DTensor's placements.
-
-    Our blocks of a dim are counted in the part that the outer axes' cuts leave; DTensor's
-    _StridedShard counts them in the whole dim, and so once for each outer part.
-    """
-    placements: list[Any] = []
-    # The number of parts into which axes so far have cut each dim.
-    parts_of_dim: dict[int, int] = {}
-    for axis, cut in enumerate(layout):
-        if not isinstance(cut, Shard):
-            placements.append(DTensorReplicate())
-            continue
-        outer = parts_of_dim.get(cut.dim, 1)
-        parts_of_dim[cut.dim] = outer * mesh.size(axis)
-        if cut.blocks != 1:
-            placements.append(strided_shard(cut.dim, cut.blocks * outer))
-        else:
-            placements.append(DTensorShard(cut.dim))
-    return placements
-
-
 def as_distributed(
     local: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh
 ) -> DTensor:
@@ -122,12 +108,13 @@ def as_distributed(
     layout: how the whole is split over the mesh. shape: of the whole, which may not divide by the
     number of ranks.
     """
+    teach_torch()
     # DTensor would take all parts for as large as this one; it must be told the whole.
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         local,
         mesh,
-        _distributed_placements(layout, mesh),
+        distributed_placements(layout, mesh.shape),
         run_check=False,
         shape=torch.Size(shape),
         stride=stride,
@@ -264,6 +251,7 @@ class GradientBucket:
             [grad for _, grad in waiting],
             [leaf.first for leaf, _ in waiting],
             [leaf.layouts.state for leaf, _ in waiting],
+            [leaf.layouts.shape for leaf, _ in waiting],
             self.ranks,
         )
         for (leaf, _), total in zip(waiting, done, strict=True):
@@ -348,7 +336,8 @@ class LocalParameter:
         local.grad = None
         assert grad is not None
         if self.first != self.gradient:
-            (grad,) = reduced([grad], [self.gradient], [self.first], self.bucket.ranks)
+            shapes = [self.layouts.shape]
+            (grad,) = reduced([grad], [self.gradient], [self.first], shapes, self.bucket.ranks)
         if self.first != self.layouts.state:
             self.bucket.add(self, grad)
         else:

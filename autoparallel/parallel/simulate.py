@@ -137,6 +137,7 @@ def simulate_plan(
             list(local.values()),
             [layouts[path] for path in local],
             [states[path] for path in local],
+            [tuple(weights[path].shape) for path in local],
             rank,
         )
         gradients.update(zip(local, finished, strict=True))

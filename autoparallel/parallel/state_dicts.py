@@ -27,10 +27,13 @@ def split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     if state.mesh is None or state.tree.depth:
         return
     sizes, coordinates = state.ranks.sizes, state.ranks.coordinates
-    for local_path, layout in state.layouts.items():
+    for local_path, layouts in state.parameters.items():
         path = prefix + local_path
-        value = state_dict.get(path)
-        if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
+        value, layout = state_dict.get(path), layouts.state
+        if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
+            continue
+        # A tensor of another shape stays as it is: torch then says that it does not fit.
+        if tuple(value.shape) == layouts.shape:
             part = take_layout_part(value, layout, sizes, coordinates).contiguous()
             state_dict[path] = as_distributed(part, layout, tuple(value.shape), state.mesh)
 

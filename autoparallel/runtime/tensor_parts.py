@@ -178,16 +178,18 @@ def gathered(
     """Gather parts that lie as `fine` on the axes where `coarse` is not split. Collective.
 
     parts: this rank's part of each tensor. fine, coarse: a layout per tensor, as `require_refined`
-    has them. shapes: of the wholes. One all-gather per mesh axis and element type.
+    has them; or both split a dim, but in other places (other blocks or units): then it is gathered
+    and cut anew. shapes: of the wholes. One all-gather per mesh axis and element type.
 
     Example: the parameters that ZeRO updated in parts (arXiv:1910.02054) are gathered by it for the
     next step.
     """
     results = list(parts)
+    joined = [_joined_layout(have, want) for have, want in zip(fine, coarse, strict=True)]
     # From the innermost axis outwards: where two axes cut a dim, the inner cut was made last.
     for axis in reversed(range(len(ranks.sizes))):
         indices, shards, sizes = [], [], []
-        for index, (have, want) in enumerate(zip(fine, coarse, strict=True)):
+        for index, (have, want) in enumerate(zip(fine, joined, strict=True)):
             cut = have[axis]
             if isinstance(cut, Shard) and want[axis] != cut:
                 indices.append(index)
@@ -202,25 +204,76 @@ def gathered(
             wholes = gather_together(these_parts, shards, sizes, ranks.groups[axis])
             for index, whole in zip(indices, wholes, strict=True):
                 results[index] = whole
+    for index, (have, want) in enumerate(zip(joined, coarse, strict=True)):
+        again = tuple(
+            late if isinstance(late, Shard) and late != early else Invariant()
+            for early, late in zip(have, want, strict=True)
+        )
+        if any(isinstance(cut, Shard) for cut in again):
+            part = take_layout_part(results[index], again, ranks.sizes, ranks.coordinates)
+            # A part is a view, which would keep the whole in memory.
+            results[index] = part.clone(memory_format=torch.contiguous_format)
     return results
+
+
+def _joined_layout(have: Layout, want: Layout) -> Layout:
+    """Return `have`, unsplit on all axes on which a tensor must be gathered on its way to `want`.
+
+    Those are the axes where `want` is not split, and all that cut a dim which an axis cuts in other
+    places than before: an inner cut is made in the part that the outer ones leave.
+
+    >>> layout_text(_joined_layout((Shard(0), Shard(0)), (Shard(0, blocks=2), Shard(0))))
+    'I | I'
+    """
+    cuts = list(zip(have, want, strict=True))
+    anew = {
+        early.dim
+        for early, late in cuts
+        if isinstance(early, Shard) and isinstance(late, Shard) and early != late
+    }
+    return tuple(
+        Invariant()
+        if isinstance(early, Shard) and (early.dim in anew or not isinstance(late, Shard))
+        else early
+        for early, late in cuts
+    )
+
+
+def _cut_anew(have: Layout, want: Layout) -> Layout:
+    """Return `have`, unsplit on the axes that cut a dim which `want` cuts in other places.
+
+    >>> layout_text(_cut_anew((Partial(), Shard(0, unit=4)), (Shard(1), Shard(0))))
+    'P | I'
+    """
+    joined = _joined_layout(have, want)
+    return tuple(
+        early if not isinstance(early, Shard) or not isinstance(late, Shard) else meeting
+        for early, late, meeting in zip(have, want, joined, strict=True)
+    )
 
 
 def reduced(
     tensors: Sequence[torch.Tensor],
     layouts: Sequence[Layout],
     wanted: Sequence[Layout],
+    shapes: Sequence[tuple[int, ...]],
     ranks: Ranks,
 ) -> list[torch.Tensor]:
     """Redistribute gradients from `layouts` to the layouts `wanted`. Collective.
 
-    tensors: this rank's gradients. A pending sum is added up, and cut where it is to be split; what
-    is whole is cut. One reduce-scatter and one all-reduce per mesh axis and element type; the
-    all-reduces come last, on the smallest tensors.
+    tensors: this rank's gradients. shapes: of the wholes. A pending sum is added up, and cut where
+    it is to be split; what is whole is cut; what is split in other places is gathered and cut anew.
+    One reduce-scatter and one all-reduce per mesh axis and element type; the all-reduces come last,
+    on the smallest tensors.
 
     Example: gradients of a ZeRO-2 parameter go from (Partial(),) to (Shard(0),) in one
     reduce-scatter.
     """
     results = list(tensors)
+    anew = [_cut_anew(have, want) for have, want in zip(layouts, wanted, strict=True)]
+    if any(have != joined for have, joined in zip(layouts, anew, strict=True)):
+        results = gathered(results, layouts, anew, shapes, ranks)
+        layouts = anew
     for axis, group in enumerate(ranks.groups):
         indices, shards = [], []
         for index, (have, want) in enumerate(zip(layouts, wanted, strict=True)):

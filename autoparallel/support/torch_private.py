@@ -85,6 +85,7 @@ __all__ = [
     "current_function_mode",
     "custom_op_functions",
     "decompose",
+    "describe_pieces",
     "dispatch_registrations",
     "distributed_tensor_like",
     "expression_of",
@@ -108,6 +109,7 @@ __all__ = [
     "share_local_part",
     "storage_key",
     "strided_shard",
+    "strided_split_factor",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -279,6 +281,13 @@ def strided_shard(dim: int, split_factor: int) -> Placement:
     return _StridedShard(dim, split_factor=split_factor)
 
 
+def strided_split_factor(placement: Placement) -> int | None:
+    """Return the number of blocks of a placement that `strided_shard` makes, None for others."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return int(placement.split_factor) if isinstance(placement, _StridedShard) else None
+
+
 @cache
 def _redistribute_blocks() -> None:
     """Let torch 2.11 redistribute such a dim one mesh axis after the other, as later releases do.
@@ -305,6 +314,74 @@ def _redistribute_blocks() -> None:
         return steps if source.num_shards > 1 else steps[::-1]
 
     vars(_redistribute)["_gen_transform_infos_non_cached"] = gen_transform_infos
+
+
+def describe_pieces(
+    pieces_of: Callable[[DTensor], Any], part_of: Callable[[torch.Tensor, DTensor], Any]
+) -> None:
+    """Have torch's state dicts and checkpoints ask which pieces of the whole a DTensor holds.
+
+    They take every local part for one rectangle. That is wrong of a dim whose blocks are each split
+    by itself: a full state dict was cut elsewhere, and a checkpoint would hold other rows.
+    pieces_of: a function that describes a DTensor by torch.distributed.checkpoint's protocol for
+    tensors in pieces, or returns None where torch is right. part_of: a function that returns the
+    part that this rank holds of a whole tensor if it is split like a DTensor, or likewise None.
+    """
+    from torch.distributed import _state_dict_utils
+    from torch.distributed.tensor import DTensor
+
+    for name in ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__"):
+        setattr(DTensor, name, _asking(getattr(DTensor, name), name, pieces_of))
+    distribute_all = _state_dict_utils._distribute_tensors
+    distribute = _state_dict_utils.distribute_tensor
+
+    def distribute_tensors(held: dict[str, Any], keys: list[str], *others: Any) -> None:
+        """Cut the tensors that rank 0 has broadcast: (the DTensor to be filled, the whole)."""
+        left = []
+        for key in keys:
+            state = held.get(key)
+            target, whole = state if isinstance(state, tuple) else (None, None)
+            part = None if target is None else part_of(whole, target)
+            if target is None or part is None:
+                left.append(key)
+            elif target.is_meta:
+                held[key] = DTensor(part.detach().clone(), target._spec, requires_grad=False)
+            else:
+                target.to_local().copy_(part)
+                held[key] = target
+        distribute_all(held, left, *others)
+
+    def distribute_tensor(whole: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
+        """Cut one tensor, of which the first rank's value counts."""
+        from torch.distributed.tensor import Replicate
+
+        like = DTensor.from_local(
+            whole.new_empty(0).to("meta"), mesh, placements, run_check=False,
+            shape=whole.shape, stride=whole.contiguous().stride(),
+        )  # fmt: skip
+        if part_of(whole, like) is None:
+            return distribute(whole, mesh, placements)
+        everywhere = distribute(whole, mesh, [Replicate()] * mesh.ndim)
+        part = part_of(everywhere.to_local(), like)
+        # A part that is a view would keep the whole in memory.
+        local = part.clone(memory_format=torch.contiguous_format)
+        return DTensor(local, like._spec, requires_grad=False)
+
+    names = vars(_state_dict_utils)
+    names["_distribute_tensors"] = distribute_tensors
+    names["distribute_tensor"] = distribute_tensor
+
+
+def _asking(
+    method: Callable[..., Any], name: str, pieces_of: Callable[[DTensor], Any]
+) -> Callable[..., Any]:
+    """Return a method of DTensor that leaves the answer to the DTensor's pieces, if it has such."""
+
+    def asking(tensor: DTensor, *arguments: Any) -> Any:
+        pieces = pieces_of(tensor)
+        return method(tensor, *arguments) if pieces is None else getattr(pieces, name)(*arguments)
+
+    return asking
 
 
 # Symbolic sizes.

@@ -17,7 +17,8 @@ from torch import nn
 import autoparallel
 from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
-from autoparallel.parallel.checkpoint import in_pieces, load_checkpoint, save_checkpoint
+from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
+from autoparallel.parallel.pieces import in_pieces
 from autoparallel.placement import Layout, Shard
 from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import thread_ranks
@@ -44,7 +45,7 @@ def test_pieces_lie_where_they_belong(shard: Shard, tmp_path: Path) -> None:
     seen = torch.zeros_like(whole)
     for ranks in thread_ranks(Mesh(tp=5)):
         part = take_layout_part(whole, (shard,), (5,), (ranks.rank,)).clone()
-        made = in_pieces(part, whole.size(), (shard,), ranks)
+        made = in_pieces(part, whole.size(), (shard,), ranks.sizes, ranks.coordinates)
         assert made.size() == whole.size()
         assert len(made.pieces) == (shard.blocks if part.numel() else 0)
         for at, piece in made.pieces.items():

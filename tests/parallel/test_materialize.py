@@ -46,7 +46,7 @@ CASES: dict[str, list[tuple[int, dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_parts_of_a_meta_model_are_those_of_one_device(name: str) -> None:
-    """Fused weights in blocks, tied ones, 10 heads in unequal parts; joined from every rank."""
+    """Fused weights in blocks, tied ones, unequal parts; joined from every rank."""
     sizes = {"hidden": 40, "heads": 10} if name == "gpt" else {}
     real = build(name, layers=1, **sizes).float()
     model, inputs = on_meta(real), inputs_for(name)
@@ -72,8 +72,10 @@ def test_parts_of_a_meta_model_are_those_of_one_device(name: str) -> None:
                 split.add((placement.blocks > 1, len({tuple(part.shape) for part in own}) > 1))
                 own = [join_parts(own, placement)]
             assert all(torch.equal(part, whole) for part in own), (world_size, options, path)
-    assert name != "gpt" or {(False, True), (True, True)} <= split
-    assert (True, False) in split or (True, True) in split
+    # Blocks in unequal parts are what no DTensor can say; the user has plain parts there.
+    assert name != "gpt" or (False, True) in split
+    assert (True, False) in split
+    assert (True, True) not in split
 
 
 def start_apart(rank: int) -> list[str]:

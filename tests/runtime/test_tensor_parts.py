@@ -101,7 +101,8 @@ def test_gathering_and_reducing(mesh: Mesh) -> None:
         assert all(map(torch.equal, made, wholes))
         assert ranks.counts["all_gather"] <= len(sizes)
         given: list[Layout] = [(Partial(),) * len(sizes)] * len(found)
-        sums = reduced(list(addends[ranks.rank]), given, found, ranks)
+        shapes = [SHAPE] * len(found)
+        sums = reduced(list(addends[ranks.rank]), given, found, shapes, ranks)
         for own, total, layout in zip(sums, addends.sum(0), found, strict=True):
             expected = take_layout_part(total, layout, sizes, ranks.coordinates)
             assert own.is_contiguous()
@@ -109,11 +110,57 @@ def test_gathering_and_reducing(mesh: Mesh) -> None:
         counts = ranks.counts
         assert counts["reduce_scatter"] <= len(sizes)
         assert counts["all_reduce"] <= len(sizes)
-        same = reduced(wholes, [whole_layout(len(sizes))] * len(found), found, ranks)
+        same = reduced(wholes, [whole_layout(len(sizes))] * len(found), found, shapes, ranks)
         assert all(map(torch.equal, same, parts))
         assert ranks.counts == counts
 
     run_ranks(thread_ranks(mesh), work)
+
+
+def test_what_is_split_in_other_places_is_cut_anew() -> None:
+    """From every layout to every other that splits the same dims, values and pending sums."""
+    shape, sizes, ranks_of_mesh = (36, 5), (2, 3), thread_ranks(Mesh(a=2, b=3))
+    generator = torch.Generator().manual_seed(0)
+    # Three runs of twelve are no equal parts for two ranks.
+    cuts = (Invariant(), Shard(0), Shard(1), Shard(0, blocks=3), Shard(0, unit=12))
+    usual = [
+        (outer, inner)
+        for outer, inner in itertools.product(cuts, repeat=2)
+        if getattr(outer, "dim", 2) != getattr(inner, "dim", 3) or inner == Shard(0)
+    ]
+    dims = {layout: tuple(getattr(cut, "dim", -1) for cut in layout) for layout in usual}
+    pairs = [(have, want) for have in usual for want in usual if dims[have] == dims[want]]
+    assert len(pairs) > 2 * len(usual)
+    wholes = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in pairs]
+
+    def work(ranks: Ranks) -> None:
+        expected = [
+            take_layout_part(whole, want, sizes, ranks.coordinates)
+            for whole, (_, want) in zip(wholes, pairs, strict=True)
+        ]
+        held = [
+            take_layout_part(whole, have, sizes, ranks.coordinates)
+            for whole, (have, _) in zip(wholes, pairs, strict=True)
+        ]
+        had, wanted = zip(*pairs, strict=True)
+        shapes = [shape] * len(pairs)
+        assert all(map(torch.equal, gathered(held, had, wanted, shapes, ranks), expected))
+        assert ranks.counts["all_gather"] <= len(sizes)
+        assert all(map(torch.equal, reduced(held, had, wanted, shapes, ranks), expected))
+        # A pending sum on the outer axis: every rank there has another addend.
+        share = (ranks.coordinates[0] + 1.5) / sum(n + 1.5 for n in range(sizes[0]))
+        given = [(Partial(), *have[1:]) for have in had]
+        wished = [(Invariant(), *want[1:]) for want in wanted]
+        addends = [
+            take_layout_part(whole, have, sizes, ranks.coordinates) * share
+            for whole, have in zip(wholes, given, strict=True)
+        ]
+        sums = reduced(addends, given, wished, shapes, ranks)
+        for total, whole, want in zip(sums, wholes, wished, strict=True):
+            part = take_layout_part(whole, want, sizes, ranks.coordinates)
+            torch.testing.assert_close(total, part)
+
+    run_ranks(ranks_of_mesh, work)
 
 
 def test_what_is_updated_is_cut_from_what_computes() -> None:

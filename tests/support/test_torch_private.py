@@ -401,8 +401,58 @@ def test_a_dim_that_is_split_block_by_block_is_gathered_in_order() -> None:
     placement = torch_private.strided_shard(0, 3)
     assert placement == torch_private.strided_shard(0, 3)
     assert placement not in (Shard(0), torch_private.strided_shard(0, 2))
+    assert torch_private.strided_split_factor(placement) == 3
+    assert torch_private.strided_split_factor(Shard(0)) is None
     for made in run_processes(gathered_blocks, 4):
         assert all(made)
+
+
+def cut_by_torch(rank: int, folder: Path) -> list[bool]:
+    """Have torch broadcast, distribute and save a dim in two blocks, of one element and a half."""
+    from torch.distributed.checkpoint import load, save
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    mesh, rows = init_device_mesh("cpu", (2,)), [[0, 1, 3, 4], [2, 5]][rank]
+    whole = torch.arange(6.0)
+    asked = []
+
+    def pieces_of(tensor: DTensor) -> object | None:
+        asked.append(tensor.placements)
+        return None
+
+    def part_of(value: torch.Tensor, like: DTensor) -> torch.Tensor | None:
+        return value[rows] if like.placements[0] != Shard(0) else None
+
+    torch_private.describe_pieces(pieces_of, part_of)
+    found = []
+    for placement, expected in (
+        (torch_private.strided_shard(0, 2), rows),
+        (Shard(0), [[0, 1, 2], [3, 4, 5]][rank]),
+    ):
+        for broadcast in (True, False):
+            part = torch.zeros(len(expected))
+            held = DTensor.from_local(part, mesh, [placement], shape=(6,), stride=(1,))
+            module = nn.Module()
+            module.weight = nn.Parameter(held)
+            given = {"weight": whole} if rank == 0 or not broadcast else {}
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+            set_model_state_dict(module, given, options=options)
+            found.append(torch.equal(module.weight.to_local(), whole[expected]))
+    # Where there are no pieces, torch answers itself: here for a plain split.
+    held = DTensor.from_local(whole[expected], mesh, [Shard(0)])
+    chunk = ChunkStorageMetadata(torch.Size([3 * rank]), torch.Size([3]))
+    found.append(held.__create_chunk_list__() == [chunk] and asked == [(Shard(0),)])
+    save({"x": held}, checkpoint_id=folder)
+    read = DTensor.from_local(torch.zeros(3), mesh, [Shard(0)])
+    load({"x": read}, checkpoint_id=folder)
+    return [*found, torch.equal(read.full_tensor(), whole)]
+
+
+def test_torch_asks_for_the_pieces_of_a_dtensor(tmp_path: Path) -> None:
+    """Its state dicts ask for the part, its checkpoints for the pieces; None leaves it to torch."""
+    for found in run_processes(cut_by_torch, 2, tmp_path):
+        assert all(found), found
 
 
 def test_the_local_part_of_a_dtensor_is_what_it_holds(mesh) -> None:

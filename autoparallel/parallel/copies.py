@@ -1,0 +1,190 @@
+"""Copies of a parallel module: another one beside it, and the plain one that is saved to files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.fill_tree import gathered_copies
+from autoparallel.parallel.module_state import Entry, State, Tree, state_of
+from autoparallel.parallel.parameters import GradientBucket, LocalParameter, whole_tensor
+from autoparallel.parallel.seeds import generator_of
+from autoparallel.parallel.uncaptured_python import WholeParameters, held_by
+from autoparallel.runtime.rng import Generator
+from autoparallel.support.module_copy import shallow_copy
+
+__all__ = ["deep_copy", "refuse_pickling", "saved_whole"]
+
+
+def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """Return a second module that follows the same plan, with parameters of its own.
+
+    This is what copy.deepcopy calls, for every parallel module in the tree. memo: copy.deepcopy's.
+    Plans and programs are shared; parts that the ranks hold are copied without communicating. A
+    module inside of a model that is not being copied itself comes with a copy of the whole model,
+    of which it remains a part. Raises AutoParallelError in the midst of a forward.
+    """
+    state = state_of(module)
+    tree = state.tree
+    if id(state) in memo:  # the model is being copied
+        return _usual_copy(module, memo)
+    if module is not tree.root:
+        root = copy.deepcopy(tree.root, memo)
+        return root.get_submodule(state.path) if id(module) not in memo else memo[id(module)]
+    if tree.depth:
+        raise AutoParallelError(
+            f"{type(module).__name__} is copied while its forward runs",
+            why="its parameters are shown whole until the forward returns",
+            fix="copy it before or after the call",
+        )
+    source = generator_of(module)
+    memo[id(source)] = Generator(source.seed, source.step, source.mode)
+    states = list(_states(module))
+    for _, inner in states:
+        memo[id(inner)] = None
+    twin = _usual_copy(module, memo)
+    parameters = state.parameters
+    gathered = gathered_copies(twin, parameters)
+    # Attributes may refer to parameters of the user's model; the copied ones refer to copies.
+    originals = {
+        id(memo[number]): path
+        for *_, paths in tree.whole.references
+        for number, path in paths.items()
+        if number in memo
+    }
+    whole = WholeParameters(twin, parameters, tree.ranks, originals, gathered)
+    other = replace(tree, root=twin, whole=whole, copies=gathered)
+    for path, inner in states:
+        module_of_state = twin.get_submodule(path)
+        module_of_state.__dict__["_autoparallel"] = _state_like(inner, module_of_state, other, memo)
+    return twin
+
+
+def _usual_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """Return the copy that copy.deepcopy would make if there were no `__deepcopy__` of ours."""
+    own: Callable[..., Any] | None = getattr(type(module).__bases__[1], "__deepcopy__", None)
+    if own is not None:
+        return own(module, memo)
+    reduced: Any = object.__reduce_ex__(module, 4)
+    make, arguments, attributes = reduced[:3]
+    twin = make(*arguments)
+    memo[id(module)] = twin
+    attributes = copy.deepcopy(attributes, memo)
+    if hasattr(twin, "__setstate__"):
+        twin.__setstate__(attributes)
+    else:
+        twin.__dict__.update(attributes)
+    return twin
+
+
+def _states(module: nn.Module) -> Iterator[tuple[str, State]]:
+    """The states of all parallel modules in a tree, with the paths of these."""
+    for path, inner in module.named_modules():
+        state = inner.__dict__.get("_autoparallel")
+        if isinstance(state, State):
+            yield path, state
+
+
+def _state_like(state: State, module: nn.Module, tree: Tree, memo: dict[int, Any]) -> State:
+    """Return a state for the copy of a parallel module, with the same programs."""
+    forward = copy.deepcopy(state.forward, memo)
+    entries = {
+        key: [_entry_like(entry, module, tree) for entry in entries]
+        for key, entries in state.entries.items()
+    }
+    return replace(
+        state, tree=tree, forward=forward, entries=entries, python=set(state.python),
+        members=(), hooks=None,
+    )  # fmt: skip
+
+
+def _entry_like(entry: Entry, module: nn.Module, tree: Tree) -> Entry:
+    """Return the same program for the parameters of another module."""
+    bucket = GradientBucket(tree.ranks)
+    leaves = []
+    for leaf in entry.leaves:
+        owner, _, name = leaf.path.rpartition(".")
+        holder = held_by(module.get_submodule(owner))
+        gathered = tree.copies.get(id(holder[name]))
+        leaves.append(
+            LocalParameter(holder, name, leaf.path, leaf.layouts, leaf.gradient, bucket, gathered)
+        )
+    return replace(entry, leaves=leaves, known=dict(entry.known))
+
+
+def refuse_pickling(module: nn.Module) -> NoReturn:
+    """Raise the AutoParallelError for a module that is pickled, as torch.save(module) does."""
+    raise AutoParallelError(
+        f"{type(module).__name__} cannot be pickled",
+        why="it is one rank's share of a model, with programs for this mesh and process groups",
+        fix="save_checkpoint(folder, module), or torch.save(full_state_dict(module), file) on one "
+        "rank after all have called it, and module.plan.to_json() for the plan",
+    )
+
+
+def saved_whole(kind: type) -> dict[str, Any]:
+    """Return the methods by which a parallel module of the class saves itself whole.
+
+    kind: the user's class. It is empty for classes without `save_pretrained`, which is how Hugging
+    Face's libraries name the method that writes a model to files.
+    """
+    if not callable(getattr(kind, "save_pretrained", None)):
+        return {}
+
+    def save_pretrained(module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the unsplit model, as the user's class does. A collective call; rank 0 writes."""
+        state = state_of(module)
+        ranks = state.ranks
+        plain = _whole_module(module, kind)
+        failure: BaseException | None = None
+        result = None
+        if ranks.rank == 0:
+            try:
+                result = plain.save_pretrained(*args, **kwargs)
+            except Exception as error:
+                failure = error
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        failed = torch.tensor([failure is not None], dtype=torch.int64, device=device)
+        if failure is not None:
+            ranks.world.all_gather(failed)
+            raise failure
+        if ranks.world.all_gather(failed).any():
+            raise AutoParallelError(
+                f"{kind.__name__}.save_pretrained failed on rank 0",
+                why="that rank writes the files, and has raised the cause",
+                fix="see the error of rank 0",
+            )
+        return result
+
+    return {"save_pretrained": save_pretrained}
+
+
+def _whole_module(module: nn.Module, kind: type) -> Any:
+    """Return a module of the user's class with whole parameters, to be read. Collective.
+
+    It shares buffers and attributes with the parallel one. kind: the class.
+    """
+    state = state_of(module)
+    plain = shallow_copy(module)
+    for inner in plain.modules():
+        if inner.__dict__.pop("_autoparallel", None) is not None:
+            inner.__class__ = type(inner).__bases__[1]
+        inner.__dict__.pop("_generator", None)
+    assert type(plain) is kind
+    wholes: dict[int, nn.Parameter] = {}
+    for path, parameter in module.named_parameters(remove_duplicate=False):
+        owner, _, name = path.rpartition(".")
+        if id(parameter) not in wholes:
+            value = whole_tensor(parameter, state.layouts[path], state.ranks)
+            # Only rank 0 needs all of them at once.
+            if state.ranks.rank != 0:
+                value = torch.empty(0, dtype=value.dtype)
+            wholes[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+        plain.get_submodule(owner)._parameters[name] = wholes[id(parameter)]
+    return plain

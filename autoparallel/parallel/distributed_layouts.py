@@ -1,0 +1,119 @@
+"""Layouts in the words of torch's DTensor, which has fewer of them.
+
+DTensor cuts a dim as torch.chunk does. It has a private placement for a dim that is laid out in
+blocks, each cut by itself, and none for parts in whole runs of elements, such as a head's width,
+where the ranks get unequal numbers of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as DTensorReplicate
+from torch.distributed.tensor import Shard as DTensorShard
+
+from autoparallel.placement import Invariant, Layout, Placement, Shard
+from autoparallel.support.torch_private import strided_shard, strided_split_factor
+
+__all__ = ["distributed_placements", "layout_for_distributed", "layout_in_blocks"]
+
+
+def layout_for_distributed(
+    layout: Layout, shape: tuple[int, ...], sizes: tuple[int, ...]
+) -> Layout:
+    """Return the layout itself where DTensor can say it, else one that splits the same dims evenly.
+
+    shape: of the whole tensor. sizes: of the mesh axes. What DTensor is not told rightly, it puts
+    together wrongly, without a word: `full_tensor()`, torch's state dicts and its checkpoints.
+
+    >>> layout_for_distributed((Shard(0, unit=4),), (12, 5), (2,))
+    (Shard(dim=0, blocks=1, unit=1),)
+    >>> layout_for_distributed((Shard(0, unit=4),), (16, 5), (2,))
+    (Shard(dim=0, blocks=1, unit=4),)
+    """
+    cuts: dict[int, list[int]] = defaultdict(list)
+    for axis, placement in enumerate(layout):
+        if isinstance(placement, Shard) and sizes[axis] > 1:
+            cuts[placement.dim].append(axis)
+    lost = {
+        dim
+        for dim, axes in cuts.items()
+        if not _has_words([layout[axis] for axis in axes], shape[dim], [sizes[a] for a in axes])
+    }
+    return tuple(
+        Shard(placement.dim)
+        if isinstance(placement, Shard) and placement.dim in lost
+        else placement
+        for placement in layout
+    )
+
+
+def _has_words(cuts: Sequence[Placement], size: int, ranks: Sequence[int]) -> bool:
+    """Return whether DTensor can say how mesh axes cut one dim of `size` elements.
+
+    cuts: the axes' placements, outermost first. ranks: the axes' sizes.
+    """
+    shards = [cut for cut in cuts if isinstance(cut, Shard)]
+    blocks = {shard.blocks for shard in shards}
+    if len(blocks) > 1:
+        return False  # DTensor takes it for an order in which the axes cut
+    (count,) = blocks
+    if all(shard.unit == 1 for shard in shards) and (count == 1 or len(shards) == 1):
+        return True
+    # All parts of every block are equal, and consist of whole runs.
+    parts = math.prod(ranks)
+    return size % (count * parts) == 0 and all(
+        size // (count * math.prod(ranks[: number + 1])) % shard.unit == 0
+        for number, shard in enumerate(shards)
+    )
+
+
+def distributed_placements(layout: Layout, sizes: Sequence[int]) -> list[Any]:
+    """Return the layout as DTensor's placements. sizes: of the mesh axes.
+
+    Our blocks of a dim are counted in the part that the outer axes' cuts leave; DTensor's
+    _StridedShard counts them in the whole dim, and so once for each outer part.
+    """
+    placements: list[Any] = []
+    # The number of parts into which axes so far have cut each dim.
+    parts_of_dim: dict[int, int] = {}
+    for axis, cut in enumerate(layout):
+        if not isinstance(cut, Shard):
+            placements.append(DTensorReplicate())
+            continue
+        outer = parts_of_dim.get(cut.dim, 1)
+        parts_of_dim[cut.dim] = outer * sizes[axis]
+        if cut.blocks != 1:
+            placements.append(strided_shard(cut.dim, cut.blocks * outer))
+        else:
+            placements.append(DTensorShard(cut.dim))
+    return placements
+
+
+def layout_in_blocks(tensor: DTensor) -> Layout | None:
+    """Return the layout of a DTensor that has dims in blocks; None for one that has no such dim.
+
+    Inverse of `distributed_placements`. The same private placement also stands for the order in
+    which mesh axes cut a dim, where an axis that cuts later is outer. The innermost cut is then
+    torch's plain one, and torch knows by itself which rectangle a rank holds: also None.
+    """
+    layout: list[Placement] = []
+    parts_of_dim: dict[int, int] = {}
+    innermost: dict[int, bool] = {}
+    for axis, placement in enumerate(tensor.placements):
+        factor = strided_split_factor(placement)
+        if factor is None and not isinstance(placement, DTensorShard):
+            layout.append(Invariant())
+            continue
+        dim: int = placement.dim  # type: ignore[attr-defined]
+        outer = parts_of_dim.get(dim, 1)
+        parts_of_dim[dim] = outer * tensor.device_mesh.size(axis)
+        innermost[dim] = factor is not None
+        if factor is not None and factor % outer:
+            return None
+        layout.append(Shard(dim, 1 if factor is None else factor // outer))
+    return tuple(layout) if any(innermost.values()) else None
