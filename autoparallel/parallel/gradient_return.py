@@ -105,12 +105,14 @@ class GradientBucket:
         # By the number of the backward pass: one may run inside of another.
         self.passes: weakref.WeakValueDictionary[int, _Waiting] = weakref.WeakValueDictionary()
         self.ways = 0
-        # Of the parameter at a place of the model, whether one of its gradients has to wait.
-        self.waits: dict[int, bool] = {}
+        # The ids of parameters of which some gradient has to wait.
+        self.late: set[int] = set()
+        # The backward pass that was last seen, and whether it adds to the `grad` of parameters.
+        self.number, self.accumulates = -1, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the gradients that wait now, which belong to a backward pass."""
-        return {**vars(self), "passes": weakref.WeakValueDictionary(), "waits": {}}
+        return {**vars(self), "passes": weakref.WeakValueDictionary(), "late": set()}
 
     def add(self, way: GradientReturn, parameter: Any, grad: torch.Tensor) -> None:
         """Keep a local gradient until the end of the backward pass that runs now."""
@@ -185,6 +187,7 @@ class GradientReturn:
         bucket: GradientBucket,
     ) -> None:
         self.shape, self.produced, self.first, self.state = shape, produced, first, state
+        self.waits = first != state
         self.bucket, self.number = bucket, bucket.ways
         bucket.ways += 1
 
@@ -198,42 +201,45 @@ class GradientReturn:
         with torch.inference_mode(False), torch.enable_grad():
             if not parameter.requires_grad:
                 return held.detach()
-            waits = self.first != self.state
-            self.bucket.waits[id(parameter)] = waits or self.bucket.waits.get(id(parameter), False)
+            if self.waits:
+                self.bucket.late.add(id(parameter))
             local: torch.Tensor = _Local.apply(parameter, held, self)
         # Autograd runs first what was recorded last. A gradient whose way was recorded long ago
         # would be kept to the end of the backward pass.
         run_when_ready(local)
         return local
 
-    def bring(self, grad: torch.Tensor, parameter: Any, node: Any) -> torch.Tensor | None:
+    def bring(self, ctx: Any, grad: torch.Tensor) -> torch.Tensor | None:
         """Return the gradient of the parameter; None where it is put into `grad`, now or at the end
         of the backward pass.
 
-        node: the step of autograd that adds to the parameter's `grad`.
+        This is asked for every parameter in every backward pass, and takes as few steps as it can.
         """
+        parameter, bucket = ctx.parameter, self.bucket
         if torch.is_grad_enabled():
             return self.differentiable(grad, parameter)
-        ranks = self.bucket.ranks
         if self.first != self.produced:
-            (grad,) = reduced([grad], [self.produced], [self.first], ranks)
+            (grad,) = reduced([grad], [self.produced], [self.first], bucket.ranks)
+        number = backward_pass()
         # A parameter that is no leaf, as torch.func.functional_call may put in place, has a way
-        # of its own from there; torch.autograd.grad returns gradients instead of adding them.
-        if parameter.is_leaf and will_accumulate(node):
+        # of its own from there. A backward pass adds all gradients to `grad`, or, for
+        # torch.autograd.grad, returns them all.
+        if number != bucket.number and ctx.is_leaf:
+            bucket.number = number
+            bucket.accumulates = will_accumulate(ctx.next_functions[0][0])
+        if ctx.is_leaf and bucket.accumulates:
             on_tensor, after = gradient_hooks_of(parameter)
-            if self.first != self.state or on_tensor or (after and self.waits(parameter)):
-                self.bucket.add(self, parameter, grad)
+            # Hooks run once, when all gradients of the parameter are there. Those that may change
+            # the gradient run together, as torch.autograd.graph.register_multi_grad_hook needs.
+            if self.waits or on_tensor or (after and id(parameter) in bucket.late):
+                bucket.add(self, parameter, grad)
                 return None
             if not after:
                 give(parameter, grad)
                 return None
-        elif self.first != self.state:
-            (grad,) = reduced([grad], [self.first], [self.state], ranks)
+        elif self.waits:
+            (grad,) = reduced([grad], [self.first], [self.state], bucket.ranks)
         return _like(grad, parameter)
-
-    def waits(self, parameter: Any) -> bool:
-        """Return whether some gradient of the parameter waits, so that hooks must wait for it."""
-        return self.bucket.waits.get(id(parameter), False)
 
     def differentiable(self, grad: torch.Tensor, parameter: Any) -> torch.Tensor:
         """Return the parameter's gradient, which depends on `grad` for autograd, too."""
@@ -264,7 +270,7 @@ class _Local(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return a tensor in the memory of `held`."""
         ctx.set_materialize_grads(False)
-        ctx.parameter, ctx.way = parameter, way
+        ctx.parameter, ctx.is_leaf, ctx.way = parameter, parameter.is_leaf, way
         return held.detach()
 
     @staticmethod
@@ -272,4 +278,4 @@ class _Local(torch.autograd.Function):
         """Return the parameter's gradient, or see to it that it comes."""
         if grad is None:
             return None, None, None
-        return ctx.way.bring(grad, ctx.parameter, ctx.next_functions[0][0]), None, None
+        return ctx.way.bring(ctx, grad), None, None

@@ -256,9 +256,8 @@ def share_local_part(target: DTensor, source: DTensor) -> None:
 
 def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """Return a DTensor that holds `local` and is placed as another, without a gradient."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor(local, like._spec, requires_grad=False)
+    # Its class is DTensor: to import that name takes longer than all else here.
+    return type(like)(local, like._spec, requires_grad=False)
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:
