@@ -28,6 +28,7 @@ __all__ = [
     "make_example",
     "random_numbers",
     "run_by_strategy",
+    "second_gradients_of",
     "storage_of",
 ]
 
@@ -191,6 +192,46 @@ def gradients_of(
     ends, starts = zip(*pairs, strict=True)
     gradients = torch.autograd.grad(ends, tuple(wanted.values()), starts, allow_unused=True)
     return dict(zip(wanted, gradients, strict=True))
+
+
+def second_gradients_of(
+    tensors: Mapping[str, torch.Tensor],
+    results: tuple[torch.Tensor, ...],
+    seeds: tuple[torch.Tensor | None, ...],
+    directions: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor | None] | None:
+    """Return the gradients of the operands' gradients, along `directions`; None where there are
+    none, because no gradient depends on anything.
+
+    Gradients depend on the operands, by whose names theirs are returned, and on the gradients that
+    come in, whose own have the names "seed 0" and so on. directions: what comes in as the gradient
+    of each operand's gradient. Raises RuntimeError where torch cannot differentiate twice.
+    """
+    incoming = {f"seed {index}": seed for index, seed in enumerate(seeds) if seed is not None}
+    for seed in incoming.values():
+        seed.requires_grad_()
+    wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    ends = tuple(
+        result for result, seed in zip(results, seeds, strict=True) if seed is not None
+    )
+    if not ends or not wanted:
+        return None
+    gradients = torch.autograd.grad(
+        ends, tuple(wanted.values()), tuple(incoming.values()), create_graph=True, allow_unused=True
+    )
+    pairs = [
+        (gradient, directions[name])
+        for name, gradient in zip(wanted, gradients, strict=True)
+        if gradient is not None and gradient.requires_grad
+    ]
+    if not pairs:
+        return None
+    twice = {**wanted, **incoming}
+    starts = tuple(direction for _, direction in pairs)
+    seconds = torch.autograd.grad(
+        tuple(gradient for gradient, _ in pairs), tuple(twice.values()), starts, allow_unused=True
+    )
+    return dict(zip(twice, seconds, strict=True))
 
 
 def storage_of(node: Node, strategy: Strategy) -> dict[str, Placement]:

@@ -17,10 +17,11 @@ from autoparallel.discovery.example_calls import (
     gradients_of,
     random_numbers,
     run_by_strategy,
+    second_gradients_of,
     storage_of,
 )
 from autoparallel.graph.graph import Sym
-from autoparallel.placement import Partial, Placement, Shard, gradient
+from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
 from autoparallel.rules.rule import (
     LoopSplit,
     ShardingRule,
@@ -29,7 +30,7 @@ from autoparallel.rules.rule import (
     strategies,
 )
 from autoparallel.runtime.axis_parts import take_part
-from autoparallel.runtime.groups import LocalGroup, thread_groups
+from autoparallel.runtime.groups import LocalGroup, SingleGroup, thread_groups
 
 __all__ = [
     "derived",
@@ -114,13 +115,15 @@ def why_wrong(
     world_size: int,
     rule: ShardingRule | None = None,
     tolerance: float | None = None,
+    twice: bool = False,
 ) -> str:
     """Return the fault of running the call by `strategy` on `world_size` ranks; "" if it has none.
 
     Every rank gets its part of the operands and of the incoming gradients; the parts that it
     returns must be those of the unsplit results and gradients. rule: the op's, where it is not to
     be the registered one. tolerance: relative and absolute; by default 1e-10 for float64, 1e-4
-    where there are operands of float32.
+    where there are operands of float32. twice: whether the derivatives of the gradients are
+    compared too, for an op that torch can differentiate twice.
     """
     if tolerance is None:
         kinds = [tensor.dtype for tensor in (*example.tensors.values(), *example.results)]
@@ -141,7 +144,21 @@ def why_wrong(
         ]
     except TypeError as error:
         return str(error)
+    directions: dict[str, torch.Tensor] = {}
+    second: dict[str, torch.Tensor | None] | None = None
+    if twice:
+        directions = {
+            name: random_numbers(whole.shape, generator).to(whole.dtype)
+            for name, whole in example.gradients.items()
+        }
+        second = _second_gradients(example, directions)
+    sent = {
+        name: part_of(direction, storage[name], world_size, generator)
+        for name, direction in directions.items()
+        if second is not None
+    }
     returned: list[Any] = [None] * world_size
+    seconds: list[dict[str, torch.Tensor | None] | None] = [None] * world_size
     errors: dict[int, BaseException] = {}
 
     def run(group: LocalGroup) -> None:
@@ -157,8 +174,12 @@ def why_wrong(
             arguments = (example.graph, example.node, strategy, group, mine, example.extents)
             results = run_by_strategy(*arguments, rule)
             local_seeds = (parts[group.rank] for parts in seeds)
-            incoming = tuple(None if part is None else part.contiguous() for part in local_seeds)
+            incoming = tuple(None if part is None else part.clone() for part in local_seeds)
             returned[group.rank] = (results, gradients_of(mine, results, incoming))
+            if second is not None:
+                again = run_by_strategy(*arguments, rule)
+                along = {name: parts[group.rank].contiguous() for name, parts in sent.items()}
+                seconds[group.rank] = second_gradients_of(mine, again, incoming, along)
         except BaseException as error:
             errors[group.rank] = error
             group.abort()
@@ -198,7 +219,48 @@ def why_wrong(
         )
         if wrong:
             return f"gradient of operand {name}: {wrong}"
+    for name, twice_whole in (second or {}).items():
+        kind = gradient(storage[name]) if name in storage else None
+        if kind is None:  # a gradient that came in, whose own gradient lies as the result does
+            kind = strategy.results[int(name.split()[1])]
+        parts_here = [None if each is None else each[name] for each in seconds]
+        example_part = leaves[name] if name in storage else seeds[int(name.split()[1])]
+        if twice_whole is None and all(part is None for part in parts_here):
+            continue
+        whole = example.tensors[name] if name in storage else example.seeds[int(name.split()[1])]
+        wrong = difference(
+            [
+                torch.zeros_like(like) if part is None else part
+                for part, like in zip(parts_here, example_part, strict=True)
+            ],
+            torch.zeros_like(whole) if twice_whole is None else twice_whole,
+            kind,
+            tolerance,
+        )
+        if wrong:
+            return f"second derivative by {name}: {wrong}"
     return ""
+
+
+def _second_gradients(
+    example: Example, directions: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor | None] | None:
+    """Return the unsplit derivatives of an op's gradients along `directions`; None where torch has
+    none.
+    """
+    alone = Strategy(
+        (Invariant(),) * len(example.node.operands()), (Invariant(),) * len(example.results)
+    )
+    tensors = {
+        name: tensor.clone().requires_grad_(name in example.gradients)
+        for name, tensor in example.tensors.items()
+    }
+    arguments = (example.graph, example.node, alone, SingleGroup(), tensors, example.extents)
+    incoming = tuple(None if seed is None else seed.clone() for seed in example.seeds)
+    try:
+        return second_gradients_of(tensors, run_by_strategy(*arguments), incoming, directions)
+    except RuntimeError:  # torch has no second derivative of this op
+        return None
 
 
 def difference(

@@ -13,7 +13,6 @@ from torch import nn
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.fill_tree import gathered_copies
 from autoparallel.parallel.module_state import Entry, State, Tree, state_of
-from autoparallel.parallel.parameters import GradientBucket, LocalParameter, whole_tensor
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.uncaptured_python import WholeParameters, held_by
 from autoparallel.runtime.rng import Generator
@@ -106,14 +105,14 @@ def _state_like(state: State, module: nn.Module, tree: Tree, memo: dict[int, Any
 
 def _entry_like(entry: Entry, module: nn.Module, tree: Tree) -> Entry:
     """Return the same program for the parameters of another module."""
-    bucket = GradientBucket(tree.ranks)
+    bucket = tree.whole.bucket
     leaves = []
     for leaf in entry.leaves:
         owner, _, name = leaf.path.rpartition(".")
         holder = held_by(module.get_submodule(owner))
         gathered = tree.copies.get(id(holder[name]))
         leaves.append(
-            LocalParameter(holder, name, leaf.path, leaf.layouts, leaf.gradient, bucket, gathered)
+            LocalParameter(holder, name, leaf.path, leaf.layouts, leaf.way.produced, bucket, gathered)
         )
     return replace(entry, leaves=leaves, known=dict(entry.known))
 

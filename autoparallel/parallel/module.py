@@ -28,10 +28,10 @@ from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module_programs import program_text
 from autoparallel.parallel.module_state import Entry, Replan, State, Tree, state_of
 from autoparallel.parallel.parameters import (
-    GradientBucket,
     LocalParameter,
     ParameterLayouts,
     as_distributed,
+    computing_stream,
     refresh,
 )
 from autoparallel.parallel.rank_agreement import (
@@ -234,7 +234,7 @@ def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
     captured = plan.captured
     assert captured is not None
     program = emit(captured.graph, plan, state.ranks, plan.model)
-    bucket = GradientBucket(state.ranks)
+    bucket = state.tree.whole.bucket
     leaves = []
     for path, gradient in zip(program.parameters, program.gradients, strict=True):
         owner, _, name = path.rpartition(".")
@@ -328,7 +328,8 @@ def _run_program(
     program = entry.program
     copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
     refresh(copies, state.ranks)
-    parameters = [leaf.get() for leaf in entry.leaves]
+    stream = computing_stream()
+    parameters = [leaf.get(stream) for leaf in entry.leaves]
     buffers = [module.get_buffer(path) for path in program.buffers]
     if program.mutations:
         # What the backward pass keeps of a buffer must not change when it is written to below.

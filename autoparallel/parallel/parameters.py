@@ -1,7 +1,7 @@
-"""Parameters of a parallel module: DTensors outside, plain local leaves inside.
+"""Parameters of a parallel module: DTensors outside, plain local tensors inside.
 
 The user and the optimizer see a DTensor; the program reads a local tensor that shares its memory.
-Gradients do not pass through DTensor's autograd: a hook on the local leaf hands them over.
+How a gradient returns from one to the other is in `gradient_return`.
 """
 
 from __future__ import annotations
@@ -14,31 +14,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from autoparallel.parallel.distributed_layouts import (
-    distributed_placements,
-    layout_for_distributed,
+from autoparallel.parallel.distributed_layouts import layout_for_distributed
+from autoparallel.parallel.gradient_return import (
+    GradientBucket,
+    GradientReturn,
+    as_distributed,
 )
-from autoparallel.parallel.pieces import teach_torch
 from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.runtime.tensor_parts import gathered, reduced, require_refined
-from autoparallel.support.torch_private import (
-    at_end_of_backward,
-    distributed_tensor_like,
-    local_part,
-)
+from autoparallel.runtime.tensor_parts import gathered, require_refined
+from autoparallel.support.torch_private import local_part
 
 __all__ = [
     "GatheredCopy",
-    "GradientBucket",
     "LocalParameter",
     "ParameterLayouts",
     "as_distributed",
+    "computing_stream",
     "refresh",
     "whole_tensor",
 ]
@@ -98,27 +94,6 @@ class ParameterLayouts:
             else:
                 waiting.add(late.dim)
         return tuple(first)
-
-
-def as_distributed(
-    local: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh
-) -> DTensor:
-    """Return the DTensor of which this rank holds `local`, without copying or communicating.
-
-    layout: how the whole is split over the mesh. shape: of the whole, which may not divide by the
-    number of ranks.
-    """
-    teach_torch()
-    # DTensor would take all parts for as large as this one; it must be told the whole.
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local,
-        mesh,
-        distributed_placements(layout, mesh.shape),
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=stride,
-    )
 
 
 def whole_tensor(tensor: torch.Tensor, layout: Layout, ranks: Ranks) -> torch.Tensor:
@@ -195,7 +170,7 @@ class GatheredCopy:
     def set(self, value: torch.Tensor) -> None:
         """Take a value that was gathered now, into the memory of the one before if possible.
 
-        The local leaf of the program shares that memory, and stays the same tensor.
+        The local tensor of the program shares that memory, and stays the same.
         """
         before = self.value
         if before is not None and (before.dtype, before.device) == (value.dtype, value.device):
@@ -223,47 +198,18 @@ def refresh(copies: Sequence[GatheredCopy], ranks: Ranks) -> None:
             copy.set(whole)
 
 
-class GradientBucket:
-    """Gradients that are reduced together, when the backward pass ends.
-
-    ranks: the mesh over whose axes they are reduced. One collective for many gradients costs the
-    latency once.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.waiting: list[tuple[LocalParameter, torch.Tensor]] = []
-
-    def add(self, leaf: LocalParameter, grad: torch.Tensor) -> None:
-        """Keep a leaf's local gradient until the end of the backward pass that runs now."""
-        if not self.waiting:
-            at_end_of_backward(self.finish)
-        self.waiting.append((leaf, grad))
-
-    def finish(self) -> None:
-        """Reduce all gradients that wait, and hand each to its parameter.
-
-        Autograd finishes gradients in an order that may differ from rank to rank; all ranks reduce
-        them in the order of the parameters' paths.
-        """
-        waiting, self.waiting = sorted(self.waiting, key=lambda item: item[0].path), []
-        done = reduced(
-            [grad for _, grad in waiting],
-            [leaf.first for leaf, _ in waiting],
-            [leaf.layouts.state for leaf, _ in waiting],
-            [leaf.layouts.shape for leaf, _ in waiting],
-            self.ranks,
-        )
-        for (leaf, _), total in zip(waiting, done, strict=True):
-            leaf.give(total)
+def computing_stream() -> Any:
+    """Return the GPU's stream that computes now, None where no GPU is in use."""
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
 
 class LocalParameter:
     """One parameter: the DTensor that the user sees and the local tensor that computes.
 
-    The local leaf shares the DTensor's memory, or that of `copy`, where more computes than is
-    updated. Its gradient is handed over as a DTensor as soon as it is complete, because going
-    through DTensor's autograd costs far more for many parameters.
+    The local tensor shares the DTensor's memory, or that of `copy`, where more computes than is
+    updated. It is made of the DTensor once, by a step that autograd records (see
+    `gradient_return`), and every forward reads it: autograd knows that a loss depends on the
+    user's parameter, and no call pays for it.
     owner, name: the dictionary of parameters, and the key, where the user's is. path: in the model.
     layouts: its layouts. gradient: the layout of the local gradient as the backward pass leaves it.
     bucket: the one in which its gradient waits for the end of the backward pass, if it has to.
@@ -280,24 +226,34 @@ class LocalParameter:
         copy: GatheredCopy | None = None,
     ) -> None:
         self.owner, self.name, self.path, self.layouts = owner, name, path, layouts
-        self.gradient, self.bucket, self.copy = gradient, bucket, copy
-        self.first = layouts.reduced_first(gradient)
+        self.copy = copy
+        self.way = GradientReturn(
+            layouts.shape, gradient, layouts.reduced_first(gradient), layouts.state, bucket
+        )
         self.parameter: Any = None
         self.local: torch.Tensor | None = None
+        self.stream: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the local tensor, which cannot be copied apart from its parameter and is
+        made when it is needed.
+        """
+        return {**vars(self), "parameter": None, "local": None, "stream": None}
 
     @property
     def held(self) -> torch.Tensor:
         """The part that this rank holds of the parameter, in the parameter's memory."""
         return _held(self.owner[self.name])
 
-    def get(self) -> torch.Tensor:
-        """Return the local leaf of the parameter as it is now, the same one if nothing changed.
+    def get(self, stream: Any = None) -> torch.Tensor:
+        """Return the local tensor of the parameter as it is now, the same one if nothing changed.
 
-        Users may put another parameter in place, move the module, or change requires_grad.
+        Users may put another parameter in place, move the module, or change requires_grad. stream:
+        the GPU's stream that computes now, on which autograd is to bring the gradient back.
         """
         parameter = self.owner[self.name]
         # A plain parameter whose gradient needs no reduction is its own leaf: torch does the rest.
-        if not isinstance(parameter, DTensor) and self.gradient == self.layouts.state:
+        if not isinstance(parameter, DTensor) and self.way.is_trivial:
             return parameter
         held = _held(parameter) if self.copy is None else self.copy.value
         assert held is not None
@@ -307,49 +263,29 @@ class LocalParameter:
             or local is None
             or local.data_ptr() != held.data_ptr()
             or local.dtype != held.dtype
+            or local.requires_grad != parameter.requires_grad
+            or stream != self.stream
         ):
-            with torch.inference_mode(False):
-                local = held.detach()
-            self.parameter, self.local = parameter, local
-        if local.requires_grad != parameter.requires_grad:
-            local.requires_grad_(parameter.requires_grad)
-            if parameter.requires_grad:
-                local.register_post_accumulate_grad_hook(self.hand_over)
+            local = self.way.local_of(parameter, held)
+            self.parameter, self.local, self.stream = parameter, local, stream
         return local
 
     def shared(self) -> nn.Parameter:
-        """Return another leaf in the same memory, an nn.Parameter as torch.fx wants it.
+        """Return a leaf in the same memory, an nn.Parameter as torch.fx wants it.
 
-        Its gradient is handed over likewise.
+        Its gradient is handed over to the parameter.
         """
         local = self.get()
         if isinstance(local, nn.Parameter):
             return local
         twin = nn.Parameter(local.detach(), local.requires_grad)
         if local.requires_grad:
-            twin.register_post_accumulate_grad_hook(self.hand_over)
+            parameter = self.parameter
+
+            def hand_over(leaf: torch.Tensor) -> None:
+                """Take the leaf's finished gradient, and go on with it as if it came of a call."""
+                grad, leaf.grad = leaf.grad, None
+                torch.autograd.backward(self.way.local_of(parameter, leaf), grad)
+
+            twin.register_post_accumulate_grad_hook(hand_over)
         return twin
-
-    def hand_over(self, local: torch.Tensor) -> None:
-        """Move the leaf's finished gradient to the parameter, or to the bucket it waits in."""
-        grad = local.grad
-        local.grad = None
-        assert grad is not None
-        if self.first != self.gradient:
-            shapes = [self.layouts.shape]
-            (grad,) = reduced([grad], [self.gradient], [self.first], shapes, self.bucket.ranks)
-        if self.first != self.layouts.state:
-            self.bucket.add(self, grad)
-        else:
-            self.give(grad)
-
-    def give(self, grad: torch.Tensor) -> None:
-        """Add a finished local gradient, in the layout of the state, to the parameter's."""
-        parameter = self.parameter
-        distributed = isinstance(parameter, DTensor)
-        # Autograd's own way: the first gradient is taken as it is, further ones are added in place.
-        if parameter.grad is None:
-            parameter.grad = distributed_tensor_like(grad, parameter) if distributed else grad
-        else:
-            held = local_part(parameter.grad) if distributed else parameter.grad
-            held.add_(grad)

@@ -18,11 +18,12 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.gradient_return import GradientBucket
 from autoparallel.parallel.parameters import (
     GatheredCopy,
-    GradientBucket,
     LocalParameter,
     ParameterLayouts,
+    computing_stream,
     refresh,
 )
 from autoparallel.placement import Invariant, Layout, Shard, layout_gradient, local_layout_size
@@ -156,7 +157,7 @@ class WholeParameters(Watch):
         self.seen: dict[int, _Seen] = {}
         self.handles: dict[int, tuple[_Seen, torch.UntypedStorage]] = {}
         self.keeping = False
-        bucket = GradientBucket(ranks)
+        self.bucket = bucket = GradientBucket(ranks)
         self.references: list[tuple[nn.Module, str, Any, dict[int, str]]] = []
         leaves: dict[int, LocalParameter] = {}
         for path, inner in module.named_modules():
@@ -191,7 +192,7 @@ class WholeParameters(Watch):
         self.settle(leaf)
         if leaf.copy is not None:
             refresh([leaf.copy], self.ranks)
-        value, layout = leaf.get(), leaf.layouts.storage
+        value, layout = leaf.get(computing_stream()), leaf.layouts.storage
         # Outer axes cut first, so the innermost axis is gathered first; what the axes outside of it
         # leave of the dim is how large the gathered dim becomes.
         for axis in reversed(range(len(layout))):

@@ -2,7 +2,9 @@
 
 Redistributing a value from A to B moves its gradient from gradient(B) to gradient(A), so that one
 autograd function and one table of moves (`placement.movement`) are all the differentiable
-collectives there are. Megatron's f is I -> R, its g is P -> I (arXiv:1909.08053).
+collectives there are. Megatron's f is I -> R, its g is P -> I (arXiv:1909.08053). The gradient of a
+gradient's placement is the placement itself, so the backward of a conversion is a conversion too,
+and derivatives of any order follow.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ from autoparallel.runtime.axis_parts import (
 from autoparallel.runtime.groups import Group
 
 __all__ = [
+    "common_sum",
     "convert",
     "convert_fixed",
+    "for_parts",
     "gather_together",
     "move",
     "pending_sum",
@@ -178,8 +182,12 @@ class Convert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        """Move the gradient from gradient(target) to gradient(source)."""
-        back = move(grad, ctx.group, gradient(ctx.target), gradient(ctx.source), ctx.size)
+        """Move the gradient from gradient(target) to gradient(source).
+
+        Where the gradient is to be differentiated in turn, the move is a conversion itself.
+        """
+        step = Convert.apply if torch.is_grad_enabled() else move
+        back = step(grad, ctx.group, gradient(ctx.target), gradient(ctx.source), ctx.size)
         return back, None, None, None, None
 
     @staticmethod
@@ -351,6 +359,37 @@ def _type_checker() -> Any:
     """
     checker = sys.modules.get("spmd_types")
     return checker if checker is not None and checker.is_type_checking() else None
+
+
+def common_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return the sum over ranks of a value that differs among them, for use by each rank on its
+    own part: P -> R. Collective.
+
+    It is differentiable where gradients are recorded, so that a backward pass that communicates can
+    be differentiated in turn.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> common_sum(torch.ones(2), SingleGroup())
+    tensor([1., 1.])
+    """
+    if torch.is_grad_enabled():
+        return convert(x, group, Partial(), Replicate())
+    return group.all_reduce(x)
+
+
+def for_parts(grad: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return a gradient that all ranks hold alike, for use by each rank on its own part: I -> R.
+
+    Nothing moves. In the derivative of the backward pass that uses it so, the ranks' shares are
+    added up.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> for_parts(torch.ones(2), SingleGroup())
+    tensor([1., 1.])
+    """
+    if torch.is_grad_enabled():
+        return convert(grad, group, Invariant(), Replicate())
+    return grad
 
 
 def same_sum(x: torch.Tensor, group: Group) -> torch.Tensor:

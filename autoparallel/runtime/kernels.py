@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from autoparallel.placement import part_bounds
-from autoparallel.runtime.collectives import pending_sum, same_sum
+from autoparallel.runtime.collectives import common_sum, for_parts, pending_sum, same_sum
 from autoparallel.runtime.discovered_kernels import combined_parts, masked_lookup, weighted_mean
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.split_indices import places_here, require_below
@@ -210,15 +210,16 @@ class _CrossEntropyClasses(torch.autograd.Function):
     token.
 
     Megatron's vocabulary-parallel cross-entropy (arXiv:1909.08053, section 3): logits are never
-    gathered. Backward communicates nothing.
+    gathered. Backward communicates nothing. The probabilities are a second result, because they
+    are what the backward pass reads: it can be differentiated in turn.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, ignored: int, group: Group, size: int
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log(sum(exp(logits))) - logits[target] of each token, 0 for those that are
-        ignored.
+        ignored; and this rank's part of the softmax.
         """
         start, stop = part_bounds(size, group.world_size, group.rank)
         counts = target != ignored
@@ -240,19 +241,36 @@ class _CrossEntropyClasses(torch.autograd.Function):
             picked = logits.new_zeros(target.shape)
         picked, total = group.all_reduce(torch.stack([picked, exponents.sum(1)])).unbind(0)
         # The softmax is all that the backward pass needs; dividing in place saves one (t, c / n).
-        ctx.save_for_backward(exponents.div_(total.unsqueeze(1)), local, here, counts)
-        return (total.log() - picked).masked_fill(~counts, 0)
+        probabilities = exponents.div_(total.unsqueeze(1))
+        ctx.save_for_backward(probabilities, local, here, counts)
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        return (total.log() - picked).masked_fill(~counts, 0), probabilities
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        """Return (softmax - one_hot(target)) * grad, of this rank's classes."""
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, grad_probabilities: torch.Tensor | None
+    ) -> Any:
+        """Return (softmax - one_hot(target)) * grad, of this rank's classes.
+
+        A gradient of the probabilities comes only where this backward pass is differentiated.
+        """
         probabilities, local, here, counts = ctx.saved_tensors
-        result = probabilities.clone()
-        if result.size(1):
-            result.scatter_add_(1, local, -here.to(result.dtype).unsqueeze(1))
-        # What is ignored gets exactly nothing, also where a mean over no token sends infinities.
-        result.mul_(grad.masked_fill(~counts, 0).unsqueeze(1))
-        return result, None, None, None, None
+        back = None
+        if grad is not None:
+            back = probabilities.clone()
+            if back.size(1):
+                back.scatter_add_(1, local, -here.to(back.dtype).unsqueeze(1))
+            # What is ignored gets exactly nothing, also where a mean over no token sends
+            # infinities.
+            grad = for_parts(grad, ctx.group).masked_fill(~counts, 0)
+            back = back.mul_(grad.unsqueeze(1))
+        if grad_probabilities is not None:
+            weighted = grad_probabilities * probabilities
+            total = common_sum(weighted.sum(1, keepdim=True), ctx.group)
+            through = weighted - probabilities * total
+            back = through if back is None else back + through
+        return back, None, None, None, None
 
     @staticmethod
     def spmd_typecheck(
@@ -268,7 +286,7 @@ class _CrossEntropyClasses(torch.autograd.Function):
         rules.ignore(target)
         others = "".join(chr(ord("d") + dim) for dim in range(logits.dim() - 2))
         summed = rules.einsum(f"tc{others}->t{others}", logits)
-        return rules.all_reduce(summed, axis, src=spmd_types.V, dst=spmd_types.I)
+        return rules.all_reduce(summed, axis, src=spmd_types.V, dst=spmd_types.I), logits
 
 
 def cross_entropy_classes(
@@ -292,7 +310,8 @@ def cross_entropy_classes(
     """
     if reduction == _COUNT:
         return (target != ignored).sum()
-    losses: torch.Tensor = _CrossEntropyClasses.apply(logits, target, ignored, group, size)
+    losses: torch.Tensor
+    losses, _ = _CrossEntropyClasses.apply(logits, target, ignored, group, size)
     if reduction == _NONE:
         return losses
     total = losses.sum()

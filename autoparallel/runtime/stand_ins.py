@@ -28,8 +28,12 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
-        """Return no elements, as the part had none."""
-        return None if grad is None else grad.new_zeros(ctx.shape), None
+        """Return no elements, as the part had none.
+
+        What is returned depends on the gradient, as on ranks that hold something, so that the
+        derivative of the backward pass communicates alike on all of them.
+        """
+        return None if grad is None else _StandIn.apply(grad, ctx.shape), None
 
 
 class _Silenced(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 Each takes the op's own arguments, with this rank's tensors, then `group`, the ranks that split the
 dim, and `size`, its size in the whole. Each is an autograd function of its own, because a sum over
-the ranks takes part in most of their backward passes too.
+the ranks takes part in most of their backward passes too. Their backward passes are written in
+differentiable pieces: they read results (not values on the way), and communicate by conversions.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from autoparallel.placement import part_bounds
+from autoparallel.runtime.collectives import common_sum, for_parts
 from autoparallel.runtime.groups import Group
 
 __all__ = [
@@ -70,7 +72,7 @@ class _Softmax(torch.autograd.Function):
         """
         (result,) = ctx.saved_tensors
         weighted = grad if ctx.log else grad * result
-        total = ctx.group.all_reduce(weighted.sum(ctx.dim, keepdim=True))
+        total = common_sum(weighted.sum(ctx.dim, keepdim=True), ctx.group)
         back = grad - result.exp() * total if ctx.log else weighted - result * total
         return back, None, None, None
 
@@ -124,12 +126,14 @@ class _LogSumExp(torch.autograd.Function):
         total = group.all_reduce((x - highest).exp().sum(dim, keepdim=True))
         result = total.log() + highest
         ctx.save_for_backward(x, result)
+        ctx.group = group
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         """Return softmax(x) times the gradient, of this rank's part."""
         x, result = ctx.saved_tensors
+        grad, result = for_parts(grad, ctx.group), for_parts(result, ctx.group)
         return grad * (x - result).exp(), None, None
 
 
@@ -177,7 +181,7 @@ class _Extremes(torch.autograd.Function):
         x, highest = ctx.saved_tensors
         chosen = (x == highest).to(grad.dtype)
         count = ctx.group.all_reduce(chosen.sum(ctx.dim, keepdim=True))
-        return grad * chosen / count, None, None
+        return for_parts(grad, ctx.group) * chosen / count, None, None
 
 
 def amax_split(
@@ -223,6 +227,7 @@ class _First(torch.autograd.Function):
         places = torch.where(has_best, -places, -size)
         first = -_highest(places, dim, group)
         ctx.save_for_backward(has_best & (places == -first))
+        ctx.group = group
         ctx.mark_non_differentiable(first)
         return best, first
 
@@ -230,7 +235,7 @@ class _First(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
         """Give the gradient to the one element that was chosen."""
         (chosen,) = ctx.saved_tensors
-        return grad * chosen, None, None, None
+        return for_parts(grad, ctx.group) * chosen, None, None, None
 
 
 def max_split(
@@ -305,19 +310,33 @@ class _BatchNorm(torch.autograd.Function):
         ctx.dims, ctx.shape, ctx.group = dims, shape, group
         # Running statistics take the variance over n - 1.
         unbiased = variance * (total / (total - 1))
-        ctx.mark_non_differentiable(mean, unbiased, inverse)
+        ctx.mark_non_differentiable(mean, unbiased)
+        ctx.set_materialize_grads(False)
         return normalized, mean, unbiased, inverse
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, _: Any, __: Any, grad_inverse: torch.Tensor | None
+    ) -> Any:
         """Return (g - mean(g) - x mean(g x)) / deviation, x being the normalized input and means
         over all ranks.
+
+        A gradient of 1 / deviation comes only where this backward pass, which reads it, is
+        differentiated: d (1 / deviation) is -(1 / deviation)^2 mean(x dx).
         """
         normalized, inverse, total = ctx.saved_tensors
-        sums = torch.stack([grad.sum(ctx.dims), (grad * normalized).sum(ctx.dims)])
-        mean_grad, mean_projection = (ctx.group.all_reduce(sums) / total).unbind(0)
-        rest = grad - mean_grad.reshape(ctx.shape) - normalized * mean_projection.reshape(ctx.shape)
-        return rest * inverse.reshape(ctx.shape), None, None
+        inverse = for_parts(inverse, ctx.group).reshape(ctx.shape)
+        back = None
+        if grad is not None:
+            sums = torch.stack([grad.sum(ctx.dims), (grad * normalized).sum(ctx.dims)])
+            means = (common_sum(sums, ctx.group) / total).unbind(0)
+            mean_grad, mean_projection = (mean.reshape(ctx.shape) for mean in means)
+            back = (grad - mean_grad - normalized * mean_projection) * inverse
+        if grad_inverse is not None:
+            share = for_parts(grad_inverse, ctx.group).reshape(ctx.shape) / total
+            through = -share * inverse.square() * normalized
+            back = through if back is None else back + through
+        return back, None, None
 
 
 def batch_norm_split(
@@ -345,6 +364,7 @@ def batch_norm_split(
     # As torch does, half-precision inputs are normalized in float32.
     wide = torch.promote_types(x.dtype, torch.float32)
     result, mean, variance, inverse = _BatchNorm.apply(x.to(wide), epsilon, group)
+    inverse = inverse.detach()  # a statistic, through which no gradient flows in torch either
     if weight is not None:
         result = result * weight.reshape(shape)
     if bias is not None:

@@ -80,6 +80,7 @@ __all__ = [
     "TorchDispatchMode",
     "assert_on_device",
     "at_end_of_backward",
+    "backward_pass",
     "call_hooks_of",
     "current_dispatch_mode",
     "current_function_mode",
@@ -92,6 +93,7 @@ __all__ = [
     "flattened_group",
     "functional_collectives",
     "get_proxy_mode",
+    "gradient_hooks_of",
     "guards_of",
     "has_backward",
     "has_torch_binding",
@@ -104,6 +106,7 @@ __all__ = [
     "local_part",
     "nn_binding",
     "remembering_fake_results",
+    "run_when_ready",
     "saved_tensors_hooks_are_set",
     "schema_of",
     "share_local_part",
@@ -114,6 +117,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "will_accumulate",
     "wrapper_tensor",
 ]
 
@@ -256,9 +260,8 @@ def share_local_part(target: DTensor, source: DTensor) -> None:
 
 def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """Return a DTensor that holds `local` and is placed as another, without a gradient."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor(local, like._spec, requires_grad=False)
+    # Its class is DTensor: to import that name takes longer than all else here.
+    return type(like)(local, like._spec, requires_grad=False)
 
 
 def flattened_group(devices: DeviceMesh) -> Any:
@@ -415,7 +418,7 @@ def remembering_fake_results(enabled: bool) -> AbstractContextManager[Any]:
 
 def in_backward() -> bool:
     """True if this thread runs inside of a backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_pass() != -1
 
 
 def at_end_of_backward(call: Callable[[], None]) -> None:
@@ -424,6 +427,39 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
     Raises RuntimeError outside of a backward pass.
     """
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def backward_pass() -> int:
+    """Return the number of the backward pass that runs now in this thread, -1 where none does."""
+    return torch._C._current_graph_task_id()
+
+
+def will_accumulate(node: Any) -> bool:
+    """Return whether the backward pass that runs now adds to the `grad` of a leaf.
+
+    node: the leaf's own node, AccumulateGrad. torch.autograd.grad returns gradients instead.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it says that it does not tell of leaves under torch.autograd.grad
+        return False
+
+
+def run_when_ready(tensor: torch.Tensor) -> None:
+    """Have a backward pass run the node that made a tensor as soon as its gradients are there.
+
+    Nodes that were recorded last are run first; this one runs before all others.
+    """
+    node: Any = tensor.grad_fn
+    node._set_sequence_nr(2**64 - 1)
+
+
+def gradient_hooks_of(parameter: torch.Tensor) -> tuple[Any, Any]:
+    """Return the dictionaries of the hooks on a leaf's gradient, None where there never was one.
+
+    The first holds those that may change the gradient, the second those that run when it was added.
+    """
+    return parameter._backward_hooks, parameter._post_accumulate_grad_hooks
 
 
 def saved_tensors_hooks_are_set() -> bool:

@@ -77,7 +77,7 @@ def test_no_number_of_a_stand_in_counts(sample: Call, monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             patch.setattr(standing._StandIn, "forward", staticmethod(poisoned))
             for strategy in derived(example, rule_of(example), world_size):
-                found = why_wrong(example, strategy, world_size)
+                found = why_wrong(example, strategy, world_size, twice=True)
                 if found:
                     faults.append(f"{strategy} on {world_size}: {found}")
     assert faults == []

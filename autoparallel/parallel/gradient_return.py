@@ -1,0 +1,259 @@
+"""The way of a gradient from the local tensor that computes back to the user's parameter.
+
+The local tensor is made of the parameter by an autograd function that keeps nothing for its
+backward pass, so that one tensor serves all forward passes: torch frees what a graph has kept, and
+here there is nothing. So the parameter is in the graph of every loss. `torch.autograd.grad` finds
+it, hooks on it run, and a gradient that is to be differentiated in turn is.
+
+Most backward passes want less: they add to `grad` of parameters without hooks. Then the gradient is
+put there at once, past DTensor's own operators, which cost far more for many parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from autoparallel.parallel.distributed_layouts import distributed_placements
+from autoparallel.parallel.pieces import teach_torch
+from autoparallel.placement import Layout, Partial, Placement, Shard
+from autoparallel.runtime.collectives import convert
+from autoparallel.runtime.ranks import Ranks
+from autoparallel.runtime.tensor_parts import reduced
+from autoparallel.support.torch_private import (
+    at_end_of_backward,
+    backward_pass,
+    distributed_tensor_like,
+    gradient_hooks_of,
+    local_part,
+    run_when_ready,
+    will_accumulate,
+)
+
+__all__ = ["GradientBucket", "GradientReturn", "as_distributed"]
+
+
+def as_distributed(
+    local: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh
+) -> DTensor:
+    """Return the DTensor of which this rank holds `local`, without copying or communicating.
+
+    layout: how the whole is split over the mesh. shape: of the whole, which may not divide by the
+    number of ranks.
+    """
+    teach_torch()
+    # DTensor would take all parts for as large as this one; it must be told the whole.
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local,
+        mesh,
+        distributed_placements(layout, mesh.shape),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
+class _Waiting:
+    """The gradients that wait for the end of one backward pass, each with the parameter that it is
+    for.
+
+    It lives as long as the backward pass: one that fails takes what waited with it.
+    """
+
+    def __init__(self) -> None:
+        self.items: list[tuple[GradientReturn, Any, torch.Tensor]] = []
+
+
+class GradientBucket:
+    """Gradients that are reduced together, when the backward pass ends.
+
+    ranks: the mesh over whose axes they are reduced. One collective for many gradients costs the
+    latency once. All programs of a model share one bucket, because they may share parameters.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        # By the number of the backward pass: one may run inside of another.
+        self.passes: weakref.WeakValueDictionary[int, _Waiting] = weakref.WeakValueDictionary()
+        self.ways = 0
+        # The ids of parameters of which some gradient has to wait.
+        self.late: set[int] = set()
+        # The backward pass that was last seen, and whether it adds to the `grad` of parameters.
+        self.number, self.accumulates = -1, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the gradients that wait now, which belong to a backward pass."""
+        return {**vars(self), "passes": weakref.WeakValueDictionary(), "late": set()}
+
+    def add(self, way: GradientReturn, parameter: Any, grad: torch.Tensor) -> None:
+        """Keep a local gradient until the end of the backward pass that runs now."""
+        number = backward_pass()
+        waiting = self.passes.get(number)
+        if waiting is None:
+            waiting = self.passes[number] = _Waiting()
+            at_end_of_backward(partial(self.finish, waiting))
+        waiting.items.append((way, parameter, grad))
+
+    def finish(self, waiting: _Waiting) -> None:
+        """Reduce all gradients that wait, and hand each to its parameter.
+
+        Autograd finishes gradients in an order that may differ from rank to rank; all ranks reduce
+        them in the order in which their programs read the parameters.
+        """
+        items = sorted(waiting.items, key=lambda item: item[0].number)
+        waiting.items = []
+        finished = reduced(
+            [grad for _, _, grad in items],
+            [way.first for way, _, _ in items],
+            [way.state for way, _, _ in items],
+            [way.shape for way, _, _ in items],
+            self.ranks,
+        )
+        totals: dict[int, tuple[Any, torch.Tensor]] = {}
+        for (_, parameter, _), grad in zip(items, finished, strict=True):
+            if id(parameter) in totals:
+                grad = totals[id(parameter)][1] + grad
+            totals[id(parameter)] = (parameter, grad)
+        hooked = []
+        for parameter, grad in totals.values():
+            if any(gradient_hooks_of(parameter)):
+                hooked.append((parameter, grad))
+            else:
+                give(parameter, grad)
+        if hooked:
+            # Torch itself runs the hooks, in a backward pass that begins at the parameters.
+            torch.autograd.backward(
+                [parameter for parameter, _ in hooked],
+                [_like(grad, parameter) for parameter, grad in hooked],
+            )
+
+
+def _like(grad: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """Return a finished local gradient as the parameter's: a DTensor where that is one."""
+    return distributed_tensor_like(grad, parameter) if isinstance(parameter, DTensor) else grad
+
+
+def give(parameter: Any, grad: torch.Tensor) -> None:
+    """Add a finished local gradient, in the layout of the state, to the parameter's `grad`."""
+    # Autograd's own way: the first gradient is taken as it is, further ones are added in place.
+    held = parameter.grad
+    if held is None:
+        parameter.grad = _like(grad, parameter)
+    else:
+        (local_part(held) if isinstance(held, DTensor) else held).add_(grad)
+
+
+class GradientReturn:
+    """The layouts that a parameter's gradient passes through, and the bucket that it may wait in.
+
+    shape: of the unsharded parameter. produced: the layout of the gradient as the backward pass
+    leaves it. first: the layout to which it is reduced at once. state: that of the finished one.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        produced: Layout,
+        first: Layout,
+        state: Layout,
+        bucket: GradientBucket,
+    ) -> None:
+        self.shape, self.produced, self.first, self.state = shape, produced, first, state
+        self.waits = first != state
+        self.bucket, self.number = bucket, bucket.ways
+        bucket.ways += 1
+
+    @property
+    def is_trivial(self) -> bool:
+        """True if the gradient is finished as the backward pass leaves it."""
+        return self.produced == self.state
+
+    def local_of(self, parameter: Any, held: torch.Tensor) -> torch.Tensor:
+        """Return a tensor in the memory of `held` that autograd takes for made of the parameter."""
+        with torch.inference_mode(False), torch.enable_grad():
+            if not parameter.requires_grad:
+                return held.detach()
+            if self.waits:
+                self.bucket.late.add(id(parameter))
+            local: torch.Tensor = _Local.apply(parameter, held, self)
+        # Autograd runs first what was recorded last. A gradient whose way was recorded long ago
+        # would be kept to the end of the backward pass.
+        run_when_ready(local)
+        return local
+
+    def bring(self, ctx: Any, grad: torch.Tensor) -> torch.Tensor | None:
+        """Return the gradient of the parameter; None where it is put into `grad`, now or at the end
+        of the backward pass.
+
+        This is asked for every parameter in every backward pass, and takes as few steps as it can.
+        """
+        parameter, bucket = ctx.parameter, self.bucket
+        if torch.is_grad_enabled():
+            return self.differentiable(grad, parameter)
+        if self.first != self.produced:
+            (grad,) = reduced([grad], [self.produced], [self.first], [self.shape], bucket.ranks)
+        number = backward_pass()
+        # A parameter that is no leaf, as torch.func.functional_call may put in place, has a way
+        # of its own from there. A backward pass adds all gradients to `grad`, or, for
+        # torch.autograd.grad, returns them all.
+        if number != bucket.number and ctx.is_leaf:
+            bucket.number = number
+            bucket.accumulates = will_accumulate(ctx.next_functions[0][0])
+        if ctx.is_leaf and bucket.accumulates:
+            on_tensor, after = gradient_hooks_of(parameter)
+            # Hooks run once, when all gradients of the parameter are there. Those that may change
+            # the gradient run together, as torch.autograd.graph.register_multi_grad_hook needs.
+            if self.waits or on_tensor or (after and id(parameter) in bucket.late):
+                bucket.add(self, parameter, grad)
+                return None
+            if not after:
+                give(parameter, grad)
+                return None
+        elif self.waits:
+            (grad,) = reduced([grad], [self.first], [self.state], [self.shape], bucket.ranks)
+        return _like(grad, parameter)
+
+    def differentiable(self, grad: torch.Tensor, parameter: Any) -> torch.Tensor:
+        """Return the parameter's gradient, which depends on `grad` for autograd, too."""
+        groups = self.bucket.ranks.groups
+        steps: list[tuple[int, Placement]] = []
+        # The order of `reduced`: first what becomes a part, from the outermost axis inwards.
+        for axis, (have, want) in enumerate(zip(self.produced, self.state, strict=True)):
+            if have != want and isinstance(want, Shard):
+                steps.append((axis, want))
+        for axis, (have, want) in enumerate(zip(self.produced, self.state, strict=True)):
+            if isinstance(have, Partial) and not isinstance(want, (Partial, Shard)):
+                steps.append((axis, want))
+        for axis, want in steps:
+            grad = convert(grad, groups[axis], self.produced[axis], want)
+        if not isinstance(parameter, DTensor):
+            return grad
+        return as_distributed(grad, self.state, self.shape, parameter.device_mesh)
+
+
+class _Local(torch.autograd.Function):
+    """The local tensor that computes in place of a parameter; its gradient becomes the
+    parameter's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, parameter: torch.Tensor, held: torch.Tensor, way: GradientReturn
+    ) -> torch.Tensor:
+        """Return a tensor in the memory of `held`."""
+        ctx.set_materialize_grads(False)
+        ctx.parameter, ctx.is_leaf, ctx.way = parameter, parameter.is_leaf, way
+        return held.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
+        """Return the parameter's gradient, or see to it that it comes."""
+        if grad is None:
+            return None, None, None
+        return ctx.way.bring(ctx, grad), None, None
