@@ -6,8 +6,10 @@ there is none yet, and runs the user's own forward where none can be made.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
+from autoparallel.parallel.guards import Guards
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.module_programs import program_text
 from autoparallel.parallel.module_state import Entry, Replan, State, Tree, state_of
@@ -36,8 +39,11 @@ from autoparallel.parallel.rank_agreement import (
     require_same_plan,
     require_same_start,
 )
+from autoparallel.parallel.restructure import restructure
 from autoparallel.parallel.seeds import give_generator
+from autoparallel.parallel.skeletons import attributes_of, traceable
 from autoparallel.parallel.state_dicts import split_loaded
+from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
@@ -57,12 +63,49 @@ _log = logging.getLogger(__name__)
 _MOST_PROGRAMS = 16
 
 
+class _Forward:
+    """The attribute `forward` of a parallel module: its program, or what the user has put there.
+
+    A function that is assigned to it runs as Python on whole parameters, and may call the forward
+    that was there before.
+    """
+
+    def __get__(self, module: Any, kind: Any = None) -> Any:
+        if module is None:
+            return _program_forward
+        replaced = vars(module)["_autoparallel"].replaced_forward
+        if replaced is None:
+            return types.MethodType(_program_forward, module)
+        return functools.partial(_run_replaced, module, replaced)
+
+    def __set__(self, module: Any, forward: Any) -> None:
+        own = isinstance(forward, types.MethodType) and forward.__func__ is _program_forward
+        state = vars(module)["_autoparallel"]
+        state.replaced_forward = None if own and forward.__self__ is module else forward
+
+    def __delete__(self, module: Any) -> None:
+        if vars(module)["_autoparallel"].replaced_forward is None:
+            raise AttributeError("forward")
+        vars(module)["_autoparallel"].replaced_forward = None
+
+
+def _program_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Do what the user's forward does, and return what it returns."""
+    return _run(self, args, kwargs)
+
+
+_program_forward.__name__ = "forward"
+
+
+def _run_replaced(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a forward that the user has put in the place of the module's, as Python."""
+    return _run_python(module, state_of(module), args, kwargs, forward)
+
+
 class _Parallel:
     """Mixed into the user's class: forward runs the emitted program."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the user's forward does, and return what it returns."""
-        return _run(self, args, kwargs)  # type: ignore[arg-type]
+    forward = _Forward()
 
     @property
     def plan(self) -> Plan:
@@ -125,7 +168,9 @@ def parallel_module(
     whole = WholeParameters(module, parameters, ranks, first, copies)
     give_generator(module, plan.options.rng, ranks, mesh)
     strict = plan.options.strict_capture
-    tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies)
+    held = dict(module.named_parameters(remove_duplicate=False))
+    shape = TreeShape(module.modules())
+    tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies, held, shape)
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if plan.captured is not None:
@@ -138,6 +183,7 @@ def parallel_module(
         for path in part.paths:
             inner = module.get_submodule(path)
             _add(inner, _inner(module, inner, path, part.plan), part.plan)
+    tree.attributes = attributes_of(module)
     return module
 
 
@@ -156,17 +202,17 @@ def _become(
     has a plan of its own.
     """
     # A forward that the user has set on the object, not on the class, hides that of the class.
-    forward = module.__dict__.pop("forward", None)
-    if forward is None:
-        forward = functools.partial(type(module).forward, module)
+    own_forward = module.__dict__.pop("forward", None)
     kind: Any = type(module)
+    # The class is asked at each call, as its forward may be replaced.
+    forward = own_forward or (lambda *args, **kwargs: kind.forward(module, *args, **kwargs))
     # Registries that know classes by where they are defined, as Hugging Face's do, know
     # the subclass, too.
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
-    state = State(path, tree, skeleton, parameters, 0, forward, plan)
+    load_hook = module.register_load_state_dict_pre_hook(split_loaded)
+    state = State(path, tree, skeleton, parameters, 0, forward, own_forward, load_hook, plan)
     module.__dict__["_autoparallel"] = state
-    module.register_load_state_dict_pre_hook(split_loaded)
     return state
 
 
@@ -198,13 +244,27 @@ def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
         leaves.append(
             LocalParameter(holder, name, path, state.parameters[path], gradient, bucket, copy)
         )
-    inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
+    nodes = captured.graph.nodes
+    stored = {node.target: node.result for node in nodes if node.kind == "parameter"}
+    planned = [(leaf, stored[leaf.path]) for leaf in leaves]
+    reads = captured.reads
+    if state.path or state.tree.depth:
+        # Python that is shown whole parameters has other values in these.
+        shown = {(id(inner), name) for inner, name, _, _ in state.tree.whole.references}
+        reads = tuple(
+            read
+            for read in reads
+            if (id(module.get_submodule(read.path)), read.place.rpartition(".")[2]) not in shown
+        )
     entry = Entry(
         plan,
         captured,
         program,
         leaves,
-        [value.shape for value in inputs],
+        [node.result.shape for node in nodes if node.kind == "input"],
+        Guards(module, reads),
+        [(leaf.owner, leaf.name) for leaf, value in planned if not value.requires_grad],
+        [value.dtype for _, value in planned],
     )
     state.entries.setdefault((captured.modes, captured.inputs), []).append(entry)
     return entry
@@ -213,6 +273,8 @@ def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run the program that fits the call, or the user's Python where there is none."""
     state = state_of(module)
+    if not state.tree.depth and state.tree.shape.changed():
+        state = _restructured(module, state)
     if state.hooks is None:
         state.members = tuple(module.modules())
         state.hooks = InnerHooks(state.members, tuple(state.skeleton.modules()))
@@ -240,6 +302,15 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
                 if entry is not None:
                     return _run_program(module, state, entry, inputs, args, kwargs)
     return _run_python(module, state, args, kwargs)
+
+
+def _restructured(module: nn.Module, state: State) -> State:
+    """Take up other modules and parameters that the model has now; return the module's state."""
+    tree = state.tree
+    restructure(tree)
+    if "_autoparallel" not in vars(module):
+        _inner(tree.root, module, state.path, None)
+    return state_of(module)
 
 
 def _prepared(
@@ -291,7 +362,7 @@ def _run_program(
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
     # Devices are looked at only when the program has failed: most calls are right.
     try:
-        with rng.using(state.generator):
+        with rng.using(state.generator), _without_autocast(entry, device):
             outputs, written = program.run(parameters, buffers, constants, inputs, device)
     except RuntimeError:
         refuse_devices(state.skeleton, bind_inputs(state.skeleton, args, kwargs).arguments, device)
@@ -310,6 +381,13 @@ def _run_program(
     return result
 
 
+def _without_autocast(entry: Entry, device: torch.device) -> Any:
+    """Return a context for a program that has the casts of autocast written out."""
+    if entry.captured.surroundings.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _entry(
     module: nn.Module,
     state: State,
@@ -324,17 +402,18 @@ def _entry(
     Raises CaptureError and PlanError under strict_capture, and AliasError always: what keeps a view
     of a parameter would be wrong as Python, too.
     """
+    surroundings = state.tree.surroundings()
     for candidate in state.entries.get((modes, skeleton), ()):
-        if candidate.fits(inputs):
+        if candidate.fits(inputs, surroundings):
             return candidate
     if state.full or modes in state.python:
         return None
     # What is traced is the skeleton, in the modes of the module.
-    for path, inner in state.skeleton.named_modules():
+    root = traceable(state.tree)
+    for path, inner in root.get_submodule(state.path).named_modules():
         inner.training = module.get_submodule(path).training
     part = state.path != "" or state.tree.depth > 0
     try:
-        root = state.tree.skeleton
         plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
     except (CaptureError, PlanError) as error:
         if state.tree.strict or isinstance(error, AliasError):
@@ -354,20 +433,28 @@ def _entry(
 
 
 def _run_python(
-    module: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module,
+    state: State,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Any = None,
 ) -> Any:
-    """Run the user's own forward, on whole parameters; what it calls is split where it can be."""
+    """Run the user's own forward, on whole parameters; what it calls is split where it can be.
+
+    forward: another function to run in its place.
+    """
+    forward = forward or state.forward
     if not state.settled:
         state.settled = True
         _settle(module, module, "")
     tree = state.tree
     # A forward that another one calls finds the parameters shown and the numbers seeded.
     if tree.depth:
-        return state.forward(*args, **kwargs)
+        return forward(*args, **kwargs)
     tree.depth += 1
     try:
         with tree.whole.shown(), common_numbers(state.generator):
-            return state.forward(*args, **kwargs)
+            return forward(*args, **kwargs)
     finally:
         tree.depth -= 1
 

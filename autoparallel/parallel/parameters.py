@@ -37,6 +37,7 @@ __all__ = [
     "LocalParameter",
     "ParameterLayouts",
     "as_distributed",
+    "distributed_placements",
     "refresh",
     "whole_tensor",
 ]
@@ -92,7 +93,7 @@ class ParameterLayouts:
         return tuple(first)
 
 
-def _distributed_placements(layout: Layout, mesh: DeviceMesh) -> list[Any]:
+def distributed_placements(layout: Layout, mesh: DeviceMesh) -> list[Any]:
     """Return the layout as DTensor's placements.
 
     Our blocks of a dim are counted in the part that the outer axes' cuts leave; DTensor's
@@ -127,7 +128,7 @@ def as_distributed(
     return DTensor.from_local(
         local,
         mesh,
-        _distributed_placements(layout, mesh),
+        distributed_placements(layout, mesh),
         run_check=False,
         shape=torch.Size(shape),
         stride=stride,

@@ -35,6 +35,7 @@ class Replanner:
         recompute = "none" if options.recompute == "auto" else options.recompute
         self.options = replace(options, memory_limit=None, constraints=(), recompute=recompute)
         self.alike: EqualModules | None = None
+        self.root: nn.Module | None = None
         self.known: dict[Any, Plan | CaptureError] = {}
 
     def __call__(
@@ -63,7 +64,9 @@ class Replanner:
                 refuse_inputs(module, args, kwargs)
                 raise
             return search(captured, self.model, self.mesh, self.options, stored=stored)
-        self.alike = self.alike or EqualModules(root)
+        if self.alike is None or self.root is not root:
+            # Another root is the model with other attributes.
+            self.alike, self.root, self.known = EqualModules(root), root, {}
         module = root.get_submodule(path)
         tensors, skeleton = flatten((args, kwargs))
         # All that a trace depends on, besides the module: inputs, modes, layouts of parameters.
