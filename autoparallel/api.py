@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -281,4 +282,6 @@ def _apply(
     if plan.breaks:
         require_same_parts(plan, ranks.world)
     replanner = Replanner(plan.model, plan.mesh, plan.options)
-    return parallel_module(model, plan, ranks, devices, replanner, check_inputs)
+    # What is made in inference mode could not be trained with later.
+    with torch.inference_mode(False):
+        return parallel_module(model, plan, ranks, devices, replanner, check_inputs)

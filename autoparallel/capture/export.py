@@ -244,7 +244,8 @@ def capture(
     )
     while True:
         try:
-            return _folded(wanted) if fold else _traced(wanted, _unfolded(), one_by_one=True)
+            with _plain_surroundings(device):
+                return _folded(wanted) if fold else _traced(wanted, _unfolded(), one_by_one=True)
         except IntricateSizes as reason:
             _log.info("dims of the inputs are fixed: %s", reason)
             wanted = replace(wanted, fixed=wanted.fixed | reason.dims)
@@ -382,13 +383,7 @@ def _exported(
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
     try:
-        with (
-            quiet(),
-            untouched(model, bound.arguments),
-            _plain_surroundings(wanted.device),
-            folding.installed(),
-            remembers,
-        ):
+        with quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
     except (Unfoldable, IntricateSizes, CaptureError):

@@ -297,6 +297,7 @@ class LocalParameter:
         self.first = layouts.reduced_first(gradient)
         self.parameter: Any = None
         self.local: torch.Tensor | None = None
+        self.hooked: torch.Tensor | None = None
 
     @property
     def held(self) -> torch.Tensor:
@@ -326,8 +327,10 @@ class LocalParameter:
             self.parameter, self.local = parameter, local
         if local.requires_grad != parameter.requires_grad:
             local.requires_grad_(parameter.requires_grad)
-            if parameter.requires_grad:
+            # Once: a hook stays where a parameter is frozen, and trained again later.
+            if self.hooked is not local and parameter.requires_grad:
                 local.register_post_accumulate_grad_hook(self.hand_over)
+                self.hooked = local
         return local
 
     def shared(self) -> nn.Parameter:
