@@ -119,6 +119,21 @@ class Guards:
         for item in value.values() if isinstance(value, dict) else value:
             self.contents(item, depth + 1)
 
+    def doubtful(self) -> str:
+        """Return the names of the attributes that are not what they were, for a message."""
+        pairs = zip(self.places, self.right, strict=True)
+        names = [
+            str(name)
+            for (mapping, name), right in pairs
+            if not any(_equal(mapping.get(name, ABSENT), one) for one in right)
+        ]
+        names += [
+            name
+            for item, name, one in self.asked
+            if not _equal(getattr(item, name, ABSENT), one)
+        ]
+        return ", ".join(dict.fromkeys(names)) or "its attributes"
+
     def hold(self) -> bool:
         """Return whether all values are those that the program is right for."""
         if self.stale:

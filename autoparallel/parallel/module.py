@@ -429,7 +429,16 @@ def _entry(
         state.full = True
         return None
     require_same_plan(plan, state.ranks.world)
-    return _add(module, state, plan)
+    entry = _add(module, state, plan)
+    if not entry.guards.hold():
+        _log.warning(
+            "%s runs as plain Python from now on: what its forward reads of %s is another object "
+            "at every look", state.path or "the model", entry.guards.doubtful(),
+        )  # fmt: skip
+        state.entries[plan.captured.modes, plan.captured.inputs].pop()  # type: ignore[union-attr]
+        state.python.add(modes)
+        return None
+    return entry
 
 
 def _run_python(

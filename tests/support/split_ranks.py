@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,12 +48,18 @@ def programs_of(module: nn.Module) -> int:
 
 
 def as_unsplit(
-    model: nn.Module, world_size: int, inputs: tuple[Any, ...], script: Any, **options: Any
+    model: nn.Module,
+    world_size: int,
+    inputs: tuple[Any, ...],
+    script: Any,
+    close: Any = MappingProxyType({"rtol": 1e-10, "atol": 1e-12}),
+    **options: Any,
 ) -> Any:
     """Run a script with the plain model and with the split one, and require equal results.
 
     script: a generator function of the module, which yields outputs of its calls. After each yield,
-    all gradients are compared, too, where there are any. Returns what rank 0's script returned.
+    all gradients are compared, too, where there are any. close: how close results must be. Returns
+    what rank 0's script returned.
     """
     expected = list(_steps(script, copy.deepcopy(model)))[:-1]
     plan = autoparallel.make_plan(model, world_size, example_inputs=inputs, **options)
@@ -68,7 +75,7 @@ def as_unsplit(
         assert len(steps) == len(expected) + 1
         for number, (found, wanted) in enumerate(zip(steps[:-1], expected, strict=True)):
             where = functools.partial("step {}: {}".format, number)
-            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12, msg=where)
+            torch.testing.assert_close(found, wanted, msg=where, **close)
     return results[0][-1]
 
 
