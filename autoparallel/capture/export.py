@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from autoparallel.capture.asked_switches import watching_gradient_mode
+from autoparallel.capture.assigned_buffers import writing_assigned_buffers
 from autoparallel.capture.attribute_reads import AttributeReads, alike_reads
 from autoparallel.capture.block_folding import Folding, Unfoldable
 from autoparallel.capture.decided_draws import ConstantComparisons
@@ -141,7 +142,9 @@ class _Flat(nn.Module):
         watched = WatchedSizes(tuple(tensors))
         no_replacing = NoReplacing(self.model).installed(operators=False)
         device, autocast = wanted.device, wanted.autocast
+        results: list[Any] = []
         modes = (
+            writing_assigned_buffers(self.model, results),
             self.reads.installed(self.model),
             watching_gradient_mode(self.asked),
             contextlib.nullcontext()
@@ -156,7 +159,7 @@ class _Flat(nn.Module):
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):
                 stack.enter_context(mode)
-            result = self.model.forward(*args, **kwargs)
+            results.append(self.model.forward(*args, **kwargs))
         if wanted.part:
             refuse_effects(before, self.state(arguments))
         if python_numbers() != numbers:
@@ -165,7 +168,7 @@ class _Flat(nn.Module):
                 why="a graph would have the numbers of this one trace for ever",
                 fix="draw them with torch, or in a module that is not traced",
             )
-        return result
+        return results[0]
 
 
 def _place(name: str) -> str:

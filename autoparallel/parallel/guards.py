@@ -128,9 +128,7 @@ class Guards:
             if not any(_equal(mapping.get(name, ABSENT), one) for one in right)
         ]
         names += [
-            name
-            for item, name, one in self.asked
-            if not _equal(getattr(item, name, ABSENT), one)
+            name for item, name, one in self.asked if not _equal(getattr(item, name, ABSENT), one)
         ]
         return ", ".join(dict.fromkeys(names)) or "its attributes"
 

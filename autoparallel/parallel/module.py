@@ -264,7 +264,6 @@ def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
         [node.result.shape for node in nodes if node.kind == "input"],
         Guards(module, reads),
         [(leaf.owner, leaf.name) for leaf, value in planned if not value.requires_grad],
-        [value.dtype for _, value in planned],
     )
     state.entries.setdefault((captured.modes, captured.inputs), []).append(entry)
     return entry
@@ -308,6 +307,7 @@ def _restructured(module: nn.Module, state: State) -> State:
     """Take up other modules and parameters that the model has now; return the module's state."""
     tree = state.tree
     restructure(tree)
+    traceable(tree)  # a call is bound to the signature of the module that there is now
     if "_autoparallel" not in vars(module):
         _inner(tree.root, module, state.path, None)
     return state_of(module)

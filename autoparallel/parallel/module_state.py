@@ -41,10 +41,9 @@ class Entry:
 
     plan, captured: what it was emitted of. leaves: its parameters, in the order in which it takes
     them. shapes: of its inputs, in symbolic sizes. guards: the attributes that its trace has read.
-    frozen: the places of parameters that needed no gradient when it was planned. dtypes: of its
-    parameters. known: whether it is right for inputs of some
-    shapes, types and need of gradients, as far as it was asked: to evaluate the guards takes
-    long, and most calls are like one before.
+    frozen: the places of parameters that needed no gradient when it was planned. known: whether it
+    is right for inputs of some shapes, types and need of gradients, as far as it was asked: to
+    evaluate the guards takes long, and most calls are like one before.
     """
 
     plan: Plan
@@ -54,7 +53,6 @@ class Entry:
     shapes: list[tuple[Any, ...]]
     guards: Guards
     frozen: list[tuple[dict[str, Any], str]]
-    dtypes: list[torch.dtype]
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
 
     def fits(self, inputs: list[torch.Tensor], surroundings: Surroundings) -> bool:
@@ -69,8 +67,6 @@ class Entry:
         if captured.gradients not in (None, torch.is_grad_enabled()):
             return False
         if self.frozen and any(held[name].requires_grad for held, name in self.frozen):
-            return False
-        if [leaf.owner[leaf.name].dtype for leaf in self.leaves] != self.dtypes:
             return False
         # A list is quicker to make than a generator is to run, and this is asked at every call.
         key = tuple([(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs])

@@ -6,11 +6,21 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoparallel.parallel.uncaptured_python import held_by
 
 __all__ = ["TreeShape"]
+
+_DTYPE = operator.attrgetter("dtype")
+
+
+def _looks(buffer: torch.Tensor | None) -> Any:
+    """Return the facts about a buffer that a program depends on."""
+    if buffer is None:
+        return None
+    return (buffer.shape, buffer.dtype, buffer.requires_grad)
 
 
 class TreeShape:
@@ -30,6 +40,9 @@ class TreeShape:
         self.places: list[tuple[dict[str, Any], str]] = []
         self.seen: list[Any] = []
         self.dictionaries: list[dict[str, Any]] = []
+        self.buffers: list[tuple[dict[str, Any], str]] = []
+        self.held: list[Any] = []
+        self.looks: list[Any] = []
         for module in members:
             for held in (module._modules, held_by(module)):
                 self.dictionaries.append(held)
@@ -37,22 +50,30 @@ class TreeShape:
                     self.places.append((held, name))
                     self.seen.append(item)
             self.dictionaries.append(module._buffers)
+            for name, buffer in module._buffers.items():
+                self.buffers.append((module._buffers, name))
+                self.held.append(buffer)
+                self.looks.append(_looks(buffer))
         self.sizes = [len(held) for held in self.dictionaries]
+        tensors = {id(item): item for item in self.seen if isinstance(item, nn.Parameter)}
+        self.tensors = list(tensors.values())
+        self.dtypes = list(map(_DTYPE, self.tensors))
 
     def changed(self) -> bool:
-        """Return whether there is another module or parameter now, or another number of any.
+        """Return whether there is another module or parameter now, or a parameter of another type.
 
         This is asked at every call. All are fetched into a list, which is compared by identity.
         """
         now = [held.get(name) for held, name in self.places]
         if not all(map(operator.is_, now, self.seen)):
             return True
+        if list(map(_DTYPE, self.tensors)) != self.dtypes:
+            return True
+        # A program reads the buffer that is there, which may be another tensor of the same kind.
+        for index, (held, name) in enumerate(self.buffers):
+            buffer = held.get(name)
+            if buffer is not self.held[index]:
+                if _looks(buffer) != self.looks[index]:
+                    return True
+                self.held[index] = buffer
         return list(map(len, self.dictionaries)) != self.sizes
-
-    def parameters(self) -> dict[tuple[int, str], Any]:
-        """Return the parameters that were seen, by the dictionary's id and the name."""
-        return {
-            (id(held), name): item
-            for (held, name), item in zip(self.places, self.seen, strict=True)
-            if isinstance(item, nn.Parameter)
-        }

@@ -203,7 +203,9 @@ def _without_memory(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 if id(buffer) not in meta_twins:
-                    meta_twins[id(buffer)] = torch.empty_like(buffer, device=device)
+                    meta_twins[id(buffer)] = torch.empty_strided(
+                        buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device
+                    )
                 module._buffers[name] = meta_twins[id(buffer)]
     redirect(meta_model.modules(), meta_twins)
     meta_model.__dict__[_ORIGINALS] = _Originals(model, meta_model)
