@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -324,4 +325,6 @@ def _apply(
     if plan.breaks:
         require_same_parts(plan, ranks.world)
     replanner = Replanner(plan.model, plan.mesh, plan.options)
-    return parallel_module(model, plan, ranks, devices, replanner, check_inputs, local)
+    # What is made in inference mode could not be trained with later.
+    with torch.inference_mode(False):
+        return parallel_module(model, plan, ranks, devices, replanner, check_inputs, local)

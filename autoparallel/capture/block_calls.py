@@ -109,6 +109,8 @@ def constants_of(skeleton: Skeleton) -> Any:
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_autocast_dtype("cuda"),
     )
     return (modes, _token(skeleton))
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from autoparallel.capture.asked_switches import watching_gradient_mode
+from autoparallel.capture.assigned_buffers import writing_assigned_buffers
+from autoparallel.capture.attribute_reads import AttributeReads, alike_reads
 from autoparallel.capture.block_folding import Folding, Unfoldable
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.decompose import decomposing
@@ -37,7 +40,8 @@ from autoparallel.capture.steady_forward import is_steady
 from autoparallel.errors import (
     CaptureError,
 )
-from autoparallel.graph.captured import Captured, modes_of
+from autoparallel.graph.attribute_read import AttributeRead
+from autoparallel.graph.captured import Captured, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
@@ -57,13 +61,16 @@ class _Ran:
 
     outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
     than it was. left: paths of attributes in which it leaves tensors, which are returned too.
-    settings: other attributes that it sets, where it does nothing else to the model.
+    settings: other attributes that it sets, where it does nothing else to the model. reads: the
+    plain attributes that it has read. gradients: see Captured.
     """
 
     outputs: Skeleton
     changes: tuple[str, ...]
     left: tuple[str, ...]
     settings: dict[str, Any]
+    reads: tuple[AttributeRead, ...]
+    gradients: bool | None
 
 
 class _Flat(nn.Module):
@@ -91,6 +98,8 @@ class _Flat(nn.Module):
         # While it is traced, the model has other parameters, but attributes may refer to these.
         self.known = {number: places[0][0] for number, places in tensors.places.items()}
         self.training = self.model.training
+        self.reads = AttributeReads()
+        self.asked: list[str] = []
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model, and return the tensors in its result and those that it leaves behind."""
@@ -109,7 +118,9 @@ class _Flat(nn.Module):
             result = (result, left)
         flat, skeleton = flatten(result)
         settings = _settings(self.model, changes, left)
-        self.remember(_Ran(skeleton, changes, tuple(left), settings))
+        gradients = torch.is_grad_enabled() if self.asked else None
+        reads = self.reads.collected
+        self.remember(_Ran(skeleton, changes, tuple(left), settings, reads, gradients))
         return tuple(flat)
 
     def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +141,15 @@ class _Flat(nn.Module):
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
         no_replacing = NoReplacing(self.model).installed(operators=False)
+        device, autocast = wanted.device, wanted.autocast
+        results: list[Any] = []
         modes = (
+            writing_assigned_buffers(self.model, results),
+            self.reads.installed(self.model),
+            watching_gradient_mode(self.asked),
+            contextlib.nullcontext()
+            if autocast is None
+            else torch.autocast(device.type, dtype=autocast),
             self.folding.forward(),
             ConstantComparisons(),
             decomposing(wanted.known),
@@ -140,7 +159,7 @@ class _Flat(nn.Module):
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):
                 stack.enter_context(mode)
-            result = self.model.forward(*args, **kwargs)
+            results.append(self.model.forward(*args, **kwargs))
         if wanted.part:
             refuse_effects(before, self.state(arguments))
         if python_numbers() != numbers:
@@ -149,7 +168,7 @@ class _Flat(nn.Module):
                 why="a graph would have the numbers of this one trace for ever",
                 fix="draw them with torch, or in a module that is not traced",
             )
-        return result
+        return results[0]
 
 
 def _place(name: str) -> str:
@@ -220,10 +239,16 @@ def capture(
     ['aten.linear.default']
     """
     bound = bind_inputs(model, args, kwargs)
-    wanted = _Wanted(model, bound, len(args), known, part, around, frozenset())
+    tensors = (*model.parameters(), *model.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    wanted = _Wanted(
+        *(model, bound, len(args), known, part, around, frozenset()),
+        *(device, autocast_type(device), torch.is_grad_enabled()),
+    )
     while True:
         try:
-            return _folded(wanted) if fold else _traced(wanted, _unfolded(), one_by_one=True)
+            with _plain_surroundings(device):
+                return _folded(wanted) if fold else _traced(wanted, _unfolded(), one_by_one=True)
         except IntricateSizes as reason:
             _log.info("dims of the inputs are fixed: %s", reason)
             wanted = replace(wanted, fixed=wanted.fixed | reason.dims)
@@ -234,7 +259,9 @@ class _Wanted:
     """The arguments of `capture` in one value.
 
     positional: how many arguments were given by position. fixed: (input, dim) pairs that are not
-    symbolic.
+    symbolic. device: of the model's tensors. autocast: the type of the autocast region around the
+    call, None where there is none. gradients: whether they are recorded around the call; the trace
+    records them in any case, unless the forward asks for that.
     """
 
     model: nn.Module
@@ -244,6 +271,9 @@ class _Wanted:
     part: bool
     around: nn.Module | None
     fixed: frozenset[tuple[int, int]]
+    device: torch.device
+    autocast: torch.dtype | None
+    gradients: bool
 
 
 def _folded(wanted: _Wanted) -> Captured:
@@ -283,13 +313,19 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     more dims are to be fixed.
     """
     model = wanted.model
-    ran, importer, graph = _exported(wanted, folding, one_by_one)
+    with torch.enable_grad():
+        ran, importer, graph = _exported(wanted, folding, one_by_one)
+    if ran.gradients is not None and not wanted.gradients:
+        with torch.no_grad():
+            ran, importer, graph = _exported(wanted, folding, one_by_one)
+    reads = ran.reads
     # What a forward leaves behind may change its next call, which the graph would not know.
     if ran.changes:
-        twice, _, both = _exported(wanted, _unfolded(), one_by_one, twice=True)
-        first, second = twice.outputs.children
+        second_ran, _, both = _exported(wanted, _unfolded(), one_by_one, twice=True)
+        first, second = second_ran.outputs.children
         if str(first) != str(second) or not is_steady(both, len(both.outputs) // 2):
             raise _unsteady(model, ran.changes)
+        reads = _lasting(ran, (*reads, *second_ran.reads))
     aliases = first_paths(model)
     return Captured(
         _by_first_name(graph, aliases),
@@ -303,7 +339,28 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         modes_of(model),
         ran.left,
         tuple(ran.settings.items()),
+        alike_reads(reads, folding.groups, folding.hidden),
+        Surroundings(torch.get_default_dtype(), wanted.autocast),
+        ran.gradients,
     )
+
+
+def _lasting(ran: _Ran, reads: Sequence[AttributeRead]) -> tuple[AttributeRead, ...]:
+    """Return the reads of what a forward does not set itself.
+
+    ran: of a forward that changes attributes, and is steady. A number that it sets is right as it
+    was before and as it is afterwards; for what else it leaves behind, a second call was proven to
+    compute the same.
+    """
+    changed_places = set(map(_place, ran.changes))
+    lasting: dict[Any, AttributeRead] = {}
+    for read in reads:
+        if read.place not in changed_places:
+            lasting.setdefault((read.path, read.route, read.name), read)
+        elif not read.route and read.place in ran.settings:
+            both = replace(read, others=(ran.settings[read.place],))
+            lasting.setdefault((read.path, read.route, read.name), both)
+    return tuple(lasting.values())
 
 
 def _exported(
@@ -346,6 +403,21 @@ def _exported(
         program, GraphBuilder(), model=model, folding=folding, held=held, trained_inputs=trained
     )
     return ran[-1], importer, importer.graph()
+
+
+@contextlib.contextmanager
+def _plain_surroundings(device: torch.device) -> Iterator[None]:
+    """Have the tracer itself at work without autocast, and outside of inference mode.
+
+    device: of the model. The autocast region around a call is entered around its forward alone.
+    """
+    with contextlib.ExitStack() as stack:
+        gradients = torch.is_grad_enabled()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))  # leaving the mode has changed it
+        if autocast_type(device) is not None:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def _by_first_name(graph: Graph, aliases: Mapping[str, str]) -> Graph:

@@ -311,8 +311,6 @@ class Importer:
         operands that are cast. Raises CaptureError where casts do not explain the call's types.
         """
         assert self.autocast is not None
-        if self.folding.groups:
-            raise self.folding.fail("an autocast region, in which equal blocks may not be equal")
         device, dtype = self.autocast
         examples = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda item: item.meta["val"])
         casts: dict[int, torch.dtype] | None = None

@@ -224,16 +224,18 @@ def why_wrong(
         if kind is None:  # a gradient that came in, whose own gradient lies as the result does
             kind = strategy.results[int(name.split()[1])]
         parts_here = [None if each is None else each[name] for each in seconds]
-        example_part = leaves[name] if name in storage else seeds[int(name.split()[1])]
+        example_part: Any = leaves[name] if name in storage else seeds[int(name.split()[1])]
         if twice_whole is None and all(part is None for part in parts_here):
             continue
-        whole = example.tensors[name] if name in storage else example.seeds[int(name.split()[1])]
+        like: Any = (
+            example.tensors[name] if name in storage else example.seeds[int(name.split()[1])]
+        )
         wrong = difference(
             [
-                torch.zeros_like(like) if part is None else part
-                for part, like in zip(parts_here, example_part, strict=True)
+                torch.zeros_like(first) if part is None else part
+                for part, first in zip(parts_here, example_part, strict=True)
             ],
-            torch.zeros_like(whole) if twice_whole is None else twice_whole,
+            torch.zeros_like(like) if twice_whole is None else twice_whole,
             kind,
             tolerance,
         )

@@ -11,11 +11,12 @@ import sympy
 import torch
 from torch import nn
 
+from autoparallel.graph.attribute_read import AttributeRead
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeated_blocks import Repeats, find_repeats
 from autoparallel.support.pytree import Skeleton, rebuild
 
-__all__ = ["Captured", "Modes", "modes_of"]
+__all__ = ["Captured", "Modes", "Surroundings", "autocast_type", "modes_of"]
 
 # One truth value per module.
 Modes = tuple[bool, ...]
@@ -26,6 +27,39 @@ def modes_of(model: nn.Module) -> Modes:
     another program.
     """
     return tuple(module.training for module in model.modules())
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The state of torch around a call, outside of the model, on which its graph depends.
+
+    default_dtype: of tensors that the forward makes from numbers. autocast: the type in which
+    autocast computes on the model's device, None where it is off.
+
+    >>> Surroundings.now(torch.device("cpu"))
+    Surroundings(default_dtype=torch.float32, autocast=None)
+    """
+
+    default_dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+
+    @staticmethod
+    def now(device: torch.device) -> Surroundings:
+        """Return the state of this thread. device: of the model's parameters."""
+        return Surroundings(torch.get_default_dtype(), autocast_type(device))
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type in which autocast computes now on a device, None where it is off.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     autocast_type(torch.device("cpu"))
+    torch.bfloat16
+    """
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 @dataclass(frozen=True)
@@ -40,6 +74,8 @@ class Captured:
     module is called by Python that goes on with what it returns. modes: see `modes_of`.
     left: paths of attributes in which the forward leaves tensors: where there are any, the outputs
     are a pair of what it returns and these. settings: other attributes that it sets, and to what.
+    reads: the plain attributes that the forward has read. surroundings: the state of torch around
+    it. gradients: whether gradients were recorded, None where the forward does not ask for that.
     """
 
     graph: Graph
@@ -53,6 +89,9 @@ class Captured:
     modes: Modes = ()
     left: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+    reads: tuple[AttributeRead, ...] = ()
+    surroundings: Surroundings = Surroundings()
+    gradients: bool | None = None
 
     def together(self, tensors: list[torch.Tensor]) -> tuple[Any, dict[str, Any]]:
         """What the model returns, of the tensors that the program does, and the attributes that it

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.entries import make_entry
 from autoparallel.parallel.fill_tree import gathered_copies
-from autoparallel.parallel.module_state import Entry, State, Tree, state_of
+from autoparallel.parallel.module_state import State, Tree, state_of, user_forward
+from autoparallel.parallel.parameters import whole_tensor
 from autoparallel.parallel.seeds import generator_of
-from autoparallel.parallel.uncaptured_python import WholeParameters, held_by
+from autoparallel.parallel.tree_shape import TreeShape
+from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.runtime.rng import Generator
 from autoparallel.support.module_copy import shallow_copy
 
@@ -58,7 +61,16 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
         if number in memo
     }
     whole = WholeParameters(twin, parameters, tree.ranks, originals, gathered)
-    other = replace(tree, root=twin, whole=whole, copies=gathered)
+    other = replace(
+        tree,
+        root=twin,
+        whole=whole,
+        copies=gathered,
+        parameters=dict(twin.named_parameters(remove_duplicate=False)),
+        shape=TreeShape(twin.modules()),
+        attributes=None,  # what is traced next is made of the copy
+        elsewhere={},
+    )
     for path, inner in states:
         module_of_state = twin.get_submodule(path)
         module_of_state.__dict__["_autoparallel"] = _state_like(inner, module_of_state, other, memo)
@@ -92,29 +104,24 @@ def _states(module: nn.Module) -> Iterator[tuple[str, State]]:
 
 def _state_like(state: State, module: nn.Module, tree: Tree, memo: dict[int, Any]) -> State:
     """Return a state for the copy of a parallel module, with the same programs."""
-    forward = copy.deepcopy(state.forward, memo)
-    entries = {
-        key: [_entry_like(entry, module, tree) for entry in entries]
-        for key, entries in state.entries.items()
-    }
-    return replace(
-        state, tree=tree, forward=forward, entries=entries, python=set(state.python),
-        members=(), hooks=None,
-    )  # fmt: skip
-
-
-def _entry_like(entry: Entry, module: nn.Module, tree: Tree) -> Entry:
-    """Return the same program for the parameters of another module."""
-    bucket = tree.whole.bucket
-    leaves = []
-    for leaf in entry.leaves:
-        owner, _, name = leaf.path.rpartition(".")
-        holder = held_by(module.get_submodule(owner))
-        gathered = tree.copies.get(id(holder[name]))
-        leaves.append(
-            LocalParameter(holder, name, leaf.path, leaf.layouts, leaf.way.produced, bucket, gathered)
-        )
-    return replace(entry, leaves=leaves, known=dict(entry.known))
+    own_forward = copy.deepcopy(state.own_forward, memo)
+    twin = replace(
+        state,
+        tree=tree,
+        forward=user_forward(module, type(module).__bases__[1], own_forward),
+        own_forward=own_forward,
+        replaced_forward=copy.deepcopy(state.replaced_forward, memo),
+        load_hook=copy.deepcopy(state.load_hook, memo),
+        entries={},
+        python=set(state.python),
+        members=(),
+        hooks=None,
+    )
+    for key, entries in state.entries.items():
+        twin.entries[key] = [
+            make_entry(module, twin, entry.plan, entry.program) for entry in entries
+        ]
+    return twin
 
 
 def refuse_pickling(module: nn.Module) -> NoReturn:

@@ -30,12 +30,8 @@ _WAITING = "_waiting"
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """The model that a deferred module stands for, and the function that makes it parallel.
+    """The function that makes a deferred module parallel; see `deferred`."""
 
-    model: the user's own, as it was given. make: see `deferred`.
-    """
-
-    model: nn.Module
     make: Make
 
 
@@ -46,14 +42,17 @@ def _class_of(kind: Any) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Become the parallel module of the class and attributes that it has, and run that."""
         waiting: _Waiting = self.__dict__[_WAITING]
-        source = _with_weights_of(waiting.model, self)
-        parallel = waiting.make(source, args, kwargs)
-        _keep_identity(self, parallel)
+        # What is made in inference mode could not be trained with later.
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+            source = _with_weights_of(self)
+            parallel = waiting.make(source, args, kwargs)
+            _keep_identity(self, parallel)
         # A seed that was set before the first call stays set.
         parallel.__dict__["_generator"] = self.__dict__["_generator"]
         self.__class__ = parallel.__class__
         self.__dict__ = parallel.__dict__
-        return self(*args, **kwargs)
+        # Not by a call: the hooks around this one run already.
+        return self.forward(*args, **kwargs)
 
     deferred_class: type[nn.Module] = type(
         f"Parallel{kind.__name__}", (kind,), {"forward": forward}
@@ -77,18 +76,20 @@ def deferred(
     waiting = shallow_copy(model)
     kind = type(model)
     waiting.__class__ = _class_of(kind)
-    waiting.__dict__[_WAITING] = _Waiting(model, make)
+    waiting.__dict__[_WAITING] = _Waiting(make)
     give_generator(waiting, rng, ranks, devices)
     twins: dict[int, nn.Parameter] = {}
-    for module in waiting.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                data: torch.Tensor = parameter.detach().clone()
-                if devices is not None:
-                    layout = whole_layout(len(ranks.names))
-                    data = as_distributed(data, layout, tuple(data.shape), devices)
-                twin = nn.Parameter(data, parameter.requires_grad)
-                module._parameters[name] = twins.setdefault(id(parameter), twin)
+    # What is made in inference mode could not be trained with later.
+    with torch.inference_mode(False):
+        for module in waiting.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    data: torch.Tensor = parameter.detach().clone()
+                    if devices is not None:
+                        layout = whole_layout(len(ranks.names))
+                        data = as_distributed(data, layout, tuple(data.shape), devices)
+                    twin = nn.Parameter(data, parameter.requires_grad)
+                    module._parameters[name] = twins.setdefault(id(parameter), twin)
     return waiting
 
 
@@ -97,21 +98,22 @@ def is_deferred(module: nn.Module) -> bool:
     return _WAITING in module.__dict__
 
 
-def _with_weights_of(model: nn.Module, waiting: nn.Module) -> nn.Module:
-    """Return the plain model with the waiting module's weights and modes.
+def _with_weights_of(waiting: nn.Module) -> nn.Module:
+    """Return the plain model as the waiting module is now.
 
-    Weights may have been loaded, and train() or eval() called, since the module was made.
+    Weights may have been loaded, train() or eval() called, and attributes, modules and parameters
+    exchanged, since the module was made.
     """
-    plain = shallow_copy(model)
-    held = dict(waiting.named_parameters(remove_duplicate=False))
+    plain = shallow_copy(waiting)
+    plain.__class__ = type(waiting).__bases__[1]
+    for name in (_WAITING, "_generator"):
+        del plain.__dict__[name]
     twins: dict[int, nn.Parameter] = {}
-    for path, module in plain.named_modules():
-        module.training = waiting.get_submodule(path).training
+    for module in plain.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                current = held[f"{path}.{name}" if path else name]
-                local = current.to_local() if isinstance(current, DTensor) else current
-                twin = nn.Parameter(local.detach(), current.requires_grad)
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                twin = nn.Parameter(local.detach(), parameter.requires_grad)
                 module._parameters[name] = twins.setdefault(id(parameter), twin)
     return plain
 
@@ -120,11 +122,16 @@ def _keep_identity(waiting: nn.Module, parallel: nn.Module) -> None:
     """Give the waiting module's parameter objects the parts that were made for them.
 
     They take the place of the parallel module's parameters. A parameter that is tied stands in
-    several modules and is filled once.
+    several modules and is filled once. Its hooks go on as well.
     """
     before = dict(waiting.named_parameters(remove_duplicate=False))
+    modules = dict(waiting.named_modules(remove_duplicate=False))
     filled: set[int] = set()
     for path, module in parallel.named_modules():
+        # The handles of hooks know the dictionaries in which they were registered.
+        for name, hooks in vars(modules[path]).items():
+            if name.startswith(("_forward_", "_backward_")) and isinstance(hooks, dict):
+                vars(module)[name] = hooks
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue

@@ -6,8 +6,10 @@ there is none yet, and runs the user's own forward where none can be made.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import types
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
@@ -22,13 +24,20 @@ from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
 from autoparallel.parallel.copies import deep_copy, refuse_pickling, saved_whole
+from autoparallel.parallel.entries import make_entry
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module_programs import program_text
-from autoparallel.parallel.module_state import Entry, Replan, State, Tree, state_of
+from autoparallel.parallel.module_state import (
+    Entry,
+    Replan,
+    State,
+    Tree,
+    state_of,
+    user_forward,
+)
 from autoparallel.parallel.parameters import (
-    LocalParameter,
     ParameterLayouts,
     as_distributed,
     computing_stream,
@@ -40,8 +49,11 @@ from autoparallel.parallel.rank_agreement import (
     require_same_start,
 )
 from autoparallel.parallel.refused_wrappers import RefusedWrappers
+from autoparallel.parallel.restructure import restructure
 from autoparallel.parallel.seeds import give_generator
+from autoparallel.parallel.skeletons import attributes_of, traceable
 from autoparallel.parallel.state_dicts import split_loaded
+from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
@@ -59,6 +71,40 @@ _log = logging.getLogger(__name__)
 # The most programs of one module. A constant argument that Python computes anew for every call
 # would have a program made for each of them.
 _MOST_PROGRAMS = 16
+
+
+class _Forward:
+    """The attribute `forward` of a parallel module: its program, or what the user has put there.
+
+    A function that is assigned to it runs as Python on whole parameters, and may call the forward
+    that was there before. function: the one that runs programs.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __get__(self, module: Any, kind: Any = None) -> Any:
+        if module is None:
+            return self.function
+        replaced = vars(module)["_autoparallel"].replaced_forward
+        if replaced is None:
+            return types.MethodType(self.function, module)
+        return functools.partial(_run_replaced, module, replaced)
+
+    def __set__(self, module: Any, forward: Any) -> None:
+        own = isinstance(forward, types.MethodType) and forward.__func__ is self.function
+        state = vars(module)["_autoparallel"]
+        state.replaced_forward = None if own and forward.__self__ is module else forward
+
+    def __delete__(self, module: Any) -> None:
+        if vars(module)["_autoparallel"].replaced_forward is None:
+            raise AttributeError("forward")
+        vars(module)["_autoparallel"].replaced_forward = None
+
+
+def _run_replaced(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a forward that the user has put in the place of the module's, as Python."""
+    return _run_python(module, state_of(module), args, kwargs, forward)
 
 
 class _Parallel(RefusedWrappers):
@@ -135,7 +181,9 @@ def parallel_module(
     whole = WholeParameters(module, parameters, ranks, first, copies)
     give_generator(module, plan.options.rng, ranks, mesh)
     strict = plan.options.strict_capture
-    tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies, local)
+    held = dict(module.named_parameters(remove_duplicate=False))
+    shape = TreeShape(module.modules())
+    tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies, held, shape, local)
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if plan.captured is not None:
@@ -149,6 +197,7 @@ def parallel_module(
             inner = module.get_submodule(path)
             state_of(inner).plan = part.plan
             _add(inner, state_of(inner), part.plan)
+    tree.attributes = attributes_of(module)
     return module
 
 
@@ -167,16 +216,16 @@ def _become(
     has a plan of its own.
     """
     # A forward that the user has set on the object, not on the class, hides that of the class.
-    forward = module.__dict__.pop("forward", None)
-    if forward is None:
-        forward = functools.partial(type(module).forward, module)
-    key = (type(module), "" if path else "Parallel")
+    own_forward = module.__dict__.pop("forward", None)
+    kind: Any = type(module)
+    forward = user_forward(module, kind, own_forward)
+    key = (kind, "" if path else "Parallel")
     if key not in tree.classes:
         tree.classes[key] = _class_of(*key)
     module.__class__ = tree.classes[key]
-    state = State(path, tree, skeleton, parameters, 0, forward, plan)
+    load_hook = module.register_load_state_dict_pre_hook(split_loaded)
+    state = State(path, tree, skeleton, parameters, 0, forward, own_forward, load_hook, plan)
     module.__dict__["_autoparallel"] = state
-    module.register_load_state_dict_pre_hook(split_loaded)
     return state
 
 
@@ -199,7 +248,7 @@ def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
     body = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "forward": forward,
+        "forward": _Forward(forward),
         **saved_whole(kind),
     }
     parallel: type[nn.Module] = type(f"{prefix}{kind.__name__}", (_Parallel, kind), body)
@@ -233,24 +282,7 @@ def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
     """Emit a plan's program for this rank, and keep it for calls that it fits."""
     captured = plan.captured
     assert captured is not None
-    program = emit(captured.graph, plan, state.ranks, plan.model)
-    bucket = state.tree.whole.bucket
-    leaves = []
-    for path, gradient in zip(program.parameters, program.gradients, strict=True):
-        owner, _, name = path.rpartition(".")
-        holder = held_by(module.get_submodule(owner))
-        copy = state.tree.copies.get(id(holder[name]))
-        leaves.append(
-            LocalParameter(holder, name, path, state.parameters[path], gradient, bucket, copy)
-        )
-    inputs = [node.result for node in captured.graph.nodes if node.kind == "input"]
-    entry = Entry(
-        plan,
-        captured,
-        program,
-        leaves,
-        [value.shape for value in inputs],
-    )
+    entry = make_entry(module, state, plan, emit(captured.graph, plan, state.ranks, plan.model))
     state.entries.setdefault((captured.modes, captured.inputs), []).append(entry)
     return entry
 
@@ -262,6 +294,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     # Only what the user calls is given local batches: what Python calls within has whole ones.
     if local is not None and not state.tree.depth and not state.path:
         args, kwargs = local.gather(signature(state.skeleton.forward), args, kwargs, state.ranks)
+    if not state.tree.depth and state.tree.shape.changed():
+        state = _restructured(module, state)
     if state.hooks is None:
         state.members = tuple(module.modules())
         state.hooks = InnerHooks(state.members, tuple(state.skeleton.modules()))
@@ -290,6 +324,17 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
                 if entry is not None:
                     return _run_program(module, state, entry, inputs, args, kwargs)
     return _run_python(module, state, args, kwargs)
+
+
+def _restructured(module: nn.Module, state: State) -> State:
+    """Take up other modules and parameters that the model has now; return the module's state."""
+    tree = state.tree
+    restructure(tree)
+    traceable(tree)  # a call is bound to the signature of the module that there is now
+    _open(tree.root, state_of(tree.root))
+    if "_autoparallel" not in vars(module):  # it has no parameters now
+        _become(module, state.path, tree, tree.skeleton.get_submodule(state.path), {}, None)
+    return state_of(module)
 
 
 def _prepared(
@@ -342,7 +387,7 @@ def _run_program(
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
     # Devices are looked at only when the program has failed: most calls are right.
     try:
-        with rng.using(state.generator):
+        with rng.using(state.generator), _without_autocast(entry, device):
             outputs, written = program.run(parameters, buffers, constants, inputs, device)
     except RuntimeError:
         refuse_devices(state.skeleton, bind_inputs(state.skeleton, args, kwargs).arguments, device)
@@ -361,6 +406,13 @@ def _run_program(
     return result
 
 
+def _without_autocast(entry: Entry, device: torch.device) -> Any:
+    """Return a context for a program that has the casts of autocast written out."""
+    if entry.captured.surroundings.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _entry(
     module: nn.Module,
     state: State,
@@ -375,17 +427,18 @@ def _entry(
     Raises CaptureError and PlanError under strict_capture, and AliasError always: what keeps a view
     of a parameter would be wrong as Python, too.
     """
+    surroundings = state.tree.surroundings()
     for candidate in state.entries.get((modes, skeleton), ()):
-        if candidate.fits(inputs):
+        if candidate.fits(inputs, surroundings):
             return candidate
     if state.full or modes in state.python:
         return None
     # What is traced is the skeleton, in the modes of the module.
-    for path, inner in state.skeleton.named_modules():
+    root = traceable(state.tree)
+    for path, inner in root.get_submodule(state.path).named_modules():
         inner.training = module.get_submodule(path).training
     part = state.path != "" or state.tree.depth > 0
     try:
-        root = state.tree.skeleton
         plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
     except (CaptureError, PlanError) as error:
         if state.tree.strict or isinstance(error, AliasError):
@@ -401,21 +454,38 @@ def _entry(
         state.full = True
         return None
     require_same_plan(plan, state.ranks.world)
-    return _add(module, state, plan)
+    entry = _add(module, state, plan)
+    if not entry.guards.hold():
+        _log.warning(
+            "%s runs as plain Python from now on: what its forward reads of %s is another object "
+            "at every look", state.path or "the model", entry.guards.doubtful(),
+        )  # fmt: skip
+        state.entries[plan.captured.modes, plan.captured.inputs].pop()  # type: ignore[union-attr]
+        state.python.add(modes)
+        return None
+    return entry
 
 
 def _run_python(
-    module: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module,
+    state: State,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Any = None,
 ) -> Any:
-    """Run the user's own forward, on whole parameters; what it calls is split where it can be."""
+    """Run the user's own forward, on whole parameters; what it calls is split where it can be.
+
+    forward: another function to run in its place.
+    """
+    forward = forward or state.forward
     tree = state.tree
     # A forward that another one calls finds the parameters shown and the numbers seeded.
     if tree.depth:
-        return state.forward(*args, **kwargs)
+        return forward(*args, **kwargs)
     tree.depth += 1
     try:
         with tree.whole.shown(), common_numbers(state.generator):
-            return state.forward(*args, **kwargs)
+            return forward(*args, **kwargs)
     finally:
         tree.depth -= 1
 

@@ -11,11 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.graph.captured import Captured, Modes
+from autoparallel.graph.captured import Captured, Modes, Surroundings
+from autoparallel.parallel.guards import Guards
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
 from autoparallel.parallel.seeds import generator_of
+from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
@@ -24,7 +26,7 @@ from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.pytree import Skeleton
 
-__all__ = ["Entry", "Replan", "State", "Tree", "state_of"]
+__all__ = ["Entry", "Replan", "State", "Tree", "state_of", "user_forward"]
 
 # A function from the model on the meta device, the path of a module in it, its inputs, the layouts
 # in which its parameters are stored, and whether Python calls it, to a plan. It raises CaptureError
@@ -39,9 +41,10 @@ class Entry:
     """A program and what its inputs must look like.
 
     plan, captured: what it was emitted of. leaves: its parameters, in the order in which it takes
-    them. shapes: of its inputs, in symbolic sizes. known: whether it is right for inputs of some
-    shapes, types and need of gradients, as far as it was asked: to evaluate the guards takes
-    long, and most calls are like one before.
+    them. shapes: of its inputs, in symbolic sizes. guards: the attributes that its trace has read.
+    frozen: the places of parameters that needed no gradient when it was planned. known: whether it
+    is right for inputs of some shapes, types and need of gradients, as far as it was asked: to
+    evaluate the guards takes long, and most calls are like one before.
     """
 
     plan: Plan
@@ -49,10 +52,23 @@ class Entry:
     program: Program
     leaves: list[LocalParameter]
     shapes: list[tuple[Any, ...]]
+    guards: Guards
+    frozen: list[tuple[dict[str, Any], str]]
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
 
-    def fits(self, inputs: list[torch.Tensor]) -> bool:
-        """Return whether the program is right for these inputs; see `Captured.fits`."""
+    def fits(self, inputs: list[torch.Tensor], surroundings: Surroundings) -> bool:
+        """Return whether the program is right for these inputs, and all else is as it was traced.
+
+        See `Captured.fits`. A parameter that was frozen, and is trained now, would get no gradient;
+        one that was trained, and is frozen now, gets none.
+        """
+        captured = self.captured
+        if captured.surroundings != surroundings or not self.guards.hold():
+            return False
+        if captured.gradients not in (None, torch.is_grad_enabled()):
+            return False
+        if self.frozen and any(held[name].requires_grad for held, name in self.frozen):
+            return False
         # A list is quicker to make than a generator is to run, and this is asked at every call.
         key = tuple([(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs])
         if key not in self.known:
@@ -68,9 +84,12 @@ class Tree:
     traced. ranks, mesh: this rank's place, and torch's DeviceMesh, None for a single process.
     replan: a function that plans for other calls. strict: whether Python in place of a program is
     an error. whole: the parameters as Python reads them. copies: the gathered copies that compute
-    in place of parameters, by the parameters' ids. depth: the number of Python forwards that are
-    running now, one inside the other. local: the inputs of which ranks bring parts of the batch.
-    classes: those of split modules, by the user's classes and the prefixes of their names.
+    in place of parameters, by the parameters' ids. parameters: all by path, with all paths of tied
+    ones. shape: the modules and parameters for which all this holds. depth: the number of Python
+    forwards that are running now, one inside the other. attributes: those of the model when the
+    skeleton was made of it. elsewhere: the same skeleton with tensors that seem to lie on a device.
+    local: the inputs of which ranks bring parts of the batch. classes: those of split modules, by
+    the user's classes and the prefixes of their names.
     """
 
     root: nn.Module
@@ -81,9 +100,23 @@ class Tree:
     strict: bool
     whole: WholeParameters
     copies: Mapping[int, GatheredCopy]
+    parameters: Mapping[str, nn.Parameter]
+    shape: TreeShape
     local: LocalInputs | None = None
     depth: int = 0
     classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = field(default_factory=dict)
+    attributes: Any = None
+    elsewhere: dict[torch.device, nn.Module] = field(default_factory=dict)
+
+    def surroundings(self) -> Surroundings:
+        """Return the state of torch around a call that is made now."""
+        return Surroundings.now(self.device())
+
+    def device(self) -> torch.device:
+        """Return the device of the parameters; the CPU where there are none."""
+        for parameter in self.parameters.values():
+            return parameter.device
+        return torch.device("cpu")
 
 
 @dataclass
@@ -92,7 +125,9 @@ class State:
 
     path: the module's path in the model. skeleton: the module on the meta device, to trace other
     modes and inputs. parameters: the layouts of its parameters, by path. checks: number of calls
-    left in which the ranks compare their inputs. forward: the user's own. plan: the one that
+    left in which the ranks compare their inputs. forward: the user's own. own_forward: the same
+    where it was set on the object. replaced_forward: a function that was put in its place after
+    planning. load_hook: the handle of our hook on load_state_dict. plan: the one that
     decided how parameters are stored, None where a module around it did. entries: programs by
     (modes, structure of the inputs). python: modes in which the module cannot be traced, and stays
     the user's Python. full: no more programs are made. warned: the user was told that hooks were
@@ -106,7 +141,10 @@ class State:
     parameters: dict[str, ParameterLayouts]
     checks: int
     forward: Callable[..., Any]
+    own_forward: Callable[..., Any] | None
+    load_hook: Any
     plan: Plan | None
+    replaced_forward: Any = None
     entries: dict[tuple[Modes, Skeleton], list[Entry]] = field(default_factory=dict)
     python: set[Modes] = field(default_factory=set)
     full: bool = False
@@ -138,6 +176,21 @@ class State:
     def generator(self) -> rng.Generator:
         """The model's generator, from which all of its modules draw random numbers."""
         return generator_of(self.tree.root)
+
+
+def user_forward(
+    module: nn.Module, kind: Any, own_forward: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """Return the user's own forward of a module.
+
+    kind: the user's class. own_forward: a function that was set on the object, which hides that of
+    the class.
+
+    >>> user_forward(nn.ReLU(), nn.ReLU, None)(torch.tensor([-1.0, 2.0]))
+    tensor([0., 2.])
+    """
+    # The class is asked at each call, as its forward may be replaced.
+    return own_forward or (lambda *args, **kwargs: kind.forward(module, *args, **kwargs))
 
 
 def state_of(module: nn.Module) -> State:

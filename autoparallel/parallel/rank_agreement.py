@@ -7,6 +7,7 @@ them raise the same error, and none is left waiting in a collective.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from autoparallel.runtime.groups import Group, ProcessGroup
 __all__ = [
     "digest",
     "require_equal",
+    "require_equal_weights",
     "require_same_parts",
     "require_same_plan",
     "require_same_start",
@@ -116,6 +118,23 @@ def require_equal(inputs: list[torch.Tensor], names: list[str], group: Group, mo
             "inputs are equal",
             fix="give every rank the same batch (seed the sampler alike), or switch the check "
             "off with check_inputs=0 where differences are meant",
+        )
+
+
+def require_equal_weights(weights: Mapping[str, torch.Tensor], group: Group, model: str) -> None:
+    """Compare parameters that were put into a split model, by path. A collective call.
+
+    model: the name of its class. Raises AutoParallelError, on every rank, naming those that differ.
+    """
+    digests = [digest(tensor) for tensor in weights.values()]
+    different = _differing(torch.stack(digests), group)
+    wrong = [path for path, bad in zip(weights, different, strict=True) if bad]
+    if wrong:
+        raise AutoParallelError(
+            f"the ranks have put different parameters into a split model: {', '.join(wrong)}",
+            where=f"rank {group.rank}, {model}",
+            why="a parameter that comes after planning is whole on every rank, and the same",
+            fix="torch.manual_seed(seed) with one seed on every rank before it is made",
         )
 
 

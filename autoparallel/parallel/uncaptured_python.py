@@ -152,7 +152,9 @@ class WholeParameters(Watch):
         id, to which attributes may refer still. copies: the gathered copies that compute in place
         of parameters, by the parameters' ids.
         """
-        self.module, self.ranks = module, ranks
+        self.module, self.ranks, self.originals = module, ranks, originals
+        # What attributes refer to in truth, while they refer to whole values.
+        self.hidden: list[tuple[nn.Module, str, Any, Any]] = []
         self.readers: dict[tuple[int, str], LocalParameter] = {}
         self.seen: dict[int, _Seen] = {}
         self.handles: dict[int, tuple[_Seen, torch.UntypedStorage]] = {}
@@ -344,16 +346,35 @@ class WholeParameters(Watch):
             for inner, name, value, paths in self.references:
                 vars(inner)[name] = referring(value, {n: self.at(p) for n, p in paths.items()})
                 replaced.append((inner, name, value, vars(inner)[name]))
+            self.hidden = replaced
             with self.installed():
                 yield
             self.settle()
         finally:
-            self.seen, self.handles = {}, {}
+            self.seen, self.handles, self.hidden = {}, {}, []
             for inner, name, value, now in replaced:
                 if vars(inner).get(name) is now:
                     vars(inner)[name] = value
             for inner in changed:
                 inner.__dict__["_parameters"] = held_by(inner)
+
+    @contextlib.contextmanager
+    def as_held(self) -> Iterator[None]:
+        """Have the modules as they are outside of Python that is shown whole values, within."""
+        shown = [inner for inner in self.module.modules() if isinstance(inner._parameters, _Shown)]
+        wholes = [inner._parameters for inner in shown]
+        hidden = [row for row in self.hidden if vars(row[0]).get(row[1]) is row[3]]
+        try:
+            for inner in shown:
+                inner.__dict__["_parameters"] = held_by(inner)
+            for inner, name, value, _ in hidden:
+                vars(inner)[name] = value
+            yield
+        finally:
+            for inner, whole in zip(shown, wholes, strict=True):
+                inner.__dict__["_parameters"] = whole
+            for inner, name, _, now in hidden:
+                vars(inner)[name] = now
 
     def at(self, path: str) -> Any:
         """Return the parameter at `path` as it is shown."""

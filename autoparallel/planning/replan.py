@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoparallel.capture.equal_modules import EqualModules
 from autoparallel.capture.graph_breaks import trace, trace_alike
 from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
 from autoparallel.errors import CaptureError
+from autoparallel.graph.captured import Surroundings
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
@@ -35,6 +37,7 @@ class Replanner:
         recompute = "none" if options.recompute == "auto" else options.recompute
         self.options = replace(options, memory_limit=None, constraints=(), recompute=recompute)
         self.alike: EqualModules | None = None
+        self.root: nn.Module | None = None
         self.known: dict[Any, Plan | CaptureError] = {}
 
     def __call__(
@@ -63,11 +66,16 @@ class Replanner:
                 refuse_inputs(module, args, kwargs)
                 raise
             return search(captured, self.model, self.mesh, self.options, stored=stored)
-        self.alike = self.alike or EqualModules(root)
+        if self.alike is None or self.root is not root:
+            # Another root is the model with other attributes.
+            self.alike, self.root, self.known = EqualModules(root), root, {}
         module = root.get_submodule(path)
         tensors, skeleton = flatten((args, kwargs))
-        # All that a trace depends on, besides the module: inputs, modes, layouts of parameters.
+        # All that a trace depends on, besides the module: the state of torch around the call, its
+        # inputs, modes, layouts of parameters.
+        device = next((t.device for t in module.parameters()), torch.device("cpu"))
         rest = (
+            *(Surroundings.now(device), torch.is_grad_enabled()),
             str(skeleton),
             tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
             tuple(inner.training for inner in module.modules()),

@@ -8,12 +8,23 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["DEEPEST", "on_meta", "originals", "redirect", "referring", "shallow_copy"]
+from autoparallel.support.torch_private import FakeTensorMode, ShapeEnv
+
+__all__ = [
+    "DEEPEST",
+    "inherit_originals",
+    "on_meta",
+    "originals",
+    "redirect",
+    "referring",
+    "shallow_copy",
+]
 
 _ORIGINALS = "_autoparallel_originals"
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -151,31 +162,50 @@ def _same(first: Any, second: Any) -> bool:
     return first is second
 
 
-def on_meta(model: nn.Module) -> nn.Module:
+def on_meta(
+    model: nn.Module,
+    device: torch.device | None = None,
+    shapes: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
+) -> nn.Module:
     """Return a copy of the model without memory, for tracing:
     every parameter and buffer is on the meta device.
 
+    device: one where they seem to lie instead, as fake tensors, for what depends on the device.
+    shapes: of parameters, by id, that are to have another shape than in the model.
     Tied parameters stay tied, and parameters that need no gradient need none. The original is left
     as it is.
 
     >>> on_meta(nn.Linear(2, 3)).weight.device.type
     'meta'
     """
+    if device is not None:
+        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+            return _without_memory(model, device, shapes)
+    return _without_memory(model, torch.device("meta"), shapes)
+
+
+def _without_memory(
+    model: nn.Module, device: torch.device, shapes: Mapping[int, tuple[int, ...]]
+) -> nn.Module:
+    """Return the copy of `on_meta`, with tensors on `device` as the mode in force makes them."""
     meta_model = shallow_copy(model)
     meta_twins: dict[int, Any] = {}
     for module in meta_model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in meta_twins:
+                    shape = shapes.get(id(parameter), tuple(parameter.shape))
                     meta_twins[id(parameter)] = nn.Parameter(
-                        torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
+                        torch.empty(shape, dtype=parameter.dtype, device=device),
                         requires_grad=parameter.requires_grad,
                     )
                 module._parameters[name] = meta_twins[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 if id(buffer) not in meta_twins:
-                    meta_twins[id(buffer)] = torch.empty_like(buffer, device="meta")
+                    meta_twins[id(buffer)] = torch.empty_strided(
+                        buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device
+                    )
                 module._buffers[name] = meta_twins[id(buffer)]
     redirect(meta_model.modules(), meta_twins)
     meta_model.__dict__[_ORIGINALS] = _Originals(model, meta_model)
@@ -202,6 +232,19 @@ class _Originals:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return (_Originals, ())
+
+
+def inherit_originals(model: nn.Module, before: nn.Module) -> None:
+    """Let a copy stand for the tensors, too, that an earlier copy of the model stands for.
+
+    model, before: as `on_meta` returns them.
+    """
+    copies = dict(model.named_modules(remove_duplicate=False))
+    rows = vars(model)[_ORIGINALS].rows
+    for reference, _, path, name in vars(before)[_ORIGINALS].rows:
+        twin = copies.get(path)
+        if twin is not None and (name in twin._parameters or name in twin._buffers):
+            rows.append((reference, twin, path, name))
 
 
 def originals(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Module, str, str]]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
     from torch.fx.experimental.proxy_tensor import decompose as decompose
     from torch.fx.experimental.proxy_tensor import get_proxy_mode as get_proxy_mode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
     from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
     from torch.utils._pytree import tree_flatten as tree_flatten
@@ -46,6 +47,8 @@ _HOMES = {
     "OpOverload": "torch._ops",
     # Prints an expression in sizes as Python.
     "PythonPrinter": "torch.utils._sympy.printers",
+    # Keeps the symbols of sizes: tensors without data have them in the trace that they begin.
+    "ShapeEnv": "torch.fx.experimental.symbolic_shapes",
     # A weak reference to a tensor's memory, which keeps its address from being used again.
     "StorageWeakRef": "torch.multiprocessing.reductions",
     # Sees every op that runs, below autograd and autocast.
@@ -76,6 +79,7 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "PythonPrinter",
+    "ShapeEnv",
     "StorageWeakRef",
     "TorchDispatchMode",
     "assert_on_device",

@@ -1,0 +1,238 @@
+"""A record of the plain attributes that a forward reads while it is traced.
+
+A trace has the values of that moment for ever: a temperature, a flag of a config, a method that
+was put on an object. A program is right for a call only while all that was read is what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoparallel.capture.equal_blocks import Group
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path
+from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
+
+__all__ = ["AttributeReads", "alike_reads"]
+
+_DEEPEST = 4  # containers and objects inside of others that are looked into
+# Objects whose attributes are no settings of a model.
+_OPAQUE = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    torch.Tensor,
+    torch.Generator,
+    threading.local,
+)
+
+
+class AttributeReads:
+    """Records which attributes of modules, and of the objects that these keep, are read.
+
+    model: the one that is to be traced. Its classes are watched within `installed`, and only reads
+    of the thread that is in there count.
+
+    >>> class Scaled(nn.Module):
+    ...     scale, unread = 2.0, 1
+    ...     def forward(self, x):
+    ...         return x * self.scale
+    >>> model, reads = Scaled(), AttributeReads()
+    >>> with reads.installed(model):
+    ...     _ = model.forward(torch.ones(2))
+    >>> [(read.name, read.value) for read in reads.collected]
+    [('forward', UNKNOWN), ('scale', 2.0)]
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[int, tuple[Any, str, tuple[tuple[str, Any], ...]]] = {}
+        self.known: dict[tuple[int, str], AttributeRead] = {}
+
+    @property
+    def collected(self) -> tuple[AttributeRead, ...]:
+        """All that has been read, in the order of the first reads."""
+        return tuple(self.known.values())
+
+    @contextlib.contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        """Record what this thread reads within; in the end all classes are what they were."""
+        for path, module in model.named_modules():
+            self.objects.setdefault(id(module), (module, path, ()))
+        for path, module in model.named_modules():
+            for name, value in list(vars(module).items()):
+                if name not in MODULE_ATTRIBUTES:
+                    self.look(value, path, (("attribute", name),))
+        kinds = dict.fromkeys(type(item) for item, _, _ in self.objects.values())
+        with _watched(kinds):
+            before, _current.reads = getattr(_current, "reads", None), self
+            try:
+                yield
+            finally:
+                _current.reads = before
+
+    def look(self, value: Any, path: str, route: tuple[tuple[str, Any], ...]) -> None:
+        """Note the plain objects in the value of an attribute, and the way to each.
+
+        path: of the module that has it. route: the steps from there to the value.
+        """
+        if isinstance(value, SIMPLE) or len(route) > _DEEPEST or id(value) in self.objects:
+            return
+        if isinstance(value, dict):
+            for key, item in list(value.items()):
+                self.look(item, path, (*route, ("item", key)))
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                self.look(item, path, (*route, ("item", index)))
+        elif not isinstance(value, (nn.Module, *_OPAQUE)) and _plain(type(value)):
+            self.objects[id(value)] = (value, path, route)
+            for name, item in list(_own(value).items()):
+                self.look(item, path, (*route, ("attribute", name)))
+
+    def note(self, instance: Any, name: str) -> None:
+        """Note that an attribute is about to be read."""
+        key = (id(instance), name)
+        if key in self.known or id(instance) not in self.objects or name.startswith("__"):
+            return
+        item, path, route = self.objects[id(instance)]
+        if item is not instance:
+            return
+        own, module = _own(instance), isinstance(instance, nn.Module)
+        if module and (name in MODULE_ATTRIBUTES or _is_registered(own, name)):
+            return
+        value: Any = ABSENT
+        if name in own:
+            where, value = Where.INSTANCE, own[name]
+        elif any(name in vars(kind) for kind in type(instance).__mro__):
+            where = Where.CLASS
+            owner = next(kind for kind in type(instance).__mro__ if name in vars(kind))
+            if owner is nn.Module:
+                return  # torch's own methods
+            value = vars(owner)[name]
+            if hasattr(type(value), "__set__") and not isinstance(value, property):
+                where = Where.ASKED  # a slot: the value is in the object
+                value = object.__getattribute__(instance, name)
+        else:
+            # A module finds it elsewhere, in objects that are watched themselves.
+            where = Where.INSTANCE if module else Where.ASKED
+        if where is Where.ASKED and not module:
+            value = UNKNOWN
+        kept = value if value is ABSENT or isinstance(value, SIMPLE) else UNKNOWN
+        self.known[key] = AttributeRead(path, route, name, where, kept)
+
+
+def _own(instance: Any) -> dict[str, Any]:
+    """Return the dictionary of an instance, past the classes' own ways to read attributes."""
+    try:
+        own = object.__getattribute__(instance, "__dict__")
+    except AttributeError:
+        return {}
+    return own if isinstance(own, dict) else {}
+
+
+def _is_registered(own: dict[str, Any], name: str) -> bool:
+    """Return whether a module has a parameter, a buffer or a module of this name."""
+    return any(name in own.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
+
+
+def _plain(kind: type) -> bool:
+    """Return whether a class is written in Python, so that reads of its instances can be seen."""
+    return bool(kind.__flags__ & _HEAP_TYPE) and not issubclass(kind, BaseException)
+
+
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
+
+
+class _Current(threading.local):
+    """The record that reads of this thread go to, None where nothing is recorded."""
+
+    reads: AttributeReads | None = None
+
+
+_current = _Current()
+_lock = threading.Lock()
+# How many records watch each class, and what reading an attribute was before: several threads may
+# trace at the same time.
+_counts: dict[type, int] = {}
+_NONE: Any = object()
+
+
+@contextlib.contextmanager
+def _watched(kinds: Iterable[type]) -> Iterator[None]:
+    """Have reads of the instances' attributes reported within, for classes that allow it."""
+    watched: list[type] = []
+    try:
+        with _lock:
+            for kind in kinds:
+                if _watch(kind):
+                    watched.append(kind)
+        yield
+    finally:
+        with _lock:
+            for kind in watched:
+                _counts[kind] -= 1
+                if not _counts[kind]:
+                    del _counts[kind]
+                    before = _befores.pop(kind)
+                    if before is _NONE:
+                        del kind.__getattribute__
+                    else:
+                        kind.__getattribute__ = before  # type: ignore[method-assign]
+
+
+_befores: dict[type, Any] = {}
+
+
+def _watch(kind: type) -> bool:
+    """Watch one class, and return whether it allows that."""
+    if kind in _counts:
+        _counts[kind] += 1
+        return True
+    before = vars(kind).get("__getattribute__", _NONE)
+    # By the class each time: the one that it inherits from may be watched or let go meanwhile.
+    original: Any = before if before is not _NONE else None
+    parent: Any = super
+
+    def read(instance: Any, name: str) -> Any:
+        reads = _current.reads
+        if reads is not None:
+            reads.note(instance, name)
+        if original is not None:
+            return original(instance, name)
+        return parent(kind, instance).__getattribute__(name)
+
+    try:
+        kind.__getattribute__ = read  # type: ignore[method-assign, assignment]
+    except (TypeError, AttributeError):
+        return False
+    _befores[kind], _counts[kind] = before, 1
+    return True
+
+
+def alike_reads(
+    reads: Sequence[AttributeRead], groups: Sequence[Group], hidden: Iterable[str]
+) -> tuple[AttributeRead, ...]:
+    """Return the reads with those that hidden blocks would have made, had they been traced.
+
+    groups: of equal blocks. hidden: paths of those that a traced one stands for. They read what
+    their equals read, of which the values are equal.
+    """
+    result = dict.fromkeys(reads)
+    concealed = set(hidden)
+    for group in groups:
+        others = [path for path, _ in group.members if path in concealed]
+        for shown in (path for path, _ in group.members if path not in concealed):
+            for read in reads:
+                if read.path == shown or read.path.startswith(f"{shown}."):
+                    inner = read.path[len(shown) :].removeprefix(".")
+                    result.update(
+                        dict.fromkeys(read.at(join_path(other, inner)) for other in others)
+                    )
+    return tuple(result)

@@ -1,0 +1,74 @@
+"""One read of a plain attribute by a traced forward: where it was found, and its value."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+__all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "AttributeRead", "Where"]
+
+# Values that are the same if they are equal and of one type.
+SIMPLE = (
+    *(bool, int, float, complex, str, bytes, type(None), enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+class _Mark:
+    """A value that stands for none of a program's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> str:
+        return self.name  # it stays one object, also in copies and files
+
+
+ABSENT = _Mark("ABSENT")  # there is no attribute of this name
+UNKNOWN = _Mark("UNKNOWN")  # it is no simple value, and is compared by what the object has
+
+
+class Where(enum.Enum):
+    """The place of an attribute: the object's own dictionary, its class, or known by asking."""
+
+    INSTANCE = "instance"
+    CLASS = "class"
+    ASKED = "asked"
+
+
+@dataclass(frozen=True)
+class AttributeRead:
+    """One attribute that a forward has read.
+
+    path: of the module from which the object was reached. route: the steps from there, each
+    ("attribute", name) or ("item", key); none where it is the module itself. name: of the
+    attribute. where: its place. value: a simple one as it was read, ABSENT, or else UNKNOWN.
+    others: further values with which the program is right, because the forward itself sets them.
+    """
+
+    path: str
+    route: tuple[tuple[str, Any], ...]
+    name: str
+    where: Where
+    value: Any
+    others: tuple[Any, ...] = ()
+
+    def at(self, path: str) -> AttributeRead:
+        """Return the same read of another module, which is equal to this one."""
+        return replace(self, path=path)
+
+    @property
+    def place(self) -> str:
+        """The path of the attribute of a module by which the value was reached."""
+        name = self.route[0][1] if self.route else self.name
+        return f"{self.path}.{name}" if self.path else name
+
+    def __str__(self) -> str:
+        steps = [step if kind == "attribute" else f"[{step!r}]" for kind, step in self.route]
+        return ".".join(filter(None, (self.path, *map(str, steps), self.name)))

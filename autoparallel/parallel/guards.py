@@ -1,0 +1,201 @@
+"""Guards: a program is right for a call while all that its trace read in Python is what it was.
+
+This is asked at every call. All values are therefore fetched into one list, and compared by
+identity with those of the last call in which they were right: that takes 40 ns for each, and only
+what is another object is looked at.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
+
+__all__ = ["Guards"]
+
+_DEEPEST = 5  # containers inside of containers whose contents are compared
+_SAME = operator.is_
+
+
+class Guards:
+    """The values of all that a program's trace has read, in one module of the running model.
+
+    module: the one that the program is of. reads: what was read. Other values than the trace had,
+    where those are known, and places that the module does not have, make it stale from the start.
+
+    >>> layer = nn.Dropout(0.5)
+    >>> guards = Guards(layer, [AttributeRead("", (), "p", Where.INSTANCE, 0.5)])
+    >>> before = guards.hold()
+    >>> layer.p = 0.1
+    >>> before, guards.hold()
+    (True, False)
+    """
+
+    def __init__(self, module: nn.Module, reads: Iterable[AttributeRead]) -> None:
+        # Of each value: the mapping and the key where it is, the one that was seen last, and all
+        # that are right.
+        self.places: list[tuple[Mapping[Any, Any], Any]] = []
+        self.seen: list[Any] = []
+        self.right: list[tuple[Any, ...]] = []
+        self.lists: list[tuple[list[Any], list[Any]]] = []
+        self.asked: list[tuple[Any, str, Any]] = []
+        self.stale = False
+        # By owner and name, whether it has the attribute: classes are those of many objects.
+        self.known: dict[tuple[int, str], bool] = {}
+        for read in reads:
+            try:
+                item = _reached(module, read)
+            except (AttributeError, KeyError, IndexError, TypeError):
+                self.stale = True
+                continue
+            self.add(item, read)
+
+    def add(self, item: Any, read: AttributeRead) -> None:
+        """Guard one attribute of an object."""
+        if read.where is Where.ASKED:
+            value = getattr(item, read.name, ABSENT)
+            self.asked.append((item, read.name, self.expected(value, read)))
+            return
+        if read.where is Where.INSTANCE:
+            own = vars(item)
+            self.place(own, read.name, own.get(read.name, ABSENT), read)
+            return
+        if hasattr(item, "__dict__"):
+            self.absent(vars(item), read.name, id(item))
+        mro = type(item).__mro__
+        if "_autoparallel" in vars(item):
+            mro = (mro[0], *mro[2:])  # the mixin of this project stands behind the first
+        for kind in mro:
+            # Many objects are of one class.
+            if self.known.get((id(kind), read.name)):
+                return
+            if read.name in vars(kind):
+                self.known[id(kind), read.name] = True
+                self.place(vars(kind), read.name, vars(kind)[read.name], read)
+                return
+            self.absent(vars(kind), read.name, id(kind))
+        self.stale = True
+
+    def absent(self, mapping: Mapping[Any, Any], name: str, owner: int) -> None:
+        """Guard that an object, or a class, has no attribute of this name. owner: its id."""
+        key = (owner, name)
+        if key not in self.known:
+            self.known[key] = False
+            self.places.append((mapping, name))
+            self.seen.append(ABSENT)
+            self.right.append((ABSENT,))
+            self.stale = self.stale or name in mapping
+
+    def place(self, mapping: Mapping[Any, Any], name: Any, value: Any, read: AttributeRead) -> None:
+        """Guard the value at a key of a mapping."""
+        expected = self.expected(value, read)
+        self.places.append((mapping, name))
+        self.seen.append(value)
+        self.right.append((expected, *read.others))
+        if not any(_equal(value, one) for one in self.right[-1]):
+            self.stale = True
+            self.seen[-1] = ABSENT
+        self.contents(value, 0)
+
+    def expected(self, value: Any, read: AttributeRead) -> Any:
+        """Return the value that is right: that of the trace, or the present one if it is none of
+        those that can be told apart by what they are."""
+        if read.value is UNKNOWN:
+            return value
+        return read.value
+
+    def contents(self, value: Any, depth: int) -> None:
+        """Guard what is in a list, a dict or a tuple."""
+        if depth > _DEEPEST or not isinstance(value, (list, tuple, dict)):
+            return
+        if isinstance(value, dict):
+            self.lists.append((_Items(value), [*value.keys(), *value.values()]))  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            self.lists.append((value, list(value)))
+        for item in value.values() if isinstance(value, dict) else value:
+            self.contents(item, depth + 1)
+
+    def doubtful(self) -> str:
+        """Return the names of the attributes that are not what they were, for a message."""
+        pairs = zip(self.places, self.right, strict=True)
+        names = [
+            str(name)
+            for (mapping, name), right in pairs
+            if not any(_equal(mapping.get(name, ABSENT), one) for one in right)
+        ]
+        names += [
+            name for item, name, one in self.asked if not _equal(getattr(item, name, ABSENT), one)
+        ]
+        return ", ".join(dict.fromkeys(names)) or "its attributes"
+
+    def hold(self) -> bool:
+        """Return whether all values are those that the program is right for."""
+        if self.stale:
+            return False
+        now = [mapping.get(key, ABSENT) for mapping, key in self.places]
+        if not all(map(_SAME, now, self.seen)) and not self.others(now):
+            return False
+        for container, contents in self.lists:
+            same = len(container) == len(contents) and all(map(_SAME, container, contents))
+            if not same and not _equal(list(container), contents):
+                return False
+        return all(_equal(getattr(item, name, ABSENT), one) for item, name, one in self.asked)
+
+    def others(self, now: list[Any]) -> bool:
+        """Return whether values that are other objects than before are right as well."""
+        for index, (value, seen) in enumerate(zip(now, self.seen, strict=True)):
+            if value is not seen:
+                if not any(_equal(value, one) for one in self.right[index]):
+                    return False
+                # Another container with equal contents must be watched in its turn.
+                if not isinstance(value, (list, dict)):
+                    self.seen[index] = value
+        return True
+
+
+class _Items:
+    """The keys and values of a dict, one behind the other, as a list has them."""
+
+    def __init__(self, mapping: dict[Any, Any]) -> None:
+        self.mapping = mapping
+
+    def __len__(self) -> int:
+        return 2 * len(self.mapping)
+
+    def __iter__(self) -> Any:
+        yield from self.mapping
+        yield from self.mapping.values()
+
+
+def _reached(module: nn.Module, read: AttributeRead) -> Any:
+    """Return the object of which an attribute was read, as it is in the module now."""
+    item: Any = module.get_submodule(read.path)
+    for kind, step in read.route:
+        item = vars(item)[step] if kind == "attribute" else item[step]
+    return item
+
+
+def _equal(one: Any, other: Any, depth: int = 0) -> bool:
+    """Return whether a forward could not tell two values apart.
+
+    Numbers and texts are compared with their types, containers item by item, all else by identity.
+    """
+    if one is other:
+        return True
+    if type(one) is not type(other) or depth > _DEEPEST:
+        return False
+    if isinstance(one, SIMPLE):
+        # nan is nan, and 0.0 is not -0.0.
+        return (one == other and repr(one) == repr(other)) or repr(one) == repr(other) == "nan"
+    if isinstance(one, (list, tuple)):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(_equal(a, b, depth + 1) for a, b in pairs)
+    if isinstance(one, dict):
+        if list(one) != list(other):
+            return False
+        return all(_equal(one[key], other[key], depth + 1) for key in one)
+    return False
