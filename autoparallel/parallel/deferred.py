@@ -105,7 +105,7 @@ def _with_weights_of(waiting: nn.Module) -> nn.Module:
     exchanged, since the module was made.
     """
     plain = shallow_copy(waiting)
-    plain.__class__ = type(waiting).__bases__[1]
+    plain.__class__ = type(waiting).__bases__[-1]
     for name in (_WAITING, "_generator"):
         del plain.__dict__[name]
     twins: dict[int, nn.Parameter] = {}
