@@ -110,7 +110,6 @@ def _state_like(state: State, module: nn.Module, tree: Tree, memo: dict[int, Any
         tree=tree,
         forward=user_forward(module, type(module).__bases__[1], own_forward),
         own_forward=own_forward,
-        replaced_forward=copy.deepcopy(state.replaced_forward, memo),
         load_hook=copy.deepcopy(state.load_hook, memo),
         entries={},
         python=set(state.python),

@@ -77,7 +77,8 @@ class _Forward:
     """The attribute `forward` of a parallel module: its program, or what the user has put there.
 
     A function that is assigned to it runs as Python on whole parameters, and may call the forward
-    that was there before. function: the one that runs programs.
+    that was there before. It lies where such an attribute of a plain module does, so that programs
+    of the modules around notice it. function: the one that runs programs.
     """
 
     def __init__(self, function: Any) -> None:
@@ -86,20 +87,21 @@ class _Forward:
     def __get__(self, module: Any, kind: Any = None) -> Any:
         if module is None:
             return self.function
-        replaced = vars(module)["_autoparallel"].replaced_forward
-        if replaced is None:
+        if "forward" not in vars(module):
             return types.MethodType(self.function, module)
-        return functools.partial(_run_replaced, module, replaced)
+        return functools.partial(_run_replaced, module, vars(module)["forward"])
 
     def __set__(self, module: Any, forward: Any) -> None:
         own = isinstance(forward, types.MethodType) and forward.__func__ is self.function
-        state = vars(module)["_autoparallel"]
-        state.replaced_forward = None if own and forward.__self__ is module else forward
+        if own and forward.__self__ is module:
+            vars(module).pop("forward", None)
+        else:
+            vars(module)["forward"] = forward
 
     def __delete__(self, module: Any) -> None:
-        if vars(module)["_autoparallel"].replaced_forward is None:
+        if "forward" not in vars(module):
             raise AttributeError("forward")
-        vars(module)["_autoparallel"].replaced_forward = None
+        del vars(module)["forward"]
 
 
 def _run_replaced(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:

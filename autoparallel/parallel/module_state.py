@@ -126,8 +126,7 @@ class State:
     path: the module's path in the model. skeleton: the module on the meta device, to trace other
     modes and inputs. parameters: the layouts of its parameters, by path. checks: number of calls
     left in which the ranks compare their inputs. forward: the user's own. own_forward: the same
-    where it was set on the object. replaced_forward: a function that was put in its place after
-    planning. load_hook: the handle of our hook on load_state_dict. plan: the one that
+    where it was set on the object. load_hook: the handle of our hook on load_state_dict. plan: the one that
     decided how parameters are stored, None where a module around it did. entries: programs by
     (modes, structure of the inputs). python: modes in which the module cannot be traced, and stays
     the user's Python. full: no more programs are made. warned: the user was told that hooks were
@@ -144,7 +143,6 @@ class State:
     own_forward: Callable[..., Any] | None
     load_hook: Any
     plan: Plan | None
-    replaced_forward: Any = None
     entries: dict[tuple[Modes, Skeleton], list[Entry]] = field(default_factory=dict)
     python: set[Modes] = field(default_factory=set)
     full: bool = False
