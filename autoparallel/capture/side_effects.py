@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +52,11 @@ def effects(
         ]
         for name in _HOOKS:
             hooks = vars(inner)[name]
-            state[f"{name} of {path or 'the model'}"] = [*hooks, *map(id, hooks.values())]
+            where = f"{name} of {path or 'the model'}"
+            state[where] = [*hooks, *map(id, hooks.values())]
+            kept = [token_of(item, paths, depth=_DEPTH) for item in _kept(hooks.values())]
+            if kept:
+                state[f"what is kept by the {where}"] = kept
         for kind in ("_parameters", "_buffers"):
             names = [(name, value is None) for name, value in vars(inner)[kind].items()]
             state[f"the names in {join_path(path, kind)}"] = names
@@ -57,6 +64,24 @@ def effects(
         kind = type(value).__name__
         state[f"its argument {name} (a {kind})"] = token_of(value, paths, depth=_DEPTH)
     return state
+
+
+def _kept(functions: Iterable[Any]) -> Iterator[Any]:
+    """Yield the objects that functions know of and may write to, such as a list in a closure."""
+    for function in functions:
+        if isinstance(function, functools.partial):
+            yield from (*function.args, *function.keywords.values())
+            function = function.func
+        if isinstance(function, types.MethodType):
+            yield function.__self__
+            function = function.__func__
+        for cell in getattr(function, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+        if isinstance(function, types.FunctionType):
+            yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        else:
+            yield function
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Replicate as DTensorReplicate
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
 from autoparallel.runtime.ranks import Ranks
@@ -307,12 +308,23 @@ class LocalParameter:
     def get(self) -> torch.Tensor:
         """Return the local leaf of the parameter as it is now, the same one if nothing changed.
 
-        Users may put another parameter in place, move the module, or change requires_grad.
+        Users may put another parameter in place, move the module, or change requires_grad. Raises
+        AutoParallelError where one was given memory that its part does not share.
         """
         parameter = self.owner[self.name]
         # A plain parameter whose gradient needs no reduction is its own leaf: torch does the rest.
         if not isinstance(parameter, DTensor) and self.gradient == self.layouts.state:
             return parameter
+        # A DTensor has no memory of its own, until `parameter.data = tensor` gives it some, which
+        # neither its part nor torch's DTensor knows of.
+        if isinstance(parameter, DTensor) and parameter.data_ptr():
+            raise AutoParallelError(
+                f"parameter {self.path} was given other memory (parameter.data = tensor)",
+                where=self.path,
+                why="it is a DTensor, whose part on this rank does not follow that",
+                fix="call model.load_state_dict({name: tensor}, strict=False) instead, which cuts "
+                "a whole tensor; or assign nn.Parameter(tensor), equal on every rank",
+            )
         held = _held(parameter) if self.copy is None else self.copy.value
         assert held is not None
         local = self.local
