@@ -109,9 +109,8 @@ class Tree:
 
     def device(self) -> torch.device:
         """Return the device of the parameters; the CPU where there are none."""
-        for parameter in self.parameters.values():
-            return parameter.device
-        return torch.device("cpu")
+        parameters = self.shape.parameters
+        return parameters[0].device if parameters else torch.device("cpu")
 
 
 @dataclass

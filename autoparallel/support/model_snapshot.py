@@ -29,9 +29,10 @@ def untouched(model: nn.Module, *others: Any, values: bool = False) -> Iterator[
     model: any module, with or without weights. Restored are the dicts of its modules with children,
     tensors and hooks, containers and plain objects in attributes (and in closures and defaults of
     hooks), classes, the memory of tensors, whether they are trained, their gradients, torch's
-    global state, and random numbers. others: further objects to restore. values: whether the numbers in tensors
-    are restored as well. Memory is copied just before an operator first writes to it, and the rest
-    is not copied. Tracing needs no such copies: it works on tensors without data.
+    global state, and random numbers. others: further objects to restore. values: whether the
+    numbers in tensors are restored as well. Memory is copied just before an operator first writes
+    to it, and the rest is not copied. Tracing needs no such copies: it works on tensors without
+    data.
 
     >>> layer = nn.Linear(2, 2)
     >>> with untouched(layer):
