@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from autoparallel.capture.decompose import decomposing
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_blocks import Group, find_groups
 from autoparallel.capture.example_inputs import as_given, bind_inputs
-from autoparallel.capture.forward_contexts import quiet
+from autoparallel.capture.forward_contexts import plain_surroundings, quiet
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.importer import Importer
@@ -33,7 +33,9 @@ from autoparallel.capture.side_effects import (
     changed,
     effects,
     moving,
+    place_of,
     refuse_effects,
+    settings_of,
     tensors_left,
 )
 from autoparallel.capture.steady_forward import is_steady
@@ -117,7 +119,7 @@ class _Flat(nn.Module):
         elif left:
             result = (result, left)
         flat, skeleton = flatten(result)
-        settings = _settings(self.model, changes, left)
+        settings = settings_of(self.model, changes, left)
         gradients = torch.is_grad_enabled() if self.asked else None
         reads = self.reads.collected
         self.remember(_Ran(skeleton, changes, tuple(left), settings, reads, gradients))
@@ -171,32 +173,6 @@ class _Flat(nn.Module):
         return results[0]
 
 
-def _place(name: str) -> str:
-    """Return the path of an attribute, of the name that an effect on it has for users."""
-    return name.removeprefix("its attribute ")
-
-
-def _attribute(model: nn.Module, path: str) -> Any:
-    """Return the attribute at `path`, None where there is none now."""
-    owner, _, last = path.rpartition(".")
-    return vars(model.get_submodule(owner)).get(last)
-
-
-def _settings(model: nn.Module, names: Sequence[str], left: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes that a forward has set to numbers and the like, by path.
-
-    names: of its effects. left: attributes in which it has left tensors. Empty where it has done
-    more than that: then not all of it could be done again.
-    """
-    rest = [name for name in names if _place(name) not in left]
-    values = {
-        _place(name): _attribute(model, _place(name)) for name in rest if _place(name) != name
-    }
-    simple = (bool, int, float, str, type(None))
-    whole = len(values) == len(rest) and all(type(value) in simple for value in values.values())
-    return values if whole else {}
-
-
 def _unsteady(model: nn.Module, names: Sequence[str]) -> CaptureError:
     """Return the error for a forward that is not the same at every call, with what it changes."""
     return CaptureError(
@@ -247,7 +223,7 @@ def capture(
     )
     while True:
         try:
-            with _plain_surroundings(device):
+            with plain_surroundings(device):
                 return _folded(wanted) if fold else _traced(wanted, _unfolded(), one_by_one=True)
         except IntricateSizes as reason:
             _log.info("dims of the inputs are fixed: %s", reason)
@@ -352,7 +328,7 @@ def _lasting(ran: _Ran, reads: Sequence[AttributeRead]) -> tuple[AttributeRead, 
     was before and as it is afterwards; for what else it leaves behind, a second call was proven to
     compute the same.
     """
-    changed_places = set(map(_place, ran.changes))
+    changed_places = set(map(place_of, ran.changes))
     lasting: dict[Any, AttributeRead] = {}
     for read in reads:
         if read.place not in changed_places:
@@ -403,21 +379,6 @@ def _exported(
         program, GraphBuilder(), model=model, folding=folding, held=held, trained_inputs=trained
     )
     return ran[-1], importer, importer.graph()
-
-
-@contextlib.contextmanager
-def _plain_surroundings(device: torch.device) -> Iterator[None]:
-    """Have the tracer itself at work without autocast, and outside of inference mode.
-
-    device: of the model. The autocast region around a call is entered around its forward alone.
-    """
-    with contextlib.ExitStack() as stack:
-        gradients = torch.is_grad_enabled()
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(gradients))  # leaving the mode has changed it
-        if autocast_type(device) is not None:
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
 
 
 def _by_first_name(graph: Graph, aliases: Mapping[str, str]) -> Graph:

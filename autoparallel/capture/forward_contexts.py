@@ -8,9 +8,12 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+import torch
+
+from autoparallel.graph.captured import autocast_type
 from autoparallel.support.torch_private import EXPORT_LOGGERS, FAKE_TENSOR_LOGGER
 
-__all__ = ["quiet"]
+__all__ = ["plain_surroundings", "quiet"]
 
 
 @contextlib.contextmanager
@@ -32,3 +35,20 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def plain_surroundings(device: torch.device) -> Iterator[None]:
+    """Have the tracer itself at work without autocast, and outside of inference mode.
+
+    device: of the model. The autocast region around a call is entered around its forward alone.
+
+    Example: `with plain_surroundings(torch.device("cpu")): torch.export.export(model, args)`.
+    """
+    with contextlib.ExitStack() as stack:
+        gradients = torch.is_grad_enabled()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))  # leaving the mode has changed it
+        if autocast_type(device) is not None:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +16,8 @@ from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
 
-__all__ = ["NoReplacing", "changed", "effects", "moving", "refuse_effects", "tensors_left"]
+__all__ = ["NoReplacing", "changed", "effects", "moving"]
+__all__ += ["place_of", "refuse_effects", "settings_of", "tensors_left"]
 
 _HOOKS = tuple(name for name in sorted(MODULE_ATTRIBUTES) if name.endswith("_hooks"))
 _NOTHING: Mapping[int, str] = {}
@@ -49,7 +53,11 @@ def effects(
         ]
         for name in _HOOKS:
             hooks = vars(inner)[name]
-            state[f"{name} of {path or 'the model'}"] = [*hooks, *map(id, hooks.values())]
+            where = f"{name} of {path or 'the model'}"
+            state[where] = [*hooks, *map(id, hooks.values())]
+            kept = [token_of(item, paths, depth=_DEPTH) for item in _kept(hooks.values())]
+            if kept:
+                state[f"what is kept by the {where}"] = kept
         for kind in ("_parameters", "_buffers"):
             names = [(name, value is None) for name, value in vars(inner)[kind].items()]
             state[f"the names in {join_path(path, kind)}"] = names
@@ -57,6 +65,24 @@ def effects(
         kind = type(value).__name__
         state[f"its argument {name} (a {kind})"] = token_of(value, paths, depth=_DEPTH)
     return state
+
+
+def _kept(functions: Iterable[Any]) -> Iterator[Any]:
+    """Yield the objects that functions know of and may write to, such as a list in a closure."""
+    for function in functions:
+        if isinstance(function, functools.partial):
+            yield from (*function.args, *function.keywords.values())
+            function = function.func
+        if isinstance(function, types.MethodType):
+            yield function.__self__
+            function = function.__func__
+        for cell in getattr(function, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+        if isinstance(function, types.FunctionType):
+            yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        else:
+            yield function
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
@@ -104,6 +130,32 @@ def tensors_left(module: nn.Module, names: tuple[str, ...]) -> dict[str, torch.T
             if isinstance(value, torch.Tensor):
                 left[place] = value
     return left
+
+
+def place_of(name: str) -> str:
+    """Return the path of an attribute, of the name that an effect on it has for users."""
+    return name.removeprefix("its attribute ")
+
+
+def _attribute(model: nn.Module, path: str) -> Any:
+    """Return the attribute at `path`, None where there is none now."""
+    owner, _, last = path.rpartition(".")
+    return vars(model.get_submodule(owner)).get(last)
+
+
+def settings_of(model: nn.Module, names: Sequence[str], left: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes that a forward has set to numbers and the like, by path.
+
+    names: of its effects. left: attributes in which it has left tensors. Empty where it has done
+    more than that: then not all of it could be done again.
+    """
+    rest = [name for name in names if place_of(name) not in left]
+    values = {
+        place_of(name): _attribute(model, place_of(name)) for name in rest if place_of(name) != name
+    }
+    simple = (bool, int, float, str, type(None))
+    whole = len(values) == len(rest) and all(type(value) in simple for value in values.values())
+    return values if whole else {}
 
 
 def refuse_effects(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

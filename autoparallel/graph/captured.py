@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -29,8 +29,7 @@ def modes_of(model: nn.Module) -> Modes:
     return tuple(module.training for module in model.modules())
 
 
-@dataclass(frozen=True)
-class Surroundings:
+class Surroundings(NamedTuple):
     """The state of torch around a call, outside of the model, on which its graph depends.
 
     default_dtype: of tensors that the forward makes from numbers. autocast: the type in which
@@ -47,6 +46,9 @@ class Surroundings:
     def now(device: torch.device) -> Surroundings:
         """Return the state of this thread. device: of the model's parameters."""
         return Surroundings(torch.get_default_dtype(), autocast_type(device))
+
+
+_USUAL = Surroundings()
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
@@ -90,7 +92,7 @@ class Captured:
     left: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
     reads: tuple[AttributeRead, ...] = ()
-    surroundings: Surroundings = Surroundings()
+    surroundings: Surroundings = _USUAL
     gradients: bool | None = None
 
     def together(self, tensors: list[torch.Tensor]) -> tuple[Any, dict[str, Any]]:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel.entries import make_entry
 from autoparallel.parallel.fill_tree import gathered_copies
+from autoparallel.parallel.module_calls import make_entry
 from autoparallel.parallel.module_state import State, Tree, state_of, user_forward
 from autoparallel.parallel.parameters import whole_tensor
 from autoparallel.parallel.seeds import generator_of

@@ -7,6 +7,7 @@ what is another object is looked at.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ __all__ = ["Guards"]
 
 _DEEPEST = 5  # containers inside of containers whose contents are compared
 _SAME = operator.is_
+_GET: Any = dict.get
+_ABSENT = itertools.repeat(ABSENT)
 
 
 class Guards:
@@ -41,7 +44,7 @@ class Guards:
         self.places: list[tuple[Mapping[Any, Any], Any]] = []
         self.seen: list[Any] = []
         self.right: list[tuple[Any, ...]] = []
-        self.lists: list[tuple[list[Any], list[Any]]] = []
+        self.lists: list[tuple[Any, list[Any]]] = []
         self.asked: list[tuple[Any, str, Any]] = []
         self.stale = False
         # By owner and name, whether it has the attribute: classes are those of many objects.
@@ -53,6 +56,18 @@ class Guards:
                 self.stale = True
                 continue
             self.add(item, read)
+        self.sort()
+
+    def sort(self) -> None:
+        """Put the dictionaries of objects before those of classes, which are none of dict's."""
+        count = len(self.places)
+        order = sorted(range(count), key=lambda at: not isinstance(self.places[at][0], dict))
+        self.places = [self.places[at] for at in order]
+        self.seen = [self.seen[at] for at in order]
+        self.right = [self.right[at] for at in order]
+        own = [place for place in self.places if isinstance(place[0], dict)]
+        self.dictionaries, self.names = [place[0] for place in own], [place[1] for place in own]
+        self.classes = self.places[len(own) :]
 
     def add(self, item: Any, read: AttributeRead) -> None:
         """Guard one attribute of an object."""
@@ -113,7 +128,7 @@ class Guards:
         if depth > _DEEPEST or not isinstance(value, (list, tuple, dict)):
             return
         if isinstance(value, dict):
-            self.lists.append((_Items(value), [*value.keys(), *value.values()]))  # type: ignore[arg-type]
+            self.lists.append((_Items(value), [*value.keys(), *value.values()]))
         elif isinstance(value, list):
             self.lists.append((value, list(value)))
         for item in value.values() if isinstance(value, dict) else value:
@@ -136,7 +151,9 @@ class Guards:
         """Return whether all values are those that the program is right for."""
         if self.stale:
             return False
-        now = [mapping.get(key, ABSENT) for mapping, key in self.places]
+        # This loop runs in C.
+        now: list[Any] = list(map(_GET, self.dictionaries, self.names, _ABSENT))
+        now += [mapping.get(key, ABSENT) for mapping, key in self.classes]
         if not all(map(_SAME, now, self.seen)) and not self.others(now):
             return False
         for container, contents in self.lists:

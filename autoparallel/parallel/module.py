@@ -6,7 +6,6 @@ there is none yet, and runs the user's own forward where none can be made.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import types
@@ -19,15 +18,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.capture.example_inputs import bind_inputs
-from autoparallel.capture.refused_inputs import refuse_devices
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
-from autoparallel.graph.graph import Sym
 from autoparallel.parallel.copies import deep_copy, refuse_pickling, saved_whole
-from autoparallel.parallel.entries import make_entry
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
+from autoparallel.parallel.module_calls import add_entry, run_program
 from autoparallel.parallel.module_programs import program_text
 from autoparallel.parallel.module_state import (
     Entry,
@@ -39,9 +36,6 @@ from autoparallel.parallel.module_state import (
 )
 from autoparallel.parallel.parameters import (
     ParameterLayouts,
-    as_distributed,
-    computing_stream,
-    refresh,
 )
 from autoparallel.parallel.rank_agreement import (
     require_equal,
@@ -55,10 +49,7 @@ from autoparallel.parallel.skeletons import attributes_of, traceable
 from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
-from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
-from autoparallel.rewrite.emit import emit
-from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.memory_writes import paused
 from autoparallel.support.module_copy import on_meta, shallow_copy
@@ -189,7 +180,7 @@ def parallel_module(
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if plan.captured is not None:
-        _add(module, state, plan)
+        add_entry(module, state, plan)
     _open(module, state)
     for graph_break in plan.breaks:
         inner = module.get_submodule(graph_break.path)
@@ -198,7 +189,7 @@ def parallel_module(
         for path in part.paths:
             inner = module.get_submodule(path)
             state_of(inner).plan = part.plan
-            _add(inner, state_of(inner), part.plan)
+            add_entry(inner, state_of(inner), part.plan)
     tree.attributes = attributes_of(module)
     return module
 
@@ -280,15 +271,6 @@ def _open(root: nn.Module, state: State) -> None:
         _become(module, path, state.tree, state.skeleton.get_submodule(path), parameters, None)
 
 
-def _add(module: nn.Module, state: State, plan: Plan) -> Entry:
-    """Emit a plan's program for this rank, and keep it for calls that it fits."""
-    captured = plan.captured
-    assert captured is not None
-    entry = make_entry(module, state, plan, emit(captured.graph, plan, state.ranks, plan.model))
-    state.entries.setdefault((captured.modes, captured.inputs), []).append(entry)
-    return entry
-
-
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run the program that fits the call, or the user's Python where there is none."""
     state = state_of(module)
@@ -316,7 +298,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if not state.tree.depth:
             entry, inputs = _prepared(module, state, modes, args, kwargs)
             if entry is not None:
-                return _run_program(module, state, entry, inputs, args, kwargs)
+                return run_program(module, state, entry, inputs, args, kwargs)
         else:
             # The user's Python has called this part. It may have written to parameters, which the
             # program must see; what the program itself writes is not the user's.
@@ -324,7 +306,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             with paused():
                 entry, inputs = _prepared(module, state, modes, args, kwargs)
                 if entry is not None:
-                    return _run_program(module, state, entry, inputs, args, kwargs)
+                    return run_program(module, state, entry, inputs, args, kwargs)
     return _run_python(module, state, args, kwargs)
 
 
@@ -357,62 +339,6 @@ def _prepared(
         name = type(state.skeleton).__name__
         require_equal(inputs, list(bound.arguments), state.ranks.world, name)
     return _entry(module, state, modes, inputs, skeleton, args, kwargs), inputs
-
-
-def _run_program(
-    module: nn.Module,
-    state: State,
-    entry: Entry,
-    inputs: list[torch.Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """Run a program on the parameters, buffers and inputs as they are now; return its result.
-
-    inputs: the tensors among args and kwargs. Raises InputMismatchError for a call whose inputs are
-    on another device than the parameters.
-    """
-    program = entry.program
-    copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
-    refresh(copies, state.ranks)
-    stream = computing_stream()
-    parameters = [leaf.get(stream) for leaf in entry.leaves]
-    buffers = [module.get_buffer(path) for path in program.buffers]
-    if program.mutations:
-        # What the backward pass keeps of a buffer must not change when it is written to below.
-        written_to = set(program.mutations)
-        buffers = [
-            buffer.clone() if path in written_to else buffer
-            for path, buffer in zip(program.buffers, buffers, strict=True)
-        ]
-    device = parameters[0].device if parameters else torch.device("cpu")
-    constants = [entry.captured.constants[path].to(device) for path in program.constants]
-    # Devices are looked at only when the program has failed: most calls are right.
-    try:
-        with rng.using(state.generator), _without_autocast(entry, device):
-            outputs, written = program.run(parameters, buffers, constants, inputs, device)
-    except RuntimeError:
-        refuse_devices(state.skeleton, bind_inputs(state.skeleton, args, kwargs).arguments, device)
-        raise
-    for path, value in zip(program.mutations, written, strict=True):
-        module.get_buffer(path).copy_(value.detach())
-    returned = [
-        _returned(output, layout, shape, inputs, entry, state)
-        for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
-    ]
-    # The forward may have left tensors in attributes of modules; they are put there again.
-    result, left = entry.captured.together(returned)
-    for path, value in left.items():
-        owner, _, name = path.rpartition(".")
-        vars(module.get_submodule(owner))[name] = value
-    return result
-
-
-def _without_autocast(entry: Entry, device: torch.device) -> Any:
-    """Return a context for a program that has the casts of autocast written out."""
-    if entry.captured.surroundings.autocast is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _entry(
@@ -456,7 +382,7 @@ def _entry(
         state.full = True
         return None
     require_same_plan(plan, state.ranks.world)
-    entry = _add(module, state, plan)
+    entry = add_entry(module, state, plan)
     if not entry.guards.hold():
         _log.warning(
             "%s runs as plain Python from now on: what its forward reads of %s is another object "
@@ -490,28 +416,3 @@ def _run_python(
             return forward(*args, **kwargs)
     finally:
         tree.depth -= 1
-
-
-def _returned(
-    output: torch.Tensor,
-    layout: Layout,
-    shape: tuple[Any, ...],
-    inputs: list[torch.Tensor],
-    entry: Entry,
-    state: State,
-) -> torch.Tensor:
-    """Return what the user gets of an output: the tensor, or a DTensor where it stays split.
-
-    shape: of the whole output, in sizes that this call's inputs give.
-    """
-    split = any(isinstance(placement, Shard) for placement in layout)
-    if not split or state.mesh is None:
-        return output
-    # A dim of an input whose size is a symbol by itself says what the symbol is in this call.
-    actual_sizes: dict[Any, int] = {}
-    for tensor, sizes in zip(inputs, entry.shapes, strict=True):
-        for actual, size in zip(tensor.shape, sizes, strict=True):
-            if isinstance(size, Sym) and size.expr.is_Symbol:
-                actual_sizes[size.expr] = actual
-    whole = tuple(int(s.expr.subs(actual_sizes)) if isinstance(s, Sym) else s for s in shape)
-    return as_distributed(output, layout, whole, state.mesh)

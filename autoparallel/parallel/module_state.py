@@ -114,9 +114,8 @@ class Tree:
 
     def device(self) -> torch.device:
         """Return the device of the parameters; the CPU where there are none."""
-        for parameter in self.parameters.values():
-            return parameter.device
-        return torch.device("cpu")
+        parameters = self.shape.parameters
+        return parameters[0].device if parameters else torch.device("cpu")
 
 
 @dataclass
@@ -126,12 +125,12 @@ class State:
     path: the module's path in the model. skeleton: the module on the meta device, to trace other
     modes and inputs. parameters: the layouts of its parameters, by path. checks: number of calls
     left in which the ranks compare their inputs. forward: the user's own. own_forward: the same
-    where it was set on the object. load_hook: the handle of our hook on load_state_dict. plan: the one that
-    decided how parameters are stored, None where a module around it did. entries: programs by
-    (modes, structure of the inputs). python: modes in which the module cannot be traced, and stays
-    the user's Python. full: no more programs are made. warned: the user was told that hooks were
-    registered in it. members: the module and all in it, from the first
-    call on. hooks: those inside of it, which programs leave out.
+    where it was set on the object. load_hook: the handle of our hook on load_state_dict. plan: the
+    one that decided how parameters are stored, None where a module around it did. entries: programs
+    by (modes, structure of the inputs). python: modes in which the module cannot be traced, and
+    stays the user's Python. full: no more programs are made. warned: the user was told that hooks
+    were registered in it. members: the module and all in it, from the first call on. hooks: those
+    inside of it, which programs leave out.
     """
 
     path: str

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_for_distributed
 from autoparallel.parallel.gradient_return import (
     GradientBucket,
@@ -250,11 +251,22 @@ class LocalParameter:
 
         Users may put another parameter in place, move the module, or change requires_grad. stream:
         the GPU's stream that computes now, on which autograd is to bring the gradient back.
+        Raises AutoParallelError where one was given memory that its part does not share.
         """
         parameter = self.owner[self.name]
         # A plain parameter whose gradient needs no reduction is its own leaf: torch does the rest.
         if not isinstance(parameter, DTensor) and self.way.is_trivial:
             return parameter
+        # A DTensor has no memory of its own, until `parameter.data = tensor` gives it some, which
+        # neither its part nor torch's DTensor knows of.
+        if isinstance(parameter, DTensor) and parameter.data_ptr():
+            raise AutoParallelError(
+                f"parameter {self.path} was given other memory (parameter.data = tensor)",
+                where=self.path,
+                why="it is a DTensor, whose part on this rank does not follow that",
+                fix="call model.load_state_dict({name: tensor}, strict=False) instead, which cuts "
+                "a whole tensor; or assign nn.Parameter(tensor), equal on every rank",
+            )
         held = _held(parameter) if self.copy is None else self.copy.value
         assert held is not None
         local = self.local

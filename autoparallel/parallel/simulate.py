@@ -13,7 +13,8 @@ from torch import nn
 
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import PlanError
-from autoparallel.graph.captured import modes_of
+from autoparallel.graph.captured import Surroundings, modes_of
+from autoparallel.parallel.guards import Guards
 from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.module_state import Replan, state_of
 from autoparallel.parallel.seeds import manual_seed
@@ -98,10 +99,24 @@ def simulate_plan(
             + ", ".join(str(n.result) for n in captured.graph.nodes if n.kind == "input"),
             fix="plan with inputs like these",
         )
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    if captured.surroundings != Surroundings.now(device):
+        raise PlanError(
+            "torch is in another state than when it was planned",
+            why=f"planned for {captured.surroundings}, and now {Surroundings.now(device)}",
+            fix="call it under the same autocast and default dtype, or plan again",
+        )
+    guards = Guards(model, captured.reads)
+    if not guards.hold():
+        raise PlanError(
+            f"the model is not the one that was planned for: {guards.doubtful()}",
+            why="its forward reads attributes that have changed since, and the plan's graph has "
+            "their old values",
+            fix="plan again",
+        )
     ranks = thread_ranks(plan.mesh)
     weights = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    device = next((p.device for p in weights.values()), torch.device("cpu"))
     storage = plan.storage
     states = {parameter.path: parameter.state for parameter in plan.parameters}
 
@@ -218,6 +233,8 @@ def _simulate_parts(
     # generators: the ranks run in turn, from one collective to the next.
     ranks = thread_ranks(plan.mesh, in_turn=True)
     tensors, skeleton = flatten((args, dict(kwargs)))
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    autocast = Surroundings.now(device).autocast
 
     def work(rank: Ranks) -> tuple[_Ran, Skeleton, Mapping[str, Layout]]:
         """Make one rank's parallel module, and run a step of it."""
@@ -226,7 +243,9 @@ def _simulate_parts(
         # Copies, as each rank has its own, and Python may write to them.
         local_inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
         local_args, local_kwargs = rebuild(skeleton, local_inputs)
-        output = module(*local_args, **local_kwargs)
+        # A thread begins without the autocast that is around this call.
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            output = module(*local_args, **local_kwargs)
         if backward:
             loss = _loss_of(output) if backward is True else backward(output)
             if loss is not None:

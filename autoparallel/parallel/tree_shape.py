@@ -37,43 +37,62 @@ class TreeShape:
     """
 
     def __init__(self, members: Iterable[nn.Module]) -> None:
-        self.places: list[tuple[dict[str, Any], str]] = []
-        self.seen: list[Any] = []
         self.dictionaries: list[dict[str, Any]] = []
-        self.buffers: list[tuple[dict[str, Any], str]] = []
-        self.held: list[Any] = []
-        self.looks: list[Any] = []
+        self.items = _Places()
+        self.buffers = _Places()
         for module in members:
             for held in (module._modules, held_by(module)):
-                self.dictionaries.append(held)
-                for name, item in held.items():
-                    self.places.append((held, name))
-                    self.seen.append(item)
-            self.dictionaries.append(module._buffers)
-            for name, buffer in module._buffers.items():
-                self.buffers.append((module._buffers, name))
-                self.held.append(buffer)
-                self.looks.append(_looks(buffer))
-        self.sizes = [len(held) for held in self.dictionaries]
-        tensors = {id(item): item for item in self.seen if isinstance(item, nn.Parameter)}
-        self.tensors = list(tensors.values())
-        self.dtypes = list(map(_DTYPE, self.tensors))
+                self.items.add(held)
+                # A forward that walks through a list meets what is added; one that has no list of
+                # such does not.
+                if held:
+                    self.dictionaries.append(held)
+            self.buffers.add(module._buffers)
+        self.size = sum(map(len, self.dictionaries))
+        self.looks = list(map(_looks, self.buffers.seen))
+        parameters = {id(one): one for one in self.items.seen if isinstance(one, nn.Parameter)}
+        self.parameters = list(parameters.values())
+        self.dtypes = list(map(_DTYPE, self.parameters))
 
     def changed(self) -> bool:
         """Return whether there is another module or parameter now, or a parameter of another type.
 
-        This is asked at every call. All are fetched into a list, which is compared by identity.
+        This is asked at every call. Each step is a loop that runs in C, 30 ns for each item.
         """
-        now = [held.get(name) for held, name in self.places]
-        if not all(map(operator.is_, now, self.seen)):
+        if not self.items.same(self.items.now()):
             return True
-        if list(map(_DTYPE, self.tensors)) != self.dtypes:
+        # What is missing was found above, so that the sum tells of what is new.
+        if sum(map(len, self.dictionaries)) != self.size:
             return True
+        if list(map(_DTYPE, self.parameters)) != self.dtypes:
+            return True
+        buffers = self.buffers.now()
+        if self.buffers.same(buffers):
+            return False
         # A program reads the buffer that is there, which may be another tensor of the same kind.
-        for index, (held, name) in enumerate(self.buffers):
-            buffer = held.get(name)
-            if buffer is not self.held[index]:
-                if _looks(buffer) != self.looks[index]:
-                    return True
-                self.held[index] = buffer
-        return list(map(len, self.dictionaries)) != self.sizes
+        self.buffers.seen = buffers
+        return list(map(_looks, buffers)) != self.looks
+
+
+class _Places:
+    """Keys of dictionaries, and what is there."""
+
+    def __init__(self) -> None:
+        self.holders: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.seen: list[Any] = []
+
+    def add(self, held: dict[str, Any]) -> None:
+        """Add all keys of a dictionary."""
+        for name, item in held.items():
+            self.holders.append(held)
+            self.names.append(name)
+            self.seen.append(item)
+
+    def now(self) -> list[Any]:
+        """Return what is there now, None where the key is gone."""
+        return list(map(dict.get, self.holders, self.names))
+
+    def same(self, now: list[Any]) -> bool:
+        """Return whether these are the objects that were there."""
+        return all(map(operator.is_, now, self.seen))

@@ -27,11 +27,12 @@ def untouched(model: nn.Module, *others: Any, values: bool = False) -> Iterator[
     """At the end, however it comes, the model and all that it refers to are what they were.
 
     model: any module, with or without weights. Restored are the dicts of its modules with children,
-    tensors and hooks, containers and plain objects in attributes (and in closures of hooks),
-    classes, the memory of tensors, whether they are trained, their gradients, torch's global state,
-    and random numbers. others: further objects to restore. values: whether the numbers in tensors
-    are restored as well. Memory is copied just before an operator first writes to it, and the rest
-    is not copied. Tracing needs no such copies: it works on tensors without data.
+    tensors and hooks, containers and plain objects in attributes (and in closures and defaults of
+    hooks), classes, the memory of tensors, whether they are trained, their gradients, torch's
+    global state, and random numbers. others: further objects to restore. values: whether the
+    numbers in tensors are restored as well. Memory is copied just before an operator first writes
+    to it, and the rest is not copied. Tracing needs no such copies: it works on tensors without
+    data.
 
     >>> layer = nn.Linear(2, 2)
     >>> with untouched(layer):
@@ -96,6 +97,8 @@ class _Snapshot(Watch):
         elif isinstance(value, types.MethodType):
             self.look(value.__self__, depth + 1)
         elif isinstance(value, types.FunctionType):
+            for item in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+                self.look(item, depth + 1)
             for cell in value.__closure__ or ():
                 with contextlib.suppress(ValueError):  # an empty cell
                     self.look(cell.cell_contents, depth + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 import torch
 from split_ranks import as_unsplit, programs_of
 from torch import nn
+
+import autoparallel
+from autoparallel.errors import PlanError
 
 
 class Config:
@@ -235,3 +239,31 @@ def switches(model: Any) -> Any:
 def test_switches_of_torch_are_followed(world_size: int) -> None:
     x = torch.ones(3, 8, dtype=torch.float64)
     assert as_unsplit(Asking(), world_size, (x,), switches) == 3
+
+
+def test_a_plan_for_other_attributes_is_not_simulated() -> None:
+    """A plan knows what its trace has read; one that is applied is followed where it fits."""
+    model, x = Model(), torch.ones(3, 8, dtype=torch.float64)
+    plan = autoparallel.make_plan(model, 2, example_inputs=x)
+    model.layers[1].temperature = 0.25
+    with pytest.raises(PlanError, match="temperature"):
+        autoparallel.simulate(model, plan=plan, example_inputs=x)
+    model.layers[1].temperature = 1.0
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(PlanError, match="torch is in another state"),
+    ):
+        autoparallel.simulate(model, plan=plan, example_inputs=x)
+    single = autoparallel.make_plan(model, 1, example_inputs=x)
+    model.layers[1].temperature = 0.25
+    applied = autoparallel.apply_plan(model, single)
+    torch.testing.assert_close(applied(x), model(x), rtol=1e-12, atol=0)
+
+
+def test_attributes_that_are_set_before_the_first_call() -> None:
+    model, x = Model(), torch.ones(3, 8, dtype=torch.float64)
+    waiting: Any = autoparallel.autoparallelize(model, 1)
+    waiting.layers[1].temperature, waiting.extra = 0.25, 2.0
+    expected = copy.deepcopy(model)
+    expected.layers[1].temperature, expected.extra = 0.25, 2.0
+    torch.testing.assert_close(waiting(x), expected(x), rtol=1e-12, atol=0)

@@ -308,6 +308,18 @@ def test_fake_tensors_have_sizes_strides_and_no_data() -> None:
     assert made.untyped_storage().nbytes() == 4 * 5 * 4
 
 
+def test_fake_tensors_of_one_mode_begin_a_trace_with_symbolic_sizes() -> None:
+    """A module whose parameters are fake is exported: the mode needs a place for its symbols."""
+    with torch_private.FakeTensorMode(
+        allow_non_fake_inputs=True, shape_env=torch_private.ShapeEnv()
+    ):
+        layer = nn.Linear(3, 2)
+    free = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(layer, (torch.ones(4, 3),), strict=False, dynamic_shapes=free)
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    assert isinstance(output.args[0][0].meta["val"].shape[0], torch.SymInt)
+
+
 def test_a_wrapper_tensor_has_a_size_and_no_memory() -> None:
     class Described(torch.Tensor):
         @classmethod

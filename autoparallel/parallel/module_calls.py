@@ -1,0 +1,159 @@
+"""Programs of a parallel module: made of a plan, and run on what the module holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoparallel.capture.example_inputs import bind_inputs
+from autoparallel.capture.refused_inputs import refuse_devices
+from autoparallel.graph.graph import Sym
+from autoparallel.parallel.guards import Guards
+from autoparallel.parallel.module_state import Entry, State
+from autoparallel.parallel.parameters import (
+    LocalParameter,
+    as_distributed,
+    computing_stream,
+    refresh,
+)
+from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.placement import Layout, Shard
+from autoparallel.plan import Plan
+from autoparallel.rewrite.emit import Program, emit
+from autoparallel.runtime import rng
+
+__all__ = ["add_entry", "make_entry", "run_program"]
+
+
+def add_entry(module: nn.Module, state: State, plan: Plan) -> Entry:
+    """Emit a plan's program for this rank, and keep it for calls that it fits."""
+    captured = plan.captured
+    assert captured is not None
+    entry = make_entry(module, state, plan, emit(captured.graph, plan, state.ranks, plan.model))
+    state.entries.setdefault((captured.modes, captured.inputs), []).append(entry)
+    return entry
+
+
+def make_entry(module: nn.Module, state: State, plan: Plan, program: Program) -> Entry:
+    """Return a program with the module's parameters, and with guards on what its trace has read.
+
+    module, state: the parallel module, and its state. plan: the one that the program was emitted
+    of, with its graph.
+    """
+    captured = plan.captured
+    assert captured is not None
+    bucket = state.tree.whole.bucket
+    leaves = []
+    for path, gradient in zip(program.parameters, program.gradients, strict=True):
+        owner, _, name = path.rpartition(".")
+        holder = held_by(module.get_submodule(owner))
+        copy = state.tree.copies.get(id(holder[name]))
+        leaves.append(
+            LocalParameter(holder, name, path, state.parameters[path], gradient, bucket, copy)
+        )
+    nodes = captured.graph.nodes
+    stored = {node.target: node.result for node in nodes if node.kind == "parameter"}
+    planned = [(leaf, stored[leaf.path]) for leaf in leaves]
+    reads = captured.reads
+    if state.path or state.tree.depth:
+        # Python that is shown whole parameters has other values in these.
+        shown = {(id(inner), name) for inner, name, _, _ in state.tree.whole.references}
+        reads = tuple(
+            read
+            for read in reads
+            if (id(module.get_submodule(read.path)), read.place.rpartition(".")[2]) not in shown
+        )
+    return Entry(
+        plan,
+        captured,
+        program,
+        leaves,
+        [node.result.shape for node in nodes if node.kind == "input"],
+        Guards(module, reads),
+        [(leaf.owner, leaf.name) for leaf, value in planned if not value.requires_grad],
+    )
+
+
+def run_program(
+    module: nn.Module,
+    state: State,
+    entry: Entry,
+    inputs: list[torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run a program on the parameters, buffers and inputs as they are now; return its result.
+
+    inputs: the tensors among args and kwargs. Raises InputMismatchError for a call whose inputs are
+    on another device than the parameters.
+    """
+    program = entry.program
+    copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
+    refresh(copies, state.ranks)
+    stream = computing_stream()
+    parameters = [leaf.get(stream) for leaf in entry.leaves]
+    buffers = [module.get_buffer(path) for path in program.buffers]
+    if program.mutations:
+        # What the backward pass keeps of a buffer must not change when it is written to below.
+        written_to = set(program.mutations)
+        buffers = [
+            buffer.clone() if path in written_to else buffer
+            for path, buffer in zip(program.buffers, buffers, strict=True)
+        ]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    constants = [entry.captured.constants[path].to(device) for path in program.constants]
+    # Devices are looked at only when the program has failed: most calls are right.
+    try:
+        with rng.using(state.generator), _without_autocast(entry, device):
+            outputs, written = program.run(parameters, buffers, constants, inputs, device)
+    except RuntimeError:
+        refuse_devices(state.skeleton, bind_inputs(state.skeleton, args, kwargs).arguments, device)
+        raise
+    for path, value in zip(program.mutations, written, strict=True):
+        module.get_buffer(path).copy_(value.detach())
+    returned = [
+        _returned(output, layout, shape, inputs, entry, state)
+        for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
+    ]
+    # The forward may have left tensors in attributes of modules; they are put there again.
+    result, left = entry.captured.together(returned)
+    for path, value in left.items():
+        owner, _, name = path.rpartition(".")
+        vars(module.get_submodule(owner))[name] = value
+    return result
+
+
+def _without_autocast(entry: Entry, device: torch.device) -> Any:
+    """Return a context for a program that has the casts of autocast written out."""
+    if entry.captured.surroundings.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _returned(
+    output: torch.Tensor,
+    layout: Layout,
+    shape: tuple[Any, ...],
+    inputs: list[torch.Tensor],
+    entry: Entry,
+    state: State,
+) -> torch.Tensor:
+    """Return what the user gets of an output: the tensor, or a DTensor where it stays split.
+
+    shape: of the whole output, in sizes that this call's inputs give.
+    """
+    split = any(isinstance(placement, Shard) for placement in layout)
+    if not split or state.mesh is None:
+        return output
+    # A dim of an input whose size is a symbol by itself says what the symbol is in this call.
+    actual_sizes: dict[Any, int] = {}
+    for tensor, sizes in zip(inputs, entry.shapes, strict=True):
+        for actual, size in zip(tensor.shape, sizes, strict=True):
+            if isinstance(size, Sym) and size.expr.is_Symbol:
+                actual_sizes[size.expr] = actual
+    whole = tuple(int(s.expr.subs(actual_sizes)) if isinstance(s, Sym) else s for s in shape)
+    return as_distributed(output, layout, whole, state.mesh)
