@@ -20,6 +20,7 @@ from autoparallel.options import Options
 from autoparallel.parallel.deferred import deferred
 from autoparallel.parallel.launch import join_mesh, join_world
 from autoparallel.parallel.module import parallel_module
+from autoparallel.parallel.parameter_hooks import carry_gradient_hooks
 from autoparallel.parallel.rank_agreement import require_same_parts
 from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import Layout, Placement
@@ -224,6 +225,7 @@ def simulate(
     before; else it is made with `options`, which are those of make_plan. backward: True for a
     backward pass from the returned loss, False for none, or a function from the output to a loss.
     The result also counts the collectives, and says how far ranks differ that should be equal.
+    Hooks on parameters do not run: gradients are as the backward pass leaves them.
     Raises PlanError for a model on the meta device, and for a plan beside options that would make
     another one.
 
@@ -281,4 +283,6 @@ def _apply(
     if plan.breaks:
         require_same_parts(plan, ranks.world)
     replanner = Replanner(plan.model, plan.mesh, plan.options)
-    return parallel_module(model, plan, ranks, devices, replanner, check_inputs)
+    module = parallel_module(model, plan, ranks, devices, replanner, check_inputs)
+    carry_gradient_hooks(model, module)
+    return module

@@ -211,9 +211,7 @@ def second_gradients_of(
     for seed in incoming.values():
         seed.requires_grad_()
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    ends = tuple(
-        result for result, seed in zip(results, seeds, strict=True) if seed is not None
-    )
+    ends = tuple(result for result, seed in zip(results, seeds, strict=True) if seed is not None)
     if not ends or not wanted:
         return None
     gradients = torch.autograd.grad(

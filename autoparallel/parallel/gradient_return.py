@@ -205,8 +205,9 @@ class GradientReturn:
                 self.bucket.late.add(id(parameter))
             local: torch.Tensor = _Local.apply(parameter, held, self)
         # Autograd runs first what was recorded last. A gradient whose way was recorded long ago
-        # would be kept to the end of the backward pass.
-        run_when_ready(local)
+        # would be kept to the end of the backward pass. Gradients that come at once, of one op, go
+        # on in an order that all ranks have in common, because some are reduced on the way.
+        run_when_ready(local, 1 + self.number)
         return local
 
     def bring(self, ctx: Any, grad: torch.Tensor) -> torch.Tensor | None:
