@@ -13,7 +13,6 @@ from autoparallel.rules.lookup import find_rule, registered
 from autoparallel.rules.ops.pointwise import pointwise
 from autoparallel.rules.rule import ShardingRule, Strategy
 
-
 EMPTY_INDEX = "cannot reshape tensor of 0 elements"
 
 

@@ -160,12 +160,8 @@ def test_derivatives_of_gradients(kind: type[nn.Module], step: Step, mesh: Mesh)
             every = thread_ranks(mesh)
             results = run_ranks(every, work)
             for (loss, x_grad), _, _ in results:
-                torch.testing.assert_close(
-                    loss, expected[0], rtol=1e-9, atol=1e-12, msg=lambda m: f"{way}: {m}"
-                )
-                torch.testing.assert_close(
-                    x_grad, expected[1], rtol=1e-9, atol=1e-12, msg=lambda m: f"{way}: {m}"
-                )
+                torch.testing.assert_close(loss, expected[0], rtol=1e-9, atol=1e-12, msg=at(way))
+                torch.testing.assert_close(x_grad, expected[1], rtol=1e-9, atol=1e-12, msg=at(way))
             modules = [dict(module.named_parameters()) for _, module, _ in results]
             for path, parameter in unsplit.named_parameters():
                 parts = [named[path].grad for named in modules]
@@ -179,8 +175,12 @@ def test_derivatives_of_gradients(kind: type[nn.Module], step: Step, mesh: Mesh)
                 ]
                 whole = join_layout(parts, layout, every[0].sizes)
                 torch.testing.assert_close(
-                    whole, parameter.grad, rtol=1e-9, atol=1e-11, msg=lambda m: f"{way} {path}: {m}"
+                    whole, parameter.grad, rtol=1e-9, atol=1e-11, msg=at(f"{way} {path}")
                 )
+
+
+def at(place: str) -> Callable[[str], str]:
+    return lambda message: f"{place}: {message}"
 
 
 def refuse(*_: Any) -> Any:
