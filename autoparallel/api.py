@@ -23,6 +23,7 @@ from autoparallel.parallel.deferred import deferred
 from autoparallel.parallel.launch import join_mesh, join_world, mesh_of
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module import parallel_module
+from autoparallel.parallel.parameter_hooks import carry_gradient_hooks
 from autoparallel.parallel.rank_agreement import require_same_parts
 from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import Layout, Placement
@@ -255,6 +256,7 @@ def simulate(
     before; else it is made with `options`, which are those of make_plan. backward: True for a
     backward pass from the returned loss, False for none, or a function from the output to a loss.
     The result also counts the collectives, and says how far ranks differ that should be equal.
+    Hooks on parameters do not run: gradients are as the backward pass leaves them.
     Raises PlanError for a model on the meta device, and for a plan beside options that would make
     another one.
 
@@ -327,4 +329,6 @@ def _apply(
     replanner = Replanner(plan.model, plan.mesh, plan.options)
     # What is made in inference mode could not be trained with later.
     with torch.inference_mode(False):
-        return parallel_module(model, plan, ranks, devices, replanner, check_inputs, local)
+        module = parallel_module(model, plan, ranks, devices, replanner, check_inputs, local)
+    carry_gradient_hooks(model, module)
+    return module

@@ -7,7 +7,7 @@ runs. Nothing here depends on how a strategy was found: derived from a rule, or 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -219,26 +219,27 @@ def why_wrong(
         )
         if wrong:
             return f"gradient of operand {name}: {wrong}"
-    for name, twice_whole in (second or {}).items():
-        kind = gradient(storage[name]) if name in storage else None
-        if kind is None:  # a gradient that came in, whose own gradient lies as the result does
-            kind = strategy.results[int(name.split()[1])]
-        parts_here = [None if each is None else each[name] for each in seconds]
-        example_part: Any = leaves[name] if name in storage else seeds[int(name.split()[1])]
-        if twice_whole is None and all(part is None for part in parts_here):
+    for name, expected in (second or {}).items():
+        # Of an operand, or of a gradient that came in, whose own gradient lies as the result does.
+        like: Sequence[Any]
+        unsplit: Any
+        if name in storage:
+            like, kind = leaves[name], gradient(storage[name])
+            unsplit = example.tensors[name]
+        else:
+            number = int(name.split()[1])
+            like, kind = seeds[number], strategy.results[number]
+            unsplit = example.seeds[number]
+        actual = [None if each is None else each[name] for each in seconds]
+        if expected is None and all(part is None for part in actual):
             continue
-        like: Any = (
-            example.tensors[name] if name in storage else example.seeds[int(name.split()[1])]
-        )
-        wrong = difference(
-            [
-                torch.zeros_like(first) if part is None else part
-                for part, first in zip(parts_here, example_part, strict=True)
-            ],
-            torch.zeros_like(like) if twice_whole is None else twice_whole,
-            kind,
-            tolerance,
-        )
+        # Zeros count as none: on some ranks, or unsplit, nothing may depend on the tensor.
+        parts = [
+            torch.zeros_like(here) if part is None else part
+            for part, here in zip(actual, like, strict=True)
+        ]
+        whole = expected if expected is not None else torch.zeros_like(unsplit)
+        wrong = difference(parts, whole, kind, tolerance)
         if wrong:
             return f"second derivative by {name}: {wrong}"
     return ""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from autoparallel.parallel.parameter_hooks import carry_gradient_hooks
 from autoparallel.parallel.parameters import as_distributed
 from autoparallel.parallel.seeds import give_generator
 from autoparallel.placement import whole_layout
@@ -90,6 +91,7 @@ def deferred(
                         data = as_distributed(data, layout, tuple(data.shape), devices)
                     twin = nn.Parameter(data, parameter.requires_grad)
                     module._parameters[name] = twins.setdefault(id(parameter), twin)
+    carry_gradient_hooks(model, waiting)
     return waiting
 
 

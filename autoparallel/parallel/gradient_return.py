@@ -68,6 +68,7 @@ class _Waiting:
 
     def __init__(self) -> None:
         self.items: list[tuple[GradientReturn, Any, torch.Tensor]] = []
+        self.parameters: set[int] = set()
 
 
 class GradientBucket:
@@ -99,6 +100,12 @@ class GradientBucket:
             waiting = self.passes[number] = _Waiting()
             at_end_of_backward(partial(self.finish, waiting))
         waiting.items.append((way, parameter, grad))
+        waiting.parameters.add(id(parameter))
+
+    def has(self, parameter: Any) -> bool:
+        """Return whether a gradient of the parameter waits in the backward pass that runs now."""
+        waiting = self.passes.get(backward_pass())
+        return waiting is not None and id(parameter) in waiting.parameters
 
     def finish(self, waiting: _Waiting) -> None:
         """Reduce all gradients that wait, and hand each to its parameter.
@@ -149,6 +156,38 @@ def give(parameter: Any, grad: torch.Tensor) -> None:
         (local_part(held) if isinstance(held, DTensor) else held).add_(grad)
 
 
+class _OfGradients:
+    """A hook on a gradient that does not run where there is none.
+
+    Torch runs hooks also where a gradient would come that waits in the bucket instead.
+    """
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def __call__(self, grad: torch.Tensor | None) -> Any:
+        return None if grad is None else self.hook(grad)
+
+
+class _OfFinished:
+    """A hook on a parameter whose gradient was added, which does not run while that waits."""
+
+    def __init__(self, hook: Any, bucket: GradientBucket) -> None:
+        self.hook, self.bucket = hook, bucket
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        if not self.bucket.has(parameter):
+            self.hook(parameter)
+
+
+def _wrap(hooks: dict[int, Any] | None, kind: Any) -> None:
+    """Have all hooks of a dictionary run as those of a kind do, each under the key that it has."""
+    for key, hook in list((hooks or {}).items()):
+        if not isinstance(hook, (_OfGradients, _OfFinished)):
+            assert hooks is not None
+            hooks[key] = kind(hook)
+
+
 class GradientReturn:
     """The layouts that a parameter's gradient passes through, and the bucket that it may wait in.
 
@@ -183,8 +222,9 @@ class GradientReturn:
                 self.bucket.late.add(id(parameter))
             local: torch.Tensor = _Local.apply(parameter, held, self)
         # Autograd runs first what was recorded last. A gradient whose way was recorded long ago
-        # would be kept to the end of the backward pass.
-        run_when_ready(local)
+        # would be kept to the end of the backward pass. Gradients that come at once, of one op, go
+        # on in an order that all ranks have in common, because some are reduced on the way.
+        run_when_ready(local, 1 + self.number)
         return local
 
     def bring(self, ctx: Any, grad: torch.Tensor) -> torch.Tensor | None:
@@ -210,6 +250,9 @@ class GradientReturn:
             # Hooks run once, when all gradients of the parameter are there. Those that may change
             # the gradient run together, as torch.autograd.graph.register_multi_grad_hook needs.
             if self.waits or on_tensor or (after and id(parameter) in bucket.late):
+                if on_tensor or after:
+                    _wrap(on_tensor, _OfGradients)
+                    _wrap(after, partial(_OfFinished, bucket=bucket))
                 bucket.add(self, parameter, grad)
                 return None
             if not after:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from autoparallel.support.torch_private import run_when_ready
+
 __all__ = ["silenced", "stand_ins_for", "without_stand_ins"]
 
 
@@ -66,8 +68,18 @@ def silenced(x: torch.Tensor, silent: torch.Tensor) -> torch.Tensor:
     """
     if not x.requires_grad:
         return x
-    result: torch.Tensor = _Silenced.apply(x, silent)
-    return result
+    return _at_once(_Silenced.apply(x, silent))
+
+
+def _at_once(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose gradient passes the step that made it as soon as it comes.
+
+    Other ranks have no such step. Here it must not change the order in which gradients arrive at
+    parameters, because some are reduced on arrival, on all ranks together.
+    """
+    if tensor.requires_grad:
+        run_when_ready(tensor)
+    return tensor
 
 
 def stand_ins_for(
@@ -91,7 +103,7 @@ def stand_ins_for(
     for operand, dims in pairs:
         shape = [1 if d in dims and not size else size for d, size in enumerate(operand.shape)]
         if shape != list(operand.shape):
-            stand_ins.append(_StandIn.apply(operand, shape))
+            stand_ins.append(_at_once(_StandIn.apply(operand, shape)))
         else:
             stand_ins.append(
                 silenced(operand, torch.ones((), dtype=torch.bool, device=operand.device))

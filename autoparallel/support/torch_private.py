@@ -449,13 +449,14 @@ def will_accumulate(node: Any) -> bool:
         return False
 
 
-def run_when_ready(tensor: torch.Tensor) -> None:
+def run_when_ready(tensor: torch.Tensor, place: int = 0) -> None:
     """Have a backward pass run the node that made a tensor as soon as its gradients are there.
 
-    Nodes that were recorded last are run first; this one runs before all others.
+    Nodes that were recorded last are run first; this one runs before all of those. place: among
+    such nodes that are ready at once, the lowest runs first.
     """
     node: Any = tensor.grad_fn
-    node._set_sequence_nr(2**64 - 1)
+    node._set_sequence_nr(2**64 - 1 - place)
 
 
 def gradient_hooks_of(parameter: torch.Tensor) -> tuple[Any, Any]:

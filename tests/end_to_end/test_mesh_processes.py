@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from changed_plans import copies_again, spread
 from processes import run_processes
-from test_several_axes import copies_again, spread
 from torch import nn
 from torch.distributed.tensor import DTensor
 

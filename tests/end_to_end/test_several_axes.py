@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from changed_plans import blocks_again, copies_again, spread
 from families import build, inputs_for, loss_and_logits, relative_error, worst_gradient
 from torch import nn
 from torch.nn import functional
@@ -16,14 +16,12 @@ from torch.nn import functional
 import autoparallel
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Layout, Partial, Shard
-from autoparallel.plan import ParameterChoice, Plan
+from autoparallel.plan import Plan
 from autoparallel.rewrite.names import Names
 from autoparallel.runtime import kernels
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
-
-__all__ = ["copies_again", "spread"]
 
 TOLERANCE = 1e-10
 MESHES = (Mesh(dp=2, tp=2), Mesh(dp=2, tp=3), Mesh(pp=2, dp=2, tp=2))
@@ -32,38 +30,6 @@ SEVERAL = [
     for name in ("mlp", "gpt", "bert")
     for size, mesh in ((mesh.world_size, mesh) for mesh in MESHES)
 ]
-
-
-def spread(plan: Plan, at_once: bool) -> Plan:
-    """The plan with the optimizer's state, and with it the gradients, split wherever possible.
-
-    at_once: gradients are cut as soon as they are complete (ZeRO-2), else at the end (ZeRO-1).
-    """
-
-    def split(choice: ParameterChoice) -> ParameterChoice:
-        taken = {cut.dim for cut in choice.storage if isinstance(cut, Shard)}
-        free = [dim for dim in range(len(choice.shape)) if dim not in taken]
-        state: Layout = tuple(
-            Shard(free[0]) if free and own == Invariant() else own for own in choice.storage
-        )
-        return replace(choice, state=state, gradient=state if at_once else choice.storage)
-
-    return replace(plan, parameters=tuple(map(split, plan.parameters)))
-
-
-def copies_again(plan: Plan) -> Plan:
-    """The plan with every converted copy dropped and made again."""
-    conversions = (replace(conversion, again=True) for conversion in plan.conversions)
-    return replace(plan, conversions=tuple(conversions))
-
-
-def blocks_again(plan: Plan, length: int) -> Plan:
-    """The plan with most of its ops run again, in blocks of `length`, two kept in between."""
-    names = [op.name for op in plan.ops]
-    starts = range(2, len(names) - length, length + 2)
-    return replace(
-        plan, recomputed=tuple(tuple(names[at : at + length]) for at in starts), recompute=()
-    )
 
 
 def dropping(name: str) -> nn.Module:

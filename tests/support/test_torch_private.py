@@ -623,6 +623,72 @@ def test_a_call_is_made_when_the_backward_pass_has_ended() -> None:
     assert order[2:] == ["end"]
 
 
+def test_backward_passes_have_numbers() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(torch_private.backward_pass()))
+    for _ in range(2):
+        (x * x).sum().backward()
+    assert torch_private.backward_pass() == -1
+    assert len({-1, *seen}) == 3
+
+
+class Kept(torch.autograd.Function):
+    """The identity, whose backward notes its name and whether gradients are accumulated."""
+
+    @staticmethod
+    def forward(ctx, x, name, notes):
+        ctx.name, ctx.notes = name, notes
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        adds = torch_private.will_accumulate(ctx.next_functions[0][0])
+        ctx.notes.append((ctx.name, adds))
+        return grad, None, None
+
+
+def test_a_backward_pass_says_whether_it_accumulates() -> None:
+    """And a node that keeps nothing serves any number of passes."""
+    notes = []
+    x = torch.ones(2, requires_grad=True)
+    kept = Kept.apply(x, "x", notes)
+    kept.sum().backward()
+    kept.sum().backward(inputs=[x])
+    torch.autograd.grad(kept.sum(), x)
+    assert [adds for _, adds in notes] == [True, True, False]
+    assert torch.equal(x.grad, torch.full((2,), 2.0))
+
+
+def test_a_node_runs_when_it_is_ready() -> None:
+    """Before all that was recorded later, and in the order of the places."""
+    notes = []
+    x, y, z = (torch.ones(2, requires_grad=True) for _ in range(3))
+    kept = [Kept.apply(x, "x", notes), Kept.apply(y, "y", notes)]
+    for place, tensor in zip((2, 1), kept, strict=True):
+        torch_private.run_when_ready(tensor, place)
+    later = Kept.apply(z, "later", notes)
+    torch.stack([later.sin(), *kept]).sum().backward()
+    assert [name for name, _ in notes] == ["y", "x", "later"]
+
+
+def test_hooks_on_a_gradient_lie_in_dictionaries() -> None:
+    """By the numbers of their handles. What is written there runs in place of the hook."""
+    x = torch.ones(2, requires_grad=True)
+    assert torch_private.gradient_hooks_of(x) == (None, None)
+    ran = []
+    handle = x.register_hook(lambda grad: ran.append("first"))
+    x.register_post_accumulate_grad_hook(lambda x: ran.append("second"))
+    on_tensor, after = torch_private.gradient_hooks_of(x)
+    assert list(on_tensor) == [handle.id]
+    assert len(after) == 1
+    on_tensor[handle.id] = lambda grad: ran.append("other")
+    x.sum().backward()
+    assert ran == ["other", "second"]
+    handle.remove()
+    assert not torch_private.gradient_hooks_of(x)[0]
+
+
 def test_hooks_on_saved_tensors_are_noticed() -> None:
     assert not torch_private.saved_tensors_hooks_are_set()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):

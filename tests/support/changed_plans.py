@@ -1,0 +1,42 @@
+"""Plans that are changed by hand: ZeRO's stages, copies and blocks that are made again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autoparallel.placement import Invariant, Layout, Shard
+from autoparallel.plan import ParameterChoice, Plan
+
+__all__ = ["blocks_again", "copies_again", "spread"]
+
+
+def spread(plan: Plan, at_once: bool) -> Plan:
+    """The plan with the optimizer's state, and with it the gradients, split wherever possible.
+
+    at_once: gradients are cut as soon as they are complete (ZeRO-2), else at the end (ZeRO-1).
+    """
+
+    def split(choice: ParameterChoice) -> ParameterChoice:
+        taken = {cut.dim for cut in choice.storage if isinstance(cut, Shard)}
+        free = [dim for dim in range(len(choice.shape)) if dim not in taken]
+        state: Layout = tuple(
+            Shard(free[0]) if free and own == Invariant() else own for own in choice.storage
+        )
+        return replace(choice, state=state, gradient=state if at_once else choice.storage)
+
+    return replace(plan, parameters=tuple(map(split, plan.parameters)))
+
+
+def copies_again(plan: Plan) -> Plan:
+    """The plan with every converted copy dropped and made again."""
+    conversions = (replace(conversion, again=True) for conversion in plan.conversions)
+    return replace(plan, conversions=tuple(conversions))
+
+
+def blocks_again(plan: Plan, length: int) -> Plan:
+    """The plan with most of its ops run again, in blocks of `length`, two kept in between."""
+    names = [op.name for op in plan.ops]
+    starts = range(2, len(names) - length, length + 2)
+    return replace(
+        plan, recomputed=tuple(tuple(names[at : at + length]) for at in starts), recompute=()
+    )
