@@ -63,7 +63,7 @@ def together(what: str, work: Callable[[], Result]) -> Result:
         raise CheckpointError(
             f"{what} failed on rank {failed[0][0]}",
             why=failed[0][1],
-            fix="see the cause on that rank; the checkpoint before is as it was",
+            fix="see the cause on that rank; what was saved before is as it was",
         )
     return result
 

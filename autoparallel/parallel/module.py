@@ -20,7 +20,12 @@ from autoparallel.capture.refused_inputs import refuse_devices
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.graph import Sym
-from autoparallel.parallel.copies import deep_copy, refuse_pickling, saved_whole
+from autoparallel.parallel.copies import (
+    deep_copy,
+    refuse_pickling,
+    saved_whole,
+    whole_module,
+)
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.module_programs import program_text
@@ -171,7 +176,11 @@ def _become(
     kind: Any = type(module)
     # Registries that know classes by where they are defined, as Hugging Face's do, know
     # the subclass, too.
-    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **saved_whole(kind)}
+    body = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        **saved_whole(kind, whole_module),
+    }
     module.__class__ = type(f"Parallel{kind.__name__}", (_Parallel, kind), body)
     state = State(path, tree, skeleton, parameters, 0, forward, plan)
     module.__dict__["_autoparallel"] = state
