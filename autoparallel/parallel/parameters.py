@@ -22,6 +22,7 @@ from autoparallel.parallel.distributed_layouts import (
     distributed_placements,
     layout_for_distributed,
 )
+from autoparallel.parallel.optimizer_steps import watch_steps
 from autoparallel.parallel.pieces import teach_torch
 from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
@@ -109,6 +110,7 @@ def as_distributed(
     number of ranks.
     """
     teach_torch()
+    watch_steps(mesh)
     # DTensor would take all parts for as large as this one; it must be told the whole.
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
