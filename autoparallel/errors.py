@@ -6,6 +6,7 @@ __all__ = [
     "AliasError",
     "AutoParallelError",
     "CaptureError",
+    "CheckpointError",
     "InputMismatchError",
     "InputsNeededError",
     "MemoryLimitError",
@@ -91,6 +92,10 @@ class PlanError(AutoParallelError):
 
 class InputMismatchError(AutoParallelError):
     """Inputs that the model does not take, or that are not the same on all ranks."""
+
+
+class CheckpointError(AutoParallelError):
+    """The files of a checkpoint are missing, cut short or changed, or could not be written."""
 
 
 class MemoryLimitError(PlanError):

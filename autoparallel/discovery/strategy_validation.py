@@ -234,7 +234,7 @@ def why_wrong(
         if expected is None and all(part is None for part in actual):
             continue
         # Zeros count as none: on some ranks, or unsplit, nothing may depend on the tensor.
-        parts = [
+        parts: list[torch.Tensor] = [
             torch.zeros_like(here) if part is None else part
             for part, here in zip(actual, like, strict=True)
         ]

@@ -7,7 +7,6 @@ is stopped half-way leaves the checkpoint before it as it was.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,143 +14,164 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.mesh import Mesh
+from autoparallel.parallel.checkpoint_files import (
+    find_checkpoint,
+    require_intact,
+    together,
+    write_checkpoint,
+)
 from autoparallel.parallel.deferred import is_deferred
 from autoparallel.parallel.module_state import State
-from autoparallel.parallel.pieces import Pieces, in_pieces
+from autoparallel.parallel.pieces import in_pieces
+from autoparallel.parallel.saved_optimizers import (
+    Optimizers,
+    as_optimizers,
+    describe,
+    entries_of,
+    require_same_optimizers,
+)
 from autoparallel.parallel.seeds import rng_state, set_rng_state
-from autoparallel.placement import Layout, whole_layout
-from autoparallel.runtime.ranks import single_rank
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-# What comes before the names of the optimizer's tensors.
-_OPTIMIZER = "optimizer.state."
-# Ends of the folders in which the checkpoint before, and the one that is being written, lie.
-_REPLACED = ".replaced"
-_PARTIAL = ".partial"
+# What comes before the names of the model's and of the optimizer's tensors.
+_MODEL, _OPTIMIZER = "model.", "optimizer.state."
+# What the optimizers are known by, and the settings of their groups.
+_KINDS, _GROUPS = "optimizer.kinds", "optimizer.groups"
 
 
 def save_checkpoint(
     folder: str | Path,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write parameters, buffers, optimizer state, the state of random numbers, and `extra`.
 
     A collective call. folder: on a file system that all ranks see; an older checkpoint in it is
     replaced only when the new one is complete. module: a parallel one, or a plain one that is the
-    same on every rank. optimizer: that of its parameters, if its state is to be written. extra:
-    anything that can be pickled, such as the number of the step, the same on every rank.
-    Raises AutoParallelError for a module that has no plan yet.
+    same on every rank. optimizer: that of its parameters, or a list of several, if their state is
+    to be written. extra: anything that can be pickled, such as the number of the step, the same on
+    every rank.
+    Raises AutoParallelError for a module that has no plan yet, for optimizers whose state cannot be
+    saved in parts, and where a file has the folder's name; CheckpointError, on all ranks, if
+    writing fails on any. The checkpoint before is then as it was.
 
     Example: `save_checkpoint("run/step-1000", model, optimizer, {"step": 1000})`
     """
-    target = Path(folder)
-    partial, replaced = (target.with_name(target.name + end) for end in (_PARTIAL, _REPLACED))
-    state = _state_of(module)
-    stored, _ = _tensors(module, optimizer, state)
-    stored["extra"] = dict(extra or {})
-    if state is None:
-        stored["torch_rng"] = torch.get_rng_state()
-    else:
-        stored["rng"] = rng_state(module)
-    if optimizer is not None:
-        stored["optimizer.groups"] = [_settings(group) for group in optimizer.param_groups]
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    # No rank writes into a folder that rank 0 has still to empty, renames what another still
-    # writes, or goes on before the checkpoint can be read.
-    _wait()
+
+    def prepare() -> dict[str, Any]:
+        optimizers, state = as_optimizers(optimizer), _state_of(module)
+        stored, _ = _tensors(module, module.state_dict(), optimizers)
+        stored["extra"] = dict(extra or {})
+        if state is None:
+            stored["torch_rng"] = torch.get_rng_state()
+        else:
+            stored["rng"] = rng_state(module)
+        if optimizers:
+            stored[_KINDS] = describe(module, optimizers)
+            stored[_GROUPS] = [_settings(group) for group in _groups(optimizers)]
+        return stored
+
+    stored = together("preparing the checkpoint", prepare)
     # Nothing is flattened: `extra` and the optimizer's groups are one entry each, of which a reader
     # need not know beforehand what is inside.
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _alone():
-        dcp.save(stored, checkpoint_id=partial, planner=planner)
-    _wait()
-    if first:
-        # Between the two renames there is no `folder`: find_checkpoint then takes the one before.
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    _wait()
+
+    def write(partial: Path) -> None:
+        with _alone():
+            dcp.save(stored, checkpoint_id=partial, planner=planner)
+
+    write_checkpoint(Path(folder), write)
 
 
 def load_checkpoint(
-    folder: str | Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    folder: str | Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
 ) -> dict[str, Any]:
     """Fill module and optimizer in place from what save_checkpoint wrote, and return its `extra`.
 
     A collective call. folder, module, optimizer: as in save_checkpoint. The number of ranks and the
     plan may be others than when it was written: each rank reads the parts that it holds. Parallel
     modules get the state of their random numbers, plain ones torch's.
-    Raises AutoParallelError where there is no whole checkpoint, where it is of another model or
-    optimizer (naming all tensors that differ), and for a module that has no plan yet.
+    Raises CheckpointError where there is no whole checkpoint or its files have changed, and
+    AutoParallelError where it is of another model or optimizer (naming what differs), and for a
+    module that has no plan yet. Nothing has been filled then.
 
     Example: `step = load_checkpoint("run/step-1000", model, optimizer)["step"]`
     """
-    target = find_checkpoint(Path(folder))
-    state = _state_of(module)
-    known = dcp.FileSystemReader(target).read_metadata().state_dict_metadata
-    has_state = optimizer is not None and any(name.startswith(_OPTIMIZER) for name in known)
-    if optimizer is not None and has_state and not optimizer.state:
+    target = together("finding the checkpoint", lambda: find_checkpoint(Path(folder)))
+    require_intact(target)
+    optimizers, state = as_optimizers(optimizer), _state_of(module)
+    known = together(
+        f"reading the checkpoint in {target}",
+        lambda: dcp.FileSystemReader(target).read_metadata().state_dict_metadata,
+    )
+    saved: dict[str, Any] = {
+        name: None for name in (_KINDS, _GROUPS) if name in known and optimizers
+    }
+    _read(saved, target)
+    together(
+        "checking the optimizer", lambda: _require_optimizers(module, optimizers, saved, target)
+    )
+    has_state = bool(optimizers) and any(name.startswith(_OPTIMIZER) for name in known)
+    if has_state:
         # Loading is in place, and an optimizer has no state before its first step. This makes it
         # as a step would, with gradients of zero.
-        optimizer.zero_grad()
-        get_optimizer_state_dict(module, optimizer)
-    stored, owners = _tensors(module, optimizer if has_state else None, state)
+        fresh = [each for each in optimizers if not each.state]
+        for each in fresh:
+            each.zero_grad()
+        if fresh:
+            get_optimizer_state_dict(module, fresh)
+    values = module.state_dict()
+    stored, owners = _tensors(module, values, optimizers if has_state else ())
     for name in [name for name in owners if name not in known]:
-        del stored[name], owners[name]  # of a parameter that never had a gradient
-    _require_same(stored, known, target)
-    others = ["extra", "torch_rng" if state is None else "rng"]
-    others += ["optimizer.groups"] if optimizer is not None else []
-    for name in others:
+        # Of a parameter that had never had a gradient.
+        entries, key = owners.pop(name)
+        del stored[name], entries[key]
+    together("checking the model", lambda: _require_same(stored, known, target))
+    for name in ("extra", "torch_rng" if state is None else "rng"):
         if name in known:
             stored[name] = torch.get_rng_state() if name == "torch_rng" else None
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _alone():
-        dcp.load(stored, checkpoint_id=target, planner=planner)
-    # Tensors were filled in place; numbers, such as a count of steps, are new objects.
-    for name, (owner, key) in owners.items():
-        if not isinstance(stored[name], Pieces):
-            owner[key] = stored[name]
-    if optimizer is not None:
-        _set_groups(optimizer, stored.get("optimizer.groups", ()), target)
+    _read(stored, target)
+    # Tensors were filled in place. What is no tensor, such as a count of steps, is a new object.
+    for name, (entries, key) in owners.items():
+        if not isinstance(stored[name], torch.Tensor):
+            entries[key] = stored[name]
+    for path, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            values[path] = stored[_MODEL + path]
+    # A module may make of its state dict what it likes, by hooks or an extra state.
+    module.load_state_dict(values)
+    for group, settings in zip(_groups(optimizers), saved.get(_GROUPS) or (), strict=False):
+        group.update(settings)
     if "rng" in stored:
         set_rng_state(module, stored["rng"])
     if "torch_rng" in stored:
         torch.set_rng_state(stored["torch_rng"])
-    extra: dict[str, Any] = stored["extra"]
-    return extra
+    loaded: dict[str, Any] = stored["extra"]
+    return loaded
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """Return the folder of the complete checkpoint of that name, be it the one before.
+def _read(stored: dict[str, Any], target: Path) -> None:
+    """Fill the tensors in `stored` from the checkpoint, and replace what is no tensor."""
+    if not stored:
+        return
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
-    Where a job was stopped while it replaced a checkpoint, the older one is still complete. Raises
-    AutoParallelError if there is none.
-    """
-    for path in (folder, folder.with_name(folder.name + _REPLACED)):
-        # Rank 0 writes this file last.
-        if (path / ".metadata").exists():
-            return path
-    raise AutoParallelError(
-        f"no checkpoint in {folder}",
-        why="there is no such folder, or save_checkpoint() never came to its end",
-        fix="pass the folder that was given to save_checkpoint()",
-    )
+    def read() -> None:
+        with _alone():
+            dcp.load(stored, checkpoint_id=target, planner=planner)
+
+    together(f"reading the checkpoint in {target}", read)
 
 
 def _state_of(module: nn.Module) -> State | None:
@@ -168,23 +188,37 @@ def _state_of(module: nn.Module) -> State | None:
     return module.__dict__.get("_autoparallel")
 
 
-def _set_groups(
-    optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]], folder: Path
+def _require_optimizers(
+    module: nn.Module, optimizers: Optimizers, saved: Mapping[str, Any], target: Path
 ) -> None:
-    """Give the optimizer's groups the settings that were saved, if any were.
+    """Raise AutoParallelError where optimizers are given and the checkpoint is of others, or none.
 
-    Raises AutoParallelError where there are more or fewer groups than were saved.
+    saved: the kinds and the groups' settings, as far as they are in the checkpoint.
     """
-    groups = optimizer.param_groups
-    if saved and len(saved) != len(groups):
+    described = describe(module, optimizers)
+    if not optimizers:
+        return
+    if _GROUPS not in saved:
+        raise AutoParallelError(
+            f"the checkpoint in {target} has no optimizer",
+            why="it was saved without one",
+            fix="leave it out here, too, and begin it anew",
+        )
+    if _KINDS in saved:
+        require_same_optimizers(saved[_KINDS], described, target)
+    groups = _groups(optimizers)
+    if len(saved[_GROUPS]) != len(groups):
         raise AutoParallelError(
             f"the optimizer has {len(groups)} groups of parameters, and that of the checkpoint in "
-            f"{folder} had {len(saved)}",
+            f"{target} had {len(saved[_GROUPS])}",
             why="learning rate and other settings are saved for each group",
             fix="make the optimizer with as many groups as it was saved with",
         )
-    for group, settings in zip(groups, saved, strict=False):
-        group.update(settings)
+
+
+def _groups(optimizers: Optimizers) -> list[dict[str, Any]]:
+    """Return the groups of parameters of all optimizers, in order."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,41 +227,32 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer | None, state: State | None
+    module: nn.Module, values: Mapping[str, Any], optimizers: Optimizers
 ) -> tuple[dict[str, Any], dict[str, tuple[dict[Any, Any], Any]]]:
-    """Return all tensors of module and optimizer by the names that they are saved under.
+    """Return all that is saved of module and optimizers, by the names that it is saved under.
 
-    Return also, for the optimizer's, the dict and the key where each is to be put back.
+    values: the module's state dict. Return also, for the optimizers' state, the dict and the key
+    where each value is to be put back.
     """
-    ranks = single_rank(Mesh(alone=1)) if state is None else state.ranks
-    whole = whole_layout(len(ranks.sizes))
-    layouts: Mapping[str, Layout] = {} if state is None else state.layouts
-
-    def pieces(value: torch.Tensor, path: str) -> Pieces:
-        """Describe a tensor that lies like the parameter at `path`; "" stands for unsharded."""
-        local = value.to_local() if isinstance(value, DTensor) else value
-        layout = layouts.get(path, whole)
-        return in_pieces(local.detach(), value.size(), layout, ranks.sizes, ranks.coordinates)
-
-    stored: dict[str, Any] = {
-        f"model.{path}": pieces(value, path)
-        for path, value in module.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    }
+    stored = {f"{_MODEL}{path}": _described(value) for path, value in values.items()}
     owners: dict[str, tuple[dict[Any, Any], Any]] = {}
-    for path, parameter in module.named_parameters() if optimizer is not None else ():
-        assert optimizer is not None
-        entries = optimizer.state.get(parameter, {})
-        for key, value in entries.items():
-            name = f"{_OPTIMIZER}{path}.{key}"
-            owners[name] = (entries, key)
-            stored[name] = value
-            if isinstance(value, torch.Tensor):
-                # Adam's moments have the parameter's shape and lie as it does; its count of steps
-                # is a scalar, the same on every rank.
-                alike = value.size() == parameter.size()
-                stored[name] = pieces(value, path if alike else "")
+    for name, entries, key in entries_of(module, optimizers):
+        stored[_OPTIMIZER + name] = _described(entries[key])
+        owners[_OPTIMIZER + name] = (entries, key)
     return stored, owners
+
+
+def _described(value: Any) -> Any:
+    """Return a tensor as torch.distributed.checkpoint writes it and fills it in place.
+
+    A DTensor says itself where its part lies. Any other is whole, and the same on every rank. What
+    is no tensor is pickled.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, DTensor):
+        return value.detach()
+    return in_pieces(value.detach(), value.size(), (), (), ())
 
 
 def _require_same(stored: Mapping[str, Any], known: Mapping[str, Any], folder: Path) -> None:
@@ -240,8 +265,18 @@ def _require_same(stored: Mapping[str, Any], known: Mapping[str, Any], folder: P
         saved = known.get(name)
         if saved is None:
             wrong.append(f"{name} is not in it")
-        elif isinstance(value, torch.Tensor) and saved.size != value.size():
-            wrong.append(f"{name} is {tuple(value.size())}, there {tuple(saved.size)}")
+        elif isinstance(value, torch.Tensor) != isinstance(saved, TensorStorageMetadata):
+            wrong.append(f"{name} is a tensor only in one of the two")
+        elif isinstance(value, torch.Tensor):
+            dtypes = (value.dtype, saved.properties.dtype)
+            if saved.size != value.size():
+                wrong.append(f"{name} is {tuple(value.size())}, there {tuple(saved.size)}")
+            # Another precision is read; fractions would be cut off without a word.
+            elif dtypes[0] != dtypes[1] and not all(dtype.is_floating_point for dtype in dtypes):
+                wrong.append(f"{name} is {dtypes[0]}, there {dtypes[1]}")
+    wrong += [
+        f"{name} is in it alone" for name in known if name.startswith(_MODEL) and name not in stored
+    ]
     if wrong:
         raise AutoParallelError(
             f"the checkpoint in {folder} is of another model or optimizer",
@@ -256,9 +291,3 @@ def _alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
-
-
-def _wait() -> None:
-    """Return when every rank has come here."""
-    if dist.is_initialized():
-        dist.barrier()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.checkpoint_files import together
 from autoparallel.parallel.fill_tree import gathered_copies
 from autoparallel.parallel.module_calls import make_entry
 from autoparallel.parallel.module_state import State, Tree, state_of, user_forward
@@ -21,7 +21,7 @@ from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.runtime.rng import Generator
 from autoparallel.support.module_copy import shallow_copy
 
-__all__ = ["deep_copy", "refuse_pickling", "saved_whole"]
+__all__ = ["deep_copy", "refuse_pickling", "saved_whole", "usual_copy", "whole_module"]
 
 
 def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
@@ -35,7 +35,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
     state = state_of(module)
     tree = state.tree
     if id(state) in memo:  # the model is being copied
-        return _usual_copy(module, memo)
+        return usual_copy(module, memo)
     if module is not tree.root:
         root = copy.deepcopy(tree.root, memo)
         return root.get_submodule(state.path) if id(module) not in memo else memo[id(module)]
@@ -50,7 +50,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
     states = list(_states(module))
     for _, inner in states:
         memo[id(inner)] = None
-    twin = _usual_copy(module, memo)
+    twin = usual_copy(module, memo)
     parameters = state.parameters
     gathered = gathered_copies(twin, parameters)
     # Attributes may refer to parameters of the user's model; the copied ones refer to copies.
@@ -77,7 +77,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
     return twin
 
 
-def _usual_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
+def usual_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
     """Return the copy that copy.deepcopy would make if there were no `__deepcopy__` of ours."""
     own: Callable[..., Any] | None = getattr(type(module).__bases__[1], "__deepcopy__", None)
     if own is not None:
@@ -133,63 +133,55 @@ def refuse_pickling(module: nn.Module) -> NoReturn:
     )
 
 
-def saved_whole(kind: type) -> dict[str, Any]:
-    """Return the methods by which a parallel module of the class saves itself whole.
+def saved_whole(kind: type, whole: Callable[[nn.Module, type], Any]) -> dict[str, Any]:
+    """Return the methods by which a module of a class derived from the user's saves itself whole.
 
-    kind: the user's class. It is empty for classes without `save_pretrained`, which is how Hugging
-    Face's libraries name the method that writes a model to files.
+    kind: the user's class. whole: a function that returns a plain module of that class, with whole
+    parameters, on rank 0, and None elsewhere; all ranks call it. The result is empty for classes
+    without `save_pretrained`, which is how Hugging Face's libraries name the method that writes a
+    model to files.
     """
     if not callable(getattr(kind, "save_pretrained", None)):
         return {}
 
     def save_pretrained(module: Any, *args: Any, **kwargs: Any) -> Any:
         """Write the unsplit model, as the user's class does. A collective call; rank 0 writes."""
-        state = state_of(module)
-        ranks = state.ranks
-        plain = _whole_module(module, kind)
-        failure: BaseException | None = None
-        result = None
-        if ranks.rank == 0:
-            try:
-                result = plain.save_pretrained(*args, **kwargs)
-            except Exception as error:
-                failure = error
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        failed = torch.tensor([failure is not None], dtype=torch.int64, device=device)
-        if failure is not None:
-            ranks.world.all_gather(failed)
-            raise failure
-        if ranks.world.all_gather(failed).any():
-            raise AutoParallelError(
-                f"{kind.__name__}.save_pretrained failed on rank 0",
-                why="that rank writes the files, and has raised the cause",
-                fix="see the error of rank 0",
-            )
-        return result
+        plain = whole(module, kind)
+        return together(
+            f"{kind.__name__}.save_pretrained",
+            lambda: None if plain is None else plain.save_pretrained(*args, **kwargs),
+        )
 
     return {"save_pretrained": save_pretrained}
 
 
-def _whole_module(module: nn.Module, kind: type) -> Any:
-    """Return a module of the user's class with whole parameters, to be read. Collective.
+def whole_module(module: nn.Module, kind: type) -> Any:
+    """Return a module of the user's class with whole parameters, to be read, on rank 0.
 
-    It shares buffers and attributes with the parallel one. kind: the class.
+    A collective call; other ranks get None. It shares buffers and attributes with the parallel one.
+    kind: the class.
     """
     state = state_of(module)
+    first = state.ranks.rank == 0
+    wholes: dict[int, nn.Parameter] = {}
+    named = list(module.named_parameters(remove_duplicate=False))
+    for path, parameter in named:
+        if id(parameter) not in wholes:
+            value = whole_tensor(parameter, state.layouts[path], state.ranks)
+            # Only rank 0 needs all of them at once.
+            if first:
+                wholes[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+            else:
+                wholes[id(parameter)] = parameter
+    if not first:
+        return None
     plain = shallow_copy(module)
     for inner in plain.modules():
         if inner.__dict__.pop("_autoparallel", None) is not None:
             inner.__class__ = type(inner).__bases__[1]
         inner.__dict__.pop("_generator", None)
     assert type(plain) is kind
-    wholes: dict[int, nn.Parameter] = {}
-    for path, parameter in module.named_parameters(remove_duplicate=False):
+    for path, parameter in named:
         owner, _, name = path.rpartition(".")
-        if id(parameter) not in wholes:
-            value = whole_tensor(parameter, state.layouts[path], state.ranks)
-            # Only rank 0 needs all of them at once.
-            if state.ranks.rank != 0:
-                value = torch.empty(0, dtype=value.dtype)
-            wholes[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
         plain.get_submodule(owner)._parameters[name] = wholes[id(parameter)]
     return plain

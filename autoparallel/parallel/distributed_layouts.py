@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard as DTensorShard
 from autoparallel.placement import Invariant, Layout, Placement, Shard
 from autoparallel.support.torch_private import strided_shard, strided_split_factor
 
-__all__ = ["distributed_placements", "layout_for_distributed", "layout_in_blocks"]
+__all__ = ["distributed_placements", "layout_for_distributed", "layout_in_blocks", "layout_of"]
 
 
 def layout_for_distributed(
@@ -94,16 +94,16 @@ def distributed_placements(layout: Layout, sizes: Sequence[int]) -> list[Any]:
     return placements
 
 
-def layout_in_blocks(tensor: DTensor) -> Layout | None:
-    """Return the layout of a DTensor that has dims in blocks; None for one that has no such dim.
+def layout_of(tensor: DTensor) -> Layout | None:
+    """Return the layout of a DTensor; None where its placements stand for an order of axes.
 
-    Inverse of `distributed_placements`. The same private placement also stands for the order in
-    which mesh axes cut a dim, where an axis that cuts later is outer. The innermost cut is then
-    torch's plain one, and torch knows by itself which rectangle a rank holds: also None.
+    Inverse of `distributed_placements`. DTensor's placement of a dim in blocks also stands for the
+    order in which mesh axes cut a dim, where an axis that cuts later is outer. The innermost cut is
+    then a plain one.
     """
     layout: list[Placement] = []
     parts_of_dim: dict[int, int] = {}
-    innermost: dict[int, bool] = {}
+    cuts: dict[int, list[bool]] = defaultdict(list)
     for axis, placement in enumerate(tensor.placements):
         factor = strided_split_factor(placement)
         if factor is None and not isinstance(placement, DTensorShard):
@@ -112,8 +112,19 @@ def layout_in_blocks(tensor: DTensor) -> Layout | None:
         dim: int = placement.dim  # type: ignore[attr-defined]
         outer = parts_of_dim.get(dim, 1)
         parts_of_dim[dim] = outer * tensor.device_mesh.size(axis)
-        innermost[dim] = factor is not None
+        cuts[dim].append(factor is not None)
         if factor is not None and factor % outer:
             return None
         layout.append(Shard(dim, 1 if factor is None else factor // outer))
-    return tuple(layout) if any(innermost.values()) else None
+    orders = any(any(in_blocks) and not in_blocks[-1] for in_blocks in cuts.values())
+    return None if orders else tuple(layout)
+
+
+def layout_in_blocks(tensor: DTensor) -> Layout | None:
+    """Return the layout of a DTensor that has dims in blocks; None for one that has no such dim.
+
+    Of all others torch knows by itself which rectangle a rank holds.
+    """
+    layout = layout_of(tensor)
+    blocks = any(isinstance(cut, Shard) and cut.blocks > 1 for cut in layout or ())
+    return layout if blocks else None

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.parallel.distributed_layouts import distributed_placements
+from autoparallel.parallel.optimizer_steps import watch_steps
 from autoparallel.parallel.pieces import teach_torch
 from autoparallel.placement import Layout, Partial, Placement, Shard
 from autoparallel.runtime.collectives import convert
@@ -47,6 +48,7 @@ def as_distributed(
     number of ranks.
     """
     teach_torch()
+    watch_steps(mesh)
     # DTensor would take all parts for as large as this one; it must be told the whole.
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(

@@ -20,7 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
-from autoparallel.parallel.copies import deep_copy, refuse_pickling, saved_whole
+from autoparallel.parallel.copies import (
+    deep_copy,
+    refuse_pickling,
+    saved_whole,
+    whole_module,
+)
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
@@ -242,7 +247,7 @@ def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "forward": _Forward(forward),
-        **saved_whole(kind),
+        **saved_whole(kind, whole_module),
     }
     parallel: type[nn.Module] = type(f"{prefix}{kind.__name__}", (_Parallel, kind), body)
     return parallel

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from autoparallel.parallel.deferred import is_deferred
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import as_distributed, whole_tensor
 from autoparallel.runtime.tensor_parts import take_layout_part
@@ -42,11 +43,16 @@ def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the unsplit model's state dict, under the original names, on every rank.
 
     A collective call: every rank must make it, and then has all parameters whole at once. module:
-    one that autoparallelize() or apply_plan() returned. For large models use save_checkpoint, which
-    gathers nothing. Raises AutoParallelError for other modules.
+    one that autoparallelize() or apply_plan() returned, be it before its first call. For large
+    models use save_checkpoint, which gathers nothing. Raises AutoParallelError for other modules.
 
     Example: `torch.save(full_state_dict(model), "model.pt")` on one rank, after all have called it.
     """
+    if is_deferred(module):  # it holds whole tensors on every rank
+        return {
+            path: (value.to_local() if isinstance(value, DTensor) else value).clone()
+            for path, value in module.state_dict().items()
+        }
     state = state_of(module)
     whole: dict[str, torch.Tensor] = {}
     for path, value in module.state_dict().items():

@@ -49,9 +49,13 @@ class Checkpoints:
 
         Whatever has such a name is complete: see `save_checkpoint`.
         """
-        matches = [_STEP.fullmatch(path.name) for path in sorted(self.folder.glob("step_*"))]
-        steps = [int(match[1]) for match in matches if match is not None]
-        return self.after(max(steps)) if steps else None
+        return next(iter(self.newest_first()), None)
+
+    def newest_first(self) -> list[Path]:
+        """Return the paths of all checkpoints, that of the most steps first."""
+        matches = [_STEP.fullmatch(path.name) for path in self.folder.glob("step_*")]
+        steps = {int(match[1]) for match in matches if match is not None}
+        return [self.after(count) for count in sorted(steps, reverse=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ It knows nothing of parallelism. A model over many processes trains as one in on
 every process runs this loop on the same batches.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autoparallel.errors import CheckpointError
 from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
 from autoparallel.runtime.collective_counter import CollectiveCounter
 from autoparallel.train.config import Checkpoints, TrainConfig, TrainingError
@@ -22,6 +24,8 @@ from autoparallel.train.metrics import RunRecord, Traffic
 from autoparallel.train.progress import progress
 
 __all__ = ["clip_gradients", "evaluate", "loss_of", "make_optimizer", "train"]
+
+_log = logging.getLogger(__name__)
 
 FinishGradients = Callable[[nn.Module, float], Any]
 
@@ -50,9 +54,8 @@ def train(
     optimizer = make_optimizer(model, config)
     device = next(model.parameters()).device
     history: dict[str, list[Any]] = {"losses": [], "seconds": [], "held_out": []}
-    newest = checkpoints.newest() if checkpoints is not None else None
-    if newest is not None:
-        history = load_checkpoint(newest, model, optimizer)["history"]
+    if checkpoints is not None:
+        history = _loaded(checkpoints, model, optimizer).get("history", history)
     losses, seconds, held_out = history["losses"], history["seconds"], history["held_out"]
     begun = len(losses)
     # Not the first step, whose lazy work would count too.
@@ -104,6 +107,25 @@ def train(
         counted_step=counted_step,
         **traffic,
     )
+
+
+def _loaded(
+    checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Go on from the newest checkpoint whose files are as they were written; return its `extra`.
+
+    It is empty where there is no checkpoint. Damaged ones are passed over with a warning. Raises
+    CheckpointError where all are damaged: to begin anew would replace them.
+    """
+    folders = checkpoints.newest_first()
+    for folder in folders:
+        try:
+            return load_checkpoint(folder, model, optimizer)
+        except CheckpointError as error:
+            if folder == folders[-1]:
+                raise
+            _log.warning("going on from the checkpoint before %s: %s", folder.name, error)
+    return {}
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

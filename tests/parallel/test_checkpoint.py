@@ -241,8 +241,6 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     save_checkpoint(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=0.1))
     groups = [{"params": [parameter]} for parameter in model.parameters()]
-    with pytest.raises(
-        AutoParallelError, match=r"has 2 groups of parameters, and .* had 1"
-    ) as error:
+    with pytest.raises(AutoParallelError, match=r"has 2 groups of parameters, and had 1") as error:
         load_checkpoint(tmp_path / "run", model, torch.optim.SGD(groups, lr=0.2))
     assert error.value.fix

@@ -1,0 +1,236 @@
+"""Steps of optimizers for which DTensor has no kernel, or not the unsplit numbers.
+
+Most optimizers of torch compute each element of a parameter by itself, and run on DTensors. Some of
+these have no kernel for DTensors; they step on the parts that the rank holds, which is the same.
+Muon multiplies whole matrices in bfloat16, whose sums over ranks would be rounded otherwise, and
+Adafactor takes norms in a way that DTensor refuses: they step on whole parameters, on every rank.
+LBFGS lays all parameters end to end, and is refused.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.distributed_layouts import layout_of
+from autoparallel.runtime.tensor_parts import take_layout_part
+from autoparallel.support.torch_private import distributed_tensor_like, local_part
+
+__all__ = ["watch_steps"]
+
+
+class _Way(Enum):
+    """The tensors on which an optimizer steps: DTensors, the rank's parts, or whole parameters."""
+
+    DISTRIBUTED = "distributed"
+    PARTS = "parts"
+    WHOLE = "whole"
+    REFUSED = "refused"
+
+
+# The ways of torch's optimizers, by class. Subclasses step as their base does.
+_WAYS = {
+    "LBFGS": _Way.REFUSED,
+    "Muon": _Way.WHOLE,
+    "Adafactor": _Way.WHOLE,
+    "Rprop": _Way.PARTS,
+}
+# Those whose fused kernel does not take DTensors.
+_FUSED = {"SGD": _Way.PARTS, "Adagrad": _Way.PARTS}
+
+# The meshes of parameters that are this package's.
+_meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
+
+
+def watch_steps(mesh: DeviceMesh) -> None:
+    """Have torch's optimizers step rightly on parameters that are DTensors on this mesh.
+
+    It costs one look-up per step for other optimizers.
+    """
+    _meshes.add(mesh)
+    _watch()
+
+
+@cache
+def _watch() -> None:
+    """Register the hooks on every optimizer's step; only the first of these calls does."""
+    register_optimizer_step_pre_hook(_before)
+    register_optimizer_step_post_hook(_after)
+
+
+@dataclass
+class _Swapped:
+    """An optimizer's parameters while others stand in their place.
+
+    groups: the lists of the optimizer's groups. pairs: each parameter and its stand-in. way: what
+    the stand-ins are.
+    """
+
+    way: _Way
+    groups: list[list[Any]] = field(default_factory=list)
+    pairs: list[tuple[DTensor, nn.Parameter]] = field(default_factory=list)
+
+
+_swapped: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Swapped] = weakref.WeakKeyDictionary()
+
+
+def _way_of(optimizer: torch.optim.Optimizer) -> _Way:
+    """Return the way in which an optimizer steps."""
+    for kind in type(optimizer).__mro__:
+        if kind.__module__.startswith("torch.optim"):
+            if kind.__name__ in _WAYS:
+                return _WAYS[kind.__name__]
+            if kind.__name__ in _FUSED and any(g.get("fused") for g in optimizer.param_groups):
+                return _FUSED[kind.__name__]
+    return _Way.DISTRIBUTED
+
+
+def _before(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Put parts or whole parameters in the place of an optimizer's DTensors, where it needs them.
+
+    args, kwargs: of the step; returned where they become others. Raises AutoParallelError for an
+    optimizer that steps on no such tensors either.
+    """
+    way = _way_of(optimizer)
+    if way is _Way.DISTRIBUTED:
+        return None
+    _restore(optimizer)  # a step before may have been broken off
+    ours = list(_split_parameters(optimizer))
+    if not ours:
+        return None
+    name = type(optimizer).__name__
+    if way is _Way.REFUSED:
+        raise AutoParallelError(
+            f"{name} cannot step on a split module",
+            why="it lays all parameters end to end in one vector, of which DTensor cannot say the "
+            "parts",
+            fix="use another optimizer, or leave the module unsplit (world_size=1)",
+        )
+    hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
+    if way is _Way.PARTS and hooks:
+        raise AutoParallelError(
+            f"{name} cannot step on a split module where hooks on its steps are registered",
+            why="it steps on the rank's parts of the parameters, and the hooks would see these",
+            fix="remove the hooks, or pass fused=False or another optimizer",
+        )
+    changed = _called_first(args, kwargs)
+    swapped = _swapped[optimizer] = _Swapped(way)
+    stand_ins: dict[int, nn.Parameter] = {}
+    with torch.no_grad():
+        for parameter in ours:
+            stand_in = _stand_in(parameter, way)
+            stand_ins[id(parameter)] = stand_in
+            swapped.pairs.append((parameter, stand_in))
+            if parameter in optimizer.state:
+                entries = optimizer.state.pop(parameter)
+                if way is _Way.PARTS:
+                    entries = {key: _part(value) for key, value in entries.items()}
+                optimizer.state[stand_in] = entries
+    for group in optimizer.param_groups:
+        swapped.groups.append(group["params"])
+        group["params"] = [stand_ins.get(id(p), p) for p in group["params"]]
+    return changed
+
+
+def _called_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call the closure that a step was given, if any, and return arguments with its loss.
+
+    All optimizers but LBFGS call it once, before anything else. It fills the gradients of the
+    parameters, of which stand-ins are made.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    others = {name: value for name, value in kwargs.items() if name != "closure"}
+    return (args[0],), others | {"closure": lambda: loss}
+
+
+def _after(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Give the optimizer its parameters back, with the values and the state of the stand-ins."""
+    swapped = _swapped.get(optimizer)
+    if swapped is None:
+        return
+    with torch.no_grad():
+        for parameter, stand_in in swapped.pairs:
+            if swapped.way is _Way.WHOLE:
+                layout, here = layout_of(parameter), parameter.device_mesh.get_coordinate()
+                assert layout is not None
+                assert here is not None
+                sizes = tuple(parameter.device_mesh.shape)
+                part = take_layout_part(stand_in.detach(), layout, sizes, tuple(here))
+                local_part(parameter).copy_(part)
+    _restore(optimizer)
+
+
+def _restore(optimizer: torch.optim.Optimizer) -> None:
+    """Put an optimizer's own parameters and their state in their place again."""
+    swapped = _swapped.pop(optimizer, None)
+    if swapped is None:
+        return
+    for group, parameters in zip(optimizer.param_groups, swapped.groups, strict=False):
+        group["params"] = parameters
+    for parameter, stand_in in swapped.pairs:
+        if stand_in in optimizer.state:
+            entries = optimizer.state.pop(stand_in)
+            if swapped.way is _Way.PARTS:
+                entries = {key: _like(value, parameter) for key, value in entries.items()}
+            optimizer.state[parameter] = entries
+
+
+def _split_parameters(optimizer: torch.optim.Optimizer) -> Iterator[DTensor]:
+    """The optimizer's parameters that are DTensors of this package."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(parameter, DTensor) and parameter.device_mesh in _meshes:
+                yield parameter
+
+
+def _stand_in(parameter: DTensor, way: _Way) -> nn.Parameter:
+    """Return the tensor that stands for a parameter in a step, with its gradient."""
+    gradient: Any = parameter.grad
+    if way is _Way.PARTS:
+        value = local_part(parameter).detach()
+        gradient = _part(gradient)
+    else:
+        whole: Any = parameter.detach()
+        value = whole.full_tensor().clone()
+        gradient = None if gradient is None else gradient.full_tensor()
+    stand_in = nn.Parameter(value, parameter.requires_grad)
+    stand_in.grad = gradient
+    return stand_in
+
+
+def _part(value: Any) -> Any:
+    """Return the rank's part of a DTensor, anything else as it is."""
+    return local_part(value) if isinstance(value, DTensor) else value
+
+
+def _like(value: Any, parameter: DTensor) -> Any:
+    """Return what the state has for each element of a part as a DTensor like the parameter."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.ndim
+        and value.shape == local_part(parameter).shape
+    ):
+        return distributed_tensor_like(value, parameter)
+    return value

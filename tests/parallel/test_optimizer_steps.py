@@ -1,0 +1,155 @@
+"""Torch's optimizers step on a split module as on the unsplit one, or say why they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_processes
+from torch import nn, optim
+from torch.distributed.tensor import DTensor
+
+import autoparallel
+from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
+from autoparallel.parallel.state_dicts import full_state_dict
+from autoparallel.placement import Shard
+
+
+class Model(nn.Module):
+    """Two blocks in one weight, split in rows; a weight that is split in columns; odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(7, 30), nn.Linear(15, 7)
+        self.out = nn.Linear(7, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.out(x + self.down(torch.sigmoid(gate) * up)).square().mean()
+
+
+Make = Callable[[list[Any]], optim.Optimizer]
+
+# A larger epsilon keeps rounding where there is no gradient from being blown up.
+OPTIMIZERS: dict[str, Make] = {
+    "SGD": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "SGD foreach": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "SGD fused": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adam": lambda p: optim.Adam(p, lr=0.01, eps=1e-2, amsgrad=True),
+    "AdamW foreach": lambda p: optim.AdamW(p, lr=0.01, eps=1e-2, foreach=True),
+    "AdamW fused": lambda p: optim.AdamW(p, lr=0.01, eps=1e-2, fused=True),
+    "Adagrad": lambda p: optim.Adagrad(p, lr=0.01),
+    "Adagrad fused": lambda p: optim.Adagrad(p, lr=0.01, fused=True),
+    "Adadelta": lambda p: optim.Adadelta(p),
+    "Adamax": lambda p: optim.Adamax(p, lr=0.01),
+    "NAdam": lambda p: optim.NAdam(p, eps=1e-2),
+    "RAdam": lambda p: optim.RAdam(p, eps=1e-2),
+    "ASGD": lambda p: optim.ASGD(p),
+    "RMSprop": lambda p: optim.RMSprop(p, eps=1e-2, momentum=0.9, centered=True),
+    "Rprop": lambda p: optim.Rprop(p),
+    "Rprop foreach": lambda p: optim.Rprop(p, foreach=True),
+    "Adafactor": lambda p: optim.Adafactor(p, lr=0.1),
+    "Adafactor foreach": lambda p: optim.Adafactor(p, lr=0.1, foreach=True),
+    "Muon": lambda p: optim.Muon([each for each in p if each.ndim == 2], lr=0.1),
+}
+
+
+def plain() -> Any:
+    torch.manual_seed(0)
+    return Model().double()
+
+
+def stepped(model: Any, optimizer: optim.Optimizer, numbers: range, closures: bool = False) -> None:
+    for number in numbers:
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(number)).double()
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = model(x)
+            loss.backward()
+            return loss
+
+        if closures:
+            assert float(optimizer.step(closure)) > 0
+        else:
+            closure()
+            optimizer.step()
+
+
+def worst(parallel: Any, model: Any) -> float:
+    whole = full_state_dict(parallel)
+    return max(float((whole[path] - v).abs().max()) for path, v in model.state_dict().items())
+
+
+def all_optimizers(rank: int, pins: dict[str, Any], world_size: int, folder: Path) -> list[Any]:
+    """How far off each is after four steps, and after two more from a checkpoint."""
+    plan = autoparallel.make_plan(
+        plain(), world_size, example_inputs=torch.ones(4, 7).double(), pins=pins
+    )
+
+    def split() -> Any:
+        return autoparallel.apply_plan(plain(), plan)
+
+    found: list[Any] = []
+    for name, make in OPTIMIZERS.items():
+        model, parallel, fresh = plain(), split(), split()
+        pairs = [(m, make(list(m.parameters()))) for m in (model, parallel, fresh)]
+        for number, (m, optimizer) in enumerate(pairs[:2]):
+            stepped(m, optimizer, range(2), closures=number == 1)
+            stepped(m, optimizer, range(2, 4))
+        first = worst(parallel, model)
+        assert all(isinstance(p, DTensor) for g in pairs[1][1].param_groups for p in g["params"])
+        save_checkpoint(folder / name, parallel, pairs[1][1])
+        load_checkpoint(folder / name, fresh, pairs[2][1])
+        for m, optimizer in pairs:
+            stepped(m, optimizer, range(4, 6))
+        found.append((name, first, worst(parallel, model), worst(fresh, model)))
+    for make, hooked in ((lambda p: optim.LBFGS(p), False), (OPTIMIZERS["SGD fused"], True)):
+        parallel = split()
+        optimizer = make(list(parallel.parameters()))
+        if hooked:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        with pytest.raises(AutoParallelError, match="cannot step on a split module") as error:
+            stepped(parallel, optimizer, range(1), closures=True)
+        assert error.value.fix
+        assert worst(parallel, plain()) == 0
+    # Norms and clipping, which torch computes on DTensors.
+    model, parallel = plain(), split()
+    for norm_type in (1.0, 2.0, 3.0, float("inf")):
+        norms: list[Any] = []
+        for m in (model, parallel):
+            m.zero_grad()
+            m(torch.ones(4, 7).double()).backward()
+            gradients = [p.grad for p in m.parameters()]
+            norms.append(nn.utils.get_total_norm(gradients, norm_type))
+            nn.utils.clip_grads_with_norm_(m.parameters(), 0.1, norms[-1], foreach=True)
+            nn.utils.clip_grad_value_(m.parameters(), 0.01)
+        found.append((f"norm {norm_type}", float((norms[0] - norms[1].full_tensor()).abs())))
+        off = [
+            float((own.grad.full_tensor() - p.grad).abs().max())
+            for own, p in zip(parallel.parameters(), model.parameters(), strict=True)
+        ]
+        found.append(("clipped", max(off)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "pins"),
+    [
+        (2, {"gate_up.weight": Shard(0, 2), "down.weight": Shard(1), "out.weight": Shard(0)}),
+        pytest.param(
+            3,
+            {"gate_up.weight": Shard(0, 2), "down.weight": Shard(0), "out.weight": Shard(1)},
+            marks=pytest.mark.broad,
+        ),
+    ],
+)
+def test_steps_are_those_of_the_unsplit_module(
+    world_size: int, pins: dict[str, Any], tmp_path: Path
+) -> None:
+    for found in run_processes(all_optimizers, world_size, pins, world_size, tmp_path):
+        assert all(max(row[1:]) < 1e-12 for row in found), found
