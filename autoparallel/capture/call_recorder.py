@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autoparallel.errors import CaptureError
+from autoparallel.support.memory_writes import Watch
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.module_copy import shallow_copy
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
@@ -54,12 +55,46 @@ def record(
 
     model: with weights, as its forward really runs. args, kwargs: its example inputs. seed: of the
     random numbers of this run, which are the same on every rank; torch's state is put back, as is
-    whatever else the run writes to. The run is without gradients, on a copy of the tree of modules,
-    so that the hooks are never seen by the user's model.
+    whatever else the run writes to. The run is without gradients, which take memory, unless the
+    forward reaches into the backward pass, and on a copy of the tree of modules, so that the hooks
+    are never seen by the user's model.
     Raises CaptureError where the run fails.
 
     >>> list(record(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(1, 2),), {}))
     ['0', '1']
+    """
+    try:
+        return _recorded(model, args, kwargs, seed, gradients=False)
+    except _WantsGradientsError:
+        return _recorded(model, args, kwargs, seed, gradients=True)
+
+
+class _WantsGradientsError(Exception):
+    """A forward registers a hook on a tensor, which a run without gradients does not allow."""
+
+
+class _HookWatch(Watch):
+    """Ends a run without gradients whose forward reaches into the backward pass."""
+
+    def __init__(self) -> None:
+        self.hit = False
+
+    def hooked(self, tensor: torch.Tensor, name: str) -> None:
+        """Raise _WantsGradientsError."""
+        self.hit = True
+        raise _WantsGradientsError
+
+
+def _recorded(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    seed: int,
+    gradients: bool,
+) -> dict[str, Call]:
+    """Return the calls of one run, as `record` does.
+
+    gradients: whether they are recorded. Raises _WantsGradientsError where they must be.
     """
     copied = shallow_copy(model)
     calls: dict[str, Call] = {}
@@ -93,15 +128,23 @@ def record(
     tensors, skeleton = flatten((args, dict(kwargs)))
     # Copies, because a forward may write to its inputs.
     arguments = rebuild(skeleton, [tensor.detach().clone() for tensor in tensors])
+    watch = _HookWatch()
+    watched = contextlib.nullcontext() if gradients else watch.installed(operators=False)
+    recording = torch.enable_grad() if gradients else torch.no_grad()
     try:
-        with untouched(model, arguments, values=True), torch.no_grad(), seeded(seed):
+        with untouched(model, arguments, values=True), recording, seeded(seed), watched:
             copied(*arguments[0], **arguments[1])
     except Exception as error:
+        if watch.hit:
+            raise _WantsGradientsError from error
         raise CaptureError(
             f"the example run of {type(model).__name__} failed",
             why=f"{type(error).__name__}: {error}",
             fix="pass example_inputs with which the model runs",
         ) from error
+    # The model may have caught it.
+    if watch.hit:
+        raise _WantsGradientsError
     return calls
 
 

@@ -30,13 +30,13 @@ from autoparallel.capture.side_effects import (
     changed,
     effects,
     moving,
+    refuse_backward_hooks,
     refuse_effects,
     tensors_left,
 )
 from autoparallel.capture.steady_forward import is_steady
-from autoparallel.errors import (
-    CaptureError,
-)
+from autoparallel.capture.traced_calls import TracedCalls
+from autoparallel.errors import CaptureError
 from autoparallel.graph.captured import Captured, modes_of
 from autoparallel.graph.graph import Graph
 from autoparallel.support.model_snapshot import untouched
@@ -87,6 +87,8 @@ class _Flat(nn.Module):
         super().__init__()
         self.model, self.wanted, self.tensors = wanted.model, wanted, tensors
         self.inputs, self.folding, self.twice = inputs, folding, twice
+        self.calls = TracedCalls(tensors.owns)
+        self.no_replacing = NoReplacing(wanted.model)
         self.remember = ran.append
         # While it is traced, the model has other parameters, but attributes may refer to these.
         self.known = {number: places[0][0] for number, places in tensors.places.items()}
@@ -129,8 +131,9 @@ class _Flat(nn.Module):
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
-        no_replacing = NoReplacing(self.model).installed(operators=False)
+        no_replacing = self.no_replacing.installed(operators=False)
         modes = (
+            self.calls.installed(),
             self.folding.forward(),
             ConstantComparisons(),
             decomposing(wanted.known),
@@ -219,6 +222,7 @@ def capture(
     >>> [node.target for node in captured.graph.calls]
     ['aten.linear.default']
     """
+    refuse_backward_hooks(model)
     bound = bind_inputs(model, args, kwargs)
     wanted = _Wanted(model, bound, len(args), known, part, around, frozenset())
     while True:
@@ -332,6 +336,9 @@ def _exported(
         with quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
+        failure = flat.calls.failure or flat.no_replacing.failure
+        if failure is not None:
+            raise failure
     except (Unfoldable, IntricateSizes, CaptureError):
         raise
     except Exception as error:

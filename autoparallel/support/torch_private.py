@@ -110,6 +110,8 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "without_function_modes",
+    "without_modes",
     "wrapper_tensor",
 ]
 
@@ -136,6 +138,18 @@ def current_function_mode() -> Any:
     from torch.overrides import _get_current_function_mode
 
     return _get_current_function_mode()
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no mode sees ops: neither a tracer's nor one of fake tensors."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def without_function_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no mode sees calls of torch's functions."""
+    return torch._C.DisableTorchFunction()
 
 
 # Ops and their schemas.
