@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
 from autoparallel.support.model_snapshot import untouched
@@ -28,12 +29,14 @@ class Call:
 
     skeleton: the structure of its (args, kwargs) around the tensors. tensors: for each tensor a
     stand-in on the meta device, and the device of the real one. callers: paths of the modules that
-    have called this one, in whichever call, in order; a dict for the sake of its order.
+    have called this one, in whichever call, in order; a dict for the sake of its order. repeated:
+    whether one of its calls was in a checkpoint, and is made again in the backward pass.
     """
 
     skeleton: Skeleton
     tensors: list[tuple[torch.Tensor, torch.device]]
     callers: dict[str, None] = field(default_factory=dict)
+    repeated: bool = False
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) as they were, with new tensors of arbitrary content."""
@@ -73,6 +76,26 @@ class _WantsGradientsError(Exception):
     """A forward registers a hook on a tensor, which a run without gradients does not allow."""
 
 
+class _Checkpoints(CallWatch):
+    """Counts the checkpoints that a run is inside of."""
+
+    depth = 0
+
+    def reentrant(self, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """Run the region of a reentrant checkpoint."""
+        with self.region(None):
+            return call()
+
+    @contextlib.contextmanager
+    def region(self, context: Any) -> Iterator[None]:
+        """Count the region of a checkpoint while it runs."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+
 class _HookWatch(Watch):
     """Ends a run without gradients whose forward reaches into the backward pass."""
 
@@ -97,6 +120,7 @@ def _recorded(
     gradients: whether they are recorded. Raises _WantsGradientsError where they must be.
     """
     copied = shallow_copy(model)
+    watch, checkpoints = _HookWatch(), _Checkpoints()
     calls: dict[str, Call] = {}
     stack: list[str] = [""]
 
@@ -112,6 +136,7 @@ def _recorded(
                 calls[path] = Call(_frozen(skeleton), stand_ins)
             if path in calls:
                 calls[path].callers[stack[-1]] = None
+                calls[path].repeated |= checkpoints.depth > 0
             stack.append(path)
 
         return hook
@@ -128,11 +153,16 @@ def _recorded(
     tensors, skeleton = flatten((args, dict(kwargs)))
     # Copies, because a forward may write to its inputs.
     arguments = rebuild(skeleton, [tensor.detach().clone() for tensor in tensors])
-    watch = _HookWatch()
     watched = contextlib.nullcontext() if gradients else watch.installed(operators=False)
     recording = torch.enable_grad() if gradients else torch.no_grad()
     try:
-        with untouched(model, arguments, values=True), recording, seeded(seed), watched:
+        with (
+            untouched(model, arguments, values=True),
+            recording,
+            seeded(seed),
+            watched,
+            checkpoints.installed(),
+        ):
             copied(*arguments[0], **arguments[1])
     except Exception as error:
         if watch.hit:

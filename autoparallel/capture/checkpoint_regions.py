@@ -18,10 +18,10 @@ from torch.utils.checkpoint import noop_context_fn
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.errors import CaptureError
-from autoparallel.graph.checkpoints import REGION
-from autoparallel.graph.graph import Ref
+from autoparallel.graph.checkpoints import REGION, without_regions
+from autoparallel.graph.graph import Graph, Ref
 
-__all__ = ["BEGIN", "END", "CheckpointRegions", "marked", "require_plain"]
+__all__ = ["BEGIN", "END", "CheckpointRegions", "marked", "require_plain", "require_unwritten"]
 
 # The names of the marks. The first is given the tensors that a reentrant checkpoint is called with.
 BEGIN, END = "autoparallel.checkpoint.default", "autoparallel.checkpointed.default"
@@ -118,3 +118,23 @@ class CheckpointRegions:
             if scope not in scopes:
                 scopes[scope] = (*scope[:depth], entry, *scope[depth:])
             nodes[index] = replace(nodes[index], scope=scopes[scope])
+
+
+def require_unwritten(graph: Graph) -> None:
+    """Raise CaptureError where a region computes the new value of a buffer.
+
+    Torch writes it twice: in the forward pass, and where the region is run again.
+
+    graph: after all passes. Example: `require_unwritten(captured.graph)`.
+    """
+    producers = {value.name: node for node in graph.calls for value in node.results}
+    for path, name in graph.mutations:
+        node = producers.get(name)
+        if node is not None and without_regions(node.scope) != node.scope:
+            raise CaptureError(
+                f"a checkpoint writes to {path}",
+                where=node.line,
+                why="torch runs its region twice, and writes twice (running statistics go further "
+                "than in one pass); a graph has each write once",
+                fix="take the module that writes (a batch norm) out of the checkpoint",
+            )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from autoparallel.capture.call_recorder import Call, record
+from autoparallel.capture.checkpoint_regions import require_unwritten
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_modules import EqualModules, Watch
 from autoparallel.capture.export import Captured, capture
@@ -82,7 +83,9 @@ def trace(
     'aten.linear.default'
     """
     captured = capture(model, args, kwargs, known=known, part=part, around=around)
-    return replace(captured, graph=run_passes(captured.graph))
+    graph = run_passes(captured.graph)
+    require_unwritten(graph)
+    return replace(captured, graph=graph)
 
 
 def trace_alike(
@@ -220,7 +223,7 @@ class _Finder:
         self.done.add(path)
         call = self.calls[path]
         canonical = self.alike.canonical(path)
-        key: tuple[Any, ...] = (canonical, call.signature)
+        key: tuple[Any, ...] = (canonical, call.signature, call.repeated)
         if key not in self.known:
             args, kwargs = call.arguments()
             counters = self.alike.counters(canonical)
@@ -236,6 +239,8 @@ class _Finder:
                 key = (path, call.signature, "alone")
             self.known[key] = traced
         result = self.known[key]
+        if call.repeated and isinstance(result, Captured) and result.graph.mutations:
+            result = self.known[key] = _written_twice(result)
         if isinstance(result, CaptureError):
             _log.info("%s stays Python: %s", path, result.what)
             self.broken(path, result)
@@ -261,6 +266,16 @@ class _Finder:
                 in_parts.add(path)
             elif canonical in breaks and path:
                 self.breaks.append(replace(breaks[canonical], path=path))
+
+
+def _written_twice(captured: Captured) -> CaptureError:
+    """Return the error for a part that writes to buffers and is called in a checkpoint."""
+    names = ", ".join(path for path, _ in captured.graph.mutations)
+    return CaptureError(
+        f"it writes to {names} and is called in a checkpoint",
+        why="torch runs it twice, and writes twice; a graph has each write once",
+        fix="take it out of the checkpoint",
+    )
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -88,7 +88,10 @@ FOUND = [
     (probed("counted_mean", x(4, 5)), "a b -> a; b whole"),
     (probed("power_sum", x(4, 5)), "a b -> a; b by combined_parts"),
     (probed("clipped_by_all", x(4, 5)), "a b -> a b; a b whole"),
-    (probed("clipped", x(4, 5)), "a b -> a b; its backward takes no summands of a gradient"),
+    (
+        probed("clipped", x(4, 5)),
+        "a b -> a b; linear in 0; its backward takes no summands of a gradient",
+    ),
 ]
 
 
