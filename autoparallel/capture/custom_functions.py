@@ -14,6 +14,7 @@ import itertools
 import re
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from autoparallel.capture.intercepted_calls import APPLY, unwatched
 from autoparallel.errors import CaptureError
 from autoparallel.support.torch_private import without_function_modes
 
-__all__ = ["FunctionOp", "applied", "function_op"]
+__all__ = ["FunctionOp", "applied", "function_op", "is_inside_ops", "note_inside_op"]
 
 _SPACE = "autograd_function"
 _library = torch.library.Library(_SPACE, "DEF")
@@ -57,6 +58,7 @@ class FunctionOp:
 _OPS: dict[str, FunctionOp] = {}
 _CLASSES: dict[str, Any] = {}
 _TARGETS: dict[Any, str] = {}
+_INSIDE: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
@@ -67,6 +69,20 @@ def function_op(target: str) -> FunctionOp | None:
     True
     """
     return _OPS.get(target)
+
+
+def note_inside_op(cls: Any) -> None:
+    """Remember that a Function is how an op of some library is differentiated."""
+    _INSIDE.add(cls)
+
+
+def is_inside_ops(cls: Any) -> bool:
+    """Return whether a Function was applied by an op of some library, in a trace.
+
+    >>> is_inside_ops(torch.autograd.Function)
+    False
+    """
+    return cls in _INSIDE
 
 
 def applied(cls: Any, args: Sequence[Any], is_model_memory: Callable[[Any], bool]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from autoparallel.capture.call_recorder import Call, record
+from autoparallel.capture.census import require_agreement
 from autoparallel.capture.checkpoint_regions import require_unwritten
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_modules import EqualModules, Watch
@@ -85,7 +86,9 @@ def trace(
     captured = capture(model, args, kwargs, known=known, part=part, around=around)
     graph = run_passes(captured.graph)
     require_unwritten(graph)
-    return replace(captured, graph=graph)
+    captured = replace(captured, graph=graph)
+    require_agreement(captured, model, args, kwargs)
+    return captured
 
 
 def trace_alike(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autoparallel.capture.checkpoint_regions import marked, require_plain
-from autoparallel.capture.custom_functions import applied
+from autoparallel.capture.custom_functions import applied, note_inside_op
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.errors import CaptureError
 from autoparallel.support.torch_private import (
@@ -53,6 +53,7 @@ class TracedCalls(CallWatch):
             )
         # An op of a library is at work, which is recorded itself; this is how it is differentiated.
         if get_proxy_mode() is None:
+            note_inside_op(cls)
             return super().function(cls, args, kwargs)
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(x, torch.Tensor) and is_functorch_wrapped_tensor(x) for x in leaves):
