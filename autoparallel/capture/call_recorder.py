@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry
 
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.errors import CaptureError
@@ -18,9 +19,9 @@ from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.module_copy import shallow_copy
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
 from autoparallel.support.rng_state import seeded
-from autoparallel.support.torch_private import is_functorch_wrapped_tensor
+from autoparallel.support.torch_private import TorchDispatchMode, is_functorch_wrapped_tensor
 
-__all__ = ["Call", "record"]
+__all__ = ["Call", "Recorded", "record"]
 
 
 @dataclass
@@ -53,8 +54,8 @@ class Call:
 
 def record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int = 0
-) -> dict[str, Call]:
-    """Run the model once and return the calls of all modules in it, by path, the first call first.
+) -> Recorded:
+    """Run the model once and return the calls of all modules in it.
 
     model: with weights, as its forward really runs. args, kwargs: its example inputs. seed: of the
     random numbers of this run, which are the same on every rank; torch's state is put back, as is
@@ -63,13 +64,47 @@ def record(
     are never seen by the user's model.
     Raises CaptureError where the run fails.
 
-    >>> list(record(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(1, 2),), {}))
-    ['0', '1']
+    >>> run = record(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(1, 2),), {})
+    >>> list(run.calls), run.flops
+    (['0', '1'], {'0': 8})
     """
     try:
         return _recorded(model, args, kwargs, seed, gradients=False)
     except _WantsGradientsError:
         return _recorded(model, args, kwargs, seed, gradients=True)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One example run.
+
+    calls: those of all modules, by path, the first call first. flops: of the matrix products that
+    each module computes itself, by path; "" is the model.
+    """
+
+    calls: Mapping[str, Call]
+    flops: Mapping[str, int]
+
+
+class _Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, for the module that is at work. owner: its path."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner = ""
+        self.flops: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(function, "overloadpacket", None))
+        if count is not None:
+            flops = int(count(*args, **(kwargs or {}), out_val=result))
+            self.flops[self.owner] = self.flops.get(self.owner, 0) + flops
+        return result
 
 
 class _WantsGradientsError(Exception):
@@ -114,13 +149,13 @@ def _recorded(
     kwargs: Mapping[str, Any],
     seed: int,
     gradients: bool,
-) -> dict[str, Call]:
-    """Return the calls of one run, as `record` does.
+) -> Recorded:
+    """Return one run, as `record` does.
 
     gradients: whether they are recorded. Raises _WantsGradientsError where they must be.
     """
     copied = shallow_copy(model)
-    watch, checkpoints = _HookWatch(), _Checkpoints()
+    watch, checkpoints, products = _HookWatch(), _Checkpoints(), _Products()
     calls: dict[str, Call] = {}
     stack: list[str] = [""]
 
@@ -134,6 +169,7 @@ def _recorded(
             if path not in calls and not any(map(is_functorch_wrapped_tensor, tensors)):
                 stand_ins = [(torch.empty_like(t, device="meta"), t.device) for t in tensors]
                 calls[path] = Call(_frozen(skeleton), stand_ins)
+            products.owner = path
             if path in calls:
                 calls[path].callers[stack[-1]] = None
                 calls[path].repeated |= checkpoints.depth > 0
@@ -144,6 +180,7 @@ def _recorded(
     def leave(*_: Any) -> None:
         """Go back to the caller when a module has run."""
         stack.pop()
+        products.owner = stack[-1]
 
     for path, module in copied.named_modules():
         if path:
@@ -162,6 +199,7 @@ def _recorded(
             seeded(seed),
             watched,
             checkpoints.installed(),
+            products,
         ):
             copied(*arguments[0], **arguments[1])
     except Exception as error:
@@ -175,7 +213,7 @@ def _recorded(
     # The model may have caught it.
     if watch.hit:
         raise _WantsGradientsError
-    return calls
+    return Recorded(calls, products.flops)
 
 
 def _frozen(skeleton: Skeleton) -> Skeleton:

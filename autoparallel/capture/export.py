@@ -36,7 +36,7 @@ from autoparallel.capture.side_effects import (
 )
 from autoparallel.capture.steady_forward import is_steady
 from autoparallel.capture.traced_calls import TracedCalls
-from autoparallel.errors import CaptureError
+from autoparallel.errors import AutoParallelError, CaptureError
 from autoparallel.graph.captured import Captured, modes_of
 from autoparallel.graph.graph import Graph
 from autoparallel.support.model_snapshot import untouched
@@ -339,7 +339,7 @@ def _exported(
         failure = flat.calls.failure or flat.no_replacing.failure
         if failure is not None:
             raise failure
-    except (Unfoldable, IntricateSizes, CaptureError):
+    except (Unfoldable, IntricateSizes, AutoParallelError):
         raise
     except Exception as error:
         raise export_failure(error, model) from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autoparallel.errors import CaptureError
+from autoparallel.errors import AutoParallelError, CaptureError, UnsupportedOpError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.torch_private import (
     FakeTensorMode,
@@ -80,13 +80,14 @@ def examine(
 
     apply: applies it to tensors and integers. name: of its class. tensors, integers: of one call.
     is_model_memory: whether a real tensor lies in the memory of the model.
-    Raises CaptureError where it does more than an op of its operands would, or cannot be run so.
+    Raises CaptureError where it does more than an op of its operands would, or cannot be run so,
+    and UnsupportedOpError where it could not run on several ranks as it is either.
     """
     numbers = list(map(_number, integers))
     try:
         with without_function_modes(), without_modes(), torch.enable_grad():
             return _examined(apply, name, tensors, numbers, is_model_memory)
-    except CaptureError:
+    except AutoParallelError:
         raise
     except Exception as error:  # both passes are anyone's code, and may fail in any way
         words = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
@@ -125,6 +126,7 @@ def _examined(
         if ends and wanted and not _lacks_backward(ends):
             seeds = [torch.ones_like(end) for end in ends]
             watch.knows(*seeds)
+            watch.backward = True
             with watch:
                 grads = torch.autograd.grad(ends, wanted, seeds, allow_unused=True)
             reached = {id(leaf): g is not None for leaf, g in zip(wanted, grads, strict=True)}
@@ -184,7 +186,7 @@ class _Watch(TorchDispatchMode):
     """A mode that follows a Function's memory: all is made from its operands, or is constant.
 
     known: memory of the operands and of all that was computed. operands: memory of the operands.
-    plain: whether all ops were torch's own.
+    plain: whether all ops were torch's own. backward: whether the backward pass runs.
     """
 
     def __init__(
@@ -199,7 +201,7 @@ class _Watch(TorchDispatchMode):
         self.operands = {memory_of(operand) for operand in operands}
         self.known: set[int | None] = set()
         self.kept: list[torch.Tensor] = []  # so that no memory is used a second time
-        self.plain = True
+        self.plain, self.backward = True, False
         self.knows(*operands)
 
     def knows(self, *tensors: torch.Tensor) -> None:
@@ -216,6 +218,12 @@ class _Watch(TorchDispatchMode):
             raise _refusal(self.name, f"it uses {text}, which holds a program of its own")
         self.plain = self.plain and function.namespace == "aten"
         if torch.Tag.nondeterministic_seeded in function.tags:
+            if self.backward:
+                raise UnsupportedOpError(
+                    f"the backward pass of the autograd.Function {self.name} draws random numbers",
+                    why="every rank would draw others, in the model's own Python too",
+                    fix="draw them in its forward, and save them for the backward pass",
+                )
             raise _refusal(self.name, f"it draws random numbers ({text})")
         if text not in _LIFTS:
             for leaf in tree_leaves((args, kwargs)):

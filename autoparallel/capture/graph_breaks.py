@@ -159,6 +159,7 @@ def trace_parts(
         ) from failed
     finder.broken("", error)
     finder.uncalled()
+    finder.count()
     refuse_views(model, [item.path for item in finder.breaks])
     if not finder.parts:
         raise CaptureError(
@@ -182,7 +183,7 @@ class _Finder:
     parameters. calls: the first call of each module. children: the paths that each path calls.
     breaks: the modules that stay Python. parts: graphs with the paths of their modules, by what
     makes two calls the same to the tracer. known: all that was tried, by the same keys. done: paths
-    that were visited.
+    that were visited. flops: as in Recorded, of the first run.
     """
 
     def __init__(
@@ -193,8 +194,11 @@ class _Finder:
         self.modules = dict(model.named_modules())
         self.weighty = {path for path, module in self.modules.items() if _has_parameters(module)}
         self.calls: dict[str, Call] = {}
+        self.flops: Mapping[str, int] = {}
         for seed in range(_RUNS):
-            for path, call in record(model, args, kwargs, seed).items():
+            run = record(model, args, kwargs, seed)
+            self.flops = self.flops or run.flops
+            for path, call in run.calls.items():
                 first = self.calls.setdefault(path, call)
                 first.callers.update(call.callers)
             # Modules may be left out by chance (LayerDrop): another run shows others.
@@ -249,6 +253,21 @@ class _Finder:
             self.broken(path, result)
         else:
             self.parts.setdefault(key, (result, []))[1].append(path)
+
+    def count(self) -> None:
+        """Note how much of the matrix products each module that stays Python computes itself."""
+        in_parts = {path for _, paths in self.parts.values() for path in paths}
+        stay = {item.path for item in self.breaks}
+        own: dict[str, int] = {}
+        for path, flops in self.flops.items():
+            # A module without parameters belongs to the part, or to the Python, that it is in.
+            names = path.split(".") if path else []
+            around = (".".join(names[:end]) for end in range(len(names), -1, -1))
+            owner = next(place for place in around if place in in_parts or place in stay)
+            if owner not in in_parts:
+                own[owner] = own.get(owner, 0) + flops
+        total = sum(self.flops.values()) or 1
+        self.breaks = [replace(item, flops=own.get(item.path, 0) / total) for item in self.breaks]
 
     def uncalled(self) -> None:
         """Take modules that no example run has called for what their equals are."""

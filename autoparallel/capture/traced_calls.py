@@ -14,6 +14,7 @@ from autoparallel.capture.custom_functions import applied, note_inside_op
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.errors import CaptureError
 from autoparallel.support.torch_private import (
+    carries_backward_hooks,
     get_proxy_mode,
     is_functorch_wrapped_tensor,
     tree_leaves,
@@ -45,7 +46,7 @@ class TracedCalls(CallWatch):
 
     def recorded(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the op of a Function, as `function` does."""
-        if cls.__module__ == "torch.nn.modules._functions" and cls.__name__.startswith("Backward"):
+        if carries_backward_hooks(cls):
             raise CaptureError(
                 "a hook on the backward pass of every module is registered",
                 why="a graph has no calls of modules, around which hooks would run",

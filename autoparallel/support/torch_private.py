@@ -80,6 +80,7 @@ __all__ = [
     "assert_on_device",
     "at_end_of_backward",
     "call_hooks_of",
+    "carries_backward_hooks",
     "current_dispatch_mode",
     "current_function_mode",
     "custom_op_functions",
@@ -361,6 +362,13 @@ def call_hooks_of(modules: Iterable[torch.nn.Module]) -> tuple[dict[int, Any], .
     """Return the dictionaries in which modules keep the hooks around a call and its backward."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return tuple([vars(module)[kind] for module in modules for kind in kinds])
+
+
+def carries_backward_hooks(function: Any) -> bool:
+    """True if it is the autograd Function by which hooks run around a module's backward pass."""
+    from torch.nn.modules._functions import BackwardHookFunction
+
+    return function is BackwardHookFunction
 
 
 def hook_handles_so_far() -> int:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autoparallel
 from autoparallel.capture.custom_functions import function_op
+from autoparallel.errors import UnsupportedOpError
 
 WORLD_SIZES = (2, 3)
 
@@ -361,6 +362,24 @@ def test_what_no_op_can_say_stays_python(kind: str, world_size: int) -> None:
     plan = planned(model, world_size, x)
     assert why in plan.breaks[0].reason
     assert plan.ops, "the layers around it are split"
+
+
+class DrawsLate(torch.autograd.Function):
+    """Draws random numbers in its backward, where no two ranks would draw the same."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.rand_like(grad)
+
+
+def test_a_backward_that_draws_is_refused() -> None:
+    model, x = layers(lambda h, m: DrawsLate.apply(h))
+    with pytest.raises(UnsupportedOpError, match="DrawsLate draws random numbers"):
+        autoparallel.make_plan(model, 2, example_inputs=x)
 
 
 class Deep(nn.Module):
