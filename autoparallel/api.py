@@ -150,9 +150,9 @@ def make_plan(
     model's `example_inputs()` or Hugging Face `dummy_inputs` are used.
     data_parallel: whether products may be split along the inputs' dims, and parameters gathered
     where they are used; by default, if a mesh is given. memory_limit: the memory that a rank may
-    use, "40GiB" or bytes, with inputs as large as the example inputs. recompute: "none",
-    "selective", "full", or "auto", the default under a memory limit, for each repeated block's
-    best.
+    use, "40GiB" or bytes, with inputs as large as the example inputs. recompute: "model",
+    the default, for what the model itself checkpoints; "none", "selective", "full", or "auto", the
+    default under a memory limit, for each repeated block's best.
     constraints: demands on the plan, as "blocks.*.weight on dp is whole" (see
     strategy/constraints.py). pins: placements or layouts in which parameters, by path, are to be
     stored. product_weight: what a second of matrix

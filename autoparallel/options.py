@@ -13,7 +13,7 @@ __all__ = ["Options"]
 _KNOWN = {
     "unknown_ops": ("discover", "replicate", "error"),
     "rng": ("counter", "fast"),
-    "recompute": ("auto", "none", "selective", "full"),
+    "recompute": ("model", "auto", "none", "selective", "full"),
     "optimizer": ("sgd", "momentum", "adam", "mixed_adam"),
 }
 
@@ -49,8 +49,9 @@ class Options:
 
     memory_limit: bytes that a rank may use; None for no limit.
 
-    recompute: what repeated blocks recompute in the backward pass, to save fewer activations:
-    "none", "selective" (between products of activations), "full", or "auto" for each block's best.
+    recompute: what is recomputed in the backward pass, to save fewer activations: "model" for what
+    the model itself checkpoints; of repeated blocks, whatever the model does, "none", "selective"
+    (between products of activations), "full", or "auto" for each block's best.
 
     constraints: sentences such as "blocks.*.weight on dp is whole"; strategy/constraints.py has the
     grammar.
@@ -70,7 +71,7 @@ class Options:
     strict_capture: bool = False
     optimizer: str = "adam"
     memory_limit: int | None = None
-    recompute: str = "none"
+    recompute: str = "model"
     constraints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from autoparallel.capture.block_calls import MARKS
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.module_tensors import named_tensors
+from autoparallel.graph.checkpoints import REGION
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, leaves, map_leaves
 
 __all__ = ["Regions", "base_of"]
@@ -179,7 +180,7 @@ class Regions:
 
         def moved(entry: str) -> str:
             """Return a module call inside of the copy, of one inside of the traced block."""
-            inside = entry.startswith(f"{region.path}.")
+            inside = entry.startswith((f"{region.path}.", f"{region.path}{REGION}"))
             return path + entry.removeprefix(region.path) if inside else entry
 
         builder = self.builder

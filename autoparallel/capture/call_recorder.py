@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry
 
+from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.errors import CaptureError
+from autoparallel.support.memory_writes import Watch
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.module_copy import shallow_copy
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
 from autoparallel.support.rng_state import seeded
-from autoparallel.support.torch_private import is_functorch_wrapped_tensor
+from autoparallel.support.torch_private import TorchDispatchMode, is_functorch_wrapped_tensor
 
-__all__ = ["Call", "record"]
+__all__ = ["Call", "Recorded", "record"]
 
 
 @dataclass
@@ -27,12 +30,14 @@ class Call:
 
     skeleton: the structure of its (args, kwargs) around the tensors. tensors: for each tensor a
     stand-in on the meta device, and the device of the real one. callers: paths of the modules that
-    have called this one, in whichever call, in order; a dict for the sake of its order.
+    have called this one, in whichever call, in order; a dict for the sake of its order. repeated:
+    whether one of its calls was in a checkpoint, and is made again in the backward pass.
     """
 
     skeleton: Skeleton
     tensors: list[tuple[torch.Tensor, torch.device]]
     callers: dict[str, None] = field(default_factory=dict)
+    repeated: bool = False
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) as they were, with new tensors of arbitrary content."""
@@ -49,19 +54,108 @@ class Call:
 
 def record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int = 0
-) -> dict[str, Call]:
-    """Run the model once and return the calls of all modules in it, by path, the first call first.
+) -> Recorded:
+    """Run the model once and return the calls of all modules in it.
 
     model: with weights, as its forward really runs. args, kwargs: its example inputs. seed: of the
     random numbers of this run, which are the same on every rank; torch's state is put back, as is
-    whatever else the run writes to. The run is without gradients, on a copy of the tree of modules,
-    so that the hooks are never seen by the user's model.
+    whatever else the run writes to. The run is without gradients, which take memory, unless the
+    forward reaches into the backward pass, and on a copy of the tree of modules, so that the hooks
+    are never seen by the user's model.
     Raises CaptureError where the run fails.
 
-    >>> list(record(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(1, 2),), {}))
-    ['0', '1']
+    >>> run = record(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(1, 2),), {})
+    >>> list(run.calls), run.flops
+    (['0', '1'], {'0': 8})
+    """
+    try:
+        return _recorded(model, args, kwargs, seed, gradients=False)
+    except _WantsGradientsError:
+        return _recorded(model, args, kwargs, seed, gradients=True)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One example run.
+
+    calls: those of all modules, by path, the first call first. flops: of the matrix products that
+    each module computes itself, by path; "" is the model.
+    """
+
+    calls: Mapping[str, Call]
+    flops: Mapping[str, int]
+
+
+class _Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, for the module that is at work. owner: its path."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner = ""
+        self.flops: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(function, "overloadpacket", None))
+        if count is not None:
+            flops = int(count(*args, **(kwargs or {}), out_val=result))
+            self.flops[self.owner] = self.flops.get(self.owner, 0) + flops
+        return result
+
+
+class _WantsGradientsError(Exception):
+    """A forward registers a hook on a tensor, which a run without gradients does not allow."""
+
+
+class _Checkpoints(CallWatch):
+    """Counts the checkpoints that a run is inside of."""
+
+    depth = 0
+
+    def reentrant(self, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """Run the region of a reentrant checkpoint."""
+        with self.region(None):
+            return call()
+
+    @contextlib.contextmanager
+    def region(self, context: Any) -> Iterator[None]:
+        """Count the region of a checkpoint while it runs."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+
+class _HookWatch(Watch):
+    """Ends a run without gradients whose forward reaches into the backward pass."""
+
+    def __init__(self) -> None:
+        self.hit = False
+
+    def hooked(self, tensor: torch.Tensor, name: str) -> None:
+        """Raise _WantsGradientsError."""
+        self.hit = True
+        raise _WantsGradientsError
+
+
+def _recorded(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    seed: int,
+    gradients: bool,
+) -> Recorded:
+    """Return one run, as `record` does.
+
+    gradients: whether they are recorded. Raises _WantsGradientsError where they must be.
     """
     copied = shallow_copy(model)
+    watch, checkpoints, products = _HookWatch(), _Checkpoints(), _Products()
     calls: dict[str, Call] = {}
     stack: list[str] = [""]
 
@@ -75,8 +169,10 @@ def record(
             if path not in calls and not any(map(is_functorch_wrapped_tensor, tensors)):
                 stand_ins = [(torch.empty_like(t, device="meta"), t.device) for t in tensors]
                 calls[path] = Call(_frozen(skeleton), stand_ins)
+            products.owner = path
             if path in calls:
                 calls[path].callers[stack[-1]] = None
+                calls[path].repeated |= checkpoints.depth > 0
             stack.append(path)
 
         return hook
@@ -84,6 +180,7 @@ def record(
     def leave(*_: Any) -> None:
         """Go back to the caller when a module has run."""
         stack.pop()
+        products.owner = stack[-1]
 
     for path, module in copied.named_modules():
         if path:
@@ -93,16 +190,30 @@ def record(
     tensors, skeleton = flatten((args, dict(kwargs)))
     # Copies, because a forward may write to its inputs.
     arguments = rebuild(skeleton, [tensor.detach().clone() for tensor in tensors])
+    watched = contextlib.nullcontext() if gradients else watch.installed(operators=False)
+    recording = torch.enable_grad() if gradients else torch.no_grad()
     try:
-        with untouched(model, arguments, values=True), torch.no_grad(), seeded(seed):
+        with (
+            untouched(model, arguments, values=True),
+            recording,
+            seeded(seed),
+            watched,
+            checkpoints.installed(),
+            products,
+        ):
             copied(*arguments[0], **arguments[1])
     except Exception as error:
+        if watch.hit:
+            raise _WantsGradientsError from error
         raise CaptureError(
             f"the example run of {type(model).__name__} failed",
             why=f"{type(error).__name__}: {error}",
             fix="pass example_inputs with which the model runs",
         ) from error
-    return calls
+    # The model may have caught it.
+    if watch.hit:
+        raise _WantsGradientsError
+    return Recorded(calls, products.flops)
 
 
 def _frozen(skeleton: Skeleton) -> Skeleton:

@@ -34,14 +34,14 @@ from autoparallel.capture.side_effects import (
     effects,
     moving,
     place_of,
+    refuse_backward_hooks,
     refuse_effects,
     settings_of,
     tensors_left,
 )
 from autoparallel.capture.steady_forward import is_steady
-from autoparallel.errors import (
-    CaptureError,
-)
+from autoparallel.capture.traced_calls import TracedCalls
+from autoparallel.errors import AutoParallelError, CaptureError
 from autoparallel.graph.attribute_read import AttributeRead
 from autoparallel.graph.captured import Captured, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
@@ -96,6 +96,8 @@ class _Flat(nn.Module):
         super().__init__()
         self.model, self.wanted, self.tensors = wanted.model, wanted, tensors
         self.inputs, self.folding, self.twice = inputs, folding, twice
+        self.calls = TracedCalls(tensors.owns)
+        self.no_replacing = NoReplacing(wanted.model)
         self.remember = ran.append
         # While it is traced, the model has other parameters, but attributes may refer to these.
         self.known = {number: places[0][0] for number, places in tensors.places.items()}
@@ -142,7 +144,7 @@ class _Flat(nn.Module):
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
-        no_replacing = NoReplacing(self.model).installed(operators=False)
+        no_replacing = self.no_replacing.installed(operators=False)
         device, autocast = wanted.device, wanted.autocast
         results: list[Any] = []
         modes = (
@@ -152,6 +154,7 @@ class _Flat(nn.Module):
             contextlib.nullcontext()
             if autocast is None
             else torch.autocast(device.type, dtype=autocast),
+            self.calls.installed(),
             self.folding.forward(),
             ConstantComparisons(),
             decomposing(wanted.known),
@@ -214,6 +217,7 @@ def capture(
     >>> [node.target for node in captured.graph.calls]
     ['aten.linear.default']
     """
+    refuse_backward_hooks(model)
     bound = bind_inputs(model, args, kwargs)
     tensors = (*model.parameters(), *model.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
@@ -365,7 +369,10 @@ def _exported(
         with quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
-    except (Unfoldable, IntricateSizes, CaptureError):
+        failure = flat.calls.failure or flat.no_replacing.failure
+        if failure is not None:
+            raise failure
+    except (Unfoldable, IntricateSizes, AutoParallelError):
         raise
     except Exception as error:
         raise export_failure(error, model) from error

@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in (*EXPORT_LOGGERS, FAKE_TENSOR_LOGGER)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from autoparallel.capture.call_recorder import Call, record
+from autoparallel.capture.census import require_agreement
+from autoparallel.capture.checkpoint_regions import require_unwritten
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_modules import EqualModules, Watch
 from autoparallel.capture.export import Captured, capture
@@ -82,7 +84,11 @@ def trace(
     'aten.linear.default'
     """
     captured = capture(model, args, kwargs, known=known, part=part, around=around)
-    return replace(captured, graph=run_passes(captured.graph))
+    graph = run_passes(captured.graph)
+    require_unwritten(graph)
+    captured = replace(captured, graph=graph)
+    require_agreement(captured, model, args, kwargs)
+    return captured
 
 
 def trace_alike(
@@ -153,6 +159,7 @@ def trace_parts(
         ) from failed
     finder.broken("", error)
     finder.uncalled()
+    finder.count()
     refuse_views(model, [item.path for item in finder.breaks])
     if not finder.parts:
         raise CaptureError(
@@ -176,7 +183,7 @@ class _Finder:
     parameters. calls: the first call of each module. children: the paths that each path calls.
     breaks: the modules that stay Python. parts: graphs with the paths of their modules, by what
     makes two calls the same to the tracer. known: all that was tried, by the same keys. done: paths
-    that were visited.
+    that were visited. flops: as in Recorded, of the first run.
     """
 
     def __init__(
@@ -187,8 +194,11 @@ class _Finder:
         self.modules = dict(model.named_modules())
         self.weighty = {path for path, module in self.modules.items() if _has_parameters(module)}
         self.calls: dict[str, Call] = {}
+        self.flops: Mapping[str, int] = {}
         for seed in range(_RUNS):
-            for path, call in record(model, args, kwargs, seed).items():
+            run = record(model, args, kwargs, seed)
+            self.flops = self.flops or run.flops
+            for path, call in run.calls.items():
                 first = self.calls.setdefault(path, call)
                 first.callers.update(call.callers)
             # Modules may be left out by chance (LayerDrop): another run shows others.
@@ -220,7 +230,7 @@ class _Finder:
         self.done.add(path)
         call = self.calls[path]
         canonical = self.alike.canonical(path)
-        key: tuple[Any, ...] = (canonical, call.signature)
+        key: tuple[Any, ...] = (canonical, call.signature, call.repeated)
         if key not in self.known:
             args, kwargs = call.arguments()
             counters = self.alike.counters(canonical)
@@ -236,11 +246,28 @@ class _Finder:
                 key = (path, call.signature, "alone")
             self.known[key] = traced
         result = self.known[key]
+        if call.repeated and isinstance(result, Captured) and result.graph.mutations:
+            result = self.known[key] = _written_twice(result)
         if isinstance(result, CaptureError):
             _log.info("%s stays Python: %s", path, result.what)
             self.broken(path, result)
         else:
             self.parts.setdefault(key, (result, []))[1].append(path)
+
+    def count(self) -> None:
+        """Note how much of the matrix products each module that stays Python computes itself."""
+        in_parts = {path for _, paths in self.parts.values() for path in paths}
+        stay = {item.path for item in self.breaks}
+        own: dict[str, int] = {}
+        for path, flops in self.flops.items():
+            # A module without parameters belongs to the part, or to the Python, that it is in.
+            names = path.split(".") if path else []
+            around = (".".join(names[:end]) for end in range(len(names), -1, -1))
+            owner = next(place for place in around if place in in_parts or place in stay)
+            if owner not in in_parts:
+                own[owner] = own.get(owner, 0) + flops
+        total = sum(self.flops.values()) or 1
+        self.breaks = [replace(item, flops=own.get(item.path, 0) / total) for item in self.breaks]
 
     def uncalled(self) -> None:
         """Take modules that no example run has called for what their equals are."""
@@ -261,6 +288,16 @@ class _Finder:
                 in_parts.add(path)
             elif canonical in breaks and path:
                 self.breaks.append(replace(breaks[canonical], path=path))
+
+
+def _written_twice(captured: Captured) -> CaptureError:
+    """Return the error for a part that writes to buffers and is called in a checkpoint."""
+    names = ", ".join(path for path, _ in captured.graph.mutations)
+    return CaptureError(
+        f"it writes to {names} and is called in a checkpoint",
+        why="torch runs it twice, and writes twice; a graph has each write once",
+        fix="take it out of the checkpoint",
+    )
 
 
 def _has_parameters(module: nn.Module) -> bool:

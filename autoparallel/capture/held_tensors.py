@@ -145,6 +145,10 @@ class HeldTensors(TorchFunctionMode):
             raise error
         return tensor
 
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor lies in the memory of a parameter or buffer."""
+        return (memory_of(tensor) or 0) in self.paths
+
     def refusal(self, tensor: torch.Tensor) -> AutoParallelError | None:
         """Return why a program must not have this tensor as a constant; None where it may.
 

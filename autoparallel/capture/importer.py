@@ -15,10 +15,13 @@ from autoparallel.capture.block_calls import MARKS, OPAQUE
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.block_regions import Regions, base_of
 from autoparallel.capture.canonical_order import in_canonical_order
+from autoparallel.capture.checkpoint_regions import BEGIN, END, CheckpointRegions
+from autoparallel.capture.custom_functions import FunctionOp, function_op
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.source_locations import source_line
 from autoparallel.errors import CaptureError
+from autoparallel.graph.aliasing import owner_of
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.support.torch_private import (
     OpOverload,
@@ -41,7 +44,8 @@ class Importer:
 
     constants: the tensors that the forward makes from numbers, by the targets of their nodes.
     guards: conditions on the inputs' sizes that the tracer took for granted. autocast: device and
-    type of the autocast region that is being translated, None outside of one.
+    type of the autocast region that is being translated, None outside of one. shared: calls of
+    Functions whose results share an operand's memory, and the number of nodes up to each.
 
     Example: `Importer(program, GraphBuilder(), model=model, ...).graph()`.
     """
@@ -59,9 +63,11 @@ class Importer:
         self.program, self.builder, self.model = program, builder, model
         self.folding, self.held, self.trained_inputs = folding, held, trained_inputs
         self.regions = Regions(folding, builder)
+        self.checkpoints = CheckpointRegions(folding, builder)
         self.constants: dict[str, torch.Tensor] = {}
         self.guards: tuple[sympy.Basic, ...] = ()
         self.autocast: tuple[str, torch.dtype] | None = None
+        self.shared: list[tuple[Node, FunctionOp, int]] = []
 
     def graph(self) -> Graph:
         """Return the verified graph, in canonical order.
@@ -102,6 +108,7 @@ class Importer:
             guard for guard in guards if guard.free_symbols <= self.builder.input_symbols
         )
         returned = self.body(module, grad=True)
+        self.require_unwritten()
         outputs: list[str] = []
         mutations: list[tuple[str, str]] = []
         for spec, leaf in zip(signature.output_specs, returned, strict=True):
@@ -222,6 +229,10 @@ class Importer:
             return
         if name in MARKS:
             self.regions.mark(node, name)
+        elif name == BEGIN:
+            self.checkpoints.begin(node)
+        elif name == END:
+            self.checkpoints.end()
         elif name == OPAQUE:
             self.regions.copy(node)
         elif isinstance(node.meta.get("val"), (torch.SymInt, int, torch.SymFloat, torch.SymBool)):
@@ -265,7 +276,7 @@ class Importer:
         to tensors and returns none.
         """
         target, name, example = node.target, str(node.target), node.meta.get("val")
-        builder = self.builder
+        builder, grad = self.builder, grad and self.checkpoints.records
         args = builder.leaf_all(node.args)
         kwargs = tuple((key, builder.leaf_all(value)) for key, value in node.kwargs.items())
         if name == "aten.slice.Tensor":
@@ -277,6 +288,9 @@ class Importer:
             args = (*args[:2], 0, *args[3:]) if args[2:] and args[2] is None else args
         if self.autocast is not None:
             args, kwargs = self.cast(node, args, kwargs, grad)
+        function = function_op(name)
+        if function is not None:
+            args = self.reached(node, function, args, grad)
         call = Node("", "call", name, (), args, kwargs)
         if example is None and not schema_of(target).is_mutable:
             return  # it only checks its operands
@@ -288,6 +302,8 @@ class Importer:
                 fix="use an op that returns what it makes, for each tensor",
             )
         flows = builder.records(call, grad)
+        if function is not None:
+            flows = flows and any(function.examined.differentiable)
         single = isinstance(example, torch.Tensor)
         unique = builder.fresh(base_of(node.name), 1 if single else len(example))
         if single:
@@ -295,7 +311,11 @@ class Importer:
             builder.translated[node] = Ref(unique)
         else:
             results = tuple(
-                builder.value(f"{unique}_{index}", item, flows)
+                builder.value(
+                    f"{unique}_{index}",
+                    item,
+                    flows and (function is None or function.examined.differentiable[index]),
+                )
                 for index, item in enumerate(example)
             )
             builder.translated[node] = tuple(Ref(value.name) for value in results)
@@ -303,6 +323,52 @@ class Importer:
         translated = replace(call, name=unique, results=results, scope=scope, line=line)
         builder.add(translated, grad, builder.origins.frames(node))
         builder.follow(translated, flows)
+        if function is not None and any(function.examined.sources):
+            self.shared.append((translated, function, len(builder.nodes)))
+
+    def reached(self, node: Any, function: FunctionOp, args: Any, grad: bool) -> Any:
+        """Return the arguments of a Function's op with those detached that it gives no gradient.
+
+        node: the call, of the exported program. grad: whether gradients are recorded where it is.
+        Then a graph says of each parameter whether a gradient reaches it.
+        """
+        rows = list(args)
+        for index, gradient in enumerate(function.examined.gradients):
+            value = self.builder.values[rows[index].name]
+            if gradient or not (grad and self.builder.carries((value.name,))):
+                continue
+            name = self.builder.fresh("detach")
+            result = replace(value, name=name, requires_grad=False)
+            origins, line = self.builder.origins, source_line(node)
+            call = ("aten.detach.default", (result,), (rows[index],), ())
+            self.builder.add(
+                Node(name, "call", *call, origins.scope(node), line), grad, origins.frames(node)
+            )
+            self.builder.follow(self.builder.nodes[-1], False)
+            rows[index] = Ref(name)
+        return tuple(rows)
+
+    def require_unwritten(self) -> None:
+        """Raise CaptureError where memory that a Function's result shares is written to later.
+
+        Torch returns a view of an operand as such, and the op a tensor in memory of its own.
+        """
+        builder = self.builder
+        for node, function, after in self.shared:
+            names = [node.operands()[at] for row in function.examined.sources for at in row]
+            names += [value.name for value in node.results]
+            owners = {owner_of(owner_of(n, builder.overwritten), builder.views) for n in names}
+            for later in builder.nodes[after:]:
+                written = builder.writes.get(later.name, ())
+                hit = {owner_of(owner_of(n, builder.overwritten), builder.views) for n in written}
+                if owners & hit:
+                    raise CaptureError(
+                        f"the autograd.Function {function.name} returns a view of its operand, "
+                        "which is written to",
+                        where=later.line,
+                        why="its op returns new memory, which would not follow",
+                        fix="return x.clone() in its forward, or write to another tensor",
+                    )
 
     def cast(self, node: Any, args: Any, kwargs: Any, grad: bool) -> tuple[Any, Any]:
         """Add explicit casts for those that autocast makes before a call.

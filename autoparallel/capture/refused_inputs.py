@@ -65,7 +65,8 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     mode, watch = FakeTensorMode(allow_non_fake_inputs=True), _FirstFailure()
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
-        with quiet(), untouched(model), torch.no_grad(), mode:
+        # With gradients, because a forward may want to register hooks.
+        with quiet(), untouched(model), torch.enable_grad(), mode:
             fakes: dict[str, torch.Tensor] = {
                 name: mode.from_tensor(tensor) for name, tensor in state.items()
             }

@@ -17,7 +17,7 @@ from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
 
 __all__ = ["NoReplacing", "changed", "effects", "moving"]
-__all__ += ["place_of", "refuse_effects", "settings_of", "tensors_left"]
+__all__ += ["place_of", "refuse_backward_hooks", "refuse_effects", "settings_of", "tensors_left"]
 
 _HOOKS = tuple(name for name in sorted(MODULE_ATTRIBUTES) if name.endswith("_hooks"))
 _NOTHING: Mapping[int, str] = {}
@@ -172,12 +172,35 @@ def refuse_effects(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_backward_hooks(model: nn.Module) -> None:
+    """Raise CaptureError for a submodule with hooks on its backward pass.
+
+    They run around the call of the module, and a graph has no calls of modules. The model's own
+    hooks are no matter: they run around its program.
+
+    Example: `refuse_backward_hooks(nn.Linear(2, 3))` returns.
+    """
+    for path, module in model.named_modules():
+        if path and (module._backward_hooks or module._backward_pre_hooks):
+            raise CaptureError(
+                f"{path} has a hook on its backward pass",
+                where=path,
+                why="it runs around the call of the module, which a graph does not have",
+                fix="remove the hook before the model is split; else what calls the module stays "
+                "Python",
+            )
+
+
 class NoReplacing(Watch):
-    """Refuses two writes to tensors that a tracer does not see: of their memory, and of training.
+    """Refuses what a tracer does not see: writes of memory and of training, and hooks.
 
     `tensor.data = value` gives a tensor other memory, and `requires_grad` decides whether it is
-    trained. model: its parameters must stay where they are and go on being trained as they are.
+    trained. A hook on a tensor would be lost with the tensor of the trace. model: its parameters
+    must stay where they are and go on being trained as they are. failure: the first refusal of a
+    hook, remembered as the model may catch it.
     """
+
+    failure: CaptureError | None = None
 
     def __init__(self, model: nn.Module) -> None:
         named = model.named_parameters(remove_duplicate=False)
@@ -193,6 +216,16 @@ class NoReplacing(Watch):
             why="a graph returns values, and its parameters stay where they are",
             fix="write the values in place: under torch.no_grad, tensor.copy_(value)",
         )
+
+    def hooked(self, tensor: torch.Tensor, name: str) -> None:
+        """Raise CaptureError: a gradient inside of the model is to be seen, or changed."""
+        self.failure = self.failure or CaptureError(
+            f"the forward reaches into the backward pass ({name})",
+            why="a hook is given the gradient of a tensor of this one run; a graph has no such "
+            "tensors",
+            fix="change gradients by a torch.autograd.Function, whose backward is kept",
+        )
+        raise self.failure
 
     def trained(self, tensor: torch.Tensor, value: bool) -> None:
         """Raise CaptureError where the forward changes whether a parameter is trained."""

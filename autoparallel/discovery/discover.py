@@ -330,6 +330,10 @@ class _Author:
                     draft = _kept(draft, strategy.tile.loop, _reason(draft, strategy.tile.loop))
                     break
                 group = tuple(index for index, p in enumerate(strategy.operands) if str(p) == "P")
+                if not group and draft.replicates and str(strategy.results[0]) == "R":
+                    # The backward pass is not linear: the sum of the ranks' gradients is another.
+                    draft = replace(draft, replicates=False)
+                    break
                 # Neither a loop nor a sum: running it unsplit is wrong, and no rule can be right.
                 if group not in draft.linear:
                     raise ProbeError(f"is not what it is taken for: {strategy}: {why}")

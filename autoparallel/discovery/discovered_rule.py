@@ -69,6 +69,7 @@ class DiscoveredRule:
     linear: tuple[tuple[int, ...], ...] = ()
     follows: tuple[Follows, ...] = ()
     kernels: tuple[tuple[str, DiscoveredKernel], ...] = ()
+    replicates: bool = True
     takes_empty: bool = False
     values: Values = field(default_factory=Values)
     dtype: str = "float64"
@@ -107,10 +108,12 @@ class DiscoveredRule:
             linear=tuple(map(frozenset, self.linear)),
             kernels={loop: self.kernel(kernel, call) for loop, kernel in self.kernels},
             local_args=self.local_args if self.follows else None,
+            replicates=self.replicates,
             takes_empty=self.takes_empty,
             reasons=reasons,
         )
-        words = "; ".join(text for text in (notation(rule_of_call), self.note) if text)
+        bent = "" if self.replicates else "its backward takes no summands of a gradient"
+        words = "; ".join(text for text in (notation(rule_of_call), bent, self.note) if text)
         return replace(rule_of_call, discovered=words)
 
     def stuck(self, call: OpCall) -> list[str]:
@@ -173,6 +176,7 @@ class DiscoveredRule:
                 loop: [kernel.name, kernel.result, kernel.arguments, kernel.gathers]
                 for loop, kernel in self.kernels
             },
+            "replicates": self.replicates,
             "takes_empty": self.takes_empty,
             "values": [
                 self.values.low,
@@ -207,6 +211,7 @@ class DiscoveredRule:
                 (loop, DiscoveredKernel(name, result, _tuples(arguments), gathers))
                 for loop, (name, result, arguments, gathers) in rows["kernels"].items()
             ),
+            replicates=bool(rows["replicates"]),
             takes_empty=bool(rows["takes_empty"]),
             values=_values(*rows["values"]),
             dtype=rows["dtype"],

@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 
+from autoparallel.capture.custom_functions import function_op
 from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves, size_expression
 from autoparallel.graph.operators import operator_of
 from autoparallel.rules.rule import OpCall
@@ -209,6 +210,9 @@ class Probe:
         if space == "aten":
             # By torch's convention these are internal, called after checks were made.
             return not name.startswith(("_", "native_"))
+        function = function_op(self.call.node.target)
+        if function is not None:
+            return function.examined.plain
         return is_custom_op(f"{space}::{name}")
 
     def own(self) -> Pattern:

@@ -7,7 +7,7 @@ runs. Nothing here depends on how a strategy was found: derived from a rule, or 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -221,7 +221,7 @@ def why_wrong(
             return f"gradient of operand {name}: {wrong}"
     for name, expected in (second or {}).items():
         # Of an operand, or of a gradient that came in, whose own gradient lies as the result does.
-        like: Sequence[Any]
+        like: Any
         unsplit: Any
         if name in storage:
             like, kind = leaves[name], gradient(storage[name])

@@ -18,7 +18,10 @@ from autoparallel.placement import Partial
 from autoparallel.rules.rule import LoopSplit, ShardingRule, Strategy, is_possible, strategies
 from autoparallel.support.torch_private import has_backward
 
-__all__ = ["Trial"]
+__all__ = ["DRAWS", "Trial"]
+
+# Why whole tensors are not right for an op either: every rank would draw numbers of its own.
+DRAWS = "when it is run again: it draws numbers"
 
 # Integers of the call above this are taken for sizes.
 _MOST_OWN = 64
@@ -92,7 +95,10 @@ class Trial:
         for old, new in zip(first_run.results, second_run.results, strict=True):
             # Bit for bit: a random op differs, and a deterministic one on the CPU does not.
             if not torch.allclose(old, new, rtol=0, atol=0, equal_nan=True):
-                raise ProbeError("gives other results when it is run again: it draws numbers")
+                raise ProbeError(f"gives other results {DRAWS}")
+        for name, old in first_run.gradients.items():
+            if not torch.allclose(old, second_run.gradients[name], rtol=0, atol=0, equal_nan=True):
+                raise ProbeError(f"gives other gradients {DRAWS}")
         for old, tensor in zip(before, tensors, strict=True):
             # Schemas may be wrong: what is written to is seen here.
             if not torch.equal(old, tensor.detach()):

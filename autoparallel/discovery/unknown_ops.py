@@ -9,12 +9,12 @@ from autoparallel.discovery.discover import ProbeError, confirmed, discover
 from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.disk_cache import key_of, load, store
 from autoparallel.discovery.registered_rules import require_proven
-from autoparallel.graph.graph import Graph
+from autoparallel.graph.graph import Dim, Graph
 from autoparallel.rules.lookup import find_rule, known_rule
 from autoparallel.rules.registry import remember, signature
-from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, OpCall, ShardingRule
 
-__all__ = ["find_unknown", "learn"]
+__all__ = ["find_unknown", "learn", "whole_rule"]
 
 # Why no rule was found, by the call's signature: an op is not probed twice.
 _REASONS: dict[Any, str] = {}
@@ -48,6 +48,29 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
             return discovered, ""
         _REASONS[key] = why
     return None, _REASONS[key]
+
+
+def whole_rule(call: OpCall, why: str) -> ShardingRule:
+    """Return the rule of a call of which every tensor stays whole.
+
+    why: the reason, for the plan.
+    """
+    rows: list[Dims] = []
+    sizes: dict[str, Dim] = {}
+    for number, tensor in enumerate((*call.operands, *call.results)):
+        names = [f"{number}.{dim}" for dim in range(len(tensor.shape))]
+        sizes.update(zip(names, tensor.shape, strict=True))
+        rows.append(tuple((name,) for name in names))
+    count = len(call.operands)
+    return ShardingRule(
+        tuple(rows[:count]),
+        tuple(rows[count:]),
+        sizes,
+        whole=frozenset(sizes),
+        replicates=False,
+        reasons=dict.fromkeys(sizes, why),
+        discovered=f"whole: {why}",
+    )
 
 
 def _cached(call: OpCall) -> DiscoveredRule:

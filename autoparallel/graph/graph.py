@@ -126,8 +126,9 @@ class Node:
     position of an input. results: the values that it produces. args, kwargs: nested tuples with
     Ref, Sym and plain leaves. scope: the module calls that it is inside of, the outermost first,
     each by the module's path; "path@2" is the third call of one module from the same call of
-    another. line: of the user's code. Both belong to the user's view of the program, not to the
-    program, and do not count when nodes are compared.
+    another, and "path#2" the third region that the module's forward checkpoints. line: of the
+    user's code. Both belong to the user's view of the program, not to the program, and do not count
+    when nodes are compared.
     """
 
     name: str
@@ -142,7 +143,8 @@ class Node:
     @property
     def where(self) -> str:
         """The path of the innermost module whose call the node is inside of; "" at the top."""
-        return self.scope[-1].partition("@")[0] if self.scope else ""
+        # A region that is checkpointed ("path#0") belongs to the module whose forward has it.
+        return self.scope[-1].partition("#")[0].partition("@")[0] if self.scope else ""
 
     @property
     def result(self) -> Value:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from autoparallel.graph.checkpoints import without_regions
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, map_leaves
 
 __all__ = ["Block", "Key", "Repeats", "find_repeats"]
@@ -185,9 +186,11 @@ class _Finder:
             if node.kind != "call":
                 continue
             if node.scope not in chains:
+                # Blocks are the same with and without checkpoints.
+                path = without_regions(node.scope)
                 chains[node.scope] = tuple(
                     calls.setdefault(scope, _Call(scope, index, index))
-                    for scope in (node.scope[:end] for end in range(1, len(node.scope) + 1))
+                    for scope in (path[:end] for end in range(1, len(path) + 1))
                 )
             for call in chains[node.scope]:
                 call.stop = index + 1

@@ -175,11 +175,12 @@ class Plan:
     def split_flops(self) -> float:
         """The share of the matrix products' FLOPs in ops that are split, from 0 to 1.
 
-        It is 1 where there are no matrix products.
+        It is 1 where there are no matrix products. Those of modules that stay Python are not split.
         """
         whole = sum(op.whole_flops for op in self.ops)
         split = sum(op.whole_flops for op in self.ops if op.flops < op.whole_flops)
-        return split / whole if whole else 1.0
+        traced = max(0.0, 1 - sum(stays.flops for stays in self.breaks))
+        return traced * (split / whole if whole else 1.0)
 
     @property
     def split_parameter_bytes(self) -> float:

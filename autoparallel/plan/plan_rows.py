@@ -23,7 +23,7 @@ def row_of(value: Any) -> dict[str, Any]:
 
     >>> from autoparallel.plan.choices import Break
     >>> row_of(Break("head", "", "a branch on a value"))
-    {'path': 'head', 'line': '', 'reason': 'a branch on a value'}
+    {'path': 'head', 'line': '', 'reason': 'a branch on a value', 'flops': 0.0}
     """
     row: dict[str, Any] = {}
     for field in fields(value):
@@ -50,7 +50,7 @@ def value_of(kind: Any, row: Mapping[str, Any]) -> Any:
 
     >>> from autoparallel.plan.choices import Break
     >>> value_of(Break, {"path": "head", "line": "", "reason": "a branch on a value"})
-    Break(path='head', line='', reason='a branch on a value')
+    Break(path='head', line='', reason='a branch on a value', flops=0.0)
     """
     types = {field.name: field.type for field in fields(kind)}
     contents: dict[str, Any] = {}

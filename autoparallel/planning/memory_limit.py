@@ -71,10 +71,10 @@ def plan_within(
     """
     options = network.options
     # A mode that the user has asked for by name is not given up.
-    fewer = {"auto": ("selective", "none"), "full": (), "selective": (), "none": ()}
+    fewer = {"auto": ("selective", "none")}
     closest: _Candidate | None = None
     bound = -math.inf
-    for mode in (options.recompute, *fewer[options.recompute]):
+    for mode in (options.recompute, *fewer.get(options.recompute, ())):
         # The constraints belong to a network's states, and must be laid on each network anew.
         if mode != options.recompute:
             network = rebuilt(network, options=replace(options, recompute=mode))

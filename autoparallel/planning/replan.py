@@ -34,7 +34,7 @@ class Replanner:
     def __init__(self, model: str, mesh: Mesh, options: Options) -> None:
         self.model, self.mesh = model, mesh
         # Parameters stay as they are stored, so that the demands on that are not made again.
-        recompute = "none" if options.recompute == "auto" else options.recompute
+        recompute = "model" if options.recompute == "auto" else options.recompute
         self.options = replace(options, memory_limit=None, constraints=(), recompute=recompute)
         self.alike: EqualModules | None = None
         self.root: nn.Module | None = None

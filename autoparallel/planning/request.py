@@ -50,7 +50,7 @@ def make_options(
     return Options(
         data_parallel=mesh is not None if data_parallel is None else data_parallel,
         memory_limit=limit,
-        recompute=("none" if limit is None else "auto") if recompute is None else recompute,
+        recompute=("model" if limit is None else "auto") if recompute is None else recompute,
         **others,
     )
 

@@ -112,10 +112,11 @@ class ShardingRule:
     results. random: the function of autoparallel.runtime.random_ops that runs the op, if it draws
     numbers. takes_bias: the op adds a vector over the result's last dim if it is given one more
     operand. adds: the op is such an addition. grain: of loops whose parts must have a multiple of
-    so many elements. takes_empty: the op also runs on a part without elements, which ranks are left
-    with where a loop is shorter than they are many. occupied: loops of which every part must have
-    elements even so. reasons: why loops are whole, where there is more to say. discovered: the
-    rule in einsum-like words, if nobody wrote it.
+    so many elements. replicates: the backward pass is linear, so that it may work on summands of a
+    gradient: false of an op that clips gradients, say. takes_empty: the op also runs on a part
+    without elements, which ranks are left with where a loop is shorter than they are many.
+    occupied: loops of which every part must have elements even so. reasons: why loops are whole,
+    where there is more to say. discovered: the rule in einsum-like words, if nobody wrote it.
     """
 
     operands: tuple[Dims, ...]
@@ -131,6 +132,7 @@ class ShardingRule:
     takes_bias: bool = False
     adds: bool = False
     grain: Mapping[str, int] = field(default_factory=dict)
+    replicates: bool = True
     takes_empty: bool = True
     occupied: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -389,7 +391,7 @@ def strategies(
     if world_size == 1:
         return (whole,)
     # R and I differ in gradients alone: with R, each rank's gradient is its summand.
-    if any(operand_grads):
+    if any(operand_grads) and rule.replicates:
         unique[Strategy(tuple(map(rep, operand_grads)), tuple(map(rep, result_grads)))] = None
     for tile in tiles:
         kernel = rule.kernels.get(tile.loop)

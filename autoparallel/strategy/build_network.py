@@ -16,6 +16,7 @@ from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, whole_layout
+from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import ShardingRule, Strategy, strategies
 from autoparallel.strategy.candidate_splits import CandidateSplits, inert_calls, weight_values
 from autoparallel.strategy.cost_network import CostNetwork
@@ -181,7 +182,13 @@ class _Builder:
         rule = matched.rule
         if rule is None:
             # Without a rule there are no loops to split: all tensors whole, on every rank.
-            rule = ShardingRule(((),) * len(operands), ((),) * len(results), {})
+            # Of an op that nobody knows, the backward pass may be anything.
+            rule = ShardingRule(
+                ((),) * len(operands),
+                ((),) * len(results),
+                {},
+                replicates=find_rule(node.target) is not None,
+            )
             if node.name in self.inert:
                 operands = (False,) * len(operands)
         alone: dict[int, tuple[Strategy, ...]] = {}

@@ -1,5 +1,7 @@
 """Activation recomputation, block by block: the ops run again in the backward pass in each mode.
 
+By default a block is a region that the model itself checkpoints, and is recomputed in full.
+Otherwise it is the planner's choice:
 A block is one of a model's repeated modules. In mode "none" it saves all that its backward pass
 needs; in "full" only its inputs (arXiv:1604.06174); in "selective" all but what lies between
 products of activations with each other, which grows with the square of the sequence
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from autoparallel.graph.checkpoints import find_checkpoints
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.repeated_blocks import Block, find_repeats
 from autoparallel.rules.rule import ShardingRule
@@ -22,11 +25,13 @@ MODES = ("none", "selective", "full")
 class Recomputation:
     """The recompute modes of every block of a graph.
 
-    rules: per call node. weights: values computed from parameters alone. requested: one of MODES
-    for all blocks (a block without products of activations has nothing to select, and saves all),
-    or "auto" for a choice between all modes that a block has.
-    blocks: the repeated blocks. modes: per block, the modes to choose between. groups: per block
-    and mode, the names of the ops run again. place: by node name, the number of its block.
+    rules: per call node. weights: values computed from parameters alone. requested: "model" for the
+    regions that the model checkpoints; or, whatever it checkpoints, one of MODES for all blocks (a
+    block without products of activations has nothing to select, and saves all), or "auto" for a
+    choice between all modes that a block has.
+    blocks: the repeated blocks, or the regions. modes: per block, the modes to choose between.
+    groups: per block and mode, the names of the ops run again. place: by node name, the number of
+    its block.
     """
 
     def __init__(
@@ -37,7 +42,7 @@ class Recomputation:
         requested: str,
     ) -> None:
         self.graph, self.rules, self.weights = graph, rules, weights
-        self.blocks: tuple[Block, ...] = find_repeats(graph).blocks if requested != "none" else ()
+        self.blocks = _blocks(graph, requested)
         self.modes: list[tuple[str, ...]] = []
         self.groups: list[dict[str, tuple[str, ...]]] = []
         self.place: dict[str, int] = {}
@@ -54,7 +59,9 @@ class Recomputation:
             if core is not None:
                 groups["selective"] = names[slice(*core)]
             modes = [mode for mode in MODES if mode in groups]
-            if requested != "auto":
+            if requested == "model":
+                modes = ["full"]
+            elif requested != "auto":
                 # A block without a core has no selective mode: it saves all, as if not asked.
                 modes = [requested if requested in groups else "none"]
             self.modes.append(tuple(modes))
@@ -105,3 +112,14 @@ class Recomputation:
     def inside(self, name: str, block: int) -> tuple[bool, ...]:
         """Return, per mode of the block, whether a node is run again."""
         return tuple(name in self._members[block][mode] for mode in self.modes[block])
+
+
+def _blocks(graph: Graph, requested: str) -> tuple[Block, ...]:
+    """Return what may be recomputed: the model's own regions, or its repeated blocks."""
+    if requested == "model":
+        regions = enumerate(find_checkpoints(graph))
+        return tuple(
+            Block(region.path, kind, 0, region.start, region.stop, (), (), ())
+            for kind, region in regions
+        )
+    return find_repeats(graph).blocks if requested != "none" else ()

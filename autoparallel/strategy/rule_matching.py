@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autoparallel.capture.custom_functions import function_op
 from autoparallel.discovery.registered_rules import require_proven
-from autoparallel.discovery.unknown_ops import find_unknown
+from autoparallel.discovery.trial import DRAWS
+from autoparallel.discovery.unknown_ops import find_unknown, whole_rule
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 from autoparallel.graph.operators import draws
@@ -77,6 +79,9 @@ def match_rules(
             # On one rank nothing is split, so that no rule is needed.
             if write_rule is None and world_size > 1:
                 rule, why = _unwritten(call, inert, options)
+                if why and DRAWS not in why and function_op(node.target) is not None:
+                    # Both of its passes are the user's own, and whole tensors are right for them.
+                    rule = rule or whole_rule(call, why)
                 grad = any(result.requires_grad for result in node.results)
                 if rule is None and (grad or draws(node.target)):
                     missing.setdefault(node.target, []).append(node)

@@ -89,6 +89,12 @@ class Watch:
     def trained(self, tensor: torch.Tensor, value: bool) -> None:
         """React to `tensor.requires_grad = value`."""
 
+    def hooked(self, tensor: torch.Tensor, name: str) -> None:
+        """React to a call that reaches into the backward pass: of `register_hook`, for example.
+
+        name: of the method or attribute. `grad_fn` is one, as hooks may be registered there.
+        """
+
     @contextlib.contextmanager
     def installed(self, operators: bool = True) -> Iterator[None]:
         """Report the writes that this thread makes within.
@@ -210,9 +216,19 @@ def _reports() -> dict[Any, Callable[..., bool]]:
         watch.trained(tensor, requires_grad)
         return False
 
+    def hook(name: str) -> Callable[..., bool]:
+        def report(watch: Watch, tensor: torch.Tensor, *_: Any, **__: Any) -> bool:
+            watch.hooked(tensor, name)
+            return False
+
+        return report
+
     reports: dict[Any, Callable[..., bool]] = dict.fromkeys(_handles(), handle)
     # A mode of functions is given the setter of a property as the function.
     reports[kind.data.__set__] = assign
     reports[kind.requires_grad.__set__] = train
     reports[kind.requires_grad_] = train
+    reports[kind.grad_fn.__get__] = hook("grad_fn")
+    for name in ("register_hook", "register_post_accumulate_grad_hook", "retain_grad"):
+        reports[getattr(kind, name)] = hook(name)
     return reports

@@ -86,6 +86,7 @@ __all__ = [
     "at_end_of_backward",
     "backward_pass",
     "call_hooks_of",
+    "carries_backward_hooks",
     "current_dispatch_mode",
     "current_function_mode",
     "custom_op_functions",
@@ -122,6 +123,8 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "will_accumulate",
+    "without_function_modes",
+    "without_modes",
     "wrapper_tensor",
 ]
 
@@ -148,6 +151,18 @@ def current_function_mode() -> Any:
     from torch.overrides import _get_current_function_mode
 
     return _get_current_function_mode()
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no mode sees ops: neither a tracer's nor one of fake tensors."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def without_function_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no mode sees calls of torch's functions."""
+    return torch._C.DisableTorchFunction()
 
 
 # Ops and their schemas.
@@ -479,6 +494,13 @@ def call_hooks_of(modules: Iterable[torch.nn.Module]) -> tuple[dict[int, Any], .
     """Return the dictionaries in which modules keep the hooks around a call and its backward."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return tuple([vars(module)[kind] for module in modules for kind in kinds])
+
+
+def carries_backward_hooks(function: Any) -> bool:
+    """True if it is the autograd Function by which hooks run around a module's backward pass."""
+    from torch.nn.modules._functions import BackwardHookFunction
+
+    return function is BackwardHookFunction
 
 
 def hook_handles_so_far() -> int:

@@ -154,7 +154,8 @@ def _recomputed(plan: Plan) -> list[tuple[str, str]]:
     rows = fold((path, mode, mode) for path, mode in plan.recompute if mode != "none")
     text = ", ".join(f"{row.path} ({row.first})" for row in rows)
     if text:
-        return [("recomputed", f"in the backward pass: {text}")]
+        chosen = ", as the model asks" if plan.options.recompute == "model" else ""
+        return [("recomputed", f"in the backward pass{chosen}: {text}")]
     lacking = {"full": "", "selective": " and has products of activations"}
     if plan.options.recompute not in lacking or plan.breaks:
         return []

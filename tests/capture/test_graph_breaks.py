@@ -19,6 +19,7 @@ from autoparallel.errors import CaptureError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.uncaptured_python import common_numbers
 from autoparallel.placement import Invariant, Shard
+from autoparallel.plan import Plan
 from autoparallel.runtime.rng import Generator
 from autoparallel.view.report import plan_text
 
@@ -325,3 +326,23 @@ def test_random_numbers_are_the_plans_at_no_world_size() -> None:
     torch.empty(2, dtype=torch.int64).random_()  # one number for each pass, to tell repeats
     assert drawn == torch.rand([])
     assert relative_error(first, second) > 1e-3
+
+
+class Mapped(nn.Module):
+    """A large product inside of a function transform, and a small one that can be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = nn.Linear(24, 24, bias=False), nn.Linear(24, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the loss."""
+        h = torch.func.vmap(lambda row: torch.tanh(row @ self.large.weight))(x)
+        return self.small(h).square().mean()
+
+
+def test_products_that_stay_python_are_not_split() -> None:
+    plan = autoparallel.make_plan(Mapped(), 2, example_inputs=torch.randn(6, 24))
+    assert plan.breaks[0].flops == 24 / 32
+    assert plan.split_flops == plan.split_parameter_bytes == 8 / 32
+    assert Plan.from_json(plan.to_json()).split_flops == 8 / 32

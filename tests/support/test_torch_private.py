@@ -52,6 +52,36 @@ scale.register_fake(fake_scale)
 scale.register_autograd(scale_backward, setup_context=keep_factor)
 
 
+def test_modes_can_be_left() -> None:
+    """A Function's passes are run without the modes that are at work around them."""
+    with torch_private.FakeTensorMode() as mode:
+        with torch_private.without_modes():
+            assert torch_private.current_dispatch_mode() is None
+            assert type(torch.ones(2)) is torch.Tensor
+        assert torch_private.current_dispatch_mode() is mode
+    seen: list[object] = []
+
+    class Counts(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Counts():
+        with torch_private.without_function_modes():
+            torch.ones(2)
+        assert not seen
+        torch.ones(2)
+        assert seen == [torch.ones]
+
+
+def test_the_function_of_backward_hooks_is_known() -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.register_full_backward_hook(lambda *_: None)
+    y = layer(torch.ones(1, 2, requires_grad=True))
+    assert torch_private.carries_backward_hooks(type(y.grad_fn)._forward_cls)
+    assert not torch_private.carries_backward_hooks(torch.autograd.Function)
+
+
 @pytest.fixture
 def mesh(tmp_path):
     """Return a device mesh of this one process."""

@@ -1,0 +1,285 @@
+"""The census: what a gradient reaches in a model, found out without the tracer.
+
+A trace may drop what it does not see, and the graph is right by its own lights. So the forward is
+run once more as it is, on tensors without data, with autograd on. Autograd's own record says which
+parameters and inputs a gradient reaches and which Functions it passes; the graph must say the same.
+A difference is an error of this package, and better known before a plan is made than in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoparallel.capture.custom_functions import function_op, is_inside_ops
+from autoparallel.capture.decided_draws import ConstantComparisons
+from autoparallel.capture.example_inputs import bind_inputs
+from autoparallel.capture.forward_contexts import quiet
+from autoparallel.capture.intercepted_calls import CallWatch
+from autoparallel.capture.module_tensors import join_path, named_tensors
+from autoparallel.errors import CaptureError
+from autoparallel.graph.captured import Captured
+from autoparallel.graph.graph import Graph
+from autoparallel.support.memory_writes import Watch, memory_of
+from autoparallel.support.model_snapshot import untouched
+from autoparallel.support.module_copy import originals
+from autoparallel.support.pytree import flatten
+from autoparallel.support.torch_private import FakeTensorMode, tree_map
+
+__all__ = ["Census", "census_of", "require_agreement"]
+
+_log = logging.getLogger(__name__)
+_CUSTOM = torch.autograd.function.BackwardCFunction
+
+
+@dataclass(frozen=True)
+class Census:
+    """The record of one forward, by autograd.
+
+    reached: paths of parameters, and numbers of inputs, that a gradient from the results reaches.
+    surely: those of them that it reaches without passing a Function, which may stop it. functions:
+    names of the Functions that it passes. hooks: what the forward has hooked into the backward.
+    """
+
+    reached: frozenset[str]
+    surely: frozenset[str]
+    functions: frozenset[str]
+    hooks: tuple[str, ...]
+
+
+class _Forward(nn.Module):
+    """The model's forward alone: hooks of the model itself run around its program."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward."""
+        return self.model.forward(*args, **kwargs)
+
+
+class _Checkpoints(CallWatch):
+    """Enters reentrant checkpoints, which hide from autograd what is inside of them."""
+
+    def reentrant(self, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """Run the region; without gradients where nothing that enters it has one."""
+        tensors = [item for item in args if isinstance(item, torch.Tensor)]
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        with torch.set_grad_enabled(trained):
+            return call()
+
+
+class _Hooks(Watch):
+    """Notes what is hooked into the backward pass."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def hooked(self, tensor: torch.Tensor, name: str) -> None:
+        """Note the name."""
+        self.names.append(name)
+
+
+def census_of(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    part: bool = False,
+    on_meta: bool = False,
+) -> Census:
+    """Run a model's forward on tensors without data, and return what autograd has recorded.
+
+    args, kwargs: of the call. part: whether the inputs need a gradient because Python calls the
+    model; else those do that say so. on_meta: run on the meta device, which takes two thirds of
+    the time, and not on tensors that say they are on the device where the model is.
+    The model is left as it was. Raises whatever its forward does where it does not run so.
+
+    >>> sorted(census_of(nn.Linear(2, 3), (torch.ones(4, 2),), {}).reached)
+    ['bias', 'weight']
+    """
+    bound = bind_inputs(model, args, kwargs)
+    tensors, _ = flatten(dict(bound.arguments))
+    mode, hooks = None if on_meta else FakeTensorMode(allow_non_fake_inputs=True), _Hooks()
+    # A model without weights takes inputs of any device: those on meta stand for all others.
+    elsewhere = any(parameter.is_meta for parameter in model.parameters())
+
+    def copied(tensor: torch.Tensor, trained: bool) -> torch.Tensor:
+        """Return a leaf without data that looks like a tensor."""
+        if mode is None:
+            copy = torch.empty_like(tensor, device="meta", requires_grad=False)
+        else:
+            copy = mode.from_tensor(tensor.detach())
+        return copy.requires_grad_(trained)
+
+    forward = _Forward(model)
+    leaves: dict[int, str] = {}
+    kept: list[torch.Tensor] = []
+    for tensor, _, path, name in originals(model):
+        leaves[id(tensor)] = join_path(path, name)
+    for path, _, _, tensor in reversed(list(named_tensors(model))):
+        leaves[id(tensor)] = path
+    state = {**dict(forward.named_parameters()), **dict(forward.named_buffers())}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(untouched(model, bound.arguments))
+        stack.enter_context(torch.enable_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+        fakes = {name: copied(tensor, tensor.requires_grad) for name, tensor in state.items()}
+        leaves.update((id(fakes[name]), leaves[id(tensor)]) for name, tensor in state.items())
+        given: dict[int, torch.Tensor] = {}
+        for number, tensor in enumerate(tensors):
+            numbers = tensor.is_floating_point() or tensor.is_complex()
+            trained = numbers and (part or tensor.requires_grad)
+            fake = copied(tensor.detach().to("meta") if elsewhere else tensor, trained)
+            leaves[id(fake)] = f"input {number}"
+            given[id(tensor)] = fake
+            kept.append(fake)
+        inputs = tree_map(lambda leaf: given.get(id(leaf), leaf), (args, dict(kwargs)))
+        stack.enter_context(ConstantComparisons())
+        stack.enter_context(hooks.installed(operators=False))
+        stack.enter_context(_Checkpoints().installed())
+        result = torch.func.functional_call(forward, fakes, *inputs)
+    returned, _ = flatten(result)
+    roots = [tensor for tensor in returned if tensor.requires_grad]
+    reached, functions = _walked(roots, leaves, through=True)
+    surely, _ = _walked(roots, leaves, through=False)
+    return Census(reached, surely, functions, tuple(hooks.names))
+
+
+def _walked(
+    roots: Iterable[torch.Tensor], leaves: Mapping[int, str], through: bool
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the leaves that autograd's graph leads to, and the names of Functions on the way.
+
+    through: whether to go on behind a Function.
+    """
+    reached: dict[str, None] = {}
+    functions: dict[str, None] = {}
+    todo: list[Any] = []
+    for root in roots:
+        if root.grad_fn is not None:
+            todo.append(root.grad_fn)
+        elif id(root) in leaves:
+            reached[leaves[id(root)]] = None
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, _CUSTOM):
+            kind: Any = type(node)
+            # Some are how an op of a library is differentiated, which the graph has itself.
+            if not is_inside_ops(kind._forward_cls):
+                functions[kind._forward_cls.__name__] = None
+            if not through:
+                continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in leaves:
+            reached[leaves[id(leaf)]] = None
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                todo.append(below)
+    return frozenset(reached), frozenset(functions)
+
+
+def _in_graph(graph: Graph, outputs: Iterable[str], aliases: Mapping[str, str]) -> frozenset[str]:
+    """Return what the gradients of these outputs reach in a graph, by the names of a census."""
+    producers = {value.name: node for node in graph.nodes for value in node.results}
+    todo = [name for name in outputs if graph.values[name].requires_grad]
+    seen = set(todo)
+    reached: dict[str, None] = {}
+    while todo:
+        node = producers[todo.pop()]
+        if node.kind == "input":
+            reached[f"input {node.target}"] = None
+        elif node.kind != "call":
+            reached[aliases.get(node.target, node.target)] = None
+        for name in node.operands():
+            if name not in seen and graph.values[name].requires_grad:
+                seen.add(name)
+                todo.append(name)
+    return frozenset(reached)
+
+
+def require_agreement(
+    captured: Captured,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Raise CaptureError where a graph and the census of its model differ.
+
+    captured: of the model, after all passes. args, kwargs: of the call that was traced. A forward
+    that does not run on tensors without data has no census.
+
+    Example: `require_agreement(captured, model, (x,), {})`.
+    """
+    _require_own_constants(captured, model)
+    difference: CaptureError | None = None
+    # Some forwards run on their own device alone, and some go another way on another one.
+    for on_meta in (True, False):
+        try:
+            census = census_of(model, args, kwargs, captured.part, on_meta)
+        except Exception as error:  # the forward is anyone's code, and may fail in any way
+            _log.info("no census of %s: %r", type(model).__name__, error)
+            continue
+        difference = _difference(captured, census, type(model).__name__)
+        if difference is None:
+            return
+    if difference is not None:
+        raise difference
+
+
+def _difference(captured: Captured, census: Census, name: str) -> CaptureError | None:
+    """Return the error for a graph that differs from the census of its model, None if none does.
+
+    name: of the model.
+    """
+    graph, aliases = captured.graph, captured.aliases
+    kept = len(graph.outputs) - len(captured.left)
+    named = _first_names(aliases)
+    everywhere = _in_graph(graph, graph.outputs, aliases)
+    returned = _in_graph(graph, graph.outputs[:kept], aliases)
+    operations = [function_op(node.target) for node in graph.calls]
+    carried = {operation.name for operation in operations if operation is not None}
+    rows: tuple[tuple[str, frozenset[str], Iterable[str]], ...] = (
+        ("a gradient reaches this in the model alone", named(census.surely), everywhere),
+        ("a gradient reaches this in the graph alone", returned, named(census.reached)),
+        ("the model alone applies this Function", census.functions, carried),
+        ("the model hooks into its backward pass by this", frozenset(census.hooks), ()),
+    )
+    for what, some, others in rows:
+        missing = sorted(some.difference(others))
+        if missing:
+            return CaptureError(
+                f"the graph of {name} is not what the model computes: {', '.join(missing)}",
+                why=f"{what}; this is an error of the tracer",
+                fix="please report it with the model; keep what does this in a submodule of its "
+                "own, which then stays Python",
+            )
+    return None
+
+
+def _first_names(aliases: Mapping[str, str]) -> Callable[[Iterable[str]], frozenset[str]]:
+    """Return a function that gives tied parameters one name."""
+    return lambda names: frozenset(aliases.get(name, name) for name in names)
+
+
+def _require_own_constants(captured: Captured, model: nn.Module) -> None:
+    """Raise CaptureError where a constant of the graph lies in the memory of the model."""
+    paths = {memory_of(tensor): path for path, _, _, tensor in named_tensors(model)}
+    for path, value in captured.constants.items():
+        memory = memory_of(value)
+        if memory is not None and memory in paths and value.numel():
+            raise CaptureError(
+                f"the graph of {type(model).__name__} holds {paths[memory]} as the constant {path}",
+                why="it would stay as it is now; this is an error of the tracer",
+                fix="please report it with the model",
+            )

@@ -1,0 +1,475 @@
+"""Autograd Functions of the user's: their own backward is what a split module runs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import autoparallel
+from autoparallel.capture.custom_functions import function_op
+from autoparallel.errors import UnsupportedOpError
+
+WORLD_SIZES = (2, 3)
+
+
+def planned(model: nn.Module, world_size: int, x: torch.Tensor) -> Any:
+    """Return the plan of a model whose split step is its own: loss, and every gradient."""
+    whole = copy.deepcopy(model)
+    loss = whole(x)
+    loss.backward()
+    plan = autoparallel.make_plan(model, world_size, example_inputs=x)
+    made = autoparallel.simulate(model, example_inputs=x, plan=plan)
+    torch.testing.assert_close(made.output, loss.detach(), rtol=1e-12, atol=0)
+    expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(dict(made.gradients), expected, rtol=1e-10, atol=1e-13)
+    return plan
+
+
+class Rounded(torch.autograd.Function):
+    """Rounds, and passes the gradient straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, whose gradient comes out with another sign and size."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -ctx.factor * grad, None
+
+
+class Returned(torch.autograd.Function):
+    """The operand itself, whose gradient is clipped."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad.clamp(-0.02, 0.02)
+
+
+class Gated(torch.autograd.Function):
+    """A hand-fused product in the style with setup_context, with twice the true gradient."""
+
+    @staticmethod
+    def forward(x, gate, slope=2.0):
+        return x * torch.sigmoid(slope * gate)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate = ctx.saved_tensors
+        share = torch.sigmoid(2 * gate)
+        return 2 * grad * share, grad * x * share * (1 - share), None
+
+
+class Ranked(torch.autograd.Function):
+    """Two results, of which the second has no gradient, and a place that holds None."""
+
+    @staticmethod
+    def forward(ctx, x):
+        values = x * 3
+        signs = x.sign()
+        ctx.mark_non_differentiable(signs)
+        return values, None, signs
+
+    @staticmethod
+    def backward(ctx, grad, _none, _signs):
+        return 5 * grad
+
+
+class Scaled(torch.autograd.Function):
+    """Quantizes with a scale that gets no gradient, as where it is calibrated elsewhere."""
+
+    @staticmethod
+    def forward(ctx, x, scale, count):
+        return (x / scale).round().clamp(-count, count) * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+class Normalized(torch.autograd.Function):
+    """Divides the gradient by its own norm, so that no part of it can be computed alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / grad.norm()
+
+
+class Nested(torch.autograd.Function):
+    """Applies another Function in its forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with torch.no_grad():
+            return Reversed.apply(Rounded.apply(x), 2.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            return 7 * grad
+
+
+class Needed(torch.autograd.Function):
+    """Computes the gradients that are asked for, and no others."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        first = 3 * grad @ weight.T if ctx.needs_input_grad[0] else None
+        second = x.flatten(0, -2).T @ grad.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return first, second
+
+
+class Headed(torch.autograd.Function):
+    """Views its operand by sizes that it is given, and mixes inside of each head."""
+
+    @staticmethod
+    def forward(ctx, x, heads, shape):
+        ctx.shape = shape
+        return x.view(*shape[:-1], heads, -1).cumsum(-1).view(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 0.5, None, None
+
+
+def picked(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return rows of a table by integers, through a Function with an integer operand."""
+
+    class Picked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, table, index):
+            index = index % len(table)
+            ctx.save_for_backward(index)
+            ctx.rows = len(table)
+            return table[index]
+
+        @staticmethod
+        def backward(ctx, grad):
+            (index,) = ctx.saved_tensors
+            whole = grad.new_zeros(ctx.rows, grad.shape[-1])
+            return 4 * whole.index_add(0, index.flatten(), grad.flatten(0, -2)), None
+
+    return Picked.apply(table, (x[..., 0] * 30).long().abs())
+
+
+CARRIED = {
+    "straight through": lambda h, m: Rounded.apply(3 * h),
+    "reversal": lambda h, m: Reversed.apply(h, 0.3),
+    "returned": lambda h, m: Returned.apply(h),
+    "setup_context": lambda h, m: Gated.apply(h, m.gate(h)),
+    "keyword": lambda h, m: Gated.apply(h, gate=m.gate(h)),
+    "two results": lambda h, m: sum(Ranked.apply(h)[::2]),
+    "no gradient": lambda h, m: Scaled.apply(h, m.scale, 3) * m.scale[0],
+    "norm of the gradient": lambda h, m: Normalized.apply(h),
+    "nested": lambda h, m: Nested.apply(h),
+    "needs_input_grad": lambda h, m: Needed.apply(h, m.square),
+    "frozen operand": lambda h, m: Needed.apply(h, m.square.detach()) + m.square[0],
+    "sizes": lambda h, m: Headed.apply(h, 4, h.shape),
+    "integers": lambda h, m: picked(h, m.square),
+    "several uses": lambda h, m: Reversed.apply(Reversed.apply(Reversed.apply(h, 3.0), 2.0), 3.0),
+    "checkpointed": lambda h, m: checkpoint(lambda x: Rounded.apply(2 * x), h, use_reentrant=False),
+    "reentrant": lambda h, m: checkpoint(lambda x: Rounded.apply(2 * x), h, use_reentrant=True),
+}
+
+
+class Layers(nn.Module):
+    """Layers around a Function, and a loss."""
+
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.use = use
+        self.entry, self.out = nn.Linear(12, 24), nn.Linear(24, 12)
+        self.gate = nn.Linear(24, 24)
+        self.square = nn.Parameter(torch.randn(24, 24))
+        self.scale = nn.Parameter(torch.rand(24) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the loss."""
+        return (self.out(self.use(self.entry(x), self)) - x).square().mean()
+
+
+def layers(use: Any) -> tuple[Layers, torch.Tensor]:
+    """Return the model and an input, in float64."""
+    torch.manual_seed(0)
+    return Layers(use).double(), torch.randn(6, 5, 12, dtype=torch.float64)
+
+
+def functions_of(plan: Any) -> list[str]:
+    """Return the names of the Functions that are ops of a plan."""
+    operations = [function_op(op.target) for op in plan.ops]
+    return [operation.name for operation in operations if operation is not None]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("kind", CARRIED)
+def test_its_own_backward_runs(kind: str, world_size: int) -> None:
+    model, x = layers(CARRIED[kind])
+    plan = planned(model, world_size, x)
+    assert not plan.breaks
+    assert functions_of(plan)
+
+
+class Runs(torch.autograd.Function):
+    """Runs a module that it is given, without a graph, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return x + module(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = x + ctx.module(x)
+        torch.autograd.backward(y, grad)
+        return x.grad, None
+
+
+def reads_around(x: torch.Tensor, model: Layers, late: bool) -> torch.Tensor:
+    """Apply a Function that reads a parameter that it is not given. late: in its backward."""
+
+    class Around(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * (1.0 if late else model.scale)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * model.scale
+
+    return Around.apply(x)
+
+
+class Draws(torch.autograd.Function):
+    """Drops elements by random numbers."""
+
+    @staticmethod
+    def forward(ctx, x):
+        kept = (torch.rand_like(x) > 0).to(x.dtype)
+        ctx.save_for_backward(kept)
+        return x * kept
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad * ctx.saved_tensors[0]
+
+
+class Dirty(torch.autograd.Function):
+    """Writes to its operand."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Measured(torch.autograd.Function):
+    """Goes one of two ways, by the values of its operand."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.sign = 1 if float(x.sum()) > 1e9 else -1
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.sign * grad
+
+
+class Listed(torch.autograd.Function):
+    """Takes its tensors in a list, where autograd does not see them."""
+
+    @staticmethod
+    def forward(ctx, x, others):
+        return x + others[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad, None
+
+
+REFUSED = {
+    "module": (lambda h, m: Runs.apply(h, m.gate), "one of its arguments is a Linear"),
+    "reads around": (lambda h, m: reads_around(h, m, False), "none of its arguments"),
+    "reads late": (lambda h, m: reads_around(h, m, True), "none of its arguments"),
+    "draws": (lambda h, m: Draws.apply(h), "it draws random numbers"),
+    "dirty": (lambda h, m: Dirty.apply(h.clone()), "it writes to a tensor"),
+    "values": (lambda h, m: Measured.apply(h), "cannot be followed"),
+    "list": (lambda h, m: Listed.apply(h, [m.scale]), "tensors in lists"),
+    "written view": (lambda h, m: written_view(h), "returns a view of its operand"),
+}
+
+
+def written_view(h: torch.Tensor) -> torch.Tensor:
+    """Return a view that a Function has made, after its operand was written to."""
+    with torch.no_grad():
+        base = h.detach().clone()
+        view = Reversed.apply(base, 1.0)
+        base.add_(1)
+    return h * view
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_no_op_can_say_stays_python(kind: str, world_size: int) -> None:
+    use, why = REFUSED[kind]
+    model, x = layers(use)
+    plan = planned(model, world_size, x)
+    assert why in plan.breaks[0].reason
+    assert plan.ops, "the layers around it are split"
+
+
+class DrawsLate(torch.autograd.Function):
+    """Draws random numbers in its backward, where no two ranks would draw the same."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.rand_like(grad)
+
+
+def test_a_backward_that_draws_is_refused() -> None:
+    model, x = layers(lambda h, m: DrawsLate.apply(h))
+    with pytest.raises(UnsupportedOpError, match="DrawsLate draws random numbers"):
+        autoparallel.make_plan(model, 2, example_inputs=x)
+
+
+class Deep(nn.Module):
+    """A stack of equal blocks, each with a Function, whose factor is the block's own."""
+
+    def __init__(self, factors: list[float]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(factor) for factor in factors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a loss."""
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+class Block(nn.Module):
+    """A small layer with a Function amid."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's result."""
+        return x + self.down(Reversed.apply(functional.gelu(self.up(x)), self.factor))
+
+
+@pytest.mark.parametrize(("factors", "count"), [([0.5] * 4, 1), ([0.5, 0.25, 0.5, 0.25], 2)])
+def test_one_op_for_equal_blocks(factors: list[float], count: int) -> None:
+    torch.manual_seed(0)
+    model, x = Deep(factors).double(), torch.randn(5, 12, dtype=torch.float64)
+    plan = planned(model, 2, x)
+    targets = [op.target for op in plan.ops if function_op(op.target)]
+    assert (len(targets), len(set(targets))) == (4, count)
+
+
+def test_elements_are_split_and_a_norm_is_whole() -> None:
+    plans = []
+    for kind in ("straight through", "norm of the gradient"):
+        model, x = layers(CARRIED[kind])
+        plans.append(autoparallel.make_plan(model, 2, example_inputs=x))
+    split, whole = plans
+    (one,) = (op for op in split.ops if "Rounded" in op.target)
+    (two,) = (op for op in whole.ops if "Normalized" in op.target)
+    assert one.name == "rounded"
+    assert "S" in str(one.results)
+    assert "S" not in str(two.results)
+
+
+def test_the_same_function_has_the_same_name() -> None:
+    """Classes that are made anew at each call are one op where they are of the same content."""
+    names = [
+        [op.target for op in autoparallel.make_plan(model, 2, example_inputs=x).ops]
+        for model, x in (layers(CARRIED["integers"]), layers(CARRIED["integers"]))
+    ]
+    assert names[0] == names[1]
+
+
+def test_under_autocast() -> None:
+    """A Function's own products run in the lower precision, as in the model."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        @torch.amp.custom_fwd(device_type="cpu")
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight
+
+        @staticmethod
+        @torch.amp.custom_bwd(device_type="cpu")
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            rows, grads = x.flatten(0, 1).to(grad.dtype), grad.flatten(0, 1)
+            return 2 * grad @ weight.T.to(grad.dtype), rows.T @ grads
+
+    def use(h: torch.Tensor, m: Layers) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return Product.apply(h, m.square).float()
+
+    model, x = layers(use)
+    model, x = model.float(), x.float()
+    loss = model(x)
+    loss.backward()
+    plan = autoparallel.make_plan(model, 2, example_inputs=x)
+    made = autoparallel.simulate(model, example_inputs=x, plan=plan)
+    assert functions_of(plan) == ["Product"]
+    torch.testing.assert_close(made.output, loss.detach(), rtol=1e-3, atol=0)
+    for path, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            error = (made.gradients[path] - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 2e-2, path
