@@ -222,7 +222,7 @@ def why_wrong(
     for name, expected in (second or {}).items():
         # Of an operand, or of a gradient that came in, whose own gradient lies as the result does.
         like: Sequence[Any]
-        unsplit: Any
+        unsplit: torch.Tensor | None
         if name in storage:
             like, kind = leaves[name], gradient(storage[name])
             unsplit = example.tensors[name]
@@ -238,8 +238,9 @@ def why_wrong(
             torch.zeros_like(here) if part is None else part
             for part, here in zip(actual, like, strict=True)
         ]
-        whole = expected if expected is not None else torch.zeros_like(unsplit)
-        wrong = difference(parts, whole, kind, tolerance)
+        assert unsplit is not None
+        nothing = torch.zeros_like(unsplit)
+        wrong = difference(parts, nothing if expected is None else expected, kind, tolerance)
         if wrong:
             return f"second derivative by {name}: {wrong}"
     return ""

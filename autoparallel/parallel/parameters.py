@@ -244,16 +244,17 @@ class LocalParameter:
         Users may put another parameter in place, move the module, or change requires_grad. stream:
         the GPU's stream that computes now, on which autograd is to bring the gradient back.
         """
-        parameter = self.owner[self.name]
-        # A plain parameter whose gradient needs no reduction is its own leaf: torch does the rest.
-        if not isinstance(parameter, DTensor) and self.way.is_trivial:
-            return parameter
+        parameter, local = self.owner[self.name], self.local
+        if parameter is not self.parameter:
+            local = None
+            # A plain parameter whose gradient needs no reduction computes itself: torch does the
+            # rest.
+            if not isinstance(parameter, DTensor) and self.way.is_trivial:
+                return parameter
         held = _held(parameter) if self.copy is None else self.copy.value
         assert held is not None
-        local = self.local
         if (
-            parameter is not self.parameter
-            or local is None
+            local is None
             or local.data_ptr() != held.data_ptr()
             or local.dtype != held.dtype
             or local.requires_grad != parameter.requires_grad
