@@ -136,7 +136,7 @@ def why_wrong(
             name: part_of(tensor, storage[name], world_size, generator)
             for name, tensor in example.tensors.items()
         }
-        seeds = [
+        seeds: list[list[Any]] = [
             [None] * world_size
             if seed is None
             else part_of(seed, gradient(placement), world_size, generator)
@@ -238,8 +238,9 @@ def why_wrong(
             torch.zeros_like(here) if part is None else part
             for part, here in zip(actual, like, strict=True)
         ]
-        whole = expected if expected is not None else torch.zeros_like(unsplit)
-        wrong = difference(parts, whole, kind, tolerance)
+        assert unsplit is not None  # only a gradient that came in has one of its own
+        nothing = torch.zeros_like(unsplit)
+        wrong = difference(parts, nothing if expected is None else expected, kind, tolerance)
         if wrong:
             return f"second derivative by {name}: {wrong}"
     return ""

@@ -253,10 +253,13 @@ class LocalParameter:
         the GPU's stream that computes now, on which autograd is to bring the gradient back.
         Raises AutoParallelError where one was given memory that its part does not share.
         """
-        parameter = self.owner[self.name]
-        # A plain parameter whose gradient needs no reduction is its own leaf: torch does the rest.
-        if not isinstance(parameter, DTensor) and self.way.is_trivial:
-            return parameter
+        parameter, local = self.owner[self.name], self.local
+        if parameter is not self.parameter:
+            local = None
+            # A plain parameter whose gradient needs no reduction computes itself: torch does the
+            # rest.
+            if not isinstance(parameter, DTensor) and self.way.is_trivial:
+                return parameter
         # A DTensor has no memory of its own, until `parameter.data = tensor` gives it some, which
         # neither its part nor torch's DTensor knows of.
         if isinstance(parameter, DTensor) and parameter.data_ptr():
@@ -269,10 +272,8 @@ class LocalParameter:
             )
         held = _held(parameter) if self.copy is None else self.copy.value
         assert held is not None
-        local = self.local
         if (
-            parameter is not self.parameter
-            or local is None
+            local is None
             or local.data_ptr() != held.data_ptr()
             or local.dtype != held.dtype
             or local.requires_grad != parameter.requires_grad
