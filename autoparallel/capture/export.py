@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,12 +44,12 @@ from autoparallel.capture.steady_forward import is_steady
 from autoparallel.capture.traced_calls import TracedCalls
 from autoparallel.errors import AutoParallelError, CaptureError
 from autoparallel.graph.attribute_read import AttributeRead
-from autoparallel.graph.captured import Captured, Surroundings, autocast_type, modes_of
+from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
 from autoparallel.support.model_snapshot import untouched
-from autoparallel.support.pytree import Skeleton, flatten, rebuild
+from autoparallel.support.pytree import SYMBOLIC, Skeleton, flatten, rebuild, with_constants
 from autoparallel.support.rng_state import python_numbers
-from autoparallel.support.torch_private import remembering_fake_results
+from autoparallel.support.torch_private import expression_of, remembering_fake_results
 
 __all__ = ["Captured", "capture"]
 
@@ -385,7 +386,28 @@ def _exported(
     importer = Importer(
         program, GraphBuilder(), model=model, folding=folding, held=held, trained_inputs=trained
     )
-    return ran[-1], importer, importer.graph()
+    graph = importer.graph()
+    outputs = with_constants(ran[-1].outputs, partial(_size_number, importer, model))
+    return replace(ran[-1], outputs=outputs), importer, graph
+
+
+def _size_number(importer: Importer, model: nn.Module, constant: Any) -> Any:
+    """Return a constant among what the model returns; for a symbolic number, its expression.
+
+    Raises CaptureError for a number that follows from more than the sizes of the inputs.
+    """
+    if not isinstance(constant, SYMBOLIC):
+        return constant
+    expression = expression_of(constant)
+    if not expression.free_symbols <= importer.builder.input_symbols:
+        raise CaptureError(
+            f"{type(model).__name__}.forward returns a number that depends on the values of a "
+            "tensor",
+            why="the value is not known before the model runs (.item(), .tolist(), int())",
+            fix="return the tensor, and make a number of it outside",
+        )
+    kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+    return SizeNumber(kinds[type(constant)], expression)
 
 
 def _by_first_name(graph: Graph, aliases: Mapping[str, str]) -> Graph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ from torch import nn
 from autoparallel.graph.attribute_read import AttributeRead
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeated_blocks import Repeats, find_repeats
-from autoparallel.support.pytree import Skeleton, rebuild
+from autoparallel.support.pytree import Skeleton, leaf_paths, rebuild, with_constants
 
-__all__ = ["Captured", "Modes", "Surroundings", "autocast_type", "modes_of"]
+__all__ = ["Captured", "Modes", "SizeNumber", "Surroundings", "autocast_type", "modes_of"]
 
 # One truth value per module.
 Modes = tuple[bool, ...]
@@ -65,6 +65,26 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
 
 
 @dataclass(frozen=True)
+class SizeNumber:
+    """A number that a model returns and that follows from the sizes of its inputs.
+
+    kind: int, float or bool. expression: in the symbols of the graph's sizes.
+
+    >>> rows = sympy.Symbol("rows")
+    >>> SizeNumber(float, rows / 2).at({rows: 3})
+    1.5
+    """
+
+    kind: type
+    expression: sympy.Basic
+
+    def at(self, values: Mapping[Any, int]) -> int | float | bool:
+        """Return the number for these values of the symbols."""
+        number: int | float | bool = self.kind(self.expression.subs(values))
+        return number
+
+
+@dataclass(frozen=True)
 class Captured:
     """A module as it was traced: a program, the structures around it, and what it was traced for.
 
@@ -95,12 +115,40 @@ class Captured:
     surroundings: Surroundings = _USUAL
     gradients: bool | None = None
 
-    def together(self, tensors: list[torch.Tensor]) -> tuple[Any, dict[str, Any]]:
+    def together(
+        self, tensors: list[torch.Tensor], inputs: Sequence[torch.Tensor]
+    ) -> tuple[Any, dict[str, Any]]:
         """What the model returns, of the tensors that the program does, and the attributes that it
-        sets, by their paths."""
-        made = rebuild(self.outputs, tensors)
+        sets, by their paths.
+
+        inputs: of the call, whose sizes may be among what it returns.
+        """
+        made = rebuild(self.returned(inputs), tensors)
         settings = dict(self.settings)
         return (made[0], {**settings, **made[1]}) if self.left else (made, settings)
+
+    def returned(self, inputs: Sequence[torch.Tensor]) -> Skeleton:
+        """Return the skeleton of what the model returns in a call with these inputs."""
+        if not self._returns_sizes:
+            return self.outputs
+        values: dict[Any, int] = {}
+        nodes = (node for node in self.graph.nodes if node.kind == "input")
+        for tensor, node in zip(inputs, nodes, strict=True):
+            for actual, size in zip(tensor.shape, node.result.shape, strict=True):
+                if isinstance(size, Sym) and size.expr.is_Symbol:
+                    values[size.expr] = actual
+
+        def number(constant: Any) -> Any:
+            """Return the number that an expression in sizes has in this call."""
+            return constant.at(values) if isinstance(constant, SizeNumber) else constant
+
+        return with_constants(self.outputs, number)
+
+    @cached_property
+    def _returns_sizes(self) -> bool:
+        """Whether numbers that follow from sizes of inputs are among what the model returns."""
+        constants = leaf_paths(self.outputs, "constant").values()
+        return any(isinstance(constant, SizeNumber) for constant in constants)
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
         """Return whether the program is right for tensors of these types and sizes, and gives a

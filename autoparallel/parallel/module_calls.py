@@ -120,7 +120,7 @@ def run_program(
         for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
     ]
     # The forward may have left tensors in attributes of modules; they are put there again.
-    result, left = entry.captured.together(returned)
+    result, left = entry.captured.together(returned, inputs)
     for path, value in left.items():
         owner, _, name = path.rpartition(".")
         vars(module.get_submodule(owner))[name] = value

@@ -140,7 +140,7 @@ def simulate_plan(
             )
         held.update(zip(program.mutations, written, strict=True))
         if backward:
-            returned, _ = captured.together(outputs)
+            returned, _ = captured.together(outputs, local_inputs)
             loss = _loss_of(returned) if backward is True else backward(returned)
             if loss is not None:
                 loss.backward()
@@ -159,7 +159,8 @@ def simulate_plan(
         return _Ran(outputs, gradients, [tensor.grad for tensor in local_inputs], held)
 
     results = run_ranks(ranks, work)
-    simulation = _together(results, ranks[0], states, plan.outputs, captured.outputs)
+    structure = captured.returned(inputs)
+    simulation = _together(results, ranks[0], states, plan.outputs, structure)
     gradients = dict(simulation.gradients)
     # The program knows a tied parameter by its first path; the user may ask by any of them.
     for path, first in captured.aliases.items():

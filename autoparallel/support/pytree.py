@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-__all__ = ["Skeleton", "flatten", "leaf_paths", "rebuild"]
+__all__ = ["SYMBOLIC", "Skeleton", "flatten", "leaf_paths", "rebuild", "with_constants"]
+
+# Numbers that a tracer does not know, such as sizes of inputs. They look like plain objects.
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def _open(item: Any) -> tuple[str, list[Any], list[Any]]:
     """Return the kind, the keys and the values of a container; ("constant", [],
     []) for anything else.
     """
+    if isinstance(item, SYMBOLIC):
+        return "constant", [], []
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         keys = [field.name for field in dataclasses.fields(item) if field.init]
         return "dataclass", keys, [getattr(item, key) for key in keys]
@@ -124,6 +130,20 @@ def rebuild(skeleton: Skeleton, tensors: list[torch.Tensor]) -> Any:
     (1, 'replaced')
     """
     return _rebuild(skeleton, iter(tensors))
+
+
+def with_constants(skeleton: Skeleton, change: Callable[[Any], Any]) -> Skeleton:
+    """Return the skeleton with other constants.
+
+    change: a function from each constant to the one in its place.
+
+    >>> str(with_constants(flatten([1, {"x": 2}])[1], lambda constant: constant + 1))
+    "list(0: 2, 1: dict('x': 3))"
+    """
+    if skeleton.kind == "constant":
+        return replace(skeleton, sample=change(skeleton.sample))
+    children = tuple(with_constants(child, change) for child in skeleton.children)
+    return replace(skeleton, children=children)
 
 
 def _rebuild(skeleton: Skeleton, tensors: Any) -> Any:
