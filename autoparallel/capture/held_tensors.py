@@ -23,6 +23,7 @@ from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path, na
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.module_copy import DEEPEST, originals
+from autoparallel.support.torch_private import in_function_transform
 
 __all__ = ["HeldTensors", "refuse_views"]
 
@@ -163,6 +164,14 @@ class HeldTensors(TorchFunctionMode):
         path = self.paths.get(memory_of(tensor) or 0)
         if path is not None:
             return view_error(path)
+        if in_function_transform():
+            return CaptureError(
+                "the forward computes under a transform of torch.func (grad, vmap, jvp)",
+                why="the tensors there are wrapped, and the tracer does not see what becomes of "
+                "them",
+                fix="differentiate with torch.autograd.grad(..., create_graph=True), or keep it in "
+                "a submodule of its own, which then stays Python",
+            )
         if tensor.requires_grad:
             return CaptureError(
                 f"the forward reads a tensor of shape {list(tensor.shape)} that requires a "

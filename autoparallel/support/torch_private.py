@@ -105,6 +105,7 @@ __all__ = [
     "hint_of",
     "hook_handles_so_far",
     "in_backward",
+    "in_function_transform",
     "is_composite",
     "is_custom_op",
     "is_functorch_wrapped_tensor",
@@ -281,6 +282,13 @@ def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """Return a DTensor that holds `local` and is placed as another, without a gradient."""
     # Its class is DTensor: to import that name takes longer than all else here.
     return type(like)(local, like._spec, requires_grad=False)
+
+
+def in_function_transform() -> bool:
+    """Return whether a transform of torch.func, such as grad or vmap, is at work here."""
+    from torch._C._functorch import peek_interpreter_stack
+
+    return peek_interpreter_stack() is not None
 
 
 def flattened_group(devices: DeviceMesh) -> Any:

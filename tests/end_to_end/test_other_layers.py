@@ -124,11 +124,24 @@ class SharedKeys(nn.Module):
         return F.cross_entropy(self.attention(x, key, value).mean(1), labels)
 
 
+class Transformed(nn.Module):
+    """Forces by torch.func.grad, which a trace does not see through: layers around it are split."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(8, 16), nn.Linear(16, 7)
+        self.energy = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 1))
+
+    def forward(self, x, labels):
+        forces = torch.func.grad(lambda h: self.energy(h).sum())(self.encoder(x))
+        return F.cross_entropy(self.head(forces).mean(1), labels)
+
+
 def sample(kind):
     torch.manual_seed(3)
     if kind is Spectral:
         return torch.randn(5, 10, 4, dtype=torch.float64), torch.randint(0, 7, (5,))
-    if kind is SharedKeys:
+    if kind in (SharedKeys, Transformed):
         return torch.randn(5, 6, 8, dtype=torch.float64), torch.randint(0, 7, (5,))
     if kind is Stops:
         return torch.randn(5, 9, dtype=torch.float64), torch.randint(0, 7, (5,))
@@ -137,13 +150,14 @@ def sample(kind):
     return torch.randint(0, 19, (4, 5)), torch.randint(0, 19, (4, 5))
 
 
+KINDS = [Convolutions, Mixture, Stops, Spectral, SharedKeys, Transformed]
 # double() would make complex weights real.
 WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 @pytest.mark.parametrize("data_parallel", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("kind", [Convolutions, Mixture, Stops, Spectral, SharedKeys])
+@pytest.mark.parametrize("kind", KINDS)
 def test_split_equals_whole(kind, world_size, data_parallel):
     inputs = sample(kind)
     model = kind()

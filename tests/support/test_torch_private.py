@@ -399,11 +399,12 @@ def test_tensors_inside_a_function_transform_are_recognized() -> None:
 
     def look(x):
         seen.append(torch_private.is_functorch_wrapped_tensor(x))
+        seen.append(torch_private.in_function_transform())
         return x * 2
 
     torch.func.vmap(look)(torch.ones(3))
     look(torch.ones(3))
-    assert seen == [True, False]
+    assert seen == [True, True, False, False]
 
 
 # DTensor.
