@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import as_distributed
 from autoparallel.parallel.seeds import give_generator
 from autoparallel.placement import whole_layout
@@ -137,3 +138,4 @@ def _keep_identity(waiting: nn.Module, parallel: nn.Module) -> None:
                 else:
                     lasting.data = parameter.data
             module._parameters[name] = lasting
+    state_of(parallel).tree.take_up_parameters()
