@@ -43,7 +43,7 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
 
     device: of the model. The autocast region around a call is entered around its forward alone.
 
-    Example: `with plain_surroundings(torch.device("cpu")): torch.export.export(model, args)`.
+    Example: `with plain_surroundings(torch.device("cpu")): trace(model)`.
     """
     with contextlib.ExitStack() as stack:
         gradients = torch.is_grad_enabled()

@@ -19,7 +19,6 @@ from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameter_hooks import carry_gradient_hooks
 from autoparallel.parallel.parameters import as_distributed
 from autoparallel.parallel.seeds import give_generator
-from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.placement import whole_layout
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.module_copy import redirect, shallow_copy
@@ -227,7 +226,4 @@ def _tell_tree(root: nn.Module) -> None:
     """Note the parameter objects that the model has now in what its split modules share."""
     tree = state_of(root).tree
     tree.root = root
-    tree.parameters = dict(root.named_parameters(remove_duplicate=False))
-    tree.shape = TreeShape(root.modules())
-    # What computes in place of a parameter is known by the parameter.
-    tree.copies = {id(copy.owner[copy.name]): copy for copy in tree.copies.values()}
+    tree.take_up_parameters()

@@ -108,6 +108,12 @@ class Tree:
     attributes: Any = None
     elsewhere: dict[torch.device, nn.Module] = field(default_factory=dict)
 
+    def take_up_parameters(self) -> None:
+        """Know the parameters by the objects that they are now, which other objects have become."""
+        self.parameters = dict(self.root.named_parameters(remove_duplicate=False))
+        self.copies = {id(copy.owner[copy.name]): copy for copy in self.copies.values()}
+        self.shape = TreeShape(self.root.modules())
+
     def surroundings(self) -> Surroundings:
         """Return the state of torch around a call that is made now."""
         return Surroundings.now(self.device())

@@ -32,6 +32,10 @@ def restructure(tree: Tree) -> None:
     different ones in place.
     """
     root = tree.root
+    if _are_alike(tree):
+        # As after `model.to(device)`: programs read what is there now.
+        tree.take_up_parameters()
+        return
     state: State = vars(root)["_autoparallel"]
     known = {id(item): state.parameters[path] for path, item in tree.parameters.items()}
     parameters: dict[str, ParameterLayouts] = {}
@@ -63,6 +67,27 @@ def restructure(tree: Tree) -> None:
     state.full = False
     state.members, state.hooks = tuple(root.modules()), None
     tree.shape = TreeShape(state.members)
+
+
+def _are_alike(tree: Tree) -> bool:
+    """Return whether programs are right for the parameters that there are now, in equal modules."""
+    now = dict(tree.root.named_parameters(remove_duplicate=False))
+    if not tree.shape.has_same_modules() or list(now) != list(tree.parameters):
+        return False
+    pairs = {(id(before), id(now[path])) for path, before in tree.parameters.items()}
+    if not len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs}):
+        return False  # others are tied
+    dtypes = tree.shape.dtypes_by_id()
+    return all(
+        _looks(now[path], now[path].dtype) == _looks(before, dtypes[id(before)])
+        for path, before in tree.parameters.items()
+    )
+
+
+def _looks(parameter: torch.Tensor, dtype: torch.dtype) -> Any:
+    """Return the facts about a parameter that a program depends on."""
+    placements = parameter.placements if isinstance(parameter, DTensor) else None
+    return (type(parameter), tuple(parameter.shape), dtype, placements)
 
 
 def _same_split(

@@ -73,6 +73,23 @@ class TreeShape:
         self.buffers.seen = buffers
         return list(map(_looks, buffers)) != self.looks
 
+    def has_same_modules(self) -> bool:
+        """Return whether the modules, and the names of all that is in them, are the same."""
+        if sum(map(len, self.dictionaries)) != self.size:
+            return False
+        pairs = zip(self.items.now(), self.items.seen, strict=True)
+        return (
+            all(
+                now is seen or (isinstance(now, nn.Parameter) and isinstance(seen, nn.Parameter))
+                for now, seen in pairs
+            )
+            and list(map(_looks, self.buffers.now())) == self.looks
+        )
+
+    def dtypes_by_id(self) -> dict[int, torch.dtype]:
+        """Return the types that the parameters had, by their ids."""
+        return {id(one): dtype for one, dtype in zip(self.parameters, self.dtypes, strict=True)}
+
 
 class _Places:
     """Keys of dictionaries, and what is there."""

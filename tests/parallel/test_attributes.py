@@ -267,3 +267,6 @@ def test_attributes_that_are_set_before_the_first_call() -> None:
     expected = copy.deepcopy(model)
     expected.layers[1].temperature, expected.extra = 0.25, 2.0
     torch.testing.assert_close(waiting(x), expected(x), rtol=1e-12, atol=0)
+    # It is planned once: the parameters, which are the same objects as before, are no others.
+    ((entry,),) = waiting._autoparallel.entries.values()
+    assert entry.plan is waiting.plan

@@ -124,6 +124,28 @@ def test_in_parts(change: Any, world_size: int) -> None:
     as_unsplit(Broken(), world_size, (x,), script(change))
 
 
+def test_parameters_of_the_same_kind_need_no_other_program() -> None:
+    """As those are that `model.to(device)` puts in place of split ones."""
+    model, x = Model(), torch.ones(3, 8, dtype=torch.float64)
+    split: Any = autoparallel.autoparallelize(model, 1, example_inputs=x)
+    split(x)
+    ((entry,),) = split._autoparallel.entries.values()
+    with torch.no_grad():
+        for module in split.modules():
+            for name, parameter in list(module._parameters.items()):
+                module._parameters[name] = nn.Parameter(parameter * 2)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(split(x), expected(x), rtol=1e-12, atol=0)
+    split(x).backward()
+    expected(x).backward()
+    for path, parameter in expected.named_parameters():
+        torch.testing.assert_close(split.get_parameter(path).grad, parameter.grad)
+    assert list(split._autoparallel.entries.values()) == [[entry]]
+
+
 @pytest.mark.parametrize("change", [head, added, deleted, tied], ids=lambda change: change.__name__)
 def test_before_the_first_call(change: Any) -> None:
     """A module that waits for its first call is split as it is by then."""
