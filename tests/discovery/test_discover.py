@@ -105,7 +105,7 @@ def test_rules_of_ops_that_nobody_knows(call: Call, words: str) -> None:
     assert all(rule.reasons[loop] for loop in rule.whole)
     for world_size in (2, 4):
         for strategy in derived(example, rule, world_size):
-            wrong = why_wrong(example, strategy, world_size, rule)
+            wrong = why_wrong(example, strategy, world_size, rule, twice=True)
             assert not wrong, f"{strategy} on {world_size}: {wrong}"
 
 

@@ -16,8 +16,10 @@ import torch
 from any_plans import any_plans, network_of
 from changed_plans import blocks_again, copies_again, spread
 from torch import nn
+from torch.autograd.functional import hvp, jacobian
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import autoparallel
 from autoparallel.mesh import Mesh
@@ -102,6 +104,20 @@ def trace(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return torch.stack([(gradient((first * v).sum(), x) * v).sum() for v in signs]).sum()
 
 
+def ready_made(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Products of torch.autograd.functional, one of a model that the user checkpoints."""
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = checkpoint(model, x, labels, use_reentrant=False)
+        return result
+
+    def values(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([model(x, labels), model(2 * x, labels)])
+
+    _, product = hvp(value, x, x.detach().cos(), create_graph=True)
+    return product.square().mean() + jacobian(values, x).square().sum()
+
+
 Step = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -143,7 +159,7 @@ def ways(kind: type[nn.Module], norms: bool, mesh: Mesh) -> Iterator[tuple[str, 
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=3), Mesh(dp=2, tp=2)], ids=str)
-@pytest.mark.parametrize("step", [forces, penalty, residual, trace])
+@pytest.mark.parametrize("step", [forces, penalty, residual, trace, ready_made])
 @pytest.mark.parametrize("kind", [Potential, Critic])
 def test_derivatives_of_gradients(kind: type[nn.Module], step: Step, mesh: Mesh) -> None:
     with sdpa_kernel(SDPBackend.MATH):
