@@ -95,15 +95,38 @@ class CheckpointRegions:
         """Begin a region. node: the mark, of the exported program.
 
         A reentrant checkpoint that is called without a tensor that needs a gradient has none: torch
-        warns of that, and leaves the parameters that are read inside without gradients.
+        warns of that, and leaves the parameters that are read inside without gradients. Raises
+        CaptureError where a later call decides on that.
         """
         inputs, reentrant = self.builder.leaf_all(node.args[0]), node.args[1]
         names = [leaf.name for leaf in inputs if isinstance(leaf, Ref)]
         stopped = reentrant and not self.builder.carries(names)
+        if reentrant and not stopped and not self.reaches_parameters(names):
+            raise CaptureError(
+                "a reentrant checkpoint is entered with inputs of the module alone",
+                where=self.builder.origins.where(node),
+                why="if they need no gradient, nothing inside gets one; that is known when the "
+                "module is called",
+                fix="use_reentrant=False",
+            )
         if stopped and self.folding.groups:
             raise self.folding.fail("a reentrant checkpoint without a gradient")
         scope = self.builder.origins.scope(node)
         self.open.append(_Region(scope, len(self.builder.nodes), stopped))
+
+    def reaches_parameters(self, names: list[str]) -> bool:
+        """Return whether a gradient of one of these values reaches a parameter."""
+        producers = {value.name: node for node in self.builder.nodes for value in node.results}
+        todo, seen = list(names), set(names)
+        while todo:
+            node = producers[todo.pop()]
+            if node.kind == "parameter" and node.result.requires_grad:
+                return True
+            # In-place writes may bring in a gradient, so that values without one count as well.
+            new = [name for name in node.operands() if name not in seen]
+            seen.update(new)
+            todo += new
+        return False
 
     def end(self) -> None:
         """End the innermost region: each node in it gets it for a scope."""

@@ -317,6 +317,8 @@ class _Content:
             return repr(item)
         if isinstance(item, (list, tuple)):
             return (type(item).__name__, *(self.of(part, inner) for part in item))
+        if isinstance(item, (set, frozenset)):
+            return (type(item).__name__, *sorted(repr(self.of(part, inner)) for part in item))
         if depth <= _DEEPEST:
             if isinstance(item, (staticmethod, classmethod)):
                 return self.of(item.__func__, depth)

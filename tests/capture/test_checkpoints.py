@@ -257,3 +257,34 @@ def test_transformers_enable_it(reentrant: bool) -> None:
     named = whole.named_parameters(remove_duplicate=False)
     expected = {name: p.grad for name, p in named}
     torch.testing.assert_close(dict(made.gradients), expected, rtol=1e-9, atol=1e-12)
+
+
+class Entered(nn.Module):
+    """A part that checkpoints from its own input on, in a model that stays Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (Around() for _ in range(2))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the loss. The branch on a value is why the model is not traced whole."""
+        h = self.first(x)
+        h = self.second(self.out(x) + h)
+        return h.square().mean() if float(h.detach().sum()) < 1e9 else h.sum()
+
+
+class Around(Block):
+    """A layer that is a reentrant checkpoint as a whole."""
+
+    def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Return a tensor of the same shape."""
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_a_part_is_entered_as_its_caller_calls_it() -> None:
+    """The first part's input needs no gradient, and its parameters get none; the second's do."""
+    torch.manual_seed(0)
+    plan = compared(Entered().double(), 2, batch())
+    assert plan.breaks

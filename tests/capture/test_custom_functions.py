@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_processes
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -380,6 +381,29 @@ def test_a_backward_that_draws_is_refused() -> None:
     model, x = layers(lambda h, m: DrawsLate.apply(h))
     with pytest.raises(UnsupportedOpError, match="DrawsLate draws random numbers"):
         autoparallel.make_plan(model, 2, example_inputs=x)
+
+
+def train(rank: int) -> None:
+    """Some steps of a model with two Functions, beside the plain model."""
+    torch.set_num_threads(1)
+    plain, x = layers(lambda h, m: Returned.apply(Gated.apply(h, m.gate(h))))
+    split = autoparallel.autoparallelize(copy.deepcopy(plain), 2, example_inputs=x)
+    losses: list[list[float]] = [[], []]
+    for module, record in zip((split, plain), losses, strict=True):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = module(x)
+            loss.backward()
+            optimizer.step()
+            record.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+    assert losses[0][2] < losses[0][0]
+
+
+def test_processes_agree_on_the_op() -> None:
+    """Ranks compare their plans, in which a Function goes by its content."""
+    run_processes(train, 2, start="spawn")
 
 
 class Deep(nn.Module):

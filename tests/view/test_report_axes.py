@@ -136,7 +136,7 @@ def test_picture_names_axes(plan: Plan) -> None:
 def test_memory_and_what_is_run_again_are_told(plan: Plan) -> None:
     seen = replace(
         plan,
-        options=replace(plan.options, memory_limit=4096),
+        options=replace(plan.options, memory_limit=4096, recompute="auto"),
         memory=(("parameters", 1024), ("optimizer_state", 1024), ("buffers", 0)),
         recompute=(("blocks.0", "full"), ("blocks.1", "full"), ("head", "none")),
     )
