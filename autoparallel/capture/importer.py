@@ -16,12 +16,12 @@ from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.block_regions import Regions, base_of
 from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.checkpoint_regions import BEGIN, END, CheckpointRegions
-from autoparallel.capture.custom_functions import FunctionOp, function_op
+from autoparallel.capture.custom_functions import function_op
+from autoparallel.capture.function_calls import FunctionCalls
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.source_locations import source_line
 from autoparallel.errors import CaptureError
-from autoparallel.graph.aliasing import owner_of
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.support.torch_private import (
     OpOverload,
@@ -44,8 +44,7 @@ class Importer:
 
     constants: the tensors that the forward makes from numbers, by the targets of their nodes.
     guards: conditions on the inputs' sizes that the tracer took for granted. autocast: device and
-    type of the autocast region that is being translated, None outside of one. shared: calls of
-    Functions whose results share an operand's memory, and the number of nodes up to each.
+    type of the autocast region that is being translated, None outside of one.
 
     Example: `Importer(program, GraphBuilder(), model=model, ...).graph()`.
     """
@@ -64,10 +63,10 @@ class Importer:
         self.folding, self.held, self.trained_inputs = folding, held, trained_inputs
         self.regions = Regions(folding, builder)
         self.checkpoints = CheckpointRegions(folding, builder)
+        self.functions = FunctionCalls(builder)
         self.constants: dict[str, torch.Tensor] = {}
         self.guards: tuple[sympy.Basic, ...] = ()
         self.autocast: tuple[str, torch.dtype] | None = None
-        self.shared: list[tuple[Node, FunctionOp, int]] = []
 
     def graph(self) -> Graph:
         """Return the verified graph, in canonical order.
@@ -108,7 +107,7 @@ class Importer:
             guard for guard in guards if guard.free_symbols <= self.builder.input_symbols
         )
         returned = self.body(module, grad=True)
-        self.require_unwritten()
+        self.functions.require_unwritten()
         outputs: list[str] = []
         mutations: list[tuple[str, str]] = []
         for spec, leaf in zip(signature.output_specs, returned, strict=True):
@@ -290,7 +289,7 @@ class Importer:
             args, kwargs = self.cast(node, args, kwargs, grad)
         function = function_op(name)
         if function is not None:
-            args = self.reached(node, function, args, grad)
+            args = self.functions.detached(node, function, args, grad)
         call = Node("", "call", name, (), args, kwargs)
         if example is None and not schema_of(target).is_mutable:
             return  # it only checks its operands
@@ -324,51 +323,7 @@ class Importer:
         builder.add(translated, grad, builder.origins.frames(node))
         builder.follow(translated, flows)
         if function is not None and any(function.examined.sources):
-            self.shared.append((translated, function, len(builder.nodes)))
-
-    def reached(self, node: Any, function: FunctionOp, args: Any, grad: bool) -> Any:
-        """Return the arguments of a Function's op with those detached that it gives no gradient.
-
-        node: the call, of the exported program. grad: whether gradients are recorded where it is.
-        Then a graph says of each parameter whether a gradient reaches it.
-        """
-        rows = list(args)
-        for index, gradient in enumerate(function.examined.gradients):
-            value = self.builder.values[rows[index].name]
-            if gradient or not (grad and self.builder.carries((value.name,))):
-                continue
-            name = self.builder.fresh("detach")
-            result = replace(value, name=name, requires_grad=False)
-            origins, line = self.builder.origins, source_line(node)
-            call = ("aten.detach.default", (result,), (rows[index],), ())
-            self.builder.add(
-                Node(name, "call", *call, origins.scope(node), line), grad, origins.frames(node)
-            )
-            self.builder.follow(self.builder.nodes[-1], False)
-            rows[index] = Ref(name)
-        return tuple(rows)
-
-    def require_unwritten(self) -> None:
-        """Raise CaptureError where memory that a Function's result shares is written to later.
-
-        Torch returns a view of an operand as such, and the op a tensor in memory of its own.
-        """
-        builder = self.builder
-        for node, function, after in self.shared:
-            names = [node.operands()[at] for row in function.examined.sources for at in row]
-            names += [value.name for value in node.results]
-            owners = {owner_of(owner_of(n, builder.overwritten), builder.views) for n in names}
-            for later in builder.nodes[after:]:
-                written = builder.writes.get(later.name, ())
-                hit = {owner_of(owner_of(n, builder.overwritten), builder.views) for n in written}
-                if owners & hit:
-                    raise CaptureError(
-                        f"the autograd.Function {function.name} returns a view of its operand, "
-                        "which is written to",
-                        where=later.line,
-                        why="its op returns new memory, which would not follow",
-                        fix="return x.clone() in its forward, or write to another tensor",
-                    )
+            self.functions.shared.append((translated, function, len(builder.nodes)))
 
     def cast(self, node: Any, args: Any, kwargs: Any, grad: bool) -> tuple[Any, Any]:
         """Add explicit casts for those that autocast makes before a call.
