@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import memory_of
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import flatten
 
 __all__ = ["writing_assigned_buffers"]

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from autoparallel.capture.equal_blocks import Group
-from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
+from autoparallel.support.module_paths import join_path
 
 __all__ = ["AttributeReads", "alike_reads"]
 

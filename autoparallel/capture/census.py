@@ -22,13 +22,14 @@ from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.forward_contexts import quiet
 from autoparallel.capture.intercepted_calls import CallWatch
-from autoparallel.capture.module_tensors import join_path, named_tensors
+from autoparallel.capture.module_tensors import named_tensors
 from autoparallel.errors import CaptureError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.module_copy import originals
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import flatten
 from autoparallel.support.torch_private import FakeTensorMode, tree_map
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path, named_tensors
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, named_tensors
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.torch_private import expression_of
 
 __all__ = ["Group", "find_groups", "state_of", "token_of", "watched_class"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from autoparallel.capture.equal_blocks import find_groups, watched_class
-from autoparallel.capture.module_tensors import join_path
+from autoparallel.support.module_paths import join_path
 
 __all__ = ["EqualModules", "Watch"]
 

@@ -19,10 +19,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from autoparallel.capture.block_folding import Folding
-from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path, named_tensors
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, named_tensors
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.module_copy import DEEPEST, originals
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.torch_private import in_function_transform
 
 __all__ = ["HeldTensors", "refuse_views"]

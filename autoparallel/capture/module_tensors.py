@@ -7,21 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["MODULE_ATTRIBUTES", "first_paths", "join_path", "named_tensors"]
+from autoparallel.support.module_paths import join_path
+
+__all__ = ["MODULE_ATTRIBUTES", "first_paths", "named_tensors"]
 
 # The attributes by which torch itself keeps a module: what the user's class adds is not among them.
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-
-
-def join_path(path: str, name: str) -> str:
-    """Return the path of what has the path `name` inside of the module at `path`.
-
-    The empty path is the module itself, on either side.
-
-    >>> join_path("layers.0", "linear"), join_path("", "linear"), join_path("layers.0", "")
-    ('layers.0.linear', 'linear', 'layers.0')
-    """
-    return f"{path}.{name}" if path and name else path or name
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:

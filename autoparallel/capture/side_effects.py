@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from autoparallel.capture.equal_blocks import token_of
-from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, join_path
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
+from autoparallel.support.module_paths import join_path
 
 __all__ = ["NoReplacing", "changed", "effects", "moving"]
 __all__ += ["place_of", "refuse_backward_hooks", "refuse_effects", "settings_of", "tensors_left"]

@@ -22,6 +22,7 @@ from autoparallel.parallel.seeds import give_generator
 from autoparallel.placement import whole_layout
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.module_copy import redirect, shallow_copy
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.torch_private import share_local_part
 
 __all__ = ["Make", "deferred", "is_deferred"]
@@ -211,7 +212,7 @@ def _keep_identity(waiting: nn.Module, parallel: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            lasting = before[f"{path}.{name}" if path else name]
+            lasting = before[join_path(path, name)]
             if id(lasting) not in filled:
                 filled.add(id(lasting))
                 # The object stays, with what optimizers and hooks know of it; its part changes.

@@ -13,6 +13,7 @@ from autoparallel.placement import Layout, Shard
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.module_copy import shallow_copy
+from autoparallel.support.module_paths import join_path
 
 __all__ = ["materialize"]
 
@@ -20,7 +21,7 @@ __all__ = ["materialize"]
 def _children_first(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules with their paths, in the order of nn.Module.apply."""
     for name, child in module.named_children():
-        yield from _children_first(child, f"{path}.{name}" if path else name)
+        yield from _children_first(child, join_path(path, name))
     yield path, module
 
 
@@ -56,7 +57,7 @@ def materialize(
             missing.append(path or type(model).__name__)
             continue
         for name, tensor in held.items():
-            full = f"{path}.{name}" if path else name
+            full = join_path(path, name)
             # A child's tensor was filled with the child, and its parent left it alone.
             if full in parts and bool(tensor.isnan().any()):
                 continue

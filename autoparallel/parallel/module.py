@@ -58,6 +58,7 @@ from autoparallel.plan import Plan
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.memory_writes import paused
 from autoparallel.support.module_copy import on_meta, shallow_copy
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import Skeleton, flatten
 
 __all__ = ["parallel_module"]
@@ -262,7 +263,7 @@ def _open(root: nn.Module, state: State) -> None:
     for path, module in root.named_modules():
         forward = type(module).forward
         inner_paths = [
-            f"{below}.{name}" if below else name
+            join_path(below, name)
             for below, inner in module.named_modules(remove_duplicate=False)
             for name, parameter in held_by(inner).items()
             if parameter is not None

@@ -33,6 +33,7 @@ from autoparallel.runtime.rng import Generator
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.module_copy import referring
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.rng_state import restore, seeded, snapshot
 
 __all__ = ["WholeParameters", "common_numbers", "held_by"]
@@ -166,7 +167,7 @@ class WholeParameters(Watch):
             held = held_by(inner)
             for name, parameter in held.items():
                 if parameter is not None:
-                    full = f"{path}.{name}" if path else name
+                    full = join_path(path, name)
                     if id(parameter) not in leaves:
                         layouts = parameters[full]
                         back = layout_gradient(layouts.storage)

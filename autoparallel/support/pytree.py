@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from autoparallel.support.module_paths import join_path
+
 __all__ = ["SYMBOLIC", "Skeleton", "flatten", "leaf_paths", "rebuild", "with_constants"]
 
 # Numbers that a tracer does not know, such as sizes of inputs. They look like plain objects.
@@ -75,7 +77,7 @@ def leaf_paths(skeleton: Skeleton, kind: str, path: str = "") -> dict[str, Any]:
         return {path: skeleton.sample} if skeleton.kind == kind else {}
     found: dict[str, Any] = {}
     for key, child in zip(skeleton.keys, skeleton.children, strict=True):
-        found |= leaf_paths(child, kind, f"{path}.{key}" if path else str(key))
+        found |= leaf_paths(child, kind, join_path(path, str(key)))
     return found
 
 

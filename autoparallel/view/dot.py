@@ -17,6 +17,7 @@ import graphviz
 from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.plan import Plan
 from autoparallel.support.arguments import MAKE_ONE, require_kind
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.written_files import write_file
 from autoparallel.view.labels import GREY, Painter, legend
 from autoparallel.view.picture import Box, Picture, Pill, draw
@@ -190,7 +191,7 @@ def _fill(
     for item in module.items:
         painter.paint(graph, item, above)
     for name, child in module.children.items():
-        inner = f"{path}.{name}" if path else name
+        inner = join_path(path, name)
         while len(child.children) == 1 and not child.items:
             (name, child) = next(iter(child.children.items()))
             inner = f"{inner}.{name}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from autoparallel.placement import Invariant, Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
+from autoparallel.support.module_paths import join_path
 from autoparallel.view.folded_rows import index_text
 from autoparallel.view.words import Words, is_unary
 
@@ -165,7 +166,7 @@ class _Drawing:
         run: list[int] = []
         last: Hashable = None
         for index in sorted(siblings):
-            path = f"{prefix}.{index}" if prefix else str(index)
+            path = join_path(prefix, str(index))
             signature = self._signature(path, siblings[index])
             if run and signature == last and index == run[-1] + 1:
                 run.append(index)
@@ -173,8 +174,8 @@ class _Drawing:
             else:
                 run, last = [index], signature
             if len(run) > 1:
-                first = f"{prefix}.{run[0]}" if prefix else str(run[0])
-                name = f"{prefix}.{index_text(run)}" if prefix else index_text(run)
+                first = join_path(prefix, str(run[0]))
+                name = join_path(prefix, index_text(run))
                 self.repeats[first] = name, len(run)
 
     def _hide(self, drawn: list[OpChoice], same: list[OpChoice]) -> None:
