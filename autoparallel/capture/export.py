@@ -23,6 +23,7 @@ from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_blocks import Group, find_groups
 from autoparallel.capture.example_inputs import as_given, bind_inputs
 from autoparallel.capture.forward_contexts import plain_surroundings, quiet
+from autoparallel.capture.global_reads import global_reads
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.importer import Importer
@@ -124,7 +125,7 @@ class _Flat(nn.Module):
         flat, skeleton = flatten(result)
         settings = settings_of(self.model, changes, left)
         gradients = torch.is_grad_enabled() if self.asked else None
-        reads = self.reads.collected
+        reads = (*self.reads.collected, *global_reads(self.model))
         self.remember(_Ran(skeleton, changes, tuple(left), settings, reads, gradients))
         return tuple(flat)
 

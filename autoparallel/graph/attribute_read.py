@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-__all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "AttributeRead", "Where"]
+__all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "AttributeRead", "Cell", "Where"]
 
 # Values that are the same if they are equal and of one type.
 SIMPLE = (
@@ -34,12 +36,47 @@ ABSENT = _Mark("ABSENT")  # there is no attribute of this name
 UNKNOWN = _Mark("UNKNOWN")  # it is no simple value, and is compared by what the object has
 
 
+class Cell(Mapping[str, Any]):
+    """A variable of a function around some code, by whatever name, as a mapping has it.
+
+    cell: as functions have them in `__closure__`.
+
+    >>> Cell(types.CellType(0.5))["tau"]
+    0.5
+    """
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.cell.cell_contents
+        except ValueError:  # it has no value now
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cell) and other.cell is self.cell
+
+    def __hash__(self) -> int:
+        return id(self.cell)
+
+
 class Where(enum.Enum):
-    """The place of an attribute: the object's own dictionary, its class, or known by asking."""
+    """The place of an attribute: the object's own dictionary, its class, or known by asking; or it
+    is a global variable, or one of a function around the code that reads it.
+    """
 
     INSTANCE = "instance"
     CLASS = "class"
     ASKED = "asked"
+    GLOBAL = "global"
+    ENCLOSED = "enclosed"
 
 
 @dataclass(frozen=True)
@@ -47,8 +84,11 @@ class AttributeRead:
     """One attribute that a forward has read.
 
     path: of the module from which the object was reached. route: the steps from there, each
-    ("attribute", name) or ("item", key); none where it is the module itself. name: of the
-    attribute. where: its place. value: a simple one as it was read, ABSENT, or else UNKNOWN.
+    ("attribute", name) or ("item", key); none where it is the module itself. The way to a global
+    variable, or to an attribute of its value, begins with ("global", name of the Python module)
+    instead, that to a variable of a function around with ("cell", its cell); path is empty then.
+    name: of the attribute. where: its place. value: a simple one as it was read, ABSENT, or else
+    UNKNOWN.
     others: further values with which the program is right, because the forward itself sets them.
     """
 

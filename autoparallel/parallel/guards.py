@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -75,7 +76,10 @@ class Guards:
             value = getattr(item, read.name, ABSENT)
             self.asked.append((item, read.name, self.expected(value, read)))
             return
-        if read.where is Where.INSTANCE:
+        if read.where is Where.ENCLOSED:
+            self.place(item, read.name, item.get(read.name, ABSENT), read)
+            return
+        if read.where in (Where.INSTANCE, Where.GLOBAL):
             own = vars(item)
             self.place(own, read.name, own.get(read.name, ABSENT), read)
             return
@@ -192,6 +196,9 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
     """Return the object of which an attribute was read, as it is in the module now."""
     item: Any = module.get_submodule(read.path)
     for kind, step in read.route:
+        if kind in ("global", "cell"):
+            item = sys.modules[step] if kind == "global" else step
+            continue
         item = vars(item)[step] if kind == "attribute" else item[step]
     return item
 
