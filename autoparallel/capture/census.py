@@ -130,6 +130,8 @@ def census_of(
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(untouched(model, bound.arguments))
+        # Whatever records no gradients around the call: the graph has them all.
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if mode is not None:
             stack.enter_context(mode)
@@ -223,6 +225,8 @@ def require_agreement(
     Example: `require_agreement(captured, model, (x,), {})`.
     """
     _require_own_constants(captured, model)
+    if captured.gradients is False:
+        return  # the forward asks whether gradients are recorded, and this is the graph without
     difference: CaptureError | None = None
     # Some forwards run on their own device alone, and some go another way on another one.
     for on_meta in (True, False):

@@ -24,7 +24,7 @@ import torch
 from autoparallel.capture.function_examination import Examined, ResultSlot, examine
 from autoparallel.capture.intercepted_calls import APPLY, unwatched
 from autoparallel.errors import CaptureError
-from autoparallel.support.torch_private import without_function_modes
+from autoparallel.support.torch_private import differentiates_custom_op, without_function_modes
 
 __all__ = ["FunctionOp", "applied", "function_op", "is_inside_ops", "note_inside_op"]
 
@@ -77,12 +77,14 @@ def note_inside_op(cls: Any) -> None:
 
 
 def is_inside_ops(cls: Any) -> bool:
-    """Return whether a Function was applied by an op of some library, in a trace.
+    """Return whether a Function is how an op of some library is differentiated.
+
+    Torch makes one for each op of torch.library; others are those that an op applied in a trace.
 
     >>> is_inside_ops(torch.autograd.Function)
     False
     """
-    return cls in _INSIDE
+    return cls in _INSIDE or differentiates_custom_op(cls)
 
 
 def applied(cls: Any, args: Sequence[Any], is_model_memory: Callable[[Any], bool]) -> Any:

@@ -50,7 +50,7 @@ from autoparallel.parallel.rank_agreement import (
 from autoparallel.parallel.refused_wrappers import RefusedWrappers
 from autoparallel.parallel.restructure import restructure
 from autoparallel.parallel.seeds import give_generator
-from autoparallel.parallel.skeletons import attributes_of, traceable
+from autoparallel.parallel.skeletons import attributes_of, own_forward, traceable
 from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
@@ -261,6 +261,8 @@ def _open(root: nn.Module, state: State) -> None:
     call any part of the model, or by the forward of a module that runs as Python.
     """
     for path, module in root.named_modules():
+        if "_autoparallel" in vars(module):
+            continue
         forward = type(module).forward
         inner_paths = [
             join_path(below, name)
@@ -271,7 +273,7 @@ def _open(root: nn.Module, state: State) -> None:
         # Containers such as ModuleList have no forward; what is in them is met by itself. A class
         # that was compiled into torch takes no Python in place of its forward.
         compiled = isinstance(module, torch.jit.ScriptModule)
-        if module is root or not inner_paths or forward is nn.Module.forward or compiled:
+        if not inner_paths or forward is nn.Module.forward or compiled:
             continue
         parameters = {inner: state.parameters[f"{path}.{inner}"] for inner in inner_paths}
         _become(module, path, state.tree, state.skeleton.get_submodule(path), parameters, None)
@@ -373,7 +375,8 @@ def _entry(
         inner.training = module.get_submodule(path).training
     part = state.path != "" or state.tree.depth > 0
     try:
-        plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
+        with own_forward(root.get_submodule(state.path), module):
+            plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
     except (CaptureError, PlanError) as error:
         if state.tree.strict or isinstance(error, AliasError):
             raise

@@ -298,7 +298,7 @@ class LocalParameter:
             def hand_over(leaf: torch.Tensor) -> None:
                 """Take the leaf's finished gradient, and go on with it as if it came of a call."""
                 grad, leaf.grad = leaf.grad, None
-                torch.autograd.backward(self.way.local_of(parameter, leaf), grad)
+                torch.autograd.backward(self.way.local_of(parameter, leaf.detach()), grad)
 
             twin.register_post_accumulate_grad_hook(hand_over)
         return twin

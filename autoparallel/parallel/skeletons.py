@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from autoparallel.parallel.module_state import Tree
 from autoparallel.parallel.uncaptured_python import held_by
 from autoparallel.support.module_copy import inherit_originals, on_meta, referring
 
-__all__ = ["attributes_of", "fresh_skeleton", "traceable"]
+__all__ = ["attributes_of", "fresh_skeleton", "own_forward", "traceable"]
 
 # What this project keeps in a module.
 _OWN = ("_autoparallel", "_generator")
@@ -70,6 +72,28 @@ def traceable(tree: Tree) -> nn.Module:
         if device not in tree.elsewhere:
             tree.elsewhere[device] = fresh_skeleton(tree, device)
         return tree.elsewhere[device]
+
+
+@contextlib.contextmanager
+def own_forward(twin: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Have a module without memory run the forward that it was planned with, within.
+
+    twin: of `module`, in whose place the user may have put another forward. That one runs as
+    Python, and it has called the one before it.
+    """
+    if "forward" not in vars(module):
+        yield
+        return
+    replaced = vars(twin).pop("forward", None)
+    state = vars(module)["_autoparallel"]
+    if state.own_forward is not None:
+        vars(twin)["forward"] = referring(state.own_forward, {id(module): twin})
+    try:
+        yield
+    finally:
+        vars(twin).pop("forward", None)
+        if replaced is not None:
+            vars(twin)["forward"] = replaced
 
 
 def fresh_skeleton(tree: Tree, device: torch.device | None = None) -> nn.Module:

@@ -92,6 +92,7 @@ __all__ = [
     "custom_op_functions",
     "decompose",
     "describe_pieces",
+    "differentiates_custom_op",
     "dispatch_registrations",
     "distributed_tensor_like",
     "expression_of",
@@ -213,6 +214,11 @@ def custom_op_functions(name: str) -> tuple[Any, Any, Any, Any] | None:
         definition._setup_context_fn,
         definition._backward_fn,
     )
+
+
+def differentiates_custom_op(function: Any) -> bool:
+    """Return whether torch.library has made an autograd.Function to differentiate an op."""
+    return bool(function.__module__ == "torch._library.autograd")
 
 
 def has_backward(name: str) -> bool:

@@ -192,7 +192,7 @@ def hooked(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("broken", [True, False])
 def test_hooks_run_once(broken: bool) -> None:
-    """Those of the model and of its parts at each call; those inside of a graph belong to it."""
+    """A hook that keeps a list is seen, so that Python runs it, wherever its module is."""
     model = build("Branches")
     if not broken:
         model.middle = model.middle.blocks[0]
@@ -200,11 +200,11 @@ def test_hooks_run_once(broken: bool) -> None:
     ((loss, gradients),) = expected(model, inputs())
     calls.clear()
     parallel = autoparallel.autoparallelize(model, 1, example_inputs=inputs())
-    assert bool(parallel.plan.breaks) == broken
+    assert "_forward_hooks of" in " ".join(item.reason for item in parallel.plan.breaks)
     calls.clear()
     own = parallel(**inputs())["loss"]
     assert relative_error(own.detach(), loss) < 1e-12
-    assert calls == (["part", "model"] if broken else ["model"])
+    assert calls == ["inside", "part", "model"]
     own.backward()
     named = parallel.named_parameters(remove_duplicate=False)
     assert worst_gradient({n: p.grad for n, p in named if p.grad is not None}, gradients)[0] < 1e-10

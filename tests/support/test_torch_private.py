@@ -259,6 +259,19 @@ def test_a_custom_op_shows_its_functions() -> None:
     assert torch_private.custom_op_functions("aten::sin") is None
 
 
+def test_functions_that_differentiate_custom_ops_are_recognized() -> None:
+    """Torch makes one for each op, with the op's name in its own."""
+    y = torch.ops.private_names.scale(torch.ones(2, requires_grad=True), 2.0)
+    made = type(y.grad_fn)._forward_cls
+    assert "private_names" in made.__name__
+    assert torch_private.differentiates_custom_op(made)
+
+    class Own(torch.autograd.Function):
+        pass
+
+    assert not torch_private.differentiates_custom_op(Own)
+
+
 def test_custom_ops_say_whether_they_have_a_backward() -> None:
     assert torch_private.has_backward("private_names::scale")
     assert not torch_private.has_backward("private_names::plain")
@@ -414,6 +427,10 @@ def gathered_blocks(_rank: int) -> list[bool]:
     """Check that dims that are split block by block, on one and two mesh axes, are put in order."""
     made = []
     x = torch.arange(48.0).view(24, 2)
+    cube = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("a", "b", "c"))
+    for devices, size in ((cube, 4), (cube["b", "c"], 2)):
+        group = torch_private.flattened_group(devices)
+        made.append(torch.distributed.get_world_size(group) == size)
     line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     thrice, inner = torch_private.strided_shard(0, 3), torch_private.strided_shard(0, 6)
     for mesh, placements in (
