@@ -106,6 +106,8 @@ class AttributeRead:
     @property
     def place(self) -> str:
         """The path of the attribute of a module by which the value was reached."""
+        if self.where in (Where.GLOBAL, Where.ENCLOSED):
+            return self.name  # by none
         name = self.route[0][1] if self.route else self.name
         return f"{self.path}.{name}" if self.path else name
 
