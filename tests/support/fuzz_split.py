@@ -27,11 +27,12 @@ from autoparallel.options import Options
 from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import layout_text
 from autoparallel.plan import Plan
+from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.pytree import flatten
-from planners import Factor, Problem, Variable, exact
+from planners import Factor, Problem, Variable
 
 __all__ = ["Coverage", "Split", "Subject", "UnfitError"]
 
@@ -175,7 +176,9 @@ class Subject:
         mesh = split.mesh
         network = build_network(graph, mesh, find_hardware(options.hardware), options, {})
         problem = randomized(network, split)
-        plan = plan_of_solution(self.captured, "Model", mesh, network, exact.solve(problem), 1.0)
+        plan = plan_of_solution(
+            self.captured, "Model", mesh, network, NetworkSolver(network)(problem), 1.0
+        )
         return spared(plan, split.seed) if split.sparing else plan
 
     def check(self, split: Split, coverage: Coverage) -> None:
