@@ -122,11 +122,19 @@ class Counting(Scores):
 
 
 class Leaving(Scores):
-    """Leaves a loss beside its output, and its activations, in attributes."""
+    """Leaves a loss beside its output in an attribute."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(self.up(x))
         self.penalty = hidden.square().mean()
+        return self.down(self.norm(hidden)).mean()
+
+
+class Listing(Scores):
+    """Leaves its activations in a list."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.up(x))
         self.seen = [hidden]
         return self.down(self.norm(hidden)).mean()
 
@@ -188,9 +196,19 @@ def side_loss(case: Case) -> None:
     def script(model: Any) -> Any:
         loss = model(inputs())
         (loss + model.penalty).backward()
-        return loss, model.penalty, model.seen[0].detach()
+        return loss, model.penalty
 
     case.compare(script, lambda: built(Leaving), inputs())
+
+
+@habit("a list of tensors that forward leaves in an attribute")
+def side_list(case: Case) -> None:
+    def script(model: Any) -> Any:
+        loss = model(inputs())
+        loss.backward()
+        return loss, [tensor.detach() for tensor in model.seen]
+
+    case.compare(script, lambda: built(Listing), inputs())
 
 
 @habit("a buffer to which forward assigns a new tensor")
@@ -285,14 +303,27 @@ def new_parameter(case: Case) -> None:
     case.compare(script, scores, inputs())
 
 
-@habit("weights written in place under no_grad: copy_, nn.init.normal_, mul_")
+@habit("weights written in place under no_grad by numbers: mul_, fill_, nn.init.constant_")
 def in_place(case: Case) -> None:
     def script(model: Any) -> Any:
         model(inputs())
         with torch.no_grad():
             model.up.weight.mul_(2.0)
             model.down.bias.fill_(0.5)
-            model.norm.weight.copy_(linear(5).weight[0])
+        nn.init.constant_(model.up.bias, 0.1)
+        y = model(inputs())
+        y.square().mean().backward()
+        return y
+
+    case.compare(script, scores, inputs())
+
+
+@habit("a whole tensor copied into a weight under no_grad: weight.copy_(tensor)")
+def copied(case: Case) -> None:
+    def script(model: Any) -> Any:
+        model(inputs())
+        with torch.no_grad():
+            model.down.weight.copy_(linear(5).weight)
         y = model(inputs())
         y.square().mean().backward()
         return y

@@ -42,13 +42,15 @@ class Case:
     """What a row is given.
 
     world_size, rank: of this launch. folder: an empty one that all ranks see. made: the split
-    modules so far.
+    modules so far. computed: the type that a row computes in, where it is not that of its tensors:
+    gradients of float32 that were computed in bfloat16 are as near as those are.
     """
 
     world_size: int
     rank: int
     folder: Path
     made: list[nn.Module] = dataclasses.field(default_factory=list)
+    computed: torch.dtype = torch.float64
 
     def split(self, model: nn.Module, example: Any, **options: Any) -> Any:
         """Return the model, split over the ranks of this launch. example: its example inputs."""
@@ -105,6 +107,8 @@ class Case:
         if isinstance(expected, torch.Tensor):
             assert isinstance(found, torch.Tensor), f"{place} is a {type(found).__name__}"
             rtol, atol = _TOLERANCES.get(expected.dtype, (0, 0))
+            if expected.is_floating_point():
+                rtol, atol = max((rtol, atol), _TOLERANCES[self.computed])
             torch.testing.assert_close(
                 found.detach(),
                 expected.detach(),
