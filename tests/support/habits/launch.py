@@ -33,15 +33,21 @@ class Outcome:
     """What came of a row.
 
     kind: "works"; "works as Python", where the model or a part of it was not split; "refused", by
-    an AutoParallelError; "same error", where the unsplit module fails alike; "fails", where nothing
-    of that is so; "not run". message: the reason, the first line. fix: of a refusal. trace: of a
-    failure.
+    an AutoParallelError; "same error", where the unsplit module fails alike; "not run"; and two
+    failures: "wrong", where something is not what the unsplit module gives, and "error", where an
+    error is raised that is not the project's. message: the reason, the first line. fix: of a
+    refusal. trace: of a failure.
     """
 
     kind: str
     message: str = ""
     fix: str = ""
     trace: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the row fails."""
+        return self.kind in ("wrong", "error")
 
 
 class _Warned(logging.Handler):
@@ -64,18 +70,22 @@ def _ran(habit: Habit, case: Case) -> Outcome:
             warnings.simplefilter("ignore")
             habit.run(case)
     except AutoParallelError as error:
-        fix = " ".join(error.fix.split("\n")[0].split())
-        return Outcome("refused", error.what.split("\n")[0], fix)
+        what, fix = (text.replace(str(case.folder), "…") for text in (error.what, error.fix))
+        # A fix of several lines ends its first one by telling what follows.
+        fix, _, more = fix.partition("\n")
+        return Outcome("refused", what.split("\n")[0], fix.rpartition(";")[0] if more else fix)
     except SameError as error:
         return Outcome("same error", str(error).split("\n")[0])
-    except Exception as error:
+    # Some errors of torch.distributed.checkpoint are no Exception.
+    except BaseException as error:
+        kind = "wrong" if isinstance(error, AssertionError) else "error"
         lines = str(error).strip().splitlines() or [""]
         message = f"{type(error).__name__}: {lines[0][:200]}"
-        return Outcome("fails", message, trace=traceback.format_exc())
+        return Outcome(kind, message, trace=traceback.format_exc())
     finally:
         log.removeHandler(warned)
     if habit.refused:
-        return Outcome("fails", "it runs, and is expected to be refused")
+        return Outcome("wrong", "it runs, and is expected to be refused")
     lines = [line for line in warned.lines if "Python" in line]
     lines += [
         f"{item.path or 'the model'}: {item.reason}"
@@ -102,14 +112,14 @@ def _work(rank: int, world_size: int, folder: str, names: Sequence[str]) -> None
         written = Path(folder) / f"outcome_{number}_{rank}.part"
         written.write_bytes(pickle.dumps(outcome))
         written.rename(written.with_suffix(""))
-        patience = _PATIENCE_AFTER_FAILURE if outcome.kind == "fails" else _PATIENCE_SECONDS
+        patience = _PATIENCE_AFTER_FAILURE if outcome.failed else _PATIENCE_SECONDS
         deadline = time.monotonic() + patience
         wanted = [Path(folder) / f"outcome_{number}_{other}" for other in range(world_size)]
         while not all(path.exists() for path in wanted):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{words}: the other ranks hang")
             time.sleep(0.005)
-        if any(pickle.loads(path.read_bytes()).kind == "fails" for path in wanted):
+        if any(pickle.loads(path.read_bytes()).failed for path in wanted):
             return
 
 
@@ -121,14 +131,14 @@ def _joined(folder: Path, number: int, world_size: int, crash: str) -> Outcome:
         ranks.append(
             pickle.loads(path.read_bytes())
             if path.exists()
-            else Outcome("fails", f"rank {rank} hangs or ends", trace=crash)
+            else Outcome("error", f"rank {rank} hangs or ends", trace=crash)
         )
-    failed = [outcome for outcome in ranks if outcome.kind == "fails"]
+    failed = [outcome for outcome in ranks if outcome.failed]
     if failed:
         # The reason is the rank that fails by itself, not the one that waits for it.
         return next((f for f in failed if "hangs or ends" not in f.message), failed[0])
     if len({outcome.kind for outcome in ranks}) > 1:
-        return Outcome("fails", "the ranks differ: " + ", ".join(o.kind for o in ranks))
+        return Outcome("wrong", "the ranks differ: " + ", ".join(o.kind for o in ranks))
     return ranks[0]
 
 
