@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import autoparallel
 
-from .case import Case
+from .case import Case, whole
 from .models import built, inputs, plain, rows, scores
 from .registry import in_group
 
@@ -98,14 +97,6 @@ def sampler(case: Case) -> None:
     case.same_module(model, unsplit)
 
 
-def only_several(case: Case, run: Callable[[], Any], script: Callable[[Any], Any]) -> None:
-    """Run what concerns several ranks; a single rank has a step like any other."""
-    if case.world_size == 1:
-        case.compare(script)
-    else:
-        run()
-
-
 @habit("ranks that bring different batches without local_inputs")
 def different_batches(case: Case) -> None:
     model = case.split(plain(), rows(6, 0))
@@ -130,12 +121,8 @@ def different_later(case: Case) -> None:
 
 @habit("weights that differ on the ranks (no common seed)")
 def different_weights(case: Case) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(case.rank)
-        return scores()
-
     def different() -> nn.Module:
-        model = build()
+        model = scores()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(case.rank)
@@ -148,16 +135,11 @@ def different_weights(case: Case) -> None:
 def different_seeds(case: Case) -> None:
     model = case.split(built(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5))), inputs())
     torch.manual_seed(case.rank + 17)
-    y = autoparallel_whole(model(inputs()))
+    y = whole(model(inputs()))
     if case.world_size > 1:
         ys = [torch.empty_like(y) for _ in range(case.world_size)]
         dist.all_gather(ys, y.detach().contiguous())
         case.same(ys[0], ys[1])
-
-
-def autoparallel_whole(value: Any) -> torch.Tensor:
-    """Return the whole of an output."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @habit("DistributedDataParallel over the split module")
@@ -309,16 +291,14 @@ def two_models(case: Case) -> None:
         return maker, scores()
 
     def run(maker: Any, critic: Any) -> list[torch.Tensor]:
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (maker, critic)]
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (critic, maker)]
         losses = []
         for seed in range(2):
             fake = maker(inputs(seed=seed))
-            for optimizer, loss in (
-                (optimizers[1], critic(fake.detach()).square().mean()),
-                (optimizers[0], critic(fake).square().mean()),
-            ):
+            for optimizer, seen in zip(optimizers, (fake.detach(), fake), strict=True):
                 maker.zero_grad()
                 critic.zero_grad()
+                loss = critic(seen).square().mean()
                 loss.backward()
                 optimizer.step()
                 losses.append(loss)
@@ -331,13 +311,13 @@ def two_models(case: Case) -> None:
         case.same_module(model, expected)
 
 
-@habit("the process group destroyed and made again after training")
+@habit("a process group destroyed, and another one made, with a model split in each")
 def destroyed(case: Case) -> None:
     if case.world_size > 1:
-        # The ranks of this launch share one group, which the other rows need.
-        group = dist.new_group(list(range(case.world_size)))
-        case.compare(lambda model: step(model, rows(6, 0)))
-        dist.destroy_process_group(group)
+        # The other rows of this launch need the group; a mesh on another one takes its place.
+        for _ in range(2):
+            mesh = init_device_mesh("cpu", (case.world_size,), mesh_dim_names=("tp",))
+            case.compare(lambda model: step(model, rows(6, 0)), mesh=mesh)
         return
     with case.group():
         case.compare(lambda model: step(model, rows(6, 0)))

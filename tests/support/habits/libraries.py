@@ -45,7 +45,16 @@ def step(model: Any, seed: int = 0) -> torch.Tensor:
     return loss
 
 
+def compare(case: Case, script: Any, build: Any = llama, **options: Any) -> None:
+    """Compare as a Case does, with all casts to float32 that these models make made to float64."""
+    from families import Float64
+
+    with Float64():
+        case.compare(script, build, batch(), **options)
+
+
 def is_split(model: Any) -> bool:
+    """Return whether it is the split model that a script is given."""
     return "_autoparallel" in vars(model)
 
 
@@ -56,15 +65,35 @@ def causal(case: Case) -> None:
         output.loss.backward()
         return output.loss, output.logits, type(output).__name__
 
-    case.compare(script, llama, batch())
+    compare(case, script)
+
+
+def gpt(**options: Any) -> Any:
+    """Return a tiny GPT-2 in float64, which makes no cast that a checkpoint would not repeat."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64, n_positions=16, **off)
+    return GPT2LMHeadModel(config).double().train()
+
+
+def scored(model: Any, seed: int = 0) -> torch.Tensor:
+    """Return a loss on the scores of a batch, after its backward pass."""
+    loss = model(batch(seed)["input_ids"], use_cache=False).logits.square().mean()
+    loss.backward()
+    return loss
+
+
+def checkpointed(case: Case, script: Any, before: Any = lambda model: None) -> None:
+    """Compare steps of a model whose layers are checkpointed."""
+    example = {"input_ids": batch()["input_ids"], "use_cache": False}
+    case.compare(script, gpt, example, before=before)
 
 
 @habit("transformers: gradient_checkpointing_enable() before splitting", needs=HUGGING_FACE)
 def checkpointing(case: Case) -> None:
-    def before(model: Any) -> None:
-        model.gradient_checkpointing_enable()
-
-    case.compare(lambda model: step(model.train()), llama, batch(), before=before)
+    checkpointed(case, scored, lambda model: model.gradient_checkpointing_enable())
 
 
 @habit(
@@ -76,18 +105,27 @@ def checkpointing_reentrant(case: Case) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()
 
-    case.compare(lambda model: step(model.train()), llama, batch(), before=before)
+    checkpointed(case, scored, before)
 
 
 @habit("transformers: gradient_checkpointing_enable() after splitting", needs=HUGGING_FACE)
 def checkpointing_late(case: Case) -> None:
     def script(model: Any) -> Any:
-        model.train()
-        first = step(model)
+        first = scored(model)
         model.gradient_checkpointing_enable()
-        return first, step(model, 1)
+        return first, scored(model, 1)
 
-    case.compare(script, llama, batch())
+    checkpointed(case, script)
+
+
+@habit("transformers: gradient_checkpointing_disable() after splitting", needs=HUGGING_FACE)
+def checkpointing_off(case: Case) -> None:
+    def script(model: Any) -> Any:
+        first = scored(model)
+        model.gradient_checkpointing_disable()
+        return first, scored(model, 1)
+
+    checkpointed(case, script, lambda model: model.gradient_checkpointing_enable())
 
 
 @habit("transformers: generate(), greedy, with its cache", needs=HUGGING_FACE)
@@ -97,7 +135,7 @@ def generate(case: Case) -> None:
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         return model.generate(batch()["input_ids"][:1], **options)
 
-    case.compare(script, llama, batch())
+    compare(case, script)
 
 
 @habit("transformers: generate() by sampling, from one seed", needs=HUGGING_FACE)
@@ -108,7 +146,7 @@ def sample(case: Case) -> None:
         options = {"max_new_tokens": 4, "do_sample": True, "pad_token_id": 0}
         return model.generate(batch()["input_ids"][:1], **options)
 
-    case.compare(script, llama, batch())
+    compare(case, script)
 
 
 @habit("transformers: output_hidden_states=True", needs=HUGGING_FACE)
@@ -116,7 +154,7 @@ def hidden_states(case: Case) -> None:
     def script(model: Any) -> Any:
         return model(**batch(), output_hidden_states=True).hidden_states
 
-    case.compare(script, llama, batch())
+    compare(case, script)
 
 
 @habit("transformers: an attention mask with padding, in some batches", needs=HUGGING_FACE)
@@ -128,7 +166,7 @@ def attention_mask(case: Case) -> None:
         torch.stack(losses).sum().backward()
         return losses
 
-    case.compare(script, llama, batch())
+    compare(case, script)
 
 
 @habit("transformers: tied embeddings", needs=HUGGING_FACE)
@@ -141,7 +179,7 @@ def tied(case: Case) -> None:
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         return loss, step(model, 1), len(list(model.parameters()))
 
-    case.compare(script, build, batch())
+    compare(case, script, build)
 
 
 @habit("transformers: resize_token_embeddings after splitting", needs=HUGGING_FACE)
@@ -152,30 +190,32 @@ def resized(case: Case) -> None:
         model.resize_token_embeddings(70, mean_resizing=False)
         return model(**batch()).logits.shape
 
-    case.compare(script, llama, batch())
+    compare(case, script)
 
 
 @habit("transformers: save_pretrained of the split model, from_pretrained", needs=HUGGING_FACE)
 def save_pretrained(case: Case) -> None:
     def script(model: Any) -> Any:
-        folder = case.folder / f"{is_split(model)}_{case.rank}"
+        folder = case.folder / str(is_split(model))
         model.save_pretrained(folder)
+        case.meet()  # rank 0 alone writes
         loaded = type(llama()).from_pretrained(folder, dtype=torch.float64)
         return loaded(**batch()).loss
 
-    case.compare(script, llama, batch())
+    compare(case, script)
 
 
 @habit("transformers: save_pretrained(state_dict=full_state_dict(model))", needs=HUGGING_FACE)
 def save_full(case: Case) -> None:
     def script(model: Any) -> Any:
-        folder = case.folder / f"{is_split(model)}_{case.rank}"
+        folder = case.folder / str(is_split(model))
         weights = autoparallel.full_state_dict(model) if is_split(model) else model.state_dict()
         model.save_pretrained(folder, state_dict=weights)
+        case.meet()
         loaded = type(llama()).from_pretrained(folder, dtype=torch.float64)
         return loaded(**batch()).loss
 
-    case.compare(script, llama, batch())
+    compare(case, script)
 
 
 def trained_by_trainer(case: Case, model: Any) -> Any:
@@ -220,7 +260,7 @@ def no_launcher() -> Iterator[None]:
 @habit("transformers: Trainer, with clipping and logs", needs=("transformers", "accelerate"))
 def trainer(case: Case) -> None:
     with no_launcher():
-        case.compare(lambda model: trained_by_trainer(case, model), llama, batch())
+        compare(case, lambda model: trained_by_trainer(case, model))
 
 
 @habit("accelerate: prepare_model(evaluation_mode=True), backward", needs=("accelerate",))
@@ -265,7 +305,7 @@ def lora(case: Case) -> None:
             optimizer.zero_grad()
         return losses, len(trained)
 
-    case.compare(script, build, batch())
+    compare(case, script, build)
 
 
 @habit("peft: LoRA after splitting", needs=("peft", "transformers"))
@@ -278,7 +318,7 @@ def lora_late(case: Case) -> None:
         adapted = get_peft_model(model, config)
         return step(adapted)
 
-    case.compare(script, llama, batch())
+    compare(case, script)
 
 
 @habit("pytorch_lightning: a LightningModule's training_step, by hand", needs=("pytorch_lightning",))
@@ -351,28 +391,7 @@ def lightning_fit(case: Case) -> None:
         case.compare(script)
 
 
-@habit("timm: a vision transformer with stochastic depth off", needs=("timm",))
-def vision(case: Case) -> None:
-    import timm
-
-    def build() -> Any:
-        torch.manual_seed(2)
-        options = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
-        return timm.create_model("vit_tiny_patch16_224", num_classes=5, **options).double()
-
-    def images(seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
-
-    def script(model: Any) -> Any:
-        y = model(images(1))
-        y.square().mean().backward()
-        return y
-
-    case.compare(script, build, images(0))
-
-
-@habit("diffusers: a small UNet2DModel", needs=("diffusers",))
+@habit("diffusers: a small UNet2DModel", needs=("diffusers", "requests"))
 def diffusion(case: Case) -> None:
     from diffusers import UNet2DModel
 
