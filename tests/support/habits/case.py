@@ -87,6 +87,8 @@ class Case:
             if not fails:
                 raise RuntimeError("it fails with the unsplit module") from error
             failure = error
+        if fails and failure is None:
+            raise RuntimeError("the unsplit module does not fail")
         source = build()
         before(source)
         model = self.split(source, example, **options)

@@ -62,9 +62,7 @@ def own_rows(case: Case, lengths: tuple[int, ...]) -> tuple[Any, Any]:
 def local_batches(case: Case, lengths: tuple[int, ...]) -> None:
     """Compare a step whose batch is that of all ranks."""
     own, together = own_rows(case, lengths)
-    model = case.split(
-        plain(), own, mesh=autoparallel.Mesh(dp=case.world_size), local_inputs="dp"
-    )
+    model = case.split(plain(), own, mesh=autoparallel.Mesh(dp=case.world_size), local_inputs="dp")
     unsplit = plain()
     case.same(step(model, own), step(unsplit, together))
     case.same_module(model, unsplit)

@@ -160,7 +160,7 @@ def one_layer(case: Case) -> None:
     case.compare(script, lambda: built(Modes), inputs())
 
 
-@habit("a parameter that does not count in some calls has no gradient")
+@habit("a parameter that forward does not use: it has no gradient")
 def unused(case: Case) -> None:
     case.compare(loss_of, lambda: built(Spare), inputs())
 

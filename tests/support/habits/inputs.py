@@ -285,7 +285,9 @@ def padded(case: Case) -> None:
 
 @habit("an index out of range")
 def wrong_index(case: Case) -> None:
-    case.compare(lambda model: model(words(1) + 99), lambda: built(Bag, False), words(0), fails=True)
+    case.compare(
+        lambda model: model(words(1) + 99), lambda: built(Bag, False), words(0), fails=True
+    )
 
 
 @habit("a tensor subclass as input, with a __torch_function__ of its own")

@@ -20,7 +20,7 @@ from autoparallel.errors import AutoParallelError
 from .case import Case, SameError
 from .registry import Habit, all_habits
 
-__all__ = ["Outcome", "outcomes"]
+__all__ = ["Outcome", "outcomes", "ran"]
 
 # How long a rank waits for the others to finish a row that it has finished itself: they hang when
 # they wait for a collective that a failed rank never makes.
@@ -61,8 +61,8 @@ class _Warned(logging.Handler):
         self.lines.append(record.getMessage().split("\n")[0])
 
 
-def _ran(habit: Habit, case: Case) -> Outcome:
-    """Run one row on this rank."""
+def ran(habit: Habit, case: Case) -> Outcome:
+    """Return what comes of one row on this rank."""
     log, warned = logging.getLogger("autoparallel"), _Warned()
     log.addHandler(warned)
     try:
@@ -108,7 +108,7 @@ def _work(rank: int, world_size: int, folder: str, names: Sequence[str]) -> None
     for number, words in enumerate(names):
         place = Path(folder) / f"row_{number}"
         place.mkdir(exist_ok=True)
-        outcome = _ran(known[words], Case(world_size, rank, place))
+        outcome = ran(known[words], Case(world_size, rank, place))
         written = Path(folder) / f"outcome_{number}_{rank}.part"
         written.write_bytes(pickle.dumps(outcome))
         written.rename(written.with_suffix(""))
@@ -161,8 +161,9 @@ def outcomes(
                 )
             except (RuntimeError, TimeoutError) as error:
                 crash = str(error)
-            done = [p for p in Path(name).glob("row_*")]
-            for number in range(max(1, len(done))):
+            # A launch that ends before its first row has that one to blame, and is not repeated.
+            started = max(1, len(list(Path(name).glob("row_*"))))
+            for number in range(started):
                 results[waiting[number]] = _joined(Path(name), number, world_size, crash)
-            waiting = waiting[max(1, len(done)) :]
+            waiting = waiting[started:]
     return {habit.words: results[habit.words] for habit in habits}

@@ -222,15 +222,16 @@ def trained_by_trainer(case: Case, model: Any) -> Any:
     """Return what Hugging Face's Trainer logs in three steps."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    logs: list[Any] = []
+    kept: list[Any] = []
 
     class Logged(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:
                 kept.append((logs["loss"], logs["grad_norm"]))
 
-    kept = logs
-    data = [dict(zip(batch(), row, strict=True)) for row in zip(*batch(3, 12).values())]
+    data = [
+        dict(zip(batch(), row, strict=True)) for row in zip(*batch(3, 12).values(), strict=True)
+    ]
     arguments = TrainingArguments(
         output_dir=str(case.folder / str(case.rank)),
         max_steps=3,
@@ -321,7 +322,9 @@ def lora_late(case: Case) -> None:
     compare(case, script)
 
 
-@habit("pytorch_lightning: a LightningModule's training_step, by hand", needs=("pytorch_lightning",))
+@habit(
+    "pytorch_lightning: a LightningModule's training_step, by hand", needs=("pytorch_lightning",)
+)
 def lightning_step(case: Case) -> None:
     import pytorch_lightning
 

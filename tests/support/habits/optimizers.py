@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.nn.utils import (
     clip_grad_norm_,
     clip_grad_value_,
@@ -19,11 +19,10 @@ from torch.optim import lr_scheduler
 
 from .case import Case
 from .models import Classifier, plain, rows
-from .registry import in_group
 from .registry import habit as register
+from .registry import in_group
 
 habit = in_group("Optimizers and steps")
-O = torch.optim
 
 
 def train(make: Callable[[Any], Any], model: Any) -> Any:
@@ -46,28 +45,28 @@ def train(make: Callable[[Any], Any], model: Any) -> Any:
 
 # Each with the settings that make it do what it does.
 _MAKERS: dict[str, Callable[[Any], Any]] = {
-    "SGD": partial(O.SGD, lr=0.1),
-    "SGD(momentum=0.9, weight_decay=0.1)": partial(O.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
-    "SGD(nesterov=True)": partial(O.SGD, lr=0.1, momentum=0.9, nesterov=True),
-    "SGD(foreach=True)": partial(O.SGD, lr=0.1, momentum=0.9, foreach=True),
-    "SGD(fused=True)": partial(O.SGD, lr=0.1, momentum=0.9, fused=True),
-    "Adam": partial(O.Adam, lr=0.1),
-    "Adam(amsgrad=True, foreach=False)": partial(O.Adam, lr=0.1, amsgrad=True, foreach=False),
-    "AdamW": partial(O.AdamW, lr=0.1),
-    "AdamW(fused=True)": partial(O.AdamW, lr=0.1, fused=True),
-    "Adamax": partial(O.Adamax, lr=0.1),
-    "Adagrad": partial(O.Adagrad, lr=0.1),
-    "Adagrad(fused=True)": partial(O.Adagrad, lr=0.1, fused=True),
-    "RMSprop(momentum=0.9, centered=True)": partial(O.RMSprop, lr=0.1, momentum=0.9, centered=True),
-    "Rprop": partial(O.Rprop, lr=0.1),
-    "Adadelta": partial(O.Adadelta, lr=0.1),
-    "NAdam": partial(O.NAdam, lr=0.1),
-    "RAdam": partial(O.RAdam, lr=0.1),
-    "ASGD": partial(O.ASGD, lr=0.1),
-    "Adafactor": partial(O.Adafactor, lr=0.1),
-    "LBFGS": partial(O.LBFGS, lr=0.1, max_iter=4),
+    "SGD": partial(optim.SGD, lr=0.1),
+    "SGD(weight_decay=0.1)": partial(optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "SGD(nesterov=True)": partial(optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "SGD(foreach=True)": partial(optim.SGD, lr=0.1, momentum=0.9, foreach=True),
+    "SGD(fused=True)": partial(optim.SGD, lr=0.1, momentum=0.9, fused=True),
+    "Adam": partial(optim.Adam, lr=0.1),
+    "Adam(amsgrad=True, foreach=False)": partial(optim.Adam, lr=0.1, amsgrad=True, foreach=False),
+    "AdamW": partial(optim.AdamW, lr=0.1),
+    "AdamW(fused=True)": partial(optim.AdamW, lr=0.1, fused=True),
+    "Adamax": partial(optim.Adamax, lr=0.1),
+    "Adagrad": partial(optim.Adagrad, lr=0.1),
+    "Adagrad(fused=True)": partial(optim.Adagrad, lr=0.1, fused=True),
+    "RMSprop(centered=True)": partial(optim.RMSprop, lr=0.1, momentum=0.9, centered=True),
+    "Rprop": partial(optim.Rprop, lr=0.1),
+    "Adadelta": partial(optim.Adadelta, lr=0.1),
+    "NAdam": partial(optim.NAdam, lr=0.1),
+    "RAdam": partial(optim.RAdam, lr=0.1),
+    "ASGD": partial(optim.ASGD, lr=0.1),
+    "Adafactor": partial(optim.Adafactor, lr=0.1),
+    "LBFGS": partial(optim.LBFGS, lr=0.1, max_iter=4),
     "LBFGS(line_search_fn='strong_wolfe')": partial(
-        O.LBFGS, max_iter=4, line_search_fn="strong_wolfe"
+        optim.LBFGS, max_iter=4, line_search_fn="strong_wolfe"
     ),
 }
 
@@ -88,7 +87,7 @@ def muon(case: Case) -> None:
     def script(model: Any) -> Any:
         matrices = [p for p in model.parameters() if p.dim() == 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
-        optimizers = [O.Muon(matrices, lr=0.1), O.AdamW(vectors, lr=0.1)]
+        optimizers = [optim.Muon(matrices, lr=0.1), optim.AdamW(vectors, lr=0.1)]
         return by_hand(model, optimizers)
 
     case.computed = torch.bfloat16  # it orthogonalizes in bfloat16
@@ -109,13 +108,16 @@ def by_hand(model: Any, optimizers: list[Any], between: Any = lambda model: None
 
 
 def sgd(model: Any) -> Any:
-    return O.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 @habit("several optimizers, for several submodules")
 def several(case: Case) -> None:
     def script(model: Any) -> Any:
-        optimizers = [O.SGD(model.up.parameters(), 0.1), O.Adam(model.down.parameters(), 0.1)]
+        optimizers = [
+            optim.SGD(model.up.parameters(), 0.1),
+            optim.Adam(model.down.parameters(), 0.1),
+        ]
         return by_hand(model, optimizers)
 
     case.compare(script)
@@ -129,7 +131,7 @@ def groups(case: Case) -> None:
             {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
             {"params": [p for n, p in named if not n.endswith("bias")], "lr": 0.02},
         ]
-        return by_hand(model, [O.AdamW(kinds, lr=0.1, weight_decay=0.1)])
+        return by_hand(model, [optim.AdamW(kinds, lr=0.1, weight_decay=0.1)])
 
     case.compare(script)
 
@@ -137,7 +139,7 @@ def groups(case: Case) -> None:
 @habit("named_parameters() given to an optimizer")
 def named(case: Case) -> None:
     def script(model: Any) -> Any:
-        optimizer = O.AdamW(model.named_parameters(), lr=0.1)
+        optimizer = optim.AdamW(model.named_parameters(), lr=0.1)
         return by_hand(model, [optimizer]), optimizer.param_groups[0]["param_names"]
 
     case.compare(script)
@@ -146,7 +148,7 @@ def named(case: Case) -> None:
 @habit("add_param_group while training, for layers that thaw")
 def added(case: Case) -> None:
     def script(model: Any) -> Any:
-        optimizer = O.SGD(model.down.parameters(), lr=0.1)
+        optimizer = optim.SGD(model.down.parameters(), lr=0.1)
         first = by_hand(model, [optimizer])
         optimizer.add_param_group({"params": list(model.up.parameters()), "lr": 0.01})
         model.zero_grad()
@@ -370,9 +372,9 @@ def zero_redundancy(case: Case) -> None:
 
     def script(model: Any) -> Any:
         if "_autoparallel" not in vars(model):
-            return by_hand(model, [O.Adam(model.parameters(), lr=0.1)])
+            return by_hand(model, [optim.Adam(model.parameters(), lr=0.1)])
         with case.group():
-            optimizer = ZeroRedundancyOptimizer(model.parameters(), O.Adam, lr=0.1)
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), optim.Adam, lr=0.1)
             return by_hand(model, [optimizer])
 
     case.compare(script)
@@ -398,5 +400,3 @@ def pruned(case: Case) -> None:
         return model
 
     case.compare(lambda model: by_hand(model, [sgd(model)]), build)
-
-

@@ -27,6 +27,9 @@ FILES = (
     "libraries",
 )
 
+# Libraries of the tests' environment: the project's own, and its extra `test`.
+_TESTED = ("accelerate", "safetensors", "transformers")
+
 _habits: dict[str, Habit] = {}
 
 
@@ -36,8 +39,7 @@ class Habit:
 
     group: the title of its table. words: the habit, as a user would say it. run: the row. refused:
     whether it must be refused, so that to run through is a failure. needs: the libraries, and names
-    of torch, without which the row cannot be run. extra: whether the libraries are no part of the
-    environment of the tests.
+    of torch, without which the row cannot be run.
     """
 
     group: str
@@ -52,10 +54,15 @@ class Habit:
         return next((name for name in self.needs if not _is_there(name)), "")
 
     @property
-    def versions(self) -> str:
-        """The libraries that the row needs, with their versions: "peft 0.21.2"."""
-        libraries = [name for name in self.needs if not name.startswith("torch.")]
-        return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+    def extras(self) -> str:
+        """The libraries it needs that the tests' environment lacks, with versions: "peft 0.21.2".
+
+        Empty where it needs none, or where one of them is not there.
+        """
+        names = [name for name in self.needs if "." not in name and name not in _TESTED]
+        if self.missing:
+            return ""
+        return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def _is_there(name: str) -> bool:
@@ -95,6 +102,5 @@ def habit(
 def all_habits() -> tuple[Habit, ...]:
     """Return the rows of all files, in their order."""
     for name in FILES:
-        if importlib.util.find_spec(f"habits.{name}") is None: continue  # XXX
         import_module(f"habits.{name}")
     return tuple(_habits.values())

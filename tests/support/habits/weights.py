@@ -260,6 +260,29 @@ def distributed_checkpoint(case: Case) -> None:
     case.compare(script)
 
 
+@habit("dcp.save and dcp.load of get_state_dict(model, optimizer), set_state_dict")
+def distributed_checkpoint_all(case: Case) -> None:
+    def script(model: Any) -> Any:
+        optimizer = adam(model)
+        step(model, optimizer, 0)
+        folder = case.folder / f"all_{'_autoparallel' in vars(model)}"
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        losses = [step(model, optimizer, 1), step(model, optimizer, 2)]
+        weights, state = get_state_dict(model, optimizer)
+        values = {"model": weights, "optimizer": state}
+        dcp.load(values, checkpoint_id=folder)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=values["model"],
+            optim_state_dict=values["optimizer"],
+        )
+        return [*losses, step(model, optimizer, 1), step(model, optimizer, 2)]
+
+    case.compare(script)
+
+
 @habit("a dcp checkpoint of the split model, read by the unsplit one")
 def read_unsplit(case: Case) -> None:
     model = case.split(plain(), rows(6, 0))
