@@ -26,7 +26,7 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help environment demo test broad fuzz slow lint format benchmarks versions clean
+.PHONY: help environment demo test broad fuzz slow lint format benchmarks compatibility versions clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -39,6 +39,7 @@ help:
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make benchmarks  every file in benchmarks/"
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
+	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
 
@@ -79,6 +80,9 @@ benchmarks: $(TEST)
 
 coverage: $(TEST)
 	$(VENV)/bin/python docs/make_coverage.py $(ARGS)
+
+compatibility: $(TEST)
+	$(VENV)/bin/python docs/make_compatibility.py $(ARGS)
 
 versions: $(TORCH_VERSIONS:%=$(VENV)-torch-%/.installed-test)
 	@failed=; for torch in $(TORCH_VERSIONS); do echo "== torch $$torch"; \
