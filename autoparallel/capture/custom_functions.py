@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from autoparallel.capture.function_examination import Examined, ResultSlot, examine
-from autoparallel.capture.intercepted_calls import APPLY, unwatched
+from autoparallel.capture.intercepted_calls import apply_function, unwatched
 from autoparallel.errors import CaptureError
 from autoparallel.support.torch_private import differentiates_custom_op, without_function_modes
 
@@ -234,7 +234,7 @@ def _registered(
 
     def apply(tensors: Sequence[Any], integers: Sequence[Any]) -> Any:
         """Apply the class to the arguments of the call, with these tensors and integers."""
-        return APPLY(cls, *_filled(template, tensors, integers, tensors[0].device))
+        return apply_function(cls, *_filled(template, tensors, integers, tensors[0].device))
 
     with unwatched():
         examined = examine(apply, cls.__name__, slots.tensors, slots.integers, is_model_memory)
@@ -279,7 +279,7 @@ def _define(
                 stack.enter_context(without_function_modes())
                 stack.enter_context(unwatched())
             arguments = _filled(template, given, numbers, given[0].device)
-            returned = APPLY(_CLASSES[target], *arguments)
+            returned = apply_function(_CLASSES[target], *arguments)
         results = examined.tensors_of(returned)
         # Torch returns an operand, and a view of one, as they are. What an op returns is new.
         own = tuple(

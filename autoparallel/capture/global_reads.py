@@ -45,22 +45,30 @@ def global_reads(model: nn.Module) -> tuple[AttributeRead, ...]:
         walk.method(kind, "forward")
     for module in model.modules():
         walk.value(vars(module).get("forward"), type(module))
-    return tuple(walk.found.values())
+    return walk.reads()
 
 
 class _Walk:
     """The search from function to function.
 
-    found: the reads, by the name of the Python module and the names from there. seen: the code that
-    was looked at, each with the class whose method it is.
+    found: the reads, by the name of the Python module and the names from there. seen: the functions
+    that were met, each with the class whose method it is: decorators make many of one code. todo:
+    those of them that are still to be looked at.
     """
 
     def __init__(self) -> None:
         self.found: dict[tuple[Any, ...], AttributeRead] = {}
-        self.seen: set[tuple[types.CodeType, type]] = set()
+        self.seen: dict[tuple[int, type], types.FunctionType] = {}
+        self.todo: list[tuple[types.FunctionType, type]] = []
+
+    def reads(self) -> tuple[AttributeRead, ...]:
+        """Look at all functions that are to be looked at, and return what they may read."""
+        while self.todo:
+            self.look(*self.todo.pop())
+        return tuple(self.found.values())
 
     def method(self, kind: type, name: str) -> None:
-        """Look at a method of a class, wherever it inherits it from."""
+        """Take up a method of a class, wherever it inherits it from."""
         for owner in kind.__mro__:
             if name in vars(owner):
                 if not _left_out(owner.__module__):
@@ -68,23 +76,24 @@ class _Walk:
                 return
 
     def value(self, value: Any, kind: type) -> None:
-        """Look at the functions in a value, which is an attribute of a class, say."""
-        for function in _functions(value):
-            self.function(function, kind)
+        """Take up the functions in a value, which is an attribute of a class, say.
 
-    def function(self, function: types.FunctionType, kind: type) -> None:
-        """Look at the code of a function. kind: the class of which it is a method."""
-        if (function.__code__, kind) not in self.seen:
-            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-            for name, cell in cells:
-                self.enclosed(name, cell, kind)
-        todo = [function.__code__]
-        while todo:
-            code = todo.pop()
-            if (code, kind) in self.seen:
-                continue
-            self.seen.add((code, kind))
-            todo += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+        kind: the class of which they are methods.
+        """
+        for function in _functions(value):
+            if (id(function), kind) not in self.seen:
+                self.seen[id(function), kind] = function
+                self.todo.append((function, kind))
+
+    def look(self, function: types.FunctionType, kind: type) -> None:
+        """Look at the code of a function, and at the functions that are written in it."""
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        for name, cell in cells:
+            self.enclosed(name, cell, kind)
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
             for name in code.co_names:
                 if name in function.__globals__:
                     self.variable(function, name, code.co_names, kind)

@@ -15,15 +15,23 @@ from typing import Any
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
-__all__ = ["APPLY", "CallWatch", "unwatched"]
+__all__ = ["CallWatch", "apply_function", "unwatched"]
 
-# What `Function.apply` is where nobody has replaced it.
-APPLY: Callable[..., Any] = vars(torch.autograd.Function)["apply"].__func__
+# What `Function.apply` is where nobody has replaced it; later releases have it written in C.
+_APPLY: Any = vars(torch.autograd.Function)["apply"]
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 _local = threading.local()
 _lock = threading.Lock()
 _installed = 0
 _generator: Any = None
+
+
+def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Apply a Function as torch does where nobody watches.
+
+    Example: `apply_function(Reverse, x)` is `Reverse.apply(x)`.
+    """
+    return _APPLY.__get__(None, cls)(*args, **kwargs)
 
 
 class CallWatch:
@@ -49,7 +57,7 @@ class CallWatch:
 
     def function(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply a Function. cls: its class. args, kwargs: of `apply`."""
-        return APPLY(cls, *args, **kwargs)
+        return apply_function(cls, *args, **kwargs)
 
     def reentrant(self, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """Run the region of a reentrant checkpoint. call: runs it. args: what it is called with."""
@@ -102,7 +110,7 @@ def _put_back() -> None:
     with _lock:
         _installed -= 1
         if _installed == 0:
-            torch.autograd.Function.apply = classmethod(APPLY)  # type: ignore[assignment]
+            torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
             setattr(torch_checkpoint, _GENERATOR, _generator)
 
 
@@ -110,7 +118,7 @@ def _applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Apply a Function as the watch of this thread wants it."""
     watch: CallWatch | None = getattr(_local, "watch", None)
     if watch is None:
-        return APPLY(cls, *args, **kwargs)
+        return apply_function(cls, *args, **kwargs)
     if cls is torch_checkpoint.CheckpointFunction:
         run, _, *operands = args
         return watch.reentrant(lambda: run(*operands), tuple(operands))
