@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from autoparallel.capture.custom_functions import function_op
 from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.discovery.trial import DRAWS
@@ -76,6 +78,7 @@ def match_rules(
             write_rule = find_rule(node.target)
             if write_rule is not None and node.name not in inert:
                 rule = write_rule(call)
+                _require_dims(call, rule)
             # On one rank nothing is split, so that no rule is needed.
             if write_rule is None and world_size > 1:
                 rule, why = _unwritten(call, inert, options)
@@ -96,6 +99,23 @@ def match_rules(
     if missing:
         raise _unsupported(missing, reasons)
     return matched
+
+
+def _require_dims(call: OpCall, rule: ShardingRule) -> None:
+    """Raise UnsupportedOpError where the tracer gives a tensor another number of dims than its op.
+
+    That is an error of torch: its kernel for tensors without data and the real one disagree, as for
+    a projected LSTM in torch 2.11. The shapes that follow in the graph would be wrong, too.
+    """
+    shapes = [*(value.shape for value in call.operands), *(value.shape for value in call.results)]
+    for shape, dims in zip(shapes, (*rule.operands, *rule.results), strict=True):
+        if len(shape) != len(dims):
+            raise UnsupportedOpError(
+                f"{call.node.target} with a tensor of {len(shape)} dims in place of {len(dims)}",
+                where=", ".join(text for text in (call.node.where, call.node.line) if text),
+                why=f"torch {torch.__version__} gives the traced tensor the shape {shape}",
+                fix="use a later release of torch, or keep this in a submodule that stays Python",
+            )
 
 
 def _unwritten(call: OpCall, inert: set[str], options: Options) -> tuple[ShardingRule | None, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from any_plans import network_of
+from releases import attention_without_heads
 from torch import nn
 
 import autoparallel
@@ -114,6 +115,7 @@ def test_one_long_sequence_is_split_along_itself() -> None:
     assert all(layout_text(op.operands[0]) == "S(1)" for op in norms)
 
 
+@attention_without_heads
 def test_heads_that_do_not_divide_are_split_all_the_same() -> None:
     """GPT-2, a batch of one, eight ranks: 12 heads; no attention is left whole."""
     plan = planned(gpt(768), 1, 1024, world_size=8)

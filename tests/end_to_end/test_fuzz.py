@@ -15,6 +15,7 @@ from fuzz_programs import Program
 from fuzz_split import Coverage, Split, Subject, UnfitError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from releases import projected_lstm
 
 WAYS_EACH = 2
 # How many programs `make fuzz` tries of each kind.
@@ -90,7 +91,14 @@ def test_what_failed_once(coverage: Coverage, name: str) -> None:
 
 
 @quiet
-@pytest.mark.parametrize("name", ON_SEVERAL_AXES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # These have a projected LSTM in them.
+        pytest.param(name, marks=projected_lstm if "torch.lstm" in program.text else ())
+        for name, (program, _) in ON_SEVERAL_AXES.items()
+    ],
+)
 def test_what_failed_once_on_several_axes(coverage: Coverage, name: str) -> None:
     program, way = ON_SEVERAL_AXES[name]
     Subject(program).check(way, coverage)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import HIDDEN, TRANSFORMERS, VOCABULARY, build, inputs_for, loss_and_logits
 from processes import run_processes
+from releases import attention_without_heads
 
 import autoparallel
 from autoparallel.analysis.communication import transfers
@@ -229,7 +230,7 @@ def hugging_face(name: str, layers: int) -> torch.nn.Module:
         ("GPTNeoX", 1),
         ("Falcon", 1),
         ("Gemma3", 2),
-        ("Llama", 2),
+        pytest.param("Llama", 2, marks=attention_without_heads),
         ("OPT", 2),
         ("Phi3", 2),
     ],

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from collective_counter import CollectiveCounter
 from processes import run_processes
+from releases import attention_without_heads
 from torch import Tensor, nn
 
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
@@ -148,6 +149,7 @@ def test_two_ranks_give_the_plain_numbers(two: list[dict[str, Any]], kind: str, 
         check_numbers(results[kind, name])
 
 
+@attention_without_heads
 def test_four_ranks_give_the_plain_numbers() -> None:
     """Five heads on four ranks, and two groups of two beside each other."""
     for results in run_processes(work_on_four, 4):

@@ -128,7 +128,7 @@ HEADS: dict[str, Callable[[Head, torch.Tensor], torch.Tensor]] = {
         torch.zeros(6).to(x) + 0.5,
         m.scale,
         m.offset,
-        eps=0.0,
+        eps=1e-300,
     ),
     "layer norm": lambda m, x: functional.layer_norm(
         x.view(-1, 2, 6), (6,), m.scale, m.offset, 0.0
