@@ -52,6 +52,8 @@ def match_rules(
     missing: dict[str, list[Node]] = {}
     reasons: dict[str, str] = {}
     values = graph.values
+    read = {name for name, readers in graph.readers.items() if readers}
+    read.update(graph.outputs, (name for _, name in graph.mutations))
 
     def shape_of(leaf: Any) -> Any:
         """Return what a rule may depend on: a tensor's shape and dtype, a constant's value."""
@@ -78,7 +80,7 @@ def match_rules(
             write_rule = find_rule(node.target)
             if write_rule is not None and node.name not in inert:
                 rule = write_rule(call)
-                _require_dims(call, rule)
+                _require_dims(call, rule, read)
             # On one rank nothing is split, so that no rule is needed.
             if write_rule is None and world_size > 1:
                 rule, why = _unwritten(call, inert, options)
@@ -101,15 +103,16 @@ def match_rules(
     return matched
 
 
-def _require_dims(call: OpCall, rule: ShardingRule) -> None:
-    """Raise UnsupportedOpError where the tracer gives a tensor another number of dims than its op.
+def _require_dims(call: OpCall, rule: ShardingRule, read: set[str]) -> None:
+    """Raise UnsupportedOpError where the tracer gives a result another number of dims than its op.
 
     That is an error of torch: its kernel for tensors without data and the real one disagree, as for
-    a projected LSTM in torch 2.11. The shapes that follow in the graph would be wrong, too.
+    the last state of an LSTM in torch 2.11. The shapes that follow from it in the graph would be
+    wrong, too. read: the names of values that something reads.
     """
-    shapes = [*(value.shape for value in call.operands), *(value.shape for value in call.results)]
-    for shape, dims in zip(shapes, (*rule.operands, *rule.results), strict=True):
-        if len(shape) != len(dims):
+    for value, dims in zip(call.results, rule.results, strict=True):
+        shape = value.shape
+        if len(shape) != len(dims) and value.name in read:
             raise UnsupportedOpError(
                 f"{call.node.target} with a tensor of {len(shape)} dims in place of {len(dims)}",
                 where=", ".join(text for text in (call.node.where, call.node.line) if text),

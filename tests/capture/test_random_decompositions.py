@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from releases import projected_lstm
+from releases import lstm_states
 from split_models import split_as_whole
 from torch import nn
 from torch.nn import functional as F
@@ -110,8 +110,7 @@ def test_normal_numbers_are_normal():
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        pytest.param(nn.LSTM, {"bidirectional": True, "proj_size": 4}, marks=projected_lstm),
-        (nn.LSTM, {"bidirectional": True}),
+        pytest.param(nn.LSTM, {"bidirectional": True, "proj_size": 4}, marks=lstm_states),
         (nn.GRU, {"bidirectional": True, "batch_first": True}),
         (nn.RNN, {"nonlinearity": "relu", "bias": False}),
     ],

@@ -6,13 +6,13 @@ import pytest
 
 from autoparallel.support.torch_versions import ATTENTION_NEEDS_HEADS, RELEASE
 
-__all__ = ["attention_without_heads", "float_indices_are_refused", "projected_lstm"]
+__all__ = ["attention_without_heads", "float_indices_are_refused", "lstm_states"]
 
 attention_without_heads = pytest.mark.skipif(
     ATTENTION_NEEDS_HEADS, reason="fused attention of this torch cannot run without heads"
 )
-projected_lstm = pytest.mark.skipif(
-    RELEASE < (2, 13), reason="this torch gives the state of a projected LSTM a dim too many"
+lstm_states = pytest.mark.skipif(
+    RELEASE < (2, 13), reason="this torch gives the last state of an LSTM a dim too many"
 )
 float_indices_are_refused = pytest.mark.skipif(
     RELEASE < (2, 13), reason="embedding of this torch takes indices of floats for a trace"
