@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import more_families
 import torch
@@ -14,8 +15,10 @@ from more_families import tensors_in
 import autoparallel
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
+from autoparallel.parallel import simulate
 from autoparallel.plan import Plan
 from autoparallel.planning.search import search
+from autoparallel.runtime.ranks import run_ranks
 
 __all__ = ["Errors", "Step", "errors_of", "plan_for", "simulated", "unsplit"]
 
@@ -82,12 +85,22 @@ def plan_for(name: str, world_size: int, dropout: float = 0.0) -> Plan:
 
 def simulated(name: str, plan: Plan, dropout: float = 0.0) -> tuple[Step, float]:
     """The step on all ranks of the plan, put together; and how far the ranks are apart."""
-    with Float64():
+    with Float64(), mock.patch.object(simulate, "run_ranks", _in_float64):
         model, inputs = more_families.build(name, dropout), more_families.inputs_for(name)
         made = autoparallel.simulate(model, example_inputs=inputs, plan=plan)
     outputs = tuple(tensors_in(made.output))
     loss = loss_of(made.output).detach()
     return Step(loss, outputs, dict(made.gradients), dict(made.buffers)), made.apart
+
+
+def _in_float64(ranks: Any, work: Any) -> Any:
+    """Run all ranks under Float64, which does not reach their threads by itself."""
+
+    def inside(rank: Any) -> Any:
+        with Float64():
+            return work(rank)
+
+    return run_ranks(ranks, inside)
 
 
 def unsplit(name: str) -> Step:
