@@ -140,5 +140,8 @@ def _away(actual: torch.Tensor, expected: torch.Tensor) -> float:
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     zero = torch.zeros((), dtype=actual.dtype)
     # Infinities that are the same would be NaN as a difference.
-    return relative_error(torch.where(same, zero, actual), torch.where(same, zero, expected),
-                          float(torch.where(expected.isfinite(), expected, zero).norm()))
+    return relative_error(
+        torch.where(same, zero, actual),
+        torch.where(same, zero, expected),
+        float(torch.where(expected.isfinite(), expected, zero).norm()),
+    )

@@ -18,7 +18,7 @@ from torch import nn
 from zoo_inputs import Inputs
 
 __all__ = ["Family", "Make", "Scored", "diffusion", "hugging_face", "image_model", "is_installed"]
-__all__ += ["tensors_in"]
+__all__ += ["scored", "tensors_in"]
 
 Make = Callable[[float], nn.Module]
 
@@ -109,6 +109,14 @@ def hugging_face(model: str, config: str, **options: Any) -> Make:
     return make
 
 
+def scored(
+    name: str, kind: str, model: str, config: str, inputs: Callable[[], Inputs], **options: Any
+) -> Family:
+    """Return the family of a model of transformers that has no loss of its own."""
+    made = hugging_face(model, config, **options)
+    return Family(name, "transformers", kind, made, inputs, scored=True)
+
+
 def _set_rates(configuration: Any, dropout: float) -> None:
     """Set all rates of dropout in a configuration, and in those that it holds.
 
@@ -131,10 +139,7 @@ def image_model(kind: str, module: str, **options: Any) -> Make:
     def make(dropout: float) -> nn.Module:
         loaded = importlib.import_module(f"timm.models.{module}")
         made: nn.Module = getattr(loaded, kind)(**options)
-        for part in made.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = dropout
-        return made
+        return _with_rate(made, dropout)
 
     return make
 
@@ -145,9 +150,17 @@ def diffusion(kind: str, **options: Any) -> Make:
     def make(dropout: float) -> nn.Module:
         logging.getLogger("diffusers").setLevel(logging.ERROR)
         made: nn.Module = getattr(importlib.import_module("diffusers"), kind)(**options)
-        for part in made.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = dropout
-        return made
+        return _with_rate(made, dropout)
 
     return make
+
+
+def _with_rate(model: nn.Module, dropout: float) -> nn.Module:
+    """Set all rates of dropout in a model that is made."""
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = dropout
+        # Diffusion models leave out what they are told, such as a class, at such a rate.
+        if isinstance(getattr(part, "dropout_prob", None), float):
+            part.dropout_prob = dropout
+    return model

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import library_families
+import decoder_families
+import diffusion_families
+import encoder_families
+import image_families
+import scene_families
 import sense_families
-import text_families
+import series_families
+import timm_families
 import torch
 from family_makers import Family, Scored, is_installed, tensors_in
 from torch import nn
@@ -13,7 +18,16 @@ from zoo_inputs import Inputs
 __all__ = ["FAMILIES", "Family", "build", "build_reference", "inputs_for", "is_installed"]
 __all__ += ["tensors_in"]
 
-_ALL = (*text_families.FAMILIES, *sense_families.FAMILIES, *library_families.FAMILIES)
+_ALL = (
+    *decoder_families.FAMILIES,
+    *encoder_families.FAMILIES,
+    *image_families.FAMILIES,
+    *scene_families.FAMILIES,
+    *sense_families.FAMILIES,
+    *series_families.FAMILIES,
+    *timm_families.FAMILIES,
+    *diffusion_families.FAMILIES,
+)
 FAMILIES = {family.name: family for family in _ALL}
 
 
