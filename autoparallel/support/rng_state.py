@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["python_numbers", "restore", "seeded", "snapshot"]
+__all__ = ["python_numbers", "restore", "seeded", "snapshot", "torch_generators"]
 
 
 def snapshot() -> Any:
@@ -59,6 +59,17 @@ def restore(state: Any) -> None:
     random.setstate(python)
     if numpy_state is not None:
         sys.modules["numpy"].random.set_state(numpy_state)
+
+
+def torch_generators() -> tuple[torch.Generator, ...]:
+    """Return the generators that torch draws from where it is given none: of the host, and of each
+    GPU where they are in use.
+
+    >>> torch_generators()[0] is torch.default_generator
+    True
+    """
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return (torch.default_generator, *(torch.cuda.default_generators if cuda else ()))
 
 
 @contextlib.contextmanager

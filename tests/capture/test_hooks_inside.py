@@ -138,3 +138,17 @@ def test_a_module_of_one_rank_runs_it(kind: str) -> None:
         module(x).backward()
         gradients.append({name: p.grad for name, p in module.named_parameters()})
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+def test_a_layer_made_in_the_forward_is_no_hook() -> None:
+    class Grows(Layers):
+        """A model that makes one of its layers at its call."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Return the loss."""
+            self.out = nn.Linear(24, 12)
+            return super().forward(x)
+
+    plan = autoparallel.make_plan(Grows(), 2, example_inputs=torch.ones(4, 12))
+    # It is named as what it is: torch asks for a new parameter's grad_fn, but nobody hooks it.
+    assert "the modules in it" in plan.breaks[0].reason

@@ -74,6 +74,8 @@ def inputs_for(name: str, batch: int = BATCH, sequence: int = SEQUENCE) -> dict[
 _CASTING = {torch.Tensor.to, torch.Tensor.type}
 _CASTING |= {torch.softmax, torch.Tensor.softmax, nn.functional.softmax}
 _CASTING |= {torch.log_softmax, torch.Tensor.log_softmax, nn.functional.log_softmax}
+_CASTING |= {torch.sum, torch.Tensor.sum, torch.mean, torch.Tensor.mean}
+_CASTING |= {torch.cumsum, torch.Tensor.cumsum}
 
 
 class Float64(TorchFunctionMode):

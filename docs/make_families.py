@@ -1,0 +1,139 @@
+"""Write docs/families.md: families beyond the zoo, how far they are split, and how exactly.
+
+python docs/make_families.py [family ...]; without names, all of them. Takes half an hour. Families
+of a library that is not installed keep their line, which says so.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+import family_checks as checks  # noqa: E402
+import more_families  # noqa: E402
+
+from autoparallel.plan import Plan  # noqa: E402
+
+WORLD_SIZES = (2, 3)
+# A family whose error is larger is counted as wrong.
+TOLERANCE = 1e-9
+HEAD = """# More families
+
+Tiny models with random weights of the families in `tests/support/more_families.py`, none of which
+is in the zoo that the rules were written with ([coverage.md](coverage.md)): one step of training in
+float64, without dropout, on 2 and on 3 simulated ranks, against the unsplit module. Written by
+`python docs/make_families.py`. Where two things stand in a cell, the first is for 2 ranks and the
+second for 3.
+
+- weights: bytes of parameters of two dims and more that are split. FLOPs: of matrix products and
+  convolutions.
+- breaks: modules that stay the user's Python, for the reason that is given for the first. Modules
+  inside of them are traced and split one by one.
+- loss, gradients: the largest relative error; that of outputs and of buffers that the step writes
+  is not larger unless it is named.
+- seconds: to trace and to plan it for 2 ranks, on one CPU core.
+
+"""
+TABLE = """| family | kind | library | weights % | FLOPs % | breaks | loss | gradients | seconds |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family's line. verdict: "right", "wrong", "failed" or "not installed"."""
+
+    text: str
+    verdict: str
+
+
+def row(name: str) -> Row:
+    """Plan and run the family, and say how it went."""
+    family = more_families.FAMILIES[name]
+    begin = f"| {name} | {family.kind} | {family.library} "
+    if not more_families.is_installed(family.library):
+        return Row(begin + "| | | not installed | | | |", "not installed")
+    try:
+        expected = checks.unsplit(name)
+        plans, errors, seconds = [], [], 0.0
+        for world_size in WORLD_SIZES:
+            start = time.process_time()
+            plans.append(checks.plan_for(name, world_size))
+            seconds = seconds or time.process_time() - start
+            step, apart = checks.simulated(name, plans[-1])
+            errors.append((checks.errors_of(step, expected), apart))
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}".replace("|", "\\|")
+        return Row(begin + f"| | | {what} | | | |", "failed")
+    finally:
+        checks.traced.cache_clear()
+    right = all(error.worst < TOLERANCE and apart < TOLERANCE for error, apart in errors)
+    cells = [
+        _both(f"{100 * plan.split_parameter_bytes:.0f}" for plan in plans),
+        _both(f"{100 * plan.split_flops:.0f}" for plan in plans),
+        _breaks(plans[0]),
+        _both(f"{error.loss:.0e}" for error, _ in errors),
+        _both(_gradients(error) for error, _ in errors),
+        f"{seconds:.1f}",
+    ]
+    return Row(f"{begin}| {' | '.join(cells)} |", "right" if right else "wrong")
+
+
+def _both(texts: Iterable[str]) -> str:
+    """The text for 2 ranks and that for 3, or the one where they are the same."""
+    return ", ".join(dict.fromkeys(texts))
+
+
+def _breaks(plan: Plan) -> str:
+    if not plan.breaks:
+        return "–"
+    reason = plan.breaks[0].reason.partition(":")[0].replace("|", "\\|")
+    return f"{len(plan.breaks)}: {reason}"
+
+
+def _gradients(errors: checks.Errors) -> str:
+    text = f"{errors.gradients:.0e}"
+    for name in ("outputs", "buffers"):
+        error = getattr(errors, name)
+        if not error < TOLERANCE:
+            text += f" ({name} {error:.0e})"
+    return text if errors.gradients < TOLERANCE else f"{text} at `{errors.where}`"
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The whole page."""
+    counts = Counter(row.verdict for row in rows)
+    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    libraries = sorted({family.library for family in more_families.FAMILIES.values()})
+    versions = ", ".join(
+        f"{library} {importlib.metadata.version(library).partition('+')[0]}"
+        for library in libraries
+        if more_families.is_installed(library)
+    )
+    table = "\n".join(row.text for row in rows)
+    return f"{HEAD}{len(rows)} families: {total}. {versions}.\n\n{TABLE}{table}\n"
+
+
+def main(names: Iterable[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # the libraries' own
+    rows = []
+    for name in names:
+        rows.append(row(name))
+        sys.stderr.write(f"{rows[-1].verdict:14} {rows[-1].text}\n")
+    (ROOT / "docs" / "families.md").write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or more_families.FAMILIES)
