@@ -27,9 +27,8 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help environment demo test broad fuzz slow lint format benchmarks compatibility versions clean
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
-.PHONY: optional versions clean
+.PHONY: compatibility optional versions clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"

@@ -7,6 +7,7 @@ was put on an object. A program is right for a call only while all that was read
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,6 +57,7 @@ class AttributeReads:
     def __init__(self) -> None:
         self.objects: dict[int, tuple[Any, str, tuple[tuple[str, Any], ...]]] = {}
         self.known: dict[tuple[int, str], AttributeRead] = {}
+        self.moving: list[str] = []
 
     @property
     def collected(self) -> tuple[AttributeRead, ...]:
@@ -125,8 +127,16 @@ class AttributeReads:
             where = Where.INSTANCE if module else Where.ASKED
         if where is Where.ASKED and not module:
             value = UNKNOWN
+        if where is Where.INSTANCE and _moves_on(value):
+            self.moving.append(f"{join_path(path, name)} (a {type(value).__name__})")
         kept = value if value is ABSENT or isinstance(value, SIMPLE) else UNKNOWN
         self.known[key] = AttributeRead(path, route, name, where, kept)
+
+
+def _moves_on(value: Any) -> bool:
+    """Return whether an object gives something else each time it is asked, which none can see."""
+    numpy = type(value).__module__.startswith("numpy.random")
+    return numpy or isinstance(value, random.Random) or hasattr(type(value), "__next__")
 
 
 def _own(instance: Any) -> dict[str, Any]:

@@ -8,6 +8,8 @@ forward never reads it.
 
 from __future__ import annotations
 
+import array
+import collections
 import functools
 import types
 import weakref
@@ -225,8 +227,12 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
         return ("partial", inner(value.func), inner(value.args), inner(value.keywords))
     if isinstance(value, dict):
         return (type(value), *[(inner(key), inner(item)) for key, item in value.items()])
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, collections.deque)):
         return (type(value), *[inner(item) for item in value])
+    if isinstance(value, (bytearray, array.array)):
+        return (type(value), bytes(value))
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        return (type(value), str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, (set, frozenset)):
         return (type(value), *sorted(str(inner(item)) for item in value))
     if depth > 0 and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.capture.asked_switches import watching_gradient_mode
+from autoparallel.capture.asked_switches import refusing_contexts, watching_gradient_mode
 from autoparallel.capture.assigned_buffers import writing_assigned_buffers
 from autoparallel.capture.attribute_reads import AttributeReads, alike_reads
 from autoparallel.capture.block_folding import Folding, Unfoldable
@@ -23,13 +23,13 @@ from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_blocks import Group, find_groups
 from autoparallel.capture.example_inputs import as_given, bind_inputs
 from autoparallel.capture.forward_contexts import plain_surroundings, quiet
-from autoparallel.capture.global_reads import global_reads
+from autoparallel.capture.global_reads import OuterVariables, global_reads
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
 from autoparallel.capture.module_tensors import first_paths
-from autoparallel.capture.refused_models import export_failure
+from autoparallel.capture.refused_models import export_failure, refuse_running
 from autoparallel.capture.seeded_draws import SeededDraws
 from autoparallel.capture.side_effects import (
     NoReplacing,
@@ -41,6 +41,7 @@ from autoparallel.capture.side_effects import (
     refuse_effects,
     settings_of,
     tensors_left,
+    written_arguments,
 )
 from autoparallel.capture.steady_forward import is_steady
 from autoparallel.capture.traced_calls import TracedCalls
@@ -107,6 +108,7 @@ class _Flat(nn.Module):
         self.training = self.model.training
         self.reads = AttributeReads()
         self.asked: list[str] = []
+        self.refused: list[CaptureError] = []
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model, and return the tensors in its result and those that it leaves behind."""
@@ -124,6 +126,7 @@ class _Flat(nn.Module):
         elif left:
             result = (result, left)
         flat, skeleton = flatten(result)
+        refuse_running(skeleton, self.model)
         settings = settings_of(self.model, changes, left)
         gradients = torch.is_grad_enabled() if self.asked else None
         reads = (*self.reads.collected, *global_reads(self.model))
@@ -132,7 +135,7 @@ class _Flat(nn.Module):
 
     def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return all that the model and its arguments hold and a graph would not change."""
-        return effects(self.model, arguments, self.known)
+        return effects(self.model, arguments, self.known, self.wanted.outer.objects)
 
     def called(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Run the model's forward under all modes of a trace, and return its result.
@@ -143,7 +146,7 @@ class _Flat(nn.Module):
         wanted = self.wanted
         arguments = rebuild(self.inputs, list(tensors))
         args, kwargs = as_given(wanted.bound.signature, arguments, wanted.positional)
-        before = self.state(arguments) if wanted.part else {}
+        before = self.state(arguments) if wanted.part else written_arguments(arguments)
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
@@ -154,6 +157,7 @@ class _Flat(nn.Module):
             writing_assigned_buffers(self.model, results),
             self.reads.installed(self.model),
             watching_gradient_mode(self.asked),
+            refusing_contexts(self.refused),
             contextlib.nullcontext()
             if autocast is None
             else torch.autocast(device.type, dtype=autocast),
@@ -169,8 +173,15 @@ class _Flat(nn.Module):
             for mode in (*modes, self.tensors):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
-        if wanted.part:
-            refuse_effects(before, self.state(arguments))
+        refuse_effects(
+            before, self.state(arguments) if wanted.part else written_arguments(arguments)
+        )
+        if self.reads.moving:
+            raise CaptureError(
+                f"the forward reads {', '.join(self.reads.moving)}",
+                why="it gives something else at each call, and a graph does the same at every call",
+                fix="pass what it gives as an argument, or keep it in a module that is not traced",
+            )
         if python_numbers() != numbers:
             raise CaptureError(
                 f"{type(self.model).__name__}.forward draws random numbers with Python or numpy",
@@ -227,7 +238,7 @@ def capture(
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     wanted = _Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
-        *(device, autocast_type(device), torch.is_grad_enabled()),
+        *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
     )
     while True:
         try:
@@ -245,7 +256,8 @@ class _Wanted:
     positional: how many arguments were given by position. fixed: (input, dim) pairs that are not
     symbolic. device: of the model's tensors. autocast: the type of the autocast region around the
     call, None where there is none. gradients: whether they are recorded around the call; the trace
-    records them in any case, unless the forward asks for that.
+    records them in any case, unless the forward asks for that. outer: the variables outside of the
+    model to which it may write.
     """
 
     model: nn.Module
@@ -258,6 +270,7 @@ class _Wanted:
     device: torch.device
     autocast: torch.dtype | None
     gradients: bool
+    outer: OuterVariables
 
 
 def _folded(wanted: _Wanted) -> Captured:
@@ -370,10 +383,13 @@ def _exported(
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
     try:
-        with quiet(), untouched(model, bound.arguments), folding.installed(), remembers:
+        outer = wanted.outer
+        kept = untouched(model, bound.arguments, *outer.objects.values())
+        with quiet(), kept, outer.forgotten(), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure
+        failure = failure or next(iter(flat.refused), None)
         if failure is not None:
             raise failure
     except (Unfoldable, IntricateSizes, AutoParallelError):

@@ -8,6 +8,8 @@ where it need not be, and never kept where it must not.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import sys
 import types
@@ -18,10 +20,12 @@ from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE, UNKNOWN, AttributeRead, Cell, Where
 
-__all__ = ["global_reads"]
+__all__ = ["OuterVariables", "global_reads"]
 
 # Packages whose own settings are not looked at; the standard library is none either.
 _LEFT_OUT = {"torch", "numpy", "einops", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
+# Containers to which code writes, whatever is in them.
+_WRITTEN = (list, dict, set, collections.deque, bytearray, types.SimpleNamespace)
 # Containers with more items than this are tables, not settings.
 _MOST_ITEMS = 32
 
@@ -40,12 +44,44 @@ def global_reads(model: nn.Module) -> tuple[AttributeRead, ...]:
     >>> [(read.name, read.value) for read in global_reads(Limited())]
     []
     """
+    return _walked(model).reads()
+
+
+class OuterVariables:
+    """The objects outside of a model to which its forwards may write, and functions that remember.
+
+    model: the one whose code is searched. objects: containers and plain objects in global and
+    enclosed variables, by the variables' names. caches: functions under functools.lru_cache.
+
+    >>> OuterVariables(nn.Linear(2, 2)).objects
+    {}
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        walk = _walked(model)
+        walk.reads()
+        self.objects, self.caches = walk.objects, walk.caches
+
+    @contextlib.contextmanager
+    def forgotten(self) -> Iterator[None]:
+        """Have functions forget what they have remembered within: it may be tensors of a trace."""
+        before = [cache.cache_info().misses for cache in self.caches]
+        try:
+            yield
+        finally:
+            for cache, misses in zip(self.caches, before, strict=True):
+                if cache.cache_info().misses != misses:
+                    cache.cache_clear()
+
+
+def _walked(model: nn.Module) -> _Walk:
+    """Return a search that is to begin at the forwards of a model."""
     walk = _Walk()
     for kind in dict.fromkeys(type(module) for module in model.modules()):
         walk.method(kind, "forward")
     for module in model.modules():
         walk.value(vars(module).get("forward"), type(module))
-    return walk.reads()
+    return walk
 
 
 class _Walk:
@@ -53,13 +89,15 @@ class _Walk:
 
     found: the reads, by the name of the Python module and the names from there. seen: the functions
     that were met, each with the class whose method it is: decorators make many of one code. todo:
-    those of them that are still to be looked at.
+    those of them that are still to be looked at. objects, caches: see OuterVariables.
     """
 
     def __init__(self) -> None:
         self.found: dict[tuple[Any, ...], AttributeRead] = {}
         self.seen: dict[tuple[int, type], types.FunctionType] = {}
         self.todo: list[tuple[types.FunctionType, type]] = []
+        self.objects: dict[str, Any] = {}
+        self.caches: list[Any] = []
 
     def reads(self) -> tuple[AttributeRead, ...]:
         """Look at all functions that are to be looked at, and return what they may read."""
@@ -108,6 +146,7 @@ class _Walk:
         except ValueError:  # it has no value yet
             return
         self.value(value, kind)
+        self.keep(name, value)
         if isinstance(value, SIMPLE) or _is_small(value):
             kept = value if isinstance(value, SIMPLE) else UNKNOWN
             read = AttributeRead("", (("cell", Cell(cell)),), name, Where.ENCLOSED, kept)
@@ -118,6 +157,7 @@ class _Walk:
     ) -> None:
         """Look at a global variable that a function reads. names: all that its code has."""
         value, module = function.__globals__[name], str(function.__globals__.get("__name__"))
+        self.keep(name, value)
         if isinstance(value, types.FunctionType):
             package = function.__module__.partition(".")[0]
             if (value.__module__ or "").partition(".")[0] == package:
@@ -131,6 +171,18 @@ class _Walk:
                 for inner in names:
                     if inner in own and not inner.startswith("__"):
                         self.read(module, (name,), inner, own[inner])
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep what a variable refers to, where code may write to it."""
+        if isinstance(value, functools._lru_cache_wrapper):
+            if not _left_out(value.__module__) and all(value is not one for one in self.caches):
+                self.caches.append(value)
+        elif isinstance(value, _WRITTEN) or (
+            hasattr(value, "__dict__")
+            and not isinstance(value, (type, types.ModuleType, types.FunctionType, nn.Module))
+            and not _left_out(type(value).__module__)
+        ):
+            self.objects.setdefault(name, value)
 
     def read(self, module: str, way: tuple[str, ...], name: str, value: Any) -> bool:
         """Note a read, where the value is a setting; return whether it is.

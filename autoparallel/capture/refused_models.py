@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import traceback
+import types
 
 import torch
 from torch import nn
 
-from autoparallel.errors import AutoParallelError, CaptureError, WrappedModelError
+from autoparallel.errors import AliasError, AutoParallelError, CaptureError, WrappedModelError
+from autoparallel.support.memory_writes import memory_of
+from autoparallel.support.pytree import Skeleton, leaf_paths
 
-__all__ = ["export_failure", "refuse_wrapped"]
+__all__ = ["export_failure", "refuse_running", "refuse_shared_memory", "refuse_wrapped"]
 
 
 def refuse_wrapped(model: object) -> None:
@@ -45,6 +51,63 @@ def refuse_wrapped(model: object) -> None:
                 why="another engine, or autoparallelize itself, has split it",
                 fix="pass the plain module",
             )
+    refuse_shared_memory(model)
+
+
+def refuse_running(outputs: Skeleton, model: nn.Module) -> None:
+    """Raise CaptureError where a forward returns something that goes on running.
+
+    outputs: the skeleton of what it returned. A generator runs the rest of the forward later, and a
+    function may hold tensors of the trace.
+
+    >>> from autoparallel.support.pytree import flatten
+    >>> refuse_running(flatten([1, torch.ones(2)])[1], nn.Linear(2, 2))
+    """
+    for path, constant in leaf_paths(outputs, "constant").items():
+        function = isinstance(constant, (types.FunctionType, functools.partial))
+        if function or hasattr(type(constant), "__next__") or inspect.iscoroutine(constant):
+            raise CaptureError(
+                f"{type(model).__name__}.forward returns a {type(constant).__name__}",
+                where=path,
+                why="what it computes when it is used is not part of the trace",
+                fix="return tensors, in containers of any kind",
+            )
+
+
+def refuse_shared_memory(model: nn.Module) -> None:
+    """Raise AliasError for a parameter whose memory is another tensor's of the model, too.
+
+    One tensor in several places is tied, and stays so. Two tensors in one memory would become two
+    of their own, each on its ranks, and a step of one would no longer change the other.
+
+    >>> refuse_shared_memory(nn.Linear(2, 2))
+    """
+    held: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        held.setdefault(id(tensor), (path, tensor))
+    ranges: dict[int, list[tuple[int, int, str, bool]]] = {}
+    for path, tensor in held.values():
+        memory = memory_of(tensor)
+        if memory is None or not tensor.numel():
+            continue
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        first = int(tensor.storage_offset()) * tensor.element_size()
+        span = 1 + sum((int(n) - 1) * int(step) for n, step in strides)
+        last = first + span * tensor.element_size()
+        trained = isinstance(tensor, nn.Parameter)
+        ranges.setdefault(memory, []).append((first, last, path, trained))
+    for places in ranges.values():
+        places.sort()
+        for (_, end, path, one), (begin, _, other, two) in itertools.pairwise(places):
+            if begin < end and (one or two):
+                raise AliasError(
+                    f"{path} and {other} lie in the same memory",
+                    where=f"{path}, {other}",
+                    why="they are two tensors: each would be split by itself, and no longer follow "
+                    "the other",
+                    fix=f"make them one: let {other} be the same nn.Parameter as {path}; or copy "
+                    "one of them",
+                )
 
 
 def export_failure(error: BaseException, model: nn.Module) -> CaptureError:

@@ -19,21 +19,28 @@ from autoparallel.support.module_paths import join_path
 
 __all__ = ["NoReplacing", "changed", "effects", "moving"]
 __all__ += ["place_of", "refuse_backward_hooks", "refuse_effects", "settings_of", "tensors_left"]
+__all__ += ["written_arguments"]
 
 _HOOKS = tuple(name for name in sorted(MODULE_ATTRIBUTES) if name.endswith("_hooks"))
 _NOTHING: Mapping[int, str] = {}
+_NO_OBJECTS: Mapping[str, Any] = {}
+_SETTINGS = (bool, int, float, str, list, dict, set)
 _DEPTH = 3  # levels of plain objects that are opened
 
 
 def effects(
-    module: nn.Module, arguments: Mapping[str, Any], known: Mapping[int, str] = _NOTHING
+    module: nn.Module,
+    arguments: Mapping[str, Any],
+    known: Mapping[int, str] = _NOTHING,
+    outer: Mapping[str, Any] = _NO_OBJECTS,
 ) -> dict[str, Any]:
     """Return all that a forward could change and a caller could see, each under a name for users.
 
     Where the values before and after a forward are equal, it had no side effects. module: the
     model. arguments: of its forward, by name; they may be written to as well. known: names of
-    tensors by id that stand for the model's parameters although they are others. The values of
-    buffers are not looked at: a graph says what it writes to them.
+    tensors by id that stand for the model's parameters although they are others. outer: objects in
+    variables outside of the model, by name. The values of buffers are not looked at: a graph says
+    what it writes to them.
 
     >>> "its attribute p" in effects(nn.Dropout(0.5), {})
     True
@@ -62,10 +69,31 @@ def effects(
         for kind in ("_parameters", "_buffers"):
             names = [(name, value is None) for name, value in vars(inner)[kind].items()]
             state[f"the names in {join_path(path, kind)}"] = names
-    for name, value in arguments.items():
-        kind = type(value).__name__
-        state[f"its argument {name} (a {kind})"] = token_of(value, paths, depth=_DEPTH)
-    return state
+    for name, value in outer.items():
+        state[f"the variable {name}"] = token_of(value, paths, depth=_DEPTH)
+    for cls in dict.fromkeys(type(inner) for inner in module.modules()):
+        if not cls.__module__.startswith("torch."):
+            settings = {n: v for n, v in vars(cls).items() if isinstance(v, _SETTINGS)}
+            state[f"class attributes of {cls.__name__}"] = token_of(settings, paths)
+    return {**state, **written_arguments(arguments, paths)}
+
+
+def written_arguments(
+    arguments: Mapping[str, Any], paths: Mapping[int, str] = _NOTHING
+) -> dict[str, Any]:
+    """Return what a forward could change of its arguments, each under a name for users.
+
+    arguments: by name. paths: see token_of.
+
+    >>> written_arguments({"cache": []})
+    {'its argument cache (a list)': (<class 'list'>,)}
+    """
+    return {
+        f"its argument {name} (a {type(value).__name__})": token_of(
+            value, dict(paths), depth=_DEPTH
+        )
+        for name, value in arguments.items()
+    }
 
 
 def _kept(functions: Iterable[Any]) -> Iterator[Any]:

@@ -63,7 +63,10 @@ def fill_tree(
                 data = part
                 if mesh is not None:
                     data = as_distributed(part.contiguous(), layout, tuple(parameter.shape), mesh)
-                twins[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+                twin = nn.Parameter(data, parameter.requires_grad)
+                # Marks that users put on parameters, for the groups of an optimizer, say.
+                vars(twin).update(vars(parameter))
+                twins[id(parameter)] = twin
             module._parameters[name] = twins[id(parameter)]
         for name, buffer in original._buffers.items():
             if buffer is not None:

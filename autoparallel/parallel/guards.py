@@ -7,20 +7,31 @@ what is another object is looked at.
 
 from __future__ import annotations
 
+import array
+import collections
+import functools
 import itertools
 import operator
 import sys
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
 
-__all__ = ["Guards"]
+__all__ = ["Guards", "equal", "frozen"]
 
 _DEEPEST = 5  # containers inside of containers whose contents are compared
 _SAME = operator.is_
+# Objects that hold what can change, but for lists, dicts and objects of classes in Python, which
+# are looked into by themselves.
+_CHANGING = (
+    *(collections.deque, set, bytearray, array.array, types.SimpleNamespace),
+    *(functools.partial, types.MethodType),
+)
 _GET: Any = dict.get
 _ABSENT = itertools.repeat(ABSENT)
 
@@ -47,6 +58,7 @@ class Guards:
         self.right: list[tuple[Any, ...]] = []
         self.lists: list[tuple[Any, list[Any]]] = []
         self.asked: list[tuple[Any, str, Any]] = []
+        self.kept: list[tuple[Any, Any]] = []
         self.stale = False
         # By owner and name, whether it has the attribute: classes are those of many objects.
         self.known: dict[tuple[int, str], bool] = {}
@@ -115,7 +127,7 @@ class Guards:
         self.places.append((mapping, name))
         self.seen.append(value)
         self.right.append((expected, *read.others))
-        if not any(_equal(value, one) for one in self.right[-1]):
+        if not any(equal(value, one) for one in self.right[-1]):
             self.stale = True
             self.seen[-1] = ABSENT
         self.contents(value, 0)
@@ -128,7 +140,10 @@ class Guards:
         return read.value
 
     def contents(self, value: Any, depth: int) -> None:
-        """Guard what is in a list, a dict or a tuple."""
+        """Guard what is in a list, a dict or a tuple, and in other objects that can change."""
+        if isinstance(value, _CHANGING):
+            self.kept.append((value, frozen(value)))
+            return
         if depth > _DEEPEST or not isinstance(value, (list, tuple, dict)):
             return
         if isinstance(value, dict):
@@ -144,10 +159,10 @@ class Guards:
         names = [
             str(name)
             for (mapping, name), right in pairs
-            if not any(_equal(mapping.get(name, ABSENT), one) for one in right)
+            if not any(equal(mapping.get(name, ABSENT), one) for one in right)
         ]
         names += [
-            name for item, name, one in self.asked if not _equal(getattr(item, name, ABSENT), one)
+            name for item, name, one in self.asked if not equal(getattr(item, name, ABSENT), one)
         ]
         return ", ".join(dict.fromkeys(names)) or "its attributes"
 
@@ -162,15 +177,17 @@ class Guards:
             return False
         for container, contents in self.lists:
             same = len(container) == len(contents) and all(map(_SAME, container, contents))
-            if not same and not _equal(list(container), contents):
+            if not same and not equal(list(container), contents):
                 return False
-        return all(_equal(getattr(item, name, ABSENT), one) for item, name, one in self.asked)
+        if any(not equal(frozen(value), before) for value, before in self.kept):
+            return False
+        return all(equal(getattr(item, name, ABSENT), one) for item, name, one in self.asked)
 
     def others(self, now: list[Any]) -> bool:
         """Return whether values that are other objects than before are right as well."""
         for index, (value, seen) in enumerate(zip(now, self.seen, strict=True)):
             if value is not seen:
-                if not any(_equal(value, one) for one in self.right[index]):
+                if not any(equal(value, one) for one in self.right[index]):
                     return False
                 # Another container with equal contents must be watched in its turn.
                 if not isinstance(value, (list, dict)):
@@ -203,7 +220,7 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
     return item
 
 
-def _equal(one: Any, other: Any, depth: int = 0) -> bool:
+def equal(one: Any, other: Any, depth: int = 0) -> bool:
     """Return whether a forward could not tell two values apart.
 
     Numbers and texts are compared with their types, containers item by item, all else by identity.
@@ -217,9 +234,57 @@ def _equal(one: Any, other: Any, depth: int = 0) -> bool:
         return (one == other and repr(one) == repr(other)) or repr(one) == repr(other) == "nan"
     if isinstance(one, (list, tuple)):
         pairs = zip(one, other, strict=False)
-        return len(one) == len(other) and all(_equal(a, b, depth + 1) for a, b in pairs)
+        return len(one) == len(other) and all(equal(a, b, depth + 1) for a, b in pairs)
     if isinstance(one, dict):
         if list(one) != list(other):
             return False
-        return all(_equal(one[key], other[key], depth + 1) for key in one)
+        return all(equal(one[key], other[key], depth + 1) for key in one)
     return False
+
+
+def frozen(value: Any, depth: int = 0) -> Any:
+    """Return what a forward could see of an object, as it is now, to be compared by `equal`.
+
+    Objects are what they have, and functions what their code refers to. What cannot be looked into
+    is itself, and equal to nothing else.
+
+    >>> import types
+    >>> settings = types.SimpleNamespace(tau=1.0)
+    >>> before = frozen(settings)
+    >>> equal(before, frozen(types.SimpleNamespace(tau=1.0)))
+    True
+    >>> settings.tau = 2.0
+    >>> equal(before, frozen(settings))
+    False
+    """
+    if isinstance(value, SIMPLE) or depth > _DEEPEST:
+        return value
+    inner = functools.partial(frozen, depth=depth + 1)
+    if isinstance(value, (list, tuple, collections.deque)):
+        return (type(value), *map(inner, value))
+    if isinstance(value, dict):
+        return (type(value), *[(key, inner(item)) for key, item in value.items()])
+    if isinstance(value, (set, frozenset)):
+        return (type(value), *sorted(map(repr, value)))
+    if isinstance(value, (bytearray, array.array)):
+        return (type(value), bytes(value))
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        return (type(value), str(value.dtype), str(value.shape), value.tobytes())
+    if isinstance(value, functools.partial):
+        return (type(value), inner(value.func), inner(value.args), inner(value.keywords))
+    if isinstance(value, types.MethodType):
+        return (type(value), value.__func__, inner(value.__self__))
+    if isinstance(value, types.FunctionType):
+        cells = [inner(_contents(cell)) for cell in value.__closure__ or ()]
+        return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
+    if isinstance(value, (type, nn.Module, torch.Tensor)) or not hasattr(value, "__dict__"):
+        return value
+    return (type(value), inner(vars(value)))
+
+
+def _contents(cell: types.CellType) -> Any:
+    """Return the variable in a cell, None where it has no value yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

@@ -365,7 +365,7 @@ def _entry(
     """
     surroundings = state.tree.surroundings()
     for candidate in state.entries.get((modes, skeleton), ()):
-        if candidate.fits(inputs, surroundings):
+        if candidate.takes(skeleton) and candidate.fits(inputs, surroundings):
             return candidate
     if state.full or modes in state.python:
         return None

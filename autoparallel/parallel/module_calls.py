@@ -34,6 +34,7 @@ def add_entry(module: nn.Module, state: State, plan: Plan) -> Entry:
     captured = plan.captured
     assert captured is not None
     entry = make_entry(module, state, plan, emit(captured.graph, plan, state.ranks, plan.model))
+    _ = entry.given  # as it is now
     state.entries.setdefault((captured.modes, captured.inputs), []).append(entry)
     return entry
 

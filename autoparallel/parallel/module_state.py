@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.graph.attribute_read import SIMPLE
 from autoparallel.graph.captured import Captured, Modes, Surroundings
-from autoparallel.parallel.guards import Guards
+from autoparallel.parallel.guards import Guards, equal, frozen
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
@@ -24,7 +26,7 @@ from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program
 from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.support.pytree import Skeleton
+from autoparallel.support.pytree import Skeleton, leaf_paths
 
 __all__ = ["Entry", "Replan", "State", "Tree", "state_of", "user_forward"]
 
@@ -55,6 +57,26 @@ class Entry:
     guards: Guards
     frozen: list[tuple[dict[str, Any], str]]
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+
+    @cached_property
+    def given(self) -> Any:
+        """What the trace could see of the objects among its arguments, None where there are none.
+
+        It is asked for when the program is made: the objects may change.
+        """
+        constants = list(leaf_paths(self.captured.inputs, "constant").values())
+        some = any(not isinstance(item, SIMPLE) for item in constants)
+        return frozen(constants) if some else None
+
+    def takes(self, inputs: Skeleton) -> bool:
+        """Return whether objects among a call's arguments are like those that were traced.
+
+        inputs: the skeleton of the arguments, which is equal to that of the trace: numbers and
+        texts are the same, and objects are of the same types.
+        """
+        if self.given is None:
+            return True
+        return equal(self.given, frozen(list(leaf_paths(inputs, "constant").values())))
 
     def fits(self, inputs: list[torch.Tensor], surroundings: Surroundings) -> bool:
         """Return whether the program is right for these inputs, and all else is as it was traced.
