@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.capture.example_inputs import find_example_inputs, split_example
+from autoparallel.capture.global_reads import undisturbed
 from autoparallel.capture.refused_models import refuse_wrapped
 from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import InputsNeededError, PlanError
@@ -33,7 +34,6 @@ from autoparallel.planning.replan import Replanner
 from autoparallel.planning.request import make_options, possible_meshes, require_parameters
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.arguments import MAKE_ONE, require_kind
-from autoparallel.support.model_snapshot import untouched
 
 __all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
 
@@ -106,7 +106,7 @@ def autoparallelize(
         join_world(meshes[0].world_size)
     place = join_mesh(meshes[0], devices) if devices is not None or local is not None else None
     try:
-        with untouched(model):
+        with undisturbed(model):
             args, kwargs = _example(model, example_inputs)
             if local is not None and place is not None:
                 args, kwargs = local.gather(signature(model.forward), args, kwargs, place[0])
@@ -183,7 +183,7 @@ def make_plan(
     )
     meshes = possible_meshes(world_size, axes, options)
     # Tracing runs the forward, which may write to buffers, attributes and random generators.
-    with untouched(model):
+    with undisturbed(model):
         args, kwargs = _example(model, example_inputs)
         traced = trace_model(model, args, kwargs, options)
         return fastest_plan(model, traced, meshes, options, pins, product_weight, start)
@@ -228,7 +228,7 @@ def apply_plan(
     local = LocalInputs.of(local_inputs, plan.mesh)
     ranks, devices = join_mesh(plan.mesh, mesh)
     if not plan.is_traced:
-        with untouched(model):
+        with undisturbed(model):
             args, kwargs = _example(model, example_inputs)
             if local is not None:
                 args, kwargs = local.gather(signature(model.forward), args, kwargs, ranks)
@@ -277,7 +277,7 @@ def simulate(
             why="a plan is followed as it is",
             fix="leave them out, or leave out the plan",
         )
-    with untouched(model):
+    with undisturbed(model):
         args, kwargs = _example(model, example_inputs)
         if plan is None:
             plan = make_plan(model, world_size, example_inputs=kwargs or args, **options)
@@ -303,7 +303,7 @@ def _plan_at_first_call(
 
     def make(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
         """Plan for the arguments of the first call, and apply the plan."""
-        with untouched(plain):
+        with undisturbed(plain):
             if local is not None:
                 args, kwargs = local.gather(signature(plain.forward), args, kwargs, ranks)
             traced = trace_model(plain, args, kwargs, options)

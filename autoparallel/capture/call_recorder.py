@@ -203,7 +203,8 @@ def _recorded(
         ):
             copied(*arguments[0], **arguments[1])
     except Exception as error:
-        if watch.hit:
+        # A forward may differentiate by itself, and fail in a run that records no gradients.
+        if watch.hit or not gradients:
             raise _WantsGradientsError from error
         raise CaptureError(
             f"the example run of {type(model).__name__} failed",

@@ -243,7 +243,9 @@ def _registered(
         digest = hashlib.sha256(repr((text, examined.token)).encode()).hexdigest()[:8]
         packet, target = re.sub(r"\W", "_", cls.__name__), ""
         for number in itertools.count():
-            target = f"{_SPACE}.{packet}.v{digest}" + (f"_{number}" if number else "")
+            # No overloads: torch aborts when it takes several of one name back, as it does at exit.
+            version = digest + (f"_{number}" if number else "")
+            target = f"{_SPACE}.{packet}_v{version}.default"
             if target not in _OPS or not parts.opaque or _CLASSES[target] is cls:
                 break
         _CLASSES[target] = cls
@@ -266,7 +268,7 @@ def _define(
     integers = [f"SymInt n{index}" for index in range(kinds[1])]
     count = examined.count
     returned = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
-    name = ".".join(target.split(".")[1:])
+    name = target.split(".")[1]
     _library.define(f"{name}({', '.join([*tensors, *integers])}) -> {returned}")
 
     def run(*operands: Any) -> Any:

@@ -19,8 +19,9 @@ from typing import Any
 from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE, UNKNOWN, AttributeRead, Cell, Where
+from autoparallel.support.model_snapshot import untouched
 
-__all__ = ["OuterVariables", "global_reads"]
+__all__ = ["OuterVariables", "global_reads", "undisturbed"]
 
 # Packages whose own settings are not looked at; the standard library is none either.
 _LEFT_OUT = {"torch", "numpy", "einops", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
@@ -72,6 +73,21 @@ class OuterVariables:
             for cache, misses in zip(self.caches, before, strict=True):
                 if cache.cache_info().misses != misses:
                     cache.cache_clear()
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """At the end the model, and variables outside of it that its code may write to, are as before.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> with undisturbed(layer):
+    ...     layer.calls = 1
+    >>> hasattr(layer, "calls")
+    False
+    """
+    outer = OuterVariables(model)
+    with untouched(model, *outer.objects.values()), outer.forgotten():
+        yield
 
 
 def _walked(model: nn.Module) -> _Walk:

@@ -43,6 +43,13 @@ def refuse_wrapped(model: object) -> None:
                 why="its parameters or its forward are already another engine's",
                 fix="pass the plain module (model.module for DistributedDataParallel)",
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise WrappedModelError(
+                "a module is compiled by torch.jit",
+                where=path or "the model itself",
+                why="its forward is no Python that could be traced, and its class takes no other",
+                fix="pass the module as it was before torch.jit.script or torch.jit.trace",
+            )
     for path, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise WrappedModelError(

@@ -126,14 +126,21 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, .
 def moving(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of what is not as it was, where a tensor may be another in the same place.
 
-    A forward that remembers its last result changes at every call in this sense only where the
-    result has another structure. before, after: as `effects` returns them.
+    A forward that remembers its last result in an attribute changes at every call in this sense
+    only where the result has another structure: the tensor is put there again. Nothing puts it
+    elsewhere, such as into what a hook keeps. before, after: as `effects` returns them.
 
-    >>> moving({"a": ("tensor", 11, 0)}, {"a": ("tensor", 12, 0)})
+    >>> moving({"its attribute a": ("tensor", 11, 0)}, {"its attribute a": ("tensor", 12, 0)})
     ()
+    >>> moving({"the variable a": ("tensor", 11, 0)}, {"the variable a": ("tensor", 12, 0)})
+    ('the variable a',)
     """
     names = changed(before, after)
-    return tuple(n for n in names if _places(before.get(n)) != _places(after.get(n)))
+    return tuple(
+        name
+        for name in names
+        if place_of(name) == name or _places(before.get(name)) != _places(after.get(name))
+    )
 
 
 def _places(token: Any) -> Any:

@@ -16,6 +16,7 @@ from autoparallel.errors import PlanError
 from autoparallel.parallel.checkpoint_files import is_first_rank
 from autoparallel.parallel.copies import refuse_pickling, saved_whole, usual_copy
 from autoparallel.parallel.module_state import state_of
+from autoparallel.parallel.optimizer_steps import note_originals
 from autoparallel.parallel.parameter_hooks import carry_gradient_hooks
 from autoparallel.parallel.parameters import as_distributed
 from autoparallel.parallel.seeds import give_generator
@@ -147,6 +148,7 @@ def deferred(
     # It takes plain tensors in load_state_dict, as the user's does.
     waiting.__dict__[_HOOK] = waiting.register_load_state_dict_pre_hook(_as_held)
     carry_gradient_hooks(model, waiting)
+    note_originals(model, waiting)
     return waiting
 
 

@@ -62,6 +62,9 @@ class Guards:
         self.stale = False
         # By owner and name, whether it has the attribute: classes are those of many objects.
         self.known: dict[tuple[int, str], bool] = {}
+        reads = tuple(reads)
+        # Objects whose attributes were seen to be read are guarded by these.
+        self.opened = {(read.path, read.route[0][1]) for read in reads if read.route}
         for read in reads:
             try:
                 item = _reached(module, read)
@@ -131,6 +134,13 @@ class Guards:
             self.stale = True
             self.seen[-1] = ABSENT
         self.contents(value, 0)
+        plain = not isinstance(value, (type, nn.Module, torch.Tensor, types.FunctionType))
+        seen = read.route or (read.path, read.name) in self.opened
+        # Tensors may be read as numbers, and objects by their dictionaries.
+        if read.where is Where.INSTANCE and not seen:
+            tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+            if tensor or (plain and hasattr(value, "__dict__") and not callable(value)):
+                self.kept.append((value, frozen(value)))
 
     def expected(self, value: Any, read: AttributeRead) -> Any:
         """Return the value that is right: that of the trace, or the present one if it is none of
@@ -141,7 +151,8 @@ class Guards:
 
     def contents(self, value: Any, depth: int) -> None:
         """Guard what is in a list, a dict or a tuple, and in other objects that can change."""
-        if isinstance(value, _CHANGING):
+        enclosing = isinstance(value, types.FunctionType) and value.__closure__
+        if isinstance(value, _CHANGING) or _is_array(value) or enclosing:
             self.kept.append((value, frozen(value)))
             return
         if depth > _DEEPEST or not isinstance(value, (list, tuple, dict)):
@@ -268,8 +279,10 @@ def frozen(value: Any, depth: int = 0) -> Any:
         return (type(value), *sorted(map(repr, value)))
     if isinstance(value, (bytearray, array.array)):
         return (type(value), bytes(value))
-    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+    if _is_array(value):
         return (type(value), str(value.dtype), str(value.shape), value.tobytes())
+    if isinstance(value, torch.Tensor) and not value.is_inference():
+        return (value, value._version)
     if isinstance(value, functools.partial):
         return (type(value), inner(value.func), inner(value.args), inner(value.keywords))
     if isinstance(value, types.MethodType):
@@ -277,9 +290,16 @@ def frozen(value: Any, depth: int = 0) -> Any:
     if isinstance(value, types.FunctionType):
         cells = [inner(_contents(cell)) for cell in value.__closure__ or ()]
         return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
-    if isinstance(value, (type, nn.Module, torch.Tensor)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator)) or not hasattr(
+        value, "__dict__"
+    ):
         return value
     return (type(value), inner(vars(value)))
+
+
+def _is_array(value: Any) -> bool:
+    """Return whether a value is an array of numpy, which is not imported to find out."""
+    return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
 
 
 def _contents(cell: types.CellType) -> Any:

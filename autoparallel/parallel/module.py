@@ -39,6 +39,7 @@ from autoparallel.parallel.module_state import (
     state_of,
     user_forward,
 )
+from autoparallel.parallel.optimizer_steps import note_originals
 from autoparallel.parallel.parameters import (
     ParameterLayouts,
 )
@@ -197,6 +198,7 @@ def parallel_module(
             state_of(inner).plan = part.plan
             add_entry(inner, state_of(inner), part.plan)
     tree.attributes = attributes_of(module)
+    note_originals(model, module)
     return module
 
 

@@ -24,13 +24,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.weak import WeakIdKeyDictionary
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.torch_private import distributed_tensor_like, local_part
 
-__all__ = ["watch_steps"]
+__all__ = ["note_originals", "watch_steps"]
 
 
 class _Way(Enum):
@@ -52,6 +53,8 @@ _WAYS = {
 # Those whose fused kernel does not take DTensors.
 _FUSED = {"SGD": _Way.PARTS, "Adagrad": _Way.PARTS}
 
+# The parameters of models that were split, with their paths.
+_originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # The meshes of parameters that are this package's.
 _meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
 
@@ -63,6 +66,33 @@ def watch_steps(mesh: DeviceMesh) -> None:
     """
     _meshes.add(mesh)
     _watch()
+
+
+def note_originals(model: nn.Module, split: nn.Module) -> None:
+    """Remember the parameters of a model that was split: an optimizer that has these trains none.
+
+    split: the parallel module, which has others.
+    """
+    own = {id(parameter) for parameter in split.parameters()}
+    for path, parameter in model.named_parameters():
+        if id(parameter) not in own:
+            _originals[parameter] = path
+    _watch()
+
+
+def _refuse_originals(optimizer: torch.optim.Optimizer) -> None:
+    """Raise AutoParallelError for a step without gradients of parameters from before a split."""
+    held = [item for group in optimizer.param_groups for item in group["params"]]
+    if any(item.grad is not None for item in held):
+        return
+    paths = [_originals[item] for item in held if item in _originals]
+    if paths:
+        raise AutoParallelError(
+            f"{type(optimizer).__name__} has the parameters of the model before it was split",
+            where=", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if paths[3:] else ""),
+            why="the split module has parameters of its own, and these get no gradients",
+            fix="make the optimizer of the split module's parameters, after the model is split",
+        )
 
 
 @cache
@@ -107,6 +137,9 @@ def _before(
     args, kwargs: of the step; returned where they become others. Raises AutoParallelError for an
     optimizer that steps on no such tensors either.
     """
+    # args[0] is the optimizer; a closure would make the gradients yet.
+    if len(args) < 2 and not kwargs:
+        _refuse_originals(optimizer)
     way = _way_of(optimizer)
     if way is _Way.DISTRIBUTED:
         return None

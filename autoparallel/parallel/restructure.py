@@ -112,6 +112,12 @@ def _forget(module: nn.Module) -> None:
     """Make a plain module of the user's class of a split one inside of the model."""
     state = vars(module).pop("_autoparallel", None)
     if state is not None:
+        if len(type(module).__bases__) < 2:
+            raise PlanError(
+                f"{type(module).__name__} has another class than when it was split",
+                why="a parametrization, say, was registered on a module of the split model",
+                fix="register it before the model is split",
+            )
         module.__class__ = type(module).__bases__[1]
         if state.own_forward is not None:
             vars(module)["forward"] = state.own_forward
