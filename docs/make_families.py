@@ -32,9 +32,9 @@ HEAD = """# More families
 
 Tiny models with random weights of the families in `tests/support/more_families.py`, none of which
 is in the zoo that the rules were written with ([coverage.md](coverage.md)): one step of training in
-float64, without dropout, on 2 and on 3 simulated ranks, against the unsplit module. Written by
-`python docs/make_families.py`. Where two things stand in a cell, the first is for 2 ranks and the
-second for 3.
+float64, without dropout, on 2 and on 3 simulated ranks, against the unsplit module, and against
+ours on one rank where a model draws random numbers all the same (ViLT). Written by `make families`.
+Where two things stand in a cell, the first is for 2 ranks and the second for 3.
 
 - weights: bytes of parameters of two dims and more that are split. FLOPs: of matrix products and
   convolutions.

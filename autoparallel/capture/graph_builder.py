@@ -19,7 +19,7 @@ from autoparallel.errors import CaptureError
 from autoparallel.graph.aliasing import owner_of, shares_memory
 from autoparallel.graph.graph import Dim, Node, Ref, Sym, Value, leaves
 from autoparallel.graph.operators import operator_of, packet_of
-from autoparallel.support.torch_private import expression_of, hint_of, schema_of
+from autoparallel.support.torch_private import expression_of, hint_of, is_fixed, schema_of
 
 __all__ = ["GraphBuilder", "written_by"]
 
@@ -200,6 +200,9 @@ class GraphBuilder:
             if expr.is_number:
                 number: Any = int(expr) if expr.is_integer else float(expr)
                 self._sizes[expr] = number
+            elif not expr.is_Symbol and isinstance(size, torch.SymInt) and is_fixed(size):
+                # It follows from several assumptions together, or from the range of a symbol.
+                self._sizes[expr] = int(hint_of(size))
             else:
                 if hint_of(size) is None:
                     raise CaptureError(

@@ -304,7 +304,8 @@ class Importer:
         if function is not None:
             flows = flows and any(function.examined.differentiable)
         single = isinstance(example, torch.Tensor)
-        unique = builder.fresh(base_of(node.name), 1 if single else len(example))
+        base = base_of(node.name) if function is None else function.name.lower()
+        unique = builder.fresh(base, 1 if single else len(example))
         if single:
             results: tuple[Value, ...] = (builder.value(unique, example, flows),)
             builder.translated[node] = Ref(unique)

@@ -26,6 +26,7 @@ __all__ = ["Guards", "equal", "frozen"]
 
 _DEEPEST = 5  # containers inside of containers whose contents are compared
 _SAME = operator.is_
+_LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # Objects that hold what can change, but for lists, dicts and objects of classes in Python, which
 # are looked into by themselves.
 _CHANGING = (
@@ -62,15 +63,15 @@ class Guards:
         self.stale = False
         # By owner and name, whether it has the attribute: classes are those of many objects.
         self.known: dict[tuple[int, str], bool] = {}
-        reads = tuple(reads)
-        # Objects whose attributes were seen to be read are guarded by these.
-        self.opened = {(read.path, read.route[0][1]) for read in reads if read.route}
+        reached: list[tuple[Any, AttributeRead]] = []
         for read in reads:
             try:
-                item = _reached(module, read)
+                reached.append((_reached(module, read), read))
             except (AttributeError, KeyError, IndexError, TypeError):
                 self.stale = True
-                continue
+        # Objects whose attributes were seen to be read are guarded by these.
+        self.opened = {id(item) for item, read in reached if read.route}
+        for item, read in reached:
             self.add(item, read)
         self.sort()
 
@@ -135,7 +136,7 @@ class Guards:
             self.seen[-1] = ABSENT
         self.contents(value, 0)
         plain = not isinstance(value, (type, nn.Module, torch.Tensor, types.FunctionType))
-        seen = read.route or (read.path, read.name) in self.opened
+        seen = read.route or id(value) in self.opened
         # Tensors may be read as numbers, and objects by their dictionaries.
         if read.where is Where.INSTANCE and not seen:
             tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
@@ -288,6 +289,8 @@ def frozen(value: Any, depth: int = 0) -> Any:
     if isinstance(value, types.MethodType):
         return (type(value), value.__func__, inner(value.__self__))
     if isinstance(value, types.FunctionType):
+        if (value.__module__ or "").partition(".")[0] in _LIBRARIES:
+            return value
         cells = [inner(_contents(cell)) for cell in value.__closure__ or ()]
         return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
     if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator)) or not hasattr(

@@ -109,6 +109,7 @@ __all__ = [
     "in_function_transform",
     "is_composite",
     "is_custom_op",
+    "is_fixed",
     "is_functorch_wrapped_tensor",
     "local_part",
     "nn_binding",
@@ -432,6 +433,15 @@ def expression_of(size: Any) -> sympy.Expr:
 def hint_of(size: Any) -> Any:
     """Return a symbolic number's value for the example inputs; None if it is read from data."""
     return size.node.hint if size.node.has_hint() else None
+
+
+def is_fixed(size: torch.SymInt) -> bool:
+    """Return whether the tracer knows of a symbolic number that it is the example inputs' value."""
+    known: Callable[[Any], bool] = import_module(
+        "torch.fx.experimental.symbolic_shapes"
+    ).statically_known_true
+    hint = hint_of(size)
+    return hint is not None and known(size == hint)
 
 
 def guards_of(size: torch.SymInt) -> tuple[Any, ...]:

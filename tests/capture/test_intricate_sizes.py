@@ -70,3 +70,29 @@ def test_only_what_is_intricate_is_fixed() -> None:
         x = torch.randn(shape, dtype=torch.float64)
         assert torch.allclose(split(x), model(x), rtol=1e-12)
     assert sum(map(len, state_of(split).entries.values())) == 2
+
+
+class ShortWindows(nn.Module):
+    """Windows of four on rows of four to seven numbers: there is one, and no size says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows, self.head = nn.Conv1d(3, 8, 4, 4), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (b, 3, n)."""
+        assert 4 <= x.shape[2] < 8
+        h = self.windows(x).transpose(1, 2)
+        return (h + self.head(h).mean(1, keepdim=True)).square().sum()
+
+
+def test_a_size_that_the_tracer_knows_is_a_number() -> None:
+    """The sum has one window where an operand of it has n // 4, which are the same for these n."""
+    torch.manual_seed(0)
+    model, x = ShortWindows().double(), torch.randn(5, 3, 6, dtype=torch.float64)
+    expected = model(x)
+    expected.backward()
+    result = autoparallel.simulate(model, 2, example_inputs=x)
+    torch.testing.assert_close(result.output, expected.detach())
+    for path, parameter in model.named_parameters():
+        torch.testing.assert_close(result.gradients[path], parameter.grad)

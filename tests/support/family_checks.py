@@ -104,7 +104,9 @@ def _in_float64(ranks: Any, work: Any) -> Any:
 
 
 def unsplit(name: str) -> Step:
-    """The step of the user's own module."""
+    """The step of the user's own module, or of ours on one rank where it draws random numbers."""
+    if more_families.FAMILIES[name].random:
+        return simulated(name, traced(name))[0]
     with Float64():
         model = more_families.build_reference(name)
         output = model(**more_families.inputs_for(name))

@@ -29,7 +29,8 @@ class Family:
 
     library: the name of the package that it comes from. kind: the sort of model, for the reader.
     scored: the model returns no loss of its own, so that one is computed from its outputs. drops:
-    whether its random masks are tested too, one family of each kind.
+    whether its random masks are tested too, one family of each kind. random: it draws numbers
+    without dropout too, so that it is compared with our own model on one rank.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family:
     inputs: Callable[[], Inputs]
     scored: bool = False
     drops: bool = False
+    random: bool = False
 
 
 def is_installed(library: str) -> bool:

@@ -255,16 +255,21 @@ _SENSES = (
         ),
         lambda: {**tokens(), **pixels()},
     ),
-    scored(
+    Family(
         "vilt",
+        "transformers",
         "images and text",
-        "ViltModel",
-        "ViltConfig",
+        hugging_face(
+            "ViltModel",
+            "ViltConfig",
+            **ENCODER,
+            image_size=IMAGE,
+            patch_size=8,
+            max_image_length=-1,
+        ),
         lambda: {**seen_text(), "token_type_ids": torch.zeros(BATCH, 11, dtype=torch.long)},
-        **ENCODER,
-        image_size=IMAGE,
-        patch_size=8,
-        max_image_length=-1,
+        scored=True,
+        random=True,  # it shuffles the patches
     ),
     Family(
         "git",

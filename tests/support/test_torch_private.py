@@ -556,6 +556,22 @@ def test_symbolic_sizes_have_expressions_hints_and_guards() -> None:
     assert len(known) == 1 or any(guard.atoms(sympy.Symbol) for guard in guards)
 
 
+def test_a_size_that_other_sizes_decide_is_fixed() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x[:, ::4].reshape(x.shape[0], 1)  # so that the other dim has 4 elements at most
+
+    program = exported(forward, torch.ones(3, 4))
+    sizes = {
+        str(node.target): node.meta["val"].shape
+        for node in program.graph.nodes
+        if isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    (x,) = (n.meta["val"] for n in program.graph.nodes if n.op == "placeholder")
+    kept = [size for size in sizes["aten.slice.Tensor"] if isinstance(size, torch.SymInt)]
+    assert [torch_private.is_fixed(size) for size in kept] == [False, True]
+    assert not torch_private.is_fixed(x.shape[1])
+
+
 def test_a_size_that_data_decide_has_no_hint() -> None:
     program = exported(lambda x: x.nonzero(), torch.ones(3, 4))
     (made,) = (
