@@ -139,6 +139,7 @@ def deferred(
                         layout = whole_layout(len(ranks.names))
                         data = as_distributed(data, layout, tuple(data.shape), devices)
                     twin = nn.Parameter(data, parameter.requires_grad)
+                    vars(twin).update(vars(parameter))
                     module._parameters[name] = twins.setdefault(id(parameter), twin)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -187,6 +188,7 @@ def _plain(waiting: nn.Module) -> nn.Module:
             if parameter is not None:
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 twin = nn.Parameter(local.detach(), parameter.requires_grad)
+                vars(twin).update(vars(parameter))
                 module._parameters[name] = twins.setdefault(id(parameter), twin)
     redirect(plain.modules(), twins)
     return plain
