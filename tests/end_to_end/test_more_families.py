@@ -16,7 +16,9 @@ import pytest
 TOLERANCE = 1e-9
 DROPOUT = 0.1
 FAMILIES = more_families.FAMILIES
-DROPPING = [name for name, family in FAMILIES.items() if family.drops]
+# One of each kind: a decoder, an encoder, both, sounds, images, documents, series, diffusion.
+DROPPING = ["gpt-bigcode", "distilbert", "m2m-100", "wav2vec2"]
+DROPPING += ["segformer", "layoutlmv3", "patchtst", "dit"]
 
 
 @cache

@@ -55,7 +55,6 @@ _ENCODERS = (
             max_position_embeddings=POSITIONS,
         ),
         tokens,
-        drops=True,
     ),
     encoder("electra", "Electra", embedding_size=24),
     encoder("mpnet", "MPNet"),

@@ -28,9 +28,8 @@ class Family:
     """A Family makes a model of two layers by make(dropout), and inputs() for it.
 
     library: the name of the package that it comes from. kind: the sort of model, for the reader.
-    scored: the model returns no loss of its own, so that one is computed from its outputs. drops:
-    whether its random masks are tested too, one family of each kind. random: it draws numbers
-    without dropout too, so that it is compared with our own model on one rank.
+    scored: the model returns no loss of its own, so that one is computed from its outputs. random:
+    it draws numbers without dropout too, so that it is compared with our own model on one rank.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Family:
     make: Make
     inputs: Callable[[], Inputs]
     scored: bool = False
-    drops: bool = False
     random: bool = False
 
 

@@ -151,7 +151,7 @@ FAMILIES = (
         "convolutions and attention",
         hidden_sizes=[32, 48, 64],
         neck_hidden_sizes=[8, 16, 16, 24, 32, 32, 64],
-        output_stride=32,
+        output_stride=8,
     ),
     Family(
         "hiera",

@@ -92,7 +92,6 @@ _SOUNDS = (
         "speech",
         hugging_face("Wav2Vec2ForCTC", "Wav2Vec2Config", **WAVES),
         waves,
-        drops=True,
     ),
     Family(
         "wavlm",
