@@ -146,7 +146,9 @@ class _Flat(nn.Module):
         wanted = self.wanted
         arguments = rebuild(self.inputs, list(tensors))
         args, kwargs = as_given(wanted.bound.signature, arguments, wanted.positional)
-        before = self.state(arguments) if wanted.part else written_arguments(arguments)
+        # A cache that is given and written to is returned as well. A list or a dict is not.
+        boxes = {k: v for k, v in arguments.items() if isinstance(v, (list, dict, set))}
+        before = self.state(arguments) if wanted.part else written_arguments(boxes)
         numbers = python_numbers()
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
@@ -173,9 +175,7 @@ class _Flat(nn.Module):
             for mode in (*modes, self.tensors):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
-        refuse_effects(
-            before, self.state(arguments) if wanted.part else written_arguments(arguments)
-        )
+        refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
         if self.reads.moving:
             raise CaptureError(
                 f"the forward reads {', '.join(self.reads.moving)}",

@@ -66,7 +66,7 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         # With gradients, because a forward may want to register hooks.
-        with quiet(), untouched(model), torch.enable_grad(), mode:
+        with quiet(), untouched(model, args, kwargs), torch.enable_grad(), mode:
             fakes: dict[str, torch.Tensor] = {
                 name: mode.from_tensor(tensor) for name, tensor in state.items()
             }
