@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoparallel.capture.census import census_of, require_agreement
 from autoparallel.capture.graph_breaks import trace
-from autoparallel.capture.intercepted_calls import APPLY
+from autoparallel.capture.intercepted_calls import apply_function
 from autoparallel.capture.side_effects import NoReplacing
 from autoparallel.capture.traced_calls import TracedCalls
 from autoparallel.errors import CaptureError
@@ -67,7 +67,11 @@ def without_gradient(_: Any, call: Any, __: Any) -> Any:
 PLANTED = {
     "a Function": (
         lambda h: Doubled.apply(h),
-        (TracedCalls, "function", lambda _, cls, args, kwargs: APPLY(cls, *args, **kwargs)),
+        (
+            TracedCalls,
+            "function",
+            lambda _, cls, args, kwargs: apply_function(cls, *args, **kwargs),
+        ),
         "Doubled",
         "the model alone applies this Function",
     ),
