@@ -88,7 +88,7 @@ class CheckpointRegions:
 
     @property
     def records(self) -> bool:
-        """Whether gradients are recorded here, as far as the regions have a say."""
+        """True if gradients are recorded here, as far as the regions have a say."""
         return not any(region.stopped for region in self.open)
 
     def begin(self, node: Any) -> None:

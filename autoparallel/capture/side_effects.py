@@ -126,30 +126,26 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, .
 def moving(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of what is not as it was, where a tensor may be another in the same place.
 
-    A forward that remembers its last result in an attribute changes at every call in this sense
-    only where the result has another structure: the tensor is put there again. Nothing puts it
-    elsewhere, such as into what a hook keeps. before, after: as `effects` returns them.
+    A forward that remembers a tensor in an attribute does not change in this sense: the program
+    returns it, and it is put there again. Nothing puts it anywhere else, such as into a list, an
+    object, or what a hook keeps. before, after: as `effects` returns them.
 
     >>> moving({"its attribute a": ("tensor", 11, 0)}, {"its attribute a": ("tensor", 12, 0)})
     ()
     >>> moving({"the variable a": ("tensor", 11, 0)}, {"the variable a": ("tensor", 12, 0)})
     ('the variable a',)
     """
-    names = changed(before, after)
     return tuple(
         name
-        for name in names
-        if place_of(name) == name or _places(before.get(name)) != _places(after.get(name))
+        for name in changed(before, after)
+        if place_of(name) == name
+        or not (_is_tensor(before.get(name)) and _is_tensor(after.get(name)))
     )
 
 
-def _places(token: Any) -> Any:
-    """Return the token with all tensors made alike that the model does not know."""
-    if not isinstance(token, (tuple, list)):
-        return token
-    if len(token) == 3 and token[0] == "tensor":
-        return "tensor"
-    return tuple(map(_places, token))
+def _is_tensor(token: Any) -> bool:
+    """Return whether a token is of a tensor, and not of something that holds tensors."""
+    return isinstance(token, tuple) and len(token) == 3 and token[0] == "tensor"
 
 
 def tensors_left(module: nn.Module, names: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -146,7 +146,7 @@ class Captured:
 
     @cached_property
     def _returns_sizes(self) -> bool:
-        """Whether numbers that follow from sizes of inputs are among what the model returns."""
+        """True if the model returns numbers that follow from sizes of its inputs."""
         constants = leaf_paths(self.outputs, "constant").values()
         return any(isinstance(constant, SizeNumber) for constant in constants)
 

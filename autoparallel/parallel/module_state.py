@@ -60,7 +60,7 @@ class Entry:
 
     @cached_property
     def given(self) -> Any:
-        """What the trace could see of the objects among its arguments, None where there are none.
+        """The content of the objects among the trace's arguments, None where there are none.
 
         It is asked for when the program is made: the objects may change.
         """

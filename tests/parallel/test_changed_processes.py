@@ -1,4 +1,4 @@
-"""What a user changes on a split module after planning, on two real processes with DTensors."""
+"""Changes of a split module after planning are followed on two real processes with DTensors."""
 
 from __future__ import annotations
 

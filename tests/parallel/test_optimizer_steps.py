@@ -86,7 +86,7 @@ def worst(parallel: Any, model: Any) -> float:
 
 
 def all_optimizers(rank: int, pins: dict[str, Any], world_size: int, folder: Path) -> list[Any]:
-    """How far off each is after four steps, and after two more from a checkpoint."""
+    """Return the errors after four steps, and after two more from a checkpoint."""
     plan = autoparallel.make_plan(
         plain(), world_size, example_inputs=torch.ones(4, 7).double(), pins=pins
     )
