@@ -42,11 +42,10 @@ def judge(program: Program, ways: list[Split], coverage: Coverage) -> None:
     coverage.programs += 1
     try:
         subject = Subject(program)
+        for way in ways:
+            subject.check(way, coverage)
     except UnfitError:
         coverage.refused += 1
-        return
-    for way in ways:
-        subject.check(way, coverage)
 
 
 some_ways = st.lists(splits(), min_size=WAYS_EACH, max_size=WAYS_EACH)

@@ -18,7 +18,7 @@ from fuzz_programs import Program
 import autoparallel
 from autoparallel.capture.export import capture
 from autoparallel.cost.hardware import find_hardware
-from autoparallel.errors import CaptureError
+from autoparallel.errors import CaptureError, UnsupportedOpError
 from autoparallel.graph.graph import Sym
 from autoparallel.graph.passes.run_passes import run_passes
 from autoparallel.graph.size_hints import with_larger_hints
@@ -174,7 +174,13 @@ class Subject:
         options = Options(split.sequence_parallel, split.data_parallel, "dgx-a100")
         graph = with_larger_hints(self.captured, options.tokens)
         mesh = split.mesh
-        network = build_network(graph, mesh, find_hardware(options.hardware), options, {})
+        try:
+            network = build_network(graph, mesh, find_hardware(options.hardware), options, {})
+        except UnsupportedOpError as error:
+            # Torch 2.11 traces the last state of an LSTM wrongly; later releases never come here.
+            if "dims in place of" not in error.what:
+                raise
+            raise UnfitError(str(error)) from error
         problem = randomized(network, split)
         plan = plan_of_solution(
             self.captured, "Model", mesh, network, NetworkSolver(network)(problem), 1.0
