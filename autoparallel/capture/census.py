@@ -248,10 +248,9 @@ def _difference(captured: Captured, census: Census, name: str) -> CaptureError |
     name: of the model.
     """
     graph, aliases = captured.graph, captured.aliases
-    kept = len(graph.outputs) - len(captured.left)
     named = _first_names(aliases)
     everywhere = _in_graph(graph, graph.outputs, aliases)
-    returned = _in_graph(graph, graph.outputs[:kept], aliases)
+    returned = _in_graph(graph, graph.outputs[: captured.returned_tensors], aliases)
     operations = [function_op(node.target) for node in graph.calls]
     carried = {operation.name for operation in operations if operation is not None}
     rows: tuple[tuple[str, frozenset[str], Iterable[str]], ...] = (

@@ -16,6 +16,7 @@ from torch import nn
 from autoparallel.capture.asked_switches import refusing_contexts, watching_gradient_mode
 from autoparallel.capture.assigned_buffers import writing_assigned_buffers
 from autoparallel.capture.attribute_reads import AttributeReads, alike_reads
+from autoparallel.capture.attribute_writes import Attributes, Written
 from autoparallel.capture.block_folding import Folding, Unfoldable
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.decompose import decomposing
@@ -36,11 +37,8 @@ from autoparallel.capture.side_effects import (
     changed,
     effects,
     moving,
-    place_of,
     refuse_backward_hooks,
     refuse_effects,
-    settings_of,
-    tensors_left,
     written_arguments,
 )
 from autoparallel.capture.steady_forward import is_steady
@@ -66,15 +64,13 @@ class _Ran:
     """The facts that are known when a forward has been traced.
 
     outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
-    than it was. left: paths of attributes in which it leaves tensors, which are returned too.
-    settings: other attributes that it sets, where it does nothing else to the model. reads: the
-    plain attributes that it has read. gradients: see Captured.
+    than it was. written: what it writes to attributes, which is returned too. reads: the plain
+    attributes that it has read. gradients: see Captured.
     """
 
     outputs: Skeleton
     changes: tuple[str, ...]
-    left: tuple[str, ...]
-    settings: dict[str, Any]
+    written: Written
     reads: tuple[AttributeRead, ...]
     gradients: bool | None
 
@@ -112,10 +108,15 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model, and return the tensors in its result and those that it leaves behind."""
-        before, result = self.state({}), self.called(tensors)
+        before, attributes = self.state({}), Attributes(self.model)
+        result = self.called(tensors)
         after = self.state({})
         changes = changed(before, after)
-        left = tensors_left(self.model, changes)
+        written = attributes.written() if changes else Written()
+        others = [name for name in changes if not name.startswith("its attribute ")]
+        if others or written.unknown:
+            unknown = (f"its attribute {name}" for name in written.unknown)
+            raise _unsteady(self.model, [*unknown, *others])
         if self.twice:
             again = [torch.ops.autoparallel.again(tensor) for tensor in tensors]
             second = self.called(again)
@@ -123,14 +124,13 @@ class _Flat(nn.Module):
             if names:
                 raise _unsteady(self.model, names)
             result = (result, second)
-        elif left:
-            result = (result, left)
+        elif written.places:
+            result = (result, written.values)
         flat, skeleton = flatten(result)
         refuse_running(skeleton, self.model)
-        settings = settings_of(self.model, changes, left)
         gradients = torch.is_grad_enabled() if self.asked else None
         reads = (*self.reads.collected, *global_reads(self.model))
-        self.remember(_Ran(skeleton, changes, tuple(left), settings, reads, gradients))
+        self.remember(_Ran(skeleton, changes, written, reads, gradients))
         return tuple(flat)
 
     def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         first, second = second_ran.outputs.children
         if str(first) != str(second) or not is_steady(both, len(both.outputs) // 2):
             raise _unsteady(model, ran.changes)
-        reads = _lasting(ran, (*reads, *second_ran.reads))
+        reads = _lasting(model, ran.written, (*reads, *second_ran.reads))
     aliases = first_paths(model)
     return Captured(
         _by_first_name(graph, aliases),
@@ -334,29 +334,24 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         importer.guards,
         wanted.part,
         modes_of(model),
-        ran.left,
-        tuple(ran.settings.items()),
+        ran.written.places,
         alike_reads(reads, folding.groups, folding.hidden),
         Surroundings(torch.get_default_dtype(), wanted.autocast),
         ran.gradients,
     )
 
 
-def _lasting(ran: _Ran, reads: Sequence[AttributeRead]) -> tuple[AttributeRead, ...]:
-    """Return the reads of what a forward does not set itself.
+def _lasting(
+    model: nn.Module, written: Written, reads: Sequence[AttributeRead]
+) -> tuple[AttributeRead, ...]:
+    """Return the reads of what a forward does not set itself, and of numbers that it does set.
 
-    ran: of a forward that changes attributes, and is steady. A number that it sets is right as it
-    was before and as it is afterwards; for what else it leaves behind, a second call was proven to
-    compute the same.
+    written: by a forward that changes attributes, and is steady. A number is right as it was before
+    and as it is afterwards. model: as it was before.
     """
-    changed_places = set(map(place_of, ran.changes))
     lasting: dict[Any, AttributeRead] = {}
-    for read in reads:
-        if read.place not in changed_places:
-            lasting.setdefault((read.path, read.route, read.name), read)
-        elif not read.route and read.place in ran.settings:
-            both = replace(read, others=(ran.settings[read.place],))
-            lasting.setdefault((read.path, read.route, read.name), both)
+    for read, others in written.lasting(reads, model):
+        lasting.setdefault((read.path, read.route, read.name), replace(read, others=others))
     return tuple(lasting.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from autoparallel.support.memory_writes import Watch
 from autoparallel.support.module_paths import join_path
 
 __all__ = ["NoReplacing", "changed", "effects", "moving"]
-__all__ += ["place_of", "refuse_backward_hooks", "refuse_effects", "settings_of", "tensors_left"]
-__all__ += ["written_arguments"]
+__all__ += ["refuse_backward_hooks", "refuse_effects", "written_arguments"]
 
 _HOOKS = tuple(name for name in sorted(MODULE_ATTRIBUTES) if name.endswith("_hooks"))
 _NOTHING: Mapping[int, str] = {}
@@ -126,9 +125,9 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, .
 def moving(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of what is not as it was, where a tensor may be another in the same place.
 
-    A forward that remembers a tensor in an attribute does not change in this sense: the program
-    returns it, and it is put there again. Nothing puts it anywhere else, such as into a list, an
-    object, or what a hook keeps. before, after: as `effects` returns them.
+    A forward that remembers tensors in attributes, or in lists and objects there, does not change
+    in this sense: the program returns them, and they are put there again. Nothing puts them
+    anywhere else, such as into what a hook keeps. before, after: as `effects` returns them.
 
     >>> moving({"its attribute a": ("tensor", 11, 0)}, {"its attribute a": ("tensor", 12, 0)})
     ()
@@ -138,56 +137,18 @@ def moving(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ..
     return tuple(
         name
         for name in changed(before, after)
-        if place_of(name) == name
-        or not (_is_tensor(before.get(name)) and _is_tensor(after.get(name)))
+        if not name.startswith("its attribute ")
+        or _places(before.get(name)) != _places(after.get(name))
     )
 
 
-def _is_tensor(token: Any) -> bool:
-    """Return whether a token is of a tensor, and not of something that holds tensors."""
-    return isinstance(token, tuple) and len(token) == 3 and token[0] == "tensor"
-
-
-def tensors_left(module: nn.Module, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Return the tensors that a forward has left in attributes of modules, by their paths.
-
-    module: the model after the forward. names: of its effects, as `changed` returns them.
-    """
-    left: dict[str, torch.Tensor] = {}
-    for name in names:
-        place = name.removeprefix("its attribute ")
-        owner, _, last = place.rpartition(".")
-        if place != name:
-            value = vars(module.get_submodule(owner)).get(last)
-            if isinstance(value, torch.Tensor):
-                left[place] = value
-    return left
-
-
-def place_of(name: str) -> str:
-    """Return the path of an attribute, of the name that an effect on it has for users."""
-    return name.removeprefix("its attribute ")
-
-
-def _attribute(model: nn.Module, path: str) -> Any:
-    """Return the attribute at `path`, None where there is none now."""
-    owner, _, last = path.rpartition(".")
-    return vars(model.get_submodule(owner)).get(last)
-
-
-def settings_of(model: nn.Module, names: Sequence[str], left: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes that a forward has set to numbers and the like, by path.
-
-    names: of its effects. left: attributes in which it has left tensors. Empty where it has done
-    more than that: then not all of it could be done again.
-    """
-    rest = [name for name in names if place_of(name) not in left]
-    values = {
-        place_of(name): _attribute(model, place_of(name)) for name in rest if place_of(name) != name
-    }
-    simple = (bool, int, float, str, type(None))
-    whole = len(values) == len(rest) and all(type(value) in simple for value in values.values())
-    return values if whole else {}
+def _places(token: Any) -> Any:
+    """Return the token with all tensors made alike that the model does not know."""
+    if not isinstance(token, (tuple, list)):
+        return token
+    if len(token) == 3 and token[0] == "tensor":
+        return "tensor"
+    return tuple(map(_places, token))
 
 
 def refuse_effects(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

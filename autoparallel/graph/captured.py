@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autoparallel.graph.attribute_read import AttributeRead
+from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeated_blocks import Repeats, find_repeats
 from autoparallel.support.pytree import Skeleton, leaf_paths, rebuild, with_constants
@@ -94,8 +95,8 @@ class Captured:
     repeats: paths of modules that are instances of one traced block. guards: conditions on symbolic
     sizes that the tracer took for granted, such as which way a branch goes. part: whether the
     module is called by Python that goes on with what it returns. modes: see `modes_of`.
-    left: paths of attributes in which the forward leaves tensors: where there are any, the outputs
-    are a pair of what it returns and these. settings: other attributes that it sets, and to what.
+    left: the places in attributes to which the forward writes: where there are any, the outputs are
+    a pair of what it returns and a tuple of what it writes there.
     reads: the plain attributes that the forward has read. surroundings: the state of torch around
     it. gradients: whether gradients were recorded, None where the forward does not ask for that.
     """
@@ -109,23 +110,27 @@ class Captured:
     guards: tuple[sympy.Basic, ...] = ()
     part: bool = False
     modes: Modes = ()
-    left: tuple[str, ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
+    left: tuple[AttributeWrite, ...] = ()
     reads: tuple[AttributeRead, ...] = ()
     surroundings: Surroundings = _USUAL
     gradients: bool | None = None
 
     def together(
         self, tensors: list[torch.Tensor], inputs: Sequence[torch.Tensor]
-    ) -> tuple[Any, dict[str, Any]]:
-        """What the model returns, of the tensors that the program does, and the attributes that it
-        sets, by their paths.
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Return what the model returns, and what it writes to the places in `left`.
 
-        inputs: of the call, whose sizes may be among what it returns.
+        tensors: those that the program returns. inputs: of the call, whose sizes may be among what
+        the model returns.
         """
         made = rebuild(self.returned(inputs), tensors)
-        settings = dict(self.settings)
-        return (made[0], {**settings, **made[1]}) if self.left else (made, settings)
+        return made if self.left else (made, ())
+
+    @property
+    def returned_tensors(self) -> int:
+        """The number of tensors that the model returns, without those that it leaves behind."""
+        kept = self.outputs.children[0] if self.left else self.outputs
+        return kept.tensors
 
     def returned(self, inputs: Sequence[torch.Tensor]) -> Skeleton:
         """Return the skeleton of what the model returns in a call with these inputs."""

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import functools
 import itertools
 import operator
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
+from autoparallel.graph.attribute_write import AttributeWrite
 
 __all__ = ["Guards", "equal", "frozen"]
 
 _DEEPEST = 5  # containers inside of containers whose contents are compared
 _SAME = operator.is_
+_ALL = None  # in place of a step into a container: all that it holds
 _LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # Objects that hold what can change, but for lists, dicts and objects of classes in Python, which
 # are looked into by themselves.
@@ -42,6 +45,7 @@ class Guards:
 
     module: the one that the program is of. reads: what was read. Other values than the trace had,
     where those are known, and places that the module does not have, make it stale from the start.
+    writes: the places that the program sets itself; what is there does not matter to it.
 
     >>> layer = nn.Dropout(0.5)
     >>> guards = Guards(layer, [AttributeRead("", (), "p", Where.INSTANCE, 0.5)])
@@ -51,7 +55,12 @@ class Guards:
     (True, False)
     """
 
-    def __init__(self, module: nn.Module, reads: Iterable[AttributeRead]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        reads: Iterable[AttributeRead],
+        writes: Iterable[AttributeWrite] = (),
+    ) -> None:
         # Of each value: the mapping and the key where it is, the one that was seen last, and all
         # that are right.
         self.places: list[tuple[Mapping[Any, Any], Any]] = []
@@ -61,6 +70,7 @@ class Guards:
         self.asked: list[tuple[Any, str, Any]] = []
         self.kept: list[tuple[Any, Any]] = []
         self.stale = False
+        self.own = frozenset(_owned(module, writes))
         # By owner and name, whether it has the attribute: classes are those of many objects.
         self.known: dict[tuple[int, str], bool] = {}
         reached: list[tuple[Any, AttributeRead]] = []
@@ -141,7 +151,7 @@ class Guards:
         if read.where is Where.INSTANCE and not seen:
             tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
             if tensor or (plain and hasattr(value, "__dict__") and not callable(value)):
-                self.kept.append((value, frozen(value)))
+                self.kept.append((value, self.frozen(value)))
 
     def expected(self, value: Any, read: AttributeRead) -> Any:
         """Return the value that is right: that of the trace, or the present one if it is none of
@@ -152,9 +162,12 @@ class Guards:
 
     def contents(self, value: Any, depth: int) -> None:
         """Guard what is in a list, a dict or a tuple, and in other objects that can change."""
+        if (id(value), _ALL) in self.own:
+            return
         enclosing = isinstance(value, types.FunctionType) and value.__closure__
-        if isinstance(value, _CHANGING) or _is_array(value) or enclosing:
-            self.kept.append((value, frozen(value)))
+        partly = any(owner == id(value) for owner, _ in self.own)
+        if isinstance(value, _CHANGING) or _is_array(value) or enclosing or partly:
+            self.kept.append((value, self.frozen(value)))
             return
         if depth > _DEEPEST or not isinstance(value, (list, tuple, dict)):
             return
@@ -164,6 +177,10 @@ class Guards:
             self.lists.append((value, list(value)))
         for item in value.values() if isinstance(value, dict) else value:
             self.contents(item, depth + 1)
+
+    def frozen(self, value: Any) -> Any:
+        """Return what the forward could see of an object now, and does not set itself."""
+        return frozen(value, own=self.own)
 
     def doubtful(self) -> str:
         """Return the names of the attributes that are not what they were, for a message."""
@@ -191,7 +208,7 @@ class Guards:
             same = len(container) == len(contents) and all(map(_SAME, container, contents))
             if not same and not equal(list(container), contents):
                 return False
-        if any(not equal(frozen(value), before) for value, before in self.kept):
+        if any(not equal(self.frozen(value), before) for value, before in self.kept):
             return False
         return all(equal(getattr(item, name, ABSENT), one) for item, name, one in self.asked)
 
@@ -254,11 +271,12 @@ def equal(one: Any, other: Any, depth: int = 0) -> bool:
     return False
 
 
-def frozen(value: Any, depth: int = 0) -> Any:
+def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any:
     """Return what a forward could see of an object, as it is now, to be compared by `equal`.
 
     Objects are what they have, and functions what their code refers to. What cannot be looked into
-    is itself, and equal to nothing else.
+    is itself, and equal to nothing else. own: places that are left out, each the identity of a
+    container and a step into it, or None for all that it holds.
 
     >>> import types
     >>> settings = types.SimpleNamespace(tau=1.0)
@@ -271,11 +289,13 @@ def frozen(value: Any, depth: int = 0) -> Any:
     """
     if isinstance(value, SIMPLE) or depth > _DEEPEST:
         return value
-    inner = functools.partial(frozen, depth=depth + 1)
+    if (id(value), _ALL) in own:
+        return type(value)
+    inner = functools.partial(frozen, depth=depth + 1, own=own)
     if isinstance(value, (list, tuple, collections.deque)):
         return (type(value), *map(inner, value))
     if isinstance(value, dict):
-        return (type(value), *[(key, inner(item)) for key, item in value.items()])
+        return (type(value), *_items(value, "item", value, own, inner))
     if isinstance(value, (set, frozenset)):
         return (type(value), *sorted(map(repr, value)))
     if isinstance(value, (bytearray, array.array)):
@@ -297,7 +317,24 @@ def frozen(value: Any, depth: int = 0) -> Any:
         value, "__dict__"
     ):
         return value
-    return (type(value), inner(vars(value)))
+    return (type(value), *_items(vars(value), "attribute", value, own, inner))
+
+
+def _items(
+    mapping: Mapping[Any, Any], kind: str, owner: Any, own: frozenset[Any], inner: Any
+) -> list[Any]:
+    """Return keys and frozen values of what an owner holds, but for places that are left out."""
+    return [
+        (key, inner(item)) for key, item in mapping.items() if (id(owner), (kind, key)) not in own
+    ]
+
+
+def _owned(module: nn.Module, writes: Iterable[AttributeWrite]) -> Iterator[Any]:
+    """Yield the places that a program sets: the identity of a container, and the step into it."""
+    for write in writes:
+        with contextlib.suppress(AttributeError, KeyError, IndexError, TypeError):
+            owner, (kind, key) = write.owner(module), write.route[-1]
+            yield id(owner), (_ALL if kind == "content" else (kind, key))
 
 
 def _is_array(value: Any) -> bool:

@@ -74,7 +74,7 @@ def make_entry(module: nn.Module, state: State, plan: Plan, program: Program) ->
         program,
         leaves,
         [node.result.shape for node in nodes if node.kind == "input"],
-        Guards(module, reads),
+        Guards(module, reads, captured.left),
         [(leaf.owner, leaf.name) for leaf, value in planned if not value.requires_grad],
     )
 
@@ -120,11 +120,10 @@ def run_program(
         _returned(output, layout, shape, inputs, entry, state)
         for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
     ]
-    # The forward may have left tensors in attributes of modules; they are put there again.
+    # The forward may have left something in attributes of modules; it is put there again.
     result, left = entry.captured.together(returned, inputs)
-    for path, value in left.items():
-        owner, _, name = path.rpartition(".")
-        vars(module.get_submodule(owner))[name] = value
+    for place, value in zip(entry.captured.left, left, strict=True):
+        place.put(module, value)
     return result
 
 

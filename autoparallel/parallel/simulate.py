@@ -106,7 +106,7 @@ def simulate_plan(
             why=f"planned for {captured.surroundings}, and now {Surroundings.now(device)}",
             fix="call it under the same autocast and default dtype, or plan again",
         )
-    guards = Guards(model, captured.reads)
+    guards = Guards(model, captured.reads, captured.left)
     if not guards.hold():
         raise PlanError(
             f"the model is not the one that was planned for: {guards.doubtful()}",

@@ -35,6 +35,11 @@ class Skeleton:
     keys: tuple[Any, ...] = ()
     children: tuple[Skeleton, ...] = ()
 
+    @property
+    def tensors(self) -> int:
+        """The number of tensors in the structure."""
+        return (self.kind == "tensor") + sum(child.tensors for child in self.children)
+
     def __str__(self) -> str:
         if self.kind == "tensor":
             return "*"

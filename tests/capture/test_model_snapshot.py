@@ -12,7 +12,17 @@ import pytest
 import torch
 import zoo
 from families import Float64, relative_error, worst_gradient
-from planned_models import SETTING_UP, WIDTH, Base, Disturbs, Hidden, KeepsLoss, Lazily, state_of
+from planned_models import (
+    SETTING_UP,
+    WIDTH,
+    Base,
+    Disturbs,
+    Flags,
+    Hidden,
+    KeepsLoss,
+    Lazily,
+    state_of,
+)
 from torch import nn
 
 import autoparallel
@@ -73,8 +83,10 @@ def test_planning_leaves_the_model_as_it_was(kind: type[Base]) -> None:
 
 def test_planning_at_the_first_call_leaves_the_model_as_it_was() -> None:
     for kind in SETTING_UP:
-        if kind is Hidden:
-            continue  # its closure runs, in the split module too, on the module that it holds
+        if kind in (Hidden, Flags):
+            # The call itself changes what the split module and the model both hold: the module in
+            # a closure, and the object in an attribute.
+            continue
         model = build(kind)
         before = state_of(model)
         waiting = autoparallel.autoparallelize(model, 1)

@@ -308,20 +308,3 @@ def test_a_forward_that_differentiates_by_itself_is_split_around() -> None:
         yield loss
 
     as_unsplit(Model(), 2, (X,), script)
-
-
-def test_tensors_in_a_list_that_an_attribute_becomes() -> None:
-    """Only a tensor by itself is put into an attribute again: Python sets all else."""
-
-    class Model(Base):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = self.a(x)
-            self.seen = [hidden, hidden.tanh()]
-            return self.out(hidden)
-
-    def script(model: Any) -> Any:
-        for scale in (1.0, 2.0):
-            yield model(X * scale)
-            yield list(model.seen)
-
-    as_unsplit(Model(), 1, (X,), script)

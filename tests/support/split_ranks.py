@@ -66,7 +66,8 @@ def as_unsplit(
 
     def work(ranks: Ranks) -> list[Any]:
         replan = Replanner(plan.model, plan.mesh, plan.options)
-        split = parallel_module(model, plan, ranks, None, replan, 0)
+        # Each rank has Python objects of its own, as a process has.
+        split = parallel_module(copy.deepcopy(model), plan, ranks, None, replan, 0)
         manual_seed(split, 0)
         return list(_steps(script, split, ranks))
 
