@@ -29,6 +29,7 @@ from autoparallel.placement import Layout, Movement, Shard, Step, whole_layout
 from autoparallel.plan import OpChoice, Plan
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
+from autoparallel.runtime import kernels as runtime_kernels
 from autoparallel.runtime.collectives import move
 
 __all__ = ["AbstractExecution", "LocalTensor", "Moment", "Storage"]
@@ -347,7 +348,7 @@ class AbstractExecution:
         else:
             if rule is not None and rule.random:
                 kwargs |= random_arguments(expected[0].shape)
-            function = runner(node.target, rule.random if rule is not None else "")
+            function = runner(node.target, rule)
             seen = observe(function, args, kwargs, operands, expected, backward=True)
         self._seen[key] = seen
         return seen
@@ -365,7 +366,7 @@ class AbstractExecution:
         run: Callable[..., Any] | None = None
         for kernel, options in sorted(kernels, key=lambda item: item[0].wraps):
             inner = {} if run is None else {"run": run}
-            run = partial(runner(call.node.target, kernel=kernel.name), **options, **inner)
+            run = partial(getattr(runtime_kernels, kernel.name), **options, **inner)
         assert run is not None
         return run
 

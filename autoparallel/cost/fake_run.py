@@ -21,6 +21,7 @@ import torch
 from autoparallel.graph.graph import Ref, Sym
 from autoparallel.graph.operators import operator_of
 from autoparallel.placement import Invariant
+from autoparallel.rules.rule import ShardingRule
 from autoparallel.runtime import kernels, rng
 from autoparallel.runtime import random_ops as draws
 from autoparallel.runtime.groups import Group
@@ -153,15 +154,14 @@ def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def runner(target: str, random: str = "", kernel: str = "") -> Callable[..., Any]:
-    """Return the function that an emitted program calls for an op.
+def runner(target: str, rule: ShardingRule | None = None) -> Callable[..., Any]:
+    """Return the function that an emitted program calls for an op where no kernel runs it.
 
-    target: the op. random: the name of our own form of a random op, "" if it is none. kernel: the
-    name of a kernel, "" for the op itself.
+    target: the op. rule: of the call, which may name a function of ours; None if it has none.
     """
-    if kernel:
-        return getattr(kernels, kernel)
-    return _drawing(getattr(draws, random)) if random else operator_of(target)
+    if rule is not None and rule.random:
+        return _drawing(getattr(draws, rule.random))
+    return getattr(kernels, rule.function) if rule and rule.function else operator_of(target)
 
 
 def random_arguments(shape: tuple[int, ...]) -> dict[str, Any]:

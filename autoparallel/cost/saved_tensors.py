@@ -19,6 +19,7 @@ from autoparallel.cost.fake_run import (
 from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.placement import local_size
 from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, place
+from autoparallel.runtime import kernels
 
 __all__ = ["Internal", "Saved", "SavedTensors", "fitted", "stand_in"]
 
@@ -222,14 +223,14 @@ def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int =
         kernel = rule.kernels[loop]
         size = sizes.get(loop, hint(rule.sizes[loop]))
         kwargs |= {**dict(kernel.arguments), "group": StandInGroup(ranks), "size": size}
-        function = runner(node.target, kernel=kernel.name)
+        function = getattr(kernels, kernel.name)
         return observe(function, args, kwargs, operands, results, ("meta", "zeros"))
     # Constants such as the shape of a view must fit the other sizes.
     if sizes and rule.local_args is not None:
         args = rule.local_args(case.call, tuple([stand.shape for stand in results]))
     if rule.random:
         kwargs |= random_arguments(results[0].shape)
-    return observe(runner(node.target, rule.random), args, kwargs, operands, results)
+    return observe(runner(node.target, rule), args, kwargs, operands, results)
 
 
 def _with_loops(case: _Case, seen: Observed, loop: str = "", ranks: int = 1) -> Saved:

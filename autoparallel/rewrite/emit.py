@@ -262,6 +262,8 @@ class _Emitter:
             expression = self.local.kernel_call(node, text, kernels)
         elif rule is not None and rule.random:
             expression = f"rng.{rule.random}({text}, {self.local.random(node, choice)})"
+        elif rule is not None and rule.function:
+            expression = f"kernels.{rule.function}({text})"
         else:
             # torch's Python functions take no lists with None, as for x[:, index].
             exact = any(isinstance(arg, tuple) and None in arg for arg in args)

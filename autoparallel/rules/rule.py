@@ -110,13 +110,15 @@ class ShardingRule:
     of the loop nest (2 for a product); 0 where moving bytes is all the work. free: the op is a
     view, no work at all. local_args: a function to the call's args for given local shapes of its
     results. random: the function of autoparallel.runtime.random_ops that runs the op, if it draws
-    numbers. takes_bias: the op adds a vector over the result's last dim if it is given one more
-    operand. adds: the op is such an addition. grain: of loops whose parts must have a multiple of
-    so many elements. replicates: the backward pass is linear, so that it may work on summands of a
-    gradient: false of an op that clips gradients, say. takes_empty: the op also runs on a part
-    without elements, which ranks are left with where a loop is shorter than they are many.
-    occupied: loops of which every part must have elements even so. reasons: why loops are whole,
-    where there is more to say. discovered: the rule in einsum-like words, if nobody wrote it.
+    numbers. function: that of autoparallel.runtime.kernels that runs the op where no kernel does,
+    as torch's own is slow for some memory layouts. takes_bias: the op adds a vector over the
+    result's last dim if it is given one more operand. adds: the op is such an addition. grain: of
+    loops whose parts must have a multiple of so many elements. replicates: the backward pass is
+    linear, so that it may work on summands of a gradient: false of an op that clips gradients, say.
+    takes_empty: the op also runs on a part without elements, which ranks are left with where a loop
+    is shorter than they are many. occupied: loops of which every part must have elements even so.
+    reasons: why loops are whole, where there is more to say. discovered: the rule in einsum-like
+    words, if nobody wrote it.
     """
 
     operands: tuple[Dims, ...]
@@ -129,6 +131,7 @@ class ShardingRule:
     free: bool = False
     local_args: Callable[[OpCall, Shapes], tuple[Any, ...]] | None = None
     random: str = ""
+    function: str = ""
     takes_bias: bool = False
     adds: bool = False
     grain: Mapping[str, int] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import autoparallel
 from autoparallel.mesh import Mesh
+from autoparallel.runtime import kernels
 
 IGNORED, CLASSES = -100, 22
 WEIGHTS = torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)
@@ -96,3 +97,39 @@ def test_labels_that_do_not_count(
         torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-12, equal_nan=True)
         if which == "none" and name != "a masked mean":
             assert not pair[0].any()
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("last", [True, False], ids=["classes-last", "images"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_of_rows_is_torchs(reduction: int, last: bool, smoothing: float) -> None:
+    """In both memory layouts, with ignored labels: the losses and both derivatives."""
+    torch.manual_seed(0)
+    weight, target = torch.rand(5).double(), torch.tensor([[0, 4, -100], [1, 2, 3]])
+    whole = torch.randn(2, 3, 5, dtype=torch.float64) if last else torch.randn(2, 5, 3).double()
+    outcomes = []
+    for loss in (kernels.cross_entropy_rows, torch.ops.aten.cross_entropy_loss.default):
+        leaf = whole.clone().requires_grad_()
+        logits = leaf.permute(0, 2, 1) if last else leaf
+        losses = loss(logits, target, weight, reduction, -100, smoothing)
+        (first,) = torch.autograd.grad(losses.square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        outcomes.append((losses, first, second))
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-12, atol=1e-12)
+    one, other = (losses.shape for losses, _, _ in outcomes)
+    assert one == other
+
+
+def test_loss_of_rows_takes_no_copy_of_logits() -> None:
+    """Where the classes lie last in memory, torch's loss of rows is what runs."""
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    loss = kernels.cross_entropy_rows(logits.permute(0, 2, 1), torch.zeros(2, 3).long())
+    names: list[str] = []
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names.append(node.name())
+            nodes += [following for following, _ in node.next_functions]
+    assert "NllLossBackward0" in names
+    assert not any("Clone" in name or "Unsafe" in name for name in names)

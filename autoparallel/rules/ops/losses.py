@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoparallel.graph.graph import numel_hint
 from autoparallel.placement import Collective, Invariant, Partial
 from autoparallel.rules.registry import rule
@@ -38,12 +40,15 @@ def cross_entropy(call: OpCall) -> ShardingRule:
         Invariant(),
         ((Collective.ALL_REDUCE, per_token), (Collective.ALL_REDUCE, 2 * per_token)),
     )
+    function = "cross_entropy_rows" if len(logits.shape) > 2 else ""
     if reduction == _NONE:
-        return ShardingRule.parse(f"{rows} -> {' '.join(tokens)}", call, kernels={"c": classes})
+        per_row = ShardingRule.parse(f"{rows} -> {' '.join(tokens)}", call, kernels={"c": classes})
+        return replace(per_row, function=function)
     # The one all-reduce is of the count, 8 bytes: tokens may be ignored, unevenly over the ranks.
     part = Kernel("cross_entropy_tokens", Partial(), ((Collective.ALL_REDUCE, 8),), wraps=True)
     kernels = {"c": classes, **dict.fromkeys(tokens, part)}
-    return ShardingRule.parse(f"{rows} -> ", call, kernels=kernels)
+    rule_of_sum = ShardingRule.parse(f"{rows} -> ", call, kernels=kernels)
+    return replace(rule_of_sum, function=function)
 
 
 def _whole(call: OpCall, reduction: int) -> ShardingRule:
