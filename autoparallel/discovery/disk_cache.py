@@ -51,6 +51,7 @@ def key_of(call: OpCall) -> str:
             value = next(operands)
             # One rule for all floating point types: what is split does not depend on their width.
             kind = "float" if value.dtype.is_floating_point else str(value.dtype)
+            kind = "complex" if value.dtype.is_complex else kind
             return f"tensor {kind}{' grad' if value.requires_grad else ''}"
         if isinstance(leaf, Sym) or (isinstance(leaf, int) and not isinstance(leaf, bool)):
             return "integer"

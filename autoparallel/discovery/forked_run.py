@@ -33,7 +33,14 @@ class Limits:
 
 
 class ProcessEndedError(Exception):
-    """A process ended without an answer. Its text is the rest of a sentence about the process."""
+    """A process ended without an answer. Its text is the rest of a sentence about the process.
+
+    crashed: whether it did so by itself, and not for its use of time.
+    """
+
+    def __init__(self, words: str, crashed: bool = False) -> None:
+        super().__init__(words)
+        self.crashed = crashed
 
 
 def run_in_fork(work: Callable[[], bytes], limits: Limits) -> bytes:
@@ -69,7 +76,8 @@ def run_in_fork(work: Callable[[], bytes], limits: Limits) -> bytes:
     if not in_time:
         raise ProcessEndedError(f"did not end within {limits.wall_seconds:g} s")
     if status:
-        raise ProcessEndedError(_fate(status, limits))
+        slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+        raise ProcessEndedError(_fate(status, limits), crashed=not slow)
     return answer
 
 

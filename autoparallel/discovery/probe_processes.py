@@ -31,7 +31,7 @@ import torch
 from autoparallel.capture.custom_functions import function_op
 from autoparallel.discovery.discover import confirmed, require_probeable
 from autoparallel.discovery.discovered_rule import DiscoveredRule
-from autoparallel.discovery.forked_run import Limits, ProcessEndedError, run_in_fork
+from autoparallel.discovery.forked_run import Limits, ProcessEndedError
 from autoparallel.discovery.shape_pattern import Probe, ProbeError
 from autoparallel.rules.rule import OpCall
 from autoparallel.support.torch_private import is_custom_op
@@ -98,15 +98,15 @@ def _from_fork(call: OpCall, stored: DiscoveredRule | None) -> tuple[DiscoveredR
     """Return the rule as a fork of this process finds it, and ""; where it can have no fork, the
     rule as this process finds it, and a remark that says so.
     """
-    from autoparallel.discovery.probe_server import answer
+    from autoparallel.discovery.probe_server import answer, carefully
 
-    def work() -> bytes:
+    def work(careful: bool) -> bytes:
         """Answer in the fork, if it can differentiate at all."""
         try:
             torch.ones(1, requires_grad=True).sum().backward()
         except RuntimeError as error:
             return json.dumps({"unfit": str(error)}).encode()
-        return json.dumps(answer(call, stored)).encode()
+        return json.dumps(answer(call, stored, careful)).encode()
 
     if not hasattr(os, "fork"):
         unfit = "the system has no fork"
@@ -114,7 +114,7 @@ def _from_fork(call: OpCall, stored: DiscoveredRule | None) -> tuple[DiscoveredR
         unfit = "CUDA is in use"
     else:
         try:
-            reply = json.loads(run_in_fork(work, Limits()))
+            reply = json.loads(carefully(work, Limits()))
         except ProcessEndedError as error:
             raise EndedError(f"{error} {_WHERE}", lasting=False) from error
         if "unfit" not in reply:

@@ -17,7 +17,12 @@ from torch.nn import functional
 
 from autoparallel.placement import part_bounds
 from autoparallel.runtime.collectives import common_sum, for_parts, pending_sum, same_sum
-from autoparallel.runtime.discovered_kernels import combined_parts, masked_lookup, weighted_mean
+from autoparallel.runtime.discovered_kernels import (
+    alike_elsewhere,
+    combined_parts,
+    masked_lookup,
+    weighted_mean,
+)
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.split_indices import places_here, require_below
 from autoparallel.runtime.stand_ins import stand_ins_for, without_stand_ins
@@ -35,6 +40,7 @@ from autoparallel.runtime.statistics import (
 )
 
 __all__ = [
+    "alike_elsewhere",
     "amax_split",
     "amin_split",
     "argmax_split",

@@ -88,33 +88,44 @@ def pooled_backward() -> OpCall:
     )
 
 
-def test_an_op_of_torch_that_crashes_is_left_whole(server: probe_processes._Server) -> None:
-    """The next op is probed by the same server, and the crash is remembered on disk.
-
-    A server that has ended is started again.
-    """
-    call = pooled_backward()
-    assert_whole(rule_of(call), "the op crashed with SIG")
+def test_an_op_of_torch_that_crashes_keeps_whole_what_it_crashes_on(
+    server: probe_processes._Server,
+) -> None:
+    """Its other loops are split; the next op is probed by the same server."""
+    rule = rule_of(pooled_backward())
+    assert rule.discovered.startswith("a b c d, a b")
+    assert not {"l0", "l1"} & rule.whole
+    assert {"l2", "l3"} <= rule.whole
     process = server.process
     assert process is not None
     found = rule_of(call_of("aten.histc.default", x(4, 5), 10))
     assert found.discovered == "a b -> c; a b c whole"
     assert server.process is process
-    assert process.poll() is None
-    registry._REMEMBERED.clear()
-    stored = load_refusal(refusal_key(call))
-    assert stored is not None
-    assert stored[1]
-    process.kill()
-    process.wait()
-    assert rule_of(call_of("aten.histc.default", x(4, 5, 6), 10)).discovered
-    assert server.process is not process
+    # What is harmless needs no process the second time.
     server.stop()
-    assert_whole(rule_of(call), "the op crashed with SIG")
-    # Neither what crashed nor what is harmless needs a process the second time.
     registry._REMEMBERED.clear()
     assert rule_of(call_of("aten.histc.default", x(4, 5), 10)) == found
     assert server.process is None
+
+
+def test_an_end_is_remembered_on_disk(server: probe_processes._Server) -> None:
+    """The op is not tried again. A server that has ended is started again."""
+    server.limits = Limits(wall_seconds=0.0)
+    call = call_of("aten.histc.default", x(4, 5), 10)
+    why = "the op did not end within 0 s"
+    assert_whole(rule_of(call), why)
+    stored = load_refusal(refusal_key(call))
+    assert stored is not None
+    assert stored[1]
+    process = server.process
+    assert process is not None
+    process.kill()
+    process.wait()
+    registry._REMEMBERED.clear()
+    assert_whole(rule_of(call), why)
+    assert server.process is process
+    assert_whole(rule_of(call_of("aten.histc.default", x(4, 5, 6), 10)), why)
+    assert server.process is not process
 
 
 def test_a_server_that_cannot_start_is_said(
