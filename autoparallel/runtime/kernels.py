@@ -38,6 +38,7 @@ from autoparallel.runtime.statistics import (
     min_split,
     softmax_split,
 )
+from autoparallel.runtime.variance import variance_split
 
 __all__ = [
     "alike_elsewhere",
@@ -61,6 +62,7 @@ __all__ = [
     "min_split",
     "softmax_split",
     "stand_ins_for",
+    "variance_split",
     "weighted_mean",
     "without_stand_ins",
 ]

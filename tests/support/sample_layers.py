@@ -8,6 +8,8 @@ def complex_numbers(*shape: int) -> torch.Tensor:
     return torch.complex(fixed(*shape), fixed(*shape)).requires_grad_()
 
 
+_INF = float("inf")
+_EQUAL = ("max", "min", "linalg_vector_norm")
 _OF_ALL = ("max", "min", "prod", "var", "std", "median", "nanmedian")
 
 
@@ -84,6 +86,28 @@ def reduction() -> list[Call]:
         call("linalg_vector_norm.default", x(4, 5, 6), 2, (1,), True),
         call("linalg_vector_norm.default", x(4, 5, 6)),
         call("norm.ScalarOpt_dim", x(4, 5, 6), 2, (-1,)),
+        *(
+            call(f"{name}.default", x(5, 4, 6), symbolic={5: "s0"})
+            for name in ("max", "min", "prod", "var", "std")
+        ),
+        *(call(f"{name}.default", torch.ones(4, 5).double().requires_grad_()) for name in _EQUAL),
+        *(call(f"{name}.default", ints(4, 5)) for name in ("max", "min", "prod")),
+        call("min.default", ints(4, 5).to(torch.uint8)),
+        call("amin.default", ints(4, 5).to(torch.uint8), (1,)),
+        *(call(f"{name}.default", truth(5, 4), symbolic={5: "s0"}) for name in ("any", "all")),
+        call("prod.dim_int", fixed(5, 4).requires_grad_(), 0, True, symbolic={5: "s0"}),
+        call("prod.default", torch.tensor([[1.0, 0.0, 2.0], [3.0, 4.0, 5.0]]).double()),
+        call("logsumexp.default", x(4, 5, 6), (0, 2)),
+        call("amin.default", x(5, 4, 6), (0, 1), symbolic={5: "s0"}),
+        call("std.correction", x(4, 5, 6), None, correction=0),
+        call("var.correction", x(4, 5, 6), (-1, 0), keepdim=True),
+        call("var_mean.correction", x(5, 4, 6), symbolic={5: "s0"}),
+        call("std_mean.correction", x(4, 5, 6), (1,)),
+        *(call("linalg_vector_norm.default", x(4, 5, 6), p, (0, 2)) for p in (1, 3.0, 0, _INF)),
+        call("linalg_vector_norm.default", x(5, 6), symbolic={5: "s0"}),
+        call("norm.ScalarOpt_dim", x(4, 5, 6), None, (0, 1), True),
+        call("norm.Scalar", x(4, 5), 1),
+        call("linalg_vector_norm.default", complex_numbers(4, 5), 2, (1,)),
         call("topk.default", x(4, 5, 6), 2),
         call("topk.default", x(4, 5, 6), 3, 1),
         call("sort.default", x(4, 5, 6)),
