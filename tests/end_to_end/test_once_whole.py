@@ -9,6 +9,7 @@ import pytest
 import torch
 from any_plans import any_plans, network_of
 from torch import nn
+from torch.nn import functional
 
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.simulate import simulate_plan
@@ -62,6 +63,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], str]] = 
         lambda x: torch.linalg.lu_factor(matrices(x))[0],
         (),
         "aten.linalg_lu_factor_ex.default",
+    ),
+    "transposed": (
+        lambda x, w, b: functional.conv_transpose1d(x, w, b),
+        ((6, 4, 2), (4,)),
+        "aten.conv_transpose1d.default",
+    ),
+    "grouped": (
+        lambda x, w, b: functional.conv1d(x, w, b, groups=2),
+        ((8, 3, 2), (8,)),
+        "aten.conv1d.default",
     ),
 }
 
