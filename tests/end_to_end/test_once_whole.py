@@ -11,10 +11,13 @@ from any_plans import any_plans, network_of
 from torch import nn
 from torch.nn import functional
 
+import autoparallel
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.simulate import simulate_plan
 from autoparallel.placement import Partial, Shard
 from autoparallel.plan import OpChoice
+from autoparallel.planning.solution_to_plan import plan_of_solution
+from planners import Solution, exact
 
 MESHES = [Mesh(tp=2), Mesh(tp=3), Mesh(x=2, y=2)]
 
@@ -113,3 +116,44 @@ def test_any_plan_is_right(name: str) -> None:
             for key, value in reference.items():
                 torch.testing.assert_close(actual[key], value, rtol=1e-9, atol=1e-10, msg=key)
     assert target in split, sorted(split)
+
+
+class OneHead(nn.Module):
+    """Attention over the pixels of an image, as in the middle of an autoencoder."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into = nn.Conv2d(2, channels, 3, padding=1)
+        self.qkv = nn.ModuleList(nn.Linear(channels, channels) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.into(x).flatten(2).transpose(1, 2)
+        q, k, v = (layer(rows).unsqueeze(1) for layer in self.qkv)
+        return functional.scaled_dot_product_attention(q, k, v).square().mean()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_attention_with_one_head_is_split_along_queries(world_size: int) -> None:
+    """Not every rank computes all of it, though no weight says how to split it."""
+    attention = "aten.scaled_dot_product_attention.default"
+    with torch.device("meta"):
+        large = OneHead(256).float()
+    image = torch.empty(1, 2, 64, 64, device="meta")
+    plan = autoparallel.make_plan(large, world_size, example_inputs=(image,))
+    (op,) = (op for op in plan.ops if op.target == attention)
+    assert op.results[0] == (Shard(2),)
+    model = OneHead(6).double()
+    x = torch.randn(2, 2, 5, 4, dtype=torch.float64)
+    reference = expected(model, x)
+    captured, network = network_of(model, (x,), Mesh(tp=world_size), data_parallel=False)
+    (node,) = (node for node in captured.graph.calls if node.target == attention)
+    states = network.strategies[node.name]
+    (along_queries,) = (at for at, s in enumerate(states) if s.results[0] == (Shard(2),))
+    problem = network.problem(1.0, {}, None)
+    pinned = problem.weighed(0.0).pinned({node.name: along_queries})
+    solution = Solution.of(problem, exact.solve(pinned).assignment, "pinned", multiplier=0.0)
+    split = plan_of_solution(captured, "pinned", network.mesh, network, solution, 1.0)
+    result = simulate_plan(model, split, (x,), {})
+    for key, value in {"loss": result.output.detach(), **result.gradients}.items():
+        torch.testing.assert_close(value, reference[key], rtol=1e-9, atol=1e-10, msg=key)
