@@ -253,6 +253,9 @@ def losses() -> list[Call]:
     name = "cross_entropy_loss.default"
     calls = [call(name, x(5, 9), ints(5), None, reduction) for reduction in (0, 1, 2)]
     calls += [call(name, logits, ignored, None, reduction) for reduction in (0, 1, 2)]
+    spoken = (x(6, 5, 7), ints(5, 3, high=7), ints(5, low=5, high=7), ints(5, low=0, high=4))
+    for symbolic in ({}, {5: "s0"}):
+        calls.append(Call("autoparallel.ctc_loss.default", (*spoken, 0, False), {}, symbolic))
     calls += [
         call(name, logits, target),
         call(name, logits, target, None, 1, 4),
