@@ -39,7 +39,11 @@ from autoparallel.runtime.statistics import (
     min_split,
     softmax_split,
 )
-from autoparallel.runtime.variance import variance_split
+from autoparallel.runtime.variance import (
+    group_norm_split,
+    instance_norm_split,
+    variance_split,
+)
 
 __all__ = [
     "alike_elsewhere",
@@ -55,8 +59,10 @@ __all__ = [
     "cross_entropy_tokens",
     "embedding_rows",
     "gather_split",
+    "group_norm_split",
     "grouped_mm_matrices",
     "index_select_split",
+    "instance_norm_split",
     "log_softmax_split",
     "logsumexp_split",
     "masked_lookup",

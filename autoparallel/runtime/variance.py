@@ -1,4 +1,6 @@
-"""The kernel of variances over a split dim: two sums over the ranks, the mean and the squares."""
+"""Kernels of variances over a split dim, and of norms by them: two sums over the ranks, those of
+the numbers and of their squares about the mean.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from autoparallel.placement import Invariant, Partial
 from autoparallel.runtime.collectives import convert, for_parts, pending_sum
 from autoparallel.runtime.groups import Group
 
-__all__ = ["variance_split"]
+__all__ = ["group_norm_split", "instance_norm_split", "variance_split"]
 
 
 def variance_split(
@@ -39,8 +41,7 @@ def variance_split(
     >>> variance_split(x, group=SingleGroup(), size=3, split=0, dims=(0,), **options)
     tensor(1.)
     """
-    # Sums of half precision would lose what torch keeps: it adds in single precision.
-    exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    exact = _exact(x)
     count = size
     for dim in dims:
         if dim != split:
@@ -58,6 +59,85 @@ def variance_split(
     if not keep:
         result, mean = result.squeeze(dims), mean.squeeze(dims)
     return (result.to(x.dtype), mean.to(x.dtype)) if with_mean else result.to(x.dtype)
+
+
+def group_norm_split(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+    group: Group,
+    size: int,
+    channels: int,
+    **__: Any,
+) -> torch.Tensor:
+    """Normalize groups of channels of which each rank has a part of every group.
+
+    x: (b, g c / n, ...). groups: not read, as the rank may have a part of them. weight, bias:
+    (g c / n,) or None. size: the channels that the ranks have together. channels: c, those of a
+    group.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> x = torch.tensor([[1.0, -1.0]])
+    >>> group_norm_split(x, 1, group=SingleGroup(), size=2, channels=2, eps=0.0)
+    tensor([[ 1., -1.]])
+    """
+    count = channels * x.shape[2:].numel()
+    return _normalized(x, size // channels, count, (weight, bias), eps, group)
+
+
+def instance_norm_split(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: None,
+    running_variance: None,
+    training: bool,
+    momentum: float,
+    epsilon: float,
+    *_: Any,
+    group: Group,
+    size: int,
+    split: int,
+) -> torch.Tensor:
+    """Normalize each channel of (b, c, ...) over the other dims, of which `split` is split.
+
+    weight, bias: (c,), or None. size: of the split dim in the whole. There are no running
+    statistics, and the kernel computes as in training.
+    """
+    rest = [x.size(dim) for dim in range(2, x.dim()) if dim != split]
+    count = size * torch.Size(rest).numel()
+    return _normalized(x, x.size(1), count, (weight, bias), epsilon, group)
+
+
+def _normalized(
+    x: torch.Tensor,
+    groups: int,
+    count: int,
+    affine: tuple[torch.Tensor | None, torch.Tensor | None],
+    epsilon: float,
+    group: Group,
+) -> torch.Tensor:
+    """Return x less the mean of its group, over the deviation, times a weight, plus a bias.
+
+    groups: of channels of this rank's x. count: elements of a group on all ranks. affine: weight
+    and bias of each channel here.
+    """
+    rows = _exact(x).reshape(x.size(0), groups, x[:1].numel() // max(groups, 1))
+    centred = rows - for_parts(_sum(rows, (2,), group) / count, group)
+    variance = _sum(centred.square(), (2,), group) / count
+    result = (centred * for_parts((variance + epsilon).rsqrt(), group)).reshape(x.shape)
+    shape = [-1] + [1] * (x.dim() - 2)
+    weight, bias = (None if each is None else each.reshape(shape) for each in affine)
+    result = result if weight is None else result * weight
+    return (result if bias is None else result + bias).to(x.dtype)
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    """Return x in at least single precision, in which torch adds up numbers of half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _sum(x: torch.Tensor, dims: tuple[int, ...], group: Group) -> torch.Tensor:

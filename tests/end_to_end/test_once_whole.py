@@ -74,6 +74,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], str]] = 
         (),
         "aten.linalg_lu_factor_ex.default",
     ),
+    "instance": (
+        lambda x, w: functional.instance_norm(x, weight=w),
+        ((6,),),
+        "aten.instance_norm.default",
+    ),
+    "group": (
+        lambda x, w, b: functional.group_norm(x, 1, w, b, eps=1e-3),
+        ((6,), (6,)),
+        "aten.group_norm.default",
+    ),
     "correlation": (lambda x: torch.corrcoef(x.flatten(1)), (), "aten.matmul.default"),
     "spoken": (
         lambda x: functional.ctc_loss(x.transpose(0, 1).log_softmax(-1), *spoken(), blank=0),

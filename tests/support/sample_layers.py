@@ -149,7 +149,13 @@ def normalization() -> list[Call]:
         call(name, x(5, 6, 7), x(6), x(6), means, spreads, *train[:3]),
         call(name, x(3, 6, 4, 2), None, None, means, spreads, *train[:3]),
         call(name, x(5, 6, 3), x(6), x(6), means, spreads, *train[:3], symbolic={5: "s0"}),
+        call("group_norm.default", x(4, 10, 3), 2, x(10), x(10)),
+        call("group_norm.default", x(5, 6, 2, 3), 1, x(6), x(6), symbolic={5: "s0"}),
         call("instance_norm.default", x(5, 6, 7), None, None, None, None, *train),
+        call("instance_norm.default", x(2, 3, 5, 4), x(3), x(3), None, None, *train),
+        call(
+            "instance_norm.default", x(2, 3, 5), x(3), None, None, None, *train, symbolic={5: "s0"}
+        ),
         call("instance_norm.default", x(5, 6, 7), x(6), x(6), None, None, *train),
         call("instance_norm.default", x(5, 6, 7), x(6), x(6), means, spreads, *evaluate),
     ]
