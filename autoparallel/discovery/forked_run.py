@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import resource
 import selectors
@@ -76,7 +77,7 @@ def run_in_fork(work: Callable[[], bytes], limits: Limits) -> bytes:
     if not in_time:
         raise ProcessEndedError(f"did not end within {limits.wall_seconds:g} s")
     if status:
-        slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+        slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGALRM)
         raise ProcessEndedError(_fate(status, limits), crashed=not slow)
     return answer
 
@@ -90,6 +91,9 @@ def _run(work: Callable[[], bytes], writer: int, limits: Limits) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _lower(resource.RLIMIT_CPU, limits.processor_seconds)
         _lower(resource.RLIMIT_AS, _address_space() + limits.extra_nbytes)
+        # Whoever waits for this process may be ended before it.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(math.ceil(limits.wall_seconds) + 1)
         # A pool of threads does not survive a fork, and one thread needs none.
         torch.set_num_threads(1)
         answer = work()
@@ -135,6 +139,8 @@ def _fate(status: int, limits: Limits) -> str:
     if not os.WIFSIGNALED(status):
         return f"ended with exit code {os.waitstatus_to_exitcode(status)}"
     number = os.WTERMSIG(status)
+    if number == signal.SIGALRM:
+        return f"did not end within {limits.wall_seconds:g} s"
     if number == signal.SIGXCPU:
         return f"did not end within {limits.processor_seconds} s of processor time"
     return f"crashed with {signal.Signals(number).name}"

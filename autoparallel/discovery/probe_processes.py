@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
@@ -32,14 +33,17 @@ from autoparallel.capture.custom_functions import function_op
 from autoparallel.discovery.discover import confirmed, require_probeable
 from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.forked_run import Limits, ProcessEndedError
+from autoparallel.discovery.probe_server import answer, carefully
 from autoparallel.discovery.shape_pattern import Probe, ProbeError
 from autoparallel.rules.rule import OpCall
 from autoparallel.support.torch_private import is_custom_op
 
-__all__ = ["EndedError", "is_only_here", "rule_of"]
+__all__ = ["EndedError", "in_fork", "is_only_here", "rule_of"]
 
 # A server answers within the limits of one probe and some time for itself.
 _MARGIN_SECONDS = 60.0
+# The first byte of what a fork says: an answer, why it cannot differentiate, or that it failed.
+_FIT, _UNFIT, _RAISES = b"+", b"-", b"!"
 _WHERE = "in the process that tried it on small tensors"
 
 
@@ -94,35 +98,49 @@ def is_only_here(target: str) -> bool:
     return function_op(target) is not None or is_custom_op(f"{space}::{name}")
 
 
+def in_fork(work: Callable[[bool], bytes]) -> tuple[bytes, str]:
+    """Return what `work` returns in a fork of this process, and ""; where this process can have no
+    fork, what it returns here, and the reason.
+
+    work: is told whether to take care, see `carefully`. Raises EndedError where it crashes or does
+    not end.
+
+    >>> in_fork(lambda careful: b"done")
+    (b'done', '')
+    """
+    if not hasattr(os, "fork"):
+        return work(False), "the system has no fork"
+    if torch.cuda.is_initialized():
+        return work(False), "CUDA is in use"
+
+    def fit(careful: bool) -> bytes:
+        """Do the work in the fork, if it can differentiate at all."""
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+        except RuntimeError as error:
+            return _UNFIT + str(error).encode()
+        try:
+            return _FIT + work(careful)
+        except Exception:  # raised again where whoever asks can see it whole
+            return _RAISES
+
+    try:
+        reply = carefully(fit, Limits())
+    except ProcessEndedError as error:
+        raise EndedError(f"{error} {_WHERE}", lasting=False) from error
+    kind, rest = reply[:1], reply[1:]
+    # An error is no crash: here it is raised with all that belongs to it.
+    return (rest, "") if kind == _FIT else (work(False), rest.decode())
+
+
 def _from_fork(call: OpCall, stored: DiscoveredRule | None) -> tuple[DiscoveredRule, str]:
     """Return the rule as a fork of this process finds it, and ""; where it can have no fork, the
     rule as this process finds it, and a remark that says so.
     """
-    from autoparallel.discovery.probe_server import answer, carefully
-
-    def work(careful: bool) -> bytes:
-        """Answer in the fork, if it can differentiate at all."""
-        try:
-            torch.ones(1, requires_grad=True).sum().backward()
-        except RuntimeError as error:
-            return json.dumps({"unfit": str(error)}).encode()
-        return json.dumps(answer(call, stored, careful)).encode()
-
-    if not hasattr(os, "fork"):
-        unfit = "the system has no fork"
-    elif torch.cuda.is_initialized():
-        unfit = "CUDA is in use"
-    else:
-        try:
-            reply = json.loads(carefully(work, Limits()))
-        except ProcessEndedError as error:
-            raise EndedError(f"{error} {_WHERE}", lasting=False) from error
-        if "unfit" not in reply:
-            return _read(reply, stored), ""
-        unfit = reply["unfit"]
+    reply, unfit = in_fork(lambda careful: json.dumps(answer(call, stored, careful)).encode())
     # Functions that the user wrote, and runs in this process; but they are not run unsaid.
-    remark = f"tried in this process, which cannot be forked: {unfit}"
-    return _read(answer(call, stored), stored), remark
+    remark = f"tried in this process, which cannot be forked: {unfit}" if unfit else ""
+    return _read(json.loads(reply), stored), remark
 
 
 def _read(reply: dict[str, Any], stored: DiscoveredRule | None) -> DiscoveredRule:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from calls import Call, fixed, x
 
+import autoparallel
 from autoparallel.discovery import probe_processes, unknown_ops
 from autoparallel.discovery.disk_cache import load_refusal, refusal_key
 from autoparallel.discovery.forked_run import Limits, ProcessEndedError, run_in_fork
-from autoparallel.rules import registry
+from autoparallel.discovery.registered_rules import why_unproven
+from autoparallel.rules import registry, user_rules
 from autoparallel.rules.rule import OpCall, ShardingRule
 
 HOME = os.getpid()
@@ -49,6 +51,9 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known of any op."""
     monkeypatch.setenv("AUTOPARALLEL_CACHE", str(tmp_path))
     monkeypatch.setattr(registry, "_REMEMBERED", {})
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(user_rules, "_WRITTEN_AT", {})
+    monkeypatch.setattr(user_rules, "_TO_PROVE", set())
     monkeypatch.setattr(unknown_ops, "_REASONS", {})
 
 
@@ -199,3 +204,18 @@ def test_an_error_of_the_work_is_an_end() -> None:
     """Its process has no answer."""
     with pytest.raises(ProcessEndedError, match="exit code 1"):
         run_in_fork(lambda: bytes(1 // 0), Limits())
+
+
+def test_an_error_in_a_fork_is_raised_here() -> None:
+    """With its own type and words."""
+    with pytest.raises(ZeroDivisionError):
+        probe_processes.in_fork(lambda _: bytes(1 // 0))
+
+
+def test_a_registered_rule_is_proven_elsewhere_too() -> None:
+    """An op that crashes on the parts that a user's rule gives it does not end the process."""
+    call = call_of("harmful.crash.default", fixed(4, 5))
+    autoparallel.register_rule("harmful.crash.default")(
+        lambda call: ShardingRule.parse("a b -> a b", call)
+    )
+    assert "the op crashed with SIGABRT" in why_unproven(call)
