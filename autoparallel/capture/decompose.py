@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
-# Importing these two fills the registry.
-from autoparallel.capture import decompositions, random_decompositions  # noqa: F401
+# Importing these fills the registry.
+from autoparallel.capture import (  # noqa: F401
+    decompositions,
+    matrix_decompositions,
+    random_decompositions,
+)
 from autoparallel.capture.decomposition_registry import DECOMPOSITIONS, Decomposition, Known
 from autoparallel.capture.seeded_draws import without_generator
 from autoparallel.support.torch_private import (

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from autoparallel.capture.decomposition_registry import Decomposition, decomposition
+from autoparallel.runtime.ctc_loss import ctc_loss
 from autoparallel.support.torch_private import schema_of
 
 __all__: list[str] = []
@@ -194,6 +195,29 @@ def cross_entropy(
         # Two means: over weights that are all 0 the first is no number, the second infinite.
         loss = loss * (1 - smoothing) + reduced(-weighted.sum(dim)) * (smoothing / classes)
     return loss
+
+
+@decomposition("aten.ctc_loss.Tensor")
+def ctc_loss_of_batch(
+    scores: Any,
+    targets: Any,
+    score_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: int = _MEAN,
+    zero_infinity: bool = False,
+) -> Any:
+    """The loss of each sequence over its length, by an op that returns nothing else; their mean.
+
+    Targets of all sequences in one row, and a single sequence, are traced as they are.
+    """
+    lengths = (score_lengths, target_lengths)
+    if scores.dim() != 3 or targets.dim() != 2 or any(each.dim() != 1 for each in lengths):
+        return NotImplemented
+    losses = ctc_loss(scores, targets, *lengths, blank, zero_infinity)
+    if reduction == _MEAN:
+        return (losses / target_lengths.clamp(min=1).to(losses.dtype)).mean()
+    return losses.sum() if reduction == _SUM else losses
 
 
 @decomposition("aten.bilinear.default")

@@ -204,6 +204,24 @@ class _Observed:
         for (one, two), matrix in changed.items():
             if one[0] not in touching and matrix.shape[0] == matrix.shape[1]:
                 self.ties.append(_Tie(one, 1, two, 1, matrix.shape[0]))
+        self.constant(changed, touching)
+
+    def constant(
+        self, changed: dict[tuple[Place, Place], torch.Tensor], touching: set[int]
+    ) -> None:
+        """Tie dims of a result that no operand changes to the operand's dim of equal size.
+
+        Such a result is a code of success for each matrix of a batch, say. touching: operands that
+        change some result. A dim at the same place is preferred, since sizes may be equal.
+        """
+        touched = {two[0] for (_, two), matrix in changed.items() if bool(matrix.any())}
+        alike: dict[Place, list[Place]] = {}
+        for (one, two), matrix in changed.items():
+            if two[0] not in touched and one[0] in touching and matrix.shape[0] == matrix.shape[1]:
+                alike.setdefault(two, []).append(one)
+        for two, ones in alike.items():
+            one = min(ones, key=lambda place: (abs(place[1] - two[1]), place))
+            self.ties.append(_Tie(one, 1, two, 1, self.shapes[two[0]][two[1]]))
 
     def cuts(self, opaque: set[Place]) -> dict[Place, list[int]]:
         """Return return, per dim, the strides at which its loops begin: 1, ..., the dim's size.

@@ -35,11 +35,12 @@ __all__ = ["ProbeError", "confirmed", "discover", "require_probeable"]
 _MOST_OPERANDS = 4
 
 
-def discover(call: OpCall) -> DiscoveredRule:
+def discover(call: OpCall, careful: bool = False) -> DiscoveredRule:
     """Return the rule of an op that has none, for every call of this shape pattern.
 
     call: one call of the op. It is run on the CPU, in float64 and, where it refuses that, in
-    float32. Raises ProbeError where the op cannot be probed: it fails, draws numbers, or writes.
+    float32. careful: it is known to crash on some parts, which are tried in processes of their own.
+    Raises ProbeError where the op cannot be probed: it fails, draws numbers, or writes.
 
     Example: `discover(OpCall.of(graph, node)).rule(other_call)`.
     """
@@ -47,26 +48,27 @@ def discover(call: OpCall) -> DiscoveredRule:
     errors = []
     # float64 tells wrong sums from rounding by ten more digits; some kernels have float32 alone.
     for dtype in (torch.float64, torch.float32):
-        probe = Probe(call, dtype)
+        probe = Probe(call, dtype, careful)
         require_probeable(probe)
         try:
             discovered = _best(probe)
             break
         except ProbeError as error:
             errors.append(error)
-            if not any(operand.dtype.is_floating_point for operand in call.operands):
+            if not any(o.dtype.is_floating_point or o.dtype.is_complex for o in call.operands):
                 break
     if discovered is None:
         raise errors[0]
     return discovered
 
 
-def confirmed(discovered: DiscoveredRule, call: OpCall) -> bool:
+def confirmed(discovered: DiscoveredRule, call: OpCall, careful: bool = False) -> bool:
     """Return whether a rule that was found before still holds, on one set of sizes.
 
-    found: the rule, perhaps read from a file. call: the call that asks for it.
+    discovered: the rule, perhaps read from a file. call: the call that asks for it. careful: as in
+    `discover`.
     """
-    probe = Probe(call, getattr(torch, discovered.dtype))
+    probe = Probe(call, getattr(torch, discovered.dtype), careful)
     shrunk = ProbeSizes(
         discovered.pattern, sorted_atoms(discovered.pattern, call), discovered.values
     )
@@ -264,7 +266,7 @@ class _Author:
         numbers = [
             index
             for index, operand in enumerate(self.probe.call.operands)
-            if operand.dtype != torch.bool and self.shrunk.values.bounds[index] is None
+            if operand.dtype != torch.bool and not self.is_meant(index)
         ]
         groups: list[tuple[int, ...]] = []
         few = len(numbers) <= _MOST_OPERANDS
@@ -279,6 +281,11 @@ class _Author:
                 if not self.trial.try_sum(draft, group):
                     groups.append(group)
         return replace(draft, linear=tuple(groups))
+
+    def is_meant(self, index: int) -> bool:
+        """Return whether an operand's numbers are places or offsets, of which no sum has sense."""
+        values = self.shrunk.values
+        return values.bounds[index] is not None or bool(values.meanings and values.meanings[index])
 
     # -- the last word
 

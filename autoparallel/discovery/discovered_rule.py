@@ -183,6 +183,7 @@ class DiscoveredRule:
                 self.values.high,
                 self.values.signs,
                 [None if bound is None else _row(bound) for bound in self.values.bounds],
+                self.values.meanings,
             ],
             "dtype": self.dtype,
             "note": self.note,
@@ -246,10 +247,10 @@ def _term(item: Any) -> Term:
     return Term(int(factor), tuple(int(atom) for atom in atoms))
 
 
-def _values(low: float, high: float, signs: bool, bounds: list[Any]) -> Values:
+def _values(low: float, high: float, signs: bool, bounds: list[Any], meanings: list[str]) -> Values:
     """Return the numbers that an op was probed with, from JSON."""
     terms = (None if bound is None else _term(bound) for bound in bounds)
-    return Values(low, high, signs, tuple(terms))
+    return Values(low, high, signs, tuple(terms), meanings=tuple(meanings))
 
 
 def _tuples(item: Any) -> Any:

@@ -1,8 +1,9 @@
 """Discovered rules on disk, so that each op is probed once and not in every process.
 
-There is one file per op and shape pattern in the common cache folder. A file that cannot be read,
-or is of another version of torch, of the op or of this program, is as good as none; a folder that
-cannot be written to is left alone.
+There is one file per op and shape pattern in the common cache folder, and one per call for an op
+that has no rule, with the reason: such an op may have ended its process. A file that cannot be
+read, or is of another version of torch, of the op or of this program, is as good as none; a folder
+that cannot be written to is left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.probe_sizes import related_terms
-from autoparallel.discovery.shape_pattern import Probe
+from autoparallel.discovery.shape_pattern import Probe, integers_of
 from autoparallel.graph.graph import Ref, Sym, map_leaves
 from autoparallel.rules.rule import OpCall
 from autoparallel.support.cache_files import default_cache_folder, write_whole
@@ -28,10 +29,10 @@ from autoparallel.support.torch_private import (
     schema_of,
 )
 
-__all__ = ["key_of", "load", "store"]
+__all__ = ["key_of", "load", "load_refusal", "refusal_key", "store", "store_refusal"]
 
 # To be raised when a rule that is on disk would be found differently today.
-VERSION = 3
+VERSION = 4
 
 
 def key_of(call: OpCall) -> str:
@@ -50,6 +51,7 @@ def key_of(call: OpCall) -> str:
             value = next(operands)
             # One rule for all floating point types: what is split does not depend on their width.
             kind = "float" if value.dtype.is_floating_point else str(value.dtype)
+            kind = "complex" if value.dtype.is_complex else kind
             return f"tensor {kind}{' grad' if value.requires_grad else ''}"
         if isinstance(leaf, Sym) or (isinstance(leaf, int) and not isinstance(leaf, bool)):
             return "integer"
@@ -71,6 +73,15 @@ def key_of(call: OpCall) -> str:
         "results": results,
     }
     return json.dumps(rows)
+
+
+def refusal_key(call: OpCall) -> str:
+    """Return the key of the reason why a call has no rule: that of the rule, and all sizes.
+
+    An op may fail at some sizes of a pattern alone.
+    """
+    sizes = [str(tuple(value.shape)) for value in (*call.operands, *call.results)]
+    return json.dumps({"refused": [key_of(call), sizes, str(integers_of(call))]})
 
 
 def _source(target: str) -> str:
@@ -108,15 +119,47 @@ def _path(key: str) -> Path:
 def load(key: str) -> DiscoveredRule | None:
     """Return the rule that was stored under `key`; None if there is none that can be read."""
     try:
-        rows = json.loads(_path(key).read_text())
-        # The key is compared in full: file names are digests, and old versions are other keys.
-        return DiscoveredRule.from_json(rows["found"]) if rows["key"] == json.loads(key) else None
+        return DiscoveredRule.from_json(_stored(key, "found"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
+def load_refusal(key: str) -> tuple[str, bool] | None:
+    """Return what `store_refusal` stored under `key`; None if there is nothing that can be read."""
+    try:
+        return str(_stored(key, "why")), bool(_stored(key, "ended"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _stored(key: str, part: str) -> Any:
+    """Return a part of what is stored under `key`.
+
+    Raises KeyError where another key has its file, and other errors where it cannot be read.
+    """
+    rows = json.loads(_path(key).read_text())
+    # The key is compared in full: file names are digests, and old versions are other keys.
+    if rows["key"] != json.loads(key):
+        raise KeyError(key)
+    return rows[part]
+
+
 def store(key: str, discovered: DiscoveredRule) -> None:
     """Write a rule, whole or not at all: other processes may read and write the same file."""
-    text = json.dumps({"key": json.loads(key), "found": discovered.to_json()}, indent=1) + "\n"
+    _write(key, {"found": discovered.to_json()})
+
+
+def store_refusal(key: str, why: str, ended: bool) -> None:
+    """Write the reason why a call has no rule.
+
+    why: the rest of a sentence that starts with the op. ended: whether the op ended the process
+    that tried it.
+    """
+    _write(key, {"why": why, "ended": ended})
+
+
+def _write(key: str, content: dict[str, Any]) -> None:
+    """Write a file; a folder that cannot be written to is left alone."""
+    text = json.dumps({"key": json.loads(key), **content}, indent=1) + "\n"
     with suppress(OSError):
         write_whole(_path(key), text.encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,7 +42,8 @@ class Example:
     graph, node: a program of that one call. tensors: the operands by name. results: of the unsplit
     op. seeds: the gradients that come in, None for a result without one. gradients: of the operands
     that take one, by name; zeros for the unused, to which none comes. extents: an input whose sizes
-    are the symbols of the program, if it has any.
+    are the symbols of the program, if it has any. slack: errors beyond rounding that results and
+    gradients may have, by name: of an ill-conditioned call, rounding is magnified.
     """
 
     graph: Graph
@@ -53,6 +54,7 @@ class Example:
     gradients: Mapping[str, torch.Tensor]
     unused: frozenset[str]
     extents: tuple[torch.Tensor, ...] = ()
+    slack: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def call(self) -> OpCall:
@@ -63,11 +65,19 @@ class Example:
         return str(self.node)
 
 
-def random_numbers(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Return numbers of magnitude 0.5 to 2 and of both signs: no zeros, and no two alike."""
+def random_numbers(
+    shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Return numbers of magnitude 0.5 to 2 and of both signs: no zeros, and no two alike.
+
+    dtype: of a floating point or complex type; complex ones have both parts so.
+    """
+    if dtype.is_complex:
+        real, imaginary = (random_numbers(shape, generator) for _ in range(2))
+        return torch.complex(real, imaginary).to(dtype)
     size = torch.rand(shape, generator=generator, dtype=torch.float64) * 1.5 + 0.5
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    return size * sign
+    return (size * sign).to(dtype)
 
 
 def make_example(
@@ -134,7 +144,7 @@ def make_example(
     # The same numbers in every process, whatever was drawn before.
     generator = torch.Generator().manual_seed(len(target))
     seeds = tuple(
-        random_numbers(result.shape, generator).to(result.dtype) if result.requires_grad else None
+        random_numbers(result.shape, generator, result.dtype) if result.requires_grad else None
         for result in results
     )
     gradients = gradients_of(tensors, results, seeds)

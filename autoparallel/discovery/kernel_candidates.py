@@ -20,11 +20,14 @@ __all__ = ["kernels_for"]
 def kernels_for(
     probe: Probe, shrunk: ProbeSizes, draft: DiscoveredRule, loop: str
 ) -> Iterator[DiscoveredKernel]:
-    """Yield kernels that may split a loop of operands alone, if the op gives one result.
+    """Yield kernels that may split a loop that not all results have.
 
     probe, shrunk: the call at small sizes. found: the rule so far. loop: the one to be split. Every
     kernel is a guess, which the caller must try.
     """
+    having = [any(loop in names for names in dims) for dims in draft.results]
+    if any(having) and not all(having):
+        yield DiscoveredKernel("alike_elsewhere", "I")
     if len(draft.results) != 1 or any(loop in names for names in draft.results[0]):
         return
     at = [
@@ -80,7 +83,11 @@ def _combined(draft: DiscoveredRule, operand: int, dim: int) -> Iterator[Discove
 
 
 def _runs(probe: Probe, shrunk: ProbeSizes, index: int, value: float) -> torch.Tensor | None:
-    """Return the first result where one number of an operand is `value`; None if the op fails."""
+    """Return the first result where one number of an operand is `value`; None if the op fails,
+    or may not survive it.
+    """
+    if probe.careful:
+        return None
     sizes = assignment(shrunk.order, 0)
     tensors = probe.tensors(shrunk.pattern, sizes, shrunk.values, 0, guarded=True)
     tensors[index].view(-1)[:1] = value

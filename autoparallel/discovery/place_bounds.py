@@ -21,7 +21,10 @@ def with_bounds(probe: Probe, pattern: Pattern, order: tuple[int, ...], values: 
     """
     bounds: list[Term | None] = []
     for index, operand in enumerate(probe.call.operands):
-        plain = operand.dtype == torch.bool or operand.dtype.is_floating_point
+        numbers = operand.dtype.is_floating_point or operand.dtype.is_complex
+        plain = numbers or operand.dtype == torch.bool
+        # Related numbers are no places.
+        plain = plain or bool(values.meanings and values.meanings[index])
         bounds.append(None if plain else _bound(probe, pattern, order, values, index))
     return replace(values, bounds=tuple(bounds))
 
@@ -57,8 +60,13 @@ def _accepts(
     """Return whether the op runs where one number of the operand is `value`."""
     tensors = probe.tensors(pattern, sizes, values, 0, guarded=True)
     tensors[index].view(-1)[:1] = value
-    try:
-        probe.guarded_run(pattern, sizes, tensors)
-    except OpFailedError:
-        return False
-    return True
+
+    def words() -> str:
+        """Return "" where the op runs, or else its words."""
+        try:
+            probe.guarded_run(pattern, sizes, tensors)
+        except OpFailedError as error:
+            return error.words
+        return ""
+
+    return not probe.survived(words)

@@ -15,6 +15,7 @@ import torch
 
 from autoparallel.discovery.place_bounds import with_bounds
 from autoparallel.discovery.shape_pattern import (
+    MEANINGS,
     OpFailedError,
     Pattern,
     Probe,
@@ -131,7 +132,7 @@ class _Search:
         elements = [torch.Size([term.factor for term in row]).numel() for row in as_called.operands]
         symbolic = any(isinstance(slot.size, Sym) for slot in self.slots)
         first_error = ""
-        for values in _DOMAINS:
+        for values in (*_DOMAINS, *self.meaningful()):
             self.values = values
             for small in (False, True):
                 for related in (False, True) if self.probe.checks else (True,):
@@ -144,6 +145,19 @@ class _Search:
                 return as_called
             first_error = first_error or self.error
         raise ProbeError(f"failed on probe inputs: {first_error}")
+
+    def meaningful(self) -> Iterator[Values]:
+        """Yield numbers whose whole ones are related, as the offsets of groups are."""
+        operands = self.probe.call.operands
+        whole = [
+            index
+            for index, operand in enumerate(operands)
+            if operand.dtype in (torch.int32, torch.int64)
+        ]
+        for index in reversed(whole):
+            for meaning in MEANINGS:
+                words = tuple(meaning if at == index else "" for at in range(len(operands)))
+                yield replace(_DOMAINS[0], meanings=words)
 
     def candidates(self, small: bool, related: bool, factor: int) -> Iterator[Pattern]:
         """Yield a pattern in which equal sizes are one size.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from autoparallel.discovery.discover import ProbeError, require_probeable
+from autoparallel.discovery.probe_processes import EndedError, in_fork
 from autoparallel.discovery.probe_sizes import ProbeSizes, shrink
 from autoparallel.discovery.shape_pattern import Probe
 from autoparallel.discovery.strategy_validation import Example
@@ -64,7 +65,12 @@ def why_unproven(call: OpCall) -> str:
     """
     key = (find_rule(call.node.target), signature(call))
     if key not in _PROVEN:
-        _PROVEN[key] = _why_unproven(call)
+        try:
+            # The rule may be wrong, and the op trust its numbers: a part may make it crash.
+            reason, _ = in_fork(lambda _: _why_unproven(call).encode())
+            _PROVEN[key] = reason.decode()
+        except EndedError as error:
+            _PROVEN[key] = f"the op {error}"
     return _PROVEN[key]
 
 

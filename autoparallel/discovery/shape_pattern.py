@@ -6,7 +6,7 @@ rule can be found on small tensors, and be used for large ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,14 @@ import sympy
 import torch
 
 from autoparallel.capture.custom_functions import function_op
+from autoparallel.discovery.forked_run import Limits, ProcessEndedError, run_in_fork
 from autoparallel.graph.graph import Dim, Ref, Sym, hint, leaves, map_leaves, size_expression
 from autoparallel.graph.operators import operator_of
 from autoparallel.rules.rule import OpCall
 from autoparallel.support.torch_private import is_custom_op
 
 __all__ = [
+    "MEANINGS",
     "OpFailedError",
     "Pattern",
     "Probe",
@@ -176,7 +178,9 @@ class Values:
 
     low, high: bounds of their magnitude. signs: both signs, or positive alone. bounds: per operand
     of whole numbers that are places along some dim, that dim's size. step: numbers are multiples of
-    it, if it is not 0. zeros: the share of numbers that is zero.
+    it, if it is not 0. zeros: the share of numbers that is zero. meanings: per operand, words of
+    MEANINGS for whole numbers that are related to each other; "" for others, and none where no
+    operand has a meaning.
     """
 
     low: float = 0.2
@@ -185,17 +189,25 @@ class Values:
     bounds: tuple[Term | None, ...] = ()
     step: float = 0.0
     zeros: float = 0.0
+    meanings: tuple[str, ...] = ()
+
+
+# Whole numbers that grow along their last dim: where groups begin, from 0, and where they end.
+MEANINGS = ("begins", "ends")
 
 
 class Probe:
     """A call that can be run at other sizes, on the CPU.
 
-    call: as the graph has it. dtype: the type that stands for every floating point type. runs: how
-    often the op was run.
+    call: as the graph has it. dtype: the type that stands for every floating point type. careful:
+    whether what the op may not survive is done in processes of their own. runs: how often the op
+    was run.
     """
 
-    def __init__(self, call: OpCall, dtype: torch.dtype = torch.float64) -> None:
-        self.call, self.dtype = call, dtype
+    def __init__(
+        self, call: OpCall, dtype: torch.dtype = torch.float64, careful: bool = False
+    ) -> None:
+        self.call, self.dtype, self.careful = call, dtype, careful
         self.operation = operator_of(call.node.target)
         self.runs = 0
 
@@ -214,6 +226,17 @@ class Probe:
         if function is not None:
             return function.examined.plain
         return is_custom_op(f"{space}::{name}")
+
+    def survived(self, work: Callable[[], str]) -> str:
+        """Return the words that `work` returns; where the op is probed with care and does not
+        survive it, how its process ended.
+        """
+        if not self.careful:
+            return work()
+        try:
+            return run_in_fork(lambda: work().encode(), Limits()).decode()
+        except ProcessEndedError as error:
+            return f"its process {error}"
 
     def own(self) -> Pattern:
         """Return the pattern that fits this call's sizes alone, with every size a number."""
@@ -247,6 +270,8 @@ class Probe:
             bound = values.bounds[index] if values.bounds else None
             limit = bound.at(sizes) if bound is not None else None
             tensor = self.fill(shape, operand.dtype, values, limit, generator)
+            if values.meanings and values.meanings[index]:
+                tensor = _growing(tensor, values.meanings[index], generator)
             operands.append(_amid_nothing(tensor) if guarded else tensor)
         return operands
 
@@ -264,9 +289,10 @@ class Probe:
         """
         if dtype == torch.bool:
             return torch.randint(0, 2, shape, generator=generator) == 1
+        if dtype.is_complex:
+            parts = [self.fill(shape, self.dtype, values, limit, generator) for _ in range(2)]
+            return torch.complex(*parts)
         if not dtype.is_floating_point:
-            if dtype.is_complex:
-                raise ProbeError("reads complex numbers, which are not probed")
             # Whole numbers that are no places are small and not 0, so that they may divide or
             # repeat.
             low, high = (1, 3) if limit is None else (0, limit)
@@ -297,6 +323,8 @@ class Probe:
                 return torch.device("cpu")
             if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
                 return self.dtype
+            if isinstance(leaf, torch.dtype) and leaf.is_complex:
+                return self.dtype.to_complex()
             return leaf
 
         node = self.call.node
@@ -340,10 +368,19 @@ class Probe:
         return results
 
 
+def _growing(tensor: torch.Tensor, meaning: str, generator: torch.Generator) -> torch.Tensor:
+    """Return whole numbers that grow along the last dim, to at most its size."""
+    size = tensor.shape[-1] if tensor.dim() else 1
+    numbers = torch.randint(0, size, tensor.shape, generator=generator).sort(-1).values
+    if meaning == "ends":
+        return (numbers + 1).to(tensor.dtype)
+    return (numbers - numbers[..., :1] if tensor.dim() else numbers).to(tensor.dtype)
+
+
 def _amid_nothing(tensor: torch.Tensor) -> torch.Tensor:
     """Return the same numbers, with memory that is NaN (or far out of range) on both sides."""
     nothing: float | bool = float("nan")
-    if not tensor.dtype.is_floating_point:
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         nothing = tensor.dtype == torch.bool or torch.iinfo(tensor.dtype).max
     memory = torch.full((tensor.numel() + 2 * _GUARD,), nothing, dtype=tensor.dtype)
     inner = memory[_GUARD : _GUARD + tensor.numel()].view(tensor.shape)

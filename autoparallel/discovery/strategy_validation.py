@@ -88,8 +88,11 @@ def uneven_parts(
     parts = []
     for rank in range(1, world_size):
         # Larger on later ranks, so that no two summands are interchangeable.
-        noise = random_numbers(whole.shape, generator) * (rank + 1)
-        if not whole.dtype.is_floating_point:
+        numbers = whole.dtype.is_floating_point or whole.dtype.is_complex
+        noise = random_numbers(
+            whole.shape, generator, whole.dtype if numbers else torch.float64
+        ) * (rank + 1)
+        if not numbers:
             noise = (noise * 4).round()
         parts.append(noise.to(whole.dtype))
     rest = whole.clone()
@@ -148,7 +151,7 @@ def why_wrong(
     second: dict[str, torch.Tensor | None] | None = None
     if twice:
         directions = {
-            name: random_numbers(whole.shape, generator).to(whole.dtype)
+            name: random_numbers(whole.shape, generator, whole.dtype)
             for name, whole in example.gradients.items()
         }
         second = _second_gradients(example, directions)
@@ -200,7 +203,9 @@ def why_wrong(
         rank = min(root_causes or errors)
         return f"rank {rank} failed: {type(errors[rank]).__name__}: {str(errors[rank])[:300]}"
     for index, (whole, placement) in enumerate(zip(example.results, strategy.results, strict=True)):
-        wrong = difference([results[index] for results, _ in returned], whole, placement, tolerance)
+        parts_of_result = [results[index] for results, _ in returned]
+        slack = example.slack.get(example.node.results[index].name, 0.0)
+        wrong = difference(parts_of_result, whole, placement, tolerance, slack)
         if wrong:
             return f"result {index}: {wrong}"
     for name, whole in example.gradients.items():
@@ -216,6 +221,7 @@ def why_wrong(
             whole,
             gradient(storage[name]),
             tolerance,
+            example.slack.get(name, 0.0),
         )
         if wrong:
             return f"gradient of operand {name}: {wrong}"
@@ -272,8 +278,12 @@ def difference(
     whole: torch.Tensor,
     placement: Placement,
     tolerance: float = _TOLERANCE[torch.float64],
+    slack: float = 0.0,
 ) -> str:
-    """Return where the ranks' parts are not `whole` under `placement`, as text; "" if they are."""
+    """Return where the ranks' parts are not `whole` under `placement`, as text; "" if they are.
+
+    tolerance: relative and absolute. slack: an absolute error that is allowed besides.
+    """
     parts = [part.detach() for part in parts]
     world_size = len(parts)
     if any(part.dtype != whole.dtype for part in parts):
@@ -283,23 +293,25 @@ def difference(
             return f"shapes {[tuple(part.shape) for part in parts]}, not {tuple(whole.shape)}"
         # sum() of integers is int64, whatever they were.
         total = torch.stack(parts).sum(0).to(whole.dtype)
-        return _apart("the sum over ranks", total, whole, tolerance)
+        return _apart("the sum over ranks", total, whole, tolerance, slack)
     for rank, part in enumerate(parts):
         expected = whole
         if isinstance(placement, Shard):
             expected = take_part(whole, placement, world_size, rank)
-        wrong = _apart(f"rank {rank}", part, expected, tolerance)
+        wrong = _apart(f"rank {rank}", part, expected, tolerance, slack)
         if wrong:
             return wrong
     return ""
 
 
-def _apart(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
+def _apart(
+    what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float, slack: float
+) -> str:
     """Return the difference of two tensors as text, "" where it is within the tolerance."""
     if actual.shape != expected.shape:
         return f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     if actual.is_floating_point() or actual.is_complex():
-        if torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
+        if torch.allclose(actual, expected, rtol=tolerance, atol=tolerance + slack):
             return ""
         return f"{what} is off by {(actual - expected).abs().max().item():.3g}"
     return "" if torch.equal(actual, expected) else f"{what} differs"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from autoparallel.discovery.discovered_rule import DiscoveredRule
-from autoparallel.discovery.example_calls import Example, make_example
+from autoparallel.discovery.example_calls import Example, make_example, random_numbers
 from autoparallel.discovery.probe_sizes import ProbeSizes
 from autoparallel.discovery.shape_pattern import Pattern, Probe, ProbeError, Values
 from autoparallel.discovery.size_choices import assignment
@@ -28,8 +28,15 @@ _MOST_OWN = 64
 _MOST_ELEMENTS = 1 << 17
 # Which sizes, and how many ranks: enough to refuse most wrong guesses.
 _QUICK = ((0, 2), (1, 3))
+_TOLERANCE = 1e-10
 # For ops that take no float64.
 _LOOSE = 2e-4
+# The change of numbers by which their condition is seen, the error of a hundred roundings or so,
+# and what no error may exceed of the largest number.
+_NUDGE = 1e-9
+_ROUNDING = 3e-14
+_MOST_SLACK = 1e-7
+_ENORMOUS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class Trial:
 
     def __init__(self, probe: Probe, shrunk: ProbeSizes) -> None:
         self.probe, self.shrunk = probe, shrunk
-        self.tolerance = 1e-10 if probe.dtype == torch.float64 else _LOOSE
+        self.tolerance = _TOLERANCE if probe.dtype == torch.float64 else _LOOSE
         self.gradients = any(operand.requires_grad for operand in probe.call.operands)
         self.backward_error = ""
         self.faults = 0
@@ -85,7 +92,7 @@ class Trial:
         probe, pattern = self.probe, self.shrunk.pattern
         tensors = probe.tensors(pattern, sizes, values or self.shrunk.values, 7 + seed)
         for operand, tensor in zip(probe.call.operands, tensors, strict=True):
-            if operand.requires_grad and self.gradients and tensor.dtype.is_floating_point:
+            if operand.requires_grad and self.gradients and _is_number(tensor):
                 tensor.requires_grad_()
         before = [tensor.detach().clone() for tensor in tensors]
         args, kwargs = probe.arguments(pattern, sizes, tensors)
@@ -103,7 +110,56 @@ class Trial:
             # Schemas may be wrong: what is written to is seen here.
             if not torch.equal(old, tensor.detach()):
                 raise ProbeError("writes to its inputs")
-        return first_run
+        return replace(first_run, slack=self.slack(first_run, pattern, sizes, tensors))
+
+    def slack(
+        self,
+        example: Example,
+        pattern: Pattern,
+        sizes: Mapping[int, int],
+        tensors: list[torch.Tensor],
+    ) -> dict[str, float]:
+        """Return the errors that rounding may leave in results and gradients, by their names.
+
+        It is seen by changing all numbers a little, and is above the tolerance for ill-conditioned
+        calls alone (the inverse of a matrix that is nearly singular). It is far below what a wrong
+        strategy changes in any case.
+        """
+        if self.probe.dtype != torch.float64:
+            return {}
+        generator = torch.Generator().manual_seed(3)
+        near = [
+            (tensor * (1 + _NUDGE * random_numbers(tensor.shape, generator)))
+            .to(tensor.dtype)
+            .detach()
+            .requires_grad_(tensor.requires_grad)
+            if _is_number(tensor)
+            else tensor
+            for tensor in tensors
+        ]
+        args, kwargs = self.probe.arguments(pattern, sizes, near)
+        try:
+            other = make_example(self.probe.call.node.target, args, kwargs)
+        except Exception:  # the op or its backward may not take these: nothing is known then
+            return {}
+        pairs = [
+            (value.name, one, two)
+            for value, one, two in zip(
+                example.node.results, example.results, other.results, strict=True
+            )
+        ]
+        pairs += [
+            (name, one, two)
+            for (name, one), two in zip(
+                example.gradients.items(), other.gradients.values(), strict=True
+            )
+        ]
+        slack = {}
+        for name, one, two in pairs:
+            if one.shape == two.shape and _is_number(one) and one.numel():
+                change = _largest(one - two)
+                slack[name] = min(change * _ROUNDING / _NUDGE, _MOST_SLACK * _largest(one))
+        return slack
 
     def tried(
         self, sizes: Mapping[int, int], seed: int, values: Values | None = None
@@ -148,7 +204,9 @@ class Trial:
             if isinstance(placement, Partial) and value.dtype == torch.bool:
                 return "truth values have no pending sum"
         self.faults += 1
-        return why_wrong(example, strategy, world_size, rule, self.tolerance)
+        return self.probe.survived(
+            lambda: why_wrong(example, strategy, world_size, rule, self.tolerance)
+        )
 
     def try_loop(self, discovered: DiscoveredRule, loop: str) -> str:
         """Return the fault of splitting `loop`, "" if it has none, on two sets of sizes."""
@@ -175,7 +233,10 @@ class Trial:
             rule = replace(discovered, linear=(group,)).rule(example.call)
             if rule is None:
                 raise ProbeError("behaves differently at other sizes")
-            why = self.wrong(example, rule, self.strategies(example, rule, [], ranks)[-1], ranks)
+            strategy = self.strategies(example, rule, [], ranks)[-1]
+            if not any(isinstance(placement, Partial) for placement in strategy.operands):
+                return "a sum without a gradient is not left pending here"
+            why = self.wrong(example, rule, strategy, ranks)
             if why:
                 return why
         return ""
@@ -207,7 +268,7 @@ class Trial:
             if example is None:
                 continue
             numbers = (*example.results, *example.gradients.values())
-            if all(bool(tensor.isfinite().all()) for tensor in numbers):
+            if all(bool(tensor.isfinite().all()) for tensor in numbers) and not _explodes(example):
                 yield example
 
     def own_integers(self) -> Example | None:
@@ -241,6 +302,31 @@ class Trial:
                 if loop not in rule.whole and is_possible(rule, tile, world_size):
                     tiles.append(tile)
         return tiles
+
+
+def _explodes(example: Example) -> bool:
+    """Return whether numbers are enormous, and rounding hides what is wrong with them.
+
+    Large operands of a product of many factors give such results, of which nothing can be learnt.
+    """
+    numbers = {
+        **dict(zip((value.name for value in example.node.results), example.results, strict=True)),
+        **example.gradients,
+    }
+    return any(
+        _largest(numbers[name]) > _ENORMOUS and slack > _TOLERANCE * _largest(numbers[name])
+        for name, slack in example.slack.items()
+    )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """Return the largest finite magnitude in a tensor that has elements."""
+    return float(tensor.abs().nan_to_num(0.0, 0.0, 0.0).max().item())
+
+
+def _is_number(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has real or complex numbers, which are rounded."""
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def _has_backward(probe: Probe) -> bool:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import replace
 from typing import Any
 
-from autoparallel.discovery.discover import ProbeError, confirmed, discover
+from autoparallel.discovery.discover import ProbeError, require_probeable
 from autoparallel.discovery.discovered_rule import DiscoveredRule
-from autoparallel.discovery.disk_cache import key_of, load, store
+from autoparallel.discovery.disk_cache import (
+    key_of,
+    load,
+    load_refusal,
+    refusal_key,
+    store,
+    store_refusal,
+)
+from autoparallel.discovery.probe_processes import EndedError, is_only_here, rule_of
 from autoparallel.discovery.registered_rules import require_proven
+from autoparallel.discovery.shape_pattern import Probe
 from autoparallel.graph.graph import Dim, Graph
 from autoparallel.rules.lookup import find_rule, known_rule
 from autoparallel.rules.registry import remember, signature
@@ -33,10 +42,13 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
     key = signature(call)
     if key not in _REASONS:
         try:
-            with warnings.catch_warnings():
-                # Probing with unusual numbers may warn of what the user's model never does.
-                warnings.simplefilter("ignore")
-                discovered = _cached(call).rule(call)
+            found, remark = _cached(call)
+            discovered = found.rule(call)
+            if discovered is not None and remark:
+                discovered = replace(discovered, discovered=f"{discovered.discovered}; {remark}")
+        except EndedError as error:
+            # What the op does on parts cannot be known; whole, it runs as it does unsplit.
+            discovered, why = whole_rule(call, f"the op {error}"), ""
         except ProbeError as error:
             discovered, why = None, f"the op {error}"
         except Exception as error:  # run by the referee, ops may fail in any way: the plan says how
@@ -73,17 +85,30 @@ def whole_rule(call: OpCall, why: str) -> ShardingRule:
     )
 
 
-def _cached(call: OpCall) -> DiscoveredRule:
+def _cached(call: OpCall) -> tuple[DiscoveredRule, str]:
     """Return the stored rule if it still holds; else a new one, which is stored.
 
-    Raises ProbeError.
+    Also returns a remark for the plan, which is about this process alone. Raises ProbeError.
     """
+    # By its schema alone, an op may be refused without a look at any file.
+    require_probeable(Probe(call))
     key = key_of(call)
-    discovered = load(key)
-    if discovered is None or not confirmed(discovered, call):
-        discovered = discover(call)
+    stored = load(key)
+    refusal = load_refusal(refusal_key(call)) if stored is None else None
+    if refusal is not None:
+        why, ended = refusal
+        raise EndedError(why, lasting=True) if ended else ProbeError(why)
+    try:
+        discovered, remark = rule_of(call, stored)
+    except ProbeError as error:
+        ended = isinstance(error, EndedError)
+        # A function of the user's may fail for reasons that no key knows of.
+        if not is_only_here(call.node.target) and getattr(error, "lasting", True):
+            store_refusal(refusal_key(call), str(error), ended)
+        raise
+    if discovered != stored:
         store(key, discovered)
-    return discovered
+    return discovered, remark
 
 
 def learn(graph: Graph) -> None:

@@ -1,4 +1,4 @@
-"""Kernels that split any op of a kind: look-ups, reductions that combine, means.
+"""Kernels that split any op of a kind: look-ups, reductions that combine, means, parts of results.
 
 Each takes the op's own arguments, with this rank's tensors, then `group`, the whole `size` of the
 loop that is split, the `operation` to run (its qualified name), and `where`, which says which
@@ -20,7 +20,7 @@ from autoparallel.runtime.groups import Group
 from autoparallel.runtime.split_indices import places_here
 from autoparallel.runtime.stand_ins import silenced, stand_ins_for, without_stand_ins
 
-__all__ = ["combined_parts", "masked_lookup", "weighted_mean"]
+__all__ = ["alike_elsewhere", "combined_parts", "masked_lookup", "weighted_mean"]
 
 
 def _tensors(structure: Any) -> Iterator[torch.Tensor]:
@@ -68,6 +68,16 @@ def _standing_in(
     """
     dims = [[dim for other, dim in split if other == index] for index in range(len(tensors))]
     return dict(enumerate(stand_ins_for(tensors, dims)))
+
+
+def alike_elsewhere(
+    *args: Any, group: Group, size: int, operation: str, **kwargs: Any
+) -> tuple[torch.Tensor, ...]:
+    """Run an op on parts of a loop that some of its results do not have: those are alike on every
+    rank, and no pending sums. The factors of a matrix, beside parts of the solutions, are so.
+    """
+    results: Any = _run(operation, args, kwargs, {})
+    return tuple(results)
 
 
 def masked_lookup(

@@ -17,8 +17,14 @@ import torch
 from torch.nn import functional
 
 from autoparallel.placement import part_bounds
+from autoparallel.runtime import ctc_loss  # noqa: F401  # an op, which programs call by its name
 from autoparallel.runtime.collectives import common_sum, for_parts, pending_sum, same_sum
-from autoparallel.runtime.discovered_kernels import combined_parts, masked_lookup, weighted_mean
+from autoparallel.runtime.discovered_kernels import (
+    alike_elsewhere,
+    combined_parts,
+    masked_lookup,
+    weighted_mean,
+)
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.split_indices import places_here, require_below
 from autoparallel.runtime.stand_ins import stand_ins_for, without_stand_ins
@@ -34,8 +40,14 @@ from autoparallel.runtime.statistics import (
     min_split,
     softmax_split,
 )
+from autoparallel.runtime.variance import (
+    group_norm_split,
+    instance_norm_split,
+    variance_split,
+)
 
 __all__ = [
+    "alike_elsewhere",
     "amax_split",
     "amin_split",
     "argmax_split",
@@ -43,13 +55,16 @@ __all__ = [
     "batch_norm_split",
     "combined_parts",
     "convolution_inputs",
+    "convolution_outputs",
     "cross_entropy_classes",
     "cross_entropy_rows",
     "cross_entropy_tokens",
     "embedding_rows",
     "gather_split",
+    "group_norm_split",
     "grouped_mm_matrices",
     "index_select_split",
+    "instance_norm_split",
     "log_softmax_split",
     "logsumexp_split",
     "masked_lookup",
@@ -57,6 +72,7 @@ __all__ = [
     "min_split",
     "softmax_split",
     "stand_ins_for",
+    "variance_split",
     "weighted_mean",
     "without_stand_ins",
 ]
@@ -143,6 +159,13 @@ def index_select_split(
     return pending_sum(selected, group)
 
 
+def _convolution(weight: torch.Tensor, transposed: bool = False) -> Callable[..., torch.Tensor]:
+    """Return torch's convolution for a weight of so many dims."""
+    plain = (functional.conv1d, functional.conv2d, functional.conv3d)
+    others = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+    return (others if transposed else plain)[weight.dim() - 3]
+
+
 def convolution_inputs(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -150,18 +173,39 @@ def convolution_inputs(
     *options: Any,
     group: Group,
     size: int,
+    transposed: bool,
     **more: Any,
 ) -> torch.Tensor:
     """Convolve with split input channels: a pending sum, with the bias on the first rank alone.
 
-    x: (b, c / n, *spatial). weight: (o, c / n, *kernel). bias: (o,). options, more: the op's other
-    arguments. size: c of the whole.
+    x: (b, g c / n, *spatial). weight: (g o, c / n, *kernel), or (g c / n, o, *kernel) of a
+    transposed convolution. bias: (g o,). options, more: the op's other arguments. size: the input
+    channels of the whole.
     """
-    run = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
     # Times 0 rather than left out: the bias then has a gradient on every rank, and which ranks
     # communicate in the backward pass does not depend on the rank.
     bias_here = bias * (1 if group.rank == 0 else 0)
+    run = _convolution(weight, transposed)
     return pending_sum(run(x, weight, bias_here, *options, **more), group)
+
+
+def convolution_outputs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *options: Any,
+    group: Group,
+    size: int,
+    **more: Any,
+) -> torch.Tensor:
+    """Convolve in groups of which each has a part of its output channels here.
+
+    x: (b, g c, *spatial). weight: (g o / n, c, *kernel). bias: (g o / n,) or None. options, more:
+    the op's other arguments, of which the number of groups, g, is read off the shapes: this rank
+    may have a part of them.
+    """
+    groups = x.size(1 - weight.dim()) // weight.size(1)
+    return _convolution(weight)(x, weight, bias, *options[:3], **{**more, "groups": groups})
 
 
 def grouped_mm_matrices(

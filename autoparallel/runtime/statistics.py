@@ -31,14 +31,16 @@ __all__ = [
 ]
 
 
-def _highest(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """Return the maximum over all ranks' parts, with the dim kept at size 1."""
-    if x.size(dim):
+def _highest(x: torch.Tensor, dim: int | tuple[int, ...], group: Group) -> torch.Tensor:
+    """Return the maximum over all ranks' parts, with the dims kept at size 1."""
+    dims = (dim,) if isinstance(dim, int) else dim
+    if all(x.size(each) for each in dims):
         highest_here = x.amax(dim, keepdim=True)
     else:
         # A rank without elements brings the neutral element of the maximum.
         shape = list(x.shape)
-        shape[dim] = 1
+        for each in dims:
+            shape[each] = 1
         highest_here = x.new_full(
             shape, float("-inf") if x.is_floating_point() else _lowest(x.dtype)
         )
@@ -114,16 +116,16 @@ log_softmax_split = partial(softmax_split, log=True)
 
 
 class _LogSumExp(torch.autograd.Function):
-    """The logarithm of the sum of exp(x) along a split dim, the same on every rank."""
+    """The logarithm of the sum of exp(x) along dims of which one is split, alike on all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dims: tuple[int, ...], group: Group) -> torch.Tensor:
         """Return the log-sum-exp of all ranks' parts."""
-        highest = _highest(x, dim, group)
+        highest = _highest(x, dims, group)
         # Where all are -inf, or one is inf, x - highest would be nan; 0 gives -inf or inf, as torch
         # does.
         highest = highest.masked_fill(highest.isinf(), 0)
-        total = group.all_reduce((x - highest).exp().sum(dim, keepdim=True))
+        total = group.all_reduce((x - highest).exp().sum(dims, keepdim=True))
         result = total.log() + highest
         ctx.save_for_backward(x, result)
         ctx.group = group
@@ -137,42 +139,47 @@ class _LogSumExp(torch.autograd.Function):
         return grad * (x - result).exp(), None, None
 
 
-def _over_one(
+def _over(
     kernel: type[torch.autograd.Function],
     x: torch.Tensor,
     dims: int | list[int] | tuple[int, ...],
     keepdim: bool,
     group: Group,
 ) -> torch.Tensor:
-    """Run a kernel that keeps the dim that it reduces, called as an op of several dims."""
-    dim = dims if isinstance(dims, int) else dims[0]
-    result: torch.Tensor = kernel.apply(x, dim, group)
-    return result if keepdim else result.squeeze(dim)
+    """Run a kernel that keeps the dims that it reduces, called as an op of several dims; of none
+    means of all.
+    """
+    given = (dims,) if isinstance(dims, int) else tuple(dims)
+    over = given or tuple(range(x.dim()))
+    result: torch.Tensor = kernel.apply(x, over, group)
+    return result if keepdim else result.squeeze(over)
 
 
 def logsumexp_split(
     x: torch.Tensor, dims: list[int], keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Return the log-sum-exp over one split dim, the same on every rank.
+    """Return the log-sum-exp over dims of which one is split, the same on every rank.
 
-    x: split along the dim. dims: that dim alone, as a list. keepdim: whether it stays, with size 1.
+    x: split along one of the dims. keepdim: whether they stay, with size 1.
 
     >>> from autoparallel.runtime.groups import SingleGroup
     >>> logsumexp_split(torch.zeros(2, 1), [0], group=SingleGroup(), size=2)
     tensor([0.6931])
     """
-    return _over_one(_LogSumExp, x, dims, keepdim, group)
+    return _over(_LogSumExp, x, dims, keepdim, group)
 
 
 class _Extremes(torch.autograd.Function):
-    """The maximum over a split dim, whose gradient goes evenly to all elements that have it."""
+    """The maximum over dims of which one is split, whose gradient goes evenly to all elements that
+    have it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dims: tuple[int, ...], group: Group) -> torch.Tensor:
         """Return the maximum of all ranks' parts."""
-        highest = _highest(x, dim, group)
+        highest = _highest(x, dims, group)
         ctx.save_for_backward(x, highest)
-        ctx.dim, ctx.group = dim, group
+        ctx.dims, ctx.group = dims, group
         return highest
 
     @staticmethod
@@ -180,29 +187,39 @@ class _Extremes(torch.autograd.Function):
         """Divide the gradient by the number of elements, on all ranks, that have the maximum."""
         x, highest = ctx.saved_tensors
         chosen = (x == highest).to(grad.dtype)
-        count = ctx.group.all_reduce(chosen.sum(ctx.dim, keepdim=True))
+        count = ctx.group.all_reduce(chosen.sum(ctx.dims, keepdim=True))
         return for_parts(grad, ctx.group) * chosen / count, None, None
 
 
 def amax_split(
-    x: torch.Tensor, dims: list[int], keepdim: bool = False, *, group: Group, size: int
+    x: torch.Tensor,
+    dims: list[int] | tuple[int, ...] = (),
+    keepdim: bool = False,
+    *,
+    group: Group,
+    size: int,
 ) -> torch.Tensor:
-    """Return the maximum over one split dim, the same on every rank.
+    """Return the maximum over dims of which one is split, the same on every rank.
 
-    x: split along the dim. dims: that dim alone, as a list. keepdim: whether it stays, with size 1.
-    The gradient goes evenly to all elements that have the maximum, as torch.amax's does.
+    x: split along one of the dims. dims: none for all. keepdim: whether they stay, with size 1. The
+    gradient goes evenly to all elements that have the maximum, as torch.amax's does.
 
     >>> from autoparallel.runtime.groups import SingleGroup
     >>> amax_split(torch.tensor([1.0, 3.0]), [0], group=SingleGroup(), size=2)
     tensor(3.)
     """
-    return _over_one(_Extremes, x, dims, keepdim, group)
+    return _over(_Extremes, x, dims, keepdim, group)
 
 
 def amin_split(
-    x: torch.Tensor, dims: list[int], keepdim: bool = False, *, group: Group, size: int
+    x: torch.Tensor,
+    dims: list[int] | tuple[int, ...] = (),
+    keepdim: bool = False,
+    *,
+    group: Group,
+    size: int,
 ) -> torch.Tensor:
-    """Return the minimum over one split dim, the same on every rank. The arguments are
+    """Return the minimum over dims of which one is split, the same on every rank. The arguments are
     `amax_split`'s.
     """
     return -amax_split(-x, dims, keepdim, group=group, size=size)

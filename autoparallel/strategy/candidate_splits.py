@@ -138,13 +138,27 @@ class CandidateSplits:
             return True
         # Without data parallelism each rank computes its part of every product for the whole batch,
         # and uses a weight matrix only as it is split.
-        if rule.flops and isinstance(rule.sizes[tile.loop], Sym):
+        if rule.flops and isinstance(rule.sizes[tile.loop], Sym) and not self.is_stuck(node, rule):
             return False
         for operand, dims in zip(self.reads[node.name], rule.operands, strict=True):
             matrix = operand in self.weights and sum(bool(names) for names in dims) >= 2
             if matrix and not any(tile.loop in names for names in dims):
                 return False
         return True
+
+    def is_stuck(self, node: Node, rule: ShardingRule) -> bool:
+        """Return whether a product of activations alone has nothing but symbolic dims to split.
+
+        Attention with one head is such a product: every rank would compute all of it, unless each
+        takes some of the queries.
+        """
+        if not self.options.sequence_parallel or self.weights & set(self.reads[node.name]):
+            return False
+        return not any(
+            loop not in rule.whole and is_possible(rule, LoopSplit(loop), self.world_size)
+            for loop in rule.loops
+            if not isinstance(rule.sizes[loop], Sym)
+        )
 
 
 def weight_values(graph: Graph) -> set[str]:

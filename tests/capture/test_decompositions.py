@@ -113,6 +113,27 @@ def losses():
             yield f"{name}, {way}", case
 
 
+def ctc(x, labels, score_lengths, lengths, **options):
+    scores = torch.stack([x, x * 0.5, x.flip(0), x * 2, x + 1]).log_softmax(-1)
+    return F.ctc_loss(scores, labels, score_lengths, lengths, **options)
+
+
+def ctc_losses():
+    lengths, labels = torch.tensor([5, 4, 5, 5, 3, 5, 5, 4]), ints(8, 3)
+    count = torch.tensor([2, 1, 2, 3, 1, 2, 0, 1])
+    for way in ("mean", "sum", "none"):
+        yield (
+            f"ctc_loss, {way}",
+            (lambda x, *o, p=way: ctc(x, *o, reduction=p), labels, lengths, count),
+        )
+    # With one label of three, the last sequence is too short for its labels.
+    impossible = torch.tensor([5, 4, 5, 5, 3, 5, 5, 1]), torch.tensor([2, 1, 2, 3, 1, 2, 0, 3])
+    yield (
+        "ctc_loss without infinity",
+        (lambda x, *o: ctc(x, *o, zero_infinity=True, blank=0), labels, *impossible),
+    )
+
+
 def bags(x, index, **options):
     return F.embedding_bag(index, x, **options)
 
@@ -151,6 +172,11 @@ def others():
     yield "weight_norm", (lambda x, g: torch._weight_norm(x, g, 1) * g, fixed(1, 9))
     yield "weight_norm of all", (lambda x, g: torch._weight_norm(x, g, -1), fixed(1, 1))
     yield "bilinear", (F.bilinear, fixed(8, 5), fixed(7, 9, 5), fixed(7))
+    yield "cov", (lambda x: torch.cov(x),)
+    yield "cov of the population", (lambda x: torch.cov(x.mT, correction=0),)
+    yield "cov of one variable", (lambda x: torch.cov(x[0]),)
+    yield "cov with weights", (lambda x, w: torch.cov(x, fweights=w), ints(9))
+    yield "corrcoef", (lambda x: torch.corrcoef(x),)
     yield "hstack", (lambda x, y: torch.hstack([x, y, x]), fixed(8, 5))
     yield "kron", (torch.kron, fixed(2, 3))
     yield "tensordot", (lambda x, w: torch.tensordot(x, w, 1), fixed(9, 3, 2))
@@ -226,7 +252,7 @@ def test_a_mean_of_narrow_numbers_does_not_overflow():
     assert made.output == 2
 
 
-CASES = {**dict(losses()), **dict(others())}
+CASES = {**dict(losses()), **dict(ctc_losses()), **dict(others())}
 BROAD = [name for name in CASES if name.endswith((", sum", ", none"))]
 
 

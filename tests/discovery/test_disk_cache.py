@@ -13,6 +13,7 @@ from autoparallel.discovery import unknown_ops as unknown
 from autoparallel.discovery.discover import discover
 from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.disk_cache import key_of, load, store
+from autoparallel.discovery.probe_processes import rule_of
 from autoparallel.rules import registry
 from autoparallel.rules.rule import OpCall
 from autoparallel.support.cache_files import default_cache_folder
@@ -35,11 +36,13 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ops that were probed, as they are."""
     seen: list[str] = []
 
-    def counted(call: OpCall) -> DiscoveredRule:
-        seen.append(call.node.target)
-        return discover(call)
+    def counted(call: OpCall, stored: DiscoveredRule | None) -> tuple[DiscoveredRule, str]:
+        rule, remark = rule_of(call, stored)
+        if rule != stored:
+            seen.append(call.node.target)
+        return rule, remark
 
-    monkeypatch.setattr(unknown, "discover", counted)
+    monkeypatch.setattr(unknown, "rule_of", counted)
     return seen
 
 

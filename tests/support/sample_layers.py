@@ -8,6 +8,8 @@ def complex_numbers(*shape: int) -> torch.Tensor:
     return torch.complex(fixed(*shape), fixed(*shape)).requires_grad_()
 
 
+_INF = float("inf")
+_EQUAL = ("max", "min", "linalg_vector_norm")
 _OF_ALL = ("max", "min", "prod", "var", "std", "median", "nanmedian")
 
 
@@ -84,6 +86,28 @@ def reduction() -> list[Call]:
         call("linalg_vector_norm.default", x(4, 5, 6), 2, (1,), True),
         call("linalg_vector_norm.default", x(4, 5, 6)),
         call("norm.ScalarOpt_dim", x(4, 5, 6), 2, (-1,)),
+        *(
+            call(f"{name}.default", x(5, 4, 6), symbolic={5: "s0"})
+            for name in ("max", "min", "prod", "var", "std")
+        ),
+        *(call(f"{name}.default", torch.ones(4, 5).double().requires_grad_()) for name in _EQUAL),
+        *(call(f"{name}.default", ints(4, 5)) for name in ("max", "min", "prod")),
+        call("min.default", ints(4, 5).to(torch.uint8)),
+        call("amin.default", ints(4, 5).to(torch.uint8), (1,)),
+        *(call(f"{name}.default", truth(5, 4), symbolic={5: "s0"}) for name in ("any", "all")),
+        call("prod.dim_int", fixed(5, 4).requires_grad_(), 0, True, symbolic={5: "s0"}),
+        call("prod.default", torch.tensor([[1.0, 0.0, 2.0], [3.0, 4.0, 5.0]]).double()),
+        call("logsumexp.default", x(4, 5, 6), (0, 2)),
+        call("amin.default", x(5, 4, 6), (0, 1), symbolic={5: "s0"}),
+        call("std.correction", x(4, 5, 6), None, correction=0),
+        call("var.correction", x(4, 5, 6), (-1, 0), keepdim=True),
+        call("var_mean.correction", x(5, 4, 6), symbolic={5: "s0"}),
+        call("std_mean.correction", x(4, 5, 6), (1,)),
+        *(call("linalg_vector_norm.default", x(4, 5, 6), p, (0, 2)) for p in (1, 3.0, 0, _INF)),
+        call("linalg_vector_norm.default", x(5, 6), symbolic={5: "s0"}),
+        call("norm.ScalarOpt_dim", x(4, 5, 6), None, (0, 1), True),
+        call("norm.Scalar", x(4, 5), 1),
+        call("linalg_vector_norm.default", complex_numbers(4, 5), 2, (1,)),
         call("topk.default", x(4, 5, 6), 2),
         call("topk.default", x(4, 5, 6), 3, 1),
         call("sort.default", x(4, 5, 6)),
@@ -125,7 +149,13 @@ def normalization() -> list[Call]:
         call(name, x(5, 6, 7), x(6), x(6), means, spreads, *train[:3]),
         call(name, x(3, 6, 4, 2), None, None, means, spreads, *train[:3]),
         call(name, x(5, 6, 3), x(6), x(6), means, spreads, *train[:3], symbolic={5: "s0"}),
+        call("group_norm.default", x(4, 10, 3), 2, x(10), x(10)),
+        call("group_norm.default", x(5, 6, 2, 3), 1, x(6), x(6), symbolic={5: "s0"}),
         call("instance_norm.default", x(5, 6, 7), None, None, None, None, *train),
+        call("instance_norm.default", x(2, 3, 5, 4), x(3), x(3), None, None, *train),
+        call(
+            "instance_norm.default", x(2, 3, 5), x(3), None, None, None, *train, symbolic={5: "s0"}
+        ),
         call("instance_norm.default", x(5, 6, 7), x(6), x(6), None, None, *train),
         call("instance_norm.default", x(5, 6, 7), x(6), x(6), means, spreads, *evaluate),
     ]
@@ -229,6 +259,9 @@ def losses() -> list[Call]:
     name = "cross_entropy_loss.default"
     calls = [call(name, x(5, 9), ints(5), None, reduction) for reduction in (0, 1, 2)]
     calls += [call(name, logits, ignored, None, reduction) for reduction in (0, 1, 2)]
+    spoken = (x(6, 5, 7), ints(5, 3, high=7), ints(5, low=5, high=7), ints(5, low=0, high=4))
+    for symbolic in ({}, {5: "s0"}):
+        calls.append(Call("autoparallel.ctc_loss.default", (*spoken, 0, False), {}, symbolic))
     calls += [
         call(name, logits, target),
         call(name, logits, target, None, 1, 4),
@@ -288,6 +321,13 @@ def convolution() -> list[Call]:
         call("_upsample_bilinear2d_aa.vec", x(3, 4, 8, 9), (5, 6), False, None),
         call("_upsample_bicubic2d_aa.vec", x(3, 4, 8, 9), (5, 6), True, None),
         call("conv_transpose1d.default", x(5, 6, 9), x(6, 8, 3), x(8)),
+        call("conv1d.default", x(2, 10, 7), x(12, 5, 3), x(12), (1,), (0,), (1,), 2),
+        call("conv1d.default", x(10, 7), x(12, 5, 3), x(12), (1,), (0,), (1,), 2),
+        call("conv2d.padding", x(2, 8, 4, 5), x(10, 4, 2, 2), x(10), (1, 1), "same", groups=2),
+        call("conv2d.default", x(3, 8, 4, 5), x(6, 4, 2, 2), groups=2, symbolic={3: "s0"}),
+        call("conv_transpose1d.default", x(2, 8, 5), x(8, 5, 3), x(10), (2,), (0,), (0,), 2),
+        call("conv_transpose2d.input", x(6, 4, 5), x(6, 5, 2, 3), x(5), (2, 1), (1, 0)),
+        call("conv_transpose3d.input", x(2, 4, 3, 2, 4), x(4, 5, 2, 1, 2), x(5)),
         call("conv_transpose1d.default", x(3, 8, 9), x(8, 2, 3), None, (2,), (0,), (0,), 4),
         call("conv_transpose2d.input", x(5, 6, 7, 8), x(6, 4, 2, 2), None, (2, 2)),
         call("conv_transpose3d.input", x(2, 4, 3, 6, 7), x(4, 5, 2, 2, 3)),

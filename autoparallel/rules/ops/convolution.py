@@ -43,9 +43,10 @@ def _local_groups(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
 def convolution(call: OpCall) -> ShardingRule:
     """y[b, g o, s] = sum_(i, k) x[b, g i, s + k] w[g o, i, k] + bias[g o].
 
-    The weight of a transposed one is w[g i, o, k]. Batch and output channels are free. Input
-    channels are summed, for which a bias must count once. With several groups, the groups are free
-    and their own output channels are not.
+    The weight of a transposed one is w[g i, o, k]. Batch, groups and output channels are free.
+    Input channels are summed, for which a bias must count once. With several groups, a part of each
+    group's output channels needs a kernel, because the number of groups does not follow from the
+    result's shape; of a transposed one it follows from no shape.
     """
     x, weight = call.operands[:2]
     spatial = _spatial(call.node.target)
@@ -72,11 +73,13 @@ def convolution(call: OpCall) -> ShardingRule:
     operands = [dims(*batch, "g i", *[""] * spatial), dims(first, second, *kernel)]
     if bias:
         operands.append(dims("g o"))
-    whole = {*kernel, *places} | ({"o"} if groups != 1 else set())
-    kernels = {"i": Kernel("convolution_inputs", Partial())} if bias else {}
-    # The kernel adds the bias on one rank, and knows plain convolutions alone.
-    if bias and (transposed or groups != 1):
-        whole |= {"i"}
+    whole = {*kernel, *places} | ({"o"} if groups != 1 and transposed else set())
+    kernels: dict[str, Kernel] = {}
+    if bias and "i" in sizes:
+        options = (("transposed", transposed),)
+        kernels["i"] = Kernel("convolution_inputs", Partial(), arguments=options)
+    if groups != 1 and not transposed and "o" in sizes:
+        kernels["o"] = Kernel("convolution_outputs", Partial())
     # local_args replaces positional arguments alone.
     if call.node.keyword("groups", 1) != 1:
         whole |= {"g"}

@@ -87,6 +87,12 @@ def nll_loss(call: OpCall) -> ShardingRule:
     )
 
 
+@rule("autoparallel.ctc_loss.default")
+def ctc_loss(call: OpCall) -> ShardingRule:
+    """The loss of each sequence n, over all its times t, classes c and labels s."""
+    return ShardingRule.parse("t n c, n s, n, n -> n", call, whole="tcs")
+
+
 # The position of `reduction` among each loss's arguments.
 _REDUCTION_AT = {
     "aten.mse_loss.default": 2,

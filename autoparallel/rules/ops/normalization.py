@@ -77,15 +77,32 @@ def batch_statistics(call: OpCall) -> ShardingRule:
 
 @rule("aten.instance_norm.default", takes_empty=False)
 def instance_norm(call: OpCall) -> ShardingRule:
-    """Batch norm with a mean for each b, so that the batch is free in training too."""
+    """Batch norm with a mean for each b, so that the batch is free in training too.
+
+    The dims of the mean are split by a kernel: two sums of all ranks forward, and two backward.
+    """
     trains, keeps = bool(call.node.args[5]), call.node.args[3] is not None
-    return _channels(call, ("bcs" if keeps else "s") if trains else "")
+    by_channel = _channels(call, ("bcs" if keeps else "") if trains else "")
+    if not trains or keeps:
+        return by_channel
+    x = call.operands[0]
+    once = (Collective.ALL_REDUCE, numel_hint(x.shape[:2]) * x.dtype.itemsize)
+    kernels = {
+        f"s{dim - 2}": Kernel("instance_norm_split", Invariant(), (once,) * 4, (("split", dim),))
+        for dim in range(2, len(x.shape))
+        if f"s{dim - 2}" in by_channel.sizes
+    }
+    return replace(by_channel, kernels=kernels)
+
+
+# With so many groups, they are split, rather than the channels of each. That is free.
+_MANY_GROUPS = 8
 
 
 @rule("aten.group_norm.default", takes_empty=False)
 def group_norm(call: OpCall) -> ShardingRule:
     """y[b, g c, s] = (x - mean_(c, s)) / deviation_(c, s) * w[g c] + bias[g c]:
-    b and g are free.
+    b and g are free. Few groups may be fewer than the ranks: c is split by a kernel then.
     """
     groups = call.node.args[1]
     by_channel = _channels(call, "cs")
@@ -105,8 +122,16 @@ def group_norm(call: OpCall) -> ShardingRule:
         args = call.node.args
         return (args[0], shapes[0][1] * groups // channels, *args[2:])
 
+    kernels: dict[str, Kernel] = {}
+    if groups < _MANY_GROUPS and "c" in channel_sizes:
+        x = call.operands[0]
+        once = (Collective.ALL_REDUCE, numel_hint(x.shape[:1]) * groups * x.dtype.itemsize)
+        arguments = (("channels", channels // groups),)
+        kernels["c"] = Kernel("group_norm_split", Invariant(), (once,) * 4, arguments)
     return replace(
         by_channel,
+        whole=by_channel.whole - set(kernels),
+        kernels=kernels,
         operands=tuple(map(divided, by_channel.operands)),
         results=tuple(map(divided, by_channel.results)),
         sizes={name: size for name, size in by_channel.sizes.items() if name != "c"}

@@ -102,21 +102,22 @@ def whole_reduction(call: OpCall) -> ShardingRule:
     """A reduction that is no plain sum: a reduced dim stays whole, or is split by a kernel."""
     reduced = _reduced_dims(call)
     left, right, sizes = _reduction(call, reduced)
-    whole = frozenset(name for i in reduced for name in left[i])
-    kernel = _COMMUNICATING.get(call.node.target)
     kernels: dict[str, Kernel] = {}
-    # Kernels know one reduced dim.
-    if kernel is not None and len(whole) == 1 and len(reduced) == 1:
-        kernels = {name: _reducing(call, kernel[0], kernel[1]) for name in whole}
-        whole = frozenset()
+    for dim in sorted(reduced):
+        kernel = _kernel(call, reduced, dim)
+        if kernel is not None:
+            kernels |= dict.fromkeys(left[dim], kernel)
+    whole = frozenset(name for i in reduced for name in left[i]) - set(kernels)
     return ShardingRule((left,), (right,) * len(call.results), sizes, whole=whole, kernels=kernels)
 
 
-# Kernels for a split of the reduced dim, and how often they reduce one number per result.
+# Kernels for a split of a reduced dim, and how often they reduce one number per result.
 _COMMUNICATING = {
     "aten.logsumexp.default": ("logsumexp_split", 2),
     "aten.amax.default": ("amax_split", 2),
     "aten.amin.default": ("amin_split", 2),
+    "aten.max.default": ("amax_split", 2),
+    "aten.min.default": ("amin_split", 2),
     "aten.max.dim": ("max_split", 2),
     "aten.min.dim": ("min_split", 2),
     "aten.argmax.default": ("argmax_split", 2),
@@ -126,14 +127,101 @@ _COMMUNICATING = {
     "aten.log_softmax.int": ("log_softmax_split", 3),
     "aten._log_softmax.default": ("log_softmax_split", 3),
 }
+# These return places, which count along one dim.
+_PLACED = frozenset(f"aten.{name}" for name in ("max.dim", "min.dim", "argmax.default"))
+_PLACED |= {"aten.argmin.default"}
+# Of the results of parts, the op itself makes the result of the whole.
+_COMBINING = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("prod.default", "prod.dim_int", "linalg_vector_norm.default"),
+        *("norm.Scalar", "norm.ScalarOpt_dim"),
+        *(
+            f"{kind}.{overload}"
+            for kind in ("any", "all")
+            for overload in ("default", "dim", "dims")
+        ),
+    )
+)
+_VARIANCES = ("var", "std", "var_mean", "std_mean")
+
+
+def _kernel(call: OpCall, reduced: set[int], dim: int) -> Kernel | None:
+    """Return the kernel for a split of a reduced dim; None where there is none."""
+    target, dtype = call.node.target, call.operands[0].dtype
+    name = target.split(".")[1]
+    if name in _VARIANCES:
+        return _variance(call, reduced, dim) if dtype.is_floating_point else None
+    if target in _COMBINING:
+        # The norm of complex numbers is real, so that the op is another one for the parts' norms.
+        combines = not dtype.is_complex and ("norm" not in name or _is_norm_of_norms(call))
+        return _combined(call, reduced, dim) if combines else None
+    if target not in _COMMUNICATING or (target in _PLACED and call.argument(1, "dim") is None):
+        return None
+    kernel, times = _COMMUNICATING[target]
+    # The least number is found as the largest of the negated ones, which need a sign.
+    signed = dtype.is_floating_point or dtype.is_signed
+    return _reducing(call, kernel, times) if signed or "min" not in kernel else None
+
+
+def _is_norm_of_norms(call: OpCall) -> bool:
+    """Return whether the norm of the parts' norms is the whole's, and its gradient too.
+
+    It is so for p-norms. That of order 0 counts, that of infinite order divides its gradient among
+    equal numbers, and below 1 a part of zeros has none.
+    """
+    order = call.argument(1, "ord" if "linalg" in call.node.target else "p", 2)
+    return 1 <= (2 if order is None else order) < float("inf")
+
+
+def _combined(call: OpCall, reduced: set[int], dim: int) -> Kernel:
+    """Return a kernel that gathers the results of parts and reduces them once more."""
+    rank = len(call.operands[0].shape)
+    keep = len(call.results[0].shape) == rank
+    kept = [each for each in range(rank) if each not in reduced]
+    places = tuple(
+        (each if keep else kept.index(each)) if each in kept else -1 for each in range(rank)
+    )
+    # As many results are gathered as there are ranks, which a rule does not know: priced as two.
+    result = call.results[0]
+    nbytes = 2 * numel_hint(result.shape) * result.dtype.itemsize
+    arguments = (("operation", call.node.target), ("where", (0, dim, places)))
+    return Kernel("combined_parts", Invariant(), ((Collective.ALL_GATHER, nbytes),), arguments)
+
+
+def _variance(call: OpCall, reduced: set[int], dim: int) -> Kernel:
+    """Return the kernel of a variance, with all that the overloads say in different ways."""
+    target = call.node.target
+    if target.endswith(".correction"):
+        correction = call.argument(2, "correction", 1)
+        correction = 1 if correction is None else correction
+        keepdim = bool(call.argument(3, "keepdim", False))
+    else:
+        whole = target.endswith(".default")
+        correction = int(bool(call.argument(1 if whole else 2, "unbiased", True)))
+        keepdim = bool(call.argument(3, "keepdim", False)) and not whole
+    result = call.results[0]
+    once = (Collective.ALL_REDUCE, numel_hint(result.shape) * result.dtype.itemsize)
+    name = target.split(".")[1]
+    arguments = (
+        ("split", dim),
+        ("dims", tuple(sorted(reduced))),
+        ("less", correction),
+        ("keep", keepdim),
+        ("root", name.startswith("std")),
+        ("with_mean", name.endswith("mean")),
+    )
+    # Two sums forward; backward, that over the mean.
+    return Kernel("variance_split", Invariant(), (once,) * 3, arguments)
 
 
 def _reducing(call: OpCall, kernel: str, times: int) -> Kernel:
-    """Return a kernel that all-reduces one number for each of the operand's rows, `times` times."""
+    """Return a kernel that all-reduces one number for each row of the operand, `times` times."""
+    # Reduced, or along a dim as a softmax is: rows are what is left of the operand.
     operand = call.operands[0]
-    dim = call.argument(1, "dim")
-    dim = dim[0] if isinstance(dim, tuple) else dim
-    rows = numel_hint(operand.shape) // max(numel_hint((operand.shape[dim],)), 1)
+    rows = numel_hint(call.results[0].shape)
+    if call.results[0].shape == operand.shape and operand.shape:
+        rows //= max(numel_hint((operand.shape[call.argument(1, "dim")],)), 1)
     reduced_once = (Collective.ALL_REDUCE, rows * operand.dtype.itemsize)
     return Kernel(kernel, Invariant(), (reduced_once,) * times)
 
