@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.capture.example_inputs import find_example_inputs, split_example
 from autoparallel.capture.global_reads import undisturbed
 from autoparallel.capture.refused_models import refuse_wrapped
-from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import InputsNeededError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
@@ -29,6 +28,7 @@ from autoparallel.parallel.rank_agreement import require_same_parts
 from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import Layout, Placement
 from autoparallel.plan import Plan
+from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import fastest_plan, trace_model, with_graphs
 from autoparallel.planning.replan import Replanner
 from autoparallel.planning.request import make_options, possible_meshes, require_parameters
@@ -233,10 +233,8 @@ def apply_plan(
             if local is not None:
                 args, kwargs = local.gather(signature(model.forward), args, kwargs, ranks)
             plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
-        # Discovered rules are not in the plan, but found in the cache or discovered again.
-        if plan.options.unknown_ops == "discover" and plan.world_size > 1:
-            for graph in plan.graphs:
-                learn(graph)
+    # Discovered rules are not in the plan, but found in the cache or discovered again.
+    require_sound(plan, model)
     return _apply(model, plan, ranks, devices, check_inputs, local)
 
 
@@ -282,6 +280,8 @@ def simulate(
         if plan is None:
             plan = make_plan(model, world_size, example_inputs=kwargs or args, **options)
         require_parameters(plan, model)
+        if plan.is_traced:
+            require_sound(plan, model)
         replanner = Replanner(plan.model, plan.mesh, plan.options)
         return simulate_plan(model, plan, args, kwargs, backward, replan=replanner)
 
