@@ -212,7 +212,8 @@ def apply_plan(
     from JSON; the latter has no graph, so that the model is traced again, with example_inputs as in
     make_plan. check_inputs, local_inputs: see autoparallelize. mesh: torch's, with the axes of the
     plan's, where the processes are on one already. A collective call.
-    Raises PlanError where plan and model do not belong together, and WorldSizeError where other
+    Raises PlanError where plan and model do not belong together, and where the plan is none by the
+    rules of the model's ops, with the op's name and line; WorldSizeError where other
     ranks run than the plan is for.
 
     Example: `model = apply_plan(model, Plan.from_json(Path("plan.json").read_text()))`
@@ -225,6 +226,8 @@ def apply_plan(
             f"the plan is for {plan.mesh}, and the DeviceMesh is {mesh_of(mesh)}",
             fix="plan for the axes of the DeviceMesh, or pass one with the axes of the plan",
         )
+    if plan.is_traced:
+        require_sound(plan, model)
     local = LocalInputs.of(local_inputs, plan.mesh)
     ranks, devices = join_mesh(plan.mesh, mesh)
     if not plan.is_traced:
@@ -233,8 +236,8 @@ def apply_plan(
             if local is not None:
                 args, kwargs = local.gather(signature(model.forward), args, kwargs, ranks)
             plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
-    # Discovered rules are not in the plan, but found in the cache or discovered again.
-    require_sound(plan, model)
+        # Discovered rules are not in the plan, but found in the cache or discovered again.
+        require_sound(plan, model)
     return _apply(model, plan, ranks, devices, check_inputs, local)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from autoparallel.cost.links import Algorithm, Link, Regime, joined
 from autoparallel.errors import PlanError
 from autoparallel.placement import Collective
+from autoparallel.support.json_text import read_json
 from autoparallel.support.written_files import write_file
 
 __all__ = [
@@ -214,7 +215,7 @@ def read_hardware(path: str | Path) -> Hardware:
     for a file that is missing, or that has unknown, missing or impossible entries.
     """
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = read_json(Path(path).read_text(), finite=False)
     except (OSError, ValueError) as error:
         raise PlanError(
             f"no hardware description in {path}",
@@ -248,6 +249,9 @@ def _parse(rows: Any, where: str) -> Hardware:
     entries.
     """
     rows = _checked(rows, Hardware, where)
+    for key in ("name", "source"):
+        if not isinstance(rows[key], str):
+            _refuse(where, key, rows[key], "a text")
     rates = rows["flops_per_second"]
     if not isinstance(rates, Mapping) or not rates:
         _refuse(where, "flops_per_second", rates, "rates by itemsize, such as {'2': 312e12}")

@@ -1,8 +1,9 @@
 """Discovered rules on disk, so that each op is probed once and not in every process.
 
 There is one file per op and shape pattern in the common cache folder. A file that cannot be read,
-or is of another version of torch, of the op or of this program, is as good as none; a folder that
-cannot be written to is left alone.
+or is of another version of torch, of the op or of this program, is as good as none, and is written
+anew; a folder that cannot be written to is left alone. Of what a file says, only the names of known
+kernels reach the text of a program, and the rule is proven before it is used.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from autoparallel.discovery.shape_pattern import Probe
 from autoparallel.graph.graph import Ref, Sym, map_leaves
 from autoparallel.rules.rule import OpCall
 from autoparallel.support.cache_files import default_cache_folder, write_whole
+from autoparallel.support.json_text import read_json
 from autoparallel.support.torch_private import (
     custom_op_functions,
     dispatch_registrations,
@@ -108,10 +110,10 @@ def _path(key: str) -> Path:
 def load(key: str) -> DiscoveredRule | None:
     """Return the rule that was stored under `key`; None if there is none that can be read."""
     try:
-        rows = json.loads(_path(key).read_text())
+        rows = read_json(_path(key).read_text())
         # The key is compared in full: file names are digests, and old versions are other keys.
         return DiscoveredRule.from_json(rows["found"]) if rows["key"] == json.loads(key) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

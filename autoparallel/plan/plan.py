@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Layout, layout_text, parse_layout
+from autoparallel.placement import Layout, layout_text
 from autoparallel.plan.choices import Break, Conversion, OpChoice, ParameterChoice, PlannedInput
 from autoparallel.plan.plan_rows import VERSION, broken_plan, read_rows, row_of, typed, value_of
 from autoparallel.support.units import bytes_text, seconds_text

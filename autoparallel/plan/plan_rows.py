@@ -76,8 +76,8 @@ def typed(kind: str, content: Any, what: str) -> Any:
     kind: the type as it is annotated, one of those that plans have. what: is named in errors.
     Raises TypeError for a content of another type, and ValueError for one out of range.
 
-    >>> typed("tuple[int, ...]", [3, 4], "shape"), typed("Layout", "S(0) | I", "storage")[1].__str__()
-    ((3, 4), 'I')
+    >>> typed("tuple[int, ...]", [3, 4], "shape"), str(typed("Layout", "P", "storage")[0])
+    ((3, 4), 'P')
     """
     if kind.startswith("tuple["):
         if not isinstance(content, list):
@@ -97,7 +97,8 @@ def _text(content: Any, what: str) -> str:
     """Return a text. One that no file can hold, or that hides what it says, is none."""
     if not isinstance(content, str):
         raise TypeError(f"{what} is {_short(content)}, and no str")
-    if "\0" in content or not content.isascii() and any("\ud800" <= c <= "\udfff" for c in content):
+    # Halves of letters cannot be printed, and nothing behind the end of a text is looked at.
+    if "\0" in content or any("\ud800" <= letter <= "\udfff" for letter in content):
         raise ValueError(f"{what} has characters that are none")
     return content
 
@@ -173,7 +174,9 @@ def read_rows(text: str) -> dict[str, Any]:
         raise broken_plan("the text is not a plan's JSON")
     version = rows["version"]
     if type(version) is not int or version != VERSION:
-        raise PlanError(f"a plan of version {_short(version)}", fix=f"plan again (version {VERSION})")
+        raise PlanError(
+            f"a plan of version {_short(version)}", fix=f"plan again (version {VERSION})"
+        )
     return rows
 
 

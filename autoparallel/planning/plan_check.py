@@ -83,7 +83,9 @@ def _require_agreement(plan: Plan, model: nn.Module) -> None:
             full = f"{path}.{choice.path}"
             whole = known.get(first.get(id(named.get(full)), ""))
             if whole is None or whole.storage != choice.storage:
-                raise _wrong(full, path, "the plan of the part stores it otherwise than the model's")
+                raise _wrong(
+                    full, path, "the plan of the part stores it otherwise than the model's"
+                )
         # What Python calls returns whole tensors, and is given such.
         if any(layout != whole_layout(len(plan.mesh.axes)) for layout in part.plan.outputs):
             raise _wrong(part.paths[0], "", "it returns parts of tensors to the Python around it")
@@ -106,8 +108,8 @@ def _require_storage(
     require_refined(choice.storage, choice.state, choice.path)
     triples = zip(choice.storage, choice.gradient, choice.state, strict=True)
     if any(gradient not in (storage, state) for storage, gradient, state in triples):
-        layout = layout_text(choice.gradient)
-        raise _wrong(choice.path, where, f"its gradient is {layout}, as neither it nor its state")
+        held = layout_text(choice.gradient)
+        raise _wrong(choice.path, where, f"its gradient is {held}, as neither it nor its state")
 
 
 def _why_no_layout(
@@ -115,7 +117,8 @@ def _why_no_layout(
 ) -> str:
     """Return why no tensor of this shape lies so on a mesh of axes of these sizes; "" if one can.
 
-    even: whether axes that cut the same dim must give all ranks as much. A size that the inputs decide may be cut anywhere: its parts are computed when it is known.
+    even: whether axes that cut the same dim must give all ranks as much. A size that the inputs
+    decide may be cut anywhere: its parts are computed when it is known.
     """
     if len(layout) != len(sizes):
         return f"the mesh has {len(sizes)} axes"
@@ -344,9 +347,7 @@ class _Check:
             taken.update(group)
 
 
-def _tiles(
-    rule: ShardingRule, placements: Iterable[object], ranks: int
-) -> Iterator[LoopSplit]:
+def _tiles(rule: ShardingRule, placements: Iterable[object], ranks: int) -> Iterator[LoopSplit]:
     """Yield the splits of loops that give one of an op's tensors the placement that it has."""
     for dims, placement in zip((*rule.operands, *rule.results), placements, strict=True):
         if isinstance(placement, Shard):

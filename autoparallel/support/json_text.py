@@ -17,8 +17,10 @@ NUMBERS_BELOW = 2**63
 _MOST_DIGITS = len(str(NUMBERS_BELOW))
 
 
-def read_json(text: str) -> Any:
+def read_json(text: str, finite: bool = True) -> Any:
     """Return what a JSON text says.
+
+    finite: whether numbers that are not finite are refused here, and not by who reads the entry.
 
     Raises ValueError for a text that is no JSON, or that has what no text of the project has:
     numbers that are not finite or do not fit into 64 bits, one key twice, nesting without end.
@@ -34,9 +36,9 @@ def read_json(text: str) -> Any:
     try:
         content = json.loads(
             text,
-            parse_constant=_refuse_number,
+            parse_constant=_refuse_number if finite else None,
             parse_int=_integer,
-            parse_float=_float,
+            parse_float=_float if finite else None,
             object_pairs_hook=_distinct,
         )
     except RecursionError:
