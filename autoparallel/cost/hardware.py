@@ -265,7 +265,7 @@ def _parse(rows: Any, where: str) -> Hardware:
     tiles = matmul.get("tiles", [[1, 1]])
     try:
         matmul["tiles"] = tuple((int(rows), int(columns)) for rows, columns in tiles)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         matmul["tiles"] = ()
     if not matmul["tiles"] or min(map(min, matmul["tiles"])) < 1:
         _refuse(f"{where}, matmul", "tiles", tiles, "pairs of sizes, such as [[256, 128]]")
@@ -279,7 +279,7 @@ def _parse(rows: Any, where: str) -> Hardware:
     by_size = rows.get("memory_by_size", [])
     try:
         pairs = tuple((int(size), float(rate)) for size, rate in by_size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         _refuse(where, "memory_by_size", by_size, "pairs of bytes and rate, such as [[4096, 1e9]]")
     if any(size <= 0 or not 0 < rate < math.inf for size, rate in pairs) or list(pairs) != sorted(
         dict(pairs).items()

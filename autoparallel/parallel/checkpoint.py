@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
@@ -218,9 +219,19 @@ def _read(stored: dict[str, Any], known: Mapping[str, Any], target: Path) -> Non
     wanted.update((_PLAIN + name, _described(content)) for name, content in plain.items())
 
     def read() -> None:
-        with _alone():
-            dcp.load(wanted, storage_reader=CheckpointReader(target), planner=planner)
-        stored.update((name, unpacked(content)) for name, content in plain.items())
+        try:
+            with _alone():
+                dcp.load(wanted, storage_reader=CheckpointReader(target), planner=planner)
+            stored.update((name, unpacked(content)) for name, content in plain.items())
+        except (AutoParallelError, OSError):
+            raise
+        # Files that were changed on purpose, with their digests, fail in any way.
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(
+                f"the checkpoint in {target} cannot be read",
+                why=str(error) or type(error).__name__,
+                fix="give a folder that save_checkpoint() wrote, as it was written",
+            ) from error
 
     together(f"reading the checkpoint in {target}", read)
 

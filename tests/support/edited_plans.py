@@ -24,7 +24,7 @@ from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import trace_model, with_graphs
 
-__all__ = ["Edited", "Mixed"]
+__all__ = ["Edited", "Mixed", "edit_one"]
 
 # Placements that an editor may write: possible ones, and some that no tensor has.
 _PLACEMENTS = (
@@ -133,7 +133,7 @@ class Edited:
         draw = random.Random(seed)
         for _ in range(count):
             rows = json.loads(self.text)
-            words = _edit(rows, draw)
+            words = edit_one(rows, draw)
             # A careful editor changes what follows too: then the rules alone can tell.
             if draw.random() < 0.5:
                 with suppress(Exception):
@@ -183,15 +183,13 @@ class Edited:
             row["readers"] = list(wanted[row["value"], row["target"]])
 
 
-def _edit(rows: Any, draw: random.Random) -> str:
+def edit_one(rows: Any, draw: random.Random) -> str:
     """Edit one place in the rows; return which, and how."""
     # Half of all edits are of layouts, of which most are still possible ones.
     wanted = draw.random() < 0.5
-    places = [
-        (group, key, path)
-        for group, key, path in _places(rows, "")
-        if not wanted or _is_layout(group[key])
-    ]
+    every = list(_places(rows, ""))
+    layouts = [(group, key, path) for group, key, path in every if _is_layout(group[key])]
+    places = layouts if wanted and layouts else every
     group, key, path = draw.choice(places)
     before = group[key]
     if _is_layout(before):
