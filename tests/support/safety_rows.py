@@ -30,7 +30,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.parallel.checkpoint_metadata import METADATA
 from autoparallel.rules import registry
 
-__all__ = ["GOOD", "Row", "safety_rows"]
+__all__ = ["GOOD", "Row", "file_rows", "safety_rows"]
 
 # All that may become of what is tried.
 GOOD = frozenset(
@@ -54,6 +54,12 @@ class Row:
 def safety_rows(count: int, seed: int) -> Iterator[Row]:
     """Yield the rows. count: how often each thing is tried, or as often as is quick."""
     draw = random.Random(seed)
+    yield from plan_rows(count, draw)
+    yield from file_rows(count, draw)
+
+
+def plan_rows(count: int, draw: random.Random) -> Iterator[Row]:
+    """Yield the rows of edited plans."""
     tokens = torch.randint(10, (4, 6), generator=torch.Generator().manual_seed(0))
     for mesh in (Mesh(tp=2), Mesh(dp=2, tp=2)):
         edited = Edited(Mixed().double(), tokens, mesh)
@@ -61,6 +67,10 @@ def safety_rows(count: int, seed: int) -> Iterator[Row]:
         for _, text in edited.edits(draw.randrange(2**32), count):
             _count(counts, partial(edited.tried, text))
         yield Row(f"one random edit of a plan's JSON, on {mesh}", counts)
+
+
+def file_rows(count: int, draw: random.Random) -> Iterator[Row]:
+    """Yield the rows of all other files, and of threads."""
     yield Row("one random edit of a file of the rule cache", _rule_cache(draw, count // 20 or 1))
     yield Row("one random edit of a hardware file", _hardware(draw, count))
     for what, change, sealed in (
@@ -209,16 +219,21 @@ def _threads(count: int) -> Counter[str]:
     counts: Counter[str] = Counter()
     tokens = torch.zeros(2, 3, dtype=torch.long)
 
-    def plan() -> str:
-        return autoparallel.make_plan(Mixed(), 2, example_inputs=tokens).to_json()
+    def plan(model: nn.Module) -> str:
+        return autoparallel.make_plan(model, 2, example_inputs=tokens).to_json()
 
-    alone = plan()
+    alone = plan(Mixed())
 
-    def tried() -> str:
-        return "the plan of one thread" if plan() == alone else "another plan"
+    def tried(model: nn.Module) -> str:
+        return "the plan of one thread" if plan(model) == alone else "another plan"
 
     for _ in range(count):
-        threads = [threading.Thread(target=_count, args=(counts, tried)) for _ in range(3)]
+        # They are made before: torch's generator, which that seeds, belongs to all threads.
+        models = [Mixed() for _ in range(3)]
+        threads = [
+            threading.Thread(target=_count, args=(counts, partial(tried, model)))
+            for model in models
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
