@@ -6,8 +6,10 @@ it consists of, and no other.
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import pickletools
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -67,8 +69,9 @@ def read_metadata(folder: Path) -> Any:
     Raises CheckpointError where it cannot be read, or says what no checkpoint of the project says.
     """
     try:
-        with (folder / METADATA).open("rb") as file:
-            table = _Unpickler(file).load()
+        content = (folder / METADATA).read_bytes()
+        _require_bounded(content)
+        table = _Unpickler(io.BytesIO(content)).load()
         why = _why_unusable(table, folder)
     except OSError:
         raise
@@ -81,6 +84,17 @@ def read_metadata(folder: Path) -> Any:
             fix="give a folder that save_checkpoint() wrote, as it was written",
         )
     return table
+
+
+def _require_bounded(content: bytes) -> None:
+    """Raise UnpicklingError for a pickle that would take more memory than its own length.
+
+    It may number what it remembers as it likes, and Python makes room for all numbers below: five
+    bytes can ask for 32 GB. That texts end within the file is seen on the way.
+    """
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name.endswith("PUT") and int(argument or 0) > len(content):
+            raise pickle.UnpicklingError(f"it remembers {argument} things in {len(content)} bytes")
 
 
 def _why_unusable(table: Any, folder: Path) -> str:

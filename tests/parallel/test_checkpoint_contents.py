@@ -114,6 +114,11 @@ def is_huge(folder: Path) -> None:
     (folder / METADATA).write_bytes(pickle.dumps(table))
 
 
+def remembers(folder: Path) -> None:
+    """Ask Python for room for four thousand million things."""
+    (folder / METADATA).write_bytes(b"\x80\x04}r\xff\xff\xff\xff.")
+
+
 def is_empty(folder: Path) -> None:
     (folder / METADATA).write_bytes(b"")
 
@@ -128,7 +133,8 @@ def is_another_pickle(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [runs, runs_inside, leads_out, is_huge, is_empty, is_cut, is_another_pickle]
+    "change",
+    [runs, runs_inside, remembers, leads_out, is_huge, is_empty, is_cut, is_another_pickle],
 )
 def test_a_table_of_contents_runs_nothing(
     change: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
