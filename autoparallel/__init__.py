@@ -11,6 +11,8 @@ options, the plan) lie beside this one.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from autoparallel.support.installation import require_own_planners
+
 if TYPE_CHECKING:
     from autoparallel.analysis.closed_forms import closed_forms
     from autoparallel.analysis.pipeline import pipeline
@@ -101,9 +103,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name. Raises AttributeError for others, as every module does."""
+    """Import a public name.
+
+    Raises AttributeError for others, as every module does, and ImportError where another package
+    named `planners` hides the project's.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_own_planners()
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.capture.example_inputs import find_example_inputs, split_example
 from autoparallel.capture.global_reads import undisturbed
 from autoparallel.capture.refused_models import refuse_wrapped
-from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import InputsNeededError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
@@ -29,6 +28,7 @@ from autoparallel.parallel.rank_agreement import require_same_parts
 from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import Layout, Placement
 from autoparallel.plan import Plan
+from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import fastest_plan, trace_model, with_graphs
 from autoparallel.planning.replan import Replanner
 from autoparallel.planning.request import make_options, possible_meshes, require_parameters
@@ -212,7 +212,8 @@ def apply_plan(
     from JSON; the latter has no graph, so that the model is traced again, with example_inputs as in
     make_plan. check_inputs, local_inputs: see autoparallelize. mesh: torch's, with the axes of the
     plan's, where the processes are on one already. A collective call.
-    Raises PlanError where plan and model do not belong together, and WorldSizeError where other
+    Raises PlanError where plan and model do not belong together, and where the plan is none by the
+    rules of the model's ops, with the op's name and line; WorldSizeError where other
     ranks run than the plan is for.
 
     Example: `model = apply_plan(model, Plan.from_json(Path("plan.json").read_text()))`
@@ -225,6 +226,8 @@ def apply_plan(
             f"the plan is for {plan.mesh}, and the DeviceMesh is {mesh_of(mesh)}",
             fix="plan for the axes of the DeviceMesh, or pass one with the axes of the plan",
         )
+    if plan.is_traced:
+        require_sound(plan, model)
     local = LocalInputs.of(local_inputs, plan.mesh)
     ranks, devices = join_mesh(plan.mesh, mesh)
     if not plan.is_traced:
@@ -234,9 +237,7 @@ def apply_plan(
                 args, kwargs = local.gather(signature(model.forward), args, kwargs, ranks)
             plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
         # Discovered rules are not in the plan, but found in the cache or discovered again.
-        if plan.options.unknown_ops == "discover" and plan.world_size > 1:
-            for graph in plan.graphs:
-                learn(graph)
+        require_sound(plan, model)
     return _apply(model, plan, ranks, devices, check_inputs, local)
 
 
@@ -282,6 +283,8 @@ def simulate(
         if plan is None:
             plan = make_plan(model, world_size, example_inputs=kwargs or args, **options)
         require_parameters(plan, model)
+        if plan.is_traced:
+            require_sound(plan, model)
         replanner = Replanner(plan.model, plan.mesh, plan.options)
         return simulate_plan(model, plan, args, kwargs, backward, replan=replanner)
 

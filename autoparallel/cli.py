@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoparallel.support.installation import installation_rows
+
 if TYPE_CHECKING:
     from autoparallel.cost.fit import Fit
 
@@ -20,7 +22,8 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and return the exit status: 0, or 2 for arguments that are wrong.
+    """Run a command, and return the exit status: 0, 1 where the doctor has found something, or 2
+    for arguments that are wrong.
 
     arguments: those of the command line, without the program's name; by default sys.argv's. Raises
     SystemExit, as argparse does, for --help and for a command that there is not.
@@ -33,9 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_calibrate(commands)
+    _add_doctor(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `doctor`."""
+    about = "say what is installed, and whose package each of the project's names is"
+    parser = commands.add_parser("doctor", help=about, description=about[0].upper() + about[1:])
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Print what is installed; return 1 where something is not as it should be."""
+    rows = installation_rows()
+    if options.json:
+        print(json.dumps([{"what": what, "text": text, "good": good} for what, text, good in rows]))
+    else:
+        for what, text, good in rows:
+            print(f"{'  ' if good else '! '}{what:16} {text}")
+    return 0 if all(good for _, _, good in rows) else 1
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -9,6 +9,9 @@ from autoparallel.errors import PlanError
 __all__ = ["Mesh", "arrangements"]
 
 
+_LONGEST_NAME = 64
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class Mesh:
     """A device mesh without devices: named axes and their sizes, outermost first.
@@ -17,8 +20,8 @@ class Mesh:
     are numbered row by row, as in torch's DeviceMesh: neighbours on the last axis are neighbours in
     rank.
 
-    Raises PlanError for a size below 1, for a name that is no identifier (an emitted program has a
-    variable of that name), and where there is no axis.
+    Raises PlanError for a size below 1, for a name that is no identifier in ASCII (an emitted
+    program has a variable of that name), and where there is no axis.
 
     >>> mesh = Mesh(dp=2, tp=4)
     >>> print(mesh, mesh.world_size)
@@ -35,9 +38,10 @@ class Mesh:
                 fix="name one: Mesh(tp=1) is a single rank, Mesh(tp=8) eight",
             )
         for name, size in axes.items():
-            if not name.isidentifier():
+            # Letters of other alphabets look like these, and Python takes some for one another.
+            if not (name.isidentifier() and name.isascii()) or len(name) > _LONGEST_NAME:
                 raise PlanError(
-                    f"mesh axis {name!r} has no name of letters, digits and _",
+                    f"mesh axis {name!r:.80} has no name of ASCII letters, digits and _",
                     why="constraints and the program of a rank call it by its name",
                     fix="give one like dp or tp",
                 )

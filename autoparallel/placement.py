@@ -99,7 +99,12 @@ Placement = Invariant | Replicate | Shard | Partial
 # same dim, the outer one cuts it first and the inner one cuts the part.
 Layout = tuple[Placement, ...]
 
-_SHARD = re.compile(r"S\((\d+)(?:, blocks=(\d+))?(?:, unit=(\d+))?\)")
+# Plain digits without zeros before them, so that one placement has one text; nine of them, as no
+# dim is longer than that, and arithmetic on longer numbers takes as long as they are.
+_SHARD = re.compile(
+    r"S\((0|[1-9][0-9]{0,8})"
+    r"(?:, blocks=([1-9][0-9]{0,8}))?(?:, unit=([1-9][0-9]{0,8}))?\)"
+)
 
 
 def parse_placement(text: str) -> Placement:

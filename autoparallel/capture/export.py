@@ -387,7 +387,8 @@ def _exported(
         failure = failure or next(iter(flat.refused), None)
         if failure is not None:
             raise failure
-    except (Unfoldable, IntricateSizes, AutoParallelError):
+    # Of a machine that has no memory left, the model is not the reason.
+    except (Unfoldable, IntricateSizes, AutoParallelError, MemoryError):
         raise
     except Exception as error:
         raise export_failure(error, model) from error

@@ -20,6 +20,7 @@ from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE, UNKNOWN, AttributeRead, Cell, Where
 from autoparallel.support.model_snapshot import untouched
+from autoparallel.support.one_at_a_time import planning
 
 __all__ = ["OuterVariables", "global_reads", "undisturbed"]
 
@@ -79,15 +80,19 @@ class OuterVariables:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """At the end the model, and variables outside of it that its code may write to, are as before.
 
+    Other threads that come here wait until then: they would take a variable for theirs that is
+    about to be put back.
+
     >>> layer = nn.Linear(2, 2)
     >>> with undisturbed(layer):
     ...     layer.calls = 1
     >>> hasattr(layer, "calls")
     False
     """
-    outer = OuterVariables(model)
-    with untouched(model, *outer.objects.values()), outer.forgotten():
-        yield
+    with planning.held():
+        outer = OuterVariables(model)
+        with untouched(model, *outer.objects.values()), outer.forgotten():
+            yield
 
 
 def _walked(model: nn.Module) -> _Walk:

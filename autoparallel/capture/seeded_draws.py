@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -51,7 +52,10 @@ class SeededDraws(TorchDispatchMode):
             if kwargs.get("generator") is not None:
                 raise _refused("passes a random generator of its own to an op")
             if any(item.initial_seed() != _MARK for item, _ in self.generators):
-                raise _refused("seeds torch's random generator, and draws from it")
+                # The generator belongs to the process, and does not say who has seeded it.
+                others = " (or another thread seeds it meanwhile)"
+                who = others if threading.active_count() > 1 else ""
+                raise _refused(f"seeds torch's random generator, and draws from it{who}")
         return function(*args, **kwargs)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from autoparallel.cost.links import Algorithm, Link, Regime, joined
 from autoparallel.errors import PlanError
 from autoparallel.placement import Collective
+from autoparallel.support.json_text import read_json
 from autoparallel.support.written_files import write_file
 
 __all__ = [
@@ -214,7 +215,7 @@ def read_hardware(path: str | Path) -> Hardware:
     for a file that is missing, or that has unknown, missing or impossible entries.
     """
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = read_json(Path(path).read_text(), finite=False)
     except (OSError, ValueError) as error:
         raise PlanError(
             f"no hardware description in {path}",
@@ -248,6 +249,9 @@ def _parse(rows: Any, where: str) -> Hardware:
     entries.
     """
     rows = _checked(rows, Hardware, where)
+    for key in ("name", "source"):
+        if not isinstance(rows[key], str):
+            _refuse(where, key, rows[key], "a text")
     rates = rows["flops_per_second"]
     if not isinstance(rates, Mapping) or not rates:
         _refuse(where, "flops_per_second", rates, "rates by itemsize, such as {'2': 312e12}")
@@ -261,7 +265,7 @@ def _parse(rows: Any, where: str) -> Hardware:
     tiles = matmul.get("tiles", [[1, 1]])
     try:
         matmul["tiles"] = tuple((int(rows), int(columns)) for rows, columns in tiles)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         matmul["tiles"] = ()
     if not matmul["tiles"] or min(map(min, matmul["tiles"])) < 1:
         _refuse(f"{where}, matmul", "tiles", tiles, "pairs of sizes, such as [[256, 128]]")
@@ -275,7 +279,7 @@ def _parse(rows: Any, where: str) -> Hardware:
     by_size = rows.get("memory_by_size", [])
     try:
         pairs = tuple((int(size), float(rate)) for size, rate in by_size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         _refuse(where, "memory_by_size", by_size, "pairs of bytes and rate, such as [[4096, 1e9]]")
     if any(size <= 0 or not 0 < rate < math.inf for size, rate in pairs) or list(pairs) != sorted(
         dict(pairs).items()

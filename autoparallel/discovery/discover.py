@@ -68,11 +68,11 @@ def confirmed(discovered: DiscoveredRule, call: OpCall, careful: bool = False) -
     discovered: the rule, perhaps read from a file. call: the call that asks for it. careful: as in
     `discover`.
     """
-    probe = Probe(call, getattr(torch, discovered.dtype), careful)
-    shrunk = ProbeSizes(
-        discovered.pattern, sorted_atoms(discovered.pattern, call), discovered.values
-    )
     try:
+        probe = Probe(call, getattr(torch, discovered.dtype), careful)
+        shrunk = ProbeSizes(
+            discovered.pattern, sorted_atoms(discovered.pattern, call), discovered.values
+        )
         trial = Trial(probe, shrunk)
         rule = discovered.rule(trial.cases[0].call)
         if rule is None or discovered.rule(call) is None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from autoparallel.discovery.shape_pattern import (
     Pattern,
     Term,
@@ -18,6 +20,8 @@ from autoparallel.graph.graph import Dim, Sym, hint, numel_hint
 from autoparallel.placement import Collective, parse_placement
 from autoparallel.rules.notation import notation
 from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
+from autoparallel.runtime import discovered_kernels
+from autoparallel.runtime.kernels import kernel_arguments
 
 __all__ = ["DiscoveredKernel", "DiscoveredRule", "Follows"]
 
@@ -193,30 +197,31 @@ class DiscoveredRule:
     def from_json(rows: Mapping[str, Any]) -> DiscoveredRule:
         """Return the rule that was written.
 
-        Raises KeyError, TypeError or ValueError for another text.
+        Raises KeyError, TypeError or ValueError for another text. What it names must be known: the
+        names of kernels and of their arguments reach the text of programs.
         """
         operands, integers = rows["pattern"]
+        dtype = _text(rows["dtype"])
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"{dtype!r:.60} is no dtype")
         return DiscoveredRule(
-            target=rows["target"],
+            target=_text(rows["target"]),
             pattern=Pattern(
                 tuple(tuple(_term(item) for item in row) for row in operands),
                 tuple(_term(item) for item in integers),
             ),
-            loops=tuple((name, _term(item)) for name, item in rows["loops"].items()),
-            operands=_tuples(rows["operands"]),
-            results=_tuples(rows["results"]),
-            whole=tuple(rows["whole"].items()),
-            linear=_tuples(rows["linear"]),
-            follows=tuple(Follows(*item) for item in rows["follows"]),
-            kernels=tuple(
-                (loop, DiscoveredKernel(name, result, _tuples(arguments), gathers))
-                for loop, (name, result, arguments, gathers) in rows["kernels"].items()
-            ),
+            loops=tuple((_text(name), _term(item)) for name, item in rows["loops"].items()),
+            operands=_dims(rows["operands"]),
+            results=_dims(rows["results"]),
+            whole=tuple((_text(name), _text(why)) for name, why in rows["whole"].items()),
+            linear=tuple(tuple(map(_count, group)) for group in rows["linear"]),
+            follows=tuple(Follows(*map(_count, item)) for item in rows["follows"]),
+            kernels=tuple((loop, _kernel(*item)) for loop, item in rows["kernels"].items()),
             replicates=bool(rows["replicates"]),
             takes_empty=bool(rows["takes_empty"]),
             values=_values(*rows["values"]),
-            dtype=rows["dtype"],
-            note=rows["note"],
+            dtype=dtype,
+            note=_text(rows["note"]),
         )
 
     def __str__(self) -> str:
@@ -244,15 +249,57 @@ def _term(item: Any) -> Term:
     Raises TypeError or ValueError for anything else.
     """
     factor, atoms = item
-    return Term(int(factor), tuple(int(atom) for atom in atoms))
+    if type(factor) is not int:
+        raise TypeError(f"{factor!r:.60} is no whole number")
+    return Term(factor, tuple(map(_count, atoms)))
 
 
 def _values(low: float, high: float, signs: bool, bounds: list[Any], meanings: list[str]) -> Values:
-    """Return the numbers that an op was probed with, from JSON."""
+    """Return the numbers that an op was probed with, from JSON.
+
+    Numbers that are all alike would prove any rule.
+    """
+    if not 0 <= low < high < 1e6:
+        raise ValueError(f"no numbers lie between {low} and {high}")
     terms = (None if bound is None else _term(bound) for bound in bounds)
-    return Values(low, high, signs, tuple(terms), meanings=tuple(meanings))
+    return Values(low, high, bool(signs), tuple(terms), meanings=tuple(map(_text, meanings)))
 
 
-def _tuples(item: Any) -> Any:
-    """Return nested lists as nested tuples: JSON has no tuples, and a rule must be hashable."""
-    return tuple(map(_tuples, item)) if isinstance(item, (list, tuple)) else item
+def _kernel(name: str, result: str, arguments: Any, gathers: bool) -> DiscoveredKernel:
+    """Return a kernel from JSON. Raises ValueError for one, or for an argument, that is unknown."""
+    known = kernel_arguments(_text(name)) - {"operation"}
+    if name not in discovered_kernels.__all__:
+        raise ValueError(f"{name} is no kernel of ops without a rule")
+    parse_placement(_text(result))
+    pairs = tuple((_text(key), _numbers(value)) for key, value in arguments)
+    if {key for key, _ in pairs} - known:
+        raise ValueError(f"{name} has other arguments: {', '.join(sorted(known))}")
+    return DiscoveredKernel(name, result, pairs, bool(gathers))
+
+
+def _text(item: Any) -> str:
+    """Return a text. Raises TypeError for anything else."""
+    if not isinstance(item, str):
+        raise TypeError(f"{item!r:.60} is no text")
+    return item
+
+
+def _count(item: Any) -> int:
+    """Return a number that counts places. Raises ValueError for anything else."""
+    if type(item) is not int or not 0 <= item < 1000:
+        raise ValueError(f"{item!r:.60} counts nothing")
+    return item
+
+
+def _dims(item: Any) -> tuple[Dims, ...]:
+    """Return the loops of each dim of several tensors."""
+    return tuple(tuple(tuple(map(_text, names)) for names in dims) for dims in item)
+
+
+def _numbers(item: Any) -> Any:
+    """Return nested lists of numbers and words as nested tuples: a rule must be hashable."""
+    if isinstance(item, (list, tuple)):
+        return tuple(map(_numbers, item))
+    if item is not None and not isinstance(item, (bool, int, float, str)):
+        raise TypeError(f"{item!r:.60} is no argument of a kernel")
+    return item

@@ -2,8 +2,9 @@
 
 There is one file per op and shape pattern in the common cache folder, and one per call for an op
 that has no rule, with the reason: such an op may have ended its process. A file that cannot be
-read, or is of another version of torch, of the op or of this program, is as good as none; a folder
-that cannot be written to is left alone.
+read, or is of another version of torch, of the op or of this program, is as good as none, and is
+written anew; a folder that cannot be written to is left alone. Of what a file says, only the names
+of known kernels reach the text of a program, and the rule is proven before it is used.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from autoparallel.discovery.shape_pattern import Probe, integers_of
 from autoparallel.graph.graph import Ref, Sym, map_leaves
 from autoparallel.rules.rule import OpCall
 from autoparallel.support.cache_files import default_cache_folder, write_whole
+from autoparallel.support.json_text import read_json
 from autoparallel.support.torch_private import (
     custom_op_functions,
     dispatch_registrations,
@@ -120,7 +122,7 @@ def load(key: str) -> DiscoveredRule | None:
     """Return the rule that was stored under `key`; None if there is none that can be read."""
     try:
         return DiscoveredRule.from_json(_stored(key, "found"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -128,7 +130,7 @@ def load_refusal(key: str) -> tuple[str, bool] | None:
     """Return what `store_refusal` stored under `key`; None if there is nothing that can be read."""
     try:
         return str(_stored(key, "why")), bool(_stored(key, "ended"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -137,7 +139,7 @@ def _stored(key: str, part: str) -> Any:
 
     Raises KeyError where another key has its file, and other errors where it cannot be read.
     """
-    rows = json.loads(_path(key).read_text())
+    rows = read_json(_path(key).read_text())
     # The key is compared in full: file names are digests, and old versions are other keys.
     if rows["key"] != json.loads(key):
         raise KeyError(key)

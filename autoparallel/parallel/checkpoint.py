@@ -1,8 +1,9 @@
 """Checkpoints of a module and its optimizer: every rank writes its parts, any mesh reads them.
 
 They are written by torch.distributed.checkpoint under the original names, so that its other readers
-understand them. A checkpoint appears in its folder at once, when all of it is written: a job that
-is stopped half-way leaves the checkpoint before it as it was.
+understand them. Nothing in them runs as they are read: what is no tensor is in bytes of its own. A
+checkpoint appears in its folder at once, when all of it is written: a job that is stopped half-way
+leaves the checkpoint before it as it was.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from autoparallel.errors import AutoParallelError
+from autoparallel.errors import AutoParallelError, CheckpointError
 from autoparallel.parallel.checkpoint_files import (
     find_checkpoint,
     require_intact,
     together,
     write_checkpoint,
 )
+from autoparallel.parallel.checkpoint_metadata import CheckpointReader, read_metadata
 from autoparallel.parallel.deferred import is_deferred
 from autoparallel.parallel.module_state import State
 from autoparallel.parallel.pieces import in_pieces
+from autoparallel.parallel.plain_values import packed, unpacked
 from autoparallel.parallel.saved_optimizers import (
     Optimizers,
     as_optimizers,
@@ -43,8 +47,10 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 # What comes before the names of the model's and of the optimizer's tensors.
 _MODEL, _OPTIMIZER = "model.", "optimizer.state."
-# What the optimizers are known by, and the settings of their groups.
-_KINDS, _GROUPS = "optimizer.kinds", "optimizer.groups"
+# What comes before the names of all that is no tensor; see plain_values.py.
+_PLAIN = "plain."
+# What the optimizers are known by, the settings of their groups, and what the user gave besides.
+_KINDS, _GROUPS, _EXTRA = "optimizer.kinds", "optimizer.groups", "extra"
 
 
 def save_checkpoint(
@@ -58,11 +64,12 @@ def save_checkpoint(
     A collective call. folder: on a file system that all ranks see; an older checkpoint in it is
     replaced only when the new one is complete. module: a parallel one, or a plain one that is the
     same on every rank. optimizer: that of its parameters, or a list of several, if their state is
-    to be written. extra: anything that can be pickled, such as the number of the step, the same on
-    every rank.
+    to be written. extra: numbers, texts, tensors, lists and dicts of these, such as the number of
+    the step, the same on every rank.
     Raises AutoParallelError for a module that has no plan yet, for optimizers whose state cannot be
-    saved in parts, and where a file has the folder's name; CheckpointError, on all ranks, if
-    writing fails on any. The checkpoint before is then as it was.
+    saved in parts, for values that only a pickle could hold, and where a file has the folder's
+    name; CheckpointError, on all ranks, if writing fails on any. The checkpoint before is then as
+    it was.
 
     Example: `save_checkpoint("run/step-1000", model, optimizer, {"step": 1000})`
     """
@@ -70,7 +77,7 @@ def save_checkpoint(
     def prepare() -> dict[str, Any]:
         optimizers, state = as_optimizers(optimizer), _state_of(module)
         stored, _ = _tensors(module, module.state_dict(), optimizers)
-        stored["extra"] = dict(extra or {})
+        stored[_EXTRA] = dict(extra or {})
         if state is None:
             stored["torch_rng"] = torch.get_rng_state()
         else:
@@ -78,11 +85,9 @@ def save_checkpoint(
         if optimizers:
             stored[_KINDS] = describe(module, optimizers)
             stored[_GROUPS] = [_settings(group) for group in _groups(optimizers)]
-        return stored
+        return dict(_as_written(name, value) for name, value in stored.items())
 
     stored = together("preparing the checkpoint", prepare)
-    # Nothing is flattened: `extra` and the optimizer's groups are one entry each, of which a reader
-    # need not know beforehand what is inside.
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def write(partial: Path) -> None:
@@ -102,9 +107,10 @@ def load_checkpoint(
     A collective call. folder, module, optimizer: as in save_checkpoint. The number of ranks and the
     plan may be others than when it was written: each rank reads the parts that it holds. Parallel
     modules get the state of their random numbers, plain ones torch's.
-    Raises CheckpointError where there is no whole checkpoint or its files have changed, and
-    AutoParallelError where it is of another model or optimizer (naming what differs), and for a
-    module that has no plan yet. Nothing has been filled then.
+    Warns where the checkpoint is of a wider type than the module, so that numbers are rounded.
+    Raises CheckpointError where there is no whole checkpoint, its files have changed, or it is none
+    of save_checkpoint's, and AutoParallelError where it is of another model or optimizer (naming
+    what differs), and for a module that has no plan yet. Nothing has been filled then.
 
     Example: `step = load_checkpoint("run/step-1000", model, optimizer)["step"]`
     """
@@ -113,12 +119,11 @@ def load_checkpoint(
     optimizers, state = as_optimizers(optimizer), _state_of(module)
     known = together(
         f"reading the checkpoint in {target}",
-        lambda: dcp.FileSystemReader(target).read_metadata().state_dict_metadata,
+        lambda: _contents(target),
     )
-    saved: dict[str, Any] = {
-        name: None for name in (_KINDS, _GROUPS) if name in known and optimizers
-    }
-    _read(saved, target)
+    names = (_KINDS, _GROUPS) if optimizers else ()
+    saved: dict[str, Any] = dict.fromkeys(name for name in names if _PLAIN + name in known)
+    _read(saved, known, target)
     together(
         "checking the optimizer", lambda: _require_optimizers(module, optimizers, saved, target)
     )
@@ -133,15 +138,17 @@ def load_checkpoint(
             get_optimizer_state_dict(module, fresh)
     values = module.state_dict()
     stored, owners = _tensors(module, values, optimizers if has_state else ())
-    for name in [name for name in owners if name not in known]:
+    for name in [name for name in owners if {name, _PLAIN + name}.isdisjoint(known)]:
         # Of a parameter that had never had a gradient.
         entries, key = owners.pop(name)
         del stored[name], entries[key]
     together("checking the model", lambda: _require_same(stored, known, target))
-    for name in ("extra", "torch_rng" if state is None else "rng"):
-        if name in known:
-            stored[name] = torch.get_rng_state() if name == "torch_rng" else None
-    _read(stored, target)
+    stored[_EXTRA] = None
+    if state is None and "torch_rng" in known:
+        stored["torch_rng"] = torch.get_rng_state()
+    if state is not None and _PLAIN + "rng" in known:
+        stored["rng"] = None
+    _read(stored, known, target)
     # Tensors were filled in place. What is no tensor, such as a count of steps, is a new object.
     for name, (entries, key) in owners.items():
         if not isinstance(stored[name], torch.Tensor):
@@ -152,24 +159,79 @@ def load_checkpoint(
     # A module may make of its state dict what it likes, by hooks or an extra state.
     module.load_state_dict(values)
     for group, settings in zip(_groups(optimizers), saved.get(_GROUPS) or (), strict=False):
-        group.update(settings)
+        for key, setting in settings.items():
+            held: Any = group.get(key)
+            is_tensor = isinstance(held, torch.Tensor) and isinstance(setting, torch.Tensor)
+            group[key] = setting.to(held.device) if is_tensor else setting
     if "rng" in stored:
         set_rng_state(module, stored["rng"])
     if "torch_rng" in stored:
         torch.set_rng_state(stored["torch_rng"])
-    loaded: dict[str, Any] = stored["extra"]
+    loaded: dict[str, Any] = stored[_EXTRA]
     return loaded
 
 
-def _read(stored: dict[str, Any], target: Path) -> None:
-    """Fill the tensors in `stored` from the checkpoint, and replace what is no tensor."""
+def _contents(target: Path) -> Mapping[str, Any]:
+    """Return torch's metadata of what a checkpoint has, by name.
+
+    Raises CheckpointError for a checkpoint that save_checkpoint() has not written, or an earlier
+    release of it.
+    """
+    known: Mapping[str, Any] = read_metadata(target).state_dict_metadata
+    if _PLAIN + _EXTRA in known:
+        return known
+    if isinstance(known.get(_EXTRA), BytesStorageMetadata):
+        raise CheckpointError(
+            f"the checkpoint in {target} was written by an earlier release",
+            why="it has values in a pickle, and to read one runs the code that is in it",
+            fix="load it with the release that wrote it, if you trust the file, and save it with "
+            "this one",
+        )
+    raise CheckpointError(
+        f"the checkpoint in {target} is none of save_checkpoint()",
+        why=f"it has {', '.join(list(known)[:4]) or 'nothing'}, and no {_EXTRA}",
+        fix="load it with torch.distributed.checkpoint into full_state_dict(module), and that with "
+        "module.load_state_dict",
+    )
+
+
+def _as_written(name: str, value: Any) -> tuple[str, Any]:
+    """Return the name and the tensor that a value is written as."""
+    if isinstance(value, torch.Tensor):
+        return name, value
+    return _PLAIN + name, _described(packed(value, name))
+
+
+def _read(stored: dict[str, Any], known: Mapping[str, Any], target: Path) -> None:
+    """Fill the tensors in `stored` from the checkpoint, and replace what is no tensor.
+
+    known: torch's metadata of what the checkpoint has, by name.
+    """
     if not stored:
         return
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    plain = {
+        name: torch.empty(known[_PLAIN + name].size, dtype=torch.uint8)
+        for name, value in stored.items()
+        if not isinstance(value, torch.Tensor)
+    }
+    wanted = {name: value for name, value in stored.items() if name not in plain}
+    wanted.update((_PLAIN + name, _described(content)) for name, content in plain.items())
 
     def read() -> None:
-        with _alone():
-            dcp.load(stored, checkpoint_id=target, planner=planner)
+        try:
+            with _alone():
+                dcp.load(wanted, storage_reader=CheckpointReader(target), planner=planner)
+            stored.update((name, unpacked(content)) for name, content in plain.items())
+        except (AutoParallelError, OSError):
+            raise
+        # Files that were changed on purpose, with their digests, fail in any way.
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(
+                f"the checkpoint in {target} cannot be read",
+                why=str(error) or type(error).__name__,
+                fix="give a folder that save_checkpoint() wrote, as it was written",
+            ) from error
 
     together(f"reading the checkpoint in {target}", read)
 
@@ -245,8 +307,7 @@ def _tensors(
 def _described(value: Any) -> Any:
     """Return a tensor as torch.distributed.checkpoint writes it and fills it in place.
 
-    A DTensor says itself where its part lies. Any other is whole, and the same on every rank. What
-    is no tensor is pickled.
+    A DTensor says itself where its part lies. Any other is whole, and the same on every rank.
     """
     if not isinstance(value, torch.Tensor):
         return value
@@ -260,22 +321,27 @@ def _require_same(stored: Mapping[str, Any], known: Mapping[str, Any], folder: P
 
     stored: what is to be filled. known: torch's metadata of what the checkpoint has, by name.
     """
-    wrong = []
+    wrong, rounded = [], []
     for name, value in stored.items():
-        saved = known.get(name)
-        if saved is None:
-            wrong.append(f"{name} is not in it")
-        elif isinstance(value, torch.Tensor) != isinstance(saved, TensorStorageMetadata):
+        is_tensor = isinstance(value, torch.Tensor)
+        saved = known.get(name if is_tensor else _PLAIN + name)
+        if saved is None and (name in known or _PLAIN + name in known):
             wrong.append(f"{name} is a tensor only in one of the two")
-        elif isinstance(value, torch.Tensor):
+        elif saved is None:
+            wrong.append(f"{name} is not in it")
+        elif is_tensor:
             dtypes = (value.dtype, saved.properties.dtype)
             if saved.size != value.size():
                 wrong.append(f"{name} is {tuple(value.size())}, there {tuple(saved.size)}")
             # Another precision is read; fractions would be cut off without a word.
             elif dtypes[0] != dtypes[1] and not all(dtype.is_floating_point for dtype in dtypes):
                 wrong.append(f"{name} is {dtypes[0]}, there {dtypes[1]}")
+            elif _is_narrower(*dtypes):
+                rounded.append(f"{name} is {dtypes[0]}, there {dtypes[1]}")
     wrong += [
-        f"{name} is in it alone" for name in known if name.startswith(_MODEL) and name not in stored
+        f"{name.removeprefix(_PLAIN)} is in it alone"
+        for name in known
+        if name.removeprefix(_PLAIN).startswith(_MODEL) and name.removeprefix(_PLAIN) not in stored
     ]
     if wrong:
         raise AutoParallelError(
@@ -283,6 +349,21 @@ def _require_same(stored: Mapping[str, Any], known: Mapping[str, Any], folder: P
             why="; ".join(wrong[:8]) + (f"; {len(wrong) - 8} more" if len(wrong) > 8 else ""),
             fix="pass the model and the optimizer that were given to save_checkpoint()",
         )
+    if rounded:
+        more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+        warnings.warn(
+            f"the checkpoint in {folder} has tensors of wider types: numbers are rounded, and are "
+            f"infinite where they are too large: {rounded[0]}{more}",
+            stacklevel=2,
+        )
+
+
+def _is_narrower(own: torch.dtype, other: torch.dtype) -> bool:
+    """Return whether a floating point type holds fewer numbers than another."""
+    if not (own.is_floating_point and other.is_floating_point):
+        return False
+    one, two = torch.finfo(own), torch.finfo(other)
+    return one.max < two.max or one.eps > two.eps
 
 
 @contextmanager

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from autoparallel.errors import AutoParallelError, CheckpointError
+from autoparallel.parallel.checkpoint_metadata import METADATA
+from autoparallel.support.json_text import read_json
 
 __all__ = ["find_checkpoint", "is_first_rank", "require_intact", "together", "write_checkpoint"]
 
@@ -118,7 +120,7 @@ def find_checkpoint(folder: Path) -> Path:
     _refuse_file(folder)
     for path in (folder, folder.with_name(folder.name + _REPLACED)):
         # Rank 0 writes this file after all others but the digests, and names the folder then.
-        if (path / ".metadata").exists():
+        if (path / METADATA).exists():
             return path
     raise CheckpointError(
         f"no checkpoint in {folder}",
@@ -130,8 +132,7 @@ def find_checkpoint(folder: Path) -> Path:
 def require_intact(folder: Path) -> None:
     """Raise CheckpointError, on all ranks, unless all files are as they were written.
 
-    A collective call: each rank reads its share of the files. A checkpoint that was written without
-    digests is not looked at.
+    A collective call: each rank reads its share of the files.
     """
     together(f"reading the checkpoint in {folder}", lambda: _require_share(folder))
 
@@ -140,15 +141,23 @@ def _require_share(folder: Path) -> None:
     """Raise CheckpointError that names the files of this rank's share that have changed."""
     path = folder / _DIGESTS
     if not path.exists():
-        return
+        raise CheckpointError(
+            f"the checkpoint in {folder} is none of save_checkpoint(), or damaged",
+            why=f"there is no {_DIGESTS}, by which its files are known again",
+            fix="give a folder that save_checkpoint() wrote, with all of its files",
+        )
     try:
-        expected = json.loads(path.read_text())
+        expected = read_json(path.read_text())
+        if not isinstance(expected, dict) or METADATA not in expected:
+            raise ValueError("it is no table of the files")
         names = _share(sorted(expected))
     except (ValueError, TypeError) as error:
         raise _damaged(folder, [f"{_DIGESTS} cannot be read ({error})"]) from error
-    wrong = []
+    here = {entry.name for entry in folder.iterdir() if entry.is_file()} - {_DIGESTS}
+    wrong = [f"{name} was not written with it" for name in sorted(here - set(expected))]
     for name in names:
-        if not (folder / name).is_file():
+        # A name with a folder in it would lead out of this one.
+        if name not in here:
             wrong.append(f"{name} is missing")
         elif _digest(folder / name) != expected[name]:
             wrong.append(f"{name} is not as it was written")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Layout, layout_text, parse_layout
+from autoparallel.placement import Layout, layout_text
 from autoparallel.plan.choices import Break, Conversion, OpChoice, ParameterChoice, PlannedInput
-from autoparallel.plan.plan_rows import VERSION, broken_plan, read_rows, row_of, value_of
+from autoparallel.plan.plan_rows import VERSION, broken_plan, read_rows, row_of, typed, value_of
 from autoparallel.support.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -99,6 +99,9 @@ class Plan:
     collectives: tuple[tuple[str, str, str, int], ...] | None = None
     inputs: tuple[PlannedInput, ...] = ()
     returned: tuple[str, ...] = ()
+    # True of what the planner itself has returned in this process: a copy with changes is another
+    # plan, and is checked against the rules when it is applied, as one that was read is.
+    is_checked: bool = field(default=False, init=False, compare=False, repr=False)
 
     def __repr__(self) -> str:
         """Return one short line; the fields would fill pages."""
@@ -137,7 +140,7 @@ class Plan:
         """Say how near the cost is to the lower bound."""
         gap = self.cost - self.lower_bound
         # Both are sums of the same seconds in another order, so that they differ by roundings.
-        if gap <= 1e-9 * self.cost:
+        if gap <= 1e-9 * self.cost or not self.cost:
             return "proven optimal"
         return f"at most {gap / self.cost:.2%} above the optimum"
 
@@ -213,17 +216,24 @@ class Plan:
         """
         return json.dumps(self._rows(), indent=1) + "\n"
 
+    def checked(self) -> Plan:
+        """Return the plan, marked as one that follows the rules of its ops; see `is_checked`."""
+        object.__setattr__(self, "is_checked", True)
+        return self
+
     @staticmethod
     def from_json(text: str) -> Plan:
         """Return the plan that `to_json` has written as `text`; it has no graph.
 
-        Raises PlanError for another version and for a text that is broken.
+        Raises PlanError for another version and for a text that is broken. Whether the plan fits a
+        model, and is one by the rules of its ops, is checked when it is applied.
         """
         rows = read_rows(text)
         try:
             return Plan._from_rows(rows)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise broken_plan(f"{type(error).__name__}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise broken_plan(why) from None
 
     def _rows(self) -> dict[str, Any]:
         """Return what JSON is to hold; keys that not every text has are last."""
@@ -260,34 +270,119 @@ class Plan:
         return rows
 
     @staticmethod
-    def _from_rows(rows: Mapping[str, Any]) -> Plan:
-        """Return the plan of these rows; keys that not every text has may be absent."""
+    def _from_rows(rows: Mapping[str, Any], inside: bool = False) -> Plan:
+        """Return the plan of these rows; keys that not every text has may be absent.
+
+        inside: whether it is the plan of a part, which has no parts of its own. Raises KeyError,
+        TypeError and ValueError for rows that are not those of a plan.
+        """
+        unknown = [key for key in rows if key not in _KEYS]
+        if unknown:
+            raise ValueError(f"a plan has no {unknown[0]!r:.60}")
+        simple = {name: typed(kind, rows[name], name) for name, kind in _SCALARS.items()}
         counts = rows.get("collectives")
+        parts = _list(rows.get("parts", []), "parts")
+        if inside and parts:
+            raise ValueError("a part has parts")
         return Plan(
-            model=rows["model"],
-            mesh=Mesh(**rows["mesh"]),
-            options=Options(**rows["options"]),
-            hardware=rows["hardware"],
-            fingerprint=rows["fingerprint"],
-            parameters=tuple(value_of(ParameterChoice, row) for row in rows["parameters"]),
-            ops=tuple(value_of(OpChoice, row) for row in rows["ops"]),
-            conversions=tuple(value_of(Conversion, row) for row in rows["conversions"]),
-            outputs=tuple(map(parse_layout, rows["outputs"])),
-            cost=rows["cost"],
-            lower_bound=rows["lower_bound"],
-            method=rows["method"],
-            seconds=rows["seconds"],
-            product_weight=rows["product_weight"],
-            recomputed=tuple(map(tuple, rows["recomputed"])),
-            recompute=tuple((path, mode) for path, mode in rows["recompute"]),
-            memory=tuple(rows["memory"].items()),
+            **simple,
+            mesh=_mesh(rows["mesh"]),
+            options=_options(rows["options"]),
+            parameters=_values(ParameterChoice, rows["parameters"]),
+            ops=_values(OpChoice, rows["ops"]),
+            conversions=_values(Conversion, rows["conversions"]),
+            outputs=typed("tuple[Layout, ...]", rows["outputs"], "outputs"),
+            recomputed=typed("tuple[tuple[str, ...], ...]", rows["recomputed"], "recomputed"),
+            recompute=_table_of(rows["recompute"], "recompute", "str", "str"),
+            memory=_table_of(
+                [list(row) for row in _table(rows["memory"], "memory").items()],
+                *("memory", "str", "int"),
+            ),
             # None says that nobody has counted; an empty tuple, that there are none.
-            collectives=None if counts is None else tuple(map(tuple, counts)),
-            inputs=tuple(value_of(PlannedInput, row) for row in rows.get("inputs", ())),
-            returned=tuple(rows.get("returned", ())),
-            breaks=tuple(value_of(Break, row) for row in rows.get("breaks", ())),
+            collectives=None
+            if counts is None
+            else _table_of(counts, "collectives", "str", "str", "str", "int"),
+            inputs=_values(PlannedInput, rows.get("inputs", [])),
+            returned=typed("tuple[str, ...]", rows.get("returned", []), "returned"),
+            breaks=_values(Break, rows.get("breaks", [])),
             parts=tuple(
-                Part(tuple(part["paths"]), Plan._from_rows(part["plan"]))
-                for part in rows.get("parts", ())
+                Part(
+                    typed("tuple[str, ...]", part["paths"], "paths"),
+                    Plan._from_rows(_table(part["plan"], "plan"), inside=True),
+                )
+                for part in (_table(item, "parts") for item in parts)
             ),
         )
+
+
+# The fields that are a single value, with their types.
+_SCALARS = {
+    "model": "str",
+    "hardware": "str",
+    "fingerprint": "str",
+    "cost": "float",
+    "lower_bound": "float",
+    "method": "str",
+    "seconds": "float",
+    "product_weight": "float",
+}
+# All keys of a plan's rows: a key that is misspelt would be left out without a word.
+_KEYS = {
+    *_SCALARS,
+    *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
+    *"collectives inputs returned breaks parts".split(),
+}
+_OPTIONS = {
+    field.name: str(field.type) for field in fields(Options) if field.name != "memory_limit"
+}
+# Ranks in all that a plan may be for: those that run are compared with it, and counted by it.
+_MOST_RANKS = 2**24
+
+
+def _table(content: Any, what: str) -> dict[str, Any]:
+    """Return a table of named entries. Raises TypeError for anything else."""
+    if not isinstance(content, dict):
+        raise TypeError(f"{what} is no table")
+    return content
+
+
+def _list(content: Any, what: str) -> list[Any]:
+    """Return a list. Raises TypeError for anything else."""
+    if not isinstance(content, list):
+        raise TypeError(f"{what} is no list")
+    return content
+
+
+def _values(kind: Any, rows: Any) -> tuple[Any, ...]:
+    """Return the frozen values of a list of rows."""
+    return tuple([value_of(kind, row) for row in _list(rows, kind.__name__)])
+
+
+def _table_of(rows: Any, what: str, *kinds: str) -> tuple[Any, ...]:
+    """Return rows of as many values as there are types."""
+    lists = [_list(row, what) for row in _list(rows, what)]
+    return tuple(
+        tuple(typed(kind, item, what) for kind, item in zip(kinds, row, strict=True))
+        for row in lists
+    )
+
+
+def _mesh(rows: Any) -> Mesh:
+    """Return the mesh of these axes."""
+    mesh = Mesh(**_table(rows, "mesh"))
+    if mesh.world_size > _MOST_RANKS:
+        raise ValueError(f"mesh has {mesh.world_size} ranks")
+    return mesh
+
+
+def _options(rows: Any) -> Options:
+    """Return the options of these entries; those that are missing have their defaults."""
+    rows = dict(_table(rows, "options"))
+    limit = rows.pop("memory_limit", None)
+    unknown = [name for name in rows if name not in _OPTIONS]
+    if unknown:
+        raise ValueError(f"there is no option {unknown[0]!r:.60}")
+    return Options(
+        **{name: typed(_OPTIONS[name], content, name) for name, content in rows.items()},
+        memory_limit=None if limit is None else typed("int", limit, "memory_limit"),
+    )

@@ -88,7 +88,7 @@ def fastest_plan(
             best = plan
     if best is None:
         raise min(errors, key=lambda error: getattr(error, "least", math.inf))
-    return _counted(best)
+    return _counted(best).checked()
 
 
 def _counted(plan: Plan) -> Plan:
@@ -152,9 +152,19 @@ def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
             why="the traced program differs from the one planned for",
             fix="plan again, or pass the example_inputs and the mode (train, eval) planned for",
         )
+    if isinstance(traced, Captured) == bool(plan.breaks or plan.parts):
+        raise PlanError(f"the plan is no plan of {plan.model}, or of its parts", fix="plan again")
     if isinstance(traced, Captured):
         return replace(plan, captured=traced)
     graphs = {path: part.captured for part in traced.parts for path in part.paths}
+    told = [path for part in plan.parts for path in part.paths]
+    breaks = [item.path for item in plan.breaks]
+    if sorted(told) != sorted(graphs) or breaks != [item.path for item in traced.breaks]:
+        raise PlanError(
+            f"the plan was made for another {plan.model}",
+            why="the modules that are split, or those that stay Python, are others",
+            fix="plan again",
+        )
     parts = (
         replace(part, plan=replace(part.plan, captured=graphs[part.paths[0]]))
         for part in plan.parts

@@ -20,6 +20,7 @@ from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.search import search
 from autoparallel.rules.lookup import find_rule
+from autoparallel.support.one_at_a_time import planning
 from autoparallel.support.pytree import flatten
 
 __all__ = ["Replanner"]
@@ -57,6 +58,19 @@ class Replanner:
         Raises CaptureError where it cannot be traced, which is remembered, PlanError and
         UnsupportedOpError, and InputMismatchError for a call that the module does not take.
         """
+        with planning.held():
+            return self.plan(root, path, args, kwargs, stored, part)
+
+    def plan(
+        self,
+        root: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        stored: Mapping[str, Layout],
+        part: bool,
+    ) -> Plan:
+        """Return a plan as `__call__` does, while no other thread plans."""
         if not part:
             module = root.get_submodule(path)
             refuse_arrays(module, args, kwargs)

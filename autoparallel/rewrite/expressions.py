@@ -121,8 +121,12 @@ class ExpressionWriter:
         # repr gives inf and nan, which are no names in Python.
         if isinstance(item, float) and not math.isfinite(item):
             return f"float('{item}')"
-        if isinstance(item, (int, float, str, bool, type(None), torch.dtype)):
+        if isinstance(item, (bool, type(None), torch.dtype)):
             return repr(item)
+        # A child of these, such as a number of numpy's or a member of an enum, prints otherwise.
+        for kind in (int, float, str):
+            if isinstance(item, kind):
+                return kind.__repr__(item)
         if isinstance(item, (torch.layout, torch.memory_format)):
             return repr(item)
         key = f"constant_{len(self.constants)}"

@@ -12,6 +12,7 @@ from autoparallel.plan import OpChoice
 from autoparallel.rewrite.expressions import Code, ExpressionWriter
 from autoparallel.rewrite.names import Names
 from autoparallel.rules.rule import Dims, Kernel, OpCall, ShardingRule
+from autoparallel.runtime.kernels import kernel_arguments
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import op_key
 
@@ -133,6 +134,9 @@ class LocalCalls:
             )
         for axis in ordered:
             kernel, size = kernels[axis]
+            unknown = {name for name, _ in kernel.arguments} - kernel_arguments(kernel.name)
+            if unknown:
+                raise ValueError(f"{kernel.name} has no {min(unknown)!r:.60}")
             options = f"group={self.names.axes[axis]}, size={size}{run}"
             options += "".join(f", {name}={value!r}" for name, value in kernel.arguments)
             run = f", run=functools.partial(kernels.{kernel.name}, {options})"

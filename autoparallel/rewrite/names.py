@@ -20,6 +20,8 @@ RESERVED = frozenset(
 )
 # Names of placements, constants and recomputed blocks, which the writers below make up.
 _PATTERNS = re.compile(r"[IRP]|S\d+(_blocks\d+)?(_unit\d+)?|constant_\d+|block_\d+")
+# What no identifier has.
+_NO_LETTERS = re.compile(r"[^0-9A-Za-z_]")
 
 
 class Names:
@@ -40,9 +42,12 @@ class Names:
         and reserved from now on.
 
         >>> names = Names(["tp"], [], ["x", "class"])
-        >>> names.fresh("x"), names.values["class"]
-        ('x_', 'class_')
+        >>> names.fresh("x"), names.values["class"], names.fresh("é; 1")
+        ('x_', 'class_', '___1')
         """
+        # Whatever the graph and the mesh call a thing, what the text has is an identifier.
+        name = _NO_LETTERS.sub("_", name)
+        name = name if name.isidentifier() else f"_{name}"
         while (
             name in self.taken
             or name in RESERVED

@@ -100,8 +100,8 @@ def _cut(
     cuts_i = _boundaries([hint(before[k]) for k in run_i])
     cuts_j = _boundaries([hint(after[k]) for k in run_j])
     cuts = sorted({*cuts_i, *cuts_j})
-    # (4, 6) -> (6, 4): boundaries at 6 and at 4 do not nest.
-    if any(high % low for low, high in pairwise(cuts)):
+    # (4, 6) -> (6, 4): boundaries at 6 and at 4 do not nest. Of an empty tensor there are none.
+    if 0 in cuts or any(high % low for low, high in pairwise(cuts)):
         _opaque(before, run_i, left, sizes, whole)
         return
     names: dict[tuple[int, int], str] = {}

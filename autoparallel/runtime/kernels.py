@@ -10,6 +10,7 @@ dim.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,7 @@ __all__ = [
     "grouped_mm_matrices",
     "index_select_split",
     "instance_norm_split",
+    "kernel_arguments",
     "log_softmax_split",
     "logsumexp_split",
     "masked_lookup",
@@ -76,6 +78,28 @@ __all__ = [
     "weighted_mean",
     "without_stand_ins",
 ]
+
+_HELPERS = {"kernel_arguments", "stand_ins_for", "without_stand_ins"}
+# What an emitted program itself gives to kernels.
+_GIVEN = {"group", "size", "run"}
+
+
+@functools.cache
+def kernel_arguments(name: str) -> frozenset[str]:
+    """Return the names of the arguments that a rule may give to a kernel.
+
+    name: of the kernel. Raises ValueError where there is no kernel of that name: names reach the
+    text of programs, so that they must be known ones.
+
+    >>> sorted(kernel_arguments("weighted_mean"))
+    ['operation', 'where']
+    """
+    if name not in __all__ or name in _HELPERS:
+        raise ValueError(f"there is no kernel {name!r:.60}")
+    parameters = inspect.signature(globals()[name]).parameters.values()
+    named = (each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+    return frozenset(named) - _GIVEN
+
 
 # The reductions of losses, by the numbers that torch gives them.
 _NONE, _MEAN, _SUM = 0, 1, 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 import math
 import threading
@@ -202,7 +203,12 @@ def run_ranks(ranks: Sequence[Ranks], work: Callable[[Ranks], Result]) -> list[R
                 for group in groups:  # this wakes all that wait, and they wake the others
                     group.abort()
 
-    threads = [threading.Thread(target=run, args=(each,)) for each in ranks]
+    # Each in a copy of this thread's context: what it holds, it holds for them.
+    contexts = [contextvars.copy_context() for _ in ranks]
+    threads = [
+        threading.Thread(target=context.run, args=(run, each))
+        for context, each in zip(contexts, ranks, strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -271,8 +271,11 @@ def _dropout_mask(
     rows, columns = sides(shape, placements, ranks, source.words(key))
     size = (prod(rows.local_sizes), prod(columns.local_sizes))
     mask = torch.empty(size, dtype=torch.bool, device=x.device)
-    # A word below this is dropped: words are uniform in [-2^31, 2^31).
-    least = signed_word(0x80000000 + round(probability * (1 << 32)))
+    # So many of all words are dropped, from the least: words are uniform in [-2^31, 2^31).
+    dropped = round(probability * (1 << 32))
+    if dropped == 1 << 32:  # behind the last word begins the first again
+        return mask.zero_().view(torch.uint8).view(x.shape)
+    least = signed_word(0x80000000 + dropped)
     for down, across, bits in drawn_words(rows, columns, x.device):
         mask[down, across] = bits.ge(least)
     return mask.view(torch.uint8).view(x.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -49,18 +50,31 @@ def is_nested(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]) -> b
     >>> layout = (Shard(0), Shard(0))
     >>> is_nested((8, 4), layout, sizes=(2, 2)), is_nested((6, 4), layout, sizes=(2, 2))
     (True, False)
+    >>> is_nested((4, 4), (Shard(0),) * 3, sizes=(2, 2, 2))
+    False
     """
-    for (one, first), (two, second) in combinations(enumerate(layout), 2):
-        if not (isinstance(first, Shard) and isinstance(second, Shard)):
+    for dim, cuts in _shards_by_dim(layout).items():
+        if len(cuts) == 1:
             continue
-        if first.dim != second.dim:
-            continue
+        shard = cuts[0][1]
+        if any(other != shard for _, other in cuts):
+            return False
         # A run is the smallest piece of a block that is dealt out to ranks: `unit` elements
-        # together.
-        runs = hint(shape[first.dim]) // (first.blocks * first.unit)
-        if first != second or runs % (sizes[one] * sizes[two]):
+        # together. They are dealt to all axes at once: 4 runs divide by any two axes of 2 ranks,
+        # and not by three.
+        runs = hint(shape[dim]) // (shard.blocks * shard.unit)
+        if runs % math.prod(sizes[axis] for axis, _ in cuts):
             return False
     return True
+
+
+def _shards_by_dim(layout: Layout) -> dict[int, list[tuple[int, Shard]]]:
+    """Return the axes that split each dim, with the shards, outermost first."""
+    shards: dict[int, list[tuple[int, Shard]]] = {}
+    for axis, placement in enumerate(layout):
+        if isinstance(placement, Shard):
+            shards.setdefault(placement.dim, []).append((axis, placement))
+    return shards
 
 
 def joint_strategies(
@@ -97,13 +111,19 @@ def _together(rule: ShardingRule, parts: tuple[Strategy, ...], sizes: tuple[int,
     # Two kernels that both replace the op cannot both run.
     if sum(not kernel.wraps for kernel in kernels) > 1:
         return False
-    for (one, first), (two, second) in combinations(enumerate(parts), 2):
+    ranks: dict[str, int] = {}
+    for first, second in combinations(parts, 2):
         tile = first.tile
         if tile is None or second.tile is None or tile.loop != second.tile.loop:
             continue
         if tile != second.tile or any(p.kernel and not p.kernel.wraps for p in (first, second)):
             return False
-        # Two axes that split one loop split it into the product of their sizes.
-        if not is_possible(rule, tile, sizes[one] * sizes[two]):
-            return False
-    return True
+    for part, size in zip(parts, sizes, strict=True):
+        if part.tile is not None:
+            ranks[part.tile.loop] = ranks.get(part.tile.loop, 1) * size
+    # Axes that split one loop split it into the product of their sizes.
+    return all(
+        is_possible(rule, part.tile, ranks[part.tile.loop])
+        for part in parts
+        if part.tile is not None
+    )

@@ -87,6 +87,7 @@ __all__ = [
     "backward_pass",
     "call_hooks_of",
     "carries_backward_hooks",
+    "checkpoint_classes",
     "current_dispatch_mode",
     "current_function_mode",
     "custom_op_functions",
@@ -198,6 +199,19 @@ def _custom_op(name: str) -> Any:
 def is_custom_op(name: str) -> bool:
     """True if an op was made by torch.library.custom_op. name: as in "mylib::scale"."""
     return _custom_op(name) is not None
+
+
+@cache
+def checkpoint_classes() -> dict[tuple[str, str], Any]:
+    """Return the private names in a checkpoint's table of contents: classes of plain data, and the
+    function that finds a tensor's layout by its name.
+    """
+    homes = {
+        "_StorageInfo": "torch.distributed.checkpoint.filesystem",
+        "_MEM_FORMAT_ENCODING": "torch.distributed.checkpoint.metadata",
+        "_get_layout": "torch.serialization",
+    }
+    return {(home, name): getattr(import_module(home), name) for name, home in homes.items()}
 
 
 def custom_op_functions(name: str) -> tuple[Any, Any, Any, Any] | None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from autoparallel.capture.example_inputs import find_example_inputs, split_example
+from autoparallel.capture.global_reads import undisturbed
 from autoparallel.capture.graph_breaks import trace
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
@@ -76,7 +77,9 @@ def to_fx(
         args, kwargs = split_example(
             find_example_inputs(source) if example_inputs is None else example_inputs
         )
-        return _whole(trace(source, args, kwargs, known=find_rule), source, type(source).__name__)
+        with undisturbed(source):
+            captured = trace(source, args, kwargs, known=find_rule)
+        return _whole(captured, source, type(source).__name__)
     if isinstance(source, Graph):
         if rank is not None:
             raise PlanError("a rank beside a graph", fix="pass the plan: to_fx(plan, rank=0)")

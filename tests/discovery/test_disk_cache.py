@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import custom_ops
 import pytest
@@ -87,7 +88,7 @@ def test_the_key_is_of_the_op_and_its_arguments(monkeypatch: pytest.MonkeyPatch)
     assert len(keys) == 5
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', "{}\n" * 3])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', "{}\n" * 3, "[" * 10**6])
 def test_a_broken_file_is_as_good_as_none(text: str, cache: Path, probes: list[str]) -> None:
     """It is written anew, whole."""
     words(gated(4, 5, 14))
@@ -111,6 +112,56 @@ def test_a_stored_rule_that_is_wrong_is_not_believed(cache: Path, probes: list[s
     assert len(probes) == 2
     rows["found"]["linear"] = []
     assert json.loads(path.read_text()) == rows
+
+
+def edited(found: dict[str, Any], path: str, value: Any) -> None:
+    """Put a value in the place of another; a path ends with the name or number of the place."""
+    *groups, last = [int(part) if part.isdecimal() else part for part in path.split("/")]
+    place: Any = found
+    for part in groups:
+        place = place[part]
+    place[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("kernels/l1/0", "combined_parts(*[print('run')]) or kernels.combined_parts"),
+        ("kernels/l1/0", "__builtins__"),
+        ("kernels/l1/0", "stand_ins_for"),
+        ("kernels/l1/0", "embedding_rows"),
+        ("kernels/l1/2/0/0", "where=None, other=print('run'), more"),
+        ("kernels/l1/2/0/0", "operation"),
+        ("kernels/l1/2/0/1", {"a": "table"}),
+        ("kernels/l1/1", "S(0, blocks=0)"),
+        ("dtype", "load"),
+        ("dtype", 3),
+        ("values/1", 0.2),  # equal numbers prove any rule
+        ("values/1", 1e999),
+        ("pattern/0/0/0/0", 10**30),
+        ("pattern/0/0/0/1/0", -1),
+        ("operands", 5),
+        ("results", [[[[]]]]),
+        ("loops", []),
+        ("linear", [[99]]),
+    ],
+)
+def test_a_stored_rule_names_known_kernels_only(
+    path: str, value: Any, cache: Path, probes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names reach the text of a program, which runs as the rule is proven."""
+    call = Call("probed.power_sum.default", (x(4, 5),)).example().call
+    expected = words(call)
+    (file,) = files(cache)
+    whole = file.read_text()
+    rows = json.loads(whole)
+    edited(rows["found"], path, value)
+    file.write_text(json.dumps(rows))
+    assert load(key_of(call)) is None or path == "linear"
+    assert words(call) == expected
+    assert len(probes) == 2
+    assert file.read_text() == whole
+    assert "run" not in capsys.readouterr().out
 
 
 def test_a_rule_survives_the_way_to_disk_and_back(cache: Path) -> None:

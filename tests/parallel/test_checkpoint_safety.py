@@ -181,7 +181,10 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AutoParallelError, match=r"is torch.int64, there torch.float64"):
         load_checkpoint(tmp_path / "a", counts)
     narrow = model_of(1).float()
-    load_checkpoint(tmp_path / "a", narrow)
+    with pytest.warns(
+        UserWarning, match=r"weight is torch.float32, there torch.float64 and 2 more"
+    ):
+        load_checkpoint(tmp_path / "a", narrow)
     assert torch.equal(narrow.first.weight, model.first.weight.float())
 
 
@@ -247,10 +250,7 @@ def test_damage_is_noticed(damage: Callable[[Path], None], name: str, tmp_path: 
     damage(tmp_path / "a" / name)
     other = model_of(1)
     before = [parameter.clone() for parameter in other.parameters()]
-    if (name, damage) == ("digests.json", Path.unlink):
-        load_checkpoint(tmp_path / "a", other)  # written before there were digests
-        return
-    with pytest.raises(CheckpointError, match=r"is damaged|no checkpoint in"):
+    with pytest.raises(CheckpointError, match=r"damaged|no checkpoint in"):
         load_checkpoint(tmp_path / "a", other)
     assert all(map(torch.equal, before, other.parameters()))
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import ast
 import gc
 import logging
+import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from processes import run_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -804,3 +807,20 @@ def test_a_registered_hook_is_in_a_dictionary_of_its_module_and_makes_a_handle(
     assert torch_private.hook_handles_so_far() == handles + 1
     handle.remove()
     assert sum(map(len, dictionaries)) == 0
+
+
+def test_checkpoint_classes(tmp_path: Path) -> None:
+    """They and the public ones are all that a checkpoint's table of contents names."""
+    with pytest.warns(UserWarning, match=r"torch.distributed"):
+        dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path)
+    named: set[tuple[str, str]] = set()
+
+    class Names(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            named.add((module, name))
+            return super().find_class(module, name)
+
+    with (tmp_path / ".metadata").open("rb") as file:
+        Names(file).load()
+    private = {(module, name) for module, name in named if name.startswith("_")}
+    assert private == set(torch_private.checkpoint_classes())

@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, size_expression
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, hint, size_expression
 from autoparallel.graph.passes.editing import first_operand, rebuilt
 
 __all__ = ["see_through_merges"]
@@ -150,6 +150,9 @@ def _refined(before: Shape, after: Shape) -> Shape | None:
     """
     # A dim of size 1 may stand anywhere, so that groups would not be unique.
     if 1 in after or 1 in before:
+        return None
+    # An empty tensor's dims all end in one place.
+    if 0 in map(hint, (*before, *after)):
         return None
     sizes_known = {size.expr: size.hint for size in (*before, *after) if isinstance(size, Sym)}
     ends = dict.fromkeys((*_ends(before), *_ends(after)))

@@ -1,0 +1,356 @@
+"""A plan from elsewhere is checked against the graph and the rules of its ops, before it runs.
+
+A plan's text may have been edited, or be of another release of the rules. One placement that an
+op's rule does not allow makes gradients wrong without an error, and differently on each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+
+import torch
+from torch import nn
+
+from autoparallel.cost.op_costs import nbytes
+from autoparallel.errors import PlanError
+from autoparallel.graph.captured import Captured
+from autoparallel.graph.graph import Dim, Node, Sym, Value
+from autoparallel.placement import (
+    Invariant,
+    Layout,
+    Partial,
+    Shard,
+    is_possible_step,
+    layout_text,
+    whole_layout,
+)
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.rules.lookup import find_rule
+from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, Strategy, strategies, tile_of
+from autoparallel.runtime.tensor_parts import require_refined
+from autoparallel.strategy.candidate_splits import inert_calls
+from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies
+from autoparallel.strategy.rule_matching import MatchedCall, match_rules
+
+__all__ = ["require_sound"]
+
+# No redistribution takes more steps on each mesh axis.
+_MOST_STEPS = 4
+
+
+def require_sound(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanError unless a plan, which has its graphs, is one by the rules of its ops.
+
+    plan: one that the planner has returned in this process is not looked at again. model: the one
+    that it is applied to. The error names the op or the parameter, and its line in the source.
+    Rules of ops that nobody wrote a rule for are found on the way.
+    """
+    if plan.is_checked:
+        return
+    if plan.captured is not None:
+        _Check(plan, plan.captured).all()
+        return
+    _require_agreement(plan, model)
+    for part in plan.parts:
+        if part.plan.captured is not None:
+            _Check(part.plan, part.plan.captured).all()
+
+
+def _require_agreement(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanError unless the plans of a model's parts are for the mesh, the options and the
+    layouts of parameters of the plan as a whole.
+    """
+    first: dict[int, str] = {}
+    known = {choice.path: choice for choice in plan.parameters}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for path, parameter in named.items():
+        choice = known.get(first.setdefault(id(parameter), path))
+        if choice is not None:
+            _require_storage(choice, tuple(parameter.shape), plan, path)
+    rows = [
+        (f"{path}/{op.name}", op.target, op.operands, op.results, op.kernels)
+        for part in plan.parts
+        for path in part.paths
+        for op in part.plan.ops
+    ]
+    if rows != [(op.name, op.target, op.operands, op.results, op.kernels) for op in plan.ops]:
+        raise _wrong(plan.model, "", "its ops are not those of its parts")
+    for part in plan.parts:
+        if (part.plan.mesh, part.plan.options) != (plan.mesh, plan.options):
+            raise _wrong(part.paths[0], "", "it is planned for another mesh, or other options")
+        for path, choice in product(part.paths, part.plan.parameters):
+            full = f"{path}.{choice.path}"
+            whole = known.get(first.get(id(named.get(full)), ""))
+            if whole is None or whole.storage != choice.storage:
+                raise _wrong(
+                    full, path, "the plan of the part stores it otherwise than the model's"
+                )
+        # What Python calls returns whole tensors, and is given such.
+        if any(layout != whole_layout(len(plan.mesh.axes)) for layout in part.plan.outputs):
+            raise _wrong(part.paths[0], "", "it returns parts of tensors to the Python around it")
+
+
+def _require_storage(
+    choice: ParameterChoice, shape: tuple[Dim, ...], plan: Plan, where: str
+) -> None:
+    """Raise PlanError unless a parameter is stored, updated and its gradient held in parts that
+    there are, of which one is cut from the other.
+    """
+    sizes = tuple(size for _, size in plan.mesh.axes)
+    for layout in (choice.storage, choice.gradient, choice.state):
+        # What is updated is no part of a computation, so that ranks may have more or less of it.
+        why = _why_no_layout(layout, shape, sizes, even=layout is choice.storage)
+        if why:
+            raise _wrong(choice.path, where, f"{layout_text(layout)} of a tensor {shape}: {why}")
+        if not all(isinstance(placement, (Invariant, Shard)) for placement in layout):
+            raise _wrong(choice.path, where, f"parameters are not stored as {layout_text(layout)}")
+    require_refined(choice.storage, choice.state, choice.path)
+    triples = zip(choice.storage, choice.gradient, choice.state, strict=True)
+    if any(gradient not in (storage, state) for storage, gradient, state in triples):
+        held = layout_text(choice.gradient)
+        raise _wrong(choice.path, where, f"its gradient is {held}, as neither it nor its state")
+
+
+def _why_no_layout(
+    layout: Layout, shape: Sequence[Dim], sizes: tuple[int, ...], even: bool = True
+) -> str:
+    """Return why no tensor of this shape lies so on a mesh of axes of these sizes; "" if one can.
+
+    even: whether axes that cut the same dim must give all ranks as much. A size that the inputs
+    decide may be cut anywhere: its parts are computed when it is known.
+    """
+    if len(layout) != len(sizes):
+        return f"the mesh has {len(sizes)} axes"
+    for placement, ranks in zip(layout, sizes, strict=True):
+        if ranks == 1 and placement != Invariant():
+            return "one rank alone has all of it"
+        if not isinstance(placement, Shard):
+            continue
+        if placement.dim >= len(shape):
+            return f"it has {len(shape)} dims"
+        size, run = shape[placement.dim], placement.blocks * placement.unit
+        if isinstance(size, Sym) and run != 1:
+            return "the inputs decide on that size"
+        if isinstance(size, int) and (size % run or size // run < 2):
+            return f"{size} elements are not divided into such runs"
+    # Sizes that the inputs decide divide by anything: 0 does.
+    known = tuple(0 if isinstance(size, Sym) or not even else size for size in shape)
+    return "" if is_nested(known, layout, sizes) else "the axes cut it at different places"
+
+
+def _wrong(what: str, where: str, why: str) -> PlanError:
+    """Return the error for a part of a plan that is not as the planner makes it."""
+    return PlanError(
+        f"the plan cannot be followed: {what}",
+        where=where,
+        why=why,
+        fix="plan again, or give the whole text that plan.to_json() wrote",
+    )
+
+
+class _Check:
+    """The check of a plan of one graph.
+
+    nodes: the graph's calls by name. made: the layout in which each value is produced. wanted: for
+    each conversion that the plan must have, (value, layout), the readers.
+    """
+
+    def __init__(self, plan: Plan, captured: Captured) -> None:
+        self.plan, self.captured, self.graph = plan, captured, captured.graph
+        self.sizes = tuple(size for _, size in plan.mesh.axes)
+        self.whole = whole_layout(len(self.sizes))
+        self.made: dict[str, Layout] = {}
+        self.wanted: dict[tuple[str, Layout], dict[str, None]] = {}
+
+    def all(self) -> None:
+        """Check everything that a program is emitted from."""
+        graph, plan = self.graph, self.plan
+        if plan.fingerprint != graph.fingerprint:
+            raise _wrong(plan.model, "", "it was made for another program")
+        for node in graph.nodes:
+            if node.kind != "call":
+                self.made[node.result.name] = self.whole
+        self.parameters([node for node in graph.nodes if node.kind == "parameter"])
+        if [op.name for op in plan.ops] != [node.name for node in graph.calls]:
+            raise _wrong(plan.model, "", "its ops are not those of the model")
+        inert = inert_calls(graph)
+        matched = match_rules(graph, inert, plan.options, plan.world_size)
+        for op, node in zip(plan.ops, graph.calls, strict=True):
+            self.op(op, node, matched[node.name], node.name in inert)
+        self.outputs()
+        self.conversions()
+        self.recomputed()
+
+    def parameters(self, nodes: Sequence[Node]) -> None:
+        """Check how parameters are stored."""
+        rows = [(choice.name, choice.path) for choice in self.plan.parameters]
+        if rows != [(node.name, node.target) for node in nodes]:
+            raise _wrong(self.plan.model, "", "its parameters are not those of the model")
+        for choice, node in zip(self.plan.parameters, nodes, strict=True):
+            value = node.result
+            if choice.shape != value.shape or choice.nbytes != nbytes(value):
+                raise _wrong(choice.path, node.where, f"it is {value}, of {nbytes(value)} bytes")
+            _require_storage(choice, value.shape, self.plan, node.where)
+            self.made[value.name] = choice.storage
+
+    def op(self, op: OpChoice, node: Node, matched: MatchedCall, inert: bool) -> None:
+        """Check that one of the op's strategies has these layouts, and these kernels."""
+        names = (tuple(node.operands()), tuple(value.name for value in node.results))
+        where = ", ".join(text for text in (node.where, node.line) if text)
+        what = f"{op.name} ({node.target})"
+        if (op.target, op.where, op.line) != (node.target, node.where, node.line):
+            raise _wrong(what, where, "the plan has another op, or another line, of that name")
+        if (op.reads, op.makes) != names:
+            raise _wrong(what, where, "it reads, or makes, other values in the plan")
+        if (len(op.operands), len(op.results)) != (len(op.reads), len(op.makes)):
+            raise _wrong(what, where, "the plan has layouts for more or fewer tensors")
+        values = [self.graph.values[name] for name in (*op.reads, *op.makes)]
+        layouts = (*op.operands, *op.results)
+        for value, layout in zip(values, layouts, strict=True):
+            why = _why_no_layout(layout, value.shape, self.sizes)
+            if why:
+                raise _wrong(what, where, f"{layout_text(layout)} of {value}: {why}")
+        if op.kernels and len(op.kernels) != len(self.sizes):
+            raise _wrong(what, where, f"it has {len(op.kernels)} kernels on {self.plan.mesh}")
+        if not self.is_allowed(op, node, matched, inert):
+            sides = (", ".join(map(layout_text, side)) for side in (op.operands, op.results))
+            kernels = f" by {', '.join(op.kernels)}" if any(op.kernels) else ""
+            raise _wrong(what, where, f"its rule does not allow {' -> '.join(sides)}{kernels}")
+        for name, layout in zip(op.reads, op.operands, strict=True):
+            self.read(name, layout, op.name)
+        self.made.update(zip(op.makes, op.results, strict=True))
+
+    def is_allowed(self, op: OpChoice, node: Node, matched: MatchedCall, inert: bool) -> bool:
+        """Return whether a strategy of the op on the whole mesh is as the plan has it."""
+        call = OpCall.of(self.graph, node)
+        operands = tuple(operand.requires_grad and not inert for operand in call.operands)
+        results = tuple(result.requires_grad for result in call.results)
+        rule = matched.rule
+        if rule is None:
+            rule = ShardingRule(
+                ((),) * len(operands),
+                ((),) * len(results),
+                {},
+                replicates=find_rule(node.target) is not None,
+            )
+        kernels = op.kernels or ("",) * len(self.sizes)
+        per_axis: list[tuple[Strategy, ...]] = []
+        for axis, ranks in enumerate(self.sizes):
+            here = tuple(layout[axis] for layout in op.operands)
+            after = tuple(layout[axis] for layout in op.results)
+            tiles = _tiles(rule, here + after, ranks) if matched.rule is not None else ()
+            per_axis.append(
+                tuple(
+                    strategy
+                    for strategy in strategies(rule, tiles, operands, results, ranks)
+                    if (strategy.operands, strategy.results) == (here, after)
+                    and (strategy.kernel.name if strategy.kernel else "") == kernels[axis]
+                )
+            )
+        if not all(per_axis):
+            return False
+        # Whether sizes that the inputs decide divide was looked at when it was planned: the
+        # program computes the parts of any size.
+        shapes = [
+            tuple(0 if isinstance(size, Sym) else size for size in value.shape)
+            for value in (*call.operands, *call.results)
+        ]
+        return bool(joint_strategies(rule, per_axis, shapes, self.sizes))
+
+    def read(self, name: str, layout: Layout, reader: str) -> None:
+        """Note that a value is read in a layout, which it may have to be brought to."""
+        if layout != self.made[name]:
+            self.wanted.setdefault((name, layout), {})[reader] = None
+
+    def outputs(self) -> None:
+        """Check the layouts of what is returned: whole; beside a loss, also in plain parts."""
+        graph = self.graph
+        values = [graph.values[name] for name in graph.outputs]
+        if len(self.plan.outputs) != len(values):
+            raise _wrong(self.plan.model, "", f"it returns {len(values)} tensors")
+        has_loss = any(not value.shape and value.requires_grad for value in values)
+        for value, layout in zip(values, self.plan.outputs, strict=True):
+            why = _why_no_layout(layout, value.shape, self.sizes)
+            in_parts = [placement for placement in layout if placement != Invariant()]
+            plain = all(
+                isinstance(part, Shard) and part.blocks == part.unit == 1 for part in in_parts
+            )
+            if not plain or (in_parts and (self.captured.part or not has_loss)):
+                why = why or "the caller reads it whole"
+            if why:
+                raise _wrong(f"return of {value}", "", f"{layout_text(layout)}: {why}")
+            self.read(value.name, layout, "return")
+        for path, name in graph.mutations:
+            self.read(name, self.whole, f"write {path}")
+
+    def conversions(self) -> None:
+        """Check that every value gets to its readers, by steps that there are."""
+        rows = {(item.value, item.target): item for item in self.plan.conversions}
+        if len(rows) < len(self.plan.conversions):
+            raise _wrong(self.plan.model, "", "it converts a value to one layout twice")
+        for name, layout in {**dict.fromkeys(rows), **dict.fromkeys(self.wanted)}:
+            what = f"conversion of {name:.80} to {layout_text(layout)}"
+            readers = self.wanted.get((name, layout))
+            if readers is None:
+                raise _wrong(what, "", "nothing reads it so")
+            producer = self.graph.producers[name]
+            where = ", ".join(text for text in (producer.where, producer.line) if text)
+            row = rows.get((name, layout))
+            if row is None:
+                raise _wrong(what, where, f"there is none, and {', '.join(readers)} reads it so")
+            why = self.why_no_conversion(row, self.graph.values[name], tuple(readers))
+            if why:
+                raise _wrong(what, where, why)
+
+    def why_no_conversion(self, row: Conversion, value: Value, readers: tuple[str, ...]) -> str:
+        """Return why a conversion is not one of this value; "" if it is."""
+        if row.source != self.made[value.name]:
+            return f"it is made as {layout_text(self.made[value.name])}"
+        told = (row.readers, row.requires_grad, row.shape)
+        if told != (readers, value.requires_grad, ", ".join(map(str, value.shape))):
+            return f"it is {value}, which {', '.join(readers)} reads"
+        is_parameter = self.graph.producers[value.name].kind == "parameter"
+        if row.together and not is_parameter:
+            return "the gradients of parameters alone are reduced together"
+        if len(row.steps) > _MOST_STEPS * len(self.sizes):
+            return f"{len(row.steps)} steps"
+        layout = row.source
+        for step in row.steps:
+            if step.axis >= len(layout) or layout[step.axis] != step.source:
+                return f"step {step} does not begin at {layout_text(layout)}"
+            # A part of a part is no piece that a collective can move.
+            if not is_possible_step(layout, step):
+                return f"step {step} moves what an inner axis has cut"
+            layout = step.applied(layout)
+            why = _why_no_layout(layout, value.shape, self.sizes)
+            if why:
+                return f"step {step}: {why}"
+            if isinstance(step.target, Partial) and value.dtype == torch.bool:
+                return f"step {step}: truth values have no sum"
+        if layout != row.target:
+            return f"its steps end at {layout_text(layout)}"
+        return ""
+
+    def recomputed(self) -> None:
+        """Check that what is recomputed together lies together."""
+        places = {node.name: index for index, node in enumerate(self.graph.calls)}
+        taken: set[str] = set()
+        for group in self.plan.recomputed:
+            where = [places.get(name, -1) for name in group]
+            if not group or where != list(range(where[0], where[0] + len(group))) or where[0] < 0:
+                raise _wrong(
+                    f"recomputation of {', '.join(group)[:200]}", "", "these ops are no neighbours"
+                )
+            if taken & set(group):
+                raise _wrong(f"recomputation of {group[0]}", "", "two groups have the same op")
+            taken.update(group)
+
+
+def _tiles(rule: ShardingRule, placements: Iterable[object], ranks: int) -> Iterator[LoopSplit]:
+    """Yield the splits of loops that give one of an op's tensors the placement that it has."""
+    for dims, placement in zip((*rule.operands, *rule.results), placements, strict=True):
+        if isinstance(placement, Shard):
+            tile = tile_of(rule, dims, placement, ranks)
+            if tile is not None:
+                yield tile
