@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.capture.asked_switches import refusing_contexts, watching_gradient_mode
+from autoparallel.capture.asked_switches import (
+    Switches,
+    refusing_contexts,
+    watching_gradient_mode,
+)
 from autoparallel.capture.assigned_buffers import writing_assigned_buffers
-from autoparallel.capture.attribute_reads import AttributeReads, alike_reads
+from autoparallel.capture.attribute_reads import AttributeReads, alike_reads, moving_error
 from autoparallel.capture.block_folding import Folding, Unfoldable
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.decompose import decomposing
@@ -44,9 +48,10 @@ from autoparallel.capture.side_effects import (
     written_arguments,
 )
 from autoparallel.capture.steady_forward import is_steady
+from autoparallel.capture.tensor_facts import TensorFacts
 from autoparallel.capture.traced_calls import TracedCalls
 from autoparallel.errors import AutoParallelError, CaptureError
-from autoparallel.graph.attribute_read import AttributeRead
+from autoparallel.graph.attribute_read import AttributeRead, TensorRead
 from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
 from autoparallel.support.model_snapshot import untouched
@@ -68,7 +73,7 @@ class _Ran:
     outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
     than it was. left: paths of attributes in which it leaves tensors, which are returned too.
     settings: other attributes that it sets, where it does nothing else to the model. reads: the
-    plain attributes that it has read. gradients: see Captured.
+    plain attributes that it has read. gradients, given: see Captured.
     """
 
     outputs: Skeleton
@@ -77,6 +82,7 @@ class _Ran:
     settings: dict[str, Any]
     reads: tuple[AttributeRead, ...]
     gradients: bool | None
+    given: tuple[TensorRead, ...]
 
 
 class _Flat(nn.Module):
@@ -108,6 +114,8 @@ class _Flat(nn.Module):
         self.training = self.model.training
         self.reads = AttributeReads()
         self.asked: list[str] = []
+        given = None if wanted.part else flatten(dict(wanted.bound.arguments))[0]
+        self.facts = TensorFacts(wanted.model, given, folding)
         self.refused: list[CaptureError] = []
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -126,11 +134,17 @@ class _Flat(nn.Module):
         elif left:
             result = (result, left)
         flat, skeleton = flatten(result)
+        self.facts.refuse_marked(flat)
         refuse_running(skeleton, self.model)
         settings = settings_of(self.model, changes, left)
         gradients = torch.is_grad_enabled() if self.asked else None
-        reads = (*self.reads.collected, *global_reads(self.model))
-        self.remember(_Ran(skeleton, changes, tuple(left), settings, reads, gradients))
+        for module in self.model.modules():
+            for name in self.wanted.outer.unwatched.get(type(module), ()):
+                self.reads.note(module, name)
+        reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
+        reads += global_reads(self.model)
+        given = tuple(self.facts.given)
+        self.remember(_Ran(skeleton, changes, tuple(left), settings, reads, gradients, given))
         return tuple(flat)
 
     def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +173,7 @@ class _Flat(nn.Module):
             writing_assigned_buffers(self.model, results),
             self.reads.installed(self.model),
             watching_gradient_mode(self.asked),
+            wanted.switches.installed(),
             refusing_contexts(self.refused),
             contextlib.nullcontext()
             if autocast is None
@@ -169,6 +184,7 @@ class _Flat(nn.Module):
             decomposing(wanted.known),
             watched,
             no_replacing,
+            self.facts.installed(tensors),
             SeededDraws(),
         )
         with contextlib.ExitStack() as stack:
@@ -176,12 +192,9 @@ class _Flat(nn.Module):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
         refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
-        if self.reads.moving:
-            raise CaptureError(
-                f"the forward reads {', '.join(self.reads.moving)}",
-                why="it gives something else at each call, and a graph does the same at every call",
-                fix="pass what it gives as an argument, or keep it in a module that is not traced",
-            )
+        moving = (*self.reads.moving, *wanted.outer.moving)
+        if moving:
+            raise moving_error(moving)
         if python_numbers() != numbers:
             raise CaptureError(
                 f"{type(self.model).__name__}.forward draws random numbers with Python or numpy",
@@ -239,6 +252,7 @@ def capture(
     wanted = _Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
         *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
+        Switches(),
     )
     while True:
         try:
@@ -257,7 +271,7 @@ class _Wanted:
     symbolic. device: of the model's tensors. autocast: the type of the autocast region around the
     call, None where there is none. gradients: whether they are recorded around the call; the trace
     records them in any case, unless the forward asks for that. outer: the variables outside of the
-    model to which it may write.
+    model to which it may write. switches: of torch, around the call.
     """
 
     model: nn.Module
@@ -271,6 +285,7 @@ class _Wanted:
     autocast: torch.dtype | None
     gradients: bool
     outer: OuterVariables
+    switches: Switches
 
 
 def _folded(wanted: _Wanted) -> Captured:
@@ -339,6 +354,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         alike_reads(reads, folding.groups, folding.hidden),
         Surroundings(torch.get_default_dtype(), wanted.autocast),
         ran.gradients,
+        ran.given,
     )
 
 
@@ -388,7 +404,7 @@ def _exported(
         with quiet(), kept, outer.forgotten(), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
-        failure = flat.calls.failure or flat.no_replacing.failure
+        failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure
         failure = failure or next(iter(flat.refused), None)
         if failure is not None:
             raise failure

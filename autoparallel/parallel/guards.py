@@ -20,12 +20,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
+from autoparallel.graph.attribute_read import (
+    ABSENT,
+    SIMPLE,
+    UNKNOWN,
+    AttributeRead,
+    Where,
+    name_of,
+)
+from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.support.object_state import own_attributes
 
 __all__ = ["Guards", "equal", "frozen"]
 
 _DEEPEST = 5  # containers inside of containers whose contents are compared
 _SAME = operator.is_
+# Names that modules have from torch and from this project.
+_LEFT_OUT = {*vars(nn.Module()), "_autoparallel", "_generator"}
 _LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # Objects that hold what can change, but for lists, dicts and objects of classes in Python, which
 # are looked into by themselves.
@@ -91,6 +102,11 @@ class Guards:
         if read.where is Where.ASKED:
             value = getattr(item, read.name, ABSENT)
             self.asked.append((item, read.name, self.expected(value, read)))
+            self.contents(value, 0)
+            return
+        if read.where is Where.NAMES:
+            names = _Names(vars(item))
+            self.lists.append((names, list(names)))
             return
         if read.where is Where.ENCLOSED:
             self.place(item, read.name, item.get(read.name, ABSENT), read)
@@ -140,7 +156,8 @@ class Guards:
         # Tensors may be read as numbers, and objects by their dictionaries.
         if read.where is Where.INSTANCE and not seen:
             tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
-            if tensor or (plain and hasattr(value, "__dict__") and not callable(value)):
+            slots = getattr(type(value), "__slots__", None)
+            if tensor or (plain and (slots or hasattr(value, "__dict__")) and not callable(value)):
                 self.kept.append((value, frozen(value)))
 
     def expected(self, value: Any, read: AttributeRead) -> Any:
@@ -207,6 +224,19 @@ class Guards:
         return True
 
 
+class _Names:
+    """The names of the attributes that an object was given, but for those that torch gives."""
+
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        self.own = own
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __iter__(self) -> Any:
+        return (name for name in self.own if name not in _LEFT_OUT)
+
+
 class _Items:
     """The keys and values of a dict, one behind the other, as a list has them."""
 
@@ -228,7 +258,12 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
         if kind in ("global", "cell"):
             item = sys.modules[step] if kind == "global" else step
             continue
-        item = vars(item)[step] if kind == "attribute" else item[step]
+        if kind == "class":
+            item = next(base for base in reversed(type(item).__mro__) if name_of(base) == step)
+        elif step == "_parameters":
+            item = held_by(item)  # never as the user's Python is shown them
+        else:
+            item = own_attributes(item)[step] if kind == "attribute" else item[step]
     return item
 
 
@@ -293,11 +328,10 @@ def frozen(value: Any, depth: int = 0) -> Any:
             return value
         cells = [inner(_contents(cell)) for cell in value.__closure__ or ()]
         return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
-    if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator)) or not hasattr(
-        value, "__dict__"
-    ):
+    if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator)):
         return value
-    return (type(value), inner(vars(value)))
+    own = own_attributes(value)
+    return (type(value), inner(own)) if own or hasattr(value, "__dict__") else value
 
 
 def _is_array(value: Any) -> bool:

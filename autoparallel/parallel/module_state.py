@@ -91,6 +91,8 @@ class Entry:
             return False
         if self.frozen and any(held[name].requires_grad for held, name in self.frozen):
             return False
+        if captured.given and not captured.alike(inputs):
+            return False
         # A list is quicker to make than a generator is to run, and this is asked at every call.
         key = tuple([(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs])
         if key not in self.known:

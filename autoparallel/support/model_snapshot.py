@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from autoparallel.support.memory_writes import Watch, memory_of, place_of
+from autoparallel.support.object_state import moves_on, own_attributes, random_state, second_of
 from autoparallel.support.rng_state import restore, snapshot
 
 __all__ = ["same_globals", "untouched"]
@@ -44,6 +45,7 @@ def untouched(model: nn.Module, *others: Any, values: bool = False) -> Iterator[
     reached.look(model)
     for other in others:
         reached.look(other)
+    reached.lend()
     with same_globals():
         try:
             with reached.installed() if values else contextlib.nullcontext():
@@ -63,6 +65,9 @@ class _Snapshot(Watch):
         self.classes: list[tuple[Any, type]] = []
         self.arrays: list[tuple[Any, Any]] = []
         self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self.slots: list[tuple[Any, dict[str, Any]]] = []
+        self.drawn: list[Callable[[], None]] = []
+        self.iterators: dict[int, Any] = {}
         self.tensors: list[_Tensor] = []
         self.memories: set[int] = set()
         self.copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
@@ -107,8 +112,33 @@ class _Snapshot(Watch):
             self.arrays.append((value, value.copy()))
         elif isinstance(value, torch.Generator):
             self.generators.append((value, value.get_state()))
-        elif not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", None), dict):
-            self.box(vars(value), depth)
+        elif (drawn := random_state(value)) is not None:
+            self.drawn.append(drawn[1])
+        elif moves_on(value):
+            second = second_of(value)
+            if second is not None:
+                self.iterators[id(value)] = second
+        elif not isinstance(value, _OPAQUE):
+            if isinstance(getattr(value, "__dict__", None), dict):
+                self.box(vars(value), depth)
+            self.slot(value, depth)
+
+    def slot(self, value: Any, depth: int) -> None:
+        """Note the attributes of an object that are in slots, and not in its dictionary."""
+        own = own_attributes(value)
+        kept = {name: item for name, item in own.items() if name not in getattr(value, "__dict__", ())}
+        if kept:
+            self.slots.append((value, kept))
+        for item in kept.values():
+            self.look(item, depth + 1)
+
+    def lend(self) -> None:
+        """Put copies in the place of iterators, whose position nobody can set back."""
+        for box, contents in self.boxes:
+            for index, content in enumerate(contents):
+                item = content[1] if isinstance(box, dict) else content
+                if id(item) in self.iterators and isinstance(box, (dict, list, collections.deque)):
+                    box[content[0] if isinstance(box, dict) else index] = self.iterators[id(item)]
 
     def box(self, value: Any, depth: int) -> None:
         """Note a container that can be written to, and its contents."""
@@ -125,8 +155,7 @@ class _Snapshot(Watch):
             self.memories.add(memory)
         if tensor.is_leaf and tensor.grad is not None:
             self.look(tensor.grad)
-        if vars(tensor):
-            self.box(vars(tensor), 0)
+        self.box(vars(tensor), 0)
 
     def before(self, tensor: torch.Tensor, operator: str) -> None:
         """Copy the memory that an operator is about to write to."""
@@ -152,6 +181,12 @@ class _Snapshot(Watch):
                 array[...] = before
         for generator, state in self.generators:
             generator.set_state(state)
+        for restore_numbers in self.drawn:
+            restore_numbers()
+        for owner, kept in self.slots:
+            for name, item in kept.items():
+                if own_attributes(owner).get(name, self) is not item:
+                    object.__setattr__(owner, name, item)
         for tensor in self.tensors:
             tensor.put_back()
         for storage, before in self.copies.values():

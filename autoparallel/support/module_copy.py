@@ -19,6 +19,7 @@ from autoparallel.support.torch_private import FakeTensorMode, ShapeEnv
 __all__ = [
     "DEEPEST",
     "inherit_originals",
+    "keep_attributes",
     "on_meta",
     "originals",
     "redirect",
@@ -162,6 +163,18 @@ def _same(first: Any, second: Any) -> bool:
     return first is second
 
 
+def keep_attributes(source: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor with the attributes that were set on the original.
+
+    >>> source = torch.ones(2)
+    >>> source.scale = 2.0
+    >>> keep_attributes(source, source.clone()).scale
+    2.0
+    """
+    vars(copy).update(vars(source))
+    return copy
+
+
 def on_meta(
     model: nn.Module,
     device: torch.device | None = None,
@@ -195,17 +208,19 @@ def _without_memory(
             if parameter is not None:
                 if id(parameter) not in meta_twins:
                     shape = shapes.get(id(parameter), tuple(parameter.shape))
-                    meta_twins[id(parameter)] = nn.Parameter(
+                    meta_twin = nn.Parameter(
                         torch.empty(shape, dtype=parameter.dtype, device=device),
                         requires_grad=parameter.requires_grad,
                     )
+                    meta_twins[id(parameter)] = keep_attributes(parameter, meta_twin)
                 module._parameters[name] = meta_twins[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 if id(buffer) not in meta_twins:
-                    meta_twins[id(buffer)] = torch.empty_strided(
+                    meta_buffer = torch.empty_strided(
                         buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device
                     )
+                    meta_twins[id(buffer)] = keep_attributes(buffer, meta_buffer)
                 module._buffers[name] = meta_twins[id(buffer)]
     redirect(meta_model.modules(), meta_twins)
     meta_model.__dict__[_ORIGINALS] = _Originals(model, meta_model)
