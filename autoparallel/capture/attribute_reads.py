@@ -19,9 +19,9 @@ from torch import nn
 from autoparallel.capture.equal_blocks import Group
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.errors import CaptureError
-from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
+from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where, kept_of
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.object_state import moves_on, own_attributes, random_state
+from autoparallel.support.object_state import own_attributes, random_state
 
 __all__ = ["AttributeReads", "alike_reads", "moving_error"]
 
@@ -143,8 +143,7 @@ class AttributeReads:
             raise moving_error(self.moving)
         if where is Where.ASKED and not module:
             value = UNKNOWN
-        kept = value if value is ABSENT or isinstance(value, SIMPLE) else UNKNOWN
-        self.known[key] = AttributeRead(path, route, name, where, kept)
+        self.known[key] = AttributeRead(path, route, name, where, kept_of(value))
 
 
 def _moves_on(value: Any, depth: int = 0) -> str:

@@ -202,6 +202,8 @@ def _recorded(
             products,
         ):
             copied(*arguments[0], **arguments[1])
+    except CaptureError:
+        raise  # it reads what this run would use up
     except Exception as error:
         # A forward may differentiate by itself, and fail in a run that records no gradients.
         if watch.hit or not gradients:

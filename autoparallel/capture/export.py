@@ -29,7 +29,7 @@ from autoparallel.capture.example_inputs import as_given, bind_inputs
 from autoparallel.capture.forward_contexts import plain_surroundings, quiet
 from autoparallel.capture.global_reads import OuterVariables, global_reads
 from autoparallel.capture.graph_builder import GraphBuilder
-from autoparallel.capture.held_tensors import HeldTensors
+from autoparallel.capture.held_tensors import HeldTensors, held_among
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
 from autoparallel.capture.module_tensors import first_paths
@@ -73,7 +73,8 @@ class _Ran:
     outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
     than it was. left: paths of attributes in which it leaves tensors, which are returned too.
     settings: other attributes that it sets, where it does nothing else to the model. reads: the
-    plain attributes that it has read. gradients, given: see Captured.
+    plain attributes that it has read. gradients, given, own: see
+    Captured.
     """
 
     outputs: Skeleton
@@ -83,6 +84,7 @@ class _Ran:
     reads: tuple[AttributeRead, ...]
     gradients: bool | None
     given: tuple[TensorRead, ...]
+    own: tuple[tuple[int, str], ...]
 
 
 class _Flat(nn.Module):
@@ -143,8 +145,8 @@ class _Flat(nn.Module):
                 self.reads.note(module, name)
         reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
         reads += global_reads(self.model)
-        given = tuple(self.facts.given)
-        self.remember(_Ran(skeleton, changes, tuple(left), settings, reads, gradients, given))
+        given, own = tuple(self.facts.given), held_among(self.model, flat)
+        self.remember(_Ran(skeleton, changes, tuple(left), settings, reads, gradients, given, own))
         return tuple(flat)
 
     def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,6 +357,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         Surroundings(torch.get_default_dtype(), wanted.autocast),
         ran.gradients,
         ran.given,
+        ran.own,
     )
 
 

@@ -23,11 +23,12 @@ from torch import nn
 from autoparallel.graph.attribute_read import (
     ABSENT,
     SIMPLE,
-    UNKNOWN,
     Answer,
     AttributeRead,
     Cell,
+    Contents,
     Where,
+    kept_of,
     name_of,
 )
 from autoparallel.support.model_snapshot import untouched
@@ -48,8 +49,6 @@ _IMPORTING = {"import_module", "__import__", "modules"}
 _PAST = {"__getattribute__", "getattr_static", "__getattr__"}
 _DEEPEST = 4  # objects inside of others whose attributes are looked at
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
-# Containers with more items than this are tables, not settings.
-_MOST_ITEMS = 32
 
 
 def global_reads(model: nn.Module) -> tuple[AttributeRead, ...]:
@@ -62,7 +61,7 @@ def global_reads(model: nn.Module) -> tuple[AttributeRead, ...]:
     >>> import autoparallel.capture.global_reads as here
     >>> class Limited(nn.Module):
     ...     def forward(self, x):
-    ...         return x.clamp(max=here._MOST_ITEMS)
+    ...         return x.clamp(max=here._DEEPEST)
     >>> [(read.name, read.value) for read in global_reads(Limited())]
     []
     """
@@ -201,10 +200,9 @@ class _Walk:
         if owner is None or kind not in self.places or _left_out(owner.__module__):
             return
         value = vars(owner)[name]
-        if not name.startswith("__") and (isinstance(value, SIMPLE) or _is_small(value)):
-            kept = value if isinstance(value, SIMPLE) else UNKNOWN
+        if not name.startswith("__") and (isinstance(value, SIMPLE) or Contents.fit(value)):
             route = (("class", name_of(owner)),)
-            read = AttributeRead(self.places[kind], route, name, Where.INSTANCE, kept)
+            read = AttributeRead(self.places[kind], route, name, Where.INSTANCE, kept_of(value))
             self.found.setdefault((owner, name), read)
 
     def past(self, kind: type, name: str) -> None:
@@ -232,9 +230,9 @@ class _Walk:
         self.keep(name, value)
         if isinstance(value, contextvars.ContextVar):
             self.asked(value)
-        if isinstance(value, SIMPLE) or _is_small(value):
-            kept = value if isinstance(value, SIMPLE) else UNKNOWN
-            read = AttributeRead("", (("cell", Cell(cell)),), name, Where.ENCLOSED, kept)
+        if isinstance(value, SIMPLE) or Contents.fit(value):
+            route = (("cell", Cell(cell)),)
+            read = AttributeRead("", route, name, Where.ENCLOSED, kept_of(value))
             self.found.setdefault((id(cell),), read)
 
     def variable(
@@ -270,7 +268,7 @@ class _Walk:
         """
         if isinstance(value, (list, tuple, dict)):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            steps = [("item", key, item) for key, item in list(pairs)[:_MOST_ITEMS]]
+            steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
         elif isinstance(value, nn.Module) or _home_left_out(value):
             return
         else:
@@ -293,9 +291,8 @@ class _Walk:
     def asked(self, variable: contextvars.ContextVar[Any]) -> None:
         """Note a context variable."""
         value = variable.get(ABSENT)
-        kept = value if value is ABSENT or isinstance(value, SIMPLE) else UNKNOWN
         route = (("cell", Answer(variable.get)),)
-        read = AttributeRead("", route, variable.name, Where.ENCLOSED, kept)
+        read = AttributeRead("", route, variable.name, Where.ENCLOSED, kept_of(value))
         self.found.setdefault((id(variable),), read)
 
     def keep(self, name: str, value: Any) -> None:
@@ -308,9 +305,11 @@ class _Walk:
         elif (
             isinstance(value, _WRITTEN)
             or random_state(value) is not None
-            or getattr(type(value), "__slots__", None)
-            and type(value).__flags__ & _HEAP_TYPE
-            and not _left_out(type(value).__module__)
+            or (
+                getattr(type(value), "__slots__", None)
+                and type(value).__flags__ & _HEAP_TYPE
+                and not _left_out(type(value).__module__)
+            )
         ) or (
             hasattr(value, "__dict__")
             and not isinstance(value, (type, types.ModuleType, types.FunctionType, nn.Module))
@@ -318,9 +317,7 @@ class _Walk:
         ):
             self.objects.setdefault(name, value)
 
-    def read(
-        self, module: str, way: tuple[tuple[str, Any], ...], name: str, value: Any
-    ) -> bool:
+    def read(self, module: str, way: tuple[tuple[str, Any], ...], name: str, value: Any) -> bool:
         """Note a read, where the value is a setting; return whether it is.
 
         module, way: see `inside`; of the object that has the attribute.
@@ -329,12 +326,11 @@ class _Walk:
             self.asked(value)
             return True
         simple = isinstance(value, SIMPLE)
-        if name.startswith("__") or not (simple or _is_small(value)):
+        if name.startswith("__") or not (simple or Contents.fit(value)):
             return False
         route = (("global", module), *way)
-        kept = value if simple else UNKNOWN
         self.found.setdefault(
-            (module, way, name), AttributeRead("", route, name, Where.GLOBAL, kept)
+            (module, way, name), AttributeRead("", route, name, Where.GLOBAL, kept_of(value))
         )
         return True
 
@@ -366,14 +362,6 @@ def _is_users(module: str) -> bool:
     """Return whether a Python module lies beside the user's own, and in no installed package."""
     file = getattr(sys.modules.get(module), "__file__", None)
     return bool(file) and "-packages" not in str(file) and not _left_out(module)
-
-
-def _is_small(value: Any) -> bool:
-    """Return whether a value is a small container of simple values."""
-    if not isinstance(value, (list, tuple, dict)) or len(value) > _MOST_ITEMS:
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return all(isinstance(item, SIMPLE) or _is_small(item) for item in items)
 
 
 def _functions(value: Any) -> Iterator[types.FunctionType]:

@@ -204,8 +204,9 @@ def _asked_by_user() -> bool:
     frame: Any = sys._getframe(2)
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package != "autoparallel":
-            return package != "torch"
+        # One mode hands what it does not want over to the next.
+        if package != "autoparallel" or frame.f_code.co_name != "__torch_function__":
+            return package not in ("autoparallel", "torch")
         frame = frame.f_back
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "Answer", "AttributeRead", "Cell", "TensorRead", "Where", "name_of"]
+__all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "Answer", "AttributeRead", "Cell", "Contents"]
+__all__ += ["TensorRead", "Where", "kept_of", "name_of"]
 
 # Values that are the same if they are equal and of one type.
 SIMPLE = (
@@ -34,6 +36,47 @@ class _Mark:
 
 ABSENT = _Mark("ABSENT")  # there is no attribute of this name
 UNKNOWN = _Mark("UNKNOWN")  # it is no simple value, and is compared by what the object has
+
+
+class Contents:
+    """The contents of a small container of simple values, as they were when it was read.
+
+    >>> Contents([1, 2]) == Contents([1, 2]), Contents([1]) == Contents((1,))
+    (True, False)
+    """
+
+    MOST = 32  # items of a container; with more it is a table, and no setting
+
+    def __init__(self, value: Any) -> None:
+        self.value = copy.deepcopy(value)
+
+    @classmethod
+    def fit(cls, value: Any) -> bool:
+        """Return whether a value is a small container of simple values, or of such containers."""
+        if type(value) not in (list, tuple, dict) or len(value) > cls.MOST:
+            return False
+        items = value.values() if isinstance(value, dict) else value
+        return all(isinstance(item, SIMPLE) or cls.fit(item) for item in items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Contents) and repr(other) == repr(self)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def kept_of(value: Any) -> Any:
+    """Return the value that a read of an attribute keeps: UNKNOWN for what cannot be compared.
+
+    >>> kept_of(0.5), kept_of([1]), kept_of(object())
+    (0.5, [1], UNKNOWN)
+    """
+    if value is ABSENT or isinstance(value, SIMPLE):
+        return value
+    return Contents(value) if Contents.fit(value) else UNKNOWN
 
 
 def name_of(kind: type) -> str:
@@ -143,8 +186,7 @@ class AttributeRead:
     variable, or to an attribute of its value, begins with ("global", name of the Python module)
     instead, that to a variable of a function around with ("cell", its cell), and so do those to
     other things that are asked for; path is empty then. ("class", name) leads to a base class.
-    name: of the attribute. where: its place. value: a simple one as it was read, ABSENT, or else
-    UNKNOWN.
+    name: of the attribute. where: its place. value: see `kept_of`.
     others: further values with which the program is right, because the forward itself sets them.
     """
 

@@ -98,7 +98,8 @@ class Captured:
     are a pair of what it returns and these. settings: other attributes that it sets, and to what.
     reads: the plain attributes that the forward has read. surroundings: the state of torch around
     it. gradients: whether gradients were recorded, None where the forward does not ask for that.
-    given: the properties of input tensors that it has read.
+    given: the properties of input tensors that it has read. own: (number of an output, path) where
+    the model returns a tensor that it holds itself, a parameter or any other.
     """
 
     graph: Graph
@@ -116,6 +117,7 @@ class Captured:
     surroundings: Surroundings = _USUAL
     gradients: bool | None = None
     given: tuple[TensorRead, ...] = ()
+    own: tuple[tuple[int, str], ...] = ()
 
     def together(
         self, tensors: list[torch.Tensor], inputs: Sequence[torch.Tensor]

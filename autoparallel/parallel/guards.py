@@ -25,6 +25,7 @@ from autoparallel.graph.attribute_read import (
     SIMPLE,
     UNKNOWN,
     AttributeRead,
+    Contents,
     Where,
     name_of,
 )
@@ -165,7 +166,7 @@ class Guards:
         those that can be told apart by what they are."""
         if read.value is UNKNOWN:
             return value
-        return read.value
+        return read.value.value if isinstance(read.value, Contents) else read.value
 
     def contents(self, value: Any, depth: int) -> None:
         """Guard what is in a list, a dict or a tuple, and in other objects that can change."""
@@ -224,6 +225,22 @@ class Guards:
         return True
 
 
+class _Held:
+    """A tensor of a module, whichever it is at the time, never as the user's Python is shown it.
+
+    tensors: the dictionary that has it. name: its key there.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], name: str = "") -> None:
+        self.tensors, self.name = tensors, name
+
+    def __getitem__(self, name: str) -> _Held:
+        return _Held(self.tensors, name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensors[self.name], name)
+
+
 class _Names:
     """The names of the attributes that an object was given, but for those that torch gives."""
 
@@ -260,8 +277,8 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
             continue
         if kind == "class":
             item = next(base for base in reversed(type(item).__mro__) if name_of(base) == step)
-        elif step == "_parameters":
-            item = held_by(item)  # never as the user's Python is shown them
+        elif step in ("_parameters", "_buffers") and kind == "attribute":
+            item = _Held(held_by(item) if step == "_parameters" else vars(item)[step])
         else:
             item = own_attributes(item)[step] if kind == "attribute" else item[step]
     return item

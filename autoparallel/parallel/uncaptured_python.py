@@ -43,7 +43,7 @@ from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.module_copy import referring
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.rng_state import restore, seeded, snapshot
-from autoparallel.support.torch_private import local_part
+from autoparallel.support.torch_private import local_part, outside_transforms
 
 __all__ = ["WholeParameters", "common_numbers", "held_by"]
 
@@ -204,20 +204,22 @@ class WholeParameters(Watch):
             return parameter
         leaf = self.readers[id(held), name]
         self.settle(leaf)
-        if leaf.copy is not None:
-            refresh([leaf.copy], self.ranks)
-        value, layout = leaf.get(computing_stream()), leaf.layouts.storage
-        # Outer axes cut first, so the innermost axis is gathered first; what the axes outside of it
-        # leave of the dim is how large the gathered dim becomes.
-        for axis in reversed(range(len(layout))):
-            cut = layout[axis]
-            if isinstance(cut, Shard):
-                outer: Layout = (*layout[:axis], *(Invariant(),) * (len(layout) - axis))
-                size = leaf.layouts.shape[cut.dim]
-                size = local_layout_size(
-                    size, cut.dim, outer, self.ranks.sizes, self.ranks.coordinates
-                )
-                value = convert(value, self.ranks.groups[axis], cut, Invariant(), size)
+        # The parameter is a constant for torch.func, as that of a plain module is.
+        with outside_transforms():
+            if leaf.copy is not None:
+                refresh([leaf.copy], self.ranks)
+            value, layout = leaf.get(computing_stream()), leaf.layouts.storage
+            # Outer axes cut first, so the innermost axis is gathered first; what the axes outside
+            # of it leave of the dim is how large the gathered dim becomes.
+            for axis in reversed(range(len(layout))):
+                cut = layout[axis]
+                if isinstance(cut, Shard):
+                    outer: Layout = (*layout[:axis], *(Invariant(),) * (len(layout) - axis))
+                    size = leaf.layouts.shape[cut.dim]
+                    size = local_layout_size(
+                        size, cut.dim, outer, self.ranks.sizes, self.ranks.coordinates
+                    )
+                    value = convert(value, self.ranks.groups[axis], cut, Invariant(), size)
         if value is not parameter:
             # Whatever is set on the one is set on the other.
             value.__dict__ = vars(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.support.object_state import own_attributes
 from autoparallel.support.torch_private import FakeTensorMode, ShapeEnv
 
 __all__ = [
@@ -49,7 +51,13 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     """
     twins: dict[int, nn.Module] = {}
     root = _copied(module, twins)
+    # What an object refers to as well must stay one with what it has: objects are not copied.
     containers: dict[int, Any] = {}
+    seen: set[tuple[int, bool]] = set()
+    for inner in twins.values():
+        for name, value in vars(inner).items():
+            if name not in _INTERNAL:
+                containers.update((id(held), (held, held)) for held in _held_inside(value, seen))
     for inner in twins.values():
         for name, value in list(vars(inner).items()):
             if name not in _INTERNAL:
@@ -69,6 +77,33 @@ def redirect(modules: Iterable[nn.Module], twins: Mapping[int, Any]) -> None:
                 redirected = referring(value, twins)
                 if redirected is not value:
                     vars(module)[name] = redirected
+
+
+def _held_inside(
+    value: Any, seen: set[tuple[int, bool]], depth: int = 0, inside: bool = False
+) -> Iterator[Any]:
+    """Yield the containers to which objects and functions in the value of an attribute refer.
+
+    seen: what was looked at, and whether it was inside of an object. inside: whether `value` is.
+    """
+    plain = (str, bytes, int, float, complex, type, types.ModuleType, nn.Module, torch.Tensor)
+    if value is None or isinstance(value, plain) or (id(value), inside) in seen or depth > DEEPEST:
+        return
+    seen.add((id(value), inside))
+    if type(value) in _CONTAINERS or type(value) is tuple:
+        if inside and type(value) is not tuple:
+            yield value
+        parts = list(value.values()) if isinstance(value, dict) else list(value)
+    else:
+        inside = True
+        parts = [getattr(value, "__self__", None), *own_attributes(value).values()]
+        for cell in getattr(value, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                parts.append(cell.cell_contents)
+        if isinstance(value, functools.partial):
+            parts += [*value.args, *value.keywords.values()]
+    for part in parts:
+        yield from _held_inside(part, seen, depth + 1, inside)
 
 
 def _own_containers(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
