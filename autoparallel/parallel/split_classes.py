@@ -6,6 +6,7 @@ from typing import Any
 
 __all__ = ["class_of_classes"]
 
+_COMPLETE = "_autoparallel_complete"
 _known: dict[Any, Any] = {}
 
 
@@ -31,10 +32,18 @@ def class_of_classes(kind: Any) -> Any:
 
 
 class _SplitClass(type):
-    """A class whose attributes are set on its second base."""
+    """A class whose attributes are set on its second base, from when it is complete."""
+
+    def __init__(cls, *arguments: Any, **options: Any) -> None:
+        # The user's classes may set something on each class that inherits from them.
+        super().__init__(*arguments, **options)
+        super().__setattr__(_COMPLETE, True)
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        setattr(cls.__bases__[1], name, value)
+        if _COMPLETE in vars(cls):
+            setattr(cls.__bases__[1], name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
         delattr(cls.__bases__[1], name)
