@@ -118,6 +118,7 @@ def _walked(model: nn.Module) -> _Walk:
     walk = _Walk()
     for path, module in model.named_modules():
         walk.places.setdefault(type(module), path)
+    walk.collect()
     for kind in walk.places:
         for name in ("forward", "__getattr__", "__getattribute__"):
             walk.method(kind, name)
@@ -132,7 +133,8 @@ class _Walk:
     found: the reads, by the name of the Python module and the names from there. seen: the functions
     that were met, each with the class whose method it is: decorators make many of one code. todo:
     those of them that are still to be looked at. objects, caches, moving, unwatched: see
-    OuterVariables. places: the path of a module of each class.
+    OuterVariables. places: the path of a module of each class. settings: by the name of an
+    attribute the classes that have it, each with the one that it inherits it from.
     """
 
     def __init__(self) -> None:
@@ -142,6 +144,7 @@ class _Walk:
         self.objects: dict[str, Any] = {}
         self.caches: list[Any] = []
         self.places: dict[type, str] = {}
+        self.settings: dict[str, list[tuple[type, type]]] = {}
         self.unwatched: dict[type, dict[str, None]] = {}
         self.moving: list[str] = []
 
@@ -188,21 +191,29 @@ class _Walk:
                 elif name != "forward":
                     self.method(kind, name)
             for name in names:
-                self.of_class(kind, name)
+                self.of_classes(name)
                 if not _PAST.isdisjoint(code.co_names):
                     self.past(kind, name)
             for name in names if not _IMPORTING.isdisjoint(code.co_names) else code.co_names:
                 self.imported(function, name, names, kind)
 
-    def of_class(self, kind: type, name: str) -> None:
-        """Note an attribute of a class, which may be read by type(self) or in a class method."""
-        owner = next((base for base in kind.__mro__ if name in vars(base)), None)
-        if owner is None or kind not in self.places or _left_out(owner.__module__):
-            return
-        value = vars(owner)[name]
-        if not name.startswith("__") and (isinstance(value, SIMPLE) or Contents.fit(value)):
+    def collect(self) -> None:
+        """Note the settings among the attributes of the modules' classes, by their names."""
+        for kind in self.places:
+            names: set[str] = set()
+            for owner in kind.__mro__:
+                for name, value in vars(owner).items() if not _left_out(owner.__module__) else ():
+                    setting = isinstance(value, SIMPLE) or Contents.fit(value)
+                    if setting and name not in names and not name.startswith("__"):
+                        self.settings.setdefault(name, []).append((kind, owner))
+                    names.add(name)
+
+    def of_classes(self, name: str) -> None:
+        """Note an attribute of classes, which may be read by type(self) or in a class method."""
+        for kind, owner in self.settings.get(name, ()):
             route = (("class", name_of(owner)),)
-            read = AttributeRead(self.places[kind], route, name, Where.INSTANCE, kept_of(value))
+            value = kept_of(vars(owner)[name])
+            read = AttributeRead(self.places[kind], route, name, Where.INSTANCE, value)
             self.found.setdefault((owner, name), read)
 
     def past(self, kind: type, name: str) -> None:

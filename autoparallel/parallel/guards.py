@@ -14,6 +14,7 @@ import itertools
 import operator
 import sys
 import types
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ _LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # are looked into by themselves.
 _CHANGING = (
     *(collections.deque, set, bytearray, array.array, types.SimpleNamespace),
-    *(functools.partial, types.MethodType),
+    *(functools.partial, types.MethodType, weakref.ref),
 )
 _GET: Any = dict.get
 _ABSENT = itertools.repeat(ABSENT)
@@ -336,6 +337,8 @@ def frozen(value: Any, depth: int = 0) -> Any:
         return (type(value), str(value.dtype), str(value.shape), value.tobytes())
     if isinstance(value, torch.Tensor) and not value.is_inference():
         return (value, value._version)
+    if isinstance(value, weakref.ref):
+        return (type(value), inner(value()))
     if isinstance(value, functools.partial):
         return (type(value), inner(value.func), inner(value.args), inner(value.keywords))
     if isinstance(value, types.MethodType):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,6 +146,47 @@ def class_attribute() -> Case:
     return Model(), script
 
 
+class Tempered(nn.Linear):
+    temperature = 1.0
+
+
+def class_of_a_submodule() -> Case:
+    class Model(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Tempered(8, 8).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.a(self.inner(x)) * type(self.inner).temperature)
+
+    def script(model: Any) -> Any:
+        for value in (1.0, 2.0, 1.0):
+            Tempered.temperature = value
+            yield model(X)
+
+    return Model(), script
+
+
+class Scale:
+    value = 1.0
+
+
+REFERRED = Scale()
+
+
+def weak_reference() -> Case:
+    class Model(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.a(x) * self.kept().value)
+
+    def script(model: Any) -> Any:
+        for value in (1.0, 2.0, 1.0):
+            REFERRED.value = value
+            yield model(X)
+
+    return Model(weakref.ref(REFERRED)), script
+
+
 def counted_in_the_class() -> Case:
     class Model(Base):
         calls = 0
@@ -262,6 +304,7 @@ def random_generators() -> Case:
 CASES = [
     *(dictionary, names_in_a_dictionary, method_for_missing_attributes, past_all_methods),
     *(method_for_all_attributes, slots, class_attribute, asked_for_classes, shared_lists),
+    *(class_of_a_submodule, weak_reference),
 ]
 # The copies of one process would share their objects, which the forwards change.
 ALONE = [written_slot, counted_in_the_class, list_of_an_object, iterators, random_generators]

@@ -192,23 +192,6 @@ def test_hooks_and_forward_gradients_on_processes(world_size: int) -> None:
     assert run_processes(_alone, world_size) == [{}] * world_size
 
 
-def _lends(rank: int) -> str:
-    class Returning(Base):
-        def forward(self, x: torch.Tensor) -> Any:
-            return self.out(self.a(x)), self.a.weight
-
-    model = autoparallel.autoparallelize(Returning(), 2, example_inputs=X)
-    _, weight = model(X)
-    with torch.no_grad():
-        weight.mul_(2)
-    try:
-        model(X)
-    except autoparallel.AutoParallelError as error:
-        return str(error)
-    torch.testing.assert_close(weight, model.a.weight)
-    return ""
-
-
 def test_hooks_of_planning_are_no_hooks_of_the_user() -> None:
     seen: list[Any] = []
     handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args[0]))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_processes
 from torch import nn
 from unseen import Base, Case, X, after_backward, follows
 
@@ -300,3 +301,22 @@ def test_a_gradient_that_python_writes_to_is_refused() -> None:
 
     with pytest.raises(AutoParallelError, match="its gradient is written to"):
         follows(lambda: (Model(), script), 2)
+
+
+def _lends(rank: int) -> str:
+    model = autoparallel.autoparallelize(Returning(), 2, example_inputs=X)
+    _, weight = model(X)
+    with torch.no_grad():
+        weight.mul_(2)
+    try:
+        model(X)
+    except AutoParallelError as error:
+        return str(error)
+    torch.testing.assert_close(weight, model.a.weight)
+    return ""
+
+
+def test_a_copy_of_a_parameter_that_is_written_to() -> None:
+    """It is no parameter: either the parameter follows, or the next call says so."""
+    for text in run_processes(_lends, 2):
+        assert not text or "a.weight was returned by the model, and then written to" in text
