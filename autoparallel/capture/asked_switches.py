@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from autoparallel.errors import CaptureError
+from autoparallel.graph.attribute_read import ABSENT, Answer, AttributeRead, Where
 
-__all__ = ["refusing_contexts", "watching_gradient_mode"]
+__all__ = ["Switches", "refusing_contexts", "watching_gradient_mode"]
 
 _lock = threading.Lock()
 _records: dict[int, list[list[str]]] = {}
 _original = torch.is_grad_enabled
 
 
-def _asked() -> bool:
-    """Return what torch.is_grad_enabled does, and note who has asked.
+def _by_user(depth: int) -> str:
+    """Return the name of the module whose code asks, nothing where torch or this project does.
 
-    Torch asks for purposes of its own: its fast paths for inference compute the same.
+    Torch asks for purposes of its own: its fast paths for inference compute the same. depth: of the
+    frame that asks, seen from the caller.
     """
+    name = str(sys._getframe(depth + 1).f_globals.get("__name__", ""))
+    return "" if name.partition(".")[0] in ("torch", "autoparallel") else name
+
+
+def _asked() -> bool:
+    """Return what torch.is_grad_enabled does, and note who has asked."""
     records = _records.get(threading.get_ident())
     if records:
-        name = str(sys._getframe(1).f_globals.get("__name__", ""))
-        if name.partition(".")[0] not in ("torch", "autoparallel"):
+        name = _by_user(1)
+        if name:
             records[-1].append(name)
     return _original()
 
@@ -57,6 +67,113 @@ def watching_gradient_mode(record: list[str]) -> Iterator[None]:
                 torch.is_grad_enabled = _original
 
 
+# Functions without arguments that say how torch is set; the type of new tensors, and autocast, are
+# known of every call. The first is answered as around the call, since no trace runs in that mode.
+_INFERENCE = "is_inference_mode_enabled"
+_NAMES = (
+    *(_INFERENCE, "are_deterministic_algorithms_enabled", "is_anomaly_enabled"),
+    *("is_deterministic_algorithms_warn_only_enabled", "is_anomaly_check_nan_enabled"),
+    *("get_num_threads", "get_num_interop_threads", "get_float32_matmul_precision"),
+    "get_deterministic_debug_mode",
+)
+_functions: dict[str, Callable[[], Any]] = {name: getattr(torch, name) for name in _NAMES}
+_environment: Any = type(os.environ)
+_get_variable = _environment.__getitem__
+# The standard library's own ways to a variable of the environment.
+_WAYS = ("os", "collections.abc", "_collections_abc")
+
+
+class _Watching(threading.local):
+    """The switches that a thread's questions are noted in, None where nobody wants to know."""
+
+    switches: Switches | None = None
+
+
+_watching = _Watching()
+_installed = 0
+
+
+class Switches:
+    """The switches of torch, and variables of the environment, that a forward asks for.
+
+    They are what they are when this is made. found: the reads, by name.
+
+    >>> switches = Switches()
+    >>> with switches.installed():
+    ...     _ = eval("torch.get_num_threads()", {"torch": torch, "__name__": "a_model"})
+    >>> [read.name for read in switches.reads]
+    ['get_num_threads']
+    """
+
+    def __init__(self) -> None:
+        self.inference = torch.is_inference_mode_enabled()
+        self.found: dict[str, AttributeRead] = {}
+
+    @property
+    def reads(self) -> tuple[AttributeRead, ...]:
+        """What was asked for, and the answers."""
+        return tuple(self.found.values())
+
+    def answer(self, name: str) -> Any:
+        """Return how torch is set, and note that a forward has asked."""
+        value = self.inference if name == _INFERENCE else _functions[name]()
+        self.note(name, Answer(_functions[name]), value)
+        return value
+
+    def note(self, name: str, holder: Any, value: Any) -> None:
+        """Note a question. holder: a mapping that has the answer by `name`."""
+        self.found[name] = AttributeRead("", (("cell", holder),), name, Where.ENCLOSED, value)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Note what this thread's code, but for torch's own, asks for within."""
+        global _installed
+        with _lock:
+            _installed += 1
+            for name in _NAMES:
+                setattr(torch, name, _answering(name))
+            _environment.__getitem__ = _variable
+        before, _watching.switches = _watching.switches, self
+        try:
+            yield
+        finally:
+            _watching.switches = before
+            with _lock:
+                _installed -= 1
+                if not _installed:
+                    for name, function in _functions.items():
+                        setattr(torch, name, function)
+                    _environment.__getitem__ = _get_variable
+
+
+def _answering(name: str) -> Callable[[], Any]:
+    """Return a function in place of torch's of this name, which notes that it is called."""
+
+    def answer() -> Any:
+        switches = _watching.switches
+        if switches is None or not _by_user(1):
+            return _functions[name]()
+        return switches.answer(name)
+
+    return answer
+
+
+def _variable(environment: Any, name: str) -> Any:
+    """Return a variable of the environment, and note which one a forward has read."""
+    switches = _watching.switches
+    if switches is not None and environment is os.environ:
+        depth = 1
+        while str(sys._getframe(depth).f_globals.get("__name__", "")) in _WAYS:
+            depth += 1
+        if _by_user(depth):
+            try:
+                value = _get_variable(environment, name)
+            except KeyError:
+                value = ABSENT
+            switches.note(name, Answer(partial(_get_variable, environment, name)), value)
+    return _get_variable(environment, name)
+
+
 _refusals: dict[int, list[list[CaptureError]]] = {}
 _enter_inference = torch.inference_mode.__enter__
 _enter_hooks = torch.autograd.graph.saved_tensors_hooks.__enter__
@@ -84,7 +201,7 @@ def _inference(self: Any) -> None:
 
 def _hooks(self: Any) -> None:
     """Enter torch.autograd.graph.saved_tensors_hooks, whose hooks a graph would not have."""
-    if str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0] != "torch":
+    if _by_user(1):
         _refuse("torch.autograd.graph.saved_tensors_hooks", "enter it around the call of the model")
     _enter_hooks(self)
 

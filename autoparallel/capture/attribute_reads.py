@@ -7,10 +7,10 @@ was put on an object. A program is right for a call only while all that was read
 from __future__ import annotations
 
 import contextlib
-import random
+import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from torch import nn
 
 from autoparallel.capture.equal_blocks import Group
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
-from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
+from autoparallel.errors import CaptureError
+from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where, kept_of
 from autoparallel.support.module_paths import join_path
+from autoparallel.support.object_state import own_attributes, random_state
 
-__all__ = ["AttributeReads", "alike_reads"]
+__all__ = ["AttributeReads", "alike_reads", "moving_error"]
 
 _DEEPEST = 4  # containers and objects inside of others that are looked into
 # Objects whose attributes are no settings of a model.
@@ -96,8 +98,18 @@ class AttributeReads:
                 self.look(item, path, (*route, ("item", index)))
         elif not isinstance(value, (nn.Module, *_OPAQUE)) and _plain(type(value)):
             self.objects[id(value)] = (value, path, route)
-            for name, item in list(_own(value).items()):
+            for name, item in own_attributes(value).items():
                 self.look(item, path, (*route, ("attribute", name)))
+
+    def note_names(self, instance: Any) -> None:
+        """Note that all attributes of an object are about to be read, and their names."""
+        key = (id(instance), "__dict__")
+        if key in self.known or id(instance) not in self.objects:
+            return
+        _, path, route = self.objects[id(instance)]
+        self.known[key] = AttributeRead(path, route, "__dict__", Where.NAMES, UNKNOWN)
+        for name in list(_own(instance)):
+            self.note(instance, name)
 
     def note(self, instance: Any, name: str) -> None:
         """Note that an attribute is about to be read."""
@@ -125,18 +137,68 @@ class AttributeReads:
         else:
             # A module finds it elsewhere, in objects that are watched themselves.
             where = Where.INSTANCE if module else Where.ASKED
+        kind_name = _moves_on(value) if where is not Where.CLASS else ""
+        if kind_name:
+            self.moving.append(f"{join_path(path, name)} (a {kind_name})")
+            raise moving_error(self.moving)
         if where is Where.ASKED and not module:
             value = UNKNOWN
-        if where is Where.INSTANCE and _moves_on(value):
-            self.moving.append(f"{join_path(path, name)} (a {type(value).__name__})")
-        kept = value if value is ABSENT or isinstance(value, SIMPLE) else UNKNOWN
-        self.known[key] = AttributeRead(path, route, name, where, kept)
+        self.known[key] = AttributeRead(path, route, name, where, kept_of(value))
 
 
-def _moves_on(value: Any) -> bool:
-    """Return whether an object gives something else each time it is asked, which none can see."""
+def _moves_on(value: Any, depth: int = 0) -> str:
+    """Return the name of the type of what gives something else each time it is asked, if any.
+
+    Such an object may be in a container.
+    """
     numpy = type(value).__module__.startswith("numpy.random")
-    return numpy or isinstance(value, random.Random) or hasattr(type(value), "__next__")
+    if numpy or random_state(value) is not None or hasattr(type(value), "__next__"):
+        return type(value).__name__
+    parts: Iterable[Any] = ()
+    if depth < _DEEPEST and isinstance(value, (list, tuple, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+    return next(filter(None, (_moves_on(part, depth + 1) for part in parts)), "")
+
+
+class _Attributes(MutableMapping[str, Any]):
+    """The `__dict__` of a watched object as the forward is given it: reads in it are noted."""
+
+    def __init__(self, instance: Any, own: dict[str, Any], reads: AttributeReads) -> None:
+        self.instance, self.own, self.reads = instance, own, reads
+
+    def __getitem__(self, name: str) -> Any:
+        self.reads.note(self.instance, name)
+        if isinstance(getattr(type(self.instance), name, None), property):
+            return getattr(self.instance, name)  # another watch has put it there
+        return self.own[name]
+
+    def __contains__(self, name: object) -> bool:
+        self.reads.note(self.instance, str(name))
+        return name in self.own
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.own[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.reads.note_names(self.instance)
+        return iter(list(self.own))
+
+    def __len__(self) -> int:
+        self.reads.note_names(self.instance)
+        return len(self.own)
+
+    def __or__(self, other: Any) -> dict[str, Any]:
+        return {**self, **other}
+
+    def __ror__(self, other: Any) -> dict[str, Any]:
+        return {**other, **self}
+
+    def copy(self) -> dict[str, Any]:
+        """Return a dictionary of its own, as that of a dict does."""
+        return dict(self)
 
 
 def _own(instance: Any) -> dict[str, Any]:
@@ -216,8 +278,12 @@ def _watch(kind: type) -> bool:
         if reads is not None:
             reads.note(instance, name)
         if original is not None:
-            return original(instance, name)
-        return parent(kind, instance).__getattribute__(name)
+            value = original(instance, name)
+        else:
+            value = parent(kind, instance).__getattribute__(name)
+        if name == "__dict__" and reads is not None and id(instance) in reads.objects:
+            return _shown(instance, value, reads)
+        return value
 
     try:
         kind.__getattribute__ = read  # type: ignore[method-assign, assignment]
@@ -225,6 +291,33 @@ def _watch(kind: type) -> bool:
         return False
     _befores[kind], _counts[kind] = before, 1
     return True
+
+
+def _shown(instance: Any, own: Any, reads: AttributeReads) -> Any:
+    """Return the dictionary of an object as who asks for it may have it.
+
+    A library that copies objects needs the dictionary itself, and may read all of it; torch and
+    this project ask for purposes of their own.
+    """
+    package = str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0]
+    if package in ("torch", "autoparallel") or not isinstance(own, dict):
+        return own
+    if package in sys.stdlib_module_names and package != "__main__":
+        reads.note_names(instance)
+        return own
+    return _Attributes(instance, own, reads)
+
+
+def moving_error(names: Sequence[str]) -> CaptureError:
+    """Return the error for a forward that reads what gives something else each time.
+
+    names: of the attributes, each with the kind of object.
+    """
+    return CaptureError(
+        f"the forward reads {', '.join(names)}",
+        why="it gives something else at each call, and a graph does the same at every call",
+        fix="pass what it gives as an argument, or keep it in a module that is not traced",
+    )
 
 
 def alike_reads(

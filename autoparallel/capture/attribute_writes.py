@@ -15,6 +15,7 @@ from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.graph.attribute_read import SIMPLE, AttributeRead
 from autoparallel.graph.attribute_write import AttributeWrite, Step
 from autoparallel.support.module_paths import join_path
+from autoparallel.support.object_state import own_attributes
 from autoparallel.support.pytree import SYMBOLIC
 
 __all__ = ["Attributes", "Written"]
@@ -26,9 +27,9 @@ _Key = tuple[int, Any]  # a container, and which place in it; None for all that 
 
 def _is_object(value: Any) -> bool:
     """Return whether the value is an object of a user's with attributes of its own."""
-    return hasattr(value, "__dict__") and not isinstance(
-        value, (type, nn.Module, torch.Tensor, *SIMPLE, *SYMBOLIC)
-    )
+    holds = hasattr(value, "__dict__") or getattr(type(value), "__slots__", None)
+    others = (type, nn.Module, torch.Tensor, *SIMPLE, *SYMBOLIC)
+    return bool(holds) and not isinstance(value, others)
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Written:
             if {(_identity(owner), (kind, key)), (_identity(owner), None)} & self.reached:
                 return True
             try:
-                owner = vars(owner)[key] if kind == "attribute" else owner[key]
+                owner = own_attributes(owner)[key] if kind == "attribute" else owner[key]
             except (KeyError, IndexError, TypeError, AttributeError):
                 return False  # such as a class attribute: below it nothing was looked at
         return False
@@ -165,7 +166,7 @@ def _inside(value: Any, depth: int) -> Mapping[Step, Any] | None:
     if isinstance(value, _BOXES):
         return {("item", index): item for index, item in enumerate(value)}
     if depth > 0 and _is_object(value):
-        return {("attribute", name): item for name, item in vars(value).items()}
+        return {("attribute", name): item for name, item in own_attributes(value).items()}
     return None
 
 

@@ -16,7 +16,7 @@ from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
 from autoparallel.support.model_snapshot import untouched
-from autoparallel.support.module_copy import shallow_copy
+from autoparallel.support.module_copy import keep_attributes, shallow_copy
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
 from autoparallel.support.rng_state import seeded
 from autoparallel.support.torch_private import TorchDispatchMode, is_functorch_wrapped_tensor
@@ -189,7 +189,7 @@ def _recorded(
             module.register_forward_hook(leave, always_call=True)
     tensors, skeleton = flatten((args, dict(kwargs)))
     # Copies, because a forward may write to its inputs.
-    arguments = rebuild(skeleton, [tensor.detach().clone() for tensor in tensors])
+    arguments = rebuild(skeleton, [_copied(tensor) for tensor in tensors])
     watched = contextlib.nullcontext() if gradients else watch.installed(operators=False)
     recording = torch.enable_grad() if gradients else torch.no_grad()
     try:
@@ -202,6 +202,8 @@ def _recorded(
             products,
         ):
             copied(*arguments[0], **arguments[1])
+    except CaptureError:
+        raise  # it reads what this run would use up
     except Exception as error:
         # A forward may differentiate by itself, and fail in a run that records no gradients.
         if watch.hit or not gradients:
@@ -215,6 +217,12 @@ def _recorded(
     if watch.hit:
         raise _WantsGradientsError
     return Recorded(calls, products.flops)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of an input that looks to the forward as the input itself does."""
+    copied = tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    return keep_attributes(tensor, copied)
 
 
 def _frozen(skeleton: Skeleton) -> Skeleton:

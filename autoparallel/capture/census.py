@@ -28,7 +28,7 @@ from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.model_snapshot import untouched
-from autoparallel.support.module_copy import originals
+from autoparallel.support.module_copy import keep_attributes, originals
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import flatten
 from autoparallel.support.torch_private import FakeTensorMode, tree_map
@@ -135,7 +135,10 @@ def census_of(
         stack.enter_context(torch.enable_grad())
         if mode is not None:
             stack.enter_context(mode)
-        fakes = {name: copied(tensor, tensor.requires_grad) for name, tensor in state.items()}
+        fakes = {
+            name: keep_attributes(tensor, copied(tensor, tensor.requires_grad))
+            for name, tensor in state.items()
+        }
         leaves.update((id(fakes[name]), leaves[id(tensor)]) for name, tensor in state.items())
         given: dict[int, torch.Tensor] = {}
         for number, tensor in enumerate(tensors):
@@ -143,7 +146,7 @@ def census_of(
             trained = numbers and (part or tensor.requires_grad)
             fake = copied(tensor.detach().to("meta") if elsewhere else tensor, trained)
             leaves[id(fake)] = f"input {number}"
-            given[id(tensor)] = fake
+            given[id(tensor)] = keep_attributes(tensor, fake)
             kept.append(fake)
         inputs = tree_map(lambda leaf: given.get(id(leaf), leaf), (args, dict(kwargs)))
         stack.enter_context(ConstantComparisons())

@@ -22,6 +22,7 @@ from torch import nn
 
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, named_tensors
 from autoparallel.support.module_paths import join_path
+from autoparallel.support.object_state import own_attributes, random_state
 from autoparallel.support.torch_private import expression_of
 
 __all__ = ["Group", "find_groups", "state_of", "token_of", "watched_class"]
@@ -181,6 +182,7 @@ def _fingerprint(
                         first.setdefault(id(tensor), join_path(path, name)),
                         id(tensor) if shared else None,
                         name in module._non_persistent_buffers_set,
+                        _marks(tensor),
                     )
                 )
         for name, child in module._modules.items():
@@ -191,6 +193,12 @@ def _fingerprint(
                 continue
             parts.append((name, token_of(value, paths)))
     return tuple(parts)
+
+
+def _marks(tensor: torch.Tensor) -> tuple[tuple[str, str], ...]:
+    """Return the simple attributes that somebody has set on a tensor."""
+    own = vars(tensor).items()
+    return tuple((name, repr(value)) for name, value in own if isinstance(value, _SIMPLE))
 
 
 def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int, ...] = ()) -> Any:
@@ -235,11 +243,16 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
         return (type(value), str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, (set, frozenset)):
         return (type(value), *sorted(str(inner(item)) for item in value))
-    if depth > 0 and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+    drawn = random_state(value)
+    if drawn is not None:
+        return (type(value), id(value), drawn[0])
+    slots = getattr(type(value), "__slots__", None)
+    plain = slots or hasattr(value, "__dict__")
+    if depth > 0 and plain and not isinstance(value, (type, nn.Module)):
         deeper = functools.partial(
             token_of, paths=paths, depth=depth - 1, above=(*above, id(value))
         )
-        inside = [(name, deeper(item)) for name, item in vars(value).items()]
+        inside = [(name, deeper(item)) for name, item in own_attributes(value).items()]
         return (type(value), id(value), *inside)
     return (type(value), id(value))
 

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.capture.asked_switches import refusing_contexts, watching_gradient_mode
+from autoparallel.capture.asked_switches import (
+    Switches,
+    refusing_contexts,
+    watching_gradient_mode,
+)
 from autoparallel.capture.assigned_buffers import writing_assigned_buffers
-from autoparallel.capture.attribute_reads import AttributeReads, alike_reads
+from autoparallel.capture.attribute_reads import AttributeReads, alike_reads, moving_error
 from autoparallel.capture.attribute_writes import Attributes, Written
 from autoparallel.capture.block_folding import Folding, Unfoldable
 from autoparallel.capture.decided_draws import ConstantComparisons
@@ -26,7 +30,7 @@ from autoparallel.capture.example_inputs import as_given, bind_inputs
 from autoparallel.capture.forward_contexts import plain_surroundings, quiet
 from autoparallel.capture.global_reads import OuterVariables, global_reads
 from autoparallel.capture.graph_builder import GraphBuilder
-from autoparallel.capture.held_tensors import HeldTensors
+from autoparallel.capture.held_tensors import HeldTensors, held_among
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
 from autoparallel.capture.module_tensors import first_paths
@@ -42,9 +46,10 @@ from autoparallel.capture.side_effects import (
     written_arguments,
 )
 from autoparallel.capture.steady_forward import is_steady
+from autoparallel.capture.tensor_facts import TensorFacts
 from autoparallel.capture.traced_calls import TracedCalls
 from autoparallel.errors import AutoParallelError, CaptureError
-from autoparallel.graph.attribute_read import AttributeRead
+from autoparallel.graph.attribute_read import AttributeRead, TensorRead
 from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
 from autoparallel.support.model_snapshot import untouched
@@ -65,7 +70,7 @@ class _Ran:
 
     outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
     than it was. written: what it writes to attributes, which is returned too. reads: the plain
-    attributes that it has read. gradients: see Captured.
+    attributes that it has read. gradients, given, own: see Captured.
     """
 
     outputs: Skeleton
@@ -73,6 +78,8 @@ class _Ran:
     written: Written
     reads: tuple[AttributeRead, ...]
     gradients: bool | None
+    given: tuple[TensorRead, ...]
+    own: tuple[tuple[int, str], ...]
 
 
 class _Flat(nn.Module):
@@ -104,6 +111,8 @@ class _Flat(nn.Module):
         self.training = self.model.training
         self.reads = AttributeReads()
         self.asked: list[str] = []
+        given = None if wanted.part else flatten(dict(wanted.bound.arguments))[0]
+        self.facts = TensorFacts(wanted.model, given, folding)
         self.refused: list[CaptureError] = []
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -127,10 +136,16 @@ class _Flat(nn.Module):
         elif written.places:
             result = (result, written.values)
         flat, skeleton = flatten(result)
+        self.facts.refuse_marked(flat)
         refuse_running(skeleton, self.model)
         gradients = torch.is_grad_enabled() if self.asked else None
-        reads = (*self.reads.collected, *global_reads(self.model))
-        self.remember(_Ran(skeleton, changes, written, reads, gradients))
+        for module in self.model.modules():
+            for name in self.wanted.outer.unwatched.get(type(module), ()):
+                self.reads.note(module, name)
+        reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
+        reads += global_reads(self.model)
+        given, own = tuple(self.facts.given), held_among(self.model, flat)
+        self.remember(_Ran(skeleton, changes, written, reads, gradients, given, own))
         return tuple(flat)
 
     def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +174,7 @@ class _Flat(nn.Module):
             writing_assigned_buffers(self.model, results),
             self.reads.installed(self.model),
             watching_gradient_mode(self.asked),
+            wanted.switches.installed(),
             refusing_contexts(self.refused),
             contextlib.nullcontext()
             if autocast is None
@@ -169,6 +185,7 @@ class _Flat(nn.Module):
             decomposing(wanted.known),
             watched,
             no_replacing,
+            self.facts.installed(tensors),
             SeededDraws(),
         )
         with contextlib.ExitStack() as stack:
@@ -176,12 +193,9 @@ class _Flat(nn.Module):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
         refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
-        if self.reads.moving:
-            raise CaptureError(
-                f"the forward reads {', '.join(self.reads.moving)}",
-                why="it gives something else at each call, and a graph does the same at every call",
-                fix="pass what it gives as an argument, or keep it in a module that is not traced",
-            )
+        moving = (*self.reads.moving, *wanted.outer.moving)
+        if moving:
+            raise moving_error(moving)
         if python_numbers() != numbers:
             raise CaptureError(
                 f"{type(self.model).__name__}.forward draws random numbers with Python or numpy",
@@ -239,6 +253,7 @@ def capture(
     wanted = _Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
         *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
+        Switches(),
     )
     while True:
         try:
@@ -257,7 +272,7 @@ class _Wanted:
     symbolic. device: of the model's tensors. autocast: the type of the autocast region around the
     call, None where there is none. gradients: whether they are recorded around the call; the trace
     records them in any case, unless the forward asks for that. outer: the variables outside of the
-    model to which it may write.
+    model to which it may write. switches: of torch, around the call.
     """
 
     model: nn.Module
@@ -271,6 +286,7 @@ class _Wanted:
     autocast: torch.dtype | None
     gradients: bool
     outer: OuterVariables
+    switches: Switches
 
 
 def _folded(wanted: _Wanted) -> Captured:
@@ -338,6 +354,8 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         alike_reads(reads, folding.groups, folding.hidden),
         Surroundings(torch.get_default_dtype(), wanted.autocast),
         ran.gradients,
+        ran.given,
+        ran.own,
     )
 
 
@@ -383,7 +401,7 @@ def _exported(
         with quiet(), kept, outer.forgotten(), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
-        failure = flat.calls.failure or flat.no_replacing.failure
+        failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure
         failure = failure or next(iter(flat.refused), None)
         if failure is not None:
             raise failure

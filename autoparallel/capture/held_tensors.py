@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from autoparallel.support.module_copy import DEEPEST, originals
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.torch_private import in_function_transform
 
-__all__ = ["HeldTensors", "refuse_views"]
+__all__ = ["HeldTensors", "held_among", "refuse_views"]
 
 _DEEPEST = 6  # containers and objects inside of others that are looked into
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -182,6 +182,36 @@ class HeldTensors(TorchFunctionMode):
                 "several), or call requires_grad_(False)",
             )
         return None
+
+
+def held_among(model: nn.Module, tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, str], ...]:
+    """Return (number, path) of the tensors that a model holds itself, in attributes as well.
+
+    Raises CaptureError for a view of a buffer: who gets it may write to the buffer.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> held_among(norm, [torch.ones(2), norm.running_mean])
+    ((1, 'running_mean'),)
+    """
+    paths: dict[int, str] = {}
+    memories: dict[int, str] = {}
+    for module_path, module in model.named_modules():
+        others = {name: value for name, value in vars(module).items() if type(value) in _PLAIN}
+        for name, tensor in {**module._parameters, **module._buffers, **others}.items():
+            if tensor is not None:
+                paths.setdefault(id(tensor), join_path(module_path, name))
+                memory = memory_of(tensor) if name not in module._parameters else None
+                if memory is not None:
+                    memories.setdefault(memory, join_path(module_path, name))
+    for tensor in tensors:
+        path = memories.get(memory_of(tensor) or 0)
+        if path is not None and id(tensor) not in paths and tensor.numel():
+            raise CaptureError(
+                f"the forward returns a view of {path}",
+                why="whoever gets it may write to it, and a graph returns tensors of its own",
+                fix=f"return a copy of it ({path}[...].clone()), or {path} itself",
+            )
+    return tuple((n, paths[id(t)]) for n, t in enumerate(tensors) if id(t) in paths)
 
 
 def view_error(path: str, where: str = "") -> AliasError:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-__all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "AttributeRead", "Cell", "Where"]
+__all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "Answer", "AttributeRead", "Cell", "Contents"]
+__all__ += ["TensorRead", "Where", "kept_of", "name_of"]
 
 # Values that are the same if they are equal and of one type.
 SIMPLE = (
@@ -34,6 +36,56 @@ class _Mark:
 
 ABSENT = _Mark("ABSENT")  # there is no attribute of this name
 UNKNOWN = _Mark("UNKNOWN")  # it is no simple value, and is compared by what the object has
+
+
+class Contents:
+    """The contents of a small container of simple values, as they were when it was read.
+
+    >>> Contents([1, 2]) == Contents([1, 2]), Contents([1]) == Contents((1,))
+    (True, False)
+    """
+
+    MOST = 32  # items of a container; with more it is a table, and no setting
+
+    def __init__(self, value: Any) -> None:
+        self.value = copy.deepcopy(value)
+
+    @classmethod
+    def fit(cls, value: Any) -> bool:
+        """Return whether a value is a small container of simple values, or of such containers."""
+        if type(value) not in (list, tuple, dict) or len(value) > cls.MOST:
+            return False
+        items = value.values() if isinstance(value, dict) else value
+        return all(isinstance(item, SIMPLE) or cls.fit(item) for item in items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Contents) and repr(other) == repr(self)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def kept_of(value: Any) -> Any:
+    """Return the value that a read of an attribute keeps: UNKNOWN for what cannot be compared.
+
+    >>> kept_of(0.5), kept_of([1]), kept_of(object())
+    (0.5, [1], UNKNOWN)
+    """
+    if value is ABSENT or isinstance(value, SIMPLE):
+        return value
+    return Contents(value) if Contents.fit(value) else UNKNOWN
+
+
+def name_of(kind: type) -> str:
+    """Return the name of a class with that of its Python module.
+
+    >>> name_of(types.CellType)
+    'builtins.cell'
+    """
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class Cell(Mapping[str, Any]):
@@ -67,9 +119,41 @@ class Cell(Mapping[str, Any]):
         return id(self.cell)
 
 
+class Answer(Mapping[str, Any]):
+    """The answer of a function that takes no arguments, by whatever name, as a mapping has it.
+
+    ask: is called at each look. It may raise LookupError where there is no answer now.
+
+    >>> Answer(lambda: 0.5)["tau"]
+    0.5
+    """
+
+    def __init__(self, ask: Callable[[], Any]) -> None:
+        self.ask = ask
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.ask()
+        except LookupError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Answer) and other.ask == self.ask
+
+    def __hash__(self) -> int:
+        return hash(self.ask)
+
+
 class Where(enum.Enum):
     """The place of an attribute: the object's own dictionary, its class, or known by asking; or it
-    is a global variable, or one of a function around the code that reads it.
+    is a global variable, or one of a function around the code that reads it. NAMES stands for the
+    names of all attributes that an object has of its own.
     """
 
     INSTANCE = "instance"
@@ -77,6 +161,20 @@ class Where(enum.Enum):
     ASKED = "asked"
     GLOBAL = "global"
     ENCLOSED = "enclosed"
+    NAMES = "names"
+
+
+@dataclass(frozen=True)
+class TensorRead:
+    """One property of an input tensor that a forward has read, such as `requires_grad`.
+
+    number: of the input, in the order of the graph's inputs. name: of the property, or of an
+    attribute that the caller has set on the tensor. value: a simple one, or ABSENT.
+    """
+
+    number: int
+    name: str
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -86,9 +184,9 @@ class AttributeRead:
     path: of the module from which the object was reached. route: the steps from there, each
     ("attribute", name) or ("item", key); none where it is the module itself. The way to a global
     variable, or to an attribute of its value, begins with ("global", name of the Python module)
-    instead, that to a variable of a function around with ("cell", its cell); path is empty then.
-    name: of the attribute. where: its place. value: a simple one as it was read, ABSENT, or else
-    UNKNOWN.
+    instead, that to a variable of a function around with ("cell", its cell), and so do those to
+    other things that are asked for; path is empty then. ("class", name) leads to a base class.
+    name: of the attribute. where: its place. value: see `kept_of`.
     others: further values with which the program is right, because the forward itself sets them.
     """
 

@@ -8,13 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from autoparallel.support.object_state import own_attributes, put_attribute
+
 __all__ = ["AttributeWrite", "Step"]
 
 Step = tuple[str, Any]  # what is set, and under which name or key
-
-
-def _set_attribute(owner: Any, name: Any, value: Any) -> None:
-    vars(owner)[name] = value
 
 
 def _set_item(owner: Any, key: Any, value: Any) -> None:
@@ -28,11 +26,11 @@ def _set_content(owner: Any, _: Any, value: Any) -> None:
 
 
 _ENTER: Mapping[str, Callable[[Any, Any], Any]] = {
-    "attribute": lambda owner, name: vars(owner)[name],
+    "attribute": lambda owner, name: own_attributes(owner)[name],
     "item": lambda owner, key: owner[key],
 }
 _SET: Mapping[str, Callable[[Any, Any, Any], None]] = {
-    "attribute": _set_attribute,
+    "attribute": put_attribute,
     "item": _set_item,
     "content": _set_content,
 }

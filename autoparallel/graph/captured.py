@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import nn
 
-from autoparallel.graph.attribute_read import AttributeRead
+from autoparallel.graph.attribute_read import ABSENT, AttributeRead, TensorRead
 from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeated_blocks import Repeats, find_repeats
@@ -99,6 +99,8 @@ class Captured:
     a pair of what it returns and a tuple of what it writes there.
     reads: the plain attributes that the forward has read. surroundings: the state of torch around
     it. gradients: whether gradients were recorded, None where the forward does not ask for that.
+    given: the properties of input tensors that it has read. own: (number of an output, path) where
+    the model returns a tensor that it holds itself, a parameter or any other.
     """
 
     graph: Graph
@@ -114,6 +116,8 @@ class Captured:
     reads: tuple[AttributeRead, ...] = ()
     surroundings: Surroundings = _USUAL
     gradients: bool | None = None
+    given: tuple[TensorRead, ...] = ()
+    own: tuple[tuple[int, str], ...] = ()
 
     def together(
         self, tensors: list[torch.Tensor], inputs: Sequence[torch.Tensor]
@@ -154,6 +158,15 @@ class Captured:
         """True if the model returns numbers that follow from sizes of its inputs."""
         constants = leaf_paths(self.outputs, "constant").values()
         return any(isinstance(constant, SizeNumber) for constant in constants)
+
+    def alike(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Return whether the properties of inputs that the forward has read are as they were."""
+        for read in self.given:
+            value = getattr(inputs[read.number], read.name, ABSENT)
+            value = value() if callable(value) else value  # is_inference is a method
+            if type(value) is not type(read.value) or repr(value) != repr(read.value):
+                return False
+        return True
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
         """Return whether the program is right for tensors of these types and sizes, and gives a

@@ -15,26 +15,39 @@ import itertools
 import operator
 import sys
 import types
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where
+from autoparallel.graph.attribute_read import (
+    ABSENT,
+    SIMPLE,
+    UNKNOWN,
+    AttributeRead,
+    Contents,
+    Where,
+    name_of,
+)
 from autoparallel.graph.attribute_write import AttributeWrite
+from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.support.object_state import own_attributes
 
 __all__ = ["Guards", "equal", "frozen"]
 
 _DEEPEST = 5  # containers inside of containers whose contents are compared
 _SAME = operator.is_
 _ALL = None  # in place of a step into a container: all that it holds
+# Names that modules have from torch and from this project.
+_LEFT_OUT = {*vars(nn.Module()), "_autoparallel", "_generator"}
 _LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # Objects that hold what can change, but for lists, dicts and objects of classes in Python, which
 # are looked into by themselves.
 _CHANGING = (
     *(collections.deque, set, bytearray, array.array, types.SimpleNamespace),
-    *(functools.partial, types.MethodType),
+    *(functools.partial, types.MethodType, weakref.ref),
 )
 _GET: Any = dict.get
 _ABSENT = itertools.repeat(ABSENT)
@@ -101,6 +114,11 @@ class Guards:
         if read.where is Where.ASKED:
             value = getattr(item, read.name, ABSENT)
             self.asked.append((item, read.name, self.expected(value, read)))
+            self.contents(value, 0)
+            return
+        if read.where is Where.NAMES:
+            names = _Names(vars(item))
+            self.lists.append((names, list(names)))
             return
         if read.where is Where.ENCLOSED:
             self.place(item, read.name, item.get(read.name, ABSENT), read)
@@ -150,7 +168,8 @@ class Guards:
         # Tensors may be read as numbers, and objects by their dictionaries.
         if read.where is Where.INSTANCE and not seen:
             tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
-            if tensor or (plain and hasattr(value, "__dict__") and not callable(value)):
+            slots = getattr(type(value), "__slots__", None)
+            if tensor or (plain and (slots or hasattr(value, "__dict__")) and not callable(value)):
                 self.kept.append((value, self.frozen(value)))
 
     def expected(self, value: Any, read: AttributeRead) -> Any:
@@ -158,7 +177,7 @@ class Guards:
         those that can be told apart by what they are."""
         if read.value is UNKNOWN:
             return value
-        return read.value
+        return read.value.value if isinstance(read.value, Contents) else read.value
 
     def contents(self, value: Any, depth: int) -> None:
         """Guard what is in a list, a dict or a tuple, and in other objects that can change."""
@@ -224,6 +243,35 @@ class Guards:
         return True
 
 
+class _Held:
+    """A tensor of a module, whichever it is at the time, never as the user's Python is shown it.
+
+    tensors: the dictionary that has it. name: its key there.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], name: str = "") -> None:
+        self.tensors, self.name = tensors, name
+
+    def __getitem__(self, name: str) -> _Held:
+        return _Held(self.tensors, name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensors[self.name], name)
+
+
+class _Names:
+    """The names of the attributes that an object was given, but for those that torch gives."""
+
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        self.own = own
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __iter__(self) -> Any:
+        return (name for name in self.own if name not in _LEFT_OUT)
+
+
 class _Items:
     """The keys and values of a dict, one behind the other, as a list has them."""
 
@@ -245,7 +293,12 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
         if kind in ("global", "cell"):
             item = sys.modules[step] if kind == "global" else step
             continue
-        item = vars(item)[step] if kind == "attribute" else item[step]
+        if kind == "class":
+            item = next(base for base in reversed(type(item).__mro__) if name_of(base) == step)
+        elif step in ("_parameters", "_buffers") and kind == "attribute":
+            item = _Held(held_by(item) if step == "_parameters" else vars(item)[step])
+        else:
+            item = own_attributes(item)[step] if kind == "attribute" else item[step]
     return item
 
 
@@ -304,6 +357,8 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
         return (type(value), str(value.dtype), str(value.shape), value.tobytes())
     if isinstance(value, torch.Tensor) and not value.is_inference():
         return (value, value._version)
+    if isinstance(value, weakref.ref):
+        return (type(value), inner(value()))
     if isinstance(value, functools.partial):
         return (type(value), inner(value.func), inner(value.args), inner(value.keywords))
     if isinstance(value, types.MethodType):
@@ -313,11 +368,12 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
             return value
         cells = [inner(_contents(cell)) for cell in value.__closure__ or ()]
         return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
-    if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator)) or not hasattr(
-        value, "__dict__"
-    ):
+    if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator)):
         return value
-    return (type(value), *_items(vars(value), "attribute", value, own, inner))
+    attributes = own_attributes(value)
+    if not attributes and not hasattr(value, "__dict__"):
+        return value
+    return (type(value), *_items(attributes, "attribute", value, own, inner))
 
 
 def _items(

@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from autoparallel.support.torch_private import call_hooks_of, hook_handles_so_far
+from autoparallel.support.torch_private import (
+    call_hooks_of,
+    global_call_hooks,
+    hook_handles_so_far,
+)
 
 __all__ = ["InnerHooks"]
 
@@ -16,7 +20,8 @@ class InnerHooks:
     """The hooks of all modules in a parallel module, whose program was traced with some of them.
 
     A program replaces the calls of these modules, so that it runs no hook but those that were there
-    when it was traced. The module's own hooks run around its program and do not count.
+    when it was traced. The module's own hooks run around its program and do not count. Hooks on all
+    modules of the process are none of a program's, whenever they were registered.
 
     members: the module and all in it. traced: the same of the module that was traced.
     """
@@ -25,7 +30,8 @@ class InnerHooks:
         self.inner = tuple(members[1:])
         self.expected = sum(map(len, call_hooks_of(traced[1:])))
         self.dictionaries: tuple[dict[int, Any], ...] = ()
-        self.handles = -1
+        self.handles = self.count = -1
+        self.are_others = False
 
     def changed(self) -> bool:
         """Return whether there are other hooks now than the program was traced with.
@@ -35,8 +41,17 @@ class InnerHooks:
         their lengths are added up. A module may be given new dictionaries; what is then registered
         in them makes a handle, and torch numbers all handles of a process.
         """
-        handles = hook_handles_so_far()
-        if handles != self.handles:
-            self.dictionaries = call_hooks_of(self.inner)
-            self.handles = handles
-        return sum(map(len, self.dictionaries)) != self.expected
+        handles, count = hook_handles_so_far(), sum(map(len, self.dictionaries))
+        if handles != self.handles or count != self.count:
+            inner = call_hooks_of(self.inner)
+            self.dictionaries = (*inner, *global_call_hooks())
+            self.handles, self.count = handles, sum(map(len, self.dictionaries))
+            others = any(map(_is_users, global_call_hooks()))
+            self.are_others = others or sum(map(len, inner)) != self.expected
+        return self.are_others
+
+
+def _is_users(hooks: dict[int, Any]) -> bool:
+    """Return whether there are hooks that are not torch's own, which only count or measure."""
+    homes = [getattr(hook, "__module__", None) or "" for hook in hooks.values()]
+    return any(home.partition(".")[0] != "torch" for home in homes)

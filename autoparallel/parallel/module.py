@@ -52,6 +52,7 @@ from autoparallel.parallel.refused_wrappers import RefusedWrappers
 from autoparallel.parallel.restructure import restructure
 from autoparallel.parallel.seeds import give_generator
 from autoparallel.parallel.skeletons import attributes_of, own_forward, traceable
+from autoparallel.parallel.split_classes import class_of_classes
 from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
@@ -61,6 +62,7 @@ from autoparallel.support.memory_writes import paused
 from autoparallel.support.module_copy import on_meta, shallow_copy
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import Skeleton, flatten
+from autoparallel.support.torch_private import forward_gradients_are_on, in_function_transform
 
 __all__ = ["parallel_module"]
 
@@ -252,7 +254,8 @@ def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
         "forward": _Forward(forward),
         **saved_whole(kind, whole_module),
     }
-    parallel: type[nn.Module] = type(f"{prefix}{kind.__name__}", (_Parallel, kind), body)
+    meta = class_of_classes(type(kind))
+    parallel: type[nn.Module] = meta(f"{prefix}{kind.__name__}", (_Parallel, kind), body)
     return parallel
 
 
@@ -288,6 +291,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     # Only what the user calls is given local batches: what Python calls within has whole ones.
     if local is not None and not state.tree.depth and not state.path:
         args, kwargs = local.gather(signature(state.skeleton.forward), args, kwargs, state.ranks)
+    if state.tree.lent:
+        state.tree.refuse_written()
     if not state.tree.depth and state.tree.shape.changed():
         state = _restructured(module, state)
     if state.hooks is None:
@@ -303,6 +308,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             _log.warning(
                 "%s runs as Python: hooks were registered in it", state.path or "the model"
             )
+    elif forward_gradients_are_on() or in_function_transform():
+        _log.info("%s runs as Python: programs have no other derivatives", state.path)
     # Where Python is all there is, and the ranks have compared their inputs, nothing is looked for.
     elif not (modes in state.python and not state.entries and state.checks <= 0):
         if not state.tree.depth:

@@ -120,6 +120,14 @@ def run_program(
         _returned(output, layout, shape, inputs, entry, state)
         for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
     ]
+    for number, path in entry.captured.own:
+        owner, _, name = path.rpartition(".")
+        holder = module.get_submodule(owner)
+        if name in holder._parameters:
+            state.tree.lend(path, returned[number], entry)
+        else:
+            tensors: Any = holder._buffers if name in holder._buffers else vars(holder)
+            returned[number] = tensors[name]
     # The forward may have left something in attributes of modules; it is put there again.
     result, left = entry.captured.together(returned, inputs)
     for place, value in zip(entry.captured.left, left, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program
 from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
+from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths
 
 __all__ = ["Entry", "Replan", "State", "Tree", "state_of", "user_forward"]
@@ -91,6 +93,8 @@ class Entry:
             return False
         if self.frozen and any(held[name].requires_grad for held, name in self.frozen):
             return False
+        if captured.given and not captured.alike(inputs):
+            return False
         # A list is quicker to make than a generator is to run, and this is asked at every call.
         key = tuple([(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs])
         if key not in self.known:
@@ -111,7 +115,8 @@ class Tree:
     forwards that are running now, one inside the other. attributes: those of the model when the
     skeleton was made of it. elsewhere: the same skeleton with tensors that seem to lie on a device.
     local: the inputs of which ranks bring parts of the batch. classes: those of split modules, by
-    the user's classes and the prefixes of their names.
+    the user's classes and the prefixes of their names. lent: the values of parameters that calls
+    have returned, weakly, with their versions.
     """
 
     root: nn.Module
@@ -129,12 +134,34 @@ class Tree:
     classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = field(default_factory=dict)
     attributes: Any = None
     elsewhere: dict[torch.device, nn.Module] = field(default_factory=dict)
+    lent: dict[str, tuple[Any, int]] = field(default_factory=dict)
 
     def take_up_parameters(self) -> None:
         """Know the parameters by the objects that they are now, which other objects have become."""
         self.parameters = dict(self.root.named_parameters(remove_duplicate=False))
         self.copies = {id(copy.owner[copy.name]): copy for copy in self.copies.values()}
         self.shape = TreeShape(self.root.modules())
+
+    def lend(self, path: str, value: torch.Tensor, entry: Entry) -> None:
+        """Note that the caller is given the value of a parameter, to which it must not write."""
+        leaf = next((leaf for leaf in entry.leaves if leaf.path == path), None)
+        if leaf is None or memory_of(value) != memory_of(leaf.get(None)):
+            self.lent[path] = (weakref.ref(value), value._version)
+
+    def refuse_written(self) -> None:
+        """Raise AutoParallelError where the caller has written to a parameter's value."""
+        for path, (reference, version) in list(self.lent.items()):
+            value = reference()
+            if value is not None and value._version != version:
+                raise AutoParallelError(
+                    f"{path} was returned by the model, and then written to",
+                    where=path,
+                    why="on several ranks the model returns a copy of the whole parameter, and the "
+                    "parameter itself does not change with it",
+                    fix="write to the parameter: under torch.no_grad, "
+                    f"model.get_parameter({path!r}).copy_(value)",
+                )
+        self.lent.clear()
 
     def surroundings(self) -> Surroundings:
         """Return the state of torch around a call that is made now."""

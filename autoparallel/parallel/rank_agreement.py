@@ -7,15 +7,19 @@ them raise the same error, and none is left waiting in a collective.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from autoparallel.capture.global_reads import OuterVariables
 from autoparallel.errors import AutoParallelError, InputMismatchError
 from autoparallel.parallel.launch import communication_device
 from autoparallel.plan import Plan
 from autoparallel.runtime.groups import Group, ProcessGroup
+from autoparallel.support.module_paths import join_path
+from autoparallel.support.object_state import random_state
 
 __all__ = [
     "digest",
@@ -48,6 +52,9 @@ def require_same_start(model: nn.Module, group: Group) -> None:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         names.append("torch's random state")
         sums.append(digest(torch.get_rng_state()))
+    for name, state in _random_states(model):
+        names.append(name)
+        sums.append(digest(torch.tensor(list(hashlib.sha256(repr(state).encode()).digest()))))
     if not sums:
         return
     # Weights may lie on another device than the one on which the group communicates.
@@ -61,8 +68,24 @@ def require_same_start(model: nn.Module, group: Group) -> None:
             where=f"rank {group.rank}, {type(model).__name__}",
             why="each rank keeps its part of the whole, and the wholes are not the same",
             fix="torch.manual_seed(seed) with one seed on every rank before the model is built, or "
-            "load the same weights on every rank",
+            "load the same weights on every rank; give generators of its own one seed, too",
         )
+
+
+def _random_states(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the state of each random generator that the model keeps or draws from.
+
+    Its Python runs on all ranks, which must draw the same numbers.
+    """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            drawn = random_state(value)
+            if drawn is not None:
+                yield join_path(path, name), drawn[0]
+    for name, value in OuterVariables(model).objects.items():
+        drawn = random_state(value)
+        if drawn is not None:
+            yield f"the variable {name}", drawn[0]
 
 
 def require_same_plan(plan: Plan, group: Group) -> None:

@@ -47,6 +47,7 @@ def attributes_of(model: nn.Module) -> Any:
         for name, tensor in tensors.items():
             looks = tensor is None or (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
             rows.append((name, looks, tensor is None or paths[id(tensor)]))
+            rows.append(None if tensor is None else token_of(dict(vars(tensor)), paths))
         for name, value in vars(module).items():
             if name not in MODULE_ATTRIBUTES and name not in _OWN:
                 rows.append((name, token_of(value, paths, depth=_DEPTH)))

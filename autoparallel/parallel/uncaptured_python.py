@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autoparallel.errors import AutoParallelError
@@ -26,15 +27,23 @@ from autoparallel.parallel.parameters import (
     computing_stream,
     refresh,
 )
-from autoparallel.placement import Invariant, Layout, Shard, layout_gradient, local_layout_size
+from autoparallel.placement import (
+    Invariant,
+    Layout,
+    Shard,
+    layout_gradient,
+    local_layout_size,
+    whole_layout,
+)
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import Generator
-from autoparallel.runtime.tensor_parts import take_layout_part
+from autoparallel.runtime.tensor_parts import gathered, take_layout_part
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.module_copy import referring
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.rng_state import restore, seeded, snapshot
+from autoparallel.support.torch_private import local_part, outside_transforms
 
 __all__ = ["WholeParameters", "common_numbers", "held_by"]
 
@@ -159,6 +168,8 @@ class WholeParameters(Watch):
         self.readers: dict[tuple[int, str], LocalParameter] = {}
         self.seen: dict[int, _Seen] = {}
         self.handles: dict[int, tuple[_Seen, torch.UntypedStorage]] = {}
+        # Whole gradients that Python was shown, with their versions.
+        self.gradients: list[tuple[LocalParameter, torch.Tensor, int]] = []
         self.keeping = False
         self.bucket = bucket = GradientBucket(ranks)
         self.references: list[tuple[nn.Module, str, Any, dict[int, str]]] = []
@@ -193,21 +204,25 @@ class WholeParameters(Watch):
             return parameter
         leaf = self.readers[id(held), name]
         self.settle(leaf)
-        if leaf.copy is not None:
-            refresh([leaf.copy], self.ranks)
-        value, layout = leaf.get(computing_stream()), leaf.layouts.storage
-        # Outer axes cut first, so the innermost axis is gathered first; what the axes outside of it
-        # leave of the dim is how large the gathered dim becomes.
-        for axis in reversed(range(len(layout))):
-            cut = layout[axis]
-            if isinstance(cut, Shard):
-                outer: Layout = (*layout[:axis], *(Invariant(),) * (len(layout) - axis))
-                size = leaf.layouts.shape[cut.dim]
-                size = local_layout_size(
-                    size, cut.dim, outer, self.ranks.sizes, self.ranks.coordinates
-                )
-                value = convert(value, self.ranks.groups[axis], cut, Invariant(), size)
+        # The parameter is a constant for torch.func, as that of a plain module is.
+        with outside_transforms():
+            if leaf.copy is not None:
+                refresh([leaf.copy], self.ranks)
+            value, layout = leaf.get(computing_stream()), leaf.layouts.storage
+            # Outer axes cut first, so the innermost axis is gathered first; what the axes outside
+            # of it leave of the dim is how large the gathered dim becomes.
+            for axis in reversed(range(len(layout))):
+                cut = layout[axis]
+                if isinstance(cut, Shard):
+                    outer: Layout = (*layout[:axis], *(Invariant(),) * (len(layout) - axis))
+                    size = leaf.layouts.shape[cut.dim]
+                    size = local_layout_size(
+                        size, cut.dim, outer, self.ranks.sizes, self.ranks.coordinates
+                    )
+                    value = convert(value, self.ranks.groups[axis], cut, Invariant(), size)
         if value is not parameter:
+            # Whatever is set on the one is set on the other.
+            value.__dict__ = vars(parameter)
             self.note(leaf, value)
         return value
 
@@ -324,6 +339,31 @@ class WholeParameters(Watch):
         if seen.leaf.owner[seen.leaf.name].requires_grad != value:
             raise _refused(seen.leaf, f"its requires_grad becomes {value}")
 
+    def asked(self, tensor: torch.Tensor, name: str) -> Any:
+        """Return what a property of a parameter is, where a tensor shows one: it is no leaf itself.
+
+        The gradient is put together of all ranks' parts: all of them run the same Python.
+        """
+        seen = self.of(tensor)
+        if seen is None or seen.value() is not tensor:
+            return NotImplemented
+        leaf = seen.leaf
+        held = leaf.owner[leaf.name]
+        if name != "grad" or held.grad is None:
+            return {"is_leaf": True, "retains_grad": False}.get(name)
+        layouts = leaf.layouts
+        whole = whole_layout(len(self.ranks.sizes))
+        parts = [local_part(held.grad) if isinstance(held.grad, DTensor) else held.grad]
+        (gradient,) = gathered(parts, [layouts.state], [whole], [layouts.shape], self.ranks)
+        self.gradients.append((leaf, gradient, gradient._version))
+        return gradient
+
+    def gradient_assigned(self, tensor: torch.Tensor) -> None:
+        """Refuse another gradient for a shown parameter: its part would not have it."""
+        seen = self.of(tensor)
+        if seen is not None and seen.value() is tensor:
+            raise _refused(seen.leaf, "its gradient becomes another tensor")
+
     def refuse_other(self, held: dict[str, Any], name: str) -> None:
         """Raise AutoParallelError where a parameter that may be split would become another."""
         leaf = self.readers.get((id(held), name))
@@ -351,8 +391,11 @@ class WholeParameters(Watch):
             with self.installed():
                 yield
             self.settle()
+            for leaf, gradient, version in self.gradients:
+                if gradient._version != version:
+                    raise _refused(leaf, "its gradient is written to")
         finally:
-            self.seen, self.handles, self.hidden = {}, {}, []
+            self.seen, self.handles, self.hidden, self.gradients = {}, {}, [], []
             for inner, name, value, now in replaced:
                 if vars(inner).get(name) is now:
                     vars(inner)[name] = value

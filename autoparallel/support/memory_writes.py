@@ -89,6 +89,16 @@ class Watch:
     def trained(self, tensor: torch.Tensor, value: bool) -> None:
         """React to `tensor.requires_grad = value`."""
 
+    def asked(self, tensor: torch.Tensor, name: str) -> Any:
+        """Return what a property of a tensor is; NotImplemented leaves the answer to torch.
+
+        name: `grad`, `is_leaf`, `grad_fn` or `retains_grad`.
+        """
+        return NotImplemented
+
+    def gradient_assigned(self, tensor: torch.Tensor) -> None:
+        """React to `tensor.grad = value`."""
+
     def hooked(self, tensor: torch.Tensor, name: str) -> None:
         """React to a call that reaches into the backward pass: of `register_hook`, for example.
 
@@ -194,10 +204,23 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        name = _properties().get(function) if args and not self.idle else None
+        if name is not None:
+            answer = self.watch.asked(args[0], name)
+            if answer is not NotImplemented:
+                return answer
         report = _reports().get(function) if args and not self.idle else None
         if report is not None and report(self.watch, *args, **(kwargs or {})):
             return None
         return function(*args, **(kwargs or {}))
+
+
+@cache
+def _properties() -> dict[Any, str]:
+    """Return by the function that reads a property the property's name."""
+    kind: Any = torch.Tensor
+    names = ("grad", "is_leaf", "grad_fn", "retains_grad")
+    return {getattr(kind, name).__get__: name for name in names}
 
 
 @cache
@@ -211,6 +234,10 @@ def _reports() -> dict[Any, Callable[..., bool]]:
 
     def assign(watch: Watch, tensor: torch.Tensor, value: Any) -> bool:
         return watch.assigned(tensor, value)
+
+    def gradient(watch: Watch, tensor: torch.Tensor, *_: Any) -> bool:
+        watch.gradient_assigned(tensor)
+        return False
 
     def train(watch: Watch, tensor: torch.Tensor, requires_grad: bool = True) -> bool:
         watch.trained(tensor, requires_grad)
@@ -228,6 +255,7 @@ def _reports() -> dict[Any, Callable[..., bool]]:
     reports: dict[Any, Callable[..., bool]] = dict.fromkeys(_handles(), handle)
     # A mode of functions is given the setter of a property as the function.
     reports[kind.data.__set__] = assign
+    reports[kind.grad.__set__] = gradient
     reports[kind.requires_grad.__set__] = train
     reports[kind.requires_grad_] = train
     reports[kind.grad_fn.__get__] = hook("grad_fn")

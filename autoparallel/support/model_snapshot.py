@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch, memory_of, place_of
+from autoparallel.support.object_state import moves_on, own_attributes, random_state, second_of
 from autoparallel.support.rng_state import restore, snapshot
+from autoparallel.support.torch_private import global_call_hooks
 
 __all__ = ["same_globals", "untouched"]
 
@@ -44,7 +47,8 @@ def untouched(model: nn.Module, *others: Any, values: bool = False) -> Iterator[
     reached.look(model)
     for other in others:
         reached.look(other)
-    with same_globals():
+    reached.lend()
+    with same_globals(), _without_global_hooks():
         try:
             with reached.installed() if values else contextlib.nullcontext():
                 yield
@@ -61,8 +65,12 @@ class _Snapshot(Watch):
         self.seen: dict[int, Any] = {}
         self.boxes: list[tuple[Any, Any]] = []
         self.classes: list[tuple[Any, type]] = []
+        self.settings: dict[type, dict[str, Any]] = {}
         self.arrays: list[tuple[Any, Any]] = []
         self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self.slots: list[tuple[Any, dict[str, Any]]] = []
+        self.drawn: list[Callable[[], None]] = []
+        self.iterators: dict[int, Any] = {}
         self.tensors: list[_Tensor] = []
         self.memories: set[int] = set()
         self.copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
@@ -80,6 +88,7 @@ class _Snapshot(Watch):
                 if id(module) not in self.seen:
                     self.seen[id(module)] = module
                     self.classes.append((module, type(module)))
+                    self.settings_of(type(module))
                     self.box(vars(module), 0)
         elif depth <= _DEEPEST:
             self.seen[id(value)] = value
@@ -107,8 +116,42 @@ class _Snapshot(Watch):
             self.arrays.append((value, value.copy()))
         elif isinstance(value, torch.Generator):
             self.generators.append((value, value.get_state()))
-        elif not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", None), dict):
-            self.box(vars(value), depth)
+        elif (drawn := random_state(value)) is not None:
+            self.drawn.append(drawn[1])
+        elif moves_on(value):
+            self.iterators[id(value)] = second_of(value) or _Lent(type(value).__name__)
+        elif not isinstance(value, _OPAQUE):
+            if isinstance(getattr(value, "__dict__", None), dict):
+                self.box(vars(value), depth)
+            self.slot(value, depth)
+
+    def settings_of(self, kind: type) -> None:
+        """Note the attributes of a user's class, and of those that it inherits from."""
+        for base in kind.__mro__:
+            if base not in self.settings and base.__module__.partition(".")[0] not in _NOBODYS:
+                self.settings[base] = _settings(base)
+                for value in self.settings[base].values():
+                    if isinstance(value, (list, dict, set, collections.deque)):
+                        self.look(value)
+
+    def slot(self, value: Any, depth: int) -> None:
+        """Note the attributes of an object that are in slots, and not in its dictionary."""
+        own = own_attributes(value)
+        kept = {
+            name: item for name, item in own.items() if name not in getattr(value, "__dict__", ())
+        }
+        if kept:
+            self.slots.append((value, kept))
+        for item in kept.values():
+            self.look(item, depth + 1)
+
+    def lend(self) -> None:
+        """Put copies in the place of iterators, whose position nobody can set back."""
+        for box, contents in self.boxes:
+            for index, content in enumerate(contents):
+                item = content[1] if isinstance(box, dict) else content
+                if id(item) in self.iterators and isinstance(box, (dict, list, collections.deque)):
+                    box[content[0] if isinstance(box, dict) else index] = self.iterators[id(item)]
 
     def box(self, value: Any, depth: int) -> None:
         """Note a container that can be written to, and its contents."""
@@ -125,8 +168,7 @@ class _Snapshot(Watch):
             self.memories.add(memory)
         if tensor.is_leaf and tensor.grad is not None:
             self.look(tensor.grad)
-        if vars(tensor):
-            self.box(vars(tensor), 0)
+        self.box(vars(tensor), 0)
 
     def before(self, tensor: torch.Tensor, operator: str) -> None:
         """Copy the memory that an operator is about to write to."""
@@ -145,6 +187,14 @@ class _Snapshot(Watch):
         for module, kind in self.classes:
             if type(module) is not kind:
                 module.__class__ = kind
+        for kind, settings in self.settings.items():
+            now = _settings(kind)
+            for name in now:
+                if name not in settings:
+                    delattr(kind, name)
+            for name, value in settings.items():
+                if now.get(name, self) is not value:
+                    setattr(kind, name, value)
         for box, contents in self.boxes:
             _refill(box, contents)
         for array, before in self.arrays:
@@ -152,6 +202,12 @@ class _Snapshot(Watch):
                 array[...] = before
         for generator, state in self.generators:
             generator.set_state(state)
+        for restore_numbers in self.drawn:
+            restore_numbers()
+        for owner, kept in self.slots:
+            for name, item in kept.items():
+                if own_attributes(owner).get(name, self) is not item:
+                    object.__setattr__(owner, name, item)
         for tensor in self.tensors:
             tensor.put_back()
         for storage, before in self.copies.values():
@@ -159,6 +215,29 @@ class _Snapshot(Watch):
             if storage.nbytes() != before.nbytes():
                 storage.resize_(before.nbytes())
             storage.copy_(before)
+
+
+class _Lent:
+    """A stand-in for an iterator that cannot be copied, and must not be used up for planning.
+
+    kind: the name of its type.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self, *_: Any) -> Any:
+        """Raise CaptureError."""
+        raise CaptureError(
+            f"the forward goes on with a {self.kind} that the model keeps",
+            why="it cannot be copied or set back, and to run the forward for planning uses it up",
+            fix="pass what it gives as an argument, or keep a list and a position",
+        )
+
+    send = __next__
 
 
 class _Tensor:
@@ -186,8 +265,15 @@ class _Tensor:
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+# Packages whose classes no forward changes.
+_NOBODYS = ("torch", "builtins", "autoparallel")
 # Objects of the interpreter and of torch whose insides are not a model's.
 _OPAQUE = (type, types.ModuleType, types.GeneratorType, torch.UntypedStorage, torch.Generator)
+
+
+def _settings(kind: type) -> dict[str, Any]:
+    """Return the attributes of a class but for those that Python knows itself."""
+    return {name: value for name, value in vars(kind).items() if not name.startswith("__")}
 
 
 def _is_array(value: Any) -> bool:
@@ -214,6 +300,19 @@ def _refill(box: Any, contents: list[Any]) -> None:
     if len(now) != len(contents) or any(a is not b for a, b in zip(now, contents, strict=True)):
         box.clear()
         box.update(contents) if isinstance(box, set) else box.extend(contents)
+
+
+@contextlib.contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Have no hooks on the calls of all modules within: they are not the model's."""
+    kept = [(hooks, dict(hooks)) for hooks in global_call_hooks()]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.support.object_state import own_attributes
 from autoparallel.support.torch_private import FakeTensorMode, ShapeEnv
 
 __all__ = [
     "DEEPEST",
     "inherit_originals",
+    "keep_attributes",
     "on_meta",
     "originals",
     "redirect",
@@ -48,7 +51,13 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     """
     twins: dict[int, nn.Module] = {}
     root = _copied(module, twins)
+    # What an object refers to as well must stay one with what it has: objects are not copied.
     containers: dict[int, Any] = {}
+    seen: set[tuple[int, bool]] = set()
+    for inner in twins.values():
+        for name, value in vars(inner).items():
+            if name not in _INTERNAL:
+                containers.update((id(held), (held, held)) for held in _held_inside(value, seen))
     for inner in twins.values():
         for name, value in list(vars(inner).items()):
             if name not in _INTERNAL:
@@ -68,6 +77,33 @@ def redirect(modules: Iterable[nn.Module], twins: Mapping[int, Any]) -> None:
                 redirected = referring(value, twins)
                 if redirected is not value:
                     vars(module)[name] = redirected
+
+
+def _held_inside(
+    value: Any, seen: set[tuple[int, bool]], depth: int = 0, inside: bool = False
+) -> Iterator[Any]:
+    """Yield the containers to which objects and functions in the value of an attribute refer.
+
+    seen: what was looked at, and whether it was inside of an object. inside: whether `value` is.
+    """
+    plain = (str, bytes, int, float, complex, type, types.ModuleType, nn.Module, torch.Tensor)
+    if value is None or isinstance(value, plain) or (id(value), inside) in seen or depth > DEEPEST:
+        return
+    seen.add((id(value), inside))
+    if type(value) in _CONTAINERS or type(value) is tuple:
+        if inside and type(value) is not tuple:
+            yield value
+        parts = list(value.values()) if isinstance(value, dict) else list(value)
+    else:
+        inside = True
+        parts = [getattr(value, "__self__", None), *own_attributes(value).values()]
+        for cell in getattr(value, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                parts.append(cell.cell_contents)
+        if isinstance(value, functools.partial):
+            parts += [*value.args, *value.keywords.values()]
+    for part in parts:
+        yield from _held_inside(part, seen, depth + 1, inside)
 
 
 def _own_containers(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
@@ -162,6 +198,18 @@ def _same(first: Any, second: Any) -> bool:
     return first is second
 
 
+def keep_attributes(source: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor with the attributes that were set on the original.
+
+    >>> source = torch.ones(2)
+    >>> source.scale = 2.0
+    >>> keep_attributes(source, source.clone()).scale
+    2.0
+    """
+    vars(copy).update(vars(source))
+    return copy
+
+
 def on_meta(
     model: nn.Module,
     device: torch.device | None = None,
@@ -195,17 +243,19 @@ def _without_memory(
             if parameter is not None:
                 if id(parameter) not in meta_twins:
                     shape = shapes.get(id(parameter), tuple(parameter.shape))
-                    meta_twins[id(parameter)] = nn.Parameter(
+                    meta_twin = nn.Parameter(
                         torch.empty(shape, dtype=parameter.dtype, device=device),
                         requires_grad=parameter.requires_grad,
                     )
+                    meta_twins[id(parameter)] = keep_attributes(parameter, meta_twin)
                 module._parameters[name] = meta_twins[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 if id(buffer) not in meta_twins:
-                    meta_twins[id(buffer)] = torch.empty_strided(
+                    meta_buffer = torch.empty_strided(
                         buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device
                     )
+                    meta_twins[id(buffer)] = keep_attributes(buffer, meta_buffer)
                 module._buffers[name] = meta_twins[id(buffer)]
     redirect(meta_model.modules(), meta_twins)
     meta_model.__dict__[_ORIGINALS] = _Originals(model, meta_model)

@@ -13,7 +13,7 @@ documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -98,8 +98,10 @@ __all__ = [
     "distributed_tensor_like",
     "expression_of",
     "flattened_group",
+    "forward_gradients_are_on",
     "functional_collectives",
     "get_proxy_mode",
+    "global_call_hooks",
     "gradient_hooks_of",
     "guards_of",
     "has_backward",
@@ -114,6 +116,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "local_part",
     "nn_binding",
+    "outside_transforms",
     "remembering_fake_results",
     "run_when_ready",
     "saved_tensors_hooks_are_set",
@@ -310,6 +313,19 @@ def in_function_transform() -> bool:
     from torch._C._functorch import peek_interpreter_stack
 
     return peek_interpreter_stack() is not None
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Return a context in which no transform of torch.func is at work.
+
+    What is computed there is a constant for the transforms around it.
+    """
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    if not in_function_transform():
+        return nullcontext()
+    context: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
+    return context
 
 
 def flattened_group(devices: DeviceMesh) -> Any:
@@ -525,7 +541,19 @@ def saved_tensors_hooks_are_set() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def forward_gradients_are_on() -> bool:
+    """Return whether forward-mode derivatives are computed here, as within a `dual_level`."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 # Hooks of modules.
+
+
+def global_call_hooks() -> tuple[dict[int, Any], ...]:
+    """Return the dictionaries of the hooks that run around the calls of all modules."""
+    module: Any = torch.nn.modules.module
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    return tuple([getattr(module, f"_global_{kind}") for kind in kinds])
 
 
 def call_hooks_of(modules: Iterable[torch.nn.Module]) -> tuple[dict[int, Any], ...]:

@@ -824,3 +824,40 @@ def test_checkpoint_classes(tmp_path: Path) -> None:
         Names(file).load()
     private = {(module, name) for module, name in named if name.startswith("_")}
     assert private == set(torch_private.checkpoint_classes())
+
+
+def test_forward_gradients() -> None:
+    from torch.autograd import forward_ad
+
+    assert not torch_private.forward_gradients_are_on()
+    with forward_ad.dual_level():
+        assert torch_private.forward_gradients_are_on()
+    assert not torch_private.forward_gradients_are_on()
+
+
+def test_global_hooks() -> None:
+    seen: list[int] = []
+    modules: Any = nn.modules.module
+    for place, kind in enumerate(("forward_pre", "forward", "full_backward_pre", "full_backward")):
+        handle = getattr(modules, f"register_module_{kind}_hook")(lambda *_: seen.append(1))
+        assert [len(hooks) for hooks in torch_private.global_call_hooks()] == [
+            int(index == place) for index in range(4)
+        ]
+        handle.remove()
+
+
+def test_outside_of_transforms() -> None:
+    """A value that is computed outside is a constant for the transform."""
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        assert torch_private.in_function_transform()
+        with torch_private.outside_transforms():
+            assert not torch_private.in_function_transform()
+            scale = torch.ones(()) * 3
+        return scale * x * x
+
+    x = torch.tensor(2.0)
+    assert float(torch.func.grad(square)(x)) == 12.0
+    assert float(torch.func.jvp(square, (x,), (x,))[1]) == 24.0
+    with torch_private.outside_transforms():
+        assert not torch_private.in_function_transform()

@@ -1,0 +1,124 @@
+"""The state that objects keep: attributes in dictionaries and slots, positions, random numbers."""
+
+from __future__ import annotations
+
+import copy
+import random
+import types
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["moves_on", "own_attributes", "put_attribute", "random_state", "second_of"]
+
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
+
+
+def own_attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes that an object has of its own, those in slots among them.
+
+    It asks past the classes' own ways to read attributes. The dictionary is a new one.
+
+    >>> class Point:
+    ...     __slots__ = ("x", "y")
+    >>> point = Point()
+    >>> point.x = 1
+    >>> own_attributes(point)
+    {'x': 1}
+    """
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        own = {}
+    result = dict(own) if isinstance(own, dict) else {}
+    for kind in type(value).__mro__:
+        if kind.__flags__ & _HEAP_TYPE and "__slots__" in vars(kind):
+            for name, member in vars(kind).items():
+                if isinstance(member, types.MemberDescriptorType):
+                    try:
+                        result[name] = member.__get__(value)
+                    except AttributeError:  # nothing was put there yet
+                        continue
+    return result
+
+
+def put_attribute(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of an object's own, in its dictionary or in a slot.
+
+    It goes past the classes' own ways to set attributes.
+
+    >>> owner = types.SimpleNamespace()
+    >>> put_attribute(owner, "x", 1)
+    >>> owner.x
+    1
+    """
+    for kind in type(owner).__mro__:
+        member = vars(kind).get(name)
+        if isinstance(member, types.MemberDescriptorType):
+            member.__set__(owner, value)
+            return
+    object.__getattribute__(owner, "__dict__")[name] = value
+
+
+def random_state(value: Any) -> tuple[Any, Callable[[], None]] | None:
+    """Return the state of a random generator of Python or numpy, and a function that restores it.
+
+    The state is a value that is equal as long as nobody draws. None for any other object.
+
+    >>> generator = random.Random(3)
+    >>> before, restore = random_state(generator)
+    >>> _ = generator.random()
+    >>> restore()
+    >>> random_state(generator)[0] == before
+    True
+    """
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        state = value.getstate()
+        return state, lambda: value.setstate(state)
+    if not type(value).__module__.startswith("numpy.random"):
+        return None
+    if hasattr(value, "get_state"):  # numpy's RandomState
+        old = value.get_state()
+        return repr([getattr(item, "tolist", lambda item=item: item)() for item in old]), (
+            lambda: value.set_state(old)
+        )
+    bits = getattr(value, "bit_generator", value)
+    if not hasattr(bits, "state"):
+        return None
+    now = copy.deepcopy(bits.state)
+
+    def restore() -> None:
+        """Put the generator back to where it was."""
+        bits.state = now
+
+    return repr(_plain(now)), restore
+
+
+def _plain(state: Any) -> Any:
+    """Return a state with lists in the place of arrays, whose texts leave things out."""
+    if isinstance(state, dict):
+        return {key: _plain(item) for key, item in state.items()}
+    return state.tolist() if hasattr(state, "tolist") else state
+
+
+def moves_on(value: Any) -> bool:
+    """Return whether an object is an iterator, of which only the interpreter knows the position.
+
+    >>> moves_on(iter([1])), moves_on([1])
+    (True, False)
+    """
+    kind = type(value)
+    return hasattr(kind, "__next__") and not kind.__flags__ & _HEAP_TYPE
+
+
+def second_of(value: Any) -> Any:
+    """Return an iterator at the same position as `value`, None where there can be none.
+
+    >>> numbers = iter([1, 2])
+    >>> second = second_of(numbers)
+    >>> next(second), next(numbers)
+    (1, 1)
+    """
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # whatever stands in the way: a generator, a file
+        return None
