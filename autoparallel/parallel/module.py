@@ -61,6 +61,7 @@ from autoparallel.support.memory_writes import paused
 from autoparallel.support.module_copy import on_meta, shallow_copy
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import Skeleton, flatten
+from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["parallel_module"]
 
@@ -366,9 +367,10 @@ def _entry(
     of a parameter would be wrong as Python, too.
     """
     surroundings = state.tree.surroundings()
-    for candidate in state.entries.get((modes, skeleton), ()):
-        if candidate.takes(skeleton) and candidate.fits(inputs, surroundings):
-            return candidate
+    with without_function_overrides():
+        for candidate in state.entries.get((modes, skeleton), ()):
+            if candidate.takes(skeleton) and candidate.fits(inputs, surroundings):
+                return candidate
     if state.full or modes in state.python:
         return None
     # What is traced is the skeleton, in the modes of the module.
