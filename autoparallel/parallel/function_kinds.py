@@ -41,8 +41,9 @@ _PASSED = frozenset(
     "_is_view _has_compatible_shallow_copy_type _make_subclass _make_wrapper_subclass".split()
 )
 _READ = frozenset(
-    "item tolist numpy __array__ __float__ __int__ __bool__ __index__ __complex__ is_nonzero equal "
-    "allclose __format__ __contains__ __setitem__ index_put_ index_put masked_fill_ masked_scatter_ "
+    "item tolist numpy __array__ __float__ __int__ __bool__ __index__ __complex__ __format__ "
+    "is_nonzero equal allclose __contains__ __setitem__ index_put_ index_put masked_fill_ "
+    "masked_scatter_ "
     "unique multinomial".split()
 )
 _RANDOM = ("dropout", "rrelu", "gumbel", "bernoulli", "rand")

@@ -30,7 +30,7 @@ from autoparallel.support.torch_private import (
     without_function_overrides,
 )
 
-__all__ = ["SplitTensor", "cut_like", "mark", "unmark", "whole_of"]
+__all__ = ["SplitTensor", "cut_like", "mark", "part_of", "unmark", "whole_of"]
 
 
 class SplitTensor(DTensor):
@@ -49,6 +49,17 @@ class SplitTensor(DTensor):
             if kind is FunctionKind.PASSED:
                 return func(*args, **(kwargs or {}))
             return _run(kind, func, args, kwargs or {})
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner_tensors: Any, flatten_spec: Any, outer_size: Any, outer_stride: Any
+    ) -> Any:
+        """Return a split tensor of its parts: torch.compile takes it apart and expects its class
+        again.
+        """
+        return mark(
+            DTensor.__tensor_unflatten__(inner_tensors, flatten_spec, outer_size, outer_stride)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a copy that is split alike, with memory of its own."""
@@ -262,6 +273,11 @@ def cut_like(value: Any, like: Any) -> Any:
     ):
         return value
     return mark(_cut(value, like.device_mesh, _without_sums(like.placements)))
+
+
+def part_of(value: torch.Tensor, mesh: Any, placements: Any) -> Any:
+    """Return the rank's part of a whole tensor, as a split tensor of which gradients come back."""
+    return mark(_Part.apply(value, mesh, tuple(placements)))
 
 
 def _without_sums(placements: Any) -> Any:
