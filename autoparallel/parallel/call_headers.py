@@ -51,7 +51,7 @@ def checksum(tensor: torch.Tensor) -> int:
     # A slice along the first dim copies nothing of a tensor that is not contiguous.
     flat = flat.reshape(-1) if flat.is_contiguous() else flat[:64].reshape(-1)
     sampled = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous()
-    return crc32(memoryview(sampled.view(torch.uint8).numpy()))
+    return crc32(sampled.view(torch.uint8).numpy().data)
 
 
 class CallHeaders:

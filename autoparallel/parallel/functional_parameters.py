@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from autoparallel.errors import AutoParallelError
+from autoparallel.errors import AutoParallelError, CaptureError
 from autoparallel.parallel.distributed_layouts import distributed_placements
 from autoparallel.parallel.module_state import State
 from autoparallel.parallel.split_tensor import part_of
@@ -24,7 +24,18 @@ __all__ = ["cut_for_call", "refuse_transforms"]
 
 
 def refuse_transforms(state: State) -> None:
-    """Raise AutoParallelError for a call under a transform of torch.func over several ranks."""
+    """Raise AutoParallelError for a call under a transform of torch.func over several ranks, and
+    CaptureError for one under torch.export.
+    """
+    if torch.compiler.is_exporting():
+        raise CaptureError(
+            "a split module is exported",
+            where=state.path or type(state.skeleton).__name__,
+            why="it runs the program of one rank, which is chosen by each call, and its parameters "
+            "are parts",
+            fix="export the module before it is split; or load full_state_dict(model) into one "
+            "that is not, and export that",
+        )
     if state.ranks.world_size > 1 and in_function_transform():
         raise AutoParallelError(
             "a split module is called under a transform of torch.func (grad, vmap, jvp, jacrev)",

@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from autoparallel.support.torch_private import call_hooks_of, hook_handles_so_far
+from autoparallel.support.torch_private import (
+    call_hooks_of,
+    has_global_hooks,
+    hook_handles_so_far,
+)
 
 __all__ = ["InnerHooks"]
 
@@ -16,7 +20,8 @@ class InnerHooks:
     """The hooks of all modules in a parallel module, whose program was traced with some of them.
 
     A program replaces the calls of these modules, so that it runs no hook but those that were there
-    when it was traced. The module's own hooks run around its program and do not count.
+    when it was traced. The module's own hooks run around its program and do not count. Hooks on
+    all modules of a process (torch.nn.modules.module.register_module_forward_hook) do.
 
     members: the module and all in it. traced: the same of the module that was traced.
     """
@@ -39,4 +44,4 @@ class InnerHooks:
         if handles != self.handles:
             self.dictionaries = call_hooks_of(self.inner)
             self.handles = handles
-        return sum(map(len, self.dictionaries)) != self.expected
+        return sum(map(len, self.dictionaries)) != self.expected or has_global_hooks()

@@ -103,6 +103,7 @@ __all__ = [
     "guards_of",
     "handle_distributed",
     "has_backward",
+    "has_global_hooks",
     "has_torch_binding",
     "hint_of",
     "hook_handles_so_far",
@@ -540,6 +541,17 @@ def call_hooks_of(modules: Iterable[torch.nn.Module]) -> tuple[dict[int, Any], .
     """Return the dictionaries in which modules keep the hooks around a call and its backward."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return tuple([vars(module)[kind] for module in modules for kind in kinds])
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks on the calls of all modules are registered in this process."""
+    module = torch.nn.modules.module
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
 
 
 def carries_backward_hooks(function: Any) -> bool:

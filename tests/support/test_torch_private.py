@@ -74,6 +74,21 @@ def test_modes_can_be_left() -> None:
         assert seen == [torch.ones]
 
 
+def test_hooks_on_all_modules_are_seen() -> None:
+    module = torch.nn.modules.module
+    for register in (
+        module.register_module_forward_hook,
+        module.register_module_forward_pre_hook,
+        module.register_module_full_backward_hook,
+        module.register_module_full_backward_pre_hook,
+    ):
+        assert not torch_private.has_global_hooks()
+        handle = register(lambda *_: None)
+        assert torch_private.has_global_hooks()
+        handle.remove()
+    assert not torch_private.has_global_hooks()
+
+
 def test_functions_of_subclasses_can_be_left_out() -> None:
     """The hot path reads attributes of split tensors without asking their class."""
     seen: list[object] = []
