@@ -64,7 +64,11 @@ from autoparallel.support.memory_writes import paused
 from autoparallel.support.module_copy import on_meta, shallow_copy
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import flatten
-from autoparallel.support.torch_private import in_function_transform, without_function_overrides
+from autoparallel.support.torch_private import (
+    in_function_transform,
+    saved_tensors_hooks_are_set,
+    without_function_overrides,
+)
 
 __all__ = ["parallel_module"]
 
@@ -407,7 +411,7 @@ def _new_entry(
         inner.training = module.get_submodule(path).training
     part = state.path != "" or state.tree.depth > 0
     try:
-        with own_forward(root.get_submodule(state.path), module):
+        with own_forward(root.get_submodule(state.path), module), _own_saved_tensors():
             plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
     except (CaptureError, PlanError) as error:
         if state.tree.strict or isinstance(error, AliasError):
@@ -433,6 +437,17 @@ def _new_entry(
         state.python.add(modes)
         return None
     return entry
+
+
+def _own_saved_tensors() -> Any:
+    """Return a context in which hooks on what autograd saves see nothing.
+
+    A checkpoint counts what is saved in its first pass. Planning, which tries the model out, falls
+    into that pass alone.
+    """
+    if not saved_tensors_hooks_are_set():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def _run_python(
