@@ -65,9 +65,11 @@ def kind_of(function: Any) -> FunctionKind:
             return FunctionKind.MARKED if attribute in _HELD_ATTRIBUTES else FunctionKind.PASSED
         gradient = (name, attribute) == ("__set__", "grad")
         return FunctionKind.GRADIENT if gradient else FunctionKind.PASSED
-    # torch.autograd.grad is asked for the gradients of the objects themselves.
-    if name in _PASSED or str(getattr(function, "__module__", "")).startswith("torch.autograd"):
+    if name in _PASSED:
         return FunctionKind.PASSED
+    # torch.autograd.grad is asked for the gradients of the objects themselves.
+    if str(getattr(function, "__module__", "")).startswith("torch.autograd"):
+        return FunctionKind.MARKED
     if name in _MEMORY:
         return FunctionKind.MEMORY
     if name == "detach":

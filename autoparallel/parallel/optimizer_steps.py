@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
 from autoparallel.parallel.refused_collectives import refuse_collectives
-from autoparallel.parallel.split_tensor import cut_like, mark, unmark
+from autoparallel.parallel.split_tensor import cut_like, mark, note_writes, unmark
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.torch_private import (
     distributed_tensor_like,
@@ -240,6 +240,10 @@ def _after(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     """Give the optimizer its parameters back, with the values and the state of the stand-ins."""
     for tensor in _unmarked.pop(optimizer, ()):
         mark(tensor)
+    # DTensor's ops write to the parts without their versions' notice: the backward pass of a loss
+    # from before the step would take the new values for those that it has kept.
+    with without_function_overrides():
+        note_writes([p for p in _split_parameters(optimizer) if p.grad is not None])
     swapped = _swapped.get(optimizer)
     if swapped is None:
         return

@@ -11,7 +11,7 @@ function runs on the whole value, alike on all ranks, and what it wrote is put i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import numpy
@@ -30,7 +30,7 @@ from autoparallel.support.torch_private import (
     without_function_overrides,
 )
 
-__all__ = ["SplitTensor", "cut_like", "mark", "part_of", "unmark", "whole_of"]
+__all__ = ["SplitTensor", "cut_like", "mark", "note_writes", "part_of", "unmark", "whole_of"]
 
 
 class SplitTensor(DTensor):
@@ -67,6 +67,8 @@ class SplitTensor(DTensor):
             return memo[id(self)]
         with without_function_overrides():
             plain = _unmarked(self)
+            # The table knows it by its id, which must not become another object's.
+            memo.setdefault(id(memo), []).append(plain)
             copied: Any = mark(plain.__deepcopy__(memo))
         memo[id(self)] = copied
         return copied
@@ -134,7 +136,7 @@ def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
 def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run a function that computes, on parts or on whole values."""
     if kind is FunctionKind.MARKED:
-        return mark(function(*args, **kwargs))
+        return _replaced(function(*args, **kwargs), mark)
     if kind is FunctionKind.VIEWS and len(args) == 2 and args[0] is args[1]:
         # p.expand_as(p) is how one asks for the node that adds to a parameter's gradient.
         return mark(function(*args, **kwargs))
@@ -153,6 +155,9 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
         # What a parameter's gradient comes back as must be placed as the parameter is.
         or (recorded and any(tensor.is_leaf and tensor.requires_grad for tensor in split))
     )
+    if getattr(function, "__module__", "") == "torch.nn.init":
+        with torch.no_grad():  # as these functions do themselves
+            return _on_whole(function, args, kwargs)
     if whole:
         return _on_whole(function, args, kwargs)
     for tensor in split:
@@ -171,6 +176,8 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
         return _on_whole(function, args, kwargs)
     if kind is FunctionKind.VIEWS:
         _note_copies(result, split[0])
+    if writes(function):
+        note_writes(_tensors(args[0]))
     return _replaced(result, mark)
 
 
@@ -188,6 +195,8 @@ def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     It is a collective call, as all that reads whole values.
     """
+    if writes(function):
+        _refuse_recorded(function, args[0])
     shown: dict[int, tuple[DTensor, torch.Tensor, int]] = {}
 
     def show(tensor: Any) -> Any:
@@ -212,24 +221,32 @@ def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _keep(function: Any, tensor: DTensor, value: torch.Tensor) -> None:
     """Write the rank's part of a whole value that was written to."""
-    if torch.is_grad_enabled() and (tensor.requires_grad or value.requires_grad):
-        if tensor.is_leaf and tensor.requires_grad:
-            # In torch's own words, because it is the user's mistake, and not one of splitting.
-            raise RuntimeError(
-                "a leaf Variable that requires grad is being used in an in-place operation."
-            )
-        raise AutoParallelError(
-            f"{getattr(function, '__name__', function)} writes to a split tensor in place, which "
-            "autograd records",
-            why="it was run on the whole value, of which each rank keeps a part",
-            fix="use the function that returns its result: tensor = tensor.add(other)",
-        )
+    if value.requires_grad:
+        _refuse_recorded(function, tensor)
     with torch.no_grad(), torch.inference_mode(False):
         part = cut_like(value.detach(), tensor)
         if part.placements == tensor.placements and part.shape == tensor.shape:
             local_part(tensor).copy_(local_part(part))
         else:
             share_local_part(tensor, part)
+
+
+def _refuse_recorded(function: Any, target: Any) -> None:
+    """Raise an error for a function that writes to a split tensor where autograd records it."""
+    for tensor in _tensors(target):
+        if not torch.is_grad_enabled() or not isinstance(tensor, DTensor):
+            continue
+        if tensor.is_leaf and tensor.requires_grad:
+            # In torch's own words, because it is the user's mistake, and not one of splitting.
+            raise RuntimeError(
+                "a leaf Variable that requires grad is being used in an in-place operation."
+            )
+        if tensor.requires_grad:
+            raise AutoParallelError(
+                f"{function.__name__} writes to a split tensor in place, which autograd records",
+                why="it was run on the whole value, of which each rank keeps a part",
+                fix="use the function that returns its result: tensor = tensor.add(other)",
+            )
 
 
 def _memory(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -280,6 +297,15 @@ def part_of(value: torch.Tensor, mesh: Any, placements: Any) -> Any:
     return mark(_Part.apply(value, mesh, tuple(placements)))
 
 
+def note_writes(tensors: Iterable[Any]) -> None:
+    """Tell autograd that the parts of split tensors were written to, as DTensor does not.
+
+    A backward pass that has kept the values from before then fails, in torch's words.
+    """
+    parts = [local_part(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
+    torch.autograd.graph.increment_version([part for part in parts if not part.is_inference()])
+
+
 def _without_sums(placements: Any) -> Any:
     """Return placements with every pending sum made."""
     return tuple(Replicate() if isinstance(one, Partial) else one for one in placements)
@@ -289,7 +315,7 @@ def _cut(value: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
     """Return the rank's part of a whole tensor that is the same on all ranks, as a DTensor."""
     everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
     like = DTensor.from_local(
-        torch.empty(0, device="meta"), mesh, placements, run_check=False,
+        torch.empty(0, device="meta", dtype=value.dtype), mesh, placements, run_check=False,
         shape=value.shape, stride=torch.empty(value.shape, device="meta").stride(),
     )  # fmt: skip
     layout, here = layout_of(like), mesh.get_coordinate()
@@ -317,7 +343,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
         """Cut the gradient, which is whole and the same on all ranks."""
-        return None if grad is None else _Part.apply(grad, ctx.mesh, ctx.placements)
+        return None if grad is None else part_of(grad, ctx.mesh, ctx.placements)
 
 
 class _Part(torch.autograd.Function):
