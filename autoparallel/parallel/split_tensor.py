@@ -177,8 +177,13 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
     if kind is FunctionKind.VIEWS:
         _note_copies(result, split[0])
     if writes(function):
-        note_writes(_tensors(args[0]))
+        note_writes(_tensors(_target(args, kwargs)))
     return _replaced(result, mark)
+
+
+def _target(args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the first argument of a function, to which it writes if it writes to any."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _note_copies(result: Any, source: DTensor) -> None:
@@ -196,7 +201,7 @@ def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     It is a collective call, as all that reads whole values.
     """
     if writes(function):
-        _refuse_recorded(function, args[0])
+        _refuse_recorded(function, _target(args, kwargs))
     shown: dict[int, tuple[DTensor, torch.Tensor, int]] = {}
 
     def show(tensor: Any) -> Any:
