@@ -73,7 +73,8 @@ def autoparallelize(
     takes its part of it.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it the
     model's own (see make_plan), and where it has none, planning waits for the first call.
-    check_inputs: number of first calls in which the ranks compare their inputs. Other arguments:
+    check_inputs: number of first calls in which the ranks compare all numbers of their inputs. On
+    CPUs they compare samples in every other call, too; 0 switches all of that off. Other arguments:
     see make_plan.
     The module has the class, the names and the tree of the user's. Its parameters are DTensors,
     and each rank holds its part of them. A collective call: under torchrun it starts the process

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from autoparallel.parallel.distributed_layouts import distributed_placements
 from autoparallel.parallel.optimizer_steps import watch_steps
 from autoparallel.parallel.pieces import teach_torch
+from autoparallel.parallel.split_tensor import mark
 from autoparallel.placement import Layout, Partial, Placement, Shard
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks
@@ -34,6 +35,7 @@ from autoparallel.support.torch_private import (
     local_part,
     run_when_ready,
     will_accumulate,
+    without_function_overrides,
 )
 
 __all__ = ["GradientBucket", "GradientReturn", "as_distributed"]
@@ -51,7 +53,7 @@ def as_distributed(
     watch_steps(mesh)
     # DTensor would take all parts for as large as this one; it must be told the whole.
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
+    split: DTensor = DTensor.from_local(
         local,
         mesh,
         distributed_placements(layout, mesh.shape),
@@ -59,6 +61,8 @@ def as_distributed(
         shape=torch.Size(shape),
         stride=stride,
     )
+    mark(split)
+    return split
 
 
 class _Waiting:
@@ -115,6 +119,10 @@ class GradientBucket:
         Autograd finishes gradients in an order that may differ from rank to rank; all ranks reduce
         them in the order in which their programs read the parameters.
         """
+        with without_function_overrides():
+            self._finish(waiting)
+
+    def _finish(self, waiting: _Waiting) -> None:
         items = sorted(waiting.items, key=lambda item: item[0].number)
         waiting.items = []
         finished = reduced(
@@ -139,12 +147,15 @@ class GradientBucket:
             # Torch itself runs the hooks, in a backward pass that begins at the parameters.
             torch.autograd.backward(
                 [parameter for parameter, _ in hooked],
-                [_like(grad, parameter) for parameter, grad in hooked],
+                [mark(_like(grad, parameter)) for parameter, grad in hooked],
             )
 
 
 def _like(grad: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """Return a finished local gradient as the parameter's: a DTensor where that is one."""
+    """Return a finished local gradient as the parameter's: a DTensor where that is one.
+
+    It is no split tensor until the user reads it: see `SplitTensor`.
+    """
     return distributed_tensor_like(grad, parameter) if isinstance(parameter, DTensor) else grad
 
 
@@ -262,7 +273,7 @@ class GradientReturn:
                 return None
         elif self.waits:
             (grad,) = reduced([grad], [self.first], [self.state], [self.shape], bucket.ranks)
-        return _like(grad, parameter)
+        return mark(_like(grad, parameter))
 
     def differentiable(self, grad: torch.Tensor, parameter: Any) -> torch.Tensor:
         """Return the parameter's gradient, which depends on `grad` for autograd, too."""
@@ -301,4 +312,5 @@ class _Local(torch.autograd.Function):
         """Return the parameter's gradient, or see to it that it comes."""
         if grad is None:
             return None, None, None
-        return ctx.way.bring(ctx, grad), None, None
+        with without_function_overrides():
+            return ctx.way.bring(ctx, grad), None, None

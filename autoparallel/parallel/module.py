@@ -6,6 +6,7 @@ there is none yet, and runs the user's own forward where none can be made.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import types
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
+from autoparallel.parallel.call_headers import CallHeaders
 from autoparallel.parallel.copies import (
     deep_copy,
     refuse_pickling,
@@ -27,6 +29,11 @@ from autoparallel.parallel.copies import (
     whole_module,
 )
 from autoparallel.parallel.fill_tree import fill_tree, gathered_copies
+from autoparallel.parallel.functional_parameters import (
+    cut_for_call,
+    refuse_export,
+    refuse_transforms,
+)
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module_calls import add_entry, run_program
@@ -61,8 +68,13 @@ from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.memory_writes import paused
 from autoparallel.support.module_copy import on_meta, shallow_copy
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.pytree import Skeleton, flatten
-from autoparallel.support.torch_private import forward_gradients_are_on, in_function_transform
+from autoparallel.support.pytree import flatten
+from autoparallel.support.torch_private import (
+    forward_gradients_are_on,
+    in_function_transform,
+    saved_tensors_hooks_are_set,
+    without_function_overrides,
+)
 
 __all__ = ["parallel_module"]
 
@@ -188,6 +200,8 @@ def parallel_module(
     tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies, held, shape, local)
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
+    if checks > 0:
+        tree.headers = CallHeaders(ranks.world, type(model).__name__)
     if plan.captured is not None:
         add_entry(module, state, plan)
     _open(module, state)
@@ -293,8 +307,19 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         args, kwargs = local.gather(signature(state.skeleton.forward), args, kwargs, state.ranks)
     if state.tree.lent:
         state.tree.refuse_written()
-    if not state.tree.depth and state.tree.shape.changed():
-        state = _restructured(module, state)
+    if not state.tree.depth:
+        refuse_export(state)
+        if state.tree.shape.changed():
+            refuse_transforms(state)
+            with cut_for_call(state):
+                return _run_planned(module, _restructured(module, state), args, kwargs)
+    return _run_planned(module, state, args, kwargs)
+
+
+def _run_planned(
+    module: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run a call of a module whose modules and parameters are known; see `_run`."""
     if state.hooks is None:
         state.members = tuple(module.modules())
         state.hooks = InnerHooks(state.members, tuple(state.skeleton.modules()))
@@ -310,8 +335,12 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             )
     elif forward_gradients_are_on() or in_function_transform():
         _log.info("%s runs as Python: programs have no other derivatives", state.path)
-    # Where Python is all there is, and the ranks have compared their inputs, nothing is looked for.
-    elif not (modes in state.python and not state.entries and state.checks <= 0):
+    # Where Python is all there is, and the ranks compare nothing, nothing is looked for.
+    elif (
+        (state.tree.headers is not None and not state.tree.depth)
+        or state.entries
+        or modes not in state.python
+    ):
         if not state.tree.depth:
             entry, inputs = _prepared(module, state, modes, args, kwargs)
             if entry is not None:
@@ -347,35 +376,45 @@ def _prepared(
 ) -> tuple[Entry | None, list[torch.Tensor]]:
     """Return the program for a call, None where Python must run, and the tensors it is given.
 
-    In the first calls, the ranks compare their inputs. Raises InputMismatchError where they differ.
+    The ranks compare how they were called, and in the first calls all numbers of their inputs.
+    Raises InputMismatchError where they differ.
     """
     bound = bind_inputs(state.skeleton, args, kwargs)
     inputs, skeleton = flatten(dict(bound.arguments))
+    surroundings = state.tree.surroundings()
+    number = -1
+    with without_function_overrides():
+        candidates = state.entries.get((modes, skeleton), ())
+        for index, candidate in enumerate(candidates):
+            if candidate.takes(skeleton) and candidate.fits(inputs, surroundings):
+                number = index
+                break
+    names = list(bound.arguments)
+    headers = None if state.tree.depth else state.tree.headers
+    if headers is not None:
+        parameters = state.tree.shape.parameters
+        with without_function_overrides():
+            headers.compare(modes, inputs, skeleton, parameters, number, names)
     if state.checks > 0 and state.ranks.world_size > 1:
         state.checks -= 1
-        name = type(state.skeleton).__name__
-        require_equal(inputs, list(bound.arguments), state.ranks.world, name)
-    return _entry(module, state, modes, inputs, skeleton, args, kwargs), inputs
+        require_equal(inputs, names, state.ranks.world, type(state.skeleton).__name__)
+    if number >= 0:
+        return candidates[number], inputs
+    return _new_entry(module, state, modes, args, kwargs), inputs
 
 
-def _entry(
+def _new_entry(
     module: nn.Module,
     state: State,
     modes: Modes,
-    inputs: list[torch.Tensor],
-    skeleton: Skeleton,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Entry | None:
-    """Return the program that fits a call, made now if there is none; None where Python must run.
+    """Return a program that is made now for a call; None where Python must run.
 
     Raises CaptureError and PlanError under strict_capture, and AliasError always: what keeps a view
     of a parameter would be wrong as Python, too.
     """
-    surroundings = state.tree.surroundings()
-    for candidate in state.entries.get((modes, skeleton), ()):
-        if candidate.takes(skeleton) and candidate.fits(inputs, surroundings):
-            return candidate
     if state.full or modes in state.python:
         return None
     # What is traced is the skeleton, in the modes of the module.
@@ -384,7 +423,7 @@ def _entry(
         inner.training = module.get_submodule(path).training
     part = state.path != "" or state.tree.depth > 0
     try:
-        with own_forward(root.get_submodule(state.path), module):
+        with own_forward(root.get_submodule(state.path), module), _own_saved_tensors():
             plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
     except (CaptureError, PlanError) as error:
         if state.tree.strict or isinstance(error, AliasError):
@@ -412,6 +451,17 @@ def _entry(
     return entry
 
 
+def _own_saved_tensors() -> Any:
+    """Return a context in which hooks on what autograd saves see nothing.
+
+    A checkpoint counts what is saved in its first pass. Planning, which tries the model out, falls
+    into that pass alone.
+    """
+    if not saved_tensors_hooks_are_set():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
 def _run_python(
     module: nn.Module,
     state: State,
@@ -430,7 +480,11 @@ def _run_python(
         return forward(*args, **kwargs)
     tree.depth += 1
     try:
-        with tree.whole.shown(), common_numbers(state.generator):
+        # Where nothing is split, numbers are drawn as a transform of torch.func wants them.
+        common = (
+            contextlib.nullcontext() if in_function_transform() else common_numbers(state.generator)
+        )
+        with tree.whole.shown(), common:
             return forward(*args, **kwargs)
     finally:
         tree.depth -= 1

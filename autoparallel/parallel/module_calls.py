@@ -25,6 +25,7 @@ from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.runtime import rng
+from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["add_entry", "make_entry", "run_program"]
 
@@ -94,9 +95,10 @@ def run_program(
     """
     program = entry.program
     copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
-    refresh(copies, state.ranks)
     stream = computing_stream()
-    parameters = [leaf.get(stream) for leaf in entry.leaves]
+    with without_function_overrides():
+        refresh(copies, state.ranks)
+        parameters = [leaf.get(stream) for leaf in entry.leaves]
     buffers = [module.get_buffer(path) for path in program.buffers]
     if program.mutations:
         # What the backward pass keeps of a buffer must not change when it is written to below.

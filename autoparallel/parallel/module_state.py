@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.errors import AutoParallelError
 from autoparallel.graph.attribute_read import SIMPLE
 from autoparallel.graph.captured import Captured, Modes, Surroundings
+from autoparallel.parallel.call_headers import CallHeaders
 from autoparallel.parallel.guards import Guards, equal, frozen
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
@@ -114,9 +115,10 @@ class Tree:
     ones. shape: the modules and parameters for which all this holds. depth: the number of Python
     forwards that are running now, one inside the other. attributes: those of the model when the
     skeleton was made of it. elsewhere: the same skeleton with tensors that seem to lie on a device.
-    local: the inputs of which ranks bring parts of the batch. classes: those of split modules, by
-    the user's classes and the prefixes of their names. lent: the values of parameters that calls
-    have returned, weakly, with their versions.
+    local: the inputs of which ranks bring parts of the batch. headers: the header that the ranks
+    exchange in every call of the user's, None where they compare nothing. classes: those of split
+    modules, by the user's classes and the prefixes of their names. lent: the values of parameters
+    that calls have returned, weakly, with their versions.
     """
 
     root: nn.Module
@@ -130,6 +132,7 @@ class Tree:
     parameters: Mapping[str, nn.Parameter]
     shape: TreeShape
     local: LocalInputs | None = None
+    headers: CallHeaders | None = None
     depth: int = 0
     classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = field(default_factory=dict)
     attributes: Any = None

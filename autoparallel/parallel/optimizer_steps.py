@@ -28,8 +28,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
+from autoparallel.parallel.refused_collectives import refuse_collectives
+from autoparallel.parallel.split_tensor import cut_like, mark, note_writes, unmark
 from autoparallel.runtime.tensor_parts import take_layout_part
-from autoparallel.support.torch_private import distributed_tensor_like, local_part
+from autoparallel.support.torch_private import (
+    distributed_tensor_like,
+    local_part,
+    without_function_overrides,
+)
 
 __all__ = ["note_originals", "watch_steps"]
 
@@ -65,6 +71,7 @@ def watch_steps(mesh: DeviceMesh) -> None:
     It costs one look-up per step for other optimizers.
     """
     _meshes.add(mesh)
+    refuse_collectives()
     _watch()
 
 
@@ -116,6 +123,9 @@ class _Swapped:
 
 
 _swapped: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Swapped] = weakref.WeakKeyDictionary()
+# The tensors that are plain DTensors while an optimizer steps. One whose step is broken off leaves
+# them so; the next call of the model marks its parameters again.
+_unmarked: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
 
 
 def _way_of(optimizer: torch.optim.Optimizer) -> _Way:
@@ -141,7 +151,13 @@ def _before(
     if len(args) < 2 and not kwargs:
         _refuse_originals(optimizer)
     way = _way_of(optimizer)
+    if way is not _Way.WHOLE:
+        with without_function_overrides():
+            for parameter in _split_parameters(optimizer):
+                _cut_state(optimizer.state.get(parameter), parameter)
     if way is _Way.DISTRIBUTED:
+        if len(args) < 2 and not kwargs:
+            _unmark(optimizer)
         return None
     _restore(optimizer)  # a step before may have been broken off
     ours = list(_split_parameters(optimizer))
@@ -181,6 +197,28 @@ def _before(
     return changed
 
 
+def _cut_state(entries: Any, parameter: DTensor) -> None:
+    """Keep the rank's part of a state that was loaded of an optimizer of the unsplit model."""
+    for key, value in (entries or {}).items():
+        if isinstance(value, torch.Tensor) and value.ndim and not isinstance(value, DTensor):
+            entries[key] = cut_like(value, parameter)
+
+
+def _unmark(optimizer: torch.optim.Optimizer) -> None:
+    """Have torch's own optimizers step on plain DTensors, which take less time to ask.
+
+    A hook on the steps sees split tensors.
+    """
+    hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
+    if hooks or not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    unmarked = _unmarked[optimizer] = []
+    with without_function_overrides():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                unmarked += filter(unmark, (parameter, parameter.grad))
+
+
 def _called_first(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -200,6 +238,12 @@ def _called_first(
 
 def _after(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     """Give the optimizer its parameters back, with the values and the state of the stand-ins."""
+    for tensor in _unmarked.pop(optimizer, ()):
+        mark(tensor)
+    # DTensor's ops write to the parts without their versions' notice: the backward pass of a loss
+    # from before the step would take the new values for those that it has kept.
+    with without_function_overrides():
+        note_writes([p for p in _split_parameters(optimizer) if p.grad is not None])
     swapped = _swapped.get(optimizer)
     if swapped is None:
         return

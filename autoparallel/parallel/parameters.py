@@ -24,6 +24,7 @@ from autoparallel.parallel.gradient_return import (
     GradientReturn,
     as_distributed,
 )
+from autoparallel.parallel.split_tensor import mark
 from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
 from autoparallel.runtime.ranks import Ranks
@@ -260,6 +261,8 @@ class LocalParameter:
             # rest.
             if not isinstance(parameter, DTensor) and self.way.is_trivial:
                 return parameter
+        if type(parameter) is DTensor:  # it was converted, or put in by the user
+            mark(parameter)
         # A DTensor has no memory of its own, until `parameter.data = tensor` gives it some, which
         # neither its part nor torch's DTensor knows of.
         if isinstance(parameter, DTensor) and parameter.data_ptr():

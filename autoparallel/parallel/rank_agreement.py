@@ -191,6 +191,15 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     >>> digest(torch.tensor([1.0, 2.0])).equal(digest(torch.tensor([2.0, 1.0])))
     False
     """
+    if tensor.is_meta:
+        return torch.tensor([float(tensor.ndim), float(tensor.numel()), 0.0]).to(torch.float64)
+    if tensor.is_nested:
+        jagged: Any = tensor
+        return digest(jagged.values()) + digest(jagged.offsets())
+    if tensor.layout is not torch.strided:
+        # The order of entries is that of places; a matrix of fewer entries has another digest.
+        entries = tensor.detach().to_sparse_coo().coalesce()
+        return digest(entries.values()) + digest(entries.indices())
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     flat = real.detach().reshape(-1).to(torch.float64)
     place = torch.arange(flat.numel(), device=flat.device, dtype=torch.float64)

@@ -44,6 +44,27 @@ class RefusedWrappers:
         )
         return named
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return names and modules as nn.Module does, but raise WrappedModelError where it is
+        parallelize_module that asks.
+        """
+        self._refuse_parallelizing(sys._getframe(1))
+        children: Iterator[tuple[str, nn.Module]] = super().named_children()  # type: ignore[misc]
+        return children
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Return paths and modules as nn.Module does, with the same exception."""
+        self._refuse_parallelizing(sys._getframe(1))
+        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(  # type: ignore[misc]
+            *args, **kwargs
+        )
+        return modules
+
+    def _refuse_parallelizing(self, frame: Any) -> None:
+        asking = str(frame.f_globals.get("__name__"))
+        if asking.startswith("torch.distributed.tensor") and _is_split(self):
+            _refuse(self, "parallelize_module")
+
     def _replicate_for_data_parallel(self) -> Any:
         """Refuse to be copied to other devices, for which DataParallel calls this."""
         if _is_split(self):

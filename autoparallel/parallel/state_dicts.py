@@ -36,6 +36,9 @@ def split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
         # A tensor of another shape stays as it is: torch then says that it does not fit.
         if tuple(value.shape) == layouts.shape:
             part = take_layout_part(value, layout, sizes, coordinates).contiguous()
+            # With assign=True it is to be the parameter's memory, and would keep the whole.
+            if part.untyped_storage().nbytes() > part.nbytes:
+                part = part.clone()
             state_dict[path] = as_distributed(part, layout, tuple(value.shape), state.mesh)
 
 

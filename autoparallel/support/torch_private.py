@@ -104,6 +104,7 @@ __all__ = [
     "global_call_hooks",
     "gradient_hooks_of",
     "guards_of",
+    "handle_distributed",
     "has_backward",
     "has_torch_binding",
     "hint_of",
@@ -131,6 +132,7 @@ __all__ = [
     "tree_unflatten",
     "will_accumulate",
     "without_function_modes",
+    "without_function_overrides",
     "without_modes",
     "wrapper_tensor",
 ]
@@ -170,6 +172,11 @@ def without_modes() -> AbstractContextManager[Any]:
 def without_function_modes() -> AbstractContextManager[Any]:
     """Return a context in which no mode sees calls of torch's functions."""
     return torch._C.DisableTorchFunction()
+
+
+def without_function_overrides() -> AbstractContextManager[Any]:
+    """Return a context in which `__torch_function__` of tensor subclasses is not called."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 # Ops and their schemas.
@@ -304,8 +311,23 @@ def share_local_part(target: DTensor, source: DTensor) -> None:
 
 def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """Return a DTensor that holds `local` and is placed as another, without a gradient."""
-    # Its class is DTensor: to import that name takes longer than all else here.
-    return type(like)(local, like._spec, requires_grad=False)
+    return _distributed_class()(local, like._spec, requires_grad=False)
+
+
+@cache
+def _distributed_class() -> type[DTensor]:
+    """DTensor, which takes long to import, and which is asked for in every backward pass."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
+
+
+def handle_distributed(handlers: dict[Any, Callable[..., Any]]) -> None:
+    """Have DTensor call a function in place of an op: function(op, arguments, keyword arguments).
+
+    handlers: the functions, by the ops' overloads.
+    """
+    _distributed_class()._op_dispatcher._custom_op_handlers.update(handlers)
 
 
 def in_function_transform() -> bool:

@@ -77,6 +77,25 @@ def test_modes_can_be_left() -> None:
         assert seen == [torch.ones]
 
 
+def test_functions_of_subclasses_can_be_left_out() -> None:
+    """The hot path reads attributes of split tensors without asking their class."""
+    seen: list[object] = []
+
+    class Counts(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    tensor = torch.ones(2).as_subclass(Counts)
+    seen.clear()
+    with torch_private.without_function_overrides():
+        assert not tensor.requires_grad
+    assert not seen
+    assert not tensor.requires_grad
+    assert len(seen) == 1
+
+
 def test_the_function_of_backward_hooks_is_known() -> None:
     layer = torch.nn.Linear(2, 2)
     layer.register_full_backward_hook(lambda *_: None)
@@ -539,6 +558,20 @@ def test_a_dtensor_keeps_its_identity_with_other_memory(mesh) -> None:
     assert not parameter.grad.requires_grad
     optimizer.step()
     assert torch.equal(torch_private.local_part(source), torch.full((6,), -2.0))
+
+
+def test_an_op_of_dtensor_can_be_handled(mesh) -> None:
+    """The op's overload, its arguments and keyword arguments are given."""
+    split = DTensor.from_local(torch.zeros(6), mesh, [Replicate()])
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    op = torch.ops.aten.hardswish.default
+    try:
+        seen: list[object] = []
+        torch_private.handle_distributed({op: lambda *given: seen.append(given) or split})
+        assert torch.ops.aten.hardswish(split) is split
+        assert seen == [(op, (split,), {})]
+    finally:
+        del handlers[op]
 
 
 # Symbolic sizes, and what an exported program says of its nodes.
