@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from autoparallel.errors import AutoParallelError
     from autoparallel.mesh import Mesh
     from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
+    from autoparallel.parallel.gradient_norms import clip_grad_norm_
     from autoparallel.parallel.seeds import manual_seed, rng_state, set_rng_state
     from autoparallel.parallel.state_dicts import full_state_dict
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
@@ -54,6 +55,7 @@ _HOMES = {
     "ShardingRule": "rules.rule",
     "register_rule": "rules.user_rules",
     "emitted_program": "rewrite.emitted_program",
+    "clip_grad_norm_": "parallel.gradient_norms",
     "full_state_dict": "parallel.state_dicts",
     "load_checkpoint": "parallel.checkpoint",
     "manual_seed": "parallel.seeds",
@@ -80,6 +82,7 @@ __all__ = [
     "ShardingRule",
     "apply_plan",
     "autoparallelize",
+    "clip_grad_norm_",
     "closed_forms",
     "emitted_program",
     "forms_text",

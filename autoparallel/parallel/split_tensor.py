@@ -30,7 +30,7 @@ from autoparallel.support.torch_private import (
     without_function_overrides,
 )
 
-__all__ = ["SplitTensor", "cut_like", "mark", "note_writes", "part_of", "unmark", "whole_of"]
+__all__ = ["SplitTensor", "cut_like", "mark", "note_writes", "part_of", "whole_of"]
 
 
 class SplitTensor(DTensor):
@@ -84,14 +84,6 @@ def mark(tensor: Any) -> Any:
     if type(tensor) is DTensor:
         tensor.__class__ = SplitTensor
     return tensor
-
-
-def unmark(tensor: Any) -> bool:
-    """Make a plain DTensor of a split tensor, the same object; return whether it is one."""
-    if type(tensor) is not SplitTensor:
-        return False
-    tensor.__class__ = DTensor  # type: ignore[assignment]
-    return True
 
 
 def _unmarked(tensor: SplitTensor) -> DTensor:

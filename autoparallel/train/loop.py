@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import CheckpointError
 from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
+from autoparallel.parallel.gradient_norms import clip_grad_norm_
 from autoparallel.runtime.collective_counter import CollectiveCounter
 from autoparallel.train.config import Checkpoints, TrainConfig, TrainingError
 from autoparallel.train.data import Batches
@@ -43,7 +44,7 @@ def train(
 
     model: plain or split. batches: the same on every rank. config: options of the run. name: of the
     run. finish_gradients(model, clip_norm): called between backward and the step; the default is
-    torch's clip_grad_norm_, and hand-written parallel models need their own. checkpoints: where to
+    clip_grad_norm_, and hand-written parallel models need their own. checkpoints: where to
     save, and to go on from if there is one; the number of ranks may have changed since.
     In a process group every rank must call this with equal arguments; rank 0 shows progress. Raises
     TrainingError if the model returns no loss.
@@ -144,7 +145,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 def clip_gradients(model: nn.Module, clip_norm: float) -> None:
     """Scale all gradients in place so that their common norm is at most clip_norm."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    clip_grad_norm_(model.parameters(), clip_norm)
 
 
 @torch.no_grad()
