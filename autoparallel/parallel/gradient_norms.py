@@ -12,7 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.support.torch_private import local_part, without_function_overrides
+from autoparallel.support.torch_private import (
+    local_part,
+    multiply_all_,
+    norms_of,
+    without_function_overrides,
+)
 
 __all__ = ["clip_grad_norm_"]
 
@@ -108,11 +113,11 @@ class _Parts:
         some = [part for part in parts if part.numel()]
         if not some:
             return parts[0].new_zeros((), dtype=dtype)
-        norms = torch.stack(torch._foreach_norm(some, order, dtype=dtype))
+        norms = torch.stack(norms_of(some, order, dtype))
         return norms.amax() if order == float("inf") else norms.pow(order).sum()
 
     def scale(self, max_norm: float, total: torch.Tensor) -> None:
         """Multiply all parts by what brings a norm down to `max_norm`, as torch computes it."""
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for parts in self.groups.values():
-            torch._foreach_mul_(parts, factor.to(parts[0].device))
+            multiply_all_(parts, factor.to(parts[0].device))

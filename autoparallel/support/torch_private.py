@@ -12,7 +12,7 @@ documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -116,7 +116,9 @@ __all__ = [
     "is_fixed",
     "is_functorch_wrapped_tensor",
     "local_part",
+    "multiply_all_",
     "nn_binding",
+    "norms_of",
     "outside_transforms",
     "remembering_fake_results",
     "run_when_ready",
@@ -302,6 +304,18 @@ def wrapper_tensor(
 def local_part(tensor: DTensor) -> torch.Tensor:
     """Return this rank's part of a DTensor, the tensor itself; `to_local` makes a view of it."""
     return tensor._local_tensor
+
+
+def norms_of(
+    tensors: Sequence[torch.Tensor], order: float, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Return the p-norms of tensors, on a GPU by one kernel. dtype: in which they are summed."""
+    return list(torch._foreach_norm(tensors, order, dtype=dtype))
+
+
+def multiply_all_(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply tensors in place by one number, on a GPU by one kernel."""
+    torch._foreach_mul_(tensors, factor)
 
 
 def share_local_part(target: DTensor, source: DTensor) -> None:

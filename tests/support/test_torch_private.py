@@ -894,3 +894,13 @@ def test_outside_of_transforms() -> None:
     assert float(torch.func.jvp(square, (x,), (x,))[1]) == 24.0
     with torch_private.outside_transforms():
         assert not torch_private.in_function_transform()
+
+
+def test_all_tensors_of_a_list() -> None:
+    tensors = [torch.tensor([3.0, -4.0]), torch.ones(2, 2)]
+    for order, expected in ((2.0, [5.0, 2.0]), (1.0, [7.0, 4.0]), (float("inf"), [4.0, 1.0])):
+        norms = torch_private.norms_of(tensors, order, torch.float64)
+        assert [float(norm) for norm in norms] == expected
+        assert all(norm.dtype == torch.float64 for norm in norms)
+    torch_private.multiply_all_(tensors, torch.tensor(2.0))
+    assert tensors[0].tolist() == [6.0, -8.0]
