@@ -231,6 +231,18 @@ def new_empty(x: Any, size: Any, **options: Any) -> Any:
     return x.new_zeros(size, **options)
 
 
+@decomposition("aten.empty_strided.default", "aten.empty_permuted.default")
+def empty_in_order(size: Any, order: Any, **options: Any) -> Any:
+    """Zeros, for the reason given at empty_like; parts of a tensor have strides of their own."""
+    return torch.zeros(size, **options)
+
+
+@decomposition("aten.new_empty_strided.default")
+def new_empty_in_order(x: Any, size: Any, order: Any, **options: Any) -> Any:
+    """Zeros, as of empty_in_order."""
+    return x.new_zeros(size, **options)
+
+
 # The values of `mode` in aten; 2, a maximum, is kept.
 _BAG_SUM, _BAG_MEAN = 0, 1
 
@@ -280,6 +292,61 @@ def weight_norm(direction: Any, length: Any, dim: int = 0) -> Any:
     rank = direction.dim()
     over = [other for other in range(rank) if dim == -1 or other != dim % rank]
     return direction * (length / torch.linalg.vector_norm(direction, dim=over, keepdim=True))
+
+
+@decomposition("aten.native_batch_norm.default")
+def native_batch_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    epsilon: float,
+) -> Any:
+    """Batch norm that also returns the batch's mean and inverse deviation, which are empty where
+    the running ones are used. It writes on the side, as aten.batch_norm does.
+    """
+    rest = (momentum, epsilon)
+    if not training:
+        result = _aten.batch_norm(x, weight, bias, mean, variance, False, *rest, False)
+        return result, x.detach().new_empty((0,)), x.detach().new_empty((0,))
+    if mean is None:
+        return NotImplemented
+    results = _aten._native_batch_norm_legit_functional(
+        x, weight, bias, mean, variance, True, *rest
+    )
+    mean.copy_(results[3])
+    variance.copy_(results[4])
+    return results[:3]
+
+
+@decomposition("aten.instance_norm.default")
+def instance_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    epsilon: float,
+    cudnn: bool,
+) -> Any:
+    """Normalization of each entry of the batch by its own statistics, and writes of the running
+    ones, which aten.instance_norm makes on the side.
+
+    The running statistics take in the mean over the batch of the entries' statistics.
+    """
+    if not training or mean is None:
+        return NotImplemented
+    wide = x.detach().to(mean.dtype)
+    entry_variance, entry_mean = torch.var_mean(wide, tuple(range(2, x.dim())), correction=1)
+    with torch.no_grad():
+        for running, entries in ((mean, entry_mean), (variance, entry_variance)):
+            running.copy_(running * (1 - momentum) + entries.mean(0) * momentum)
+    return _aten.instance_norm(x, weight, bias, None, None, True, momentum, epsilon, cudnn)
 
 
 @decomposition("aten.batch_norm.default")

@@ -131,7 +131,8 @@ _COMMUNICATING = {
 def _reducing(call: OpCall, kernel: str, times: int) -> Kernel:
     """Return a kernel that all-reduces one number for each of the operand's rows, `times` times."""
     operand = call.operands[0]
-    dim = call.argument(1, "dim")
+    # Where no dim is named, it is the one of a vector.
+    dim = call.argument(1, "dim") or 0
     dim = dim[0] if isinstance(dim, tuple) else dim
     rows = numel_hint(operand.shape) // max(numel_hint((operand.shape[dim],)), 1)
     reduced_once = (Collective.ALL_REDUCE, rows * operand.dtype.itemsize)
