@@ -294,6 +294,23 @@ def weight_norm(direction: Any, length: Any, dim: int = 0) -> Any:
     return direction * (length / torch.linalg.vector_norm(direction, dim=over, keepdim=True))
 
 
+def _with_running(
+    x: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, epsilon: float
+) -> tuple[Any, ...]:
+    """Batch norm that writes the new running mean and variance in place of the old ones.
+
+    No gradient flows through these, even where they are no buffers. Returns the result, and the
+    mean and the inverse deviation of the batch.
+    """
+    old = [tensor.detach() if tensor.requires_grad else tensor for tensor in (mean, variance)]
+    *results, new_mean, new_variance = _aten._native_batch_norm_legit_functional(
+        x, weight, bias, *old, True, momentum, epsilon
+    )
+    for place, new in zip(old, (new_mean, new_variance), strict=True):
+        place.copy_(new)  # a detached tensor shares the memory
+    return tuple(results)
+
+
 @decomposition("aten.native_batch_norm.default")
 def native_batch_norm(
     x: Any,
@@ -314,12 +331,7 @@ def native_batch_norm(
         return result, x.detach().new_empty((0,)), x.detach().new_empty((0,))
     if mean is None:
         return NotImplemented
-    results = _aten._native_batch_norm_legit_functional(
-        x, weight, bias, mean, variance, True, *rest
-    )
-    mean.copy_(results[3])
-    variance.copy_(results[4])
-    return results[:3]
+    return _with_running(x, weight, bias, mean, variance, *rest)
 
 
 @decomposition("aten.instance_norm.default")
@@ -365,15 +377,10 @@ def batch_norm(
 
     Without statistics of the batch the op is kept. aten.batch_norm writes to the running mean and
     variance on the side; here the new ones are results, and written in place by ops that say so.
+    A batch without elements has no statistics, and the op alone takes it.
     """
-    if not training:
+    if not training or x.numel() == 0:
         return NotImplemented
     if mean is None:
         return _aten.native_batch_norm(x, weight, bias, None, None, True, momentum, epsilon)[0]
-    # Results: output, mean and inverse deviation of the batch, new running mean and variance.
-    results = _aten._native_batch_norm_legit_functional(
-        x, weight, bias, mean, variance, True, momentum, epsilon
-    )
-    mean.copy_(results[3])
-    variance.copy_(results[4])
-    return results[0]
+    return _with_running(x, weight, bias, mean, variance, momentum, epsilon)[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.testing._internal import common_methods_invocations as database
 from torch.testing._internal.common_modules import module_db
 
@@ -23,7 +24,7 @@ __all__ = ["Case", "SampleModel", "Subject", "all_subjects"]
 _EVEN = {"S": 6, "M": 12, "L": 24, "XS": 4}
 _ODD = {"S": 5, "M": 10, "L": 20, "XS": 3}
 _SAMPLES = 60  # of an op, of which a few are taken
-_LARGEST = 3000  # elements of an operand
+_LARGEST = 15_000  # elements of an operand
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class _Before(nn.Module):
 
 class SampleModel(nn.Module):
     """Parameters, the op and a loss. detached: the op is not differentiated, and the loss is of
-    what it reads.
+    what it reads. An op that reads no tensor leaves one unused.
     """
 
     def __init__(self, op: nn.Module, operands: list[torch.Tensor]) -> None:
@@ -124,17 +125,16 @@ class SampleModel(nn.Module):
         return (loss, *results)
 
 
-def _case(
-    run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], module: bool
-) -> Case | None:
+def _case(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Case | None:
     """Return the case of one sample, None where its operands are no ordinary small tensors."""
     leaves, spec = tree_flatten((args, kwargs))
     operands = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if any(t.layout != torch.strided or t.numel() > _LARGEST for t in operands) or not operands:
+    if any(t.layout != torch.strided or t.numel() > _LARGEST for t in operands):
         return None
     template = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
     op = _Op(run, template, spec)
     constants = [leaf[0] for leaf in template if leaf]
+    operands = operands or [torch.arange(1.0, 7.0, dtype=torch.float64)]
     return Case(
         SampleModel(op, operands).train(),
         tuple(operands),
@@ -167,7 +167,7 @@ def _op_cases(info: Any, sizes: dict[str, int]) -> Iterator[Case]:
     for sample in islice(samples, _SAMPLES):
         # What the database compares of results that are not unique, as eigenvectors.
         run = partial(_compared, info.op, sample.output_process_fn_grad)
-        case = _case(run, (sample.input, *sample.args), dict(sample.kwargs), module=False)
+        case = _case(run, (sample.input, *sample.args), dict(sample.kwargs))
         if case is not None:
             yield case
 
@@ -184,7 +184,9 @@ def _module_cases(info: Any) -> Iterator[Case]:
     for sample in islice(samples, _SAMPLES):
         made, given = sample.constructor_input, sample.forward_input
         module = info.module_cls(*made.args, **made.kwargs).double()
-        case = _case(module, given.args, dict(given.kwargs), module=True)
+        if any(map(is_lazy, module.parameters())):
+            module(*given.args, **given.kwargs)  # gives its parameters their shapes
+        case = _case(module, given.args, dict(given.kwargs))
         if case is not None:
             yield case
 
