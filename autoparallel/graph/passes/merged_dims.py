@@ -148,8 +148,8 @@ def _refined(before: Shape, after: Shape) -> Shape | None:
     """Return the finest sizes of which both shapes are made by merging neighbours;
     None where there are none.
     """
-    # A dim of size 1 may stand anywhere, so that groups would not be unique; and the dims of a tensor
-    # without elements have any factors.
+    # A dim of size 1 may stand anywhere, so that groups would not be unique; the dims of a tensor
+    # without elements may have any factors.
     if any(size in (0, 1) for size in (*before, *after)):
         return None
     sizes_known = {size.expr: size.hint for size in (*before, *after) if isinstance(size, Sym)}

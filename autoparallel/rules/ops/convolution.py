@@ -202,7 +202,10 @@ def columns(call: OpCall) -> ShardingRule:
     )
 
 
-@rule("aten.grid_sampler.default", takes_empty=False)
+@rule(
+    *(f"aten.{name}.default" for name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")),
+    takes_empty=False,
+)
 def grid_sampler(call: OpCall) -> ShardingRule:
     """Pixels at given places: every batch entry and channel by itself, linear in the image."""
     windows = " ".join(["1"] * (len(call.operands[0].shape) - 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,7 +23,7 @@ __all__ = ["Case", "SampleModel", "Subject", "all_subjects"]
 # and one by neither in most dims.
 _EVEN = {"S": 6, "M": 12, "L": 24, "XS": 4}
 _ODD = {"S": 5, "M": 10, "L": 20, "XS": 3}
-_SAMPLES = 60  # of an op, of which a few are taken
+_MOST_SAMPLES, _SAMPLES = 500, 60  # of an op: those that are read, and kept of these
 _LARGEST = 15_000  # elements of an operand
 
 
@@ -41,6 +41,13 @@ class Case:
     text: str
     plain: bool
     empty: bool
+
+    @property
+    def with_fixed_sizes(self) -> Case:
+        """The same call with parameters as operands."""
+        model = SampleModel(self.model.op, list(self.inputs), fixed=True).train()
+        inputs = (torch.ones(3, 2, dtype=torch.float64),)
+        return replace(self, model=model, inputs=inputs, text=f"{self.text} fixed")
 
 
 @dataclass(frozen=True)
@@ -97,24 +104,44 @@ class _Before(nn.Module):
         return operand @ self.weight if self.multiplies else operand + self.weight
 
 
+class _Held(nn.Module):
+    """Gives an operand that is a parameter, or a buffer of integers."""
+
+    def __init__(self, operand: torch.Tensor) -> None:
+        super().__init__()
+        floating = operand.is_floating_point() or operand.is_complex()
+        self.weight = nn.Parameter(operand.clone()) if floating else None
+        self.register_buffer("held", None if floating else operand.clone())
+
+    def forward(self) -> torch.Tensor:
+        held: torch.Tensor = self.held if self.weight is None else self.weight
+        return held.clone()
+
+
 class SampleModel(nn.Module):
-    """Parameters, the op and a loss. detached: the op is not differentiated, and the loss is of
-    what it reads. An op that reads no tensor leaves one unused.
+    """Parameters, the op and a loss. An op that reads no tensor leaves one unused.
+
+    fixed: the operands are parameters, whose sizes are numbers; else they are computed from inputs
+    of any sizes. detached: the op is not differentiated, and the loss is of what it reads.
     """
 
-    def __init__(self, op: nn.Module, operands: list[torch.Tensor]) -> None:
+    def __init__(self, op: nn.Module, operands: list[torch.Tensor], fixed: bool) -> None:
         super().__init__()
         self.op = op
-        self.before = nn.ModuleList(map(_Before, operands))
+        self.before = nn.ModuleList(map(_Held if fixed else _Before, operands))
+        self.fixed = fixed
         self.detached = False
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        operands = [before(tensor) for before, tensor in zip(self.before, tensors, strict=True)]
+        if self.fixed:
+            operands = [held() for held in self.before]
+        else:
+            operands = [before(tensor) for before, tensor in zip(self.before, tensors, strict=True)]
         terms = operands if self.detached else []
         given = [operand.detach() for operand in operands] if self.detached else operands
         results = [t for t in tree_leaves(self.op(*given)) if isinstance(t, torch.Tensor)]
         results = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in results]
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = tensors[0].sum() if self.fixed else torch.zeros((), dtype=torch.float64)
         for term in terms or results:
             real = torch.view_as_real(term.resolve_conj()) if term.is_complex() else term
             if real.is_floating_point():
@@ -136,7 +163,7 @@ def _case(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     constants = [leaf[0] for leaf in template if leaf]
     operands = operands or [torch.arange(1.0, 7.0, dtype=torch.float64)]
     return Case(
-        SampleModel(op, operands).train(),
+        SampleModel(op, operands, fixed=False).train(),
         tuple(operands),
         f"{[tuple(t.shape) for t in operands]} {constants}"[:200],
         all(t.dim() and min(t.shape) > 1 and bool(t.isfinite().all()) for t in operands),
@@ -160,11 +187,17 @@ def _with_sizes(sizes: dict[str, int]) -> None:
             module.wrapper_set_seed = _undisturbed_op  # type: ignore[attr-defined]
 
 
+def _spread(samples: Any) -> list[Any]:
+    """Return some samples of all places: the database varies one thing after the other."""
+    read = list(islice(samples, _MOST_SAMPLES))
+    return read[:: max(1, len(read) // _SAMPLES)]
+
+
 def _op_cases(info: Any, sizes: dict[str, int]) -> Iterator[Case]:
     _with_sizes(sizes)
     torch.manual_seed(0)
     samples = info.sample_inputs("cpu", torch.float64, requires_grad=False)
-    for sample in islice(samples, _SAMPLES):
+    for sample in _spread(samples):
         # What the database compares of results that are not unique, as eigenvectors.
         run = partial(_compared, info.op, sample.output_process_fn_grad)
         case = _case(run, (sample.input, *sample.args), dict(sample.kwargs))
@@ -181,7 +214,7 @@ def _module_cases(info: Any) -> Iterator[Case]:
     samples = info.module_inputs_func(
         info, device="cpu", dtype=torch.float64, requires_grad=False, training=True
     )
-    for sample in islice(samples, _SAMPLES):
+    for sample in _spread(samples):
         made, given = sample.constructor_input, sample.forward_input
         module = info.module_cls(*made.args, **made.kwargs).double()
         if any(map(is_lazy, module.parameters())):

@@ -30,7 +30,7 @@ from autoparallel.strategy.build_network import build_network
 
 from .subjects import Case, Subject
 
-__all__ = ["FAILURES", "Run", "cases_of", "runs_of"]
+__all__ = ["FAILURES", "Run", "runs_of"]
 
 FAILURES = ("wrong", "crash", "dead", "slow")
 TOLERANCE = 1e-8
@@ -46,6 +46,8 @@ _WAYS: tuple[tuple[str, ...], ...] = (
     ("3", "random 2x2"),
 )
 _EMPTY_WAYS = ("2", "random 3")
+_OTHER_WAYS = ("random 3",)
+_OTHERS = 8
 _Values = dict[str, torch.Tensor]
 
 
@@ -76,13 +78,23 @@ class Run:
         return self.status in FAILURES
 
 
-def cases_of(subject: Subject) -> tuple[Iterator[tuple[Case, tuple[str, ...]]], list[str]]:
-    """Return different cases of a subject with the ways to plan them, and why there are none.
-
-    One is taken at each place that tells: of each set of sizes the last plain one, then the first
-    of all, then the first without elements.
+@dataclass
+class _Chosen:
+    """The cases of a subject that are run. cases: with the ways to plan them. others: what is tried
+    where none of these is split, as an op may do nothing in them. errors: of the database.
     """
-    chosen: list[Case] = []
+
+    cases: list[tuple[Case, tuple[str, ...]]]
+    others: list[Case]
+    errors: list[str]
+
+
+def _chosen(subject: Subject) -> _Chosen:
+    """Return different cases of a subject: of each set of sizes the last plain one or one in the
+    middle, then the first of all, then the first without elements. The second has fixed sizes.
+    """
+    chosen: dict[str, Case] = {}
+    others: list[Case] = []
     empty: list[Case] = []
     errors: list[str] = []
     for number, source in enumerate(subject.sources):
@@ -95,13 +107,18 @@ def cases_of(subject: Subject) -> tuple[Iterator[tuple[Case, tuple[str, ...]]], 
         full = [case for case in found if not case.empty]
         plain = [case for case in full if case.plain] or full
         if plain:
-            more = [plain[0], plain[len(plain) // 2]] if len(subject.sources) == 1 else [plain[0]]
-            chosen += [plain[-1], *more] if not number else [plain[len(plain) // 2]]
-    texts: dict[str, Case] = {}
-    for case in chosen:
-        texts.setdefault(case.text, case)
-    pairs = [(case, _WAYS[min(place, 2)]) for place, case in enumerate(texts.values())]
-    return iter([*pairs, *((case, _EMPTY_WAYS) for case in empty)]), errors
+            middle = plain[len(plain) // 2]
+            more = [middle] if len(subject.sources) == 1 else []
+            for case in (plain[-1], plain[0], *more) if not number else (middle,):
+                chosen.setdefault(case.text, case)
+            others += full[:: max(1, len(full) // _OTHERS)]
+    some = [
+        case.with_fixed_sizes if place == 1 else case for place, case in enumerate(chosen.values())
+    ]
+    cases = [(case, _WAYS[min(place, 2)]) for place, case in enumerate(some)]
+    cases += [(case, _EMPTY_WAYS) for case in empty]
+    left = {case.text: case for case in (*chosen.values(), *others)}
+    return _Chosen(cases, [case.with_fixed_sizes for case in left.values()], errors)
 
 
 def runs_of(subject: Subject, seed: int) -> Iterator[Run]:
@@ -109,18 +126,22 @@ def runs_of(subject: Subject, seed: int) -> Iterator[Run]:
 
     Example: `list(runs_of(all_subjects()[0], seed=1))`.
     """
-    cases, errors = cases_of(subject)
-    ran = 0
-    for case, ways in cases:
+    chosen = _chosen(subject)
+    ran = split = False
+    for case, ways in (*chosen.cases, *((case, _OTHER_WAYS) for case in chosen.others)):
+        if split and ways is _OTHER_WAYS:
+            break
         try:
             trial = _Trial(subject.name, case, seed)
         except Exception as error:  # an ordinary error of torch's, in eager mode
-            errors.append(_line(error))
+            chosen.errors.append(_line(error))
             continue
-        ran += 1
-        yield from map(trial.run, ways)
+        ran = True
+        for run in map(trial.run, ways):
+            split = split or bool(run.split)
+            yield run
     if not ran:
-        yield Run("", "", "not run", (errors or ["it has no samples of dense tensors"])[0])
+        yield Run("", "", "not run", (chosen.errors or ["it has no samples of dense tensors"])[0])
 
 
 def _line(error: BaseException) -> str:
