@@ -4,7 +4,8 @@ python docs/make_operators.py; takes about half an hour. It puts each op of torc
 into a small model, plans that in several ways, also at random, and compares losses, outputs and
 gradients of all ranks with those of the unsplit model. It exits with 1 where something is wrong, or
 a process dies. SEED=number makes the random plans of an earlier run again; ONLY=pattern runs the
-ops whose names match, and writes nothing; RUNS=file keeps every run as a line of JSON.
+ops whose names match, and writes nothing; RUNS=file keeps every run as a line of JSON, and does not
+run again the ops that the file has, so that a sweep that was ended goes on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def main() -> int:
     kept = Path(os.environ["RUNS"]) if os.environ.get("RUNS") else None
     subjects = [subject for subject in all_subjects() if re.search(only, subject.name)]
     rows = []
+    done: dict[str, list[Run]] = {}
+    if kept is not None and kept.exists():
+        for line in map(json.loads, kept.read_text().splitlines()):
+            done.setdefault(line.pop("name"), []).append(Run(**line))
 
     def told(name: str, runs: list[Run]) -> None:
         row = row_of(name, runs)
@@ -53,10 +58,12 @@ def main() -> int:
                     file.write(json.dumps({"name": name, **asdict(run)}) + "\n")
 
     workers = int(os.environ.get("WORKERS") or 2)
-    results = run_all(subjects, seed, workers, SECONDS_PER_OP, told)
+    waiting = [subject for subject in subjects if subject.name not in done]
+    done |= run_all(waiting, seed, workers, SECONDS_PER_OP, told)
+    results = {subject.name: done[subject.name] for subject in subjects}
     if not only:
         (ROOT / "docs" / "operators.md").write_text(document(results))
-    return 1 if any(row.failed for row in rows) else 0
+    return 1 if any(row_of(name, runs).failed for name, runs in results.items()) else 0
 
 
 if __name__ == "__main__":
