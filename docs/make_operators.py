@@ -23,9 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from operator_sweep.launch import run_all  # noqa: E402
+from operator_sweep.outcomes import Run  # noqa: E402
 from operator_sweep.subjects import all_subjects  # noqa: E402
 from operator_sweep.table import document, row_of  # noqa: E402
-from operator_sweep.trial import Run  # noqa: E402
 
 SECONDS_PER_OP = 90.0
 

@@ -18,8 +18,9 @@ from torch import nn
 
 import autoparallel
 
+from .outcomes import Run
 from .subjects import Subject
-from .trial import Run, runs_of
+from .trial import runs_of
 
 __all__ = ["run_all"]
 
@@ -37,7 +38,8 @@ def run_all(
     """Return the runs of all subjects, by name.
 
     seed: of the random plans. workers: how many processes run at once. seconds: of computing that
-    one may take, and a tenth of the time that it may wait. told: a function that is called with each subject's name and runs, as they come.
+    one may take, and a tenth of the time that it may wait. told: a function that is called with
+    each subject's name and runs, as they come.
     """
     # Forked processes share what is imported by then.
     autoparallel.make_plan(nn.Linear(4, 4), 2, example_inputs=torch.ones(2, 4))

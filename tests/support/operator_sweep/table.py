@@ -8,7 +8,7 @@ from textwrap import wrap
 
 import torch
 
-from .trial import FAILURES, Run
+from .outcomes import FAILURES, Run
 
 __all__ = ["Row", "document", "kinds_in", "row_of"]
 

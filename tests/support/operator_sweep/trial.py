@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -28,12 +28,11 @@ from autoparallel.planning.request import make_options
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.build_network import build_network
 
+from .outcomes import TOLERANCE, Run, Values, differences
 from .subjects import Case, Subject
 
-__all__ = ["FAILURES", "Run", "runs_of"]
+__all__ = ["runs_of"]
 
-FAILURES = ("wrong", "crash", "dead", "slow")
-TOLERANCE = 1e-8
 # Results of these ops are whatever was in the memory: only their sizes are compared.
 _UNDEFINED = ("empty_like", "new_empty", "new_empty_strided")
 _DEFAULT = {"2": Mesh(tp=2), "3": Mesh(tp=3), "2x2": Mesh(dp=2, tp=2)}
@@ -48,34 +47,6 @@ _WAYS: tuple[tuple[str, ...], ...] = (
 _EMPTY_WAYS = ("2", "random 3")
 _OTHER_WAYS = ("random 3",)
 _OTHERS = 8
-_Values = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A Run is what came of one case with one plan.
-
-    case: its sizes and constants. way: how it was planned. status: "right"; "wrong", where
-    something is not as with the unsplit model; "refused", by an error of the project; "crash", by
-    any other; "dead", where the process ended; "slow", where it was ended; or "not run", where
-    torch itself does not run it. why: the reason. split, whole: how many ops of its own are split
-    and are not. alone: why no rule of one of them was found. python: why it stays Python.
-    """
-
-    case: str
-    way: str
-    status: str
-    why: str = ""
-    split: int = 0
-    whole: int = 0
-    alone: str = ""
-    python: str = ""
-    trace: str = field(default="", repr=False)
-
-    @property
-    def failed(self) -> bool:
-        """Whether it is a failure of the project."""
-        return self.status in FAILURES
 
 
 @dataclass
@@ -161,11 +132,11 @@ class _Trial:
             # No gradient flows through it: what it reads gets one by another way.
             case.model.detached = True
             self.expected = self.eager(0)
-        if any(_differences(self.eager(1), self.expected)) and not self.undefined:
+        if any(differences(self.eager(1), self.expected)) and not self.undefined:
             # Random numbers are the project's own, so that the reference is one rank of it.
             self.expected = self.simulated(self.plan("1"))
 
-    def eager(self, seed: int) -> _Values:
+    def eager(self, seed: int) -> Values:
         """Return outputs, gradients and buffers of the unsplit model, which stays as it was."""
         model = self.case.model
         torch.manual_seed(seed)
@@ -201,7 +172,7 @@ class _Trial:
         options = make_options(mesh if len(mesh.axes) > 1 else None, None, None, None)
         return fastest_plan(model, self.traced, (mesh,), options)
 
-    def simulated(self, plan: Plan | None) -> _Values:
+    def simulated(self, plan: Plan | None) -> Values:
         """Return what all ranks give together."""
         inputs = tuple(tensor.clone() for tensor in self.case.inputs)
         made: Simulation = autoparallel.simulate(self.case.model, plan=plan, example_inputs=inputs)
@@ -219,7 +190,7 @@ class _Trial:
                 if plan is None:
                     return Run(self.case.text, way, "right", "no random plan")
                 rows = _told(plan)
-                wrong = list(_differences(self.simulated(plan), self.expected, self.undefined))
+                wrong = list(differences(self.simulated(plan), self.expected, self.undefined))
             status, why = ("wrong", "; ".join(wrong)) if wrong else ("right", "")
             return Run(self.case.text, way, status, why[:300], **rows)  # type: ignore[arg-type]
         except _ApartError as error:
@@ -267,31 +238,7 @@ def _values(
     outputs: list[torch.Tensor],
     gradients: Mapping[str, torch.Tensor],
     buffers: Mapping[str, torch.Tensor],
-) -> _Values:
+) -> Values:
     values = {f"output {number}": tensor for number, tensor in enumerate(outputs)}
     values |= {f"gradient of {path}": tensor for path, tensor in gradients.items()}
     return values | {f"buffer {path}": tensor for path, tensor in buffers.items()}
-
-
-def _differences(made: _Values, expected: _Values, undefined: bool = False) -> Iterator[str]:
-    """Yield what differs, as texts. undefined: whether sizes alone are compared."""
-    for name, right in expected.items():
-        found = made.get(name)
-        if found is None:
-            if not name.startswith("buffer") and bool((right != 0).any()):
-                yield f"{name} is missing"
-        elif (found.shape, found.dtype) != (right.shape, right.dtype):
-            yield (
-                f"{name} is {found.dtype} of {list(found.shape)}, not {right.dtype} of "
-                f"{list(right.shape)}"
-            )
-        elif undefined or not right.numel():
-            continue
-        elif right.is_floating_point() or right.is_complex():
-            precision = torch.finfo(right.dtype).eps
-            bound = max(TOLERANCE, 1e3 * precision) if precision > 1e-12 else TOLERANCE
-            bound *= max(1.0, float(right.abs().nan_to_num(0, 0, 0).max()))
-            if not torch.allclose(found, right, rtol=0, atol=bound, equal_nan=True):
-                yield f"{name} is off by {float((found - right).abs().max()):.3g}"
-        elif not torch.equal(found, right):
-            yield f"{name} differs"
