@@ -115,5 +115,6 @@ def _item(row: Row) -> str:
 
 def kinds_in(text: str) -> dict[str, str]:
     """Return what a document says of each op: its kind, by its name."""
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {row[0]: row[1].strip("*") for row in rows if len(row) == 2 and row[0] != "name"}
+    lines = text.partition("\n## ")[2].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return {name: kind.strip("*") for name, kind in rows if name != "name"}
