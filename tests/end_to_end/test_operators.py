@@ -65,7 +65,7 @@ def test_what_runs_come_to() -> None:
     assert row_of("an op", [python]) == Row("an op", "Python", "a branch")
     text = document({"an op": [right], "torch.nn.Other": [python]})
     assert kinds_in(text) == {"an op": "split", "torch.nn.Other": "Python"}
-    assert "- torch.nn.Other: `Python: a branch`" in text
+    assert "- torch.nn.Other: `a branch`" in text
 
 
 def test_what_differs_is_wrong() -> None:

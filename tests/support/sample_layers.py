@@ -323,6 +323,8 @@ def convolution() -> list[Call]:
         call("col2im.default", x(5, 24, 28), (7, 8), (3, 2), (1, 1), (1, 0), (2, 1)),
         call("grid_sampler.default", x(5, 4, 6, 7), fixed(5, 3, 8, 2), 0, 0, False),
         call("grid_sampler.default", x(4, 3, 6, 7), x(4, 3, 8, 2), 0, 1, True),
+        call("grid_sampler_2d.default", x(4, 3, 6, 7), x(4, 3, 8, 2), 0, 1, True),
+        call("grid_sampler_3d.default", x(4, 3, 2, 5, 6), x(4, 2, 5, 7, 3), 0, 0, True),
         call("affine_grid_generator.default", x(5, 2, 3), (5, 3, 6, 7), False),
         call("_upsample_nearest_exact1d.vec", x(4, 5, 6), None, (2.0,)),
         call("_upsample_nearest_exact2d.vec", x(3, 4, 5, 6), (7, 9), None),
