@@ -28,7 +28,7 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
-.PHONY: compatibility safety optional versions clean
+.PHONY: compatibility opinfo safety optional versions clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -43,6 +43,7 @@ help:
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
 	@echo "make safety      docs/safety.md: files from elsewhere, changed at random, and what happened"
+	@echo "make opinfo      docs/operators.md: which of PyTorch's own operators and modules are split"
 	@echo "make families    docs/families.md: the same for 130 more families; brings timm and diffusers"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
@@ -90,6 +91,10 @@ compatibility: $(TEST)
 
 safety: $(TEST)
 	$(VENV)/bin/python docs/make_safety.py $(ARGS)
+
+# SEED=number makes the random plans of an earlier run again; ONLY=pattern runs some ops.
+opinfo: $(TEST)
+	SEED=$(SEED) ONLY='$(ONLY)' $(VENV)/bin/python docs/make_operators.py $(ARGS)
 
 families: $(FAMILIES)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/make_families.py $(ARGS)

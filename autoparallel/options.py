@@ -31,9 +31,10 @@ class Options:
 
     hardware: the name of a preset, or the path of a file that `autoparallel calibrate` has written.
 
-    unknown_ops: what happens to a differentiable op that has no rule. "discover" finds one by
-    running the op on small tensors (an error where that fails), "replicate" keeps its tensors
-    unsharded, "error" refuses the model.
+    unknown_ops: what happens to an op that has no rule. "discover" finds one by running the op on
+    small tensors; where that fails, every rank runs the op on whole tensors, and the plan says why.
+    "replicate" keeps its tensors whole without trying, "error" refuses the model. Ops that draw
+    random numbers, write to their operands or communicate are refused in any case.
 
     tokens: the plan is made as for inputs of at least this many elements, however small the example
     inputs are.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -61,6 +62,9 @@ class _Table(Mapping[Any, Decomposition]):
         written_out = DECOMPOSITIONS.get(str(op))
         if written_out is not None:
             return without_generator(written_out) if drawn else written_out
+        into = _writing_into(op)
+        if into is not None:
+            return into
         composite = op.namespace == "aten" and is_composite(op) and schema_of(op).returns
         if not composite or self.known(str(op)) or str(op) in _AS_THEY_ARE:
             return None
@@ -69,6 +73,41 @@ class _Table(Mapping[Any, Decomposition]):
         if packet.endswith("_") and self.known(f"{packet[:-1]}.{overload}"):
             return None
         return op.decompose
+
+
+@cache
+def _writing_into(op: Any) -> Decomposition | None:
+    """Return a decomposition of an op that writes its results into memory that it is given (out=):
+    the op that returns them, and copies of these. None for any other op.
+    """
+    schema: Any = schema_of(op)
+    written = [
+        item.name for item in schema.arguments if item.alias_info and item.alias_info.is_write
+    ]
+    rest = [(item.name, str(item.type)) for item in schema.arguments if item.name not in written]
+    by_name = {item.name for item in schema.arguments if item.kwarg_only}
+    if not written or not by_name.issuperset(written) or len(written) != len(schema.returns):
+        return None
+    packet = op.overloadpacket
+    for overload in map(partial(getattr, packet), packet.overloads()):
+        arguments = [(item.name, str(item.type)) for item in schema_of(overload).arguments]
+        if arguments == rest:
+            return partial(_copied, overload, written)
+    return None
+
+
+def _copied(op: Any, written: list[str], *args: Any, **kwargs: Any) -> Any:
+    """Compute the results of an op, and copy them to where the call wants them."""
+    places = [kwargs.pop(name) for name in written]
+    results = op(*args, **kwargs)
+    several = isinstance(results, tuple | list)
+    pairs = list(zip(places, results if several else [results], strict=True))
+    # Torch gives memory of another size a new one, which nobody who shares it sees.
+    if any(place.shape != result.shape for place, result in pairs):
+        return NotImplemented
+    for place, result in pairs:
+        place.copy_(result)
+    return tuple(places) if several else places[0]
 
 
 # These return numbers of Python, for which torch's tracer has a way of its own.

@@ -255,6 +255,18 @@ def new_empty(x: Any, size: Any, **options: Any) -> Any:
     return x.new_zeros(size, **options)
 
 
+@decomposition("aten.empty_strided.default", "aten.empty_permuted.default")
+def empty_in_order(size: Any, order: Any, **options: Any) -> Any:
+    """Zeros, for the reason given at empty_like; parts of a tensor have strides of their own."""
+    return torch.zeros(size, **options)
+
+
+@decomposition("aten.new_empty_strided.default")
+def new_empty_in_order(x: Any, size: Any, order: Any, **options: Any) -> Any:
+    """Zeros, as of empty_in_order."""
+    return x.new_zeros(size, **options)
+
+
 # The values of `mode` in aten; 2, a maximum, is kept.
 _BAG_SUM, _BAG_MEAN = 0, 1
 
@@ -306,6 +318,73 @@ def weight_norm(direction: Any, length: Any, dim: int = 0) -> Any:
     return direction * (length / torch.linalg.vector_norm(direction, dim=over, keepdim=True))
 
 
+def _with_running(
+    x: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, epsilon: float
+) -> tuple[Any, ...]:
+    """Batch norm that writes the new running mean and variance in place of the old ones.
+
+    No gradient flows through these, even where they are no buffers. Returns the result, and the
+    mean and the inverse deviation of the batch.
+    """
+    old = [tensor.detach() if tensor.requires_grad else tensor for tensor in (mean, variance)]
+    *results, new_mean, new_variance = _aten._native_batch_norm_legit_functional(
+        x, weight, bias, *old, True, momentum, epsilon
+    )
+    for place, new in zip(old, (new_mean, new_variance), strict=True):
+        place.copy_(new)  # a detached tensor shares the memory
+    return tuple(results)
+
+
+@decomposition("aten.native_batch_norm.default")
+def native_batch_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    epsilon: float,
+) -> Any:
+    """Batch norm that also returns the batch's mean and inverse deviation, which are empty where
+    the running ones are used. It writes on the side, as aten.batch_norm does.
+    """
+    rest = (momentum, epsilon)
+    if not training:
+        result = _aten.batch_norm(x, weight, bias, mean, variance, False, *rest, False)
+        return result, x.detach().new_empty((0,)), x.detach().new_empty((0,))
+    if mean is None:
+        return NotImplemented
+    return _with_running(x, weight, bias, mean, variance, *rest)
+
+
+@decomposition("aten.instance_norm.default")
+def instance_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    epsilon: float,
+    cudnn: bool,
+) -> Any:
+    """Normalization of each entry of the batch by its own statistics, and writes of the running
+    ones, which aten.instance_norm makes on the side.
+
+    The running statistics take in the mean over the batch of the entries' statistics.
+    """
+    if not training or mean is None:
+        return NotImplemented
+    wide = x.detach().to(mean.dtype)
+    entry_variance, entry_mean = torch.var_mean(wide, tuple(range(2, x.dim())), correction=1)
+    with torch.no_grad():
+        for running, entries in ((mean, entry_mean), (variance, entry_variance)):
+            running.copy_(running * (1 - momentum) + entries.mean(0) * momentum)
+    return _aten.instance_norm(x, weight, bias, None, None, True, momentum, epsilon, cudnn)
+
+
 @decomposition("aten.batch_norm.default")
 def batch_norm(
     x: Any,
@@ -322,15 +401,10 @@ def batch_norm(
 
     Without statistics of the batch the op is kept. aten.batch_norm writes to the running mean and
     variance on the side; here the new ones are results, and written in place by ops that say so.
+    A batch without elements has no statistics, and the op alone takes it.
     """
-    if not training:
+    if not training or x.numel() == 0:
         return NotImplemented
     if mean is None:
         return _aten.native_batch_norm(x, weight, bias, None, None, True, momentum, epsilon)[0]
-    # Results: output, mean and inverse deviation of the batch, new running mean and variance.
-    results = _aten._native_batch_norm_legit_functional(
-        x, weight, bias, mean, variance, True, momentum, epsilon
-    )
-    mean.copy_(results[3])
-    variance.copy_(results[4])
-    return results[0]
+    return _with_running(x, weight, bias, mean, variance, momentum, epsilon)[0]

@@ -1,8 +1,8 @@
 """Random ops as functions of uniform and of normal numbers, the only ones that are drawn.
 
 One way to draw then serves all of them: the number of each element is keyed by the element's place
-in the whole tensor, so that it does not depend on how the tensor is split. None of these ops has a
-gradient with regard to the numbers that describe a distribution.
+in the whole tensor, so that it does not depend on how the tensor is split. The gradient with regard
+to the numbers that describe a distribution, or that are overwritten, is zero, and not none.
 """
 
 from __future__ import annotations
@@ -25,10 +25,20 @@ def _uniform(x: Any) -> Any:
     return torch.rand_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32)
 
 
+def _after(drawn: Any, *described: Any) -> Any:
+    """Return drawn numbers through which a gradient of zeros flows to those that describe their
+    distribution, or that they overwrite: an optimizer tells zeros from no gradient.
+    """
+    for tensor in described:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            drawn = drawn + tensor.nan_to_num(0.0, 0.0, 0.0) * 0
+    return drawn
+
+
 @decomposition("aten.bernoulli.default")
 def bernoulli(x: Any, *, generator: Any = None) -> Any:
     """1 with the probability that the element of x says, else 0."""
-    return (_uniform(x) < x).to(x.dtype)
+    return _after((_uniform(x) < x).to(x.dtype), x)
 
 
 @decomposition("aten.bernoulli.p")
@@ -40,25 +50,25 @@ def bernoulli_p(x: Any, p: float, *, generator: Any = None) -> Any:
 @decomposition("aten.bernoulli_.float", "aten.bernoulli_.Tensor")
 def bernoulli_(x: Any, p: Any = 0.5, *, generator: Any = None) -> Any:
     """x becomes 1 with probability p, else 0."""
-    return x.copy_(_uniform(x) < p)
+    return x.copy_(_after((_uniform(x) < p).to(x.dtype), x))
 
 
 @decomposition("aten.uniform_.default")
 def uniform_(x: Any, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Any:
     """Each element of x becomes a number in [low, high), all equally likely."""
-    return x.copy_(torch.rand_like(x) * (high - low) + low)
+    return x.copy_(_after(torch.rand_like(x) * (high - low) + low, x))
 
 
 @decomposition("aten.normal_.default")
 def normal_(x: Any, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Any:
     """Each element of x becomes a normal number of this mean and standard deviation."""
-    return x.copy_(torch.randn_like(x) * std + mean)
+    return x.copy_(_after(torch.randn_like(x) * std + mean, x))
 
 
 @decomposition("aten.log_normal_.default")
 def log_normal_(x: Any, mean: float = 1.0, std: float = 2.0, *, generator: Any = None) -> Any:
     """Each element of x becomes a number whose logarithm is normal, of this mean and deviation."""
-    return x.copy_((torch.randn_like(x) * std + mean).exp())
+    return x.copy_(_after((torch.randn_like(x) * std + mean).exp(), x))
 
 
 def _exponential(x: Any) -> Any:
@@ -72,7 +82,7 @@ def _exponential(x: Any) -> Any:
 @decomposition("aten.exponential_.default")
 def exponential_(x: Any, rate: float = 1.0, *, generator: Any = None) -> Any:
     """Each element of x becomes the time to an event that happens at `rate`."""
-    return x.copy_(_exponential(x) / rate)
+    return x.copy_(_after(_exponential(x) / rate, x))
 
 
 @decomposition("aten.geometric_.default")
@@ -82,19 +92,20 @@ def geometric_(x: Any, p: float, *, generator: Any = None) -> Any:
     p: the probability of a success. The number is an exponential one rounded up, as that exceeds n
     with probability (1 - p)^n at the rate -log(1 - p).
     """
-    return x.copy_((_exponential(x) / -math.log1p(-p)).ceil())
+    return x.copy_(_after((_exponential(x) / -math.log1p(-p)).ceil(), x))
 
 
 @decomposition("aten.cauchy_.default")
 def cauchy_(x: Any, median: float = 0.0, sigma: float = 1.0, *, generator: Any = None) -> Any:
     """Each element of x becomes a Cauchy number, by inversion: tan(pi (u - 1/2)) of a uniform u."""
-    return x.copy_(torch.tan((torch.rand_like(x) - 0.5) * math.pi) * sigma + median)
+    drawn = torch.tan((torch.rand_like(x) - 0.5) * math.pi) * sigma + median
+    return x.copy_(_after(drawn, x))
 
 
 def _normal(mean: Any, std: Any, example: Any) -> Any:
-    """Return normal numbers in the shape and type of `example`, without a gradient for the rest."""
-    mean, std = (item.detach() if isinstance(item, torch.Tensor) else item for item in (mean, std))
-    return torch.randn_like(example) * std + mean
+    """Return normal numbers in the shape and type of `example`."""
+    plain = [item.detach() if isinstance(item, torch.Tensor) else item for item in (mean, std)]
+    return _after(torch.randn_like(example) * plain[1] + plain[0], mean, std)
 
 
 @decomposition("aten.normal.Tensor_Tensor")

@@ -22,15 +22,25 @@ from autoparallel.discovery.kernel_candidates import kernels_for
 from autoparallel.discovery.probe_sizes import ProbeSizes, shrink
 from autoparallel.discovery.shape_pattern import Probe, ProbeError, Term, integers_of
 from autoparallel.discovery.size_choices import sorted_atoms
-from autoparallel.discovery.trial import Trial
+from autoparallel.discovery.trial import WRITES, Trial
 from autoparallel.graph.graph import hint
 from autoparallel.graph.operators import draws
 from autoparallel.placement import part_bounds
 from autoparallel.rules.rule import Dims, LoopSplit, OpCall
 from autoparallel.support.torch_private import schema_of
 
-__all__ = ["ProbeError", "confirmed", "discover", "require_probeable"]
+__all__ = [
+    "COMMUNICATES",
+    "DRAWS_RANDOM",
+    "ProbeError",
+    "confirmed",
+    "discover",
+    "require_probeable",
+]
 
+# Why an op is not probed, and may not be run by every rank on whole tensors either.
+COMMUNICATES = "communicates by itself"
+DRAWS_RANDOM = "draws random numbers, which every rank would draw differently"
 # With more operands, not every subset is tried for pending sums.
 _MOST_OPERANDS = 4
 
@@ -86,11 +96,11 @@ def confirmed(discovered: DiscoveredRule, call: OpCall, careful: bool = False) -
 def require_probeable(probe: Probe) -> None:
     """Raise ProbeError for ops that no rule can help, by their schemas alone."""
     if draws(probe.call.node.target):
-        raise ProbeError("draws random numbers, which every rank would draw differently")
+        raise ProbeError(DRAWS_RANDOM)
     if schema_of(probe.operation).is_mutable:
-        raise ProbeError("writes to its inputs")
+        raise ProbeError(WRITES)
     if "c10d" in probe.call.node.target.partition(".")[0]:
-        raise ProbeError("communicates by itself")
+        raise ProbeError(COMMUNICATES)
     if not probe.call.operands:
         raise ProbeError("reads no tensors")
 

@@ -18,10 +18,12 @@ from autoparallel.placement import Partial
 from autoparallel.rules.rule import LoopSplit, ShardingRule, Strategy, is_possible, strategies
 from autoparallel.support.torch_private import has_backward
 
-__all__ = ["DRAWS", "Trial"]
+__all__ = ["DRAWS", "WRITES", "Trial"]
 
-# Why whole tensors are not right for an op either: every rank would draw numbers of its own.
+# Why whole tensors are not right for an op either: every rank would draw numbers of its own, and
+# what the op writes is not in the graph.
 DRAWS = "when it is run again: it draws numbers"
+WRITES = "writes to its inputs"
 
 # Integers of the call above this are taken for sizes.
 _MOST_OWN = 64
@@ -109,7 +111,7 @@ class Trial:
         for old, tensor in zip(before, tensors, strict=True):
             # Schemas may be wrong: what is written to is seen here.
             if not torch.equal(old, tensor.detach()):
-                raise ProbeError("writes to its inputs")
+                raise ProbeError(WRITES)
         return replace(first_run, slack=self.slack(first_run, pattern, sizes, tensors))
 
     def slack(

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autoparallel.discovery.discover import ProbeError, require_probeable
+from autoparallel.discovery.discover import (
+    COMMUNICATES,
+    DRAWS_RANDOM,
+    ProbeError,
+    require_probeable,
+)
 from autoparallel.discovery.discovered_rule import DiscoveredRule
 from autoparallel.discovery.disk_cache import (
     key_of,
@@ -18,12 +23,14 @@ from autoparallel.discovery.disk_cache import (
 from autoparallel.discovery.probe_processes import EndedError, is_only_here, rule_of
 from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.discovery.shape_pattern import Probe
+from autoparallel.discovery.trial import DRAWS, WRITES
 from autoparallel.graph.graph import Dim, Graph
+from autoparallel.graph.operators import draws
 from autoparallel.rules.lookup import find_rule, known_rule
 from autoparallel.rules.registry import remember, signature
 from autoparallel.rules.rule import Dims, OpCall, ShardingRule
 
-__all__ = ["find_unknown", "learn", "whole_rule"]
+__all__ = ["find_unknown", "learn", "may_stay_whole", "whole_rule"]
 
 # Why no rule was found, by the call's signature: an op is not probed twice.
 _REASONS: dict[Any, str] = {}
@@ -60,6 +67,16 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
             return discovered, ""
         _REASONS[key] = why
     return None, _REASONS[key]
+
+
+def may_stay_whole(call: OpCall, why: str) -> bool:
+    """Return whether every rank may run an op on whole tensors, which is right for any op that
+    gives the same results wherever it is run, and does nothing else.
+
+    why: why no rule of it was found, "" where none was looked for.
+    """
+    forbidden = (DRAWS, WRITES, DRAWS_RANDOM, COMMUNICATES)
+    return not draws(call.node.target) and not any(reason in why for reason in forbidden)
 
 
 def whole_rule(call: OpCall, why: str) -> ShardingRule:

@@ -127,10 +127,12 @@ class Guards:
             own = vars(item)
             self.place(own, read.name, own.get(read.name, ABSENT), read)
             return
-        if hasattr(item, "__dict__"):
-            self.absent(vars(item), read.name, id(item))
+        # Objects of classes with slots, and builtin functions, have no attributes of their own.
+        own = getattr(item, "__dict__", None)
+        if own is not None:
+            self.absent(own, read.name, id(item))
         mro = type(item).__mro__
-        if "_autoparallel" in vars(item):
+        if own is not None and "_autoparallel" in own:
             mro = (mro[0], *mro[2:])  # the mixin of this project stands behind the first
         for kind in mro:
             # Many objects are of one class.

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Sym, Value
 from autoparallel.graph.operators import makes_list
@@ -265,8 +267,12 @@ class _Emitter:
         elif rule is not None and rule.function:
             expression = f"kernels.{rule.function}({text})"
         else:
-            # torch's Python functions take no lists with None, as for x[:, index].
-            exact = any(isinstance(arg, tuple) and None in arg for arg in args)
+            # torch's Python functions take no lists with None, as for x[:, index], and a memory
+            # format by its name alone.
+            exact = any(
+                isinstance(arg, torch.memory_format) or (isinstance(arg, tuple) and None in arg)
+                for arg in args
+            )
             exact = exact or (rule is not None and bool(rule.discovered))  # just what was probed
             expression = f"torch.ops.{target}({text})" if exact else spelled(target, text, reads)
         if rule is not None and pads:

@@ -292,6 +292,8 @@ def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> S
                 blocks *= size
             elif position > at:
                 unit *= size
+        if not total:
+            raise UnsplittableError  # of no repetitions, no part has any
         return normalized(Shard(index, blocks, unit), total, world_size)
     return None
 
@@ -318,6 +320,8 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Lo
     for size in sizes:
         assert isinstance(size, int)
         whole *= size
+    if not whole:
+        return None  # there is nothing to split
     after = whole
     for name, size in zip(names, sizes, strict=True):
         assert isinstance(size, int)

@@ -222,6 +222,15 @@ class _Meeting:
             restore(numbers)
 
 
+def _sum(stacked: torch.Tensor) -> torch.Tensor:
+    """Return the sum over dim 0, of complex numbers as of pairs of real ones, as collectives do:
+    torch adds no complex numbers of half precision.
+    """
+    if stacked.is_complex():
+        return torch.view_as_complex(torch.view_as_real(stacked).sum(0))
+    return stacked.sum(0)
+
+
 class LocalGroup(Group):
     """One thread's view of a group whose ranks are threads of this process.
 
@@ -240,7 +249,7 @@ class LocalGroup(Group):
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
         self._count("all_reduce")
         stacked: torch.Tensor = self.meeting.exchange(self.rank, tensor, torch.stack)
-        return stacked.sum(0) if operation == "sum" else stacked.amax(0)
+        return _sum(stacked) if operation == "sum" else stacked.amax(0)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         self._count("all_gather")
@@ -250,7 +259,7 @@ class LocalGroup(Group):
         self._count("reduce_scatter")
 
         def own(items: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack([item[self.rank] for item in items]).sum(0)
+            return _sum(torch.stack([item[self.rank] for item in items]))
 
         return self.meeting.exchange(self.rank, tensor, own)
 

@@ -8,6 +8,7 @@ differentiable pieces: they read results (not values on the way), and communicat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ __all__ = [
 
 def _highest(x: torch.Tensor, dim: int | tuple[int, ...], group: Group) -> torch.Tensor:
     """Return the maximum over all ranks' parts, with the dims kept at size 1."""
+    if x.dtype == torch.bool:  # of which no collective knows the maximum
+        return _highest(x.to(torch.uint8), dim, group).bool()
     dims = (dim,) if isinstance(dim, int) else dim
     if all(x.size(each) for each in dims):
         highest_here = x.amax(dim, keepdim=True)
@@ -45,6 +48,14 @@ def _highest(x: torch.Tensor, dim: int | tuple[int, ...], group: Group) -> torch
             shape, float("-inf") if x.is_floating_point() else _lowest(x.dtype)
         )
     return group.all_reduce(highest_here, "max")
+
+
+def _reversed(x: torch.Tensor) -> torch.Tensor:
+    """Return numbers in the opposite order, from which the same function gives the old ones back.
+
+    The negative of an integer may be itself (the least one), or large (unsigned ones).
+    """
+    return -x if x.is_floating_point() else x.bitwise_not()
 
 
 def _lowest(dtype: torch.dtype) -> int:
@@ -142,7 +153,7 @@ class _LogSumExp(torch.autograd.Function):
 def _over(
     kernel: type[torch.autograd.Function],
     x: torch.Tensor,
-    dims: int | list[int] | tuple[int, ...],
+    dims: int | Sequence[int],
     keepdim: bool,
     group: Group,
 ) -> torch.Tensor:
@@ -192,12 +203,7 @@ class _Extremes(torch.autograd.Function):
 
 
 def amax_split(
-    x: torch.Tensor,
-    dims: list[int] | tuple[int, ...] = (),
-    keepdim: bool = False,
-    *,
-    group: Group,
-    size: int,
+    x: torch.Tensor, dims: Sequence[int] = (), keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
     """Return the maximum over dims of which one is split, the same on every rank.
 
@@ -212,17 +218,12 @@ def amax_split(
 
 
 def amin_split(
-    x: torch.Tensor,
-    dims: list[int] | tuple[int, ...] = (),
-    keepdim: bool = False,
-    *,
-    group: Group,
-    size: int,
+    x: torch.Tensor, dims: Sequence[int] = (), keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
     """Return the minimum over dims of which one is split, the same on every rank. The arguments are
     `amax_split`'s.
     """
-    return -amax_split(-x, dims, keepdim, group=group, size=size)
+    return _reversed(amax_split(_reversed(x), dims, keepdim, group=group, size=size))
 
 
 class _First(torch.autograd.Function):
@@ -277,22 +278,25 @@ def min_split(
     """Return the minimum over a split dim and its place in the whole, as `max_split` does the
     maximum.
     """
-    best, first = max_split(-x, dim, keepdim, group=group, size=size)
-    return -best, first
+    best, first = max_split(_reversed(x), dim, keepdim, group=group, size=size)
+    return _reversed(best), first
 
 
 def argmax_split(
-    x: torch.Tensor, dim: int, keepdim: bool = False, *, group: Group, size: int
+    x: torch.Tensor, dim: int | None = None, keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Return the place of the maximum over a split dim, as `max_split` does. It has no gradient."""
-    return max_split(x.detach(), dim, keepdim, group=group, size=size)[1]
+    """Return the place of the maximum over a split dim, as `max_split` does. It has no gradient.
+
+    dim: None for the one dim of a vector.
+    """
+    return max_split(x.detach(), dim or 0, keepdim, group=group, size=size)[1]
 
 
 def argmin_split(
-    x: torch.Tensor, dim: int, keepdim: bool = False, *, group: Group, size: int
+    x: torch.Tensor, dim: int | None = None, keepdim: bool = False, *, group: Group, size: int
 ) -> torch.Tensor:
-    """Return the place of the minimum over a split dim, as `min_split` does. It has no gradient."""
-    return max_split(-x.detach(), dim, keepdim, group=group, size=size)[1]
+    """Return the place of the minimum over a split dim, as `argmax_split` does the maximum's."""
+    return max_split(_reversed(x.detach()), dim or 0, keepdim, group=group, size=size)[1]
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from autoparallel.capture.custom_functions import function_op
 from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.discovery.trial import DRAWS
-from autoparallel.discovery.unknown_ops import find_unknown, whole_rule
+from autoparallel.discovery.unknown_ops import find_unknown, may_stay_whole, whole_rule
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
 from autoparallel.graph.operators import draws
@@ -42,9 +41,10 @@ def match_rules(
     inert: calls that every rank computes whole; they need no rule. options: `unknown_ops` says
     whether ops without a rule are to be discovered, refused or kept whole. world_size: of 1, where
     nothing is discovered.
-    Raises UnsupportedOpError that lists every op without a rule that needs one, because a gradient
-    flows through it or because it draws random numbers, and RuleError that lists every registered
-    rule that is wrong.
+    An op of which no rule is found stays whole, and its rule says why. Raises UnsupportedOpError
+    that lists every op for which that is not right, because it draws random numbers, writes or
+    communicates, or that is not asked for, and RuleError that lists every registered rule that is
+    wrong.
     """
     require_proven(OpCall.of(graph, node) for node in graph.calls if node.name not in inert)
     matched: dict[str, MatchedCall] = {}
@@ -84,11 +84,11 @@ def match_rules(
             # On one rank nothing is split, so that no rule is needed.
             if write_rule is None and world_size > 1:
                 rule, why = _unwritten(call, inert, options)
-                if why and DRAWS not in why and function_op(node.target) is not None:
-                    # Both of its passes are the user's own, and whole tensors are right for them.
-                    rule = rule or whole_rule(call, why)
+                # One op is no reason to refuse a model: the others are split around it.
+                if rule is None and why and may_stay_whole(call, why):
+                    rule = whole_rule(call, why)
                 grad = any(result.requires_grad for result in node.results)
-                if rule is None and (grad or draws(node.target)):
+                if rule is None and (grad or draws(node.target) or DRAWS in why):
                     missing.setdefault(node.target, []).append(node)
                     reasons.setdefault(node.target, why)
             by_signature[key] = MatchedCall(call, rule)
@@ -147,10 +147,12 @@ def _unsupported(
             "split, or drawn alike on all ranks, is not known"
         )
     discovered = ", and none could be discovered" if any(reasons.values()) else ""
+    whole = ", or pass unknown_ops='replicate' to keep their tensors whole"
     return UnsupportedOpError(
         f"no sharding rule for {', '.join(sorted(missing))}{discovered}",
         where="\n".join(rows),
         why="\n".join(why),
-        fix="write a rule (autoparallel.register_rule, see examples/custom_rule.py), or pass "
-        "unknown_ops='replicate' to keep their tensors whole",
+        fix="write a rule (autoparallel.register_rule, see examples/custom_rule.py)"
+        # Ops for which no rule was looked for may be right on whole tensors; the others are not.
+        + ("" if any(reasons.values()) else whole),
     )

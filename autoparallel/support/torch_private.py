@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,8 @@ _HOMES = {
     "tree_unflatten": "torch.utils._pytree",
 }
 
+# Functions of torch that are written in Python and take what their ops take, in the same order.
+_ALIKE = frozenset({"norm", "split"})
 # Loggers whose messages the project replaces by errors of its own.
 EXPORT_LOGGERS = ("torch._export", "torch.export", "torch.fx")
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
@@ -267,10 +270,13 @@ def nn_binding(name: str) -> Any:
 def has_torch_binding(name: str) -> bool:
     """True if `torch.<name>` is the op's own Python binding, not a function written around it.
 
-    >>> has_torch_binding("relu"), has_torch_binding("unique")
-    (True, False)
+    >>> has_torch_binding("relu"), has_torch_binding("unique"), has_torch_binding("cdist")
+    (True, False, False)
     """
-    return hasattr(torch._C._VariableFunctions, name)
+    # Functions written in Python around a binding may take other arguments: cdist has a text where
+    # its op has a number.
+    around = isinstance(getattr(torch, name, None), FunctionType) and name not in _ALIKE
+    return hasattr(torch._C._VariableFunctions, name) and not around
 
 
 # Tensors.
@@ -310,12 +316,12 @@ def norms_of(
     tensors: Sequence[torch.Tensor], order: float, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """Return the p-norms of tensors, on a GPU by one kernel. dtype: in which they are summed."""
-    return list(torch._foreach_norm(tensors, order, dtype=dtype))
+    return list(torch._foreach_norm(list(tensors), order, dtype=dtype))
 
 
 def multiply_all_(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply tensors in place by one number, on a GPU by one kernel."""
-    torch._foreach_mul_(tensors, factor)
+    torch._foreach_mul_(list(tensors), factor)
 
 
 def share_local_part(target: DTensor, source: DTensor) -> None:

@@ -381,7 +381,9 @@ def _kernels(plan: Plan) -> list[str]:
 
 
 def _discovered(plan: Plan) -> list[str]:
-    """Tell the rules that were found by trial, each once with the number of its calls."""
+    """Tell the rules that were found by trial, and why none was, each once with the number of its
+    calls.
+    """
     rules = Counter((op.target, op.discovered) for op in plan.ops if op.discovered)
     rows = [f"  {target} ×{count}: {rule}" for (target, rule), count in rules.items()]
-    return ["Rules found by running the op on small tensors:", *rows] if rows else []
+    return ["Rules of ops for which none is written:", *rows] if rows else []

@@ -234,6 +234,99 @@ def test_batch_norm_takes_the_statistics_of_the_whole_batch(data_parallel):
     assert kernels == ({("batch_norm_split",)} if data_parallel else {("",)})
 
 
+class RunningInstances(nn.Module):
+    """Running statistics that an op writes without saying so: of entries, and of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 9)
+        self.norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("variance", torch.ones(4))
+
+    def forward(self, x):
+        y = self.norm(self.layer(x))
+        y, mean, deviation = torch.native_batch_norm(
+            y, None, None, self.mean, self.variance, self.training, 0.3, 1e-5
+        )
+        return y.sin().sum() + mean.sum() + deviation.sum()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("data_parallel", [False, True])
+def test_statistics_that_are_written_on_the_side(data_parallel, training):
+    """They are seen by whoever reads the memory, and do not keep the op whole."""
+    torch.manual_seed(0)
+    model = RunningInstances().double().train(training)
+    whole, x = copy.deepcopy(model), fixed(5, 4, 6)
+    split = split_as_whole(model, 3, x, atol=1e-10, data_parallel=data_parallel)
+    plan = autoparallel.make_plan(model, 3, example_inputs=x, data_parallel=data_parallel)
+    kinds = {op.target: op for op in plan.ops}
+    if data_parallel:
+        normal = kinds["aten.instance_norm.default"]
+        assert normal.operands[0] != (autoparallel.Invariant(),)
+    whole(x)
+    assert set(split.buffers) >= {"mean", "variance", "norm.running_mean", "norm.running_var"}
+    for path, buffer in split.buffers.items():
+        torch.testing.assert_close(buffer, whole.get_buffer(path), rtol=1e-12, atol=1e-12)
+
+
+class Into(nn.Module):
+    """Results that are written into buffers (out=), read before, between and after."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.function = function
+        self.register_buffer("kept", torch.ones(6))
+        self.register_buffer("places", torch.zeros(6, dtype=torch.long))
+
+    def forward(self, x):
+        loss = (self.layer(x) * self.kept.clone()).sum()
+        for _ in range(2):
+            with torch.no_grad():
+                self.function(self, self.layer(x))
+            loss = loss + (self.layer(x) * self.kept.clone() + self.places.clone()).square().sum()
+        return loss
+
+
+INTO = {
+    "one": lambda m, y: F.normalize(y[0] + m.kept, dim=0, out=m.kept),
+    "several": lambda m, y: torch.max(y, 0, out=(m.kept, m.places)),
+    "another type": lambda m, y: torch.add(m.places, 3, out=m.kept),
+    "a view": lambda m, y: torch.mul(y[0, :3], 2.0, out=m.kept[:3]),
+}
+
+
+@pytest.mark.parametrize("name", INTO)
+def test_results_that_are_written_into_buffers(name):
+    torch.manual_seed(0)
+    model, x = Into(INTO[name]).double(), fixed(4, 6)
+    whole = copy.deepcopy(model)
+    split = split_as_whole(model, 2, x, atol=1e-10)
+    whole(x)
+    for path, buffer in whole.named_buffers():
+        torch.testing.assert_close(split.buffers[path], buffer, rtol=1e-12, atol=1e-12)
+
+
+def test_fresh_memory_is_the_same_on_every_rank():
+    """Its numbers are nobody's business, but ranks must not differ in them."""
+
+    class Fresh(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            y = self.layer(x)
+            made = (y.new_empty_strided((2, 3), (1, 2)), torch.empty_strided((2, 3), (1, 2)))
+            return y.sum(), *made, torch.empty_permuted((2, 3), (1, 0))
+
+    made = autoparallel.simulate(Fresh(), 2, example_inputs=torch.ones(4, 6))
+    assert made.apart == 0.0
+    assert all(not tensor.any() for tensor in made.output[1:])
+
+
 def test_a_mean_of_narrow_numbers_does_not_overflow():
     """A sum of 16 bits ends at 65504; the mean of as many ones is one."""
 

@@ -91,6 +91,43 @@ def test_numbers_do_not_depend_on_the_plan(name):
     assert (ours.std() / theirs.std() - 1).abs() < (0.1 if few > WIDTH else 0.5)
 
 
+DESCRIBED = {
+    "bernoulli": lambda p: torch.bernoulli(p),
+    "normal": lambda p: torch.normal(p, p),
+    "overwritten": lambda p: (p * 1).normal_(),
+    "overwritten by others": lambda p: (p * 1).exponential_() * 0 + (p * 1).bernoulli_(0.5),
+}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_what_describes_a_distribution_gets_zeros(name):
+    """Torch gives them a gradient, and an optimizer tells it from none: it decays the weights."""
+
+    class Described(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            # Numbers that are not finite get zeros as well.
+            self.register_buffer("shift", torch.tensor([0.0] * 5 + [torch.inf]))
+
+        def forward(self, x):
+            chances = self.layer(x).sigmoid()
+            if name.startswith("over"):
+                chances = chances + self.shift
+            return DESCRIBED[name](chances).sum()
+
+    torch.manual_seed(0)
+    model, x = Described().double(), torch.randn(4, 6, dtype=torch.float64)
+    model(x).backward()
+    plan = autoparallel.make_plan(model, 2, example_inputs=x)
+    assert not plan.breaks
+    made = autoparallel.simulate(model, plan=plan, example_inputs=x)
+    assert made.output.isfinite()
+    for path, parameter in model.named_parameters():
+        assert not parameter.grad.any()
+        assert torch.equal(made.gradients[path], parameter.grad), path
+
+
 def test_two_ops_draw_different_numbers():
     made = run(lambda x: torch.rand_like(x) - torch.rand_like(x), 1)
     assert made.abs().min() >= 0

@@ -221,28 +221,56 @@ def test_generic_kernels_in_a_plan() -> None:
 
 
 class Refused(nn.Module):
-    """Two ops that cannot be discovered, one that can."""
+    """An op that may draw numbers without saying so, one that takes probabilities alone, and one
+    that can be discovered.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, noisy: bool, detached: bool = False) -> None:
         super().__init__()
         self.inner = nn.Linear(8, 8)
+        self.noisy, self.detached = noisy, detached
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.probed.noisy(torch.ops.probed.magnitude(self.inner(x)))
-        return torch.ops.probed.picky(y, "fast")
+        y = torch.ops.probed.magnitude(self.inner(x))
+        if self.noisy:
+            y = y + torch.ops.probed.noisy(y.detach() if self.detached else y)
+        return torch.ops.probed.entropy(y.softmax(-1)).square().sum()
 
 
-def test_all_offenders_are_listed_with_their_reasons() -> None:
-    """What, where, why of each, and the fix."""
+@pytest.mark.parametrize("detached", [False, True])
+def test_offenders_are_listed_with_their_reasons(detached: bool) -> None:
+    """What, where, why of each, and the fix. Whether a gradient flows through it or not, an op that
+    draws numbers would give each rank others.
+    """
     with pytest.raises(UnsupportedOpError) as caught:
-        autoparallel.make_plan(Refused(), 2, example_inputs=torch.zeros(4, 8))
+        autoparallel.make_plan(Refused(True, detached), 2, example_inputs=torch.zeros(4, 8))
     text = str(caught.value)
     assert "none could be discovered" in text
     assert "probed.noisy.default: the op gives other results when it is run again" in text
-    assert "probed.picky.default: the op failed on probe inputs: ValueError" in text
     assert "test_discover.py" in text
-    assert "unknown_ops='replicate'" in text
+    assert "register_rule" in text
+    assert "unknown_ops='replicate'" not in text
     assert "magnitude" not in text
+    assert "entropy" not in text
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_an_op_of_which_no_rule_is_found_stays_whole(world_size: int) -> None:
+    """The rest is split around it, and the plan says why it is whole."""
+    torch.manual_seed(0)
+    model, x = Refused(False).double(), torch.randn(4, 8, dtype=torch.float64)
+    plan = autoparallel.make_plan(model, world_size, example_inputs=x)
+    told = {op.target: op.discovered for op in plan.ops if op.discovered}
+    reason = "whole: the op failed on probe inputs: ValueError: rows must sum to 1"
+    assert told["probed.entropy.default"].startswith(reason)
+    assert f"probed.entropy.default ×1: {reason}" in " ".join(plan_text(plan).split())
+    assert any(parameter.storage != (autoparallel.Invariant(),) for parameter in plan.parameters)
+    result = autoparallel.simulate(model, plan=plan, example_inputs=x)
+    loss = model(x)
+    loss.backward()
+    torch.testing.assert_close(result.output, loss.detach())
+    torch.testing.assert_close(result.gradients["inner.weight"], model.inner.weight.grad)
+    assert result.apart == 0.0
 
 
 class Looped(nn.Module):

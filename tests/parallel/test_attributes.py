@@ -270,3 +270,29 @@ def test_attributes_that_are_set_before_the_first_call() -> None:
     # It is planned once: the parameters, which are the same objects as before, are no others.
     ((entry,),) = waiting._autoparallel.entries.values()
     assert entry.plan is waiting.plan
+
+
+class Base:
+    """Of its instances, which have no dictionary, the forward reads what their class has."""
+
+    __slots__ = ("power",)
+    number = 2.0
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.number**self.power
+
+
+def test_attributes_of_the_class_of_an_object_without_a_dictionary() -> None:
+    class Raised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.base = Base()
+            self.base.power = 3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base.times(self.inner(x)).sum()
+
+    model, x = Raised().double(), torch.ones(3, 4, dtype=torch.float64)
+    made = autoparallel.simulate(model, 2, example_inputs=x)
+    torch.testing.assert_close(made.output, model(x).detach(), rtol=1e-12, atol=0)

@@ -89,6 +89,12 @@ def picky(x: torch.Tensor, mode: str) -> torch.Tensor:
     raise ValueError(f"mode {mode!r} is not known")
 
 
+def entropy(x: torch.Tensor) -> torch.Tensor:
+    if bool(((x.sum(-1) - 1).abs() > 1e-6).any()):
+        raise ValueError("rows must sum to 1")
+    return -(x * x.log())
+
+
 def clipped(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
@@ -104,6 +110,7 @@ BIASED = define(
 )
 SOFTMAX_PRODUCT = define("softmax_product", "(Tensor x, Tensor y) -> Tensor", softmax_product)
 MERGE_HEADS = define("merge_heads", "(Tensor x) -> Tensor", merge_heads)
+ENTROPY = define("entropy", "(Tensor x) -> Tensor", entropy, torch.empty_like)
 NOISY = define("noisy", "(Tensor x) -> Tensor", noisy, torch.empty_like)
 PICKY = define(
     "picky", "(Tensor x, str mode) -> Tensor", picky, lambda x, mode: torch.empty_like(x)

@@ -47,6 +47,7 @@ def reduction() -> list[Call]:
         call("_fft_c2r.default", complex_numbers(4, 5, 6), (0,), 2, 6),
         call("renorm.default", x(4, 5, 6), 2, 1, 0.5),
         call("cdist.default", x(3, 4, 6), x(3, 5, 6)),
+        call("cdist.default", x(3, 4, 6), x(3, 5, 6), 1.0, 1),
         call("kthvalue.default", x(4, 5, 6), 2),
         call("mode.default", ints(4, 5, 6), 1),
         call("cummax.default", x(4, 5, 6), 1),
@@ -61,6 +62,17 @@ def reduction() -> list[Call]:
         call("amax.default", x(4, 5)),
         call("argmax.default", x(4, 5, 6), 1),
         call("argmax.default", x(4, 5)),
+        # The one dim of a vector, which no argument names.
+        *(call(f"{name}.default", x(7)) for name in ("amax", "amin", "argmax", "argmin")),
+        call("amax.default", x(7), (), True),
+        # Integers that have no negatives, or whose least one is its own, and truth values.
+        *(
+            call(f"{name}.default", numbers, (1,) if name.startswith("am") else 1)
+            for name in ("amax", "amin", "argmin")
+            for numbers in (ints(3, 7, low=0, high=9).to(torch.uint8), ints(3, 7) - 2**63)
+        ),
+        call("amin.default", truth(3, 7), (1,)),
+        call("min.dim", ints(3, 7, low=0).to(torch.uint8), 1),
         call("argmin.default", x(4, 5, 6), -1, True),
         call("logsumexp.default", x(4, 5, 6), (1,)),
         call("any.dim", truth(4, 5, 6), 1),
@@ -296,6 +308,8 @@ def losses() -> list[Call]:
 
 
 def convolution() -> list[Call]:
+    ten = {5: "s0", 10: "2*s0"}
+    three = {3: "s0", 6: "2*s0", 9: "3*s0", 12: "4*s0"}
     calls = [
         call("conv1d.default", x(5, 6, 9), x(8, 6, 3)),
         call("conv1d.default", x(6, 9), x(8, 6, 3), x(8)),
@@ -305,6 +319,34 @@ def convolution() -> list[Call]:
         call("conv2d.default", x(5, 6, 7, 8), x(8, 6, 3, 2), None, (2, 1), (1, 1)),
         call("conv2d.padding", x(4, 6, 7, 8), x(5, 6, 3, 2), None, (1, 1), "valid"),
         call("conv2d.default", x(3, 6, 7, 8), x(5, 6, 2, 2), symbolic={3: "s0"}),
+        # A weight that is computed: as many rows, or groups, as an input is long.
+        call("conv2d.default", x(4, 6, 7, 8), x(5, 6, 2, 2), symbolic={5: "s0"}),
+        call("conv1d.default", x(4, 6, 7), x(10, 3, 2), x(10), (1,), (0,), (1,), 2, symbolic=ten),
+        *(
+            call(
+                "conv1d.default",
+                x(*batch, 6, 7),
+                x(9, 2, 2),
+                None,
+                (1,),
+                (0,),
+                (1,),
+                3,
+                symbolic=three,
+            )
+            for batch in ((), (2,))
+        ),
+        call(
+            "conv_transpose1d.default",
+            x(2, 6, 7),
+            x(6, 4, 2),
+            x(12),
+            (1,),
+            (0,),
+            (0,),
+            3,
+            symbolic=three,
+        ),
         call("conv3d.default", x(2, 4, 5, 6, 7), x(5, 4, 2, 2, 3)),
         call("conv3d.padding", x(2, 4, 5, 6, 7), x(5, 4, 2, 2, 3), x(5)),
         call("conv2d.default", x(5, 6, 7, 8), x(8, 6, 3, 2), x(8), (2, 1), padding=(1, 1)),
@@ -314,6 +356,8 @@ def convolution() -> list[Call]:
         call("col2im.default", x(5, 24, 28), (7, 8), (3, 2), (1, 1), (1, 0), (2, 1)),
         call("grid_sampler.default", x(5, 4, 6, 7), fixed(5, 3, 8, 2), 0, 0, False),
         call("grid_sampler.default", x(4, 3, 6, 7), x(4, 3, 8, 2), 0, 1, True),
+        call("grid_sampler_2d.default", x(4, 3, 6, 7), x(4, 3, 8, 2), 0, 1, True),
+        call("grid_sampler_3d.default", x(4, 3, 2, 5, 6), x(4, 2, 5, 7, 3), 0, 0, True),
         call("affine_grid_generator.default", x(5, 2, 3), (5, 3, 6, 7), False),
         call("_upsample_nearest_exact1d.vec", x(4, 5, 6), None, (2.0,)),
         call("_upsample_nearest_exact2d.vec", x(3, 4, 5, 6), (7, 9), None),

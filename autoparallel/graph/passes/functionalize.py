@@ -275,7 +275,8 @@ class _Functional:
         not see the change.
 
         A gradient that flowed through the memory flows on as if nothing had been written, which is
-        that of after + (before - before) with all but the first `before` detached.
+        that of after + (before - before) with all but the first `before` detached. Numbers that are
+        not finite count as 0 there, as their difference is no number.
         """
         if after.requires_grad:
             plain = replace(after, name=self.free(after.name), requires_grad=False)
@@ -283,10 +284,12 @@ class _Functional:
             after = plain
         if not before.requires_grad:
             return after.name
+        finite = replace(before, name=self.free(before.name))
+        self.make(writer, "aten.nan_to_num.default", finite, Ref(before.name), 0.0, 0.0, 0.0)
         fixed = replace(before, name=self.free(before.name), requires_grad=False)
-        self.make(writer, "aten.detach.default", fixed, Ref(before.name))
+        self.make(writer, "aten.detach.default", fixed, Ref(finite.name))
         nothing = replace(before, name=self.free(before.name))
-        self.make(writer, "aten.sub.Tensor", nothing, Ref(before.name), Ref(fixed.name))
+        self.make(writer, "aten.sub.Tensor", nothing, Ref(finite.name), Ref(fixed.name))
         joined = replace(before, name=self.free(after.name))
         return self.make(writer, "aten.add.Tensor", joined, Ref(after.name), Ref(nothing.name))
 

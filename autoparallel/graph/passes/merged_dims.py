@@ -148,8 +148,9 @@ def _refined(before: Shape, after: Shape) -> Shape | None:
     """Return the finest sizes of which both shapes are made by merging neighbours;
     None where there are none.
     """
-    # A dim of size 1 may stand anywhere, so that groups would not be unique.
-    if 1 in after or 1 in before:
+    # A dim of size 1 may stand anywhere, so that groups would not be unique; the dims of a tensor
+    # without elements may have any factors.
+    if any(size in (0, 1) for size in (*before, *after)):
         return None
     # An empty tensor's dims all end in one place.
     if 0 in map(hint, (*before, *after)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from autoparallel.graph.graph import Dim
+from autoparallel.graph.graph import Dim, Sym
 from autoparallel.placement import Partial
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
@@ -27,10 +27,40 @@ def _local_groups(call: OpCall, shapes: Shapes) -> tuple[object, ...]:
     of the result has channels for.
     """
     args, channel = call.node.args, -1 - _spatial(call.node.target)
-    if len(args) <= _GROUPS or args[_GROUPS] == 1:
+    channels = call.results[0].shape[channel]
+    # Groups are split by whole numbers of channels alone.
+    if len(args) <= _GROUPS or args[_GROUPS] == 1 or isinstance(channels, Sym):
         return args
-    channels_per_group = call.results[0].shape[channel] // args[_GROUPS]
+    channels_per_group = channels // args[_GROUPS]
     return (*args[:_GROUPS], shapes[0][channel] // channels_per_group, *args[_GROUPS + 1 :])
+
+
+def _per_group(channels: Dim, groups: int) -> Dim:
+    """Return the number of channels of each group, which the inputs may decide: a weight that is
+    computed may have as many rows as the batch.
+    """
+    if isinstance(channels, Sym) and groups != 1:
+        return Sym(channels.expr / groups, channels.hint // groups)
+    return channels if isinstance(channels, Sym) else channels // groups
+
+
+def _grouped_by_a_size(call: OpCall) -> ShardingRule:
+    """Return the rule of a convolution with as many groups as an input is long, such as one for
+    each entry of a batch that has a weight of its own. Only dim 0 is free.
+    """
+    spatial = _spatial(call.node.target)
+    windows, kernel = (" ".join(f"{kind}{at}" for at in range(spatial)) for kind in "sk")
+    batch = "b " * (len(call.operands[0].shape) == spatial + 2)
+    ones = " ".join("1" * spatial)
+    bias = ", 1" * (len(call.operands) - 2)
+    # The weight's rows are the channels of the result, or of x for a transposed one; the other
+    # side's channels add no points to the loop nest.
+    x, y = ("rows", "1") if "transpose" in call.node.target else ("1", "rows")
+    text = f"{batch}{x} {ones}, rows columns {kernel}{bias} -> {batch}{y} {windows}"
+    rule = ShardingRule.parse(text, call, flops=2)
+    whole = frozenset(rule.sizes) - {"b"}
+    why = "the number of groups follows from the inputs' sizes"
+    return replace(rule, whole=whole, reasons=dict.fromkeys(sorted(whole), why))
 
 
 @rule(
@@ -52,9 +82,10 @@ def convolution(call: OpCall) -> ShardingRule:
     spatial = _spatial(call.node.target)
     transposed = "transpose" in call.node.target
     groups = call.argument(_GROUPS, "groups", 1)
+    if isinstance(groups, Sym):
+        return _grouped_by_a_size(call)
     weight_rows, weight_columns = weight.shape[:2]
-    assert isinstance(weight_rows, int)
-    shared: dict[str, Dim] = {"g": groups, "io"[not transposed]: weight_rows // groups}
+    shared: dict[str, Dim] = {"g": groups, "io"[not transposed]: _per_group(weight_rows, groups)}
     shared["io"[transposed]] = weight_columns
     shared["b"] = x.shape[0] if len(x.shape) == spatial + 2 else 1
     kernel = [f"k{index}" for index in range(spatial)]
@@ -174,7 +205,10 @@ def columns(call: OpCall) -> ShardingRule:
     )
 
 
-@rule("aten.grid_sampler.default", takes_empty=False)
+@rule(
+    *(f"aten.{name}.default" for name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")),
+    takes_empty=False,
+)
 def grid_sampler(call: OpCall) -> ShardingRule:
     """Pixels at given places: every batch entry and channel by itself, linear in the image."""
     windows = " ".join(["1"] * (len(call.operands[0].shape) - 2))

@@ -156,12 +156,12 @@ def _kernel(call: OpCall, reduced: set[int], dim: int) -> Kernel | None:
         # The norm of complex numbers is real, so that the op is another one for the parts' norms.
         combines = not dtype.is_complex and ("norm" not in name or _is_norm_of_norms(call))
         return _combined(call, reduced, dim) if combines else None
-    if target not in _COMMUNICATING or (target in _PLACED and call.argument(1, "dim") is None):
+    # Where no dim is named, the place is one among all elements: of a vector, that in its one dim.
+    of_all = call.argument(1, "dim") is None and len(call.operands[0].shape) > 1
+    if target not in _COMMUNICATING or (target in _PLACED and of_all):
         return None
     kernel, times = _COMMUNICATING[target]
-    # The least number is found as the largest of the negated ones, which need a sign.
-    signed = dtype.is_floating_point or dtype.is_signed
-    return _reducing(call, kernel, times) if signed or "min" not in kernel else None
+    return _reducing(call, kernel, times)
 
 
 def _is_norm_of_norms(call: OpCall) -> bool:

@@ -95,6 +95,13 @@ def without_gradient(x: Tensor) -> Tensor:
     return y * y + x * z
 
 
+def infinite_numbers_without_gradient(x: Tensor) -> Tensor:
+    y = x.masked_fill(x > 0.1, float("-inf"))
+    with torch.no_grad():
+        y.clamp_(-5, 5)
+    return y * 2
+
+
 def stopped_gradients(x: Tensor) -> Tensor:
     with torch.no_grad():
         scale = x.abs().amax(1, keepdim=True)
@@ -112,6 +119,7 @@ PROGRAMS = [
     a_broadcast_copy,
     truths,
     without_gradient,
+    infinite_numbers_without_gradient,
     stopped_gradients,
 ]
 
