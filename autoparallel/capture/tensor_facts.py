@@ -21,6 +21,7 @@ from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.module_tensors import named_tensors
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, AttributeRead, TensorRead, Where
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.torch_private import without_function_modes
 
 __all__ = ["TensorFacts"]
@@ -57,6 +58,13 @@ class TensorFacts(TorchFunctionMode):
         self.model, self.inputs, self.folding = model, inputs, folding
         self.truth = {path: tensor for path, _, _, tensor in named_tensors(model)}
         self.paths = {id(tensor): path for path, tensor in reversed(list(self.truth.items()))}
+        # By their dictionaries: to walk through the modules while they are traced would be noticed.
+        self.holders = [
+            (path, tensors)
+            for path, module in model.named_modules(remove_duplicate=False)
+            for tensors in (module._parameters, module._buffers)
+        ]
+        self.traced: dict[int, tuple[str, torch.Tensor]] | None = None
         self.numbers: dict[int, int] = {}
         self.marked: dict[int, tuple[torch.Tensor, str]] = {}
         self.reads: dict[AttributeRead, None] = {}
@@ -67,6 +75,7 @@ class TensorFacts(TorchFunctionMode):
     def installed(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         """Answer within, in this thread. tensors: the inputs as the tracer has them."""
         self.numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+        self.traced = None
         before = _current.facts
         with _watched_attributes(), self:
             _current.facts = self
@@ -158,11 +167,15 @@ class TensorFacts(TorchFunctionMode):
 
     def path_of(self, tensor: torch.Tensor) -> str | None:
         """Return the path of a tensor of the model, as it is in truth or in the trace."""
-        path = self.paths.get(id(tensor))
-        if path is None:
-            named = named_tensors(self.model)
-            path = next((where for where, _, _, own in named if own is tensor), None)
-        return path
+        if self.traced is None:
+            # The tensors are kept with their paths, so that none gets the identity of another.
+            self.traced = {}
+            for path, tensors in self.holders:
+                for name, own in tensors.items():
+                    if own is not None:
+                        self.traced.setdefault(id(own), (join_path(path, name), own))
+        known = self.traced.get(id(tensor))
+        return self.paths.get(id(tensor)) if known is None else known[0]
 
     def note(self, path: str, name: str, value: Any) -> None:
         """Note a fact of a parameter or buffer."""

@@ -333,7 +333,9 @@ def _run_planned(
             _log.warning(
                 "%s runs as Python: hooks were registered in it", state.path or "the model"
             )
-    elif forward_gradients_are_on() or in_function_transform():
+    elif not torch.compiler.is_compiling() and (
+        forward_gradients_are_on() or in_function_transform()
+    ):
         _log.info("%s runs as Python: programs have no other derivatives", state.path)
     # Where Python is all there is, and the ranks compare nothing, nothing is looked for.
     elif (

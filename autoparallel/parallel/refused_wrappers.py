@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from autoparallel.errors import WrappedModelError
@@ -48,13 +49,15 @@ class RefusedWrappers:
         """Return names and modules as nn.Module does, but raise WrappedModelError where it is
         parallelize_module that asks.
         """
-        self._refuse_parallelizing(sys._getframe(1))
+        if not torch.compiler.is_compiling():
+            self._refuse_parallelizing(sys._getframe(1))
         children: Iterator[tuple[str, nn.Module]] = super().named_children()  # type: ignore[misc]
         return children
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Return paths and modules as nn.Module does, with the same exception."""
-        self._refuse_parallelizing(sys._getframe(1))
+        if not torch.compiler.is_compiling():
+            self._refuse_parallelizing(sys._getframe(1))
         modules: Iterator[tuple[str, nn.Module]] = super().named_modules(  # type: ignore[misc]
             *args, **kwargs
         )

@@ -104,7 +104,8 @@ def test_a_hook_in_the_forward(kind: str, world_size: int) -> None:
     plan = compared(Layers(IN_FORWARD[kind]).double(), world_size)
     (stays,) = plan.breaks
     assert stays.path == ""
-    assert "reaches into the backward pass" in stays.reason
+    asks = kind == "when trained"  # before it registers the hook, which is as much of a reason
+    assert ("reads requires_grad" if asks else "reaches into the backward pass") in stays.reason
 
 
 @pytest.mark.filterwarnings("ignore:.*backward hook:UserWarning")

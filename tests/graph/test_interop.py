@@ -35,10 +35,11 @@ def flat(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_module_equals_the_model(name: str) -> None:
-    """To the bit the parallel module on one rank, and the model up to the order of sums.
+    """Up to the order of sums, which passes change: a loss over (b, v, s) adds up otherwise than
+    one over (b s, v).
 
-    Passes change that order: a loss over (b, v, s) adds up otherwise than one over (b s, v). Its
-    nodes are the graph's, its parameters the model's own.
+    The parallel module on one rank runs the latter, and has the model's loss to the bit. The nodes
+    are the graph's, the parameters the model's own.
     """
     model, inputs = build(name), inputs_for(name)
     with Float64():
@@ -69,7 +70,7 @@ def test_the_module_equals_the_model(name: str) -> None:
     assert torch.equal(own_logits, logits)
     with Float64():
         single = autoparallel.autoparallelize(model, 1, example_inputs=inputs)
-        assert torch.equal(own_loss, loss_and_logits(single(**inputs))[0])
+        assert torch.equal(loss, loss_and_logits(single(**inputs))[0])
     own_loss.backward()
     named = model.named_parameters(remove_duplicate=False)
     actual = {path: parameter.grad for path, parameter in named}
