@@ -178,6 +178,24 @@ def test_what_is_beside_a_place_that_is_written_is_still_guarded(kind: str) -> N
     assert as_unsplit(model, 1, (X,), script) == 2
 
 
+def test_a_forward_may_register_hooks_for_itself_once() -> None:
+    """As models do that collect their hidden states: the trace has what the hooks do."""
+
+    def leave(model: Any, hidden: torch.Tensor) -> None:
+        if not model.b._forward_pre_hooks:
+            model.b.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+
+    def script(model: Any) -> Any:
+        model(X)
+        for scale in (1.0, 2.0):
+            loss = model(X * scale)
+            loss.backward()
+            yield loss
+
+    assert not capture(Net(leave), (X,), {}).part
+    as_unsplit(Net(leave), 2, (X,), script)
+
+
 def test_nothing_is_written_where_nothing_changes() -> None:
     model = Net(LEFT["a list that is filled"][0])
     before = Attributes(model)
