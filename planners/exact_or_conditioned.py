@@ -25,7 +25,7 @@ class ExactOrConditioned:
 
     def forget(self) -> None:
         """Drop the memo's tables: no table with usage is the same at another multiplier."""
-        self.memo = Memo(self.memo.orders)
+        self.memo = self.memo.emptied()
 
     def __call__(self, problem: Problem) -> Solution:
         """Return an optimum of a plain problem, or a good assignment with a bound."""

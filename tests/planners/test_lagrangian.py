@@ -128,6 +128,15 @@ def test_limited_equals_brute_force(seed: int) -> None:
     bounds_the_optimum(seed)
 
 
+def test_limited_equals_brute_force_without_dominated_states(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Large problems drop dominated states at every multiplier; here, 300 small ones do."""
+    monkeypatch.setattr(exact, "_LITTLE_WORK", -1)
+    for seed in range(2000, 2300):
+        bounds_the_optimum(seed)
+
+
 def solvable(seed: int, alternatives: int = 1) -> tuple[Problem, Solution] | None:
     """A random problem and its optimum, unless it has none."""
     rng = np.random.default_rng(seed)
