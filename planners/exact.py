@@ -70,14 +70,16 @@ def min_marginals(
     *,
     max_table_entries: int = MAX_TABLE_ENTRIES,
     memo: Memo | None = None,
+    most_work: float = math.inf,
 ) -> dict[str, Table]:
     """Return, per named variable, the least cost with it fixed to each of its states.
 
     The other variables are re-optimized, so that entry minus optimum is what a state really costs;
     +inf where the state allows no finite cost. An entry is never above that, and below it by
     rounding only (a share of 2**-40 of all that is added up, for each step between variables). All
-    names together take about twice the time of one solve. Options and errors as in `solve`; also
-    ValueError for an unknown name.
+    names together take about twice the time of one solve that drops no dominated states. most_work:
+    TooWideError is raised, too, where elimination alone would read more table entries. Other
+    options and errors as in `solve`; also ValueError for an unknown name.
 
     >>> from planners import Factor, Variable
     >>> variables = Variable("a", np.array([0.0, 0.5])), Variable("b", np.array([1.0, 0.0]))
@@ -89,7 +91,7 @@ def min_marginals(
     wanted = {name: problem.index(name) for name in names}
     problem = problem.weighed(0.0)
     try:
-        elimination = _Elimination(problem, max_table_entries, memo)
+        elimination = _Elimination(problem, max_table_entries, memo, most_work=most_work)
     except ContradictionError as contradiction:
         raise _infeasible(problem, contradiction.candidates, memo) from None
     marginals = elimination.marginals(list(wanted.values()))
@@ -107,7 +109,8 @@ class _Elimination:
     optimum: the least cost. tables[r]: the memo's number of the resulting table of recipe r, whose
     smallest entry is 0. magnitude: the sum of the absolute values that make up the optimum. Raises
     ContradictionError where no assignment is finite, TooWideError from the schedule.
-    optimum_alone: dominated states may be dropped, as only an optimum is asked for.
+    optimum_alone: dominated states may be dropped, as only an optimum is asked for. most_work: more
+    is too wide.
     """
 
     network: Network
@@ -116,12 +119,20 @@ class _Elimination:
     magnitude: float
 
     def __init__(
-        self, problem: Problem, max_table_entries: int, memo: Memo, optimum_alone: bool = False
+        self,
+        problem: Problem,
+        max_table_entries: int,
+        memo: Memo,
+        optimum_alone: bool = False,
+        most_work: float = math.inf,
     ) -> None:
         self.problem = problem
         self.memo = memo
         self.network = reduce(problem, memo)
         self.schedule = self._scheduled(max_table_entries, optimum_alone)
+        if self.schedule.work > most_work:
+            largest = max(recipe.entries for recipe in self.schedule.recipes)
+            raise TooWideError(largest, max_table_entries)
         self.tables: list[int] = []
         offsets: list[float] = []
         for number, recipe in enumerate(self.schedule.recipes):

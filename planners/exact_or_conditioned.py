@@ -23,6 +23,11 @@ class ExactOrConditioned:
         self.cutset: tuple[str, ...] | None = None
         self.memo = Memo()
 
+    @property
+    def is_quick(self) -> bool:
+        """True while every problem was eliminated with little work."""
+        return self.cutset is None and not self.memo.heavy
+
     def forget(self) -> None:
         """Drop the memo's tables: no table with usage is the same at another multiplier."""
         self.memo = self.memo.emptied()
