@@ -37,9 +37,7 @@ def possible_states(
     limit = 0.0 if problem.limit is None else problem.limit
     try:
         weighed = problem.weighed(multiplier)
-        marginals = exact.min_marginals(
-            weighed, problem.names, memo=Memo(), most_work=_MOST_WORK
-        )
+        marginals = exact.min_marginals(weighed, problem.names, memo=Memo(), most_work=_MOST_WORK)
     except InfeasibleError:
         return {variable.name: np.zeros(variable.size, np.bool_) for variable in problem.variables}
     # An assignment x has cost(x) <= most_cost and usage(x) <= limit, so its charged cost is at most

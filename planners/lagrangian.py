@@ -32,7 +32,7 @@ __all__ = ["solve"]
 
 Solver = Callable[[Problem], Solution]
 
-MOST_SOLVES = 80
+MOST_SOLVES = 40
 # A gap of a tenth of a percent is far below the error of any cost model.
 ENOUGH = 1e-3
 # Solves by conditioning, which take many eliminations, and solves of much work: fewer of them.
@@ -66,7 +66,8 @@ def solve(
     solver: of plain problems; by default the exact one, or conditioning where that is too wide.
     prover: where the solver's bounds are rough, a slower one that proves better ones; asked once
     for a multiplier. most_solves: of plain problems, about; a fifth of them to find a multiplier.
-    enough: the search ends at this gap, as a share of the cost. Deterministic.
+    enough: the search ends at this gap, as a share of the cost. Deterministic,
+    but for an interrupt (Ctrl-C): that returns the best so far, if there is one with a bound.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
 
@@ -142,12 +143,20 @@ class _Search:
     def run(self) -> Solution:
         """Explore branches, the one of the lowest bound first; return the best with the bound."""
         root = _Node(self.problem, {}, -math.inf)
-        nodes, leaves = [root], []
+        nodes, leaves = [root], list[_Node]()
+        interrupted = False
         for _ in range(_MOST_BRANCHES):
             node = min(nodes, key=lambda node: node.bound)
             nodes.remove(node)
             leaves.append(node)
-            self.explore(node)
+            try:
+                self.explore(node)
+            except KeyboardInterrupt:
+                # The best so far, with what is proven of it, is worth more than nothing.
+                if self.best is None or node.bound == -math.inf:
+                    raise
+                interrupted = True
+                break
             if not self.is_enough(node):
                 children = self.branches(node)
                 if children:
@@ -162,6 +171,7 @@ class _Search:
         # The branches partition the assignments, so that the least of their bounds bounds all.
         bound = min(best.cost, *(node.bound for node in leaves + nodes))
         method = f"{self.method}, usage charged" if root.multiplier else self.method
+        method += ", interrupted" if interrupted else ""
         solution = Solution(
             best.assignment,
             best.cost,
@@ -172,8 +182,10 @@ class _Search:
             best.factor_alternatives,
             root.multiplier,
         )
-        if solution.gap > self.enough * abs(solution.cost) and isinstance(
-            self.solver, ExactOrConditioned
+        if (
+            solution.gap > self.enough * abs(solution.cost)
+            and isinstance(self.solver, ExactOrConditioned)
+            and not interrupted
         ):
             return refine_by_integer_program(self.problem, solution, self.enough)
         return solution
@@ -289,13 +301,15 @@ class _Search:
         members = [solution for solution in self.solutions if node.holds(solution)]
         over = [s for s in members if not self.problem.fits(s.usage)]
         within = [s for s in members if self.problem.fits(s.usage)]
+        if not within:
+            # First, as it is quick, and all that is needed where nothing fits.
+            least = self.least(node)
+            within.append(least)
         if not over:
             solution = self.at(node, 0.0)
             if self.problem.fits(solution.usage):
                 return
             over.append(solution)
-        if not within:
-            within.append(self.least(node))
         low, high, run_length = 0.0, math.inf, 0
         for _ in range(max(4, self.most_solves // 5)):
             meet, promised, node.ends = highest_meeting(self.problem, over, within, self.limit)
@@ -426,9 +440,7 @@ class _Search:
         for state in range(self.problem.variable(hub).size):
             pins = {**node.pins, hub: state}
             pinned = node.problem.pinned({hub: state})
-            children.append(
-                _Node(pinned, pins, node.bound, possible=node.possible, most=node.most)
-            )
+            children.append(_Node(pinned, pins, node.bound, possible=node.possible, most=node.most))
         return children
 
 
