@@ -59,6 +59,7 @@ def autoparallelize(
     memory_limit: int | str | None = None,
     recompute: str | None = None,
     constraints: Sequence[str] = (),
+    gap: float = 0.01,
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """Return the model, split over `world_size` ranks, as an ordinary module for this rank.
@@ -99,6 +100,7 @@ def autoparallelize(
         strict_capture=strict_capture,
         optimizer=optimizer,
         constraints=constraints,
+        gap=gap,
     )
     meshes = possible_meshes(world_size, axes, options)
     local = LocalInputs.of(local_inputs, meshes[0] if len(meshes) == 1 else None)
@@ -135,6 +137,7 @@ def make_plan(
     memory_limit: int | str | None = None,
     recompute: str | None = None,
     constraints: Sequence[str] = (),
+    gap: float = 0.01,
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
@@ -181,6 +184,7 @@ def make_plan(
         strict_capture=strict_capture,
         optimizer=optimizer,
         constraints=constraints,
+        gap=gap,
     )
     meshes = possible_meshes(world_size, axes, options)
     # Tracing runs the forward, which may write to buffers, attributes and random generators.

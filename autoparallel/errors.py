@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 __all__ = [
     "AliasError",
     "AutoParallelError",
@@ -101,8 +103,10 @@ class CheckpointError(AutoParallelError):
 class MemoryLimitError(PlanError):
     """No plan fits into the memory that a rank may use.
 
-    least: a lower bound, in bytes, on what any plan takes; infinity where none was proven.
+    least: the bytes that the plan found that needs least takes; infinity where none was found.
+    advised: returns the error with the number of ranks that would do, which takes a while to find.
     """
 
     # Set by who raises it, so that a caller may ask again with a limit that can be met.
     least: float = float("inf")
+    advised: Callable[[], MemoryLimitError] | None = None

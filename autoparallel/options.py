@@ -54,6 +54,9 @@ class Options:
     the model itself checkpoints; of repeated blocks, whatever the model does, "none", "selective"
     (between products of activations), "full", or "auto" for each block's best.
 
+    gap: under a memory limit, the search ends once it is proven that no plan saves more than this
+    share of the seconds of the one found; 0 goes on for the best, as far as it can be proven.
+
     constraints: sentences such as "blocks.*.weight on dp is whole"; strategy/constraints.py has the
     grammar.
 
@@ -74,10 +77,18 @@ class Options:
     memory_limit: int | None = None
     recompute: str = "model"
     constraints: tuple[str, ...] = ()
+    gap: float = 0.01
 
     def __post_init__(self) -> None:
         # Lists become tuples: options are compared and hashed by content.
         object.__setattr__(self, "constraints", _texts(self.constraints))
+        # True is a number for isinstance, and NaN compares false with everything.
+        number = isinstance(self.gap, int | float) and not isinstance(self.gap, bool)
+        if not number or not 0 <= self.gap < 1:
+            raise PlanError(
+                f"gap={self.gap!r}", why="it is a share of the seconds", fix="give 0.01, for 1%"
+            )
+        object.__setattr__(self, "gap", float(self.gap))
         for name in ("sequence_parallel", "data_parallel", "strict_capture"):
             value = getattr(self, name)
             if not isinstance(value, bool):

@@ -1,8 +1,9 @@
 """Measures the time and memory of planning, phase by phase: no weights and no GPU are needed.
 
-    python benchmarks/plan_time.py [--rows gpt2:8,gpt3:8x8] [--json out/plan_time.json]
+    python benchmarks/plan_time.py [--rows gpt2:8,gpt3:8x8@80GiB] [--json out/plan_time.json]
 
-A row is a model and a mesh. Models are made on the meta device, and each row runs in a process of
+A row is a model and a mesh, and may have a memory limit behind an @; a limit below what the model
+needs measures the refusal. Models are made on the meta device, and each row runs in a process of
 its own, so that its peak memory is its own. The total is the time from the model to its plan; to
 make the model, to import torch and this package, and to emit the parallel program are extra.
 Before the clock starts, one tiny model is captured, because the first export of a process loads
@@ -31,6 +32,10 @@ ROWS = (
     "gpt2:2x2x2",
     "gpt3:2x2x2",
     "gpt-1t:48x8x8",
+    "gpt2:8@4GiB",
+    "llama-3-8b:8x8@24GiB",
+    "llama-3-8b:8x8@2GiB",
+    "gpt3:8x8@80GiB",
 )
 AXES = {1: ("tp",), 2: ("dp", "tp"), 3: ("dp", "sp", "tp")}
 LLAMA_SEQUENCE = 2048
@@ -129,23 +134,25 @@ def measure(
 ) -> dict[str, Any]:
     """Return the seconds per phase and the peak memory of one row, measured in this process.
 
-    row: as "gpt3:8x8". hardware: preset or file. data_parallel: whether products may be split along
-    the batch; None for meshes of several axes only. cold: torch's start-up counts too. cpu:
-    processor time, where others use the machine.
+    row: as "gpt3:8x8" or "gpt3:8x8@80GiB". hardware: preset or file. data_parallel: whether
+    products may be split along the batch; None for meshes of several axes only. cold: torch's
+    start-up counts too. cpu: processor time, where others use the machine.
     """
     clock = Clock(time.process_time if cpu else time.perf_counter)
     with clock.phase("import"):
         from autoparallel.capture import graph_breaks as breaks
+        from autoparallel.errors import MemoryLimitError
         from autoparallel.mesh import Mesh
-        from autoparallel.options import Options
         from autoparallel.planning import network_solver as solving
         from autoparallel.planning import plan_model, search
+        from autoparallel.planning.request import make_options
         from autoparallel.rewrite.emit import emit
         from autoparallel.rules.lookup import find_rule
         from autoparallel.runtime.ranks import thread_ranks
         from autoparallel.strategy import build_network as builder
 
-    name, _, sizes = row.partition(":")
+    request, _, limit = row.partition("@")
+    name, _, sizes = request.partition(":")
     shape = tuple(map(int, sizes.split("x")))
     mesh = Mesh(**dict(zip(AXES[len(shape)], shape, strict=True)))
     if not cold:
@@ -157,24 +164,29 @@ def measure(
     clock.watch(builder, "match_rules", "rules")
     clock.watch(builder, "CandidateSplits", "tiling")
     clock.watch(search, "build_network", "network")
-    clock.watch(solving.NetworkSolver, "__call__", "solve")
+    # Within a limit there are many plain solves, and work between them.
+    clock.watch(solving.NetworkSolver, "within" if limit else "__call__", "solve")
     clock.watch(search, "cost_of_splitting", "explain")
     clock.watch(plan_model, "memory_of", "memory")
     with clock.phase("construct"):
         model, inputs = construct(name, batch=max(2, mesh.world_size))
-    options = Options(
-        data_parallel=len(shape) > 1 if data_parallel is None else data_parallel,
+    options = make_options(
+        mesh,
+        len(shape) > 1 if data_parallel is None else data_parallel,
+        limit or None,
+        None,
         hardware=hardware,
     )
     captured = breaks.trace(model, (), inputs, known=find_rule)
-    with clock.phase("read"):
+    plan = None
+    with clock.phase("read"), contextlib.suppress(MemoryLimitError):
         plan = plan_model.fastest_plan(model, captured, (mesh,), options)
     # ru_maxrss is in bytes on macOS and in kilobytes elsewhere. It is read before the program is
     # emitted, which is not part of planning.
     planned = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ranks = thread_ranks(mesh)[0]
-    with clock.phase("emit"):
-        emit(captured.graph, plan, ranks, name)
+    if plan is not None:
+        with clock.phase("emit"):
+            emit(captured.graph, plan, thread_ranks(mesh)[0], name)
     return {
         "row": row,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -183,9 +195,9 @@ def measure(
         "total": sum(clock.seconds[phase] for phase in PHASES),
         "seconds": clock.seconds,
         "peak_bytes": planned * (1 if sys.platform == "darwin" else 1024),
-        "cost": plan.cost,
-        "lower_bound": plan.lower_bound,
-        "method": plan.method,
+        "cost": plan.cost if plan else 0.0,
+        "lower_bound": plan.lower_bound if plan else 0.0,
+        "method": plan.method if plan else "refused",
     }
 
 
@@ -221,7 +233,7 @@ def main() -> None:
         return
     rows = options.rows.split(",")
     for row in rows:
-        model, _, sizes = row.partition(":")
+        model, _, sizes = row.partition("@")[0].partition(":")
         known = model in MODELS and all(part.isdigit() for part in sizes.split("x"))
         if not known or len(sizes.split("x")) not in AXES:
             parser.error(
@@ -231,7 +243,7 @@ def main() -> None:
     if options.data_parallel is not None:
         passed.append("--data-parallel" if options.data_parallel else "--no-data-parallel")
     names = (*PHASES, *EXTRA)
-    head = f"{'row':18}{'params':>9}{'nodes':>7}{'GiB':>6}{'total':>8}  "
+    head = f"{'row':22}{'params':>9}{'nodes':>7}{'GiB':>6}{'total':>8}  "
     print(head + "".join(f"{name:>10}" for name in names) + "   bound")
     figures = []
     for row in rows:
@@ -240,9 +252,9 @@ def main() -> None:
         seconds = "".join(f"{figure['seconds'][name]:10.2f}" for name in names)
         gap = 1 - figure["lower_bound"] / figure["cost"] if figure["cost"] else 0.0
         print(
-            f"{row:18}{figure['parameters'] / 1e9:8.2f}B{figure['nodes']:7}"
+            f"{row:22}{figure['parameters'] / 1e9:8.2f}B{figure['nodes']:7}"
             f"{figure['peak_bytes'] / 2**30:6.2f}{figure['total']:8.2f}  {seconds}   "
-            f"{figure['method']}, gap {gap:.2%}",
+            f"{figure['method']}" + (f", gap {gap:.2%}" if figure["cost"] else ""),
             flush=True,
         )
     if options.json:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from planners.ordering import Schedule, TooWideError, schedule
+from planners.dominance import without_dominated
+from planners.ordering import SCORES, Schedule, TooWideError, schedule
 from planners.problem import Problem
 from planners.reduction import ContradictionError, Network, closure, reduce
 from planners.solution import InfeasibleError, Solution
@@ -23,6 +24,8 @@ _METHOD = "variable elimination"
 # An error names a small set of variables in conflict; finding one takes a solve for each check.
 _MAX_CONFLICT_CANDIDATES = 1000
 _MAX_CONFLICT_CHECKS = 200
+# With less work, in table entries read, elimination is quicker than to look for dominated states.
+_LITTLE_WORK = 2**27
 # Messages are rounded down to this share of the optimum's magnitude, see `_Elimination._down`.
 _GRAIN = 2.0**-40
 
@@ -49,7 +52,7 @@ def solve(
     memo = Memo() if memo is None else memo
     plain = problem.weighed(0.0)
     try:
-        elimination = _Elimination(plain, max_table_entries, memo)
+        elimination = _Elimination(plain, max_table_entries, memo, optimum_alone=True)
     except ContradictionError as contradiction:
         raise _infeasible(plain, contradiction.candidates, memo) from None
     assignment = elimination.assignment()
@@ -67,14 +70,16 @@ def min_marginals(
     *,
     max_table_entries: int = MAX_TABLE_ENTRIES,
     memo: Memo | None = None,
+    most_work: float = math.inf,
 ) -> dict[str, Table]:
     """Return, per named variable, the least cost with it fixed to each of its states.
 
     The other variables are re-optimized, so that entry minus optimum is what a state really costs;
     +inf where the state allows no finite cost. An entry is never above that, and below it by
     rounding only (a share of 2**-40 of all that is added up, for each step between variables). All
-    names together take about twice the time of one solve. Options and errors as in `solve`; also
-    ValueError for an unknown name.
+    names together take about twice the time of one solve that drops no dominated states. most_work:
+    TooWideError is raised, too, where elimination alone would read more table entries. Other
+    options and errors as in `solve`; also ValueError for an unknown name.
 
     >>> from planners import Factor, Variable
     >>> variables = Variable("a", np.array([0.0, 0.5])), Variable("b", np.array([1.0, 0.0]))
@@ -86,7 +91,7 @@ def min_marginals(
     wanted = {name: problem.index(name) for name in names}
     problem = problem.weighed(0.0)
     try:
-        elimination = _Elimination(problem, max_table_entries, memo)
+        elimination = _Elimination(problem, max_table_entries, memo, most_work=most_work)
     except ContradictionError as contradiction:
         raise _infeasible(problem, contradiction.candidates, memo) from None
     marginals = elimination.marginals(list(wanted.values()))
@@ -104,6 +109,8 @@ class _Elimination:
     optimum: the least cost. tables[r]: the memo's number of the resulting table of recipe r, whose
     smallest entry is 0. magnitude: the sum of the absolute values that make up the optimum. Raises
     ContradictionError where no assignment is finite, TooWideError from the schedule.
+    optimum_alone: dominated states may be dropped, as only an optimum is asked for. most_work: more
+    is too wide.
     """
 
     network: Network
@@ -111,11 +118,21 @@ class _Elimination:
     optimum: float
     magnitude: float
 
-    def __init__(self, problem: Problem, max_table_entries: int, memo: Memo) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        max_table_entries: int,
+        memo: Memo,
+        optimum_alone: bool = False,
+        most_work: float = math.inf,
+    ) -> None:
         self.problem = problem
         self.memo = memo
         self.network = reduce(problem, memo)
-        self.schedule = schedule(self.network, max_table_entries, memo.orders)
+        self.schedule = self._scheduled(max_table_entries, optimum_alone)
+        if self.schedule.work > most_work:
+            largest = max(recipe.entries for recipe in self.schedule.recipes)
+            raise TooWideError(largest, max_table_entries)
         self.tables: list[int] = []
         offsets: list[float] = []
         for number, recipe in enumerate(self.schedule.recipes):
@@ -133,6 +150,22 @@ class _Elimination:
         summands.extend(self.network.offset_terms)
         self.optimum = math.fsum(summands)
         self.magnitude = math.fsum(map(abs, summands))
+
+    def _scheduled(self, max_table_entries: int, optimum_alone: bool) -> Schedule:
+        """Return the schedule, after dropping dominated states where it would be much work."""
+        orders, heavy = self.memo.orders, self.memo.heavy
+        if optimum_alone:
+            form = self.network.form
+            if form not in heavy:
+                try:
+                    quick = schedule(self.network, max_table_entries, orders, SCORES[:1])
+                    if quick.work <= _LITTLE_WORK:
+                        return quick
+                except TooWideError:
+                    pass
+                heavy[form] = None
+            self.network = without_dominated(self.problem, self.network, self.memo)
+        return schedule(self.network, max_table_entries, orders)
 
     def assignment(self) -> dict[str, int]:
         """Return an optimal state for every variable, by name.

@@ -23,9 +23,14 @@ class ExactOrConditioned:
         self.cutset: tuple[str, ...] | None = None
         self.memo = Memo()
 
+    @property
+    def is_quick(self) -> bool:
+        """True while every problem was eliminated with little work."""
+        return self.cutset is None and not self.memo.heavy
+
     def forget(self) -> None:
         """Drop the memo's tables: no table with usage is the same at another multiplier."""
-        self.memo = Memo(self.memo.orders)
+        self.memo = self.memo.emptied()
 
     def __call__(self, problem: Problem) -> Solution:
         """Return an optimum of a plain problem, or a good assignment with a bound."""

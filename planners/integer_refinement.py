@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from planners import exact, ilp
+from planners import ilp
+from planners.fixing import possible_states
 from planners.ordering import TooWideError
 from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
-from planners.table_memo import Memo
 
 __all__ = ["refine_by_integer_program"]
 
@@ -29,20 +29,13 @@ def refine_by_integer_program(
     the gap at which to stop, as a share of the cost. most_entries: the known solution is returned
     if the tables left have more entries than this.
     The min-marginals at the known solution's multiplier say which states no better solution can
-    have: those whose least cost, with usage charged, exceeds the known cost plus the charge for the
-    whole limit (reduced-cost fixing). What is left goes to the integer program.
+    have (see `fixing`). What is left goes to the integer program.
     """
-    limit = 0.0 if problem.limit is None else problem.limit
-    weighed = problem.weighed(known.multiplier)
     try:
-        marginals = exact.min_marginals(weighed, problem.names, memo=Memo())
+        possible = possible_states(problem, known.cost, known.multiplier)
     except TooWideError:
         return known
-    # A better solution x has cost(x) <= known.cost and usage(x) <= limit, so its charged cost is at
-    # most this. The addition below allows for rounding.
-    most = known.cost + known.multiplier * limit
-    most += 1e-9 * (abs(most) + abs(known.cost))
-    left = {name: np.flatnonzero(table <= most) for name, table in marginals.items()}
+    left = {name: np.flatnonzero(states) for name, states in possible.items()}
     if not all(len(states) for states in left.values()):
         return replace(known, lower_bound=known.cost)
     entries = sum(len(states) for states in left.values() if len(states) > 1)

@@ -16,10 +16,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meeting
 from planners.exact_or_conditioned import ExactOrConditioned
+from planners.fixing import forbid, possible_states
 from planners.integer_refinement import refine_by_integer_program
 from planners.local_improvement import improve_within_limit, repair_to_limit
+from planners.ordering import TooWideError
 from planners.problem import Multiplier, Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 
@@ -27,10 +32,10 @@ __all__ = ["solve"]
 
 Solver = Callable[[Problem], Solution]
 
-MOST_SOLVES = 80
+MOST_SOLVES = 40
 # A gap of a tenth of a percent is far below the error of any cost model.
 ENOUGH = 1e-3
-# A solve by conditioning takes many eliminations: fewer of them.
+# Solves by conditioning, which take many eliminations, and solves of much work: fewer of them.
 _MOST_WIDE_SOLVES = 15
 _MOST_PLACES = 8
 # How far both charges are below and above the best multiplier, as shares of it. What lies between
@@ -61,7 +66,8 @@ def solve(
     solver: of plain problems; by default the exact one, or conditioning where that is too wide.
     prover: where the solver's bounds are rough, a slower one that proves better ones; asked once
     for a multiplier. most_solves: of plain problems, about; a fifth of them to find a multiplier.
-    enough: the search ends at this gap, as a share of the cost. Deterministic.
+    enough: the search ends at this gap, as a share of the cost. Deterministic,
+    but for an interrupt (Ctrl-C): that returns the best so far, if there is one with a bound.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
 
@@ -83,7 +89,8 @@ class _Node:
 
     pins: their states, by name. bound: no assignment of the branch costs less. multiplier: the best
     one known for the branch. ends: the solutions whose lines meet at that multiplier, one over and
-    one within the limit.
+    one within the limit. possible: per variable, the states that are not forbidden; None for all.
+    most: no bound of the branch exceeds this, as states that cost more may be forbidden.
     """
 
     problem: Problem
@@ -91,6 +98,19 @@ class _Node:
     bound: float
     multiplier: float = 0.0
     ends: tuple[Solution, ...] = field(default=())
+    possible: dict[str, NDArray[np.bool_]] | None = None
+    most: float = math.inf
+
+    def holds(self, solution: Solution) -> bool:
+        """Say whether the branch has the solution's assignment."""
+        states = solution.assignment
+        return all(states[name] == state for name, state in self.pins.items()) and (
+            self.possible is None or all(self.possible[name][s] for name, s in states.items())
+        )
+
+    def raise_bound(self, bound: float) -> None:
+        """Take a lower bound on the branch's problem for the branch, if it is a better one."""
+        self.bound = max(self.bound, min(bound, self.most))
 
 
 class _Search:
@@ -123,12 +143,20 @@ class _Search:
     def run(self) -> Solution:
         """Explore branches, the one of the lowest bound first; return the best with the bound."""
         root = _Node(self.problem, {}, -math.inf)
-        nodes, leaves = [root], []
+        nodes, leaves = [root], list[_Node]()
+        interrupted = False
         for _ in range(_MOST_BRANCHES):
             node = min(nodes, key=lambda node: node.bound)
             nodes.remove(node)
             leaves.append(node)
-            self.explore(node)
+            try:
+                self.explore(node)
+            except KeyboardInterrupt:
+                # The best so far, with what is proven of it, is worth more than nothing.
+                if self.best is None or node.bound == -math.inf:
+                    raise
+                interrupted = True
+                break
             if not self.is_enough(node):
                 children = self.branches(node)
                 if children:
@@ -143,6 +171,7 @@ class _Search:
         # The branches partition the assignments, so that the least of their bounds bounds all.
         bound = min(best.cost, *(node.bound for node in leaves + nodes))
         method = f"{self.method}, usage charged" if root.multiplier else self.method
+        method += ", interrupted" if interrupted else ""
         solution = Solution(
             best.assignment,
             best.cost,
@@ -153,8 +182,10 @@ class _Search:
             best.factor_alternatives,
             root.multiplier,
         )
-        if solution.gap > self.enough * abs(solution.cost) and isinstance(
-            self.solver, ExactOrConditioned
+        if (
+            solution.gap > self.enough * abs(solution.cost)
+            and isinstance(self.solver, ExactOrConditioned)
+            and not interrupted
         ):
             return refine_by_integer_program(self.problem, solution, self.enough)
         return solution
@@ -167,13 +198,34 @@ class _Search:
             if not node.pins:
                 raise
             # No assignment of the branch is within the limit; at the root that is the answer.
-            node.bound = math.inf
+            node.raise_bound(math.inf)
             return
         if self.prover is not None and not self.is_enough(node):
             self.at(node, node.multiplier, self.prover)
         self.fill(node)
         if not self.is_enough(node):
-            self.split(node)
+            try:
+                self.narrow(node)
+                self.split(node)
+            except InfeasibleError:
+                node.raise_bound(math.inf)
+
+    def narrow(self, node: _Node) -> None:
+        """Forbid what no solution has that is better by half the gap; the rest is solved sooner."""
+        if node.possible is not None or self.best is None:
+            return
+        if not isinstance(self.solver, ExactOrConditioned) or self.solver.cutset is not None:
+            return
+        most = self.best.cost - self.enough / 2 * abs(self.best.cost)
+        try:
+            node.possible = possible_states(node.problem, most, node.multiplier)
+        except TooWideError:
+            return
+        node.most = min(node.most, most)
+        node.problem = forbid(node.problem, node.possible)
+        # Fewer states take another multiplier, and prove more at it.
+        self.search(node)
+        self.fill(node)
 
     def is_enough(self, node: _Node) -> bool:
         """Say whether a branch cannot hold an assignment that is better by more than the gap."""
@@ -187,7 +239,7 @@ class _Search:
         """
         self.solves += 1
         plain = (solver or self.solver)(node.problem.weighed(charged))
-        if isinstance(self.solver, ExactOrConditioned) and self.solver.cutset is not None:
+        if isinstance(self.solver, ExactOrConditioned) and not self.solver.is_quick:
             self.most_solves = min(self.most_solves, _MOST_WIDE_SOLVES)
         self.method = plain.method
         spent = node.problem.spent(plain.assignment, charged)
@@ -224,7 +276,7 @@ class _Search:
             self.solver.forget()
         solution = self.solved(node, multiplier, solver)
         charge = multiplier * self.limit if multiplier else 0.0
-        node.bound = max(node.bound, solution.lower_bound - charge)
+        node.raise_bound(solution.lower_bound - charge)
         return solution
 
     def least(self, node: _Node) -> Solution:
@@ -246,18 +298,18 @@ class _Search:
         the least falling line meet, a solve either shows that there are no lower ones, or gives
         one.
         """
-        members = [
-            s for s in self.solutions if all(s.assignment[n] == p for n, p in node.pins.items())
-        ]
+        members = [solution for solution in self.solutions if node.holds(solution)]
         over = [s for s in members if not self.problem.fits(s.usage)]
         within = [s for s in members if self.problem.fits(s.usage)]
+        if not within:
+            # First, as it is quick, and all that is needed where nothing fits.
+            least = self.least(node)
+            within.append(least)
         if not over:
             solution = self.at(node, 0.0)
             if self.problem.fits(solution.usage):
                 return
             over.append(solution)
-        if not within:
-            within.append(self.least(node))
         low, high, run_length = 0.0, math.inf, 0
         for _ in range(max(4, self.most_solves // 5)):
             meet, promised, node.ends = highest_meeting(self.problem, over, within, self.limit)
@@ -387,7 +439,8 @@ class _Search:
         children = []
         for state in range(self.problem.variable(hub).size):
             pins = {**node.pins, hub: state}
-            children.append(_Node(self.problem.pinned(pins), pins, node.bound))
+            pinned = node.problem.pinned({hub: state})
+            children.append(_Node(pinned, pins, node.bound, possible=node.possible, most=node.most))
         return children
 
 

@@ -6,6 +6,7 @@ Corneil & Proskurowski 1987); greedy orders by weight and by fill are near it on
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ _ENTRIES_PER_VARIABLE = 10_000
 _MOST_ENTRIES = 2**28
 # Schedules of more work than this, in the same unit, take longer than some ten seconds.
 _MUCH_WORK = 2**35
+# By what the next variable may be chosen, see `_Graph`; the quickest first.
+SCORES = ("weight", "balance", "fill")
+# How many times the time of finding an order the work must be for another to be looked for.
+_WORTHWHILE = {"weight": 1, "balance": 4, "fill": 100}
+# An order that was found for a similar network is taken if its work has grown by no more than this.
+_AS_GOOD = 1.5
 # Variables with more neighbours are not worth scoring by fill: they go late anyway.
 _MAX_FILL_DEGREE = 60
 
@@ -95,14 +102,22 @@ class Schedule:
         )
 
 
-def schedule(network: Network, max_table_entries: int, orders: Orders | None = None) -> Schedule:
-    """Return the cheapest of up to four greedy orders, as a schedule.
+def schedule(
+    network: Network,
+    max_table_entries: int,
+    orders: Orders | None = None,
+    scores: tuple[str, ...] = SCORES,
+) -> Schedule:
+    """Return the cheapest of up to six greedy orders, as a schedule.
 
-        The next variable is the one whose step has the smallest joint table (min-weight). If that
+    The next variable is the one whose step has the smallest joint table (min-weight). If that
     leaves many distinct steps, whole classes of equal variables are also tried; if it leaves big
-    ones, the variable that connects its neighbours least (min-fill) is, which takes longer to find.
+    ones, the variable that connects its neighbours least (min-fill) is, by itself and together with
+    the size of its result, which takes longer to find.
     network: a reduced problem. max_table_entries: the largest result of a step. orders: those found
-    for earlier problems; one of the same form takes the same order, and a new order is added.
+    for earlier problems; one of the same form takes the same order, one that differs a
+    little takes the last order if that is hardly more work than it was, and a new order is added.
+    scores: by what variables may be chosen, see `_Graph`.
     Where no order is narrow enough everywhere, parts of the network that share no table take the
     best order of each.
     Raises TooWideError when no order keeps all tables within the limit, or all results together
@@ -110,22 +125,29 @@ def schedule(network: Network, max_table_entries: int, orders: Orders | None = N
     is much work.
     """
     orders = {} if orders is None else orders
-    form = (tuple(network.sizes), tuple([scope for scope, _ in network.terms]))
-    if form in orders:
-        known = _schedule(network, orders[form])
-        if max([recipe.entries for recipe in known.recipes], default=0) <= max_table_entries:
-            return known
+    form = network.form, scores
     free = [variable for variable, size in enumerate(network.sizes) if size > 1]
+    earlier = orders.get(form) or next(reversed(orders.values()), None)
+    if earlier is not None:
+        kept = dict.fromkeys(free)
+        order = [variable for variable in earlier[0] if variable in kept]
+        if len(order) == len(free):
+            known = _schedule(network, order)
+            largest = max([recipe.entries for recipe in known.recipes], default=0)
+            most_work = math.inf if form in orders else _AS_GOOD * earlier[1]
+            if largest <= max_table_entries and known.work <= most_work:
+                orders[form] = order, earlier[1]
+                return known
     alone = {variable: place for place, variable in enumerate(free)}
     alike: dict[int, int] = {}
     search_work = _ENTRIES_PER_VARIABLE * len(free)
     best: Schedule | None = None
-    best_work = math.inf
+    best_work, best_order = math.inf, list[int]()
     needed: list[int] = []
-    for filling, by_class in ((False, False), (False, True), (True, False), (True, True)):
+    for score, by_class in itertools.product(scores, (False, True)):
         # Another order is looked for only while the work it may save exceeds the time of finding
-        # it, which is far longer for min-fill.
-        if best_work <= search_work * (100 if filling else 1):
+        # it, which is far longer where neighbours are compared.
+        if best_work <= search_work * _WORTHWHILE[score]:
             continue
         if by_class and not alike:
             alike = _classes(network, free)
@@ -133,7 +155,7 @@ def schedule(network: Network, max_table_entries: int, orders: Orders | None = N
         if by_class and len(dict.fromkeys(alike.values())) == len(free):
             continue
         try:
-            order = _order(network, alike if by_class else alone, filling, max_table_entries)
+            order = _order(network, alike if by_class else alone, score, max_table_entries)
         except TooWideError as error:
             needed.append(error.entries)
             continue
@@ -142,16 +164,16 @@ def schedule(network: Network, max_table_entries: int, orders: Orders | None = N
         if entries > min(16 * max_table_entries, _MOST_ENTRIES):
             needed.append(entries)
         elif candidate.work < best_work:
-            best, best_work = candidate, candidate.work
-            orders[form] = order
+            best, best_work, best_order = candidate, candidate.work, order
     if best is None:
         apart = _order_apart(network, max_table_entries)
         if apart is None:
             raise TooWideError(min(needed), max_table_entries)
-        best, orders[form] = _schedule(network, apart), apart
+        best, best_order = _schedule(network, apart), apart
     largest = max([recipe.entries for recipe in best.recipes], default=0)
     if best.work > _MUCH_WORK and largest > max_table_entries // 4:
         raise TooWideError(largest, max_table_entries // 4)
+    orders[form] = best_order, best.work
     return best
 
 
@@ -184,17 +206,17 @@ def _only(network: Network, variables: list[int]) -> Network:
 
 
 def _order(
-    network: Network, classes: dict[int, int], filling: bool, max_table_entries: int
+    network: Network, classes: dict[int, int], score: str, max_table_entries: int
 ) -> list[int]:
     """Greedy order, a class of variables at a time.
 
-    filling: whether variables are scored by fill, not by weight alone. Why classes: the end of a
+    score: by what variables are chosen, see `_Graph`. Why classes: the end of a
     chain is always the cheapest next step, and a sweep from it gives every layer other messages.
     Taking equal variables of all layers together keeps layers equal.
     Of two neighbours in a class one has to wait, so a chain of equals is halved again and again.
     Raises TooWideError as soon as a table gets over the limit.
     """
-    graph = _Graph(network, filling)
+    graph = _Graph(network, score)
     members: dict[int, list[int]] = {}
     for variable, number in classes.items():
         members.setdefault(number, []).append(variable)
@@ -206,8 +228,8 @@ def _order(
     heapq.heapify(heap)
     order: list[int] = []
     while heap:
-        score, number = heapq.heappop(heap)
-        if not members[number] or score != score_of(number):
+        lowest, number = heapq.heappop(heap)
+        if not members[number] or lowest != score_of(number):
             continue  # out of date: every change pushes the class again
         waiting: dict[int, None] = {}
         changed = {number: None}
@@ -234,16 +256,18 @@ def _order(
 class _Graph:
     """The interaction graph under elimination: who shares a table with whom, and each one's score.
 
-    scores[v]: the variable of the lowest score is eliminated first. A score is (0, weight), the
-    logarithm of the joint table's size, or (fill, weight), where fill is the size of the tables
-    between neighbours that are not connected yet. weights are fixed-point base-2 logarithms.
+    scores[v]: the variable of the lowest score is eliminated first. By "weight" a score is (0,
+    weight), the logarithm of the joint table's size; by "fill" it is (fill, weight), where fill is
+    the size of the tables between neighbours that are not connected yet; by "balance" it is the
+    logarithm of fill * result / own size: a variable of few states between large ones waits, as it
+    keeps them apart at little cost. weights are fixed-point base-2 logarithms.
     """
 
-    def __init__(self, network: Network, filling: bool) -> None:
+    def __init__(self, network: Network, score: str) -> None:
         # Fixed-point logarithms: sums of them do not depend on the order of adding.
         self.logs = [round(math.log2(size) * 2**20) for size in network.sizes]
         self.sizes = network.sizes
-        self.filling = filling
+        self.score, self.filling = score, score != "weight"
         self.neighbors = network.neighbors()
         self.weights = [
             self.logs[variable] + sum([self.logs[other] for other in around])
@@ -289,7 +313,12 @@ class _Graph:
             for second in around[place + 1 :]:
                 if second not in known:
                     fill += self.sizes[first] * self.sizes[second]
-        return fill, weight
+        if self.score == "fill":
+            return fill, weight
+        # The logarithm of an integer's length in bits would be too coarse; it is rounded to fixed
+        # point, as the weights are.
+        balance = round(math.log2(1 + fill) * 2**20) + weight - 2 * self.logs[variable]
+        return balance, weight
 
 
 def _classes(network: Network, free: list[int]) -> dict[int, int]:

@@ -1,13 +1,14 @@
 """Exact reductions of a problem before it is solved: fewer states, variables and tables."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planners.problem import Problem
-from planners.table_memo import Memo
+from planners.table_memo import Form, Memo
 
 # The scope of a table as variable indices, in the order of the table's axes, and its number.
 Term = tuple[tuple[int, ...], int]
@@ -45,6 +46,11 @@ class Network:
         """The number of states left, per variable."""
         return [len(states) for states in self.states]
 
+    @property
+    def form(self) -> Form:
+        """The numbers of states and the scopes, which elimination orders depend on."""
+        return tuple(self.sizes), tuple([scope for scope, _ in self.terms])
+
     def neighbors(self) -> list[dict[int, None]]:
         """Return, per variable, those it shares a table with, as keys of a dict.
 
@@ -59,20 +65,23 @@ class Network:
         return neighbors
 
 
-def reduce(problem: Problem, memo: Memo) -> Network:
+def reduce(problem: Problem, memo: Memo, allowed: Sequence[int] | None = None) -> Network:
     """Drop states that no finite assignment can have, then substitute variables of one state.
 
     A state is dropped when its unary cost is +inf, or when some table has no finite entry for it
     and any states left of the others (arc consistency; AC-3, Mackworth 1977). Variables that only
     add to a table are taken out of it, so that it does not connect them. Every assignment of finite
     cost keeps its cost.
+    allowed: per variable, the number of the domain that it is limited to, all of it possible by its
+    unary cost; None for no limits.
     Raises ContradictionError when a variable is left without a state.
     """
     unaries = [memo.table(variable.unary) for variable in problem.variables]
     tables = [memo.table(factor.table) for factor in problem.factors]
     scopes = problem.scopes()
     blamed: dict[int, dict[int, None]] = {}
-    domains = _consistent_domains(unaries, scopes, tables, memo, blamed)
+    starts = [memo.finite_domain(number) for number in unaries] if allowed is None else allowed
+    domains = _consistent_domains(list(starts), scopes, tables, memo, blamed)
 
     terms: list[Term] = []
     offsets: list[float] = []
@@ -94,18 +103,17 @@ def reduce(problem: Problem, memo: Memo) -> Network:
 
 
 def _consistent_domains(
-    unaries: list[int],
+    domains: list[int],
     scopes: list[tuple[int, ...]],
     tables: list[int],
     memo: Memo,
     blamed: dict[int, dict[int, None]],
 ) -> list[int]:
-    """Return the domain of every variable; fills `blamed` in passing.
+    """Return the domain of every variable, from those to begin with; fills `blamed` in passing.
 
     Tables are revisited until no domain changes. Domains and revisions are numbers in the memo, so
     that the same revision in another layer is looked up.
     """
-    domains = [memo.finite_domain(number) for number in unaries]
     empty = [place for place, domain in enumerate(domains) if not memo.domains[domain].any()]
     if empty:
         raise ContradictionError(empty[:1])

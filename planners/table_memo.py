@@ -4,6 +4,8 @@ Layers of a model repeat, so their tables are equal, so the messages between the
 `Memo` gives equal tables one number and remembers every result by the numbers that went in.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from dataclasses import dataclass
@@ -15,8 +17,10 @@ from numpy.typing import NDArray
 from planners.contraction import along, contract, others
 from planners.tables import Table
 
-# Orders of elimination, by what they depend on: each variable's number of states, and all scopes.
-Orders = dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], list[int]]
+# What an order of elimination depends on: each variable's number of states, and all scopes.
+# Orders are known by that and the scores that were tried, with their work where they were found.
+Form = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+Orders = dict[tuple[Form, tuple[str, ...]], tuple[list[int], int]]
 
 # A table's number and, for each of its axes, the axis of the joint table it lies along.
 Operand = tuple[int, tuple[int, ...]]
@@ -38,16 +42,18 @@ class Memo:
     """Interned tables and remembered results; hand it to several solves to share their work.
 
     computed, reused: the numbers of eliminations that were done and that were looked up. orders:
-    the orders of elimination, for problems of the same form; `Memo(orders=memo.orders)` keeps these
-    and drops all tables, which else stay in memory as long as the memo lives.
+    the orders of elimination, for problems of the same form; `memo.emptied()` keeps these and drops
+    all tables, which else stay in memory as long as the memo lives. heavy: forms of problems whose
+    dominated states are worth dropping.
 
     >>> memo = Memo()
     >>> memo.table(np.zeros(3)), memo.table(np.ones(3)), memo.table(np.zeros(3))
     (0, 1, 0)
     """
 
-    def __init__(self, orders: Orders | None = None) -> None:
-        self.orders: Orders = {} if orders is None else orders
+    def __init__(self) -> None:
+        self.orders: Orders = {}
+        self.heavy: dict[Form, None] = {}
         self.tables: list[Table] = []
         self.has_infinity: list[bool] = []
         self.domains: list[NDArray[np.bool_]] = []
@@ -63,6 +69,12 @@ class Memo:
         self._contracted: dict[
             tuple[tuple[Operand, ...], tuple[int, ...], tuple[int, ...]], tuple[int, float]
         ] = {}
+
+    def emptied(self) -> Memo:
+        """Return a memo that knows what this one knows of the forms of problems, but no table."""
+        memo = Memo()
+        memo.orders, memo.heavy = self.orders, self.heavy
+        return memo
 
     def table(self, table: Table) -> int:
         """Return the number of the table; equal tables have equal numbers.

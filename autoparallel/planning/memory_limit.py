@@ -25,13 +25,11 @@ __all__ = ["plan_within"]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
 # takes the plan that keeps least.
-_MOST_ATTEMPTS = 5
+_MOST_ATTEMPTS = 8
 # For a model that does not fit, up to so many times as many ranks are tried.
 _MOST_RANKS = 64
 # So many of the largest items of memory are named in the error.
 _LARGEST_ITEMS = 5
-# A gap between cost and bound, as a share of the cost, that needs no other proof.
-_ENOUGH = 0.01
 # The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
 # so low that seconds, which break ties, are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
@@ -81,6 +79,9 @@ def plan_within(
             constrain(network, captured.aliases)
             solve = NetworkSolver(network)
         nearest, mode_bound = _closest(captured, model, network, solve, pins)
+        if mode == options.recompute and mode_bound == math.inf:
+            # The other modes are restrictions of this one: they cannot fit either.
+            raise _does_not_fit(captured, network, nearest)
         # The other modes are restrictions of the first: their bounds do not hold for all plans.
         if mode == options.recompute:
             bound = mode_bound
@@ -102,7 +103,8 @@ def _closest(
 ) -> tuple[_Candidate, float]:
     """Return a plan that fits or, where no attempt gives one, the plan that takes least.
 
-    Return also a lower bound on the cost of every plan whose saved bytes are within the limit.
+    Return also a lower bound on the cost of every plan whose saved bytes are within the limit: +inf
+    where it is proven that there is none.
     """
     # Bytes that every plan needs are no matter of choice, and are not in the tables.
     limit = _allowed(network) - network.fixed_nbytes
@@ -118,8 +120,10 @@ def _closest(
                 solution = _better(problem, solve.within(problem), solve.start)
                 if attempt == 0:
                     bound = solution.lower_bound
-        except OverLimitError:
+        except OverLimitError as error:
             # The plan that keeps least may still fit: the limit was lowered by guess.
+            if attempt == 0 and not problem.fits(error.least):
+                bound = math.inf
             last = True
             solution = _least(problem, solve)
         except InfeasibleError as error:
@@ -146,7 +150,7 @@ def _proven(
     Nothing within a limit costs less than the best without one, which is easier to prove: there, no
     copy is gathered again and no block recomputed.
     """
-    if plan.cost - plan.lower_bound <= _ENOUGH * plan.cost:
+    if plan.cost - plan.lower_bound <= plan.options.gap * plan.cost:
         return plan
     recompute = "none" if plan.options.recompute == "auto" else plan.options.recompute
     free = rebuilt(network, replace(plan.options, memory_limit=None, recompute=recompute))
@@ -215,19 +219,31 @@ def _does_not_fit(
         f"{f' ({item.count} of them)' if item.count > 1 else ''} {bytes_text(item.nbytes)}"
         for item in account.items[:_LARGEST_ITEMS]
     ]
-    fixed_nbytes = account.total - candidate.counted
-    ranks = _enough_ranks(captured, network, candidate.plan.options, fixed_nbytes)
-    more = f"use {ranks.world_size} ranks ({ranks})" if ranks else "use more ranks"
-    error = MemoryLimitError(
-        f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} per "
-        f"rank on {network.mesh}",
-        where="\n".join(largest),
-        why=f"the plan found that needs least takes {bytes_text(account.total)}, "
-        f"{bytes_text(account.total - allowed)} more than allowed: {_shares(account)}",
-        fix=f'pass memory_limit="{_at_least(account.total)}", or {more}, or a smaller batch',
-    )
-    error.least = account.total
-    return error
+
+    def error(more: str = "use more ranks") -> MemoryLimitError:
+        """Return the error that advises this, too."""
+        error = MemoryLimitError(
+            f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} "
+            f"per rank on {network.mesh}",
+            where="\n".join(largest),
+            why=f"the plan found that needs least takes {bytes_text(account.total)}, "
+            f"{bytes_text(account.total - allowed)} more than allowed: {_shares(account)}",
+            fix=f'pass memory_limit="{_at_least(account.total)}", or {more}, or a smaller batch',
+        )
+        error.least = account.total
+        return error
+
+    def advised() -> MemoryLimitError:
+        """Return the error that says how many ranks would do, which takes networks for more."""
+        fixed_nbytes = account.total - candidate.counted
+        ranks = _enough_ranks(
+            captured, network, candidate.plan.options, candidate.counted, fixed_nbytes
+        )
+        return error(f"use {ranks.world_size} ranks ({ranks})") if ranks else error()
+
+    plain = error()
+    plain.advised = advised
+    return plain
 
 
 def _at_least(nbytes: int) -> str:
@@ -243,25 +259,32 @@ def _at_least(nbytes: int) -> str:
 
 
 def _enough_ranks(
-    captured: Captured, network: CostNetwork, options: Options, fixed_nbytes: float
+    captured: Captured,
+    network: CostNetwork,
+    options: Options,
+    counted_nbytes: float,
+    fixed_nbytes: float,
 ) -> Mesh | None:
-    """Return the mesh with more ranks on its first axis, by doubling, on which a plan should fit.
+    """Return the mesh with more ranks on its first axis on which a plan should fit.
 
-    fixed_nbytes: bytes of a plan that the planner does not count, taken to be no more on a larger
-    mesh. Return None where no such mesh has one.
+    counted_nbytes: bytes of a plan that the planner counts. fixed_nbytes: the others, taken to be
+    no more on a larger mesh. Return None where no such mesh has a plan.
     """
     # The outermost axis is the one across nodes, along which machines are added.
     (name, size), *others = network.mesh.axes
-    factor = 2
+    allowed, factor = _allowed(network), 2
+    # More ranks share the counted bytes at best evenly: fewer than this cannot do.
+    while factor <= _MOST_RANKS and counted_nbytes / factor + fixed_nbytes > allowed:
+        factor *= 2
     while factor <= _MOST_RANKS:
         mesh = Mesh(**{name: size * factor, **dict(others)})
         wider = rebuilt(network, options=options, mesh=mesh)
         constrain(wider, captured.aliases)
         try:
-            least = _least(wider.problem(), NetworkSolver(wider))
+            least = NetworkSolver(wider)(wider.problem().usage_alone())
         except InfeasibleError:
             return None
-        if least.usage + fixed_nbytes <= _allowed(network):
+        if least.cost + fixed_nbytes <= allowed:
             return mesh
         factor *= 2
     return None

@@ -49,13 +49,15 @@ class NetworkSolver(ExactOrConditioned):
         """Return the best solution within the problem's limit of bytes.
 
         On three axes and more the search for it is by groups, because every charge per byte that is
-        tried is a problem of its own; one exact solution proves how near it is to the best.
+        tried is a problem of its own; one exact solution proves how near it is to the best. It ends
+        at the gap that the options ask for.
         Raises InfeasibleError where the problem has no solution, OverLimitError where none is
         within the limit.
         """
+        gap = self.network.options.gap
         if not self.many:
-            return limited.solve(problem, solver=self)
+            return limited.solve(problem, solver=self, enough=gap)
         try:
-            return limited.solve(problem, solver=self.coarse, prover=exact.solve)
+            return limited.solve(problem, solver=self.coarse, prover=exact.solve, enough=gap)
         except TooWideError:
-            return limited.solve(problem, solver=self.coarse)
+            return limited.solve(problem, solver=self.coarse, enough=gap)

@@ -87,7 +87,10 @@ def fastest_plan(
         if best is None or plan.seconds < best.seconds:
             best = plan
     if best is None:
-        raise min(errors, key=lambda error: getattr(error, "least", math.inf))
+        nearest = min(errors, key=lambda error: getattr(error, "least", math.inf))
+        # What would do is looked for once, and not for every mesh that was tried.
+        advised = getattr(nearest, "advised", None)
+        raise nearest if advised is None else advised()
     return _counted(best).checked()
 
 

@@ -192,12 +192,12 @@ def test_each_part_may_take_the_order_that_it_needs(monkeypatch: pytest.MonkeyPa
     first, second = components(network_graph(network))
     plain = ordering._order
 
-    def picky(network: Network, classes: dict[int, int], filling: bool, limit: int) -> list[int]:
-        """One part is too wide without min-fill, the other with it."""
-        bad = second if filling else first
+    def picky(network: Network, classes: dict[int, int], score: str, limit: int) -> list[int]:
+        """One part is too wide by weight, the other by all else."""
+        bad = first if score == "weight" else second
         if any(variable in classes for variable in bad):
             raise TooWideError(2 * limit, limit)
-        return plain(network, classes, filling, limit)
+        return plain(network, classes, score, limit)
 
     monkeypatch.setattr(ordering, "_order", picky)
     plan = schedule(network, 2**10)

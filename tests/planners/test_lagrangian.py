@@ -128,6 +128,15 @@ def test_limited_equals_brute_force(seed: int) -> None:
     bounds_the_optimum(seed)
 
 
+def test_limited_equals_brute_force_without_dominated_states(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Large problems drop dominated states at every multiplier; here, 300 small ones do."""
+    monkeypatch.setattr(exact, "_LITTLE_WORK", -1)
+    for seed in range(2000, 2300):
+        bounds_the_optimum(seed)
+
+
 def solvable(seed: int, alternatives: int = 1) -> tuple[Problem, Solution] | None:
     """A random problem and its optimum, unless it has none."""
     rng = np.random.default_rng(seed)
@@ -321,3 +330,54 @@ def test_malformed_usage_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Problem((Variable("a", np.zeros(2), usage, alternatives),), (), limit)
+
+
+def test_an_interrupt_returns_the_best_so_far() -> None:
+    """At whichever solve it comes: the bound holds, or there is nothing yet and it goes on."""
+    problem = chain_problem(6)
+    free = exact.solve(problem)
+    least = exact.solve(problem.usage_alone()).cost
+    problem = replace(problem, limit=least + 0.3 * (free.usage - least))
+    best = limited.solve(problem, enough=0.0)
+    returned = 0
+    for last in range(1, 30):
+        solves = 0
+
+        def interrupted(plain: Problem, last: int = last) -> Solution:
+            nonlocal solves
+            solves += 1
+            if solves == last:
+                raise KeyboardInterrupt
+            return exact.solve(plain)
+
+        try:
+            solution = limited.solve(problem, solver=interrupted, enough=0.0)
+        except KeyboardInterrupt:
+            assert last <= 2
+            continue
+        accounts_for(problem, solution)
+        assert solution.lower_bound <= best.cost + 1e-9
+        returned += "interrupted" in solution.method
+    assert returned > 3
+
+
+def test_the_search_ends_at_the_gap_that_is_asked_for() -> None:
+    """A larger gap takes no more solves, and every plan is as near to the optimum as it says."""
+    counts = []
+    for gap in (0.2, 0.01, 0.0):
+        solves = 0
+
+        def counted(plain: Problem) -> Solution:
+            nonlocal solves
+            solves += 1
+            return exact.solve(plain)
+
+        problem = chain_problem(24)
+        free = exact.solve(problem)
+        least = exact.solve(problem.usage_alone()).cost
+        problem = replace(problem, limit=least + 0.4 * (free.usage - least))
+        solution = limited.solve(problem, solver=counted, enough=gap)
+        assert solution.gap <= max(gap, 0.01) * solution.cost
+        counts.append(solves)
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import arrangements
 from autoparallel.placement import Invariant, Replicate, Shard, layout_text
 from autoparallel.plan import Plan
+from autoparallel.planning import memory_limit
 from autoparallel.planning.solution_to_plan import solution_of_plan
 from autoparallel.strategy.build_network import build_network
+from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.units import bytes_text, parse_bytes
 from autoparallel.train.models import GPT, GPTConfig
 
@@ -119,6 +122,34 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     assert "activations" in text
     limit = caught.value.fix.split('"')[1]
     assert sum(size for _, size in planned(memory_limit=limit).memory) <= parse_bytes(limit)
+
+
+def test_how_many_ranks_would_do_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many meshes were tried: for the one whose plan needs least."""
+    asked: list[Mesh] = []
+    find = memory_limit._enough_ranks
+
+    def counted(captured: Any, network: CostNetwork, *others: Any) -> Mesh | None:
+        asked.append(network.mesh)
+        return find(captured, network, *others)
+
+    monkeypatch.setattr(memory_limit, "_enough_ranks", counted)
+    with pytest.raises(MemoryLimitError, match=r"use \d+ ranks \(Mesh"):
+        planned(mesh="auto", world_size=4, batch=8, memory_limit="700KiB")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("gap", [True, -0.1, 1.0, math.nan, "1%"])
+def test_a_gap_is_a_share(gap: Any) -> None:
+    with pytest.raises(PlanError, match="gap="):
+        planned(gap=gap)
+
+
+def test_a_gap_that_is_asked_for_is_kept() -> None:
+    """Between the plan and what is proven; an integer is as good as a float."""
+    assert planned(batch=8, memory_limit="5MiB", gap=0).options.gap == 0.0
+    plan = planned(batch=8, memory_limit="5MiB", gap=0.25)
+    assert plan.cost - plan.lower_bound <= 0.25 * plan.cost
 
 
 @pytest.mark.parametrize("size", ["40 gigs", "-1GiB", "", 0, -5, True])
