@@ -50,7 +50,22 @@ def refuse_wrapped(model: object) -> None:
                 why="its forward is no Python that could be traced, and its class takes no other",
                 fix="pass the module as it was before torch.jit.script or torch.jit.trace",
             )
+        if name == "OptimizedModule":
+            raise WrappedModelError(
+                "a module is compiled by torch.compile",
+                where=path or "the model itself",
+                why="its forward is code for the whole module, which has no parts to split",
+                fix="pass the module as it was before (compiled._orig_mod), and compile the split "
+                "model: torch.compile(model)",
+            )
     for path, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise WrappedModelError(
+                "a parameter has no size yet",
+                where=path,
+                why="a lazy module makes its weights when it is called, and they are split before",
+                fix="call the model once, then split it",
+            )
         if isinstance(parameter, DTensor):
             raise WrappedModelError(
                 "the model's parameters are already distributed (DTensor)",

@@ -31,6 +31,7 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
 from autoparallel.parallel.refused_collectives import refuse_collectives
 from autoparallel.parallel.split_tensor import cut_like, note_writes
+from autoparallel.parallel.split_views import forget_values
 from autoparallel.parallel.steps_on_parts import StepsOnParts
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.torch_private import (
@@ -252,6 +253,7 @@ def _called_first(
 
 def _after(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     """Give the optimizer its parameters back, with the values and the state of the stand-ins."""
+    forget_values()
     if optimizer in _stepping:
         _restore(optimizer)
         return

@@ -294,6 +294,24 @@ def test_scripted_modules_are_refused() -> None:
         autoparallel.make_plan(model, 2, example_inputs=torch.ones(2, 8))
 
 
+def test_compiled_modules_and_lazy_parameters_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), torch.compile(nn.Linear(4, 4), backend="eager"))
+    with pytest.raises(WrappedModelError, match=r"compiled by torch.compile"):
+        autoparallel.make_plan(model, 2, example_inputs=torch.ones(2, 8))
+    lazy = nn.Sequential(nn.Linear(8, 4), nn.LazyLinear(4))
+    with pytest.raises(WrappedModelError, match="has no size yet"):
+        autoparallel.autoparallelize(lazy, 1)
+
+
+def test_a_parametrization_after_splitting_is_refused_and_leaves_the_class() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    split = autoparallel.autoparallelize(model, 1, example_inputs=torch.ones(2, 8))
+    nn.utils.parametrize.register_parametrization(split[0], "weight", nn.Tanh())
+    assert not hasattr(nn.Linear, "weight")
+    with pytest.raises(AutoParallelError, match="another class than when it was split"):
+        split(torch.ones(2, 8))
+
+
 def test_a_forward_that_differentiates_by_itself_is_split_around() -> None:
     class Model(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
