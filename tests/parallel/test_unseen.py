@@ -298,6 +298,10 @@ def test_compiled_modules_and_lazy_parameters_are_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 4), torch.compile(nn.Linear(4, 4), backend="eager"))
     with pytest.raises(WrappedModelError, match=r"compiled by torch.compile"):
         autoparallel.make_plan(model, 2, example_inputs=torch.ones(2, 8))
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    model[1].compile(backend="eager")
+    with pytest.raises(WrappedModelError, match=r"compiled by torch.compile\s+where: 1"):
+        autoparallel.autoparallelize(model, 1)
     lazy = nn.Sequential(nn.Linear(8, 4), nn.LazyLinear(4))
     with pytest.raises(WrappedModelError, match="has no size yet"):
         autoparallel.autoparallelize(lazy, 1)
