@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import flop_registry
 
+from autoparallel.capture.forward_contexts import unprinted
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
@@ -197,6 +198,7 @@ def _recorded(
             untouched(model, arguments, values=True),
             recording,
             seeded(seed),
+            unprinted(),
             watched,
             checkpoints.installed(),
             products,

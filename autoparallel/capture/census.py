@@ -20,7 +20,7 @@ from torch import nn
 from autoparallel.capture.custom_functions import function_op, is_inside_ops
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.example_inputs import bind_inputs
-from autoparallel.capture.forward_contexts import quiet
+from autoparallel.capture.forward_contexts import quiet, unprinted
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.capture.module_tensors import named_tensors
 from autoparallel.errors import CaptureError
@@ -129,6 +129,7 @@ def census_of(
     state = {**dict(forward.named_parameters()), **dict(forward.named_buffers())}
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
+        stack.enter_context(unprinted())
         stack.enter_context(untouched(model, bound.arguments))
         # Whatever records no gradients around the call: the graph has them all.
         stack.enter_context(torch.inference_mode(False))

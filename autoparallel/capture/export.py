@@ -27,7 +27,7 @@ from autoparallel.capture.decompose import decomposing
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_blocks import Group, find_groups
 from autoparallel.capture.example_inputs import as_given, bind_inputs
-from autoparallel.capture.forward_contexts import plain_surroundings, quiet
+from autoparallel.capture.forward_contexts import plain_surroundings, quiet, unprinted
 from autoparallel.capture.global_reads import OuterVariables, global_reads
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors, held_among
@@ -192,6 +192,7 @@ class _Flat(nn.Module):
             no_replacing,
             self.facts.installed(tensors),
             SeededDraws(),
+            unprinted(type(self.model).__name__),
         )
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):

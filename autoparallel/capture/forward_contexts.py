@@ -13,7 +13,32 @@ import torch
 from autoparallel.graph.captured import autocast_type
 from autoparallel.support.torch_private import EXPORT_LOGGERS, FAKE_TENSOR_LOGGER
 
-__all__ = ["plain_surroundings", "quiet"]
+__all__ = ["plain_surroundings", "quiet", "unprinted"]
+
+_log = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+@contextlib.contextmanager
+def unprinted(name: str = "") -> Iterator[None]:
+    """Keep a forward that is tried out from printing: it is not the user who calls it.
+
+    name: of the model whose forward is traced. What it prints is no part of its program, of which a
+    warning tells, once for each text.
+
+    >>> with unprinted():
+    ...     print("a tensor of size s0")
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        yield
+    text = f"{name}.forward: {printed.getvalue().strip()}"
+    if name and printed.getvalue() and text not in _told:
+        _told.add(text)
+        _log.warning(
+            "%s.forward prints %r: its program does not, and a call of it prints nothing; print "
+            "outside of the forward, or in a forward hook", name, printed.getvalue().strip()[:60],
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from autoparallel.capture.example_inputs import bind_inputs
-from autoparallel.capture.forward_contexts import quiet
+from autoparallel.capture.forward_contexts import quiet, unprinted
 from autoparallel.errors import InputMismatchError
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import flatten, leaf_paths
@@ -66,7 +66,7 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         # With gradients, because a forward may want to register hooks.
-        with quiet(), untouched(model, args, kwargs), torch.enable_grad(), mode:
+        with quiet(), unprinted(), untouched(model, args, kwargs), torch.enable_grad(), mode:
             fakes: dict[str, torch.Tensor] = {
                 name: mode.from_tensor(tensor) for name, tensor in state.items()
             }

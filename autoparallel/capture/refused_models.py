@@ -50,7 +50,23 @@ def refuse_wrapped(model: object) -> None:
                 why="its forward is no Python that could be traced, and its class takes no other",
                 fix="pass the module as it was before torch.jit.script or torch.jit.trace",
             )
+        # module.compile() keeps code that computes with the weights of this very module.
+        if name == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None:
+            raise WrappedModelError(
+                "a module is compiled by torch.compile",
+                where=path or "the model itself",
+                why="its forward is code for the whole module, which has no parts to split",
+                fix="pass the module as it was before, and compile the split one: "
+                "torch.compile(model), or model.compile()",
+            )
     for path, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise WrappedModelError(
+                "a parameter has no size yet",
+                where=path,
+                why="a lazy module makes its weights when it is called, and they are split before",
+                fix="call the model once, then split it",
+            )
         if isinstance(parameter, DTensor):
             raise WrappedModelError(
                 "the model's parameters are already distributed (DTensor)",

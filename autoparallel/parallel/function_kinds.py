@@ -20,6 +20,14 @@ class FunctionKind(Enum):
     PASSED = "passed"
     # The same, and what it returns is split as well.
     MARKED = "marked"
+    # It differentiates, and may be given gradients.
+    DERIVES = "derives"
+    # It gives the same values to what autograd does not record.
+    DATA = "data"
+    # It registers a function that is called with a gradient, or with the tensor itself.
+    HOOKS = "hooks"
+    # It makes a tensor of the same type, of any size, which every rank has whole.
+    NEW = "new"
     # It computes: on the parts if DTensor can, else on whole values.
     COMPUTES = "computes"
     # It may return a view, which is written to later.
@@ -36,7 +44,7 @@ _PASSED = frozenset(
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex "
     "is_signed is_inference is_conj is_neg is_pinned is_shared is_same_size is_set_to is_tensor "
     "is_storage element_size get_device storage_offset dim_order has_names result_type can_cast "
-    "requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad backward "
+    "requires_grad_ retain_grad "
     "share_memory_ __repr__ __len__ __hash__ __deepcopy__ __reduce_ex__ __reduce__ __setstate__ "
     "_is_view _has_compatible_shallow_copy_type _make_subclass _make_wrapper_subclass".split()
 )
@@ -47,9 +55,10 @@ _READ = frozenset(
     "unique multinomial".split()
 )
 _RANDOM = ("dropout", "rrelu", "gumbel", "bernoulli", "rand")
-# Attributes that are computed, and those that are the user's own tensors.
+_DERIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+# Attributes that are computed.
 _COMPUTED_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
-_HELD_ATTRIBUTES = frozenset(("data", "grad"))
+_HOOKS = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _MEMORY = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage"))
 
 
@@ -62,12 +71,19 @@ def kind_of(function: Any) -> FunctionKind:
         if name == "__get__":
             if attribute in _COMPUTED_ATTRIBUTES:
                 return FunctionKind.VIEWS
-            return FunctionKind.MARKED if attribute in _HELD_ATTRIBUTES else FunctionKind.PASSED
+            held = {"data": FunctionKind.DATA, "grad": FunctionKind.MARKED}
+            return held.get(attribute, FunctionKind.PASSED)
         gradient = (name, attribute) == ("__set__", "grad")
         return FunctionKind.GRADIENT if gradient else FunctionKind.PASSED
+    if name.startswith("new_") and name != "new_tensor":
+        return FunctionKind.NEW
+    if name in _HOOKS:
+        return FunctionKind.HOOKS
     if name in _PASSED:
         return FunctionKind.PASSED
     # torch.autograd.grad is asked for the gradients of the objects themselves.
+    if function in _DERIVES:
+        return FunctionKind.DERIVES
     if str(getattr(function, "__module__", "")).startswith("torch.autograd"):
         return FunctionKind.MARKED
     if name in _MEMORY:

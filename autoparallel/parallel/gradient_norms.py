@@ -47,6 +47,12 @@ def clip_grad_norm_(
     tensor(5.)
     """
     listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if norm_type <= 0:
+        # A lowest value or a count is no sum over parts; torch's way sees whole gradients.
+        total = torch.nn.utils.clip_grad_norm_(
+            listed, max_norm, norm_type, error_if_nonfinite, foreach
+        )
+        return total.full_tensor() if isinstance(total, DTensor) else total
     with without_function_overrides():
         gradients = [item.grad for item in listed if item.grad is not None]
         if not any(isinstance(gradient, DTensor) for gradient in gradients):

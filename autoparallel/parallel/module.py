@@ -484,7 +484,9 @@ def _run_python(
     try:
         # Where nothing is split, numbers are drawn as a transform of torch.func wants them.
         common = (
-            contextlib.nullcontext() if in_function_transform() else common_numbers(state.generator)
+            contextlib.nullcontext()
+            if in_function_transform()
+            else common_numbers(state.generator, state.ranks.world)
         )
         with tree.whole.shown(), common:
             return forward(*args, **kwargs)

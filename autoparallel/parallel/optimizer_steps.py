@@ -10,6 +10,7 @@ LBFGS lays all parameters end to end, and is refused.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
 from autoparallel.parallel.refused_collectives import refuse_collectives
 from autoparallel.parallel.split_tensor import cut_like, note_writes
+from autoparallel.parallel.split_views import forget_values
 from autoparallel.parallel.steps_on_parts import StepsOnParts
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.torch_private import (
@@ -66,6 +68,9 @@ _FUSED = {"SGD": _Way.PARTS, "Adagrad": _Way.PARTS}
 
 # The parameters of models that were split, with their paths.
 _originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_log = logging.getLogger(__name__)
+# By parameter, the module that was last split of a model that has it, and how many that has.
+_taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # The meshes of parameters that are this package's.
 _meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
 
@@ -85,11 +90,38 @@ def note_originals(model: nn.Module, split: nn.Module) -> None:
 
     split: the parallel module, which has others.
     """
+    _tell_of_shared(model, split)
     own = {id(parameter) for parameter in split.parameters()}
     for path, parameter in model.named_parameters():
         if id(parameter) not in own:
             _originals[parameter] = path
     _watch()
+
+
+def _tell_of_shared(model: nn.Module, split: nn.Module) -> None:
+    """Warn where a model shares some of its parameters with another one that was split before.
+
+    Each split module has copies of its own, which are trained apart. A model that is split again
+    shares all of them, and is meant to be another one.
+    """
+    named = dict(model.named_parameters())
+    others: dict[int, tuple[str, int, list[str]]] = {}
+    for path, parameter in named.items():
+        other, count = _taken.get(parameter, (None, 0))
+        earlier = None if other is None else other()
+        if earlier is not None and earlier is not split:
+            others.setdefault(id(earlier), (type(earlier).__name__, count, []))[2].append(path)
+    for kind, count, paths in others.values():
+        if len(paths) == len(named) == count:
+            continue
+        _log.warning(
+            "%s of %s %s also in %s, which was split before: each split module has its own, and "
+            "they are trained apart; to share them, split one module that holds both",
+            ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if paths[3:] else ""),
+            type(model).__name__, "are" if paths[1:] else "is", kind,
+        )  # fmt: skip
+    for parameter in named.values():
+        _taken[parameter] = (weakref.ref(split), len(named))
 
 
 def _refuse_originals(optimizer: torch.optim.Optimizer) -> None:
@@ -252,6 +284,7 @@ def _called_first(
 
 def _after(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     """Give the optimizer its parameters back, with the values and the state of the stand-ins."""
+    forget_values()
     if optimizer in _stepping:
         _restore(optimizer)
         return

@@ -40,16 +40,31 @@ class _SplitClass(type):
         super().__setattr__(_COMPLETE, True)
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        if _COMPLETE in vars(cls):
-            setattr(cls.__bases__[1], name, value)
+        user = _user_class(cls)
+        if _COMPLETE in vars(cls) and user is not None:
+            setattr(user, name, value)
         else:
             super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
-        delattr(cls.__bases__[1], name)
+        user = _user_class(cls)
+        if user is not None:
+            delattr(user, name)
+        else:
+            super().__delattr__(name)
 
     def __eq__(cls, other: object) -> bool:
-        return cls is other or cls.__bases__[1] is other
+        return cls is other or (other is not None and _user_class(cls) is other)
 
     def __hash__(cls) -> int:
-        return hash(cls.__bases__[1])
+        user = _user_class(cls)
+        return type.__hash__(cls) if user is None else hash(user)
+
+
+def _user_class(cls: type) -> Any:
+    """Return the class that a class stands for, None for a child of a class of split modules.
+
+    Torch derives such a child for one object whose weights it computes (parametrizations), and
+    sets properties on it that are for that object alone.
+    """
+    return None if isinstance(cls.__bases__[0], _SplitClass) else cls.__bases__[1]

@@ -21,16 +21,26 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
 from autoparallel.parallel.function_kinds import FunctionKind, kind_of, writes
+from autoparallel.parallel.split_views import (
+    forget_values,
+    is_stale,
+    keep_view,
+    note_view,
+    placed,
+    view_of,
+    without_history,
+)
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.torch_private import (
     distributed_tensor_like,
     local_part,
     share_local_part,
     storage_key,
+    with_function_overrides,
     without_function_overrides,
 )
 
-__all__ = ["SplitTensor", "cut_like", "mark", "note_writes", "part_of", "whole_of"]
+__all__ = ["SplitTensor", "WholeHook", "cut_like", "mark", "note_writes", "part_of", "whole_of"]
 
 
 class SplitTensor(DTensor):
@@ -49,6 +59,11 @@ class SplitTensor(DTensor):
             if kind is FunctionKind.PASSED:
                 return func(*args, **(kwargs or {}))
             return _run(kind, func, args, kwargs or {})
+
+    def full_tensor(self, **options: Any) -> torch.Tensor:
+        """Return the whole value as DTensor does; a view's is that of the tensor it is of."""
+        _follow(self)
+        return super().full_tensor(**options)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -95,7 +110,7 @@ def _unmarked(tensor: SplitTensor) -> DTensor:
     if tensor.is_leaf and tensor.grad is not None:
         grad: Any = tensor.grad
         twin.grad = distributed_tensor_like(local_part(grad), grad)
-    vars(twin).update(vars(tensor))
+    vars(twin).update(without_history(vars(tensor)))
     return twin
 
 
@@ -128,7 +143,21 @@ def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
 def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run a function that computes, on parts or on whole values."""
     if kind is FunctionKind.MARKED:
-        return _replaced(function(*args, **kwargs), mark)
+        result = _replaced(function(*args, **kwargs), mark)
+        if function.__name__ == "detach":
+            keep_view(result, view_of(args[0]))
+        return result
+    if kind is FunctionKind.DERIVES:
+        return _replaced(_derived(function, args, kwargs), mark)
+    if kind is FunctionKind.DATA:
+        data = mark(function(*args, **kwargs))
+        keep_view(data, view_of(args[0]))
+        vars(data)["_unrecorded"] = True
+        return data
+    if kind is FunctionKind.NEW:
+        return function(local_part(args[0]), *args[1:], **kwargs)
+    if kind is FunctionKind.HOOKS:
+        return function(args[0], *map(WholeHook, args[1:]), **kwargs)
     if kind is FunctionKind.VIEWS and len(args) == 2 and args[0] is args[1]:
         # p.expand_as(p) is how one asks for the node that adds to a parameter's gradient.
         return mark(function(*args, **kwargs))
@@ -139,9 +168,12 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
     tensors = list(_tensors((args, kwargs)))
     recorded = torch.is_grad_enabled()
     split = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    for tensor in split:
+        _follow(tensor)
     plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     whole = (
         kind is FunctionKind.WHOLE
+        or kwargs.get("out") is not None
         # DTensor takes a number in a tensor for equal on all ranks.
         or any(tensor.ndim or (recorded and tensor.requires_grad) for tensor in plain)
         # What a parameter's gradient comes back as must be placed as the parameter is.
@@ -150,27 +182,28 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
     if getattr(function, "__module__", "") == "torch.nn.init":
         with torch.no_grad():  # as these functions do themselves
             return _on_whole(function, args, kwargs)
+    target = _target(args, kwargs)
+    if writes(function) and isinstance(target, DTensor) and view_of(target) is not None:
+        return _written_through(function, target, args, kwargs)
     if whole:
-        return _on_whole(function, args, kwargs)
-    for tensor in split:
-        if "_copied" in vars(tensor) and writes(function):
-            raise AutoParallelError(
-                f"{function.__name__} would write to a copy of a part of a split tensor",
-                why="the view that was taken of it spans the parts of several ranks",
-                fix="write to the tensor itself: tensor[index] = value, under torch.no_grad()",
-            )
+        return _views_on_whole(kind, function, args, kwargs)
     try:
         result = function(*args, **kwargs)
     except (NotImplementedError, RuntimeError) as error:
         # Nothing has run then: torch looks for a way to split an op before it runs it.
-        if "sharding" not in str(error).lower():
+        if not any(words in str(error).lower() for words in _NO_WAY):
             raise
-        return _on_whole(function, args, kwargs)
+        return _views_on_whole(kind, function, args, kwargs)
     if kind is FunctionKind.VIEWS:
-        _note_copies(result, split[0])
+        for place, view in placed(result):
+            _note_copy(view, function, args, kwargs, place)
     if writes(function):
         note_writes(_tensors(_target(args, kwargs)))
     return _replaced(result, mark)
+
+
+# What torch says of an op that DTensor cannot split, before anything runs.
+_NO_WAY = ("sharding", "not supported with dtensor")
 
 
 def _target(args: Any, kwargs: dict[str, Any]) -> Any:
@@ -178,13 +211,82 @@ def _target(args: Any, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def _note_copies(result: Any, source: DTensor) -> None:
-    """Mark views that share no memory with the tensor that they are of."""
-    for tensor in _tensors(result):
-        if isinstance(tensor, DTensor):
-            same = storage_key(local_part(tensor)) == storage_key(local_part(source))
-            if not same or "_copied" in vars(source):
-                vars(tensor)["_copied"] = True
+def _note_copy(view: Any, function: Any, args: Any, kwargs: dict[str, Any], place: Any) -> None:
+    """Have a view remember how it was taken if it shares no memory with the tensor it is of."""
+    source = _target(args, kwargs)
+    if isinstance(view, DTensor) and isinstance(source, DTensor):
+        same = storage_key(local_part(view)) == storage_key(local_part(source))
+        if args and (not same or view_of(source) is not None):
+            note_view(view, source, function, args[1:], kwargs, place)
+
+
+def _views_on_whole(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a function on whole values; views of them are made split tensors that follow theirs.
+
+    Where autograd records, nobody may write to a view of a parameter, and it stays whole.
+    """
+    result = _on_whole(function, args, kwargs)
+    source = args[0] if args else None
+    recorded = torch.is_grad_enabled() and isinstance(source, DTensor) and source.requires_grad
+    if kind is not FunctionKind.VIEWS or not isinstance(source, DTensor) or recorded:
+        return result
+    everywhere = [Replicate()] * source.device_mesh.ndim
+    views = []
+    for place, view in placed(result):
+        tracked = torch.is_grad_enabled() and view.requires_grad
+        if not isinstance(view, DTensor) and not tracked:
+            view = mark(_cut(view.detach(), source.device_mesh, everywhere))
+            note_view(view, source, function, args[1:], kwargs, place)
+        views.append(view)
+    return type(result)(views) if isinstance(result, (list, tuple)) else views[0]
+
+
+def _written_through(function: Any, target: DTensor, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a function that writes to a view, on the whole value of the tensor that it is of."""
+    view = view_of(target)
+    assert view is not None
+    base = view.base
+    _refuse_recorded(function, base)
+    recorded = torch.is_grad_enabled() and any(
+        one.requires_grad for one in _tensors((args, kwargs))
+    )
+    if recorded and "_unrecorded" not in vars(base):
+        raise _recorded(function)
+    with torch.inference_mode(False), torch.no_grad():
+        whole = whole_of(base)
+        value = view.of_whole(whole)
+        given = _replaced((args, kwargs), lambda tensor: value if tensor is target else tensor)
+        result = _on_whole(function, *given)
+    _keep(function, base, whole)
+    _show(target, value)
+    keep_view(target, view)
+    return target if result is value else result
+
+
+def _follow(tensor: DTensor) -> None:
+    """Bring a view that is a copy up to date."""
+    view = view_of(tensor)
+    if view is not None and is_stale(tensor):
+        with torch.inference_mode(False), torch.no_grad():
+            _show(tensor, view.of_whole(whole_of(view.base)))
+        keep_view(tensor, view)
+
+
+def _show(tensor: DTensor, value: torch.Tensor) -> None:
+    """Have a split tensor hold the rank's part of a whole value."""
+    forget_values(tensor)
+    with torch.inference_mode(False), torch.no_grad():
+        part = cut_like(value.detach(), tensor)
+        if not isinstance(part, DTensor):
+            raise AutoParallelError(
+                f"a split tensor of size {tuple(tensor.shape)} becomes one of {tuple(value.shape)}",
+                why="a function has changed its size in place, and its parts have theirs",
+                fix="use the function that returns its result: tensor = tensor.t()",
+            )
+        if part.placements == tensor.placements and part.shape == tensor.shape:
+            local_part(tensor).copy_(local_part(part))
+        else:
+            share_local_part(tensor, part)
 
 
 def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -195,12 +297,14 @@ def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if writes(function):
         _refuse_recorded(function, _target(args, kwargs))
     shown: dict[int, tuple[DTensor, torch.Tensor, int]] = {}
+    recorded = torch.is_grad_enabled()
 
     def show(tensor: Any) -> Any:
         if not isinstance(tensor, DTensor):
             return tensor
         if id(tensor) not in shown:
-            with torch.inference_mode(False):
+            # To leave inference mode is to switch gradients on.
+            with torch.inference_mode(False), torch.set_grad_enabled(recorded):
                 value = whole_of(tensor)
             shown[id(tensor)] = (tensor, value, value._version)
         return shown[id(tensor)][1]
@@ -218,14 +322,11 @@ def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _keep(function: Any, tensor: DTensor, value: torch.Tensor) -> None:
     """Write the rank's part of a whole value that was written to."""
-    if value.requires_grad:
+    if value.grad_fn is not None:
         _refuse_recorded(function, tensor)
-    with torch.no_grad(), torch.inference_mode(False):
-        part = cut_like(value.detach(), tensor)
-        if part.placements == tensor.placements and part.shape == tensor.shape:
-            local_part(tensor).copy_(local_part(part))
-        else:
-            share_local_part(tensor, part)
+        if "_unrecorded" not in vars(tensor):
+            raise _recorded(function)
+    _show(tensor, value)
 
 
 def _refuse_recorded(function: Any, target: Any) -> None:
@@ -239,11 +340,66 @@ def _refuse_recorded(function: Any, target: Any) -> None:
                 "a leaf Variable that requires grad is being used in an in-place operation."
             )
         if tensor.requires_grad:
-            raise AutoParallelError(
-                f"{function.__name__} writes to a split tensor in place, which autograd records",
-                why="it was run on the whole value, of which each rank keeps a part",
-                fix="use the function that returns its result: tensor = tensor.add(other)",
-            )
+            raise _recorded(function)
+
+
+def _recorded(function: Any) -> AutoParallelError:
+    """Return the error for a function that writes in place what autograd is to record."""
+    return AutoParallelError(
+        f"{function.__name__} writes to a split tensor in place, which autograd records",
+        why="it was run on the whole value, of which each rank keeps a part",
+        fix="use the function that returns its result: tensor = tensor.add(other)",
+    )
+
+
+def _derived(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a function of torch.autograd, with the gradients that it is given split as what they are
+    of: whole ones are those of a user who knows of no parts.
+    """
+    names = _GIVEN_GRADIENTS[function]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    outputs, given = named.get(names[0]), named.get(names[-1])
+    if isinstance(outputs, torch.Tensor):
+        named[names[-1]] = _replaced(given, lambda one: _as_given(one, outputs))
+    elif given is not None and outputs is not None:
+        given = [given] if isinstance(given, torch.Tensor) else given
+        named[names[-1]] = list(map(_as_given, given, outputs))
+    positional = [named.pop(name) for name in names] if len(args) > len(names) else []
+    return function(*positional, *args[len(names) :], **named)
+
+
+# The first parameters of functions that are given gradients: from what these are of to them.
+_GIVEN_GRADIENTS: dict[Any, tuple[str, ...]] = {
+    torch.autograd.grad: ("outputs", "inputs", "grad_outputs"),
+    torch.autograd.backward: ("tensors", "grad_tensors"),
+    torch.Tensor.backward: ("self", "gradient"),
+}
+
+
+def _as_given(gradient: Any, output: Any) -> Any:
+    """Return a gradient in the form of the tensor that it is of: split alike, or whole."""
+    if isinstance(gradient, DTensor) and not isinstance(output, DTensor):
+        return whole_of(gradient)
+    whole = isinstance(gradient, torch.Tensor) and not isinstance(gradient, DTensor)
+    if whole and isinstance(output, DTensor) and gradient.shape == output.shape:
+        return part_of(gradient, output.device_mesh, _without_sums(output.placements))
+    return gradient
+
+
+class WholeHook:
+    """A hook of the user's on a split tensor, which computes with the whole tensor's words.
+
+    Torch runs hooks in the backward pass, where functions of torch are not told of split tensors.
+    What it returns in place of a gradient is split as the gradient is.
+    """
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, tensor: Any) -> Any:
+        with with_function_overrides():
+            result = self.hook(mark(tensor))
+        return cut_like(result, tensor)
 
 
 def _memory(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -269,6 +425,9 @@ def whole_of(tensor: DTensor) -> torch.Tensor:
 
     A collective call.
     """
+    # A value that is no result of a Function may be written to in place.
+    if not torch.is_grad_enabled() or not tensor.requires_grad:
+        return _gathered(tensor)
     value: torch.Tensor = _Whole.apply(tensor)
     return value
 
@@ -299,7 +458,10 @@ def note_writes(tensors: Iterable[Any]) -> None:
 
     A backward pass that has kept the values from before then fails, in torch's words.
     """
-    parts = [local_part(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
+    split = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    for tensor in split:
+        forget_values(tensor)
+    parts = [local_part(tensor) for tensor in split]
     torch.autograd.graph.increment_version([part for part in parts if not part.is_inference()])
 
 
@@ -325,17 +487,23 @@ def _cut(value: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
     return cut
 
 
+@torch.no_grad()
+def _gathered(tensor: DTensor) -> torch.Tensor:
+    """Gather the parts, and make the sums that are pending; the result is a view of nothing."""
+    local = local_part(tensor)
+    whole: torch.Tensor = distributed_tensor_like(local.detach(), tensor).full_tensor()
+    return whole.clone() if storage_key(whole) == storage_key(local) else whole.data
+
+
 class _Whole(torch.autograd.Function):
     """The whole value of a split tensor; its gradient is cut as the tensor is."""
 
     @staticmethod
     def forward(ctx: Any, tensor: DTensor) -> torch.Tensor:
-        """Gather the parts, and make the sums that are pending."""
+        """Gather the parts."""
         ctx.set_materialize_grads(False)
         ctx.mesh, ctx.placements = tensor.device_mesh, _without_sums(tensor.placements)
-        local = local_part(tensor)
-        whole: torch.Tensor = distributed_tensor_like(local.detach(), tensor).full_tensor()
-        return whole.clone() if storage_key(whole) == storage_key(local) else whole
+        return _gathered(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:

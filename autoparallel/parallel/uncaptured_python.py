@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.gradient_return import GradientBucket
+from autoparallel.parallel.launch import communication_device
 from autoparallel.parallel.parameters import (
     GatheredCopy,
     LocalParameter,
@@ -36,13 +37,14 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.runtime.collectives import convert
+from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import Generator
 from autoparallel.runtime.tensor_parts import gathered, take_layout_part
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.module_copy import referring
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.rng_state import restore, seeded, snapshot
+from autoparallel.support.rng_state import python_numbers_sums, restore, seeded, snapshot
 from autoparallel.support.torch_private import local_part, outside_transforms
 
 __all__ = ["WholeParameters", "common_numbers", "held_by"]
@@ -442,13 +444,16 @@ def _refused(leaf: LocalParameter, why: str) -> AutoParallelError:
 
 
 @contextlib.contextmanager
-def common_numbers(generator: Generator) -> Iterator[None]:
-    """Have Python draw the same random numbers on all ranks, by the generator's seed and step.
+def common_numbers(generator: Generator, group: Group) -> Iterator[None]:
+    """Have Python draw the same random numbers on all ranks: torch's by the generator's seed and
+    step, Python's and numpy's from the user's own generator where it is in one state on all
+    ranks of the group, else by seed and step, too. A collective call.
 
-    The user's own generators go on afterwards where they were, but for the one number by which
+    The user's torch goes on afterwards where it was, but for the one number by which
     the generator recognizes a pass that is repeated. A part of a pass that is repeated (by
     checkpointing inside of the model) finds torch's generator as it was, and draws from it.
     """
+    python, numpy = _are_alike(group)
     before = snapshot()
     generator.between_passes()
     try:
@@ -460,5 +465,19 @@ def common_numbers(generator: Generator) -> Iterator[None]:
     # Seed and step are hashed, so that no two steps of any two seeds have one stream by design; 56
     # bits are a seed that torch takes.
     digest = hashlib.blake2b(f"{generator.seed} {step}".encode(), digest_size=7).digest()
-    with seeded(int.from_bytes(digest)):
+    with seeded(int.from_bytes(digest), python=not python, numpy=not numpy):
         yield
+
+
+def _are_alike(group: Group) -> tuple[bool, bool]:
+    """Return whether Python's global generator, and numpy's, are in one state on all ranks.
+
+    Ranks that are threads of one process have these generators in common.
+    """
+    if isinstance(group, SingleGroup):
+        return True, True
+    if not isinstance(group, ProcessGroup) or torch.compiler.is_compiling():
+        return False, False
+    sums = torch.tensor(python_numbers_sums(), device=communication_device())
+    same = (group.all_gather(sums) == sums).all(dim=0).tolist()
+    return same[0], same[1]

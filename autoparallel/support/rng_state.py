@@ -7,10 +7,12 @@ import random
 import sys
 from collections.abc import Iterator
 from typing import Any
+from zlib import crc32
 
 import torch
 
-__all__ = ["python_numbers", "restore", "seeded", "snapshot", "torch_generators"]
+__all__ = ["python_numbers", "python_numbers_sums", "restore", "seeded", "snapshot"]
+__all__ += ["torch_generators"]
 
 
 def snapshot() -> Any:
@@ -50,14 +52,30 @@ def python_numbers() -> Any:
     )
 
 
-def restore(state: Any) -> None:
-    """Bring all global random generators to where they were. state: as `snapshot` gave it."""
-    host, device, python, numpy_state = state
+def python_numbers_sums() -> tuple[int, int]:
+    """Return a number for the state of Python's global generator and one for numpy's, which are the
+    same in all processes that have the same states.
+    """
+    _, words, following = random.getstate()
+    # None has another hash in each process.
+    python = [hash(words), following is not None and hash(following)]
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else ()
+    items = [crc32(item.tobytes()) if hasattr(item, "tobytes") else item for item in state]
+    return crc32(repr(python).encode()), crc32(repr(items).encode())
+
+
+def restore(state: Any, python: bool = True, numpy: bool = True) -> None:
+    """Bring all global random generators to where they were. state: as `snapshot` gave it.
+    python, numpy: False for one that is to stay where it is.
+    """
+    host, device, python_state, numpy_state = state
     torch.set_rng_state(host)
     if device is not None:
         torch.cuda.set_rng_state(device)
-    random.setstate(python)
-    if numpy_state is not None:
+    if python:
+        random.setstate(python_state)
+    if numpy and numpy_state is not None:
         sys.modules["numpy"].random.set_state(numpy_state)
 
 
@@ -73,9 +91,9 @@ def torch_generators() -> tuple[torch.Generator, ...]:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A context in which all global generators draw from `seed`;
-    afterwards they go on where they were.
+def seeded(seed: int, python: bool = True, numpy: bool = True) -> Iterator[None]:
+    """A context in which all global generators draw from `seed`; afterwards they go on where they
+    were. python, numpy: False for one that is left alone.
 
     >>> with seeded(0):
     ...     first = torch.rand(())
@@ -86,10 +104,11 @@ def seeded(seed: int) -> Iterator[None]:
     before = snapshot()
     try:
         torch.manual_seed(seed)
-        random.seed(seed)
-        if "numpy" in sys.modules:
+        if python:
+            random.seed(seed)
+        if numpy and "numpy" in sys.modules:
             # Numpy takes seeds of 32 bits, torch of 64.
             sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)
         yield
     finally:
-        restore(before)
+        restore(before, python, numpy)

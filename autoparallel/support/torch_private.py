@@ -136,6 +136,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "will_accumulate",
+    "with_function_overrides",
     "without_function_modes",
     "without_function_overrides",
     "without_modes",
@@ -182,6 +183,13 @@ def without_function_modes() -> AbstractContextManager[Any]:
 def without_function_overrides() -> AbstractContextManager[Any]:
     """Return a context in which `__torch_function__` of tensor subclasses is not called."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def with_function_overrides() -> AbstractContextManager[Any]:
+    """Return a context in which `__torch_function__` is called, also within one in which it is
+    not.
+    """
+    return torch._C._EnableTorchFunction()
 
 
 # Ops and their schemas.

@@ -20,6 +20,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.parallel.uncaptured_python import common_numbers
 from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
+from autoparallel.runtime.groups import thread_groups
 from autoparallel.runtime.rng import Generator
 from autoparallel.view.report import plan_text
 
@@ -79,7 +80,7 @@ def expected(model: nn.Module, batch: dict[str, Any], passes: int = 1) -> list[A
     """Loss and gradients of the unsplit model, which draws what a split one does."""
     generator, found = Generator(), []
     for _ in range(passes):
-        with common_numbers(generator):
+        with common_numbers(generator, thread_groups(2)[0]):
             output = model(**batch)
         model.zero_grad()
         output["loss"].backward()

@@ -120,7 +120,7 @@ def all_optimizers(rank: int, pins: dict[str, Any], world_size: int, folder: Pat
         assert worst(parallel, plain()) == 0
     # Norms and clipping, which torch computes on DTensors.
     model, parallel = plain(), split()
-    for norm_type in (1.0, 2.0, 3.0, float("inf")):
+    for norm_type in (1.0, 2.0, 3.0, float("inf"), -float("inf"), 0.0, -1.0):
         norms: list[Any] = []
         for m in (model, parallel):
             m.zero_grad()

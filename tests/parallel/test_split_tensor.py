@@ -96,6 +96,69 @@ def writes_places(model: Any) -> Any:
     return trained(model)
 
 
+def numbers(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def writes_to_views(model: Any) -> Any:
+    """Views across the parts, of one dim or the other, written to by all kinds of functions."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weight in (model.up.weight, model.down.weight, model.table.weight):
+            rows, columns = weight.shape
+            nn.init.orthogonal_(weight)
+            weight[1 : rows - 1].copy_(numbers(rows - 2, columns))
+            weight[:, 1 : columns - 1].mul_(numbers(columns - 2))
+            weight.data[:, 2].normal_()
+            weight[2].zero_()
+            weight.chunk(2)[1].add_(1)
+            weight.chunk(2, dim=1)[0].add_(numbers(rows, columns // 2))
+            weight.t()[1:3].neg_()
+            weight.view(-1)[7:40].data.clamp_(-0.5, 0.5)
+            weight.diagonal().fill_(3)
+            weight.fill_diagonal_(2)
+            weight.detach()[: rows // 2 + 1].sub_(1)
+            weight.view_as(numbers(rows, columns)).add_(numbers(rows, columns))
+            weight[torch.tensor([0, 2])].zero_()  # a copy, for torch too
+            weight.t().reshape(-1)[3:9].zero_()  # and another
+    return trained(model)
+
+
+def writes_out(model: Any) -> Any:
+    nn.init.eye_(model.up.weight)
+    with torch.no_grad():
+        torch.add(model.down.weight, numbers(6, 12), out=model.down.weight)
+        model.up.bias[1:7] += 2
+    return trained(model)
+
+
+def keeps_views(model: Any) -> Any:
+    """Views follow what is written to the tensor, in whatever way that is."""
+    weight = model.up.weight
+    with torch.no_grad():
+        views = [weight[4:9], weight[:, 1:5], weight.data.view(-1)[5:50], weight[5:8][:, 1:3]]
+        weight.mul_(2)
+        weight[3:6] = 4
+        sums = [view.sum() for view in views]
+        views[0].zero_()
+        sums += [view.clone() for view in views]
+        model.up.weight.data.add_(numbers(12, 6))
+        sums += [view.square().sum() for view in views]
+    trained(model)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        return sums, [view.sum() for view in views]
+
+
+def merges_with_gradients_on(model: Any) -> Any:
+    """LoRA's merge, which autograd records where nobody asked it not to."""
+    factor = nn.Parameter(numbers(12, 1))
+    model.up.weight.data += factor @ numbers(1, 6)
+    model.down.weight.data[:, 2:5].add_(factor[:3, 0])
+    return trained(model)
+
+
 def writes_to_a_leaf(model: Any) -> Any:
     return refusal(lambda: model.up.weight.mul_(torch.ones(12, 6))), trained(model)
 
@@ -155,6 +218,33 @@ def differentiates_twice(model: Any) -> Any:
     (first,) = torch.autograd.grad((weight * torch.ones(6)).pow(3).sum(), weight, create_graph=True)
     (loss + first.square().sum()).backward()
     return loss
+
+
+def gives_gradients(model: Any) -> Any:
+    """Whole gradients of split results: products with a Hessian, and backward passes."""
+    weights = [model.up.weight, model.down.weight]
+    gradients = torch.autograd.grad(loss_of(model), weights, create_graph=True)
+    vectors = [numbers(*weight.shape) for weight in weights]
+    products = torch.autograd.grad(gradients, weights, vectors, retain_graph=True)
+    gradients[0].backward(vectors[0], retain_graph=True)
+    torch.autograd.backward(gradients[1], grad_tensors=vectors[1])
+    return products
+
+
+def masks_gradients(model: Any) -> Any:
+    """Hooks compute with whole tensors, and return whole ones."""
+    seen = []
+    for path, parameter in model.named_parameters():
+        mask = numbers(*parameter.shape) > 0
+        if "up" in path:
+            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+        else:
+            parameter.register_hook(lambda gradient, mask=mask: whole(gradient) * mask)
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter, mask=mask: seen.append((parameter.grad * mask).sum().item())
+        )
+    trained(model)
+    return sorted(seen), torch.autograd.grad(loss_of(model), model.up.weight)
 
 
 def finds_the_node_of_a_gradient(model: Any) -> Any:
@@ -224,6 +314,12 @@ HABITS = {
         copies_whole,
         draws,
         writes_places,
+        writes_to_views,
+        writes_out,
+        keeps_views,
+        merges_with_gradients_on,
+        gives_gradients,
+        masks_gradients,
         writes_to_a_leaf,
         writes_gradients,
         penalizes,
@@ -270,9 +366,10 @@ def on_a_group(rank: int, world_size: int) -> dict[str, Any]:
     split = next(p for p in model.parameters() if not p.placements[0].is_replicate())
     results["split"] = type(split) is SplitTensor
     results["leaf"] = refusal(lambda: model.up.weight.mul_(torch.ones(12, 6)))
-    # A view of a whole row or column spans ranks along one of the dims.
     with torch.no_grad():
-        results["views"] = [refusal(split[0].zero_), refusal(split[:, 0].zero_)]
+        sums = torch.zeros_like(split)
+    # What is added to them is recorded, which a part of them would not remember.
+    results["recorded"] = refusal(lambda: sums.add_(split * torch.ones(split.shape)))
     results["collective"] = refusal(lambda: torch.distributed.all_reduce(split.detach()))
     results["memory"] = refusal(split.data_ptr)
     with pytest.raises(ValueError, match="read-only"):
@@ -314,9 +411,7 @@ def test_a_habit_gives_what_it_gives_unsplit(name: str, world_size: int) -> None
 def test_what_cannot_be_right_is_refused(world_size: int) -> None:
     results = split_results(world_size)
     assert results["split"]
-    # Along the dim that is whole, a view lies in the part, and may be written to.
-    assert sorted(results["views"])[0].startswith("AutoParallelError: zero_ would write to a copy")
-    assert "nothing is raised" in results["views"]
+    assert results["recorded"].startswith("AutoParallelError: add_ writes to a split tensor")
     assert results["collective"].startswith("AutoParallelError: allreduce of a split tensor")
     assert "asks for the memory of" in results["memory"]
     assert results["cut"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from broken_models import Block, Branches, build, inputs
@@ -20,6 +22,7 @@ from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import whole_tensor
 from autoparallel.parallel.uncaptured_python import common_numbers
 from autoparallel.planning.replan import Replanner
+from autoparallel.runtime.groups import thread_groups
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
 from autoparallel.runtime.rng import Generator
 
@@ -52,10 +55,11 @@ def train(rank: int) -> list[float]:
         optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, parallel)]
         for step in range(3):
             batch = {key: value.roll(step, 0) for key, value in inputs().items()}
-            torch.manual_seed(rank)
+            for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+                seed(rank)
             own = parallel(**batch)["loss"]
             own.backward()
-            with common_numbers(generator):
+            with common_numbers(generator, thread_groups(2)[0]):
                 loss = model(**batch)["loss"]
             loss.backward()
             assert relative_error(own.detach(), loss.detach()) < 1e-10, (name, step)
@@ -103,6 +107,49 @@ def refuse_other_paths(rank: int) -> None:
     x = torch.ones(4, 12) * (1 if rank else -1)
     with pytest.raises(autoparallel.AutoParallelError, match="different parts"):
         autoparallel.autoparallelize(OneOfTwo(), 2, example_inputs=x)
+
+
+class Mixes(nn.Module):
+    """A depth that Python decides on, and numpy's mix of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        part = float(numpy.random.beta(1.0, 1.0))
+        x = part * x + (1 - part) * x.flip(0)
+        for layer in self.layers:
+            if random.random() < 0.7:
+                x = torch.tanh(layer(x))
+        return x.square().sum()
+
+
+def mixed(model: nn.Module, seed: int) -> list[float]:
+    random.seed(seed)
+    numpy.random.seed(seed)
+    losses = [float(model(torch.ones(4, 12).double().cumsum(0))) for _ in range(4)]
+    return [*losses, random.random(), float(numpy.random.rand())]
+
+
+def draw_outside_of_torch(rank: int) -> tuple[list[float], list[float]]:
+    """Losses after seeds that are the same on all ranks, and after others on each."""
+    torch.manual_seed(0)
+    model = Mixes().double()
+    split = autoparallel.autoparallelize(model, 2)
+    return [a - b for a, b in zip(mixed(split, 5), mixed(model, 5), strict=True)], mixed(
+        split, rank
+    )
+
+
+def test_numbers_of_python_and_numpy_are_the_users_where_ranks_agree() -> None:
+    first, second = run_processes(draw_outside_of_torch, 2)
+    for same, _ in (first, second):
+        assert same == pytest.approx([0.0] * 6, abs=1e-12)
+    # Else they are common to the ranks all the same, and each rank's own go on by themselves.
+    assert first[1][:4] == second[1][:4]
+    assert len(set(first[1][:4])) == 4
+    assert first[1][4:] != second[1][4:]
 
 
 def test_two_processes() -> None:

@@ -294,6 +294,71 @@ def test_scripted_modules_are_refused() -> None:
         autoparallel.make_plan(model, 2, example_inputs=torch.ones(2, 8))
 
 
+def test_compiled_modules_and_lazy_parameters_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), torch.compile(nn.Linear(4, 4), backend="eager"))
+    with pytest.raises(WrappedModelError, match=r"compiled by torch.compile"):
+        autoparallel.make_plan(model, 2, example_inputs=torch.ones(2, 8))
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    model[1].compile(backend="eager")
+    with pytest.raises(WrappedModelError, match=r"compiled by torch.compile\s+where: 1"):
+        autoparallel.autoparallelize(model, 1)
+    lazy = nn.Sequential(nn.Linear(8, 4), nn.LazyLinear(4))
+    with pytest.raises(WrappedModelError, match="has no size yet"):
+        autoparallel.autoparallelize(lazy, 1)
+
+
+def test_models_that_share_parameters_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A model that is split again shares all of them, and is another one on purpose."""
+    first = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    second = nn.Sequential(first[0], nn.Linear(4, 2))
+    split = [autoparallel.autoparallelize(first, 1) for _ in range(2)]
+    assert "trained apart" not in caplog.text
+    split.append(autoparallel.autoparallelize(second, 1, example_inputs=torch.ones(2, 8)))
+    assert "0.weight, 0.bias of Sequential are also in ParallelSequential" in caplog.text
+    assert len(split) == 3  # those that nobody has any more are no matter
+
+
+class Prints(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print("a batch of", x.shape[0])
+        return self.layer(x)
+
+
+class PrintsNumbers(Prints):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.mean() > 0:
+            print("the mean is", x.mean().item())
+        return super().forward(x)
+
+
+def test_what_a_forward_prints_is_told_or_printed(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A program prints nothing, which a warning says; planning prints nothing either."""
+    split = autoparallel.autoparallelize(Prints(), 1)
+    split(torch.ones(2, 8))
+    assert not capsys.readouterr().out
+    assert "Prints.forward prints 'a batch of s" in caplog.text
+    # What stays Python prints at each call, and once.
+    split = autoparallel.autoparallelize(PrintsNumbers(), 1)
+    for _ in range(2):
+        split(torch.ones(2, 8))
+    assert capsys.readouterr().out == "the mean is 1.0\na batch of 2\n" * 2
+
+
+def test_a_parametrization_after_splitting_is_refused_and_leaves_the_class() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    split = autoparallel.autoparallelize(model, 1, example_inputs=torch.ones(2, 8))
+    nn.utils.parametrize.register_parametrization(split[0], "weight", nn.Tanh())
+    assert not hasattr(nn.Linear, "weight")
+    with pytest.raises(AutoParallelError, match="another class than when it was split"):
+        split(torch.ones(2, 8))
+
+
 def test_a_forward_that_differentiates_by_itself_is_split_around() -> None:
     class Model(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -91,9 +91,15 @@ def test_functions_of_subclasses_can_be_left_out() -> None:
     seen.clear()
     with torch_private.without_function_overrides():
         assert not tensor.requires_grad
-    assert not seen
-    assert not tensor.requires_grad
+        assert not seen
+        # Hooks of the user's run within, and compute with such tensors.
+        with torch_private.with_function_overrides():
+            assert not tensor.requires_grad
+        assert len(seen) == 1
+        assert not tensor.requires_grad
     assert len(seen) == 1
+    assert not tensor.requires_grad
+    assert len(seen) == 2
 
 
 def test_the_function_of_backward_hooks_is_known() -> None:
