@@ -51,8 +51,9 @@ _PASSED = frozenset(
 _READ = frozenset(
     "item tolist numpy __array__ __float__ __int__ __bool__ __index__ __complex__ __format__ "
     "is_nonzero equal allclose __contains__ __setitem__ index_put_ index_put masked_fill_ "
-    "masked_scatter_ "
-    "unique multinomial".split()
+    "masked_scatter_ unique multinomial "
+    # DTensor of torch 2.11 gathers places without dims wrongly.
+    "argmax argmin".split()
 )
 _RANDOM = ("dropout", "rrelu", "gumbel", "bernoulli", "rand")
 _DERIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)

@@ -23,6 +23,14 @@ HOME = os.getpid()
 CALLS: list[int] = []
 
 
+@pytest.fixture
+def _forks() -> None:
+    """Leave out what forks this process where autograd has started threads for devices in it."""
+    unfit = probe_processes.in_fork(lambda _: b"")[1]
+    if unfit and torch.version.cuda is not None:
+        pytest.skip(f"a build with CUDA, and {unfit}")
+
+
 @torch.library.custom_op("harmful::crash", mutates_args=())
 def crash(x: torch.Tensor) -> torch.Tensor:
     """Fail as native code does, elsewhere than in the process of the tests."""
@@ -144,6 +152,7 @@ def test_a_server_that_cannot_start_is_said(
     monkeypatch.undo()
 
 
+@pytest.mark.usefixtures("_forks")
 def test_a_users_op_that_crashes_is_left_whole() -> None:
     """It is known in this process alone, of which a fork crashes."""
     assert_whole(
@@ -151,6 +160,7 @@ def test_a_users_op_that_crashes_is_left_whole() -> None:
     )
 
 
+@pytest.mark.usefixtures("_forks")
 def test_a_users_op_that_hangs_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not waited for without end."""
     monkeypatch.setattr(probe_processes, "Limits", lambda: Limits(wall_seconds=0.5))
@@ -158,6 +168,7 @@ def test_a_users_op_that_hangs_is_left_whole(monkeypatch: pytest.MonkeyPatch) ->
     assert_whole(rule, "the op did not end within 0.5 s")
 
 
+@pytest.mark.usefixtures("_forks")
 def test_probing_changes_nothing_of_the_users() -> None:
     """What a Python op does besides is done in the fork."""
     call = call_of("harmful.counted.default", fixed(4, 5))
@@ -212,6 +223,7 @@ def test_an_error_in_a_fork_is_raised_here() -> None:
         probe_processes.in_fork(lambda _: bytes(1 // 0))
 
 
+@pytest.mark.usefixtures("_forks")
 def test_a_registered_rule_is_proven_elsewhere_too() -> None:
     """An op that crashes on the parts that a user's rule gives it does not end the process."""
     call = call_of("harmful.crash.default", fixed(4, 5))
