@@ -7,6 +7,7 @@ an op that corrupts memory or hangs harms neither the user's process nor the nex
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def answer(call: OpCall, stored: DiscoveredRule | None, careful: bool = False) -
 
     stored: a rule that was found before, which is confirmed first. careful: see `discover`. The
     keys are "confirmed" (True where it was), "rule", and "refused": the rest of a sentence that
-    starts with the op.
+    starts with the op; then "unforeseen" says that it did not refuse by itself.
 
     Example: `DiscoveredRule.from_json(answer(call, None)["rule"])`.
     """
@@ -49,7 +50,8 @@ def answer(call: OpCall, stored: DiscoveredRule | None, careful: bool = False) -
         except (
             Exception
         ) as error:  # ops may fail in any way when they are judged: the plan says how
-            return {"refused": f"cannot be probed: {type(error).__name__}: {error}"}
+            why = f"cannot be probed: {type(error).__name__}: {error}"
+            return {"refused": why, "unforeseen": True}
 
 
 def carefully(work: Callable[[bool], bytes], limits: Limits) -> bytes:
@@ -73,7 +75,12 @@ def _answered(request: bytes, careful: bool) -> bytes:
         torch.ops.load_library(path)
     if operator_of(call.node.target) is None:
         return json.dumps({"unknown": True}).encode()
-    return json.dumps(answer(call, stored, careful)).encode()
+    reply = answer(call, stored, careful)
+    if reply.pop("unforeseen", False) and not careful:
+        # An op that writes where it must not may break anything but the process: it is no better
+        # than one that crashes.
+        os.abort()
+    return json.dumps(reply).encode()
 
 
 def serve(handle: int, limits: Limits) -> None:
