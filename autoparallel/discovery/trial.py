@@ -202,9 +202,14 @@ class Trial:
         self, example: Example, rule: ShardingRule, strategy: Strategy, world_size: int
     ) -> str:
         """Return the fault of a strategy as text, "" if it has none."""
-        for value, placement in zip(example.node.results, strategy.results, strict=True):
-            if isinstance(placement, Partial) and value.dtype == torch.bool:
+        pairs = zip(example.results, strategy.results, strict=True)
+        for result in [result for result, placement in pairs if isinstance(placement, Partial)]:
+            if result.dtype == torch.bool:
                 return "truth values have no pending sum"
+            if result.numel() and not result.any():
+                # As of an op that finds the first number that is not 0: the summands could be
+                # anything that it gives for other numbers.
+                return "a sum of zeros proves nothing"
         self.faults += 1
         return self.probe.survived(
             lambda: why_wrong(example, strategy, world_size, rule, self.tolerance)

@@ -20,7 +20,7 @@ import autoparallel
 
 from .outcomes import Run
 from .subjects import Subject
-from .trial import runs_of
+from .trial import run_unsplit, runs_of
 
 __all__ = ["run_all"]
 
@@ -73,11 +73,26 @@ def run_all(
             runs = [Run(**json.loads(line)) for line in lines if line.endswith("}")]
             if pid in late or (os.WIFSIGNALED(code) and os.WTERMSIG(code) == signal.SIGXCPU):
                 runs.append(Run("", "", "slow", f"it takes more than {seconds:.0f} seconds"))
+            elif code and _ends_unsplit(subject):
+                runs.append(Run("", "", "not run", "unsplit, it ends the process"))
             elif code:
                 runs.append(Run("", "", "dead", f"its process ends with {code}"))
             results[subject.name] = runs
             told(subject.name, runs)
     return {subject.name: results[subject.name] for subject in subjects}
+
+
+def _ends_unsplit(subject: Subject) -> bool:
+    """Return whether a process ends that runs a subject's cases as torch alone does."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            run_unsplit(subject)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
 def _work(subject: Subject, seed: int, place: Path, seconds: float) -> None:

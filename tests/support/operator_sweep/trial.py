@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from autoparallel.strategy.build_network import build_network
 from .outcomes import TOLERANCE, Run, Values, differences
 from .subjects import Case, Subject
 
-__all__ = ["runs_of"]
+__all__ = ["run_unsplit", "runs_of"]
 
 # Results of these ops are whatever was in the memory: only their sizes are compared.
 _UNDEFINED = ("empty_like", "new_empty", "new_empty_strided")
@@ -115,9 +116,34 @@ def runs_of(subject: Subject, seed: int) -> Iterator[Run]:
         yield Run("", "", "not run", (chosen.errors or ["it has no samples of dense tensors"])[0])
 
 
+def run_unsplit(subject: Subject) -> None:
+    """Run all cases of a subject with the unsplit model alone; errors of torch's are no matter."""
+    chosen = _chosen(subject)
+    for case in (*(case for case, _ in chosen.cases), *chosen.others):
+        with contextlib.suppress(Exception):
+            _eager(case, 0)
+
+
 def _line(error: BaseException) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}"[:200]
+
+
+def _eager(case: Case, seed: int) -> Values:
+    """Return outputs, gradients and buffers of the unsplit model, which stays as it was."""
+    model = case.model
+    torch.manual_seed(seed)
+    model.zero_grad()
+    state = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = model(*(tensor.clone() for tensor in case.inputs))
+        outputs[0].backward()
+    gradients = {p: t.grad.clone() for p, t in model.named_parameters() if t.grad is not None}
+    buffers = {path: tensor.clone() for path, tensor in model.named_buffers()}
+    model.load_state_dict(state)
+    model.zero_grad()
+    return _values([output.detach().clone() for output in outputs], gradients, buffers)
 
 
 class _Trial:
@@ -127,30 +153,14 @@ class _Trial:
         self.case, self.seed = case, seed
         self.undefined = name in _UNDEFINED
         try:
-            self.expected = self.eager(0)
+            self.expected = _eager(case, 0)
         except RuntimeError:
             # No gradient flows through it: what it reads gets one by another way.
             case.model.detached = True
-            self.expected = self.eager(0)
-        if any(differences(self.eager(1), self.expected)) and not self.undefined:
+            self.expected = _eager(case, 0)
+        if any(differences(_eager(case, 1), self.expected)) and not self.undefined:
             # Random numbers are the project's own, so that the reference is one rank of it.
             self.expected = self.simulated(self.plan("1"))
-
-    def eager(self, seed: int) -> Values:
-        """Return outputs, gradients and buffers of the unsplit model, which stays as it was."""
-        model = self.case.model
-        torch.manual_seed(seed)
-        model.zero_grad()
-        state = {path: tensor.clone() for path, tensor in model.state_dict().items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outputs = model(*(tensor.clone() for tensor in self.case.inputs))
-            outputs[0].backward()
-        gradients = {p: t.grad.clone() for p, t in model.named_parameters() if t.grad is not None}
-        buffers = {path: tensor.clone() for path, tensor in model.named_buffers()}
-        model.load_state_dict(state)
-        model.zero_grad()
-        return _values([output.detach().clone() for output in outputs], gradients, buffers)
 
     @cached_property
     def traced(self) -> Captured | GraphBreaks:
