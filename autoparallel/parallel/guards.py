@@ -49,6 +49,8 @@ _CHANGING = (
     *(collections.deque, set, bytearray, array.array, types.SimpleNamespace),
     *(functools.partial, types.MethodType, weakref.ref),
 )
+# They keep caches of their own.
+_OPERATORS = (type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor))
 _GET: Any = dict.get
 _ABSENT = itertools.repeat(ABSENT)
 
@@ -370,7 +372,7 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
             return value
         cells = [inner(_contents(cell)) for cell in value.__closure__ or ()]
         return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
-    if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator)):
+    if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator, *_OPERATORS)):
         return value
     attributes = own_attributes(value)
     if not attributes and not hasattr(value, "__dict__"):

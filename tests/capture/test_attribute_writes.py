@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from autoparallel.capture.attribute_writes import Attributes
 from autoparallel.capture.export import capture
 from autoparallel.errors import CaptureError
+from autoparallel.parallel.guards import equal, frozen
 
 X = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(6, 8)
 
@@ -194,6 +196,19 @@ def test_a_forward_may_register_hooks_for_itself_once() -> None:
 
     assert not capture(Net(leave), (X,), {}).part
     as_unsplit(Net(leave), 2, (X,), script)
+
+
+def test_an_op_in_an_attribute_is_the_same_when_it_was_called() -> None:
+    """Torch's ops keep caches, which are no state of a model's."""
+    before = frozen(functools.partial(torch.ops.aten.cosh.default, torch.ones(2)))
+    tensor = before[2][1][0]
+    torch.ops.aten.cosh.default(torch.ones(3, device="meta"))
+    vars(torch.ops.aten.cosh.default)["seen"] = 1
+    try:
+        after = frozen(functools.partial(torch.ops.aten.cosh.default, tensor))
+        assert equal(before[1], after[1])
+    finally:
+        del vars(torch.ops.aten.cosh.default)["seen"]
 
 
 def test_nothing_is_written_where_nothing_changes() -> None:
