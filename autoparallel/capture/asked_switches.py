@@ -111,7 +111,7 @@ class Switches:
 
     @property
     def reads(self) -> tuple[AttributeRead, ...]:
-        """What was asked for, and the answers."""
+        """The switches that a forward has asked for are reads, with the answers as values."""
         return tuple(self.found.values())
 
     def answer(self, name: str) -> Any:

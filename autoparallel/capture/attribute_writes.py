@@ -1,4 +1,4 @@
-"""What a forward leaves in attributes: the places that it writes to, and the values there."""
+"""A forward leaves values in attributes: the places that it writes to, and the values there."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class Written:
-    """What a forward has written to attributes of a model.
+    """A Written says where a forward has written to attributes of a model, and what.
 
     places: all that it sets. values: what it has set there, in the same order. reached: the
     containers that were written to, with the place in each. unknown: the attributes that it changes

@@ -21,16 +21,15 @@ from autoparallel.discovery.disk_cache import (
     store_refusal,
 )
 from autoparallel.discovery.probe_processes import EndedError, is_only_here, rule_of
-from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.discovery.shape_pattern import Probe
 from autoparallel.discovery.trial import DRAWS, WRITES
-from autoparallel.graph.graph import Dim, Graph
+from autoparallel.graph.graph import Dim
 from autoparallel.graph.operators import draws
-from autoparallel.rules.lookup import find_rule, known_rule
+from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.registry import remember, signature
 from autoparallel.rules.rule import Dims, OpCall, ShardingRule
 
-__all__ = ["find_unknown", "learn", "may_stay_whole", "whole_rule"]
+__all__ = ["find_unknown", "may_stay_whole", "whole_rule"]
 
 # Why no rule was found, by the call's signature: an op is not probed twice.
 _REASONS: dict[Any, str] = {}
@@ -126,14 +125,3 @@ def _cached(call: OpCall) -> tuple[DiscoveredRule, str]:
     if discovered != stored:
         store(key, discovered)
     return discovered, remark
-
-
-def learn(graph: Graph) -> None:
-    """Find the rules that a plan of this graph was made with, where it was made elsewhere.
-
-    Rules that are registered in this process are proven here: it is they that are followed.
-    """
-    require_proven(OpCall.of(graph, node) for node in graph.calls)
-    for node in graph.calls:
-        if find_rule(node.target) is None:
-            find_unknown(OpCall.of(graph, node))

@@ -55,7 +55,7 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 class CallHeaders:
-    """What the ranks of one model compare at each call. group: all ranks. model: a class's name."""
+    """The ranks of one model compare a header at each call. group: all ranks. model: its class."""
 
     def __init__(self, group: Group, model: str) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""What the user holds of a split model is a tensor that answers as the whole one does.
+"""The user holds tensors of a split model that answer as the whole ones do.
 
 Parameters, their gradients and outputs that stay split are DTensors. DTensor computes with others
 of its kind, and it has gaps that are silent: it refuses a plain tensor beside it, has each rank

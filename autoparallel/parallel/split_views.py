@@ -26,7 +26,7 @@ _views: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 @dataclass(frozen=True)
 class View:
-    """How a view was taken: by a function of torch that was called with `source` first.
+    """A function of torch that was called with `source` first has made a view.
 
     place: the view's among the function's results, None where it is the only one.
     """

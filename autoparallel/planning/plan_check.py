@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from autoparallel.cost.op_costs import nbytes
+from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Dim, Node, Sym, Value
@@ -42,11 +43,16 @@ _MOST_STEPS = 4
 def require_sound(plan: Plan, model: nn.Module) -> None:
     """Raise PlanError unless a plan, which has its graphs, is one by the rules of its ops.
 
-    plan: one that the planner has returned in this process is not looked at again. model: the one
-    that it is applied to. The error names the op or the parameter, and its line in the source.
-    Rules of ops that nobody wrote a rule for are found on the way.
+    plan: of one that the planner has returned in this process, only registered rules are looked at
+    again. model: the one that it is applied to. The error names the op or the parameter, and its
+    line in the source. Rules of ops that nobody wrote a rule for are found on the way.
     """
     if plan.is_checked:
+        # Rules may have been registered anew since, and it is they that are followed.
+        for captured in (plan.captured, *(part.plan.captured for part in plan.parts)):
+            if captured is not None:
+                graph = captured.graph
+                require_proven(OpCall.of(graph, node) for node in graph.calls)
         return
     if plan.captured is not None:
         _Check(plan, plan.captured).all()

@@ -16,13 +16,13 @@ from torch import nn
 import autoparallel
 from autoparallel.discovery.discover import ProbeError, discover
 from autoparallel.discovery.strategy_validation import derived, why_wrong
-from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Node, Ref, Value
 from autoparallel.rewrite.emit import emit
 from autoparallel.rules import registry
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime.ranks import thread_ranks
+from autoparallel.strategy.rule_matching import match_rules
 from autoparallel.view.report import plan_text
 
 
@@ -300,7 +300,7 @@ def test_a_plan_of_unknown_ops_is_applied_elsewhere(monkeypatch: pytest.MonkeyPa
     read = autoparallel.Plan.from_json(plan.to_json())
     assert read == plan
     monkeypatch.setattr(registry, "_REMEMBERED", {})
-    learn(plan.captured.graph)
+    match_rules(plan.captured.graph, set(), plan.options, 2)
     every = thread_ranks(plan.mesh)
     sources = [emit(plan.captured.graph, read, ranks).source for ranks in every]
     assert sources == [emit(plan.captured.graph, plan, ranks).source for ranks in every]

@@ -15,9 +15,9 @@ from torch import nn
 
 import autoparallel
 from autoparallel import OpCall, ShardingRule
-from autoparallel.discovery.unknown_ops import learn
 from autoparallel.errors import RuleError
 from autoparallel.plan import Plan
+from autoparallel.planning.plan_check import require_sound
 from autoparallel.rules import registry, user_rules
 from autoparallel.rules.user_rules import register_rule
 
@@ -218,10 +218,10 @@ def test_a_plan_from_elsewhere_is_not_followed_by_a_wrong_rule() -> None:
     """The rule of the process that applies a plan is the one that is proven."""
     register_rule(SCAN)(right)
     plan = autoparallel.make_plan(Scans(), 2, example_inputs=X)
-    learn(plan.captured.graph)
+    require_sound(plan, Scans())
     register_rule(SCAN, replace=True)(lambda call: ShardingRule.parse("b t c, c -> b t c", call))
     with pytest.raises(RuleError, match="cannot be used"):
-        learn(plan.captured.graph)
+        require_sound(plan, Scans())
     assert Plan.from_json(plan.to_json()) == plan
 
 

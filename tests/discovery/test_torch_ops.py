@@ -6,7 +6,7 @@ import pytest
 import torch
 from calls import Call, fixed, ints, x
 
-from autoparallel.discovery.discover import discover
+from autoparallel.discovery.discover import ProbeError, discover
 from autoparallel.discovery.strategy_validation import derived, why_wrong
 
 
@@ -82,3 +82,18 @@ def test_rules_of_ops_of_torch(arguments: tuple[object, ...], words: str) -> Non
             # Matrices of a call are well-conditioned.
             wrong = why_wrong(example, strategy, world_size, rule, 1e-9)
             assert not wrong, f"{strategy} on {world_size}: {wrong}"
+
+
+def test_a_sum_of_zeros_proves_no_pending_sum() -> None:
+    """The first place of numbers that are none 0 is 0, and so are the sums of parts' places.
+
+    With other numbers they are not: the op finds the first one that is not 0.
+    """
+    numbers = fixed(6, 5, 4)
+    call = Call("aten.nonzero_static.default", (numbers,), {"size": 1}).example().call
+    try:
+        rule = discover(call).rule(call)
+    except ProbeError:
+        return  # it stays whole
+    assert rule is not None
+    assert set(rule.loops) <= rule.whole

@@ -15,25 +15,10 @@ import pytest
 import torch
 from split_ranks import as_unsplit
 from torch import nn
+from unseen import Base, X
 
 import autoparallel
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError, WrappedModelError
-
-X = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(6, 8)
-
-
-class Base(nn.Module):
-    """Two products; `kept` is whatever a test puts there."""
-
-    def __init__(self, kept: Any = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.kept = nn.Linear(8, 12), nn.Linear(12, 8), kept
-        self.double()
-
-    def out(self, hidden: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.b(hidden).square().mean()
-        return loss
 
 
 class Schedule:
