@@ -20,6 +20,12 @@ WEIGHTS = $(VENV)/.installed-weights
 FAMILIES = $(VENV)/.installed-families
 # Programs of each kind that `make fuzz` tries.
 PROGRAMS ?= 2000
+# The interpreter of a machine with a GPU, which has torch; and where wheels for it are collected.
+GPU_PYTHON ?= python3
+WHEELS ?= out/wheels
+GPU_VERSION ?= 3.12
+# What an image with torch and transformers lacks of the dependencies; at most 64 MiB together.
+GPU_PACKAGES = graphviz pygraphviz highspy spmd_types rich markdown-it-py mdurl Pygments
 # Releases of torch that `make versions` tries, and the Python of the oldest.
 TORCH_VERSIONS ?= 2.11.0 $(shell sed -n "s/^torch==//p" constraints.txt) 2.15.0
 PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
@@ -28,7 +34,7 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
-.PHONY: compatibility opinfo safety optional versions clean
+.PHONY: compatibility opinfo safety optional versions bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -40,6 +46,9 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make benchmarks  every file in benchmarks/"
+	@echo "make bench       docs/benchmarks.md: training steps of several libraries side by side (an hour)"
+	@echo "make gpu         tries and measures everything on a GPU, in eight minutes, fetching nothing"
+	@echo "make gpu-wheels  collects what a bare GPU image lacks, to be carried there in $(WHEELS)"
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
 	@echo "make safety      docs/safety.md: files from elsewhere, changed at random, and what happened"
@@ -82,6 +91,24 @@ benchmarks: $(TEST)
 		[ -e "$$file" ] || { echo "no benchmarks yet"; exit 0; }; \
 		echo "== $$file"; $(VENV)/bin/python "$$file" $(ARGS); \
 	done
+
+# BEFORE=folder lets another checkout of this project take part.
+bench: $(TEST)
+	$(VENV)/bin/python benchmarks/steps.py --json out/steps.json --document docs \
+		$(if $(BEFORE),--before $(BEFORE)) $(ARGS)
+
+# It makes no environment: the machine's own interpreter runs it, with the wheels if they are there.
+gpu:
+	@if compgen -G "$(WHEELS)/*.whl" > /dev/null; then $(GPU_PYTHON) -m pip install --quiet --no-index \
+		--no-deps --no-compile --upgrade --target out/gpu-site $(WHEELS)/*.whl; fi
+	PYTHONPATH=$(CURDIR)/out/gpu-site $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-wheels: $(BASE)
+	$(VENV)/bin/python -m pip --disable-pip-version-check download --quiet --no-deps \
+		--only-binary=:all: --python-version $(GPU_VERSION) --implementation cp \
+		$(foreach n,28 27 24 17 12 5,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
+		-c constraints.txt --dest $(WHEELS) $(GPU_PACKAGES)
+	@size=$$(du -sm $(WHEELS) | cut -f1); echo "$(WHEELS): $$size MiB"; test $$size -le 64
 
 coverage: $(TEST)
 	$(VENV)/bin/python docs/make_coverage.py $(ARGS)

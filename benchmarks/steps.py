@@ -38,7 +38,7 @@ class Row:
     """The figures of one contender in one workload.
 
     cpu, wall: median seconds of a step. spread: of the processor time, half of the distance between
-    the quartiles, relative to the median. collectives, nbytes: of a step on one rank, with the
+    the quartiles, relative to the median. rounds: the processor time of each round. collectives, nbytes: of a step on one rank, with the
     bytes of whole tensors. peak: bytes of all tensors of a rank at the worst moment. absent: the
     reason why there are no figures.
     """
@@ -51,6 +51,7 @@ class Row:
     collectives: int | None = None
     nbytes: int | None = None
     peak: int | None = None
+    rounds: tuple[float, ...] = ()
     absent: str = ""
 
 
@@ -99,6 +100,7 @@ def measure(workload: str, places: list[Place], rounds: int, seconds: float) -> 
             middle,
             statistics.median(wall for _, wall in times[place.name]),
             (quartiles[2] - quartiles[0]) / 2 / middle,
+            rounds=tuple(cpu),
             **answer,
         )
     for processes in {id(place.processes): place.processes for place in places}.values():
@@ -170,9 +172,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="of a contender in a round")
     parser.add_argument("--before", type=Path, help="a checkout of this project to compare with")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--figures", type=Path, help="write the document from this JSON file alone")
     parser.add_argument("--document", type=Path, help="write benchmarks.md and .svg there")
     parser.add_argument("--log", type=Path, help="write what libraries say to this file")
     options = parser.parse_args()
+    titles = {name: contender.title for name, contender in CONTENDERS.items()}
+    if options.figures:
+        write_document(
+            json.loads(options.figures.read_text()), titles, options.document or Path("docs")
+        )
+        return
     names = options.contenders.split(",")
     for given, known in ((names, CONTENDERS), (options.workloads.split(","), WORKLOADS)):
         unknown = [name for name in given if name not in known]
@@ -213,7 +222,7 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.document:
-        write_document(result, options.document)
+        write_document(json.loads(json.dumps(result)), titles, options.document)
 
 
 def _line(row: Row) -> str:
@@ -227,8 +236,7 @@ def _line(row: Row) -> str:
     sent = "" if row.nbytes is None else f"{row.collectives:5}{row.nbytes / 2**20:9.2f} MiB"
     peak = f"{(row.peak or 0) / 2**20:9.1f} MiB"
     return (
-        f"{start}{row.cpu * 1e3:9.2f} ms cpu ±{row.spread:5.1%}{row.wall * 1e3:9.2f} ms"
-        f"{sent}{peak}"
+        f"{start}{row.cpu * 1e3:9.2f} ms cpu ±{row.spread:5.1%}{row.wall * 1e3:9.2f} ms{sent}{peak}"
     )
 
 

@@ -6,10 +6,12 @@ those of that axis' variable. A limit is one more row. Sources: Wainwright & Jor
 HiGHS: Huangfu & Hall 2018.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import highspy
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,11 @@ from planners.problem import Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 from planners.tables import Alternative, Prices, Table
 from planners.variables import Factor, Variable
+
+if TYPE_CHECKING:
+    # Most problems never become an integer program: it is imported where one does, so that the rest
+    # runs where it is not installed.
+    import highspy
 
 _METHOD = "integer program"
 _RELATIVE_GAP = 1e-9
@@ -41,6 +48,8 @@ def solve(
     >>> solve(Problem((Variable("a", np.array([2.0, 1.0])),))).assignment
     {'a': 1}
     """
+    import highspy
+
     if not problem.variables:
         return Solution.of(problem, {}, _METHOD)
     program = _Program.of(problem if problem.limit is not None else problem.weighed(0.0))
@@ -177,6 +186,8 @@ class _Program:
         relaxed: columns may be fractions. Raises RuntimeError if HiGHS ends in any other way than
         solved, infeasible or out of time or nodes.
         """
+        import highspy
+
         # One thread and a fixed seed, so that the same program gives the same solution.
         highs: highspy.Highs = highspy.Highs()
         options: dict[str, bool | int | float] = {
@@ -210,6 +221,8 @@ class _Program:
 
     def _model(self, relaxed: bool) -> highspy.HighsLp:
         """Return the program in the form that HiGHS takes."""
+        import highspy
+
         count = len(self.costs)
         model = highspy.HighsLp()
         model.num_col_ = count
@@ -393,5 +406,7 @@ def _turned(factor: Factor, order: list[int]) -> tuple[Table, Table | None]:
 
 def _succeeded(status: highspy.HighsStatus, what: str) -> None:
     """Raise RuntimeError if HiGHS reports an error."""
+    import highspy
+
     if status == highspy.HighsStatus.kError:
         raise RuntimeError(f"HiGHS refused {what}")

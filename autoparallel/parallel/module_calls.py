@@ -11,7 +11,6 @@ from torch import nn
 
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.refused_inputs import refuse_devices
-from autoparallel.graph.graph import Sym
 from autoparallel.parallel.guards import Guards
 from autoparallel.parallel.module_state import Entry, State
 from autoparallel.parallel.parameters import (
@@ -118,9 +117,10 @@ def run_program(
         raise
     for path, value in zip(program.mutations, written, strict=True):
         module.get_buffer(path).copy_(value.detach())
+    whole_shapes = entry.whole_shapes(inputs)
     returned = [
-        _returned(output, layout, shape, inputs, entry, state)
-        for output, (layout, shape) in zip(outputs, program.outputs, strict=True)
+        _returned(output, layout, shape, state)
+        for output, (layout, _), shape in zip(outputs, program.outputs, whole_shapes, strict=True)
     ]
     for number, path in entry.captured.own:
         owner, _, name = path.rpartition(".")
@@ -145,25 +145,13 @@ def _without_autocast(entry: Entry, device: torch.device) -> Any:
 
 
 def _returned(
-    output: torch.Tensor,
-    layout: Layout,
-    shape: tuple[Any, ...],
-    inputs: list[torch.Tensor],
-    entry: Entry,
-    state: State,
+    output: torch.Tensor, layout: Layout, shape: tuple[int, ...], state: State
 ) -> torch.Tensor:
     """Return what the user gets of an output: the tensor, or a DTensor where it stays split.
 
-    shape: of the whole output, in sizes that this call's inputs give.
+    shape: of the whole output.
     """
     split = any(isinstance(placement, Shard) for placement in layout)
     if not split or state.mesh is None:
         return output
-    # A dim of an input whose size is a symbol by itself says what the symbol is in this call.
-    actual_sizes: dict[Any, int] = {}
-    for tensor, sizes in zip(inputs, entry.shapes, strict=True):
-        for actual, size in zip(tensor.shape, sizes, strict=True):
-            if isinstance(size, Sym) and size.expr.is_Symbol:
-                actual_sizes[size.expr] = actual
-    whole = tuple(int(s.expr.subs(actual_sizes)) if isinstance(s, Sym) else s for s in shape)
-    return as_distributed(output, layout, whole, state.mesh)
+    return as_distributed(output, layout, shape, state.mesh)

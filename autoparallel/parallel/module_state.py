@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.errors import AutoParallelError
 from autoparallel.graph.attribute_read import SIMPLE
 from autoparallel.graph.captured import Captured, Modes, Surroundings
+from autoparallel.graph.graph import Sym
 from autoparallel.parallel.call_headers import CallHeaders
 from autoparallel.parallel.guards import Guards, equal, frozen
 from autoparallel.parallel.inner_hooks import InnerHooks
@@ -23,7 +24,7 @@ from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, Param
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
-from autoparallel.placement import Layout
+from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program
 from autoparallel.runtime import rng
@@ -41,6 +42,10 @@ Replan = Callable[
 ]
 
 
+# Sizes of inputs for which the shapes of outputs are remembered.
+_MOST_SIZES = 1024
+
+
 @dataclass
 class Entry:
     """A program and what its inputs must look like.
@@ -49,7 +54,8 @@ class Entry:
     them. shapes: of its inputs, in symbolic sizes. guards: the attributes that its trace has read.
     frozen: the places of parameters that needed no gradient when it was planned. known: whether it
     is right for inputs of some shapes, types and need of gradients, as far as it was asked: to
-    evaluate the guards takes long, and most calls are like one before.
+    evaluate the guards takes long, and most calls are like one before. wholes: the shapes of whole
+    outputs, by those of the inputs.
     """
 
     plan: Plan
@@ -60,6 +66,29 @@ class Entry:
     guards: Guards
     frozen: list[tuple[dict[str, Any], str]]
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    wholes: dict[tuple[Any, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+
+    def whole_shapes(self, inputs: list[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the whole outputs, of those that are split, for inputs of these
+        sizes.
+        """
+        key = tuple([tensor.shape for tensor in inputs])
+        if key not in self.wholes:
+            # A dim of an input whose size is a symbol by itself says what the symbol is.
+            actual_sizes: dict[Any, int] = {}
+            for tensor, sizes in zip(inputs, self.shapes, strict=True):
+                for actual, size in zip(tensor.shape, sizes, strict=True):
+                    if isinstance(size, Sym) and size.expr.is_Symbol:
+                        actual_sizes[size.expr] = actual
+            if len(self.wholes) > _MOST_SIZES:
+                self.wholes.clear()
+            self.wholes[key] = tuple(
+                tuple(int(s.expr.subs(actual_sizes)) if isinstance(s, Sym) else s for s in shape)
+                if any(isinstance(placement, Shard) for placement in layout)
+                else ()
+                for layout, shape in self.program.outputs
+            )
+        return self.wholes[key]
 
     @cached_property
     def given(self) -> Any:

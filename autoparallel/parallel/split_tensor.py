@@ -43,6 +43,10 @@ from autoparallel.support.torch_private import (
 __all__ = ["SplitTensor", "WholeHook", "cut_like", "mark", "note_writes", "part_of", "whole_of"]
 
 
+# Torch's own attribute, past the one that split tensors have.
+_GRADIENT: Any = torch.Tensor.grad
+
+
 class SplitTensor(DTensor):
     """A DTensor with which all of torch's functions give what they give with the whole tensor.
 
@@ -59,6 +63,24 @@ class SplitTensor(DTensor):
             if kind is FunctionKind.PASSED:
                 return func(*args, **(kwargs or {}))
             return _run(kind, func, args, kwargs or {})
+
+    @property
+    def grad(self) -> Any:
+        """The gradient, a split tensor. An optimizer asks for it many times in each step, and is
+        answered here sooner than by way of `__torch_function__`.
+        """
+        with without_function_overrides():
+            return mark(_GRADIENT.__get__(self))
+
+    @grad.setter
+    def grad(self, gradient: Any) -> None:
+        with without_function_overrides():
+            _GRADIENT.__set__(self, gradient if gradient is None else cut_like(gradient, self))
+
+    @grad.deleter
+    def grad(self) -> None:
+        with without_function_overrides():
+            _GRADIENT.__set__(self, None)
 
     def full_tensor(self, **options: Any) -> torch.Tensor:
         """Return the whole value as DTensor does; a view's is that of the tensor it is of."""

@@ -304,13 +304,14 @@ class _CrossEntropyClasses(torch.autograd.Function):
         # Less the highest of all ranks, no exponential overflows, and the loss does not change.
         highest = group.all_reduce(highest, "max")
         shifted = logits - highest.unsqueeze(1)
-        exponents = shifted.exp()
         if stop > start:
             picked = shifted.gather(1, local).squeeze(1).masked_fill(~here, 0)
         else:
             picked = logits.new_zeros(target.shape)
+        exponents = shifted.exp_()
         picked, total = group.all_reduce(torch.stack([picked, exponents.sum(1)])).unbind(0)
-        # The softmax is all that the backward pass needs; dividing in place saves one (t, c / n).
+        # The softmax is all that the backward pass needs; what is done in place saves one (t, c / n)
+        # each time.
         probabilities = exponents.div_(total.unsqueeze(1))
         ctx.save_for_backward(probabilities, local, here, counts)
         ctx.group = group
@@ -328,13 +329,12 @@ class _CrossEntropyClasses(torch.autograd.Function):
         probabilities, local, here, counts = ctx.saved_tensors
         back = None
         if grad is not None:
-            back = probabilities.clone()
-            if back.size(1):
-                back.scatter_add_(1, local, -here.to(back.dtype).unsqueeze(1))
             # What is ignored gets exactly nothing, also where a mean over no token sends
             # infinities.
             grad = for_parts(grad, ctx.group).masked_fill(~counts, 0)
-            back = back.mul_(grad.unsqueeze(1))
+            back = probabilities * grad.unsqueeze(1)
+            if back.size(1):
+                back.scatter_add_(1, local, -grad.masked_fill(~here, 0).unsqueeze(1))
         if grad_probabilities is not None:
             weighted = grad_probabilities * probabilities
             total = common_sum(weighted.sum(1, keepdim=True), ctx.group)

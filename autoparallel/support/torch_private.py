@@ -100,6 +100,7 @@ __all__ = [
     "dispatch_registrations",
     "distributed_tensor_like",
     "expression_of",
+    "fake_process_group",
     "flattened_group",
     "forward_gradients_are_on",
     "functional_collectives",
@@ -265,9 +266,43 @@ def has_backward(name: str) -> bool:
     return functions is None or functions[3] is not None
 
 
+class _FunctionalCollectives:
+    """The ops of torch.distributed that return their results, past autograd.
+
+    Torch wraps each of these ops in Python for autograd, which takes longer than all the rest of
+    the call. A tracer is given the ops themselves.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(torch.ops._c10d_functional, name).default
+
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*arguments)
+            with torch._C._AutoDispatchBelowAutograd():
+                return function(*arguments)
+
+        vars(self)[name] = call
+        return call
+
+
+def fake_process_group(rank: int, world_size: int) -> None:
+    """Start a process group of ranks that do not run: its collectives return at once, with what was
+    in the memory. It is for measuring what one rank computes.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=rank, world_size=world_size
+    )
+
+
 def functional_collectives() -> Any:
-    """Return the ops of torch.distributed that return their results, so that they can be traced."""
-    return torch.ops._c10d_functional
+    """Return the ops of torch.distributed that return their results, so that they can be traced.
+
+    They are called by position, and are not differentiable.
+    """
+    return _FunctionalCollectives()
 
 
 def nn_binding(name: str) -> Any:
@@ -338,8 +373,13 @@ def share_local_part(target: DTensor, source: DTensor) -> None:
 
 
 def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
-    """Return a DTensor that holds `local` and is placed as another, without a gradient."""
-    return _distributed_class()(local, like._spec, requires_grad=False)
+    """Return a DTensor that holds `local` and is placed as another, without a gradient.
+
+    It is asked for at each gradient. DTensor's `__init__` only tells torch.export of the new
+    tensor, and takes longer than all the rest.
+    """
+    kind = _distributed_class()
+    return kind.__new__(kind, local, like._spec, requires_grad=False)
 
 
 @cache

@@ -14,6 +14,8 @@ from contenders.contender import Absent, Contender, Trained
 from contenders.workloads import Workload
 from torch import nn
 
+from autoparallel.support.torch_private import multiply_all_, norms_of
+
 __all__ = ["BY_HAND", "clip_parts"]
 
 BLOCKS = ("gpt", "bert")
@@ -30,11 +32,11 @@ def clip_parts(
     parts = [parameter.grad for parameter in some if is_split(parameter)]
     whole = [parameter.grad for parameter in some if not is_split(parameter)]
     with torch.no_grad():
-        squares = torch.stack(torch._foreach_norm(parts)).square().sum()
+        squares = torch.stack(norms_of(parts, 2.0, torch.float32)).square().sum()
         dist.all_reduce(squares)
-        total = (squares + torch.stack(torch._foreach_norm(whole)).square().sum()).sqrt()
-        factor = torch.clamp(largest / (total + 1e-6), max=1.0)
-        torch._foreach_mul_(parts + whole, factor)
+        others = torch.stack(norms_of(whole, 2.0, torch.float32)).square().sum()
+        total = (squares + others).sqrt()
+        multiply_all_(parts + whole, torch.clamp(largest / (total + 1e-6), max=1.0))
     return total
 
 

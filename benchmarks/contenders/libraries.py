@@ -29,9 +29,7 @@ class _Attention(nn.Module):
         self.width = whole.hidden // whole.heads
         weights = whole.query_key_value.weight.data.chunk(3)
         biases = whole.query_key_value.bias.data.chunk(3)
-        self.query, self.key, self.value = (
-            nn.Linear(whole.hidden, whole.hidden) for _ in range(3)
-        )
+        self.query, self.key, self.value = (nn.Linear(whole.hidden, whole.hidden) for _ in range(3))
         for layer, weight, bias in zip(
             (self.query, self.key, self.value), weights, biases, strict=True
         ):

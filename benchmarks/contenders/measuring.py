@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoparallel.runtime.collective_counter import CollectiveCounter
+from autoparallel.support.torch_private import (
+    TorchDispatchMode,
+    local_part,
+    storage_key,
+    tree_leaves,
+)
 
 __all__ = ["collectives", "peak_nbytes", "seconds"]
 
@@ -52,10 +56,9 @@ class _Alive(TorchDispatchMode):
     def __init__(self, held: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.known: set[int] = set()
-        self.now = 0
+        self.now = self.most = 0
         for tensor in held:
             self.see(tensor)
-        self.most = self.now
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -63,20 +66,22 @@ class _Alive(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes here again with the parts
         result = function(*args, **(kwargs or {}))
-        pytree.tree_map_only(torch.Tensor, self.see, result)
+        for item in tree_leaves(result):
+            if isinstance(item, torch.Tensor):
+                self.see(item)
         return result
 
     def see(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage until it ends."""
         if isinstance(tensor, DTensor):
-            tensor = tensor._local_tensor
+            tensor = local_part(tensor)
         storage = tensor.untyped_storage()
-        key, nbytes = storage._cdata, storage.nbytes()
+        key, nbytes = storage_key(tensor), storage.nbytes()
         if key in self.known:
             return
         self.known.add(key)
         self.now += nbytes
-        self.most = max(self.most, self.now) if hasattr(self, "most") else self.now
+        self.most = max(self.most, self.now)
         weakref.finalize(storage, self.end, key, nbytes)
 
     def end(self, key: int, nbytes: int) -> None:

@@ -45,7 +45,9 @@ def ours(
             runs(**inputs).loss.backward()
         except Exception as error:
             first = next(iter(str(error).strip().splitlines()), "")
-            raise Absent(f"torch.compile(fullgraph=True): {type(error).__name__}: {first}") from error
+            raise Absent(
+                f"torch.compile(fullgraph=True): {type(error).__name__}: {first}"
+            ) from error
         model.zero_grad()
     return Trained(tuple(model.parameters()), lambda: runs(**inputs).loss, clip)
 

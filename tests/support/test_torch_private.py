@@ -10,6 +10,8 @@ import gc
 import logging
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +306,31 @@ def test_custom_ops_say_whether_they_have_a_backward() -> None:
     assert torch_private.has_backward("private_names::scale")
     assert not torch_private.has_backward("private_names::plain")
     assert torch_private.has_backward("aten::sin")
+
+
+def test_a_fake_process_group_has_ranks_that_do_not_run() -> None:
+    """In a process of its own, because there is one default group in a process."""
+    program = (
+        "import torch, torch.distributed as dist\n"
+        "from autoparallel.support import torch_private\n"
+        "torch_private.fake_process_group(1, 4)\n"
+        "x = torch.ones(3)\n"
+        "dist.all_reduce(x)\n"
+        "print(dist.get_rank(), dist.get_world_size())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1", "4"]
+
+
+def test_functional_collectives_are_past_autograd(mesh) -> None:
+    """What calls them has a backward pass of its own."""
+    ops, group = torch_private.functional_collectives(), mesh.get_group()
+    x = torch.ones(2, requires_grad=True)
+    result = ops.wait_tensor(ops.all_reduce(x, "sum", group.group_name))
+    assert result.grad_fn is None
+    assert not result.requires_grad
 
 
 def test_functional_collectives_return_what_they_make(mesh) -> None:
