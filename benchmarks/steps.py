@@ -38,9 +38,9 @@ class Row:
     """The figures of one contender in one workload.
 
     cpu, wall: median seconds of a step. spread: of the processor time, half of the distance between
-    the quartiles, relative to the median. rounds: the processor time of each round. collectives, nbytes: of a step on one rank, with the
-    bytes of whole tensors. peak: bytes of all tensors of a rank at the worst moment. absent: the
-    reason why there are no figures.
+    the quartiles, relative to the median. rounds: the processor time of each round. collectives,
+    nbytes: of a step on one rank, with the bytes of whole tensors. peak: bytes of all tensors of a
+    rank at the worst moment. absent: the reason why there are no figures.
     """
 
     workload: str
@@ -197,8 +197,9 @@ def main() -> None:
         and (not prefix or any(name.startswith("ours") for name in names))
     }
     rows: list[Row] = []
+    chosen = options.workloads.split(",")
     try:
-        for workload in options.workloads.split(","):
+        for workload in chosen:
             places = [
                 Place(prefix + name, name, groups[prefix, CONTENDERS[name].ranks])
                 for prefix in builds
@@ -209,19 +210,27 @@ def main() -> None:
             for row in measure(workload, places, options.rounds, options.seconds):
                 rows.append(row)
                 print(_line(row), flush=True)
+            # What is known so far is kept: to measure everything takes long.
+            done = chosen[: chosen.index(workload) + 1]
+            _write(options, rows, done)
     finally:
         for processes in groups.values():
             processes.end()
+
+
+def _write(options: argparse.Namespace, rows: list[Row], workloads: list[str]) -> None:
+    """Write the figures, and the document, where the command line asks for them."""
     result = {
         "environment": environment(options.before),
         "rounds": options.rounds,
-        "workloads": {name: asdict(WORKLOADS[name]) for name in options.workloads.split(",")},
+        "workloads": {name: asdict(WORKLOADS[name]) for name in workloads},
         "rows": [asdict(row) for row in rows],
     }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.document:
+        titles = {name: contender.title for name, contender in CONTENDERS.items()}
         write_document(json.loads(json.dumps(result)), titles, options.document)
 
 

@@ -167,7 +167,7 @@ class _Program:
     unit: float
 
     @staticmethod
-    def of(problem: Problem) -> "_Program":
+    def of(problem: Problem) -> _Program:
         """Return the integer program of a problem."""
         builder = _Builder(problem)
         for factor, (scope, prices) in _merged(problem):

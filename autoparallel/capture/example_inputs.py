@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import operator
+import types
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +58,7 @@ def bind_inputs(
     >>> bind_inputs(nn.Linear(4, 2), (1,), {}).arguments
     {'input': 1}
     """
-    signature = inspect.signature(model.forward)
+    signature = _signature_of(model.forward)
     try:
         return signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -65,6 +68,30 @@ def bind_inputs(
             fix="pass a tuple of positional or a dict of keyword arguments: it takes "
             f"({', '.join(_parameters(signature))})",
         ) from None
+
+
+def _signature_of(forward: Any) -> inspect.Signature:
+    """Return the signature of a forward, which is asked for at every call of a parallel module.
+
+    That of a method is remembered while its function has the same defaults.
+    """
+    function = getattr(forward, "__func__", None)
+    if type(forward) is not types.MethodType or type(function) is not types.FunctionType:
+        return inspect.signature(forward)
+    facts = (function.__code__, function.__defaults__, function.__kwdefaults__)
+    known = _signatures.get(function)
+    # What names another signature, as a wrapper does, has it in its dictionary.
+    if known is not None and not function.__dict__ and all(map(operator.is_, facts, known[0])):
+        return known[1]
+    signature = inspect.signature(forward)
+    if not function.__dict__:
+        _signatures[function] = (facts, signature)
+    return signature
+
+
+_signatures: weakref.WeakKeyDictionary[Any, tuple[Any, inspect.Signature]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _parameters(signature: inspect.Signature) -> list[str]:

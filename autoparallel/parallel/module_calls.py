@@ -97,7 +97,7 @@ def run_program(
     stream = computing_stream()
     with without_function_overrides():
         refresh(copies, state.ranks)
-        parameters = [leaf.get(stream) for leaf in entry.leaves]
+        parameters = entry.parameters.get(stream)
     buffers = [module.get_buffer(path) for path in program.buffers]
     if program.mutations:
         # What the backward pass keeps of a buffer must not change when it is written to below.

@@ -20,6 +20,7 @@ from autoparallel.parallel.call_headers import CallHeaders
 from autoparallel.parallel.guards import Guards, equal, frozen
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
+from autoparallel.parallel.local_parameters import LocalParameters
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.tree_shape import TreeShape
@@ -51,7 +52,7 @@ class Entry:
     """A program and what its inputs must look like.
 
     plan, captured: what it was emitted of. leaves: its parameters, in the order in which it takes
-    them. shapes: of its inputs, in symbolic sizes. guards: the attributes that its trace has read.
+    them; parameters: the same, as calls ask for them. shapes: of its inputs, in symbolic sizes. guards: the attributes that its trace has read.
     frozen: the places of parameters that needed no gradient when it was planned. known: whether it
     is right for inputs of some shapes, types and need of gradients, as far as it was asked: to
     evaluate the guards takes long, and most calls are like one before. wholes: the shapes of whole
@@ -65,8 +66,12 @@ class Entry:
     shapes: list[tuple[Any, ...]]
     guards: Guards
     frozen: list[tuple[dict[str, Any], str]]
+    parameters: LocalParameters = field(init=False)
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
     wholes: dict[tuple[Any, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parameters = LocalParameters(self.leaves)
 
     def whole_shapes(self, inputs: list[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of the whole outputs, of those that are split, for inputs of these

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["TreeShape"]
 
@@ -64,7 +65,9 @@ class TreeShape:
         # What is missing was found above, so that the sum tells of what is new.
         if sum(map(len, self.dictionaries)) != self.size:
             return True
-        if list(map(_DTYPE, self.parameters)) != self.dtypes:
+        with without_function_overrides():
+            dtypes = list(map(_DTYPE, self.parameters))
+        if dtypes != self.dtypes:
             return True
         buffers = self.buffers.now()
         if self.buffers.same(buffers):

@@ -310,8 +310,7 @@ class _CrossEntropyClasses(torch.autograd.Function):
             picked = logits.new_zeros(target.shape)
         exponents = shifted.exp_()
         picked, total = group.all_reduce(torch.stack([picked, exponents.sum(1)])).unbind(0)
-        # The softmax is all that the backward pass needs; what is done in place saves one (t, c / n)
-        # each time.
+        # The softmax is all that the backward pass needs; each step in place saves one (t, c / n).
         probabilities = exponents.div_(total.unsqueeze(1))
         ctx.save_for_backward(probabilities, local, here, counts)
         ctx.group = group

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from contenders.contender import Absent, Contender, Trained
-from contenders.workloads import Workload
 from torch import nn
 
 from autoparallel.support.torch_private import multiply_all_, norms_of
+from contenders.contender import AbsentError, Contender, Trained
+from contenders.workloads import Workload
 
 __all__ = ["BY_HAND", "clip_parts"]
 
@@ -96,7 +96,7 @@ def megatron_core(workload: Workload, sequence_parallel: bool) -> Trained:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
         from megatron.core.transformer.transformer_config import TransformerConfig
     except ImportError as error:
-        raise Absent(f"megatron-core is not installed: {error}") from error
+        raise AbsentError(f"megatron-core is not installed: {error}") from error
     _use_cpu_for_cuda()
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from contenders.workloads import LARGEST_NORM, LEARNING_RATE
 
-__all__ = ["Absent", "Contender", "Trained"]
+__all__ = ["AbsentError", "Contender", "Trained"]
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """A contender does not run this workload here; the message is the reason."""
 
 
@@ -49,8 +50,8 @@ class Trained:
 class Contender:
     """A way to train a workload. ranks: 1 or 2 processes. kinds: the workloads that it can train.
 
-    make: a function from the workload to a model ready to train; it raises Absent with the reason
-    where it cannot run here. title: for tables.
+    make: a function from the workload to a model ready to train; it raises AbsentError, with the
+    reason, where it cannot run here. title: for tables.
     """
 
     name: str

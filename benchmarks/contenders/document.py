@@ -200,7 +200,8 @@ def _gpu() -> Iterator[str]:
                 verdict = {True: "right", False: "wrong"}.get(row.get("right"), reason)
                 seconds = format(row["seconds"], ".6f") if row.get("seconds") else ""
                 guess = format(row["predicted"], ".6f") if "predicted" in row else ""
-                yield f"| {part} | {what} | {seconds} | {guess} | {' '.join(verdict.split()[:24])} |"
+                short = " ".join(verdict.split()[:24])
+                yield f"| {part} | {what} | {seconds} | {guess} | {short} |"
         yield ""
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from contenders.contender import Absent, Contender, Trained
-from contenders.workloads import Workload
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_
+
+from contenders.by_hand import clip_parts
+from contenders.contender import AbsentError, Contender, Trained
+from contenders.workloads import Workload
 
 __all__ = ["LIBRARIES"]
 
@@ -191,12 +193,30 @@ def hugging_face(workload: Workload) -> Trained:
 
 
 def deepspeed(workload: Workload) -> Trained:
-    """Return the model as DeepSpeed's AutoTP splits it."""
+    """Return the model as DeepSpeed's AutoTP splits it; torch's AdamW steps on its parameters."""
     try:
         import deepspeed as library
     except ImportError as error:
-        raise Absent(f"deepspeed is not installed: {error}") from error
-    raise Absent(f"deepspeed {library.__version__}: see below")
+        raise AbsentError(f"deepspeed is not installed: {error}") from error
+    model, inputs = workload.model(), workload.inputs()
+    config = {
+        "train_micro_batch_size_per_gpu": workload.batch,
+        "tensor_parallel": {"autotp_size": dist.get_world_size()},
+        "zero_optimization": {"stage": 0},
+    }
+    engine, *_ = library.initialize(model=model, config=config, dist_init_required=False)
+    split = {
+        id(parameter)
+        for module in engine.module.modules()
+        if type(module).__name__ in ("LinearLayer", "LinearAllreduce")
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() > 1
+    }
+    return Trained(
+        tuple(engine.module.parameters()),
+        lambda: engine.module(**inputs).loss,
+        partial(clip_parts, is_split=lambda parameter: id(parameter) in split),
+    )
 
 
 LIBRARIES = (

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from contenders.contender import Absent, Contender, Trained
-from contenders.workloads import Workload
 from torch.nn.utils import clip_grad_norm_
+
+from contenders.contender import AbsentError, Contender, Trained
+from contenders.workloads import Workload
 
 __all__ = ["OURS"]
 
@@ -45,7 +46,7 @@ def ours(
             runs(**inputs).loss.backward()
         except Exception as error:
             first = next(iter(str(error).strip().splitlines()), "")
-            raise Absent(
+            raise AbsentError(
                 f"torch.compile(fullgraph=True): {type(error).__name__}: {first}"
             ) from error
         model.zero_grad()

@@ -1,4 +1,4 @@
-"""The processes that the contenders run in: one alone, and a pair, for each build of the project."""
+"""The processes of the contenders: one alone, and a pair, for each build of the project."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from typing import Any
 __all__ = ["Processes"]
 
 FOLDER = Path(__file__).parents[1]
+
+
+def _rank(rank: int) -> dict[str, str]:
+    """Return the variables by which a launcher tells a process which rank it is."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 class Processes:
@@ -45,7 +50,7 @@ class Processes:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**shared, **({"RANK": str(rank)} if ranks > 1 else {})},
+                env={**shared, **(_rank(rank) if ranks > 1 else {})},
             )
             for rank in range(ranks)
         ]

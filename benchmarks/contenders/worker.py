@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from contenders.by_hand import BY_HAND
-from contenders.contender import Absent, Contender
+from contenders.contender import AbsentError, Contender
 from contenders.libraries import LIBRARIES
 from contenders.measuring import collectives, peak_nbytes, seconds
 from contenders.ours import OURS
@@ -77,7 +78,7 @@ def answer(worker: Worker, order: dict[str, Any]) -> dict[str, Any]:
     method: Callable[..., dict[str, Any]] = getattr(worker, order.pop("do"))
     try:
         return method(**order)
-    except Absent as reason:
+    except AbsentError as reason:
         return {"absent": str(reason)}
     except Exception as error:
         traceback.print_exc()

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_kit.setting import Setting
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+
+from gpu_kit.setting import Setting
 
 __all__ = ["families", "flash", "gloo_ranks", "masks", "single_nccl"]
 
@@ -33,17 +34,17 @@ def _whole(tensor: Any) -> torch.Tensor:
 
 
 def _compared(model: nn.Module, split: nn.Module, batch: dict[str, Any]) -> float:
-    """Return the largest error of loss and gradients of a step, against those of the plain model."""
+    """Return the largest error of a step's loss and gradients, against the plain model's."""
     expected, loss = model(**batch).loss, split(**batch).loss
     expected.backward()
     loss.backward()
     errors = [_error(_whole(loss), expected)]
     plain = dict(model.named_parameters())
     for path, parameter in split.named_parameters():
-        if plain[path].grad is not None:
-            # The norm of a bias in front of a softmax is nothing but rounding.
-            if plain[path].grad.abs().max() > 1e-7:
-                errors.append(_error(_whole(parameter.grad), plain[path].grad))
+        gradient = plain[path].grad
+        # That of a bias in front of a softmax is nothing but rounding.
+        if gradient is not None and gradient.abs().max() > 1e-7:
+            errors.append(_error(_whole(parameter.grad), gradient))
     return max(errors)
 
 
@@ -94,26 +95,31 @@ def gloo_ranks(setting: Setting) -> Iterator[dict[str, Any]]:
 def families(setting: Setting, names: list[str]) -> Iterator[dict[str, Any]]:
     """Compare families of the zoo with the plain model, at 2 and 4 simulated ranks, in float64."""
     import zoo
+    from families import Float64
 
     import autoparallel
 
     for name in names:
-        model = zoo.build(name, layers=2).to(setting.device)
-        batch = {
-            key: value.to(setting.device) if isinstance(value, torch.Tensor) else value
-            for key, value in zoo.inputs_for(name).items()
-        }
-        for parameter in model.parameters():
-            parameter.grad = None
-        loss = model(**batch).loss
-        loss.backward()
-        for ranks in (2, 4) if setting.cuda else (2,):
-            ran = autoparallel.simulate(model, ranks, example_inputs=batch)
-            errors = [_error(ran.output.loss, loss)]
-            for path, parameter in model.named_parameters():
-                if parameter.grad is not None and parameter.grad.abs().max() > 1e-12:
-                    errors.append(_error(ran.gradients[path], parameter.grad))
-            yield _row(f"{name}, {ranks} simulated ranks", max(errors), torch.float64)
+        with Float64():  # models of transformers compute norms in float32 whatever their type
+            yield from _family(setting, name, zoo, autoparallel.simulate)
+
+
+def _family(setting: Setting, name: str, zoo: Any, simulate: Any) -> Iterator[dict[str, Any]]:
+    """Compare one family. zoo: the module of families. simulate: this project's."""
+    model = zoo.build(name, layers=2).to(setting.device)
+    batch = {
+        key: value.to(setting.device) if isinstance(value, torch.Tensor) else value
+        for key, value in zoo.inputs_for(name).items()
+    }
+    loss = model(**batch).loss
+    loss.backward()
+    for ranks in (2, 4) if setting.cuda else (2,):
+        ran = simulate(model, ranks, example_inputs=batch)
+        errors = [_error(ran.output.loss, loss)]
+        for path, parameter in model.named_parameters():
+            if parameter.grad is not None and parameter.grad.abs().max() > 1e-12:
+                errors.append(_error(ran.gradients[path], parameter.grad))
+        yield _row(f"{name}, {ranks} simulated ranks", max(errors), torch.float64)
 
 
 class _Dropped(nn.Module):

@@ -1,4 +1,4 @@
-"""Step times on the device: eager, compiled and as a CUDA graph; and a rank's share of large layers.
+"""Step times on the device: eager, compiled, as a CUDA graph; and a rank's share of large layers.
 
 A step is forward, backward and AdamW, in bfloat16.
 """
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_kit.setting import Setting, median_seconds
 from torch.distributed.device_mesh import init_device_mesh
+
+from gpu_kit.setting import Setting, median_seconds
 
 __all__ = ["predicted", "shares", "step_times"]
 

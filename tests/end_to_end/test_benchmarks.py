@@ -1,4 +1,4 @@
-"""The benchmarks that many processes take part in run; how quick anything is is no matter of a test.
+"""The benchmarks that many processes take part in run; how quick they are is no matter of a test.
 
 A small part of each: training steps of several libraries side by side, and the GPU kit on a CPU.
 """
