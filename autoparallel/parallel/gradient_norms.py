@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.split_tensor import GRADIENT
 from autoparallel.support.torch_private import (
     local_part,
     multiply_all_,
@@ -54,7 +55,9 @@ def clip_grad_norm_(
         )
         return total.full_tensor() if isinstance(total, DTensor) else total
     with without_function_overrides():
-        gradients = [item.grad for item in listed if item.grad is not None]
+        gradients = [
+            gradient for item in listed if (gradient := GRADIENT.__get__(item)) is not None
+        ]
         if not any(isinstance(gradient, DTensor) for gradient in gradients):
             return torch.nn.utils.clip_grad_norm_(
                 listed, max_norm, norm_type, error_if_nonfinite, foreach

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from autoparallel.parallel.distributed_layouts import distributed_placements
 from autoparallel.parallel.optimizer_steps import watch_steps
 from autoparallel.parallel.pieces import teach_torch
-from autoparallel.parallel.split_tensor import mark
+from autoparallel.parallel.split_tensor import GRADIENT, mark
 from autoparallel.placement import Layout, Partial, Placement, Shard
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks
@@ -162,9 +162,9 @@ def _like(grad: torch.Tensor, parameter: Any) -> torch.Tensor:
 def give(parameter: Any, grad: torch.Tensor) -> None:
     """Add a finished local gradient, in the layout of the state, to the parameter's `grad`."""
     # Autograd's own way: the first gradient is taken as it is, further ones are added in place.
-    held = parameter.grad
+    held = GRADIENT.__get__(parameter)
     if held is None:
-        parameter.grad = _like(grad, parameter)
+        GRADIENT.__set__(parameter, _like(grad, parameter))
     else:
         (local_part(held) if isinstance(held, DTensor) else held).add_(grad)
 

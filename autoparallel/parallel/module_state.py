@@ -52,11 +52,11 @@ class Entry:
     """A program and what its inputs must look like.
 
     plan, captured: what it was emitted of. leaves: its parameters, in the order in which it takes
-    them; parameters: the same, as calls ask for them. shapes: of its inputs, in symbolic sizes. guards: the attributes that its trace has read.
-    frozen: the places of parameters that needed no gradient when it was planned. known: whether it
-    is right for inputs of some shapes, types and need of gradients, as far as it was asked: to
-    evaluate the guards takes long, and most calls are like one before. wholes: the shapes of whole
-    outputs, by those of the inputs.
+    them; parameters: the same, as calls ask for them. shapes: of its inputs, in symbolic sizes.
+    guards: the attributes that its trace has read. frozen: the places of parameters that needed no
+    gradient when it was planned. known: whether it is right for inputs of some shapes, types and
+    need of gradients, as far as it was asked: to evaluate the guards takes long, and most calls are
+    like one before. wholes: the shapes of whole outputs, by those of the inputs.
     """
 
     plan: Plan

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
 from autoparallel.parallel.refused_collectives import refuse_collectives
-from autoparallel.parallel.split_tensor import cut_like, note_writes
+from autoparallel.parallel.split_tensor import GRADIENT, cut_like, note_writes
 from autoparallel.parallel.split_views import forget_values
 from autoparallel.parallel.steps_on_parts import StepsOnParts
 from autoparallel.runtime.tensor_parts import take_layout_part
@@ -293,7 +293,8 @@ def _after(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         # DTensor's ops write to the parts without their versions' notice: the backward pass of a
         # loss from before the step would take the new values for those that it has kept.
         with without_function_overrides():
-            note_writes([p for p in _split_parameters(optimizer) if p.grad is not None])
+            split = _split_parameters(optimizer)
+            note_writes([p for p in split if GRADIENT.__get__(p) is not None])
         return
     with torch.no_grad():
         for parameter, stand_in in swapped.pairs:

@@ -40,11 +40,21 @@ from autoparallel.support.torch_private import (
     without_function_overrides,
 )
 
-__all__ = ["SplitTensor", "WholeHook", "cut_like", "mark", "note_writes", "part_of", "whole_of"]
+__all__ = [
+    "GRADIENT",
+    "SplitTensor",
+    "WholeHook",
+    "cut_like",
+    "mark",
+    "note_writes",
+    "part_of",
+    "whole_of",
+]
 
 
-# Torch's own attribute, past the one that split tensors have.
-_GRADIENT: Any = torch.Tensor.grad
+# Torch's own attribute, past the one that split tensors have: `GRADIENT.__get__(parameter)` is the
+# gradient as it lies there, a DTensor that nobody has read.
+GRADIENT: Any = torch.Tensor.grad
 
 
 class SplitTensor(DTensor):
@@ -70,17 +80,17 @@ class SplitTensor(DTensor):
         answered here sooner than by way of `__torch_function__`.
         """
         with without_function_overrides():
-            return mark(_GRADIENT.__get__(self))
+            return mark(GRADIENT.__get__(self))
 
     @grad.setter
     def grad(self, gradient: Any) -> None:
         with without_function_overrides():
-            _GRADIENT.__set__(self, gradient if gradient is None else cut_like(gradient, self))
+            GRADIENT.__set__(self, gradient if gradient is None else cut_like(gradient, self))
 
     @grad.deleter
     def grad(self) -> None:
         with without_function_overrides():
-            _GRADIENT.__set__(self, None)
+            GRADIENT.__set__(self, None)
 
     def full_tensor(self, **options: Any) -> torch.Tensor:
         """Return the whole value as DTensor does; a view's is that of the tensor it is of."""

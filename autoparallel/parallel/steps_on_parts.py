@@ -9,14 +9,16 @@ step more has little to do.
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from autoparallel.parallel.split_tensor import cut_like, mark
+from autoparallel.parallel.split_tensor import GRADIENT, cut_like, mark
 from autoparallel.support.torch_private import (
     distributed_tensor_like,
     local_part,
@@ -29,6 +31,10 @@ __all__ = ["StepsOnParts"]
 def _alike(some: Iterable[Any], others: Iterable[Any]) -> bool:
     """Return whether two sequences of one length hold the same objects. It runs in C."""
     return all(map(operator.is_, some, others))
+
+
+_TRAINED = operator.attrgetter("requires_grad")
+_ADDRESS = torch.Tensor.data_ptr
 
 
 class _Part:
@@ -47,15 +53,19 @@ class _Part:
         self.own_values: tuple[Any, ...] = ()
         self.shared_values: tuple[Any, ...] = ()
 
-    def enter(self, shared: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Give the stand-in the gradient, and return what the optimizer remembers in parts."""
-        parameter, stand_in = self.parameter, self.stand_in
-        gradient: Any = parameter.grad
+    def take_gradient(self) -> None:
+        """Give the stand-in this rank's part of the gradient."""
+        parameter = self.parameter
+        gradient: Any = GRADIENT.__get__(parameter)
         if isinstance(gradient, DTensor):
             if gradient.placements != parameter.placements:
                 gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
             gradient = local_part(gradient)
-        stand_in.grad = gradient
+        self.stand_in.grad = gradient
+
+    def enter(self, shared: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Return what the optimizer remembers in parts. shared: the same as everybody sees it."""
+        parameter = self.parameter
         if shared is None:
             self.own = self.shared = None
             return None
@@ -74,8 +84,7 @@ class _Part:
         return self.own
 
     def leave(self, own: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Take the gradient from the stand-in, and return what the optimizer remembers now."""
-        self.stand_in.grad = None
+        """Return what the optimizer remembers now, as everybody sees it. own: the same in parts."""
         if own is None:
             return None
         same = own is self.own and len(own) == len(self.own_values)
@@ -95,6 +104,24 @@ class _Part:
         return mark(distributed_tensor_like(value, self.parameter)) if each else value
 
 
+class _Remembered:
+    """An optimizer's state as it was: all objects in it, so that any change is noticed."""
+
+    def __init__(self, state: Any) -> None:
+        self.keys, self.entries = list(state), list(state.values())
+        self.values = list(chain.from_iterable(map(dict.values, self.entries)))
+
+    def holds(self, state: Any) -> bool:
+        """Return whether the state has these objects. It runs in C."""
+        return (
+            len(state) == len(self.keys)
+            and _alike(state, self.keys)
+            and _alike(state.values(), self.entries)
+            and sum(map(len, self.entries)) == len(self.values)
+            and _alike(chain.from_iterable(map(dict.values, self.entries)), self.values)
+        )
+
+
 class StepsOnParts:
     """The parameters of an optimizer and the parts that step in their place.
 
@@ -105,6 +132,12 @@ class StepsOnParts:
         self.params = [group["params"] for group in optimizer.param_groups]
         self.seen = [tuple(params) for params in self.params]
         self.parts: list[_Part] = []
+        # The optimizer's state in parts and as everybody sees it, as the last step left them; and
+        # the latter while the former is in its place.
+        self.own_state: Any = None
+        self.own: _Remembered | None = None
+        self.shared: _Remembered | None = None
+        self.aside: Any = None
         self.stand_ins: list[list[Any]] = []
         with torch.no_grad(), without_function_overrides():
             for params in self.params:
@@ -117,6 +150,10 @@ class StepsOnParts:
                     ]
                 )
 
+        self.ours = [part.parameter for part in self.parts]
+        self.held = [part.local for part in self.parts]
+        self.whose = [part.stand_in for part in self.parts]
+
     def fits(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the optimizer has these parameters, in the memory that they had."""
         params = [group["params"] for group in optimizer.param_groups]
@@ -127,21 +164,24 @@ class StepsOnParts:
                 len(now) == len(seen) and _alike(now, seen)
                 for now, seen in zip(params, self.seen, strict=True)
             )
-            and all(
-                local_part(part.parameter) is part.local
-                and part.parameter.requires_grad is part.stand_in.requires_grad
-                and part.local.data_ptr() == part.stand_in.data_ptr()
-                for part in self.parts
-            )
+            and _alike(map(local_part, self.ours), self.held)
+            and _alike(map(_TRAINED, self.ours), map(_TRAINED, self.whose))
+            and all(map(operator.eq, map(_ADDRESS, self.held), map(_ADDRESS, self.whose)))
         )
 
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the parts in the parameters' place."""
-        state = optimizer.state
         for part in self.parts:
-            own = part.enter(state.pop(part.parameter, None))
-            if own is not None:
-                state[part.stand_in] = own
+            part.take_gradient()
+        state = optimizer.state
+        if self.shared is not None and self.shared.holds(state):
+            # Nothing but steps has touched it: its parts are those of the last step.
+            self.aside, optimizer.state = state, self.own_state
+        else:
+            for part in self.parts:
+                own = part.enter(state.pop(part.parameter, None))
+                if own is not None:
+                    state[part.stand_in] = own
         for group, stand_ins in zip(optimizer.param_groups, self.stand_ins, strict=True):
             group["params"] = stand_ins
 
@@ -149,8 +189,29 @@ class StepsOnParts:
         """Give the optimizer its parameters back, with what it remembers of them."""
         for group, params in zip(optimizer.param_groups, self.params, strict=False):
             group["params"] = params
+        for part in self.parts:
+            part.stand_in.grad = None
+        aside, self.aside = self.aside, None
+        if aside is not None and self.own is not None and self.own.holds(optimizer.state):
+            optimizer.state = aside
+            return
+        # Parts that are not the user's may remember something new as well.
+        owns = optimizer.state
+        if aside is not None:
+            aside.clear()
+            aside.update(owns)
+            optimizer.state = aside
         state = optimizer.state
+        own_state: Any = defaultdict(dict, state)
         for part in self.parts:
             shared = part.leave(state.pop(part.stand_in, None))
             if shared is not None:
                 state[part.parameter] = shared
+        self.own_state = own_state
+        for part in self.parts:
+            if part.own is not None:
+                own_state[part.stand_in] = part.own
+        plain = all(type(entry) is dict for entry in state.values())
+        self.shared, self.own = (
+            (_Remembered(state), _Remembered(own_state)) if plain else (None,) * 2
+        )
