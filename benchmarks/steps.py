@@ -73,6 +73,7 @@ def measure(workload: str, places: list[Place], rounds: int, seconds: float) -> 
     counts: dict[str, int] = {}
     expected: list[float] = []
     for place in places:
+        _say(f"{workload}: {place.name} is made")
         reason = _make(workload, place, expected)
         if reason:
             rows[place.name] = Row(workload, place.name, absent=reason)
@@ -83,6 +84,7 @@ def measure(workload: str, places: list[Place], rounds: int, seconds: float) -> 
         counts[place.name] = max(1, round(seconds / each))
     times: dict[str, list[tuple[float, float]]] = {place.name: [] for place in running}
     for number in range(rounds):
+        _say(f"{workload}: round {number + 1} of {rounds}")
         start = number % max(1, len(running))
         for place in running[start:] + running[:start]:
             answers = place.processes.do("time", name=place.contender, count=counts[place.name])
@@ -106,6 +108,11 @@ def measure(workload: str, places: list[Place], rounds: int, seconds: float) -> 
     for processes in {id(place.processes): place.processes for place in places}.values():
         processes.do("forget")
     return [rows[place.name] for place in places]
+
+
+def _say(text: str) -> None:
+    """Tell on stderr what is under way: planning and compiling take long."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _make(workload: str, place: Place, expected: list[float]) -> str:

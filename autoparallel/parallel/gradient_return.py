@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def as_distributed(
     teach_torch()
     watch_steps(mesh)
     # DTensor would take all parts for as large as this one; it must be told the whole.
-    stride = torch.empty(shape, device="meta").stride()
+    sizes = [size or 1 for size in shape]
+    stride = tuple(prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
     split: DTensor = DTensor.from_local(
         local,
         mesh,

@@ -75,6 +75,8 @@ class _Alive(TorchDispatchMode):
         """Count a tensor's storage until it ends."""
         if isinstance(tensor, DTensor):
             tensor = local_part(tensor)
+        if tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
         key, nbytes = storage_key(tensor), storage.nbytes()
         if key in self.known:
