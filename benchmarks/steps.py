@@ -6,8 +6,11 @@
 Two gloo processes of one thread each, and one process by itself, hold all contenders of a workload
 at once. A round makes some steps by each contender, in an order that changes from round to round,
 so that whatever else the machine does falls on all alike. A step is forward, backward, clipping
-and AdamW. The figure of a round is the slower rank's; the median of the rounds counts. Processor
-time leaves out what the machine does otherwise, and waiting; the wall's clock does not.
+and AdamW. The figure of a round is the slower rank's. Processor time leaves out what the machine
+does otherwise, and waiting; the wall's clock does not. Where others use the machine too, even
+processor time has a long tail, of caches that are lost and of threads that take turns: ratios are
+those of lower quartiles. With --alone nothing is communicated, and only the work of one rank is
+measured, which is steady on any machine.
 
 Every contender must have the plain model's loss after two steps, to 1e-4; one that has not, is not
 installed or fails is listed with the reason. With --before, another checkout of this project takes
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -58,12 +62,13 @@ class Row:
 @dataclass
 class Place:
     """A contender and the processes that it runs in. name: as in tables; "before: " is of another
-    build.
+    build. alone: the other rank does not run.
     """
 
     name: str
     contender: str
     processes: Processes
+    alone: bool = False
 
 
 def measure(workload: str, places: list[Place], rounds: int, seconds: float) -> list[Row]:
@@ -126,6 +131,8 @@ def _make(workload: str, place: Place, expected: list[float]) -> str:
         return str(reasons[0])
     for answer in answers:
         losses = answer["losses"]
+        if place.alone:
+            continue  # of sums that nobody has added up
         if not expected:
             expected += losses
         pairs = zip(losses, expected, strict=True)
@@ -152,7 +159,9 @@ def environment(before: Path | None) -> dict[str, str]:
     """Return what the figures depend on: hardware, releases and builds."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"hardware": hardware()}
+    found = {"hardware": hardware(), "cores": str(os.cpu_count())}
+    # Far above the number of cores, others used the machine too.
+    found["load average"] = f"{os.getloadavg()[0]:.0f}"
     for package in ("torch", "transformers", "megatron-core", "deepspeed"):
         try:
             found[package] = version(package)
@@ -175,19 +184,28 @@ def main() -> None:
     usual = [name for name in WORKLOADS if name != "gpt-16"]
     parser.add_argument("--workloads", default=",".join(usual), help="comma-separated")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.4, help="of a contender in a round")
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="run one of the two ranks, whose collectives return at once: for busy machines",
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a contender in a round")
     parser.add_argument("--before", type=Path, help="a checkout of this project to compare with")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--figures", type=Path, help="write the document from this JSON file alone")
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        nargs="+",
+        help="measure nothing: write the document from a JSON file, and one of --alone",
+    )
     parser.add_argument("--document", type=Path, help="write benchmarks.md and .svg there")
     parser.add_argument("--log", type=Path, help="write what libraries say to this file")
     options = parser.parse_args()
     titles = {name: contender.title for name, contender in CONTENDERS.items()}
     if options.figures:
-        write_document(
-            json.loads(options.figures.read_text()), titles, options.document or Path("docs")
-        )
+        figures = [json.loads(file.read_text()) for file in options.figures]
+        write_document(figures[0], titles, options.document or Path("docs"), *figures[1:2])
         return
     names = options.contenders.split(",")
     for given, known in ((names, CONTENDERS), (options.workloads.split(","), WORKLOADS)):
@@ -197,7 +215,7 @@ def main() -> None:
     log: Any = options.log.open("w") if options.log else subprocess.DEVNULL
     builds = {"": FOLDER.parent} | ({"before: ": options.before} if options.before else {})
     groups = {
-        (prefix, ranks): Processes(folder, ranks, log)
+        (prefix, ranks): Processes(folder, ranks, log, options.alone)
         for prefix, folder in builds.items()
         for ranks in (1, 2)
         if any(CONTENDERS[name].ranks == ranks for name in names)
@@ -208,7 +226,12 @@ def main() -> None:
     try:
         for workload in chosen:
             places = [
-                Place(prefix + name, name, groups[prefix, CONTENDERS[name].ranks])
+                Place(
+                    prefix + name,
+                    name,
+                    groups[prefix, CONTENDERS[name].ranks],
+                    options.alone and CONTENDERS[name].ranks > 1,
+                )
                 for prefix in builds
                 for name in names
                 if WORKLOADS[workload].kind in CONTENDERS[name].kinds
@@ -230,6 +253,7 @@ def _write(options: argparse.Namespace, rows: list[Row], workloads: list[str]) -
     result = {
         "environment": environment(options.before),
         "rounds": options.rounds,
+        "alone": options.alone,
         "workloads": {name: asdict(WORKLOADS[name]) for name in workloads},
         "rows": [asdict(row) for row in rows],
     }

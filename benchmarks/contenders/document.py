@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["geometric_mean", "ratio", "write_document"]
+__all__ = ["geometric_mean", "quartile", "ratio", "write_document"]
 
 GPU_RESULTS = Path(__file__).parents[1] / "gpu"
 # What each contender is compared with, where that ran; else with the next.
@@ -51,21 +51,33 @@ float32, on two gloo processes of one thread each. All contenders of a workload 
 round by round. Milliseconds are those that a rank's processor computes, the slower rank's, median
 of the rounds; waiting for the other rank is in none of them. The wall's clock is beside it, which
 on a machine that others use too says little. ± is half the distance between the quartiles. Ratios
-are medians of the rounds' own ratios. Sent: collectives of a step and the bytes of their whole
-tensors, on one rank. Memory: of all tensors at the worst moment of a step, on one rank.
+are those of the rounds' lower quartiles, since what a machine does besides only ever adds. Sent:
+collectives of a step and the bytes of their whole tensors, on one rank. Memory: of all tensors at
+the worst moment of a step, on one rank.
 """
+ALONE = """## What one rank does by itself
+
+The same contenders in one process, whose collectives return at once: what is left is computing, and
+all that Python and torch do around it. It is steady also on a busy machine (`--alone`). Ratios of
+the lower quartiles of processor time.
+"""
+
+
+def quartile(row: Mapping[str, Any]) -> float:
+    """Return the lower quartile of the rounds: what the machine does besides only ever adds."""
+    rounds = sorted(row["rounds"])
+    return float(statistics.quantiles(rounds, n=4)[0]) if len(rounds) > 2 else float(rounds[0])
 
 
 def ratio(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -> float | None:
     """Return how many times as long one contender takes as another; None where one did not run.
 
-    rows: of one workload, by contender. The rounds are compared pair by pair, because what else the
-    machine does changes from round to round.
+    rows: of one workload, by contender.
     """
-    pair = [rows.get(name, {}).get("rounds") for name in (one, other)]
-    if not all(pair):
+    pair = [rows.get(name, {}) for name in (one, other)]
+    if not all(row.get("rounds") for row in pair):
         return None
-    return statistics.median(a / b for a, b in zip(*pair, strict=True))
+    return quartile(pair[0]) / quartile(pair[1])
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -85,14 +97,24 @@ def by_workload(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]
     return table
 
 
-def write_document(result: Mapping[str, Any], titles: Mapping[str, str], folder: Path) -> None:
-    """Write benchmarks.md and benchmarks.svg. titles: of contenders, by name."""
+def write_document(
+    result: Mapping[str, Any],
+    titles: Mapping[str, str],
+    folder: Path,
+    alone: Mapping[str, Any] | None = None,
+) -> None:
+    """Write benchmarks.md and benchmarks.svg.
+
+    titles: of contenders, by name. alone: the figures of one rank by itself, if they were taken.
+    """
     tables = by_workload(result)
     lines = [HEAD, *_environment(result), "", "## Ratios", "", *_summary(tables), ""]
     if _plot(tables, titles, folder / "benchmarks.svg"):
         lines += ["![Processor time of a step against hand-written layers](benchmarks.svg)", ""]
     for name, rows in tables.items():
         lines += [*_workload(name, result["workloads"][name], rows, titles), ""]
+    if alone is not None:
+        lines += [ALONE, *_summary(by_workload(alone)), ""]
     lines += ["## On a GPU", "", *_gpu()]
     (folder / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")
 

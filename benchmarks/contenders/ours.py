@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,8 @@ def ours(
         ranks,
         example_inputs=inputs,
         sequence_parallel=sequence_parallel,
+        # Ranks that do not run send nothing that could be compared.
+        check_inputs=0 if "ALONE" in os.environ else 2,
         # One link of a node of GPUs: the plan is that for large models, whatever these sizes are.
         hardware="auto",
     )

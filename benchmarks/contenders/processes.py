@@ -24,10 +24,11 @@ class Processes:
     """One or more processes that are given the same orders, as the ranks of one group.
 
     build: the folder from which they import the project. ranks: how many there are; one has no
-    group. errors: a file for what they say.
+    group. errors: a file for what they say. alone: only the first rank runs, and collectives
+    return at once; what is measured is all that a rank does besides.
     """
 
-    def __init__(self, build: Path, ranks: int, errors: Any) -> None:
+    def __init__(self, build: Path, ranks: int, errors: Any, alone: bool = False) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -43,6 +44,8 @@ class Processes:
             "WORLD_SIZE": str(ranks),
         }
         shared.pop("RANK", None)
+        if alone and ranks > 1:
+            shared["ALONE"], ranks = "1", 1
         self.all = [
             subprocess.Popen(
                 [sys.executable, "-P", str(FOLDER / "contenders" / "worker.py")],

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from autoparallel.support.torch_private import fake_process_group
 from gpu_kit.setting import Setting, median_seconds
 
 __all__ = ["predicted", "shares", "step_times"]
@@ -138,37 +139,53 @@ def shares(setting: Setting) -> Iterator[dict[str, Any]]:
     The other ranks do not run: collectives of the group return at once, so that what is timed is
     computing alone.
     """
-    import autoparallel
-    from autoparallel.support.torch_private import fake_process_group
-    from megatron_rules.models import ParallelGPT
-
     fake_process_group(0, 8)
     mesh = init_device_mesh(setting.device, (8,), mesh_dim_names=("tp",))
-    length = 2048 if setting.cuda else 16
-    tokens = torch.zeros(1, length, dtype=torch.long, device=setting.device)
-    batch = {"input_ids": tokens, "labels": tokens}
-    meta = {name: value.to("meta") for name, value in batch.items()}
     for name, make in (("GPT-3 layer", _gpt3_layer), ("Llama-3-8B layer", _llama_layer)):
         for sequence_parallel in (False, True):
             kind = "sequence parallel" if sequence_parallel else "tensor parallel"
-            row = {"model": f"{name}, tp=8, {kind}", "way": "ours"}
-            model = make(setting).to(torch.bfloat16)
-            options = {"sequence_parallel": sequence_parallel, "hardware": "dgx-h100"}
-            plan = autoparallel.make_plan(model, 8, example_inputs=meta, **options)
-            split = autoparallel.apply_plan(model, plan, mesh=mesh, check_inputs=0)
-            step = _stepper(split, batch, setting)
-            yield {**row, "seconds": median_seconds(step, setting), "waits": _waits(step, setting)}
-            del split, step
-            if name != "GPT-3 layer":
-                continue
-            with torch.device(setting.device):
-                hand = ParallelGPT(
-                    model.config, sequence_parallel=sequence_parallel, keep_gathered=True
-                ).to(torch.bfloat16)
-            seconds = median_seconds(_stepper(hand, batch, setting), setting)
-            yield {**row, "way": "hand-written", "seconds": seconds, "waits": ""}
-            del hand
+            row = {"model": f"{name}, tp=8, {kind}", "waits": ""}
+            try:
+                for way, step in _share(setting, make, mesh, sequence_parallel):
+                    waits = _waits(step, setting) if way == "ours" else ""
+                    seconds = median_seconds(step, setting)
+                    yield {**row, "way": way, "seconds": seconds, "waits": waits}
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [""]
+                yield {**row, "way": "ours", "failed": f"{type(error).__name__}: {lines[0]}"}
     dist.destroy_process_group()
+
+
+def _share(
+    setting: Setting, make: Callable[[Setting], Any], mesh: Any, sequence_parallel: bool
+) -> Iterator[tuple[str, Any]]:
+    """Yield a step by this project, and one by hand-written layers where there are any.
+
+    make: a function that returns the layer on the meta device. mesh: of all ranks.
+    """
+    import autoparallel
+    from autoparallel.train.models import GPT
+    from megatron_rules.models import ParallelGPT
+
+    tokens = torch.zeros(1, 2048 if setting.cuda else 16, dtype=torch.long, device=setting.device)
+    batch = {"input_ids": tokens, "labels": tokens}
+    model = make(setting).to(torch.bfloat16)
+    plan = autoparallel.make_plan(
+        model,
+        8,
+        example_inputs={name: value.to("meta") for name, value in batch.items()},
+        sequence_parallel=sequence_parallel,
+        hardware="dgx-h100",
+    )
+    split = autoparallel.apply_plan(model, plan, mesh=mesh, check_inputs=0)
+    yield "ours", _stepper(split, batch, setting)
+    del split
+    if isinstance(model, GPT):
+        with torch.device(setting.device):
+            hand = ParallelGPT(
+                model.config, sequence_parallel=sequence_parallel, keep_gathered=True
+            ).to(torch.bfloat16)
+        yield "hand-written", _stepper(hand, batch, setting)
 
 
 def predicted(setting: Setting, folder: Any) -> Iterator[dict[str, Any]]:
