@@ -32,7 +32,7 @@ from typing import Any
 from contenders.document import write_document
 from contenders.processes import FOLDER, Processes
 from contenders.worker import CONTENDERS
-from contenders.workloads import WORKLOADS
+from contenders.workloads import SMALLEST, WORKLOADS
 
 TOLERANCE = 1e-4  # of losses in float32
 
@@ -181,7 +181,7 @@ def environment(before: Path | None) -> dict[str, str]:
 def main() -> None:
     """Run what the command line asks for, print the rows, and write the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    usual = [name for name in WORKLOADS if name != "gpt-16"]
+    usual = [name for name in WORKLOADS if name != SMALLEST]
     parser.add_argument("--workloads", default=",".join(usual), help="comma-separated")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
     parser.add_argument(

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from contenders.workloads import SMALLEST, WORKLOADS
+
 __all__ = ["geometric_mean", "quartile", "ratio", "write_document"]
 
 GPU_RESULTS = Path(__file__).parents[1] / "gpu"
@@ -57,8 +59,8 @@ the worst moment of a step, on one rank.
 """
 ALONE = """## What one rank does by itself
 
-The same contenders in one process, whose collectives return at once: what is left is computing, and
-all that Python and torch do around it. It is steady also on a busy machine (`--alone`). Ratios of
+The same contenders in one process, whose collectives return at once: what is left is computing,
+and all that Python and torch do around it. It is steadier on a busy machine (`--alone`). Ratios of
 the lower quartiles of processor time.
 """
 
@@ -108,7 +110,8 @@ def write_document(
     titles: of contenders, by name. alone: the figures of one rank by itself, if they were taken.
     """
     tables = by_workload(result)
-    lines = [HEAD, *_environment(result), "", "## Ratios", "", *_summary(tables), ""]
+    left_out = _left_out(result, titles)
+    lines = [HEAD, *_environment(result), "", *left_out, "## Ratios", "", *_summary(tables), ""]
     if _plot(tables, titles, folder / "benchmarks.svg"):
         lines += ["![Processor time of a step against hand-written layers](benchmarks.svg)", ""]
     for name, rows in tables.items():
@@ -126,6 +129,16 @@ def _environment(result: Mapping[str, Any]) -> Iterator[str]:
     for key, value in result["environment"].items():
         yield f"| {key} | {value} |"
     yield f"| rounds | {result['rounds']} |"
+
+
+def _left_out(result: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
+    """Yield what the command line left out of this run."""
+    ran = {row["contender"].removeprefix("before: ") for row in result["rows"]}
+    missing = [title for name, title in titles.items() if name not in ran]
+    missing += [each for each in WORKLOADS if each not in result["workloads"] and each != SMALLEST]
+    if missing:
+        yield from _wrapped(f"Not part of this run: {'; '.join(missing)}.")
+        yield ""
 
 
 def _summary(tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:

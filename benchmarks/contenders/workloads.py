@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["WORKLOADS", "Workload"]
+__all__ = ["SMALLEST", "WORKLOADS", "Workload"]
 
 SEED = 1234
 LEARNING_RATE, LARGEST_NORM = 1e-4, 1.0
@@ -89,6 +89,8 @@ def _llama(workload: Workload) -> nn.Module:
 
 
 _MODELS: dict[str, Callable[[Workload], Any]] = {"gpt": _bundled, "bert": _bundled, "llama": _llama}
+# Only to see that the benchmark runs.
+SMALLEST = "gpt-16"
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -99,7 +101,6 @@ WORKLOADS = {
         Workload("bert", 256, batch=4, sequence=128),
         Workload("bert", 768, batch=2, sequence=128, heads=12),
         Workload("llama", 128, batch=4, sequence=64),
-        # Only to see that the benchmark runs.
         Workload("gpt", 16, batch=2, sequence=8, layers=1, heads=2, vocabulary=32),
     )
 }
