@@ -1,5 +1,6 @@
 """Run a function in several gloo processes on this machine."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -8,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,21 @@ import torch
 import torch.distributed as dist
 from garbage import collect_rarely
 
-# What every process needs and no test changes. It is imported once, in a server process without
-# threads, of which the others are forks: to import it costs seconds in each of them otherwise.
-_IMPORTED_BEFORE = ["torch", "torch.distributed.tensor", "torch.export", "sympy"]
-_IMPORTED_BEFORE += [f"transformers.models.{n}.modeling_{n}" for n in ("gpt2", "bert", "llama")]
+
+def _start_server() -> None:
+    """Start the process without threads of which ranks are forks, where there is none yet.
+
+    It imports what imported_before.py names, and looks for modules where this process does.
+    """
+    multiprocessing.set_forkserver_preload(["imported_before"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def run_processes(
@@ -31,15 +44,15 @@ def run_processes(
     """Return the results of function(rank, *arguments) of all ranks, in their order.
 
     function must live at the top level of an importable module. The default process group is gloo
-    over all ranks. Every rank imports this project and plans for itself, which costs seconds: put
-    several checks into one function. start: "spawn" starts each process by itself, as a launcher
-    does, with a hash seed of its own; forks of one server have its seed in common.
+    over all ranks. Every rank plans for itself, which costs a second: put several checks into one
+    function. start: "spawn" starts each process by itself, as a launcher does, with a hash seed of
+    its own; forks of one server have its seed in common.
     Raises RuntimeError with the traceback of the first rank that failed, TimeoutError if some rank
     has not finished in time; in both cases no process is left behind.
     """
     context = multiprocessing.get_context(start)
     if start == "forkserver":
-        context.set_forkserver_preload(_IMPORTED_BEFORE)
+        _start_server()
     with tempfile.TemporaryDirectory() as name:
         folder, environment = Path(name), dict(os.environ)
         processes = [
@@ -77,7 +90,9 @@ def _work(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    collect_rarely()
+    # The server has done so for its forks: in one of them it would copy all that they share.
+    if not gc.get_freeze_count():
+        collect_rarely()
     # Written elsewhere and renamed into place, so that a reader sees a whole file or none.
     written = folder / f"written_{rank}"
     try:
