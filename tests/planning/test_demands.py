@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from traces import traced_once
 
 import autoparallel
 from autoparallel import Mesh
@@ -35,6 +37,13 @@ def planned(mesh: Mesh | str = MESH, batch: int = 256, **options: Any) -> Plan:
     return autoparallel.make_plan(
         model, mesh=mesh, example_inputs=inputs, hardware="dgx-a100", **options
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trace() -> Iterator[None]:
+    """Demands are on plans of one graph, for each size of the batch."""
+    with traced_once(type):
+        yield
 
 
 @pytest.fixture(scope="module")
