@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from traces import traced_once
 
 import autoparallel
 from autoparallel import Mesh
@@ -26,6 +24,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.units import bytes_text, parse_bytes
 from autoparallel.train.models import GPT, GPTConfig
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 MESH = Mesh(dp=2, tp=2)
 
 
@@ -39,15 +38,8 @@ def planned(mesh: Mesh | str = MESH, batch: int = 256, **options: Any) -> Plan:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_trace() -> Iterator[None]:
-    """Demands are on plans of one graph, for each size of the batch."""
-    with traced_once(type):
-        yield
-
-
 @pytest.fixture(scope="module")
-def free() -> Plan:
+def free(one_trace: None) -> Plan:
     """The plan without demands."""
     return planned()
 
