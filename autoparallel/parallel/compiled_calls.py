@@ -18,6 +18,7 @@ import torch
 
 from autoparallel.errors import CaptureError, WrappedModelError
 from autoparallel.support.torch_private import (
+    break_graph,
     frame_compiler,
     run_as_python,
     set_frame_compiler,
@@ -107,8 +108,8 @@ def _refuse_inlining() -> None:
 
     With fullgraph=True that is an error, which torch.compile raises with these words.
     """
-    torch._dynamo.graph_break(
-        msg="a module that autoparallelize has split is called in a function that is compiled. The "
+    break_graph(
+        "a module that autoparallelize has split is called in a function that is compiled. The "
         "program of a split module is chosen, and the ranks are compared, in each call, which no "
         "graph can hold. Compile the module itself, torch.compile(model, fullgraph=True), and call "
         "it in a function that is not compiled, or is compiled without fullgraph=True"

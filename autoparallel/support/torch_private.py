@@ -88,6 +88,7 @@ __all__ = [
     "assert_on_device",
     "at_end_of_backward",
     "backward_pass",
+    "break_graph",
     "call_hooks_of",
     "carries_backward_hooks",
     "checkpoint_classes",
@@ -170,6 +171,14 @@ def run_as_python(code: CodeType) -> None:
     native = torch._C._dynamo.eval_frame
     actions = native._FrameAction
     native.set_code_exec_strategy(code, native._FrameExecStrategy(actions.SKIP, actions.DEFAULT))
+
+
+def break_graph(message: str) -> None:
+    """Have torch.compile, which traces this call, end its graph here and say why.
+
+    With fullgraph=True it raises torch._dynamo.exc.Unsupported with the message.
+    """
+    torch._dynamo.graph_break(msg=message)
 
 
 def wants_full_graph(compiler: Any) -> bool:
