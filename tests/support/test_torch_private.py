@@ -943,5 +943,6 @@ def test_a_broken_graph_says_why() -> None:
         return x + 1
 
     assert torch.equal(torch.compile(breaks, backend="eager")(torch.ones(2)), torch.full((2,), 2.0))
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="no graph holds this"):
         torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
