@@ -946,3 +946,20 @@ def test_a_broken_graph_says_why() -> None:
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="no graph holds this"):
         torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
+
+
+def test_truncated_normal_replaced() -> None:
+    """Within, the function is asked for every fill; afterwards torch's own is back."""
+    seen = []
+
+    def note(original: Any, tensor: torch.Tensor, *bounds: float, generator: Any) -> torch.Tensor:
+        seen.append((bounds, generator))
+        return original(tensor, *bounds, generator=generator)
+
+    weight = torch.empty(100)
+    with torch_private.truncated_normal_replaced(note):
+        torch.nn.init.trunc_normal_(weight, std=3.0, a=-1.0, b=2.0)
+    assert seen == [((0.0, 3.0, -1.0, 2.0), None)]
+    assert -1.0 <= float(weight.min()) < 0 < float(weight.max()) <= 2.0
+    torch.nn.init.trunc_normal_(weight)
+    assert len(seen) == 1
