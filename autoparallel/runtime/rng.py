@@ -25,7 +25,7 @@ from autoparallel.runtime.counter_draws import (
     mask_of,
     uniform_of,
 )
-from autoparallel.runtime.counter_words import WORD, cuts_of, sides
+from autoparallel.runtime.counter_words import WORD, cuts_of, sides, signed_word
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.torch_private import in_backward
 
@@ -76,6 +76,7 @@ class Generator:
         """Forget the pass that was under way: the next one counts as a step when it first draws."""
         self.streams.clear()
         self.drawing = None
+        self.ready, self.rows = None, {}
 
     def current_step(self) -> int:
         """Return the step of this pass, which from now on counts as one that draws.
@@ -86,6 +87,12 @@ class Generator:
         Raises AutoParallelError for a pass inside a backward pass that repeats none.
         """
         if self.drawing is not None:
+            return self.drawing
+        # A compiled program that no `make_ready` came before, such as one of torch.fx: to read a
+        # ticket's value would break its graph.
+        if torch.compiler.is_compiling():
+            self.drawing = self.step
+            self.step += 1
             return self.drawing
         ticket = int(torch.empty((), dtype=torch.int64).random_())
         if not in_backward():
@@ -135,10 +142,12 @@ class Generator:
         self.rows = {key: row for row, key in enumerate(all_keys)}
         self.ready = _mixed_words(_mixed_long(self.seed, self.current_step()), all_keys, device)
 
-    def ready_words(self, key: int) -> torch.Tensor:
-        """Return the two words of `make_ready`, while torch.compile traces a program."""
-        assert self.ready is not None
-        return self.ready[self.rows[key]]
+    def traced_words(self, key: int, device: torch.device) -> torch.Tensor:
+        """Return the two words of `words` as int32, while torch.compile traces a program."""
+        if self.ready is not None:
+            return self.ready[self.rows[key]]
+        words = [signed_word(word) for word in self.words(key)]
+        return torch.tensor(words, dtype=torch.int32, device=device)
 
     def words(self, key: int) -> tuple[int, int]:
         """Return two words of 32 bits that an op's numbers of this pass are keyed by. key: of the
@@ -278,7 +287,7 @@ def uniform(
     """
     # A compiled program has no use for torch's generators, which it cannot be given.
     if torch.compiler.is_compiling():
-        return compiled_uniform(source.ready_words(key), shape, cuts_of(placements, ranks))
+        return compiled_uniform(source.traced_words(key, device), shape, cuts_of(placements, ranks))
     if source.mode == "fast":
         local = [
             local_layout_size(size, dim, placements, ranks.sizes, ranks.coordinates)
@@ -301,7 +310,7 @@ def _dropout_mask(
     """Return 1 for every element of x that dropout keeps, and 0 with `probability`: uint8."""
     if torch.compiler.is_compiling():
         cuts = cuts_of(placements, ranks)
-        return compiled_mask(source.ready_words(key), probability, shape, cuts)
+        return compiled_mask(source.traced_words(key, x.device), probability, shape, cuts)
     if source.mode == "fast":
         stream = source.stream(placements, ranks, x.device)
         mask = torch.empty(x.shape, dtype=torch.uint8, device=x.device)

@@ -278,3 +278,13 @@ def test_modules_inside_of_a_model_that_stays_python_are_compiled_in_place() -> 
     module.inner.compile(backend="eager", fullgraph=True)
     assert same(module, module, other, ROWS)
     assert graphs() == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_programs_of_torch_fx_draw_anew_when_they_are_compiled() -> None:
+    """They have no call around them that computes what their random numbers follow from."""
+    module, other = split(Scaled), split(Scaled)
+    call = torch.compile(autoparallel.to_fx(module), backend="eager")
+    for _ in range(2):
+        assert torch.equal(call(ROWS)[0], other(ROWS))
+    assert torch.equal(whole_graph(module)(ROWS), other(ROWS))
