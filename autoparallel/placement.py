@@ -284,7 +284,6 @@ _MOVEMENTS: dict[tuple[type, type], Movement] = {
 }
 
 
-@cache
 def movement(source: Placement, target: Placement) -> Movement:
     """Return the move that brings a tensor that lies as `source` to lie as `target`, forward only.
 

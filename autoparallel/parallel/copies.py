@@ -180,6 +180,7 @@ def whole_module(module: nn.Module, kind: type) -> Any:
         if inner.__dict__.pop("_autoparallel", None) is not None:
             inner.__class__ = type(inner).__bases__[1]
         inner.__dict__.pop("_generator", None)
+        inner.__dict__.pop("_compiled_call_impl", None)
     assert type(plain) is kind
     for path, parameter in named:
         owner, _, name = path.rpartition(".")

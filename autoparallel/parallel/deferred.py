@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import PlanError
 from autoparallel.parallel.checkpoint_files import is_first_rank
+from autoparallel.parallel.compiled_calls import CompiledCalls
 from autoparallel.parallel.copies import refuse_pickling, saved_whole, usual_copy
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.optimizer_steps import note_originals
@@ -48,7 +49,7 @@ class _Waiting:
     make: Make
 
 
-class _Deferred:
+class _Deferred(CompiledCalls):
     """Mixed into the user's class until the first call shows what the inputs are."""
 
     @property

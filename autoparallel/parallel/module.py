@@ -22,6 +22,7 @@ from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.parallel.call_headers import CallHeaders
+from autoparallel.parallel.compiled_calls import CompiledCalls, refuse_full_graph
 from autoparallel.parallel.copies import (
     deep_copy,
     refuse_pickling,
@@ -121,7 +122,7 @@ def _run_replaced(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) ->
     return _run_python(module, state_of(module), args, kwargs, forward)
 
 
-class _Parallel(RefusedWrappers):
+class _Parallel(CompiledCalls, RefusedWrappers):
     """Mixed into the user's class; its forward, which `_class_of` adds, runs emitted programs."""
 
     @property
@@ -480,6 +481,7 @@ def _run_python(
     # A forward that another one calls finds the parameters shown and the numbers seeded.
     if tree.depth:
         return forward(*args, **kwargs)
+    refuse_full_graph(state.path or type(state.skeleton).__name__)
     tree.depth += 1
     try:
         # Where nothing is split, numbers are drawn as a transform of torch.func wants them.

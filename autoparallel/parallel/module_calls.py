@@ -11,6 +11,7 @@ from torch import nn
 
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.refused_inputs import refuse_devices
+from autoparallel.parallel.compiled_calls import is_compiled, run_compiled
 from autoparallel.parallel.guards import Guards
 from autoparallel.parallel.module_state import Entry, State
 from autoparallel.parallel.parameters import (
@@ -111,7 +112,11 @@ def run_program(
     # Devices are looked at only when the program has failed: most calls are right.
     try:
         with rng.using(state.generator), _without_autocast(entry, device):
-            outputs, written = program.run(parameters, buffers, constants, inputs, device)
+            if is_compiled():
+                state.generator.make_ready(program.draws, device)
+            outputs, written = run_compiled(
+                program.run, parameters, buffers, constants, inputs, device
+            )
     except RuntimeError:
         refuse_devices(state.skeleton, bind_inputs(state.skeleton, args, kwargs).arguments, device)
         raise

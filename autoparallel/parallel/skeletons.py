@@ -17,8 +17,8 @@ from autoparallel.support.module_copy import inherit_originals, on_meta, referri
 
 __all__ = ["attributes_of", "fresh_skeleton", "own_forward", "traceable"]
 
-# What this project keeps in a module.
-_OWN = ("_autoparallel", "_generator")
+# What this project keeps in a module, and what module.compile() has put there.
+_OWN = ("_autoparallel", "_generator", "_compiled_call_impl")
 _HOOKS = tuple(name for name in sorted(MODULE_ATTRIBUTES) if "hooks" in name)
 _DEPTH = 3  # levels of plain objects that are compared
 

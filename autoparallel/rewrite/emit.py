@@ -164,6 +164,7 @@ class _Emitter:
             shapes,
             tuple(path for path, _ in self.graph.mutations),
             known,
+            tuple(self.local.drawn),
         )
 
     def calls(self) -> None:

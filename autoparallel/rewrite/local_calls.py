@@ -36,6 +36,8 @@ class LocalCalls:
     ) -> None:
         self.graph, self.ranks, self.names = graph, ranks, names
         self.speller, self.rules = speller, rules
+        # The keys of random ops, in the order in which they are written.
+        self.drawn: dict[int, None] = {}
 
     def may_be_empty(
         self, value: Value, layout: Layout, choice: OpChoice, rule: ShardingRule, loops: Dims
@@ -148,7 +150,9 @@ class LocalCalls:
         """
         shape = self.speller.shape(node.result.shape)
         placements = self.speller.layout(choice.results[0])
-        return f"key={op_key(node.name)}, shape={shape}, placements={placements}, ranks=ranks"
+        key = op_key(node.name)
+        self.drawn[key] = None
+        return f"key={key}, shape={shape}, placements={placements}, ranks=ranks"
 
     def split_dims(self, node: Node, choice: OpChoice, rule: ShardingRule) -> list[list[int]]:
         """Return, per operand, the dims of which a rank may hold nothing and the op needs some."""

@@ -36,7 +36,8 @@ class Program:
     the ranks by whoever runs the program.
     outputs: (layout, shape) of what it returns; shape entries are ints or expressions in sizes.
     mutations: paths of the buffers that are written back, in the order of the values. names: the
-    functions and objects that the text calls by name, besides its own values.
+    functions and objects that the text calls by name, besides its own values. draws: the keys of
+    its random ops.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Program:
     outputs: tuple[tuple[Layout, tuple[Dim, ...]], ...]
     mutations: tuple[str, ...]
     names: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    draws: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ make the words of its own elements alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 from autoparallel.placement import Layout, Shard, local_size, part_bounds
 from autoparallel.runtime.ranks import Ranks
 
-__all__ = ["WORD", "Side", "drawn_words", "sides", "signed_word"]
+__all__ = ["WORD", "Side", "Word", "cuts_of", "drawn_words", "sides", "sides_of", "signed_word"]
 
 WORD = 0xFFFFFFFF
+# A number of 32 bits; for a compiled program a tensor, int32 without dims, with these bits.
+Word = int | torch.Tensor
 # One thread works on that many elements at a time: two buffers of this many words stay in its
 # cache.
 _CHUNK = 1 << 16
@@ -52,7 +54,7 @@ def _mix(bits: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     spare: of the same shape, for intermediate results. int32 wraps as the unsigned words would;
     only the shift needs its sign bits cleared.
     """
-    # Fake tensors, with which torch.compile traces, refuse ready ones as operands.
+    # Fake tensors, with which plans are counted, refuse ready ones as operands.
     turns: Any = _READY_TURNS if type(bits) is torch.Tensor else _TURNS
     for turn, (shift, left, factor) in enumerate(turns):
         torch.bitwise_right_shift(bits, shift, out=spare)
@@ -81,7 +83,7 @@ class Side:
     sizes: tuple[int, ...]
     cuts: tuple[tuple[_Cut, ...], ...]
     factor: int
-    key: int
+    key: Word
 
     @property
     def local_sizes(self) -> tuple[int, ...]:
@@ -103,7 +105,8 @@ class Side:
         for start in range(0, count, length):
             place = self._places(start, min(start + length, count), device)
             bits = place if place.dtype == torch.int32 else (place & WORD).to(torch.int32)
-            bits = bits.mul_(signed_word(self.factor)).add_(signed_word(self.key))
+            key = self.key if isinstance(self.key, torch.Tensor) else signed_word(self.key)
+            bits = bits.mul_(signed_word(self.factor)).add_(key)
             spare = torch.empty_like(bits)
             _mix(bits, spare)
             # The upper bits of a place count too where there are more than 2^32 places.
@@ -157,7 +160,7 @@ def _place_in_whole(index: torch.Tensor, size: int, cuts: tuple[_Cut, ...]) -> t
 
 
 def sides(
-    shape: tuple[int, ...], layout: Layout, ranks: Ranks, words: tuple[int, int]
+    shape: tuple[int, ...], layout: Layout, ranks: Ranks, words: tuple[Word, Word]
 ) -> tuple[Side, Side]:
     """Return the rows and columns of a tensor of `shape`: its dims, divided where fewest of both
     come out.
@@ -173,12 +176,38 @@ def sides(
     >>> rows.sizes, columns.sizes
     ((4, 3), (5,))
     """
+    return sides_of(shape, cuts_of(layout, ranks), words)
+
+
+def cuts_of(layout: Layout, ranks: Ranks) -> list[int]:
+    """Return how a layout cuts a tensor, in plain numbers, as an op of torch can be given them.
+
+    Five for each cut, the outermost first: dim, blocks and unit of the split, number of ranks and
+    this rank.
+
+    >>> from autoparallel.runtime.groups import thread_groups
+    >>> from autoparallel.runtime.ranks import one_axis
+    >>> cuts_of((Shard(1, blocks=3),), one_axis(thread_groups(2)[1]))
+    [1, 3, 1, 2, 1]
+    """
+    cuts: list[int] = []
+    for placement, size, rank in zip(layout, ranks.sizes, ranks.coordinates, strict=True):
+        if isinstance(placement, Shard):
+            cuts += [placement.dim, placement.blocks, placement.unit, size, rank]
+    return cuts
+
+
+def sides_of(
+    shape: Sequence[int], numbers: Sequence[int], words: tuple[Word, Word]
+) -> tuple[Side, Side]:
+    """Return what `sides` does, for cuts in plain numbers (`cuts_of`)."""
+    shape = tuple(shape)
     costs = [prod(shape[:at]) + prod(shape[at:]) for at in range(len(shape) + 1)]
     at = costs.index(min(costs))
     cuts: list[tuple[_Cut, ...]] = [()] * len(shape)
-    for placement, size, rank in zip(layout, ranks.sizes, ranks.coordinates, strict=True):
-        if isinstance(placement, Shard):
-            cuts[placement.dim] += ((placement, size, rank),)
+    for first in range(0, len(numbers), 5):
+        dim, blocks, unit, size, rank = numbers[first : first + 5]
+        cuts[dim] += ((Shard(dim, blocks, unit), size, rank),)
     rows = Side(shape[:at], tuple(cuts[:at]), 1, words[0])
     return rows, Side(shape[at:], tuple(cuts[at:]), 0x9E3779B1, words[1])
 
@@ -201,8 +230,8 @@ def drawn_words(
     """
     height, width = prod(rows.local_sizes), prod(columns.local_sizes)
     length = max(1, height * width)
-    # Pieces that stay in a core's cache; a GPU, and a compiler, do better with everything at once.
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    # Pieces that stay in a core's cache; a GPU does better with everything at once.
+    if device.type == "cpu":
         length = min(length, _CHUNK * torch.get_num_threads())
     rows_at_once = max(1, length // max(1, width))
     buffer, spare = torch.empty((2, length), dtype=torch.int32, device=device).unbind(0)

@@ -15,12 +15,10 @@ import torch
 
 from autoparallel.placement import Layout
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.runtime.rng import dropout, generator, uniform
+from autoparallel.runtime.rng import NEXT_DRAW, dropout, generator, uniform
 
 __all__ = ["dropout", "rand", "randn"]
 
-# Keys of an op's second, third, ... draw differ from its first one's by multiples of this.
-_NEXT_DRAW = 0x632BE5AB
 # Bits of one draw.
 _BITS = 24
 
@@ -46,7 +44,7 @@ class _Part:
     def fine(self, key: int) -> torch.Tensor:
         """Return uniform numbers in [0, 1), float64, of 48 bits."""
         # Two draws with different keys: the second one's bits follow the first one's.
-        high, low = self.uniform(key).double(), self.uniform(key ^ _NEXT_DRAW).double()
+        high, low = self.uniform(key).double(), self.uniform(key ^ NEXT_DRAW).double()
         return high + low * 2.0**-_BITS
 
 
@@ -115,6 +113,6 @@ def randn(part: _Part, dtype: torch.dtype) -> torch.Tensor:
     The arguments are those of `rand`. They are computed in float64, so that the last bit of a
     logarithm, which may depend on where in memory an element lies, is gone in any smaller type.
     """
-    length, turn = part.fine(part.key), part.fine(part.key ^ (_NEXT_DRAW << 1))
+    length, turn = part.fine(part.key), part.fine(part.key ^ (NEXT_DRAW << 1))
     # 1 - length is in (0, 1]: its logarithm is finite.
     return ((1 - length).log_().mul_(-2).sqrt_() * (turn * (2 * math.pi)).cos_()).to(dtype)

@@ -249,8 +249,9 @@ def dropping(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def wrapped(*args: Any) -> Any:
         """Run the program with hooks on what autograd saves."""
-        hooked = saved_tensors_hooks_are_set()
-        if hooked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return run(*args)
+        if saved_tensors_hooks_are_set():
             return run(*args)
         before = getattr(_current, "copies", None)
         copies = _current.copies = _Copies()
@@ -310,6 +311,9 @@ def recomputed(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
     >>> torch.equal(x.grad, x.exp().cos() * x.exp())
     True
     """
+    if torch.compiler.is_compiling():
+        # The compiler traces both runs, with the same words for random numbers.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     # The states before the block ran: "fast" streams are set back to them for the second run.
     source = generator()
     states = source.stream_states()

@@ -14,19 +14,26 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.placement import Layout, Shard, local_layout_size
-from autoparallel.runtime.counter_words import WORD, drawn_words, sides, signed_word
+from autoparallel.runtime.counter_draws import (
+    compiled_mask,
+    compiled_uniform,
+    mask_of,
+    uniform_of,
+)
+from autoparallel.runtime.counter_words import WORD, cuts_of, sides, signed_word
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.torch_private import in_backward
 
 __all__ = ["Generator", "drawing_from", "dropout", "generator", "op_key", "uniform", "using"]
 
 _LONG = 0xFFFFFFFFFFFFFFFF
+# Keys of an op's second, third, ... draw differ from its first one's by multiples of this.
+NEXT_DRAW = 0x632BE5AB
 # So many forward passes are remembered: recomputing one of them is told from a new pass.
 _REMEMBERED = 4096
 
@@ -39,6 +46,7 @@ class Generator:
     mode: "counter" (the same numbers under every plan) or "fast" (torch's generators, a stream per
     shard). streams, drawing: of the pass under way, those generators by (owner, device), and its
     step. tickets: numbers by which a repeated pass is recognized, and the steps of those passes.
+    ready, rows: the words of a compiled program's draws, and the row of each key (`make_ready`).
 
     >>> source = Generator(seed=1)
     >>> with using(source):
@@ -53,6 +61,8 @@ class Generator:
     streams: dict[tuple[int, torch.device], torch.Generator] = field(default_factory=dict)
     tickets: dict[int, int] = field(default_factory=dict, repr=False)
     drawing: int | None = None
+    ready: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    rows: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     def state_dict(self) -> dict[str, int]:
         """Return all that a checkpoint must hold: seed and step."""
@@ -66,6 +76,7 @@ class Generator:
         """Forget the pass that was under way: the next one counts as a step when it first draws."""
         self.streams.clear()
         self.drawing = None
+        self.ready, self.rows = None, {}
 
     def current_step(self) -> int:
         """Return the step of this pass, which from now on counts as one that draws.
@@ -77,7 +88,8 @@ class Generator:
         """
         if self.drawing is not None:
             return self.drawing
-        # Reading a ticket's value would break the graph that torch.compile traces.
+        # A compiled program that no `make_ready` came before, such as one of torch.fx: to read a
+        # ticket's value would break its graph.
         if torch.compiler.is_compiling():
             self.drawing = self.step
             self.step += 1
@@ -116,6 +128,26 @@ class Generator:
         for (owner, device), state in states.items():
             again.streams[owner, device] = torch.Generator(device).set_state(state)
         return again
+
+    def make_ready(self, keys: tuple[int, ...], device: torch.device) -> None:
+        """Compute the words of a pass before it runs, as a tensor that a compiled program reads.
+
+        A compiler takes numbers of Python for constant, and the step is another one in each pass.
+        keys: of the program's random ops, of which some draw up to four times.
+        """
+        if not keys:
+            return
+        several = (0, NEXT_DRAW, NEXT_DRAW << 1, NEXT_DRAW ^ (NEXT_DRAW << 1))
+        all_keys = [key ^ other for key in keys for other in several]
+        self.rows = {key: row for row, key in enumerate(all_keys)}
+        self.ready = _mixed_words(_mixed_long(self.seed, self.current_step()), all_keys, device)
+
+    def traced_words(self, key: int, device: torch.device) -> torch.Tensor:
+        """Return the two words of `words` as int32, while torch.compile traces a program."""
+        if self.ready is not None:
+            return self.ready[self.rows[key]]
+        words = [signed_word(word) for word in self.words(key)]
+        return torch.tensor(words, dtype=torch.int32, device=device)
 
     def words(self, key: int) -> tuple[int, int]:
         """Return two words of 32 bits that an op's numbers of this pass are keyed by. key: of the
@@ -211,6 +243,24 @@ def _mixed_long(*values: int) -> int:
     return bits
 
 
+def _mixed_words(bits: int, keys: list[int], device: torch.device) -> torch.Tensor:
+    """Return, for each key, the two words of `_mixed_long(.., key)`, signed: (keys, 2) int32.
+
+    bits: what `_mixed_long` gives for all that comes before the key. int64 wraps as the unsigned
+    numbers would; only the shifts need their sign bits cleared.
+    """
+
+    def signed(number: int) -> int:
+        return ((number + (1 << 63)) & _LONG) - (1 << 63)
+
+    mixed = torch.tensor(keys, device=device).bitwise_xor_(signed(bits))
+    mixed.add_(signed(0x9E3779B97F4A7C15))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed ^= (mixed >> shift) & ((1 << (64 - shift)) - 1)
+        mixed *= signed(factor)
+    return torch.stack([mixed >> 32, mixed], dim=1).to(torch.int32)
+
+
 def uniform(
     shape: tuple[int, ...],
     key: int,
@@ -235,6 +285,9 @@ def uniform(
     >>> torch.equal(whole[2:], part)
     True
     """
+    # A compiled program has no use for torch's generators, which it cannot be given.
+    if torch.compiler.is_compiling():
+        return compiled_uniform(source.traced_words(key, device), shape, cuts_of(placements, ranks))
     if source.mode == "fast":
         local = [
             local_layout_size(size, dim, placements, ranks.sizes, ranks.coordinates)
@@ -242,12 +295,7 @@ def uniform(
         ]
         stream = source.stream(placements, ranks, device)
         return torch.rand(local, generator=stream, device=device)
-    rows, columns = sides(shape, placements, ranks, source.words(key))
-    drawn = torch.empty((prod(rows.local_sizes), prod(columns.local_sizes)), device=device)
-    for down, across, bits in drawn_words(rows, columns, device):
-        # The upper 24 bits, moved from signed to [0, 2^24): float32 holds these exactly.
-        drawn[down, across] = bits.bitwise_right_shift_(8).add_(1 << 23)
-    return drawn.mul_(1.0 / (1 << 24)).view(rows.local_sizes + columns.local_sizes)
+    return uniform_of(*sides(shape, placements, ranks, source.words(key)), device)
 
 
 def _dropout_mask(
@@ -259,26 +307,16 @@ def _dropout_mask(
     ranks: Ranks,
     source: Generator,
 ) -> torch.Tensor:
-    """Return 1 for every element of x that dropout keeps, and 0 with `probability`: uint8.
-
-    One byte for each is all that waits for the backward pass. (Products with bool are slow on a
-    CPU.)
-    """
+    """Return 1 for every element of x that dropout keeps, and 0 with `probability`: uint8."""
+    if torch.compiler.is_compiling():
+        cuts = cuts_of(placements, ranks)
+        return compiled_mask(source.traced_words(key, x.device), probability, shape, cuts)
     if source.mode == "fast":
         stream = source.stream(placements, ranks, x.device)
         mask = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         return mask.bernoulli_(1 - probability, generator=stream)
     rows, columns = sides(shape, placements, ranks, source.words(key))
-    size = (prod(rows.local_sizes), prod(columns.local_sizes))
-    mask = torch.empty(size, dtype=torch.bool, device=x.device)
-    # So many of all words are dropped, from the least: words are uniform in [-2^31, 2^31).
-    dropped = round(probability * (1 << 32))
-    if dropped == 1 << 32:  # behind the last word begins the first again
-        return mask.zero_().view(torch.uint8).view(x.shape)
-    least = signed_word(0x80000000 + dropped)
-    for down, across, bits in drawn_words(rows, columns, x.device):
-        mask[down, across] = bits.ge(least)
-    return mask.view(torch.uint8).view(x.shape)
+    return mask_of(rows, columns, probability, x.device)
 
 
 def dropout(

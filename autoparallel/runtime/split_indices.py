@@ -15,7 +15,8 @@ def require_below(index: torch.Tensor, size: int, what: str) -> None:
     """Raise IndexError for an index outside of [0, size), as the unsplit op does.
 
     what: the index, for the message. Without this, the mask of a split table would turn it into
-    zeros. On a GPU the check is made there, and the host does not wait.
+    zeros. On a GPU the check is made there, and the host does not wait; a compiled program has the
+    check in its graph, and raises RuntimeError.
 
     >>> require_below(torch.tensor([0, 9]), 9, "token")
     Traceback (most recent call last):
@@ -23,8 +24,8 @@ def require_below(index: torch.Tensor, size: int, what: str) -> None:
     IndexError: token out of range: all must be in [0, 9)
     """
     inside = ((index >= 0) & (index < size)).all()
-    if index.is_cuda:
-        assert_on_device(inside)
+    if index.is_cuda or torch.compiler.is_compiling():
+        assert_on_device(inside, f"{what} out of range: all must be in [0, {size})")
     elif index.device.type != "meta" and not bool(inside):
         raise IndexError(f"{what} out of range: all must be in [0, {size})")
 

@@ -75,9 +75,10 @@ def _at_once(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whose gradient passes the step that made it as soon as it comes.
 
     Other ranks have no such step. Here it must not change the order in which gradients arrive at
-    parameters, because some are reduced on arrival, on all ranks together.
+    parameters, because some are reduced on arrival, on all ranks together. In a compiled program
+    they all arrive together.
     """
-    if tensor.requires_grad:
+    if tensor.requires_grad and not torch.compiler.is_compiling():
         run_when_ready(tensor)
     return tensor
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +89,7 @@ __all__ = [
     "assert_on_device",
     "at_end_of_backward",
     "backward_pass",
+    "break_graph",
     "call_hooks_of",
     "carries_backward_hooks",
     "checkpoint_classes",
@@ -104,6 +105,7 @@ __all__ = [
     "fake_process_group",
     "flattened_group",
     "forward_gradients_are_on",
+    "frame_compiler",
     "functional_collectives",
     "get_proxy_mode",
     "global_call_hooks",
@@ -126,9 +128,11 @@ __all__ = [
     "norms_of",
     "outside_transforms",
     "remembering_fake_results",
+    "run_as_python",
     "run_when_ready",
     "saved_tensors_hooks_are_set",
     "schema_of",
+    "set_frame_compiler",
     "share_local_part",
     "storage_key",
     "strided_shard",
@@ -138,6 +142,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "truncated_normal_replaced",
+    "wants_full_graph",
     "will_accumulate",
     "with_function_overrides",
     "without_function_modes",
@@ -152,6 +157,37 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+# torch.compile, which takes up the frames of Python as they begin.
+
+# The function of torch.compile that is given each frame that begins in this thread, None where none
+# is; and a function that sets it and returns the one before. Both are written in C, so that a call
+# is no frame itself.
+frame_compiler: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+set_frame_compiler: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
+
+
+def run_as_python(code: CodeType) -> None:
+    """Have torch.compile run the frames of this code as they are, and go on in those that it
+    calls."""
+    native = torch._C._dynamo.eval_frame
+    actions = native._FrameAction
+    native.set_code_exec_strategy(code, native._FrameExecStrategy(actions.SKIP, actions.DEFAULT))
+
+
+def break_graph(message: str) -> None:
+    """Have torch.compile, which traces this call, end its graph here and say why.
+
+    With fullgraph=True it raises torch._dynamo.exc.Unsupported with the message.
+    """
+    torch._dynamo.graph_break(msg=message)
+
+
+def wants_full_graph(compiler: Any) -> bool:
+    """Return whether what `frame_compiler` gave was made with fullgraph=True."""
+    inner = getattr(compiler, "_torchdynamo_orig_backend", None)
+    return bool(getattr(inner, "_one_graph", False))
 
 
 # Modes that watch calls.
@@ -354,12 +390,12 @@ def has_torch_binding(name: str) -> bool:
 # Tensors.
 
 
-def assert_on_device(condition: torch.Tensor) -> None:
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
     """Fail where a tensor of one truth value is false, without a wait for the device.
 
     On a GPU the failure is reported by a later call.
     """
-    torch._assert_async(condition)
+    torch._assert_async(condition, message)
 
 
 def storage_key(held: torch.Tensor | torch.UntypedStorage) -> int:
