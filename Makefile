@@ -18,7 +18,7 @@ TEST = $(VENV)/.installed-test
 DEV = $(VENV)/.installed-dev
 WEIGHTS = $(VENV)/.installed-weights
 FAMILIES = $(VENV)/.installed-families
-# Programs of each kind that `make fuzz` tries.
+# Programs of each kind that `make fuzz` tries; SEED=number tries those of an earlier run again.
 PROGRAMS ?= 2000
 # Releases of torch that `make versions` tries, and the Python of the oldest.
 TORCH_VERSIONS ?= 2.11.0 $(shell sed -n "s/^torch==//p" constraints.txt) 2.15.0
@@ -60,7 +60,9 @@ broad: $(TEST)
 	$(PYTEST) -m broad -n $(WORKERS) --dist worksteal $(ARGS)
 
 fuzz: $(TEST)
-	FUZZ_PROGRAMS=$(PROGRAMS) $(PYTEST) -m fuzz -s $(ARGS)
+	@seed=$(or $(SEED),$$RANDOM$$RANDOM); \
+	echo "make fuzz SEED=$$seed PROGRAMS=$(PROGRAMS)   # tries the same programs again"; \
+	FUZZ_PROGRAMS=$(PROGRAMS) FUZZ_SEED=$$seed $(PYTEST) -m fuzz -s --hypothesis-seed=$$seed $(ARGS)
 
 slow: $(TEST)
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

@@ -80,7 +80,10 @@ class Split:
 
 @dataclass(repr=False)
 class Coverage:
-    """A Coverage counts the kinds of ops, placements and conversions that were tried."""
+    """A Coverage counts the kinds of ops, placements and conversions that were tried.
+
+    tried: what was tried last.
+    """
 
     programs: int = 0
     refused: int = 0
@@ -89,6 +92,7 @@ class Coverage:
     worlds: Counter[int] = field(default_factory=Counter)
     strategies: dict[str, Counter[str]] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
+    tried: Any = ()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Write it short, because hypothesis writes it with every example."""
