@@ -42,7 +42,7 @@ help:
 	@echo "make benchmarks  every file in benchmarks/"
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
-	@echo "make safety      docs/safety.md: files from elsewhere, changed at random, and what happened"
+	@echo "make safety      docs/safety.md: what was tried that may go wrong, how often, what happened"
 	@echo "make opinfo      docs/operators.md: which of PyTorch's own operators and modules are split"
 	@echo "make families    docs/families.md: the same for 130 more families; brings timm and diffusers"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"

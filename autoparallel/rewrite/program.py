@@ -178,7 +178,10 @@ def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> 
     file = file_of(source, name, ranks)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     namespace = dict(names)
+    drops = "convert_again(" in source
+    if drops:
+        namespace |= {"convert": again.convert_beside, "move": again.move_beside}
     exec(compile(source, file, "exec"), namespace)
     forward: Callable[..., Any] = namespace["forward"]
     # Dropping copies costs a hook on every saved tensor: only programs that drop some pay for it.
-    return again.dropping(forward) if "convert_again(" in source else forward
+    return again.dropping(forward) if drops else forward

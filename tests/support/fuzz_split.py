@@ -46,6 +46,7 @@ _REFUSED = (
     "writes to parameter",
     "depends on the values of another",
     "computes with a tensor's value in Python",
+    "the forward returns a view of",
 )
 
 
