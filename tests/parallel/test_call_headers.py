@@ -20,6 +20,7 @@ def test_what_differs_is_said_on_all_ranks(world_size: int) -> None:
         "modes": "the modes of modules",
         "frozen": "the parameters that are trained",
         "attributes": "the program that fits the call",
+        "hooks": "hooks for which it runs as Python",
         "gradients": "whether gradients are recorded",
     }
     for rank, said in enumerate(results):

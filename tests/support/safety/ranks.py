@@ -42,6 +42,7 @@ for what, name, words in (
     ("one other number in the batch of one rank", "one value", "were given different inputs: x"),
     ("a parameter frozen on one rank", "frozen", "the parameters that are trained"),
     ("another attribute of the model on one rank", "attributes", "the program that fits the call"),
+    ("a forward hook on one rank alone", "hooks", "hooks for which it runs as Python"),
     ("gradients off on one rank", "gradients", "whether gradients are recorded"),
 ):
     _differing(f"{what}, after calls in which all were alike", name, words)
