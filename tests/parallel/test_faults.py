@@ -31,7 +31,7 @@ def test_an_op_that_fails_on_one_rank(said: Said, rank: int) -> None:
     assert "s ago: IndexError: index out of range in self" in told
     assert "in `embedding = " in told.partition("why:")[2]
     assert f"where: rank {rank}, all_reduce of ranks 0, 1, 2, in `" in told
-    assert "called at test_faults.py:" in told
+    assert "called at rank_faults.py:" in told
 
 
 @waiting
@@ -39,7 +39,7 @@ def test_an_error_in_the_backward_pass_of_one_rank(said: Said, rank: int) -> Non
     assert said["failing_hook"][FAILS][0] == "ValueError: a hook of one rank"
     told = said["failing_hook"][rank][0]
     assert told.startswith("AutoParallelError: rank 2 has failed, and this one waited for it")
-    assert "ValueError: a hook of one rank, at test_faults.py:" in told
+    assert "ValueError: a hook of one rank, at rank_faults.py:" in told
     assert "in the backward pass of `" in told
     assert "= convert(" in told
 
@@ -62,7 +62,7 @@ def test_collectives_of_the_user_are_explained_where_they_end_the_process(
     text, written = said["gone_from_a_sum"][rank]
     assert text.startswith("RuntimeError: ")
     assert "\nautoparallel: this rank waited, and rank" in written
-    assert "called at test_faults.py:" in written
+    assert "called at rank_faults.py:" in written
 
 
 @waiting
