@@ -18,7 +18,7 @@ TEST = $(VENV)/.installed-test
 DEV = $(VENV)/.installed-dev
 WEIGHTS = $(VENV)/.installed-weights
 FAMILIES = $(VENV)/.installed-families
-# Programs of each kind that `make fuzz` tries.
+# Programs of each kind that `make fuzz` tries; SEED=number tries those of an earlier run again.
 PROGRAMS ?= 2000
 # The interpreter of a machine with a GPU, which has torch; and where wheels for it are collected.
 GPU_PYTHON ?= python3
@@ -34,7 +34,7 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
-.PHONY: compatibility opinfo safety optional versions bench gpu gpu-wheels clean
+.PHONY: compatibility opinfo safety optional versions lowest bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -51,10 +51,11 @@ help:
 	@echo "make gpu-wheels  collects what a bare GPU image lacks, to be carried there in $(WHEELS)"
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
-	@echo "make safety      docs/safety.md: files from elsewhere, changed at random, and what happened"
+	@echo "make safety      docs/safety.md: what was tried that may go wrong, how often, what happened"
 	@echo "make opinfo      docs/operators.md: which of PyTorch's own operators and modules are split"
 	@echo "make families    docs/families.md: the same for 130 more families; brings timm and diffusers"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
+	@echo "make lowest      the tests on the lower bounds of pyproject.toml's dependencies"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
 
 environment: $(DEV)
@@ -69,7 +70,9 @@ broad: $(TEST)
 	$(PYTEST) -m broad -n $(WORKERS) --dist worksteal $(ARGS)
 
 fuzz: $(TEST)
-	FUZZ_PROGRAMS=$(PROGRAMS) $(PYTEST) -m fuzz -s $(ARGS)
+	@seed=$(or $(SEED),$$RANDOM$$RANDOM); \
+	echo "make fuzz SEED=$$seed PROGRAMS=$(PROGRAMS)   # tries the same programs again"; \
+	FUZZ_PROGRAMS=$(PROGRAMS) FUZZ_SEED=$$seed $(PYTEST) -m fuzz -s --hypothesis-seed=$$seed $(ARGS)
 
 slow: $(TEST)
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)
@@ -132,6 +135,10 @@ versions: $(TORCH_VERSIONS:%=$(VENV)-torch-%/.installed-test)
 			|| failed="$$failed $$torch"; \
 	done; test -z "$$failed" || { echo "failed on torch$$failed" >&2; exit 1; }
 
+# They lie in a folder that comes before the environment's own packages.
+lowest: $(VENV)-lowest/.installed
+	PYTHONPATH=$(abspath $(VENV)-lowest) $(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
+
 clean:
 	rm -rf out build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find autoparallel planners megatron_rules examples benchmarks tests \
@@ -157,6 +164,12 @@ $(VENV)-torch-%/.installed-test: pyproject.toml constraints.txt
 	export PIP_CONSTRAINT=$(abspath $(@D))/constraints.txt; \
 	pip="$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-cache-dir" && \
 	$$pip torch && $$pip --editable ".[test]" && $$pip --no-deps megatron-core==0.16.1
+	@touch $@
+
+$(VENV)-lowest/.installed: pyproject.toml .ci/lowest.py | $(TEST)
+	rm -rf $(@D)
+	$(VENV)/bin/python .ci/lowest.py > $(VENV)/lowest.txt
+	$(PIP) --no-deps --target $(@D) -r $(VENV)/lowest.txt
 	@touch $@
 
 # megatron-core is what the hand-written layers are judged against. --no-deps: the rest of what it

@@ -32,7 +32,7 @@ _FACTS = (
     "the sizes, types or number of the inputs, or the numbers and texts among them",
     "the parameters that are trained (requires_grad)",
     "whether gradients are recorded, or autocast is on",
-    "the program that fits the call",
+    "the program that fits the call, or hooks for which it runs as Python",
 )
 _SIMPLE = (int, float, str, bool, complex, type(None))
 
@@ -76,9 +76,9 @@ class CallHeaders:
         """Exchange the header of a call. A collective call.
 
         modes: of all modules. inputs, skeleton: the tensors among the arguments, and the rest.
-        parameters: of the model. program: the number of the one that fits, -1 where there is none
-        yet. names: the model's arguments. Raises InputMismatchError, on every rank, that says which
-        ranks differ, and in what.
+        parameters: of the model. program: the number of the one that fits, negative where there is
+        none. names: the model's arguments. Raises InputMismatchError, on every rank, that says
+        which ranks differ, and in what.
         """
         if not self.on or torch.compiler.is_compiling() or in_function_transform():
             return
@@ -118,7 +118,7 @@ class CallHeaders:
                 where=where,
                 why="each rank would run another program, whose collectives do not match",
                 fix="call the model alike on all ranks: in the same mode, with the same batch, "
-                "attributes and frozen parameters",
+                "attributes, hooks and frozen parameters",
             )
         shown = [
             names[index] if len(names) == count else f"input {index}"

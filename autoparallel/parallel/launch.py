@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autoparallel.errors import PlanError, WorldSizeError
 from autoparallel.mesh import Mesh
+from autoparallel.runtime.faults import note_uncaught
 from autoparallel.runtime.groups import ProcessGroup
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
 from autoparallel.support.torch_private import flattened_group
@@ -47,6 +48,7 @@ def join_world(world_size: int) -> ProcessGroup | None:
         dist.init_process_group("nccl" if cuda else "gloo")
     if dist.get_world_size() != world_size:
         raise _other_size(world_size, dist.get_world_size())
+    note_uncaught()
     return ProcessGroup(dist.group.WORLD)
 
 
@@ -87,6 +89,7 @@ def join_devices(devices: DeviceMesh) -> Ranks:
         )
     if mesh.world_size == 1:
         return single_rank(mesh)
+    note_uncaught()
     world = ProcessGroup(devices.get_group() if len(mesh.axes) == 1 else flattened_group(devices))
     number = 0
     for (_, size), coordinate in zip(mesh.axes, place, strict=True):

@@ -84,6 +84,8 @@ _log = logging.getLogger(__name__)
 # The most programs of one module. A constant argument that Python computes anew for every call
 # would have a program made for each of them.
 _MOST_PROGRAMS = 16
+# The number in headers of calls that run as Python; -1 is that of a program that is yet to be made.
+_AS_PYTHON = -2
 
 
 class _Forward:
@@ -334,10 +336,12 @@ def _run_planned(
             _log.warning(
                 "%s runs as Python: hooks were registered in it", state.path or "the model"
             )
+        _compared(state, modes, args, kwargs)
     elif not torch.compiler.is_compiling() and (
         forward_gradients_are_on() or in_function_transform()
     ):
         _log.info("%s runs as Python: programs have no other derivatives", state.path)
+        _compared(state, modes, args, kwargs)
     # Where Python is all there is, and the ranks compare nothing, nothing is looked for.
     elif (
         (state.tree.headers is not None and not state.tree.depth)
@@ -404,6 +408,20 @@ def _prepared(
     if number >= 0:
         return candidates[number], inputs
     return _new_entry(module, state, modes, args, kwargs), inputs
+
+
+def _compared(state: State, modes: Modes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Compare how the ranks were called, in a call that runs as Python on this one.
+
+    Others may have no hooks, and run a program. Raises InputMismatchError, on all of them.
+    """
+    headers = None if state.tree.depth else state.tree.headers
+    if headers is not None:
+        bound = bind_inputs(state.skeleton, args, kwargs)
+        inputs, skeleton = flatten(dict(bound.arguments))
+        parameters = state.tree.shape.parameters
+        with without_function_overrides():
+            headers.compare(modes, inputs, skeleton, parameters, _AS_PYTHON, list(bound.arguments))
 
 
 def _new_entry(

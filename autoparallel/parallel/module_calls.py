@@ -24,7 +24,9 @@ from autoparallel.parallel.uncaptured_python import held_by
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program, emit
+from autoparallel.rewrite.program import file_of
 from autoparallel.runtime import rng
+from autoparallel.runtime.faults import forget_note, note_failure, programs
 from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["add_entry", "make_entry", "run_program"]
@@ -69,7 +71,7 @@ def make_entry(module: nn.Module, state: State, plan: Plan, program: Program) ->
             for read in reads
             if (id(module.get_submodule(read.path)), read.place.rpartition(".")[2]) not in shown
         )
-    return Entry(
+    entry = Entry(
         plan,
         captured,
         program,
@@ -78,6 +80,8 @@ def make_entry(module: nn.Module, state: State, plan: Plan, program: Program) ->
         Guards(module, reads, captured.left),
         [(leaf.owner, leaf.name) for leaf, value in planned if not value.requires_grad],
     )
+    programs[file_of(program.source, plan.model, state.ranks)] = entry
+    return entry
 
 
 def run_program(
@@ -117,9 +121,13 @@ def run_program(
             outputs, written = run_compiled(
                 program.run, parameters, buffers, constants, inputs, device
             )
-    except RuntimeError:
-        refuse_devices(state.skeleton, bind_inputs(state.skeleton, args, kwargs).arguments, device)
+    except Exception as error:
+        if isinstance(error, RuntimeError):
+            arguments = bind_inputs(state.skeleton, args, kwargs).arguments
+            refuse_devices(state.skeleton, arguments, device)
+        note_failure(error)
         raise
+    forget_note()
     for path, value in zip(program.mutations, written, strict=True):
         module.get_buffer(path).copy_(value.detach())
     whole_shapes = entry.whole_shapes(inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths
 
 __all__ = ["Entry", "Replan", "State", "Tree", "state_of", "user_forward"]
+
+_WORDS = re.compile(r"\w+")
 
 # A function from the model on the meta device, the path of a module in it, its inputs, the layouts
 # in which its parameters are stored, and whether Python calls it, to a plan. It raises CaptureError
@@ -94,6 +97,18 @@ class Entry:
                 for layout, shape in self.program.outputs
             )
         return self.wholes[key]
+
+    def label(self, statement: str) -> str:
+        """Return what a line of the program is in the model; empty where that is not known."""
+        ops = {op.name: op for op in self.plan.ops}
+        parameters = {choice.name: choice.path for choice in self.plan.parameters}
+        for word in _WORDS.findall(statement):
+            if word in ops:
+                op = ops[word]
+                return f"{op.where or self.plan.model}, {op.line}" if op.line else op.where
+            if word in parameters:
+                return f"the parameter {parameters[word]}"
+        return ""
 
     @cached_property
     def given(self) -> Any:

@@ -30,6 +30,7 @@ from autoparallel.parallel.split_views import (
     view_of,
     without_history,
 )
+from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.torch_private import (
     distributed_tensor_like,
@@ -68,11 +69,16 @@ class SplitTensor(DTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch that was called with split tensors; see `FunctionKind`."""
-        with without_function_overrides():
-            kind = kind_of(func)
-            if kind is FunctionKind.PASSED:
-                return func(*args, **(kwargs or {}))
-            return _run(kind, func, args, kwargs or {})
+        try:
+            with without_function_overrides():
+                kind = kind_of(func)
+                if kind is FunctionKind.PASSED:
+                    return func(*args, **(kwargs or {}))
+                return _run(kind, func, args, kwargs or {})
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise explained(error, f"a collective of {func.__name__}") from error
 
     @property
     def grad(self) -> Any:
@@ -93,9 +99,17 @@ class SplitTensor(DTensor):
             GRADIENT.__set__(self, None)
 
     def full_tensor(self, **options: Any) -> torch.Tensor:
-        """Return the whole value as DTensor does; a view's is that of the tensor it is of."""
+        """Return the whole value as DTensor does; a view's is that of the tensor it is of.
+
+        Raises AutoParallelError where another rank is gone.
+        """
         _follow(self)
-        return super().full_tensor(**options)
+        try:
+            return super().full_tensor(**options)
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise explained(error, "all_gather of full_tensor()") from error
 
     @staticmethod
     def __tensor_unflatten__(

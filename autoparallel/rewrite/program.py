@@ -21,7 +21,7 @@ from autoparallel.runtime import recompute as again
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 
-__all__ = ["Block", "Line", "Program", "compiled", "lines_of", "names_of"]
+__all__ = ["Block", "Line", "Program", "compiled", "file_of", "lines_of", "names_of"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,12 @@ def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) 
     }
 
 
+def file_of(source: str, name: str, ranks: Ranks) -> str:
+    """Return the name under which tracebacks show a program. name: of the model."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return f"<autoparallel {name} rank {ranks.rank} of {ranks.world_size} {digest}>"
+
+
 def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the function `forward` of a program's text, whose lines tracebacks show.
 
@@ -171,11 +177,13 @@ def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> 
     Every text has a file name of its own: a model has one program for each mode and each structure
     of its inputs, and a traceback through one of them must not show the lines of another.
     """
-    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    file = f"<autoparallel {name} rank {ranks.rank} of {ranks.world_size} {digest}>"
+    file = file_of(source, name, ranks)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     namespace = dict(names)
+    drops = "convert_again(" in source
+    if drops:
+        namespace |= {"convert": again.convert_beside, "move": again.move_beside}
     exec(compile(source, file, "exec"), namespace)
     forward: Callable[..., Any] = namespace["forward"]
     # Dropping copies costs a hook on every saved tensor: only programs that drop some pay for it.
-    return again.dropping(forward) if "convert_again(" in source else forward
+    return again.dropping(forward) if drops else forward

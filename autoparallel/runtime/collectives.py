@@ -36,6 +36,7 @@ from autoparallel.runtime.axis_parts import (
     take_part,
     unpad_part,
 )
+from autoparallel.runtime.faults import place_of_caller
 from autoparallel.runtime.groups import Group
 
 __all__ = [
@@ -170,6 +171,9 @@ class Convert(torch.autograd.Function):
     ) -> torch.Tensor:
         """Move x, and remember the size along the split dim that the backward move starts from."""
         ctx.group, ctx.source, ctx.target = group, source, target
+        if not torch.compiler.is_compiling():
+            # Of `convert`'s caller, an emitted program: an error of the backward pass names its op.
+            ctx.place = place_of_caller(3)
         # The backward move starts from gradient(target). Where that is split, x is whole along the
         # dim, except where the source splits the same dim: then the caller's size is the whole one.
         ctx.size = x.size(target.dim) if isinstance(target, Shard) else 0

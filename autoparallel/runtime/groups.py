@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from autoparallel.errors import AutoParallelError, PlanError
+from autoparallel.errors import PlanError
+from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import functional_collectives
 
@@ -106,17 +107,6 @@ class AbsentGroup(Group):
         self._refuse()
 
 
-# What gloo and NCCL say where a rank does not answer.
-_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "Timeout waiting for",
-    "remote process exited",
-)
-
-
 class ProcessGroup(Group):
     """The functional collectives of a torch.distributed process group, which torch.compile can
     trace.
@@ -132,32 +122,31 @@ class ProcessGroup(Group):
         self.name = group.group_name
         self.ops = functional_collectives()
 
-    def wait(self, start: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def wait(self, collective: str, start: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Start a collective and return its result. Raises AutoParallelError if a rank is gone."""
         try:
             return self.ops.wait_tensor(start())
         except RuntimeError as error:
-            if not any(words in str(error) for words in _LOST):
+            if not is_lost(error):
                 raise
-            raise AutoParallelError(
-                "another rank has ended, failed or gone another way, and this one waited for it",
-                where=f"rank {self.rank} of {self.world_size}, in a collective",
-                why=str(error).splitlines()[0],
-                fix="see the error of the other rank, which came first; where a call may fail, as "
-                "for bad inputs, let it fail or be caught on all ranks alike",
-            ) from error
+            raise explained(error, collective, self.process_group) from error
 
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
-        return self.wait(lambda: self.ops.all_reduce(tensor.contiguous(), operation, self.name))
+        return self.wait(
+            "all_reduce", lambda: self.ops.all_reduce(tensor.contiguous(), operation, self.name)
+        )
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.contiguous().unsqueeze(0)
-        return self.wait(lambda: self.ops.all_gather_into_tensor(flat, self.world_size, self.name))
+        return self.wait(
+            "all_gather", lambda: self.ops.all_gather_into_tensor(flat, self.world_size, self.name)
+        )
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.contiguous()
         scattered = self.wait(
-            lambda: self.ops.reduce_scatter_tensor(flat, "sum", self.world_size, self.name)
+            "reduce_scatter",
+            lambda: self.ops.reduce_scatter_tensor(flat, "sum", self.world_size, self.name),
         )
         return scattered.squeeze(0)
 
@@ -169,7 +158,9 @@ class ProcessGroup(Group):
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         sent = [tensor.numel() for tensor in tensors]
         received = [torch.Size(shape).numel() for shape in shapes]
-        exchanged = self.wait(lambda: self.ops.all_to_all_single(flat, received, sent, self.name))
+        exchanged = self.wait(
+            "all_to_all", lambda: self.ops.all_to_all_single(flat, received, sent, self.name)
+        )
         parts = exchanged.split(received)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from autoparallel.placement import Movement, Placement, local_size, movement
-from autoparallel.runtime.collectives import convert, move
+from autoparallel.runtime.collectives import convert, convert_fixed, move
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import drawing_from, generator
@@ -26,7 +26,14 @@ from autoparallel.support.torch_private import (
     storage_key,
 )
 
-__all__ = ["convert_again", "dropping", "parts_are_alike", "recomputed"]
+__all__ = [
+    "convert_again",
+    "convert_beside",
+    "dropping",
+    "move_beside",
+    "parts_are_alike",
+    "recomputed",
+]
 
 
 class _View:
@@ -224,15 +231,45 @@ def convert_again(
     Example: a parameter that ZeRO-3 shards is gathered in the forward pass, dropped, and gathered
     again (arXiv:1910.02054).
     """
-    copy = convert(x, group, source, target, size)
+    copy = convert_beside(x, group, source, target, size)
     copies: _Copies | None = getattr(_current, "copies", None)
     if copies is not None and drop:
-        if movement(source, target) is Movement.KEEP_ON_FIRST and group.rank == 0:
-            # The other ranks make zeros. What is a copy there is one here, or the ranks would not
-            # make again the same copies, in the same order.
-            copy = copy.clone()
         copies.add(copy, x, group, (source, target), size)
     return copy
+
+
+def convert_beside(
+    x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
+) -> torch.Tensor:
+    """Redistribute as `convert` does, in a program in which other copies are dropped.
+
+    Arguments: as in `convert`. Its result lies in memory of its own on every rank, or on none.
+
+    Example: `convert_beside(x, group, Replicate(), Partial())`, where `x` is a copy.
+    """
+    return _own_memory(convert(x, group, source, target, size), group, source, target)
+
+
+def move_beside(
+    x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
+) -> torch.Tensor:
+    """Redistribute a tensor without a gradient; see `convert_beside`, which is for others.
+
+    Example: `move_beside(x, group, Replicate(), Partial())`
+    """
+    return _own_memory(convert_fixed(x, group, source, target, size), group, source, target)
+
+
+def _own_memory(
+    moved: torch.Tensor, group: Group, source: Placement, target: Placement
+) -> torch.Tensor:
+    """Return what the first rank keeps, where others make zeros, in memory of its own.
+
+    It may lie in a copy that is dropped. The first rank alone would make that copy again for it,
+    and the ranks would not communicate in the same order.
+    """
+    is_kept = movement(source, target) is Movement.KEEP_ON_FIRST and group.rank == 0
+    return moved.clone() if is_kept and getattr(_current, "copies", None) is not None else moved
 
 
 def dropping(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -97,6 +97,7 @@ __all__ = [
     "current_function_mode",
     "custom_op_functions",
     "decompose",
+    "default_store",
     "describe_pieces",
     "differentiates_custom_op",
     "dispatch_registrations",
@@ -481,6 +482,13 @@ def outside_transforms() -> AbstractContextManager[Any]:
         return nullcontext()
     context: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
     return context
+
+
+def default_store() -> Any:
+    """Return the store through which the processes of the default process group met."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def flattened_group(devices: DeviceMesh) -> Any:

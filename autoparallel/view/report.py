@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoparallel.analysis.communication import collective_totals
+from autoparallel.analysis.idle_ranks import idle_ranks
 from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.support.arguments import MAKE_ONE, require_kind
@@ -116,6 +117,7 @@ def _header(plan: Plan, words: Words) -> Table:
         ("minimized", f"cost {plan.cost:.6g}, {bound}"),
         ("method", plan.method),
         *_recomputed(plan),
+        *_idle(plan),
         ("returns", returned_text(plan, (_returned(words, layout) for layout in plan.outputs))),
     ]
     if plan.breaks:
@@ -160,6 +162,22 @@ def _recomputed(plan: Plan) -> list[tuple[str, str]]:
     if plan.options.recompute not in lacking or plan.breaks:
         return []
     return [("recomputed", f"nothing: no block is repeated{lacking[plan.options.recompute]}")]
+
+
+def _idle(plan: Plan) -> list[tuple[str, str]]:
+    """Tell where ranks hold nothing of a value, and so have nothing to do for it."""
+    idle = idle_ranks(plan)
+    if idle is None:
+        return []
+    sizes = "the cost counts the busiest rank" if idle.planned else "at the sizes given"
+    return [
+        (
+            "idle",
+            f"{idle.ranks} of {plan.world_size} ranks hold nothing of {idle.value}, whose dim "
+            f"{idle.dim} has {idle.size} element{'s' if idle.size > 1 else ''}: {sizes}; fewer "
+            "ranks would be as fast there",
+        )
+    ]
 
 
 def _returned(words: Words, layout: Layout) -> str:

@@ -1,6 +1,7 @@
 """Random programs, split by random costs, give what they give unsplit: results and gradients.
 
-A failure prints a program and a way to split it; put both into fuzz_corpus.py as a regression.
+A failure of `make fuzz` prints the smallest program that fails and the way to split it, as a test
+that is ready for fuzz_corpus.py.
 """
 
 from __future__ import annotations
@@ -40,45 +41,74 @@ def coverage() -> Iterator[Coverage]:
 
 def judge(program: Program, ways: list[Split], coverage: Coverage) -> None:
     coverage.programs += 1
+    coverage.tried = (program, ways[0])
     try:
         subject = Subject(program)
         for way in ways:
+            coverage.tried = (program, way)
             subject.check(way, coverage)
     except UnfitError:
         coverage.refused += 1
 
 
-some_ways = st.lists(splits(), min_size=WAYS_EACH, max_size=WAYS_EACH)
+def some(ways: st.SearchStrategy[Split]) -> st.SearchStrategy[list[Split]]:
+    return st.lists(ways, min_size=WAYS_EACH, max_size=WAYS_EACH)
 
 
 @quiet
 @settings(CALM, max_examples=100, derandomize=True)
-@given(programs(), some_ways)
+@given(programs(), some(splits()))
 def test_random_programs(coverage: Coverage, program: Program, ways: list[Split]) -> None:
     judge(program, ways, coverage)
 
 
 @quiet
 @settings(CALM, max_examples=25, derandomize=True)
-@given(containing(), some_ways)
+@given(containing(), some(splits()))
 def test_equal_blocks(coverage: Coverage, program: Program, ways: list[Split]) -> None:
     judge(program, ways, coverage)
 
 
-@quiet
-@pytest.mark.fuzz
-@settings(CALM, max_examples=MANY // 4)
-@given(containing(), some_ways)
-def test_many_equal_blocks(coverage: Coverage, program: Program, ways: list[Split]) -> None:
-    judge(program, ways, coverage)
+# What `make fuzz` tries: programs, the ways to split them, and one in how many of MANY.
+KINDS = {
+    "programs": (programs(), some(splits()), 1),
+    "memory-sparing plans": (programs(), some(splits(sparing=True)), 2),
+    "three axes": (programs(), some(splits(on=(2, 2, 2))), 2),
+    "equal blocks": (containing(), some(splits()), 2),
+    "equal blocks, sparing, on three axes": (
+        containing(),
+        some(splits(on=(2, 2, 2), sparing=True)),
+        4,
+    ),
+}
 
 
 @quiet
 @pytest.mark.fuzz
-@settings(CALM, max_examples=MANY)
-@given(programs(), some_ways)
-def test_many_random_programs(coverage: Coverage, program: Program, ways: list[Split]) -> None:
-    judge(program, ways, coverage)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many(coverage: Coverage, kind: str) -> None:
+    drawn, ways, share = KINDS[kind]
+
+    @settings(CALM, max_examples=max(1, MANY // share), report_multiple_bugs=False)
+    @given(drawn, ways)
+    def tried(program: Program, ways: list[Split]) -> None:
+        judge(program, ways, coverage)
+
+    try:
+        tried()
+    except BaseException:
+        # The last one that ran is the smallest that fails.
+        print("\n".join(ready(*coverage.tried)))
+        raise
+    print(f"\n{kind}: {coverage.programs} programs so far")
+
+
+def ready(program: Program, way: Split) -> list[str]:
+    """Return the lines of a regression, as the corpus has them."""
+    rows = [f"        {row}" for row in program.rows]
+    head = "\nA test for ON_SEVERAL_AXES in tests/support/fuzz_corpus.py:"
+    end = ['        """),', f"        {way},", "    ),"]
+    return [head, '    "...": (', '        Program("""', *rows, *end]
 
 
 @quiet

@@ -2,60 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from processes import run_processes
-from torch import nn
+from unlike_calls import calls
 
-import autoparallel
-from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.call_headers import checksum
-
-
-class Scores(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.scale = nn.Linear(6, 12), nn.Linear(12, 6), 1.0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(x))) * self.scale
-
-
-def calls(rank: int, world_size: int) -> dict[str, str]:
-    """Return the errors of calls in which the last rank differs, after four in which none does."""
-    torch.manual_seed(0)
-    x, last = torch.randn(4, 6), rank == world_size - 1
-    model: Any = autoparallel.autoparallelize(Scores(), world_size, example_inputs=(x,))
-    for _ in range(2):
-        model.eval()(x)
-        model.train()(x)
-    said = {}
-
-    def tried(name: str, *args: Any) -> None:
-        try:
-            model(*args)
-            said[name] = ""
-        except AutoParallelError as error:
-            said[name] = str(error)
-
-    tried("values", x + last)
-    tried("one value", x.index_fill(1, torch.tensor(2), 0) if last else x)
-    tried("sizes", x[: 3 if last else 4])
-    model.train(not last)
-    tried("modes", x)
-    model.train()
-    model.up.weight.requires_grad_(not last)
-    tried("frozen", x)
-    model.up.weight.requires_grad_()
-    model.scale = 2.0 if last else 1.0
-    tried("attributes", x)
-    model.scale = 1.0
-    with torch.set_grad_enabled(not last):
-        tried("gradients", x)
-    tried("none", x)
-    return said
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -68,6 +20,7 @@ def test_what_differs_is_said_on_all_ranks(world_size: int) -> None:
         "modes": "the modes of modules",
         "frozen": "the parameters that are trained",
         "attributes": "the program that fits the call",
+        "hooks": "hooks for which it runs as Python",
         "gradients": "whether gradients are recorded",
     }
     for rank, said in enumerate(results):

@@ -76,6 +76,21 @@ REGRESSIONS = {
 
 # Programs with the one way in which they failed on a mesh of several axes.
 ON_SEVERAL_AXES = {
+    "what the first rank keeps of a copy that is dropped, where the others make zeros": (
+        Program("""
+        i0 = input(12)
+        p0 = parameter(12, 12)
+        p1 = parameter(12, 6)
+        p2 = parameter(12)
+        v0 = F.linear(i0, p0)
+        v1a, v1b = v0.chunk(2, -1)
+        v2 = F.silu(v1a) * v1b
+        v3 = F.linear(v2, p1, p2)
+        v5 = v1a.select(-1, 5)
+        return {'a': v5, 'b': (v3)}
+        """),
+        Split(3, 0, 1.0, data_parallel=True, sparing=True),
+    ),
     "a look-up that keeps no mask where a rank has no index, at the end of a block": (
         Program("""
         i1 = integers(2, 3)

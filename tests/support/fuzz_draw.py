@@ -56,9 +56,13 @@ def attempt(pen: Pen, step: Any) -> str:
         return ""
 
 
-def divided(number: Number) -> Split:
-    """Draw a world size or a mesh, options, and the seed of the costs."""
+def divided(number: Number, on: tuple[int, ...] = (), sparing: bool = False) -> Split:
+    """Draw a world size or a mesh, options, and the seed of the costs.
+
+    on: the sizes of the mesh's axes, empty for any. sparing: whether every plan makes copies again.
+    """
     sizes = ((), (), (2, 2), (2, 3), (3, 2), (2, 2, 2))[number(0, 5)]
+    sizes = on or sizes
     return Split(
         math.prod(sizes) if sizes else number(2, 5),
         number(0, 999),
@@ -67,7 +71,7 @@ def divided(number: Number) -> Split:
         sequence_parallel=number(0, 1) == 0,
         whole=(0.0, 0.5)[number(0, 1)],
         sizes=sizes,
-        sparing=number(0, 3) == 3,
+        sparing=number(0, 3) == 3 or sparing,
     )
 
 
@@ -83,5 +87,5 @@ def containing(draw: Any) -> Program:
 
 
 @st.composite
-def splits(draw: Any) -> Split:
-    return divided(lambda low, high: int(draw(st.integers(low, high))))
+def splits(draw: Any, on: tuple[int, ...] = (), sparing: bool = False) -> Split:
+    return divided(lambda low, high: int(draw(st.integers(low, high))), on, sparing)

@@ -46,6 +46,7 @@ _REFUSED = (
     "writes to parameter",
     "depends on the values of another",
     "computes with a tensor's value in Python",
+    "the forward returns a view of",
 )
 
 
@@ -80,7 +81,10 @@ class Split:
 
 @dataclass(repr=False)
 class Coverage:
-    """A Coverage counts the kinds of ops, placements and conversions that were tried."""
+    """A Coverage counts the kinds of ops, placements and conversions that were tried.
+
+    tried: what was tried last.
+    """
 
     programs: int = 0
     refused: int = 0
@@ -89,6 +93,7 @@ class Coverage:
     worlds: Counter[int] = field(default_factory=Counter)
     strategies: dict[str, Counter[str]] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
+    tried: Any = ()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Write it short, because hypothesis writes it with every example."""

@@ -481,6 +481,12 @@ def test_tensors_inside_a_function_transform_are_recognized() -> None:
 def gathered_blocks(_rank: int) -> list[bool]:
     """Check that dims that are split block by block, on one and two mesh axes, are put in order."""
     made = []
+    # What one rank writes into the store, the others read.
+    store = torch_private.default_store()
+    if _rank == 0:
+        store.set("a key of this test", "some words")
+    store.wait(["a key of this test"])
+    made.append(store.get("a key of this test") == b"some words")
     x = torch.arange(48.0).view(24, 2)
     cube = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("a", "b", "c"))
     for devices, size in ((cube, 4), (cube["b", "c"], 2)):

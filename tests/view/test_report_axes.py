@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 import autoparallel
 from autoparallel.analysis.communication import collective_totals, transfers
@@ -163,3 +164,21 @@ def test_nothing_to_run_again_is_told(plan: Plan, mode: str, words: str) -> None
     seen = replace(plan, options=replace(plan.options, recompute=mode), recompute=())
     line = next(line for line in plan_text(seen).split("\n") if line.startswith("recomputed"))
     assert line.split(maxsplit=1)[1] == words.strip()
+
+
+@pytest.mark.parametrize(("rows", "idle"), [(3, 5), (8, 0), (9, 0), (5, 3)])
+def test_ranks_that_hold_nothing_are_told(rows: int, idle: int) -> None:
+    """Three rows on eight ranks leave five without one: the costs are those of the busiest."""
+    made = autoparallel.make_plan(
+        torch.nn.Linear(8, 8), mesh=Mesh(dp=8), example_inputs=torch.ones(rows, 8)
+    )
+    (given,) = made.inputs
+    assert not given.dims[0].isdigit()
+    whole, split = parse_layout("I"), parse_layout("S(0)")
+    step, shape = Step(0, whole[0], split[0]), f"{given.dims[0]}, 8"
+    taken = Conversion(given.name, whole, split, (step,), ("linear",), shape, 64 * rows, False)
+    read = Plan.from_json(replace(made, conversions=(taken,)).to_json())
+    lines = [line for line in plan_text(read).splitlines() if line.startswith("idle")]
+    assert len(lines) == (1 if idle else 0)
+    told = f"{idle} of 8 ranks hold nothing of input, whose dim 0 has {rows} elements"
+    assert all(told in line for line in lines)

@@ -1,0 +1,1 @@
+"""The rows of docs/safety.md: each tries something, and says how often what happened."""
