@@ -49,7 +49,8 @@ class Entry:
     them. shapes: of its inputs, in symbolic sizes. guards: the attributes that its trace has read.
     frozen: the places of parameters that needed no gradient when it was planned. known: whether it
     is right for inputs of some shapes, types and need of gradients, as far as it was asked: to
-    evaluate the guards takes long, and most calls are like one before.
+    evaluate the guards takes long, and most calls are like one before. told: the user knows that
+    a call took another branch on values.
     """
 
     plan: Plan
@@ -60,6 +61,7 @@ class Entry:
     guards: Guards
     frozen: list[tuple[dict[str, Any], str]]
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    told: bool = False
 
     @cached_property
     def given(self) -> Any:

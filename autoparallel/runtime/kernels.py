@@ -18,7 +18,9 @@ import torch
 from torch.nn import functional
 
 from autoparallel.placement import part_bounds
-from autoparallel.runtime import ctc_loss  # noqa: F401  # an op, which programs call by its name
+
+# Ops, which programs call by their names.
+from autoparallel.runtime import ctc_loss, value_branches  # noqa: F401
 from autoparallel.runtime.collectives import common_sum, for_parts, pending_sum, same_sum
 from autoparallel.runtime.discovered_kernels import (
     alike_elsewhere,

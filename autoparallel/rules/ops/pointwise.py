@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoparallel.graph.graph import Dim
+from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Loops, OpCall, ShardingRule
 
@@ -95,6 +96,7 @@ def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
 
 
 @rule(
+    BRANCH_TAKEN,
     *(f"aten.{name}.default" for name in UNARY),
     *(f"aten.{target}" for target in BINARY),
     "aten.clamp.Tensor",
