@@ -22,6 +22,7 @@ from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.forward_contexts import quiet, unprinted
 from autoparallel.capture.intercepted_calls import CallWatch
+from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import named_tensors
 from autoparallel.capture.value_branches import NO_WAYS, Asked, TakeWays, Ways
 from autoparallel.errors import CaptureError
@@ -154,6 +155,7 @@ def census_of(
             kept.append(fake)
         inputs = tree_map(lambda leaf: given.get(id(leaf), leaf), (args, dict(kwargs)))
         stack.enter_context(ConstantComparisons())
+        stack.enter_context(idle_conversions())
         stack.enter_context(hooks.installed(operators=False))
         stack.enter_context(_Checkpoints().installed())
         stack.enter_context(TakeWays(ways, Asked(), marks=False))

@@ -33,6 +33,7 @@ from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors, held_among
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
+from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import first_paths
 from autoparallel.capture.refused_models import export_failure, refuse_running
 from autoparallel.capture.seeded_draws import SeededDraws
@@ -199,6 +200,7 @@ class _Flat(nn.Module):
             no_replacing,
             self.facts.installed(tensors),
             SeededDraws(),
+            idle_conversions(),
             unprinted(type(self.model).__name__),
             TakeWays(wanted.ways, wanted.asked),
         )
