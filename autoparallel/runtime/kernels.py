@@ -18,9 +18,7 @@ import torch
 from torch.nn import functional
 
 from autoparallel.placement import part_bounds
-
-# Ops, which programs call by their names.
-from autoparallel.runtime import ctc_loss, value_branches  # noqa: F401
+from autoparallel.runtime import ctc_loss  # noqa: F401  # an op, which programs call by its name
 from autoparallel.runtime.collectives import common_sum, for_parts, pending_sum, same_sum
 from autoparallel.runtime.discovered_kernels import (
     alike_elsewhere,
@@ -43,6 +41,7 @@ from autoparallel.runtime.statistics import (
     min_split,
     softmax_split,
 )
+from autoparallel.runtime.value_branches import branch_taken
 from autoparallel.runtime.variance import (
     group_norm_split,
     instance_norm_split,
@@ -56,6 +55,7 @@ __all__ = [
     "argmax_split",
     "argmin_split",
     "batch_norm_split",
+    "branch_taken",
     "combined_parts",
     "convolution_inputs",
     "convolution_outputs",

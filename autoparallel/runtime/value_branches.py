@@ -11,7 +11,7 @@ import torch
 
 from autoparallel.errors import AutoParallelError
 
-__all__ = ["OtherBranchError"]
+__all__ = ["OtherBranchError", "branch_taken"]
 
 
 class OtherBranchError(AutoParallelError):
@@ -34,20 +34,30 @@ class OtherBranchError(AutoParallelError):
         return (OtherBranchError, (self.number,))
 
 
-@torch.library.custom_op("autoparallel::branch_taken", mutates_args=())
 def branch_taken(condition: torch.Tensor, expected: bool, number: int) -> torch.Tensor:
-    """Return a copy of the condition, a truth value of no dims, if it is as expected.
+    """Return the condition, a truth value of no dims, if it is as expected.
 
-    Raises OtherBranchError where it is not.
+    It is a function, and no op, for programs that are compiled: a compiler drops ops whose results
+    nobody reads, and asks for the value here as it does in the user's own branch.
+    Raises OtherBranchError where it is not as expected.
 
     >>> branch_taken(torch.tensor(True), True, 0)
     tensor(True)
     """
+    if type(condition) is not torch.Tensor:  # it has no value, as where a program is tried out
+        copied: torch.Tensor = torch.ops.autoparallel.branch_taken(condition, expected, number)
+        return copied
     if bool(condition) != expected:
         raise OtherBranchError(number)
-    return condition.clone()
+    return condition
 
 
-@branch_taken.register_fake
+@torch.library.custom_op("autoparallel::branch_taken", mutates_args=())
+def _branch_taken(condition: torch.Tensor, expected: bool, number: int) -> torch.Tensor:
+    """Return a copy of the condition; see `branch_taken`."""
+    return branch_taken(condition, expected, number).clone()
+
+
+@_branch_taken.register_fake
 def _(condition: torch.Tensor, expected: bool, number: int) -> torch.Tensor:
     return torch.empty_like(condition)

@@ -95,8 +95,13 @@ def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
     return ShardingRule(dims[:count], dims[count:], sizes, linear=groups)
 
 
+@rule(BRANCH_TAKEN)
+def branch_taken(call: OpCall) -> ShardingRule:
+    """A truth value, which all ranks ask for alike."""
+    return replace(pointwise(call), function="branch_taken")
+
+
 @rule(
-    BRANCH_TAKEN,
     *(f"aten.{name}.default" for name in UNARY),
     *(f"aten.{target}" for target in BINARY),
     "aten.clamp.Tensor",
