@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from autoparallel.capture.branch_ways import NoteWays, Way, Ways
 from autoparallel.capture.forward_contexts import unprinted
 from autoparallel.capture.intercepted_calls import CallWatch
-from autoparallel.capture.value_branches import NoteWays, Way, Ways
 from autoparallel.errors import CaptureError
 from autoparallel.support.memory_writes import Watch
 from autoparallel.support.model_snapshot import untouched

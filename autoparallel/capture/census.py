@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.capture.branch_ways import NO_WAYS, Asked, TakeWays, Ways
 from autoparallel.capture.custom_functions import function_op, is_inside_ops
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.example_inputs import bind_inputs
@@ -24,7 +25,6 @@ from autoparallel.capture.forward_contexts import quiet, unprinted
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import named_tensors
-from autoparallel.capture.value_branches import NO_WAYS, Asked, TakeWays, Ways
 from autoparallel.errors import CaptureError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph

@@ -22,6 +22,13 @@ from autoparallel.capture.assigned_buffers import writing_assigned_buffers
 from autoparallel.capture.attribute_reads import AttributeReads, alike_reads, moving_error
 from autoparallel.capture.attribute_writes import Attributes, Written
 from autoparallel.capture.block_folding import Folding, Unfoldable
+from autoparallel.capture.branch_ways import (
+    NO_WAYS,
+    Asked,
+    TakeWays,
+    ValueBranchError,
+    Ways,
+)
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.decompose import decomposing
 from autoparallel.capture.decomposition_registry import Known
@@ -49,13 +56,6 @@ from autoparallel.capture.side_effects import (
 from autoparallel.capture.steady_forward import is_steady
 from autoparallel.capture.tensor_facts import TensorFacts
 from autoparallel.capture.traced_calls import TracedCalls
-from autoparallel.capture.value_branches import (
-    NO_WAYS,
-    Asked,
-    TakeWays,
-    ValueBranchError,
-    Ways,
-)
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.graph.attribute_read import AttributeRead, TensorRead
 from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of

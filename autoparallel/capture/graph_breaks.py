@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from autoparallel.capture.branch_ways import NO_WAYS, Ways, refuse_drawn
 from autoparallel.capture.call_recorder import Call, record
 from autoparallel.capture.census import require_agreement
 from autoparallel.capture.checkpoint_regions import require_unwritten
@@ -18,7 +19,6 @@ from autoparallel.capture.equal_modules import EqualModules, Watch
 from autoparallel.capture.export import Captured, capture
 from autoparallel.capture.held_tensors import refuse_views
 from autoparallel.capture.module_tensors import first_paths
-from autoparallel.capture.value_branches import NO_WAYS, Ways, refuse_drawn
 from autoparallel.errors import AliasError, CaptureError
 from autoparallel.graph.passes.run_passes import run_passes
 from autoparallel.plan import Break

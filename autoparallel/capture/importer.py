@@ -14,6 +14,7 @@ from autoparallel.capture.autocast import casts_of
 from autoparallel.capture.block_calls import MARKS, OPAQUE
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.block_regions import Regions, base_of
+from autoparallel.capture.branch_ways import BRANCH
 from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.checkpoint_regions import BEGIN, END, CheckpointRegions
 from autoparallel.capture.custom_functions import function_op
@@ -21,7 +22,6 @@ from autoparallel.capture.function_calls import FunctionCalls
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.source_locations import source_line
-from autoparallel.capture.value_branches import BRANCH
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.graph.operators import BRANCH_TAKEN

@@ -11,7 +11,7 @@ import types
 import torch
 from torch import nn
 
-from autoparallel.capture.value_branches import ValueBranchError
+from autoparallel.capture.branch_ways import ValueBranchError
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError, WrappedModelError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths

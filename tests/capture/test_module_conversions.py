@@ -19,13 +19,16 @@ class Converts(nn.Module):
     def __init__(self, method: str, *args: Any) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.body, self.head = nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5))
+        self.body, self.head = (
+            nn.Linear(6, 8),
+            nn.Sequential(nn.Linear(8, 5, bias=False), nn.BatchNorm1d(5)),
+        )
         self.method, self.args = method, args
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.head = getattr(self.head, self.method)(*self.args)
         out: torch.Tensor = self.head(torch.tanh(self.body(x)))
-        return out.square().mean()
+        return out.sin().mul(torch.arange(5)).mean()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-import autoparallel
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.operators import BRANCH_TAKEN, draws
@@ -76,7 +75,7 @@ _AS_IT_IS = object()
 _ASKING = _TRUTHS | _NUMBERS | _EQUALS | _CLOSES
 _LOOK_OUTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 _TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(autoparallel.__file__).parent)
+_OURS = str(Path(__file__).parent.parent)
 
 
 class ValueBranchError(CaptureError):
