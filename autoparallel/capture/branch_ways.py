@@ -60,7 +60,7 @@ Ways = Mapping[Way, tuple[Any, ...]]
 NO_WAYS: Ways = {}
 
 _TRUTHS = {torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero}
-_NUMBERS = {torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__float__}
+_NUMBERS: set[Any] = {torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__float__}
 _NUMBERS |= {torch.Tensor.__index__, torch.Tensor.tolist}
 _EQUALS = {torch.equal, torch.Tensor.equal}
 _CLOSES = {torch.allclose, torch.Tensor.allclose}
