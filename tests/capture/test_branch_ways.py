@@ -102,6 +102,21 @@ def test_other_ways_are_computed_as_python(
     assert "test_branch_ways.py" in caplog.text
 
 
+def test_a_way_through_other_layers() -> None:
+    """The program knows nothing of the layer that the example does not call."""
+
+    class OneOfTwo(Layers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = self.layers[0] if x.sum() > 0 else self.layers[1]
+            return (self.layers[2](chosen(x))).square().mean()
+
+    model, x = OneOfTwo(finite).double(), numbers(5, WIDTH).abs()
+    plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
+    assert not plan.breaks
+    for other in (x, -x):
+        parity(model, autoparallel.simulate(model, example_inputs=(other,), plan=plan), other)
+
+
 def test_a_check_that_fails_raises_what_the_model_raises() -> None:
     class Judged(Layers):
         def forward(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
