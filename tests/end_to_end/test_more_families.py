@@ -22,6 +22,8 @@ FAMILIES = more_families.FAMILIES
 DROPPING = ["gpt-bigcode", "distilbert", "m2m-100", "wav2vec2"]
 DROPPING += ["segformer", "layoutlmv3", "patchtst", "dit"]
 
+SMOKE = [("qwen2", Mesh(dp=2, tp=2)), ("roberta", 3), ("deit", 2)]
+
 
 @cache
 def installed(library: str) -> bool:
@@ -37,6 +39,13 @@ def _one_family_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if checks.traced.cache_info().currsize > 2:
         checks.traced.cache_clear()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("name", "ranks"), SMOKE, ids=str)
+def test_some_of_each_kind(name: str, ranks: int | Mesh) -> None:
+    """The quick ones of the sweep below, in `make test`."""
+    test_split_equals_the_users_module(name, ranks)
 
 
 @pytest.mark.broad
