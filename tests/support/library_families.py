@@ -127,6 +127,7 @@ FAMILIES = (
         dim=None,
         embedding_dim=HIDDEN,
         n_conv_layers=1,
+        stochastic_depth_rate=0.0,
         kernel_size=3,
         num_layers=LAYERS,
         num_heads=HEADS,
