@@ -53,7 +53,7 @@ help:
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
 	@echo "make safety      docs/safety.md: what was tried that may go wrong, how often, what happened"
 	@echo "make opinfo      docs/operators.md: which of PyTorch's own operators and modules are split"
-	@echo "make families    docs/families.md: the same for 130 more families; brings timm and diffusers"
+	@echo "make families    docs/families.md: the same for 230 more families; brings their libraries"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make lowest      the tests on the lower bounds of pyproject.toml's dependencies"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from autoparallel.capture.branch_ways import NoteWays, Way, Ways
 from autoparallel.capture.forward_contexts import unprinted
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.errors import CaptureError
@@ -20,7 +22,12 @@ from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.module_copy import keep_attributes, shallow_copy
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
 from autoparallel.support.rng_state import seeded
-from autoparallel.support.torch_private import TorchDispatchMode, is_functorch_wrapped_tensor
+from autoparallel.support.torch_private import (
+    TorchDispatchMode,
+    is_functorch_wrapped_tensor,
+    schema_of,
+    tree_leaves,
+)
 
 __all__ = ["Call", "Recorded", "record"]
 
@@ -32,13 +39,15 @@ class Call:
     skeleton: the structure of its (args, kwargs) around the tensors. tensors: for each tensor a
     stand-in on the meta device, and the device of the real one. callers: paths of the modules that
     have called this one, in whichever call, in order; a dict for the sake of its order. repeated:
-    whether one of its calls was in a checkpoint, and is made again in the backward pass.
+    whether one of its calls was in a checkpoint, and is made again in the backward pass. ways: that
+    the call went where the forward branches on values.
     """
 
     skeleton: Skeleton
     tensors: list[tuple[torch.Tensor, torch.device]]
     callers: dict[str, None] = field(default_factory=dict)
     repeated: bool = False
+    ways: dict[Way, tuple[Any, ...]] = field(default_factory=dict)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) as they were, with new tensors of arbitrary content."""
@@ -80,15 +89,21 @@ class Recorded:
     """One example run.
 
     calls: those of all modules, by path, the first call first. flops: of the matrix products that
-    each module computes itself, by path; "" is the model.
+    each module computes itself, by path; "" is the model. ways: that the model went.
     """
 
     calls: Mapping[str, Call]
     flops: Mapping[str, int]
+    ways: Ways
 
 
-class _Products(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, for the module that is at work. owner: its path."""
+class _Ops(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, and follows what the inputs and weights decide on.
+
+    owner: the path of the module that is at work. flops: by the modules' paths. varying: tensors
+    whose numbers are others in the next call: inputs and parameters, random numbers, what is
+    written to, and what is computed from these.
+    """
 
     supports_higher_order_operators = True
 
@@ -96,6 +111,11 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self.owner = ""
         self.flops: dict[str, int] = {}
+        self.varying: Any = WeakTensorKeyDictionary()
+
+    def varies(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor's numbers are others in the next call."""
+        return tensor in self.varying
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -105,7 +125,18 @@ class _Products(TorchDispatchMode):
         if count is not None:
             flops = int(count(*args, **(kwargs or {}), out_val=result))
             self.flops[self.owner] = self.flops.get(self.owner, 0) + flops
+        operands = _tensors((args, kwargs))
+        written = getattr(schema_of(function), "is_mutable", True)
+        drawn = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
+        if written or drawn or any(tensor in self.varying for tensor in operands):
+            for tensor in (*_tensors(result), *(operands if written else ())):
+                self.varying[tensor] = True
         return result
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """Return the tensors among arguments or results."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class _WantsGradientsError(Exception):
@@ -156,9 +187,12 @@ def _recorded(
     gradients: whether they are recorded. Raises _WantsGradientsError where they must be.
     """
     copied = shallow_copy(model)
-    watch, checkpoints, products = _HookWatch(), _Checkpoints(), _Products()
+    watch, checkpoints, products = _HookWatch(), _Checkpoints(), _Ops()
     calls: dict[str, Call] = {}
     stack: list[str] = [""]
+    ways: dict[Way, tuple[Any, ...]] = {}
+    # Of each call that is running: the ways that it goes, None where it is not the first.
+    running: list[dict[Way, tuple[Any, ...]] | None] = [ways]
 
     def enter(path: str) -> Any:
         """Return the hook that notes the call of the module at `path` before it runs."""
@@ -166,6 +200,7 @@ def _recorded(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             """Note the first call, and each caller."""
             tensors, skeleton = flatten((args, kwargs))
+            first = path not in calls
             # Inside of torch.func a tensor is one of a batch: it has not the shape of a call.
             if path not in calls and not any(map(is_functorch_wrapped_tensor, tensors)):
                 stand_ins = [(torch.empty_like(t, device="meta"), t.device) for t in tensors]
@@ -175,12 +210,20 @@ def _recorded(
                 calls[path].callers[stack[-1]] = None
                 calls[path].repeated |= checkpoints.depth > 0
             stack.append(path)
+            running.append(calls[path].ways if first and path in calls else None)
 
         return hook
+
+    def note(way: Way, answer: Any) -> None:
+        """Note an answer for all calls that are running."""
+        for each in running:
+            if each is not None:
+                each[way] = (*each.get(way, ()), answer)
 
     def leave(*_: Any) -> None:
         """Go back to the caller when a module has run."""
         stack.pop()
+        running.pop()
         products.owner = stack[-1]
 
     for path, module in copied.named_modules():
@@ -190,7 +233,10 @@ def _recorded(
             module.register_forward_hook(leave, always_call=True)
     tensors, skeleton = flatten((args, dict(kwargs)))
     # Copies, because a forward may write to its inputs.
-    arguments = rebuild(skeleton, [_copied(tensor) for tensor in tensors])
+    copies = [_copied(tensor) for tensor in tensors]
+    arguments = rebuild(skeleton, copies)
+    for tensor in (*copies, *copied.parameters()):
+        products.varying[tensor] = True
     watched = contextlib.nullcontext() if gradients else watch.installed(operators=False)
     recording = torch.enable_grad() if gradients else torch.no_grad()
     try:
@@ -202,6 +248,7 @@ def _recorded(
             watched,
             checkpoints.installed(),
             products,
+            NoteWays(note, products.varies),
         ):
             copied(*arguments[0], **arguments[1])
     except CaptureError:
@@ -218,7 +265,7 @@ def _recorded(
     # The model may have caught it.
     if watch.hit:
         raise _WantsGradientsError
-    return Recorded(calls, products.flops)
+    return Recorded(calls, products.flops, ways)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.capture.branch_ways import NO_WAYS, Asked, TakeWays, Ways
 from autoparallel.capture.custom_functions import function_op, is_inside_ops
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.forward_contexts import quiet, unprinted
 from autoparallel.capture.intercepted_calls import CallWatch
+from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import named_tensors
 from autoparallel.errors import CaptureError
 from autoparallel.graph.captured import Captured
@@ -94,12 +96,14 @@ def census_of(
     kwargs: Mapping[str, Any],
     part: bool = False,
     on_meta: bool = False,
+    ways: Ways = NO_WAYS,
 ) -> Census:
     """Run a model's forward on tensors without data, and return what autograd has recorded.
 
     args, kwargs: of the call. part: whether the inputs need a gradient because Python calls the
     model; else those do that say so. on_meta: run on the meta device, which takes two thirds of
-    the time, and not on tensors that say they are on the device where the model is.
+    the time, and not on tensors that say they are on the device where the model is. ways: that the
+    forward goes where it branches on values.
     The model is left as it was. Raises whatever its forward does where it does not run so.
 
     >>> sorted(census_of(nn.Linear(2, 3), (torch.ones(4, 2),), {}).reached)
@@ -151,8 +155,10 @@ def census_of(
             kept.append(fake)
         inputs = tree_map(lambda leaf: given.get(id(leaf), leaf), (args, dict(kwargs)))
         stack.enter_context(ConstantComparisons())
+        stack.enter_context(idle_conversions())
         stack.enter_context(hooks.installed(operators=False))
         stack.enter_context(_Checkpoints().installed())
+        stack.enter_context(TakeWays(ways, Asked(), marks=False))
         result = torch.func.functional_call(forward, fakes, *inputs)
     returned, _ = flatten(result)
     roots = [tensor for tensor in returned if tensor.requires_grad]
@@ -235,7 +241,7 @@ def require_agreement(
     # Some forwards run on their own device alone, and some go another way on another one.
     for on_meta in (True, False):
         try:
-            census = census_of(model, args, kwargs, captured.part, on_meta)
+            census = census_of(model, args, kwargs, captured.part, on_meta, captured.ways)
         except Exception as error:  # the forward is anyone's code, and may fail in any way
             _log.info("no census of %s: %r", type(model).__name__, error)
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,13 @@ from autoparallel.capture.assigned_buffers import writing_assigned_buffers
 from autoparallel.capture.attribute_reads import AttributeReads, alike_reads, moving_error
 from autoparallel.capture.attribute_writes import Attributes, Written
 from autoparallel.capture.block_folding import Folding, Unfoldable
+from autoparallel.capture.branch_ways import (
+    NO_WAYS,
+    Asked,
+    TakeWays,
+    ValueBranchError,
+    Ways,
+)
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.decompose import decomposing
 from autoparallel.capture.decomposition_registry import Known
@@ -33,6 +40,7 @@ from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors, held_among
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
+from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import first_paths
 from autoparallel.capture.refused_models import export_failure, refuse_running
 from autoparallel.capture.seeded_draws import SeededDraws
@@ -48,7 +56,7 @@ from autoparallel.capture.side_effects import (
 from autoparallel.capture.steady_forward import is_steady
 from autoparallel.capture.tensor_facts import TensorFacts
 from autoparallel.capture.traced_calls import TracedCalls
-from autoparallel.errors import AutoParallelError, CaptureError
+from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.graph.attribute_read import AttributeRead, TensorRead
 from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
@@ -192,7 +200,9 @@ class _Flat(nn.Module):
             no_replacing,
             self.facts.installed(tensors),
             SeededDraws(),
+            idle_conversions(),
             unprinted(type(self.model).__name__),
+            TakeWays(wanted.ways, wanted.asked),
         )
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):
@@ -235,6 +245,7 @@ def capture(
     known: Known = _all,
     part: bool = False,
     around: nn.Module | None = None,
+    find_ways: Callable[[], Ways] | None = None,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval) into a graph.
 
@@ -244,7 +255,9 @@ def capture(
     that are equal; the graph is the same, and sooner there. known: whether an op, by its name, is
     to be traced as itself; others are traced as the ops by which torch defines them.
     part: Python calls the model and may look at all that it does: side effects are refused.
-    around: the model that this is a part of.
+    around: the model that this is a part of. find_ways: returns the ways that an example run goes
+    where the forward branches on values; it is called only where it does, and where it is left out,
+    that is an error.
     Raises CaptureError, with the user's source line, where the model cannot be traced; AliasError
     where no part of it may run as it is.
 
@@ -259,15 +272,27 @@ def capture(
     wanted = _Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
         *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
-        Switches(),
+        *(Switches(), NO_WAYS, Asked()),
     )
     while True:
+        # Of equal blocks one alone would be traced, and go its own ways.
+        folds = fold and not wanted.ways
         try:
             with plain_surroundings(device):
-                return _folded(wanted) if fold else _traced(wanted, _unfolded(), one_by_one=True)
+                return _folded(wanted) if folds else _traced(wanted, _unfolded(), one_by_one=True)
         except IntricateSizes as reason:
             _log.info("dims of the inputs are fixed: %s", reason)
             wanted = replace(wanted, fixed=wanted.fixed | reason.dims)
+        except AliasError:
+            raise
+        except CaptureError:
+            unanswered = wanted.asked.take()
+            if find_ways is None or not unanswered:
+                raise
+            ways = wanted.ways or find_ways()
+            if all(answer is None for line in unanswered for answer in ways.get(line, ())):
+                raise
+            wanted = replace(wanted, ways=ways)
 
 
 @dataclass(frozen=True)
@@ -278,7 +303,8 @@ class _Wanted:
     symbolic. device: of the model's tensors. autocast: the type of the autocast region around the
     call, None where there is none. gradients: whether they are recorded around the call; the trace
     records them in any case, unless the forward asks for that. outer: the variables outside of the
-    model to which it may write. switches: of torch, around the call.
+    model to which it may write. switches: of torch, around the call. ways: see `capture`.
+    asked: what the ways do not tell.
     """
 
     model: nn.Module
@@ -293,6 +319,8 @@ class _Wanted:
     gradients: bool
     outer: OuterVariables
     switches: Switches
+    ways: Ways
+    asked: Asked
 
 
 def _folded(wanted: _Wanted) -> Captured:
@@ -310,8 +338,8 @@ def _folded(wanted: _Wanted) -> Captured:
             if not reason.paths:
                 break
             apart |= set(reason.paths)
-        except IntricateSizes:
-            raise
+        except (IntricateSizes, ValueBranchError):
+            raise  # the full trace branches there, too
         except Exception as error:
             # Whatever it is, the full trace has it too, and then it is explained.
             _log.info("blocks are traced one by one: %r", error)
@@ -362,6 +390,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         ran.gradients,
         ran.given,
         ran.own,
+        wanted.ways,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from autoparallel.capture.branch_ways import NO_WAYS, Ways, refuse_drawn
 from autoparallel.capture.call_recorder import Call, record
 from autoparallel.capture.census import require_agreement
 from autoparallel.capture.checkpoint_regions import require_unwritten
@@ -69,13 +70,15 @@ def trace(
     known: Known,
     part: bool = False,
     around: nn.Module | None = None,
+    ways: Ways | None = None,
 ) -> Captured:
     """Return the graph of the whole model after all passes.
 
     model: in the mode (train or eval) that the graph is for. args, kwargs: example inputs, maybe on
     the meta device. known: says of an op's name whether the op is traced as itself, as those are
     that have a rule. part: whether Python calls the model, so that side effects are refused.
-    around: the model that this is a part of, if it is one.
+    around: the model that this is a part of, if it is one. ways: that the call goes where it
+    branches on values; where they are not given, an example run of the model finds them.
     Raises CaptureError where there is no such graph.
 
     >>> import torch
@@ -83,7 +86,23 @@ def trace(
     >>> [node.target for node in graph.calls][0]
     'aten.linear.default'
     """
-    captured = capture(model, args, kwargs, known=known, part=part, around=around)
+
+    def find_ways() -> Ways:
+        """Return the ways that are known, else those of an example run."""
+        if ways is not None or part:
+            return ways or NO_WAYS
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            return NO_WAYS
+        try:
+            return record(model, args, kwargs).ways
+        except CaptureError as error:
+            _log.info("no example run of %s: %s", type(model).__name__, error.what)
+            return NO_WAYS
+
+    captured = capture(
+        model, args, kwargs, known=known, part=part, around=around, find_ways=find_ways
+    )
+    refuse_drawn(captured.graph)
     graph = run_passes(captured.graph)
     require_unwritten(graph)
     captured = replace(captured, graph=graph)
@@ -99,12 +118,13 @@ def trace_alike(
     *,
     known: Known,
     around: nn.Module,
+    ways: Ways = NO_WAYS,
 ) -> tuple[Captured | CaptureError, bool]:
     """Return the graph of a part, or why there is none; and whether that goes for its equals too.
 
     model: the part. args, kwargs: of one call of it. counters: (path inside the part, attribute) of
     the integers that number it among its equals: where the trace reads one of them, it is of this
-    part alone. known: as in `trace`. around: the model that it is a part of.
+    part alone. known, ways: as in `trace`. around: the model that it is a part of.
     Raises AliasError where the part may not stay Python either.
 
     Example: `trace_alike(block, args, {}, (("", "layer_idx"),), known=find_rule, around=model)`.
@@ -113,7 +133,7 @@ def trace_alike(
     result: Captured | CaptureError
     try:
         with watch.installed(model):
-            result = trace(model, args, kwargs, known=known, part=True, around=around)
+            result = trace(model, args, kwargs, known=known, part=True, around=around, ways=ways)
     except AliasError:
         raise
     except CaptureError as error:
@@ -230,7 +250,7 @@ class _Finder:
         self.done.add(path)
         call = self.calls[path]
         canonical = self.alike.canonical(path)
-        key: tuple[Any, ...] = (canonical, call.signature, call.repeated)
+        key: tuple[Any, ...] = (canonical, call.signature, call.repeated, repr(call.ways))
         if key not in self.known:
             args, kwargs = call.arguments()
             counters = self.alike.counters(canonical)
@@ -241,6 +261,7 @@ class _Finder:
                 counters,
                 known=self.known_ops,
                 around=self.model,
+                ways=call.ways,
             )
             if not common:
                 key = (path, call.signature, "alone")

@@ -14,6 +14,7 @@ from autoparallel.capture.autocast import casts_of
 from autoparallel.capture.block_calls import MARKS, OPAQUE
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.block_regions import Regions, base_of
+from autoparallel.capture.branch_ways import BRANCH
 from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.checkpoint_regions import BEGIN, END, CheckpointRegions
 from autoparallel.capture.custom_functions import function_op
@@ -23,6 +24,7 @@ from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.source_locations import source_line
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
+from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.support.torch_private import (
     OpOverload,
     guards_of,
@@ -228,6 +230,8 @@ class Importer:
             return
         if name in MARKS:
             self.regions.mark(node, name)
+        elif name == BRANCH:
+            self.branch(node)
         elif name == BEGIN:
             self.checkpoints.begin(node)
         elif name == END:
@@ -325,6 +329,17 @@ class Importer:
         builder.follow(translated, flows)
         if function is not None and any(function.examined.sources):
             self.functions.shared.append((translated, function, len(builder.nodes)))
+
+    def branch(self, node: Any) -> None:
+        """Translate the mark of a branch on values into the op that checks it."""
+        builder = self.builder
+        condition, expected, number = builder.leaf_all(node.args)
+        name = builder.fresh("branch")
+        result = builder.value(name, node.args[0].meta["val"], False)
+        scope, line = builder.origins.scope(node), source_line(node)
+        arguments = (condition, expected, number)
+        check = Node(name, "call", BRANCH_TAKEN, (result,), arguments, (), scope, line)
+        builder.add(check, False, builder.origins.frames(node))
 
     def cast(self, node: Any, args: Any, kwargs: Any, grad: bool) -> tuple[Any, Any]:
         """Add explicit casts for those that autocast makes before a call.

@@ -11,6 +11,7 @@ import types
 import torch
 from torch import nn
 
+from autoparallel.capture.branch_ways import ValueBranchError
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError, WrappedModelError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths
@@ -157,7 +158,7 @@ def export_failure(error: BaseException, model: nn.Module) -> CaptureError:
         for sign in ("GuardOnDataDependent", "data-dependent", "Could not guard", "unbacked", "u0")
     )
     if dependent:
-        return CaptureError(
+        return ValueBranchError(
             f"{type(model).__name__}.forward branches on the values of a tensor",
             where=where,
             why="a graph has one path for all data"

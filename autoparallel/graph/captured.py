@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -100,7 +100,8 @@ class Captured:
     reads: the plain attributes that the forward has read. surroundings: the state of torch around
     it. gradients: whether gradients were recorded, None where the forward does not ask for that.
     given: the properties of input tensors that it has read. own: (number of an output, path) where
-    the model returns a tensor that it holds itself, a parameter or any other.
+    the model returns a tensor that it holds itself, a parameter or any other. ways: the answers
+    that its branches on values got, by the lines that ask; the graph checks each of them.
     """
 
     graph: Graph
@@ -118,6 +119,7 @@ class Captured:
     gradients: bool | None = None
     given: tuple[TensorRead, ...] = ()
     own: tuple[tuple[int, str], ...] = ()
+    ways: Mapping[tuple[str, int, str], tuple[Any, ...]] = field(default_factory=dict)
 
     def together(
         self, tensors: list[torch.Tensor], inputs: Sequence[torch.Tensor]

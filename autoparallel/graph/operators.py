@@ -8,7 +8,10 @@ import torch
 
 from autoparallel.support.torch_private import schema_of
 
-__all__ = ["draws", "makes_list", "operator_of", "packet_of"]
+__all__ = ["BRANCH_TAKEN", "draws", "makes_list", "operator_of", "packet_of"]
+
+# The op that ends a program where a branch on values goes another way than the program does.
+BRANCH_TAKEN = "autoparallel.branch_taken.default"
 
 
 def operator_of(target: str) -> Any:

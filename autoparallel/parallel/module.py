@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
+from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.parallel.call_headers import CallHeaders
 from autoparallel.parallel.compiled_calls import CompiledCalls, refuse_full_graph
 from autoparallel.parallel.copies import (
@@ -66,6 +67,7 @@ from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
 from autoparallel.plan import Plan
 from autoparallel.runtime.ranks import Ranks
+from autoparallel.runtime.value_branches import OtherBranchError
 from autoparallel.support.memory_writes import paused
 from autoparallel.support.module_copy import on_meta, shallow_copy
 from autoparallel.support.module_paths import join_path
@@ -351,7 +353,10 @@ def _run_planned(
         if not state.tree.depth:
             entry, inputs = _prepared(module, state, modes, args, kwargs)
             if entry is not None:
-                return run_program(module, state, entry, inputs, args, kwargs)
+                try:
+                    return run_program(module, state, entry, inputs, args, kwargs)
+                except OtherBranchError as other:
+                    _note_branch(state, entry, other)
         else:
             # The user's Python has called this part. It may have written to parameters, which the
             # program must see; what the program itself writes is not the user's.
@@ -359,8 +364,27 @@ def _run_planned(
             with paused():
                 entry, inputs = _prepared(module, state, modes, args, kwargs)
                 if entry is not None:
-                    return run_program(module, state, entry, inputs, args, kwargs)
+                    try:
+                        return run_program(module, state, entry, inputs, args, kwargs)
+                    except OtherBranchError as other:
+                        _note_branch(state, entry, other)
     return _run_python(module, state, args, kwargs)
+
+
+def _note_branch(state: State, entry: Entry, other: OtherBranchError) -> None:
+    """Tell, once for each program, that a call is computed as Python after all, and why."""
+    if entry.told:
+        return
+    entry.told = True
+    check = next(
+        node
+        for node in entry.captured.graph.calls
+        if node.target == BRANCH_TAKEN and node.args[2] == other.number
+    )
+    _log.warning(
+        "%s is computed as Python where a branch on values goes another way than in the example "
+        "(%s)", state.path or "the model", check.line or check.where,
+    )  # fmt: skip
 
 
 def _restructured(module: nn.Module, state: State) -> State:

@@ -59,7 +59,8 @@ class Entry:
     guards: the attributes that its trace has read. frozen: the places of parameters that needed no
     gradient when it was planned. known: whether it is right for inputs of some shapes, types and
     need of gradients, as far as it was asked: to evaluate the guards takes long, and most calls are
-    like one before. wholes: the shapes of whole outputs, by those of the inputs.
+    like one before. wholes: the shapes of whole outputs, by those of the inputs. told: the user
+    knows that a call took another branch on values.
     """
 
     plan: Plan
@@ -71,6 +72,7 @@ class Entry:
     frozen: list[tuple[dict[str, Any], str]]
     parameters: LocalParameters = field(init=False)
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    told: bool = False
     wholes: dict[tuple[Any, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from autoparallel.rewrite.emit import emit
 from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.tensor_parts import join_layout, reduced, take_layout_part
+from autoparallel.runtime.value_branches import OtherBranchError
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
 
 __all__ = ["Simulation", "simulate_plan"]
@@ -158,7 +159,11 @@ def simulate_plan(
         gradients.update(zip(local, finished, strict=True))
         return _Ran(outputs, gradients, [tensor.grad for tensor in local_inputs], held)
 
-    results = run_ranks(ranks, work)
+    try:
+        results = run_ranks(ranks, work)
+    except OtherBranchError:
+        # The parallel module computes such a call as Python.
+        return _simulate_parts(model, plan, args, kwargs, backward, seed, replan)
     structure = captured.returned(inputs)
     simulation = _together(results, ranks[0], states, plan.outputs, structure)
     gradients = dict(simulation.gradients)

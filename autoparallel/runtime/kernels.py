@@ -41,6 +41,7 @@ from autoparallel.runtime.statistics import (
     min_split,
     softmax_split,
 )
+from autoparallel.runtime.value_branches import branch_taken
 from autoparallel.runtime.variance import (
     group_norm_split,
     instance_norm_split,
@@ -54,6 +55,7 @@ __all__ = [
     "argmax_split",
     "argmin_split",
     "batch_norm_split",
+    "branch_taken",
     "combined_parts",
     "convolution_inputs",
     "convolution_outputs",

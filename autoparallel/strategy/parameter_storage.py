@@ -94,7 +94,7 @@ def _even(value: Value, ranks: int, taken_dims: Collection[int] = ()) -> tuple[S
     able = (
         Shard(dim)
         for dim, size in enumerate(value.shape)
-        if dim not in taken_dims and hint(size) % ranks == 0
+        if dim not in taken_dims and hint(size) and hint(size) % ranks == 0
     )
     return tuple(islice(able, 1))
 

@@ -13,12 +13,16 @@ import family_checks as checks
 import more_families
 import pytest
 
+from autoparallel.mesh import Mesh
+
 TOLERANCE = 1e-9
 DROPOUT = 0.1
 FAMILIES = more_families.FAMILIES
 # One of each kind: a decoder, an encoder, both, sounds, images, documents, series, diffusion.
 DROPPING = ["gpt-bigcode", "distilbert", "m2m-100", "wav2vec2"]
 DROPPING += ["segformer", "layoutlmv3", "patchtst", "dit"]
+
+SMOKE = [("qwen2", Mesh(dp=2, tp=2)), ("roberta", 3), ("deit", 2)]
 
 
 @cache
@@ -37,12 +41,19 @@ def _one_family_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
         checks.traced.cache_clear()
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("name", "ranks"), SMOKE, ids=str)
+def test_some_of_each_kind(name: str, ranks: int | Mesh) -> None:
+    """The quick ones of the sweep below, in `make test`."""
+    test_split_equals_the_users_module(name, ranks)
+
+
 @pytest.mark.broad
 @pytest.mark.filterwarnings("default")  # the libraries' own
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, Mesh(dp=2, tp=2)], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_split_equals_the_users_module(name: str, world_size: int) -> None:
-    step, apart = checks.simulated(name, checks.plan_for(name, world_size))
+def test_split_equals_the_users_module(name: str, ranks: int | Mesh) -> None:
+    step, apart = checks.simulated(name, checks.plan_for(name, ranks))
     errors = checks.errors_of(step, checks.unsplit(name))
     assert errors.worst < TOLERANCE, errors
     assert apart < TOLERANCE

@@ -132,7 +132,7 @@ class Refused(Base):
         self.do = do
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.sum() != 0.123:
+        if float(x.detach().sum()) != 0.123:
             self.do(self)
         return self.loss(x)
 

@@ -69,17 +69,18 @@ def traced(name: str, dropout: float = 0.0) -> Plan:
         return autoparallel.make_plan(model, 1, example_inputs=more_families.inputs_for(name))
 
 
-def plan_for(name: str, world_size: int, dropout: float = 0.0) -> Plan:
-    """The plan for that many ranks."""
+def plan_for(name: str, ranks: int | Mesh, dropout: float = 0.0) -> Plan:
+    """The plan for that many ranks, or for a mesh of several axes."""
     plan = traced(name, dropout)
-    if world_size == 1:
+    if ranks == 1:
         return plan
+    mesh = Mesh(tp=ranks) if isinstance(ranks, int) else ranks
     if plan.captured is not None:
-        return search(plan.captured, plan.model, Mesh(tp=world_size), Options())
+        return search(plan.captured, plan.model, mesh, Options())
     with Float64():
         model = more_families.build(name, dropout)
         return autoparallel.make_plan(
-            model, world_size, example_inputs=more_families.inputs_for(name)
+            model, mesh=mesh, example_inputs=more_families.inputs_for(name)
         )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from zoo_inputs import Inputs
 
 __all__ = ["Family", "Make", "Scored", "diffusion", "hugging_face", "image_model", "is_installed"]
-__all__ += ["scored", "tensors_in"]
+__all__ += ["scored", "tensors_in", "with_rate"]
 
 Make = Callable[[float], nn.Module]
 
@@ -139,7 +139,7 @@ def image_model(kind: str, module: str, **options: Any) -> Make:
     def make(dropout: float) -> nn.Module:
         loaded = importlib.import_module(f"timm.models.{module}")
         made: nn.Module = getattr(loaded, kind)(**options)
-        return _with_rate(made, dropout)
+        return with_rate(made, dropout)
 
     return make
 
@@ -150,12 +150,12 @@ def diffusion(kind: str, **options: Any) -> Make:
     def make(dropout: float) -> nn.Module:
         logging.getLogger("diffusers").setLevel(logging.ERROR)
         made: nn.Module = getattr(importlib.import_module("diffusers"), kind)(**options)
-        return _with_rate(made, dropout)
+        return with_rate(made, dropout)
 
     return make
 
 
-def _with_rate(model: nn.Module, dropout: float) -> nn.Module:
+def with_rate(model: nn.Module, dropout: float) -> nn.Module:
     """Set all rates of dropout in a model that is made."""
     for part in model.modules():
         if isinstance(part, nn.Dropout):

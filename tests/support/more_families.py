@@ -6,6 +6,8 @@ import decoder_families
 import diffusion_families
 import encoder_families
 import image_families
+import library_families
+import listed_families
 import scene_families
 import sense_families
 import series_families
@@ -27,6 +29,8 @@ _ALL = (
     *series_families.FAMILIES,
     *timm_families.FAMILIES,
     *diffusion_families.FAMILIES,
+    *listed_families.FAMILIES,
+    *library_families.FAMILIES,
 )
 FAMILIES = {family.name: family for family in _ALL}
 

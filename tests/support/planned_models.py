@@ -230,7 +230,7 @@ class Hidden(Base):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.update()
-        if x.sum() == 0.123:
+        if float(x.detach().sum()) == 0.123:
             return x
         return self.loss(x)
 
@@ -244,7 +244,7 @@ class Disturbs(Base):
         torch.set_grad_enabled(False)
         self.first.bias.data += 1
         self.history = [1]
-        if x.sum() != 0.123:
+        if float(x.detach().sum()) != 0.123:
             raise ValueError("it has had enough")
         return self.loss(x)
 

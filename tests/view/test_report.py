@@ -127,7 +127,7 @@ class Branching(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.first(x)
-        if hidden.sum() > 0:
+        if float(hidden.detach().sum()) > 0:
             hidden = hidden * 2
         out: torch.Tensor = self.second(hidden)
         return out.sum()

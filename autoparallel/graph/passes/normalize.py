@@ -13,6 +13,7 @@ from autoparallel.graph.graph import (
     Ref,
     Sym,
 )
+from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.graph.passes.editing import Rename, first_operand, rebuilt, renamed
 
 __all__ = [
@@ -237,13 +238,14 @@ def drop_unused(graph: Graph) -> Graph:
     whose positions count.
 
     Why: they would be planned and computed. After: every value is read, returned or written back,
-    or its node is an input; a second run is a no-op.
+    or its node is an input or a check that may end the program; a second run is a no-op.
     """
     needed = set(graph.outputs) | {name for _, name in graph.mutations}
     nodes: list[Node] = []
     # Backwards, so that a value is known to be needed before its node is met.
     for node in reversed(graph.nodes):
-        if node.kind != "input" and not any(value.name in needed for value in node.results):
+        stays = node.kind == "input" or node.target == BRANCH_TAKEN
+        if not stays and not any(value.name in needed for value in node.results):
             continue
         needed.update(node.operands())
         nodes.append(node)

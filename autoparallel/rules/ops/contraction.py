@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autoparallel.graph.graph import Dim
 from autoparallel.placement import Partial
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
+from autoparallel.rules.rule import Kernel, Loops, OpCall, ShardingRule
 
 # A product is linear in each factor by itself; a bias goes with one factor, or it would be lost.
 LINEAR_IN_EACH = ({0}, {1})
@@ -174,3 +175,21 @@ def grouped_mm(call: OpCall) -> ShardingRule:
         # The nest has a loop of experts, but each row meets only one of them.
         flops=2 if shapes == (3, 3) else 2 / count,
     )
+
+
+@rule("aten.lu_unpack.default")
+def lu_unpack(call: OpCall) -> ShardingRule:
+    """P L U = the matrix that was packed, for each matrix of a batch by itself."""
+    batch = call.operands[0].shape[:-2]
+    sizes: dict[str, Dim] = {}
+    nests: list[tuple[Loops, ...]] = []
+    for number, value in enumerate((*call.operands, *call.results)):
+        own = 1 if number == 1 else 2  # dims of a matrix; pivots are one row
+        # A result that was not asked for is empty, and has no batch.
+        rows = len(batch) if len(value.shape) == len(batch) + own else 0
+        names = [f"b{dim}" if dim < rows else f"t{number}_{dim}" for dim in range(len(value.shape))]
+        loops = {name: size for name, size in zip(names, value.shape, strict=True) if size != 1}
+        sizes |= loops
+        nests.append(tuple((name,) if name in loops else () for name in names))
+    whole = frozenset(name for name in sizes if name.startswith("t"))
+    return ShardingRule(tuple(nests[:2]), tuple(nests[2:]), sizes, whole=whole)

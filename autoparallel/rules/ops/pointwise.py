@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoparallel.graph.graph import Dim
+from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Loops, OpCall, ShardingRule
 
@@ -92,6 +93,12 @@ def pointwise(call: OpCall, *linear: set[int]) -> ShardingRule:
     count = len(call.operands)
     groups = tuple(frozenset(group) for group in linear)
     return ShardingRule(dims[:count], dims[count:], sizes, linear=groups)
+
+
+@rule(BRANCH_TAKEN)
+def branch_taken(call: OpCall) -> ShardingRule:
+    """A truth value, which all ranks ask for alike."""
+    return replace(pointwise(call), function="branch_taken")
 
 
 @rule(
