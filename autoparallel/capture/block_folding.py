@@ -104,6 +104,13 @@ class Folding:
         if missed:
             raise self.fail(f"{missed[0]} is never called", *missed)
 
+    def state(self) -> Any:
+        """Return all that the hidden blocks hold, to be compared before and after a forward.
+
+        Blocks are proven equal before the forward; what it changes in one nobody has compared.
+        """
+        return [state_of(block) for block in self.hidden.values()]
+
     def repeats(self) -> tuple[tuple[str, ...], ...]:
         """Return, for every block that was copied, its path and those of its copies."""
         copies: dict[int, list[str]] = {}

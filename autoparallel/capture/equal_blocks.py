@@ -272,12 +272,18 @@ def state_of(block: nn.Module) -> Any:
     """
     paths: dict[int, str] = {}
     parts: list[Any] = []
-    for path, module in block.named_modules(remove_duplicate=False):
-        parts.append((path, id(module), module.training, tuple(module._modules)))
-        for tensors in (module._parameters, module._buffers):
+    todo = [block]
+    while todo:
+        module = todo.pop()
+        # By its dictionary: a tracer shows a block without what is inside of it.
+        own = vars(module)
+        children = own["_modules"]
+        parts.append((id(module), module.training, tuple(children)))
+        todo += [child for child in children.values() if child is not None]
+        for tensors in (own["_parameters"], own["_buffers"]):
             for name, tensor in tensors.items():
                 parts.append((name, None if tensor is None else (id(tensor), tensor._version)))
-        for name, value in vars(module).items():
+        for name, value in own.items():
             if name not in MODULE_ATTRIBUTES:
                 parts.append((name, token_of(value, paths, depth=2)))
     return parts
