@@ -107,7 +107,8 @@ class Folding:
     def state(self) -> Any:
         """Return all that the hidden blocks hold, to be compared before and after a forward.
 
-        Blocks are proven equal before the forward; what it changes in one nobody has compared.
+        Blocks are proven equal before the forward. What it changes in one that is hidden, by other
+        ways than the block itself, is in no trace, and may make the next call another one.
         """
         return [state_of(block) for block in self.hidden.values()]
 

@@ -118,8 +118,10 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model, and return the tensors in its result and those that it leaves behind."""
         before, attributes = self.state({}), Attributes(self.model)
-        hidden = self.folding.state() if self.twice else None
+        hidden = self.folding.state()
         result = self.called(tensors)
+        if self.folding.state() != hidden:
+            raise self.folding.fail("the forward changes a block that is not called by its own")
         after = self.state({})
         changes = changed(before, after)
         written = attributes.written() if changes else Written()
@@ -133,8 +135,6 @@ class _Flat(nn.Module):
             unknown = (f"its attribute {name}" for name in written.unknown)
             raise _unsteady(self.model, [*unknown, *others])
         if self.twice:
-            if self.folding.state() != hidden:
-                raise self.folding.fail("a block is not called as the one that it was")
             again = [torch.ops.autoparallel.again(tensor) for tensor in tensors]
             second = self.called(again)
             names = moving(after, self.state({}))
