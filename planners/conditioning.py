@@ -124,9 +124,9 @@ class _Conditioning:
     """The search over one cutset.
 
     cutset: names of variables. limit: entries of the largest table. multipliers: of an earlier
-    search, to begin with; afterwards those of the best bound. known: its bound. best: the cheapest assignment
-    so far. bound: no assignment costs less, as far as is proven. least: bounds on the cost with each
-    state of each variable, once they are known.
+    search, to begin with; afterwards those of the best bound. known: the bound of that search.
+    best: the cheapest assignment so far. bound: no assignment costs less, as far as is proven.
+    least: bounds on the cost with each state of each variable, once they are known.
     """
 
     problem: Problem

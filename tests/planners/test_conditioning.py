@@ -17,9 +17,7 @@ def loop(steps: int, hubs: int, states: int, seed: int) -> Problem:
     factors = [
         Factor((name, f"step {time}"), read[name]) for time in range(steps) for name in names
     ]
-    factors += [
-        Factor((f"step {time}", f"step {time + 1}"), after) for time in range(steps - 1)
-    ]
+    factors += [Factor((f"step {time}", f"step {time + 1}"), after) for time in range(steps - 1)]
     return Problem(tuple(variables), tuple(factors))
 
 

@@ -202,7 +202,9 @@ def test_each_part_may_take_the_order_that_it_needs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ordering, "greedy_order", picky)
     plan = schedule(network, 2**10)
     assert sorted(step.variable for step in plan.steps) == sorted(first + second)
-    monkeypatch.setattr(ordering, "greedy_order", lambda *_: (_ for _ in ()).throw(TooWideError(9, 8)))
+    monkeypatch.setattr(
+        ordering, "greedy_order", lambda *_: (_ for _ in ()).throw(TooWideError(9, 8))
+    )
     with pytest.raises(TooWideError):
         schedule(network, 2**10)
 
