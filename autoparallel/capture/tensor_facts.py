@@ -264,7 +264,7 @@ def _missing(tensor: torch.Tensor, name: str) -> Any:
 
 def _setting(tensor: torch.Tensor, name: str, value: Any) -> None:
     """Set an attribute of a tensor."""
-    # Torch sets dozens of attributes on each tensor that it traces with, and asks no more than this.
+    # Torch sets dozens of attributes on each tensor that it traces with: this has to be quick.
     if sys._getframe(1).f_globals.get("__name__", "")[:6] == "torch.":
         object.__setattr__(tensor, name, value)
         return
