@@ -257,12 +257,12 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
     return (type(value), id(value))
 
 
-def state_of(block: nn.Module) -> Any:
+def state_of(block: nn.Module, depth: int = 2) -> Any:
     """Return all that the block holds, to be compared before and after its forward.
 
     A forward that changes any of it has side effects, and its graph cannot stand for another block.
-    The values of tensors are not read, only how often they were written to. Objects are opened two
-    levels deep, so that a counter in a shared context is seen.
+    The values of tensors are not read, only how often they were written to. depth: how many levels
+    of plain objects are opened; with two, a counter in a shared context is seen.
 
     >>> block = nn.Linear(2, 2)
     >>> before = state_of(block)
@@ -285,7 +285,7 @@ def state_of(block: nn.Module) -> Any:
                 parts.append((name, None if tensor is None else (id(tensor), tensor._version)))
         for name, value in own.items():
             if name not in MODULE_ATTRIBUTES:
-                parts.append((name, token_of(value, paths, depth=2)))
+                parts.append((name, token_of(value, paths, depth=depth)))
     return parts
 
 

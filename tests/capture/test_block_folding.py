@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -302,11 +303,19 @@ def test_capture_is_deterministic_and_restores_after_errors() -> None:
 
 
 class Setting(Stack):
-    """A Setting leaves a text in an attribute, as classifiers of Hugging Face do when called."""
+    """A Setting leaves a text in its configuration, as classifiers of Hugging Face do when called.
+
+    Its blocks hold the same configuration.
+    """
+
+    def __init__(self) -> None:
+        config = types.SimpleNamespace(kind=None)
+        super().__init__(Block(config=config) for _ in range(LAYERS))
+        self.config = config
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, places, WIDTH)."""
-        self.kind = "regression"
+        self.config.kind = "regression"
         return super().forward(x)
 
 
@@ -321,7 +330,7 @@ def test_blocks_are_hidden_in_both_of_two_calls(monkeypatch: pytest.MonkeyPatch)
         return result
 
     monkeypatch.setattr(export, "_exported", noted)
-    capture(Setting(Block() for _ in range(LAYERS)), (sample(),), {})
+    capture(Setting(), (sample(),), {})
     assert hidden == [(False, LAYERS - 2), (True, 2 * (LAYERS - 2))]
 
 
