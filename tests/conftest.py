@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 from garbage import collect_rarely
@@ -23,3 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """All that the tests import has been imported: it stays."""
     collect_rarely()
+
+
+@pytest.fixture(scope="module")
+def one_trace() -> Iterator[None]:
+    """In this file, equal models are traced once: it is about what is planned of their graphs."""
+    from traces import traced_once
+
+    with traced_once():
+        yield

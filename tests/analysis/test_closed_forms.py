@@ -20,6 +20,7 @@ from autoparallel.plan import Plan
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.closed_forms_text import expression_text, forms_text
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 LAYERS, HIDDEN, HEADS, VOCABULARY, POSITIONS = 3, 4096, 32, 51200, 2048
 BATCH, SEQUENCE = 8, 2048
 NAMES = {HIDDEN: "h", VOCABULARY: "V", HEADS: "a"}
@@ -41,7 +42,7 @@ def planned(vocabulary: int = VOCABULARY, dropout: float = 0.0, **options: Any) 
 
 
 @pytest.fixture(scope="module")
-def megatron() -> Plan:
+def megatron(one_trace: None) -> Plan:
     return planned(world_size=8, sequence_parallel=False)
 
 

@@ -12,6 +12,8 @@ import torch
 from processes import run_processes
 from torch.distributed.tensor import DTensor
 
+import autoparallel
+from autoparallel.api import autoparallelize
 from autoparallel.train.config import TrainConfig
 from autoparallel.train.data import prepare_corpus
 from autoparallel.train.loop import clip_gradients
@@ -39,13 +41,29 @@ def small(model, sequence_parallel):
     return trainer.Settings(model, 2, 32, 4, 4, 16, sequence_parallel)
 
 
+PLANS = {}
+
+
+def remembered(model, world_size, **options):
+    """The example's way to plan, and the plan is kept for the same model's gradients."""
+    parallel = autoparallelize(model, world_size, **options)
+    PLANS[type(model), options["sequence_parallel"]] = parallel.plan
+    return parallel
+
+
+def again(model, world_size, **options):
+    return autoparallel.apply_plan(model, PLANS[type(model), options["sequence_parallel"]])
+
+
 def small_runs(_rank, text):
     """Losses and clipped gradients of both models by both parallel methods, on two processes."""
     results = {}
     for model, split in itertools.product(trainer.MODELS, (True, False)):
         for method in ("automatic", "megatron"):
             settings = small(model, split)
+            autoparallel.autoparallelize = remembered
             losses = trainer.run(method, settings, CONFIG, text).losses
+            autoparallel.autoparallelize = again
             results[model, split, method] = losses, clipped_gradients(method, settings, text)
     return results
 

@@ -5,6 +5,7 @@ Published ways to train are not written down anywhere: they are the cheapest pla
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,13 +18,17 @@ import autoparallel
 from autoparallel.analysis.communication import transfers
 from autoparallel.analysis.memory import Account, memory_of
 from autoparallel.errors import MemoryLimitError
+from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Shard, layout_text
 from autoparallel.plan import OpChoice, Plan
 from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.train.models import GPT, GPTConfig
 from planners import Solution, exact
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def gpt(hidden: int, layers: int = 1, **sizes: int) -> nn.Module:
@@ -180,11 +185,11 @@ def stored(choices: tuple[ParameterStorage, ...], stage: int) -> int:
     raise AssertionError(f"no stage {stage} among {choices}")
 
 
-@pytest.mark.parametrize("stage", ZERO)
-@pytest.mark.parametrize("ranks", [8, 64])
-def test_bytes_of_zero_to_the_byte(stage: int, ranks: int) -> None:
-    """Parameters, gradients and optimizer state of a plan with every parameter at one stage."""
+@cache
+def with_stages(ranks: int) -> tuple[int, Captured, CostNetwork]:
+    """The elements of a model, its graph, and the choices for data parallelism of so many ranks."""
     model = gpt(64, vocabulary=128, positions=64)
+    count = sum(parameter.numel() for parameter in model.parameters())
     tokens = torch.empty(64, 64, dtype=torch.long, device="meta")
     captured, network = network_of(
         model,
@@ -194,11 +199,18 @@ def test_bytes_of_zero_to_the_byte(stage: int, ranks: int) -> None:
         optimizer="mixed_adam",
         memory_limit=2**40,
     )
+    return count, captured, network
+
+
+@pytest.mark.parametrize("stage", ZERO)
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_bytes_of_zero_to_the_byte(stage: int, ranks: int) -> None:
+    """Parameters, gradients and optimizer state of a plan with every parameter at one stage."""
+    count, captured, network = with_stages(ranks)
     problem = network.problem()
     chosen = {name: stored(choices, stage) for name, choices in network.storages.items()}
     solution = Solution.of(problem, exact.solve(problem.weighed(0.0).pinned(chosen)).assignment, "")
     plan = plan_of_solution(captured, "GPT", network.mesh, network, solution, 1.0)
     taken: Account = memory_of(plan)
-    count = sum(parameter.numel() for parameter in model.parameters())
     own = (taken.parameters, taken.gradients, taken.optimizer_state)
     assert own == tuple(count * each for each in ZERO[stage](ranks))

@@ -72,6 +72,11 @@ def three_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) 
     return found
 
 
+def plan_all() -> None:
+    for mesh in (Mesh(dp=2, tp=2), Mesh(tp=4)):
+        planned(mesh)
+
+
 def on_the_mesh(rank: int, folder: Path) -> dict[str, Any]:
     """In every way: three steps, a checkpoint, and three more on one axis; weights whole."""
     torch.set_num_threads(1)
@@ -108,7 +113,7 @@ def test_training_is_that_of_one_process(tmp_path: Path) -> None:
     expected = three_steps(model, optimizer, 0)
     weights = {path: value.clone() for path, value in model.state_dict().items()}
     after = three_steps(model, optimizer, 3)
-    for found in run_processes(on_the_mesh, 4, tmp_path):
+    for found in run_processes(on_the_mesh, 4, tmp_path, before=plan_all):
         for way in ("as planned", "at the end", "at once"):
             steps, whole, more, share = found.pop(way)
             torch.testing.assert_close(steps, expected, rtol=0, atol=TOLERANCE)

@@ -143,8 +143,9 @@ def test_any_plan_is_right(name: str) -> None:
     model = Between(function, *shapes).double()
     torch.manual_seed(1)
     x = torch.randn(4, 6, 6, dtype=torch.float64)
+    captured = None
     for mesh in MESHES:
-        captured, network = network_of(model, (x,), mesh)
+        captured, network = network_of(model, (x,), mesh, captured)
         for plan, _ in any_plans(captured, network, range(2)):
             require_right(model, plan, x)
         for plan in split_plans(captured, network, target):

@@ -155,6 +155,7 @@ KINDS = [Convolutions, Mixture, Stops, Spectral, SharedKeys, Transformed]
 WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("data_parallel", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -18,30 +20,36 @@ from families import (
     worst_gradient,
 )
 from processes import run_processes
+from torch import nn
 
 import autoparallel
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import whole_tensor
+from autoparallel.plan import Plan
 from autoparallel.planning.search import search
 
 TOLERANCE = 1e-10
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_eight_simulated_ranks(name: str, sequence_parallel: bool) -> None:
-    """Vocabulary 211 and a sequence of 10 do not divide by 8."""
+def test_eight_simulated_ranks(name: str) -> None:
+    """Vocabulary 211 and a sequence of 10 do not divide by 8. Without sequence parallelism and with
+    it, planned from one trace.
+    """
     with Float64():
         model, inputs = build(name), inputs_for(name)
         loss, logits = loss_and_logits(model(**inputs))
         expected = gradients_of(model, inputs)
-        result = autoparallel.simulate(
-            model, 8, example_inputs=inputs, sequence_parallel=sequence_parallel
-        )
-    own_loss, own_logits = loss_and_logits(result.output)
-    assert relative_error(own_loss, loss.detach()) < TOLERANCE
-    assert relative_error(own_logits, logits.detach()) < TOLERANCE
-    assert worst_gradient(dict(result.gradients), expected)[0] < TOLERANCE
+        whole = autoparallel.make_plan(model, 8, example_inputs=inputs, sequence_parallel=False)
+        assert whole.captured is not None
+        options = replace(whole.options, sequence_parallel=True)
+        split = search(whole.captured, whole.model, whole.mesh, options)
+        for plan in (whole, split):
+            result = autoparallel.simulate(model, example_inputs=inputs, plan=plan)
+            own_loss, own_logits = loss_and_logits(result.output)
+            assert relative_error(own_loss, loss.detach()) < TOLERANCE
+            assert relative_error(own_logits, logits.detach()) < TOLERANCE
+            assert worst_gradient(dict(result.gradients), expected)[0] < TOLERANCE
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
@@ -56,21 +64,35 @@ def test_head_counts_that_do_not_divide(world_size: int) -> None:
 Errors = tuple[float, float, float, str]
 
 
-def both_ways(name: str) -> dict[tuple[str, bool], Errors]:
-    """Errors of a family without sequence parallelism and with it, planned from one trace."""
-    found: dict[tuple[str, bool], Errors] = {}
+@cache
+def both_ways(name: str, world_size: int) -> tuple[nn.Module, tuple[Plan, Plan], Any]:
+    """A family's model, its plans without sequence parallelism and with it, of one trace, and the
+    unsplit model's loss, logits and gradients.
+    """
     with Float64():
         model, inputs = build(name, layers=1), inputs_for(name)
         loss, logits = loss_and_logits(model(**inputs))
-        expected = gradients_of(model, inputs)
-        world_size = torch.distributed.get_world_size()
-        whole: Any = autoparallel.autoparallelize(
+        expected = loss.detach(), logits.detach(), gradients_of(model, inputs)
+        whole = autoparallel.make_plan(
             model, world_size, example_inputs=inputs, sequence_parallel=False
         )
-        base = whole.plan
-        options = replace(base.options, sequence_parallel=True)
-        plan = search(base.captured, base.model, base.mesh, options)
-        for parallel in (whole, autoparallel.apply_plan(model, plan)):
+        assert whole.captured is not None
+        options = replace(whole.options, sequence_parallel=True)
+        split = search(whole.captured, whole.model, whole.mesh, options)
+    return model, (whole, split), expected
+
+
+def plan_all(world_size: int) -> None:
+    for name in FAMILIES:
+        both_ways(name, world_size)
+
+
+def errors_of(name: str, world_size: int) -> Iterator[Errors]:
+    """Errors of both plans of a family on this process among the others."""
+    model, plans, (loss, logits, expected) = both_ways(name, world_size)
+    for plan in plans:
+        with Float64():
+            parallel, inputs = autoparallel.apply_plan(model, plan), inputs_for(name)
             own_loss, own_logits = loss_and_logits(parallel(**inputs))
             own_loss.backward()
             if hasattr(own_logits, "full_tensor"):
@@ -81,28 +103,31 @@ def both_ways(name: str) -> dict[tuple[str, bool], Errors]:
                 for path, p in parallel.named_parameters(remove_duplicate=False)
                 if p.grad is not None
             }
-            found[name, parallel is not whole] = (
-                relative_error(own_loss.detach(), loss.detach()),
-                relative_error(own_logits.detach(), logits.detach()),
-                *worst_gradient(own, expected),
-            )
-    return found
+        yield (
+            relative_error(own_loss.detach(), loss),
+            relative_error(own_logits.detach(), logits),
+            *worst_gradient(own, expected),
+        )
 
 
-def compare_processes(rank: int) -> dict[tuple[str, bool], Errors]:
+def compare_processes(rank: int, world_size: int) -> dict[tuple[str, bool], Errors]:
     """Errors of all families on real gloo processes."""
     torch.set_num_threads(1)
-    found: dict[tuple[str, bool], Errors] = {}
-    for name in FAMILIES:
-        found |= both_ways(name)
-    return found
+    return {
+        (name, bool(place)): errors
+        for name in FAMILIES
+        for place, errors in enumerate(errors_of(name, world_size))
+    }
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gloo_processes(world_size: int) -> None:
-    """All families, with and without sequence parallelism, in one launch."""
+    """All families, with and without sequence parallelism, in one launch, planned before it."""
     cases = [(name, split) for name in FAMILIES for split in (False, True)]
-    for results in run_processes(compare_processes, world_size, timeout_seconds=400):
+    before = partial(plan_all, world_size)
+    for results in run_processes(
+        compare_processes, world_size, world_size, timeout_seconds=400, before=before
+    ):
         assert list(results) == cases
         for case, (loss, logits, gradient, where) in results.items():
             assert max(loss, logits, gradient) < TOLERANCE, (case, loss, logits, gradient, where)

@@ -31,39 +31,49 @@ TOKENS = BATCH * SEQUENCE * HIDDEN
 Case = tuple[str, bool]
 
 
-def count(rank: int) -> dict[Case, Any]:
-    """Collectives of the running module, forward and backward, with three layers and with five.
+@cache
+def both_ways(name: str, layers: int) -> tuple[Plan, Plan]:
+    """Plans for two ranks without sequence parallelism and with it, of one trace."""
+    whole = autoparallel.make_plan(
+        build(name, layers).float(),
+        2,
+        example_inputs=inputs_for(name, BATCH, SEQUENCE),
+        sequence_parallel=False,
+    )
+    assert whole.captured is not None
+    options = replace(whole.options, sequence_parallel=True)
+    return whole, search(whole.captured, whole.model, whole.mesh, options)
 
-    One trace is planned without sequence parallelism and with it.
-    """
+
+CASES = list(itertools.product(TRANSFORMERS, (3, 5)))
+
+
+def plan_all() -> None:
+    for name, layers in CASES:
+        both_ways(name, layers)
+
+
+def count(rank: int) -> dict[Case, Any]:
+    """Collectives of the running module, forward and backward, with three layers and with five."""
     torch.set_num_threads(1)
     found: dict[Case, Any] = {}
-    for name, layers in itertools.product(TRANSFORMERS, (3, 5)):
+    for name, layers in CASES:
         inputs, model = inputs_for(name, BATCH, SEQUENCE), build(name, layers).float()
-        whole = autoparallel.make_plan(
-            model,
-            torch.distributed.get_world_size(),
-            example_inputs=inputs,
-            sequence_parallel=False,
-        )
-        assert whole.captured is not None
-        options = replace(whole.options, sequence_parallel=True)
-        split = search(whole.captured, whole.model, whole.mesh, options)
-        for sequence_parallel, plan in ((False, whole), (True, split)):
+        for sequence_parallel, plan in enumerate(both_ways(name, layers)):
             parallel = autoparallel.apply_plan(model, plan, check_inputs=0)
             with CollectiveCounter() as forward:
                 loss, _ = loss_and_logits(parallel(**inputs))
             with CollectiveCounter() as backward:
                 loss.backward()
-            rows = found.setdefault((name, sequence_parallel), [])
+            rows = found.setdefault((name, bool(sequence_parallel)), [])
             rows.append([[(e.kind, e.numel) for e in c.events] for c in (forward, backward)])
     return found
 
 
 @pytest.fixture(scope="module")
 def counted() -> dict[Case, Any]:
-    """All families in one launch of two processes."""
-    results: dict[Case, Any] = run_processes(count, 2, timeout_seconds=400)[0]
+    """All families in one launch of two processes, planned before it."""
+    results: dict[Case, Any] = run_processes(count, 2, timeout_seconds=400, before=plan_all)[0]
     return results
 
 
@@ -114,17 +124,17 @@ def traced(name: str) -> Plan:
     return autoparallel.make_plan(build(name), 1, example_inputs=inputs_for(name))
 
 
-def planned(name: str, world_size: int, **options: Any) -> Plan:
+def planned(name: str, world_size: int, options: Options, **demands: Any) -> Plan:
     plan = traced(name)
     assert plan.captured is not None
-    return search(plan.captured, plan.model, Mesh(tp=world_size), Options(**options))
+    return search(plan.captured, plan.model, Mesh(tp=world_size), options, **demands)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_weights_are_split_as_published(name: str, world_size: int) -> None:
     """Column then row, heads, fused weights in three blocks, the tied table by vocabulary."""
-    plan = planned(name, world_size, sequence_parallel=False)
+    plan = planned(name, world_size, Options(sequence_parallel=False))
     published = partition(build(name))
     for parameter in plan.parameters:
         expected = published[parameter.path]
@@ -139,16 +149,30 @@ def test_weights_are_split_as_published(name: str, world_size: int) -> None:
     assert all(layout == (Shard(1),) for op in heads for layout in op.operands[:3])
 
 
+def _pinned(name: str, options: Options, product_weight: float) -> Plan:
+    """The plan that has the published partition."""
+    pins = {path: (placement,) for path, placement in partition(build(name)).items()}
+    return planned(name, 4, options, pins=pins, product_weight=product_weight)
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("hardware", ["cpu", "dgx-a100"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_no_dearer_than_the_recipe(name: str, hardware: str, sequence_parallel: bool) -> None:
-    """Under the same objective."""
-    options: dict[str, Any] = {"hardware": hardware, "sequence_parallel": sequence_parallel}
-    own = planned(name, 4, **options)
-    options |= {"example_inputs": inputs_for(name), "product_weight": own.product_weight}
-    published = recipe(build(name), 4, **options)
+    """Under the same objective; the recipe's plan is made as recipe.py does, of the same trace."""
+    options = Options(sequence_parallel, hardware=hardware)
+    own = planned(name, 4, options)
+    published = _pinned(name, options, own.product_weight)
     assert own.cost <= published.cost * (1 + 1e-12)
+
+
+def test_the_recipe_is_the_plan_with_its_weights() -> None:
+    """What is pinned in the tests above is what the recipe says."""
+    model, inputs = build("gpt"), inputs_for("gpt")
+    published = recipe(model, 4, example_inputs=inputs, product_weight=1.0)
+    assert published.cost == _pinned("gpt", Options(), 1.0).cost
+    layouts = {parameter.path: parameter.storage for parameter in published.parameters}
+    assert layouts == {path: (placement,) for path, placement in partition(model).items()}
 
 
 def test_recipe_inside_of_data_parallelism() -> None:

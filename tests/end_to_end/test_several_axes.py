@@ -23,6 +23,7 @@ from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 TOLERANCE = 1e-10
 MESHES = (Mesh(dp=2, tp=2), Mesh(dp=2, tp=3), Mesh(pp=2, dp=2, tp=2))
 SEVERAL = [

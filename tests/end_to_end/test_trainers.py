@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import autoparallel
+from autoparallel.plan import Plan
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -59,9 +61,14 @@ def trained(model: Any, folder: Path) -> list[tuple[float, float]]:
     return logged.rows
 
 
-def split_llama(world_size: int) -> Any:
+@cache
+def plan_llama(world_size: int) -> Plan:
     batch = {name: torch.stack([row[name] for row in texts()[:4]]) for name in texts()[0]}
-    return autoparallel.autoparallelize(llama(), world_size, example_inputs=batch)
+    return autoparallel.make_plan(llama(), world_size, example_inputs=batch)
+
+
+def split_llama(world_size: int) -> Any:
+    return autoparallel.apply_plan(llama(), plan_llama(world_size))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -90,7 +97,8 @@ def trained_in_processes(rank: int, folder: str) -> list[tuple[float, float]]:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_hugging_face_trainer_of_two_processes(tmp_path: Path) -> None:
     expected = torch.tensor(trained(llama(), tmp_path))
-    for losses in run_processes(trained_in_processes, 2, str(tmp_path)):
+    before = partial(plan_llama, 2)
+    for losses in run_processes(trained_in_processes, 2, str(tmp_path), before=before):
         torch.testing.assert_close(torch.tensor(losses), expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import autoparallel
 from autoparallel.errors import AutoParallelError
+from autoparallel.plan import Plan
 
 
 def attribute(model: Any) -> None:
@@ -55,19 +57,31 @@ def whole(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
+def frozen() -> Any:
+    model = Model()
+    model.first.requires_grad_(False)
+    return model
+
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
+
+
+@cache
+def planned() -> Plan:
+    return autoparallel.make_plan(frozen(), 2, example_inputs=X)
+
+
 def both_ways(rank: int) -> list[Any]:
     """The plain and the split module's loss and gradients after each of the changes."""
     rows: list[Any] = []
-    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
     for change in CHANGES:
-        plain = Model()
-        plain.first.requires_grad_(False)
-        split = autoparallel.autoparallelize(copy.deepcopy(plain), 2, example_inputs=x)
-        split(x)
+        plain = frozen()
+        split = autoparallel.apply_plan(copy.deepcopy(plain), planned())
+        split(X)
         results: list[Any] = []
         for module in (plain, split):
             change(module)
-            loss = module(x.to(next(module.parameters()).dtype))
+            loss = module(X.to(next(module.parameters()).dtype))
             loss.backward()
             named = module.named_parameters()
             results.append(
@@ -79,17 +93,16 @@ def both_ways(rank: int) -> list[Any]:
 
 def refused(rank: int) -> list[str]:
     """The messages for what a split parameter cannot follow."""
-    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
-    split: Any = autoparallel.autoparallelize(Model(), 2, example_inputs=x)
+    split: Any = autoparallel.autoparallelize(Model(), 2, example_inputs=X)
     cut = next(p for p in split.parameters() if any(one.is_shard() for one in p.placements))
     kept, messages = split.head.weight, []
     cut.data = torch.zeros(cut.shape, dtype=cut.dtype)
-    other = autoparallel.autoparallelize(Model(), 2, example_inputs=x)
+    other = autoparallel.apply_plan(Model(), split.plan)
     torch.manual_seed(rank)
     other.head = nn.Linear(8, 3).double()
     for module in (split, other):
         try:
-            module(x)
+            module(X)
         except AutoParallelError as error:
             messages.append(str(error))
     assert kept is split.head.weight
@@ -97,7 +110,7 @@ def refused(rank: int) -> list[str]:
 
 
 def test_changes_are_followed_on_two_processes() -> None:
-    for rows in run_processes(both_ways, 2):
+    for rows in run_processes(both_ways, 2, before=planned):
         for name, plain, split in rows:
             tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "converted" else {}
             torch.testing.assert_close(split, plain, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
@@ -111,12 +124,11 @@ def test_what_cannot_be_followed_is_refused_in_words() -> None:
 
 @pytest.mark.parametrize("change", [whole_forward, other_forward])
 def test_a_forward_of_the_user_is_followed_until_it_is_taken_away(change: Any) -> None:
-    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
     plain = Model()
-    split = autoparallel.autoparallelize(copy.deepcopy(plain), 1, example_inputs=x)
-    before = split(x)
+    split = autoparallel.autoparallelize(copy.deepcopy(plain), 1, example_inputs=X)
+    before = split(X)
     for module in (plain, split):
         change(module)
-    torch.testing.assert_close(split(x), plain(x), rtol=1e-12, atol=0)
+    torch.testing.assert_close(split(X), plain(X), rtol=1e-12, atol=0)
     del split.forward
-    torch.testing.assert_close(split(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(split(X), before, rtol=0, atol=0)

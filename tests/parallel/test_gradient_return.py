@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -249,6 +249,11 @@ def split(kind: type[Tied], plan: Plan, before: Callable[[Tied], None] = lambda 
     return module
 
 
+def plan_both(world_size: int) -> None:
+    for kind in (Tied, Branching):
+        planned(kind, Mesh(tp=world_size))
+
+
 def on_a_mesh(rank: int, world_size: int) -> dict[str, Any]:
     """All checks on a real group, of a traced model in three ways, and of one in parts."""
     torch.set_num_threads(1)
@@ -274,7 +279,8 @@ def test_every_way_on_processes(world_size: int) -> None:
         for kind in (Tied, Branching)
         for name, check in KINDS.items()
     }
-    for results in run_processes(on_a_mesh, world_size, world_size):
+    before = partial(plan_both, world_size)
+    for results in run_processes(on_a_mesh, world_size, world_size, before=before):
         for case, result in results.items():
             kind = Branching if case.startswith("parts") else Tied
             close(result, expected[kind, case.split(", ")[1]], case)

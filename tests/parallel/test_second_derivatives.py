@@ -144,7 +144,8 @@ def planned(kind: type[nn.Module], norms: bool, mesh: Mesh) -> Plan:
 
 @cache
 def random_plans(kind: type[nn.Module], norms: bool, mesh: Mesh) -> list[Plan]:
-    captured, network = network_of(plain(kind, norms), inputs_of(kind), mesh)
+    known = planned(kind, norms, mesh).captured
+    captured, network = network_of(plain(kind, norms), inputs_of(kind), mesh, known)
     return [plan for plan, _ in any_plans(captured, network, range(2))]
 
 

@@ -28,7 +28,7 @@ def fake_processes() -> Iterator[None]:
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMERS)
-@pytest.mark.usefixtures("fake_processes")
+@pytest.mark.usefixtures("fake_processes", "one_trace")
 def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bool) -> None:
     """Each conversion in turn is replaced by its operand: every one is missed."""
     model, inputs = build(name, layers=1).float(), inputs_for(name)
@@ -64,7 +64,7 @@ def four_fake_processes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("data_parallel", [False, True])
-@pytest.mark.usefixtures("four_fake_processes")
+@pytest.mark.usefixtures("four_fake_processes", "one_trace")
 def test_types_fit_on_two_axes(data_parallel: bool) -> None:
     """A sum over one of the axes that is left out is missed, whatever the other axis does."""
     model, inputs = build("bert", layers=1).float(), inputs_for("bert")

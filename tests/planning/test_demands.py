@@ -24,6 +24,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.units import bytes_text, parse_bytes
 from autoparallel.train.models import GPT, GPTConfig
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 MESH = Mesh(dp=2, tp=2)
 
 
@@ -38,7 +39,7 @@ def planned(mesh: Mesh | str = MESH, batch: int = 256, **options: Any) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def free() -> Plan:
+def free(one_trace: None) -> Plan:
     """The plan without demands."""
     return planned()
 

@@ -81,6 +81,7 @@ def compare(model: nn.Module, plan: Plan, captured: Captured, inputs: dict[str, 
     return called
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("name", ["mlp", "gpt", "hf-llama"])
 @pytest.mark.parametrize("mesh", [Mesh(tp=3), Mesh(dp=2, tp=2)], ids=str)
 def test_outputs_gradients_and_buffers_are_the_programs_own(name: str, mesh: Mesh) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional
 
 import autoparallel
 from autoparallel.mesh import Mesh
+from autoparallel.plan import Plan
+from autoparallel.planning.search import search
 from autoparallel.runtime import kernels
 
 IGNORED, CLASSES = -100, 22
@@ -70,6 +73,32 @@ def labels(which: str) -> torch.Tensor:
 WHICH = ("none", "none of the first half", "none of the second half", "none that has a weight")
 
 
+def reader(name: str) -> Reader:
+    torch.manual_seed(2)
+    return Reader(LOSSES[name]).double()
+
+
+X = torch.randint(0, CLASSES, (6, 4), generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def traced(name: str) -> Plan:
+    """A plan whose graph is that of all: no trace sees which labels count."""
+    return autoparallel.make_plan(reader(name), 1, example_inputs=(X, labels("none")))
+
+
+@cache
+def planned(name: str, mesh: Mesh, sequence_parallel: bool) -> Plan:
+    plan = traced(name)
+    assert plan.captured is not None
+    options = replace(
+        plan.options,
+        sequence_parallel=sequence_parallel,
+        data_parallel="dp" in dict(mesh.axes),
+    )
+    return search(plan.captured, plan.model, mesh, options)
+
+
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("mesh", [Mesh(dp=2), Mesh(tp=3), Mesh(dp=2, tp=2)], ids=str)
 @pytest.mark.parametrize("which", WHICH)
@@ -78,19 +107,11 @@ def test_labels_that_do_not_count(
     name: str, which: str, mesh: Mesh, sequence_parallel: bool
 ) -> None:
     """Loss and gradients are torch's: without any label a loss that is no number, and zeros."""
-    x = torch.randint(0, CLASSES, (6, 4), generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(2)
-    model = Reader(LOSSES[name]).double()
-    whole = copy.deepcopy(model)
-    loss = whole(x, labels(which))
+    whole = reader(name)
+    loss = whole(X, labels(which))
     loss.backward()
-    made = autoparallel.simulate(
-        model,
-        mesh=mesh,
-        example_inputs=(x, labels(which)),
-        sequence_parallel=sequence_parallel,
-        data_parallel="dp" in dict(mesh.axes),
-    )
+    plan = planned(name, mesh, sequence_parallel)
+    made = autoparallel.simulate(reader(name), example_inputs=(X, labels(which)), plan=plan)
     torch.testing.assert_close(made.output, loss.detach(), rtol=1e-11, atol=0, equal_nan=True)
     for path, parameter in whole.named_parameters():
         pair = (made.gradients[path], parameter.grad)

@@ -331,6 +331,7 @@ def drawn_by(
     return result, masks, split
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", [GPT, Bert])
 def test_dropout_does_not_depend_on_the_plan(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch

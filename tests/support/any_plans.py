@@ -26,11 +26,14 @@ __all__ = ["any_plans", "network_of"]
 
 
 def network_of(
-    model: nn.Module, inputs: Any, mesh: Mesh, **options: Any
+    model: nn.Module, inputs: Any, mesh: Mesh, captured: Captured | None = None, **options: Any
 ) -> tuple[Captured, CostNetwork]:
-    """Return a model's cost network on a mesh, with memory counted where there is a limit."""
-    args, kwargs = split_example(inputs)
-    captured = trace(model, args, kwargs, known=find_rule)
+    """Return a model's graph, and its cost network on a mesh, with memory counted where there is a
+    limit. captured: the graph, where it is known.
+    """
+    if captured is None:
+        args, kwargs = split_example(inputs)
+        captured = trace(model, args, kwargs, known=find_rule)
     chosen = Options(**{"data_parallel": True, **options})
     graph = with_larger_hints(captured, chosen.tokens)
     return captured, build_network(graph, mesh, find_hardware(chosen.hardware), chosen)

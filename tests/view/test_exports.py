@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -54,16 +55,20 @@ def test_a_rank_alone_does_not_wait_for_the_others(plan: Plan) -> None:
         module(*flat(build("gpt"), INPUTS))
 
 
+@cache
+def with_adam() -> Plan:
+    """ZeRO-1 beside tensor parallelism: parameters are gathered again after every step."""
+    return autoparallel.make_plan(
+        build("gpt", dropout=0.2), mesh=Mesh(dp=2, tp=2), example_inputs=INPUTS, optimizer="adam",
+        constraints=["blocks.*.weight on dp is whole"],
+    )  # fmt: skip
+
+
 def train(rank: int) -> list[Any]:
     """Two steps by the parallel module and by its program in torch.fx; the weights afterwards."""
     torch.set_num_threads(1)
     found: list[Any] = []
-    model = build("gpt", dropout=0.2)
-    # ZeRO-1 beside tensor parallelism: parameters are gathered again after every step.
-    plan = autoparallel.make_plan(
-        model, mesh=Mesh(dp=2, tp=2), example_inputs=INPUTS, optimizer="adam",
-        constraints=["blocks.*.weight on dp is whole"],
-    )  # fmt: skip
+    model, plan = build("gpt", dropout=0.2), with_adam()
     for by_fx in (False, True):
         parallel = autoparallel.apply_plan(model, plan)
         autoparallel.manual_seed(parallel, 5)
@@ -87,7 +92,8 @@ def train(rank: int) -> list[Any]:
 
 def test_a_parallel_module_trains_by_its_program_as_by_itself() -> None:
     """On four processes: losses, dropout masks and weights after three steps, bit for bit."""
-    for (losses, weights), (own_losses, own_weights) in run_processes(train, 4):
+    results = run_processes(train, 4, before=with_adam)
+    for (losses, weights), (own_losses, own_weights) in results:
         assert own_losses == losses
         assert len(set(losses)) == 3
         for path, weight in weights.items():

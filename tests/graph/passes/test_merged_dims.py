@@ -54,6 +54,7 @@ def _expressions(graph):
     ]
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("data_parallel", [False, True])
 def test_the_split_model_is_the_model(world_size: int, data_parallel: bool) -> None:
