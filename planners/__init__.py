@@ -18,7 +18,7 @@ HiGHS; `exhaustive` is the oracle for small problems.
 """
 
 from planners import coarsening, conditioning, exact, exhaustive, ilp, lagrangian
-from planners.exact import min_marginals
+from planners.exact import least_among, min_marginals
 from planners.ordering import TooWideError
 from planners.problem import Problem, Spent
 from planners.solution import InfeasibleError, OverLimitError, Solution
@@ -44,5 +44,6 @@ __all__ = [
     "exhaustive",
     "ilp",
     "lagrangian",
+    "least_among",
     "min_marginals",
 ]

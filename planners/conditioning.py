@@ -4,23 +4,24 @@ With the variables of a cutset fixed, the rest of the problem is narrow (cutset 
 Dechter 1990). With each of them split into copies, one per factor, the problem is narrow too, and
 no more expensive than the original: a lower bound, which multipliers on the copies' costs tighten
 (Lagrangian decomposition, Guignard & Kim 1987). The copies' states suggest the states to fix the
-cutset to. Min-marginals, with the rest of the cutset fixed, then improve one variable at a time
-until nothing changes.
+cutset to. Min-marginals of the relaxed problem rule out what no better assignment can have
+(reduced-cost fixing). Mostly what is left is narrow, and its optimum is that of the whole; where it
+is not, min-marginals with the rest of the cutset fixed improve one variable at a time, and the rest
+is relaxed again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from planners import exact, ilp
-from planners.interaction_graph import components, interaction_graph
-from planners.ordering import TooWideError, schedule
+from planners.cutsets import MAX_TABLE_ENTRIES, apart, cutset
+from planners.ordering import TooWideError
 from planners.problem import Problem
-from planners.reduction import ContradictionError, reduce
 from planners.solution import InfeasibleError, Solution
 from planners.table_memo import Memo
 from planners.tables import Table
@@ -28,11 +29,14 @@ from planners.variables import Factor, Variable
 
 __all__ = ["cutset", "solve"]
 
-MAX_TABLE_ENTRIES = 2**18
-_ROUNDS = 12
+# Rounds of relaxation before states are ruled out, and how often that is done.
+_ROUNDS = 6
+_ATTEMPTS = 4
+# A bound so near to the cost, as a share of it, is the cost but for rounding.
+_ROUNDING = 1e-9
 # Greedy orders differ a little between the problems that are solved; they may need larger tables.
 _LEEWAY = 64
-_MOST_SPARED = 32
+_LESS = 4
 
 
 def solve(
@@ -60,17 +64,16 @@ def solve(
     names = cutset(problem, max_table_entries) if fixed_variables is None else fixed_variables
     if not names:
         return exact.solve(problem, max_table_entries=max_table_entries, memo=memo)
-    limit = _LEEWAY * max_table_entries
-    parts = _apart(problem, names)
+    parts = apart(problem, names)
     if len(parts) == 1:
         # Weighed at 0, every table is the least cost of its entries' alternatives: usage is
         # ignored.
-        plain = _Conditioning(problem.weighed(0.0), list(names), limit, memo).run()
+        plain = _searched(problem.weighed(0.0), names, max_table_entries, memo)
         return Solution.of(problem, plain.assignment, plain.method, plain.lower_bound)
     solutions = [
-        _Conditioning(part.weighed(0.0), share, limit, memo).run()
+        _searched(part.weighed(0.0), share, max_table_entries, memo)
         if share
-        else exact.solve(part, max_table_entries=limit, memo=memo)
+        else exact.solve(part, max_table_entries=_LEEWAY * max_table_entries, memo=memo)
         for part, share in parts
     ]
     assignment = {name: state for each in solutions for name, state in each.assignment.items()}
@@ -79,136 +82,129 @@ def solve(
     return Solution.of(problem, {name: assignment[name] for name in problem.names}, method, bound)
 
 
-def cutset(problem: Problem, max_table_entries: int = MAX_TABLE_ENTRIES) -> tuple[str, ...]:
-    """Return variables without which the problem is narrow, and few of them.
+def _searched(
+    problem: Problem, names: Sequence[str], max_table_entries: int, memo: Memo
+) -> Solution:
+    """Return the solution of a plain problem that is one part.
 
-    Variables with the most neighbours are taken first, twice as many each time; then the number is
-    bisected, and those that can be spared are put back. Parts that no factor connects have a cutset
-    each: one that is narrow by itself needs none. Returns names; empty if the problem is narrow as
-    it is.
+    names: the cutset to begin with. States that no better assignment can have are ruled out until
+    what is left is narrow, or that was tried often enough.
     """
-    names: list[str] = []
-    for part in _components(problem.weighed(0.0)):
-        names += _cutset(part, max_table_entries)
-    return tuple(names)
-
-
-def _components(problem: Problem) -> list[Problem]:
-    """The parts of the problem that no factor connects.
-
-    Variables that share no factor stay with the first part: they are decided by themselves
-    wherever they are.
-    """
-    parts = components(interaction_graph(problem))
-    connected = [part for part in parts if len(part) > 1]
-    if len(connected) < 2:
-        return [problem]
-    connected[0] = sorted([*connected[0], *(part[0] for part in parts if len(part) == 1)])
-    home = {variable: index for index, part in enumerate(connected) for variable in part}
-    factors: list[list[Factor]] = [[] for _ in connected]
-    for factor, scope in zip(problem.factors, problem.scopes(), strict=True):
-        factors[home[scope[0]]].append(factor)
-    return [
-        Problem(tuple(problem.variables[v] for v in part), tuple(own))
-        for part, own in zip(connected, factors, strict=True)
-    ]
-
-
-def _apart(problem: Problem, names: Sequence[str]) -> list[tuple[Problem, list[str]]]:
-    """The parts that no factor connects, each with its share of the cutset."""
-    parts = _components(problem.weighed(0.0))
-    shares = [set(part.names) for part in parts]
-    return [
-        (part, [name for name in names if name in share])
-        for part, share in zip(parts, shares, strict=True)
-    ]
-
-
-def _cutset(problem: Problem, max_table_entries: int) -> tuple[str, ...]:
-    """The cutset of a problem that is one part."""
-    limit = max_table_entries
-    names, graph = problem.names, interaction_graph(problem)
-    neighbors = {name: [names[other] for other in graph[i]] for i, name in enumerate(names)}
-    sizes = {variable.name: variable.size for variable in problem.variables}
-    ranked: list[str] = []
-    while not _is_narrow(_without(problem, ranked), limit):
-        degrees = {
-            name: sum(sizes[other] > 1 for other in around if other not in ranked)
-            for name, around in neighbors.items()
-            if name not in ranked and sizes[name] > 1
-        }
-        if not degrees:
+    method = f"variable elimination given {len(names)} variables"
+    limit = _LEEWAY * max_table_entries
+    best: Solution | None = None
+    bound = -math.inf
+    multipliers: Mapping[str, Table] = {}
+    for left in reversed(range(_ATTEMPTS)):
+        search = _Conditioning(problem, list(names), limit, memo, multipliers, best, bound)
+        search.run()
+        best, multipliers = search.best, search.multipliers
+        if best is None:
+            return ilp.solve(problem)
+        # What was ruled out before costs more than the best.
+        bound = max(bound, min(search.bound, best.cost))
+        if best.cost - bound <= _ROUNDING * abs(best.cost):
             break
-        order = sorted(degrees, key=lambda name: (-degrees[name], -sizes[name]))
-        ranked += order[: max(1, len(ranked))]
-    low, high = len(ranked) // 2, len(ranked)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if _is_narrow(_without(problem, ranked[:middle]), limit):
-            high = middle
-        else:
-            low = middle
-    chosen = ranked[:high]
-    for name in chosen[:_MOST_SPARED][::-1]:
-        fewer = [other for other in chosen if other != name]
-        if _is_narrow(_without(problem, fewer), limit):
-            chosen = fewer
-    return tuple(chosen)
-
-
-def _without(problem: Problem, names: list[str]) -> Problem:
-    """Return the problem of the other variables, with all their states possible."""
-    removed = set(names)
-    return Problem(
-        tuple(variable for variable in problem.variables if variable.name not in removed),
-        tuple(f for f in problem.factors if removed.isdisjoint(f.scope)),
-    )
-
-
-def _is_narrow(problem: Problem, limit: int) -> bool:
-    """Say whether elimination keeps every table within the limit."""
-    try:
-        schedule(reduce(problem, Memo()), limit)
-    except TooWideError:
-        return False
-    except ContradictionError:
-        return True
-    return True
+        if not left:
+            search.improve()
+        # Large tables are worth their time only where nothing else is left to try.
+        narrow = search.finished(limit // _LESS if left else limit)
+        best = search.best
+        if narrow is not None:
+            bound = narrow.cost
+            break
+        problem = search.left()
+        names = cutset(problem, max_table_entries) or names
+    assert best is not None
+    return Solution(best.assignment, best.cost, min(bound, best.cost), method)
 
 
 @dataclass
 class _Conditioning:
     """The search over one cutset.
 
-    cutset: names of variables. limit: entries of the largest table. best: the cheapest assignment
-    so far. bound: no assignment costs less, as far as is proven.
+    cutset: names of variables. limit: entries of the largest table. multipliers: of an earlier
+    search, to begin with; afterwards those of the best bound. known: the bound of that search.
+    best: the cheapest assignment so far. bound: no assignment costs less, as far as is proven.
+    least: bounds on the cost with each state of each variable, once they are known.
     """
 
     problem: Problem
     cutset: list[str]
     limit: int
     memo: Memo
+    multipliers: Mapping[str, Table]
     best: Solution | None = None
+    known: float = -np.inf
     bound: float = -np.inf
+    least: dict[str, Table] = field(default_factory=dict)
 
-    def run(self) -> Solution:
-        """Return the best assignment after some rounds of relaxation and local improvement."""
+    def run(self) -> None:
+        """Relax and fix in rounds; then find the marginals by which states are ruled out."""
         self.split()
-        multipliers = {copy: np.zeros(self.size(copy)) for copy in self.copies_of}
+        multipliers: dict[str, Table] = {}
+        for copies in self.copies.values():
+            # A variable's copies have multipliers that add up to zero: all of them, or none.
+            known = all(copy in self.multipliers for copy in copies)
+            for copy in copies:
+                zeros = np.zeros(self.size(copy))
+                multipliers[copy] = self.multipliers[copy] if known else zeros
+        gap = np.inf if self.best is None or not self.multipliers else self.best.cost - self.known
+        self.multipliers = multipliers
         for round_number in range(_ROUNDS):
+            before = self.bound
             states = self.relax(multipliers)
+            if self.bound > before:
+                self.multipliers = dict(multipliers)
             votes = {name: self.vote(name, states) for name in self.cutset}
             self.attempt(votes)
             if not self.update(multipliers, states, round_number):
                 break
+            if gap < np.inf and self.best is not None and self.best.cost - self.bound <= gap / 2:
+                break  # enough to rule out more than the last time
         if self.best is None:
             self.attempt(self.dive(multipliers))
-        if self.best is None:
-            return ilp.solve(self.problem)
-        self.improve()
-        best = self.best
-        method = f"variable elimination given {len(self.cutset)} variables"
-        return Solution(best.assignment, best.cost, min(self.bound, best.cost), method)
+        if self.best is None or self.best.cost - self.bound <= _ROUNDING * abs(self.best.cost):
+            return
+        marginals = exact.min_marginals(
+            self.charged(self.multipliers),
+            self.relaxed.names,
+            max_table_entries=self.limit,
+            memo=self.memo,
+        )
+        for name in self.problem.names:
+            # Each copy by itself bounds the cost of its variable's states.
+            copies = self.copies.get(name, [name]) or []
+            bounds = [marginals[copy] for copy in copies]
+            self.least[name] = np.max(bounds, axis=0) if bounds else np.array(-np.inf)
+
+    def left(self) -> Problem:
+        """Return the problem without the states that no better assignment can have."""
+        assert self.best is not None
+        most = self.best.cost + _ROUNDING * abs(self.best.cost)
+        return self.problem.with_unary(
+            {
+                variable.name: np.where(self.least[variable.name] > most, np.inf, variable.unary)
+                for variable in self.problem.variables
+                if (self.least[variable.name] > most).any()
+            }
+        )
+
+    def finished(self, limit: int) -> Solution | None:
+        """Return the optimum, which becomes the best; None where what is left is too wide.
+
+        limit: entries of the largest table.
+        """
+        assert self.best is not None
+        try:
+            solution = exact.solve(self.left(), max_table_entries=limit, memo=self.memo)
+        except InfeasibleError:  # but for rounding, the best is possible itself
+            return self.best
+        except TooWideError:
+            return None
+        if solution.cost < self.best.cost:
+            self.best = solution
+        return self.best
 
     def split(self) -> None:
         """Make the relaxed problem: one copy of each variable of the cutset per factor."""
@@ -242,15 +238,18 @@ class _Conditioning:
 
     def relax(self, multipliers: dict[str, Table]) -> Mapping[str, int]:
         """Solve the relaxed problem with the copies charged by the multipliers; raise the bound."""
-        charged = {
-            copy: self.relaxed.variable(copy).unary + multipliers[copy] for copy in multipliers
-        }
         solution = exact.solve(
-            self.relaxed.with_unary(charged), max_table_entries=self.limit, memo=self.memo
+            self.charged(multipliers), max_table_entries=self.limit, memo=self.memo
         )
         self.relaxed_cost = solution.cost
         self.bound = max(self.bound, solution.cost)
         return solution.assignment
+
+    def charged(self, multipliers: Mapping[str, Table]) -> Problem:
+        """Return the relaxed problem with the copies charged by the multipliers."""
+        return self.relaxed.with_unary(
+            {copy: self.relaxed.variable(copy).unary + multipliers[copy] for copy in multipliers}
+        )
 
     def vote(self, name: str, states: Mapping[str, int]) -> int:
         """Return the state that most copies of a variable take, the lowest of several."""

@@ -8,6 +8,8 @@ elimination; Desmet et al., Nature 356, 1992, in the form of Goldstein, Biophysi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,7 @@ from planners.reduction import Network, reduce
 from planners.table_memo import Memo
 from planners.tables import Table
 
-__all__ = ["without_dominated"]
+__all__ = ["Asked", "without_dominated"]
 
 # What is dropped lets more be dropped, but most of it goes in two rounds.
 _MOST_ROUNDS = 2
@@ -24,10 +26,19 @@ _MOST_ROUNDS = 2
 _MOST_COMPARISONS = 2**27
 
 
-def without_dominated(problem: Problem, network: Network, memo: Memo) -> Network:
+# Per variable, by index, which of its states a least cost is asked for.
+Asked = Mapping[int, NDArray[np.bool_]]
+_NOTHING: Asked = {}
+
+
+def without_dominated(
+    problem: Problem, network: Network, memo: Memo, asked: Asked = _NOTHING
+) -> Network:
     """Return the network without dominated states; of states that are equal, the first one stays.
 
-    problem: the plain problem that the network was reduced from. Its least cost stays the same.
+    problem: the plain problem that the network was reduced from. Its least cost stays the same, and
+    so does the least cost with one of its variables in one of the states that are asked for: those
+    are dropped only where another one of them is no dearer.
 
     >>> from planners import Factor, Variable
     >>> cheap = Variable("a", np.array([5.0, 0.0])), Variable("b", np.array([1.0, 0.0]))
@@ -44,15 +55,16 @@ def without_dominated(problem: Problem, network: Network, memo: Memo) -> Network
             for axis, variable in enumerate(scope):
                 touching[variable].append((number, axis))
         # Variables with the same tables around them, as in equal layers, are compared once.
-        known: dict[tuple[int, tuple[tuple[int, int], ...]], NDArray[np.bool_]] = {}
+        known: dict[tuple[int, tuple[tuple[int, int], ...], bytes], NDArray[np.bool_]] = {}
         domains, fewer = [], False
         for variable, states in enumerate(network.states):
             left = states
             if len(states) > 1:
                 around = tuple(sorted(touching[variable]))
-                look = len(states), around
+                own = asked[variable][states] if variable in asked else None
+                look = len(states), around, b"" if own is None else own.tobytes()
                 if look not in known:
-                    known[look] = _undominated(len(states), around, memo, differences)
+                    known[look] = _undominated(len(states), around, memo, differences, own)
                 left = states[known[look]]
                 fewer = fewer or len(left) < len(states)
             allowed = np.zeros(sizes[variable], dtype=np.bool_)
@@ -69,11 +81,13 @@ def _undominated(
     around: tuple[tuple[int, int], ...],
     memo: Memo,
     differences: dict[tuple[int, int], Table | None],
+    asked: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
     """Return, per state of a variable, whether no other state that stays dominates it.
 
     count: of its states. around: the tables that it is in, by number, and its axis in each.
-    differences: see `_least_differences`, by table and axis.
+    differences: see `_least_differences`, by table and axis. asked: states that only others of
+    them dominate.
     """
     # total[a, b]: at least so much dearer is state a than state b, whatever the neighbours' states.
     total = np.zeros((count, count))
@@ -85,6 +99,8 @@ def _undominated(
             return np.ones(count, dtype=np.bool_)
         total += table
     dominates = total >= 0.0
+    if asked is not None:
+        dominates &= ~asked[:, None] | asked[None, :]
     np.fill_diagonal(dominates, False)
     stays = np.ones(count, dtype=np.bool_)
     # From the last state on, so that of states that dominate each other the first one stays.

@@ -155,7 +155,7 @@ def schedule(
         if by_class and len(dict.fromkeys(alike.values())) == len(free):
             continue
         try:
-            order = _order(network, alike if by_class else alone, score, max_table_entries)
+            order = greedy_order(network, alike if by_class else alone, score, max_table_entries)
         except TooWideError as error:
             needed.append(error.entries)
             continue
@@ -189,7 +189,7 @@ def _order_apart(network: Network, max_table_entries: int) -> list[int] | None:
     order: list[int] = []
     entries = 0
     for part in parts:
-        own = schedule(_only(network, part), max_table_entries)
+        own = schedule(only(network, part), max_table_entries)
         order += [step.variable for step in own.steps]
         entries += sum(recipe.entries for recipe in own.recipes)
     if entries > min(16 * max_table_entries, _MOST_ENTRIES):
@@ -197,15 +197,18 @@ def _order_apart(network: Network, max_table_entries: int) -> list[int] | None:
     return order
 
 
-def _only(network: Network, variables: list[int]) -> Network:
-    """The network of these variables; the others count as decided."""
+def only(network: Network, variables: list[int]) -> Network:
+    """Return the network of these variables; the others count as decided.
+
+    Example: `only(network, [0, 2])`
+    """
     kept = set(variables)
     states = [own if v in kept else own[:1] for v, own in enumerate(network.states)]
     terms = [term for term in network.terms if kept.issuperset(term[0])]
     return Network(tuple(states), tuple(terms), (), {})
 
 
-def _order(
+def greedy_order(
     network: Network, classes: dict[int, int], score: str, max_table_entries: int
 ) -> list[int]:
     """Greedy order, a class of variables at a time.

@@ -104,6 +104,15 @@ class Folding:
         if missed:
             raise self.fail(f"{missed[0]} is never called", *missed)
 
+    def state(self) -> Any:
+        """Return all that the hidden blocks hold, to be compared before and after a forward.
+
+        Blocks are proven equal before the forward. What it changes in one that is hidden, by other
+        ways than the block itself, is in no trace, and may make the next call another one. Objects
+        are not opened: equal blocks hold the same ones, which are seen in those that are traced.
+        """
+        return [state_of(block, depth=0) for block in self.hidden.values()]
+
     def repeats(self) -> tuple[tuple[str, ...], ...]:
         """Return, for every block that was copied, its path and those of its copies."""
         copies: dict[int, list[str]] = {}

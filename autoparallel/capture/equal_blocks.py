@@ -257,12 +257,12 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
     return (type(value), id(value))
 
 
-def state_of(block: nn.Module) -> Any:
+def state_of(block: nn.Module, depth: int = 2) -> Any:
     """Return all that the block holds, to be compared before and after its forward.
 
     A forward that changes any of it has side effects, and its graph cannot stand for another block.
-    The values of tensors are not read, only how often they were written to. Objects are opened two
-    levels deep, so that a counter in a shared context is seen.
+    The values of tensors are not read, only how often they were written to. depth: how many levels
+    of plain objects are opened; with two, a counter in a shared context is seen.
 
     >>> block = nn.Linear(2, 2)
     >>> before = state_of(block)
@@ -272,14 +272,20 @@ def state_of(block: nn.Module) -> Any:
     """
     paths: dict[int, str] = {}
     parts: list[Any] = []
-    for path, module in block.named_modules(remove_duplicate=False):
-        parts.append((path, id(module), module.training, tuple(module._modules)))
-        for tensors in (module._parameters, module._buffers):
+    todo = [block]
+    while todo:
+        module = todo.pop()
+        # By its dictionary: a tracer shows a block without what is inside of it.
+        own = vars(module)
+        children = own["_modules"]
+        parts.append((id(module), module.training, tuple(children)))
+        todo += [child for child in children.values() if child is not None]
+        for tensors in (own["_parameters"], own["_buffers"]):
             for name, tensor in tensors.items():
                 parts.append((name, None if tensor is None else (id(tensor), tensor._version)))
-        for name, value in vars(module).items():
+        for name, value in own.items():
             if name not in MODULE_ATTRIBUTES:
-                parts.append((name, token_of(value, paths, depth=2)))
+                parts.append((name, token_of(value, paths, depth=depth)))
     return parts
 
 

@@ -126,7 +126,10 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model, and return the tensors in its result and those that it leaves behind."""
         before, attributes = self.state({}), Attributes(self.model)
+        hidden = self.folding.state()
         result = self.called(tensors)
+        if self.folding.state() != hidden:
+            raise self.folding.fail("the forward changes a block that is not called by its own")
         after = self.state({})
         changes = changed(before, after)
         written = attributes.written() if changes else Written()
@@ -368,11 +371,12 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     reads = ran.reads
     # What a forward leaves behind may change its next call, which the graph would not know.
     if ran.changes:
-        second_ran, _, both = _exported(wanted, _unfolded(), one_by_one, twice=True)
-        first, second = second_ran.outputs.children
-        if str(first) != str(second) or not is_steady(both, len(both.outputs) // 2):
+        second_reads = _read_twice(wanted, folding)
+        if second_reads is None and folding.groups:
+            second_reads = _read_twice(wanted, _unfolded())
+        if second_reads is None:
             raise _unsteady(model, ran.changes)
-        reads = _lasting(model, ran.written, (*reads, *second_ran.reads))
+        reads = _lasting(model, ran.written, (*reads, *second_reads))
     aliases = first_paths(model)
     return Captured(
         _by_first_name(graph, aliases),
@@ -392,6 +396,28 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         ran.own,
         wanted.ways,
     )
+
+
+def _read_twice(wanted: _Wanted, folding: Folding) -> tuple[AttributeRead, ...] | None:
+    """Return the attributes that two calls in a row read; None where they are not alike.
+
+    folding: the one of the first trace. The second call of a block that is traced must turn out
+    like the first; for the hidden ones that holds as well, as long as no forward changes them.
+    None too where blocks cannot be hidden in two calls, or the two cannot be traced so.
+    """
+    try:
+        again = Folding(folding.groups, folding.apart)
+        ran, _, both = _exported(wanted, again, one_by_one=not folding.groups, twice=True)
+    except (IntricateSizes, MemoryError):
+        raise
+    except (Unfoldable, AutoParallelError) as reason:
+        if not folding.groups:
+            raise
+        _log.info("two calls are traced block by block: %s", reason)
+        return None
+    first, second = ran.outputs.children
+    alike = str(first) == str(second) and is_steady(both, len(both.outputs) // 2)
+    return ran.reads if alike else None
 
 
 def _lasting(

@@ -264,6 +264,10 @@ def _missing(tensor: torch.Tensor, name: str) -> Any:
 
 def _setting(tensor: torch.Tensor, name: str, value: Any) -> None:
     """Set an attribute of a tensor."""
+    # Torch sets dozens of attributes on each tensor that it traces with: this has to be quick.
+    if sys._getframe(1).f_globals.get("__name__", "")[:6] == "torch.":
+        object.__setattr__(tensor, name, value)
+        return
     facts = _current.facts
     if facts is not None and not hasattr(type(tensor), name) and _asked_by_user():
         facts.marks(tensor, name)

@@ -9,7 +9,7 @@ import numpy as np
 from autoparallel.graph.graph import Graph, Node, hint
 from autoparallel.placement import Shard
 from autoparallel.strategy.cost_network import CostNetwork
-from planners import Memo, Problem, Solution, TooWideError, min_marginals
+from planners import Memo, Problem, Solution, TooWideError, least_among
 
 __all__ = ["cost_of_splitting", "is_left_whole", "why_whole"]
 
@@ -39,7 +39,7 @@ def cost_of_splitting(
 
     problem: the one that was solved. solution: its optimum. memo: the solver's, so that most of its
     tables need not be made again. Keys are the names of nodes that could be sharded. For each of
-    them everything else is planned anew (its min-marginals); infinity means that no plan shards it.
+    them everything else is planned anew; infinity means that no plan shards it.
     The result is empty for a problem too wide to be solved exactly.
     """
     wanted: dict[str, list[int]] = {}
@@ -54,13 +54,10 @@ def cost_of_splitting(
             if split:
                 wanted[node.name] = split
     try:
-        marginals = min_marginals(problem, wanted, memo=memo) if wanted else {}
+        least = least_among(problem, wanted, memo=memo) if wanted else {}
     except TooWideError:
         return {}
-    return {
-        name: float(np.min(marginals[name][split])) - solution.cost
-        for name, split in wanted.items()
-    }
+    return {name: cost - solution.cost for name, cost in least.items()}
 
 
 def why_whole(network: CostNetwork, node: Node, added: Mapping[str, float]) -> str:

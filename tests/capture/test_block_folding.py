@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from block_stacks import LAYERS, WIDTH, Block, Stack, both, instances, numbered,
 from families import TRANSFORMERS, build, inputs_for
 from torch import nn
 
+from autoparallel.capture import export
 from autoparallel.capture.export import capture
 
 FAMILY_LAYERS = 4
@@ -298,3 +300,58 @@ def test_capture_is_deterministic_and_restores_after_errors() -> None:
         capture(broken, (sample(),), {})
     assert all(type(module) is Block for module in broken.blocks)
     assert broken(sample()).shape == (3, 5, WIDTH)
+
+
+class Setting(Stack):
+    """A Setting leaves a text in its configuration, as classifiers of Hugging Face do when called.
+
+    Its blocks hold the same configuration.
+    """
+
+    def __init__(self) -> None:
+        config = types.SimpleNamespace(kind=None)
+        super().__init__(Block(config=config) for _ in range(LAYERS))
+        self.config = config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, places, WIDTH)."""
+        self.config.kind = "regression"
+        return super().forward(x)
+
+
+def test_blocks_are_hidden_in_both_of_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the second call of such a model does the same is seen without a full trace."""
+    hidden: list[tuple[bool, int]] = []
+    plain = export._exported
+
+    def noted(wanted: Any, folding: Any, one_by_one: bool, twice: bool = False) -> Any:
+        result = plain(wanted, folding, one_by_one, twice)
+        hidden.append((twice, len(folding.calls)))
+        return result
+
+    monkeypatch.setattr(export, "_exported", noted)
+    capture(Setting(), (sample(),), {})
+    assert hidden == [(False, LAYERS - 2), (True, 2 * (LAYERS - 2))]
+
+
+class Reaching(Stack):
+    """A Reaching model writes to one of its equal blocks, which it knows by an attribute too."""
+
+    def __init__(self) -> None:
+        super().__init__(Block() for _ in range(LAYERS))
+        self.kept = (self.blocks[1].second,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, places, WIDTH)."""
+        x = super().forward(x)
+        self.kept[0].reached = True
+        return x
+
+
+def test_a_hidden_block_that_is_changed_is_traced_by_itself() -> None:
+    """Else nobody sees that it changes, nor that the next call may be another one."""
+    captured = capture(Reaching(), (sample(),), {})
+    assert captured.repeats == ()
+    assert [(write.path, write.route) for write in captured.left] == [
+        ("blocks.1.second", (("attribute", "reached"),))
+    ]

@@ -72,3 +72,39 @@ def test_the_optimum_is_the_same_with_and_without(monkeypatch: pytest.MonkeyPatc
             solution = exact.solve(problem)
         assert solution.cost == pytest.approx(plain.cost)
         assert problem.cost(solution.assignment) == solution.cost
+
+
+def test_least_costs_among_states_are_those_of_all_marginals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dominated states are dropped, but not those that are asked for, nor what they need."""
+    dropped = asked = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        problem = priced_problem(rng, 7, 4).weighed(0.0)
+        states = {
+            variable.name: np.flatnonzero(rng.random(variable.size) < 0.5).tolist()
+            for variable in problem.variables[::2]
+        }
+        states = {name: some for name, some in states.items() if some}
+        try:
+            marginals = exact.min_marginals(problem, states)
+        except InfeasibleError:
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(exact, "_LITTLE_WORK", -1)
+            least = exact.least_among(problem, states)
+        for name, some in states.items():
+            assert least[name] == pytest.approx(np.min(marginals[name][some]))
+            asked += np.isfinite(least[name])
+        memo = Memo()
+        network = reduce(problem, memo)
+        flags = {
+            problem.index(name): np.isin(np.arange(problem.variable(name).size), some)
+            for name, some in states.items()
+        }
+        fewer = without_dominated(problem, network, memo, flags)
+        dropped += sum(network.sizes) - sum(fewer.sizes)
+    # Else nothing was put to the test.
+    assert dropped > 30
+    assert asked > 60

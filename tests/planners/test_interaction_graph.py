@@ -190,7 +190,7 @@ def test_each_part_may_take_the_order_that_it_needs(monkeypatch: pytest.MonkeyPa
 
     network = reduce(joined(grid(3, 3, 2, "a"), grid(3, 3, 2, "b")), Memo())
     first, second = components(network_graph(network))
-    plain = ordering._order
+    plain = ordering.greedy_order
 
     def picky(network: Network, classes: dict[int, int], score: str, limit: int) -> list[int]:
         """One part is too wide by weight, the other by all else."""
@@ -199,10 +199,12 @@ def test_each_part_may_take_the_order_that_it_needs(monkeypatch: pytest.MonkeyPa
             raise TooWideError(2 * limit, limit)
         return plain(network, classes, score, limit)
 
-    monkeypatch.setattr(ordering, "_order", picky)
+    monkeypatch.setattr(ordering, "greedy_order", picky)
     plan = schedule(network, 2**10)
     assert sorted(step.variable for step in plan.steps) == sorted(first + second)
-    monkeypatch.setattr(ordering, "_order", lambda *_: (_ for _ in ()).throw(TooWideError(9, 8)))
+    monkeypatch.setattr(
+        ordering, "greedy_order", lambda *_: (_ for _ in ()).throw(TooWideError(9, 8))
+    )
     with pytest.raises(TooWideError):
         schedule(network, 2**10)
 

@@ -1,0 +1,36 @@
+"""Conditioning: what bounds rule out makes wide problems narrow, and their optima proven."""
+
+import numpy as np
+import pytest
+
+from planners import Factor, Problem, Variable, conditioning, exact
+
+
+def loop(steps: int, hubs: int, states: int, seed: int) -> Problem:
+    """A recurrence: a chain over time, of which every step reads the same few variables."""
+    rng = np.random.default_rng(seed)
+    names = [f"hub {number}" for number in range(hubs)]
+    variables = [Variable(name, rng.random(states) * steps) for name in names]
+    variables += [Variable(f"step {time}", rng.random(4)) for time in range(steps)]
+    read = {name: rng.random((states, 4)) for name in names}
+    after = rng.random((4, 4))
+    factors = [
+        Factor((name, f"step {time}"), read[name]) for time in range(steps) for name in names
+    ]
+    factors += [Factor((f"step {time}", f"step {time + 1}"), after) for time in range(steps - 1)]
+    return Problem(tuple(variables), tuple(factors))
+
+
+@pytest.mark.parametrize(
+    ("steps", "hubs", "states", "seed"),
+    [(8, 3, 5, 0), (12, 4, 6, 1), (12, 4, 6, 2), (16, 5, 6, 1)],
+)
+def test_the_optimum_of_a_loop_over_time_is_proven(
+    steps: int, hubs: int, states: int, seed: int
+) -> None:
+    """Fixed and relaxed alone, the same search leaves gaps of up to 7%."""
+    problem = loop(steps, hubs, states, seed)
+    assert conditioning.cutset(problem, 4**2)
+    solution = conditioning.solve(problem, max_table_entries=4**2)
+    assert solution.cost == pytest.approx(exact.solve(problem).cost, rel=1e-12)
+    assert solution.lower_bound == pytest.approx(solution.cost, rel=1e-9)
