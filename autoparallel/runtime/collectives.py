@@ -27,8 +27,10 @@ from autoparallel.placement import (
 )
 from autoparallel.runtime.axis_parts import (
     cut_and_pad,
+    cut_rows,
     join_padded,
     join_parts,
+    join_rows,
     pad_part,
     places_of_rank,
     run_lengths,
@@ -36,7 +38,7 @@ from autoparallel.runtime.axis_parts import (
     take_part,
     unpad_part,
 )
-from autoparallel.runtime.groups import Group
+from autoparallel.runtime.groups import Group, Result
 
 __all__ = [
     "common_sum",
@@ -49,24 +51,25 @@ __all__ = [
     "reduce_scatter_together",
     "same_sum",
     "spmd_type",
+    "start_move",
     "sum_together",
 ]
 
 
-def _all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.Tensor:
-    """Return the whole tensor of which this rank holds a part. size: of the whole along the split
-    dim.
+def _start_all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> Result:
+    """Start gathering the whole tensor of which this rank holds a part. size: of the whole along
+    the split dim.
     """
     lengths = run_lengths(size, shard, group)
-    rows = group.all_gather(pad_part(tensor, shard, lengths[0], lengths[group.rank])).unbind(0)
-    return join_padded(rows, shard, lengths)
+    wait = group.start_all_gather(pad_part(tensor, shard, lengths[0], lengths[group.rank]))
+    return lambda: join_rows(wait(), shard, lengths)
 
 
-def _reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
-    """Return this rank's part of the sum over ranks of whole tensors."""
+def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> Result:
+    """Start adding up the ranks' whole tensors, of which this rank gets its part."""
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
-    rows = torch.stack(cut_and_pad(tensor, shard, group))
-    return unpad_part(group.reduce_scatter(rows), shard, lengths[0], lengths[group.rank])
+    wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
+    return lambda: unpad_part(wait(), shard, lengths[0], lengths[group.rank])
 
 
 def _all_to_all(
@@ -125,7 +128,7 @@ def move(
     tensor([1., 1.])
     """
     step = movement(source, target)
-    if step is Movement.NONE:
+    if step is Movement.NONE or (step.collective is not None and group.world_size == 1):
         return tensor
     if step is Movement.ALL_REDUCE:
         return group.all_reduce(tensor)
@@ -138,14 +141,40 @@ def move(
         return part.clone(memory_format=torch.contiguous_format)
     if step is Movement.REDUCE_SCATTER:
         assert isinstance(target, Shard)
-        return _reduce_scatter(tensor, target, group)
+        return _start_reduce_scatter(tensor, target, group)()
     assert isinstance(source, Shard)
     if step is Movement.ALL_GATHER:
-        return _all_gather(tensor, source, size, group)
+        return _start_all_gather(tensor, source, size, group)()
     if step is Movement.ALL_TO_ALL:
         assert isinstance(target, Shard)
         return _all_to_all(tensor, source, target, size, group)
     return _pad(tensor, source, size, group)
+
+
+def start_move(
+    tensor: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
+) -> Result:
+    """Start `move`, and return a function that waits for its result. Collective.
+
+    The arguments are those of `move`. The tensor must not be written to until the result came. What
+    is no sum and no gather is done at once.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> start_move(torch.ones(2), SingleGroup(), Partial(), Invariant())()
+    tensor([1., 1.])
+    """
+    step = movement(source, target)
+    if group.world_size > 1:
+        if step is Movement.ALL_REDUCE:
+            return group.start_all_reduce(tensor)
+        if step is Movement.REDUCE_SCATTER:
+            assert isinstance(target, Shard)
+            return _start_reduce_scatter(tensor, target, group)
+        if step is Movement.ALL_GATHER:
+            assert isinstance(source, Shard)
+            return _start_all_gather(tensor, source, size, group)
+    moved = move(tensor, group, source, target, size)
+    return lambda: moved
 
 
 def _pad(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -14,7 +15,18 @@ from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import functional_collectives
 
-__all__ = ["AbsentGroup", "Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]
+__all__ = [
+    "AbsentGroup",
+    "Group",
+    "LocalGroup",
+    "ProcessGroup",
+    "Result",
+    "SingleGroup",
+    "thread_groups",
+]
+
+# A function that waits for the result of a collective that was started, to be called once.
+Result = Callable[[], torch.Tensor]
 
 
 class Group(ABC):
@@ -23,6 +35,10 @@ class Group(ABC):
     None of them is differentiable: `collectives.convert` makes the backward of each from another.
     All ranks of a group must call the same collectives in the same order. Tensors are returned new,
     or as they came where there is one rank.
+
+    Those that begin with "start" return at once, with a function that waits for the result: what is
+    computed before it is called hides the collective. Here they do all at once, as ranks that are
+    threads of one process do.
     """
 
     rank: int
@@ -48,6 +64,23 @@ class Group(ABC):
 
         shapes: of those that come, by the rank that sends them; the sender's are not asked for.
         """
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Result:
+        """Start `all_reduce` of a sum. The tensor must not be written to until the result came."""
+        return partial(_given, self.all_reduce(tensor))
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Result:
+        """Start `all_gather`. The tensor must not be written to until the result came."""
+        return partial(_given, self.all_gather(tensor))
+
+    def start_reduce_scatter(self, tensor: torch.Tensor) -> Result:
+        """Start `reduce_scatter`. The tensor must not be written to until the result came."""
+        return partial(_given, self.reduce_scatter(tensor))
+
+
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor."""
+    return tensor
 
 
 class SingleGroup(Group):
@@ -132,34 +165,53 @@ class ProcessGroup(Group):
         self.name = group.group_name
         self.ops = functional_collectives()
 
-    def wait(self, start: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Start a collective and return its result. Raises AutoParallelError if a rank is gone."""
+    def wait(self, started: torch.Tensor) -> torch.Tensor:
+        """Wait for the result of a collective. Raises AutoParallelError if a rank is gone."""
         try:
-            return self.ops.wait_tensor(start())
+            return self.ops.wait_tensor(started)
         except RuntimeError as error:
-            if not any(words in str(error) for words in _LOST):
-                raise
-            raise AutoParallelError(
-                "another rank has ended, failed or gone another way, and this one waited for it",
-                where=f"rank {self.rank} of {self.world_size}, in a collective",
-                why=str(error).splitlines()[0],
-                fix="see the error of the other rank, which came first; where a call may fail, as "
-                "for bad inputs, let it fail or be caught on all ranks alike",
-            ) from error
+            raise self.told(error) from error
+
+    def start(self, collective: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        """Start a collective. Raises AutoParallelError if a rank is gone."""
+        try:
+            return collective(*arguments, self.name)
+        except RuntimeError as error:
+            raise self.told(error) from error
+
+    def told(self, error: RuntimeError) -> RuntimeError | AutoParallelError:
+        """Return the error to be raised for one that a collective has raised."""
+        if not any(words in str(error) for words in _LOST):
+            return error
+        return AutoParallelError(
+            "another rank has ended, failed or gone another way, and this one waited for it",
+            where=f"rank {self.rank} of {self.world_size}, in a collective",
+            why=str(error).splitlines()[0],
+            fix="see the error of the other rank, which came first; where a call may fail, as "
+            "for bad inputs, let it fail or be caught on all ranks alike",
+        )
 
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
-        return self.wait(lambda: self.ops.all_reduce(tensor.contiguous(), operation, self.name))
+        return self.wait(self.start(self.ops.all_reduce, tensor.contiguous(), operation))
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        flat = tensor.contiguous().unsqueeze(0)
-        return self.wait(lambda: self.ops.all_gather_into_tensor(flat, self.world_size, self.name))
+        return self.start_all_gather(tensor)()
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.start_reduce_scatter(tensor)()
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Result:
+        return partial(self.wait, self.start(self.ops.all_reduce, tensor.contiguous(), "sum"))
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Result:
+        flat = tensor.contiguous().unsqueeze(0)
+        started = self.start(self.ops.all_gather_into_tensor, flat, self.world_size)
+        return partial(self.wait, started)
+
+    def start_reduce_scatter(self, tensor: torch.Tensor) -> Result:
         flat = tensor.contiguous()
-        scattered = self.wait(
-            lambda: self.ops.reduce_scatter_tensor(flat, "sum", self.world_size, self.name)
-        )
-        return scattered.squeeze(0)
+        started = self.start(self.ops.reduce_scatter_tensor, flat, "sum", self.world_size)
+        return lambda: self.wait(started).squeeze(0)
 
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
@@ -169,7 +221,8 @@ class ProcessGroup(Group):
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         sent = [tensor.numel() for tensor in tensors]
         received = [torch.Size(shape).numel() for shape in shapes]
-        exchanged = self.wait(lambda: self.ops.all_to_all_single(flat, received, sent, self.name))
+        started = self.start(self.ops.all_to_all_single, flat, received, sent)
+        exchanged = self.wait(started)
         parts = exchanged.split(received)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
