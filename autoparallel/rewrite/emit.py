@@ -14,6 +14,7 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Sym, Value
 from autoparallel.graph.operators import makes_list
 from autoparallel.placement import (
+    Collective,
     Layout,
     Partial,
     Shard,
@@ -33,6 +34,9 @@ from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
 
 __all__ = ["Program", "emit", "fusable"]
+
+# The collectives that can be started and waited for apart.
+_STARTED = (Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
 
 
 def emit(
@@ -75,7 +79,8 @@ class _Emitter:
     open: the op that is being written. blocks: number and members of the recomputed block of each
     op. converted: the names of conversions that are in the text already, by value, steps and scope.
     cuts: every sharded size, where dropped copies must be redistributed alike on all ranks
-    (`drops`). fused: see `find_fused`.
+    (`drops`). fused: see `find_fused`. gaps: for each conversion whose gradient is moved while
+    other work is done, the number of products that leave their weight's gradient to it.
     """
 
     def __init__(
@@ -100,6 +105,8 @@ class _Emitter:
         self.drops = False
         self.cuts: dict[str, None] = {}
         self.inside: set[str] = set()
+        self.gaps: list[int] = []
+        self.parameters = {n.result.name for n in graph.nodes if n.kind == "parameter"}
         self.blocks = {
             op: (index, group) for index, group in enumerate(plan.recomputed) for op in group
         }
@@ -255,9 +262,11 @@ class _Emitter:
             ]
             reads = [*operands, reads[1]]
             target, text = producer.target, ", ".join(reads)
+            late = self.late(producer)
         else:
             args = self.local.args(node, choice)
             text = self.speller.arguments(args, {**kwargs, **own_reduction(node)}, reads)
+            late = self.late(node)
         results = [self.names.values[value.name] for value in node.results]
         kernels = self.local.kernels(node, choice)
         if kernels:
@@ -266,6 +275,8 @@ class _Emitter:
             expression = f"rng.{rule.random}({text}, {self.local.random(node, choice)})"
         elif rule is not None and rule.function:
             expression = f"kernels.{rule.function}({text})"
+        elif late:
+            expression = late.format(text)
         else:
             # torch's Python functions take no lists with None, as for x[:, index], and a memory
             # format by its name alone.
@@ -289,6 +300,28 @@ class _Emitter:
         if len(results) == 1 and not kernels and makes_list(target):
             left_side = f"[{left_side}]"
         self.add(f"{left_side} = {expression}", tuple(reads), tuple(results))
+
+    def late(self, node: Node) -> str:
+        """Return the call of a product with the gradient of its weight left to a gap, "{}" standing
+        for its arguments; "" where there is no gap or nothing to leave.
+
+        Nothing waits for the gradient of a weight, so it may hide a collective of the backward
+        pass: that of a conversion which is made before the product, because the backward pass runs
+        the other way round.
+        """
+        rule = self.rules[node.name]
+        if not self.gaps or rule is None or not rule.late:
+            return ""
+        factors = [self.graph.producers[name] for name in node.operands()[:2]]
+        trained = all(factor.result.requires_grad for factor in factors)
+        if not trained or factors[1].kind != "parameter":
+            return ""
+        # Each of the last two gaps gets one gradient before the last gets more.
+        last = len(self.gaps)
+        empty = [gap for gap in (last, last - 1) if gap and not self.gaps[gap - 1]]
+        gap = empty[0] if empty else last
+        self.gaps[gap - 1] += 1
+        return f"overlap.{rule.late}({{}}, gap={gap})"
 
     def stand_ins_for(
         self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule
@@ -376,8 +409,14 @@ class _Emitter:
         """
         function = "convert" if value.requires_grad else "move"
         function = "convert_again" if again else function
+        # A parameter's gradient is waited for by nothing that comes before it.
+        waits = value.name in self.parameters or not value.requires_grad
+        gap = self.plan.options.overlap and not waits and step.backward.collective in _STARTED
+        if gap:
+            self.gaps.append(0)
+            function = function if again else "overlap.convert"
         source, target = self.speller.placement(step.source), self.speller.placement(step.target)
-        size = ", 0" if again else ""
+        size = ", 0" if again or gap else ""
         if isinstance(step.source, Shard):
             local = self.local.dim(value, step.source.dim, current, without=step.axis)
             # A gather must know the whole size, because uneven parts do not tell it.
@@ -385,6 +424,8 @@ class _Emitter:
         if again:
             self.drops = True
             size += ", alike"
+        if gap:
+            size += f", {len(self.gaps)}"
         axis = self.names.axes[step.axis]
         return f"{target_name} = {function}({read}, {axis}, {source}, {target}{size})"
 

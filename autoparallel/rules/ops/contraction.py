@@ -22,7 +22,7 @@ def linear(call: OpCall) -> ShardingRule:
     vector = len(call.operands[1].shape) == 1
     notation = "... k, k -> ..." if vector else "... k, n k -> ... n"
     parsed = ShardingRule.parse(notation, call, linear=LINEAR_IN_EACH, flops=2)
-    return replace(parsed, takes_bias=not vector)
+    return replace(parsed, takes_bias=not vector, late="" if vector else "linear")
 
 
 @rule("aten.mm.default")
@@ -31,7 +31,8 @@ def mm(call: OpCall) -> ShardingRule:
 
     Split n: column-parallel, k: row-parallel (arXiv:1909.08053).
     """
-    return ShardingRule.parse("m k, k n -> m n", call, linear=LINEAR_IN_EACH, flops=2)
+    parsed = ShardingRule.parse("m k, k n -> m n", call, linear=LINEAR_IN_EACH, flops=2)
+    return replace(parsed, late="mm")
 
 
 @rule("aten.bmm.default")
