@@ -15,6 +15,7 @@ from autoparallel.graph.graph import Graph, Node, Sym, Value
 from autoparallel.graph.operators import makes_list
 from autoparallel.placement import (
     Collective,
+    Invariant,
     Layout,
     Partial,
     Shard,
@@ -296,6 +297,13 @@ class _Emitter:
                 expression = (
                     expression if axis in kernels else f"pending_sum({expression}, {group})"
                 )
+        if late and kernels == {}:
+            summed = self.summed(node, choice)
+            if summed is not None:
+                axis, reached, steps = summed
+                expression = late.format(text)[:-1] + f", group={self.names.axes[axis]})"
+                results = [self.names.fresh(f"{results[0]}_{layout_name(reached)}")]
+                self.converted[node.result.name, steps, ""] = results[0]
         left_side = ", ".join(results)
         if len(results) == 1 and not kernels and makes_list(target):
             left_side = f"[{left_side}]"
@@ -322,6 +330,32 @@ class _Emitter:
         gap = empty[0] if empty else last
         self.gaps[gap - 1] += 1
         return f"overlap.{rule.late}({{}}, gap={gap})"
+
+    def summed(self, node: Node, choice: OpChoice) -> tuple[int, Layout, tuple[Step, ...]] | None:
+        """Return the axis over which a product is summed for all of its readers, the layout that
+        they read, and the step to it; None where there is no one such sum, or it is no all-reduce.
+
+        Such a sum can begin before the product is done.
+        """
+        name = node.result.name
+        layouts = {
+            layout
+            for reader in self.graph.readers[name]
+            for read, layout in zip(
+                reader.operands(), self.choices[reader.name].operands, strict=True
+            )
+            if read == name
+        }
+        kept = name in self.graph.outputs or name in dict(self.graph.mutations).values()
+        if self.block is not None or len(layouts) != 1 or kept:
+            return None
+        target = layouts.pop()
+        steps = self.routes.steps(name, target, self.deferred)
+        if len(steps) != 1 or self.routes.is_again(name, target):
+            return None
+        if (steps[0].source, steps[0].target) != (Partial(), Invariant()):
+            return None
+        return steps[0].axis, target, steps
 
     def stand_ins_for(
         self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule

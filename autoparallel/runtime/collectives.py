@@ -69,7 +69,8 @@ def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> R
     """Start adding up the ranks' whole tensors, of which this rank gets its part."""
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
     wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
-    return lambda: unpad_part(wait(), shard, lengths[0], lengths[group.rank])
+    # No view for autograd, so that the part may be written to.
+    return lambda: unpad_part(wait(), shard, lengths[0], lengths[group.rank]).detach()
 
 
 def _all_to_all(

@@ -69,6 +69,10 @@ class Group(ABC):
         """Start `all_reduce` of a sum. The tensor must not be written to until the result came."""
         return partial(_given, self.all_reduce(tensor))
 
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Result:
+        """Start adding up contiguous tensors, in place of each rank's."""
+        return partial(_given, tensor.copy_(self.all_reduce(tensor)))
+
     def start_all_gather(self, tensor: torch.Tensor) -> Result:
         """Start `all_gather`. The tensor must not be written to until the result came."""
         return partial(_given, self.all_gather(tensor))
@@ -202,6 +206,9 @@ class ProcessGroup(Group):
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Result:
         return partial(self.wait, self.start(self.ops.all_reduce, tensor.contiguous(), "sum"))
+
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Result:
+        return partial(self.wait, self.start(self.ops.all_reduce_, tensor, "sum"))
 
     def start_all_gather(self, tensor: torch.Tensor) -> Result:
         flat = tensor.contiguous().unsqueeze(0)

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from autoparallel.placement import Placement, Shard, gradient
+from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
 from autoparallel.runtime.collectives import convert as convert_and_wait
-from autoparallel.runtime.collectives import is_type_checked, start_move
+from autoparallel.runtime.collectives import for_parts, is_type_checked, pending_sum, start_move
 from autoparallel.runtime.groups import Group, Result
 from autoparallel.support.torch_private import place_in_backward, run_in_place, run_when_ready
 
@@ -54,19 +54,21 @@ class _Flight:
         self.back_size = x.size(target.dim) if isinstance(target, Shard) else 0
         if isinstance(target, Shard) and isinstance(source, Shard) and source.dim == target.dim:
             self.back_size = size
-        self.forward: Result | None = None
+        self.forward: tuple[torch.Tensor, Result] | None = None
         self.backward: Result | None = None
 
     def start(self, x: torch.Tensor) -> None:
         """Start moving the value."""
-        self.forward = start_move(x, self.group, self.source, self.target, self.size)
+        wait = start_move(x, self.group, self.source, self.target, self.size)
+        self.forward = (x, wait)
 
     def finish(self) -> torch.Tensor:
         """Return the moved value."""
-        wait, self.forward = self.forward, None
-        assert wait is not None
-        # Where nothing moves it is the value itself, of which the result is to be another tensor.
-        return wait().detach()
+        assert self.forward is not None
+        (x, wait), self.forward = self.forward, None
+        moved = wait()
+        # As of `Convert`: autograd wants another tensor where nothing moves.
+        return torch.ops.aten.alias(x) if moved is x else moved
 
     def start_back(self, grad: torch.Tensor) -> None:
         """Start moving the gradient; where it is to be differentiated in turn, move it now."""
@@ -237,8 +239,36 @@ class _WeightGradient(torch.autograd.Function):
         return weight, bias, None
 
 
+# A product is summed over the ranks in pieces of at least so many bytes, and in so many pieces at
+# most: each piece pays the latency of a collective, which takes longer than that on slow links.
+_PIECE_NBYTES = {"cpu": 2**19}
+_PIECE_NBYTES_ELSEWHERE = 2**22
+_MOST_PIECES = 4
+
+
+def _summed_product(kind: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return the sum over the ranks of a product: pieces of it are summed while others are
+    computed.
+    """
+    rows = x.reshape(-1, x.size(-1))
+    matrix = kind.matrix(weight)
+    total = x.new_empty((len(rows), matrix.size(1)))
+    least = _PIECE_NBYTES.get(x.device.type, _PIECE_NBYTES_ELSEWHERE)
+    count = max(1, min(_MOST_PIECES, total.nbytes // least))
+    waits = []
+    for part, result in zip(rows.chunk(count), total.chunk(count), strict=True):
+        torch.mm(part, matrix, out=result)
+        waits.append(group.start_all_reduce_(result))
+    for wait in waits:
+        wait()
+    return total.view(*x.shape[:-1], matrix.size(1))
+
+
 class _Product(torch.autograd.Function):
-    """A product whose backward pass computes the gradient of its first factor at once."""
+    """A product whose backward pass computes the gradient of its first factor at once.
+
+    With a group, the product is summed over its ranks: P -> I.
+    """
 
     @staticmethod
     def forward(
@@ -249,31 +279,41 @@ class _Product(torch.autograd.Function):
         tie: torch.Tensor,
         later: _Later,
         kind: Any,
+        group: Group | None,
     ) -> torch.Tensor:
         """Return the product."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
-        ctx.later, ctx.kind, ctx.tie = later, kind, tie.detach()
+        ctx.later, ctx.kind, ctx.tie, ctx.group = later, kind, tie.detach(), group
         ctx.bias_dims = None if bias is None else bias.dim()
+        if group is not None:
+            return _summed_product(kind, x, weight, group)
         return kind.product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
         """Return the gradient of x, and leave what is needed for that of the weight."""
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         x, weight = ctx.saved_tensors
+        if ctx.group is not None:
+            # Each rank uses the gradient for its own terms: I -> R.
+            grad = for_parts(grad, ctx.group)
         of_x = ctx.kind.of_x(weight, grad)
         if not torch.is_grad_enabled():
             ctx.later.parts = (x, grad)
-            return of_x, None, None, ctx.tie, None, None
+            return of_x, None, None, ctx.tie, None, None, None
         # The gradients are differentiated in turn: they must hang together, and none is late.
         of_bias = _of_bias(grad, ctx.bias_dims)
-        return of_x, ctx.kind.of_weight(x, grad), of_bias, None, None, None
+        return of_x, ctx.kind.of_weight(x, grad), of_bias, None, None, None, None
 
 
 class _Linear:
     """y[..., n] = sum_k x[..., k] w[n, k] + b[n]."""
+
+    @staticmethod
+    def matrix(weight: torch.Tensor) -> torch.Tensor:
+        return weight.t()
 
     @staticmethod
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -293,6 +333,10 @@ class _Mm:
     """C[m, n] = sum_k A[m, k] B[k, n]."""
 
     @staticmethod
+    def matrix(weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    @staticmethod
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.mm(x, weight)
 
@@ -306,43 +350,59 @@ class _Mm:
 
 
 def _late(
-    kind: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gap: int
+    kind: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gap: int,
+    group: Group | None,
 ) -> torch.Tensor:
     """Return a product, the gradient of whose weight waits for a gap.
 
-    kind: the product and its derivatives. gap: of a conversion that was made before.
+    kind: the product and its derivatives. gap: of a conversion that was made before. group: ranks
+    over which the product is summed, if it is.
     """
     if _is_plain(x) or not weight.requires_grad or gap not in _gaps.numbers:
         product: torch.Tensor = kind.product(x, weight, bias)
+        if group is not None:
+            product = convert_and_wait(pending_sum(product, group), group, Partial(), Invariant())
         return product
     later = _Later(kind.of_weight)
     tie = _WeightGradient.apply(weight, bias, later)
     run_in_place(tie, _gaps.numbers[gap])
-    result: torch.Tensor = _Product.apply(x, weight, bias, tie, later, kind)
+    result: torch.Tensor = _Product.apply(x, weight, bias, tie, later, kind, group)
     return result
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gap: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    gap: int,
+    group: Group | None = None,
 ) -> torch.Tensor:
     """Return what torch's `linear` does; in the backward pass the gradients of weight and bias are
     computed in a gap.
 
     gap: the number of a conversion that was made before by `convert`; they are computed before the
-    backward pass waits for that conversion's gradient.
+    backward pass waits for that conversion's gradient. group: ranks over which the product, then
+    without a bias, is summed, piece by piece while it is computed (P -> I).
 
     >>> linear(torch.ones(2, 3), torch.ones(1, 3), gap=1)
     tensor([[3.],
             [3.]])
     """
-    return _late(_Linear, x, weight, bias, gap)
+    return _late(_Linear, x, weight, bias, gap, group)
 
 
-def mm(x: torch.Tensor, weight: torch.Tensor, *, gap: int) -> torch.Tensor:
+def mm(
+    x: torch.Tensor, weight: torch.Tensor, *, gap: int, group: Group | None = None
+) -> torch.Tensor:
     """Return what torch's `mm` does; in the backward pass the gradient of the weight, the second
     factor, is computed in a gap, as of `linear`.
 
     >>> mm(torch.ones(1, 3), torch.ones(3, 1), gap=1)
     tensor([[3.]])
     """
-    return _late(_Mm, x, weight, None, gap)
+    return _late(_Mm, x, weight, None, gap, group)

@@ -220,9 +220,9 @@ def convert_again(
     `drop` says so.
 
     x, group, source, target, size: as in `convert`. drop: false where ranks would recompute
-    different copies (`parts_are_alike`). gap: as of `overlap.convert`; 0 where the gradient is waited
-    for at once. Takes effect inside of a program that `dropping` has
-    wrapped; elsewhere it is `convert`.
+    different copies (`parts_are_alike`). gap: as of `overlap.convert`; 0 where the gradient is
+    waited for at once. Takes effect inside of a program that `dropping` has wrapped; elsewhere it
+    is `convert`.
 
     Example: a parameter that ZeRO-3 shards is gathered in the forward pass, dropped, and gathered
     again (arXiv:1910.02054).
