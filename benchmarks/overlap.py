@@ -56,18 +56,19 @@ class SlowOps:
             result = collective(tensor, *arguments)
             # On two ranks each sends the half of a sum twice, or its own part once.
             whole = max(tensor.nbytes, result.nbytes)
-            seconds = self.latency + whole / (1 if name == "all_reduce" else 2) / self.bandwidth
+            times = 1.0 if name.startswith("all_reduce") else 0.5
+            seconds = self.latency + times * whole / self.bandwidth
             self.free = max(self.free, self.now()) + seconds
             self.busy += seconds
             self.calls += 1
-            self.ends[result.untyped_storage().data_ptr()] = self.free
+            self.ends[result.data_ptr()] = self.free
             return result
 
         return started
 
     def wait_tensor(self, tensor: Any) -> Any:
         """Wait for a result, and note how long the link would have let the rank wait."""
-        end = self.ends.pop(tensor.untyped_storage().data_ptr(), 0.0)
+        end = self.ends.pop(tensor.data_ptr(), 0.0)
         result = self.ops.wait_tensor(tensor)
         self.exposed += max(end - self.now(), 0.0)
         return result

@@ -14,8 +14,6 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Sym, Value
 from autoparallel.graph.operators import makes_list
 from autoparallel.placement import (
-    Collective,
-    Invariant,
     Layout,
     Partial,
     Shard,
@@ -27,17 +25,16 @@ from autoparallel.placement import (
 from autoparallel.plan import OpChoice, Plan
 from autoparallel.rewrite.conversions import Conversions, find_deferred, layouts_made
 from autoparallel.rewrite.expressions import ExpressionWriter, own_reduction, spelled
+from autoparallel.rewrite.gaps import Summed, find_gaps
 from autoparallel.rewrite.local_calls import LocalCalls
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of, names_of
 from autoparallel.rules.lookup import known_rule
+from autoparallel.rules.ops.contraction import LATE_PRODUCTS
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
 
 __all__ = ["Program", "emit", "fusable"]
-
-# The collectives that can be started and waited for apart.
-_STARTED = (Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
 
 
 def emit(
@@ -80,8 +77,7 @@ class _Emitter:
     open: the op that is being written. blocks: number and members of the recomputed block of each
     op. converted: the names of conversions that are in the text already, by value, steps and scope.
     cuts: every sharded size, where dropped copies must be redistributed alike on all ranks
-    (`drops`). fused: see `find_fused`. gaps: for each conversion whose gradient is moved while
-    other work is done, the number of products that leave their weight's gradient to it.
+    (`drops`). fused: see `find_fused`. gaps: see `find_gaps`.
     """
 
     def __init__(
@@ -106,8 +102,7 @@ class _Emitter:
         self.drops = False
         self.cuts: dict[str, None] = {}
         self.inside: set[str] = set()
-        self.gaps: list[int] = []
-        self.parameters = {n.result.name for n in graph.nodes if n.kind == "parameter"}
+        self.gaps = find_gaps(plan)
         self.blocks = {
             op: (index, group) for index, group in enumerate(plan.recomputed) for op in group
         }
@@ -298,64 +293,31 @@ class _Emitter:
                     expression if axis in kernels else f"pending_sum({expression}, {group})"
                 )
         if late and kernels == {}:
-            summed = self.summed(node, choice)
+            summed = self.summed(node)
             if summed is not None:
-                axis, reached, steps = summed
-                expression = late.format(text)[:-1] + f", group={self.names.axes[axis]})"
-                results = [self.names.fresh(f"{results[0]}_{layout_name(reached)}")]
-                self.converted[node.result.name, steps, ""] = results[0]
+                expression = late.format(text)[:-1] + f", group={self.names.axes[summed.axis]})"
+                results = [self.names.fresh(f"{results[0]}_{layout_name(summed.target)}")]
+                self.converted[node.result.name, summed.steps, ""] = results[0]
         left_side = ", ".join(results)
         if len(results) == 1 and not kernels and makes_list(target):
             left_side = f"[{left_side}]"
         self.add(f"{left_side} = {expression}", tuple(reads), tuple(results))
 
     def late(self, node: Node) -> str:
-        """Return the call of a product with the gradient of its weight left to a gap, "{}" standing
-        for its arguments; "" where there is no gap or nothing to leave.
-
-        Nothing waits for the gradient of a weight, so it may hide a collective of the backward
-        pass: that of a conversion which is made before the product, because the backward pass runs
-        the other way round.
+        """Return the call of a product that leaves the gradient of its weight to a gap, "{}"
+        standing for its arguments; "" where it leaves none.
         """
-        rule = self.rules[node.name]
-        if not self.gaps or rule is None or not rule.late:
+        gap = self.gaps.products.get(node.name, 0)
+        factors = [self.graph.values[name] for name in node.operands()[:2]]
+        if not gap or not all(factor.requires_grad for factor in factors):
             return ""
-        factors = [self.graph.producers[name] for name in node.operands()[:2]]
-        trained = all(factor.result.requires_grad for factor in factors)
-        if not trained or factors[1].kind != "parameter":
-            return ""
-        # Each of the last two gaps gets one gradient before the last gets more.
-        last = len(self.gaps)
-        empty = [gap for gap in (last, last - 1) if gap and not self.gaps[gap - 1]]
-        gap = empty[0] if empty else last
-        self.gaps[gap - 1] += 1
-        return f"overlap.{rule.late}({{}}, gap={gap})"
+        return f"overlap.{LATE_PRODUCTS[node.target]}({{}}, gap={gap})"
 
-    def summed(self, node: Node, choice: OpChoice) -> tuple[int, Layout, tuple[Step, ...]] | None:
-        """Return the axis over which a product is summed for all of its readers, the layout that
-        they read, and the step to it; None where there is no one such sum, or it is no all-reduce.
-
-        Such a sum can begin before the product is done.
-        """
+    def summed(self, node: Node) -> Summed | None:
+        """Return how a product is summed while it is computed; None where it is not."""
         name = node.result.name
-        layouts = {
-            layout
-            for reader in self.graph.readers[name]
-            for read, layout in zip(
-                reader.operands(), self.choices[reader.name].operands, strict=True
-            )
-            if read == name
-        }
         kept = name in self.graph.outputs or name in dict(self.graph.mutations).values()
-        if self.block is not None or len(layouts) != 1 or kept:
-            return None
-        target = layouts.pop()
-        steps = self.routes.steps(name, target, self.deferred)
-        if len(steps) != 1 or self.routes.is_again(name, target):
-            return None
-        if (steps[0].source, steps[0].target) != (Partial(), Invariant()):
-            return None
-        return steps[0].axis, target, steps
+        return None if kept else self.gaps.summed.get(node.name)
 
     def stand_ins_for(
         self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule
@@ -389,8 +351,9 @@ class _Emitter:
             target = step.applied(current)
             if key not in self.converted:
                 target_name = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
+                gap = self.gaps.conversions.get((name, steps[: count + 1]), 0)
                 line = Line(
-                    self.step(value, read, target_name, current, step, again),
+                    self.step(value, read, target_name, current, step, again, gap),
                     (read,),
                     (target_name,),
                 )
@@ -434,21 +397,24 @@ class _Emitter:
         return "", True
 
     def step(
-        self, value: Value, read: str, target_name: str, current: Layout, step: Step, again: bool
+        self,
+        value: Value,
+        read: str,
+        target_name: str,
+        current: Layout,
+        step: Step,
+        again: bool,
+        gap: int,
     ) -> str:
         """Return the line of one step on one axis.
 
         value: the whole tensor. read, made: names before and after. current: the layout before the
-        step. again: the copy is dropped after the forward pass.
+        step. again: the copy is dropped after the forward pass. gap: of the step; 0 for none.
         """
         function = "convert" if value.requires_grad else "move"
         function = "convert_again" if again else function
-        # A parameter's gradient is waited for by nothing that comes before it.
-        waits = value.name in self.parameters or not value.requires_grad
-        gap = self.plan.options.overlap and not waits and step.backward.collective in _STARTED
-        if gap:
-            self.gaps.append(0)
-            function = function if again else "overlap.convert"
+        if gap and not again:
+            function = "overlap.convert"
         source, target = self.speller.placement(step.source), self.speller.placement(step.target)
         size = ", 0" if again or gap else ""
         if isinstance(step.source, Shard):
@@ -459,7 +425,7 @@ class _Emitter:
             self.drops = True
             size += ", alike"
         if gap:
-            size += f", {len(self.gaps)}"
+            size += f", {gap}"
         axis = self.names.axes[step.axis]
         return f"{target_name} = {function}({read}, {axis}, {source}, {target}{size})"
 

@@ -112,10 +112,8 @@ class ShardingRule:
     results. random: the function of autoparallel.runtime.random_ops that runs the op, if it draws
     numbers. function: that of autoparallel.runtime.kernels that runs the op where no kernel does,
     as torch's own is slow for some memory layouts. takes_bias: the op adds a vector over the
-    result's last dim if it is given one more operand. adds: the op is such an addition. late: the
-    function of autoparallel.runtime.overlap that runs the op with the gradient of its second
-    operand, a weight, computed apart from that of its first. grain: of loops whose parts must have
-    a multiple of so many elements. replicates: the backward pass is
+    result's last dim if it is given one more operand. adds: the op is such an addition. grain: of
+    loops whose parts must have a multiple of so many elements. replicates: the backward pass is
     linear, so that it may work on summands of a gradient: false of an op that clips gradients, say.
     takes_empty: the op also runs on a part without elements, which ranks are left with where a loop
     is shorter than they are many. occupied: loops of which every part must have elements even so.
@@ -136,7 +134,6 @@ class ShardingRule:
     function: str = ""
     takes_bias: bool = False
     adds: bool = False
-    late: str = ""
     grain: Mapping[str, int] = field(default_factory=dict)
     replicates: bool = True
     takes_empty: bool = True

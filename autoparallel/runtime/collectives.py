@@ -116,6 +116,10 @@ def _all_to_all(
     return result
 
 
+# The moves that `start_move` makes in two halves.
+_STARTED = (Movement.ALL_REDUCE, Movement.ALL_GATHER, Movement.REDUCE_SCATTER)
+
+
 def move(
     tensor: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
 ) -> torch.Tensor:
@@ -131,8 +135,8 @@ def move(
     step = movement(source, target)
     if step is Movement.NONE or (step.collective is not None and group.world_size == 1):
         return tensor
-    if step is Movement.ALL_REDUCE:
-        return group.all_reduce(tensor)
+    if step in _STARTED:
+        return start_move(tensor, group, source, target, size)()
     if step is Movement.KEEP_ON_FIRST:
         return tensor if group.rank == 0 else torch.zeros_like(tensor)
     if step is Movement.SLICE:
@@ -140,12 +144,7 @@ def move(
         # The part is copied, because a view would keep the whole in memory.
         part = take_part(tensor, target, group.world_size, group.rank)
         return part.clone(memory_format=torch.contiguous_format)
-    if step is Movement.REDUCE_SCATTER:
-        assert isinstance(target, Shard)
-        return _start_reduce_scatter(tensor, target, group)()
     assert isinstance(source, Shard)
-    if step is Movement.ALL_GATHER:
-        return _start_all_gather(tensor, source, size, group)()
     if step is Movement.ALL_TO_ALL:
         assert isinstance(target, Shard)
         return _all_to_all(tensor, source, target, size, group)

@@ -32,7 +32,7 @@ from autoparallel.runtime.collectives import for_parts, is_type_checked, pending
 from autoparallel.runtime.groups import Group, Result
 from autoparallel.support.torch_private import place_in_backward, run_in_place, run_when_ready
 
-__all__ = ["begin", "convert", "end", "linear", "mm"]
+__all__ = ["begin", "convert", "end", "linear", "mm", "piece_count"]
 
 # Nodes that start a collective run before all others but those of parameters; of several that are
 # ready at once, the one that was recorded last comes first, on every rank alike.
@@ -241,9 +241,16 @@ class _WeightGradient(torch.autograd.Function):
 
 # A product is summed over the ranks in pieces of at least so many bytes, and in so many pieces at
 # most: each piece pays the latency of a collective, which takes longer than that on slow links.
-_PIECE_NBYTES = {"cpu": 2**19}
-_PIECE_NBYTES_ELSEWHERE = 2**22
-_MOST_PIECES = 4
+_PIECE_NBYTES, _MOST_PIECES = 2**20, 4
+
+
+def piece_count(nbytes: int) -> int:
+    """Return in how many pieces a product of so many bytes on a rank is summed over the ranks.
+
+    >>> piece_count(2**19), piece_count(2**21), piece_count(2**30)
+    (1, 2, 4)
+    """
+    return max(1, min(_MOST_PIECES, nbytes // _PIECE_NBYTES))
 
 
 def _summed_product(kind: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
@@ -253,8 +260,7 @@ def _summed_product(kind: Any, x: torch.Tensor, weight: torch.Tensor, group: Gro
     rows = x.reshape(-1, x.size(-1))
     matrix = kind.matrix(weight)
     total = x.new_empty((len(rows), matrix.size(1)))
-    least = _PIECE_NBYTES.get(x.device.type, _PIECE_NBYTES_ELSEWHERE)
-    count = max(1, min(_MOST_PIECES, total.nbytes // least))
+    count = piece_count(total.nbytes)
     waits = []
     for part, result in zip(rows.chunk(count), total.chunk(count), strict=True):
         torch.mm(part, matrix, out=result)

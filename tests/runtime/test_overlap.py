@@ -6,15 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from noting_groups import NotedProducts, NotingGroup
 from torch.nn import functional
 
 from autoparallel.mesh import Mesh
-from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard
+from autoparallel.placement import (
+    Invariant,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    local_size,
+)
 from autoparallel.runtime import overlap
 from autoparallel.runtime.collectives import convert
-from autoparallel.runtime.groups import Group, LocalGroup, Result
+from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
-from autoparallel.support.torch_private import TorchDispatchMode
 
 CONVERSIONS = [
     (Invariant(), Replicate()),
@@ -79,7 +86,7 @@ def test_halves_make_a_conversion(source, target):
     def work(group: Group, halves: bool) -> list[torch.Tensor]:
         mine = list(shape)
         if isinstance(source, Shard):
-            mine[source.dim] = len(range(shape[source.dim])[group.rank :: 3])
+            mine[source.dim] = local_size(shape[source.dim], source, 3, group.rank)
         generator = torch.Generator().manual_seed(group.rank)
         x = torch.randn(mine, generator=generator, dtype=torch.float64, requires_grad=True)
         size = shape[source.dim] if isinstance(source, Shard) else 0
@@ -95,61 +102,19 @@ def test_halves_make_a_conversion(source, target):
         assert all(map(torch.equal, one, other))
 
 
-class Noting(LocalGroup):
-    """A group that notes when its collectives are started and waited for."""
-
-    def __init__(self, group: LocalGroup, notes: list[str]) -> None:
-        super().__init__(group.meeting, group.rank, group.world_size)
-        self.notes = notes
-
-    def noted(self, name: str, wait: Result) -> Result:
-        self.notes.append(f"start {name}")
-
-        def waited() -> torch.Tensor:
-            self.notes.append(f"wait {name}")
-            return wait()
-
-        return waited
-
-    def start_all_reduce(self, tensor: torch.Tensor) -> Result:
-        return self.noted("all_reduce", super().start_all_reduce(tensor))
-
-    def start_all_reduce_(self, tensor: torch.Tensor) -> Result:
-        return self.noted("all_reduce", super().start_all_reduce_(tensor))
-
-    def start_reduce_scatter(self, tensor: torch.Tensor) -> Result:
-        return self.noted("reduce_scatter", super().start_reduce_scatter(tensor))
-
-
-class Products(TorchDispatchMode):
-    """Notes the products, by the size of their results."""
-
-    def __init__(self, notes: list[str]) -> None:
-        super().__init__()
-        self.notes = notes
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if "mm" in str(function):
-            self.notes.append(str(tuple(result.shape)))
-        return result
-
-
 def test_weight_gradients_run_while_the_gradient_is_summed():
     """Both products' gradients of x come first, then the all-reduce, then those of the weights."""
 
     def work(group: Any) -> list[str]:
         notes: list[str] = []
-        noting = Noting(group, notes)
+        noting = NotingGroup(group, notes)
         x = torch.ones(2, 3, requires_grad=True)
         weights = [torch.ones(4, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)]
         before = x.exp()
         moved = overlap.convert(before, noting, Invariant(), Replicate(), 0, 1)
         first, second = (overlap.linear(moved, weight, gap=1) for weight in weights)
         loss = first.sum() + second.sum()
-        with Products(notes):
+        with NotedProducts(notes):
             loss.backward()
         return notes
 
@@ -162,18 +127,18 @@ def test_weight_gradients_run_while_the_gradient_is_summed():
 
 def test_a_product_is_summed_in_pieces(monkeypatch):
     """Each piece is on its way while the next is computed; the sum is that of all ranks."""
-    monkeypatch.setattr(overlap, "_PIECE_NBYTES", {"cpu": 3 * 4 * 8})
+    monkeypatch.setattr(overlap, "_PIECE_NBYTES", 3 * 4 * 8)
 
     def work(group: Any) -> tuple[list[str], list[torch.Tensor]]:
         notes: list[str] = []
-        noting = Noting(group, notes)
+        noting = NotingGroup(group, notes)
         generator = torch.Generator().manual_seed(group.rank)
         x, weight = (
             torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
             for shape in ((2, 4, 3), (4, 3))
         )
         moved = overlap.convert(x, group, Invariant(), Replicate(), 0, 1)
-        with Products(notes):
+        with NotedProducts(notes):
             summed = overlap.linear(moved, weight, gap=1, group=noting)
         plain = convert(functional.linear(moved, weight), group, Partial(), Invariant())
         found = [summed, plain]

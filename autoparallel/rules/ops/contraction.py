@@ -12,6 +12,10 @@ from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 LINEAR_IN_EACH = ({0}, {1})
 WITH_BIAS = ({0, 1}, {0, 2})
 
+# Products with a weight matrix as second factor, and the functions of autoparallel.runtime.overlap
+# that run them with the gradient of the weight computed apart from that of the first factor.
+LATE_PRODUCTS = {"aten.linear.default": "linear", "aten.mm.default": "mm"}
+
 
 @rule("aten.linear.default")
 def linear(call: OpCall) -> ShardingRule:
@@ -22,7 +26,7 @@ def linear(call: OpCall) -> ShardingRule:
     vector = len(call.operands[1].shape) == 1
     notation = "... k, k -> ..." if vector else "... k, n k -> ... n"
     parsed = ShardingRule.parse(notation, call, linear=LINEAR_IN_EACH, flops=2)
-    return replace(parsed, takes_bias=not vector, late="" if vector else "linear")
+    return replace(parsed, takes_bias=not vector)
 
 
 @rule("aten.mm.default")
@@ -31,8 +35,7 @@ def mm(call: OpCall) -> ShardingRule:
 
     Split n: column-parallel, k: row-parallel (arXiv:1909.08053).
     """
-    parsed = ShardingRule.parse("m k, k n -> m n", call, linear=LINEAR_IN_EACH, flops=2)
-    return replace(parsed, late="mm")
+    return ShardingRule.parse("m k, k n -> m n", call, linear=LINEAR_IN_EACH, flops=2)
 
 
 @rule("aten.bmm.default")
