@@ -373,6 +373,11 @@ def _late(
         if group is not None:
             product = convert_and_wait(pending_sum(product, group), group, Partial(), Invariant())
         return product
+    if x.dim() > 2 and not x.is_contiguous():
+        # Rows that lie apart are copied, as torch's own product does: the copy is saved, and not
+        # the larger tensor that x may be a part of.
+        flat = _late(kind, x.flatten(0, -2), weight, bias, gap, group)
+        return flat.view(*x.shape[:-1], flat.size(-1))
     later = _Later(kind.of_weight)
     tie = _WeightGradient.apply(weight, bias, later)
     run_in_place(tie, _gaps.numbers[gap])
