@@ -1,28 +1,34 @@
-"""The first weights of a model on the meta device, made part by part."""
+"""The first weights of a model on the meta device: every rank draws its own part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoparallel.errors import AutoParallelError
-from autoparallel.placement import Layout, Shard
+from autoparallel.parallel.recorded_fills import (
+    FillRecorder,
+    RecordedCall,
+    Region,
+    replayed,
+)
+from autoparallel.parallel.tiled_fills import (
+    elementwise_fills,
+    filled_part,
+    number_of_tiles,
+    tile_seed,
+)
+from autoparallel.parallel.whole_fills import children_first, filled_whole, nothing_fills, resetting
+from autoparallel.placement import Invariant, Layout
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
-from autoparallel.support.module_copy import shallow_copy
-from autoparallel.support.module_paths import join_path
+from autoparallel.support.module_copy import on_meta
+from autoparallel.support.torch_private import storage_key
 
 __all__ = ["materialize"]
-
-
-def _children_first(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules with their paths, in the order of nn.Module.apply."""
-    for name, child in module.named_children():
-        yield from _children_first(child, join_path(path, name))
-    yield path, module
 
 
 def materialize(
@@ -32,83 +38,143 @@ def materialize(
 
     layouts: the layout of each parameter, by path; what has none stays whole. device: the device of
     the parts.
-    Module by module, in the order of nn.Module.apply, the whole is allocated, filled by the
-    model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`), cut,
-    and freed, so that a rank never holds more than one module whole. Every rank draws the same
-    numbers, so the parts are those of one device with the same seed that runs
-    `model.apply(model._init_weights)`; a tied parameter is what was drawn for it last. An
-    initializer of a module may also fill what its children own, but nothing deeper.
-    Raises AutoParallelError that lists the modules, or their parameters, that nothing fills.
+    The model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`)
+    runs on tensors without data, module by module in the order of nn.Module.apply, and what it does
+    is recorded. Where it treats the elements of a parameter one by one (normal, uniform, truncated,
+    constant, a row of zeros), a rank computes the tiles of its own part alone; what else it does
+    (an orthogonal matrix) is computed whole and cut. The numbers follow from one draw of torch's
+    generator: with the same seed they are the same on any number of ranks, but they are not those
+    that torch's generator gives when `model.apply(model._init_weights)` draws in a row.
+    An initializer that reads values, or has a generator of its own, needs memory and torch's
+    generator: then every rank fills module by module whole, with torch's numbers, and a warning
+    says so.
+    Raises AutoParallelError that lists the tensors, or their modules, that nothing fills.
     """
-    initializer = getattr(model, "_init_weights", None)
-    parts: dict[str, torch.Tensor] = {}
-    missing: list[str] = []
-    for path, module in _children_first(model):
-        real, held = _allocated(module, device)
-        if not held:
-            continue
-        reset = getattr(real, "reset_parameters", None)
-        owns = any("." not in name for name in held)
-        if callable(initializer):
-            initializer(real)
-        elif owns and callable(reset):
-            reset()
-        elif owns:
-            missing.append(path or type(model).__name__)
-            continue
-        for name, tensor in held.items():
-            full = join_path(path, name)
-            # A child's tensor was filled with the child, and its parent left it alone.
-            if full in parts and bool(tensor.isnan().any()):
-                continue
-            part, layout = tensor.detach(), layouts.get(full, ())
-            if any(isinstance(placement, Shard) for placement in layout):
-                part = take_layout_part(part, layout, ranks.sizes, ranks.coordinates).clone()
-            parts.pop(full, None)  # so that they stand in the order in which they were drawn
-            parts[full] = part
-    # A tied tensor was allocated once for each of its paths. As on one device, where it is a single
-    # tensor that is filled several times, the numbers that were drawn last stay.
-    named: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
-    named.update(model.named_parameters(remove_duplicate=False))
-    drawn_last = {id(named[path]): part for path, part in parts.items()}
-    parts = {path: drawn_last[id(named[path])] for path in parts}
-    # An initializer that leaves a tensor alone leaves the NaNs of its allocation.
-    for path, part in parts.items():
-        if part.is_floating_point() and bool(part.isnan().any()):
-            missing.append(path)
-    if missing:
-        raise AutoParallelError(
-            "the model is on the meta device and cannot be initialized",
-            where=", ".join(missing),
-            why="no reset_parameters() of theirs and no _init_weights(module) fills them",
-            fix="give them reset_parameters(), or pass the model with real weights",
+    try:
+        fillings = _Fillings(model, device)
+    except Exception as error:
+        # The initializer's own errors come again, where it runs on tensors with data.
+        parts = filled_whole(model, layouts, ranks, device)
+        warnings.warn(
+            "every rank draws the whole of every weight of this meta model, with torch's own "
+            f"generator, because its initializer cannot run without data ({error})",
+            stacklevel=2,
         )
-    return parts
+        return parts
+    return fillings.parts(layouts, ranks)
 
 
-def _allocated(
-    module: nn.Module, device: torch.device
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Return a copy of the module in which its own and its children's meta tensors have memory.
+def _recorded(twin: nn.Module) -> list[RecordedCall]:
+    """Return the record of the initializers' run on a model without data."""
+    initializer = getattr(twin, "_init_weights", None)
+    with FillRecorder(_tensors(twin).values()) as recorder:
+        for _, module in children_first(twin):
+            if callable(initializer):
+                initializer(module)
+            elif module._parameters or module._buffers:
+                reset = resetting(module)
+                if reset is not None:
+                    reset()
+    return recorder.calls
 
-    Return also these tensors, by their paths in the module. Floating ones are filled with NaN, so
-    that what an initializer leaves alone can be told.
-    """
-    real = shallow_copy(module)
-    held: dict[str, torch.Tensor] = {}
-    for prefix, owner in (("", real), *((f"{n}.", m) for n, m in real.named_children())):
-        dictionaries: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
-        for tensors in dictionaries:
-            for name, value in tensors.items():
-                if value is None:
-                    continue
-                allocated = value
-                if value.is_meta:
-                    allocated = torch.empty_like(value, device=device)
-                    if allocated.is_floating_point():
-                        allocated.fill_(float("nan"))
-                if isinstance(value, nn.Parameter):
-                    allocated = nn.Parameter(allocated, value.requires_grad)
-                tensors[name] = allocated
-                held[prefix + name] = allocated
-    return real, held
+
+class _Fillings:
+    """The record of a model's initializers, ready to be computed."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Run the initializers on a copy of the model without data, and give seeds to what draws.
+
+        device: where to compute. Raises what an initializer raises that cannot run without data.
+        """
+        self.device = device
+        twin = on_meta(model)
+        # By storage: the tensors of the user that lie in it, one for each tensor that is tied.
+        self.originals: dict[int, dict[int, torch.Tensor]] = {}
+        tensors = _tensors(model)
+        before = _tensors(twin)
+        for path, tensor in before.items():
+            shared = self.originals.setdefault(storage_key(tensor), {})
+            shared[id(tensors[path])] = tensors[path]
+        self.calls = _recorded(twin)
+        # An initializer may give a parameter other memory: `weight.data = ...`.
+        self.regions = {path: Region.of(tensor) for path, tensor in _tensors(twin).items()}
+        self.places: dict[int, list[int]] = {}
+        for at, call in enumerate(self.calls):
+            regions = (*call.written, *filter(None, call.created))
+            for storage in {region.storage for region in regions}:
+                self.places.setdefault(storage, []).append(at)
+        tiles = {region.storage: number_of_tiles(region.shape) for region in self.regions.values()}
+        self.seeds: dict[int, int] = {}
+        first = int(torch.empty((), dtype=torch.int64).random_())
+        for at, call in enumerate(self.calls):
+            if call.draws:
+                self.seeds[at] = tile_seed(first, 0)
+                first += max((tiles.get(region.storage, 1) for region in call.written), default=1)
+
+    def parts(self, layouts: Mapping[str, Layout], ranks: Ranks) -> dict[str, torch.Tensor]:
+        """Return a rank's parts by path. Tensors with data that no initializer fills are left out.
+
+        Raises AutoParallelError for tensors without data that nothing fills.
+        """
+        parts: dict[str, torch.Tensor] = {}
+        missing: list[str] = []
+        by_region: dict[Region, torch.Tensor] = {}
+        unsplit: Layout = (Invariant(),) * len(ranks.sizes)
+        for path, region in self.regions.items():
+            if region.storage not in self.places:
+                if self._begun(region.storage) is None:
+                    missing.append(path)
+                continue
+            if region not in by_region:
+                by_region[region] = self._part(region, layouts.get(path, unsplit), ranks)
+            parts[path] = by_region[region]
+            # What no fill reaches is left NaN.
+            if parts[path].is_floating_point() and bool(parts[path].isnan().any()):
+                missing.append(path)
+        if missing:
+            raise nothing_fills(missing)
+        return parts
+
+    def _part(self, region: Region, layout: Layout, ranks: Ranks) -> torch.Tensor:
+        """Return a rank's part of one tensor."""
+        alone = len(self.originals.get(region.storage, ())) == 1
+        if alone and region == _contiguous(region):
+            fills = elementwise_fills(self.calls, self.places[region.storage], self.seeds, region)
+            if fills is not None:
+                whole = self._begun(region.storage)
+                return filled_part(fills, region, layout, ranks, self.device, whole)
+        storage = replayed(
+            region.storage, self.calls, self.places, self._memory, self.seeds, self.device
+        )
+        tensor = region.shown(storage, self.device)
+        return take_layout_part(tensor, layout, ranks.sizes, ranks.coordinates).clone()
+
+    def _begun(self, storage: int) -> torch.Tensor | None:
+        """Return the user's tensor whose data a storage begins with, None if it has none."""
+        originals = iter(self.originals.get(storage, {}).values())
+        original = next((tensor for tensor in originals if not tensor.is_meta), None)
+        return None if original is None else original.detach()
+
+    def _memory(self, storage: int) -> torch.UntypedStorage:
+        """Return the memory with which a tensor of the model begins: its data, or NaN."""
+        begun = self._begun(storage)
+        if begun is not None:
+            return begun.to(self.device, copy=True).untyped_storage()
+        (original, *_) = self.originals[storage].values()
+        memory = torch.empty_like(original, device=self.device)
+        if memory.is_floating_point() or memory.is_complex():
+            memory.fill_(float("nan"))
+        return memory.untyped_storage()
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    """Return all parameters and buffers by every path at which they stand."""
+    tensors: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def _contiguous(region: Region) -> Region:
+    """Return the region of a contiguous tensor of this shape that begins its storage."""
+    like = torch.empty(region.shape, dtype=region.dtype, device="meta")
+    return Region(region.storage, region.shape, tuple(like.stride()), 0, region.dtype)

@@ -12,8 +12,9 @@ documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import FunctionType
@@ -137,6 +138,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "truncated_normal_replaced",
     "will_accumulate",
     "with_function_overrides",
     "without_function_modes",
@@ -192,6 +194,33 @@ def with_function_overrides() -> AbstractContextManager[Any]:
     not.
     """
     return torch._C._EnableTorchFunction()
+
+
+# Initializers.
+
+_replacing = threading.RLock()
+
+
+@contextmanager
+def truncated_normal_replaced(replacement: Callable[..., Any]) -> Iterator[None]:
+    """Let `nn.init.trunc_normal_` call a function in its place, one thread after the other.
+
+    replacement: is given what it may call otherwise, the tensor, mean, deviation, least and
+    greatest number, and the generator by keyword.
+    """
+    with _replacing:
+        original = torch.nn.init._no_grad_trunc_normal_
+
+        def replaced(
+            tensor: Any, mean: Any, std: Any, a: Any, b: Any, generator: Any = None
+        ) -> Any:
+            return replacement(original, tensor, mean, std, a, b, generator=generator)
+
+        torch.nn.init._no_grad_trunc_normal_ = replaced
+        try:
+            yield
+        finally:
+            torch.nn.init._no_grad_trunc_normal_ = original
 
 
 # Ops and their schemas.

@@ -301,8 +301,7 @@ def _check_heads(hidden: int, heads: int) -> None:
 def _initialize(model: "GPT | Bert") -> None:
     """Give a model built on the meta device its memory and weights, unless it is to stay there.
 
-    Nothing but `_init_weights` draws numbers, so a meta model that is filled part by part gets the
-    weights that this gives for the same seed.
+    Nothing but `_init_weights` draws numbers, which is what fills a meta model part by part.
     """
     device = torch.get_default_device()
     if device.type != "meta":

@@ -924,3 +924,20 @@ def test_all_tensors_of_a_list() -> None:
         assert all(norm.dtype == torch.float64 for norm in norms)
     torch_private.multiply_all_(tensors, torch.tensor(2.0))
     assert tensors[0].tolist() == [6.0, -8.0]
+
+
+def test_truncated_normal_replaced() -> None:
+    """Within, the function is asked for every fill; afterwards torch's own is back."""
+    seen = []
+
+    def note(original: Any, tensor: torch.Tensor, *bounds: float, generator: Any) -> torch.Tensor:
+        seen.append((bounds, generator))
+        return original(tensor, *bounds, generator=generator)
+
+    weight = torch.empty(100)
+    with torch_private.truncated_normal_replaced(note):
+        torch.nn.init.trunc_normal_(weight, std=3.0, a=-1.0, b=2.0)
+    assert seen == [((0.0, 3.0, -1.0, 2.0), None)]
+    assert -1.0 <= float(weight.min()) < 0 < float(weight.max()) <= 2.0
+    torch.nn.init.trunc_normal_(weight)
+    assert len(seen) == 1
