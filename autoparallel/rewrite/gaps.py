@@ -17,6 +17,7 @@ from autoparallel.placement import (
 )
 from autoparallel.plan import Conversion, Plan
 from autoparallel.rules.ops.contraction import LATE_PRODUCTS
+from autoparallel.runtime.overlap import MOST_IN_GAP
 
 __all__ = ["Gaps", "Summed", "find_gaps"]
 
@@ -79,8 +80,10 @@ def find_gaps(plan: Plan) -> Gaps:
         if late and filled and not any(op.kernels):
             last = len(filled)
             empty = [gap for gap in (last, last - 1) if gap and not filled[gap - 1]]
-            products[op.name] = empty[0] if empty else last
-            filled[products[op.name] - 1] += 1
+            gap = empty[0] if empty else last
+            if filled[gap - 1] < MOST_IN_GAP:
+                products[op.name] = gap
+                filled[gap - 1] += 1
     return Gaps(conversions, products, _summed(plan, known, products))
 
 

@@ -4,8 +4,9 @@ A conversion is two nodes of autograd's graph. `begin` starts its collective, an
 the result. The backward pass runs them the other way round: the node of `end` starts the collective
 of the gradient, and that of `begin` waits for it. Autograd runs the nodes that are ready in the
 order of their numbers, those that were recorded last first. So whatever was recorded between the
-two halves hides the collective, in either pass. The node of `end` is run as soon as it is ready, so
-that the links are never idle for want of a call.
+two halves hides the collective, in either pass. Collectives are started in the order in which
+their conversions were recorded, the same on all ranks, also where the ranks' graphs differ, as
+where a kernel is chosen by the size of a part.
 
 What hides a gradient's collective is the gradients of weights. Nothing waits for these but the
 optimizer, while everything waits for the gradients of activations. So the two gradients of a
@@ -19,6 +20,7 @@ has an order of its own, the functions here are the plain ones.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +32,13 @@ from autoparallel.placement import Invariant, Partial, Placement, Shard, gradien
 from autoparallel.runtime.collectives import convert as convert_and_wait
 from autoparallel.runtime.collectives import for_parts, is_type_checked, pending_sum, start_move
 from autoparallel.runtime.groups import Group, Result
-from autoparallel.support.torch_private import place_in_backward, run_in_place, run_when_ready
+from autoparallel.support.torch_private import place_in_backward, run_in_place
 
-__all__ = ["begin", "convert", "end", "linear", "mm", "piece_count"]
+__all__ = ["MOST_IN_GAP", "begin", "convert", "end", "linear", "mm", "piece_count"]
 
-# Nodes that start a collective run before all others but those of parameters; of several that are
-# ready at once, the one that was recorded last comes first, on every rank alike.
-_STARTS_FROM = 2**40
+
+# So many products may leave the gradients of their weights to one gap.
+MOST_IN_GAP = 3
 
 
 class _Flight:
@@ -125,7 +127,7 @@ class _Gaps(threading.local):
     """
 
     def __init__(self) -> None:
-        self.numbers: dict[int, int] = {}
+        self.numbers: dict[int, list[int]] = {}
 
 
 _gaps = _Gaps()
@@ -162,8 +164,13 @@ def begin(
     flight = _Flight(x, group, source, target, size)
     tie: torch.Tensor = _Begin.apply(x, flight)
     if gap:
-        # The next number is that of `end`, which runs when it is ready and leaves it free.
-        _gaps.numbers[gap] = place_in_backward(tie) + 1
+        # Nodes between the halves lend their numbers to late products, which run after the
+        # collective was started and before it is waited for. Each has its own: of nodes with one
+        # number, any may run first, and the ranks would differ.
+        _gaps.numbers[gap] = []
+        for _ in range(MOST_IN_GAP):
+            tie = tie.clone()
+            _gaps.numbers[gap].append(place_in_backward(tie))
     return tie, flight
 
 
@@ -176,7 +183,6 @@ def end(begun: Begun) -> torch.Tensor:
     if isinstance(begun, torch.Tensor):
         return begun
     moved: torch.Tensor = _End.apply(*begun)
-    run_when_ready(moved, _STARTS_FROM - place_in_backward(moved))
     return moved
 
 
@@ -253,11 +259,18 @@ def piece_count(nbytes: int) -> int:
     return max(1, min(_MOST_PIECES, nbytes // _PIECE_NBYTES))
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a matrix of its rows, of which there may be none, and which may be
+    empty.
+    """
+    return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
+
+
 def _summed_product(kind: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
     """Return the sum over the ranks of a product: pieces of it are summed while others are
     computed.
     """
-    rows = x.reshape(-1, x.size(-1))
+    rows = _rows(x)
     matrix = kind.matrix(weight)
     total = x.new_empty((len(rows), matrix.size(1)))
     count = piece_count(total.nbytes)
@@ -331,8 +344,7 @@ class _Linear:
 
     @staticmethod
     def of_weight(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        rows = grad.reshape(-1, grad.size(-1))
-        return rows.t().mm(x.reshape(-1, x.size(-1)).conj())
+        return _rows(grad).t().mm(_rows(x).conj())
 
 
 class _Mm:
@@ -380,7 +392,8 @@ def _late(
         return flat.view(*x.shape[:-1], flat.size(-1))
     later = _Later(kind.of_weight)
     tie = _WeightGradient.apply(weight, bias, later)
-    run_in_place(tie, _gaps.numbers[gap])
+    if _gaps.numbers[gap]:
+        run_in_place(tie, _gaps.numbers[gap].pop())
     result: torch.Tensor = _Product.apply(x, weight, bias, tie, later, kind, group)
     return result
 
