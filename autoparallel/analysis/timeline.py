@@ -237,21 +237,13 @@ class _Simulation:
 
     def send_back(self, conversions: Sequence[Conversion]) -> None:
         """Bring the gradients that all readers of redistributions sum up to the layouts of their
-        values, and wait for them; what is late runs meanwhile.
+        values, and wait for each; what is late runs meanwhile.
 
-        conversions: whose gradients are there at the same time, in the order of the backward pass.
-        All that can be started are started before the first is waited for.
+        conversions: in the order of the backward pass.
         """
-        started: dict[int, float] = {}
-        steps = [list(self.steps_back(conversion)) for conversion in conversions]
-        for index, moved in enumerate(steps):
-            if moved and moved[0][1]:
-                started[index] = self.issue(moved[0][0], "backward", self.streams.free[COMPUTE])
-        for index, moved in enumerate(steps):
-            for move, gap in moved:
-                end = started.pop(index, None)
-                if end is None:
-                    end = self.issue(move, "backward", self.streams.free[COMPUTE])
+        for conversion in conversions:
+            for move, gap in self.steps_back(conversion):
+                end = self.issue(move, "backward", self.streams.free[COMPUTE])
                 self.fill(gap)
                 self.streams.wait(end)
         if self.bucket_nbytes is not None:
