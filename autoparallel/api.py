@@ -60,6 +60,7 @@ def autoparallelize(
     recompute: str | None = None,
     constraints: Sequence[str] = (),
     gap: float = 0.01,
+    overlap: bool = True,
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """Return the model, split over `world_size` ranks, as an ordinary module for this rank.
@@ -101,6 +102,7 @@ def autoparallelize(
         optimizer=optimizer,
         constraints=constraints,
         gap=gap,
+        overlap=overlap,
     )
     meshes = possible_meshes(world_size, axes, options)
     local = LocalInputs.of(local_inputs, meshes[0] if len(meshes) == 1 else None)
@@ -138,6 +140,7 @@ def make_plan(
     recompute: str | None = None,
     constraints: Sequence[str] = (),
     gap: float = 0.01,
+    overlap: bool = True,
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
@@ -185,6 +188,7 @@ def make_plan(
         optimizer=optimizer,
         constraints=constraints,
         gap=gap,
+        overlap=overlap,
     )
     meshes = possible_meshes(world_size, axes, options)
     # Tracing runs the forward, which may write to buffers, attributes and random generators.

@@ -57,6 +57,9 @@ class Options:
     gap: under a memory limit, the search ends once it is proven that no plan saves more than this
     share of the seconds of the one found; 0 goes on for the best, as far as it can be proven.
 
+    overlap: collectives of the backward pass run while gradients of weights are computed; otherwise
+    each is waited for at once.
+
     constraints: sentences such as "blocks.*.weight on dp is whole"; strategy/constraints.py has the
     grammar.
 
@@ -78,6 +81,7 @@ class Options:
     recompute: str = "model"
     constraints: tuple[str, ...] = ()
     gap: float = 0.01
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         # Lists become tuples: options are compared and hashed by content.
@@ -89,7 +93,7 @@ class Options:
                 f"gap={self.gap!r}", why="it is a share of the seconds", fix="give 0.01, for 1%"
             )
         object.__setattr__(self, "gap", float(self.gap))
-        for name in ("sequence_parallel", "data_parallel", "strict_capture"):
+        for name in ("sequence_parallel", "data_parallel", "strict_capture", "overlap"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise PlanError(

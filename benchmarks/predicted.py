@@ -78,7 +78,7 @@ def predict(plan: Any) -> tuple[float, float, float]:
     """
     from autoparallel.analysis.timeline import timeline
 
-    predicted = timeline(plan, bucket_nbytes=None)
+    predicted = timeline(plan)
     forward = sum(event.seconds for event in predicted.events if event.phase == "forward")
     backward = sum(
         event.seconds for event in predicted.events if event.phase in ("backward", "recompute")

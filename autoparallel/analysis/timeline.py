@@ -1,16 +1,22 @@
 """One step of training as it runs: a stream that computes beside one that communicates.
 
-The planner adds up seconds; here work that does not wait for other work overlaps with it. Each
-stream does one thing after the other, in the order in which they are issued. A redistribution is
-issued when its value is made, and only its readers wait. Parameters that are gathered for use are
-gathered one block ahead, forward and backward. Gradients of parameters are reduced beside the rest
-of the backward pass. A kernel's collectives, inside of an op, count as computing.
+The planner adds up seconds; here work that does not wait for other work overlaps with it, just as
+the emitted module has it. Each stream does one thing after the other, in the order in which they
+are issued. A redistribution is issued before its first reader, and waited for. Two kinds of work go
+on meanwhile, unless the plan's options say `overlap=False`:
+
+- The backward pass computes gradients of weights while gradients of activations are moved, each in
+  the gap that `rewrite.gaps` has for it. A product that is summed over the ranks is summed piece by
+  piece while it is computed.
+- Gradients of parameters are reduced in buckets beside the rest of the backward pass.
+
+A kernel's collectives, inside of an op, count as computing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from autoparallel.analysis.communication import Transfer, moves
@@ -22,15 +28,14 @@ from autoparallel.graph.graph import Sym, numel_hint
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
+from autoparallel.rewrite.gaps import find_gaps
+from autoparallel.runtime.overlap import piece_count
+from autoparallel.runtime.tensor_parts import bucket_nbytes as module_bucket
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 
 __all__ = [
-    "BUCKET_NBYTES",
     "timeline",
 ]
-
-# torch's DistributedDataParallel reduces so many bytes at a time (bucket_cap_mb=25).
-BUCKET_NBYTES = 25 * 2**20
 
 _Key = tuple[str, Layout]
 
@@ -39,13 +44,15 @@ def timeline(
     plan: Plan,
     *,
     hardware: Hardware | str | None = None,
-    bucket_nbytes: int | None = BUCKET_NBYTES,
+    overlap: bool | None = None,
+    bucket_nbytes: int | None = None,
 ) -> Timeline:
     """Return the predicted timeline of one step.
 
-    hardware: to run on, also by name or file; by default that of the plan. bucket_nbytes: gradients
-    that are only to be summed are reduced in calls of at least so many bytes, as they become ready;
-    None reduces them in one call when the backward pass has ended, as the emitted module does.
+    hardware: to run on, also by name or file; by default that of the plan. overlap: whether
+    collectives run while other work is done; by default as the plan's options say. bucket_nbytes:
+    where they do, gradients that are only to be summed are reduced in calls of at least so many
+    bytes, as they become ready; by default as many as the emitted module reduces.
 
     Example: `print(timeline(plan, hardware="dgx-h100"))`
     """
@@ -54,7 +61,12 @@ def timeline(
         # A plan knows its hardware by name, and that of a file by the file.
         is_preset = plan.hardware in presets()
         hardware = plan.hardware if is_preset else plan.options.hardware
-    return _Simulation(plan, find_hardware(hardware), bucket_nbytes).run()
+    if overlap is not None and overlap != plan.options.overlap:
+        plan = replace(plan, options=replace(plan.options, overlap=overlap))
+    if bucket_nbytes is None:
+        bucket_nbytes = module_bucket(sum(parameter.nbytes for parameter in plan.parameters))
+    at_once = bucket_nbytes if plan.options.overlap else None
+    return _Simulation(plan, find_hardware(hardware), at_once).run()
 
 
 @dataclass
@@ -75,15 +87,18 @@ class _Streams:
         self.events.append(Event(name, stream, phase, start, start + seconds))
         return start + seconds
 
+    def wait(self, until: float) -> None:
+        """Compute nothing before a time."""
+        self.free[COMPUTE] = max(self.free[COMPUTE], until)
+
 
 class _Simulation:
     """The state of simulating one step.
 
-    group: per op, the number of its block. moves: of each redistribution, by phase and whether it
-    is repeated. of_value: redistributions by the value, if an op makes it. gathered, remade: those
-    issued ahead of a block, forward and backward. first: by the reader that is first. ready,
-    gradient, arrived: seconds at which values, their gradients where they are made, and where they
-    are read, are there. waiting: bytes that gradient buckets hold, by axis and collective.
+    moves: of each redistribution, by phase and whether it is repeated. first: redistributions by
+    the reader that is first. gaps: see `find_gaps`; late: what is left to each, names and seconds.
+    bucket_nbytes: None for one reduction of gradients at the end. waiting: bytes of gradients that
+    wait to be reduced, by axis and collective.
     """
 
     def __init__(self, plan: Plan, hardware: Hardware, bucket_nbytes: int | None) -> None:
@@ -93,35 +108,26 @@ class _Simulation:
         self.links = hardware.links(self.sizes)
         self.streams = _Streams()
         self.place = {op.name: index for index, op in enumerate(plan.ops)}
-        self.group = _groups(plan.ops)
         self.region = {n: at for at, names in enumerate(plan.recomputed) for n in names}
-        self.parameters = {parameter.name for parameter in plan.parameters}
+        self.gaps = find_gaps(plan)
+        self.late: dict[int, list[tuple[str, float]]] = {}
         self.moves: dict[tuple[_Key, str, bool], list[Transfer]] = {}
         for move in moves(plan):
             key = (move.conversion.value, move.conversion.target)
             self.moves.setdefault((key, move.phase, move.again), []).append(move)
-        self.of_value: dict[str, list[Conversion]] = {}
-        # Values that are moved ahead of the group of ops that reads them first, in either pass.
-        self.gathered: dict[int, list[Conversion]] = {}
-        self.remade: dict[int, list[Conversion]] = {}
-        self.first: dict[str, list[Conversion]] = {}  # by the reader that is first
+        self.first: dict[str, list[Conversion]] = {}
+        self.last: dict[str, list[Conversion]] = {}
         maker = {value: op.name for op in plan.ops for value in op.makes}
         for conversion in plan.conversions:
             readers = [self.place[name] for name in conversion.readers if name in self.place]
             if readers:
                 self.first.setdefault(plan.ops[min(readers)].name, []).append(conversion)
-            if conversion.value in maker:
-                self.of_value.setdefault(conversion.value, []).append(conversion)
-            elif readers:
-                self.gathered.setdefault(self.group[min(readers)], []).append(conversion)
-            # Copies of a region's own values are recomputed with the region; others are fetched
-            # ahead.
-            if readers and maker.get(conversion.value) not in self.region:
-                self.remade.setdefault(self.group[max(readers)], []).append(conversion)
-        self.ready: dict[_Key, float] = {}  # values, as they are read
-        self.gradient: dict[str, float] = {}  # gradients of values, as they are made
-        self.arrived: dict[_Key, float] = {}  # gradients of values, as they are read
-        self.waiting: dict[tuple[int, Movement], float] = {}  # bytes to be summed
+                # Copies of a region's own values are recomputed with the region; others are made
+                # again where the backward pass reads them first.
+                if maker.get(conversion.value) not in self.region:
+                    self.last.setdefault(plan.ops[max(readers)].name, []).append(conversion)
+        self.sums = {op.makes[0] for op in plan.ops if op.name in self.gaps.summed}
+        self.waiting: dict[tuple[int, Movement], float] = {}
 
     def run(self) -> Timeline:
         """Simulate the forward pass, the backward pass and the update."""
@@ -146,29 +152,18 @@ class _Simulation:
     # -- forward
 
     def forward(self) -> None:
-        """Run the ops in their order, each when all that it reads is there."""
-        last = -1
-        self.prefetch(0, "forward", again=False)
-        for index, op in enumerate(self.plan.ops):
-            if self.group[index] != last:
-                last = self.group[index]
-                self.prefetch(last + 1, "forward", again=False)
+        """Run the ops in their order, each after the redistributions that it reads first."""
+        for op in self.plan.ops:
             self.run_op(op, "forward", again=False)
+        for conversion in self.plan.conversions:
+            if all(name not in self.place for name in conversion.readers):
+                self.convert(conversion, "forward", again=False)  # its reader is the caller
 
-    def prefetch(self, group: int, phase: str, again: bool) -> None:
-        """Issue the redistributions that a group of ops reads and that wait for no op: gathered
-        parameters.
-        """
-        for conversion in (self.remade if again else self.gathered).get(group, ()):
-            self.convert(conversion, phase, again, self.streams.free[COMPUTE])
-
-    def convert(self, conversion: Conversion, phase: str, again: bool, ready: float) -> None:
-        """Move a value to the layout that its readers read."""
+    def convert(self, conversion: Conversion, phase: str, again: bool) -> None:
+        """Move a value to the layout that its readers read, and wait for it."""
         key = (conversion.value, conversion.target)
         for move in self.moves.get((key, "backward" if again else "forward", again), ()):
-            ready = self.issue(move, phase, ready)
-        if not again or self.moves.get((key, "backward", True)):
-            self.ready[key] = ready
+            self.streams.wait(self.issue(move, phase, self.streams.free[COMPUTE]))
 
     def issue(self, move: Transfer, phase: str, ready: float) -> float:
         """Issue one move, on the links or in memory, and return its end."""
@@ -186,73 +181,97 @@ class _Simulation:
         return f"{movement.value.replace('_', '-')} of {moved}{where}"
 
     def run_op(self, op: OpChoice, phase: str, again: bool) -> None:
-        """Run an op's forward pass, and the moves that bring its results to their readers."""
-        ready = self.inputs(op)
-        end = self.streams.issue(COMPUTE, op.name, phase, op.forward_seconds, ready)
-        for value, layout in zip(op.makes, op.results, strict=True):
-            self.ready[value, layout] = end
-            for conversion in self.of_value.get(value, ()):
-                self.convert(conversion, phase, again, end)
+        """Run an op's forward pass after the moves of what it reads first."""
+        for conversion in self.first.get(op.name, ()):
+            # A sum that is made piece by piece is made with its product.
+            if again or conversion.value not in self.sums:
+                self.convert(conversion, phase, again)
+        begin = self.streams.free[COMPUTE]
+        end = self.streams.issue(COMPUTE, op.name, phase, op.forward_seconds, begin)
+        if op.name in self.gaps.summed:
+            self.sum_in_pieces(op, phase, begin, end)
 
-    def inputs(self, op: OpChoice) -> float:
-        """Return the time at which all that an op reads is there."""
-        reads = zip(op.reads, op.operands, strict=True)
-        return max((self.ready.get(key, 0.0) for key in reads), default=0.0)
+    def sum_in_pieces(self, op: OpChoice, phase: str, begin: float, end: float) -> None:
+        """Sum a product over the ranks, each piece when it is computed."""
+        summed = self.gaps.summed[op.name]
+        for move in self.moves.get(((op.makes[0], summed.target), "forward", False), ()):
+            count = piece_count(int(move.nbytes))
+            for piece in range(1, count + 1):
+                ready = begin + (end - begin) * piece / count
+                part = replace(move, nbytes=move.nbytes / count)
+                self.streams.wait(self.issue(part, phase, ready))
 
     # -- backward
 
     def backward(self) -> None:
-        """Run the ops in reverse, each when the gradients of all its results are there."""
+        """Run the ops in reverse, with the moves of gradients where the emitted module has them."""
         begun: set[int] = set()
-        last = -1
         for conversion in self.plan.conversions:
             if all(name not in self.place for name in conversion.readers):
-                self.send_back(conversion)  # its reader is the caller
-        for index in reversed(range(len(self.plan.ops))):
-            op = self.plan.ops[index]
-            if self.group[index] != last:
-                if last == -1:
-                    self.prefetch(self.group[index], "backward", again=True)
-                last = self.group[index]
-                self.prefetch(last - 1, "backward", again=True)
+                self.send_back([conversion])  # its reader is the caller
+        for op in reversed(self.plan.ops):
             region = self.region.get(op.name)
             if region is not None and region not in begun:
                 begun.add(region)
                 for name in self.plan.recomputed[region]:
                     self.run_op(self.plan.ops[self.place[name]], "recompute", again=True)
+            for conversion in self.last.get(op.name, ()):
+                self.convert(conversion, "backward", again=True)
             self.run_back(op)
+        for gap in sorted(self.late, reverse=True):
+            self.fill(gap)
         self.reduce_waiting(0)
 
     def run_back(self, op: OpChoice) -> None:
         """Run an op's backward pass, and the moves of its operands' gradients."""
         # The op's seconds hold its recomputation too, which was issued as an event of its own.
         forward = op.forward_seconds * (2 if op.name in self.region else 1)
-        ready = max([self.gradient.get(value, 0.0) for value in op.makes] + [self.inputs(op)])
         seconds = op.seconds - forward
-        end = self.streams.issue(COMPUTE, op.name, "backward", seconds, ready)
-        for key in zip(op.reads, op.operands, strict=True):
-            self.arrived[key] = max(self.arrived.get(key, 0.0), end)
-            self.gradient[key[0]] = max(self.gradient.get(key[0], 0.0), end)
-        for conversion in self.first.get(op.name, ()):
-            self.send_back(conversion)
+        gap = self.gaps.products.get(op.name, 0)
+        if gap:
+            # One product for either factor's gradient.
+            seconds /= 2
+            self.late.setdefault(gap, []).append((f"{op.name} (weight)", seconds))
+        self.streams.issue(COMPUTE, op.name, "backward", seconds, self.streams.free[COMPUTE])
+        self.send_back(self.first.get(op.name, [])[::-1])
 
-    def send_back(self, conversion: Conversion) -> None:
-        """Bring the gradient that all readers of a redistribution sum up to the layout of its
-        value.
+    def send_back(self, conversions: Sequence[Conversion]) -> None:
+        """Bring the gradients that all readers of redistributions sum up to the layouts of their
+        values, and wait for each; what is late runs meanwhile.
+
+        conversions: in the order of the backward pass.
+        """
+        for conversion in conversions:
+            for move, gap in self.steps_back(conversion):
+                end = self.issue(move, "backward", self.streams.free[COMPUTE])
+                self.fill(gap)
+                self.streams.wait(end)
+        if self.bucket_nbytes is not None:
+            self.reduce_waiting(self.bucket_nbytes)
+
+    def steps_back(self, conversion: Conversion) -> Iterator[tuple[Transfer, int]]:
+        """Yield the moves of a redistribution's gradient with their gaps, 0 for none; what is
+        reduced together with others joins the bucket.
         """
         key = (conversion.value, conversion.target)
-        ready = self.arrived.get(key, self.streams.free[COMPUTE])
         for move in self.moves.get((key, "backward", False), ()):
             if move.together:
                 waits = (move.step.axis, move.movement)
                 self.waiting[waits] = self.waiting.get(waits, 0.0) + move.nbytes
-            else:
-                ready = self.issue(move, "backward", ready)
-        if conversion.value not in self.parameters:
-            value = conversion.value
-            self.gradient[value] = max(self.gradient.get(value, 0.0), ready)
-        if self.bucket_nbytes is not None:
-            self.reduce_waiting(self.bucket_nbytes)
+                continue
+            # The move back is one of the steps, turned round.
+            same = [
+                count
+                for count, step in enumerate(conversion.steps, 1)
+                if (step.axis, step.backward) == (move.step.axis, move.movement)
+            ]
+            before = conversion.steps[: same[-1]] if same else ()
+            yield move, self.gaps.conversions.get((conversion.value, before), 0)
+
+    def fill(self, gap: int) -> None:
+        """Compute what was left to a gap."""
+        for name, seconds in self.late.pop(gap, ()):
+            self.streams.issue(COMPUTE, name, "backward", seconds, self.streams.free[COMPUTE])
 
     def reduce_waiting(self, least: float) -> None:
         """Reduce the gradient bucket in one call where at least so many bytes wait."""
@@ -283,25 +302,6 @@ class _Simulation:
         for (_, phase, _), transfers in self.moves.items():
             for move in transfers if phase == "update" else ():
                 self.issue(move, "update", ready)
-
-
-def _groups(ops: Sequence[OpChoice]) -> list[int]:
-    """Return the number of each op's block: neighbours whose modules have the same first index
-    share it.
-
-    >>> from types import SimpleNamespace as Op
-    >>> _groups([Op(where="wte"), Op(where="h.0.mlp"), Op(where="h.0.ln"), Op(where="h.1.mlp")])
-    [0, 1, 1, 2]
-    """
-    groups: list[int] = []
-    last: tuple[str, ...] | None = None
-    for op in ops:
-        parts = op.where.split(".")
-        index = next((at for at, part in enumerate(parts) if part.isdigit()), -1)
-        key = tuple(parts[: index + 1])
-        groups.append(groups[-1] + (key != last) if groups else 0)
-        last = key
-    return groups
 
 
 def _tokens(plan: Plan) -> int:

@@ -74,12 +74,12 @@ class Timeline(TrainingStep):
     >>> layer, inputs = torch.nn.Linear(4096, 4096, bias=False), torch.zeros(512, 4096)
     >>> plan = autoparallel.make_plan(layer, 2, example_inputs=inputs, hardware="dgx-a100")
     >>> print(autoparallel.timeline(plan))
-    step           2.89 ms, predicted, on 2 ranks
-    passes         forward 1.3 ms, backward 1.46 ms, gradients and update after them 132 µs
+    step           3.23 ms, predicted, on 2 ranks
+    passes         forward 1.64 ms, backward 1.46 ms, gradients and update after them 132 µs
     computing      2.89 ms
-    communicating  342 µs; nothing is computed for 0 s
-    tokens         8192 a step, 2.836e+06 a second
-    utilization    91.5% of the peak FLOP/s (MFU)
+    communicating  342 µs; nothing is computed for 342 µs
+    tokens         8192 a step, 2.535e+06 a second
+    utilization    81.8% of the peak FLOP/s (MFU)
     """
 
     forward_seconds: float

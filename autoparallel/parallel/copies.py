@@ -60,7 +60,8 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
         for number, path in paths.items()
         if number in memo
     }
-    whole = WholeParameters(twin, parameters, tree.ranks, originals, gathered)
+    overlap = tree.whole.overlap
+    whole = WholeParameters(twin, parameters, tree.ranks, originals, gathered, overlap)
     other = replace(
         tree,
         root=twin,

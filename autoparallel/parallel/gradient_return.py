@@ -27,7 +27,7 @@ from autoparallel.parallel.split_tensor import GRADIENT, mark
 from autoparallel.placement import Layout, Partial, Placement, Shard
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.runtime.tensor_parts import reduced
+from autoparallel.runtime.tensor_parts import Reduction, reduced
 from autoparallel.support.torch_private import (
     at_end_of_backward,
     backward_pass,
@@ -77,17 +77,40 @@ class _Waiting:
     def __init__(self) -> None:
         self.items: list[tuple[GradientReturn, Any, torch.Tensor]] = []
         self.parameters: set[int] = set()
+        # Bytes of the items, as whole tensors; parameters whose gradients' reduction has begun.
+        self.nbytes = 0
+        self.begun: list[tuple[list[Any], Reduction]] = []
+
+    def begin(self, ranks: Ranks) -> None:
+        """Begin the reduction of the items.
+
+        Autograd finishes gradients of one op in any order; all ranks reduce them in the order in
+        which their programs read the parameters.
+        """
+        items = sorted(self.items, key=lambda item: item[0].number)
+        self.items, self.nbytes = [], 0
+        reduction = Reduction(
+            [grad for _, _, grad in items],
+            [way.first for way, _, _ in items],
+            [way.state for way, _, _ in items],
+            [way.shape for way, _, _ in items],
+            ranks,
+        )
+        self.begun.append(([parameter for _, parameter, _ in items], reduction))
 
 
 class GradientBucket:
-    """Gradients that are reduced together, when the backward pass ends.
+    """Gradients that are reduced together, while the backward pass goes on.
 
-    ranks: the mesh over whose axes they are reduced. One collective for many gradients costs the
-    latency once. All programs of a model share one bucket, because they may share parameters.
+    ranks: the mesh over whose axes they are reduced. nbytes: a reduction begins when gradients of
+    so many bytes wait; None for one reduction when the backward pass ends. One collective for many
+    gradients costs the latency once. All programs of a model share one bucket, because they may
+    share parameters. Gradients become ready in the same order on all ranks, because their programs
+    are the same.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, nbytes: int | None = None) -> None:
+        self.ranks, self.nbytes = ranks, nbytes
         # By the number of the backward pass: one may run inside of another.
         self.passes: weakref.WeakValueDictionary[int, _Waiting] = weakref.WeakValueDictionary()
         self.ways = 0
@@ -109,6 +132,10 @@ class GradientBucket:
             at_end_of_backward(partial(self.finish, waiting))
         waiting.items.append((way, parameter, grad))
         waiting.parameters.add(id(parameter))
+        # Whole tensors are counted: the number is the same on all ranks, also where parts differ.
+        waiting.nbytes += prod(way.shape) * grad.element_size()
+        if self.nbytes is not None and waiting.nbytes >= self.nbytes:
+            waiting.begin(self.ranks)
 
     def has(self, parameter: Any) -> bool:
         """Return whether a gradient of the parameter waits in the backward pass that runs now."""
@@ -116,29 +143,20 @@ class GradientBucket:
         return waiting is not None and id(parameter) in waiting.parameters
 
     def finish(self, waiting: _Waiting) -> None:
-        """Reduce all gradients that wait, and hand each to its parameter.
-
-        Autograd finishes gradients in an order that may differ from rank to rank; all ranks reduce
-        them in the order in which their programs read the parameters.
-        """
+        """Reduce all gradients that wait, and hand each to its parameter."""
         with without_function_overrides():
             self._finish(waiting)
 
     def _finish(self, waiting: _Waiting) -> None:
-        items = sorted(waiting.items, key=lambda item: item[0].number)
-        waiting.items = []
-        finished = reduced(
-            [grad for _, _, grad in items],
-            [way.first for way, _, _ in items],
-            [way.state for way, _, _ in items],
-            [way.shape for way, _, _ in items],
-            self.ranks,
-        )
+        if waiting.items:
+            waiting.begin(self.ranks)
+        begun, waiting.begun = waiting.begun, []
         totals: dict[int, tuple[Any, torch.Tensor]] = {}
-        for (_, parameter, _), grad in zip(items, finished, strict=True):
-            if id(parameter) in totals:
-                grad = totals[id(parameter)][1] + grad
-            totals[id(parameter)] = (parameter, grad)
+        for parameters, reduction in begun:
+            for parameter, grad in zip(parameters, reduction.finish(), strict=True):
+                if id(parameter) in totals:
+                    grad = totals[id(parameter)][1] + grad
+                totals[id(parameter)] = (parameter, grad)
         hooked = []
         for parameter, grad in totals.values():
             if any(gradient_hooks_of(parameter)):

@@ -197,7 +197,8 @@ def parallel_module(
         parameters[path] = ParameterLayouts.of(choice, tuple(parameter.shape), ranks.sizes)
     fill_tree(model, module, {path: each.state for path, each in parameters.items()}, ranks, mesh)
     copies = gathered_copies(module, parameters)
-    whole = WholeParameters(module, parameters, ranks, first, copies)
+    overlap = plan.options.overlap
+    whole = WholeParameters(module, parameters, ranks, first, copies, overlap)
     give_generator(module, plan.options.rng, ranks, mesh)
     strict = plan.options.strict_capture
     held = dict(module.named_parameters(remove_duplicate=False))

@@ -60,7 +60,9 @@ def restructure(tree: Tree) -> None:
     state.parameters = parameters
     tree.copies = gathered_copies(root, parameters)
     originals = {number: path for number, path in tree.whole.originals.items() if path in now}
-    tree.whole = WholeParameters(root, parameters, tree.ranks, originals, tree.copies)
+    tree.whole = WholeParameters(
+        root, parameters, tree.ranks, originals, tree.copies, tree.whole.overlap
+    )
     tree.parameters = now
     state.entries.clear()
     state.python.clear()

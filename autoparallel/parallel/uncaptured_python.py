@@ -40,7 +40,7 @@ from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import Generator
-from autoparallel.runtime.tensor_parts import gathered, take_layout_part
+from autoparallel.runtime.tensor_parts import bucket_nbytes, gathered, take_layout_part
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.module_copy import referring
 from autoparallel.support.module_paths import join_path
@@ -157,14 +157,17 @@ class WholeParameters(Watch):
         ranks: Ranks,
         originals: Mapping[int, str],
         copies: Mapping[int, GatheredCopy],
+        overlap: bool,
     ) -> None:
         """Note every parameter of the tree, and every attribute that refers to one.
 
         parameters: the parameters' layouts, by path. originals: paths of the user's parameters by
         id, to which attributes may refer still. copies: the gathered copies that compute in place
-        of parameters, by the parameters' ids.
+        of parameters, by the parameters' ids. overlap: gradients are reduced while the backward
+        pass goes on, not when it ends.
         """
         self.module, self.ranks, self.originals = module, ranks, originals
+        self.overlap = overlap
         # What attributes refer to in truth, while they refer to whole values.
         self.hidden: list[tuple[nn.Module, str, Any, Any]] = []
         self.readers: dict[tuple[int, str], LocalParameter] = {}
@@ -173,7 +176,9 @@ class WholeParameters(Watch):
         # Whole gradients that Python was shown, with their versions.
         self.gradients: list[tuple[LocalParameter, torch.Tensor, int]] = []
         self.keeping = False
-        self.bucket = bucket = GradientBucket(ranks)
+        sizes = {id(p): p.numel() * p.element_size() for p in module.parameters()}
+        at_once = bucket_nbytes(sum(sizes.values())) if overlap else None
+        self.bucket = bucket = GradientBucket(ranks, at_once)
         self.references: list[tuple[nn.Module, str, Any, dict[int, str]]] = []
         leaves: dict[int, LocalParameter] = {}
         for path, inner in module.named_modules():

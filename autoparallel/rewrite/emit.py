@@ -25,10 +25,12 @@ from autoparallel.placement import (
 from autoparallel.plan import OpChoice, Plan
 from autoparallel.rewrite.conversions import Conversions, find_deferred, layouts_made
 from autoparallel.rewrite.expressions import ExpressionWriter, own_reduction, spelled
+from autoparallel.rewrite.gaps import Summed, find_gaps
 from autoparallel.rewrite.local_calls import LocalCalls
 from autoparallel.rewrite.names import Names, layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of, names_of
 from autoparallel.rules.lookup import known_rule
+from autoparallel.rules.ops.contraction import LATE_PRODUCTS
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime.ranks import Ranks
 
@@ -75,7 +77,7 @@ class _Emitter:
     open: the op that is being written. blocks: number and members of the recomputed block of each
     op. converted: the names of conversions that are in the text already, by value, steps and scope.
     cuts: every sharded size, where dropped copies must be redistributed alike on all ranks
-    (`drops`). fused: see `find_fused`.
+    (`drops`). fused: see `find_fused`. gaps: see `find_gaps`.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class _Emitter:
         self.drops = False
         self.cuts: dict[str, None] = {}
         self.inside: set[str] = set()
+        self.gaps = find_gaps(plan)
         self.blocks = {
             op: (index, group) for index, group in enumerate(plan.recomputed) for op in group
         }
@@ -256,9 +259,11 @@ class _Emitter:
             ]
             reads = [*operands, reads[1]]
             target, text = producer.target, ", ".join(reads)
+            late = self.late(producer)
         else:
             args = self.local.args(node, choice)
             text = self.speller.arguments(args, {**kwargs, **own_reduction(node)}, reads)
+            late = self.late(node)
         results = [self.names.values[value.name] for value in node.results]
         kernels = self.local.kernels(node, choice)
         if kernels:
@@ -267,6 +272,8 @@ class _Emitter:
             expression = f"rng.{rule.random}({text}, {self.local.random(node, choice)})"
         elif rule is not None and rule.function:
             expression = f"kernels.{rule.function}({text})"
+        elif late:
+            expression = late.format(text)
         else:
             # torch's Python functions take no lists with None, as for x[:, index], and a memory
             # format by its name alone.
@@ -286,10 +293,32 @@ class _Emitter:
                 expression = (
                     expression if axis in kernels else f"pending_sum({expression}, {group})"
                 )
+        if late and kernels == {}:
+            summed = self.summed(node)
+            if summed is not None:
+                expression = late.format(text)[:-1] + f", group={self.names.axes[summed.axis]})"
+                results = [self.names.fresh(f"{results[0]}_{layout_name(summed.target)}")]
+                self.converted[node.result.name, summed.steps, ""] = results[0]
         left_side = ", ".join(results)
         if len(results) == 1 and not kernels and makes_list(target):
             left_side = f"[{left_side}]"
         self.add(f"{left_side} = {expression}", tuple(reads), tuple(results))
+
+    def late(self, node: Node) -> str:
+        """Return the call of a product that leaves the gradient of its weight to a gap, "{}"
+        standing for its arguments; "" where it leaves none.
+        """
+        gap = self.gaps.products.get(node.name, 0)
+        factors = [self.graph.values[name] for name in node.operands()[:2]]
+        if not gap or not all(factor.requires_grad for factor in factors):
+            return ""
+        return f"overlap.{LATE_PRODUCTS[node.target]}({{}}, gap={gap})"
+
+    def summed(self, node: Node) -> Summed | None:
+        """Return how a product is summed while it is computed; None where it is not."""
+        name = node.result.name
+        kept = name in self.graph.outputs or name in dict(self.graph.mutations).values()
+        return None if kept else self.gaps.summed.get(node.name)
 
     def stand_ins_for(
         self, node: Node, choice: OpChoice, reads: list[str], rule: ShardingRule
@@ -323,8 +352,9 @@ class _Emitter:
             target = step.applied(current)
             if key not in self.converted:
                 target_name = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
+                gap = self.gaps.conversions.get((name, steps[: count + 1]), 0)
                 line = Line(
-                    self.step(value, read, target_name, current, step, again),
+                    self.step(value, read, target_name, current, step, again, gap),
                     (read,),
                     (target_name,),
                 )
@@ -368,17 +398,26 @@ class _Emitter:
         return "", True
 
     def step(
-        self, value: Value, read: str, target_name: str, current: Layout, step: Step, again: bool
+        self,
+        value: Value,
+        read: str,
+        target_name: str,
+        current: Layout,
+        step: Step,
+        again: bool,
+        gap: int,
     ) -> str:
         """Return the line of one step on one axis.
 
         value: the whole tensor. read, made: names before and after. current: the layout before the
-        step. again: the copy is dropped after the forward pass.
+        step. again: the copy is dropped after the forward pass. gap: of the step; 0 for none.
         """
         function = "convert" if value.requires_grad else "move"
         function = "convert_again" if again else function
+        if gap and not again:
+            function = "overlap.convert"
         source, target = self.speller.placement(step.source), self.speller.placement(step.target)
-        size = ", 0" if again else ""
+        size = ", 0" if again or gap else ""
         if isinstance(step.source, Shard):
             local = self.local.dim(value, step.source.dim, current, without=step.axis)
             # A gather must know the whole size, because uneven parts do not tell it.
@@ -386,6 +425,8 @@ class _Emitter:
         if again:
             self.drops = True
             size += ", alike"
+        if gap:
+            size += f", {gap}"
         axis = self.names.axes[step.axis]
         return f"{target_name} = {function}({read}, {axis}, {source}, {target}{size})"
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from autoparallel.graph.graph import Dim
 from autoparallel.placement import Layout, part_bounds
-from autoparallel.runtime import collectives, kernels
+from autoparallel.runtime import collectives, kernels, overlap
 from autoparallel.runtime import random_ops as draws
 from autoparallel.runtime import recompute as again
 from autoparallel.runtime.groups import Group
@@ -149,6 +149,7 @@ def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) 
         "F": functional,
         "functools": functools,
         "kernels": kernels,
+        "overlap": overlap,
         "rng": draws,
         "math": math,
         "convert": collectives.convert,

@@ -7,6 +7,7 @@ cuts every block by itself, and padding is added to each block's run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,10 @@ from autoparallel.runtime.groups import Group
 
 __all__ = [
     "cut_and_pad",
+    "cut_rows",
     "join_padded",
     "join_parts",
+    "join_rows",
     "pad_part",
     "places_of_rank",
     "run_lengths",
@@ -150,3 +153,43 @@ def join_padded(rows: Sequence[torch.Tensor], shard: Shard, lengths: list[int]) 
         for row, length in zip(rows, lengths, strict=True)
     ]
     return join_parts(parts, shard)
+
+
+def _lies_first(shape: Sequence[int], dim: int) -> bool:
+    """Say whether nothing lies before a dim, so that parts of it lie end to end in memory."""
+    return math.prod(shape[:dim]) == 1
+
+
+def join_rows(rows: torch.Tensor, shard: Shard, lengths: list[int]) -> torch.Tensor:
+    """Return the whole tensor of all ranks' padded parts, as an all-gather brings them.
+
+    rows: (ranks, *part), in memory of its own. lengths: from `run_lengths`. Where the split dim
+    lies first, the parts are the whole already, and nothing is copied. The result is no view for
+    autograd, so that it may be written to.
+
+    >>> join_rows(torch.tensor([[[1, 2]], [[3, 4]]]), Shard(1), [2, 2])
+    tensor([[1, 2, 3, 4]])
+    """
+    part = rows.shape[1:]
+    if shard.blocks == 1 and lengths[0] == lengths[-1] and _lies_first(part, shard.dim):
+        whole = (*part[: shard.dim], len(rows) * part[shard.dim], *part[shard.dim + 1 :])
+        return rows.view(whole).detach()
+    return join_padded(rows.unbind(0), shard, lengths)
+
+
+def cut_rows(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
+    """Return every rank's part of a whole tensor, padded to the longest: (ranks, *part).
+
+    Where the split dim lies first and divides by the ranks, this is a view. Inverse of `join_rows`.
+
+    >>> from autoparallel.runtime.groups import thread_groups
+    >>> cut_rows(torch.tensor([1, 2, 3]), Shard(0), thread_groups(2)[0])
+    tensor([[1, 2],
+            [3, 0]])
+    """
+    lengths = run_lengths(tensor.size(shard.dim), shard, group)
+    alike = shard.blocks == 1 and lengths[0] == lengths[-1]
+    if alike and tensor.is_contiguous() and _lies_first(tensor.shape, shard.dim):
+        part = (*tensor.shape[: shard.dim], lengths[0], *tensor.shape[shard.dim + 1 :])
+        return tensor.view(group.world_size, *part)
+    return torch.stack(cut_and_pad(tensor, shard, group))

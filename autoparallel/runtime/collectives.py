@@ -10,7 +10,7 @@ and derivatives of any order follow.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from autoparallel.placement import (
     movement,
 )
 from autoparallel.runtime.axis_parts import (
-    cut_and_pad,
+    cut_rows,
     join_padded,
     join_parts,
+    join_rows,
     pad_part,
     places_of_rank,
     run_lengths,
@@ -37,7 +38,7 @@ from autoparallel.runtime.axis_parts import (
     unpad_part,
 )
 from autoparallel.runtime.faults import place_of_caller
-from autoparallel.runtime.groups import Group
+from autoparallel.runtime.groups import Group, Result
 
 __all__ = [
     "common_sum",
@@ -45,29 +46,32 @@ __all__ = [
     "convert_fixed",
     "for_parts",
     "gather_together",
+    "is_type_checked",
     "move",
     "pending_sum",
-    "reduce_scatter_together",
     "same_sum",
     "spmd_type",
-    "sum_together",
+    "start_move",
+    "start_reduce_scatter_together",
+    "start_sum_together",
 ]
 
 
-def _all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.Tensor:
-    """Return the whole tensor of which this rank holds a part. size: of the whole along the split
-    dim.
+def _start_all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> Result:
+    """Start gathering the whole tensor of which this rank holds a part. size: of the whole along
+    the split dim.
     """
     lengths = run_lengths(size, shard, group)
-    rows = group.all_gather(pad_part(tensor, shard, lengths[0], lengths[group.rank])).unbind(0)
-    return join_padded(rows, shard, lengths)
+    wait = group.start_all_gather(pad_part(tensor, shard, lengths[0], lengths[group.rank]))
+    return lambda: join_rows(wait(), shard, lengths)
 
 
-def _reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
-    """Return this rank's part of the sum over ranks of whole tensors."""
+def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> Result:
+    """Start adding up the ranks' whole tensors, of which this rank gets its part."""
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
-    rows = torch.stack(cut_and_pad(tensor, shard, group))
-    return unpad_part(group.reduce_scatter(rows), shard, lengths[0], lengths[group.rank])
+    wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
+    # No view for autograd, so that the part may be written to.
+    return lambda: unpad_part(wait(), shard, lengths[0], lengths[group.rank]).detach()
 
 
 def _all_to_all(
@@ -113,6 +117,10 @@ def _all_to_all(
     return result
 
 
+# The moves that `start_move` makes in two halves.
+_STARTED = (Movement.ALL_REDUCE, Movement.ALL_GATHER, Movement.REDUCE_SCATTER)
+
+
 def move(
     tensor: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
 ) -> torch.Tensor:
@@ -126,10 +134,10 @@ def move(
     tensor([1., 1.])
     """
     step = movement(source, target)
-    if step is Movement.NONE:
+    if step is Movement.NONE or (step.collective is not None and group.world_size == 1):
         return tensor
-    if step is Movement.ALL_REDUCE:
-        return group.all_reduce(tensor)
+    if step in _STARTED:
+        return start_move(tensor, group, source, target, size)()
     if step is Movement.KEEP_ON_FIRST:
         return tensor if group.rank == 0 else torch.zeros_like(tensor)
     if step is Movement.SLICE:
@@ -137,16 +145,37 @@ def move(
         # The part is copied, because a view would keep the whole in memory.
         part = take_part(tensor, target, group.world_size, group.rank)
         return part.clone(memory_format=torch.contiguous_format)
-    if step is Movement.REDUCE_SCATTER:
-        assert isinstance(target, Shard)
-        return _reduce_scatter(tensor, target, group)
     assert isinstance(source, Shard)
-    if step is Movement.ALL_GATHER:
-        return _all_gather(tensor, source, size, group)
     if step is Movement.ALL_TO_ALL:
         assert isinstance(target, Shard)
         return _all_to_all(tensor, source, target, size, group)
     return _pad(tensor, source, size, group)
+
+
+def start_move(
+    tensor: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0
+) -> Result:
+    """Start `move`, and return a function that waits for its result. Collective.
+
+    The arguments are those of `move`. The tensor must not be written to until the result came. What
+    is no sum and no gather is done at once.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> start_move(torch.ones(2), SingleGroup(), Partial(), Invariant())()
+    tensor([1., 1.])
+    """
+    step = movement(source, target)
+    if group.world_size > 1:
+        if step is Movement.ALL_REDUCE:
+            return group.start_all_reduce(tensor)
+        if step is Movement.REDUCE_SCATTER:
+            assert isinstance(target, Shard)
+            return _start_reduce_scatter(tensor, target, group)
+        if step is Movement.ALL_GATHER:
+            assert isinstance(source, Shard)
+            return _start_all_gather(tensor, source, size, group)
+    moved = move(tensor, group, source, target, size)
+    return lambda: moved
 
 
 def _pad(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.Tensor:
@@ -267,6 +296,10 @@ def convert_fixed(
     return moved
 
 
+# A function that waits for several tensors that one collective brings, to be called once.
+Results = Callable[[], list[torch.Tensor]]
+
+
 def _by_type(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     """Return the places of tensors of one element type, for every type in order of first
     appearance.
@@ -277,56 +310,70 @@ def _by_type(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     return list(places.values())
 
 
-def sum_together(tensors: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
-    """Return the sums over ranks of several tensors, in one all-reduce per element type.
+def start_sum_together(tensors: Sequence[torch.Tensor], group: Group) -> Results:
+    """Start adding up several tensors over the ranks, in one all-reduce per element type.
 
-    tensors: the same shapes on every rank. This is how a gradient bucket is reduced.
+    tensors: the same shapes on every rank. Returns a function that waits for the sums. This is how
+    a gradient bucket is reduced.
 
     >>> from autoparallel.runtime.groups import SingleGroup
-    >>> sum_together([torch.ones(2), torch.zeros(1, 1)], SingleGroup())
+    >>> start_sum_together([torch.ones(2), torch.zeros(1, 1)], SingleGroup())()
     [tensor([1., 1.]), tensor([[0.]])]
     """
-    sums: list[torch.Tensor] = list(tensors)
+    started = []
     for places in _by_type(tensors):
         flat = torch.cat([tensors[index].reshape(-1) for index in places])
-        parts = group.all_reduce(flat).split([tensors[index].numel() for index in places])
-        for index, part in zip(places, parts, strict=True):
-            sums[index] = part.view(tensors[index].shape)
-    return sums
+        started.append((places, group.start_all_reduce(flat)))
+    shapes = [tensor.shape for tensor in tensors]
+
+    def finish() -> list[torch.Tensor]:
+        sums: dict[int, torch.Tensor] = {}
+        for places, wait in started:
+            parts = wait().split([shapes[index].numel() for index in places])
+            for index, part in zip(places, parts, strict=True):
+                sums[index] = part.view(shapes[index])
+        return [sums[index] for index in range(len(shapes))]
+
+    return finish
 
 
-def reduce_scatter_together(
+def start_reduce_scatter_together(
     tensors: Sequence[torch.Tensor], shards: Sequence[Shard], group: Group
-) -> list[torch.Tensor]:
-    """Return this rank's parts of the sums over ranks of several tensors, in one reduce-scatter per
-    element type.
+) -> Results:
+    """Start adding up several tensors over the ranks, of which this rank gets its parts, in one
+    reduce-scatter per element type.
 
-    tensors: whole, the same shapes on every rank. shards: how each is split. Parts are contiguous.
+    tensors: whole, the same shapes on every rank. shards: how each is split. Returns a function
+    that waits for the parts, which are contiguous.
 
     >>> from autoparallel.runtime.groups import SingleGroup
-    >>> reduce_scatter_together([torch.ones(2)], [Shard(0)], SingleGroup())
+    >>> start_reduce_scatter_together([torch.ones(2)], [Shard(0)], SingleGroup())()
     [tensor([1., 1.])]
     """
-    results: list[torch.Tensor] = list(tensors)
+    started = []
+    lengths = [
+        run_lengths(tensor.size(shard.dim), shard, group)
+        for tensor, shard in zip(tensors, shards, strict=True)
+    ]
     for places in _by_type(tensors):
-        parts_of_ranks = [cut_and_pad(tensors[index], shards[index], group) for index in places]
         # Row r holds rank r's padded part of every tensor, so that one collective gives each rank
         # all of its parts.
-        flat = torch.stack(
-            [
-                torch.cat([padded_parts[r].reshape(-1) for padded_parts in parts_of_ranks])
-                for r in range(group.world_size)
-            ]
-        )
-        parts = group.reduce_scatter(flat).split(
-            [padded_parts[0].numel() for padded_parts in parts_of_ranks]
-        )
-        for index, padded_parts, part in zip(places, parts_of_ranks, parts, strict=True):
-            shard = shards[index]
-            lengths = run_lengths(tensors[index].size(shard.dim), shard, group)
-            padded = part.view(padded_parts[0].shape)
-            results[index] = unpad_part(padded, shard, lengths[0], lengths[group.rank]).contiguous()
-    return results
+        rows = [cut_rows(tensors[index], shards[index], group) for index in places]
+        flat = torch.cat([parts.flatten(1) for parts in rows], 1)
+        shapes = [parts.shape[1:] for parts in rows]
+        started.append((places, shapes, group.start_reduce_scatter(flat)))
+
+    def finish() -> list[torch.Tensor]:
+        results: dict[int, torch.Tensor] = {}
+        for places, shapes, wait in started:
+            parts = wait().split([shape.numel() for shape in shapes])
+            for index, shape, part in zip(places, shapes, parts, strict=True):
+                longest, length = lengths[index][0], lengths[index][group.rank]
+                unpadded = unpad_part(part.view(shape), shards[index], longest, length)
+                results[index] = unpadded.contiguous()
+        return [results[index] for index in range(len(lengths))]
+
+    return finish
 
 
 def gather_together(
@@ -363,6 +410,11 @@ def _type_checker() -> Any:
     """
     checker = sys.modules.get("spmd_types")
     return checker if checker is not None and checker.is_type_checking() else None
+
+
+def is_type_checked() -> bool:
+    """Say whether `spmd_types` checks what runs now."""
+    return _type_checker() is not None
 
 
 def common_sum(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -15,7 +16,25 @@ from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import functional_collectives
 
-__all__ = ["AbsentGroup", "Group", "LocalGroup", "ProcessGroup", "SingleGroup", "thread_groups"]
+__all__ = [
+    "AbsentGroup",
+    "Group",
+    "LocalGroup",
+    "ProcessGroup",
+    "Result",
+    "SingleGroup",
+    "thread_groups",
+]
+
+# A function that waits for the result of a collective that was started, to be called once.
+Result = Callable[[], torch.Tensor]
+
+# What torch calls the collectives of one tensor in, one tensor out.
+_TENSOR_OPS = {
+    "all_gather": "all_gather_into_tensor",
+    "reduce_scatter": "reduce_scatter_tensor",
+    "all_to_all": "all_to_all_single",
+}
 
 
 class Group(ABC):
@@ -24,6 +43,10 @@ class Group(ABC):
     None of them is differentiable: `collectives.convert` makes the backward of each from another.
     All ranks of a group must call the same collectives in the same order. Tensors are returned new,
     or as they came where there is one rank.
+
+    Those that begin with "start" return at once, with a function that waits for the result: what is
+    computed before it is called hides the collective. Here they do all at once, as ranks that are
+    threads of one process do.
     """
 
     rank: int
@@ -49,6 +72,27 @@ class Group(ABC):
 
         shapes: of those that come, by the rank that sends them; the sender's are not asked for.
         """
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Result:
+        """Start `all_reduce` of a sum. The tensor must not be written to until the result came."""
+        return partial(_given, self.all_reduce(tensor))
+
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Result:
+        """Start adding up contiguous tensors, in place of each rank's."""
+        return partial(_given, tensor.copy_(self.all_reduce(tensor)))
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Result:
+        """Start `all_gather`. The tensor must not be written to until the result came."""
+        return partial(_given, self.all_gather(tensor))
+
+    def start_reduce_scatter(self, tensor: torch.Tensor) -> Result:
+        """Start `reduce_scatter`. The tensor must not be written to until the result came."""
+        return partial(_given, self.reduce_scatter(tensor))
+
+
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor."""
+    return tensor
 
 
 class SingleGroup(Group):
@@ -122,33 +166,50 @@ class ProcessGroup(Group):
         self.name = group.group_name
         self.ops = functional_collectives()
 
-    def wait(self, collective: str, start: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Start a collective and return its result. Raises AutoParallelError if a rank is gone."""
+    def wait(self, collective: str, started: torch.Tensor) -> torch.Tensor:
+        """Wait for the result of a collective. Raises AutoParallelError if a rank is gone."""
         try:
-            return self.ops.wait_tensor(start())
+            return self.ops.wait_tensor(started)
         except RuntimeError as error:
             if not is_lost(error):
                 raise
             raise explained(error, collective, self.process_group) from error
 
+    def start(self, collective: str, *arguments: Any) -> torch.Tensor:
+        """Start a collective. Raises AutoParallelError if a rank is gone."""
+        try:
+            op = getattr(self.ops, _TENSOR_OPS.get(collective, collective))
+            return op(*arguments, self.name)
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise explained(error, collective.rstrip("_"), self.process_group) from error
+
     def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
-        return self.wait(
-            "all_reduce", lambda: self.ops.all_reduce(tensor.contiguous(), operation, self.name)
-        )
+        return self.wait("all_reduce", self.start("all_reduce", tensor.contiguous(), operation))
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        flat = tensor.contiguous().unsqueeze(0)
-        return self.wait(
-            "all_gather", lambda: self.ops.all_gather_into_tensor(flat, self.world_size, self.name)
-        )
+        return self.start_all_gather(tensor)()
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.start_reduce_scatter(tensor)()
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Result:
+        started = self.start("all_reduce", tensor.contiguous(), "sum")
+        return partial(self.wait, "all_reduce", started)
+
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Result:
+        return partial(self.wait, "all_reduce", self.start("all_reduce_", tensor, "sum"))
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Result:
+        flat = tensor.contiguous().unsqueeze(0)
+        started = self.start("all_gather", flat, self.world_size)
+        return partial(self.wait, "all_gather", started)
+
+    def start_reduce_scatter(self, tensor: torch.Tensor) -> Result:
         flat = tensor.contiguous()
-        scattered = self.wait(
-            "reduce_scatter",
-            lambda: self.ops.reduce_scatter_tensor(flat, "sum", self.world_size, self.name),
-        )
-        return scattered.squeeze(0)
+        started = self.start("reduce_scatter", flat, "sum", self.world_size)
+        return lambda: self.wait("reduce_scatter", started).squeeze(0)
 
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
@@ -158,9 +219,8 @@ class ProcessGroup(Group):
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         sent = [tensor.numel() for tensor in tensors]
         received = [torch.Size(shape).numel() for shape in shapes]
-        exchanged = self.wait(
-            "all_to_all", lambda: self.ops.all_to_all_single(flat, received, sent, self.name)
-        )
+        started = self.start("all_to_all", flat, received, sent)
+        exchanged = self.wait("all_to_all", started)
         parts = exchanged.split(received)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from autoparallel.placement import Movement, Placement, local_size, movement
+from autoparallel.runtime import overlap
 from autoparallel.runtime.collectives import convert, convert_fixed, move
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
@@ -220,18 +221,23 @@ def convert_again(
     target: Placement,
     size: int = 0,
     drop: bool = True,
+    gap: int = 0,
 ) -> torch.Tensor:
     """Redistribute as `convert` does, and save `x` for the backward pass, not the result, where
     `drop` says so.
 
     x, group, source, target, size: as in `convert`. drop: false where ranks would recompute
-    different copies (`parts_are_alike`). Takes effect inside of a program that `dropping` has
-    wrapped; elsewhere it is `convert`.
+    different copies (`parts_are_alike`). gap: as of `overlap.convert`; 0 where the gradient is
+    waited for at once. Takes effect inside of a program that `dropping` has wrapped; elsewhere it
+    is `convert`.
 
     Example: a parameter that ZeRO-3 shards is gathered in the forward pass, dropped, and gathered
     again (arXiv:1910.02054).
     """
-    copy = convert_beside(x, group, source, target, size)
+    if gap:
+        copy = overlap.convert(x, group, source, target, size, gap)
+    else:
+        copy = convert_beside(x, group, source, target, size)
     copies: _Copies | None = getattr(_current, "copies", None)
     if copies is not None and drop:
         copies.add(copy, x, group, (source, target), size)

@@ -7,7 +7,7 @@ inwards, and put together from the innermost outwards.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,12 +24,14 @@ from autoparallel.placement import (
 from autoparallel.runtime.axis_parts import join_parts, take_part
 from autoparallel.runtime.collectives import (
     gather_together,
-    reduce_scatter_together,
-    sum_together,
+    start_reduce_scatter_together,
+    start_sum_together,
 )
 from autoparallel.runtime.ranks import Ranks
 
 __all__ = [
+    "Reduction",
+    "bucket_nbytes",
     "gathered",
     "join_layout",
     "layout_pieces",
@@ -269,10 +271,53 @@ def reduced(
     Example: gradients of a ZeRO-2 parameter go from (Partial(),) to (Shard(0),) in one
     reduce-scatter.
     """
-    results = list(tensors)
+    return Reduction(tensors, layouts, wanted, shapes, ranks).finish()
+
+
+class Reduction:
+    """What `reduced` does, in two halves: it begins when it is made, and `finish` waits for it.
+
+    The first collective runs until then. Further ones, on other mesh axes, need what it brings, and
+    are done by `finish`. The arguments are those of `reduced`.
+
+    >>> from autoparallel.placement import Partial
+    >>> from autoparallel.runtime.ranks import one_axis
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> ends = [(Partial(),)], [(Invariant(),)]
+    >>> Reduction([torch.ones(2)], *ends, [(2,)], one_axis(SingleGroup())).finish()
+    [tensor([1., 1.])]
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        layouts: Sequence[Layout],
+        wanted: Sequence[Layout],
+        shapes: Sequence[tuple[int, ...]],
+        ranks: Ranks,
+    ) -> None:
+        self.results = list(tensors)
+        self.rest = _reducing(self.results, layouts, wanted, shapes, ranks)
+        next(self.rest, None)
+
+    def finish(self) -> list[torch.Tensor]:
+        """Return the redistributed gradients."""
+        for _ in self.rest:
+            pass
+        return self.results
+
+
+def _reducing(
+    results: list[torch.Tensor],
+    layouts: Sequence[Layout],
+    wanted: Sequence[Layout],
+    shapes: Sequence[tuple[int, ...]],
+    ranks: Ranks,
+) -> Iterator[None]:
+    """Redistribute gradients in place in the list `results`; yield while a collective runs."""
     anew = [_cut_anew(have, want) for have, want in zip(layouts, wanted, strict=True)]
     if any(have != joined for have, joined in zip(layouts, anew, strict=True)):
-        results = gathered(results, layouts, anew, shapes, ranks)
+        results[:] = gathered(results, layouts, anew, shapes, ranks)
         layouts = anew
     for axis, group in enumerate(ranks.groups):
         indices, shards = [], []
@@ -286,17 +331,38 @@ def reduced(
             else:
                 part = take_part(results[index], cut, group.world_size, group.rank)
                 results[index] = part.clone(memory_format=torch.contiguous_format)
-        pending = [results[index] for index in indices]
-        parts = reduce_scatter_together(pending, shards, group) if indices else []
-        for index, part in zip(indices, parts, strict=True):
-            results[index] = part
+        if indices:
+            pending = [results[index] for index in indices]
+            wait = start_reduce_scatter_together(pending, shards, group)
+            del pending
+            yield
+            for index, part in zip(indices, wait(), strict=True):
+                results[index] = part
     for axis, group in enumerate(ranks.groups):
         indices = [
             index
             for index, (have, want) in enumerate(zip(layouts, wanted, strict=True))
             if isinstance(have[axis], Partial) and not isinstance(want[axis], (Partial, Shard))
         ]
-        sums = sum_together([results[index] for index in indices], group) if indices else []
-        for index, total in zip(indices, sums, strict=True):
-            results[index] = total
-    return results
+        if indices:
+            wait = start_sum_together([results[index] for index in indices], group)
+            yield
+            for index, total in zip(indices, wait(), strict=True):
+                results[index] = total
+
+
+# torch's DistributedDataParallel reduces so many bytes at a time (bucket_cap_mb=25), and at first
+# fewer, so that the reduction begins early.
+_MOST_IN_BUCKET, _LEAST_IN_BUCKET, _BUCKETS = 25 * 2**20, 2**20, 4
+
+
+def bucket_nbytes(nbytes: int) -> int:
+    """Return how many bytes of gradients are reduced in one call during the backward pass.
+
+    nbytes: of all parameters. What is left at the end of the pass is reduced when nothing is
+    computed any more: small models have several buckets, too.
+
+    >>> bucket_nbytes(16 * 2**20) / 2**20, bucket_nbytes(2**40) / 2**20
+    (4.0, 25.0)
+    """
+    return max(min(nbytes // _BUCKETS, _MOST_IN_BUCKET), _LEAST_IN_BUCKET)

@@ -128,8 +128,10 @@ __all__ = [
     "nn_binding",
     "norms_of",
     "outside_transforms",
+    "place_in_backward",
     "remembering_fake_results",
     "run_as_python",
+    "run_in_place",
     "run_when_ready",
     "saved_tensors_hooks_are_set",
     "schema_of",
@@ -689,6 +691,24 @@ def run_when_ready(tensor: torch.Tensor, place: int = 0) -> None:
     """
     node: Any = tensor.grad_fn
     node._set_sequence_nr(2**64 - 1 - place)
+
+
+def place_in_backward(tensor: torch.Tensor) -> int:
+    """Return the number of the node that made a tensor; higher ones run earlier in a backward
+    pass.
+    """
+    node: Any = tensor.grad_fn
+    place: int = node._sequence_nr()
+    return place
+
+
+def run_in_place(tensor: torch.Tensor, place: int) -> None:
+    """Have a backward pass run the node that made a tensor as if it were recorded with that number.
+
+    place: from `place_in_backward`, of some other node.
+    """
+    node: Any = tensor.grad_fn
+    node._set_sequence_nr(place)
 
 
 def gradient_hooks_of(parameter: torch.Tensor) -> tuple[Any, Any]:

@@ -111,8 +111,8 @@ def plan_of(*items: Any, recomputed: tuple[tuple[str, ...], ...] = ()) -> Plan:
     )
 
 
-def run(plan: Plan, bucket_nbytes: int | None = 0) -> Timeline:
-    return timeline(plan, hardware=HARDWARE, bucket_nbytes=bucket_nbytes)
+def run(plan: Plan, bucket_nbytes: int = 0, overlap: bool = True) -> Timeline:
+    return timeline(plan, hardware=HARDWARE, bucket_nbytes=bucket_nbytes, overlap=overlap)
 
 
 def spans(made: Timeline, stream: str) -> list[tuple[str, str, float, float]]:
@@ -136,8 +136,8 @@ def test_a_collective_that_nothing_hides() -> None:
     assert made.mfu == pytest.approx(60 / (7 * 200))
 
 
-def test_a_collective_that_other_work_hides() -> None:
-    """An op that does not read the sum runs meanwhile."""
+def test_a_collective_is_waited_for_where_it_is_first_read() -> None:
+    """The op that does not read the sum runs before it, as in the emitted program."""
     made = run(
         plan_of(
             op("a", "x", result="P"),
@@ -146,9 +146,42 @@ def test_a_collective_that_other_work_hides() -> None:
             op("b", "a aside", layouts="I I"),
         )
     )
-    assert made.exposed_seconds == 0.0
-    assert made.seconds == 3 * 3.0
-    assert spans(made, COMMUNICATION) == [("all-reduce of a", "forward", 1.0, 2.0)]
+    assert spans(made, COMMUNICATION) == [("all-reduce of a", "forward", 2.0, 3.0)]
+    assert made.exposed_seconds == 1.0
+
+
+def products(*, overlap: bool) -> Timeline:
+    """Two products that read one converted value, as query and key do: f, forward nothing."""
+    late = {"target": "aten.linear.default"}
+    items = [
+        parameter("v", "S(0)"),
+        parameter("w", "S(0)"),
+        op("a", "x"),
+        conversion("a", "I R", "b c", nbytes=3),
+        replace(op("b", "a v", layouts="R S(0)", result="S(1)"), **late),
+        replace(op("c", "a w", layouts="R S(0)", result="S(1)"), **late),
+        op("d", "b c", layouts="S(1) S(1)", result="P"),
+    ]
+    matrices = [replace(i, shape=(8, 8)) if isinstance(i, ParameterChoice) else i for i in items]
+    return run(plan_of(*matrices), overlap=overlap)
+
+
+def test_weight_gradients_hide_the_gradient_of_their_input() -> None:
+    """Both gradients of `a` first, then its sum beside those of the weights: 3 s behind 2."""
+    made = products(overlap=True)
+    assert spans(made, COMMUNICATION) == [("all-reduce of a", "backward", 8.0, 11.0)]
+    assert [span for span in spans(made, COMPUTE) if span[1] == "backward"] == [
+        ("d", "backward", 4.0, 6.0),
+        ("c", "backward", 6.0, 7.0),
+        ("b", "backward", 7.0, 8.0),
+        ("c (weight)", "backward", 8.0, 9.0),
+        ("b (weight)", "backward", 9.0, 10.0),
+        ("a", "backward", 11.0, 13.0),
+    ]
+    assert made.exposed_seconds == 1.0
+    waiting = products(overlap=False)
+    assert spans(waiting, COMMUNICATION) == [("all-reduce of a", "backward", 10.0, 13.0)]
+    assert waiting.exposed_seconds == 3.0
 
 
 def test_backward_waits_for_what_the_forward_only_copied() -> None:
@@ -160,8 +193,8 @@ def test_backward_waits_for_what_the_forward_only_copied() -> None:
     assert made.seconds == 7.0
 
 
-@pytest.mark.parametrize("bucket", [0, 100, None])
-def test_sums_of_gradients_overlap_with_the_backward(bucket: int | None) -> None:
+@pytest.mark.parametrize(("bucket", "overlap"), [(0, True), (100, True), (0, False)])
+def test_sums_of_gradients_overlap_with_the_backward(bucket: int, overlap: bool) -> None:
     """That of the last op hides behind the first one's backward; that of the first cannot."""
     items = (
         parameter("w1", "I"),
@@ -171,16 +204,17 @@ def test_sums_of_gradients_overlap_with_the_backward(bucket: int | None) -> None
         conversion("w1", "I R", "a", together=True),
         conversion("w2", "I R", "b", together=True),
     )
-    made = run(plan_of(*items), bucket)
+    made = run(plan_of(*items), bucket, overlap)
+    early = bucket == 0 and overlap
     sums = [(start, end) for _, _, start, end in spans(made, COMMUNICATION)]
     # Forward 2, backward 4. In buckets of one, the first sum runs beside the backward of `a`.
-    assert sums == ([(4.0, 5.0), (6.0, 7.0)] if bucket == 0 else [(6.0, 8.0)])
-    assert made.seconds == (7.0 if bucket == 0 else 8.0)
-    assert made.exposed_seconds == pytest.approx(1.0 if bucket == 0 else 2.0)
+    assert sums == ([(4.0, 5.0), (6.0, 7.0)] if early else [(6.0, 8.0)])
+    assert made.seconds == (7.0 if early else 8.0)
+    assert made.exposed_seconds == pytest.approx(1.0 if early else 2.0)
 
 
-def test_parameters_are_gathered_one_block_ahead() -> None:
-    """ZeRO-3: the first gather is seen, the others run beside the block before."""
+def test_parameters_are_gathered_before_they_are_read() -> None:
+    """ZeRO-3: forward, and again backward, where the gradient is scattered as well."""
     items: list[Any] = []
     for layer in range(3):
         items += [
@@ -192,17 +226,14 @@ def test_parameters_are_gathered_one_block_ahead() -> None:
     gathers = [span for span in spans(made, COMMUNICATION) if span[0].startswith("all-gather")]
     assert gathers == [
         ("all-gather of w0", "forward", 0.0, 1.0),
-        ("all-gather of w1", "forward", 1.0, 2.0),
-        ("all-gather of w2", "forward", 2.0, 3.0),
-        ("all-gather of w2", "backward", 4.0, 5.0),
-        ("all-gather of w1", "backward", 5.0, 6.0),
-        ("all-gather of w0", "backward", 8.0, 9.0),  # after the scatter of the gradient of w2
+        ("all-gather of w1", "forward", 2.0, 3.0),
+        ("all-gather of w2", "forward", 4.0, 5.0),
+        ("all-gather of w2", "backward", 6.0, 7.0),
+        ("all-gather of w1", "backward", 10.0, 11.0),  # after the scatter of the gradient of w2
+        ("all-gather of w0", "backward", 14.0, 15.0),
     ]
-    work = [span for span in spans(made, COMPUTE) if span[1] == "forward"]
-    assert [start for _, _, start, _ in work] == [1.0, 2.0, 3.0]
-    back = [span for span in spans(made, COMPUTE) if span[1] == "backward"]
-    assert [start for _, _, start, _ in back] == [5.0, 7.0, 9.0]
-    assert made.seconds == 12.0
+    assert made.seconds == 18.0
+    assert made.exposed_seconds == 9.0
 
 
 def test_zero_1_gathers_what_it_updated() -> None:
@@ -212,7 +243,7 @@ def test_zero_1_gathers_what_it_updated() -> None:
         op("a", "x w", layouts="I R"),
         conversion("w", "I R", "a", nbytes=2, together=True),
     )
-    made = run(replace(plan, seconds=plan.seconds + 0.5), None)
+    made = run(replace(plan, seconds=plan.seconds + 0.5), overlap=False)
     assert spans(made, COMMUNICATION) == [
         ("reduce-scatter of gradients", "backward", 3.0, 4.0),
         ("all-gather of w", "update", 4.5, 5.5),
@@ -254,8 +285,8 @@ def whole() -> Plan:
 
 def test_where_nothing_overlaps_it_is_the_sum(whole: Plan) -> None:
     """The planner's own prediction, reached op by op."""
-    made = timeline(whole)
-    assert made == timeline(whole, hardware=whole.hardware)
+    made = timeline(whole, overlap=False)
+    assert made == timeline(whole, hardware=whole.hardware, overlap=False)
     assert made.busy(COMMUNICATION) > 0
     assert made.seconds == pytest.approx(whole.seconds, rel=1e-6)
     assert made.tokens == 8192

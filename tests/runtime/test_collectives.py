@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ from autoparallel.placement import (
     local_size,
     movement,
 )
-from autoparallel.runtime.axis_parts import join_parts, take_part
+from autoparallel.runtime.axis_parts import (
+    cut_rows,
+    join_parts,
+    join_rows,
+    run_lengths,
+    take_part,
+)
 from autoparallel.runtime.collectives import convert, move
 from autoparallel.runtime.groups import thread_groups
 
@@ -111,3 +118,38 @@ def test_parts_join(shard, world_size):
     assert [part.size(shard.dim) for part in parts] == sizes
     assert sizes == sorted(sizes, reverse=True)
     assert torch.equal(join_parts(parts, shard), whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shard", "is_view"),
+    [
+        ((6, 5), Shard(0), True),
+        ((1, 6, 5), Shard(1), True),
+        ((2, 6, 5), Shard(1), False),
+        ((1, 7, 5), Shard(1), False),
+        ((1, 6, 5), Shard(1, blocks=3), False),
+    ],
+    ids=str,
+)
+def test_parts_that_lie_end_to_end_are_not_copied(shape, shard, is_view):
+    """Behind dims of size 1 the rows of a gather are the whole, and a scatter sends the whole."""
+    group = thread_groups(2)[0]
+    whole = torch.arange(prod(shape), dtype=torch.float64).reshape(shape)
+    rows = cut_rows(whole, shard, group)
+    assert (rows.data_ptr() == whole.data_ptr()) == is_view
+    rows = rows.clone()
+    joined = join_rows(rows, shard, run_lengths(shape[shard.dim], shard, group))
+    assert torch.equal(joined, whole)
+    assert (joined.data_ptr() == rows.data_ptr()) == is_view
+
+
+def test_what_was_gathered_may_be_written_to():
+    """The caller of a split module may write to what it returns, as to any tensor."""
+
+    def run(group):
+        part = torch.ones(2, 3, requires_grad=True)
+        convert(part, group, Shard(0), Invariant(), 4).mul_(2).sum().backward()
+        return part.grad
+
+    gradients, _ = on_every_rank(2, run)
+    assert all(torch.equal(gradient, torch.full((2, 3), 2.0)) for gradient in gradients)

@@ -811,6 +811,20 @@ def test_a_node_runs_when_it_is_ready() -> None:
     assert [name for name, _ in notes] == ["y", "x", "later"]
 
 
+def test_a_node_runs_in_the_place_of_another() -> None:
+    """Those that were recorded later come before it, and those that were recorded before after."""
+    notes = []
+    leaves = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    first, second = (
+        Kept.apply(x, name, notes) for x, name in zip(leaves, ("first", "second"), strict=False)
+    )
+    moved = Kept.apply(leaves[2], "moved", notes)
+    torch_private.run_in_place(moved, torch_private.place_in_backward(first))
+    torch_private.run_in_place(first, 0)
+    torch.stack([moved, first, second]).sum().backward()
+    assert [name for name, _ in notes] == ["second", "moved", "first"]
+
+
 def test_hooks_on_a_gradient_lie_in_dictionaries() -> None:
     """By the numbers of their handles. What is written there runs in place of the hook."""
     x = torch.ones(2, requires_grad=True)

@@ -13,6 +13,10 @@ from autoparallel.rules.rule import Kernel, Loops, OpCall, ShardingRule
 LINEAR_IN_EACH = ({0}, {1})
 WITH_BIAS = ({0, 1}, {0, 2})
 
+# Products with a weight matrix as second factor, and the functions of autoparallel.runtime.overlap
+# that run them with the gradient of the weight computed apart from that of the first factor.
+LATE_PRODUCTS = {"aten.linear.default": "linear", "aten.mm.default": "mm"}
+
 
 @rule("aten.linear.default")
 def linear(call: OpCall) -> ShardingRule:

@@ -1,0 +1,432 @@
+"""Collectives that run while other work is done: conversions in two halves, and late products.
+
+A conversion is two nodes of autograd's graph. `begin` starts its collective, and `end` waits for
+the result. The backward pass runs them the other way round: the node of `end` starts the collective
+of the gradient, and that of `begin` waits for it. Autograd runs the nodes that are ready in the
+order of their numbers, those that were recorded last first. So whatever was recorded between the
+two halves hides the collective, in either pass. Collectives are started in the order in which
+their conversions were recorded, the same on all ranks, also where the ranks' graphs differ, as
+where a kernel is chosen by the size of a part.
+
+What hides a gradient's collective is the gradients of weights. Nothing waits for these but the
+optimizer, while everything waits for the gradients of activations. So the two gradients of a
+product are two nodes, too. The second one is numbered to run in a *gap*: right before the wait of a
+conversion that the program has made earlier. This is the order of Megatron's linear layer with its
+asynchronous all-reduce (arXiv:1909.08053, and arXiv:2205.05198 for the sequence-parallel one).
+
+All of this is ordinary autograd. Derivatives of any order are right, and under torch.compile, which
+has an order of its own, the functions here are the plain ones.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
+from autoparallel.runtime.collectives import convert as convert_and_wait
+from autoparallel.runtime.collectives import for_parts, is_type_checked, pending_sum, start_move
+from autoparallel.runtime.groups import Group, Result
+from autoparallel.support.torch_private import place_in_backward, run_in_place
+
+__all__ = ["MOST_IN_GAP", "begin", "convert", "end", "linear", "mm", "piece_count"]
+
+
+# So many products may leave the gradients of their weights to one gap.
+MOST_IN_GAP = 3
+
+
+class _Flight:
+    """One conversion on its way: the collectives that were started and not yet waited for.
+
+    group, source, target: of the conversion. size, back_size: of the whole along the split dims of
+    the source and of the gradient's source. forward, backward: functions that wait for the results.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int
+    ) -> None:
+        self.group, self.source, self.target, self.size = group, source, target, size
+        # As of `Convert`: x is whole along the target's dim, except where the source splits it.
+        self.back_size = x.size(target.dim) if isinstance(target, Shard) else 0
+        if isinstance(target, Shard) and isinstance(source, Shard) and source.dim == target.dim:
+            self.back_size = size
+        self.forward: tuple[torch.Tensor, Result] | None = None
+        self.backward: Result | None = None
+
+    def start(self, x: torch.Tensor) -> None:
+        """Start moving the value."""
+        wait = start_move(x, self.group, self.source, self.target, self.size)
+        self.forward = (x, wait)
+
+    def finish(self) -> torch.Tensor:
+        """Return the moved value."""
+        assert self.forward is not None
+        (x, wait), self.forward = self.forward, None
+        moved = wait()
+        # As of `Convert`: autograd wants another tensor where nothing moves.
+        return torch.ops.aten.alias(x) if moved is x else moved
+
+    def start_back(self, grad: torch.Tensor) -> None:
+        """Start moving the gradient; where it is to be differentiated in turn, move it now."""
+        ends = (self.group, gradient(self.target), gradient(self.source), self.back_size)
+        if torch.is_grad_enabled():
+            moved = convert_and_wait(grad, *ends)
+            self.backward = lambda: moved
+        else:
+            self.backward = start_move(grad, *ends)
+
+    def finish_back(self) -> torch.Tensor:
+        """Return the moved gradient."""
+        wait, self.backward = self.backward, None
+        assert wait is not None
+        return wait()
+
+
+class _Begin(torch.autograd.Function):
+    """The first half of a conversion. Its result is a number that only ties the halves together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, flight: _Flight) -> torch.Tensor:
+        """Start moving x."""
+        ctx.flight = flight
+        flight.start(x)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, tie: torch.Tensor) -> Any:
+        """Wait for the gradient of x."""
+        return ctx.flight.finish_back(), None
+
+
+class _End(torch.autograd.Function):
+    """The second half of a conversion."""
+
+    @staticmethod
+    def forward(ctx: Any, tie: torch.Tensor, flight: _Flight) -> torch.Tensor:
+        """Wait for what was moved."""
+        ctx.flight, ctx.tie = flight, tie.detach()
+        return flight.finish()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        """Start moving the gradient."""
+        ctx.flight.start_back(grad)
+        return ctx.tie, None
+
+
+class _Gaps(threading.local):
+    """The numbers with which nodes run right before the wait of each conversion, by its gap.
+
+    Each thread has its own, because ranks may be threads.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[int, list[int]] = {}
+
+
+_gaps = _Gaps()
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Say whether nothing is to be gained: no backward pass, or one whose order is another's."""
+    return (
+        not (x.requires_grad and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+        or is_type_checked()
+    )
+
+
+# A conversion that has begun: the tie and the flight; or its result, where it was done at once.
+Begun = torch.Tensor | tuple[torch.Tensor, _Flight]
+
+
+def begin(
+    x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0, gap: int = 0
+) -> Begun:
+    """Start the conversion of a tensor, and return what `end` takes. Collective.
+
+    x, group, source, target, size: as in `convert` of `runtime.collectives`. gap: the conversion's
+    number in the program, by which late products know it; 0 where none does.
+
+    >>> from autoparallel.placement import Partial, Invariant
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> end(begin(torch.ones(2), SingleGroup(), Partial(), Invariant()))
+    tensor([1., 1.])
+    """
+    if _is_plain(x):
+        return convert_and_wait(x, group, source, target, size)
+    flight = _Flight(x, group, source, target, size)
+    tie: torch.Tensor = _Begin.apply(x, flight)
+    if gap:
+        # Nodes between the halves lend their numbers to late products, which run after the
+        # collective was started and before it is waited for. Each has its own: of nodes with one
+        # number, any may run first, and the ranks would differ.
+        _gaps.numbers[gap] = []
+        for _ in range(MOST_IN_GAP):
+            tie = tie.clone()
+            _gaps.numbers[gap].append(place_in_backward(tie))
+    return tie, flight
+
+
+def end(begun: Begun) -> torch.Tensor:
+    """Wait for a conversion that has begun, and return the converted tensor.
+
+    Example: `end(begin(x, group, Shard(0), Replicate(), 12))` is `convert(x, ...)`, and what is
+    written between the two runs beside the collective, in the backward pass as well.
+    """
+    if isinstance(begun, torch.Tensor):
+        return begun
+    moved: torch.Tensor = _End.apply(*begun)
+    return moved
+
+
+def convert(
+    x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int, gap: int
+) -> torch.Tensor:
+    """Redistribute a tensor as `runtime.collectives.convert` does. Collective.
+
+    In the backward pass, late products of this gap and whatever else is ready run while its
+    gradient is moved. gap: the conversion's number in the program, from 1.
+
+    >>> from autoparallel.placement import Partial, Invariant
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> convert(torch.ones(2), SingleGroup(), Partial(), Invariant(), 0, 1)
+    tensor([1., 1.])
+    """
+    return end(begin(x, group, source, target, size, gap))
+
+
+class _Later:
+    """What the gradient of a product's weight is computed of: it is handed from node to node.
+
+    formula: from x and the gradient of the result to the gradient of the weight. parts: these two.
+    """
+
+    def __init__(self, formula: Callable[..., torch.Tensor]) -> None:
+        self.formula = formula
+        self.parts: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def _of_bias(grad: torch.Tensor, dims: int | None) -> torch.Tensor | None:
+    """Return the gradient of a bias of so many dims that was added to all rows; None without."""
+    return None if dims is None else grad.sum(tuple(range(grad.dim() - dims)))
+
+
+class _WeightGradient(torch.autograd.Function):
+    """The late half of a product's backward pass: the gradients of its weight and its bias.
+
+    Its result is a number that only ties it to the product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, later: _Later
+    ) -> torch.Tensor:
+        """Return the tie."""
+        ctx.set_materialize_grads(False)
+        ctx.later, ctx.bias_dims = later, None if bias is None else bias.dim()
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, tie: torch.Tensor | None) -> Any:
+        """Return the gradients; none where the product has done so itself."""
+        parts, ctx.later.parts = ctx.later.parts, None
+        if tie is None or parts is None:
+            return None, None, None
+        x, grad = parts
+        weight = ctx.later.formula(x, grad) if ctx.needs_input_grad[0] else None
+        bias = _of_bias(grad, ctx.bias_dims) if ctx.needs_input_grad[1] else None
+        return weight, bias, None
+
+
+# A product is summed over the ranks in pieces of at least so many bytes, and in so many pieces at
+# most: each piece pays the latency of a collective, which takes longer than that on slow links.
+_PIECE_NBYTES, _MOST_PIECES = 2**20, 4
+
+
+def piece_count(nbytes: int) -> int:
+    """Return in how many pieces a product of so many bytes on a rank is summed over the ranks.
+
+    >>> piece_count(2**19), piece_count(2**21), piece_count(2**30)
+    (1, 2, 4)
+    """
+    return max(1, min(_MOST_PIECES, nbytes // _PIECE_NBYTES))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a matrix of its rows, of which there may be none, and which may be
+    empty.
+    """
+    return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
+
+
+def _summed_product(kind: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return the sum over the ranks of a product: pieces of it are summed while others are
+    computed.
+    """
+    rows = _rows(x)
+    matrix = kind.matrix(weight)
+    total = x.new_empty((len(rows), matrix.size(1)))
+    count = piece_count(total.nbytes)
+    waits = []
+    for part, result in zip(rows.chunk(count), total.chunk(count), strict=True):
+        torch.mm(part, matrix, out=result)
+        waits.append(group.start_all_reduce_(result))
+    for wait in waits:
+        wait()
+    return total.view(*x.shape[:-1], matrix.size(1))
+
+
+class _Product(torch.autograd.Function):
+    """A product whose backward pass computes the gradient of its first factor at once.
+
+    With a group, the product is summed over its ranks: P -> I.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        tie: torch.Tensor,
+        later: _Later,
+        kind: Any,
+        group: Group | None,
+    ) -> torch.Tensor:
+        """Return the product."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        ctx.later, ctx.kind, ctx.tie, ctx.group = later, kind, tie.detach(), group
+        ctx.bias_dims = None if bias is None else bias.dim()
+        if group is not None:
+            return _summed_product(kind, x, weight, group)
+        return kind.product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
+        """Return the gradient of x, and leave what is needed for that of the weight."""
+        if grad is None:
+            return (None,) * 7
+        x, weight = ctx.saved_tensors
+        if ctx.group is not None:
+            # Each rank uses the gradient for its own terms: I -> R.
+            grad = for_parts(grad, ctx.group)
+        of_x = ctx.kind.of_x(weight, grad)
+        if not torch.is_grad_enabled():
+            ctx.later.parts = (x, grad)
+            return of_x, None, None, ctx.tie, None, None, None
+        # The gradients are differentiated in turn: they must hang together, and none is late.
+        of_bias = _of_bias(grad, ctx.bias_dims)
+        return of_x, ctx.kind.of_weight(x, grad), of_bias, None, None, None, None
+
+
+class _Linear:
+    """y[..., n] = sum_k x[..., k] w[n, k] + b[n]."""
+
+    @staticmethod
+    def matrix(weight: torch.Tensor) -> torch.Tensor:
+        return weight.t()
+
+    @staticmethod
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def of_x(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        return grad.matmul(weight.conj())
+
+    @staticmethod
+    def of_weight(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        return _rows(grad).t().mm(_rows(x).conj())
+
+
+class _Mm:
+    """C[m, n] = sum_k A[m, k] B[k, n]."""
+
+    @staticmethod
+    def matrix(weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    @staticmethod
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.mm(x, weight)
+
+    @staticmethod
+    def of_x(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        return grad.mm(weight.t().conj())
+
+    @staticmethod
+    def of_weight(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        return x.t().conj().mm(grad)
+
+
+def _late(
+    kind: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gap: int,
+    group: Group | None,
+) -> torch.Tensor:
+    """Return a product, the gradient of whose weight waits for a gap.
+
+    kind: the product and its derivatives. gap: of a conversion that was made before. group: ranks
+    over which the product is summed, if it is.
+    """
+    if _is_plain(x) or not weight.requires_grad or gap not in _gaps.numbers:
+        product: torch.Tensor = kind.product(x, weight, bias)
+        if group is not None:
+            product = convert_and_wait(pending_sum(product, group), group, Partial(), Invariant())
+        return product
+    if x.dim() > 2 and not x.is_contiguous():
+        # Rows that lie apart are copied, as torch's own product does: the copy is saved, and not
+        # the larger tensor that x may be a part of.
+        flat = _late(kind, x.flatten(0, -2), weight, bias, gap, group)
+        return flat.view(*x.shape[:-1], flat.size(-1))
+    later = _Later(kind.of_weight)
+    tie = _WeightGradient.apply(weight, bias, later)
+    if _gaps.numbers[gap]:
+        run_in_place(tie, _gaps.numbers[gap].pop())
+    result: torch.Tensor = _Product.apply(x, weight, bias, tie, later, kind, group)
+    return result
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    gap: int,
+    group: Group | None = None,
+) -> torch.Tensor:
+    """Return what torch's `linear` does; in the backward pass the gradients of weight and bias are
+    computed in a gap.
+
+    gap: the number of a conversion that was made before by `convert`; they are computed before the
+    backward pass waits for that conversion's gradient. group: ranks over which the product, then
+    without a bias, is summed, piece by piece while it is computed (P -> I).
+
+    >>> linear(torch.ones(2, 3), torch.ones(1, 3), gap=1)
+    tensor([[3.],
+            [3.]])
+    """
+    return _late(_Linear, x, weight, bias, gap, group)
+
+
+def mm(
+    x: torch.Tensor, weight: torch.Tensor, *, gap: int, group: Group | None = None
+) -> torch.Tensor:
+    """Return what torch's `mm` does; in the backward pass the gradient of the weight, the second
+    factor, is computed in a gap, as of `linear`.
+
+    >>> mm(torch.ones(1, 3), torch.ones(3, 1), gap=1)
+    tensor([[3.]])
+    """
+    return _late(_Mm, x, weight, None, gap, group)

@@ -1,0 +1,101 @@
+"""Gradients over data axes are reduced in buckets, while the backward pass goes on."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from split_ranks import as_unsplit
+from torch import nn
+
+from autoparallel.mesh import Mesh
+from autoparallel.parallel import uncaptured_python
+from autoparallel.runtime.groups import LocalGroup, Result
+from autoparallel.runtime.tensor_parts import bucket_nbytes
+
+
+class Stack(nn.Module):
+    """Products one after another; one weight is read twice, one is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.layers[2].bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.layers, self.layers[1]):
+            x = layer(x).sin()
+        return x.pow(2).sum()
+
+
+STARTS: dict[int, int] = {}
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets of two layers at most, and a count of each thread's all-reduces."""
+    monkeypatch.setattr(uncaptured_python, "bucket_nbytes", lambda total: 6 * 6 * 8 + 1)
+    start = LocalGroup.start_all_reduce
+
+    def counted(group: LocalGroup, tensor: torch.Tensor) -> Result:
+        STARTS[threading.get_ident()] = STARTS.get(threading.get_ident(), 0) + 1
+        return start(group, tensor)
+
+    monkeypatch.setattr(LocalGroup, "start_all_reduce", counted)
+
+
+def script(model: Any) -> Iterator[Any]:
+    """Two passes that accumulate, hooks on parameters, a pass of autograd.grad's."""
+    early: list[int] = []
+    ran: list[str] = []
+    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x.requires_grad_()
+
+    def note(grad: torch.Tensor) -> None:
+        early.append(STARTS.get(threading.get_ident(), 0) - before)
+
+    for scale in (1.0, 2.0):
+        y = x * 1.0
+        y.register_hook(note)
+        loss = model(y)
+        before = STARTS.get(threading.get_ident(), 0)
+        (scale * loss).backward()
+        yield loss
+    first = model.layers[0].weight
+    first.register_hook(lambda grad: grad * 3)
+    first.register_post_accumulate_grad_hook(lambda parameter: ran.append("after"))
+    loss = model(x)
+    loss.backward()
+    yield loss
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(model(x), trained)
+    yield [float(grad.pow(2).sum()) for grad in grads]
+    assert ran == ["after"]
+    yield early
+
+
+@pytest.mark.usefixtures("small_buckets")
+@pytest.mark.parametrize("mesh", [Mesh(dp=2), Mesh(dp=3)], ids=str)
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlapping", "waiting"])
+def test_buckets_have_the_gradients_of_the_unsplit_model(mesh: Mesh, overlap: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Stack().double(), torch.zeros(6, 6, dtype=torch.float64, requires_grad=True)
+    early: list[list[int]] = []
+
+    def without_counts(model: Any) -> Iterator[Any]:
+        *steps, counts = script(model)
+        early.append(counts)
+        yield from steps
+
+    as_unsplit(model, None, (x,), without_counts, mesh=mesh, overlap=overlap)
+    # The unsplit model came first, and reduces nothing.
+    assert early[0] == [0, 0]
+    # The forward pass adds up the loss, which is not counted; nothing else but the input's gradient
+    # and the buckets is added up.
+    for counts in early[1:]:
+        assert all(count >= 2 for count in counts) if overlap else all(c <= 1 for c in counts)
+
+
+def test_a_bucket_is_a_quarter_of_the_parameters_within_bounds() -> None:
+    assert [bucket_nbytes(2**n) for n in (10, 20, 24, 30)] == [2**20, 2**20, 2**22, 25 * 2**20]

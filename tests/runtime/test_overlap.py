@@ -1,0 +1,154 @@
+"""Conversions in two halves, and late products: values, gradients of any order, and their order."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from noting_groups import NotedProducts, NotingGroup
+from torch.nn import functional
+
+from autoparallel.mesh import Mesh
+from autoparallel.placement import (
+    Invariant,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    local_size,
+)
+from autoparallel.runtime import overlap
+from autoparallel.runtime.collectives import convert
+from autoparallel.runtime.groups import Group
+from autoparallel.runtime.ranks import run_ranks, thread_ranks
+
+CONVERSIONS = [
+    (Invariant(), Replicate()),
+    (Partial(), Invariant()),
+    (Partial(), Shard(1)),
+    (Shard(0), Replicate()),
+    (Shard(1), Replicate()),
+    (Shard(0), Shard(1)),
+]
+
+
+def on_ranks(world_size: int, work: Callable[[Group], Any]) -> list[Any]:
+    return run_ranks(thread_ranks(Mesh(tp=world_size)), lambda ranks: work(ranks.world))
+
+
+def plain_linear(x: Any, weight: Any, bias: Any, **_: Any) -> Any:
+    return functional.linear(x, weight, bias)
+
+
+def both(group: Group, source: Placement, target: Placement, late: bool) -> list[torch.Tensor]:
+    """A conversion, two products that read it, a sum, and what comes of it up to third order."""
+    generator = torch.Generator().manual_seed(group.rank)
+    leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((6, 6), (5, 6), (5,), (6, 4))
+    ]
+    x, weight, bias, matrix = leaves
+    if late:
+        moved = overlap.convert(x.sin(), group, source, target, 6, 1)
+        left = overlap.linear(moved, weight, bias, gap=1)
+        right = overlap.mm(moved[:, : matrix.size(0)], matrix[: moved.size(1)], gap=1)
+    else:
+        moved = convert(x.sin(), group, source, target, 6)
+        left = functional.linear(moved, weight, bias)
+        right = moved[:, : matrix.size(0)].mm(matrix[: moved.size(1)])
+    loss = left.pow(3).sum() + right.pow(2).sum() + moved.sum()
+    found = [loss, *torch.autograd.grad(loss, leaves, retain_graph=True)]
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    found += first
+    found += torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves, retain_graph=True)
+    # A second pass of the same graph, and one that wants a weight's gradient alone.
+    found += torch.autograd.grad(loss, [weight], retain_graph=True)
+    loss.backward()
+    return [tensor.detach() for tensor in (*found, *(leaf.grad for leaf in leaves))]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("source", "target"), CONVERSIONS[:1] + CONVERSIONS[3:4], ids=str)
+def test_late_products_have_the_plain_ones_derivatives(source, target, world_size):
+    late = on_ranks(world_size, lambda group: both(group, source, target, True))
+    plain = on_ranks(world_size, lambda group: both(group, source, target, False))
+    for ours, theirs in zip(late, plain, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("source", "target"), CONVERSIONS, ids=str)
+def test_halves_make_a_conversion(source, target):
+    """Forward and backward, with uneven parts; the result may be written to, as any other."""
+    shape = [5, 7]
+
+    def work(group: Group, halves: bool) -> list[torch.Tensor]:
+        mine = list(shape)
+        if isinstance(source, Shard):
+            mine[source.dim] = local_size(shape[source.dim], source, 3, group.rank)
+        generator = torch.Generator().manual_seed(group.rank)
+        x = torch.randn(mine, generator=generator, dtype=torch.float64, requires_grad=True)
+        size = shape[source.dim] if isinstance(source, Shard) else 0
+        ends = (group, source, target, size)
+        moved = overlap.end(overlap.begin(x, *ends)) if halves else convert(x, *ends)
+        if isinstance(target, Invariant | Shard):
+            moved.mul_(2)
+        moved.pow(2).sum().backward()
+        return [moved.detach(), x.grad]
+
+    apart, together = (on_ranks(3, partial(work, halves=halves)) for halves in (True, False))
+    for one, other in zip(apart, together, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_weight_gradients_run_while_the_gradient_is_summed():
+    """Both products' gradients of x come first, then the all-reduce, then those of the weights."""
+
+    def work(group: Any) -> list[str]:
+        notes: list[str] = []
+        noting = NotingGroup(group, notes)
+        x = torch.ones(2, 3, requires_grad=True)
+        weights = [torch.ones(4, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)]
+        before = x.exp()
+        moved = overlap.convert(before, noting, Invariant(), Replicate(), 0, 1)
+        first, second = (overlap.linear(moved, weight, gap=1) for weight in weights)
+        loss = first.sum() + second.sum()
+        with NotedProducts(notes):
+            loss.backward()
+        return notes
+
+    order = ["(2, 3)", "(2, 3)", "start all_reduce"]
+    for notes in on_ranks(2, work):
+        assert notes[:3] == order
+        assert sorted(notes[3:5]) == ["(4, 3)", "(5, 3)"]
+        assert notes[5:] == ["wait all_reduce"]
+
+
+def test_a_product_is_summed_in_pieces(monkeypatch):
+    """Each piece is on its way while the next is computed; the sum is that of all ranks."""
+    monkeypatch.setattr(overlap, "_PIECE_NBYTES", 3 * 4 * 8)
+
+    def work(group: Any) -> tuple[list[str], list[torch.Tensor]]:
+        notes: list[str] = []
+        noting = NotingGroup(group, notes)
+        generator = torch.Generator().manual_seed(group.rank)
+        x, weight = (
+            torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+            for shape in ((2, 4, 3), (4, 3))
+        )
+        moved = overlap.convert(x, group, Invariant(), Replicate(), 0, 1)
+        with NotedProducts(notes):
+            summed = overlap.linear(moved, weight, gap=1, group=noting)
+        plain = convert(functional.linear(moved, weight), group, Partial(), Invariant())
+        found = [summed, plain]
+        for total in found[:2]:
+            found += torch.autograd.grad(total.pow(2).sum(), [x, weight], retain_graph=True)
+        return notes, found
+
+    for notes, found in on_ranks(3, work):
+        assert notes == ["(4, 4)", "start all_reduce"] * 2 + ["wait all_reduce"] * 2
+        summed, plain, *gradients = found
+        torch.testing.assert_close(summed, plain, rtol=1e-13, atol=1e-13)
+        for one, other in zip(gradients[:2], gradients[2:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
