@@ -12,6 +12,7 @@ documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -129,6 +130,7 @@ __all__ = [
     "norms_of",
     "outside_transforms",
     "place_in_backward",
+    "references_to",
     "remembering_fake_results",
     "run_as_python",
     "run_in_place",
@@ -708,6 +710,15 @@ def run_in_place(tensor: torch.Tensor, place: int) -> None:
     """
     node: Any = tensor.grad_fn
     node._set_sequence_nr(place)
+
+
+def references_to(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return how many hold a tensor in C++, and how many do in Python, this call included.
+
+    The numbers tell only in comparison with those of another tensor in the same place.
+    """
+    counted: Any = tensor
+    return counted._use_count(), sys.getrefcount(tensor)
 
 
 def gradient_hooks_of(parameter: torch.Tensor) -> tuple[Any, Any]:
