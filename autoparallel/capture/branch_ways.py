@@ -74,8 +74,9 @@ _SIZED |= _MADE
 _AS_IT_IS = object()
 _ASKING = _TRUTHS | _NUMBERS | _EQUALS | _CLOSES
 _LOOK_OUTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent.parent)
+# With a separator at the end: other packages have names that begin with torch.
+_TORCH = str(Path(torch.__file__).parent / "_")[:-1]
+_OURS = str(Path(__file__).parent.parent / "_")[:-1]
 
 
 class ValueBranchError(CaptureError):
@@ -99,7 +100,7 @@ def _place() -> tuple[Way, bool]:
         if not code.co_filename.startswith((_TORCH, _OURS)):
             return (code.co_filename, frame.f_lineno, asker), checks
         if code.co_filename.startswith(_TORCH):
-            checks |= code.co_name.startswith("_check")
+            checks |= code.co_filename == torch.__file__ and code.co_name.startswith("_check")
             asker = asker or code.co_name
         frame = frame.f_back
     return ("", 0, ""), checks
