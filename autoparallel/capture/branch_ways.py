@@ -101,9 +101,17 @@ def _place() -> tuple[Way, bool]:
             return (code.co_filename, frame.f_lineno, asker), checks
         if code.co_filename.startswith(_TORCH):
             checks |= code.co_filename == torch.__file__ and code.co_name.startswith("_check")
+            # Some releases of Python have no frame for a list that is made in a function.
+            asker = asker or code.co_name.replace("<listcomp>", "")
+        elif code is tolist.__code__:
             asker = asker or code.co_name
         frame = frame.f_back
     return ("", 0, ""), checks
+
+
+def tolist(tensor: torch.Tensor) -> Any:
+    """Return the numbers of a tensor one by one, as a tracer's tensors read them."""
+    return tensor.item() if tensor.dim() == 0 else [tolist(part) for part in tensor]
 
 
 class Asked:
@@ -173,6 +181,9 @@ class NoteWays(TorchFunctionMode):
                 return _opened(function)(*args, **(kwargs or {}))
         if function not in _ASKING:
             return function(*args, **(kwargs or {}))
+        if function is torch.Tensor.tolist and not self.varies(args[0]):
+            with self:
+                return tolist(args[0])
         if _is_number(function, args):
             return self.number(args[0], function)
         answer = function(*args, **(kwargs or {}))
@@ -218,6 +229,9 @@ class TakeWays(TorchFunctionMode):
                     (file, line, _), _ = _place()
                     self.asked.lines[file, line, function.__name__] = None
                 raise
+        if function is torch.Tensor.tolist and self.ways:
+            with self:
+                return tolist(args[0])
         if _is_number(function, args):
             number = self.number(args[0], None)
             return function(*args) if number is None else number
