@@ -12,7 +12,7 @@ put there at once, past DTensor's own operators, which cost far more for many pa
 from __future__ import annotations
 
 import weakref
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -34,6 +34,7 @@ from autoparallel.support.torch_private import (
     distributed_tensor_like,
     gradient_hooks_of,
     local_part,
+    references_to,
     run_when_ready,
     will_accumulate,
     without_function_overrides,
@@ -77,7 +78,8 @@ class _Waiting:
     def __init__(self) -> None:
         self.items: list[tuple[GradientReturn, Any, torch.Tensor]] = []
         self.parameters: set[int] = set()
-        # Bytes of the items, as whole tensors; parameters whose gradients' reduction has begun.
+        # Bytes of the items that are to be reduced, as whole tensors; parameters whose gradients'
+        # reduction has begun.
         self.nbytes = 0
         self.begun: list[tuple[list[Any], Reduction]] = []
 
@@ -132,6 +134,9 @@ class GradientBucket:
             at_end_of_backward(partial(self.finish, waiting))
         waiting.items.append((way, parameter, grad))
         waiting.parameters.add(id(parameter))
+        if not way.waits:
+            # Its hooks alone have it wait, which the other ranks may not have.
+            return
         # Whole tensors are counted: the number is the same on all ranks, also where parts differ.
         waiting.nbytes += prod(way.shape) * grad.element_size()
         if self.nbytes is not None and waiting.nbytes >= self.nbytes:
@@ -240,6 +245,7 @@ class GradientReturn:
         self.waits = first != state
         self.bucket, self.number = bucket, bucket.ways
         bucket.ways += 1
+        self.alone = _alone()
 
     @property
     def is_trivial(self) -> bool:
@@ -271,6 +277,11 @@ class GradientReturn:
             return self.differentiable(grad, parameter)
         if self.first != self.produced:
             (grad,) = reduced([grad], [self.produced], [self.first], [self.shape], bucket.ranks)
+        elif not self.waits and references_to(grad) != self.alone:
+            # It is the gradient of something else as well, as of the other term of a sum.
+            grad = grad.clone()
+        if not self.waits and not grad.is_sparse and not grad.is_contiguous():
+            grad = _laid_out(grad, parameter)
         number = backward_pass()
         # A parameter that is no leaf, as torch.func.functional_call may put in place, has a way
         # of its own from there. A backward pass adds all gradients to `grad`, or, for
@@ -313,6 +324,17 @@ class GradientReturn:
         return as_distributed(grad, self.state, self.shape, parameter.device_mesh)
 
 
+def _laid_out(grad: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """Return a finished local gradient in the strides of the parameter, as autograd has it.
+
+    It may lie in less memory than it has elements, as that of a sum does, and cannot be added to.
+    """
+    held = local_part(parameter) if isinstance(parameter, DTensor) else parameter
+    if grad.stride() == held.stride():
+        return grad
+    return torch.empty_like(held, dtype=grad.dtype).copy_(grad)
+
+
 class _Local(torch.autograd.Function):
     """The local tensor that computes in place of a parameter; its gradient becomes the
     parameter's.
@@ -334,3 +356,31 @@ class _Local(torch.autograd.Function):
             return None, None, None
         with without_function_overrides():
             return ctx.way.bring(ctx, grad), None, None
+
+
+class _Counted:
+    """In the place of a `GradientReturn`: it counts the references to a gradient that nobody else
+    holds.
+    """
+
+    def __init__(self) -> None:
+        self.references = (0, 0)
+
+    def bring(self, ctx: Any, grad: torch.Tensor) -> None:
+        """Note the count, in the same place as `GradientReturn.bring` does."""
+        self.references = references_to(grad)
+
+
+@cache
+def _alone() -> tuple[int, int]:
+    """Return `references_to` a gradient in `GradientReturn.bring` that nobody else holds.
+
+    Such a one becomes the parameter's as it is; others are copied, as autograd does. The engine
+    holds it, too, in ways that differ between releases.
+    """
+    counted: Any = _Counted()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.zeros(2, device="cpu", requires_grad=True)
+        torch.autograd.backward((_Local.apply(leaf, leaf.detach(), counted) * 2).sum())
+    references: tuple[int, int] = counted.references
+    return references

@@ -215,7 +215,10 @@ class _Later:
 
 def _of_bias(grad: torch.Tensor, dims: int | None) -> torch.Tensor | None:
     """Return the gradient of a bias of so many dims that was added to all rows; None without."""
-    return None if dims is None else grad.sum(tuple(range(grad.dim() - dims)))
+    if dims is None:
+        return None
+    # A sum over no dims is one over all of them.
+    return grad.sum(tuple(range(grad.dim() - dims))) if grad.dim() > dims else grad
 
 
 class _WeightGradient(torch.autograd.Function):

@@ -334,7 +334,9 @@ def _reducing(
         if indices:
             pending = [results[index] for index in indices]
             wait = start_reduce_scatter_together(pending, shards, group)
+            # They are copied, and the backward pass needs the memory.
             del pending
+            _let_go(results, indices)
             yield
             for index, part in zip(indices, wait(), strict=True):
                 results[index] = part
@@ -346,10 +348,19 @@ def _reducing(
         ]
         if indices:
             wait = start_sum_together([results[index] for index in indices], group)
+            _let_go(results, indices)
             yield
             for index, total in zip(indices, wait(), strict=True):
                 results[index] = total
 
+
+def _let_go(results: list[torch.Tensor], indices: Sequence[int]) -> None:
+    """Keep nothing at these places of a list until there is another tensor."""
+    for index in indices:
+        results[index] = _NOTHING
+
+
+_NOTHING = torch.empty(0, device="meta")
 
 # torch's DistributedDataParallel reduces so many bytes at a time (bucket_cap_mb=25), and at first
 # fewer, so that the reduction begins early.

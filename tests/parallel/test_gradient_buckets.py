@@ -1,6 +1,7 @@
 """Gradients over data axes are reduced in buckets, while the backward pass goes on."""
 
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import nn
 
 from autoparallel.mesh import Mesh
 from autoparallel.parallel import uncaptured_python
+from autoparallel.parallel.gradient_return import GradientBucket, GradientReturn
+from autoparallel.placement import Invariant, Partial
 from autoparallel.runtime.groups import LocalGroup, Result
+from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.tensor_parts import bucket_nbytes
 
 
@@ -95,6 +99,53 @@ def test_buckets_have_the_gradients_of_the_unsplit_model(mesh: Mesh, overlap: bo
     # and the buckets is added up.
     for counts in early[1:]:
         assert all(count >= 2 for count in counts) if overlap else all(c <= 1 for c in counts)
+
+
+def test_a_hook_on_one_rank_leaves_buckets_as_they_are() -> None:
+    """A gradient that has to wait for its hook alone fills no bucket: elsewhere it does not wait.
+
+    With it, one rank would reduce the first gradient while the other waits for a second one.
+    """
+
+    def work(ranks: Ranks) -> list[torch.Tensor]:
+        bucket = GradientBucket(ranks, nbytes=4 * 5)
+        whole, pending = (Invariant(),), (Partial(),)
+        late = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+        hooked = nn.Parameter(torch.ones(4))
+        ways = [GradientReturn(tuple(p.shape), pending, pending, whole, bucket) for p in late]
+        finished = GradientReturn((4,), whole, whole, whole, bucket)
+        if ranks.world.rank == 0:
+            hooked.register_hook(lambda grad: grad * 1)
+        local = [way.local_of(p, p.data) for way, p in zip(ways, late, strict=True)]
+        sums = [(each * 2).sum() for each in (*local, finished.local_of(hooked, hooked.data))]
+        torch.stack(sums).sum().backward()
+        return [p.grad for p in (*late, hooked) if p.grad is not None]
+
+    for grads in run_ranks(thread_ranks(Mesh(tp=2)), work):
+        assert [grad.tolist() for grad in grads] == [[4.0] * 3, [4.0] * 2, [2.0] * 4]
+
+
+def test_a_gradient_is_not_kept_while_its_sum_is_on_its_way() -> None:
+    """It is copied when the reduction begins, and the backward pass needs the memory."""
+
+    def work(ranks: Ranks) -> bool:
+        bucket = GradientBucket(ranks, nbytes=1)
+        parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        ends = (Partial(),), (Partial(),), (Invariant(),)
+        first, second = (
+            GradientReturn((3,), *ends, bucket).local_of(each, each.data) for each in parameters
+        )
+        kept: list[weakref.ref[torch.Tensor]] = []
+        alive: list[bool] = []
+        early = first * 2
+        early.register_hook(lambda grad: alive.append(kept[0]() is not None))
+        late = second * 2
+        second.register_hook(lambda grad: kept.append(weakref.ref(grad)))
+        # The second one's gradient is there first.
+        (early.sum() + late.sum()).backward()
+        return alive == [False]
+
+    assert all(run_ranks(thread_ranks(Mesh(tp=2)), work))
 
 
 def test_a_bucket_is_a_quarter_of_the_parameters_within_bounds() -> None:

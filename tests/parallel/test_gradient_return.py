@@ -29,7 +29,11 @@ from autoparallel.plan import Plan
 
 
 class Tied(nn.Module):
-    """A look-up whose table is also the last product, and a parameter that nothing reads."""
+    """A look-up whose table is also the last product, and a parameter that nothing reads.
+
+    The terms of a sum have one gradient, and that of a parameter whose elements are added up is one
+    number.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,11 +42,14 @@ class Tied(nn.Module):
         self.head = nn.Linear(12, 24, bias=False)
         self.head.weight = self.table.weight
         self.unused = nn.Parameter(torch.ones(3))
+        self.left, self.right = nn.Parameter(torch.ones(5)), nn.Parameter(torch.zeros(5))
+        self.added = nn.Parameter(torch.ones(4))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.table(tokens)
         x = x + self.down(torch.tanh(self.up(self.norm(x))))
-        return functional.cross_entropy(self.head(x).flatten(0, 1), tokens.roll(1, 1).flatten())
+        loss = functional.cross_entropy(self.head(x).flatten(0, 1), tokens.roll(1, 1).flatten())
+        return loss + (self.left + self.right).cos().sum() + self.added.sum()
 
 
 class Branching(Tied):
@@ -99,7 +106,9 @@ def asked_for(make: Callable[..., Tied]) -> Any:
 def hessian_product(make: Callable[..., Tied]) -> Any:
     """The derivative of grad . v, by torch.autograd.grad and by a backward pass."""
     module = make()
-    named = {path: p for path, p in module.named_parameters() if path != "unused"}
+    # The gradient of what is only added up is a constant.
+    read = [each for each in module.named_parameters() if each[0] not in ("unused", "added")]
+    named = dict(read)
     firsts = torch.autograd.grad(module(tokens()), list(named.values()), create_graph=True)
     sums = [(full(first) * full(first).detach().cos()).sum() for first in firsts]
     product = torch.stack(sums).sum()

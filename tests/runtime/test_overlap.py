@@ -78,6 +78,24 @@ def test_late_products_have_the_plain_ones_derivatives(source, target, world_siz
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_one_row_has_no_dims_to_sum_the_gradient_of_a_bias_over():
+    def work(group: Group) -> list[torch.Tensor]:
+        leaves = [torch.ones(shape, requires_grad=True) for shape in ((3,), (4, 3), (4,))]
+        x, weight, bias = leaves
+        moved = overlap.convert(x.sin(), group, Invariant(), Replicate(), 0, 1)
+        overlap.linear(moved, weight, bias, gap=1).pow(2).sum().backward()
+        plain = [leaf.detach().requires_grad_() for leaf in leaves]
+        functional.linear(plain[0].sin(), *plain[1:]).pow(2).sum().backward()
+        # Each rank's gradient of x is a term of the sum.
+        return [leaf.grad / scale for leaf, scale in zip(leaves, (2, 1, 1), strict=True)] + [
+            leaf.grad for leaf in plain
+        ]
+
+    for found in on_ranks(2, work):
+        for one, other in zip(found[:3], found[3:], strict=True):
+            torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(("source", "target"), CONVERSIONS, ids=str)
 def test_halves_make_a_conversion(source, target):
     """Forward and backward, with uneven parts; the result may be written to, as any other."""

@@ -825,6 +825,32 @@ def test_a_node_runs_in_the_place_of_another() -> None:
     assert [name for name, _ in notes] == ["second", "moved", "first"]
 
 
+def test_who_holds_a_gradient_as_well_is_counted() -> None:
+    """In C++, such as the other term of a sum for which it waits, or in Python."""
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, name: str) -> torch.Tensor:
+            ctx.name = name
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            counts[ctx.name] = torch_private.references_to(grad)
+            return grad, None
+
+    counts: dict[str, tuple[int, int]] = {}
+    leaf, other = (torch.ones(2, requires_grad=True) for _ in range(2))
+    given = torch.ones(2)
+    (Counted.apply(leaf, "alone") * 2).sum().backward()
+    (Counted.apply(leaf, "first") + Counted.apply(other, "second")).pow(2).sum().backward()
+    Counted.apply(leaf, "given").backward(given)
+    alone = counts.pop("alone")
+    # The second runs first. When the first one does, nobody else has the gradient any more.
+    assert counts.pop("first") == alone
+    assert all(count != alone for count in counts.values())
+
+
 def test_hooks_on_a_gradient_lie_in_dictionaries() -> None:
     """By the numbers of their handles. What is written there runs in place of the hook."""
     x = torch.ones(2, requires_grad=True)
