@@ -74,8 +74,9 @@ _SIZED |= _MADE
 _AS_IT_IS = object()
 _ASKING = _TRUTHS | _NUMBERS | _EQUALS | _CLOSES
 _LOOK_OUTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent.parent)
+# With a separator at the end: other packages have names that begin with torch.
+_TORCH = str(Path(torch.__file__).parent / "_")[:-1]
+_OURS = str(Path(__file__).parent.parent / "_")[:-1]
 
 
 class ValueBranchError(CaptureError):
@@ -99,10 +100,18 @@ def _place() -> tuple[Way, bool]:
         if not code.co_filename.startswith((_TORCH, _OURS)):
             return (code.co_filename, frame.f_lineno, asker), checks
         if code.co_filename.startswith(_TORCH):
-            checks |= code.co_name.startswith("_check")
+            checks |= code.co_filename == torch.__file__ and code.co_name.startswith("_check")
+            # Some releases of Python have no frame for a list that is made in a function.
+            asker = asker or code.co_name.replace("<listcomp>", "")
+        elif code is tolist.__code__:
             asker = asker or code.co_name
         frame = frame.f_back
     return ("", 0, ""), checks
+
+
+def tolist(tensor: torch.Tensor) -> Any:
+    """Return the numbers of a tensor one by one, as a tracer's tensors read them."""
+    return tensor.item() if tensor.dim() == 0 else [tolist(part) for part in tensor]
 
 
 class Asked:
@@ -188,6 +197,9 @@ class NoteWays(TorchFunctionMode):
             return _run_opened(self, function, args, kwargs)
         if function not in _ASKING:
             return function(*args, **(kwargs or {}))
+        if function is torch.Tensor.tolist and not self.varies(args[0]):
+            with self:
+                return tolist(args[0])
         if _is_number(function, args):
             return self.number(args[0], function)
         answer = function(*args, **(kwargs or {}))
@@ -233,6 +245,9 @@ class TakeWays(TorchFunctionMode):
                     (file, line, _), _ = _place()
                     self.asked.lines[file, line, function.__name__] = None
                 raise
+        if function is torch.Tensor.tolist and self.ways:
+            with self:
+                return tolist(args[0])
         if _is_number(function, args):
             number = self.number(args[0], None)
             return function(*args) if number is None else number

@@ -278,6 +278,7 @@ def capture(
         *(Switches(), NO_WAYS, Asked()),
     )
     while True:
+        opened = len(wanted.asked.functions)
         # Of equal blocks one alone would be traced, and go its own ways.
         folds = fold and not wanted.ways
         try:
@@ -290,7 +291,9 @@ def capture(
             raise
         except CaptureError:
             unanswered = wanted.asked.take()
-            if find_ways is None or not unanswered:
+            # The run tells the same again: only functions that are opened now may change a trace.
+            again = not wanted.ways or len(wanted.asked.functions) > opened
+            if find_ways is None or not unanswered or not again:
                 raise
             ways = wanted.ways or find_ways()
             if all(answer is None for line in unanswered for answer in ways.get(line, ())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,26 +127,43 @@ class _Fillings:
                     missing.append(path)
                 continue
             if region not in by_region:
-                by_region[region] = self._part(region, layouts.get(path, unsplit), ranks)
+                layout = layouts.get(path, unsplit)
+                by_region[region] = self._part(region, layout, ranks)
+                if self._leaves_some(by_region[region], region, layout, ranks):
+                    missing.append(path)
             parts[path] = by_region[region]
-            # What no fill reaches is left NaN.
-            if parts[path].is_floating_point() and bool(parts[path].isnan().any()):
-                missing.append(path)
         if missing:
             raise nothing_fills(missing)
         return parts
 
-    def _part(self, region: Region, layout: Layout, ranks: Ranks) -> torch.Tensor:
-        """Return a rank's part of one tensor."""
+    def _leaves_some(
+        self, part: torch.Tensor, region: Region, layout: Layout, ranks: Ranks
+    ) -> bool:
+        """Return whether no fill reaches some elements of a part.
+
+        Those are NaN. Integers have none: what is not filled follows the numbers it begins with.
+        """
+        if part.is_floating_point() or part.is_complex():
+            return bool(part.isnan().any())
+        return not torch.equal(part, self._part(region, layout, ranks, beginning=1))
+
+    def _part(
+        self, region: Region, layout: Layout, ranks: Ranks, beginning: int = 0
+    ) -> torch.Tensor:
+        """Return a rank's part of one tensor.
+
+        beginning: the number with which integers without data begin.
+        """
         alone = len(self.originals.get(region.storage, ())) == 1
         if alone and region == _contiguous(region):
             fills = elementwise_fills(self.calls, self.places[region.storage], self.seeds, region)
             if fills is not None:
                 whole = self._begun(region.storage)
-                return filled_part(fills, region, layout, ranks, self.device, whole)
-        storage = replayed(
-            region.storage, self.calls, self.places, self._memory, self.seeds, self.device
-        )
+                return filled_part(
+                    fills, region, layout, ranks, self.device, whole, beginning=beginning
+                )
+        memory = partial(self._memory, beginning=beginning)
+        storage = replayed(region.storage, self.calls, self.places, memory, self.seeds, self.device)
         tensor = region.shown(storage, self.device)
         return take_layout_part(tensor, layout, ranks.sizes, ranks.coordinates).clone()
 
@@ -155,15 +173,19 @@ class _Fillings:
         original = next((tensor for tensor in originals if not tensor.is_meta), None)
         return None if original is None else original.detach()
 
-    def _memory(self, storage: int) -> torch.UntypedStorage:
-        """Return the memory with which a tensor of the model begins: its data, or NaN."""
+    def _memory(self, storage: int, beginning: int) -> torch.UntypedStorage:
+        """Return the memory with which a tensor of the model begins: its data, or NaN.
+
+        beginning: what integers are in place of NaN.
+        """
         begun = self._begun(storage)
         if begun is not None:
             return begun.to(self.device, copy=True).untyped_storage()
         (original, *_) = self.originals[storage].values()
-        memory = torch.empty_like(original, device=self.device)
-        if memory.is_floating_point() or memory.is_complex():
-            memory.fill_(float("nan"))
+        numbers = original.is_floating_point() or original.is_complex()
+        memory = torch.full_like(
+            original, float("nan") if numbers else beginning, device=self.device
+        )
         return memory.untyped_storage()
 
 

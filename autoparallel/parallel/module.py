@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autoparallel.capture.branch_ways import Ways
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
@@ -470,7 +471,8 @@ def _new_entry(
     part = state.path != "" or state.tree.depth > 0
     try:
         with own_forward(root.get_submodule(state.path), module), _own_saved_tensors():
-            plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part)
+            ways = _known_ways(state)
+            plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part, ways)
     except (CaptureError, PlanError) as error:
         if state.tree.strict or isinstance(error, AliasError):
             raise
@@ -495,6 +497,16 @@ def _new_entry(
         state.python.add(modes)
         return None
     return entry
+
+
+def _known_ways(state: State) -> Ways:
+    """Return the ways that the module's programs go where it branches on values."""
+    ways: dict[Any, tuple[Any, ...]] = {}
+    for several in state.entries.values():
+        for entry in several:
+            for line, answers in entry.captured.ways.items():
+                ways.setdefault(line, answers)
+    return ways
 
 
 def _own_saved_tensors() -> Any:

@@ -27,6 +27,7 @@ from autoparallel.rewrite.emit import Program, emit
 from autoparallel.rewrite.program import file_of
 from autoparallel.runtime import rng
 from autoparallel.runtime.faults import forget_note, note_failure, programs
+from autoparallel.runtime.value_branches import OtherBranchError
 from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["add_entry", "make_entry", "run_program"]
@@ -121,6 +122,8 @@ def run_program(
             outputs, written = run_compiled(
                 program.run, parameters, buffers, constants, inputs, device
             )
+    except OtherBranchError:
+        raise  # on all ranks alike, and the call goes on as Python: nothing has failed
     except Exception as error:
         if isinstance(error, RuntimeError):
             arguments = bind_inputs(state.skeleton, args, kwargs).arguments

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autoparallel.capture.branch_ways import Ways
 from autoparallel.errors import AutoParallelError
 from autoparallel.graph.attribute_read import SIMPLE
 from autoparallel.graph.captured import Captured, Modes, Surroundings
@@ -39,10 +40,11 @@ __all__ = ["Entry", "Replan", "State", "Tree", "state_of", "user_forward"]
 _WORDS = re.compile(r"\w+")
 
 # A function from the model on the meta device, the path of a module in it, its inputs, the layouts
-# in which its parameters are stored, and whether Python calls it, to a plan. It raises CaptureError
-# where the module cannot be traced.
+# in which its parameters are stored, whether Python calls it, and the ways that other calls of it
+# go where it branches on values, to a plan. It raises CaptureError where the module cannot be
+# traced.
 Replan = Callable[
-    [nn.Module, str, tuple[Any, ...], Mapping[str, Any], Mapping[str, Layout], bool], Plan
+    [nn.Module, str, tuple[Any, ...], Mapping[str, Any], Mapping[str, Layout], bool, Ways], Plan
 ]
 
 

@@ -158,12 +158,13 @@ def filled_part(
     ranks: Ranks,
     device: torch.device,
     whole: torch.Tensor | None,
+    beginning: int = 0,
 ) -> torch.Tensor:
     """Return this rank's part of a parameter, filled tile by tile.
 
     fills: what is done to the whole, in order. region: the whole parameter. layout: how it is
     split. device: of the part. whole: what the parameter holds before; None if it has no memory:
-    then what no fill reaches is NaN, or 0 for integers.
+    then what no fill reaches is NaN, or for integers what `beginning` says.
     """
     shape = region.shape
     lengths = _tile_shape(shape)
@@ -186,7 +187,7 @@ def filled_part(
         if whole is not None:
             tile.copy_(whole[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))])
         elif not fills or not fills[0].overwrites or fills[0].box != _box(region, region):
-            tile.fill_(float("nan") if tile.is_floating_point() or tile.is_complex() else 0)
+            tile.fill_(float("nan") if tile.is_floating_point() or tile.is_complex() else beginning)
         for fill in fills:
             fill.run(tile, start, number)
         for pieces in itertools.product(*(by_tile[p] for by_tile, p in zip(runs, at, strict=True))):

@@ -14,6 +14,12 @@ from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.module_copy import shallow_copy
 from autoparallel.support.module_paths import join_path
+from autoparallel.support.torch_private import (
+    TorchDispatchMode,
+    schema_of,
+    storage_key,
+    tree_leaves,
+)
 
 __all__ = ["children_first", "filled_whole", "nothing_fills", "resetting"]
 
@@ -54,24 +60,35 @@ def filled_whole(
     initializer = getattr(model, "_init_weights", None)
     parts: dict[str, torch.Tensor] = {}
     missing: list[str] = []
+    unfilled: set[str] = set()
+    named: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    named.update(model.named_parameters(remove_duplicate=False))
     for path, module in children_first(model):
         real, held = _allocated(module, device)
         if not held:
             continue
         reset = resetting(real)
         owns = any("." not in name for name in held)
-        if callable(initializer):
-            initializer(real)
-        elif owns and reset is not None:
-            reset()
-        elif owns:
-            missing.append(path or type(model).__name__)
-            continue
+        with _Written() as written:
+            if callable(initializer):
+                initializer(real)
+            elif owns and reset is not None:
+                reset()
+            elif owns:
+                missing.append(path or type(model).__name__)
+                continue
         for name, tensor in held.items():
             full = join_path(path, name)
+            # Integers have no NaN that says that nothing has filled them.
+            alone = not _has_nan(tensor) and storage_key(tensor) not in written.storages
+            empty = alone and named[full].is_meta
             # A child's tensor was filled with the child, and its parent left it alone.
-            if full in parts and bool(tensor.isnan().any()):
+            if full in parts and (empty or _is_left(tensor)):
                 continue
+            if empty:
+                unfilled.add(full)
+            else:
+                unfilled.discard(full)
             part, layout = tensor.detach(), layouts.get(full, ())
             if any(isinstance(placement, Shard) for placement in layout):
                 part = take_layout_part(part, layout, ranks.sizes, ranks.coordinates).clone()
@@ -79,17 +96,45 @@ def filled_whole(
             parts[full] = part
     # A tied tensor was allocated once for each of its paths. As on one device, where it is a single
     # tensor that is filled several times, the numbers that were drawn last stay.
-    named: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
-    named.update(model.named_parameters(remove_duplicate=False))
     drawn_last = {id(named[path]): part for path, part in parts.items()}
     parts = {path: drawn_last[id(named[path])] for path in parts}
     # An initializer that leaves a tensor alone leaves the NaNs of its allocation.
     for path, part in parts.items():
-        if part.is_floating_point() and bool(part.isnan().any()):
+        if path in unfilled or _is_left(part):
             missing.append(path)
     if missing:
         raise nothing_fills(missing)
     return parts
+
+
+class _Written(TorchDispatchMode):
+    """Notes the storages that are written to within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator, and note what its schema says that it writes to."""
+        given = kwargs or {}
+        for at, argument in enumerate(schema_of(function).arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[at] if at < len(args) else given.get(argument.name)
+                tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+                self.storages.update(map(storage_key, tensors))
+        return function(*args, **given)
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    """Return whether the type of a tensor has NaN."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_left(tensor: torch.Tensor) -> bool:
+    """Return whether some of a tensor is the NaN that it was allocated with."""
+    return _has_nan(tensor) and bool(tensor.isnan().any())
 
 
 def nothing_fills(missing: list[str]) -> AutoParallelError:
@@ -124,8 +169,7 @@ def _allocated(
                 allocated = value
                 if value.is_meta:
                     allocated = torch.empty_like(value, device=device)
-                    if allocated.is_floating_point():
-                        allocated.fill_(float("nan"))
+                    allocated.fill_(float("nan") if _has_nan(allocated) else 0)
                 if isinstance(value, nn.Parameter):
                     allocated = nn.Parameter(allocated, value.requires_grad)
                 tensors[name] = allocated

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.capture.branch_ways import Ways
 from autoparallel.capture.equal_modules import EqualModules
 from autoparallel.capture.graph_breaks import trace, trace_alike
 from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
@@ -49,17 +50,20 @@ class Replanner:
         kwargs: Mapping[str, Any],
         stored: Mapping[str, Layout],
         part: bool,
+        ways: Ways,
     ) -> Plan:
         """Return a plan of the module at `path` below `root`, for a call of it.
 
         root: the model on the meta device, in the modes of the call. stored: the layouts of the
         module's parameters, by their paths in it, which they keep. part: whether Python calls it,
-        as a part of a model that is not traced whole; such a part returns whole tensors.
+        as a part of a model that is not traced whole; such a part returns whole tensors. ways: that
+        calls in other modes go where the module branches on values: this model has no values by
+        which to tell. A program checks them all.
         Raises CaptureError where it cannot be traced, which is remembered, PlanError and
         UnsupportedOpError, and InputMismatchError for a call that the module does not take.
         """
         with planning.held():
-            return self.plan(root, path, args, kwargs, stored, part)
+            return self.plan(root, path, args, kwargs, stored, part, ways)
 
     def plan(
         self,
@@ -69,13 +73,14 @@ class Replanner:
         kwargs: Mapping[str, Any],
         stored: Mapping[str, Layout],
         part: bool,
+        ways: Ways,
     ) -> Plan:
         """Return a plan as `__call__` does, while no other thread plans."""
         if not part:
             module = root.get_submodule(path)
             refuse_arrays(module, args, kwargs)
             try:
-                captured = trace(module, args, kwargs, known=find_rule)
+                captured = trace(module, args, kwargs, known=find_rule, ways=ways)
             except CaptureError:
                 refuse_inputs(module, args, kwargs)
                 raise
@@ -94,6 +99,7 @@ class Replanner:
             tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
             tuple(inner.training for inner in module.modules()),
             tuple(stored.items()),
+            repr(ways),
         )
         canonical = self.alike.canonical(path)
         shared, alone = (canonical, rest), (path, rest, "alone")
@@ -101,7 +107,7 @@ class Replanner:
         if plan is None:
             counters = self.alike.counters(canonical)
             traced, common = trace_alike(
-                module, args, kwargs, counters, known=find_rule, around=root
+                module, args, kwargs, counters, known=find_rule, around=root, ways=ways
             )
             if isinstance(traced, CaptureError):
                 plan = traced

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import relative_error, worst_gradient
+from split_ranks import as_unsplit, programs_of
 from torch import nn
 from torch.nn import functional
 
 import autoparallel
+from autoparallel.parallel import module_calls
 from autoparallel.parallel.simulate import Simulation
 
 WIDTH = 12
@@ -65,7 +69,14 @@ def sizes(y: torch.Tensor) -> torch.Tensor:
     return functional.pad(y.flatten(1), (0, half))[:, : 2 * int(half)]
 
 
-WAYS = [finite, asked, checked, sizes]
+def listed(y: torch.Tensor) -> torch.Tensor:
+    """Sizes in a table, as detectors have those of their levels."""
+    table = torch.tensor([[2, 3], [1, 6]])
+    levels = y.split([height * width for height, width in table.tolist()], 1)
+    return torch.cat(levels[::-1], 1) * table.sum().tolist() / 12
+
+
+WAYS = [finite, asked, checked, sizes, listed]
 
 
 def parity(model: nn.Module, made: Simulation, x: torch.Tensor) -> None:
@@ -144,6 +155,82 @@ def test_draws_and_numbers_of_data_stay_python(way: Callable[..., torch.Tensor])
     model, x = Layers(way).double(), numbers(5, WIDTH)
     plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
     assert [item.path for item in plan.breaks] == [""]
+
+
+def number_of(tensor: torch.Tensor) -> int:
+    """One line that reads what sizes decide on, and what the data do."""
+    return int(tensor)
+
+
+def mixed(y: torch.Tensor) -> torch.Tensor:
+    return y * number_of(torch.tensor(y.shape[-1])) / (1 + number_of((y > 0).sum()))
+
+
+def oftener_with_gradients(y: torch.Tensor) -> torch.Tensor:
+    """The example run records no gradients, and the trace does."""
+    for _ in range(2 if torch.is_grad_enabled() else 1):
+        y = y * 2 if y.sum() > 0 else y
+    return y
+
+
+@pytest.mark.parametrize("way", [mixed, oftener_with_gradients], ids=lambda way: way.__name__)
+def test_a_line_that_the_run_tells_too_little_of_stays_python(
+    way: Callable[..., torch.Tensor],
+) -> None:
+    """The same trace is not tried for ever."""
+    model, x = Layers(way).double(), numbers(5, WIDTH)
+    plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
+    assert [item.path for item in plan.breaks] == [""]
+
+
+def test_a_check_of_another_package_is_a_branch(caplog: pytest.LogCaptureFixture) -> None:
+    """Its folder has a name that begins with torch; what torch's own checks ask must be true."""
+    names: dict[str, Any] = {}
+    text = "def _check_large(y):\n    return bool(y.abs().max() > 100)\n"
+    exec(compile(text, f"{Path(torch.__file__).parent}stories/checks.py", "exec"), names)
+
+    check_large = names["_check_large"]
+
+    def scaled(y: torch.Tensor) -> torch.Tensor:
+        return y / 100 if check_large(y) else y
+
+    model, x = Layers(scaled).double(), numbers(5, WIDTH)
+    plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
+    assert not plan.breaks
+    with caplog.at_level(logging.WARNING):
+        parity(model, autoparallel.simulate(model, example_inputs=(x,), plan=plan), x)
+    assert "computed as Python" not in caplog.text
+
+
+def test_other_modes_go_the_ways_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running model has no values by which to plan; where a call turns back, nothing failed."""
+    monkeypatch.setattr(module_calls, "note_failure", None)
+
+    class Normed(Layers):
+        def __init__(self) -> None:
+            super().__init__(torch.sin)
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(x) + 0.1 * x
+            return super().forward(y / 100 if y.abs().max() > 100 else y)
+
+    x = numbers(5, WIDTH)
+
+    def script(module: nn.Module) -> Iterator[Any]:
+        for training in (True, False, True):
+            module.train(training)
+            for inputs in (x, numbers(7, WIDTH)):
+                module.zero_grad()
+                loss = module(inputs)
+                loss.backward()
+                yield loss
+            yield list(module.buffers())
+        programs = programs_of(module)
+        yield module(1e4 * x)
+        return programs
+
+    assert as_unsplit(Normed().double(), 2, (x,), script) == 2
 
 
 def test_a_counter_stays_python() -> None:

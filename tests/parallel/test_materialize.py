@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -283,6 +284,38 @@ def test_what_nothing_fills_is_told(fill: Callable[[nn.Parameter], Any]) -> None
     with pytest.raises(AutoParallelError, match="cannot be initialized") as error:
         drawn(model)
     assert error.value.where == "weight"
+
+
+class Placed(nn.Module):
+    """A weight, and numbers of its rows, which the meta device has lost."""
+
+    def __init__(self, dtype: torch.dtype, filled: int, reads: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, 2))
+        self.register_buffer("places", torch.arange(5).to(dtype))
+        self.filled, self.reads = filled, reads
+
+    def reset_parameters(self) -> None:
+        """Fill the weight, and some places."""
+        nn.init.zeros_(self.weight)
+        if self.filled:
+            self.places[: self.filled].copy_(torch.arange(self.filled))
+        if self.reads:
+            assert not self.weight.any().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.uint8, torch.complex64], ids=str)
+@pytest.mark.parametrize(("filled", "reads"), [(0, False), (2, False), (0, True)])
+def test_lost_numbers_without_nan_are_told(dtype: torch.dtype, filled: int, reads: bool) -> None:
+    """Memory as it happens to be differs between ranks, and is nothing of the model's."""
+    with torch.device("meta"):
+        model, whole = Placed(dtype, filled, reads), Placed(dtype, 5, reads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that every rank draws the whole
+        with pytest.raises(AutoParallelError, match="cannot be initialized") as error:
+            drawn(model)
+        assert torch.equal(drawn(whole)["places"], torch.arange(5).to(dtype))
+    assert error.value.where == "places"
 
 
 def start_apart(rank: int) -> list[str]:
