@@ -88,7 +88,8 @@ def in_another_thread(loss: torch.Tensor) -> None:
 
 def after_another_program(loss: torch.Tensor) -> None:
     """A backward pass after a call of another module, which has a gap of the same number."""
-    overlap.convert(torch.ones(2, requires_grad=True), SingleGroup(), Invariant(), Replicate(), 0, 1)
+    x = torch.ones(2, requires_grad=True)
+    overlap.convert(x, SingleGroup(), Invariant(), Replicate(), 0, 1)
     loss.backward()
 
 
