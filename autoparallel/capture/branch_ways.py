@@ -149,6 +149,22 @@ def _never(*_: Any) -> bool:
     return False
 
 
+def _run_opened(
+    mode: NoteWays | TakeWays, function: Any, args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    """Run one of torch's functions in Python so that the mode sees what it calls.
+
+    A method in Python may call the method of the same name that is written in C++ (unflatten), of
+    which the mode is told by the name of the first.
+    """
+    mode.open.add(function)
+    try:
+        with mode:
+            return _opened(function)(*args, **(kwargs or {}))
+    finally:
+        mode.open.discard(function)
+
+
 class NoteWays(TorchFunctionMode):
     """Notes every answer of an example run.
 
@@ -161,15 +177,15 @@ class NoteWays(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.note, self.varies = note, varies
+        self.open: set[Any] = set()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if function in _SIZED:
             args, kwargs = _with_numbers(function, args, kwargs, self.number)
-        if _is_python(function):
-            with self:
-                return _opened(function)(*args, **(kwargs or {}))
+        if _is_python(function) and function not in self.open:
+            return _run_opened(self, function, args, kwargs)
         if function not in _ASKING:
             return function(*args, **(kwargs or {}))
         if _is_number(function, args):
@@ -196,6 +212,7 @@ class TakeWays(TorchFunctionMode):
         super().__init__()
         self.ways, self.asked, self.marks = ways, asked, marks
         self.counts: dict[Way, int] = {}
+        self.open: set[Any] = set()
         self.numbers = itertools.count()
 
     def __torch_function__(
@@ -204,9 +221,8 @@ class TakeWays(TorchFunctionMode):
         if function in _SIZED:
             args, kwargs = _with_numbers(function, args, kwargs, self.number)
         opens = function in self.asked.functions if self.marks else _is_python(function)
-        if opens and self.ways:
-            with self:
-                return _opened(function)(*args, **(kwargs or {}))
+        if opens and self.ways and function not in self.open:
+            return _run_opened(self, function, args, kwargs)
         if function not in _ASKING:
             try:
                 return function(*args, **(kwargs or {}))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -336,26 +336,6 @@ def has_backward(name: str) -> bool:
     return functions is None or functions[3] is not None
 
 
-class _FunctionalCollectives:
-    """The ops of torch.distributed that return their results, past autograd.
-
-    Torch wraps each of these ops in Python for autograd, which takes longer than all the rest of
-    the call. A tracer is given the ops themselves.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(torch.ops._c10d_functional, name).default
-
-        def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return function(*arguments)
-            with torch._C._AutoDispatchBelowAutograd():
-                return function(*arguments)
-
-        vars(self)[name] = call
-        return call
-
-
 def fake_process_group(rank: int, world_size: int) -> None:
     """Start a process group of ranks that do not run: its collectives return at once, with what was
     in the memory. It is for measuring what one rank computes.
@@ -372,7 +352,26 @@ def functional_collectives() -> Any:
 
     They are called by position, and are not differentiable.
     """
-    return _FunctionalCollectives()
+    names = ["all_reduce", "all_reduce_", "all_gather_into_tensor", "reduce_scatter_tensor"]
+    names += ["all_to_all_single", "wait_tensor"]
+    return SimpleNamespace(**{name: _past_autograd(name) for name in names})
+
+
+def _past_autograd(name: str) -> Callable[..., Any]:
+    """Return a collective of torch.distributed that autograd is not told of.
+
+    Torch wraps each of these ops in Python for autograd, which takes longer than all the rest of
+    the call. A tracer is given the op itself.
+    """
+    function = getattr(torch.ops._c10d_functional, name).default
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*arguments)
+
+    return call
 
 
 def nn_binding(name: str) -> Any:

@@ -315,7 +315,7 @@ class Prints(nn.Module):
 
 class PrintsNumbers(Prints):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.mean() > 0:
+        if float(x.mean()) > 0:
             print("the mean is", x.mean().item())
         return super().forward(x)
 
