@@ -148,16 +148,28 @@ def mark(tensor: Any) -> Any:
 
 
 def _unmarked(tensor: SplitTensor) -> DTensor:
-    """Return a DTensor in the same memory; a parameter if it is one, with its gradient."""
-    twin = distributed_tensor_like(local_part(tensor), tensor)
+    """Return a DTensor to copy or to write to a file, in the same memory or in memory of its own.
+
+    A parameter's is one without a gradient, as torch's copies of parameters are.
+    """
+    twin = _at_start(tensor)
     twin.requires_grad_(tensor.requires_grad)
     if isinstance(tensor, torch.nn.Parameter):
         twin = cast("DTensor", torch.nn.Parameter(twin, tensor.requires_grad))
-    if tensor.is_leaf and tensor.grad is not None:
-        grad: Any = tensor.grad
-        twin.grad = distributed_tensor_like(local_part(grad), grad)
+    elif tensor.is_leaf and tensor.grad is not None:
+        twin.grad = _at_start(tensor.grad)
     vars(twin).update(without_history(vars(tensor)))
     return twin
+
+
+def _at_start(tensor: Any) -> DTensor:
+    """Return a DTensor whose part lies at the start of its memory, as torch copies and writes it.
+
+    Gradients that were reduced together lie one behind the other. From such a part a DTensor has
+    an offset in memory that it has not, so that torch takes it for a tensor with data of its own.
+    """
+    local = local_part(tensor)
+    return distributed_tensor_like(local.clone() if local.storage_offset() else local, tensor)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

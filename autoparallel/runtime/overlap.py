@@ -20,9 +20,10 @@ has an order of its own, the functions here are the plain ones.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,7 +35,17 @@ from autoparallel.runtime.collectives import for_parts, is_type_checked, pending
 from autoparallel.runtime.groups import Group, Result
 from autoparallel.support.torch_private import place_in_backward, run_in_place
 
-__all__ = ["MOST_IN_GAP", "begin", "convert", "end", "linear", "mm", "piece_count"]
+__all__ = [
+    "MOST_IN_GAP",
+    "begin",
+    "convert",
+    "end",
+    "gaps_so_far",
+    "linear",
+    "mm",
+    "piece_count",
+    "with_gaps",
+]
 
 
 # So many products may leave the gradients of their weights to one gap.
@@ -121,7 +132,8 @@ class _End(torch.autograd.Function):
 
 
 class _Gaps(threading.local):
-    """The numbers with which nodes run right before the wait of each conversion, by its gap.
+    """The numbers with which nodes run right before the wait of each conversion, by its gap: of the
+    conversions that the program has made, and of no others.
 
     Each thread has its own, because ranks may be threads.
     """
@@ -131,6 +143,26 @@ class _Gaps(threading.local):
 
 
 _gaps = _Gaps()
+
+
+def gaps_so_far() -> dict[int, list[int]]:
+    """Return the gaps that the program has made so far, for `with_gaps`."""
+    return dict(_gaps.numbers)
+
+
+@contextlib.contextmanager
+def with_gaps(gaps: dict[int, list[int]]) -> Iterator[None]:
+    """Run a part of a program once more, as where it ran first, within: its products are late if
+    they were so then. Other programs may have run since, and on GPUs this is another thread.
+
+    >>> with with_gaps(gaps_so_far()):
+    ...     y = linear(torch.ones(2, 3), torch.ones(1, 3), gap=1)
+    """
+    before, _gaps.numbers = _gaps.numbers, dict(gaps)
+    try:
+        yield
+    finally:
+        _gaps.numbers = before
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -160,6 +192,8 @@ def begin(
     tensor([1., 1.])
     """
     if _is_plain(x):
+        if gap and not torch.compiler.is_compiling():
+            _gaps.numbers.pop(gap, None)  # of an earlier program
         return convert_and_wait(x, group, source, target, size)
     flight = _Flight(x, group, source, target, size)
     tie: torch.Tensor = _Begin.apply(x, flight)

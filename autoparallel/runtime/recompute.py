@@ -360,6 +360,7 @@ def recomputed(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
     # The states before the block ran: "fast" streams are set back to them for the second run.
     source = generator()
     states = source.stream_states()
+    gaps = overlap.gaps_so_far()
     steps: list[int | None] = []
 
     def run(*tensors: torch.Tensor) -> Any:
@@ -367,7 +368,7 @@ def recomputed(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
         first.
         """
         if steps:
-            with drawing_from(source.repeated(steps[0], states)):
+            with drawing_from(source.repeated(steps[0], states)), overlap.with_gaps(gaps):
                 return _anchored(block(*tensors))
         results = _anchored(block(*tensors))
         steps.append(source.drawing)

@@ -7,6 +7,7 @@ after the model is split, and by backward passes for some of the parameters.
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -230,6 +231,20 @@ def hooks_on_one_rank(make: Callable[..., Tied]) -> Any:
     return [gradients(module)]
 
 
+def copies_and_files(make: Callable[..., Tied]) -> Any:
+    """A copy of a module that has gradients has none yet; a gradient can be saved and read."""
+    module = make()
+    module(tokens()).backward()
+    twin = copy.deepcopy(module)
+    assert all(parameter.grad is None for parameter in twin.parameters())
+    twin(2 * tokens() % 24).backward()
+    file = io.BytesIO()
+    torch.save(module.norm.bias.grad, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)
+    return [gradients(module), gradients(twin), whole(module, "norm.bias", saved)]
+
+
 KINDS = {
     check.__name__: check
     for check in (
@@ -240,6 +255,7 @@ KINDS = {
         hooks_on_tensors,
         hooks_after_accumulation,
         hooks_on_one_rank,
+        copies_and_files,
     )
 }
 

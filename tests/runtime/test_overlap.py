@@ -1,6 +1,7 @@
 """Conversions in two halves, and late products: values, gradients of any order, and their order."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,9 @@ from autoparallel.placement import (
 )
 from autoparallel.runtime import overlap
 from autoparallel.runtime.collectives import convert
-from autoparallel.runtime.groups import Group
+from autoparallel.runtime.groups import Group, SingleGroup
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
+from autoparallel.runtime.recompute import recomputed
 
 CONVERSIONS = [
     (Invariant(), Replicate()),
@@ -76,6 +78,54 @@ def test_late_products_have_the_plain_ones_derivatives(source, target, world_siz
     for ours, theirs in zip(late, plain, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def in_another_thread(loss: torch.Tensor) -> None:
+    """A backward pass as GPUs have it: in a thread of autograd's own."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+
+
+def after_another_program(loss: torch.Tensor) -> None:
+    """A backward pass after a call of another module, which has a gap of the same number."""
+    x = torch.ones(2, requires_grad=True)
+    overlap.convert(x, SingleGroup(), Invariant(), Replicate(), 0, 1)
+    loss.backward()
+
+
+def after_a_call_without_gradients(loss: torch.Tensor) -> None:
+    """A backward pass after a call that makes no gaps."""
+    overlap.convert(torch.ones(2), SingleGroup(), Invariant(), Replicate(), 0, 1)
+    loss.backward()
+
+
+PASSES = [in_another_thread, after_another_program, after_a_call_without_gradients]
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "plain"])
+@pytest.mark.parametrize("run_backward", PASSES)
+def test_a_recomputed_product_is_late_if_it_was_so(run_backward, late):
+    """Otherwise it would keep other tensors than at first, and a checkpoint refuses that."""
+
+    def work(group: Group) -> list[torch.Tensor]:
+        shapes = ((2, 3, 6), (5, 6), (5,))
+        x, weight, bias = (torch.ones(shape, requires_grad=True) for shape in shapes)
+        # There is a gap where a gradient is moved.
+        source = x.sin() if late else x.detach().sin()
+        moved = overlap.convert(source, group, Invariant(), Replicate(), 0, 1)
+
+        def block(*given: torch.Tensor) -> list[torch.Tensor]:
+            return [overlap.linear(*given, gap=1).sin()]
+
+        (result,) = recomputed(block, moved + x, weight, bias)
+        run_backward(result.sum())
+        return [weight.grad, bias.grad]
+
+    x = torch.ones(2, 3, 6)
+    weight, bias = torch.ones(5, 6, requires_grad=True), torch.ones(5, requires_grad=True)
+    functional.linear(x.sin() + x, weight, bias).sin().sum().backward()
+    for found in on_ranks(2, work):
+        torch.testing.assert_close(found, [weight.grad, bias.grad])
 
 
 def test_one_row_has_no_dims_to_sum_the_gradient_of_a_bias_over():
