@@ -17,6 +17,7 @@ from autoparallel.parallel.recorded_fills import (
     replayed,
 )
 from autoparallel.parallel.tiled_fills import (
+    cover,
     elementwise_fills,
     filled_part,
     number_of_tiles,
@@ -127,45 +128,42 @@ class _Fillings:
                     missing.append(path)
                 continue
             if region not in by_region:
-                layout = layouts.get(path, unsplit)
-                by_region[region] = self._part(region, layout, ranks)
-                if self._leaves_some(by_region[region], region, layout, ranks):
+                part = self._part(region, layouts.get(path, unsplit), ranks)
+                if part is None:
                     missing.append(path)
+                    continue
+                by_region[region] = part
             parts[path] = by_region[region]
         if missing:
             raise nothing_fills(missing)
         return parts
 
-    def _leaves_some(
-        self, part: torch.Tensor, region: Region, layout: Layout, ranks: Ranks
-    ) -> bool:
-        """Return whether no fill reaches some elements of a part.
-
-        Those are NaN. Integers have none: what is not filled follows the numbers it begins with.
-        """
-        if part.is_floating_point() or part.is_complex():
-            return bool(part.isnan().any())
-        return not torch.equal(part, self._part(region, layout, ranks, beginning=1))
-
-    def _part(
-        self, region: Region, layout: Layout, ranks: Ranks, beginning: int = 0
-    ) -> torch.Tensor:
-        """Return a rank's part of one tensor.
-
-        beginning: the number with which integers without data begin.
-        """
+    def _part(self, region: Region, layout: Layout, ranks: Ranks) -> torch.Tensor | None:
+        """Return a rank's part of one tensor; None, on all ranks, if no fill reaches some of it."""
+        begun = self._begun(region.storage)
         alone = len(self.originals.get(region.storage, ())) == 1
         if alone and region == _contiguous(region):
             fills = elementwise_fills(self.calls, self.places[region.storage], self.seeds, region)
             if fills is not None:
-                whole = self._begun(region.storage)
-                return filled_part(
-                    fills, region, layout, ranks, self.device, whole, beginning=beginning
-                )
+                if begun is None and not cover(fills, region):
+                    return None
+                return filled_part(fills, region, layout, ranks, self.device, begun)
+        whole = self._whole(region, beginning=0)
+        if begun is None:
+            # What is not filled is NaN. Integers have none: it follows the number it begins with.
+            if whole.is_floating_point() or whole.is_complex():
+                reached = not bool(whole.isnan().any())
+            else:
+                reached = torch.equal(whole, self._whole(region, beginning=1))
+            if not reached:
+                return None
+        return take_layout_part(whole, layout, ranks.sizes, ranks.coordinates).clone()
+
+    def _whole(self, region: Region, beginning: int) -> torch.Tensor:
+        """Return one tensor, computed whole. beginning: what integers without data begin with."""
         memory = partial(self._memory, beginning=beginning)
         storage = replayed(region.storage, self.calls, self.places, memory, self.seeds, self.device)
-        tensor = region.shown(storage, self.device)
-        return take_layout_part(tensor, layout, ranks.sizes, ranks.coordinates).clone()
+        return region.shown(storage, self.device)
 
     def _begun(self, storage: int) -> torch.Tensor | None:
         """Return the user's tensor whose data a storage begins with, None if it has none."""

@@ -20,13 +20,14 @@ from autoparallel.placement import Invariant, Layout, Shard
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.tensor_parts import take_layout_part
 
-__all__ = ["Fill", "elementwise_fills", "filled_part", "number_of_tiles", "tile_seed"]
+__all__ = ["Fill", "cover", "elementwise_fills", "filled_part", "number_of_tiles", "tile_seed"]
 
 # Elements of a tile: many enough that seeding a generator costs little (some 2 % of drawing so many
 # normal numbers on a CPU), few enough that the tiles at a part's edges are a small share of it.
 _TILE = 1 << 15
 # Torch's generator of the CPU uses only the lower half of a seed.
 _SEEDS = 1 << 32
+_MOST_FILLS = 64
 # A box of a tensor: the first place and the number of places along each dim.
 Box = tuple[tuple[int, int], ...]
 
@@ -82,7 +83,8 @@ def elementwise_fills(
 
     calls: the whole record. places: of the calls in it that write to the parameter's storage.
     seeds: of the calls that draw, by their place. whole: the parameter, which has a storage for
-    itself. Fills that a later one overwrites are left out.
+    itself. Fills that a later one overwrites are left out. So many fills that to look at each for
+    every tile would take long count as more, too.
     """
     fills: list[Fill] = []
     for at in places:
@@ -99,7 +101,7 @@ def elementwise_fills(
         if fill.overwrites and box == _box(whole, whole):
             fills.clear()
         fills.append(fill)
-    return fills
+    return fills if len(fills) <= _MOST_FILLS else None
 
 
 def _box(region: Any, whole: Region) -> Box | None:
@@ -124,6 +126,27 @@ def _box(region: Any, whole: Region) -> Box | None:
             return None
         box.append((first, length))
     return None if shown else tuple(box)
+
+
+def cover(fills: Sequence[Fill], whole: Region) -> bool:
+    """Return whether fills overwrite every element of a parameter.
+
+    >>> whole = Region(0, (4, 3), (3, 1), 0, torch.float32)
+    >>> def rows(first, count):
+    ...     return Fill(torch.ops.aten.zero_, (), {}, ((first, count), (0, 3)), True, None)
+    >>> cover([rows(0, 2), rows(2, 2)], whole), cover([rows(0, 2), rows(3, 1)], whole)
+    (True, False)
+    """
+    boxes = [fill.box for fill in fills if fill.overwrites]
+    # No box begins or ends between two neighbouring cuts: one element of each stretch tells of all.
+    cuts = [
+        sorted({0, *(box[dim][0] for box in boxes), *(sum(box[dim]) for box in boxes)} - {size})
+        for dim, size in enumerate(whole.shape)
+    ]
+    return all(
+        any(all(a <= at < a + n for at, (a, n) in zip(place, box, strict=True)) for box in boxes)
+        for place in itertools.product(*cuts)
+    )
 
 
 def _tile_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -158,13 +181,12 @@ def filled_part(
     ranks: Ranks,
     device: torch.device,
     whole: torch.Tensor | None,
-    beginning: int = 0,
 ) -> torch.Tensor:
     """Return this rank's part of a parameter, filled tile by tile.
 
     fills: what is done to the whole, in order. region: the whole parameter. layout: how it is
-    split. device: of the part. whole: what the parameter holds before; None if it has no memory:
-    then what no fill reaches is NaN, or for integers what `beginning` says.
+    split. device: of the part. whole: what the parameter holds before; None if it has no memory,
+    where the fills must cover it.
     """
     shape = region.shape
     lengths = _tile_shape(shape)
@@ -186,8 +208,6 @@ def filled_part(
         tile = torch.empty(size, dtype=region.dtype, device=device)
         if whole is not None:
             tile.copy_(whole[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))])
-        elif not fills or not fills[0].overwrites or fills[0].box != _box(region, region):
-            tile.fill_(float("nan") if tile.is_floating_point() or tile.is_complex() else beginning)
         for fill in fills:
             fill.run(tile, start, number)
         for pieces in itertools.product(*(by_tile[p] for by_tile, p in zip(runs, at, strict=True))):

@@ -278,12 +278,13 @@ def test_an_initializer_that_needs_torchs_numbers_has_them(
     "fill", [lambda weight: None, lambda weight: weight[:5].zero_(), lambda weight: weight.mul_(2)]
 )
 def test_what_nothing_fills_is_told(fill: Callable[[nn.Parameter], Any]) -> None:
-    """Not at all, not all of it, or by what reads it."""
+    """Not at all, not all of it, or by what reads it; on all ranks, which would wait for others."""
     with torch.device("meta"):
         model = Filled((30, 20), fill)
-    with pytest.raises(AutoParallelError, match="cannot be initialized") as error:
-        drawn(model)
-    assert error.value.where == "weight"
+    for at in range(3):
+        with pytest.raises(AutoParallelError, match="cannot be initialized") as error:
+            drawn(model, {"weight": (Shard(0),)}, 3, at)
+        assert error.value.where == "weight"
 
 
 class Placed(nn.Module):
