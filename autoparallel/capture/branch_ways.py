@@ -115,7 +115,7 @@ def tolist(tensor: torch.Tensor) -> Any:
 
 
 class Asked:
-    """What a trace could not answer.
+    """An Asked object collects what a trace could not answer.
 
     lines: those that have asked, and that no ways tell of. functions: torch's own functions that
     ask inside, of which a mode sees nothing as long as they are not opened.

@@ -25,6 +25,7 @@ _PLAIN = tuple(
 )
 _lock = threading.Lock()
 _local = threading.local()
+# Torch's own, or what somebody else has put in its place, while ours stands there.
 _apply: Any = nn.Module._apply
 _installed = 0
 
@@ -38,10 +39,11 @@ def idle_conversions() -> Iterator[None]:
     >>> with idle_conversions():
     ...     _ = nn.Linear(2, 2).to(torch.float32)
     """
-    global _installed
+    global _apply, _installed
     before = getattr(_local, "idle", False)
     with _lock:
         if _installed == 0:
+            _apply = nn.Module._apply
             nn.Module._apply = _converted  # type: ignore[method-assign]
         _installed += 1
     _local.idle = True

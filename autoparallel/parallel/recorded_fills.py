@@ -1,4 +1,4 @@
-"""What initializers do to a model's tensors, recorded without data."""
+"""Initializers run on tensors without data, and a record says what they do to them."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import linecache
+import os
 import sys
 import time
 import traceback
@@ -63,8 +64,9 @@ _PLACES = {
     "GradientReturn.bring": "in the backward pass, where the gradient of a parameter is reduced",
     "refresh": "before a call, where parameters are gathered",
 }
-_HERE = str(Path(__file__).parents[1])
-_FOREIGN = (_HERE, str(Path(torch.__file__).parent), "<")
+# With a separator: a folder whose name only begins so (torchvision) is another one.
+_HERE = str(Path(__file__).parents[1]) + os.sep
+_FOREIGN = (_HERE, str(Path(torch.__file__).parent) + os.sep, "<")
 
 # Emitted programs by the file name in tracebacks. Each has `label(line)`: what a line computes, in
 # the words of the model, empty where that is not known.
@@ -105,7 +107,7 @@ class _Note:
 
 
 class _Left:
-    """Whether this rank has left a note that still holds."""
+    """Remembers whether this rank has left a note that still holds."""
 
     now = False
 
@@ -157,7 +159,7 @@ def _notes(wanted: Iterable[int]) -> tuple[list[_Note], str]:
             if waiting <= set(found) or time.monotonic() > deadline:
                 break
             time.sleep(0.02)
-    except Exception:
+    except (RuntimeError, ValueError):
         return [], "the store of the process group is gone, with the process that held it"
     return sorted(found.values(), key=lambda note: note.seconds), ""
 

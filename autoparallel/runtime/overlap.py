@@ -237,7 +237,7 @@ def convert(
 
 
 class _Later:
-    """What the gradient of a product's weight is computed of: it is handed from node to node.
+    """A _Later object hands on, from node to node, what the gradient of a weight is computed of.
 
     formula: from x and the gradient of the result to the gradient of the weight. parts: these two.
     """

@@ -275,7 +275,7 @@ def reduced(
 
 
 class Reduction:
-    """What `reduced` does, in two halves: it begins when it is made, and `finish` waits for it.
+    """A Reduction does what `reduced` does, in two halves: it begins when made, `finish` waits.
 
     The first collective runs until then. Further ones, on other mesh axes, need what it brings, and
     are done by `finish`. The arguments are those of `reduced`.

@@ -1,1 +1,1 @@
-"""What is tried and measured on one GPU, for `benchmarks/gpu.py`; on a CPU with tiny sizes."""
+"""The parts of `benchmarks/gpu.py` try and measure on one GPU; on a CPU with tiny sizes."""

@@ -10,6 +10,7 @@ from families import relative_error, worst_gradient
 from torch import nn
 
 import autoparallel
+from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.errors import CaptureError
 
 
@@ -52,3 +53,21 @@ def test_any_other_is_refused(method: str, arguments: tuple[Any, ...]) -> None:
     model, x = Converts(method, *arguments).double(), torch.randn(4, 6, dtype=torch.float64)
     with pytest.raises(CaptureError, match=r"converts 0\.weight of a Sequential"):
         autoparallel.make_plan(model, 2, example_inputs=(x,), strict_capture=True)
+
+
+def test_what_others_put_in_the_place_of_torchs_conversion_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A library may watch conversions, too, also one that is imported later."""
+    seen = []
+    torchs = nn.Module._apply
+
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        seen.append(type(self))
+        return torchs(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "_apply", watched)
+    with idle_conversions():
+        nn.ReLU().to(torch.float32)
+    assert not seen
+    assert nn.Module._apply is watched
