@@ -60,15 +60,12 @@ class Fill:
                 return
             inside.append(slice(low, high))
         target = tile[tuple(inside)]
-        if self.seed is None:
-            self.function(target, *self.args, **self.kwargs)
-            return
-        # A tile at the edge of a box is drawn whole: its numbers are those of the places in it.
-        drawn = tile if target.shape == tile.shape else torch.empty_like(tile)
-        source = torch.Generator(tile.device).manual_seed(tile_seed(self.seed, number))
-        self.function(drawn, *self.args, **{**self.kwargs, "generator": source})
-        if drawn is not tile:
-            target.copy_(drawn[tuple(inside)])
+        options = self.kwargs
+        if self.seed is not None:
+            # The numbers depend on the tile and the box, and on nothing that a rank has of them.
+            source = torch.Generator(tile.device).manual_seed(tile_seed(self.seed, number))
+            options = {**options, "generator": source}
+        self.function(target, *self.args, **options)
 
 
 def tile_seed(first: int, number: int) -> int:
