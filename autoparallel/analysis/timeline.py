@@ -33,11 +33,13 @@ from autoparallel.runtime.overlap import piece_count
 from autoparallel.runtime.tensor_parts import bucket_nbytes as module_bucket
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 
-__all__ = [
-    "timeline",
-]
+__all__ = ["MOVED", "PIECES", "REDUCED", "step_and_waits", "timeline"]
 
 _Key = tuple[str, Layout]
+
+# What is waited for while nothing is computed: sums of products in pieces, moved gradients of
+# activations, reduced gradients of parameters. All other waits have no name.
+PIECES, MOVED, REDUCED = "pieces", "moved", "reduced"
 
 
 def timeline(
@@ -63,18 +65,37 @@ def timeline(
         hardware = plan.hardware if is_preset else plan.options.hardware
     if overlap is not None and overlap != plan.options.overlap:
         plan = replace(plan, options=replace(plan.options, overlap=overlap))
+    return _simulation(plan, find_hardware(hardware), bucket_nbytes).run()
+
+
+def step_and_waits(plan: Plan, hardware: Hardware) -> tuple[float, dict[str, float]]:
+    """Return the predicted seconds of one step, and those in which nothing is computed, by what is
+    waited for (PIECES, MOVED, REDUCED, or "" for anything else).
+
+    Example: `step_and_waits(plan, find_hardware("dgx-a100"))[0]`
+    """
+    simulation = _simulation(plan, hardware)
+    _, _, seconds = simulation.simulate()
+    return seconds, simulation.streams.waited
+
+
+def _simulation(plan: Plan, hardware: Hardware, bucket_nbytes: int | None = None) -> _Simulation:
+    """Return the simulation of a step. bucket_nbytes: as of `timeline`."""
     if bucket_nbytes is None:
         bucket_nbytes = module_bucket(sum(parameter.nbytes for parameter in plan.parameters))
-    at_once = bucket_nbytes if plan.options.overlap else None
-    return _Simulation(plan, find_hardware(hardware), at_once).run()
+    return _Simulation(plan, hardware, bucket_nbytes if plan.options.overlap else None)
 
 
 @dataclass
 class _Streams:
-    """Both streams: their events, and the time in seconds at which each is free."""
+    """Both streams: their events, and the time in seconds at which each is free.
+
+    waited: seconds in which nothing is computed, by what is waited for.
+    """
 
     events: list[Event] = field(default_factory=list)
     free: dict[str, float] = field(default_factory=lambda: {COMPUTE: 0.0, COMMUNICATION: 0.0})
+    waited: dict[str, float] = field(default_factory=dict)
 
     def issue(self, stream: str, name: str, phase: str, seconds: float, ready: float) -> float:
         """Do something when its inputs are ready and the stream is free, and return its end, in
@@ -87,9 +108,11 @@ class _Streams:
         self.events.append(Event(name, stream, phase, start, start + seconds))
         return start + seconds
 
-    def wait(self, until: float) -> None:
-        """Compute nothing before a time."""
-        self.free[COMPUTE] = max(self.free[COMPUTE], until)
+    def wait(self, until: float, what: str = "") -> None:
+        """Compute nothing before a time. what: is waited for."""
+        idle = max(until - self.free[COMPUTE], 0.0)
+        self.waited[what] = self.waited.get(what, 0.0) + idle
+        self.free[COMPUTE] += idle
 
 
 class _Simulation:
@@ -129,17 +152,24 @@ class _Simulation:
         self.sums = {op.makes[0] for op in plan.ops if op.name in self.gaps.summed}
         self.waiting: dict[tuple[int, Movement], float] = {}
 
-    def run(self) -> Timeline:
-        """Simulate the forward pass, the backward pass and the update."""
+    def simulate(self) -> tuple[float, float, float]:
+        """Simulate the forward pass, the backward pass and the update, and return their ends, in
+        seconds.
+        """
         self.forward()
         forward = self.streams.free[COMPUTE]
         self.backward()
         backward = max(self.streams.free[COMPUTE], forward)
         self.update()
+        return forward, backward, max(self.streams.free.values())
+
+    def run(self) -> Timeline:
+        """Return the simulated step."""
+        forward, backward, seconds = self.simulate()
         plan = self.plan
         # Backward takes two products for each forward one: 3 times the forward FLOPs in all.
         return Timeline(
-            seconds=max(self.streams.free.values()),
+            seconds=seconds,
             forward_seconds=forward,
             backward_seconds=backward - forward,
             events=tuple(self.streams.events),
@@ -199,7 +229,7 @@ class _Simulation:
             for piece in range(1, count + 1):
                 ready = begin + (end - begin) * piece / count
                 part = replace(move, nbytes=move.nbytes / count)
-                self.streams.wait(self.issue(part, phase, ready))
+                self.streams.wait(self.issue(part, phase, ready), PIECES)
 
     # -- backward
 
@@ -245,7 +275,7 @@ class _Simulation:
             for move, gap in self.steps_back(conversion):
                 end = self.issue(move, "backward", self.streams.free[COMPUTE])
                 self.fill(gap)
-                self.streams.wait(end)
+                self.streams.wait(end, MOVED)
         if self.bucket_nbytes is not None:
             self.reduce_waiting(self.bucket_nbytes)
 
@@ -294,6 +324,7 @@ class _Simulation:
         plan = self.plan
         known = sum(op.seconds for op in plan.ops) + sum(c.seconds for c in plan.conversions)
         ready = max(self.streams.free.values())
+        self.streams.wait(ready, REDUCED)
         # The plan's seconds are ops, redistributions and the optimizer; the rest is the latter.
         seconds = plan.seconds - known
         # Less than this is rounding.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.errors import PlanError
@@ -16,7 +18,12 @@ from autoparallel.plan import Plan
 from autoparallel.planning.memory_limit import plan_within
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.request import require_known
-from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
+from autoparallel.planning.solution_to_plan import (
+    plan_of_solution,
+    solution_of_plan,
+    with_reasons,
+)
+from autoparallel.planning.step_search import StepSearch
 from autoparallel.planning.unsplit_reasons import cost_of_splitting, is_left_whole
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
@@ -84,10 +91,7 @@ def search(
             solution = solve(problem)
         except InfeasibleError as error:
             raise _impossible(error) from error
-        shares = (_split_share(network, solution), _split_bytes(network, solution))
-        missing = sum(
-            max(enough - share, 0.0) for share, enough in zip(shares, ENOUGH_SPLIT, strict=True)
-        )
+        missing = _missing(network, solution)
         # More weight must split more to be worth its price; rounding alone does not count.
         if best is None or missing < best[1] - 1e-9:
             best = (weight, missing, solution, problem)
@@ -95,13 +99,54 @@ def search(
             break
     assert best is not None
     weight, _, solution, problem = best
+    return _shortest(captured, model, network, solve, problem, solution, weight)
+
+
+def _shortest(
+    captured: Captured,
+    model: str,
+    network: CostNetwork,
+    solve: NetworkSolver,
+    problem: Problem,
+    solution: Solution,
+    weight: float,
+) -> Plan:
+    """Return the plan of the shortest step, beginning with the optimum of the sum.
+
+    Where the sum is no sum of seconds, because products weigh more or activations count as whole,
+    its optimum is what was asked for.
+    """
+    options, width = network.options, solve.is_wide
+    if weight == 1.0 and (options.sequence_parallel or options.data_parallel):
+        enough = _missing(network, solution)
+        search = StepSearch(
+            captured,
+            model,
+            network,
+            solve,
+            problem,
+            solution,
+            # Without data parallelism, what is split stays split.
+            lambda other: options.data_parallel or _missing(network, other) <= enough + 1e-9,
+        )
+        plan, solution = search.run()
+    else:
+        plan = plan_of_solution(captured, model, network.mesh, network, solution, weight)
+        step, _ = step_and_waits(plan, network.hardware)
+        plan = replace(plan, step_seconds=step)
     # It takes an exact solution for every variable, which wide problems have no tables for.
-    added = (
-        {}
-        if solve.is_wide or solve.many
-        else cost_of_splitting(network, problem, solution, solve.memo)
+    if width or solve.many:
+        return plan
+    added = cost_of_splitting(network, problem, solution, solve.memo)
+    return with_reasons(plan, network, added)
+
+
+def _missing(network: CostNetwork, solution: Solution) -> float:
+    """Return by what shares of FLOPs and bytes a solution splits less than enough."""
+    shares = (_split_share(network, solution), _split_bytes(network, solution))
+    return sum(
+        max(enough - share, 0.0) for share, enough in zip(shares, ENOUGH_SPLIT, strict=True)
     )
-    return plan_of_solution(captured, model, mesh, network, solution, weight, added)
 
 
 def _impossible(error: InfeasibleError) -> PlanError:

@@ -186,6 +186,13 @@ class RedistributionPaths:
             self._forward[targets] = table
         return self._forward[targets]
 
+    def reduced_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
+        """Return table[layout, target]: the part of `seconds` in which gradients are reduced in a
+        bucket with others.
+        """
+        none = np.zeros((len(self.layouts), len(targets)))
+        return self._led(none, targets, self.moves) if self.together else none
+
     def _led(
         self,
         table: NDArray[np.float64],

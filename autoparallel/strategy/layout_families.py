@@ -1,0 +1,292 @@
+"""Families of layouts that practitioners use, as restrictions of a cost network.
+
+A family gives each mesh axis a role. A role says which loops of an op the axis may split, and how
+it stores parameters:
+
+- data: the batch, with parameters whole (data parallelism), with the optimizer's state split
+  (ZeRO-1), gradients too (ZeRO-2), or parameters too (ZeRO-3, fully sharded data parallelism);
+- tensor: what comes neither from the batch nor from the sequence (arXiv:1909.08053); between the
+  products, with sequence parallelism, also the sequence (arXiv:2205.05198);
+- heads and sequence: products with weights split the sequence, those of activations whatever but
+  the batch (Ulysses, arXiv:2309.14509);
+- sequence: everything splits the sequence (context parallelism, arXiv:2407.21783, section 3.3.2).
+
+Which loop is which follows from sizes alone: the batch is the first size of the largest input that
+the inputs decide, the sequence any other that they decide, and all other sizes are the model's. A
+family leaves the solver everything that it does not decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from itertools import product
+from typing import Any
+
+import numpy as np
+import sympy
+from numpy.typing import NDArray
+
+from autoparallel.graph.graph import Dim, Graph, Sym, numel_hint
+from autoparallel.placement import Shard
+from autoparallel.rules.rule import LoopSplit, ShardingRule
+from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.parameter_storage import ParameterStorage
+
+__all__ = ["Family", "Role", "families", "states_of_family"]
+
+Allowed = NDArray[np.bool_]
+
+
+class Stored(Enum):
+    """How an axis that does not split a parameter's product stores it."""
+
+    ANYHOW = "anyhow"
+    WHOLE = "whole"
+    STATE = "optimizer state split"
+    GRADIENT = "gradients and optimizer state split"
+    FULLY = "parameters split"
+    AS_USED = "as used"
+
+
+class Split(Enum):
+    """Which loops an axis may split."""
+
+    DATA = "batch"
+    TENSOR = "tensor"
+    TENSOR_SEQUENCE = "tensor and sequence"
+    HEADS_SEQUENCE = "heads and sequence"
+    SEQUENCE = "sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A role of one mesh axis.
+
+    >>> print(Role(Split.DATA, Stored.FULLY))
+    batch (parameters split)
+    """
+
+    split: Split
+    stored: Stored
+
+    def __str__(self) -> str:
+        if self.stored in (Stored.AS_USED, Stored.ANYHOW):
+            return self.split.value
+        return f"{self.split.value} ({self.stored.value})"
+
+
+# Roles for the tokens of a batch, and roles for what is inside of them.
+_DATA = _DDP, _ZERO_1, _ZERO_2, _FULLY = tuple(
+    Role(Split.DATA, stored)
+    for stored in (Stored.WHOLE, Stored.STATE, Stored.GRADIENT, Stored.FULLY)
+)
+_TENSOR = tuple(
+    Role(split, Stored.AS_USED) for split in (Split.TENSOR, Split.TENSOR_SEQUENCE)
+)
+_ALONG = tuple(
+    Role(split, stored)
+    for split in (Split.HEADS_SEQUENCE, Split.SEQUENCE)
+    for stored in (Stored.WHOLE, Stored.STATE, Stored.FULLY)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of layouts: the role of each mesh axis. axes: their names.
+
+    >>> print(Family((Role(Split.DATA, Stored.FULLY), Role(Split.TENSOR, Stored.AS_USED)),
+    ...              ("dp", "tp")))
+    batch (parameters split) on dp, tensor on tp
+    """
+
+    roles: tuple[Role | None, ...]
+    axes: tuple[str, ...]
+
+    @property
+    def outline(self) -> Family:
+        """The family of the same splits, however the parameters are stored."""
+        wider = {Split.TENSOR: Split.TENSOR_SEQUENCE, Split.SEQUENCE: Split.HEADS_SEQUENCE}
+        roles = tuple(
+            role and Role(wider.get(role.split, role.split), Stored.ANYHOW) for role in self.roles
+        )
+        return Family(roles, self.axes)
+
+    def __str__(self) -> str:
+        pairs = zip(self.roles, self.axes, strict=True)
+        return ", ".join(f"{role} on {axis}" for role, axis in pairs if role is not None)
+
+
+def families(network: CostNetwork) -> tuple[Family, ...]:
+    """Return the families that the network's mesh and options have room for.
+
+    Axes of one rank have no role. The outer axes take the batch, and the innermost either does too
+    or splits what is inside of it; on three axes, the middle one may split the sequence.
+    """
+    names = tuple(name for name, _ in network.mesh.axes)
+    wide = [index for index, (_, size) in enumerate(network.mesh.axes) if size > 1]
+    sizes = _Sizes(network.graph)
+    data = network.options.data_parallel and sizes.batch is not None
+    rows: dict[tuple[Role | None, ...], None] = {}
+    for roles in _rows(len(wide), network.edges.memory):
+        if not data and any(role in _DATA for role in roles):
+            continue
+        along = any(role.split is not Split.TENSOR and role not in _DATA for role in roles)
+        if along and not sizes.has_sequence:
+            continue
+        if not network.options.data_parallel and any(role in _ALONG for role in roles):
+            continue
+        full: list[Role | None] = [None] * len(names)
+        for index, role in zip(wide, roles, strict=True):
+            full[index] = role
+        rows[tuple(full)] = None
+    return tuple(Family(row, names) for row in rows)
+
+
+def _rows(count: int, gradients: bool) -> Iterator[tuple[Role, ...]]:
+    """Yield the roles of so many axes. gradients: whether gradients may be split by themselves."""
+    data = _DATA if gradients else (_DDP, _ZERO_1, _FULLY)
+    if count == 0:
+        return
+    outside = [(role,) * (count - 1) for role in data]
+    if count > 1:
+        # Copies outside, parts inside: hybrid sharding.
+        outside += [(_DDP, *[_FULLY] * (count - 2))] * (count > 2)
+        yield (_DDP, *[_FULLY] * (count - 1))
+    for outer in dict.fromkeys(outside):
+        if not outer or len(set(outer)) == 1:
+            yield (*outer, outer[0]) if outer else (_FULLY,)
+        for role in _TENSOR:
+            yield (*outer, role)
+        for role in _ALONG:
+            if not outer or role.stored is outer[-1].stored:
+                yield (*outer, role)
+        if count > 2 and len(set(outer)) == 1:
+            for along, role in product(_ALONG, _TENSOR):
+                if along.stored is outer[0].stored:
+                    yield (*outer[:-1], along, role)
+    if count == 1:
+        yield from ((role,) for role in data)
+
+
+class _Sizes:
+    """The sizes that the inputs of a graph decide. batch: the symbols of the batch, None without.
+
+    has_sequence: whether there are others.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        inputs = [node.result for node in graph.nodes if node.kind == "input"]
+        inputs.sort(key=lambda value: -numel_hint(value.shape))
+        symbols = [
+            [dim.expr for dim in value.shape if isinstance(dim, Sym)] for value in inputs
+        ]
+        first = next((row[0] for row in symbols if row), None)
+        self.batch = None if first is None else frozenset(first.free_symbols)
+        self.has_sequence = any(
+            not expr.free_symbols <= (self.batch or frozenset()) for row in symbols for expr in row
+        )
+
+    def kind(self, size: Dim) -> str:
+        """Return "batch", "sequence", "both" or, for a size of the model's own, "model"."""
+        if not isinstance(size, Sym) or self.batch is None:
+            return "model"
+        free: frozenset[sympy.Symbol] = frozenset(size.expr.free_symbols)
+        if free <= self.batch:
+            return "batch"
+        return "both" if free & self.batch else "sequence"
+
+
+# The kinds of loops that each split may take: of products with a weight matrix, and of other ops.
+_TAKES: Mapping[Split, tuple[frozenset[str], frozenset[str]]] = {
+    Split.DATA: (frozenset({"batch", "both"}),) * 2,
+    Split.TENSOR: (frozenset({"model"}),) * 2,
+    Split.TENSOR_SEQUENCE: (frozenset({"model"}), frozenset({"model", "sequence", "both"})),
+    Split.HEADS_SEQUENCE: (
+        frozenset({"sequence", "both"}),
+        frozenset({"model", "sequence", "both"}),
+    ),
+    Split.SEQUENCE: (frozenset({"sequence", "both"}),) * 2,
+}
+
+
+def states_of_family(network: CostNetwork, family: Family) -> dict[str, NDArray[np.intp]]:
+    """Return, per variable that the family restricts, the numbers of the states that it allows.
+
+    What has no such state, as a bias that does not divide, keeps all. Equal variables have the same
+    array.
+    """
+    sizes = _Sizes(network.graph)
+    known: dict[Any, NDArray[np.intp] | None] = {}
+    states: dict[str, NDArray[np.intp]] = {}
+
+    def restrict(name: str, key: Any, count: int, allows: Callable[[int], bool]) -> None:
+        """Note the allowed states of a variable, found once per key."""
+        if key not in known:
+            allowed = np.array([state for state in range(count) if allows(state)], dtype=np.intp)
+            known[key] = allowed if 0 < len(allowed) < count else None
+        found = known[key]
+        if found is not None:
+            states[name] = found
+
+    for node in network.graph.calls:
+        rule = network.rules[node.name]
+        if rule is None:
+            continue
+        joints = network.strategies[node.name]
+        weighs = bool(rule.flops) and any(
+            name in network.weights and len(network.graph.values[name].shape) > 1
+            for name in node.operands()
+        )
+        restrict(
+            node.name,
+            (id(joints), id(rule), weighs),
+            len(joints),
+            lambda state, joints=joints, rule=rule, weighs=weighs: all(
+                role is None or _takes(role, rule, part.tile, weighs, sizes)
+                for role, part in zip(family.roles, joints[state].parts, strict=True)
+            ),
+        )
+    for name, storages in network.storages.items():
+        restrict(
+            name,
+            id(storages),
+            len(storages),
+            lambda state, storages=storages: all(
+                role is None or _stores(role, storages[state], axis)
+                for axis, role in enumerate(family.roles)
+            ),
+        )
+    return states
+
+
+def _takes(
+    role: Role, rule: ShardingRule, tile: LoopSplit | None, weighs: bool, sizes: _Sizes
+) -> bool:
+    """Return whether an axis of this role may run an op so.
+
+    tile: the split of a loop, None where nothing is split. weighs: it is a product with a weight.
+    """
+    if tile is None:
+        return True
+    with_weight, others = _TAKES[role.split]
+    return sizes.kind(rule.sizes[tile.loop]) in (with_weight if weighs else others)
+
+
+def _stores(role: Role, stored: ParameterStorage, axis: int) -> bool:
+    """Return whether an axis of this role may store a parameter so."""
+    split = tuple(
+        isinstance(layout[axis], Shard)
+        for layout in (stored.storage, stored.gradient, stored.state)
+    )
+    if role.stored is Stored.ANYHOW:
+        return True
+    if role.stored is Stored.AS_USED:
+        return split in ((False,) * 3, (True,) * 3)
+    return split == {
+        Stored.WHOLE: (False, False, False),
+        Stored.STATE: (False, False, True),
+        Stored.GRADIENT: (False, True, True),
+        Stored.FULLY: (True, True, True),
+    }[role.stored]
