@@ -65,12 +65,12 @@ class Plan:
     >>> layer, inputs = torch.nn.Linear(4096, 4096, bias=False), torch.zeros(512, 4096)
     >>> plan = autoparallel.make_plan(layer, 2, example_inputs=inputs, hardware="dgx-a100")
     >>> plan
-    <Plan: Linear on Mesh(tp=2), 3.23 ms a step, proven optimal>
+    <Plan: Linear on Mesh(tp=2), 3.23 ms a step, proven least>
     >>> print(plan)
     model        Linear
     mesh         Mesh(tp=2), 2 ranks
     hardware     dgx-a100
-    step         3.23 ms, predicted
+    step         3.23 ms, predicted, proven least
     cost         0.00323134, lower bound 0.00323134: proven optimal
     method       variable elimination
     split        100.0% of the FLOPs of matrix products, 100.0% of the bytes of matrices
@@ -116,11 +116,12 @@ class Plan:
         """Return a dozen lines at most; `print_plan` prints everything."""
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         split = f"{self.split_flops:.1%} of the FLOPs of matrix products"
+        step = (seconds_text(self.step), "predicted")
         rows = [
             ("model", self.model),
             ("mesh", f"{self.mesh}, {ranks}"),
             ("hardware", self.hardware),
-            ("step", f"{seconds_text(self.step)}, predicted{self.step_proof and ', '}{self.step_proof}"),
+            ("step", ", ".join(filter(None, (*step, self.step_proof)))),
             ("cost", f"{self.cost:.6g}, lower bound {self.lower_bound:.6g}: {self._proof}"),
             ("method", self.method),
             ("split", f"{split}, {self.split_parameter_bytes:.1%} of the bytes of matrices"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from autoparallel.planning.unsplit_reasons import cost_of_splitting, is_left_who
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.support.paused_collection import paused_collection
 from planners import InfeasibleError, Problem, Solution
 
 __all__ = ["search"]
@@ -39,6 +41,7 @@ ENOUGH_SPLIT = (0.99, 0.95)
 _WEIGHTS = tuple(8.0**power for power in range(8))
 
 
+@paused_collection()
 def search(
     captured: Captured,
     model: str,
@@ -48,12 +51,14 @@ def search(
     pins: Mapping[str, Layout] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
+    beat: float = math.inf,
 ) -> Plan:
-    """Return the plan of least cost of one traced program on one mesh.
+    """Return the plan of the shortest predicted step of one traced program on one mesh.
 
     captured: the program. model: the name that the plan gives it. stored: layouts, by path, that
     parameters have already and keep. pins: layouts, by path, that parameters are to have. start: a
-    plan of the same program and mesh to begin with; the result costs no more than it.
+    plan of the same program and mesh to begin with; the result takes no longer. beat: a longer step
+    than this, in seconds, is of no use: the search for a shorter one ends where none can be.
     product_weight: what a second of matrix products counts in the cost. By default it is 1 with
     data parallelism; without it, a model too small to be worth splitting is split all the same:
     products are weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of
@@ -99,7 +104,7 @@ def search(
             break
     assert best is not None
     weight, _, solution, problem = best
-    return _shortest(captured, model, network, solve, problem, solution, weight)
+    return _shortest(captured, model, network, solve, problem, solution, weight, beat)
 
 
 def _shortest(
@@ -110,6 +115,7 @@ def _shortest(
     problem: Problem,
     solution: Solution,
     weight: float,
+    beat: float,
 ) -> Plan:
     """Return the plan of the shortest step, beginning with the optimum of the sum.
 
@@ -127,7 +133,10 @@ def _shortest(
             problem,
             solution,
             # Without data parallelism, what is split stays split.
-            lambda other: options.data_parallel or _missing(network, other) <= enough + 1e-9,
+            lambda other: (
+                options.data_parallel or _missing(network, other.solution) <= enough + 1e-9
+            ),
+            beat,
         )
         plan, solution = search.run()
     else:
@@ -144,9 +153,7 @@ def _shortest(
 def _missing(network: CostNetwork, solution: Solution) -> float:
     """Return by what shares of FLOPs and bytes a solution splits less than enough."""
     shares = (_split_share(network, solution), _split_bytes(network, solution))
-    return sum(
-        max(enough - share, 0.0) for share, enough in zip(shares, ENOUGH_SPLIT, strict=True)
-    )
+    return sum(max(enough - share, 0.0) for share, enough in zip(shares, ENOUGH_SPLIT, strict=True))
 
 
 def _impossible(error: InfeasibleError) -> PlanError:

@@ -82,9 +82,7 @@ _DATA = _DDP, _ZERO_1, _ZERO_2, _FULLY = tuple(
     Role(Split.DATA, stored)
     for stored in (Stored.WHOLE, Stored.STATE, Stored.GRADIENT, Stored.FULLY)
 )
-_TENSOR = tuple(
-    Role(split, Stored.AS_USED) for split in (Split.TENSOR, Split.TENSOR_SEQUENCE)
-)
+_TENSOR = tuple(Role(split, Stored.AS_USED) for split in (Split.TENSOR, Split.TENSOR_SEQUENCE))
 _ALONG = tuple(
     Role(split, stored)
     for split in (Split.HEADS_SEQUENCE, Split.SEQUENCE)
@@ -105,13 +103,18 @@ class Family:
     axes: tuple[str, ...]
 
     @property
-    def outline(self) -> Family:
-        """The family of the same splits, however the parameters are stored."""
-        wider = {Split.TENSOR: Split.TENSOR_SEQUENCE, Split.SEQUENCE: Split.HEADS_SEQUENCE}
-        roles = tuple(
-            role and Role(wider.get(role.split, role.split), Stored.ANYHOW) for role in self.roles
+    def outlines(self) -> tuple[Family, Family, Family]:
+        """The families that hold this one, the widest first, and this one.
+
+        The widest leaves it open how parameters are stored, and whether the axes that split the
+        sequence, or may, split heads or features too. The next one leaves the latter open alone.
+        """
+        splits = {Split.TENSOR: Split.TENSOR_SEQUENCE, Split.SEQUENCE: Split.HEADS_SEQUENCE}
+        wider = tuple(
+            role and Role(splits.get(role.split, role.split), role.stored) for role in self.roles
         )
-        return Family(roles, self.axes)
+        widest = tuple(role and Role(role.split, Stored.ANYHOW) for role in wider)
+        return Family(widest, self.axes), Family(wider, self.axes), self
 
     def __str__(self) -> str:
         pairs = zip(self.roles, self.axes, strict=True)
@@ -179,9 +182,7 @@ class _Sizes:
     def __init__(self, graph: Graph) -> None:
         inputs = [node.result for node in graph.nodes if node.kind == "input"]
         inputs.sort(key=lambda value: -numel_hint(value.shape))
-        symbols = [
-            [dim.expr for dim in value.shape if isinstance(dim, Sym)] for value in inputs
-        ]
+        symbols = [[dim.expr for dim in value.shape if isinstance(dim, Sym)] for value in inputs]
         first = next((row[0] for row in symbols if row), None)
         self.batch = None if first is None else frozenset(first.free_symbols)
         self.has_sequence = any(
@@ -211,21 +212,21 @@ _TAKES: Mapping[Split, tuple[frozenset[str], frozenset[str]]] = {
 }
 
 
-def states_of_family(network: CostNetwork, family: Family) -> dict[str, NDArray[np.intp]]:
-    """Return, per variable that the family restricts, the numbers of the states that it allows.
+def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]:
+    """Return, per variable that the family restricts, whether it allows each state.
 
     What has no such state, as a bias that does not divide, keeps all. Equal variables have the same
     array.
     """
     sizes = _Sizes(network.graph)
-    known: dict[Any, NDArray[np.intp] | None] = {}
-    states: dict[str, NDArray[np.intp]] = {}
+    known: dict[Any, Allowed | None] = {}
+    states: dict[str, Allowed] = {}
 
     def restrict(name: str, key: Any, count: int, allows: Callable[[int], bool]) -> None:
         """Note the allowed states of a variable, found once per key."""
         if key not in known:
-            allowed = np.array([state for state in range(count) if allows(state)], dtype=np.intp)
-            known[key] = allowed if 0 < len(allowed) < count else None
+            allowed = np.array([allows(state) for state in range(count)], dtype=bool)
+            known[key] = allowed if allowed.any() and not allowed.all() else None
         found = known[key]
         if found is not None:
             states[name] = found
@@ -284,9 +285,12 @@ def _stores(role: Role, stored: ParameterStorage, axis: int) -> bool:
         return True
     if role.stored is Stored.AS_USED:
         return split in ((False,) * 3, (True,) * 3)
-    return split == {
-        Stored.WHOLE: (False, False, False),
-        Stored.STATE: (False, False, True),
-        Stored.GRADIENT: (False, True, True),
-        Stored.FULLY: (True, True, True),
-    }[role.stored]
+    return (
+        split
+        == {
+            Stored.WHOLE: (False, False, False),
+            Stored.STATE: (False, False, True),
+            Stored.GRADIENT: (False, True, True),
+            Stored.FULLY: (True, True, True),
+        }[role.stored]
+    )

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.graph.graph import Node
-from autoparallel.placement import Invariant, Layout, Partial
+from autoparallel.placement import Invariant, Layout, Partial, Placement
 from autoparallel.rules.ops.contraction import LATE_PRODUCTS
 from autoparallel.runtime.overlap import MOST_PIECES
 from autoparallel.strategy.cost_network import CostNetwork
@@ -73,9 +73,7 @@ def least_step(seconds: Array) -> float:
     13.0
     """
     fixed, products, pieces, backward, late, moved, reduced = map(float, seconds)
-    return (
-        fixed + max(products, pieces) + max(backward + max(late, moved), moved + reduced)
-    )
+    return fixed + max(products, pieces) + max(backward + max(late, moved), moved + reduced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +122,16 @@ class StepParts:
         self._edges: dict[tuple[int, bool, bool], _Parts] = {}
         graph = network.graph
         parameters = {node.result.name: node for node in graph.nodes if node.kind == "parameter"}
-        self.late = {node.name for node in graph.calls if _is_late(node, parameters)}
+        self.late: set[str] = set()
+        moves = False
+        for node in graph.calls:
+            moves |= any(
+                graph.values[name].requires_grad and name not in parameters
+                for name in node.operands()
+            )
+            # Before the first activation that has a gradient there is no gap.
+            if moves and _is_late(node, parameters):
+                self.late.add(node.name)
         self.first = _before_products(network)
         for node in graph.calls:
             self.variables[node.name] = self._of_call(node.name)
@@ -262,9 +269,10 @@ class StepParts:
                 columns[Kind.REDUCED] = reduced
         else:
             columns[Kind.MOVED] = back
-            if late:
-                single = np.array([[_is_sum(one, two) for two in targets] for one in layouts])
-                columns[Kind.PIECES] = np.where(single, ahead * (1 - 1 / MOST_PIECES), 0.0)
+            # What is returned is summed at once.
+            if late and value not in network.graph.outputs:
+                once = _sums_once(layouts, targets)
+                columns[Kind.PIECES] = np.where(once, ahead * (1 - 1 / MOST_PIECES), 0.0)
                 forward = ahead - columns[Kind.PIECES]
         columns[Kind.FIXED] = np.where(possible, forward, np.inf)
         parts: list[tuple[Kind, Array]] = []
@@ -303,7 +311,17 @@ def _is_late(node: Node, parameters: Mapping[str, Node]) -> bool:
     return node.target in LATE_PRODUCTS and weight is not None and len(weight.result.shape) == 2
 
 
-def _is_sum(source: Layout, target: Layout) -> bool:
-    """Return whether a conversion is one sum on one axis, which may be made piece by piece."""
-    changed = [pair for pair in zip(source, target, strict=True) if pair[0] != pair[1]]
-    return changed == [(Partial(), Invariant())]
+def _sums_once(sources: tuple[Layout, ...], targets: tuple[Layout, ...]) -> NDArray[np.bool_]:
+    """Return, per source and target, whether all between them is one sum on one axis, which may be
+    made piece by piece.
+    """
+    numbers: dict[Placement, int] = {Partial(): 0, Invariant(): 1}
+
+    def coded(layouts: tuple[Layout, ...]) -> NDArray[np.intp]:
+        return np.array([[numbers.setdefault(p, len(numbers)) for p in row] for row in layouts])
+
+    one, two = coded(sources)[:, None], coded(targets)[None]
+    differs = one != two
+    summed = differs & (one == 0) & (two == 1)
+    once: NDArray[np.bool_] = (differs.sum(axis=-1) == 1) & summed.any(axis=-1)
+    return once

@@ -113,8 +113,8 @@ def _header(plan: Plan, words: Words) -> Table:
         ("hardware", plan.hardware),
         ("allowed", ", ".join(allowed) or "no splits of batch or sequence"),
         ("planned for", _planned_for(plan)),
-        ("predicted", f"{seconds_text(plan.seconds)} a step"),
-        ("minimized", f"cost {plan.cost:.6g}, {bound}"),
+        ("predicted", f"{seconds_text(plan.step)} a step{_least(plan)}"),
+        ("sum", f"cost {plan.cost:.6g} without overlap, {bound}"),
         ("method", plan.method),
         *_recomputed(plan),
         *_idle(plan),
@@ -140,6 +140,13 @@ def _header(plan: Plan, words: Words) -> Table:
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _least(plan: Plan) -> str:
+    """Tell how near the step is to the least of all plans."""
+    if not plan.step_bound:
+        return ""
+    return f"; no plan's is below {seconds_text(plan.step_bound)}: {plan.step_proof}"
 
 
 def _planned_for(plan: Plan) -> str:

@@ -60,7 +60,7 @@ def test_a_plan_prints_as_a_dozen_lines(plan: Plan) -> None:
     assert len(rows) <= MOST_LINES
     assert rows["mesh"] == "Mesh(dp=2, tp=2), 4 ranks"
     assert (rows["model"], rows["hardware"]) == ("GPT", "dgx-a100")
-    assert seconds_text(plan.seconds) in rows["step"]
+    assert seconds_text(plan.step_seconds) in rows["step"]
     assert "proven optimal" in rows["cost"]
     assert f"{plan.split_flops:.1%} of the FLOPs" in rows["split"]
     assert bytes_text(sum(nbytes for _, nbytes in plan.memory)) in rows["memory"]
@@ -114,8 +114,8 @@ def test_reprs_are_short(plan: Plan) -> None:
         assert "\n" not in repr(value)
     assert repr(
         plan
-    ) == f"<Plan: GPT on Mesh(dp=2, tp=2), {seconds_text(plan.seconds)} a step, " + (
-        "proven optimal>"
+    ) == f"<Plan: GPT on Mesh(dp=2, tp=2), {seconds_text(plan.step_seconds)} a step, " + (
+        f"{plan.step_proof}>"
     )
 
 
