@@ -16,7 +16,7 @@ from autoparallel.support.installation import require_own_planners
 if TYPE_CHECKING:
     from autoparallel.analysis.closed_forms import closed_forms
     from autoparallel.analysis.pipeline import pipeline
-    from autoparallel.analysis.timeline import timeline
+    from autoparallel.planning.predicted_step import timeline
     from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate
     from autoparallel.errors import AutoParallelError
     from autoparallel.mesh import Mesh
@@ -43,7 +43,7 @@ _HOMES = {
     "simulate": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
-    "timeline": "analysis.timeline",
+    "timeline": "planning.predicted_step",
     "AutoParallelError": "errors",
     "Mesh": "mesh",
     "Invariant": "placement",

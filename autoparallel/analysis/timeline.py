@@ -23,9 +23,6 @@ from autoparallel.analysis.communication import Transfer, moves
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Event, Timeline
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
-from autoparallel.graph.captured import Captured
-from autoparallel.graph.graph import Sym, numel_hint
-from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.rewrite.gaps import find_gaps
@@ -49,14 +46,14 @@ def timeline(
     overlap: bool | None = None,
     bucket_nbytes: int | None = None,
 ) -> Timeline:
-    """Return the predicted timeline of one step.
+    """Return the predicted timeline of one step, with ops that take as long as the plan says.
 
-    hardware: to run on, also by name or file; by default that of the plan. overlap: whether
+    hardware: to communicate on, also by name or file; by default that of the plan. overlap: whether
     collectives run while other work is done; by default as the plan's options say. bucket_nbytes:
     where they do, gradients that are only to be summed are reduced in calls of at least so many
     bytes, as they become ready; by default as many as the emitted module reduces.
 
-    Example: `print(timeline(plan, hardware="dgx-h100"))`
+    Example: `print(timeline(plan, overlap=False))`
     """
     require_kind(plan, Plan, MAKE_ONE)
     if hardware is None:
@@ -167,15 +164,17 @@ class _Simulation:
         """Return the simulated step."""
         forward, backward, seconds = self.simulate()
         plan = self.plan
+        count, unit = _counted(plan)
         # Backward takes two products for each forward one: 3 times the forward FLOPs in all.
         return Timeline(
             seconds=seconds,
             forward_seconds=forward,
             backward_seconds=backward - forward,
             events=tuple(self.streams.events),
-            tokens=_tokens(plan),
+            tokens=count,
+            unit=unit,
             flops=3 * sum(op.whole_flops for op in plan.ops),
-            peak=self.hardware.peak(_itemsize(plan)) * plan.world_size,
+            peak=_peak(plan, self.hardware) * plan.world_size,
             ranks=plan.world_size,
         )
 
@@ -197,13 +196,16 @@ class _Simulation:
 
     def issue(self, move: Transfer, phase: str, ready: float) -> float:
         """Issue one move, on the links or in memory, and return its end."""
+        name = self.name_of(move.movement, move.conversion.value, move.step.axis)
+        stream = COMPUTE if move.movement.collective is None else COMMUNICATION
+        return self.streams.issue(stream, name, phase, self.seconds_of(move), ready)
+
+    def seconds_of(self, move: Transfer) -> float:
+        """Return the seconds of one move by itself."""
         axis = move.step.axis
-        seconds = movement_seconds(
+        return movement_seconds(
             move.movement, move.nbytes, self.pace, self.links[axis], self.sizes[axis]
         )
-        name = self.name_of(move.movement, move.conversion.value, axis)
-        stream = COMPUTE if move.movement.collective is None else COMMUNICATION
-        return self.streams.issue(stream, name, phase, seconds, ready)
 
     def name_of(self, movement: Movement, moved: str, axis: int) -> str:
         """Return the name of a move's event: "all-reduce of gradients on dp"."""
@@ -325,34 +327,60 @@ class _Simulation:
         known = sum(op.seconds for op in plan.ops) + sum(c.seconds for c in plan.conversions)
         ready = max(self.streams.free.values())
         self.streams.wait(ready, REDUCED)
-        # The plan's seconds are ops, redistributions and the optimizer; the rest is the latter.
+        gathers = [
+            move
+            for (_, phase, _), transfers in self.moves.items()
+            for move in (transfers if phase == "update" else ())
+        ]
+        known += sum(map(self.seconds_of, gathers))
+        # The plan's seconds are ops, moves and the optimizer; the rest is the latter.
         seconds = plan.seconds - known
         # Less than this is rounding.
         if seconds > plan.seconds * 1e-9:
             ready = self.streams.issue(COMPUTE, "optimizer", "update", seconds, ready)
-        for (_, phase, _), transfers in self.moves.items():
-            for move in transfers if phase == "update" else ():
-                self.issue(move, "update", ready)
+        for move in gathers:
+            self.issue(move, "update", ready)
 
 
-def _tokens(plan: Plan) -> int:
-    """Return the elements of the largest input, counting the dims that the inputs decide."""
-    counts = [
-        numel_hint(tuple(dim for dim in node.result.shape if isinstance(dim, Sym)))
-        for captured in _first_traced(plan)
-        for node in with_larger_hints(captured, plan.options.tokens).nodes
-        if node.kind == "input"
-    ]
-    return max(counts, default=0)
+# What an input of numbers is a batch of, by its dims: rows of features, frames (of sound, or other
+# positions), images, clips.
+_UNITS = ("numbers", "rows", "frames", "images", "clips")
 
 
-def _first_traced(plan: Plan) -> list[Captured]:
-    """The program of the plan, or of its first part."""
-    first = plan if plan.captured is not None or not plan.parts else plan.parts[0].plan
-    return [first.captured] if first.captured is not None else []
+def _counted(plan: Plan) -> tuple[int, str]:
+    """Return how many tokens the inputs of a step have, or images, frames or rows, and which.
+
+    The largest input counts. Whole numbers are tokens, one each. Of images and rows the batch
+    counts, of frames the batch and all dims that the inputs decide.
+    """
+    inputs = plan.inputs or (plan.parts[0].plan.inputs if plan.parts else ())
+    largest = max(inputs, key=lambda item: prod(item.planned), default=None)
+    if largest is None or not largest.planned:
+        return 0, "tokens"
+    pairs = zip(largest.dims, largest.planned, strict=True)
+    decided = prod([size for dim, size in pairs if not dim.isdigit()])
+    if largest.is_integer:
+        return decided, "tokens"
+    unit = _UNITS[min(len(largest.planned), len(_UNITS)) - 1]
+    return (decided if unit in ("frames", "numbers") else largest.planned[0]), unit
 
 
-def _itemsize(plan: Plan) -> int:
-    """Return the bytes of an element of the largest parameter; 4 where there is none."""
+def _peak(plan: Plan, hardware: Hardware) -> float:
+    """Return the rate in FLOP/s at which a device would do the plan's products at its best.
+
+    Products of different types have different rates. Without a graph, the type of the largest
+    parameter counts.
+    """
+    seconds = flops = 0.0
+    if plan.captured is not None:
+        graph = plan.captured.graph
+        for op in plan.ops:
+            if op.whole_flops:
+                itemsize = max(graph.values[name].dtype.itemsize for name in op.reads[:2])
+                flops += op.whole_flops
+                seconds += op.whole_flops / hardware.peak(itemsize)
+    if seconds:
+        return flops / seconds
     largest = max(plan.parameters, key=lambda p: prod(p.shape), default=None)
-    return largest.nbytes // max(prod(largest.shape), 1) if largest is not None else 4
+    itemsize = largest.nbytes // max(prod(largest.shape), 1) if largest is not None else 4
+    return hardware.peak(itemsize)

@@ -84,10 +84,14 @@ class Hardware:
     def peak(self, itemsize: int) -> float:
         """Return the peak rate of products of elements of `itemsize` bytes, in FLOP/s.
 
-        Sizes without a figure run at the rate of the widest type.
+        Sizes without a figure run at the rate of the next wider type that has one.
+
+        >>> hardware = find_hardware("dgx-a100")
+        >>> hardware.peak(1) == hardware.peak(2) > hardware.peak(4)
+        True
         """
         rates = dict(self.flops_per_second)
-        return rates.get(itemsize, rates[max(rates)])
+        return rates[min((size for size in rates if size >= itemsize), default=max(rates))]
 
     @cached_property
     def sustained_bytes_per_second(self) -> float:

@@ -198,8 +198,9 @@ def _product(
     """
     factors, groups = _loop_groups(rule)
     batch, rows, columns, depth = (_extents(rule, names, shares) for names in groups)
-    itemsize = call.results[0].dtype.itemsize
-    points = rule.points * shares.prod(axis=1)
+    # What is multiplied counts: products of numbers of 8 bits have results of 16.
+    itemsize = max(call.operands[factor].dtype.itemsize for factor in factors)
+    points = rule.points * shares.prod(axis=1) * (1.0 - rule.skipped)
     times = rule.flops * points / (2 * batch * rows * columns * depth)
     moved = moved_seconds(parts.sum(axis=1), hardware)
     # The gradients of C = A B are dA = dC B^T and dB = A^T dC: the same three sizes in other roles.

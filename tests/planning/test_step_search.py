@@ -14,9 +14,11 @@ import autoparallel
 from autoparallel import Mesh, Plan
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.cost.hardware import find_hardware
+from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.options import Options
+from autoparallel.planning.predicted_step import repriced
 from autoparallel.planning.search import search
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.planning.step_search import step_weights
@@ -213,3 +215,28 @@ def test_a_mesh_is_chosen_by_its_step() -> None:
     for mesh in (Mesh(dp=8), Mesh(dp=4, tp=2), Mesh(dp=2, tp=4), Mesh(dp=2, sp=2, tp=2)):
         plan = search(captured, "Gated", mesh, chosen.options)
         assert chosen.step_seconds <= plan.step_seconds * (1 + 1e-9)
+
+
+def test_other_hardware_prices_all_again() -> None:
+    """The plan's timeline on another machine is that of the same plan made for it."""
+    make, inputs_of = MODELS["gated wide"]
+    with torch.device("meta"):
+        model = make()
+        inputs = inputs_of(model)
+    demands: dict[str, Any] = {"mesh": TWO_AXES, "example_inputs": inputs}
+    plan = autoparallel.make_plan(model, hardware="dgx-a100", **demands)
+    there = autoparallel.timeline(plan, hardware="dgx-h100")
+    assert there.seconds < 0.7 * plan.step_seconds
+    pinned = {parameter.path: parameter.storage for parameter in plan.parameters}
+    fixed = autoparallel.make_plan(model, hardware="dgx-h100", pins=pinned, **demands)
+    # The same plan but for what pins leave open: its ops take as long, one by one.
+    assert fixed.step_seconds <= there.seconds * (1 + 1e-9)
+    moved = repriced(plan, find_hardware("dgx-h100"))
+    back = repriced(moved, find_hardware("dgx-a100"))
+    assert [op.seconds for op in back.ops] == [op.seconds for op in plan.ops]
+    assert back.seconds == pytest.approx(plan.seconds)
+    assert [c.seconds for c in back.conversions] == [c.seconds for c in plan.conversions]
+    with pytest.raises(PlanError, match="cannot be told"):
+        autoparallel.timeline(Plan.from_json(plan.to_json()), hardware="dgx-h100")
+    same = autoparallel.timeline(Plan.from_json(plan.to_json()), hardware="dgx-a100")
+    assert same.seconds == plan.step_seconds
