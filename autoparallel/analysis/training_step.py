@@ -56,7 +56,9 @@ class TrainingStep:
 
     @property
     def tokens_per_second(self) -> float:
-        """The tokens (or images, ...) of all ranks per second; 0 where it is not known how many a step has."""
+        """The tokens, or images, of all ranks per second; 0 where it is not known how many a step
+        has.
+        """
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property

@@ -45,7 +45,8 @@ class Plan:
     less. method: how that is known, and which plans were compared. seconds: predicted times of the
     parts of a step that depend on the plan, added up. step_seconds: predicted time of the step, in
     which they overlap; step_bound: no plan's is less, as far as known. Both are 0 for a plan of
-    which nobody has told a timeline. product_weight: how many seconds a second of matrix products counted in the cost. It
+    which nobody has told a timeline. device_nbytes: the memory of one device of the hardware; 0
+    where nobody has told it. product_weight: how many seconds a second of matrix products counted in the cost. It
     is 1 unless the model is so small that leaving it whole would be the fastest; then it is as
     large as makes splitting pay.
     captured: the graph itself, where the plan was made in this process; it is not compared.
@@ -103,6 +104,7 @@ class Plan:
     returned: tuple[str, ...] = ()
     step_seconds: float = 0.0
     step_bound: float = 0.0
+    device_nbytes: int = 0
     # True of what the planner itself has returned in this process: a copy with changes is another
     # plan, and is checked against the rules when it is applied, as one that was read is.
     is_checked: bool = field(default=False, init=False, compare=False, repr=False)
@@ -131,6 +133,8 @@ class Plan:
             limit = self.memory_limit
             allowed = f" of {bytes_text(limit)} allowed" if limit is not None else ""
             rows.append(("memory", f"{total}{allowed} on the rank that needs most"))
+            if self.excess_nbytes:
+                rows.append(("", f"MORE THAN A DEVICE HAS: {bytes_text(self.device_nbytes)}"))
         if self.collectives is not None:
             rows.append(("collectives", self._collectives_text()))
         blocks = sum(mode != "none" for _, mode in self.recompute)
@@ -181,6 +185,13 @@ class Plan:
     def world_size(self) -> int:
         """The number of ranks in the mesh."""
         return self.mesh.world_size
+
+    @property
+    def excess_nbytes(self) -> int:
+        """The bytes that the plan takes beyond the memory of a device; 0 where it fits."""
+        if not self.device_nbytes:
+            return 0
+        return max(sum(nbytes for _, nbytes in self.memory) - self.device_nbytes, 0)
 
     @property
     def memory_limit(self) -> int | None:
@@ -275,7 +286,7 @@ class Plan:
             "recompute": [list(item) for item in self.recompute],
             "memory": dict(self.memory),
         }
-        for name in _TOLD:
+        for name in (*_TOLD, "device_nbytes"):
             if getattr(self, name):
                 rows[name] = getattr(self, name)
         if self.collectives is not None:
@@ -309,6 +320,7 @@ class Plan:
         return Plan(
             **simple,
             mesh=_mesh(rows["mesh"]),
+            device_nbytes=typed("int", rows.get("device_nbytes", 0), "device_nbytes"),
             options=_options(rows["options"]),
             parameters=_values(ParameterChoice, rows["parameters"]),
             ops=_values(OpChoice, rows["ops"]),
@@ -354,6 +366,7 @@ _TOLD = ("step_seconds", "step_bound")
 _KEYS = {
     *_SCALARS,
     *_TOLD,
+    "device_nbytes",
     *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
     *"collectives inputs returned breaks parts".split(),
 }

@@ -110,7 +110,8 @@ def _counted(plan: Plan) -> Plan:
     memory = plan.memory or memory_of(plan).rows
     totals = collective_totals(plan)
     collectives = tuple((*key[:2], key[2].value, count) for key, (count, _) in totals.items())
-    return replace(plan, memory=memory, collectives=collectives)
+    device = find_hardware(plan.options.hardware).device_memory_bytes
+    return replace(plan, memory=memory, collectives=collectives, device_nbytes=device)
 
 
 def _search(

@@ -108,7 +108,8 @@ class ShardingRule:
     loops that cannot be split. linear: sets of operands through which, jointly, a pending sum
     passes. kernels: for loops that need one to be split. flops: floating point operations per point
     of the loop nest (2 for a product); 0 where moving bytes is all the work. skipped: the share of
-    these that the op's kernel leaves out, as what a causal mask hides. free: the op is a
+    these that the op's kernel leaves out, as what a causal mask hides. exponentials: computed per
+    point between fused products. free: the op is a
     view, no work at all. local_args: a function to the call's args for given local shapes of its
     results. random: the function of autoparallel.runtime.random_ops that runs the op, if it draws
     numbers. function: that of autoparallel.runtime.kernels that runs the op where no kernel does,
@@ -130,6 +131,7 @@ class ShardingRule:
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     flops: float = 0
     skipped: float = 0.0
+    exponentials: float = 0.0
     free: bool = False
     local_args: Callable[[OpCall, Shapes], tuple[Any, ...]] | None = None
     random: str = ""

@@ -11,9 +11,10 @@ it stores parameters:
   the batch (Ulysses, arXiv:2309.14509);
 - sequence: everything splits the sequence (context parallelism, arXiv:2407.21783, section 3.3.2).
 
-Which loop is which follows from sizes alone: the batch is the first size of the largest input that
-the inputs decide, the sequence any other that they decide, and all other sizes are the model's. A
-family leaves the solver everything that it does not decide.
+Which loop is which follows from the graph alone: the batch is the first size of the largest input
+that the inputs decide, the sequence any other that they decide, and any along which a product does
+the same with a weight, as far as that dim is followed; all other sizes are the model's. A family
+leaves the solver everything that it does not decide.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 import sympy
 from numpy.typing import NDArray
 
-from autoparallel.graph.graph import Dim, Graph, Sym, numel_hint
+from autoparallel.graph.graph import Dim, Node, Sym, numel_hint
 from autoparallel.placement import Shard
 from autoparallel.rules.rule import LoopSplit, ShardingRule
 from autoparallel.strategy.cost_network import CostNetwork
@@ -129,7 +130,7 @@ def families(network: CostNetwork) -> tuple[Family, ...]:
     """
     names = tuple(name for name, _ in network.mesh.axes)
     wide = [index for index, (_, size) in enumerate(network.mesh.axes) if size > 1]
-    sizes = _Sizes(network.graph)
+    sizes = _Loops(network)
     data = network.options.data_parallel and sizes.batch is not None
     rows: dict[tuple[Role | None, ...], None] = {}
     for roles in _rows(len(wide), network.edges.memory):
@@ -173,30 +174,75 @@ def _rows(count: int, gradients: bool) -> Iterator[tuple[Role, ...]]:
         yield from ((role,) for role in data)
 
 
-class _Sizes:
-    """The sizes that the inputs of a graph decide. batch: the symbols of the batch, None without.
+class _Loops:
+    """The loops of every call of a network, by what their size is of.
 
-    has_sequence: whether there are others.
+    batch: the symbols of the batch, None without. has_sequence: whether there is a sequence. along:
+    per call, the loops of fixed size that are of the sequence.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, network: CostNetwork) -> None:
+        graph = network.graph
         inputs = [node.result for node in graph.nodes if node.kind == "input"]
         inputs.sort(key=lambda value: -numel_hint(value.shape))
         symbols = [[dim.expr for dim in value.shape if isinstance(dim, Sym)] for value in inputs]
         first = next((row[0] for row in symbols if row), None)
         self.batch = None if first is None else frozenset(first.free_symbols)
-        self.has_sequence = any(
+        self.along: dict[str, frozenset[str]] = {}
+        # Dims of fixed size that are of the sequence, as (value, dim): from products to what
+        # follows, and back to what comes before.
+        dims: set[tuple[str, int]] = set()
+        for nodes in (graph.calls, graph.calls[::-1], graph.calls):
+            for node in nodes:
+                self._spread(network, node, dims)
+        self.has_sequence = any(self.along.values()) or any(
             not expr.free_symbols <= (self.batch or frozenset()) for row in symbols for expr in row
         )
 
-    def kind(self, size: Dim) -> str:
+    def _spread(self, network: CostNetwork, node: Node, dims: set[tuple[str, int]]) -> None:
+        """Find the loops of a call that are of the sequence, and add the dims that are so."""
+        rule = network.rules[node.name]
+        if rule is None:
+            return
+        names = (*node.operands(), *(value.name for value in node.results))
+        tensors = (*rule.operands, *rule.results)
+        weighed = weight_loops(network, node, rule)
+        along = set(self.along.get(node.name, ()))
+        for name, tensor in zip(names, tensors, strict=True):
+            for dim, loops in enumerate(tensor):
+                if (name, dim) in dims:
+                    along.update(loops)
+        if weighed:
+            along.update(rule.loops)
+        along = {loop for loop in along - weighed if not isinstance(rule.sizes[loop], Sym)}
+        self.along[node.name] = frozenset(along)
+        for name, tensor in zip(names, tensors, strict=True):
+            dims.update(
+                (name, dim) for dim, loops in enumerate(tensor) if loops and along.issuperset(loops)
+            )
+
+    def kind(self, node: str, rule: ShardingRule, loop: str) -> str:
         """Return "batch", "sequence", "both" or, for a size of the model's own, "model"."""
+        size: Dim = rule.sizes[loop]
         if not isinstance(size, Sym) or self.batch is None:
-            return "model"
+            return "sequence" if loop in self.along[node] else "model"
         free: frozenset[sympy.Symbol] = frozenset(size.expr.free_symbols)
         if free <= self.batch:
             return "batch"
         return "both" if free & self.batch else "sequence"
+
+
+def weight_loops(network: CostNetwork, node: Node, rule: ShardingRule) -> frozenset[str]:
+    """Return the loops of the weight matrix of a product; none for another op."""
+    if not rule.flops:
+        return frozenset()
+    return frozenset(
+        loop
+        for name, dims in zip(node.operands(), rule.operands, strict=True)
+        if name in network.weights and len(dims) > 1
+        for loops in dims
+        for loop in loops
+    )
 
 
 # The kinds of loops that each split may take: of products with a weight matrix, and of other ops.
@@ -218,7 +264,7 @@ def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]
     What has no such state, as a bias that does not divide, keeps all. Equal variables have the same
     array.
     """
-    sizes = _Sizes(network.graph)
+    sizes = _Loops(network)
     known: dict[Any, Allowed | None] = {}
     states: dict[str, Allowed] = {}
 
@@ -236,16 +282,14 @@ def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]
         if rule is None:
             continue
         joints = network.strategies[node.name]
-        weighs = bool(rule.flops) and any(
-            name in network.weights and len(network.graph.values[name].shape) > 1
-            for name in node.operands()
-        )
+        weighs = bool(weight_loops(network, node, rule))
+        kinds = {loop: sizes.kind(node.name, rule, loop) for loop in rule.loops}
         restrict(
             node.name,
-            (id(joints), id(rule), weighs),
+            (id(joints), weighs, tuple(kinds.items())),
             len(joints),
-            lambda state, joints=joints, rule=rule, weighs=weighs: all(
-                role is None or _takes(role, rule, part.tile, weighs, sizes)
+            lambda state, joints=joints, kinds=kinds, weighs=weighs: all(
+                role is None or _takes(role, kinds, part.tile, weighs)
                 for role, part in zip(family.roles, joints[state].parts, strict=True)
             ),
         )
@@ -262,17 +306,16 @@ def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]
     return states
 
 
-def _takes(
-    role: Role, rule: ShardingRule, tile: LoopSplit | None, weighs: bool, sizes: _Sizes
-) -> bool:
+def _takes(role: Role, kinds: Mapping[str, str], tile: LoopSplit | None, weighs: bool) -> bool:
     """Return whether an axis of this role may run an op so.
 
-    tile: the split of a loop, None where nothing is split. weighs: it is a product with a weight.
+    kinds: of its loops. tile: the split of a loop, None where nothing is split. weighs: it is a
+    product with a weight.
     """
     if tile is None:
         return True
     with_weight, others = _TAKES[role.split]
-    return sizes.kind(rule.sizes[tile.loop]) in (with_weight if weighs else others)
+    return kinds[tile.loop] in (with_weight if weighs else others)
 
 
 def _stores(role: Role, stored: ParameterStorage, axis: int) -> bool:

@@ -127,3 +127,19 @@ def test_a_timeline_prints_as_a_few_lines() -> None:
     assert rows["step"] == f"{seconds_text(timeline.seconds)}, predicted, on 1 rank"
     assert rows["communicating"].startswith("0 s;")
     assert rows["utilization"].startswith(f"{timeline.mfu:.1%}")
+
+
+def test_a_plan_that_does_not_fit_says_so() -> None:
+    """Nobody has asked for a limit, but a device has one."""
+    with torch.device("meta"):
+        layer, inputs = nn.Linear(2**17, 2**17, bias=False), torch.zeros(4, 2**17)
+    plan = autoparallel.make_plan(layer, 2, example_inputs=inputs, hardware="dgx-a100")
+    assert plan.device_nbytes == 85197848576
+    assert plan.excess_nbytes == sum(size for _, size in plan.memory) - plan.device_nbytes > 0
+    assert "MORE THAN A DEVICE HAS: 79.3 GiB" in str(plan)
+    assert "DOES NOT FIT" in plan_text(plan)
+    again = Plan.from_json(plan.to_json())
+    assert again.excess_nbytes == plan.excess_nbytes
+    fits = autoparallel.make_plan(layer, 64, example_inputs=inputs, hardware="dgx-a100")
+    assert fits.excess_nbytes == 0
+    assert "DOES NOT FIT" not in plan_text(fits)
