@@ -1,4 +1,4 @@
-"""A plain Llama, and its steps in the layouts and software that torchtitan's figures were made with.
+"""A plain Llama, and its steps in the layouts and with the software of torchtitan's figures.
 
 The model is planned to the family of layouts of each row, and priced as any user's. The software of
 the rows differed from the emitted module in this:

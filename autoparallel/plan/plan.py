@@ -46,9 +46,9 @@ class Plan:
     parts of a step that depend on the plan, added up. step_seconds: predicted time of the step, in
     which they overlap; step_bound: no plan's is less, as far as known. Both are 0 for a plan of
     which nobody has told a timeline. device_nbytes: the memory of one device of the hardware; 0
-    where nobody has told it. product_weight: how many seconds a second of matrix products counted in the cost. It
-    is 1 unless the model is so small that leaving it whole would be the fastest; then it is as
-    large as makes splitting pay.
+    where nobody has told it. product_weight: how many seconds a second of matrix products counted
+    in the cost. It is 1 unless the model is so small that leaving it whole would be the fastest;
+    then it is as large as makes splitting pay.
     captured: the graph itself, where the plan was made in this process; it is not compared.
     breaks: where the model cannot be traced whole, the modules that stay Python. parts: the plans
     of the others; ops, conversions and parameters are then those of all parts, named by the

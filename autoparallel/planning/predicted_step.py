@@ -39,7 +39,8 @@ def timeline(
     """
     require_kind(plan, Plan, MAKE_ONE)
     if hardware is not None:
-        plan = repriced(plan, find_hardware(hardware))
+        hardware = find_hardware(hardware)
+        plan = repriced(plan, hardware)
     return timeline_of(plan, hardware=hardware, overlap=overlap, bucket_nbytes=bucket_nbytes)
 
 

@@ -37,9 +37,10 @@ def cost_of_splitting(
 ) -> dict[str, float]:
     """Return, per unsharded node, what the cheapest plan that shards it costs more; at least 0.
 
-    problem: the one that was solved. solution: its optimum, or another one. memo: the solver's, so that most of its
-    tables need not be made again. Keys are the names of nodes that could be sharded. For each of
-    them everything else is planned anew; infinity means that no plan shards it.
+    problem: the one that was solved. solution: its optimum, or another one. memo: the solver's, so
+    that most of its tables need not be made again. Keys are the names of nodes that could be
+    sharded. For each of them everything else is planned anew; infinity means that no plan shards
+    it.
     The result is empty for a problem too wide to be solved exactly.
     """
     wanted: dict[str, list[int]] = {}

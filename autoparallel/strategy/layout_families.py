@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -33,6 +34,7 @@ from autoparallel.graph.graph import Dim, Node, Sym, numel_hint
 from autoparallel.placement import Shard
 from autoparallel.rules.rule import LoopSplit, ShardingRule
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage
 
 __all__ = ["Family", "Role", "families", "states_of_family"]
@@ -268,10 +270,10 @@ def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]
     known: dict[Any, Allowed | None] = {}
     states: dict[str, Allowed] = {}
 
-    def restrict(name: str, key: Any, count: int, allows: Callable[[int], bool]) -> None:
+    def restrict(name: str, key: Any, allows: Callable[[], list[bool]]) -> None:
         """Note the allowed states of a variable, found once per key."""
         if key not in known:
-            allowed = np.array([allows(state) for state in range(count)], dtype=bool)
+            allowed = np.array(allows(), dtype=bool)
             known[key] = allowed if allowed.any() and not allowed.all() else None
         found = known[key]
         if found is not None:
@@ -284,26 +286,32 @@ def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]
         joints = network.strategies[node.name]
         weighs = bool(weight_loops(network, node, rule))
         kinds = {loop: sizes.kind(node.name, rule, loop) for loop in rule.loops}
-        restrict(
-            node.name,
-            (id(joints), weighs, tuple(kinds.items())),
-            len(joints),
-            lambda state, joints=joints, kinds=kinds, weighs=weighs: all(
-                role is None or _takes(role, kinds, part.tile, weighs)
-                for role, part in zip(family.roles, joints[state].parts, strict=True)
-            ),
-        )
+        key = (id(joints), weighs, tuple(kinds.items()))
+        restrict(node.name, key, partial(_taken, family, joints, kinds, weighs))
     for name, storages in network.storages.items():
-        restrict(
-            name,
-            id(storages),
-            len(storages),
-            lambda state, storages=storages: all(
-                role is None or _stores(role, storages[state], axis)
-                for axis, role in enumerate(family.roles)
-            ),
-        )
+        restrict(name, id(storages), partial(_stored, family, storages))
     return states
+
+
+def _taken(
+    family: Family, joints: tuple[MeshStrategy, ...], kinds: Mapping[str, str], weighs: bool
+) -> list[bool]:
+    """Return whether a family takes each joint strategy of an op; see `_takes`."""
+    return [
+        all(
+            role is None or _takes(role, kinds, part.tile, weighs)
+            for role, part in zip(family.roles, joint.parts, strict=True)
+        )
+        for joint in joints
+    ]
+
+
+def _stored(family: Family, storages: tuple[ParameterStorage, ...]) -> list[bool]:
+    """Return whether a family stores a parameter in each way."""
+    return [
+        all(role is None or _stores(role, stored, axis) for axis, role in enumerate(family.roles))
+        for stored in storages
+    ]
 
 
 def _takes(role: Role, kinds: Mapping[str, str], tile: LoopSplit | None, weighs: bool) -> bool:

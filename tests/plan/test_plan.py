@@ -21,6 +21,7 @@ from autoparallel.plan import plan as plan_module
 from autoparallel.plan import plan_rows as rows_module
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.train.models import GPT, GPTConfig
+from autoparallel.view.report import plan_text
 
 MOST_LINES = 12
 
