@@ -82,7 +82,7 @@ class Timeline(TrainingStep):
     passes         forward 1.64 ms, backward 1.46 ms, gradients and update after them 132 µs
     computing      2.89 ms
     communicating  342 µs; nothing is computed for 342 µs
-    tokens         8192 a step, 2.535e+06 a second
+    rows           8192 a step, 2.535e+06 a second
     utilization    81.8% of the peak FLOP/s (MFU)
     """
 
