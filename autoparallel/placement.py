@@ -9,6 +9,7 @@ are S -> R and P -> S.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -25,7 +26,13 @@ __all__ = [
     "Shard",
     "Step",
     "backward_steps",
+    "block_runs",
+    "block_sizes",
+    "blocks_and_units",
+    "divides_in_runs",
+    "fewest_runs",
     "gradient",
+    "is_even",
     "is_possible_step",
     "layout_gradient",
     "layout_text",
@@ -75,22 +82,54 @@ class Shard:
     """Each rank holds its part of dimension `dim`; its gradient is sharded alike.
 
     dim: the dimension, counted from 0. blocks: the dim is that many equal blocks laid end to end,
-    each split by itself (a fused QKV weight has 3). unit: each block is split in whole runs of that
-    many elements (a head's width), which matters only where the number of runs does not divide by
-    the number of ranks. Within a block, parts are those of `torch.chunk` over its runs.
+    each split by itself (a fused QKV weight has 3); or the sizes of blocks that are not equal, of
+    which only the proportions count, so that they are those of every part of the dim as well. unit:
+    each block is split in whole runs of that many elements (a head's width), which matters only
+    where the number of runs does not divide by the number of ranks; one for each block, where they
+    differ. Within a block, parts are those of `torch.chunk` over its runs.
 
     >>> print(Shard(0), Shard(0, blocks=3), Shard(1, unit=64))
     S(0) S(0, blocks=3) S(1, unit=64)
+    >>> print(Shard(0, blocks=(2048, 512, 512)))  # 32 heads of queries, 8 of keys and of values
+    S(0, blocks=(4, 1, 1))
     """
 
     dim: int
-    blocks: int = 1
-    unit: int = 1
+    blocks: int | tuple[int, ...] = 1
+    unit: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks, tuple) or isinstance(self.unit, tuple):
+            blocks, unit = blocks_and_units(self.blocks, self.unit)
+            object.__setattr__(self, "blocks", blocks)
+            object.__setattr__(self, "unit", unit)
 
     def __str__(self) -> str:
         extra = f", blocks={self.blocks}" if self.blocks != 1 else ""
         extra += f", unit={self.unit}" if self.unit != 1 else ""
         return f"S({self.dim}{extra})"
+
+
+def blocks_and_units(
+    blocks: int | tuple[int, ...], unit: int | tuple[int, ...]
+) -> tuple[int | tuple[int, ...], int | tuple[int, ...]]:
+    """Return blocks and units in the one form that equal ways of cutting have: proportions without
+    a common divisor, and a number where all are equal. Raises ValueError where there is no block,
+    one without elements, or another number of units than of blocks.
+
+    >>> blocks_and_units((64, 16, 16), (8, 8, 8)), blocks_and_units((5, 5), (1, 5))
+    (((4, 1, 1), 8), (2, (1, 5)))
+    """
+    count = len(blocks) if isinstance(blocks, tuple) else blocks
+    units = unit if isinstance(unit, tuple) else (unit,)
+    sizes = blocks if isinstance(blocks, tuple) else (blocks,)
+    if not sizes or min(*sizes, *units, count) < 1 or len(units) not in (1, count):
+        raise ValueError(f"no way to cut a dim: blocks={blocks!r}, unit={unit!r}")
+    if isinstance(blocks, tuple):
+        divisor = math.gcd(*blocks)
+        blocks = tuple([size // divisor for size in blocks])
+        blocks = count if set(blocks) == {1} else blocks
+    return blocks, units[0] if len(set(units)) == 1 else units
 
 
 Placement = Invariant | Replicate | Shard | Partial
@@ -101,10 +140,9 @@ Layout = tuple[Placement, ...]
 
 # Plain digits without zeros before them, so that one placement has one text; nine of them, as no
 # dim is longer than that, and arithmetic on longer numbers takes as long as they are.
-_SHARD = re.compile(
-    r"S\((0|[1-9][0-9]{0,8})"
-    r"(?:, blocks=([1-9][0-9]{0,8}))?(?:, unit=([1-9][0-9]{0,8}))?\)"
-)
+_COUNT = r"[1-9][0-9]{0,8}"
+_COUNTS = rf"{_COUNT}|\({_COUNT}(?:, {_COUNT}){{1,99}}\)"
+_SHARD = re.compile(rf"S\((0|{_COUNT})(?:, blocks=({_COUNTS}))?(?:, unit=({_COUNTS}))?\)")
 
 
 def parse_placement(text: str) -> Placement:
@@ -120,7 +158,14 @@ def parse_placement(text: str) -> Placement:
     if match is None:
         raise ValueError(f"not a placement: {text!r} (I, R, P, S(0), S(0, blocks=3))")
     dim, blocks, unit = match.groups()
-    return Shard(int(dim), int(blocks or 1), int(unit or 1))
+    return Shard(int(dim), _counts(blocks), _counts(unit))
+
+
+def _counts(text: str | None) -> int | tuple[int, ...]:
+    """Return the number, or the numbers in parentheses; 1 where there is no text."""
+    if text is None or not text.startswith("("):
+        return int(text or 1)
+    return tuple(map(int, text.strip("()").split(", ")))
 
 
 def layout_text(layout: Layout) -> str:
@@ -198,10 +243,84 @@ def local_size(size: int, shard: Shard, world_size: int, rank: int = 0) -> int:
     >>> [local_size(25 * 64, Shard(0, unit=64), 8, rank) for rank in (0, 6, 7)]
     [256, 64, 0]
     """
-    # All blocks are cut alike, so that a rank holds as many runs of each.
-    runs = size // (shard.blocks * shard.unit)
-    start, stop = part_bounds(runs, world_size, rank)
-    return shard.blocks * shard.unit * (stop - start)
+    blocks, unit = shard.blocks, shard.unit
+    if isinstance(blocks, int) and isinstance(unit, int):
+        # All blocks are cut alike, so that a rank holds as many runs of each.
+        start, stop = part_bounds(size // (blocks * unit), world_size, rank)
+        return blocks * unit * (stop - start)
+    return sum(length for _, length in block_runs(size, shard, world_size, rank))
+
+
+def is_even(shard: Shard) -> bool:
+    """Return whether all blocks of a dim are of one size, and cut in runs of one size.
+
+    >>> is_even(Shard(0, blocks=3)), is_even(Shard(0, blocks=(4, 1, 1)))
+    (True, False)
+    """
+    return isinstance(shard.blocks, int) and isinstance(shard.unit, int)
+
+
+@cache
+def block_sizes(
+    size: int, blocks: int | tuple[int, ...], unit: int | tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Return (elements, unit) of every block of a dim of `size` elements, which must divide so.
+
+    blocks, unit: as a Shard has them.
+
+    >>> block_sizes(12, (4, 1, 1), 1), block_sizes(12, 2, (3, 1))
+    (((8, 1), (2, 1), (2, 1)), ((6, 3), (6, 1)))
+    """
+    shares = blocks if isinstance(blocks, tuple) else (1,) * blocks
+    units = unit if isinstance(unit, tuple) else (unit,) * len(shares)
+    total = sum(shares)
+    return tuple([(size * share // total, run) for share, run in zip(shares, units, strict=True)])
+
+
+@cache
+def block_runs(size: int, shard: Shard, world_size: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """Return (start in the whole dim, length) of what a rank holds of every block.
+
+    size: of the whole dim. shard: how it is cut; its `dim` is not looked at.
+
+    >>> block_runs(12, Shard(0, blocks=(4, 1, 1)), 2, 1)
+    ((4, 4), (9, 1), (11, 1))
+    """
+    runs, first = [], 0
+    for length, unit in block_sizes(size, shard.blocks, shard.unit):
+        start, stop = part_bounds(length // unit, world_size, rank)
+        runs.append((first + start * unit, (stop - start) * unit))
+        first += length
+    return tuple(runs)
+
+
+def divides_in_runs(
+    size: int, blocks: int | tuple[int, ...], unit: int | tuple[int, ...], parts: int = 1
+) -> bool:
+    """Return whether a dim of `size` elements consists of such blocks of whole runs, and every
+    block of a number of runs that divides by `parts`.
+
+    >>> divides_in_runs(12, (4, 1, 1), 1, parts=2), divides_in_runs(12, (4, 1, 1), 1, parts=4)
+    (True, False)
+    """
+    if isinstance(blocks, int) and isinstance(unit, int):
+        return not size % (blocks * unit * parts)
+    shares = blocks if isinstance(blocks, tuple) else (1,) * blocks
+    total = sum(shares)
+    return not any(size * share % total for share in shares) and not any(
+        length % (run * parts) for length, run in block_sizes(size, blocks, unit)
+    )
+
+
+def fewest_runs(size: int, blocks: int | tuple[int, ...], unit: int | tuple[int, ...]) -> int:
+    """Return the number of runs of the block that has the fewest.
+
+    >>> fewest_runs(12, (4, 1, 1), 1)
+    2
+    """
+    if isinstance(blocks, int) and isinstance(unit, int):
+        return size // (blocks * unit)
+    return min(length // run for length, run in block_sizes(size, blocks, unit))
 
 
 def local_layout_size(

@@ -12,7 +12,7 @@ import sympy
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Dim, Graph, Sym, hint, map_leaves
 from autoparallel.mesh import Mesh
-from autoparallel.placement import Layout, Shard, local_size
+from autoparallel.placement import Layout, Shard, divides_in_runs, local_size
 from autoparallel.rules.rule import OpCall, ShardingRule, tile_of
 
 __all__ = ["Algebra"]
@@ -107,7 +107,15 @@ class Algebra:
         """
         share, left = sympy.Integer(1), hint(dim)
         for axis, shard in shards:
-            count, run = self.sizes[axis], shard.blocks * shard.unit
+            count = self.sizes[axis]
+            if not (isinstance(shard.blocks, int) and isinstance(shard.unit, int)):
+                # Blocks of several sizes are no multiple of one of them: a number says the share.
+                held = local_size(left, shard, count)
+                even = divides_in_runs(left, shard.blocks, shard.unit, count)
+                share *= 1 / self.axes[axis] if even else sympy.Rational(held, left)
+                left = held
+                continue
+            run = shard.blocks * shard.unit
             # Where the ranks divide the runs the form is clean; else the busiest rank has the
             # ceiling.
             if left // run % count == 0:

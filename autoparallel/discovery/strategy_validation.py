@@ -21,13 +21,15 @@ from autoparallel.discovery.example_calls import (
     storage_of,
 )
 from autoparallel.graph.graph import Sym
-from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
+from autoparallel.placement import Invariant, Partial, Placement, Shard, divides_in_runs, gradient
 from autoparallel.rules.rule import (
     LoopSplit,
     ShardingRule,
     Strategy,
     is_possible,
+    own_split,
     strategies,
+    tiles_of_piece,
 )
 from autoparallel.runtime.axis_parts import take_part
 from autoparallel.runtime.groups import LocalGroup, SingleGroup, thread_groups
@@ -53,15 +55,27 @@ def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[LoopSplit]:
     """
     for loop in rule.loops:
         size = rule.sizes[loop]
-        yield LoopSplit(loop)
+        yield own_split(rule, loop)
         if isinstance(size, Sym):
             continue
+        yield from _of_pieces(rule, loop, world_size)
         # Every block must have at least one run for each rank.
         for blocks in range(1, size // world_size + 1):
             for unit in range(1, size // (blocks * world_size) + 1):
                 tile = LoopSplit(loop, blocks, unit)
                 if (blocks, unit) != (1, 1) and is_possible(rule, tile, world_size):
                     yield tile
+
+
+def _of_pieces(rule: ShardingRule, loop: str, world_size: int) -> Iterator[LoopSplit]:
+    """Yield the splits of a loop's pieces in which one of them is cut in blocks, or in runs."""
+    for piece, (whole, start, stop) in rule.pieces.items():
+        for blocks, unit in ((2, 1), (3, 1), (1, 2), ((2, 1), 1)) if whole == loop else ():
+            shard = Shard(0, blocks, unit)
+            if divides_in_runs(stop - start, blocks, unit):
+                for tile in tiles_of_piece(rule, piece, shard, {}):
+                    if is_possible(rule, tile, world_size):
+                        yield tile
 
 
 def derived(example: Example, rule: ShardingRule, world_size: int) -> tuple[Strategy, ...]:

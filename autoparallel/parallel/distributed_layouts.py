@@ -62,13 +62,16 @@ def _has_words(cuts: Sequence[Placement], size: int, ranks: Sequence[int]) -> bo
     if len(blocks) > 1:
         return False  # DTensor takes it for an order in which the axes cut
     (count,) = blocks
-    if all(shard.unit == 1 for shard in shards) and (count == 1 or len(shards) == 1):
+    units = [shard.unit for shard in shards if isinstance(shard.unit, int)]
+    if not isinstance(count, int) or len(units) < len(shards):
+        return False  # it has no blocks of unequal size
+    if all(unit == 1 for unit in units) and (count == 1 or len(shards) == 1):
         return True
     # All parts of every block are equal, and consist of whole runs.
     parts = math.prod(ranks)
     return size % (count * parts) == 0 and all(
-        size // (count * math.prod(ranks[: number + 1])) % shard.unit == 0
-        for number, shard in enumerate(shards)
+        size // (count * math.prod(ranks[: number + 1])) % unit == 0
+        for number, unit in enumerate(units)
     )
 
 
@@ -88,6 +91,7 @@ def distributed_placements(layout: Layout, sizes: Sequence[int]) -> list[Any]:
         outer = parts_of_dim.get(cut.dim, 1)
         parts_of_dim[cut.dim] = outer * sizes[axis]
         if cut.blocks != 1:
+            assert isinstance(cut.blocks, int)
             placements.append(strided_shard(cut.dim, cut.blocks * outer))
         else:
             placements.append(DTensorShard(cut.dim))
@@ -126,5 +130,5 @@ def layout_in_blocks(tensor: DTensor) -> Layout | None:
     Of all others torch knows by itself which rectangle a rank holds.
     """
     layout = layout_of(tensor)
-    blocks = any(isinstance(cut, Shard) and cut.blocks > 1 for cut in layout or ())
+    blocks = any(isinstance(cut, Shard) and cut.blocks != 1 for cut in layout or ())
     return layout if blocks else None

@@ -22,6 +22,8 @@ from autoparallel.placement import (
     Layout,
     Partial,
     Shard,
+    divides_in_runs,
+    fewest_runs,
     is_possible_step,
     layout_text,
     whole_layout,
@@ -135,10 +137,12 @@ def _why_no_layout(
             continue
         if placement.dim >= len(shape):
             return f"it has {len(shape)} dims"
-        size, run = shape[placement.dim], placement.blocks * placement.unit
-        if isinstance(size, Sym) and run != 1:
+        size, blocks, unit = shape[placement.dim], placement.blocks, placement.unit
+        if isinstance(size, Sym) and (blocks, unit) != (1, 1):
             return "the inputs decide on that size"
-        if isinstance(size, int) and (size % run or size // run < 2):
+        if isinstance(size, int) and not (
+            divides_in_runs(size, blocks, unit) and fewest_runs(size, blocks, unit) >= 2
+        ):
             return f"{size} elements are not divided into such runs"
     # Sizes that the inputs decide divide by anything: 0 does.
     known = tuple(0 if isinstance(size, Sym) or not even else size for size in shape)

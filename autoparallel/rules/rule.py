@@ -8,9 +8,11 @@ arXiv:2201.12023, and Shardy state rules alike.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value, hint, numel_hint
@@ -21,6 +23,12 @@ from autoparallel.placement import (
     Placement,
     Replicate,
     Shard,
+    block_runs,
+    block_sizes,
+    blocks_and_units,
+    divides_in_runs,
+    fewest_runs,
+    local_size,
 )
 
 __all__ = [
@@ -34,9 +42,11 @@ __all__ = [
     "is_possible",
     "loop_per_dim",
     "normalized",
+    "own_split",
     "place",
     "strategies",
     "tile_of",
+    "tiles_of_piece",
 ]
 
 # A dim's loops, outermost first; a tensor's dims; the local shapes of several tensors.
@@ -118,7 +128,9 @@ class ShardingRule:
     takes_empty: the op also runs on a part without elements, which ranks are left with where a loop
     is shorter than they are many. occupied: loops of which every part must have elements even so.
     reasons: why loops are whole, where there is more to say. discovered: the rule in einsum-like
-    words, if nobody wrote it.
+    words, if nobody wrote it. pieces: of loops that are parts of another one, laid end to end in
+    it: that loop, and where they start and stop in it. Splitting it splits all of them, each by
+    itself; they are not split alone.
     """
 
     operands: tuple[Dims, ...]
@@ -140,6 +152,7 @@ class ShardingRule:
     occupied: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
     discovered: str = ""
+    pieces: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
 
     def needs_elements(self, loop: str) -> bool:
         """Return whether the op runs only on parts of the loop that have elements."""
@@ -217,13 +230,29 @@ class ShardingRule:
 
 @dataclass(frozen=True, slots=True)
 class LoopSplit:
-    """A way to split one loop: into `blocks` equal blocks, each in runs of `unit` elements, as
-    `Shard` splits a dim.
+    """A way to split one loop: into `blocks`, each in runs of `unit` elements, as `Shard` splits a
+    dim.
     """
 
     loop: str
-    blocks: int = 1
-    unit: int = 1
+    blocks: int | tuple[int, ...] = 1
+    unit: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks, tuple) or isinstance(self.unit, tuple):
+            blocks, unit = blocks_and_units(self.blocks, self.unit)
+            object.__setattr__(self, "blocks", blocks)
+            object.__setattr__(self, "unit", unit)
+
+    @staticmethod
+    def of_blocks(loop: str, blocks: Iterable[tuple[int, int]]) -> LoopSplit:
+        """Return the split of a loop that consists of blocks. blocks: (elements, unit) of each.
+
+        >>> LoopSplit.of_blocks("n", [(64, 8), (16, 8)])
+        LoopSplit(loop='n', blocks=(4, 1), unit=8)
+        """
+        sizes, units = zip(*blocks, strict=True)
+        return LoopSplit(loop, sizes, units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +287,15 @@ def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
     """
     if isinstance(size, Sym) or shard.unit == 1:
         return shard
-    if (size // (shard.blocks * shard.unit)) % world_size == 0:
-        return Shard(shard.dim, shard.blocks)
-    return shard
+    if isinstance(shard.blocks, int) and isinstance(shard.unit, int):
+        if (size // (shard.blocks * shard.unit)) % world_size == 0:
+            return Shard(shard.dim, shard.blocks)
+        return shard
+    units = tuple(
+        1 if length // unit % world_size == 0 else unit
+        for length, unit in block_sizes(size, shard.blocks, shard.unit)
+    )
+    return Shard(shard.dim, shard.blocks, units)
 
 
 def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
@@ -276,8 +311,12 @@ def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> S
     """
     for index, names in enumerate(dims):
         if tile.loop not in names:
+            if rule.pieces and len(names) == 1 and rule.pieces.get(names[0], _NO)[0] == tile.loop:
+                return _placed_piece(rule, index, names[0], tile, world_size)
             continue
         at = names.index(tile.loop)
+        if not (isinstance(tile.blocks, int) and isinstance(tile.unit, int)):
+            return _placed_unevenly(rule, index, names, tile, world_size)
         blocks, unit = tile.blocks, tile.unit
         total = 1
         for position, name in enumerate(names):
@@ -296,6 +335,47 @@ def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> S
             raise UnsplittableError  # of no repetitions, no part has any
         return normalized(Shard(index, blocks, unit), total, world_size)
     return None
+
+
+# A split into more blocks than this is not considered: it is of a dim cut into blocks of unequal
+# size again and again, and every redistribution would move so many pieces.
+_MOST_BLOCKS = 64
+# A loop that is no piece of another one.
+_NO = ("", 0, 0)
+
+
+def _placed_unevenly(
+    rule: ShardingRule, index: int, names: Loops, tile: LoopSplit, world_size: int
+) -> Shard:
+    """Return what `place` does for a loop that is split in blocks that are not alike."""
+    at = names.index(tile.loop)
+    sizes = [rule.sizes[name] for name in names]
+    if any(isinstance(size, Sym) or not size for size in sizes):
+        raise UnsplittableError
+    outside, inside = (math.prod(map(hint, some)) for some in (sizes[:at], sizes[at + 1 :]))
+    loop_blocks = block_sizes(hint(sizes[at]), tile.blocks, tile.unit)
+    if outside * len(loop_blocks) > _MOST_BLOCKS:
+        raise UnsplittableError
+    blocks = [(length * inside, unit * inside) for length, unit in loop_blocks] * outside
+    whole = LoopSplit.of_blocks("", blocks)
+    size = math.prod(map(hint, sizes))
+    return normalized(Shard(index, whole.blocks, whole.unit), size, world_size)
+
+
+def _placed_piece(
+    rule: ShardingRule, index: int, piece: str, tile: LoopSplit, world_size: int
+) -> Shard:
+    """Return the placement of a piece's dim where the loop that it is a piece of is split."""
+    loop, start, stop = rule.pieces[piece]
+    inside, first = [], 0
+    for length, unit in block_sizes(hint(rule.sizes[loop]), tile.blocks, tile.unit):
+        if first < stop and start < first + length:
+            if first < start or stop < first + length:
+                raise UnsplittableError  # a block lies across the piece's end
+            inside.append((length, unit))
+        first += length
+    split = LoopSplit.of_blocks("", inside)
+    return normalized(Shard(index, split.blocks, split.unit), stop - start, world_size)
 
 
 class UnsplittableError(Exception):
@@ -322,6 +402,10 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Lo
         whole *= size
     if not whole:
         return None  # there is nothing to split
+    if len(names) == 1 and names[0] in rule.pieces:
+        return next(tiles_of_piece(rule, names[0], shard, {}), None)
+    if not (isinstance(shard.blocks, int) and isinstance(shard.unit, int)):
+        return _uneven_tile(names, [hint(size) for size in sizes], shard, world_size)
     after = whole
     for name, size in zip(names, sizes, strict=True):
         assert isinstance(size, int)
@@ -340,6 +424,82 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Lo
     return None
 
 
+def _uneven_tile(names: Loops, sizes: list[int], shard: Shard, world_size: int) -> LoopSplit | None:
+    """Return what `tile_of` does for a dim that is split in blocks that are not alike."""
+    whole = math.prod(sizes)
+    if not divides_in_runs(whole, shard.blocks, shard.unit):
+        return None
+    blocks = block_sizes(whole, shard.blocks, shard.unit)
+    outside, inside = 1, whole
+    for name, size in zip(names, sizes, strict=True):
+        inside //= size
+        # Every place of the outer loops has the same blocks, each of whole runs of the inner ones.
+        period = blocks[: len(blocks) // outside] if len(blocks) % outside == 0 else ()
+        within = []
+        for length, unit in period if period * outside == blocks else ():
+            # `normalized` has put a unit in its plain form where that gives the same parts.
+            plain = unit == 1 and length % (inside * world_size) == 0
+            if length % inside or (unit % inside and not plain):
+                break
+            within.append((length // inside, max(1, unit // inside)))
+        if within and sum(length for length, _ in within) == size:
+            return LoopSplit.of_blocks(name, within)
+        outside *= size
+    return None
+
+
+def own_split(rule: ShardingRule, loop: str) -> LoopSplit:
+    """Return the plainest split of a loop: of one that has pieces, each of them by itself.
+
+    >>> rule = ShardingRule((), (), {"all": 6}, pieces={"a": ("all", 0, 4), "b": ("all", 4, 6)})
+    >>> own_split(rule, "all")
+    LoopSplit(loop='all', blocks=(2, 1), unit=1)
+    """
+    lengths = [stop - start for whole, start, stop in rule.pieces.values() if whole == loop]
+    return LoopSplit(loop, tuple(lengths)) if lengths else LoopSplit(loop)
+
+
+# Pieces that may each be split in several ways may be so in every combination of them, up to this
+# many; where there are more, all but one piece are split in the plainest way.
+_MOST_COMBINATIONS = 8
+
+
+def tiles_of_piece(
+    rule: ShardingRule, piece: str, shard: Shard, known: Mapping[str, Iterable[Shard]]
+) -> Iterator[LoopSplit]:
+    """Yield the splits of the loop that `piece` is a part of which give its dim this placement.
+
+    known: of the other pieces, the placements to combine it with; a piece of the same size is also
+    split as this one, and one without any plainly.
+
+    >>> rule = ShardingRule((), (), {"all": 6}, pieces={"a": ("all", 0, 4), "b": ("all", 4, 6)})
+    >>> list(tiles_of_piece(rule, "a", Shard(0, blocks=2), {}))
+    [LoopSplit(loop='all', blocks=3, unit=1)]
+    """
+    loop, start, stop = rule.pieces[piece]
+    size = stop - start
+    options = []
+    for name, (whole, first, last) in rule.pieces.items():
+        if whole != loop:
+            continue
+        length = last - first
+        ways = [shard] if name == piece or length == size else list(known.get(name, ()))
+        blocks = {
+            block_sizes(length, way.blocks, way.unit): None
+            for way in ways
+            if divides_in_runs(length, way.blocks, way.unit)
+        }
+        if not blocks and name == piece:
+            return
+        options.append(list(blocks) or [((length, 1),)])
+    if math.prod(map(len, options)) > _MOST_COMBINATIONS:
+        options = [some[:1] for some in options]
+    for combination in product(*options):
+        blocks_of_all = [block for blocks in combination for block in blocks]
+        if len(blocks_of_all) <= _MOST_BLOCKS:
+            yield LoopSplit.of_blocks(loop, blocks_of_all)
+
+
 def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     """Return whether the loop divides into such blocks and runs, at least two of them, and into
     parts that the op takes.
@@ -351,10 +511,14 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     grain = rule.grain.get(tile.loop, 1)
     if isinstance(size, Sym):
         return tile.blocks == tile.unit == grain == 1
-    runs, rest = divmod(size, tile.blocks * tile.unit)
-    # One run cannot be shared.
-    if rest or runs < 2:
+    if tile.loop in rule.pieces or not divides_in_runs(size, tile.blocks, tile.unit):
         return False
+    # One run cannot be shared.
+    if fewest_runs(size, tile.blocks, tile.unit) < 2:
+        return False
+    if not (isinstance(tile.blocks, int) and isinstance(tile.unit, int)):
+        return _takes_parts(rule, tile, world_size)
+    runs = size // (tile.blocks * tile.unit)
     # Parts are those of torch.chunk: `step` runs each, and what is left for the last one.
     step = -(-runs // world_size)
     if any(count * tile.blocks * tile.unit % grain for count in (step, runs % step)):
@@ -363,8 +527,25 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     return not rule.needs_elements(tile.loop) or (world_size - 1) * step < runs
 
 
+def _takes_parts(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
+    """Return whether the op takes the parts of a loop that is split in blocks not alike."""
+    size, grain = hint(rule.sizes[tile.loop]), rule.grain.get(tile.loop, 1)
+    shard = Shard(0, tile.blocks, tile.unit)
+    parts = [block_runs(size, shard, world_size, rank) for rank in (0, world_size - 1)]
+    if grain > 1 and any(
+        length % grain
+        for rank in range(world_size)
+        for _, length in block_runs(size, shard, world_size, rank)
+    ):
+        return False
+    return not rule.needs_elements(tile.loop) or all(length for _, length in parts[-1])
+
+
 def _share(rule: ShardingRule, tile: LoopSplit, world_size: int) -> float:
     """Return the largest rank's share of the work, for the example inputs."""
+    if not (isinstance(tile.blocks, int) and isinstance(tile.unit, int)):
+        size = hint(rule.sizes[tile.loop])
+        return local_size(size, Shard(0, tile.blocks, tile.unit), world_size) / size
     runs = hint(rule.sizes[tile.loop]) // (tile.blocks * tile.unit)
     return -(-runs // world_size) / runs
 

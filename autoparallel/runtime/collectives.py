@@ -23,6 +23,7 @@ from autoparallel.placement import (
     Replicate,
     Shard,
     gradient,
+    local_size,
     movement,
 )
 from autoparallel.runtime.axis_parts import (
@@ -32,8 +33,8 @@ from autoparallel.runtime.axis_parts import (
     join_rows,
     pad_part,
     places_of_rank,
+    put_part,
     run_lengths,
-    run_of_rank,
     take_part,
     unpad_part,
 )
@@ -89,7 +90,7 @@ def _all_to_all(
         shapes = []
         for r in range(count):
             shape = list(sent[group.rank].shape)
-            shape[source.dim] = source.blocks * run_of_rank(size, source, count, r)[1]
+            shape[source.dim] = local_size(size, source, count, r)
             shapes.append(tuple(shape))
         return join_parts(group.all_to_all(sent, shapes), source)
     # The same dim is split in another way (other blocks or units): send every rank the elements
@@ -183,12 +184,10 @@ def _pad(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.T
     collective.
     """
     shape = list(tensor.shape)
-    shape[shard.dim : shard.dim + 1] = [shard.blocks, size // shard.blocks]
+    shape[shard.dim] = size
     whole = tensor.new_zeros(shape)
-    start, length = run_of_rank(size, shard, group.world_size, group.rank)
-    blocks = tensor.unflatten(shard.dim, (shard.blocks, length))
-    whole.narrow(shard.dim + 1, start, length).copy_(blocks)
-    return whole.flatten(shard.dim, shard.dim + 1)
+    put_part(whole, tensor, shard, group.world_size, group.rank)
+    return whole
 
 
 class Convert(torch.autograd.Function):

@@ -17,9 +17,9 @@ from autoparallel.placement import (
     Layout,
     Partial,
     Shard,
+    block_runs,
     layout_text,
     local_layout_size,
-    part_bounds,
 )
 from autoparallel.runtime.axis_parts import join_parts, take_part
 from autoparallel.runtime.collectives import (
@@ -126,11 +126,10 @@ def _cut(
 
     runs: those that the outer axes left, which the cut sees laid end to end.
     """
-    block = sum(length for _, length in runs) // shard.blocks
-    first, last = (edge * shard.unit for edge in part_bounds(block // shard.unit, world_size, rank))
+    size = sum(length for _, length in runs)
     left: list[tuple[int, int]] = []
-    for block_number in range(shard.blocks):
-        low, high, local = block_number * block + first, block_number * block + last, 0
+    for first, held in block_runs(size, shard, world_size, rank):
+        low, high, local = first, first + held, 0
         # `local` is where the run begins among the runs laid end to end; what lies in [low, high)
         # of them is this rank's.
         for start, length in runs:

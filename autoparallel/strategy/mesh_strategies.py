@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 
 from autoparallel.graph.graph import Dim, hint
-from autoparallel.placement import Layout, Shard
+from autoparallel.placement import Layout, Shard, divides_in_runs
 from autoparallel.rules.rule import ShardingRule, Strategy, is_possible
 
 __all__ = ["MeshStrategy", "is_nested", "joint_strategies"]
@@ -62,8 +62,8 @@ def is_nested(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]) -> b
         # A run is the smallest piece of a block that is dealt out to ranks: `unit` elements
         # together. They are dealt to all axes at once: 4 runs divide by any two axes of 2 ranks,
         # and not by three.
-        runs = hint(shape[dim]) // (shard.blocks * shard.unit)
-        if runs % math.prod(sizes[axis] for axis, _ in cuts):
+        parts = math.prod(sizes[axis] for axis, _ in cuts)
+        if not divides_in_runs(hint(shape[dim]), shard.blocks, shard.unit, parts):
             return False
     return True
 

@@ -299,11 +299,15 @@ def _class(value: Value, weight: bool, together: bool) -> Any:
     return (value.shape, value.dtype.itemsize, value.requires_grad, weight, together)
 
 
-def _rank(placement: Placement) -> tuple[str, int, int, int]:
+def _rank(placement: Placement) -> tuple[str, int, tuple[int, ...], tuple[int, ...]]:
     """Return a key that sorts placements, so that the order of layouts does not matter."""
-    if isinstance(placement, Shard):
-        return ("Shard", placement.dim, placement.blocks, placement.unit)
-    return (type(placement).__name__, 0, 0, 0)
+    if not isinstance(placement, Shard):
+        return (type(placement).__name__, 0, (), ())
+    blocks, unit = (
+        number if isinstance(number, tuple) else (number,)
+        for number in (placement.blocks, placement.unit)
+    )
+    return ("Shard", placement.dim, blocks, unit)
 
 
 def _storage(layout: Layout) -> Layout:

@@ -267,8 +267,13 @@ class Words:
     @staticmethod
     def _parts(shard: Shard) -> str:
         """Say in which blocks and runs a dim is split; empty for a plain split."""
-        text = f", in {shard.blocks} blocks" if shard.blocks > 1 else ""
-        return text + (f", in whole runs of {shard.unit}" if shard.unit > 1 else "")
+        text = ""
+        if isinstance(shard.blocks, tuple):
+            text = f", in blocks as {':'.join(map(str, shard.blocks))}"
+        elif shard.blocks > 1:
+            text = f", in {shard.blocks} blocks"
+        units = shard.unit if isinstance(shard.unit, tuple) else (shard.unit,)
+        return text + (f", in whole runs of {', '.join(map(str, units))}" if max(units) > 1 else "")
 
 
 def is_unary(op: OpChoice) -> bool:
