@@ -65,6 +65,8 @@ def _has_words(cuts: Sequence[Placement], size: int, ranks: Sequence[int]) -> bo
     units = [shard.unit for shard in shards if isinstance(shard.unit, int)]
     if not isinstance(count, int) or len(units) < len(shards):
         return False  # it has no blocks of unequal size
+    if any(shard.repeat != 1 for shard in shards):
+        return False
     if all(unit == 1 for unit in units) and (count == 1 or len(shards) == 1):
         return True
     # All parts of every block are equal, and consist of whole runs.

@@ -19,7 +19,9 @@ RESERVED = frozenset(
     """.split()
 )
 # Names of placements, constants and recomputed blocks, which the writers below make up.
-_PATTERNS = re.compile(r"[IRP]|S\d+(_blocks\d+(_\d+)*)?(_unit\d+(_\d+)*)?|constant_\d+|block_\d+")
+_PATTERNS = re.compile(
+    r"[IRP]|S\d+(_(blocks|unit|repeat)\d+(_\d+)*)*(_pending)?|constant_\d+|block_\d+"
+)
 # What no identifier has.
 _NO_LETTERS = re.compile(r"[^0-9A-Za-z_]")
 
@@ -72,6 +74,8 @@ def placement_name(placement: Placement) -> str:
         return str(placement)
     extra = f"_blocks{_counts(placement.blocks)}" if placement.blocks != 1 else ""
     extra += f"_unit{_counts(placement.unit)}" if placement.unit != 1 else ""
+    extra += f"_repeat{_counts(placement.repeat)}" if placement.repeat != 1 else ""
+    extra += "_pending" if placement.pending else ""
     return f"S{placement.dim}{extra}"
 
 

@@ -17,7 +17,9 @@ from typing import Any
 
 from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value, hint, numel_hint
 from autoparallel.placement import (
+    Block,
     Collective,
+    Counts,
     Invariant,
     Partial,
     Placement,
@@ -26,6 +28,7 @@ from autoparallel.placement import (
     block_runs,
     block_sizes,
     blocks_and_units,
+    can_be_shared,
     divides_in_runs,
     fewest_runs,
     local_size,
@@ -130,7 +133,8 @@ class ShardingRule:
     reasons: why loops are whole, where there is more to say. discovered: the rule in einsum-like
     words, if nobody wrote it. pieces: of loops that are parts of another one, laid end to end in
     it: that loop, and where they start and stop in it. Splitting it splits all of them, each by
-    itself; they are not split alone.
+    itself; they are not split alone. dealt: of the whole loops, those that the ranks of a group may
+    split which shares one element of the loop around them.
     """
 
     operands: tuple[Dims, ...]
@@ -153,6 +157,7 @@ class ShardingRule:
     reasons: Mapping[str, str] = field(default_factory=dict)
     discovered: str = ""
     pieces: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
+    dealt: frozenset[str] = frozenset()
 
     def needs_elements(self, loop: str) -> bool:
         """Return whether the op runs only on parts of the loop that have elements."""
@@ -230,29 +235,50 @@ class ShardingRule:
 
 @dataclass(frozen=True, slots=True)
 class LoopSplit:
-    """A way to split one loop: into `blocks`, each in runs of `unit` elements, as `Shard` splits a
-    dim.
+    """A way to split one loop: into `blocks`, each in runs of `unit` elements, of which each is
+    done by `repeat` ranks, as `Shard` splits a dim.
+
+    into: a loop inside of this one, which is split among the ranks that share a run of this one:
+    with four heads of keys, each for two of queries, eight ranks have a head of queries each. Then
+    there are more ranks than the loop has elements, and `repeat` is not said.
     """
 
     loop: str
-    blocks: int | tuple[int, ...] = 1
-    unit: int | tuple[int, ...] = 1
+    blocks: Counts = 1
+    unit: Counts = 1
+    repeat: Counts = 1
+    into: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.blocks, tuple) or isinstance(self.unit, tuple):
-            blocks, unit = blocks_and_units(self.blocks, self.unit)
+        if not type(self.blocks) is type(self.unit) is type(self.repeat) is int:
+            blocks, unit, repeat = blocks_and_units(self.blocks, self.unit, self.repeat)
             object.__setattr__(self, "blocks", blocks)
             object.__setattr__(self, "unit", unit)
+            object.__setattr__(self, "repeat", repeat)
+
+    @property
+    def is_even(self) -> bool:
+        """True if all blocks are of one size, and cut alike into parts for one rank each."""
+        return type(self.blocks) is type(self.unit) is int and self.repeat == 1
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the loop is one block, cut anywhere."""
+        return self.blocks == self.unit == self.repeat == 1 and not self.into
 
     @staticmethod
-    def of_blocks(loop: str, blocks: Iterable[tuple[int, int]]) -> LoopSplit:
-        """Return the split of a loop that consists of blocks. blocks: (elements, unit) of each.
+    def of_blocks(loop: str, blocks: Iterable[Block]) -> LoopSplit:
+        """Return the split of a loop that consists of blocks. blocks: (elements, unit, repeat).
 
-        >>> LoopSplit.of_blocks("n", [(64, 8), (16, 8)])
-        LoopSplit(loop='n', blocks=(4, 1), unit=8)
+        >>> LoopSplit.of_blocks("n", [(64, 8, 1), (16, 8, 1)])
+        LoopSplit(loop='n', blocks=(4, 1), unit=8, repeat=1, into='')
         """
-        sizes, units = zip(*blocks, strict=True)
-        return LoopSplit(loop, sizes, units)
+        sizes, units, repeats = zip(*blocks, strict=True)
+        return LoopSplit(loop, sizes, units, repeats)
+
+    def shard(self, dim: int) -> Shard:
+        """Return the placement of a dim that is this loop."""
+        return Shard(dim, self.blocks, self.unit, self.repeat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,15 +313,15 @@ def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
     """
     if isinstance(size, Sym) or shard.unit == 1:
         return shard
-    if isinstance(shard.blocks, int) and isinstance(shard.unit, int):
+    if type(shard.blocks) is type(shard.unit) is int and shard.repeat == 1:
         if (size // (shard.blocks * shard.unit)) % world_size == 0:
             return Shard(shard.dim, shard.blocks)
         return shard
     units = tuple(
-        1 if length // unit % world_size == 0 else unit
-        for length, unit in block_sizes(size, shard.blocks, shard.unit)
+        1 if length // unit % (world_size // repeat) == 0 else unit
+        for length, unit, repeat in block_sizes(size, shard.blocks, shard.unit, shard.repeat)
     )
-    return Shard(shard.dim, shard.blocks, units)
+    return Shard(shard.dim, shard.blocks, units, shard.repeat)
 
 
 def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
@@ -309,15 +335,17 @@ def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> S
     >>> print(place(merged, merged.operands[0], LoopSplit("heads"), 8))
     S(0, unit=64)
     """
+    if tile.into:
+        return _placed_in_groups(rule, dims, tile, world_size)
     for index, names in enumerate(dims):
         if tile.loop not in names:
             if rule.pieces and len(names) == 1 and rule.pieces.get(names[0], _NO)[0] == tile.loop:
                 return _placed_piece(rule, index, names[0], tile, world_size)
             continue
         at = names.index(tile.loop)
-        if not (isinstance(tile.blocks, int) and isinstance(tile.unit, int)):
-            return _placed_unevenly(rule, index, names, tile, world_size)
         blocks, unit = tile.blocks, tile.unit
+        if not (isinstance(blocks, int) and isinstance(unit, int) and tile.repeat == 1):
+            return _placed_unevenly(rule, index, names, tile, world_size)
         total = 1
         for position, name in enumerate(names):
             size = rule.sizes[name]
@@ -353,13 +381,35 @@ def _placed_unevenly(
     if any(isinstance(size, Sym) or not size for size in sizes):
         raise UnsplittableError
     outside, inside = (math.prod(map(hint, some)) for some in (sizes[:at], sizes[at + 1 :]))
-    loop_blocks = block_sizes(hint(sizes[at]), tile.blocks, tile.unit)
+    loop_blocks = block_sizes(hint(sizes[at]), tile.blocks, tile.unit, tile.repeat)
     if outside * len(loop_blocks) > _MOST_BLOCKS:
         raise UnsplittableError
-    blocks = [(length * inside, unit * inside) for length, unit in loop_blocks] * outside
-    whole = LoopSplit.of_blocks("", blocks)
-    size = math.prod(map(hint, sizes))
-    return normalized(Shard(index, whole.blocks, whole.unit), size, world_size)
+    blocks = [(length * inside, unit * inside, times) for length, unit, times in loop_blocks]
+    whole = LoopSplit.of_blocks("", blocks * outside)
+    return normalized(whole.shard(index), math.prod(map(hint, sizes)), world_size)
+
+
+def _placed_in_groups(
+    rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int
+) -> Shard | None:
+    """Return what `place` does where a loop is dealt to groups of ranks, and one inside of it to
+    the ranks of each group: what has the outer loop alone is shared in the group.
+    """
+    at = {name: index for index, names in enumerate(dims) for name in names}
+    if tile.loop not in at:
+        if tile.into in at:
+            raise UnsplittableError  # every group would hold all of it
+        return None
+    index = at[tile.loop]
+    names = dims[index]
+    place_in_dim = names.index(tile.loop)
+    outside = math.prod(hint(rule.sizes[name]) for name in names[:place_in_dim])
+    if tile.into not in at:
+        repeat = world_size // hint(rule.sizes[tile.loop])
+        return Shard(index, outside, 1, repeat)
+    if names[place_in_dim + 1 : place_in_dim + 2] != (tile.into,):
+        raise UnsplittableError  # two dims would have to be split
+    return Shard(index, outside)
 
 
 def _placed_piece(
@@ -368,14 +418,26 @@ def _placed_piece(
     """Return the placement of a piece's dim where the loop that it is a piece of is split."""
     loop, start, stop = rule.pieces[piece]
     inside, first = [], 0
-    for length, unit in block_sizes(hint(rule.sizes[loop]), tile.blocks, tile.unit):
+    size = hint(rule.sizes[loop])
+    for length, unit, times in block_sizes(size, tile.blocks, tile.unit, tile.repeat):
         if first < stop and start < first + length:
             if first < start or stop < first + length:
                 raise UnsplittableError  # a block lies across the piece's end
-            inside.append((length, unit))
+            inside.append((length, unit, times))
         first += length
     split = LoopSplit.of_blocks("", inside)
-    return normalized(Shard(index, split.blocks, split.unit), stop - start, world_size)
+    return normalized(split.shard(index), stop - start, world_size)
+
+
+def _require_no_sums(tile: LoopSplit, results: tuple[Placement, ...]) -> None:
+    """Raise UnsplittableError where ranks that share a part would add it up several times, or would
+    have to add up what they share.
+    """
+    for placement in results:
+        if isinstance(placement, Partial) and tile.repeat != 1:
+            raise UnsplittableError
+        if isinstance(placement, Shard) and placement.repeat != 1 and tile.into:
+            raise UnsplittableError
 
 
 class UnsplittableError(Exception):
@@ -388,7 +450,7 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Lo
 
     >>> merged = ShardingRule(((("heads", "width"),),), (), {"heads": 12, "width": 64})
     >>> tile_of(merged, merged.operands[0], Shard(0, unit=64), 8)
-    LoopSplit(loop='heads', blocks=1, unit=1)
+    LoopSplit(loop='heads', blocks=1, unit=1, repeat=1, into='')
     """
     names = dims[shard.dim]
     before = 1
@@ -404,23 +466,30 @@ def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> Lo
         return None  # there is nothing to split
     if len(names) == 1 and names[0] in rule.pieces:
         return next(tiles_of_piece(rule, names[0], shard, {}), None)
-    if not (isinstance(shard.blocks, int) and isinstance(shard.unit, int)):
+    blocks, unit = shard.blocks, shard.unit
+    if not (isinstance(blocks, int) and isinstance(unit, int) and shard.repeat == 1):
         return _uneven_tile(names, [hint(size) for size in sizes], shard, world_size)
     after = whole
     for name, size in zip(names, sizes, strict=True):
         assert isinstance(size, int)
         # `before` loops lie outside of this one, runs of `after` elements inside.
         after //= size
-        if shard.blocks % before == 0 and size % (shard.blocks // before) == 0:
-            blocks = shard.blocks // before
-            if size // blocks > 1:
-                if shard.unit % after == 0 and (size // blocks) % (shard.unit // after) == 0:
-                    return LoopSplit(name, blocks, shard.unit // after)
+        if blocks % before == 0 and size % (blocks // before) == 0:
+            count = blocks // before
+            if size // count > 1:
+                if unit % after == 0 and (size // count) % (unit // after) == 0:
+                    return LoopSplit(name, count, unit // after)
                 # A shard that `normalized` has put in its plain form is cut at this loop's runs all
                 # the same.
-                if shard.unit == 1 and (whole // shard.blocks) % (world_size * after) == 0:
-                    return LoopSplit(name, blocks)
+                if unit == 1 and (whole // blocks) % (world_size * after) == 0:
+                    return LoopSplit(name, count)
         before *= size
+    before = 1
+    for name, inner, size in zip(names, names[1:], sizes, strict=False):
+        grouped = LoopSplit(name, into=inner)
+        if (blocks, unit) == (before, 1) and is_possible(rule, grouped, world_size):
+            return grouped
+        before *= hint(size)
     return None
 
 
@@ -429,20 +498,20 @@ def _uneven_tile(names: Loops, sizes: list[int], shard: Shard, world_size: int) 
     whole = math.prod(sizes)
     if not divides_in_runs(whole, shard.blocks, shard.unit):
         return None
-    blocks = block_sizes(whole, shard.blocks, shard.unit)
+    blocks = block_sizes(whole, shard.blocks, shard.unit, shard.repeat)
     outside, inside = 1, whole
     for name, size in zip(names, sizes, strict=True):
         inside //= size
         # Every place of the outer loops has the same blocks, each of whole runs of the inner ones.
         period = blocks[: len(blocks) // outside] if len(blocks) % outside == 0 else ()
         within = []
-        for length, unit in period if period * outside == blocks else ():
+        for length, unit, times in period if period * outside == blocks else ():
             # `normalized` has put a unit in its plain form where that gives the same parts.
-            plain = unit == 1 and length % (inside * world_size) == 0
+            plain = unit == 1 and length % (inside * (world_size // times)) == 0
             if length % inside or (unit % inside and not plain):
                 break
-            within.append((length // inside, max(1, unit // inside)))
-        if within and sum(length for length, _ in within) == size:
+            within.append((length // inside, max(1, unit // inside), times))
+        if within and sum(length for length, _, _ in within) == size:
             return LoopSplit.of_blocks(name, within)
         outside *= size
     return None
@@ -453,7 +522,7 @@ def own_split(rule: ShardingRule, loop: str) -> LoopSplit:
 
     >>> rule = ShardingRule((), (), {"all": 6}, pieces={"a": ("all", 0, 4), "b": ("all", 4, 6)})
     >>> own_split(rule, "all")
-    LoopSplit(loop='all', blocks=(2, 1), unit=1)
+    LoopSplit(loop='all', blocks=(2, 1), unit=1, repeat=1, into='')
     """
     lengths = [stop - start for whole, start, stop in rule.pieces.values() if whole == loop]
     return LoopSplit(loop, tuple(lengths)) if lengths else LoopSplit(loop)
@@ -474,7 +543,7 @@ def tiles_of_piece(
 
     >>> rule = ShardingRule((), (), {"all": 6}, pieces={"a": ("all", 0, 4), "b": ("all", 4, 6)})
     >>> list(tiles_of_piece(rule, "a", Shard(0, blocks=2), {}))
-    [LoopSplit(loop='all', blocks=3, unit=1)]
+    [LoopSplit(loop='all', blocks=3, unit=1, repeat=1, into='')]
     """
     loop, start, stop = rule.pieces[piece]
     size = stop - start
@@ -485,13 +554,13 @@ def tiles_of_piece(
         length = last - first
         ways = [shard] if name == piece or length == size else list(known.get(name, ()))
         blocks = {
-            block_sizes(length, way.blocks, way.unit): None
+            block_sizes(length, way.blocks, way.unit, way.repeat): None
             for way in ways
             if divides_in_runs(length, way.blocks, way.unit)
         }
         if not blocks and name == piece:
             return
-        options.append(list(blocks) or [((length, 1),)])
+        options.append(list(blocks) or [((length, 1, 1),)])
     if math.prod(map(len, options)) > _MOST_COMBINATIONS:
         options = [some[:1] for some in options]
     for combination in product(*options):
@@ -510,18 +579,21 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     size = rule.sizes[tile.loop]
     grain = rule.grain.get(tile.loop, 1)
     if isinstance(size, Sym):
-        return tile.blocks == tile.unit == grain == 1
-    if tile.loop in rule.pieces or not divides_in_runs(size, tile.blocks, tile.unit):
+        return tile.is_plain and grain == 1
+    if tile.into:
+        return grain == 1 and _deals_groups(rule, tile, world_size)
+    blocks, unit = tile.blocks, tile.unit
+    if tile.loop in rule.pieces or not divides_in_runs(size, blocks, unit):
         return False
     # One run cannot be shared.
-    if fewest_runs(size, tile.blocks, tile.unit) < 2:
+    if fewest_runs(size, blocks, unit) < 2:
         return False
-    if not (isinstance(tile.blocks, int) and isinstance(tile.unit, int)):
+    if not (isinstance(blocks, int) and isinstance(unit, int) and tile.repeat == 1):
         return _takes_parts(rule, tile, world_size)
-    runs = size // (tile.blocks * tile.unit)
+    runs = size // (blocks * unit)
     # Parts are those of torch.chunk: `step` runs each, and what is left for the last one.
     step = -(-runs // world_size)
-    if any(count * tile.blocks * tile.unit % grain for count in (step, runs % step)):
+    if any(count * blocks * unit % grain for count in (step, runs % step)):
         return False
     # The last rank's part begins at (world_size - 1) * step; beyond the end, it is empty.
     return not rule.needs_elements(tile.loop) or (world_size - 1) * step < runs
@@ -530,23 +602,45 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
 def _takes_parts(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     """Return whether the op takes the parts of a loop that is split in blocks not alike."""
     size, grain = hint(rule.sizes[tile.loop]), rule.grain.get(tile.loop, 1)
-    shard = Shard(0, tile.blocks, tile.unit)
-    parts = [block_runs(size, shard, world_size, rank) for rank in (0, world_size - 1)]
+    shard = tile.shard(0)
+    if not can_be_shared(shard, size, world_size):
+        return False
+    # Ranks that do the same work have a summand of the gradient each.
+    if tile.repeat != 1 and not rule.replicates:
+        return False
+    last = block_runs(size, shard, world_size, world_size - 1)
     if grain > 1 and any(
         length % grain
         for rank in range(world_size)
         for _, length in block_runs(size, shard, world_size, rank)
     ):
         return False
-    return not rule.needs_elements(tile.loop) or all(length for _, length in parts[-1])
+    return not rule.needs_elements(tile.loop) or all(length for _, length in last)
+
+
+def _deals_groups(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
+    """Return whether there are more ranks than the loop has elements, in groups that share one, and
+    the loop inside of it divides by the ranks of a group.
+    """
+    outer, inner = rule.sizes[tile.loop], rule.sizes[tile.into]
+    if isinstance(outer, Sym) or isinstance(inner, Sym) or not rule.replicates:
+        return False
+    if tile.into in rule.whole - rule.dealt:
+        return False
+    if not 1 < outer < world_size or world_size % outer or inner % (world_size // outer):
+        return False
+    return not {tile.loop, tile.into} & {*rule.kernels, *rule.pieces}
 
 
 def _share(rule: ShardingRule, tile: LoopSplit, world_size: int) -> float:
     """Return the largest rank's share of the work, for the example inputs."""
-    if not (isinstance(tile.blocks, int) and isinstance(tile.unit, int)):
+    if tile.into:
+        return 1 / world_size
+    blocks, unit = tile.blocks, tile.unit
+    if not (isinstance(blocks, int) and isinstance(unit, int) and tile.repeat == 1):
         size = hint(rule.sizes[tile.loop])
-        return local_size(size, Shard(0, tile.blocks, tile.unit), world_size) / size
-    runs = hint(rule.sizes[tile.loop]) // (tile.blocks * tile.unit)
+        return local_size(size, tile.shard(0), world_size) / size
+    runs = hint(rule.sizes[tile.loop]) // (blocks * unit)
     return -(-runs // world_size) / runs
 
 
@@ -585,7 +679,7 @@ def strategies(
         kernel = rule.kernels.get(tile.loop)
         # A kernel knows where its part begins from the rank alone, so that it takes plain splits
         # only.
-        if tile.loop in rule.whole or (kernel is not None and (tile.blocks, tile.unit) != (1, 1)):
+        if tile.loop in rule.whole or (kernel is not None and not tile.is_plain):
             continue
         if not is_possible(rule, tile, world_size):
             continue
@@ -596,6 +690,8 @@ def strategies(
             )
             without = kernel.result if kernel else Partial()
             results = tuple(place(rule, dims, tile, world_size) or without for dims in rule.results)
+            if tile.repeat != 1 or tile.into:
+                _require_no_sums(tile, results)
         except UnsplittableError:
             continue
         unique[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None

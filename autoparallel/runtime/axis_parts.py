@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from autoparallel.placement import Shard, block_runs, is_even, part_bounds
+from autoparallel.placement import Shard, block_runs, block_sizes, is_even, part_bounds
 from autoparallel.runtime.groups import Group
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "join_padded",
     "join_parts",
     "join_rows",
+    "keep_on_first",
     "pad_part",
     "places_of_rank",
     "put_part",
@@ -74,15 +76,10 @@ def join_parts(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
     >>> join_parts([torch.tensor([0, 1, 3, 4]), torch.tensor([2, 5])], Shard(0, blocks=2))
     tensor([0, 1, 2, 3, 4, 5])
     """
+    if not is_even(shard):
+        return _joined_blocks(parts, shard)
     if shard.blocks == 1:
         return torch.cat(parts, shard.dim)
-    if not is_even(shard):
-        size = sum(part.size(shard.dim) for part in parts)
-        rows = [
-            part.split([n for _, n in block_runs(size, shard, len(parts), rank)], shard.dim)
-            for rank, part in enumerate(parts)
-        ]
-        return torch.cat([run for block in zip(*rows, strict=True) for run in block], shard.dim)
     assert isinstance(shard.blocks, int)
     # Blocks lie end to end in the whole, while a part has its runs of all blocks end to end.
     blocks = [
@@ -92,13 +89,30 @@ def join_parts(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
     return torch.cat(blocks, shard.dim + 1).flatten(shard.dim, shard.dim + 1)
 
 
+def _joined_blocks(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
+    """Return what `join_parts` does where blocks are not alike. Of what several ranks hold, the
+    first one's counts, or, where it is pending, the sum.
+    """
+    # The ranks together hold as much of every block as its repeat says.
+    total = sum(shard.blocks) if isinstance(shard.blocks, tuple) else shard.blocks
+    blocks = block_sizes(total, shard.blocks, 1, shard.repeat)
+    held = sum(part.size(shard.dim) for part in parts)
+    size = held * total // sum(length * repeat for length, _, repeat in blocks)
+    shape = list(parts[0].shape)
+    shape[shard.dim] = size
+    whole = parts[0].new_zeros(shape)
+    for rank, part in enumerate(parts):
+        put_part(whole, part, shard, len(parts), rank)
+    return whole
+
+
 def places_of_rank(size: int, shard: Shard, world_size: int, rank: int) -> torch.Tensor:
     """Return the places along a whole dim of `size` that a rank holds, in the order of its part.
 
     >>> places_of_rank(8, Shard(1, blocks=2), 2, 0)
     tensor([0, 1, 4, 5])
     """
-    return take_part(torch.arange(size), Shard(0, shard.blocks, shard.unit), world_size, rank)
+    return take_part(torch.arange(size), replace(shard, dim=0), world_size, rank)
 
 
 def run_lengths(size: int, shard: Shard, group: Group) -> list[_Lengths]:
@@ -173,7 +187,8 @@ def unpad_part(
 
 
 def put_part(whole: torch.Tensor, part: torch.Tensor, shard: Shard, ranks: int, rank: int) -> None:
-    """Write a rank's part into its places of a whole tensor.
+    """Write a rank's part into its places of a whole tensor. Of what several ranks hold, the first
+    one's is written, or, where it is pending, every one's is added.
 
     >>> whole = torch.zeros(4)
     >>> put_part(whole, torch.tensor([1.0, 2.0]), Shard(0, blocks=2), 2, 1)
@@ -189,9 +204,34 @@ def put_part(whole: torch.Tensor, part: torch.Tensor, shard: Shard, ranks: int, 
         places.narrow(shard.dim + 1, start, length).copy_(blocks)
         return
     at = 0
-    for start, length in block_runs(size, shard, ranks, rank):
-        whole.narrow(shard.dim, start, length).copy_(part.narrow(shard.dim, at, length))
+    blocks = block_sizes(size, shard.blocks, shard.unit, shard.repeat)
+    runs = block_runs(size, shard, ranks, rank)
+    for (start, length), (_, _, repeat) in zip(runs, blocks, strict=True):
+        place, run = whole.narrow(shard.dim, start, length), part.narrow(shard.dim, at, length)
+        if shard.pending:
+            place.add_(run)
+        elif rank % repeat == 0:
+            place.copy_(run)
         at += length
+
+
+def keep_on_first(
+    part: torch.Tensor, shard: Shard, size: int, ranks: int, rank: int
+) -> torch.Tensor:
+    """Return a rank's part with zeros in place of what an earlier rank holds as well: the terms of
+    a sum over the ranks that share a part. size: of the whole dim.
+
+    >>> [keep_on_first(torch.ones(2), Shard(0, repeat=2), 4, 4, rank) for rank in (2, 3)]
+    [tensor([1., 1.]), tensor([0., 0.])]
+    """
+    kept, at = part.clone(memory_format=torch.contiguous_format), 0
+    blocks = block_sizes(size, shard.blocks, shard.unit, shard.repeat)
+    runs = block_runs(size, shard, ranks, rank)
+    for (_, length), (_, _, repeat) in zip(runs, blocks, strict=True):
+        if rank % repeat:
+            kept.narrow(shard.dim, at, length).zero_()
+        at += length
+    return kept
 
 
 def cut_and_pad(tensor: torch.Tensor, shard: Shard, group: Group) -> list[torch.Tensor]:
@@ -241,7 +281,11 @@ def join_rows(rows: torch.Tensor, shard: Shard, lengths: list[_Lengths]) -> torc
     tensor([[1, 2, 3, 4]])
     """
     part = rows.shape[1:]
-    if shard.blocks == 1 and lengths[0] == lengths[-1] and _lies_first(part, shard.dim):
+    if (
+        shard.blocks == shard.repeat == 1
+        and lengths[0] == lengths[-1]
+        and _lies_first(part, shard.dim)
+    ):
         whole = (*part[: shard.dim], len(rows) * part[shard.dim], *part[shard.dim + 1 :])
         return rows.view(whole).detach()
     return join_padded(rows.unbind(0), shard, lengths)
@@ -258,7 +302,7 @@ def cut_rows(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
             [3, 0]])
     """
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
-    alike = shard.blocks == 1 and lengths[0] == lengths[-1]
+    alike = shard.blocks == shard.repeat == 1 and lengths[0] == lengths[-1]
     if alike and tensor.is_contiguous() and _lies_first(tensor.shape, shard.dim):
         assert isinstance(lengths[0], int)
         part = (*tensor.shape[: shard.dim], lengths[0], *tensor.shape[shard.dim + 1 :])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from autoparallel.runtime.axis_parts import (
     join_padded,
     join_parts,
     join_rows,
+    keep_on_first,
     pad_part,
     places_of_rank,
     put_part,
@@ -83,6 +85,8 @@ def _all_to_all(
     size: of the whole along the source's split dim.
     """
     count = group.world_size
+    if source.repeat != 1 or target.repeat != 1:
+        return _exchange(tensor, source, target, size, group)
     if source.dim != target.dim:
         # Another dim is split: cut what is here along the target's dim, and join along the
         # source's.
@@ -118,6 +122,57 @@ def _all_to_all(
     return result
 
 
+def _exchange(
+    tensor: torch.Tensor, source: Shard, target: Shard, size: int, group: Group
+) -> torch.Tensor:
+    """Return what `_all_to_all` does where several ranks hold the same part, before or after.
+
+    Of these, the first one's part is sent, or, where it is pending, every one's, to be added up.
+    """
+    count, rank, dim = group.world_size, group.rank, target.dim
+    size_of_target = size if dim == source.dim else tensor.size(dim)
+    if dim != source.dim:
+        sent = [take_part(tensor, target, count, r).contiguous() for r in range(count)]
+        shapes = []
+        for r in range(count):
+            shape = list(sent[rank].shape)
+            shape[source.dim] = local_size(size, source, count, r)
+            shapes.append(tuple(shape))
+        result = join_parts(group.all_to_all(sent, shapes), source)
+    else:
+        held = [_places_sent(size, source, count, r) for r in range(count)]
+        here = places_of_rank(size, source, count, rank)
+        wanted = [places_of_rank(size, target, count, r) for r in range(count)]
+        sent = []
+        for r in range(count):
+            goes = torch.isin(here, wanted[r]) & torch.isin(here, held[rank])
+            sent.append(tensor.index_select(dim, goes.nonzero()[:, 0].to(tensor.device)))
+        places = [torch.isin(wanted[rank], held[r]).nonzero()[:, 0] for r in range(count)]
+        shapes = []
+        for r in range(count):
+            shape = list(tensor.shape)
+            shape[dim] = len(places[r])
+            shapes.append(tuple(shape))
+        shape = list(tensor.shape)
+        shape[dim] = len(wanted[rank])
+        result = tensor.new_zeros(shape)
+        for place, part in zip(places, group.all_to_all(sent, shapes), strict=True):
+            result.index_add_(dim, place.to(tensor.device), part)
+    return keep_on_first(result, target, size_of_target, count, rank) if target.pending else result
+
+
+def _places_sent(size: int, source: Shard, count: int, rank: int) -> torch.Tensor:
+    """Return the places of a dim that a rank sends: all that it holds, if they are pending; else
+    those that no earlier rank holds.
+    """
+    places = places_of_rank(size, source, count, rank)
+    if source.pending or source.repeat == 1:
+        return places
+    # 1 is added, as the place 0 would be taken for what an earlier rank holds.
+    first = keep_on_first(places + 1, replace(source, dim=0), size, count, rank)
+    return places[first > 0]
+
+
 # The moves that `start_move` makes in two halves.
 _STARTED = (Movement.ALL_REDUCE, Movement.ALL_GATHER, Movement.REDUCE_SCATTER)
 
@@ -139,12 +194,17 @@ def move(
         return tensor
     if step in _STARTED:
         return start_move(tensor, group, source, target, size)()
+    count, rank = group.world_size, group.rank
     if step is Movement.KEEP_ON_FIRST:
-        return tensor if group.rank == 0 else torch.zeros_like(tensor)
+        if isinstance(source, Shard):
+            return keep_on_first(tensor, source, size, count, rank)
+        return tensor if rank == 0 else torch.zeros_like(tensor)
     if step is Movement.SLICE:
         assert isinstance(target, Shard)
         # The part is copied, because a view would keep the whole in memory.
-        part = take_part(tensor, target, group.world_size, group.rank)
+        part = take_part(tensor, target, count, rank)
+        if target.pending:
+            return keep_on_first(part, target, tensor.size(target.dim), count, rank)
         return part.clone(memory_format=torch.contiguous_format)
     assert isinstance(source, Shard)
     if step is Movement.ALL_TO_ALL:
@@ -168,7 +228,12 @@ def start_move(
     step = movement(source, target)
     if group.world_size > 1:
         if step is Movement.ALL_REDUCE:
-            return group.start_all_reduce(tensor)
+            if isinstance(source, Shard):  # pending among the ranks that share a part
+                return group.start_all_reduce(_pad(tensor, source, size, group))
+            total = group.start_all_reduce(tensor)
+            if isinstance(target, Shard):
+                return lambda: move(total(), group, Invariant(), target)
+            return total
         if step is Movement.REDUCE_SCATTER:
             assert isinstance(target, Shard)
             return _start_reduce_scatter(tensor, target, group)

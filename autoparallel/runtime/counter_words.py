@@ -130,7 +130,7 @@ class Side:
         """
         # Where only the first dim is cut, and in one run, the places are consecutive.
         if not any(self.cuts[1:]) and all(
-            shard.blocks == 1 for cut in self.cuts for shard, *_ in cut
+            shard.blocks == shard.repeat == 1 for cut in self.cuts for shard, *_ in cut
         ):
             offset = self._first() * prod(self.sizes[1:])
             integer_type = torch.int32 if prod(self.sizes) <= WORD >> 1 else torch.int64
@@ -210,26 +210,27 @@ def cuts_of(layout: Layout, ranks: Ranks) -> list[int]:
     """Return how a layout cuts a tensor, in plain numbers, as an op of torch can be given them.
 
     Five for each cut, the outermost first: dim, blocks and unit of the split, number of ranks and
-    this rank. Where blocks are not alike, their number is negative, the unit is 0, and the sizes
-    and the units of all blocks follow.
+    this rank. Where blocks are not alike, their number is negative, the unit is 0, and the sizes,
+    units and repeats of all blocks follow.
 
     >>> from autoparallel.runtime.groups import thread_groups
     >>> from autoparallel.runtime.ranks import one_axis
     >>> cuts_of((Shard(1, blocks=3),), one_axis(thread_groups(2)[1]))
     [1, 3, 1, 2, 1]
     >>> cuts_of((Shard(1, blocks=(4, 1)),), one_axis(thread_groups(2)[1]))
-    [1, -2, 0, 2, 1, 4, 1, 1, 1]
+    [1, -2, 0, 2, 1, 4, 1, 1, 1, 1, 1]
     """
     cuts: list[int] = []
     for placement, size, rank in zip(layout, ranks.sizes, ranks.coordinates, strict=True):
         if isinstance(placement, Shard):
             blocks, unit = placement.blocks, placement.unit
-            if isinstance(blocks, int) and isinstance(unit, int):
+            if isinstance(blocks, int) and isinstance(unit, int) and placement.repeat == 1:
                 cuts += [placement.dim, blocks, unit, size, rank]
                 continue
             shares = blocks if isinstance(blocks, tuple) else (1,) * blocks
-            units = unit if isinstance(unit, tuple) else (unit,) * len(shares)
-            cuts += [placement.dim, -len(shares), 0, size, rank, *shares, *units]
+            cuts += [placement.dim, -len(shares), 0, size, rank, *shares]
+            for numbers in (unit, placement.repeat):
+                cuts += numbers if isinstance(numbers, tuple) else (numbers,) * len(shares)
     return cuts
 
 
@@ -246,10 +247,11 @@ def cuts_from(numbers: Sequence[int]) -> Iterator[tuple[Shard, int, int]]:
         if blocks > 0:
             yield Shard(dim, blocks, unit), size, rank
             continue
-        shares = tuple(numbers[first : first - blocks])
-        units = tuple(numbers[first - blocks : first - 2 * blocks])
-        first -= 2 * blocks
-        yield Shard(dim, shares, units), size, rank
+        shares, units, repeats = (
+            tuple(numbers[first - at * blocks : first - (at + 1) * blocks]) for at in range(3)
+        )
+        first -= 3 * blocks
+        yield Shard(dim, shares, units, repeats), size, rank
 
 
 def sides_of(

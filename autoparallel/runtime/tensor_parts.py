@@ -16,12 +16,13 @@ from autoparallel.placement import (
     Invariant,
     Layout,
     Partial,
+    Placement,
     Shard,
     block_runs,
     layout_text,
     local_layout_size,
 )
-from autoparallel.runtime.axis_parts import join_parts, take_part
+from autoparallel.runtime.axis_parts import join_parts, put_part, take_part
 from autoparallel.runtime.collectives import (
     gather_together,
     start_reduce_scatter_together,
@@ -314,6 +315,12 @@ def _reducing(
     ranks: Ranks,
 ) -> Iterator[None]:
     """Redistribute gradients in place in the list `results`; yield while a collective runs."""
+    layouts, last = _spread_out(results, layouts, shapes, ranks), list(wanted)
+    # What several ranks are to hold is cut of the whole sum.
+    wanted = [
+        tuple(Invariant() if _is_shared(placement) else placement for placement in layout)
+        for layout in last
+    ]
     anew = [_cut_anew(have, want) for have, want in zip(layouts, wanted, strict=True)]
     if any(have != joined for have, joined in zip(layouts, anew, strict=True)):
         results[:] = gathered(results, layouts, anew, shapes, ranks)
@@ -351,6 +358,44 @@ def _reducing(
             yield
             for index, total in zip(indices, wait(), strict=True):
                 results[index] = total
+    for index, layout in enumerate(last):
+        for axis, placement in enumerate(layout):
+            if isinstance(placement, Shard) and placement.repeat != 1:
+                count, rank = ranks.sizes[axis], ranks.coordinates[axis]
+                part = take_part(results[index], placement, count, rank)
+                results[index] = part.clone(memory_format=torch.contiguous_format)
+
+
+def _is_shared(placement: Placement) -> bool:
+    """Return whether several ranks hold the same part."""
+    return isinstance(placement, Shard) and placement.repeat != 1
+
+
+def _spread_out(
+    results: list[torch.Tensor],
+    layouts: Sequence[Layout],
+    shapes: Sequence[tuple[int, ...]],
+    ranks: Ranks,
+) -> list[Layout]:
+    """Put parts that are pending among the ranks that share them amid zeros, in the list `results`,
+    and return the layouts then: a sum over all ranks.
+    """
+    spread_layouts = list(layouts)
+    for index, layout in enumerate(layouts):
+        for axis, placement in enumerate(layout):
+            if isinstance(placement, Shard) and placement.pending:
+                # No other axis cuts the dim.
+                part, count = results[index], ranks.sizes[axis]
+                shape = list(part.shape)
+                shape[placement.dim] = shapes[index][placement.dim]
+                whole = part.new_zeros(shape)
+                put_part(whole, part, placement, count, ranks.coordinates[axis])
+                results[index] = whole
+                spread_layouts[index] = tuple(
+                    Partial() if at == axis else other
+                    for at, other in enumerate(spread_layouts[index])
+                )
+    return spread_layouts
 
 
 def _let_go(results: list[torch.Tensor], indices: Sequence[int]) -> None:

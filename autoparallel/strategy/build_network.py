@@ -283,7 +283,7 @@ class _Builder:
                         *(
                             shard
                             for shard in (splits.shards[value.name] if size > 1 else ())
-                            if shard.blocks == 1 and shard.unit == 1
+                            if shard.blocks == shard.unit == shard.repeat == 1
                         ),
                     )
                     for size, splits in zip(self.sizes, self.splits, strict=True)

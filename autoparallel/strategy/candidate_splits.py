@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from autoparallel.graph.graph import Graph, Node, Sym
 from autoparallel.options import Options
@@ -78,12 +79,29 @@ class CandidateSplits:
                 if self.is_allowed(node, rule, tile):
                     tiles[tile] = None
                     work.append((node.name, tile))
+            for tile in self.in_groups(rule):
+                if self.is_allowed(node, rule, tile):
+                    tiles[tile] = None
+                    work.append((node.name, tile))
         calls = {node.name: node for node in self.graph.calls}
         while work:
             fresh: list[tuple[str, LoopSplit]] = []
             for name, tile in work:
                 fresh += self.spread(calls[name], tile)
             work = fresh
+
+    def in_groups(self, rule: ShardingRule) -> list[LoopSplit]:
+        """Return the splits of loops of a product that have fewer elements than there are ranks,
+        such as heads of keys, together with the loop inside of each, such as the heads of queries
+        that read the same keys.
+        """
+        pairs = {
+            pair: None
+            for dims in (*rule.operands, *rule.results)
+            for names in dims
+            for pair in pairwise(names)
+        }
+        return [LoopSplit(outer, into=inner) for outer, inner in pairs if rule.flops]
 
     def spread(self, node: Node, tile: LoopSplit) -> list[tuple[str, LoopSplit]]:
         """Tell the neighbours how the tensors of `node` lie when it is split by `tile`.
@@ -131,6 +149,15 @@ class CandidateSplits:
         a piece of a loop, which is combined with what the other pieces may be.
         """
         names = dims[shard.dim]
+        if shard.repeat != 1:
+            shared = [tile for tile in self.in_groups(rule) if tile.loop in names]
+            if shared:
+                return [
+                    tile
+                    for tile in shared
+                    if is_possible(rule, tile, self.world_size)
+                    and _placed(rule, dims, tile, self.world_size) == shard
+                ]
         if len(names) != 1 or names[0] not in rule.pieces:
             tile = tile_of(rule, dims, shard, self.world_size)
             return [] if tile is None else [tile]
@@ -177,6 +204,14 @@ class CandidateSplits:
             for loop in rule.loops
             if not isinstance(rule.sizes[loop], Sym)
         )
+
+
+def _placed(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
+    """Return the placement of a tensor; None, too, where none says it."""
+    try:
+        return place(rule, dims, tile, world_size)
+    except UnsplittableError:
+        return None
 
 
 def weight_values(graph: Graph) -> set[str]:

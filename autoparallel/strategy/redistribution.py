@@ -299,15 +299,15 @@ def _class(value: Value, weight: bool, together: bool) -> Any:
     return (value.shape, value.dtype.itemsize, value.requires_grad, weight, together)
 
 
-def _rank(placement: Placement) -> tuple[str, int, tuple[int, ...], tuple[int, ...]]:
+def _rank(placement: Placement) -> tuple[Any, ...]:
     """Return a key that sorts placements, so that the order of layouts does not matter."""
     if not isinstance(placement, Shard):
-        return (type(placement).__name__, 0, (), ())
-    blocks, unit = (
+        return (type(placement).__name__, 0, (), (), (), False)
+    blocks, unit, repeat = (
         number if isinstance(number, tuple) else (number,)
-        for number in (placement.blocks, placement.unit)
+        for number in (placement.blocks, placement.unit, placement.repeat)
     )
-    return ("Shard", placement.dim, blocks, unit)
+    return ("Shard", placement.dim, blocks, unit, repeat, placement.pending)
 
 
 def _storage(layout: Layout) -> Layout:

@@ -273,7 +273,12 @@ class Words:
         elif shard.blocks > 1:
             text = f", in {shard.blocks} blocks"
         units = shard.unit if isinstance(shard.unit, tuple) else (shard.unit,)
-        return text + (f", in whole runs of {', '.join(map(str, units))}" if max(units) > 1 else "")
+        if max(units) > 1:
+            text += f", in whole runs of {', '.join(map(str, units))}"
+        repeats = shard.repeat if isinstance(shard.repeat, tuple) else (shard.repeat,)
+        if max(repeats) > 1:
+            text += f", each part on {', '.join(map(str, repeats))} ranks"
+        return text
 
 
 def is_unary(op: OpChoice) -> bool:

@@ -17,6 +17,7 @@ from autoparallel.placement import (
     gradient,
     local_size,
     movement,
+    parse_placement,
 )
 from autoparallel.runtime.axis_parts import (
     cut_rows,
@@ -36,8 +37,11 @@ SHARDS = (
     Shard(1, blocks=3),
     Shard(1, unit=3),
     Shard(1, blocks=2, unit=2),
+    Shard(1, blocks=(3, 1, 2), unit=(3, 1, 2)),
     Shard(2),
 )
+# On four ranks: each part, or that of some blocks, is held by two of them.
+SHARED = (Shard(1, repeat=2), Shard(1, blocks=(1, 2), repeat=(4, 2)), Shard(1, blocks=3, repeat=2))
 PLACEMENTS = (Invariant(), Replicate(), *SHARDS, Partial())
 
 
@@ -47,6 +51,12 @@ def is_a_move(source, target):
 
 
 PAIRS = [pair for pair in product(PLACEMENTS, PLACEMENTS) if is_a_move(*pair)]
+HELD_BY_SEVERAL = (*SHARED, *map(gradient, SHARED))
+SHARED_PAIRS = [
+    pair
+    for pair in product((*PLACEMENTS, *HELD_BY_SEVERAL), repeat=2)
+    if set(pair) & set(HELD_BY_SEVERAL)
+]
 
 
 def on_every_rank(world_size, function):
@@ -70,8 +80,14 @@ def on_every_rank(world_size, function):
     return made, groups[0].counts
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+@pytest.mark.parametrize(
+    ("source", "target", "world_size"),
+    [
+        *((*pair, world_size) for world_size in (2, 3, 4) for pair in PAIRS),
+        *((*pair, 4) for pair in SHARED_PAIRS),
+    ],
+    ids=str,
+)
 def test_convert_moves_values_and_gradients(source, target, world_size):
     """The table of the placements: what each rank gets, what goes back, and what crosses."""
     generator = torch.Generator().manual_seed(0)
@@ -113,11 +129,23 @@ def test_move_keeps_the_kind(source, target, kind):
 @pytest.mark.parametrize("shard", SHARDS, ids=str)
 def test_parts_join(shard, world_size):
     whole = torch.arange(7 * 12 * 5).reshape(SHAPE)
+    assert parse_placement(str(shard)) == shard
     parts = [take_part(whole, shard, world_size, rank) for rank in range(world_size)]
     sizes = [local_size(SHAPE[shard.dim], shard, world_size, r) for r in range(world_size)]
     assert [part.size(shard.dim) for part in parts] == sizes
     assert sizes == sorted(sizes, reverse=True)
     assert torch.equal(join_parts(parts, shard), whole)
+
+
+@pytest.mark.parametrize("shard", HELD_BY_SEVERAL, ids=str)
+def test_parts_of_several_ranks_join(shard):
+    """Each is there once; of pending ones the sum is."""
+    assert parse_placement(str(shard)) == shard
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    parts = part_of(whole, shard, 4, generator)
+    assert torch.allclose(join_parts(parts, shard), whole)
+    assert [part.size(1) for part in parts] == [local_size(12, shard, 4, r) for r in range(4)]
 
 
 @pytest.mark.parametrize(
