@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -27,6 +28,7 @@ __all__ = [
     "places_of_rank",
     "put_part",
     "run_lengths",
+    "runs_in_common",
     "take_part",
     "unpad_part",
 ]
@@ -213,6 +215,45 @@ def put_part(whole: torch.Tensor, part: torch.Tensor, shard: Shard, ranks: int, 
         elif rank % repeat == 0:
             place.copy_(run)
         at += length
+
+
+@cache
+def runs_in_common(
+    size: int, source: Shard, target: Shard, ranks: int, sender: int, receiver: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Return what one rank's part under `source` has in common with another's under `target`, both
+    of one dim: (start in the former, start in the latter, length) of every run.
+
+    size: of the whole dim. What several ranks hold is only in common with the first of them, but
+    where it is pending: each of them has a summand.
+
+    >>> runs_in_common(8, Shard(0), Shard(0, blocks=2), 2, 0, 1)
+    ((2, 0, 2),)
+    """
+    held, at = [], 0
+    blocks = block_sizes(size, source.blocks, source.unit, source.repeat)
+    for (start, length), (_, _, repeat) in zip(
+        block_runs(size, source, ranks, sender), blocks, strict=True
+    ):
+        if source.pending or sender % repeat == 0:
+            held.append((start, length, at))
+        at += length
+    wanted, at = [], 0
+    for start, length in block_runs(size, target, ranks, receiver):
+        wanted.append((start, length, at))
+        at += length
+    common, i, j = [], 0, 0
+    # Both are in the order of the whole.
+    while i < len(held) and j < len(wanted):
+        (one, length, here), (two, other, there) = held[i], wanted[j]
+        first, last = max(one, two), min(one + length, two + other)
+        if first < last:
+            common.append((here + first - one, there + first - two, last - first))
+        if one + length <= two + other:
+            i += 1
+        else:
+            j += 1
+    return tuple(common)
 
 
 def keep_on_first(

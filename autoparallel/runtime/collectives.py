@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ from autoparallel.runtime.axis_parts import (
     join_rows,
     keep_on_first,
     pad_part,
-    places_of_rank,
     put_part,
     run_lengths,
+    runs_in_common,
     take_part,
     unpad_part,
 )
@@ -47,6 +47,7 @@ __all__ = [
     "common_sum",
     "convert",
     "convert_fixed",
+    "exchange_together",
     "for_parts",
     "gather_together",
     "is_type_checked",
@@ -85,92 +86,82 @@ def _all_to_all(
     size: of the whole along the source's split dim.
     """
     count = group.world_size
-    if source.repeat != 1 or target.repeat != 1:
-        return _exchange(tensor, source, target, size, group)
-    if source.dim != target.dim:
-        # Another dim is split: cut what is here along the target's dim, and join along the
-        # source's.
-        sent = [take_part(tensor, target, count, r).contiguous() for r in range(count)]
-        shapes = []
-        for r in range(count):
-            shape = list(sent[group.rank].shape)
-            shape[source.dim] = local_size(size, source, count, r)
-            shapes.append(tuple(shape))
-        return join_parts(group.all_to_all(sent, shapes), source)
-    # The same dim is split in another way (other blocks or units): send every rank the elements
-    # that it lacks, and put what comes where it belongs, by the places in the whole.
-    dim = source.dim
-    held = [places_of_rank(size, source, count, r) for r in range(count)]
-    wanted = [places_of_rank(size, target, count, r) for r in range(count)]
-    held_here, wanted_here = held[group.rank], wanted[group.rank]
-    sent = [
-        tensor.index_select(dim, torch.isin(held_here, wanted[r]).nonzero()[:, 0].to(tensor.device))
-        for r in range(count)
-    ]
-    places = [torch.isin(wanted_here, held[r]).nonzero()[:, 0] for r in range(count)]
+    if source.dim == target.dim:
+        (result,) = exchange_together([tensor], [source], [target], [size], group)
+        return result
+    # Another dim is split: cut what is here along the target's dim, and join along the source's.
+    sent = [take_part(tensor, target, count, r).contiguous() for r in range(count)]
     shapes = []
     for r in range(count):
-        shape = list(tensor.shape)
-        shape[dim] = len(places[r])
+        shape = list(sent[group.rank].shape)
+        shape[source.dim] = local_size(size, source, count, r)
         shapes.append(tuple(shape))
-    received = group.all_to_all(sent, shapes)
-    shape = list(tensor.shape)
-    shape[dim] = len(wanted_here)
-    result = tensor.new_empty(shape)
-    for place, part in zip(places, received, strict=True):
-        result.index_copy_(dim, place.to(tensor.device), part)
+    result = join_parts(group.all_to_all(sent, shapes), source)
+    if target.pending:
+        return keep_on_first(result, target, tensor.size(target.dim), count, group.rank)
     return result
 
 
-def _exchange(
-    tensor: torch.Tensor, source: Shard, target: Shard, size: int, group: Group
-) -> torch.Tensor:
-    """Return what `_all_to_all` does where several ranks hold the same part, before or after.
+def exchange_together(
+    tensors: Sequence[torch.Tensor],
+    sources: Sequence[Shard],
+    targets: Sequence[Shard],
+    sizes: Sequence[int],
+    group: Group,
+) -> list[torch.Tensor]:
+    """Return the parts under `targets` of several tensors, of which each rank holds the parts under
+    `sources`, of the same dims, in one all-to-all per element type. Collective.
 
-    Of these, the first one's part is sent, or, where it is pending, every one's, to be added up.
+    sizes: of each whole along its split dim. Every rank is sent the elements that it lacks: of what
+    several ranks hold, the first one's, or, where it is pending, every one's, to be added up.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> exchange_together([torch.ones(2)], [Shard(0)], [Shard(0)], [2], SingleGroup())
+    [tensor([1., 1.])]
     """
-    count, rank, dim = group.world_size, group.rank, target.dim
-    size_of_target = size if dim == source.dim else tensor.size(dim)
-    if dim != source.dim:
-        sent = [take_part(tensor, target, count, r).contiguous() for r in range(count)]
-        shapes = []
-        for r in range(count):
-            shape = list(sent[rank].shape)
-            shape[source.dim] = local_size(size, source, count, r)
-            shapes.append(tuple(shape))
-        result = join_parts(group.all_to_all(sent, shapes), source)
-    else:
-        held = [_places_sent(size, source, count, r) for r in range(count)]
-        here = places_of_rank(size, source, count, rank)
-        wanted = [places_of_rank(size, target, count, r) for r in range(count)]
-        sent = []
-        for r in range(count):
-            goes = torch.isin(here, wanted[r]) & torch.isin(here, held[rank])
-            sent.append(tensor.index_select(dim, goes.nonzero()[:, 0].to(tensor.device)))
-        places = [torch.isin(wanted[rank], held[r]).nonzero()[:, 0] for r in range(count)]
-        shapes = []
-        for r in range(count):
-            shape = list(tensor.shape)
-            shape[dim] = len(places[r])
-            shapes.append(tuple(shape))
-        shape = list(tensor.shape)
-        shape[dim] = len(wanted[rank])
-        result = tensor.new_zeros(shape)
-        for place, part in zip(places, group.all_to_all(sent, shapes), strict=True):
-            result.index_add_(dim, place.to(tensor.device), part)
-    return keep_on_first(result, target, size_of_target, count, rank) if target.pending else result
-
-
-def _places_sent(size: int, source: Shard, count: int, rank: int) -> torch.Tensor:
-    """Return the places of a dim that a rank sends: all that it holds, if they are pending; else
-    those that no earlier rank holds.
-    """
-    places = places_of_rank(size, source, count, rank)
-    if source.pending or source.repeat == 1:
-        return places
-    # 1 is added, as the place 0 would be taken for what an earlier rank holds.
-    first = keep_on_first(places + 1, replace(source, dim=0), size, count, rank)
-    return places[first > 0]
+    count, rank = group.world_size, group.rank
+    ways = list(zip(sources, targets, sizes, strict=True))
+    results: list[torch.Tensor] = list(tensors)
+    for places in _by_type(tensors):
+        sent: list[torch.Tensor] = []
+        shapes: list[tuple[int, ...]] = []
+        for other in range(count):
+            pieces, numbers = [], 0
+            for index in places:
+                source, target, size = ways[index]
+                tensor, dim = tensors[index], source.dim
+                for at, _, length in runs_in_common(size, source, target, count, rank, other):
+                    pieces.append(tensor.narrow(dim, at, length).reshape(-1))
+                comes = runs_in_common(size, source, target, count, other, rank)
+                row = prod(tensor.shape[:dim]) * prod(tensor.shape[dim + 1 :])
+                numbers += row * sum(length for _, _, length in comes)
+            sent.append(torch.cat(pieces) if pieces else tensors[places[0]].new_empty(0))
+            shapes.append((numbers,))
+        received = group.all_to_all(sent, shapes)
+        for index in places:
+            source, target, size = ways[index]
+            shape = list(tensors[index].shape)
+            shape[source.dim] = local_size(size, target, count, rank)
+            results[index] = tensors[index].new_zeros(shape)
+        for other, flat in enumerate(received):
+            first = 0
+            for index in places:
+                source, target, size = ways[index]
+                result, dim = results[index], source.dim
+                for _, at, length in runs_in_common(size, source, target, count, other, rank):
+                    place = result.narrow(dim, at, length)
+                    piece = flat[first : first + place.numel()].view(place.shape)
+                    # Of what is not pending, each element comes once.
+                    if source.pending:
+                        place.add_(piece)
+                    else:
+                        place.copy_(piece)
+                    first += place.numel()
+        for index in places:
+            target, size = targets[index], sizes[index]
+            if target.pending:
+                results[index] = keep_on_first(results[index], target, size, count, rank)
+    return results
 
 
 # The moves that `start_move` makes in two halves.

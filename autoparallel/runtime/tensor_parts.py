@@ -24,6 +24,7 @@ from autoparallel.placement import (
 )
 from autoparallel.runtime.axis_parts import join_parts, put_part, take_part
 from autoparallel.runtime.collectives import (
+    exchange_together,
     gather_together,
     start_reduce_scatter_together,
     start_sum_together,
@@ -187,6 +188,7 @@ def gathered(
     next step.
     """
     results = list(parts)
+    fine = _exchanged(results, fine, coarse, shapes, ranks)
     joined = [_joined_layout(have, want) for have, want in zip(fine, coarse, strict=True)]
     # From the innermost axis outwards: where two axes cut a dim, the inner cut was made last.
     for axis in reversed(range(len(ranks.sizes))):
@@ -216,6 +218,46 @@ def gathered(
             # A part is a view, which would keep the whole in memory.
             results[index] = part.clone(memory_format=torch.contiguous_format)
     return results
+
+
+def _exchanged(
+    results: list[torch.Tensor],
+    have: Sequence[Layout],
+    want: Sequence[Layout],
+    shapes: Sequence[tuple[int, ...]],
+    ranks: Ranks,
+) -> list[Layout]:
+    """Exchange parts that one axis alone cuts, before and after, but in other places, in the list
+    `results`; return the layouts then.
+
+    Each rank is sent what it lacks: a gather would bring all of a dim to all of them.
+    """
+    layouts = list(have)
+    for axis, group in enumerate(ranks.groups):
+        indices, sources, targets = [], [], []
+        for index, (early, late) in enumerate(zip(have, want, strict=True)):
+            source, target = early[axis], late[axis]
+            if (
+                isinstance(source, Shard)
+                and isinstance(target, Shard)
+                and source != target
+                and source.dim == target.dim
+                and sum(isinstance(p, Shard) and p.dim == source.dim for p in early) == 1
+                and sum(isinstance(p, Shard) and p.dim == source.dim for p in late) == 1
+            ):
+                indices.append(index)
+                sources.append(source)
+                targets.append(target)
+                layouts[index] = tuple(
+                    target if at == axis else other for at, other in enumerate(layouts[index])
+                )
+        if indices:
+            sizes = [shapes[i][shard.dim] for i, shard in zip(indices, sources, strict=True)]
+            parts = [results[index] for index in indices]
+            exchanged = exchange_together(parts, sources, targets, sizes, group)
+            for index, part in zip(indices, exchanged, strict=True):
+                results[index] = part
+    return layouts
 
 
 def _joined_layout(have: Layout, want: Layout) -> Layout:
@@ -315,6 +357,7 @@ def _reducing(
     ranks: Ranks,
 ) -> Iterator[None]:
     """Redistribute gradients in place in the list `results`; yield while a collective runs."""
+    layouts = _exchanged(results, layouts, wanted, shapes, ranks)
     layouts, last = _spread_out(results, layouts, shapes, ranks), list(wanted)
     # What several ranks are to hold is cut of the whole sum.
     wanted = [

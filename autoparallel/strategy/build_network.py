@@ -28,7 +28,7 @@ from autoparallel.strategy.recompute_modes import Recomputation
 from autoparallel.strategy.redistribution import ProducerLayouts, RedistributionTables
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 from autoparallel.strategy.saved_activations import SavedActivations
-from autoparallel.strategy.zero_costs import update_gather_seconds
+from autoparallel.strategy.zero_costs import exchange_seconds, update_gather_seconds
 
 __all__ = ["build_network", "rebuilt"]
 
@@ -259,6 +259,7 @@ class _Builder:
             updated = nbytes(value) * layout_fraction(value.shape, choice.state, self.sizes)
             seconds = update_seconds(updated, updated, parts[2], self.pace)
             seconds += update_gather_seconds(value, choice, self.edges.links, self.sizes)
+            seconds += exchange_seconds(value, choice, self.edges.links, self.sizes)
             costs.append(seconds if value.requires_grad else 0.0)
             usage.append(sum(parts))
         layouts = ProducerLayouts(
