@@ -13,7 +13,8 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Dim, Graph, Sym, hint, map_leaves
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Layout, Shard, divides_in_runs, local_size
-from autoparallel.rules.rule import OpCall, ShardingRule, tile_of
+from autoparallel.rules.loop_splits import tile_of
+from autoparallel.rules.rule import OpCall, ShardingRule
 
 __all__ = ["Algebra"]
 

@@ -23,15 +23,9 @@ from autoparallel.discovery.example_calls import (
 )
 from autoparallel.graph.graph import Sym
 from autoparallel.placement import Invariant, Partial, Placement, Shard, divides_in_runs, gradient
-from autoparallel.rules.rule import (
-    LoopSplit,
-    ShardingRule,
-    Strategy,
-    is_possible,
-    own_split,
-    strategies,
-    tiles_of_piece,
-)
+from autoparallel.rules.loop_splits import LoopSplit, is_possible, own_split, tiles_of_piece
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.runtime.axis_parts import join_parts, keep_on_first, put_part, take_part
 from autoparallel.runtime.groups import LocalGroup, SingleGroup, thread_groups
 

@@ -31,7 +31,9 @@ from autoparallel.placement import (
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.rules.lookup import find_rule
-from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, Strategy, strategies, tile_of
+from autoparallel.rules.loop_splits import LoopSplit, tile_of
+from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.runtime.tensor_parts import require_refined
 from autoparallel.strategy.candidate_splits import inert_calls
 from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies

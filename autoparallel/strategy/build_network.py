@@ -17,7 +17,8 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, whole_layout
 from autoparallel.rules.lookup import find_rule
-from autoparallel.rules.rule import ShardingRule, Strategy, strategies
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.strategy.candidate_splits import CandidateSplits, inert_calls, weight_values
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.cost_tables import Table

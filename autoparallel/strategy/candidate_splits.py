@@ -8,10 +8,8 @@ from itertools import pairwise
 from autoparallel.graph.graph import Graph, Node, Sym
 from autoparallel.options import Options
 from autoparallel.placement import Shard
-from autoparallel.rules.rule import (
-    Dims,
+from autoparallel.rules.loop_splits import (
     LoopSplit,
-    ShardingRule,
     UnsplittableError,
     is_possible,
     own_split,
@@ -19,6 +17,7 @@ from autoparallel.rules.rule import (
     tile_of,
     tiles_of_piece,
 )
+from autoparallel.rules.rule import Dims, ShardingRule
 
 __all__ = ["CandidateSplits", "inert_calls", "weight_values"]
 

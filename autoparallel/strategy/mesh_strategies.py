@@ -9,7 +9,9 @@ from itertools import combinations, product
 
 from autoparallel.graph.graph import Dim, hint
 from autoparallel.placement import Layout, Shard, divides_in_runs
-from autoparallel.rules.rule import ShardingRule, Strategy, is_possible
+from autoparallel.rules.loop_splits import is_possible
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy
 
 __all__ = ["MeshStrategy", "is_nested", "joint_strategies"]
 

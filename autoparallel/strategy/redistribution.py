@@ -19,15 +19,7 @@ from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Value
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.options import Options
-from autoparallel.placement import (
-    Invariant,
-    Layout,
-    Movement,
-    Placement,
-    Replicate,
-    Shard,
-    Step,
-)
+from autoparallel.placement import Invariant, Layout, Movement, Placement, Replicate, Shard, Step
 from autoparallel.strategy.cost_tables import Table, stacked, sum_of_columns
 from autoparallel.strategy.layout_sets import ReaderLayouts, layout_sets, offers_to_reader
 from autoparallel.strategy.parameter_storage import ParameterStorage
