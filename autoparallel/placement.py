@@ -308,7 +308,6 @@ def is_even(shard: Shard) -> bool:
 Block = tuple[int, int, int]
 
 
-@cache
 def block_sizes(
     size: int, blocks: Counts, unit: Counts = 1, repeat: Counts = 1
 ) -> tuple[Block, ...]:
@@ -332,7 +331,6 @@ def block_sizes(
     )
 
 
-@cache
 def block_runs(size: int, shard: Shard, world_size: int, rank: int) -> tuple[tuple[int, int], ...]:
     """Return (start in the whole dim, length) of what a rank holds of every block.
 

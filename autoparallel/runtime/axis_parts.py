@@ -217,7 +217,6 @@ def put_part(whole: torch.Tensor, part: torch.Tensor, shard: Shard, ranks: int, 
         at += length
 
 
-@cache
 def runs_in_common(
     size: int, source: Shard, target: Shard, ranks: int, sender: int, receiver: int
 ) -> tuple[tuple[int, int, int], ...]:
@@ -230,6 +229,15 @@ def runs_in_common(
     >>> runs_in_common(8, Shard(0), Shard(0, blocks=2), 2, 0, 1)
     ((2, 0, 2),)
     """
+    ways = (size, source, target, ranks, sender, receiver)
+    # A compiler traces through what is kept, and says so.
+    return _common(*ways) if torch.compiler.is_compiling() else _kept_common(*ways)
+
+
+def _common(
+    size: int, source: Shard, target: Shard, ranks: int, sender: int, receiver: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Return what `runs_in_common` does, found now."""
     held, at = [], 0
     blocks = block_sizes(size, source.blocks, source.unit, source.repeat)
     for (start, length), (_, _, repeat) in zip(
@@ -254,6 +262,9 @@ def runs_in_common(
         else:
             j += 1
     return tuple(common)
+
+
+_kept_common = cache(_common)
 
 
 def keep_on_first(

@@ -23,7 +23,9 @@ from autoparallel.runtime.axis_parts import (
     cut_rows,
     join_parts,
     join_rows,
+    keep_on_first,
     run_lengths,
+    runs_in_common,
     take_part,
 )
 from autoparallel.runtime.collectives import convert, move
@@ -181,3 +183,19 @@ def test_what_was_gathered_may_be_written_to():
 
     gradients, _ = on_every_rank(2, run)
     assert all(torch.equal(gradient, torch.full((2, 3), 2.0)) for gradient in gradients)
+
+
+@pytest.mark.parametrize("shard", [SHARED[1], Shard(1, blocks=(3, 1, 2), unit=(3, 1, 2))], ids=str)
+def test_a_compiler_sees_through_parts(shard):
+    """In one graph, without a warning: an emitted program is compiled with what it calls."""
+
+    def cut_and_joined(whole):
+        parts = [take_part(whole, shard, 4, rank) for rank in range(4)]
+        kept = keep_on_first(parts[1], shard, 12, 4, 1).sum()
+        common = runs_in_common(12, shard, Shard(1), 4, 0, 1)
+        return join_parts(parts, shard) + kept + len(common)
+
+    torch.compiler.reset()  # or the numbers of the placement before would be taken for variables
+    whole = torch.arange(7.0 * 12 * 5).reshape(SHAPE)
+    compiled = torch.compile(cut_and_joined, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(whole), cut_and_joined(whole))
