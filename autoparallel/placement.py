@@ -138,12 +138,17 @@ class Shard:
         return f"S({self.dim}{extra})"
 
 
+# Blocks that are not cut alike are looked at one by one: more of them than this are refused, as a
+# text that was edited may say any number.
+_MOST_BLOCKS = 4096
+
+
 def blocks_and_units(
     blocks: Counts, unit: Counts, repeat: Counts = 1
 ) -> tuple[Counts, Counts, Counts]:
     """Return blocks, units and repeats in the one form that equal ways of cutting have: proportions
     without a common divisor, and a number where all are equal. Raises ValueError where there is no
-    block, one without elements, or another number of units or repeats than of blocks.
+    block, one without elements, another number of units or repeats than of blocks, or too many.
 
     >>> blocks_and_units((64, 16, 16), (8, 8, 8)), blocks_and_units((5, 5), (1, 5))
     (((4, 1, 1), 8, 1), (2, (1, 5), 1))
@@ -154,6 +159,8 @@ def blocks_and_units(
         fits = not isinstance(numbers, tuple) or allowed is None or len(several) == allowed
         if not several or min(several) < 1 or not fits:
             raise ValueError(f"no way to cut a dim: {blocks=!r}, {unit=!r}, {repeat=!r}")
+    if count > _MOST_BLOCKS:
+        raise ValueError(f"{count} blocks that are not cut alike")
     if isinstance(blocks, tuple):
         divisor = math.gcd(*blocks)
         blocks = tuple([size // divisor for size in blocks])

@@ -357,8 +357,8 @@ def _reducing(
     ranks: Ranks,
 ) -> Iterator[None]:
     """Redistribute gradients in place in the list `results`; yield while a collective runs."""
-    layouts = _exchanged(results, layouts, wanted, shapes, ranks)
-    layouts, last = _spread_out(results, layouts, shapes, ranks), list(wanted)
+    exchanged = _exchanged(results, layouts, wanted, shapes, ranks)
+    layouts, last = _spread_out(results, exchanged, shapes, ranks), list(wanted)
     # What several ranks are to hold is cut of the whole sum.
     wanted = [
         tuple(Invariant() if _is_shared(placement) else placement for placement in layout)
@@ -403,6 +403,8 @@ def _reducing(
                 results[index] = total
     for index, layout in enumerate(last):
         for axis, placement in enumerate(layout):
+            if exchanged[index][axis] == placement:
+                continue
             if isinstance(placement, Shard) and placement.repeat != 1:
                 count, rank = ranks.sizes[axis], ranks.coordinates[axis]
                 part = take_part(results[index], placement, count, rank)
