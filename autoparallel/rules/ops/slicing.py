@@ -92,7 +92,9 @@ def split(call: OpCall) -> ShardingRule:
             # torch cannot count parts of size 0, but takes sizes of 0; and a last part that was
             # shorter may be longer than others of a rank, or be there where torch would end.
             sizes = tuple(shape[dim] for shape in shapes)
-            spec = sizes[0] if sizes[0] and len(set(sizes)) == 1 else sizes
+            fixed = all(isinstance(size, int) for size in sizes)
+            alike = fixed and len(set(sizes[:-1])) <= 1 and 0 < sizes[-1] <= sizes[0]
+            spec = sizes if fixed and not alike else sizes[0]
         elif call.node.target == "aten.chunk.default":
             spec = len(shapes)
         elif "with_sizes" in call.node.target:
