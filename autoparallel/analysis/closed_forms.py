@@ -343,8 +343,10 @@ class _Writer:
         yield "parameters", self.nbytes(value, parameter.storage)
         sizes = tuple(size for _, size in self.plan.mesh.axes)
         kept = kept_layout(parameter.state, parameter.shape, sizes)
-        if (parameter.state != parameter.storage and not has_master) or kept != parameter.state:
+        if parameter.state != parameter.storage and not has_master:
             yield "parameters", part
+        elif kept != parameter.state:
+            yield "parameters", self.nbytes(value, kept)
         if value.requires_grad:
             yield "gradients", self.nbytes(value, parameter.gradient)
             yield "optimizer_state", per_element * part / itemsize
