@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from autoparallel.analysis.closed_forms import closed_forms
     from autoparallel.analysis.pipeline import pipeline
     from autoparallel.analysis.timeline import timeline
-    from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate
+    from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate, traced_plan
     from autoparallel.errors import AutoParallelError
     from autoparallel.mesh import Mesh
     from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
@@ -41,6 +41,7 @@ _HOMES = {
     "autoparallelize": "api",
     "make_plan": "api",
     "simulate": "api",
+    "traced_plan": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
     "timeline": "analysis.timeline",
@@ -100,6 +101,7 @@ __all__ = [
     "timeline",
     "to_fx",
     "to_networkx",
+    "traced_plan",
     "write_svg",
     "write_trace",
 ]

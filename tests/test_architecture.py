@@ -20,7 +20,9 @@ ROWS = (
     ("discovery", "parallel"),
     ("strategy", "analysis", "train"),
     ("planning", "view"),
-    ("api", "cli"),
+    ("api",),
+    ("commands",),
+    ("cli",),
     ("__init__", "__main__"),
 )
 RAISE_ERRORS = ("mesh", "options", "support")
