@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from autoparallel.parallel.state_dicts import full_state_dict
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
+    from autoparallel.questions.differences import compare
+    from autoparallel.questions.explain import Explainer, explain
     from autoparallel.rewrite.emitted_program import emitted_program
     from autoparallel.rules.rule import OpCall, ShardingRule
     from autoparallel.rules.user_rules import register_rule
@@ -55,6 +57,9 @@ _HOMES = {
     "OpCall": "rules.rule",
     "ShardingRule": "rules.rule",
     "register_rule": "rules.user_rules",
+    "compare": "questions.differences",
+    "Explainer": "questions.explain",
+    "explain": "questions.explain",
     "emitted_program": "rewrite.emitted_program",
     "clip_grad_norm_": "parallel.gradient_norms",
     "full_state_dict": "parallel.state_dicts",
@@ -73,6 +78,7 @@ _HOMES = {
 
 __all__ = [
     "AutoParallelError",
+    "Explainer",
     "Invariant",
     "Mesh",
     "OpCall",
@@ -85,7 +91,9 @@ __all__ = [
     "autoparallelize",
     "clip_grad_norm_",
     "closed_forms",
+    "compare",
     "emitted_program",
+    "explain",
     "forms_text",
     "full_state_dict",
     "load_checkpoint",

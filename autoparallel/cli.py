@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from autoparallel.commands.calibrate_command import CALIBRATE
 from autoparallel.commands.command import Command, CommandParser
 from autoparallel.commands.doctor_command import DOCTOR
+from autoparallel.commands.explain_command import EXPLAIN
 from autoparallel.commands.plan_command import PLAN
 from autoparallel.commands.show_command import SHOW
 from autoparallel.errors import AutoParallelError
@@ -21,7 +22,7 @@ from autoparallel.errors import AutoParallelError
 __all__ = ["main"]
 
 # In the order of the help: from planning a model to looking at it.
-_COMMANDS = (PLAN, SHOW, CALIBRATE, DOCTOR)
+_COMMANDS = (PLAN, SHOW, EXPLAIN, CALIBRATE, DOCTOR)
 _STATUS = (
     "Exit status: 0 for done, 1 where the answer is no (no plan fits, the doctor has found "
     "something), 2 for arguments that are wrong."

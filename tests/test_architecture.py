@@ -20,6 +20,7 @@ ROWS = (
     ("discovery", "parallel"),
     ("strategy", "analysis", "train"),
     ("planning", "view"),
+    ("questions",),
     ("api",),
     ("commands",),
     ("cli",),

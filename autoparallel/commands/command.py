@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Command", "CommandParser", "progress"]
 
@@ -32,10 +33,23 @@ class Command:
 class CommandParser(argparse.ArgumentParser):
     """A parser whose help begins with examples: most readers look for a line to change.
 
-    examples: command lines, set after the parser was made.
+    examples: command lines, set after the parser was made. Options may stand between arguments of
+    any number, which argparse alone would refuse.
     """
 
     examples: tuple[str, ...] = ()
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse the arguments; see argparse."""
+        several = any(action.nargs == "*" for action in self._get_positional_actions())
+        if self._inside or not several:
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
 
     def format_help(self) -> str:
         """Return the help, the examples first."""

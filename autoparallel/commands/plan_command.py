@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoparallel.commands.command import Command, progress
 from autoparallel.commands.asked_plan import add_model, add_request, planned
+from autoparallel.commands.command import Command, progress
 
 if TYPE_CHECKING:
     from autoparallel.plan import Plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from autoparallel.commands.command import Command, progress
 from autoparallel.commands.asked_plan import model_again, read_plan
+from autoparallel.commands.command import Command, progress
 from autoparallel.errors import PlanError
 
 __all__ = ["SHOW"]
