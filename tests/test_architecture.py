@@ -20,7 +20,7 @@ ROWS = (
     ("discovery", "parallel"),
     ("strategy", "analysis", "train"),
     ("planning", "view"),
-    ("questions",),
+    ("questions", "exports"),
     ("api",),
     ("commands",),
     ("cli",),

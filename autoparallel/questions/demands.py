@@ -77,7 +77,7 @@ def _row(
 def _column(
     operands: Sequence[Layout], results: Sequence[Layout], weights: Sequence[bool], axis: int
 ) -> bool:
-    """Say whether an op's weights are split on an axis, its activations not, and its results are."""
+    """Say whether an axis splits an op's weights and its results, and not its activations."""
     split = [isinstance(layout[axis], Shard) for layout in operands]
     of_weights = [one for one, weight in zip(split, weights, strict=True) if weight]
     others = [one for one, weight in zip(split, weights, strict=True) if not weight]
