@@ -12,9 +12,11 @@ from processes import run_processes
 from torch import nn
 
 from autoparallel import make_plan
+from autoparallel.exports.emitted_script import emitted_script
 from autoparallel.exports.parallelize_module import parallelize_module_source
 from autoparallel.exports.transformers_plan import transformers_plan
 from autoparallel.plan import Plan
+from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.train.models import GPT, GPTConfig
 
 WORLD_SIZE = 2
@@ -89,6 +91,44 @@ def test_parallelize_module_computes_what_the_model_does(name: str) -> None:
         assert gradients < 1e-12
         # Weights and biases of the products of two layers, at least.
         assert split >= 8
+
+
+def run_script(rank: int, source: str, name: str) -> tuple[float, float]:
+    """The largest differences of logits and of gradients on one rank."""
+    names: dict[str, Any] = {"__name__": "sharded"}
+    exec(compile(source, "sharded.py", "exec"), names)
+    plain = model_of(name)
+    model = names["sharded_model"](plain.state_dict())
+    tokens = inputs()["input_ids"]
+    expected, (logits,) = plain(tokens).logits, model(tokens)
+    # Transformers computes losses in float32, whose rounding depends on how classes are split.
+    weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    (expected * weights).sum().backward()
+    (logits * weights).sum().backward()
+    model.finish_gradients()
+    wanted = {path: p.grad for path, p in plain.named_parameters()}
+    worst = 0.0
+    for path, parameter in model.named_parameters():
+        layout = model._layouts[path][0]
+        part = take_layout_part(wanted[path], layout, model.ranks.sizes, model.ranks.coordinates)
+        worst = max(worst, float((parameter.grad - part).abs().max()))
+    difference = (model.whole(logits, 0) - expected).detach().abs().max()
+    return float(difference), worst
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_script_computes_what_the_model_does(name: str) -> None:
+    """Logits, and gradients of all parameters; its repeated lines are one function."""
+    model = model_of(name)
+    tokens = {"input_ids": inputs()["input_ids"]}
+    plan = make_plan(model, WORLD_SIZE, example_inputs=tokens, hardware="dgx-a100",
+                     sequence_parallel=False)  # fmt: skip
+    export = emitted_script(plan, model)
+    assert export.text.count("forward_block(") >= 3  # its definition, and two calls
+    assert "# all-reduce " in export.text
+    for logits, gradients in run_processes(run_script, WORLD_SIZE, export.text, name):
+        assert logits < 1e-12
+        assert gradients < 1e-12
 
 
 def run_transformers(rank: int, entries: str, name: str, folder: str) -> tuple[float, int]:
