@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autoparallel.analysis.timeline import timeline
     from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate, traced_plan
     from autoparallel.errors import AutoParallelError
+    from autoparallel.exports.targets import export
     from autoparallel.mesh import Mesh
     from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
     from autoparallel.parallel.gradient_norms import clip_grad_norm_
@@ -48,6 +49,7 @@ _HOMES = {
     "pipeline": "analysis.pipeline",
     "timeline": "analysis.timeline",
     "AutoParallelError": "errors",
+    "export": "exports.targets",
     "Mesh": "mesh",
     "Invariant": "placement",
     "Partial": "placement",
@@ -94,6 +96,7 @@ __all__ = [
     "compare",
     "emitted_program",
     "explain",
+    "export",
     "forms_text",
     "full_state_dict",
     "load_checkpoint",

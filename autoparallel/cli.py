@@ -13,16 +13,19 @@ from collections.abc import Sequence
 
 from autoparallel.commands.calibrate_command import CALIBRATE
 from autoparallel.commands.command import Command, CommandParser
+from autoparallel.commands.compare_command import COMPARE
 from autoparallel.commands.doctor_command import DOCTOR
 from autoparallel.commands.explain_command import EXPLAIN
+from autoparallel.commands.export_command import EMIT, EXPORT
 from autoparallel.commands.plan_command import PLAN
 from autoparallel.commands.show_command import SHOW
+from autoparallel.commands.simulate_command import SIMULATE
 from autoparallel.errors import AutoParallelError
 
 __all__ = ["main"]
 
 # In the order of the help: from planning a model to looking at it.
-_COMMANDS = (PLAN, SHOW, EXPLAIN, CALIBRATE, DOCTOR)
+_COMMANDS = (PLAN, SHOW, EXPLAIN, COMPARE, SIMULATE, EXPORT, EMIT, CALIBRATE, DOCTOR)
 _STATUS = (
     "Exit status: 0 for done, 1 where the answer is no (no plan fits, the doctor has found "
     "something), 2 for arguments that are wrong."
@@ -66,8 +69,9 @@ def _parser() -> CommandParser:
         epilog=_STATUS,
     )
     parser.examples = PLAN.examples[:1]
+    parser.commands = (*_COMMANDS, *_of_the_trainer())
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for command in (*_COMMANDS, *_of_the_trainer()):
+    for command in parser.commands:
         about = command.about[0].upper() + command.about[1:]
         own = commands.add_parser(command.name, help=command.about, description=f"{about}.")
         own.examples = command.examples

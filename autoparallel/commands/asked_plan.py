@@ -126,8 +126,9 @@ def planned(options: argparse.Namespace, named: NamedModel | None = None) -> Pla
     named = model_of(options) if named is None else named
     world_size = _world_size(options)
     mesh = _mesh(options, world_size)
-    where = str(mesh) if mesh is not None else f"{world_size} ranks"
-    progress(f"planning it for {where} of {options.hardware}")
+    where = str(mesh) if _has_axes(mesh) else f"{world_size} ranks"
+    hardware = "this machine" if options.hardware == "auto" else options.hardware
+    progress(f"planning it for {where} of {hardware}")
     plan = make_plan(
         named.model,
         None if _has_axes(mesh) else world_size,

@@ -24,6 +24,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "on CPUs, NCCL on GPUs."
     )
     parser.add_argument("--output", type=Path, required=True, help="the file, such as my.json")
+    parser.add_argument(
+        "--plot", type=Path, help="draw fitted against measured times, as .svg or .png"
+    )
     parser.add_argument("--quick", action="store_true", help="seconds, and rougher figures")
     parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
     parser.add_argument("--name", default="", help="of the hardware; by default the device's")
@@ -47,6 +50,9 @@ def _run(options: argparse.Namespace) -> int:
     if not options.output.absolute().parent.is_dir():
         print(f"error: there is no folder {options.output.absolute().parent}", file=sys.stderr)
         return 2
+    if options.plot is not None and options.plot.suffix not in (".svg", ".png"):
+        print("error: --plot must end in .svg or .png", file=sys.stderr)
+        return 2
     # After the arguments have been looked at: what is wrong with them is told without torch.
     import torch
 
@@ -64,6 +70,11 @@ def _run(options: argparse.Namespace) -> int:
         )
         if rank == 0:
             write_hardware(fit.hardware, options.output)
+            if options.plot is not None:
+                from autoparallel.view.plots import plot_measured
+
+                rows = [(row.what, row.fitted, row.measured) for row in fit.rows]
+                plot_measured(rows, options.plot)
             print(_as_json(fit) if options.json else _as_text(fit, options.output))
     return 0
 

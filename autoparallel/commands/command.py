@@ -33,11 +33,12 @@ class Command:
 class CommandParser(argparse.ArgumentParser):
     """A parser whose help begins with examples: most readers look for a line to change.
 
-    examples: command lines, set after the parser was made. Options may stand between arguments of
-    any number, which argparse alone would refuse.
+    examples: command lines, set after the parser was made. commands: of a program. Options may
+    stand between arguments of any number, which argparse alone would refuse.
     """
 
     examples: tuple[str, ...] = ()
+    commands: tuple[Command, ...] = ()
     _inside = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:

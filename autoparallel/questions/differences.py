@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from autoparallel.analysis.communication import collective_totals
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.folded_rows import fold
-from autoparallel.view.words import Words, collective_text, op_text
+from autoparallel.view.words import Words, collective_text
 
 __all__ = ["Comparison", "Difference", "compare", "differences"]
 
 _SHOWN = 20
+_NUMBER = re.compile(r"_?\d+")
 # The rows of a plan are added up in another order than its total.
 _ROUNDING = 1e-9
 
@@ -73,9 +76,9 @@ class Comparison:
             ("products split", *(f"{plan.split_flops:.1%}" for plan in both)),
             ("matrices split", *(f"{plan.split_parameter_bytes:.1%}" for plan in both)),
         ]
-        counts: list[Mapping[str, int]] = [_collectives(plan) for plan in both]
-        for name in dict.fromkeys([*counts[0], *counts[1]]):
-            rows.append((name, *(str(count.get(name, 0)) for count in counts)))
+        sent = [_collectives(plan) for plan in both]
+        for name in dict.fromkeys([*sent[0], *sent[1]]):
+            rows.append((name, *(one.get(name, "none") for one in sent)))
         return [(name, one, other) for name, one, other in rows]
 
     def _decisions(self) -> list[str]:
@@ -184,6 +187,11 @@ def _difference(
         module = some.path.rpartition(".")[0]
         yield Difference(kind, some.path, module, "", *texts, seconds)
     else:
+        parameter = words.parameters.get(some.value)
+        if parameter is not None:
+            yield Difference(kind, parameter.path, parameter.path.rpartition(".")[0], "", *texts,
+                             seconds)  # fmt: skip
+            return
         op = words.producers.get(some.value)
         line = op.line if op is not None else ""
         yield Difference(kind, words.value(some.value), words.where(some.value), line, *texts,
@@ -202,13 +210,14 @@ def _pairs(
     return [(first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])]
 
 
-def _collectives(plan: Plan) -> dict[str, int]:
-    """Return the number of collectives in one step, by axis and kind."""
-    counts: dict[str, int] = {}
-    for _, axis, kind, count in plan.collectives or ():
-        name = kind.replace("_", "-") + (f" on {axis}" if len(plan.mesh.axes) > 1 else "")
-        counts[name] = counts.get(name, 0) + count
-    return counts
+def _collectives(plan: Plan) -> dict[str, str]:
+    """Return number and bytes of the collectives of one step, by axis and kind."""
+    counts: dict[str, tuple[int, float]] = {}
+    for (_, axis, kind), (count, nbytes) in collective_totals(plan).items():
+        name = collective_text(kind) + (f" on {axis}" if len(plan.mesh.axes) > 1 else "")
+        before = counts.get(name, (0, 0))
+        counts[name] = (before[0] + count, before[1] + nbytes)
+    return {name: f"{count}, {bytes_text(nbytes)}" for name, (count, nbytes) in counts.items()}
 
 
 def difference_lines(rows: Iterable[Difference], most: int) -> list[str]:
@@ -228,8 +237,9 @@ def difference_lines(rows: Iterable[Difference], most: int) -> list[str]:
         row = group.first
         seconds = sum(item.seconds for item in group.items)
         times = f" ×{group.count}" if group.count > 1 else ""
-        name = group.path if row.kind == "parameter" else f"{row.name} in {group.path}"
-        if row.kind == "parameter":
+        name = f"{row.name} in {group.path}"
+        if row.where and row.name.startswith(f"{row.where}."):
+            # A parameter is called by its path.
             name = f"{group.path}.{row.name.rpartition('.')[2]}"
         elif row.kind == "update" or not row.where:
             name = row.name
@@ -252,7 +262,7 @@ def _shape_of(row: Difference) -> str:
     """Return what rows of repeated blocks have in common in their names."""
     if row.kind == "parameter":
         return row.name.rpartition(".")[2]
-    return op_text(row.name).rstrip("0123456789_")
+    return _NUMBER.sub("", row.name)
 
 
 def signed(seconds: float) -> str:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import Float64
 from processes import run_processes
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from autoparallel import make_plan
 from autoparallel.exports.emitted_script import emitted_script
 from autoparallel.exports.parallelize_module import parallelize_module_source
 from autoparallel.exports.transformers_plan import transformers_plan
-from autoparallel.plan import Plan
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.train.models import GPT, GPTConfig
 
 WORLD_SIZE = 2
-MODELS = ("GPT2LMHeadModel", "LlamaForCausalLM", "GPT")
+# Activations are whole between the products, as those programs have them.
+OPTIONS = {"hardware": "dgx-a100", "sequence_parallel": False}
 
 
 def model_of(name: str) -> nn.Module:
@@ -51,17 +56,29 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def plan_of(name: str, model: nn.Module) -> Plan:
-    """Its plan for two ranks, with activations whole between the products."""
-    return make_plan(model, WORLD_SIZE, example_inputs=inputs(), hardware="dgx-a100",
-                     sequence_parallel=False)  # fmt: skip
+@dataclass(frozen=True)
+class Loaded:
+    """What one rank has found: the largest differences of logits and of gradients from the unsplit
+    model's, and the number of split parameters, for each export by name.
+    """
+
+    logits: dict[str, float]
+    gradients: dict[str, float]
+    split: dict[str, int]
 
 
-def run_parallelized(rank: int, source: str, name: str) -> tuple[float, float, int]:
-    """The largest differences of logits and gradients, and the split parameters, on one rank."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor
+def run_exports(rank: int, name: str, texts: dict[str, str], folder: str) -> Loaded:
+    """Load every export into what it is for, on one rank."""
+    found = Loaded({}, {}, {})
+    run_parallelized(name, texts["parallelize_module"], found)
+    run_script(name, texts["python"], found)
+    if "transformers" in texts:
+        run_transformers(name, texts["transformers"], folder, found)
+    return found
 
+
+def run_parallelized(name: str, source: str, found: Loaded) -> None:
+    """Torch's parallelize_module: logits, and gradients of all parameters."""
     plain, model = model_of(name), model_of(name)
     names: dict[str, Any] = {}
     exec(compile(source, "exported.py", "exec"), names)
@@ -70,71 +87,47 @@ def run_parallelized(rank: int, source: str, name: str) -> tuple[float, float, i
     expected, output = plain(**inputs()), model(**inputs())
     expected.loss.backward()
     output.loss.backward()
-    worst, split = 0.0, 0
     wanted = dict(plain.named_parameters())
+    worst, split = 0.0, 0
     for path, parameter in model.named_parameters():
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
             split += not all(placement.is_replicate() for placement in gradient.placements)
             gradient = gradient.full_tensor()
         worst = max(worst, float((gradient - wanted[path].grad).abs().max()))
-    return float((output.logits - expected.logits).abs().max()), worst, split
+    key = "parallelize_module"
+    found.logits[key] = float((output.logits - expected.logits).detach().abs().max())
+    found.gradients[key], found.split[key] = worst, split
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_parallelize_module_computes_what_the_model_does(name: str) -> None:
-    """Logits, and gradients of all parameters."""
-    model = model_of(name)
-    export = parallelize_module_source(plan_of(name, model), model, example_inputs=inputs())
-    for logits, gradients, split in run_processes(run_parallelized, WORLD_SIZE, export.text, name):
-        assert logits < 1e-12
-        assert gradients < 1e-12
-        # Weights and biases of the products of two layers, at least.
-        assert split >= 8
-
-
-def run_script(rank: int, source: str, name: str) -> tuple[float, float]:
-    """The largest differences of logits and of gradients on one rank."""
+def run_script(name: str, source: str, found: Loaded) -> None:
+    """The program as a file of its own: logits, and gradients of all parameters."""
     names: dict[str, Any] = {"__name__": "sharded"}
     exec(compile(source, "sharded.py", "exec"), names)
     plain = model_of(name)
     model = names["sharded_model"](plain.state_dict())
     tokens = inputs()["input_ids"]
-    expected, (logits,) = plain(tokens).logits, model(tokens)
-    # Transformers computes losses in float32, whose rounding depends on how classes are split.
+    with Float64():
+        expected = plain(tokens).logits
+    (logits,) = model(tokens)
     weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
     (expected * weights).sum().backward()
     (logits * weights).sum().backward()
     model.finish_gradients()
     wanted = {path: p.grad for path, p in plain.named_parameters()}
-    worst = 0.0
+    worst, split = 0.0, 0
     for path, parameter in model.named_parameters():
         layout = model._layouts[path][0]
         part = take_layout_part(wanted[path], layout, model.ranks.sizes, model.ranks.coordinates)
         worst = max(worst, float((parameter.grad - part).abs().max()))
-    difference = (model.whole(logits, 0) - expected).detach().abs().max()
-    return float(difference), worst
+        split += part.shape != wanted[path].shape
+    found.logits["python"] = float((model.whole(logits, 0) - expected).detach().abs().max())
+    found.gradients["python"], found.split["python"] = worst, split
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_script_computes_what_the_model_does(name: str) -> None:
-    """Logits, and gradients of all parameters; its repeated lines are one function."""
-    model = model_of(name)
-    tokens = {"input_ids": inputs()["input_ids"]}
-    plan = make_plan(model, WORLD_SIZE, example_inputs=tokens, hardware="dgx-a100",
-                     sequence_parallel=False)  # fmt: skip
-    export = emitted_script(plan, model)
-    assert export.text.count("forward_block(") >= 3  # its definition, and two calls
-    assert "# all-reduce " in export.text
-    for logits, gradients in run_processes(run_script, WORLD_SIZE, export.text, name):
-        assert logits < 1e-12
-        assert gradients < 1e-12
-
-
-def run_transformers(rank: int, entries: str, name: str, folder: str) -> tuple[float, int]:
-    """The largest difference of logits, and the number of split parameters, on one rank."""
+def run_transformers(name: str, entries: str, folder: str, found: Loaded) -> None:
+    """transformers' own tensor parallelism: logits."""
     import transformers
-    from torch.distributed.tensor import DTensor
     from transformers.distributed import DistributedConfig
 
     transformers.logging.set_verbosity_error()
@@ -147,19 +140,44 @@ def run_transformers(rank: int, entries: str, name: str, folder: str) -> tuple[f
         expected = model_of(name).eval()(**inputs()).logits
     split = [p for p in model.parameters() if isinstance(p, DTensor)]
     split = [p for p in split if not all(placement.is_replicate() for placement in p.placements)]
-    return float((logits - expected).abs().max()), len(split)
+    found.logits["transformers"] = float((logits - expected).abs().max())
+    found.split["transformers"] = len(split)
 
 
-@pytest.mark.parametrize(("name", "parts"), [("LlamaForCausalLM", 15), ("GPT2LMHeadModel", 1)])
-def test_transformers_computes_what_the_model_does(name: str, parts: int, tmp_path: Path) -> None:
-    """The logits. Of GPT-2 transformers splits only what is no Conv1D; the rest is told."""
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("GPT2LMHeadModel", 1), ("LlamaForCausalLM", 15), ("GPT", None)],
+)
+def test_exports_compute_what_the_model_does(name: str, split: int | None, tmp_path: Path) -> None:
+    """Loaded into the real thing. split: the parameters that transformers splits."""
     model = model_of(name)
-    export = transformers_plan(plan_of(name, model), model, example_inputs=inputs())
-    model.save_pretrained(tmp_path)
-    for logits, split in run_processes(
-        run_transformers, WORLD_SIZE, export.text, name, str(tmp_path)
-    ):
-        assert logits < 1e-12
-        assert split == parts
-    told = "\n".join(export.missing)
-    assert ("a Conv1D has its weight the other way around" in told) == (name == "GPT2LMHeadModel")
+    plan = make_plan(model, WORLD_SIZE, example_inputs=inputs(), **OPTIONS)
+    exports = {
+        "parallelize_module": parallelize_module_source(plan, model, example_inputs=inputs())
+    }
+    # Transformers casts to float32 here and there, which a program has as casts to float64.
+    with Float64():
+        tokens = {"input_ids": inputs()["input_ids"]}
+        exports["python"] = emitted_script(
+            make_plan(model, WORLD_SIZE, example_inputs=tokens, **OPTIONS), model
+        )
+    if split is not None:
+        exports["transformers"] = transformers_plan(plan, model, example_inputs=inputs())
+        model.save_pretrained(tmp_path)
+        told = "\n".join(exports["transformers"].missing)
+        # Of GPT-2 transformers splits only what is no Conv1D; the rest is told.
+        other = "a Conv1D has its weight the other way around"
+        assert (other in told) == (name == "GPT2LMHeadModel")
+    script = exports["python"].text
+    assert script.count("forward_block(") >= 3  # its definition, and two calls
+    assert "# all-reduce " in script
+    texts = {target: export.text for target, export in exports.items()}
+    arguments = (name, texts, str(tmp_path))
+    before = partial(model_of, name)
+    for found in run_processes(run_exports, WORLD_SIZE, *arguments, before=before):
+        assert found.logits.keys() == texts.keys()
+        assert max(found.logits.values()) < 1e-12
+        assert max(found.gradients.values()) < 1e-12
+        # Weights and biases of the products of two layers, at least.
+        assert min(found.split["parallelize_module"], found.split["python"]) >= 8
+        assert found.split.get("transformers") == split
