@@ -48,7 +48,7 @@ def test_predicted_against_measured(tmp_path: Path) -> None:
     """Each row is named."""
     plot_measured(ROWS, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
-    with pytest.raises(PlanError, match="end in .svg or .png"):
+    with pytest.raises(PlanError, match=r"end in \.svg or \.png"):
         plot_measured(ROWS, tmp_path / "plot.pdf")
     with pytest.raises(PlanError, match="nothing was measured"):
         plot_measured([], tmp_path / "plot.svg")
