@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from autoparallel.commands.bundled_models import BUNDLED
 from autoparallel.commands.command import progress
@@ -26,6 +26,8 @@ __all__ = [
     "planned",
     "read_plan",
 ]
+
+Weights = Literal["none", "buffers", "all"]
 
 # Names of the arguments that decide which model it is and what goes into it; those of them that
 # are numbers. A plan keeps them, so that its model can be built again.
@@ -94,12 +96,12 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gap", type=float, default=0.01, help="under a limit, 0.01 for 1%%")
 
 
-def model_of(options: argparse.Namespace, weights: bool = False) -> NamedModel:
+def model_of(options: argparse.Namespace, weights: Weights = "none") -> NamedModel:
     """Return the model that the arguments name. weights: see `named_model`."""
     progress(f"building {options.model}")
     dtype = options.dtype
     # A model that computes here does so in float32; one that is planned trains in bfloat16.
-    if dtype is None and not weights and _is_ours_to_build(options.model):
+    if dtype is None and weights == "none" and _is_ours_to_build(options.model):
         dtype = "bfloat16"
     return named_model(
         options.model,
@@ -237,7 +239,7 @@ def read_plan(path: str | Path) -> Plan:
     return Plan.from_json(text)
 
 
-def model_again(plan: Plan, weights: bool = False) -> NamedModel:
+def model_again(plan: Plan, weights: Weights = "none") -> NamedModel:
     """Return the model of a plan, built again from what the plan was asked for with.
 
     weights: see `named_model`. Raises PlanError for a plan that Python asked for.

@@ -41,11 +41,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     """Add what both have in common."""
     parser.add_argument("-o", "--output", type=Path, help="write a file, in place of printing")
     parser.add_argument(
-        "--weights",
-        action="store_true",
-        help="build the model with values, for buffers that a checkpoint does not have",
-    )
-    parser.add_argument(
         "--json", action="store_true", help="print the text, and what it does not have, as JSON"
     )
 
@@ -55,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.output is not None and not options.output.absolute().parent.is_dir():
         raise PlanError(f"there is no folder {options.output.absolute().parent}", fix="make it")
     plan = read_plan(options.plan)
-    named = model_again(plan, weights=options.weights)
+    named = model_again(plan)
     progress("tracing it")
     from autoparallel.api import traced_plan
     from autoparallel.exports.emitted_script import emitted_script
@@ -64,8 +59,14 @@ def _run(options: argparse.Namespace) -> int:
 
     plan = traced_plan(named.model, plan, example_inputs=named.inputs)
     result: Export
-    if options.to == "python" and options.output is not None:
-        result = emitted_script(plan, named.model, file=options.output.name)
+    if options.to == "python":
+        # Buffers that no checkpoint has are written into the file, and so need their values.
+        model = named.model
+        kept = model.state_dict()
+        if any(buffer.is_meta and path not in kept for path, buffer in model.named_buffers()):
+            model = model_again(plan, weights="buffers").model
+        file = options.output.name if options.output is not None else "sharded_model.py"
+        result = emitted_script(plan, model, file=file)
     else:
         result = export(plan, options.to, named.model, example_inputs=named.inputs)
     for sentence in result.missing:

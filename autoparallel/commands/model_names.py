@@ -11,12 +11,14 @@ import json
 import pkgutil
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from autoparallel.commands.bundled_models import BUNDLED, BundledModel
+from autoparallel.commands.empty_parameters import buffers_alone
 from autoparallel.errors import PlanError
 
 if TYPE_CHECKING:
@@ -41,12 +43,15 @@ class _Asked:
     sequence: int | None
     layers: int | None
     dtype: Any
-    weights: bool
+    weights: str
 
-    @property
-    def device(self) -> str:
-        """The device that the model is built on."""
-        return "cpu" if self.weights else "meta"
+    def places(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model is built, for the memory that it is to take."""
+        import torch
+
+        if self.weights == "buffers":
+            return buffers_alone()
+        return torch.device("cpu" if self.weights == "all" else "meta")
 
 
 _Built = tuple["nn.Module", Any, int, int]
@@ -75,15 +80,15 @@ def named_model(
     sequence: int | None = None,
     layers: int | None = None,
     dtype: str | None = None,
-    weights: bool = False,
+    weights: Literal["none", "buffers", "all"] = "none",
 ) -> NamedModel:
     """Return the model of that name.
 
     batch, sequence: of the inputs; by default 8, and the model's longest. layers: fewer of them
     than the sizes say. dtype: of the parameters, such as "bfloat16"; by default that of a function
-    as it is, and float32 for all others. weights: True for weights drawn at random in place of the
-    meta device, to compute with. Raises PlanError for a name that is none, and for options that the
-    model has no use for.
+    as it is, and float32 for all others. weights: "all" for weights drawn at random, to compute
+    with, "buffers" for values of buffers alone, "none" for the meta device. Raises PlanError for a
+    name that is none, and for options that the model has no use for.
 
     >>> named_model("gpt2", layers=1, batch=2, sequence=16).inputs["input_ids"].shape
     torch.Size([2, 16])
@@ -116,16 +121,15 @@ def named_model(
 
 def _plain(asked: _Asked, bundled: BundledModel) -> _Built:
     """Build one of the project's plain models."""
-    import torch
 
     from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
     sizes: dict[str, Any] = dict(bundled.sizes)
     sizes["layers"] = asked.layers or sizes["layers"]
     model: GPT | Bert
-    with torch.device(asked.device):
+    with asked.places():
         model = GPT(GPTConfig(**sizes)) if bundled.kind == "GPT" else Bert(BertConfig(**sizes))
-    model = model.to(asked.dtype)
+    _cast(model, asked.dtype)
     batch, sequence = asked.batch or _BATCH, asked.sequence or bundled.sequence
     if sequence > model.config.positions:
         raise PlanError(
@@ -141,7 +145,6 @@ def _hugging_face(asked: _Asked, kind: str, sizes: Mapping[str, Any], longest: i
 
     longest: the sequence to plan for; by default the configuration's positions, at most 4096.
     """
-    import torch
 
     transformers = _transformers(asked.name)
     cls: Any = getattr(transformers, kind, None)
@@ -155,13 +158,22 @@ def _hugging_face(asked: _Asked, kind: str, sizes: Mapping[str, Any], longest: i
         config.num_hidden_layers = asked.layers
     # What a step of training returns has no cache in it.
     config.use_cache = False
-    with torch.device(asked.device):
+    with asked.places():
         model = cls(config)
-        model = model.to(asked.dtype) if asked.dtype else model
+        _cast(model, asked.dtype)
         positions = getattr(config, "max_position_embeddings", 0) or 1024
         batch, sequence = asked.batch or _BATCH, asked.sequence or longest or min(positions, 4096)
         inputs = _inputs(asked.name, model, config, batch, sequence)
     return model, inputs, batch, sequence
+
+
+def _cast(model: nn.Module, dtype: Any) -> None:
+    """Give parameters of floating point a dtype, if there is one. Buffers keep theirs: tables of
+    frequencies and the like lose too much.
+    """
+    for parameter in model.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _inputs(name: str, model: nn.Module, config: Any, batch: int, sequence: int) -> dict[str, Any]:
@@ -268,5 +280,5 @@ def _of_function(asked: _Asked) -> _Built:
                 fix="give the model a method example_inputs(batch, sequence), or leave it out",
             )
         inputs = offers(**wanted)
-    model = model.to(asked.dtype) if asked.dtype else model
+    _cast(model, asked.dtype)
     return model, inputs, asked.batch or 0, asked.sequence or 0

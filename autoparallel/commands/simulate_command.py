@@ -49,9 +49,9 @@ def _run(options: argparse.Namespace) -> int:
     plan: Plan | None = None
     if Path(options.model).is_file():
         plan = read_plan(options.model)
-        named = model_again(plan, weights=True)
+        named = model_again(plan, weights="all")
     else:
-        named = model_of(options, weights=True)
+        named = model_of(options, weights="all")
     import torch
 
     from autoparallel.api import make_plan, simulate

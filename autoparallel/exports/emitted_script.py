@@ -369,7 +369,7 @@ class _Writer:
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
         }
         made |= {s.name for s in self.statements if isinstance(s, ast.FunctionDef)}
-        folded = fold_statements(self.statements, made)
+        folded = fold_statements(self.statements, made, self.is_module)
         functions = []
         lines = ["parameters = dict(zip(PARAMETERS, parameters, strict=True))"]
         for statement in self.headers:
@@ -394,6 +394,11 @@ class _Writer:
         if "convert_again(" in self.program.source:
             functions.append(f"{self.name} = dropping({self.name})")
         return "\n\n\n".join(functions)
+
+    def is_module(self, folded: Folded) -> bool:
+        """Return whether each group has the parameters of one module: a block of the model."""
+        prefixes = self._prefixes(folded)
+        return prefixes is not None and len(set(prefixes)) == len(prefixes) and "" not in prefixes
 
     def block(self, folded: Folded) -> tuple[str, list[str] | None]:
         """Return the function of the repeated lines; and the paths of the blocks, where all

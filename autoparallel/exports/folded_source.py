@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,6 @@ __all__ = ["Folded", "fold_statements"]
 
 _LONGEST = 4000  # statements in one block
 _TRIED = 30  # runs, before a program counts as one without repetitions
-_SHIFTS = 80  # places at which a block may be taken to begin
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,17 @@ class Folded:
     body: tuple[ast.stmt, ...]
 
 
-def fold_statements(statements: Sequence[ast.stmt], variable: Iterable[str]) -> Folded | None:
+def fold_statements(
+    statements: Sequence[ast.stmt],
+    variable: Iterable[str],
+    prefer: Callable[[Folded], bool] = lambda folded: False,
+) -> Folded | None:
     """Return the run of equal groups that saves most lines, None where nothing repeats.
 
     variable: the names that may differ between groups; all others, such as functions and
-    placements, must be the same.
+    placements, must be the same. prefer: of the places at which the groups may be taken to begin,
+    one that it accepts is taken where there is one, even if one group less is folded; else that
+    with the fewest arguments and results.
 
     >>> program = ast.parse("b = f(a, 1)\\nc = g(b)\\nd = f(c, 2)\\ne = g(d)\\nf(e)").body
     >>> folded = fold_statements(program, "abcde")
@@ -57,14 +62,24 @@ def fold_statements(statements: Sequence[ast.stmt], variable: Iterable[str]) -> 
     tokens = [_tokens(statement, names) for statement in statements]
     forms: dict[str, int] = {}
     kinds = np.array([forms.setdefault(form, len(forms)) for form, _, _ in tokens], dtype=np.int64)
+    last_read: dict[str, int] = {}
+    for index, statement in enumerate(statements):
+        last_read.update(dict.fromkeys(_read(statement), index))
     for start, length, count, spare in _runs(kinds)[:_TRIED]:
-        groups = [
-            folded
-            for shift in range(min(spare, _SHIFTS) + 1)
-            if (folded := _folded(statements, tokens, start + shift, length, count)) is not None
-        ]
+        groups = []
+        # Within one period every place is tried; the last places leave one group less.
+        for shift in range(length):
+            number = count if shift <= spare else count - 1
+            if number > 1:
+                folded = _folded(statements, tokens, start + shift, length, number, last_read)
+                groups += [folded] if folded is not None else []
         if groups:
-            return min(groups, key=lambda one: len(one.arguments) + len(one.results))
+            return min(
+                groups,
+                key=lambda one: (
+                    not prefer(one), -one.count, len(one.arguments) + len(one.results),
+                ),
+            )  # fmt: skip
     return None
 
 
@@ -109,7 +124,12 @@ def _tokens(statement: ast.stmt, variable: set[str]) -> _Tokens:
 
 
 def _folded(
-    statements: Sequence[ast.stmt], tokens: Sequence[_Tokens], start: int, length: int, count: int
+    statements: Sequence[ast.stmt],
+    tokens: Sequence[_Tokens],
+    start: int,
+    length: int,
+    count: int,
+    last_read: Mapping[str, int],
 ) -> Folded | None:
     """Return the groups from a start on, None where their names do not correspond."""
     groups = [range(start + k * length, start + (k + 1) * length) for k in range(count)]
@@ -124,13 +144,13 @@ def _folded(
         before += [name for name in _read(statement) if name in renamed[0] and name not in known]
         known.update(_made(statement))
     arguments = tuple(dict.fromkeys(before))
-    read_after: list[set[str]] = []
-    for group in groups:
-        read_after.append({n for s in statements[group.stop :] for n in _read(s)})
     results = tuple(
         name
         for name in dict.fromkeys(made)
-        if any(new[name] in after for new, after in zip(renamed, read_after, strict=True))
+        if any(
+            last_read.get(new[name], -1) >= group.stop
+            for new, group in zip(renamed, groups, strict=True)
+        )
     )
     places = [
         (offset, at)

@@ -140,6 +140,8 @@ def test_a_function_of_the_users(module: str, capsys: pytest.CaptureFixture[str]
     answers = json.loads(capsys.readouterr().out)
     assert [answer["kind"] for answer in answers] == ["parameter", "op"]
     assert answers[1]["asked"]["added_cost"] >= 0
+    assert main(["simulate", "plan.json"]) == 0
+    assert "the same, but for rounding" in capsys.readouterr().out
     assert main(["simulate", f"{module}:build", "--world-size", "3", "--json"]) == 0
     ran = json.loads(capsys.readouterr().out)
     assert ran["output_error"] < 1e-12
