@@ -6,6 +6,7 @@ it, so that --help is quick.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -69,20 +70,22 @@ def _parser() -> CommandParser:
         epilog=_STATUS,
     )
     parser.examples = PLAN.examples[:1]
-    parser.commands = (*_COMMANDS, *_of_the_trainer())
+    parser.commands = _COMMANDS
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for command in parser.commands:
+    for command in _COMMANDS:
         about = command.about[0].upper() + command.about[1:]
         own = commands.add_parser(command.name, help=command.about, description=f"{about}.")
         own.examples = command.examples
         command.add_arguments(own)
         own.set_defaults(run=command.run)
+    _add_trainer(commands)
     return parser
 
 
-def _of_the_trainer() -> tuple[Command, ...]:
-    """Return the commands of the trainer, which is a package of its own."""
-    if importlib.util.find_spec("autoparallel.train.command") is None:
-        return ()
-    commands: tuple[Command, ...] = importlib.import_module("autoparallel.train.command").COMMANDS
-    return commands
+def _add_trainer(commands: argparse._SubParsersAction[CommandParser]) -> None:
+    """Add the commands of the trainer, which is a package of its own, where it has any."""
+    if importlib.util.find_spec("autoparallel.train.command") is not None:
+        importlib.import_module("autoparallel.train.command").add_train(commands)
+    if importlib.util.find_spec("autoparallel.train.trained_commands") is not None:
+        trained = importlib.import_module("autoparallel.train.trained_commands")
+        trained.add_trained_commands(commands)

@@ -44,7 +44,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse the arguments; see argparse."""
         several = any(action.nargs == "*" for action in self._get_positional_actions())
-        if self._inside or not several:
+        if self._inside or not several or self.prefix_chars != "-":
             return super().parse_known_args(args, namespace)
         self._inside = True
         try:
