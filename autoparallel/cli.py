@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from autoparallel.commands.calibrate_command import CALIBRATE
-from autoparallel.commands.command import Command, CommandParser
+from autoparallel.commands.command import CommandParser
 from autoparallel.commands.compare_command import COMPARE
 from autoparallel.commands.doctor_command import DOCTOR
 from autoparallel.commands.explain_command import EXPLAIN
