@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from autoparallel.commands.asked_plan import model_again, read_plan
@@ -11,7 +12,7 @@ from autoparallel.errors import PlanError
 
 __all__ = ["SHOW"]
 
-_ENDINGS = (".svg", ".png", ".dot", ".txt", ".trace.json")
+_PAGES = "autoparallel.view.html"  # the package that writes pages, where there is one
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +34,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Print the report, or write the files that are asked for."""
+    endings = [".svg", ".png", ".dot", ".txt", ".trace.json"]
+    if importlib.util.find_spec(_PAGES) is not None:
+        endings.append(".html")
     for path in options.output:
-        if not path.name.endswith(_ENDINGS):
-            raise PlanError(f"{path} has no ending that is known", fix=f"end in {_ENDINGS}")
+        if not path.name.endswith(tuple(endings)):
+            raise PlanError(
+                f"{path} has no ending that is known", fix=f"end in one of {', '.join(endings)}"
+            )
     plan = read_plan(options.plan)
     # Reports are printed from the plan alone; pictures, steps and formulas need its graph.
     if options.formulas or any(path.suffix != ".txt" for path in options.output):
@@ -72,6 +78,8 @@ def _write(plan: object, path: Path) -> None:
     assert isinstance(plan, Plan)
     if path.name.endswith(".trace.json"):
         write_trace(timeline(plan), path)
+    elif path.suffix == ".html":
+        importlib.import_module("autoparallel.view.html.page").write_html(plan, path)
     elif path.suffix == ".txt":
         write_file(path, plan_text(plan).encode())
     else:

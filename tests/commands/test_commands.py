@@ -68,8 +68,8 @@ def test_help_is_quick_and_begins_with_an_example() -> None:
         "from autoparallel.cli import _parser\n"
         "parser = _parser()\n"
         "texts = [parser.format_help()]\n"
-        "commands = parser._subparsers._group_actions[0].choices.values()\n"
-        "texts += [command.format_help() for command in commands]\n"
+        "parsers = parser._subparsers._group_actions[0].choices\n"
+        "texts += [parsers[command.name].format_help() for command in parser.commands]\n"
         "assert all(text.startswith('example:\\n  ') for text in texts), texts\n"
         "print(len(texts), *(m for m in ('torch', 'numpy', 'rich') if m in sys.modules))"
     )
@@ -247,6 +247,7 @@ def test_plans_are_compared(plan_file: Path, capsys: pytest.CaptureFixture[str])
         (["plan", "hf:nowhere", "--world-size", "2"], "there is no file"),
         (["plan", "gpt2", "--world-size", "2", "--dtype", "fp8", *SMALL], "no dtype 'fp8'"),
         (["show", "nowhere.json"], "no plan can be read"),
+        (["show", "nowhere.json", "-o", "plan.docx"], "no ending that is known"),
         (["compare", "gpt2"], "what is it to be compared with"),
         (["compare", "gpt2", "--what-if", "weather=good"], "changes nothing that is known"),
         (["explain", "nowhere.json", "--why-not", "fc1"], "names no choice"),
