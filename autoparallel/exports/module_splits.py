@@ -192,6 +192,14 @@ class _Finder:
             return f"nothing is known of {product.target}"
         loops = rule.operands[product.operands().index(weight.name)]
         table = product.target.startswith("aten.embedding")
+        if not table and not rule.flops:
+            return f"{product.target} reads it before the product does"
+        # What is computed by another module's code is not seen by who splits this one.
+        for parameter in parameters.values():
+            for reader in self.graph.readers[parameter.name]:
+                if reader.where != module and not reader.where.startswith(f"{module}."):
+                    place = reader.where or "the model"
+                    return f"{parameter.path} is read in {place}, and not in its own module alone"
         loop = loops[shard.dim]
         own = [dims for dims in rule.results if any(loop == other for other in dims)]
         kind = ("features" if own else "table") if table else ("column" if own else "row")
@@ -200,9 +208,7 @@ class _Finder:
         if weight.shape[shard.dim] % self.world_size:
             return f"{weight.shape[shard.dim]} elements do not divide by {self.world_size} ranks"
         # Other than contiguous equal parts is a layout that torch's Shard does not name.
-        gathered = kind == "column" and shard.blocks > 1
-        if kind == "row" and shard.blocks > 1:
-            gathered = True
+        gathered = kind in ("column", "row") and shard.blocks > 1
         if gathered:
             self.missing.append(
                 f"{weight.path} is {shard}: its parts are contiguous here, and the whole "
@@ -260,6 +266,7 @@ class _Finder:
                 owner, shard = self.weights[name]
                 # Inside of the module that gathers, nothing leaves it in parts.
                 layout = None if self.splits[owner].gathered else shard
+                sources |= {owner} if layout is not None else frozenset()
             elif layout is not None:
                 sources |= self.sources[name]
             operands.append(layout)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import autoparallel
-from autoparallel import Mesh, make_plan
+from autoparallel import Mesh, Shard, make_plan
 from autoparallel.errors import PlanError
 from autoparallel.exports.folded_source import fold_statements
 from autoparallel.exports.module_splits import module_splits
@@ -101,6 +101,33 @@ def test_parts_go_on_only_where_the_code_makes_the_plans_parts(counts_heads: boo
     }  # fmt: skip
     assert {split.gathered for split in splits.modules} == {counts_heads}
     assert any("has sizes of its own" in text for text in splits.missing) == counts_heads
+
+
+class Aside(nn.Module):
+    """Reads one weight outside of its module, another one through a view, and a bias twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside, self.viewed = nn.Linear(32, 64, bias=False), nn.Linear(64, 96, bias=False)
+        self.twice = nn.Linear(96, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = functional.linear(x, self.outside.weight) @ self.viewed.weight.t()
+        return self.twice(hidden.relu()) * self.twice.bias
+
+
+def test_weights_that_others_read_stay_whole() -> None:
+    """Who splits a module sees only what its own forward does."""
+    model, inputs = Aside(), torch.ones(2, 8, 32)
+    pins = {"outside.weight": Shard(0), "viewed.weight": Shard(1), "twice.weight": Shard(0),
+            "twice.bias": Shard(0)}  # fmt: skip
+    plan = make_plan(model, 2, example_inputs=inputs, sequence_parallel=False, pins=pins)
+    splits = module_splits(plan, model, example_inputs=inputs)
+    assert splits.modules == ()
+    told = "\n".join(splits.missing)
+    assert "outside.weight is read in the model, and not in its own module alone" in told
+    assert "twice.bias is read in the model, and not in its own module alone" in told
+    assert "viewed.weight is S(1): aten" in told
 
 
 def test_repeated_lines_are_folded_only_where_they_correspond() -> None:
