@@ -53,6 +53,8 @@ def _run(options: argparse.Namespace) -> int:
     from autoparallel.questions.explain import Explainer
 
     plan = traced_plan(named.model, plan, example_inputs=named.inputs)
+    if plan.memory_limit is not None:
+        progress("each alternative is searched within the memory limit, which takes a while")
     if not questions:
         dearest = sorted(plan.conversions, key=lambda row: -row.seconds)[:2]
         questions = [(f"collective {row.value}", "") for row in dearest if row.seconds]

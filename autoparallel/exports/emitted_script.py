@@ -17,6 +17,7 @@ from torch import nn
 from autoparallel.errors import PlanError
 from autoparallel.exports.export_text import Export
 from autoparallel.exports.folded_source import Folded, fold_statements
+from autoparallel.graph.captured import Captured
 from autoparallel.placement import Placement, layout_text
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
@@ -24,6 +25,7 @@ from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.rewrite.program import Program
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import absent_ranks
+from autoparallel.support.units import seconds_text
 from autoparallel.view.words import Words, collective_text
 
 __all__ = ["emitted_script"]
@@ -118,15 +120,11 @@ def emitted_script(plan: Plan, model: nn.Module, *, file: str = "sharded_model.p
             fix="export the plan of one part for its module: plan.parts[0].plan",
         )
     captured = require_graph(plan)
-    ranks = [absent_ranks(plan.mesh, rank) for rank in range(plan.world_size)]
-    programs: dict[str, tuple[Program, list[int]]] = {}
-    for place in ranks:
-        program = emit(captured.graph, plan, place, plan.model)
-        programs.setdefault(program.source, (program, []))[1].append(place.rank)
-    first = next(iter(programs.values()))[0]
+    programs = _programs(plan, captured)
+    first = programs[0][0]
     missing = _missing(plan, first)
     functions, used = [], set()
-    for program, numbers in programs.values():
+    for program, numbers in programs:
         name = "forward" if len(programs) == 1 else f"forward_{numbers[0]}"
         writer = _Writer(plan, program, name, plan.mesh.axes)
         functions.append(writer.text())
@@ -147,10 +145,25 @@ def emitted_script(plan: Plan, model: nn.Module, *, file: str = "sharded_model.p
     return Export("python", text, ".py", missing)
 
 
+def _programs(plan: Plan, captured: Captured) -> list[tuple[Program, list[int]]]:
+    """Return the programs that differ, each with the ranks that run it."""
+
+    def of(rank: int) -> Program:
+        return emit(captured.graph, plan, absent_ranks(plan.mesh, rank), plan.model)
+
+    first, last = of(0), of(plan.world_size - 1)
+    # Parts become no larger from rank to rank: where the first and the last are alike, all are.
+    if first.source == last.source:
+        return [(first, list(range(plan.world_size)))]
+    programs: dict[str, tuple[Program, list[int]]] = {}
+    for rank in range(plan.world_size):
+        program = of(rank)
+        programs.setdefault(program.source, (program, []))[1].append(rank)
+    return list(programs.values())
+
+
 def _head(plan: Plan, missing: tuple[str, ...], file: str) -> str:
     """Return the file's docstring."""
-    from autoparallel.support.units import seconds_text
-
     inputs = ", ".join(item.path.replace(".", "_") for item in plan.inputs) or "none"
     notes = "".join(f"\n- {sentence}" for sentence in missing)
     return _HEAD.format(
@@ -326,7 +339,9 @@ def _literal(path: str, tensor: torch.Tensor) -> str:
             if tensor.is_meta
             else "register it as a persistent buffer of the model",
         )
-    return f"torch.tensor({tensor.tolist()!r}, dtype={tensor.dtype!r})"
+    # What is not finite prints as a name that Python does not have.
+    numbers = re.sub(r"-?\b(?:inf|nan)\b", r"float('\g<0>')", repr(tensor.tolist()))
+    return f"torch.tensor({numbers}, dtype={tensor.dtype!r})"
 
 
 class _Writer:

@@ -33,7 +33,7 @@ __all__ = ["Alternative", "Explainer", "Explanation", "explain"]
 # Alternatives that are told, and those that are solved one by one where no pass over the network
 # tells the costs of all.
 _TOLD = 4
-_SOLVED = 4
+_SOLVED = 2
 _LINES = 6
 _ROUNDING = 1e-9
 

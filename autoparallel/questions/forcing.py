@@ -51,7 +51,8 @@ class Forcing:
         self.problem = self.network.problem(
             plan.product_weight, {}, None if limit is None else limit - self.network.fixed_nbytes
         )
-        self.solver = NetworkSolver(self.network, self.chosen)
+        # The plan itself is no assignment to begin with: what is forced rules it out.
+        self.solver = NetworkSolver(self.network)
 
     def least_costs(self, name: str) -> NDArray[np.float64] | None:
         """Return the cost of the best plan with each state of a variable, +inf where there is none.

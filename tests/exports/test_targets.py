@@ -14,6 +14,7 @@ from torch.nn import functional
 import autoparallel
 from autoparallel import Mesh, Shard, make_plan
 from autoparallel.errors import PlanError
+from autoparallel.exports.emitted_script import _literal
 from autoparallel.exports.folded_source import fold_statements
 from autoparallel.exports.module_splits import module_splits
 from autoparallel.exports.targets import TARGETS, export
@@ -50,6 +51,24 @@ def test_texts_are_of_their_languages(target: str, planned: tuple[GPT, Plan]) ->
         assert "--tensor-model-parallel-size" in text
     if target not in ("transformers", "deepspeed"):
         assert all(sentence in text for sentence in result.missing)
+
+
+def test_ranks_of_unequal_parts_have_programs_of_their_own() -> None:
+    """Four heads on three ranks: two programs in one file, and a name for each rank."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(1, 48, HEADS, 64, 32, 0.0))
+    plan = make_plan(model, 3, example_inputs=model.example_inputs(2, 16), hardware="dgx-a100")
+    text = export(plan, "python", model).text
+    functions = {n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)}
+    assert {"forward_0", "forward_2"} <= functions
+    assert "forward_1 = forward_0" in text
+
+
+def test_numbers_of_buffers_are_written_as_python_has_them() -> None:
+    """Those that are not finite too."""
+    tensor = torch.tensor([1.5, float("inf"), -float("inf"), float("nan")])
+    read = eval(_literal("mask", tensor), {"torch": torch})
+    torch.testing.assert_close(read, tensor, equal_nan=True)
 
 
 def test_partition_specs_are_the_plans() -> None:
