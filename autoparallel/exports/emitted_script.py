@@ -95,7 +95,7 @@ def main():
         first.backward()
         model.finish_gradients()
     if model.ranks.rank == 0:
-        print(float(first) if not first.shape else tuple(first.shape))
+        print(first.item() if not first.shape else tuple(first.shape))
 
 
 if __name__ == "__main__":
