@@ -20,7 +20,10 @@ ROWS = (
     ("discovery", "parallel"),
     ("strategy", "analysis", "train"),
     ("planning", "view"),
-    ("api", "cli"),
+    ("questions", "exports"),
+    ("api",),
+    ("commands",),
+    ("cli",),
     ("__init__", "__main__"),
 )
 RAISE_ERRORS = ("mesh", "options", "support")
