@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoparallel.support.installation import installation_rows
+from autoparallel.train.command import add_train
 
 if TYPE_CHECKING:
     from autoparallel.cost.fit import Fit
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_calibrate(commands)
     _add_doctor(commands)
+    add_train(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

@@ -1,8 +1,9 @@
 """Plain GPT and BERT in torch alone: models of a user who never heard of parallelism.
 
-Both are pre-norm Transformers with a fused query-key-value product and an output head tied to the
-token embedding. Nothing in them knows about devices; splitting them is the planner's work. They
-construct on the meta device and trace with a symbolic batch and sequence.
+Both are Transformers with a fused query-key-value product and an output head tied to the token
+embedding; their norms come before each branch, in a BERT also after it, if it is asked for. Nothing
+in them knows about devices; splitting them is the planner's work. They construct on the meta device
+and trace with a symbolic batch and sequence.
 
 Sources: Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3), Devlin et al. 2018 (BERT), Shoeybi
 et al. 2019, section 5.3 (why BERT's norms come first in large models).
@@ -16,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "IGNORED_LABEL", "Bert", "BertConfig", "GPTConfig", "ModelOutput"]
+__all__ = [
+    "GPT",
+    "IGNORED_LABEL",
+    "Bert",
+    "BertConfig",
+    "GPTConfig",
+    "ModelOutput",
+    "SentenceOutput",
+]
 
 IGNORED_LABEL = -100
 INITIAL_DEVIATION = 0.02
@@ -30,6 +39,18 @@ class ModelOutput(NamedTuple):
 
     loss: Tensor | None
     logits: Tensor
+
+
+class SentenceOutput(NamedTuple):
+    """The output of a BERT that also learns the order of sentences.
+
+    loss, logits: as of ModelOutput; the loss is the sum of both tasks'. sentence_logits: (b, 2), of
+    segments that are in order, and of those that are swapped.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    sentence_logits: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +95,12 @@ class GPTConfig:
 
 @dataclass(frozen=True, slots=True)
 class BertConfig:
-    """Sizes of a BERT; fields as of GPTConfig, with token_types segments."""
+    """Sizes of a BERT; fields as of GPTConfig, with token_types segments.
+
+    norm: "pre" where each branch of a block is normalized before it, "post" where the sum is after
+    it, as in the first BERT (ValueError for others). sentence_order: a second head tells whether
+    two segments are in order (Lan et al. 2019, section 3.1).
+    """
 
     layers: int = 12
     hidden: int = 768
@@ -83,9 +109,13 @@ class BertConfig:
     positions: int = 512
     token_types: int = 2
     dropout: float = 0.1
+    norm: str = "pre"
+    sentence_order: bool = False
 
     def __post_init__(self) -> None:
         _check_heads(self.hidden, self.heads)
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}")
 
     @classmethod
     def large(cls) -> "BertConfig":
@@ -147,10 +177,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, (b, s, h) -> (b, s, h)."""
+    """Transformer block, (b, s, h) -> (b, s, h). Its norms come before each branch, or after it."""
 
     def __init__(self, config: GPTConfig | BertConfig, causal: bool, gelu: str) -> None:
         super().__init__()
+        self.norm_last = isinstance(config, BertConfig) and config.norm == "post"
         self.attention_norm = nn.LayerNorm(config.hidden)
         self.attention = Attention(config.hidden, config.heads, config.dropout, causal)
         self.attention_dropout = nn.Dropout(config.dropout)
@@ -162,6 +193,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return x plus attention plus feed-forward, all (b, s, h). mask: see Attention."""
+        if self.norm_last:
+            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask)))
+            return self.feed_forward_norm(x + self.feed_forward_dropout(self.feed_forward(x)))
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask))
         return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -217,9 +251,9 @@ class GPT(nn.Module):
 
 
 class Bert(nn.Module):
-    """Masked language model with pre-norm blocks; the decoder is tied to the token embedding.
+    """Masked language model; the decoder is tied to the token embedding.
 
-    config: its sizes. Weights as of GPT.
+    config: its sizes, the arrangement of its norms, its heads. Weights as of GPT.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -234,10 +268,15 @@ class Bert(nn.Module):
             self.blocks = nn.ModuleList(
                 Block(config, causal=False, gelu="none") for _ in range(config.layers)
             )
-            self.final_norm = nn.LayerNorm(config.hidden)
+            # Where norms come last, the last block has ended in one.
+            last = config.norm == "post"
+            self.final_norm = nn.Identity() if last else nn.LayerNorm(config.hidden)
             self.head_dense = nn.Linear(config.hidden, config.hidden)
             self.head_norm = nn.LayerNorm(config.hidden)
             self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
+            if config.sentence_order:
+                self.pooler = nn.Linear(config.hidden, config.hidden)
+                self.sentence_head = nn.Linear(config.hidden, 2)
         _initialize(self)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -252,13 +291,15 @@ class Bert(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> ModelOutput:
+        sentence_order_labels: Tensor | None = None,
+    ) -> ModelOutput | SentenceOutput:
         """Return logits of the original token at every position, and the loss if labels are given.
 
         input_ids: (b, s) integers, s at most config.positions (IndexError beyond). attention_mask:
         (b, s) of 1 (token) and 0 (padding); all ones without it. token_type_ids: (b, s) integers
         below config.token_types; all zeros without it. labels: (b, s) the original tokens; -100
-        where nothing was masked.
+        where nothing was masked. sentence_order_labels: (b,) 1 where the segments are swapped, for
+        models with that head.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         if token_type_ids is None:
@@ -269,9 +310,16 @@ class Bert(nn.Module):
         mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
         for block in self.blocks:
             x = block(x, mask)
-        x = self.head_norm(F.gelu(self.head_dense(self.final_norm(x))))
-        logits = F.linear(x, self.token_embedding.weight, self.head_bias)
-        return ModelOutput(_loss(logits, labels), logits)
+        x = self.final_norm(x)
+        hidden = self.head_norm(F.gelu(self.head_dense(x)))
+        logits = F.linear(hidden, self.token_embedding.weight, self.head_bias)
+        loss = _loss(logits, labels)
+        if not self.config.sentence_order:
+            return ModelOutput(loss, logits)
+        sentence_logits = self.sentence_head(torch.tanh(self.pooler(x[:, 0])))
+        if loss is not None and sentence_order_labels is not None:
+            loss = loss + F.cross_entropy(sentence_logits, sentence_order_labels)
+        return SentenceOutput(loss, logits, sentence_logits)
 
     def example_inputs(self, batch: int = 2, sequence: int | None = None) -> dict[str, Tensor]:
         """Return arguments of forward on the model's device, the same on every call.
@@ -284,12 +332,15 @@ class Bert(nn.Module):
         column = torch.arange(sequence, device=tokens.device).expand(batch, sequence)
         row = torch.arange(batch, device=tokens.device)[:, None]
         padding = (row > 0) & (column == sequence - 1)
-        return {
+        example = {
             "input_ids": tokens,
             "attention_mask": torch.where(padding, 0, 1),
             "token_type_ids": (column * 2 // sequence).clamp(max=self.config.token_types - 1),
             "labels": torch.where((column % 3 == 0) & ~padding, tokens, IGNORED_LABEL),
         }
+        if self.config.sentence_order:
+            example["sentence_order_labels"] = row[:, 0] % 2
+        return example
 
 
 def _check_heads(hidden: int, heads: int) -> None:
