@@ -308,12 +308,6 @@ class RunConfig(_Section):
         _Section.__post_init__(self)
         if not self.folder:
             raise TrainingError("folder is empty", fix='name one: folder = "out/my-run"')
-        if self.schedule.warmup > self.training.steps:
-            raise TrainingError(
-                f"schedule.warmup = {self.schedule.warmup} of {self.training.steps} steps",
-                why="the rate would never reach its highest",
-                fix="give fewer steps of warm-up, or more training.steps",
-            )
         if self.model.kind == "bert" and self.data.sequence < 8:
             raise TrainingError(
                 f"data.sequence = {self.data.sequence} for a bert",

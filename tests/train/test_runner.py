@@ -1,4 +1,4 @@
-"""The runner trains the same at any number of ranks, and goes on anywhere as if it had not ended."""
+"""The runner trains the same at any number of ranks, and goes on anywhere."""
 
 from __future__ import annotations
 
