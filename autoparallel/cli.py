@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from autoparallel.support.installation import installation_rows
 from autoparallel.train.command import add_train
+from autoparallel.train.trained_commands import add_trained_commands
 
 if TYPE_CHECKING:
     from autoparallel.cost.fit import Fit
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_calibrate(commands)
     _add_doctor(commands)
     add_train(commands)
+    add_trained_commands(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

@@ -16,7 +16,7 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.train.config_text import known_keys, read_config, shipped_configs
 from autoparallel.train.run_config import RunConfig
 
-__all__ = ["add_train", "train_command"]
+__all__ = ["add_train", "leave", "tell", "train_command"]
 
 ABOUT = "train a model as a configuration says, on one process or on all that torchrun started"
 _FLAGS = ("--help", "-h", "--dry-run", "--prepare", "--json")
@@ -57,7 +57,7 @@ def train_command(arguments: Sequence[str]) -> int:
         if not names and not others:
             raise _wrong_arguments("no configuration")
     except AutoParallelError as error:
-        return _told(error, 2)
+        return tell(error, 2)
     if "--dry-run" in flags:
         return _dry_run(config, ranks, as_json="--json" in flags)
     if "--prepare" in flags:
@@ -85,7 +85,7 @@ def _asked_ranks(flags: set[str]) -> int | None:
     return None
 
 
-def _told(error: BaseException, status: int, *, everywhere: bool = False) -> int:
+def tell(error: BaseException, status: int, *, everywhere: bool = False) -> int:
     """Print an error on rank 0, or on all ranks, and return the exit status."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or everywhere:
@@ -96,7 +96,6 @@ def _told(error: BaseException, status: int, *, everywhere: bool = False) -> int
 
 def _train(config: RunConfig) -> int:
     """Train; where there are other processes, end this one."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1") if "RANK" in os.environ else None
     from autoparallel.train.runner import run_training
 
     status = 0
@@ -112,10 +111,10 @@ def _train(config: RunConfig) -> int:
                     file=sys.stderr,
                 )
     except AutoParallelError as error:
-        status = _told(error, _status_of(error))
+        status = tell(error, _status_of(error))
     except KeyboardInterrupt:
         status = 130
-    return _leave(status)
+    return leave(status)
 
 
 def _status_of(error: AutoParallelError) -> int:
@@ -125,7 +124,7 @@ def _status_of(error: AutoParallelError) -> int:
     return 1 if isinstance(error, CheckpointError) else 2
 
 
-def _leave(status: int) -> int:
+def leave(status: int) -> int:
     """Return the status; where there are other processes, end this one with it, at once.
 
     gloo's threads may still hold tensors that belong to Python; when they let go of one while the
@@ -149,7 +148,7 @@ def _prepare(config: RunConfig) -> int:
     try:
         tokens = open_tokens(prepare_tokens(config.data, lambda text: print(text, file=sys.stderr)))
     except AutoParallelError as error:
-        return _told(error, 2)
+        return tell(error, 2)
     print(f"{tokens.folder}: {len(tokens.train):,} tokens, {len(tokens.held_out):,} held out")
     return 0
 
@@ -161,7 +160,7 @@ def _dry_run(config: RunConfig, ranks: int | None, *, as_json: bool) -> int:
     try:
         report = dry_run(config, ranks)
     except AutoParallelError as error:
-        return _told(error, 2)
+        return tell(error, 2)
     print(json.dumps(report.to_rows(), indent=1) if as_json else report)
     return 0
 

@@ -9,19 +9,21 @@ Sources: Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3), Devlin et al. 2
 et al. 2019, section 5.3 (why BERT's norms come first in large models).
 """
 
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from autoparallel.train.layers import Block
+from autoparallel.train.model_sizes import BertConfig, GPTConfig
 
 __all__ = [
     "GPT",
     "IGNORED_LABEL",
     "Bert",
     "BertConfig",
+    "CachedOutput",
     "GPTConfig",
     "ModelOutput",
     "SentenceOutput",
@@ -41,6 +43,17 @@ class ModelOutput(NamedTuple):
     logits: Tensor
 
 
+class CachedOutput(NamedTuple):
+    """The output of a GPT that goes on with a text.
+
+    logits: (b, 1, V), of the token after the last position. cache: (layers, 2, b, heads, s,
+    h / heads), the keys and values of the positions that were given.
+    """
+
+    logits: Tensor
+    cache: Tensor
+
+
 class SentenceOutput(NamedTuple):
     """The output of a BERT that also learns the order of sentences.
 
@@ -51,153 +64,6 @@ class SentenceOutput(NamedTuple):
     loss: Tensor | None
     logits: Tensor
     sentence_logits: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class GPTConfig:
-    """Sizes of a GPT; the defaults are GPT-2's smallest.
-
-    layers: number of blocks. hidden: width h, a multiple of heads (ValueError). vocabulary: V.
-    positions: longest sequence. dropout: a probability.
-
-    >>> GPTConfig.gpt3().hidden
-    12288
-    """
-
-    layers: int = 12
-    hidden: int = 768
-    heads: int = 12
-    vocabulary: int = 50257
-    positions: int = 1024
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_heads(self.hidden, self.heads)
-
-    @classmethod
-    def gpt2(cls) -> "GPTConfig":
-        """Return the sizes of 124 million parameters (Radford et al. 2019, table 2, smallest)."""
-        return cls()
-
-    @classmethod
-    def gpt2_xl(cls) -> "GPTConfig":
-        """Return the sizes of 1.6 billion parameters (Radford et al. 2019, table 2, largest).
-
-        Its 25 heads divide by no usual number of ranks.
-        """
-        return cls(layers=48, hidden=1600, heads=25)
-
-    @classmethod
-    def gpt3(cls) -> "GPTConfig":
-        """Return the sizes of 175 billion parameters (Brown et al. 2020, table 2.1)."""
-        return cls(layers=96, hidden=12288, heads=96, positions=2048)
-
-
-@dataclass(frozen=True, slots=True)
-class BertConfig:
-    """Sizes of a BERT; fields as of GPTConfig, with token_types segments.
-
-    norm: "pre" where each branch of a block is normalized before it, "post" where the sum is after
-    it, as in the first BERT (ValueError for others). sentence_order: a second head tells whether
-    two segments are in order (Lan et al. 2019, section 3.1).
-    """
-
-    layers: int = 12
-    hidden: int = 768
-    heads: int = 12
-    vocabulary: int = 30522
-    positions: int = 512
-    token_types: int = 2
-    dropout: float = 0.1
-    norm: str = "pre"
-    sentence_order: bool = False
-
-    def __post_init__(self) -> None:
-        _check_heads(self.hidden, self.heads)
-        if self.norm not in ("pre", "post"):
-            raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}")
-
-    @classmethod
-    def large(cls) -> "BertConfig":
-        """Return the sizes of 340 million parameters (Devlin et al. 2018, section 3)."""
-        return cls(layers=24, hidden=1024, heads=16)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, (b, s, h) -> (b, s, h).
-
-    The rows of the fused weight (3h, h) are all queries, then all keys, then all values.
-    """
-
-    def __init__(self, hidden: int, heads: int, dropout: float, causal: bool) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.heads = heads
-        self.dropout = dropout
-        self.causal = causal
-        self.query_key_value = nn.Linear(hidden, 3 * hidden)
-        self.projection = nn.Linear(hidden, hidden)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the attended values, (b, s, h).
-
-        x: (b, s, h). mask: boolean, broadcasts to (b, heads, s, s), True where to attend.
-        """
-        batch, sequence, _ = x.shape
-        query, key, value = (
-            part.view(batch, sequence, self.heads, self.hidden // self.heads).transpose(1, 2)
-            for part in self.query_key_value(x).split(self.hidden, dim=-1)
-        )
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal,
-        )
-        return self.projection(context.transpose(1, 2).reshape(batch, sequence, self.hidden))
-
-
-class FeedForward(nn.Module):
-    """The two products of a block, (b, s, h) -> (b, s, 4h) -> (b, s, h).
-
-    gelu: "tanh" (GPT-2) or "none" (exact, BERT).
-    """
-
-    def __init__(self, hidden: int, gelu: str) -> None:
-        super().__init__()
-        self.gelu = gelu
-        self.expand = nn.Linear(hidden, 4 * hidden)
-        self.contract = nn.Linear(4 * hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the result for x of shape (b, s, h), in the same shape."""
-        return self.contract(F.gelu(self.expand(x), approximate=self.gelu))
-
-
-class Block(nn.Module):
-    """Transformer block, (b, s, h) -> (b, s, h). Its norms come before each branch, or after it."""
-
-    def __init__(self, config: GPTConfig | BertConfig, causal: bool, gelu: str) -> None:
-        super().__init__()
-        self.norm_last = isinstance(config, BertConfig) and config.norm == "post"
-        self.attention_norm = nn.LayerNorm(config.hidden)
-        self.attention = Attention(config.hidden, config.heads, config.dropout, causal)
-        self.attention_dropout = nn.Dropout(config.dropout)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden)
-        self.feed_forward = FeedForward(config.hidden, gelu)
-        self.feed_forward_dropout = nn.Dropout(config.dropout)
-        for last in (self.attention.projection, self.feed_forward.contract):
-            last.__dict__["initial_scale"] = 1 / math.sqrt(2 * config.layers)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return x plus attention plus feed-forward, all (b, s, h). mask: see Attention."""
-        if self.norm_last:
-            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask)))
-            return self.feed_forward_norm(x + self.feed_forward_dropout(self.feed_forward(x)))
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask))
-        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class GPT(nn.Module):
@@ -226,12 +92,22 @@ class GPT(nn.Module):
         """Draw one module's weights; materialization of meta models looks for this name."""
         _fill(module)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        cache: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> ModelOutput | CachedOutput:
         """Return logits of the next token at every position, and the loss if labels are given.
 
         input_ids: (b, s) integers, s at most config.positions (IndexError beyond). labels: (b, s)
-        the target of each position, already shifted; -100 does not count.
+        the target of each position, already shifted; -100 does not count. use_cache: return the
+        last logits, and keys and values by which a later call goes on; dropout is left out. cache:
+        of all positions before these, put together along dim 4.
         """
+        if use_cache:
+            return self._go_on(input_ids, cache)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
         x = self.embedding_dropout(x)
@@ -239,6 +115,23 @@ class GPT(nn.Module):
             x = block(x)
         logits = F.linear(self.final_norm(x), self.token_embedding.weight)
         return ModelOutput(_loss(logits, labels), logits)
+
+    def _go_on(self, input_ids: Tensor, cache: Tensor | None) -> CachedOutput:
+        """Return what forward does with a cache."""
+        length, mask = input_ids.shape[1], None
+        positions = torch.arange(length, device=input_ids.device)
+        if cache is not None:
+            positions = positions + cache.shape[4]
+            everywhere = torch.arange(cache.shape[4] + length, device=input_ids.device)
+            mask = everywhere <= positions[:, None]
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        kept = []
+        block: Any
+        for number, block in enumerate(self.blocks):
+            x, own = block.go_on(x, None if cache is None else cache[number], mask)
+            kept.append(own)
+        logits = F.linear(self.final_norm(x[:, -1:]), self.token_embedding.weight)
+        return CachedOutput(logits, torch.stack(kept))
 
     def example_inputs(self, batch: int = 2, sequence: int | None = None) -> dict[str, Tensor]:
         """Return arguments of forward on the model's device, the same on every call.
@@ -341,12 +234,6 @@ class Bert(nn.Module):
         if self.config.sentence_order:
             example["sentence_order_labels"] = row[:, 0] % 2
         return example
-
-
-def _check_heads(hidden: int, heads: int) -> None:
-    """Raise ValueError unless the heads divide the width."""
-    if heads < 1 or hidden % heads:
-        raise ValueError(f"hidden must be a multiple of heads: {hidden} hidden / {heads} heads")
 
 
 def _initialize(model: "GPT | Bert") -> None:
