@@ -23,7 +23,7 @@ __all__ = ["DryRun", "dry_run"]
 
 # The entries of a row of metrics.jsonl.
 LOGGED = (
-    "step loss gradient_norm learning_rate tokens_per_second seconds memory_gib tokens "
+    "step loss gradient_norm learning_rate tokens_per_second seconds memory_gib tokens time "
     "tflops_per_second mfu"
 )
 

@@ -120,7 +120,7 @@ class RunLog:
         self._file.flush()
         if self._board is not None:
             for name, value in row.items():
-                if name != "step":
+                if name not in ("step", "time"):
                     self._board.add_scalar(name, value, row["step"])
 
     def _print(self, text: str) -> None:

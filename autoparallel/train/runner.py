@@ -116,6 +116,7 @@ def _steps(run: Run, received: list[int]) -> Result:
                 "seconds": seconds[-1],
                 "memory_gib": _memory_nbytes(run.device) / 2**30,
                 "tokens": position.tokens,
+                "time": time.time(),
                 **run.speed(seconds[-1]),
             },
             config.training.steps,
