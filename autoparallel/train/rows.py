@@ -140,9 +140,10 @@ class TokenRows:
         first, between = torch.tensor([marks.first]), torch.tensor([marks.between])
         row = {}
         if self.segments:
-            cut = len(text) // 2
+            # As long where they are swapped as where they are not: the lengths tell nothing.
+            half = len(text) // 2
             swapped = bool(torch.rand((), generator=generator) < 0.5)
-            one, two = (text[cut:], text[:cut]) if swapped else (text[:cut], text[cut:])
+            one, two = (text[-half:], text[:-half]) if swapped else (text[:half], text[half:])
             original = torch.cat([first, one, between, two, between])
             types = torch.zeros_like(original)
             types[len(one) + 2 :] = 1

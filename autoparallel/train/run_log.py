@@ -27,7 +27,10 @@ _POWERS = {"M": 1e6, "G": 1e9, "T": 1e12}
 
 
 class RunLog:
-    """The log of a run in a folder. enabled: on rank 0 alone."""
+    """The log of a run in a folder. enabled: on rank 0 alone.
+
+    Raises TrainingError where TensorBoard is asked for and missing.
+    """
 
     def __init__(self, config: LogConfig, folder: Path, enabled: bool) -> None:
         self.config, self.folder, self.enabled = config, folder, enabled
@@ -35,6 +38,7 @@ class RunLog:
         self._bar: tuple[Progress, Any] | None = None
         self._file: Any = None
         self._board: Any = None
+        self._writer = _tensorboard() if enabled and config.tensorboard else None
 
     @property
     def metrics(self) -> Path:
@@ -42,18 +46,16 @@ class RunLog:
         return self.folder / "metrics.jsonl"
 
     def open(self, step: int) -> None:
-        """Begin to write; rows of steps after `step`, which a run before this one did, are cut.
-
-        Raises TrainingError where TensorBoard is asked for and missing.
-        """
+        """Begin to write; rows of steps after `step`, which a run before this one did, are cut."""
         if not self.enabled:
             return
         if self.metrics.exists():
             rows = [row for row in read_metrics(self.metrics) if row["step"] <= step]
             write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = self.metrics.open("a")
-        if self.config.tensorboard:
-            self._board = _tensorboard(self.folder / "tensorboard", step)
+        if self._writer is not None:
+            # What was written of later steps is of a run that this one takes the place of.
+            self._board = self._writer(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def close(self) -> None:
         """Write what has not been written."""
@@ -187,15 +189,15 @@ def _line(row: Mapping[str, Any], steps: int) -> str:
     return "  ".join(parts)
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    """Return TensorBoard's writer. Raises TrainingError where it is not installed."""
+def _tensorboard() -> Any:
+    """Return TensorBoard's writer of files. Raises TrainingError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter
     except ImportError as error:
         raise TrainingError(
             "log.tensorboard = true, and TensorBoard is not installed",
             why=str(error),
             fix='pip install "torch-autoparallel[tensorboard]", or leave it out',
         ) from error
-    # What was written of later steps is of a run that this one takes the place of.
-    return SummaryWriter(str(folder), purge_step=step + 1)

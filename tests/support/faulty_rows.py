@@ -51,6 +51,10 @@ def without(part: str, number: int, first: int, count: int) -> dict[str, Tensor]
     return good(part, number + (part == "train" and number >= BAD), first, count)
 
 
+def none(part: str, number: int, first: int, count: int) -> None:
+    """No rows."""
+
+
 def with_signal(part: str, number: int, first: int, count: int) -> dict[str, Tensor]:
     """The same; the last rank is asked to end while it reads that batch."""
     from autoparallel.train.preflight import rank_and_world
