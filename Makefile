@@ -53,6 +53,7 @@ help:
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
 	@echo "make safety      docs/safety.md: what was tried that may go wrong, how often, what happened"
 	@echo "make faults      docs/faults.md: what becomes of a training run in which something goes wrong"
+	@echo "make curves      the same training runs on 1, 2 and 4 processes, split in every way, drawn"
 	@echo "make soak        one training run in which ranks are killed twenty times"
 	@echo "make opinfo      docs/operators.md: which of PyTorch's own operators and modules are split"
 	@echo "make families    docs/families.md: the same for 230 more families; brings their libraries"
@@ -126,6 +127,9 @@ safety: $(TEST)
 
 faults: $(TEST)
 	$(VENV)/bin/python docs/make_faults.py $(ARGS)
+
+curves: $(TEST)
+	$(VENV)/bin/python benchmarks/curves.py $(ARGS)
 
 soak: $(TEST)
 	$(VENV)/bin/python benchmarks/soak.py $(ARGS)

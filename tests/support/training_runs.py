@@ -27,6 +27,7 @@ def write_text(folder: Path) -> Path:
 
 def small_config(folder: Path, *changes: str) -> RunConfig:
     """A GPT of two blocks in float64 with dropout, on the text beside its folder."""
+    others = any(change.startswith("--model=hf:") for change in changes)
     return read_config(
         None,
         [
@@ -36,9 +37,7 @@ def small_config(folder: Path, *changes: str) -> RunConfig:
             "--data.vocabulary=300",
             "--data.sequence=16",
             "--data.held_out_every=5",
-            "--model.layers=2",
-            "--model.hidden=24",
-            "--model.heads=3",
+            *(() if others else ("--model.layers=2", "--model.hidden=24", "--model.heads=3")),
             "--training.steps=6",
             "--training.batch=8",
             "--training.precision=float64",
