@@ -4,7 +4,7 @@
 
 GPT, BERT and a mixture of experts train with dropout: 20 steps in float64, whose losses must be
 those of one process to 1e-9, and 200 in float32, to 1e-4. It draws docs/curves.svg. The experts are
-transformers', whose norms and losses are of float32 whatever the weights are: 1e-5 in place of 1e-9.
+transformers', whose norms and losses are of float32 whatever the weights are: 1e-5 instead.
 """
 
 from __future__ import annotations

@@ -34,11 +34,15 @@ def line_of(what: str, outcome: Outcome) -> str:
 
 
 def main() -> None:
-    """Try the faults, and write the table."""
+    """Try the faults, and write the table after each of them."""
+    for what, outcome in try_all(sys.argv[1] if len(sys.argv) > 1 else ""):
+        write({what: line_of(what, outcome)})
+
+
+def write(new: dict[str, str]) -> None:
+    """Put lines into the table in the place of those of the same faults."""
     text = DOCUMENT.read_text()
-    lines = rows_of(text)
-    for what, outcome in try_all(sys.argv[1] if len(sys.argv) > 1 else "").items():
-        lines[what] = line_of(what, outcome)
+    lines = {**rows_of(text), **new}
     table = [
         "| fault | what happened | what was lost | seconds to the next step |",
         "|---|---|---|---|",

@@ -111,7 +111,8 @@ def _train(config: RunConfig) -> int:
                     file=sys.stderr,
                 )
     except AutoParallelError as error:
-        status = tell(error, _status_of(error))
+        # Errors of one rank alone, and of ranks that waited for another, are told by each.
+        status = tell(error, _status_of(error), everywhere=type(error) is AutoParallelError)
     except KeyboardInterrupt:
         status = 130
     return leave(status)
@@ -120,8 +121,10 @@ def _train(config: RunConfig) -> int:
 def _status_of(error: AutoParallelError) -> int:
     """Return 2 for what the user asked for and cannot be, 1 for what has failed on the way."""
     from autoparallel.errors import CheckpointError
+    from autoparallel.train.runner import StoppedError
 
-    return 1 if isinstance(error, CheckpointError) else 2
+    failed = type(error) is AutoParallelError or isinstance(error, CheckpointError | StoppedError)
+    return 1 if failed else 2
 
 
 def leave(status: int) -> int:

@@ -31,7 +31,11 @@ from autoparallel.train.run_checkpoints import Position
 from autoparallel.train.run_config import RunConfig
 from autoparallel.train.run_log import RunLog
 
-__all__ = ["Result", "run_training"]
+__all__ = ["Result", "StoppedError", "run_training"]
+
+
+class StoppedError(TrainingError):
+    """A run that has ended by itself before its last step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ def run_training(config: RunConfig) -> Result:
 
     Under torchrun every process calls it, and they train one model together. Raises TrainingError,
     CorpusError and the errors of make_plan before the first step where the run cannot be as it is
-    asked for, and TrainingError where it cannot go on.
+    asked for, StoppedError where it cannot go on, and CheckpointError where its end is not saved.
 
     Example: `run_training(read_config("gpt-tiny", ["--training.steps=20"])).losses`
     """
@@ -138,7 +142,7 @@ def _not_finite(run: Run, batch: int, loss: float, norm: float, in_a_row: int) -
     training, position = run.config.training, run.position
     what = f"step {position.step + 1}: the loss is {loss}, the norm of the gradients {norm}"
     if training.nonfinite == "stop" or in_a_row > training.most_skipped:
-        raise TrainingError(
+        raise StoppedError(
             what,
             why="nothing was updated by it; training.nonfinite = "
             f"{training.nonfinite!r}, {in_a_row} in a row",

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from faulty_rows import BAD
 
 STEPS, EVERY = 12, 3
 BASE = (
@@ -126,8 +127,9 @@ def killed(fault: str, *changes: str) -> Callable[[Path], Outcome]:
         text = require(job.run(2, *changes, restarts=1, fault=fault), 0)
         require_straight(job)
         resumed = max(int(step) for step in re.findall(r"resumed from step (\d+)", text) or [0])
-        at = 5 if fault != "kill in a save" else EVERY + 1
-        lost = f"{at - 1 - resumed} steps since step {resumed}" if resumed else f"{at - 1} steps"
+        done = EVERY if fault == "kill in a save" else BAD
+        steps = f"{done - resumed} step{'s' * (done - resumed > 1)}"
+        lost = f"{steps} since step {resumed}" if resumed else f"{steps}: none was saved before"
         return Outcome("torchrun starts the ranks again; they go on", lost, job.recovered())
 
     return try_it
@@ -210,12 +212,12 @@ def damaged(how: str) -> Callable[[Path], Outcome]:
     return try_it
 
 
-def refused(words: str, *changes: str, happened: str) -> Callable[[Path], Outcome]:
+def refused(words: str, *changes: str, happened: str, code: int = 2) -> Callable[[Path], Outcome]:
     def try_it(folder: Path) -> Outcome:
         (folder / "file").write_text("a file")
         given = [change.replace("{}", str(folder)) for change in changes]
         begun = time.monotonic()
-        text = require(Job(folder).run(1, *given), 2)
+        text = require(Job(folder).run(1, *given), code)
         assert re.search(words, text), text[-3000:]
         return Outcome(f"{happened}, after {time.monotonic() - begun:.0f} s", "nothing")
 
@@ -257,8 +259,8 @@ FAULTS = (
     Fault("the folder of the run cannot be written to", refused(
         "cannot write to", "--folder={}/file", happened="refused at the start"
     )),
-    Fault("a checkpoint of another model", refused(
-        "no checkpoint in", "--checkpoint.resume={}", happened="refused at the start"
+    Fault("a folder without a checkpoint to go on from", refused(
+        "no checkpoint in", "--checkpoint.resume={}", happened="refused at the start", code=1
     )),
     Fault("a misspelt key", refused(
         "do you mean training.steps", "--training.stps=3", happened="refused at the start"
@@ -266,13 +268,12 @@ FAULTS = (
 )  # fmt: skip
 
 
-def try_all(pattern: str = "") -> dict[str, Outcome]:
-    """Try the rows whose names match a pattern."""
+def try_all(pattern: str = "") -> Iterator[tuple[str, Outcome]]:
+    """Try the rows whose names match a pattern, one after the other."""
     _EXPECTED.update(straight())
-    outcomes = {}
     for row in FAULTS:
         if re.search(pattern, row.what):
             with tempfile.TemporaryDirectory() as name:
-                outcomes[row.what] = row.try_it(Path(name))
-            sys.stderr.write(f"{row.what}: {outcomes[row.what]}\n")
-    return outcomes
+                outcome = row.try_it(Path(name))
+            sys.stderr.write(f"{row.what}: {outcome}\n")
+            yield row.what, outcome
