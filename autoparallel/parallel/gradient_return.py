@@ -137,7 +137,7 @@ class GradientBucket:
             waiting = self.passes[number] = _Waiting()
             at_end_of_backward(partial(self.finish, waiting))
         waiting.parameters.add(id(parameter))
-        if way.sums:
+        if way.sums and (self.holds or self.held):
             key = (way.number, id(parameter))
             if key in self.held:
                 grad = self.held.pop(key)[2] + grad

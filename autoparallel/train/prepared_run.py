@@ -19,6 +19,7 @@ from autoparallel.analysis.timeline import timeline
 from autoparallel.api import apply_plan, make_plan
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.accumulation import no_sync
+from autoparallel.parallel.checkpoint_files import together
 from autoparallel.parallel.gradient_norms import clip_grad_norm_
 from autoparallel.parallel.seeds import manual_seed
 from autoparallel.plan import Plan
@@ -108,6 +109,8 @@ class Run:
         self.rows: Rows = source.rows
         self.folder = Path(config.folder)
         require_same_run(config, source.digest)
+        self.checkpoints = RunCheckpoints(config.checkpoint, self.folder, log.say)
+        together("looking for checkpoints", self.checkpoints.require_start)
         plain = build_model(config, source.vocabulary)
         if not config.model.meta:
             plain = plain.to(device)
@@ -118,18 +121,19 @@ class Run:
         example = self._to_device(self.rows("train", 0, 0, config.rows_of_a_pass))
         self.plan = plan_of_run(config, plain, example, self.world_size, device)
         self.data_ranks, self.data_rank = self._place(self.plan.mesh)
-        self.module = apply_plan(
-            plain,
-            self.plan,
-            example_inputs=self._own(example),
-            check_inputs=config.parallel.check_inputs,
-            local_inputs=DATA_AXIS if self.data_ranks > 1 else None,
-        )
+        # A plan that was read from a file is traced here.
+        with precision_of(config, device):
+            self.module = apply_plan(
+                plain,
+                self.plan,
+                example_inputs=self._own(example),
+                check_inputs=config.parallel.check_inputs,
+                local_inputs=DATA_AXIS if self.data_ranks > 1 else None,
+            )
         manual_seed(self.module, config.training.seed)
         if config.model.weights:
             import_weights(self.module, Path(config.model.weights))
         self.optimizers = make_optimizers(self.module, config.optimizer)
-        self.checkpoints = RunCheckpoints(config.checkpoint, self.folder, log.say)
         self.position = self._begin(source.digest)
         self.source, self.vocabulary = source.description, source.vocabulary
 

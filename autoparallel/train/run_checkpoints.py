@@ -14,7 +14,7 @@ from torch import nn
 from autoparallel.errors import CheckpointError
 from autoparallel.parallel.background_checkpoint import BackgroundCheckpoints
 from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
-from autoparallel.parallel.checkpoint_files import is_first_rank, together
+from autoparallel.parallel.checkpoint_files import find_checkpoint, is_first_rank, together
 from autoparallel.train.config import Checkpoints, TrainingError
 from autoparallel.train.run_config import CheckpointConfig
 
@@ -111,23 +111,31 @@ class RunCheckpoints:
                         path.rename(gone)
                         shutil.rmtree(gone, ignore_errors=True)
 
+    def require_start(self) -> None:
+        """Look at what `resume` will want, before anything takes long.
+
+        Raises CheckpointError where a checkpoint is named that there is not, and TrainingError
+        where a run is to begin anew beside checkpoints.
+        """
+        if self.config.resume == "never" and self.named.newest_first():
+            raise TrainingError(
+                f'checkpoint.resume = "never", and {self.named.folder} has checkpoints',
+                why="the new run would replace them",
+                fix="give another folder, remove them, or resume them",
+            )
+        if self.config.resume not in ("auto", "never"):
+            find_checkpoint(Path(self.config.resume))
+
     def resume(
         self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     ) -> Position | None:
         """Go on from the checkpoint that the configuration names; None to begin anew.
 
         A collective call. "auto" takes the newest whole one, and says which it has passed over.
-        Raises CheckpointError where all are damaged, as a new run would replace them, and
-        TrainingError where a run is to begin anew beside checkpoints.
+        Raises CheckpointError where all are damaged, as a new run would replace them.
         """
         asked, folders = self.config.resume, self.named.newest_first()
         if asked == "never":
-            if folders:
-                raise TrainingError(
-                    f'checkpoint.resume = "never", and {self.named.folder} has checkpoints',
-                    why="the new run would replace them",
-                    fix="give another folder, remove them, or resume them",
-                )
             return None
         if asked != "auto":
             folders = [Path(asked)]

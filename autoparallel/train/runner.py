@@ -34,6 +34,9 @@ from autoparallel.train.run_log import RunLog
 __all__ = ["Result", "StoppedError", "run_training"]
 
 
+_SAME_SIGNAL_SECONDS = 3.0
+
+
 class StoppedError(TrainingError):
     """A run that has ended by itself before its last step."""
 
@@ -173,13 +176,19 @@ def _evaluated(run: Run) -> float:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Note SIGTERM and SIGINT in a list, in place of ending; a second one ends at once."""
+    """Note SIGTERM and SIGINT in a list, in place of ending; a second one ends at once.
+
+    One that follows within seconds is the same: a terminal and torchrun both pass Ctrl-C on.
+    """
     received: list[int] = []
     before: dict[int, Any] = {}
+    first = 0.0
 
     def note(number: int, frame: Any) -> None:
-        if received:
+        nonlocal first
+        if received and time.monotonic() - first > _SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
+        first = first or time.monotonic()
         received.append(number)
 
     try:
