@@ -80,17 +80,34 @@ class RunCheckpoints:
         """
         if self.config.every == 0:
             return
+        self._wait()  # for the one before: that it failed does not keep this one from being written
         try:
             if self.last_saved != position.step:
                 self._write(module, optimizers, position)
                 self.last_saved = position.step
             if last and self.background is not None:
                 self.background.wait()
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             if last:
-                raise
-            self.say(f"the checkpoint was not written, and training goes on: {error}")
-            self.last_saved = -1
+                raise CheckpointError(
+                    f"the end of the run, step {position.step}, was not saved",
+                    why=str(error),
+                    fix="make room, and start the command again: it goes on from the checkpoint "
+                    "before",
+                ) from error
+            self._failed(error)
+
+    def _wait(self) -> None:
+        """Wait until the checkpoint before is written; tell where it could not be."""
+        if self.background is not None:
+            try:
+                self.background.wait()
+            except (CheckpointError, OSError) as error:
+                self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self.say(f"a checkpoint was not written, and training goes on: {error}")
+        self.last_saved = -1
 
     def _write(self, module: nn.Module, optimizers: Any, position: Position) -> None:
         folder, extra = self.named.after(position.step), asdict(position)
@@ -152,8 +169,7 @@ class RunCheckpoints:
         self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     ) -> Position | None:
         """Go back to the newest whole checkpoint of the run; None where it has none yet."""
-        if self.background is not None:
-            self.background.wait()
+        self._wait()
         folders = self.named.newest_first()
         for folder in folders:
             try:
