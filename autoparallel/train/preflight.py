@@ -80,7 +80,7 @@ def mesh_of_run(text: str, world_size: int) -> Mesh | None:
 
     Raises TrainingError where the axes are not those of so many ranks.
 
-    >>> mesh_of_run("dp=2,tp", 8)
+    >>> print(mesh_of_run("dp=2,tp", 8))
     Mesh(dp=2, tp=4)
     """
     if text == "auto":
