@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.train.config_text import known_keys, read_config, shipped_configs
