@@ -380,9 +380,10 @@ class AbstractExecution:
         for value, dims, layout in zip(call.operands, rule.operands, choice.operands, strict=True):
             shard = layout[axis]
             for loop in dims[shard.dim] if isinstance(shard, Shard) else ():
-                if loop in rule.kernels and rule.kernels[loop].name == name:
+                kernel = rule.kernel_of(loop, name)
+                if kernel is not None:
                     assert isinstance(shard, Shard)
                     whole = tuple(hint(size) for size in value.shape)
                     shape = local_shape(whole, layout, self.sizes, without=axis)
-                    return rule.kernels[loop], shape[shard.dim]
+                    return kernel, shape[shard.dim]
         raise AssertionError(f"{call.node.name}: a kernel without a split operand")

@@ -82,7 +82,10 @@ def op_costs(
     parts = _bytes(call, joints)
     whole = np.array([[nbytes(value) for value in (*call.operands, *call.results)]], dtype=float)
     communication = [_communication(joint, axes) for joint in joints]
-    if rule.flops:
+    if rule.inner is not None:
+        product, forward, traffic = _inner(call, rule, shares, hardware)
+        _, _, whole_traffic = _inner(call, rule, np.ones((1, shares.shape[1])), hardware)
+    elif rule.flops:
         product, forward, traffic = _product(call, rule, shares, parts, hardware)
         _, _, whole_traffic = _product(call, rule, np.ones((1, shares.shape[1])), whole, hardware)
     else:
@@ -145,7 +148,8 @@ def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]
             if other != at:
                 share *= each.fraction
         for kind, sent in strategy.kernel.collectives:
-            seconds += collective_seconds(kind, sent * share, link, size)
+            copies = strategy.kernel.copies(size)
+            seconds += collective_seconds(kind, sent * share * copies, link, size)
     return seconds
 
 
@@ -216,6 +220,48 @@ def _product(
         traffic.append(np.maximum(moved - seconds, 0.0) + hardware.launch_seconds)
     forward = arithmetic[0] + traffic[0]
     return np.sum(arithmetic, axis=0), forward, np.sum(traffic, axis=0)
+
+
+def _inner(
+    call: OpCall, rule: ShardingRule, shares: Array, hardware: Hardware
+) -> tuple[Array, Array, Array]:
+    """Return what `_product` does, of an op that is several products and other ops in one.
+
+    What is no product moves bytes, once forward and twice backward, and is no part of a product's
+    time.
+    """
+    assert rule.inner is not None
+    place = {name: index for index, name in enumerate(rule.loops)}
+
+    def share(*names: str) -> Array:
+        """Return [joint]: the product of the shares of some loops."""
+        return np.prod([shares[:, place[name]] for name in names if name in place], axis=0)
+
+    ones = np.ones(len(shares))
+    itemsize = call.results[0].dtype.itemsize
+    first, again, traffic_first, traffic_again = (np.zeros(len(shares)) for _ in range(4))
+    for item in rule.inner.products:
+        groups = np.maximum(item.groups * share(item.group_loop), 1) * ones
+        rows = item.rows * share(*item.row_loops) * ones
+        columns = item.columns * share(item.column_loop) * ones
+        depth = item.depth * share(item.depth_loop) * ones
+        moved = moved_seconds(
+            itemsize * groups * (rows * (columns + depth) + columns * depth), hardware
+        )
+        forms = ((rows, columns, depth), (rows, depth, columns), (depth, columns, rows))
+        for at, (height, width, long) in enumerate(forms):
+            seconds = product_seconds(groups, height, width, long, itemsize, hardware)
+            beyond = np.maximum(moved - seconds, 0.0) + hardware.launch_seconds
+            if at == 0:
+                first, traffic_first = first + seconds, traffic_first + beyond
+            elif call.results[0].requires_grad:
+                again, traffic_again = again + seconds, traffic_again + beyond
+    for nbytes_moved, names in rule.inner.moved:
+        seconds = moved_seconds(nbytes_moved * share(*names), hardware) + hardware.launch_seconds
+        traffic_first = traffic_first + seconds
+        if call.results[0].requires_grad:
+            traffic_again = traffic_again + 2 * seconds
+    return first + again, first + traffic_first, traffic_first + traffic_again
 
 
 def _loop_groups(rule: ShardingRule) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:

@@ -8,12 +8,13 @@ arXiv:2201.12023, and Shardy state rules alike.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value, hint, numel_hint
+from autoparallel.graph.row_program import parts_met
 from autoparallel.placement import (
     Collective,
     Invariant,
@@ -24,6 +25,9 @@ from autoparallel.placement import (
 )
 
 __all__ = [
+    "Exchange",
+    "InnerProduct",
+    "InnerWork",
     "Kernel",
     "LoopSplit",
     "OpCall",
@@ -91,6 +95,8 @@ class Kernel:
     pairs of a kind and the bytes of the full tensor, backward ones among them, for the cost model.
     arguments: what else it is called with, by name. wraps: it runs the op itself on its part, which
     may be the kernel of another mesh axis (of all kernels of one call, all but one must).
+    routed: choices and targets, where the collectives send what a token has to every rank that has
+    one of so many chosen targets; (0, 0) where they send a tensor once.
     """
 
     name: str
@@ -98,6 +104,60 @@ class Kernel:
     collectives: tuple[tuple[Collective, int], ...] = ()
     arguments: tuple[tuple[str, Any], ...] = ()
     wraps: bool = False
+    routed: tuple[int, int] = (0, 0)
+
+    def copies(self, ranks: int) -> float:
+        """Return how often the collectives send what they send, for equally likely choices."""
+        choices, targets = self.routed
+        return parts_met(choices, targets, ranks) if targets else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A kernel that splits a loop and one of several others together, on the same ranks.
+
+    kernel: what runs. loops: those that can be split with the loop that has this exchange; a tensor
+    that has one of them is split along it.
+    """
+
+    kernel: Kernel
+    loops: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InnerProduct:
+    """A product inside of a fused op, in equal groups: (rows, depth) x (depth, columns) of each.
+
+    rows: of one group. row_loops: the loops whose splits share the rows. groups: as many as the
+    loop group_loop has. columns, depth: sizes; column_loop, depth_loop: the loops that split them,
+    or "".
+    """
+
+    rows: float
+    row_loops: tuple[str, ...]
+    groups: int
+    group_loop: str
+    columns: int
+    column_loop: str
+    depth: int
+    depth_loop: str
+
+    @property
+    def points(self) -> float:
+        """Multiplications of all groups."""
+        return self.groups * self.rows * self.columns * self.depth
+
+
+@dataclass(frozen=True, slots=True)
+class InnerWork:
+    """The work of an op that is several others in one.
+
+    products: in it. moved: pairs of bytes that everything else reads and writes, and the loops
+    whose splits share them.
+    """
+
+    products: tuple[InnerProduct, ...]
+    moved: tuple[tuple[float, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -118,7 +178,8 @@ class ShardingRule:
     takes_empty: the op also runs on a part without elements, which ranks are left with where a loop
     is shorter than they are many. occupied: loops of which every part must have elements even so.
     reasons: why loops are whole, where there is more to say. discovered: the rule in einsum-like
-    words, if nobody wrote it.
+    words, if nobody wrote it. exchanges: by loop, the kernel that splits it together with another.
+    inner: the work of an op that is several others in one.
     """
 
     operands: tuple[Dims, ...]
@@ -140,6 +201,18 @@ class ShardingRule:
     occupied: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
     discovered: str = ""
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)
+    inner: InnerWork | None = None
+
+    def kernel_of(self, loop: str, name: str) -> Kernel | None:
+        """Return the kernel of that name that splits the loop, be it with another one; or None."""
+        kernel = self.kernels.get(loop)
+        if kernel is not None and kernel.name == name:
+            return kernel
+        exchange = self.exchanges.get(loop)
+        if exchange is not None and exchange.kernel.name == name:
+            return exchange.kernel
+        return None
 
     def needs_elements(self, loop: str) -> bool:
         """Return whether the op runs only on parts of the loop that have elements."""
@@ -369,6 +442,41 @@ def _share(rule: ShardingRule, tile: LoopSplit, world_size: int) -> float:
     return -(-runs // world_size) / runs
 
 
+def _exchanged(
+    rule: ShardingRule,
+    tile: LoopSplit,
+    tiles: tuple[LoopSplit, ...],
+    operand_grads: tuple[bool, ...],
+    world_size: int,
+) -> Iterator[Strategy]:
+    """Yield the strategies that split a loop together with another one, by an exchange.
+
+    tiles: the splits that are considered: one of the other loop must be among them.
+    """
+    exchange = rule.exchanges.get(tile.loop)
+    for other in exchange.loops if exchange is not None else ():
+        second = LoopSplit(other)
+        if second not in tiles or not is_possible(rule, second, world_size):
+            continue
+
+        def placed(dims: Dims, whole: Placement, second: LoopSplit = second) -> Placement:
+            """Return the placement of a tensor of `dims`; `whole` where it has neither loop."""
+            first = place(rule, dims, tile, world_size)
+            return first or place(rule, dims, second, world_size) or whole
+
+        assert exchange is not None
+        try:
+            operands = tuple(
+                placed(dims, Replicate() if grad else Invariant())
+                for dims, grad in zip(rule.operands, operand_grads, strict=True)
+            )
+            results = tuple(placed(dims, exchange.kernel.result) for dims in rule.results)
+        except UnsplittableError:
+            continue
+        share = _share(rule, tile, world_size)
+        yield Strategy(operands, results, tile, share, exchange.kernel)
+
+
 def strategies(
     rule: ShardingRule,
     tiles: Iterable[LoopSplit],
@@ -391,6 +499,7 @@ def strategies(
 
     # A dict in place of a set keeps the order, and with it determinism.
     unique: dict[Strategy, None] = {}
+    tiles = tuple(tiles)
     whole = Strategy(
         tuple([Invariant()] * len(operand_grads)), tuple([Invariant()] * len(result_grads))
     )
@@ -418,6 +527,8 @@ def strategies(
         except UnsplittableError:
             continue
         unique[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None
+        for strategy in _exchanged(rule, tile, tiles, operand_grads, world_size):
+            unique[strategy] = None
     # f(a + b) = f(a) + f(b): each rank may run the op on its summand, and the sum stays pending.
     for group in rule.linear:
         # Constants alone are no pending sums: their product with a whole tensor may become one.

@@ -20,6 +20,7 @@ from autoparallel.graph.passes.functionalize import functional
 from autoparallel.graph.passes.join_slices import join_slices
 from autoparallel.graph.passes.merged_dims import see_through_merges
 from autoparallel.graph.passes.no_grad import explicit_stops
+from autoparallel.graph.passes.routed_experts import join_routed_experts
 from autoparallel.graph.passes.normalize import (
     drop_empty_parts,
     drop_identities,
@@ -46,6 +47,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     explicit_sizes,
     # Structure that a split must see: blocks of a dim, and dims that were flattened.
     join_slices,
+    join_routed_experts,
     see_through_merges,
     explicit_bias_of_batches,
     unmerge_batches,
