@@ -81,7 +81,7 @@ def op_costs(
     shares = _loop_shares(rule, joints)
     parts = _bytes(call, joints)
     whole = np.array([[nbytes(value) for value in (*call.operands, *call.results)]], dtype=float)
-    communication = [_communication(joint, axes) for joint in joints]
+    communication = [_communication(joint, axes, hardware) for joint in joints]
     if rule.inner is not None:
         product, forward, traffic = _inner(call, rule, shares, hardware)
         _, _, whole_traffic = _inner(call, rule, np.ones((1, shares.shape[1])), hardware)
@@ -133,7 +133,9 @@ def _bytes(call: OpCall, joints: Sequence[tuple[Strategy, ...]]) -> Array:
     return np.array(rows).reshape(len(joints), len(sizes))
 
 
-def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]) -> float:
+def _communication(
+    joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]], hardware: Hardware
+) -> float:
     """Return the seconds that kernels communicate, each on its own axis, about its own part.
 
     The tensors that a kernel sends have every loop but the one that it splits, so that the other
@@ -147,8 +149,11 @@ def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]
         for other, each in enumerate(joint):
             if other != at:
                 share *= each.fraction
+        copies = strategy.kernel.copies(size)
+        # Packed before it is sent, and added up when it has come, in both passes.
+        packed = 2 * strategy.kernel.moved * copies * share / size
+        seconds += packed / hardware.sustained_bytes_per_second
         for kind, sent in strategy.kernel.collectives:
-            copies = strategy.kernel.copies(size)
             seconds += collective_seconds(kind, sent * share * copies, link, size)
     return seconds
 
@@ -238,7 +243,6 @@ def _inner(
         return np.prod([shares[:, place[name]] for name in names if name in place], axis=0)
 
     ones = np.ones(len(shares))
-    itemsize = call.results[0].dtype.itemsize
     first, again, traffic_first, traffic_again = (np.zeros(len(shares)) for _ in range(4))
     for item in rule.inner.products:
         groups = np.maximum(item.groups * share(item.group_loop), 1) * ones
@@ -246,21 +250,21 @@ def _inner(
         columns = item.columns * share(item.column_loop) * ones
         depth = item.depth * share(item.depth_loop) * ones
         moved = moved_seconds(
-            itemsize * groups * (rows * (columns + depth) + columns * depth), hardware
+            item.itemsize * groups * (rows * (columns + depth) + columns * depth), hardware
         )
         forms = ((rows, columns, depth), (rows, depth, columns), (depth, columns, rows))
         for at, (height, width, long) in enumerate(forms):
-            seconds = product_seconds(groups, height, width, long, itemsize, hardware)
+            seconds = product_seconds(groups, height, width, long, item.itemsize, hardware)
             beyond = np.maximum(moved - seconds, 0.0) + hardware.launch_seconds
             if at == 0:
                 first, traffic_first = first + seconds, traffic_first + beyond
             elif call.results[0].requires_grad:
                 again, traffic_again = again + seconds, traffic_again + beyond
-    for nbytes_moved, names in rule.inner.moved:
-        seconds = moved_seconds(nbytes_moved * share(*names), hardware) + hardware.launch_seconds
-        traffic_first = traffic_first + seconds
+    for forward, backward, names in rule.inner.moved:
+        part = share(*names)
+        traffic_first += moved_seconds(forward * part, hardware) + hardware.launch_seconds
         if call.results[0].requires_grad:
-            traffic_again = traffic_again + 2 * seconds
+            traffic_again += moved_seconds(backward * part, hardware) + hardware.launch_seconds
     return first + again, first + traffic_first, traffic_first + traffic_again
 
 

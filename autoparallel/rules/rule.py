@@ -96,7 +96,8 @@ class Kernel:
     arguments: what else it is called with, by name. wraps: it runs the op itself on its part, which
     may be the kernel of another mesh axis (of all kernels of one call, all but one must).
     routed: choices and targets, where the collectives send what a token has to every rank that has
-    one of so many chosen targets; (0, 0) where they send a tensor once.
+    one of so many chosen targets; (0, 0) where they send a tensor once. moved: bytes that are read
+    and written in either pass to pack what is sent, and to add up what comes.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Kernel:
     arguments: tuple[tuple[str, Any], ...] = ()
     wraps: bool = False
     routed: tuple[int, int] = (0, 0)
+    moved: int = 0
 
     def copies(self, ranks: int) -> float:
         """Return how often the collectives send what they send, for equally likely choices."""
@@ -130,7 +132,7 @@ class InnerProduct:
 
     rows: of one group. row_loops: the loops whose splits share the rows. groups: as many as the
     loop group_loop has. columns, depth: sizes; column_loop, depth_loop: the loops that split them,
-    or "".
+    or "". itemsize: bytes of an element.
     """
 
     rows: float
@@ -141,6 +143,7 @@ class InnerProduct:
     column_loop: str
     depth: int
     depth_loop: str
+    itemsize: int
 
     @property
     def points(self) -> float:
@@ -152,12 +155,12 @@ class InnerProduct:
 class InnerWork:
     """The work of an op that is several others in one.
 
-    products: in it. moved: pairs of bytes that everything else reads and writes, and the loops
-    whose splits share them.
+    products: in it. moved: of everything else, the bytes that it reads and writes forward, those
+    of the backward pass, and the loops whose splits share them.
     """
 
     products: tuple[InnerProduct, ...]
-    moved: tuple[tuple[float, tuple[str, ...]], ...]
+    moved: tuple[tuple[float, float, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def experts_summed(
     tables: Tensors,
     plain: Tensors,
     program: str,
+    dtype: torch.dtype | None = None,
     present: float = 1.0,
     *,
     group: Group,
@@ -73,7 +74,7 @@ def experts_summed(
         ranks, numbers = _renumbered(experts, size, group)
         here = numbers.masked_fill(ranks != group.rank, -1)
     share = present / group.world_size
-    return pending_sum(_on_part(run, rows, here, values, tables, plain, program, share), group)
+    return pending_sum(_on_part(run, rows, here, values, tables, plain, program, dtype, share), group)
 
 
 def experts_inner(
@@ -83,6 +84,7 @@ def experts_inner(
     tables: Tensors,
     plain: Tensors,
     program: str,
+    dtype: torch.dtype | None = None,
     present: float = 1.0,
     *,
     group: Group,
@@ -99,7 +101,7 @@ def experts_inner(
     factor = 1 if group.rank == 0 else 0
     counted = [table * factor if at in once else table for at, table in enumerate(tables)]
     return pending_sum(
-        _on_part(run, rows, experts, values, counted, plain, program, present), group
+        _on_part(run, rows, experts, values, counted, plain, program, dtype, present), group
     )
 
 
@@ -131,6 +133,7 @@ def experts_exchanged(
     tables: Tensors,
     plain: Tensors,
     program: str,
+    dtype: torch.dtype | None = None,
     present: float = 1.0,
     *,
     group: Group,
@@ -155,7 +158,7 @@ def experts_exchanged(
         chosen = move(experts, group, shard, Invariant(), extent)
         weights = [convert(value, group, shard, Replicate(), extent) for value in values]
         total = experts_summed(
-            *(everyone, chosen, weights, tables, plain, program, present),
+            *(everyone, chosen, weights, tables, plain, program, dtype, present),
             group=group,
             size=size,
             run=run,
@@ -183,12 +186,10 @@ def experts_exchanged(
     share = min(present / met, 1.0) if group.world_size > 1 else present
     # Choices of other ranks' experts are nobody's here, wherever there are other ranks.
     share = min(share, 1.0 - 1e-9) if group.world_size > 1 else share
-    made = _on_part(run, rows_here, here, values_here, tables, plain, program, share)
+    made = _on_part(run, rows_here, here, values_here, tables, plain, program, dtype, share)
     back = _Exchange.apply(made, received, sent, group)
-    half = back.dtype in (torch.bfloat16, torch.float16)
-    terms = back.float() if half else back
-    total = terms.new_zeros((tokens_here, *back.shape[1:])).index_add(0, tokens, terms)
-    return total.to(back.dtype).reshape(*batch, *back.shape[1:])
+    total = back.new_zeros((tokens_here, *back.shape[1:])).index_add(0, tokens, back)
+    return total.reshape(*batch, *back.shape[1:])
 
 
 def _routes(

@@ -25,7 +25,8 @@ Tensors = Sequence[torch.Tensor]
 _library = torch.library.Library("autoparallel", "FRAGMENT")
 _library.define(
     "routed_experts(Tensor[] rows, Tensor experts, Tensor[] values, Tensor[] tables, "
-    "Tensor[] plain, str program, float present=1.0, bool fixed=False) -> Tensor"
+    "Tensor[] plain, str program, ScalarType? dtype=None, "
+    "float present=1.0, bool fixed=False) -> Tensor"
 )
 
 
@@ -119,6 +120,7 @@ def routed_experts(
     tables: Tensors,
     plain: Tensors,
     program: str,
+    dtype: torch.dtype | None = None,
     present: float = 1.0,
     fixed: bool = False,
 ) -> torch.Tensor:
@@ -127,6 +129,7 @@ def routed_experts(
     rows: (*batch, ..) each, of tokens. experts: (*batch, k), those that each token chose. values:
     (*batch, k, ..) each, one of every choice. tables: (e, ..) each, a part for every expert. plain:
     the same for all. program: a `RowProgram` as text, which says what an expert makes of a row.
+    dtype: of the result, if not that of what the program makes, in which the sum is made.
     present: the share of choices that are expected to be in [0, e); others count for nothing, and
     there are none where it is 1. fixed: no size in between depends on the choices.
     The result is (*batch, ..).
@@ -160,12 +163,10 @@ def routed_experts(
         numbers = torch.arange(places.size(0), device=places.device)
         places = places.scatter(0, routes.places, numbers)
         back = made.index_select(0, places)
-        return back.reshape(count, choices, *made.shape[1:]).sum(1).reshape(shape)
-    # Sums of few terms in half precision are made in single, as torch's sums are.
-    half = made.dtype in (torch.bfloat16, torch.float16)
-    terms = made.float() if half else made
-    total = terms.new_zeros((count, *made.shape[1:])).index_add(0, tokens, terms)
-    return total.to(made.dtype).reshape(shape)
+        total = back.reshape(count, choices, *made.shape[1:]).sum(1).reshape(shape)
+        return total if dtype is None else total.to(dtype)
+    total = made.new_zeros((count, *made.shape[1:])).index_add(0, tokens, made)
+    return total.to(dtype or made.dtype).reshape(shape)
 
 
 _library.impl("routed_experts", routed_experts, "CompositeImplicitAutograd")

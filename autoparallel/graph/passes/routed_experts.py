@@ -49,7 +49,8 @@ def join_routed_experts(graph: Graph) -> Graph:
     of tokens passes through them. As one op they are a function of each token. It is found by
     where values come from: the sum over a token's choices is followed back through ops that treat
     every row by itself, to the tokens, to what was chosen, and to the tables of the experts; the
-    order of rows may be any on the way. Nothing that draws numbers is part of it.
+    order of rows may be any on the way. Nothing that draws numbers is part of it. A cast of the
+    result is made by the op.
 
     Why: see above. After: no such sum is left; it keeps its name; a second run is a no-op.
     """
@@ -57,7 +58,24 @@ def join_routed_experts(graph: Graph) -> Graph:
     for node in graph.nodes:
         joined = _joined(graph, node) if node.kind == "call" else None
         nodes.append(node if joined is None else joined)
-    return rebuilt(graph, nodes, {})
+    return _with_types(rebuilt(graph, nodes, {}))
+
+
+def _with_types(graph: Graph) -> Graph:
+    """Return the graph with casts of what experts return made by the op itself.
+
+    Sums in single precision that are cast to half are then sent in half.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    for node in graph.calls:
+        if node.target != "aten.to.dtype" or len(node.args) != 2 or node.kwargs:
+            continue
+        source = graph.producers[node.operands()[0]]
+        alone = len(graph.readers[node.operands()[0]]) == 1
+        if source.target == ROUTED and alone and source.name not in graph.outputs:
+            nodes[node.name] = replace(node, target=ROUTED, args=(*source.args[:6], node.args[1]))
+            del nodes[source.name]
+    return rebuilt(graph, list(nodes.values()), {})
 
 
 class _NoRows(Exception):
@@ -146,7 +164,7 @@ class _Search:
         kinds = ("row", "value", "table", "plain")
         rows, values, tables_, plain = (tuple(map(Ref, self.inputs[kind])) for kind in kinds)
         chosen = self.graph.producers[self.experts]
-        args = (rows, chosen.args[0], values, tables_, plain, text)
+        args = (rows, chosen.args[0], values, tables_, plain, text, None)
         return replace(node, target=ROUTED, args=args, kwargs=())
 
     # -- inputs

@@ -181,6 +181,7 @@ def _exchange(call: OpCall, shapes: _Shapes) -> Kernel:
         arguments=(("count", shapes.count),),
         wraps=True,
         routed=(shapes.choices, shapes.count),
+        moved=2 * there + 2 * back,
     )
 
 
@@ -394,7 +395,7 @@ def _work(shapes: _Shapes, tokens: Loops, inner: _InnerSplit | None) -> InnerWor
     per_expert = shapes.tokens * shapes.choices / shapes.count
     products = []
     rows = shapes.tokens * shapes.choices
-    moved: list[tuple[float, Loops]] = []
+    moved: list[tuple[float, float, Loops]] = []
     loops = (*tokens, *(("e",) if shapes.count > 1 else ()))
     for step in shapes.program.steps:
         if step.target == PRODUCT:
@@ -415,17 +416,22 @@ def _work(shapes: _Shapes, tokens: Loops, inner: _InnerSplit | None) -> InnerWor
                     column_loop="f" if at == column_dim else "",
                     depth=depth,
                     depth_loop="f" if at and at != column_dim else "",
+                    itemsize=shapes.tables[table].dtype.itemsize,
                 )
             )
             continue
         if step.target in ("aten.chunk.default", "aten.slice.Tensor", *_NO_SPLIT):
             continue  # views
-        names = (*step.reads(), *step.makes)
-        nbytes = sum(shapes.nbytes[name] for name in names if not name.startswith("table"))
+        # Backward, gradients are read and written, and operands where the step is not linear.
+        reads = sum(shapes.nbytes[name] for name in step.reads() if not name.startswith("table"))
+        nbytes = reads + sum(shapes.nbytes[name] for name in step.makes)
+        again = nbytes + (0 if step.target in (LOOKUP, *_SUMS, *_LINEAR) else reads)
         wide = inner is not None and len(shapes.shapes[step.makes[0]]) > 1
         wide = wide and shapes.shapes[step.makes[0]][-1] % inner.size == 0  # type: ignore[union-attr]
-        moved.append((rows * nbytes, (*loops, *(("f",) if wide else ()))))
+        shared = (*loops, *(("f",) if wide else ()))
+        moved.append((rows * nbytes, rows * again, shared))
     # Gathered from the tokens, and put back and added up.
     gathered = sum(shapes.nbytes[f"row{at}"] for at in range(len(shapes.rows)))
-    moved.append((rows * (2 * gathered + 3 * shapes.nbytes[shapes.program.result]), loops))
+    nbytes = rows * (2 * gathered + 3 * shapes.nbytes[shapes.program.result])
+    moved.append((nbytes, nbytes, loops))
     return InnerWork(tuple(products), tuple(moved))
