@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -149,7 +150,13 @@ def _communication(
         for other, each in enumerate(joint):
             if other != at:
                 share *= each.fraction
-        copies = strategy.kernel.copies(size)
+        # Tokens go to parts of parts, where axes further out have sent them already.
+        before = prod(
+            ranks
+            for other, (ranks, _) in zip(joint[:at], axes, strict=False)
+            if other.kernel is not None and other.kernel.routed == strategy.kernel.routed
+        )
+        copies = strategy.kernel.copies(before * size)
         # Packed before it is sent, and added up when it has come, in both passes.
         packed = 2 * strategy.kernel.moved * copies * share / size
         seconds += packed / hardware.sustained_bytes_per_second

@@ -140,8 +140,9 @@ class LocalCalls:
         nested.
         """
         run = ""
-        # False sorts first: at most one kernel wraps nothing, and it is the innermost.
-        ordered = sorted(kernels, key=lambda axis: kernels[axis][0].wraps)
+        # False sorts first: at most one kernel wraps nothing, and it is the innermost. Of the others
+        # that of the outermost axis is called first.
+        ordered = sorted(kernels, key=lambda axis: (kernels[axis][0].wraps, -axis))
         if any(not kernels[axis][0].wraps for axis in ordered[1:]):
             raise PlanError(
                 f"{node.target} cannot be split on several axes at once in this way",

@@ -22,31 +22,34 @@ __all__ = ["experts_exchanged", "experts_inner", "experts_summed"]
 
 Tensors = Sequence[torch.Tensor]
 Run = Callable[..., torch.Tensor]
+# The share of choices that are somebody's, where some may be nobody's.
+_NOT_ALL = 1.0 - 1e-9
 
 
 def _renumbered(
-    experts: torch.Tensor, size: int, group: Group
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rank that has each expert, and the expert's number among those that are left when
-    this axis is cut.
+    experts: torch.Tensor, count: int, group: Group
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return the rank that has each expert, its number among those of that rank, and how many
+    these are at most.
 
-    experts: counted over all axes that cut them. size: the experts that this group has together,
-    each other axis cut already. Negative ones, which nobody has, stay so.
+    experts: among `count`, which the group's ranks have in equal parts. Negative ones, which nobody
+    has, stay so.
     """
-    part = -(-size // group.world_size)
-    ranks = torch.div(experts, part, rounding_mode="floor") % group.world_size
-    outer = torch.div(experts, size, rounding_mode="floor")
-    numbers = outer * part + experts % part
+    part = -(-count // group.world_size)
+    ranks = torch.div(experts, part, rounding_mode="floor")
     nobody = experts < 0
-    return ranks.masked_fill(nobody, -1), numbers.masked_fill(nobody, -1)
+    return ranks.masked_fill(nobody, -1), (experts % part).masked_fill(nobody, -1), part
 
 
 def _on_part(run: Run | None, *arguments: Any) -> torch.Tensor:
-    """Run the op on a part: by the kernel of the next axis, or the op itself."""
+    """Run the op on a part: by the kernel of the next axis, or the op itself.
+
+    arguments: those of a kernel, the last of which the op itself does not have.
+    """
     if run is not None:
         return run(*arguments)
     fixed = torch.compiler.is_compiling()
-    result: torch.Tensor = torch.ops.autoparallel.routed_experts(*arguments, fixed)
+    result: torch.Tensor = torch.ops.autoparallel.routed_experts(*arguments[:-1], fixed)
     return result
 
 
@@ -59,22 +62,25 @@ def experts_summed(
     program: str,
     dtype: torch.dtype | None = None,
     present: float = 1.0,
+    left: int = 0,
     *,
     group: Group,
     size: int,
+    count: int,
     run: Run | None = None,
 ) -> torch.Tensor:
     """Run all tokens through the experts that are here: a pending sum.
 
-    tables: (e / n, ..) each, of this rank's experts. size: e of the whole. run: the op on its
-    part, where another mesh axis splits it too; by default the op itself. Other arguments: as of
-    `routed_experts`.
+    tables: (e / n, ..) each, of this rank's experts. left: the experts that are left when axes
+    further out have been cut, among which `experts` are; 0 for all of them. count: of all axes
+    together. run: the op on its part, where an axis further in splits it too; by default the op
+    itself. size is not needed. Other arguments: as of `routed_experts`.
     """
     with torch.no_grad():
-        ranks, numbers = _renumbered(experts, size, group)
+        ranks, numbers, part = _renumbered(experts, left or count, group)
         here = numbers.masked_fill(ranks != group.rank, -1)
-    share = present / group.world_size
-    return pending_sum(_on_part(run, rows, here, values, tables, plain, program, dtype, share), group)
+    arguments = (rows, here, values, tables, plain, program, dtype)
+    return pending_sum(_on_part(run, *arguments, present / group.world_size, part), group)
 
 
 def experts_inner(
@@ -86,6 +92,7 @@ def experts_inner(
     program: str,
     dtype: torch.dtype | None = None,
     present: float = 1.0,
+    left: int = 0,
     *,
     group: Group,
     size: int,
@@ -100,9 +107,8 @@ def experts_inner(
     # Times 0 rather than left out: gradients come on every rank.
     factor = 1 if group.rank == 0 else 0
     counted = [table * factor if at in once else table for at, table in enumerate(tables)]
-    return pending_sum(
-        _on_part(run, rows, experts, values, counted, plain, program, dtype, present), group
-    )
+    arguments = (rows, experts, values, counted, plain, program, dtype)
+    return pending_sum(_on_part(run, *arguments, present, left), group)
 
 
 class _Exchange(torch.autograd.Function):
@@ -135,6 +141,7 @@ def experts_exchanged(
     program: str,
     dtype: torch.dtype | None = None,
     present: float = 1.0,
+    left: int = 0,
     *,
     group: Group,
     size: int,
@@ -158,17 +165,19 @@ def experts_exchanged(
         chosen = move(experts, group, shard, Invariant(), extent)
         weights = [convert(value, group, shard, Replicate(), extent) for value in values]
         total = experts_summed(
-            *(everyone, chosen, weights, tables, plain, program, dtype, present),
+            *(everyone, chosen, weights, tables, plain, program, dtype, present, left),
             group=group,
             size=size,
+            count=count,
             run=run,
         )
         return convert(total, group, Partial(), shard)
     batch, choices = experts.shape[:-1], experts.size(-1)
     leading, tokens_here = len(batch), math.prod(batch)
     with torch.no_grad():
-        ranks, numbers = _renumbered(experts.reshape(tokens_here, choices), size, group)
-        tokens, sent, received = _routes(ranks, group, present, count)
+        flat = experts.reshape(tokens_here, choices)
+        ranks, numbers, part = _renumbered(flat, left or count, group)
+        tokens, sent, received = _routes(ranks, group, present, left or count)
         chosen = torch.stack([ranks, numbers], 1).index_select(0, tokens)
         came = _Exchange.apply(chosen, sent, received, group)
         here = came[:, 1].masked_fill(came[:, 0] != group.rank, -1)
@@ -182,11 +191,10 @@ def experts_exchanged(
         )
         for value in values
     ]
-    met = parts_met(choices * present, count, group.world_size)
-    share = min(present / met, 1.0) if group.world_size > 1 else present
-    # Choices of other ranks' experts are nobody's here, wherever there are other ranks.
-    share = min(share, 1.0 - 1e-9) if group.world_size > 1 else share
-    made = _on_part(run, rows_here, here, values_here, tables, plain, program, dtype, share)
+    # Choices of other ranks' experts are nobody's here.
+    share = present / parts_met(choices * present, left or count, group.world_size)
+    arguments = (rows_here, here, values_here, tables, plain, program, dtype)
+    made = _on_part(run, *arguments, min(share, _NOT_ALL), part)
     back = _Exchange.apply(made, received, sent, group)
     total = back.new_zeros((tokens_here, *back.shape[1:])).index_add(0, tokens, back)
     return total.reshape(*batch, *back.shape[1:])

@@ -69,7 +69,9 @@ def routed_experts(call: OpCall) -> ShardingRule:
     kernels = {}
     exchanges = {}
     if expert:
-        kernels["e"] = Kernel("experts_summed", _PARTIAL, wraps=True)
+        kernels["e"] = Kernel(
+            "experts_summed", _PARTIAL, arguments=(("count", count),), wraps=True
+        )
         exchanges["e"] = Exchange(_exchange(call, shapes), tokens)
     if inner is not None and inner.once:
         kernels["f"] = Kernel(
