@@ -6,15 +6,16 @@ the op knows what it computes.
 
 from __future__ import annotations
 
-import json
+import ast
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
 
-from autoparallel.graph.graph import Ref, map_leaves
+from autoparallel.graph.graph import Ref, leaves
 
 __all__ = ["LOOKUP", "PRODUCT", "ROUTED", "RowProgram", "RowStep", "parts_met"]
 
@@ -39,10 +40,8 @@ class RowStep:
 
     def reads(self) -> tuple[str, ...]:
         """Return the names of the values that it reads, in order."""
-        names: list[str] = []
-        for structure in (self.args, self.kwargs):
-            map_leaves(lambda leaf: names.append(leaf.name) if _is_use(leaf) else None, structure)
-        return tuple(names)
+        structures = (leaves(self.args), leaves(self.kwargs))
+        return tuple(leaf.name for leaf in chain(*structures) if isinstance(leaf, Ref))
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ class RowProgram:
 
     >>> double = RowStep(("twice",), "aten.mul.Tensor", (Ref("row0"), 2))
     >>> program = RowProgram((double,), "twice")
+    >>> program.text()
+    'twice = aten.mul.Tensor(row0, 2); twice'
     >>> RowProgram.parse(program.text()) == program
     True
     """
@@ -63,67 +64,57 @@ class RowProgram:
     result: str
 
     def text(self) -> str:
-        """Return the program as text, which `parse` reads."""
-        rows = [
-            [list(step.makes), step.target, _written(step.args), dict(_pairs(step))]
-            for step in self.steps
-        ]
-        return json.dumps([rows, self.result], separators=(",", ":"))
+        """Return the program as text, which `parse` reads: a call for each step.
+
+        Raises ValueError where an argument has no text.
+        """
+        lines = []
+        for step in self.steps:
+            parts = [_written(arg) for arg in step.args]
+            parts += [f"{key}={_written(item)}" for key, item in step.kwargs]
+            lines.append(f"{', '.join(step.makes)} = {step.target}({', '.join(parts)})")
+        return "; ".join((*lines, self.result))
 
     @staticmethod
     @lru_cache(maxsize=256)
     def parse(text: str) -> RowProgram:
         """Return the program that a text is of."""
-        rows, result = json.loads(text)
-        steps = tuple(
-            RowStep(
-                tuple(makes),
-                target,
-                tuple(_read(item) for item in args),
-                tuple((key, _read(item)) for key, item in kwargs.items()),
-            )
-            for makes, target, args, kwargs in rows
-        )
-        return RowProgram(steps, result)
+        *lines, last = ast.parse(text).body
+        steps = []
+        for line in lines:
+            assert isinstance(line, ast.Assign) and isinstance(line.value, ast.Call)
+            (left,), call = line.targets, line.value
+            makes = left.elts if isinstance(left, ast.Tuple) else [left]
+            kwargs = tuple((str(item.arg), _read(item.value)) for item in call.keywords)
+            args = tuple(_read(arg) for arg in call.args)
+            names = tuple(map(ast.unparse, makes))
+            steps.append(RowStep(names, ast.unparse(call.func), args, kwargs))
+        return RowProgram(tuple(steps), ast.unparse(last))
 
 
-def _is_use(leaf: Any) -> bool:
-    """Return whether an argument is a use of a value."""
-    return isinstance(leaf, Ref)
-
-
-def _pairs(step: RowStep) -> list[tuple[str, Any]]:
-    """Return the keyword arguments of a step as JSON has them."""
-    return [(key, _written(item)) for key, item in step.kwargs]
-
-
-def _written(item: Any) -> Any:
-    """Return an argument as JSON has it. Raises ValueError for what no text stands for."""
+def _written(item: Any) -> str:
+    """Return an argument as text. Raises ValueError for what no text stands for."""
     if isinstance(item, tuple):
-        return [_written(part) for part in item]
+        return f"({''.join(f'{_written(part)}, ' for part in item)})"
     if isinstance(item, Ref):
-        return {"use": item.name}
-    if isinstance(item, torch.dtype):
-        return {"dtype": str(item).removeprefix("torch.")}
-    if item is None or type(item) in (bool, int, str):
-        return item
-    if type(item) is float:
-        return {"float": item.hex()}
+        return item.name
+    if item is None or type(item) in (bool, int, str) or isinstance(item, torch.dtype):
+        return repr(item)
+    # A literal has no infinity, but one that is too large for a number.
+    if type(item) is float and not math.isnan(item):
+        return repr(item).replace("inf", "1e999")
     raise ValueError(f"no text stands for {item!r:.60}")
 
 
-def _read(item: Any) -> Any:
-    """Return the argument that JSON stands for."""
-    if isinstance(item, list):
-        return tuple(_read(part) for part in item)
-    if not isinstance(item, dict):
-        return item
-    ((kind, text),) = item.items()
-    if kind == "use":
-        return Ref(text)
-    if kind == "float":
-        return float.fromhex(text)
-    return getattr(torch, text)
+def _read(node: ast.expr) -> Any:
+    """Return the argument that an expression stands for."""
+    if isinstance(node, ast.Name):
+        return Ref(node.id)
+    if isinstance(node, ast.Attribute):
+        return getattr(torch, node.attr)
+    if isinstance(node, ast.Tuple):
+        return tuple(_read(part) for part in node.elts)
+    return ast.literal_eval(node)
 
 
 def parts_met(choices: float, targets: int, parts: int) -> float:
@@ -132,8 +123,8 @@ def parts_met(choices: float, targets: int, parts: int) -> float:
     choices: how many of the targets are chosen, each as likely as any other. The targets lie in
     equal parts. A token that is routed to `choices` experts is sent to so many ranks.
 
-    >>> parts_met(2, 8, 8), parts_met(8, 64, 1), round(parts_met(8, 256, 64), 2)
-    (2.0, 1.0, 7.62)
+    >>> [round(parts_met(2, 8, parts), 2) for parts in (1, 4, 8)]
+    [1.0, 1.86, 2.0]
     """
     if parts <= 1:
         return 1.0

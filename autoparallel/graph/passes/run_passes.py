@@ -17,7 +17,7 @@ from autoparallel.graph.passes.flattened_batches import (
     unmerge_losses,
 )
 from autoparallel.graph.passes.functionalize import functional
-from autoparallel.graph.passes.join_slices import join_slices
+from autoparallel.graph.passes.join_slices import join_slices, join_writes
 from autoparallel.graph.passes.merged_dims import see_through_merges
 from autoparallel.graph.passes.no_grad import explicit_stops
 from autoparallel.graph.passes.routed_experts import join_routed_experts
@@ -47,6 +47,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     explicit_sizes,
     # Structure that a split must see: blocks of a dim, and dims that were flattened.
     join_slices,
+    join_writes,
     join_routed_experts,
     see_through_merges,
     explicit_bias_of_batches,
