@@ -365,7 +365,8 @@ class AbstractExecution:
                 kernels.append((kernel, {"group": group, "size": size, **dict(kernel.arguments)}))
         run: Callable[..., Any] | None = None
         # Of those that run another, that of the outermost axis is called first.
-        for kernel, options in sorted(reversed(kernels), key=lambda item: item[0].wraps):
+        kernels.reverse()
+        for kernel, options in sorted(kernels, key=lambda item: item[0].wraps):
             inner = {} if run is None else {"run": run}
             run = partial(getattr(runtime_kernels, kernel.name), **options, **inner)
         assert run is not None

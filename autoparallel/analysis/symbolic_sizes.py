@@ -148,9 +148,15 @@ class Algebra:
                     if tile is not None:
                         shard = Shard(0, tile.blocks, tile.unit)
                         split.setdefault(tile.loop, {}).setdefault(axis, shard)
+        # Loops that are split together on one axis share the work once.
+        for loop, exchange in rule.exchanges.items():
+            for axis in split.get(loop, ()):
+                for other in exchange.loops:
+                    split.get(other, {}).pop(axis, None)
         return {
             loop: self.share(rule.sizes[loop], sorted(axes.items(), key=lambda item: item[0]))
             for loop, axes in split.items()
+            if axes
         }
 
     def flops(self, rule: ShardingRule, shares: Mapping[str, sympy.Expr]) -> sympy.Expr:

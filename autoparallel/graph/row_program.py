@@ -82,7 +82,8 @@ class RowProgram:
         *lines, last = ast.parse(text).body
         steps = []
         for line in lines:
-            assert isinstance(line, ast.Assign) and isinstance(line.value, ast.Call)
+            assert isinstance(line, ast.Assign)
+            assert isinstance(line.value, ast.Call)
             (left,), call = line.targets, line.value
             makes = left.elts if isinstance(left, ast.Tuple) else [left]
             kwargs = tuple((str(item.arg), _read(item.value)) for item in call.keywords)

@@ -87,9 +87,7 @@ class LocalCalls:
                 size = part  # type: ignore[assignment]
         return size
 
-    def exchanged(
-        self, node: Node, choice: OpChoice, axis: int, exchange: Exchange | None
-    ) -> str:
+    def exchanged(self, node: Node, choice: OpChoice, axis: int, exchange: Exchange | None) -> str:
         """Return the options of a kernel that splits a second loop: the dim of the result that has
         it, and its size without that split. "" for other kernels.
         """
@@ -140,8 +138,8 @@ class LocalCalls:
         nested.
         """
         run = ""
-        # False sorts first: at most one kernel wraps nothing, and it is the innermost. Of the others
-        # that of the outermost axis is called first.
+        # False sorts first: at most one kernel wraps nothing, and it is the innermost. Of the
+        # others that of the outermost axis is called first.
         ordered = sorted(kernels, key=lambda axis: (kernels[axis][0].wraps, -axis))
         if any(not kernels[axis][0].wraps for axis in ordered[1:]):
             raise PlanError(

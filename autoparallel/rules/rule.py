@@ -308,7 +308,8 @@ class Strategy:
 
     operands, results: placements, in the call's order. tile: the split of a loop, None where
     nothing is split. fraction: the largest rank's share of the work. kernel: what runs in place of
-    the op, None for the op itself.
+    the op, None for the op itself. second: the loop that is split together with that of the tile,
+    by an exchange.
     """
 
     operands: tuple[Placement, ...]
@@ -316,6 +317,7 @@ class Strategy:
     tile: LoopSplit | None = None
     fraction: float = 1.0
     kernel: Kernel | None = None
+    second: str = ""
 
     def __str__(self) -> str:
         sides = (", ".join(map(str, side)) for side in (self.operands, self.results))
@@ -477,7 +479,7 @@ def _exchanged(
         except UnsplittableError:
             continue
         share = _share(rule, tile, world_size)
-        yield Strategy(operands, results, tile, share, exchange.kernel)
+        yield Strategy(operands, results, tile, share, exchange.kernel, other)
 
 
 def strategies(

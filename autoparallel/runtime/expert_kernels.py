@@ -154,10 +154,9 @@ def experts_exchanged(
 
     rows, experts, values: of this rank's tokens. A token is sent once to a rank, however many of
     that rank's experts it chose. Nothing is dropped, and a rank may get any number of tokens. Each
-    rank waits for the numbers of tokens, which the host must know; a compiled program has sizes that
-    do not depend on them, and gathers all tokens instead. count: the experts of all axes
-    together. dim, extent: of the batch that is split, and its whole size. Other arguments: as of
-    `experts_summed`.
+    rank waits for the numbers of tokens, which the host must know; a compiled program has sizes
+    that do not depend on them, and gathers all tokens instead. dim, extent: of the batch that is
+    split, and its whole size. Other arguments: as of `experts_summed`.
     """
     if torch.compiler.is_compiling():
         shard = Shard(dim)
@@ -181,16 +180,18 @@ def experts_exchanged(
         chosen = torch.stack([ranks, numbers], 1).index_select(0, tokens)
         came = _Exchange.apply(chosen, sent, received, group)
         here = came[:, 1].masked_fill(came[:, 0] != group.rank, -1)
-    rows_here = [
-        _Exchange.apply(row.reshape(tokens_here, *row.shape[leading:])[tokens], sent, received, group)
-        for row in rows
-    ]
-    values_here = [
-        _Exchange.apply(
-            value.reshape(tokens_here, *value.shape[leading:])[tokens], sent, received, group
-        )
-        for value in values
-    ]
+    rows_here, values_here = (
+        [
+            _Exchange.apply(
+                tensor.reshape(tokens_here, *tensor.shape[leading:]).index_select(0, tokens),
+                sent,
+                received,
+                group,
+            )
+            for tensor in tensors
+        ]
+        for tensors in (rows, values)
+    )
     # Choices of other ranks' experts are nobody's here.
     share = present / parts_met(choices * present, left or count, group.world_size)
     arguments = (rows_here, here, values_here, tables, plain, program, dtype)

@@ -347,18 +347,21 @@ def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
         return None
     # Ops that leave the dim out work along the last one.
     positions = tuple(index for index in positions if index < len(node.args))
-    if not positions and node.target not in _LAST_BY_DEFAULT:
+    last = node.target in _LAST_BY_DEFAULT and node.keyword("dim") is None
+    if not positions and not last:
         return None
     args = list(node.args)
     # A new dim may also lie behind all others.
     rank += node.target == "aten.unsqueeze.default"
     for index in positions:
-        dims = args[index] if isinstance(args[index], tuple) else (args[index],)
-        # The call works along the merged dim itself, and so not on each place by itself.
-        if any(not isinstance(dim, int) or dim % rank == 0 for dim in dims):
+        given = args[index]
+        named: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
+        # The call works along the merged dim itself, and so not on each place by itself; no dim
+        # stands for all of them.
+        if not named or any(not isinstance(dim, int) or dim % rank == 0 for dim in named):
             return None
-        shifted = tuple(dim % rank + extra for dim in dims)
-        args[index] = shifted if isinstance(args[index], tuple) else shifted[0]
+        shifted = tuple(dim % rank + extra for dim in named)
+        args[index] = shifted if isinstance(given, tuple) else shifted[0]
     return tuple(args)
 
 

@@ -78,7 +78,7 @@ def _with_types(graph: Graph) -> Graph:
     return rebuilt(graph, list(nodes.values()), {})
 
 
-class _NoRows(Exception):
+class _NoRowsError(Exception):
     """A value does not follow row by row from tokens, choices and tables."""
 
 
@@ -87,7 +87,7 @@ def _joined(graph: Graph, node: Node) -> Node | None:
     try:
         search = _Search.at(graph, node)
         return None if search is None else search.joined(node)
-    except _NoRows:
+    except _NoRowsError:
         return None
 
 
@@ -132,7 +132,7 @@ class _Search:
                 return None
             return _Search(graph, source.shape[0], source.shape[1], flat.name, _NATURAL)
         if node.target == "aten.index_add.default":
-            zeros, tokens, rows = (graph.values[name] for name in node.operands())
+            zeros, tokens, added = (graph.values[name] for name in node.operands())
             place = graph.producers[tokens.name]
             if node.args[1] != 0 or graph.producers[zeros.name].target not in _ZEROS:
                 return None
@@ -141,7 +141,7 @@ class _Search:
             permutation, choices = place.args[0], place.args[1]
             if not isinstance(permutation, Ref) or not isinstance(choices, int):
                 return None
-            return _Search(graph, zeros.shape[0], choices, rows.name, permutation.name)
+            return _Search(graph, zeros.shape[0], choices, added.name, permutation.name)
         return None
 
     @property
@@ -150,7 +150,7 @@ class _Search:
         return size_expression(self.tokens) * self.choices
 
     def joined(self, node: Node) -> Node | None:
-        """Return the op of routed experts. Raises _NoRows where there is none."""
+        """Return the op of routed experts. Raises _NoRowsError where there is none."""
         result = self.rows(self.start, self.order)
         tables = [self.graph.values[name] for name in self.inputs["table"]]
         if not self.experts or not any(step.target == PRODUCT for step in self.steps):
@@ -185,9 +185,7 @@ class _Search:
                 return self.is_chosen(producer.operands()[0], _NATURAL)
             if producer.target not in _SORTS or not self.is_sort_of(producer, order):
                 return False
-            return name == producer.results[0].name and self.is_flat_choice(
-                producer.operands()[0]
-            )
+            return name == producer.results[0].name and self.is_flat_choice(producer.operands()[0])
         return self.is_flat_choice(name)
 
     def is_sort_of(self, producer: Node, order: str) -> bool:
@@ -295,7 +293,7 @@ class _Search:
     def rows(self, name: str, order: str) -> str:
         """Return the program's value for rows of the graph, in an order of rows.
 
-        Raises _NoRows where they do not follow row by row from the inputs.
+        Raises _NoRowsError where they do not follow row by row from the inputs.
         """
         key = (name, order)
         if key not in self.known:
@@ -306,7 +304,7 @@ class _Search:
         """Find the program's value for rows of the graph; see `rows`."""
         value, node = self.graph.values[name], self.graph.producers[name]
         if node.kind != "call" or not self.has_rows(value):
-            raise _NoRows
+            raise _NoRowsError
         if node.target in _INDEX and len(node.args[1]) == 1:
             return self.looked_up(node, order)
         if node.target == "aten.index_select.default" and node.args[1] == 0:
@@ -330,10 +328,10 @@ class _Search:
         return bool(value.shape) and size_expression(value.shape[0]) == self.count
 
     def of_tokens(self, name: str) -> str:
-        """Return the name of a value that has a part for each token. Raises _NoRows if not."""
+        """Return the name of a value that has a part for each token. Raises _NoRowsError if not."""
         shape = self.graph.values[name].shape
         if not shape or shape[0] != self.tokens:
-            raise _NoRows
+            raise _NoRowsError
         return name
 
     def looked_up(self, node: Node, order: str) -> str:
@@ -341,7 +339,7 @@ class _Search:
         source = node.operands()[0]
         (index,) = node.args[1]
         if not isinstance(index, Ref):
-            raise _NoRows
+            raise _NoRowsError
         if self.are_tokens(index.name, order):
             return self.given("row", self.of_tokens(source))
         if order == _NATURAL:
@@ -352,7 +350,7 @@ class _Search:
             return self.rows(source, _NATURAL)
         if self.is_chosen(index.name, order):
             return self.step(LOOKUP, Ref(self.given("table", source)))
-        raise _NoRows
+        raise _NoRowsError
 
     def reshaped(self, node: Node) -> str:
         """Return rows that a reshape makes of a value with a dim of tokens and one of choices, or
@@ -363,7 +361,7 @@ class _Search:
         if self.has_rows(source):
             return self.step_on_rows(node, (-1, *behind), _NATURAL)
         if source.shape[:2] != (self.tokens, self.choices) or source.shape[2:] != behind:
-            raise _NoRows
+            raise _NoRowsError
         # A token that is repeated for each choice, or what was computed for each of them.
         producer = self.graph.producers[source.name]
         if producer.target == "aten.expand.default":
@@ -381,19 +379,19 @@ class _Search:
     def step_on_rows(self, node: Node, shape: tuple[Dim, ...], order: str) -> str:
         """Return rows in another shape."""
         if not all(isinstance(size, int) for size in shape):
-            raise _NoRows
+            raise _NoRowsError
         rows = Ref(self.rows(node.operands()[0], order))
         return self.step("aten.reshape.default", rows, shape)
 
     def product(self, node: Node, order: str) -> str:
         """Return the grouped product of sorted rows."""
         if len(node.operands()) != 3 or node.argument(3, "bias") is not None:
-            raise _NoRows
+            raise _NoRowsError
         x, weight, ends = (self.graph.values[name] for name in node.operands())
         if node.argument(4, "out_dtype") not in (None, x.dtype) or len(weight.shape) != 3:
-            raise _NoRows
+            raise _NoRowsError
         if not self.are_ends(ends.name, order, weight.shape[0]):
-            raise _NoRows
+            raise _NoRowsError
         rows = Ref(self.rows(x.name, order))
         return self.step(PRODUCT, rows, Ref(self.given("table", weight.name)))
 
@@ -404,10 +402,10 @@ class _Search:
         matrix, row = (left, right) if first else (right, left)
         picked = self.graph.producers[matrix.name]
         if row.shape[2 if first else 1] != 1 or picked.target not in _INDEX:
-            raise _NoRows
+            raise _NoRowsError
         (index,) = picked.args[1] if len(picked.args[1]) == 1 else (None,)
         if not isinstance(index, Ref) or not self.is_chosen(index.name, order):
-            raise _NoRows
+            raise _NoRowsError
         table = Ref(self.given("table", picked.operands()[0]))
         width = row.shape[1 if first else 2]
         rows = Ref(self.rows(row.name, order))
@@ -419,7 +417,7 @@ class _Search:
     def row_by_row(self, node: Node, name: str, order: str) -> str:
         """Return what an op that treats every row by itself makes of rows."""
         if not self.keeps_rows_apart(node):
-            raise _NoRows
+            raise _NoRowsError
         if node.target in ("aten.reshape.default", "aten.view.default"):
             return self.step_on_rows(node, (-1, *node.result.shape[1:]), order)
 
@@ -427,14 +425,14 @@ class _Search:
             """Return an argument of the step."""
             if not isinstance(item, Ref):
                 if type(item) not in _PLAIN_LEAVES and not isinstance(item, torch.dtype):
-                    raise _NoRows
+                    raise _NoRowsError
                 return item
             value = self.graph.values[item.name]
             if self.has_rows(value) and len(value.shape) == rank:
                 return Ref(self.rows(item.name, order))
             # Of fewer dims, or of one row: it is broadcast, the same for all.
             if len(value.shape) == rank and value.shape[0] != 1:
-                raise _NoRows
+                raise _NoRowsError
             return Ref(self.given("plain", item.name))
 
         rank = len(self.graph.values[node.operands()[0]].shape)
@@ -445,7 +443,7 @@ class _Search:
         kwargs = tuple((key, map_leaves(leaf, item)) for key, item in node.kwargs)
         makes = tuple(f"v{len(self.steps)}_{at}" for at in range(len(node.results)))
         if not all(map(self.has_rows, node.results)):
-            raise _NoRows
+            raise _NoRowsError
         self.steps.append(RowStep(makes, node.target, args, kwargs))
         for value, made in zip(node.results, makes, strict=True):
             self.known[value.name, order] = made
@@ -471,9 +469,9 @@ class _Search:
         if position is None:
             return False
         unsqueezed = rank + (node.target == "aten.unsqueeze.default")
-        dims = node.argument(position, "dim", 0)
-        dims = dims if isinstance(dims, tuple) else (dims,)
-        return bool(dims) and all(isinstance(dim, int) and dim % unsqueezed != 0 for dim in dims)
+        given = node.argument(position, "dim", 0)
+        named: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
+        return bool(named) and all(isinstance(dim, int) and dim % unsqueezed != 0 for dim in named)
 
     def step(self, target: str, *args: Any) -> str:
         """Append a step with one result, and return its name."""

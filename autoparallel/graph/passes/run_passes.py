@@ -20,7 +20,6 @@ from autoparallel.graph.passes.functionalize import functional
 from autoparallel.graph.passes.join_slices import join_slices, join_writes
 from autoparallel.graph.passes.merged_dims import see_through_merges
 from autoparallel.graph.passes.no_grad import explicit_stops
-from autoparallel.graph.passes.routed_experts import join_routed_experts
 from autoparallel.graph.passes.normalize import (
     drop_empty_parts,
     drop_identities,
@@ -29,6 +28,7 @@ from autoparallel.graph.passes.normalize import (
     merge_reshapes,
     types_alone,
 )
+from autoparallel.graph.passes.routed_experts import join_routed_experts
 
 __all__ = ["PASSES", "run_passes"]
 

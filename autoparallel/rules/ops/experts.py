@@ -69,9 +69,7 @@ def routed_experts(call: OpCall) -> ShardingRule:
     kernels = {}
     exchanges = {}
     if expert:
-        kernels["e"] = Kernel(
-            "experts_summed", _PARTIAL, arguments=(("count", count),), wraps=True
-        )
+        kernels["e"] = Kernel("experts_summed", _PARTIAL, arguments=(("count", count),), wraps=True)
         exchanges["e"] = Exchange(_exchange(call, shapes), tokens)
     if inner is not None and inner.once:
         kernels["f"] = Kernel(
@@ -167,7 +165,7 @@ def _exchange(call: OpCall, shapes: _Shapes) -> Kernel:
     A token goes once to each rank that it chose experts of; its rows return. The backward pass
     sends as much again.
     """
-    sent = [value for value in (*shapes.rows, *shapes.values)]
+    sent = (*shapes.rows, *shapes.values)
     gradients = [value for value in sent if value.requires_grad]
     result = call.results[0]
     there = sum(numel_hint(value.shape) * value.dtype.itemsize for value in sent)
@@ -212,7 +210,7 @@ _LINEAR = {"aten.neg.default", "aten.clone.default", "aten.to.dtype", "aten.cont
 _NO_SPLIT = {"aten.unsqueeze.default", "aten.squeeze.dim"}
 
 
-class _NoSplit(Exception):
+class _NoSplitError(Exception):
     """The inner dim cannot be split in this way."""
 
 
@@ -230,7 +228,7 @@ def _inner_split(shapes: _Shapes) -> _InnerSplit | None:
     for choice in product(cuts, repeat=min(len(products) - 1, 3)):
         try:
             return _Propagation(shapes, list(choice)).run()
-        except _NoSplit:
+        except _NoSplitError:
             continue
     return None
 
@@ -249,16 +247,16 @@ class _Propagation:
     size: int = 0
 
     def run(self) -> _InnerSplit:
-        """Return the split. Raises _NoSplit where a step does not allow it."""
+        """Return the split. Raises _NoSplitError where a step does not allow it."""
         program = self.shapes.program
         for step in program.steps:
             state = self.after(step)
             self.states.update(dict.fromkeys(step.makes, state))
         once = self.pending
         if self.states[program.result] != _PENDING or once & (set(self.tables) | self.whole):
-            raise _NoSplit
+            raise _NoSplitError
         if self.whole & set(self.tables):
-            raise _NoSplit
+            raise _NoSplitError
         return _InnerSplit(self.size, self.tables, tuple(sorted(once)))
 
     def state(self, name: str) -> Any:
@@ -289,18 +287,18 @@ class _Propagation:
         transposed = step.args[2:] == (True,)
         state = self.state(rows)
         if state == _OPEN or at in self.tables:
-            raise _NoSplit
+            raise _NoSplitError
         if state == _PENDING:
             self.whole.add(at)
             return _PENDING
         if state == _WHOLE:
             if not self.choices:
-                raise _NoSplit
+                raise _NoSplitError
             blocks, unit = self.choices.pop(0)
             width = self.shapes.shapes[step.makes[0]][1]
             size, rest = divmod(width, blocks * unit)
             if rest or size < 2 or self.size not in (0, size):
-                raise _NoSplit
+                raise _NoSplitError
             self.size = size
             self.tables[at] = (1 if transposed else 2, blocks, unit)
             return (blocks, unit)
@@ -312,10 +310,10 @@ class _Propagation:
         shape = self.shapes.shapes[step.reads()[0]]
         dim = step.args[2] if len(step.args) > 2 else 0
         if state in (_PENDING, _OPEN) or dim % len(shape) != len(shape) - 1:
-            raise _NoSplit
+            raise _NoSplitError
         blocks, unit = state
         if blocks % step.args[1]:
-            raise _NoSplit
+            raise _NoSplitError
         return (blocks // step.args[1], unit)
 
     def sliced(self, step: RowStep, state: Any) -> Any:
@@ -325,23 +323,23 @@ class _Propagation:
         _, dim, start, end, *stride = step.args
         last = dim % len(shape) == len(shape) - 1 and end >= shape[-1]
         if state in (_PENDING, _OPEN) or not last or not stride or not 0 <= start < stride[0]:
-            raise _NoSplit
+            raise _NoSplitError
         blocks, unit = state
         if unit % stride[0]:
-            raise _NoSplit
+            raise _NoSplitError
         return (blocks, unit // stride[0])
 
     def joined(self, step: RowStep, names: tuple[str, ...], states: list[Any]) -> Any:
         """Return the state of what an op makes of values element by element."""
         if torch.Tag.pointwise not in operator_of(step.target).tags and step.target not in _LINEAR:
-            raise _NoSplit
+            raise _NoSplitError
         settled = {state for state in states if state not in (_WHOLE, _OPEN)}
         if not settled:
             # Nothing is split yet; what was looked up stays whole.
             self.settle(names, states, _WHOLE)
             return _WHOLE
         if len(settled) > 1:
-            raise _NoSplit
+            raise _NoSplitError
         (state,) = settled
         if state == _PENDING:
             return self.summed(step, names, states)
@@ -350,9 +348,9 @@ class _Propagation:
             shape = self.shapes.shapes[name]
             # What is whole must be the same for all elements of the split dim.
             if each == _WHOLE and shape and shape[-1] != 1:
-                raise _NoSplit
+                raise _NoSplitError
             if each != _WHOLE and shape[-1] != width:
-                raise _NoSplit
+                raise _NoSplitError
         self.settle(names, states, state)
         return state
 
@@ -367,7 +365,7 @@ class _Propagation:
         if step.target == "aten.div.Tensor" and states[0] != _PENDING:
             scaled = False
         if not linear and not scaled:
-            raise _NoSplit
+            raise _NoSplitError
         return _PENDING
 
     def settle(self, names: tuple[str, ...], states: list[Any], state: Any) -> None:
@@ -383,7 +381,7 @@ class _Propagation:
             else:
                 shape = self.shapes.shapes[f"table{at}"]
                 if at in self.tables and self.tables[at] != (len(shape) - 1, *state):
-                    raise _NoSplit
+                    raise _NoSplitError
                 self.tables[at] = (len(shape) - 1, *state)
             self.states[name] = state
 

@@ -1,0 +1,75 @@
+"""Models with routed experts, split in every way: loss and gradients are the unsplit module's."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import expert_families
+import pytest
+import torch
+from families import Float64, relative_error, worst_gradient
+from processes import run_processes
+
+import autoparallel
+from autoparallel.graph.row_program import ROUTED
+from autoparallel.mesh import Mesh
+from autoparallel.plan import Plan
+
+TOLERANCE = 1e-10
+SENT, SUMMED, INNER = "experts_exchanged", "experts_summed", "experts_inner"
+
+
+def planned(name: str, kinds: tuple[str, ...], mesh: Mesh) -> Plan:
+    """The plan whose experts are split in these ways, see `expert_families.only`."""
+    with Float64(), expert_families.only(*kinds):
+        model, inputs = expert_families.build(name), expert_families.inputs_for()
+        return autoparallel.make_plan(model, mesh=mesh, example_inputs=inputs)
+
+
+@cache
+def unsplit(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of the user's own module, with experts one by one."""
+    with Float64():
+        model = expert_families.build(name, "eager")
+        loss = model(**expert_families.inputs_for())["loss"]
+        loss.backward()
+    return loss.detach(), {path: p.grad for path, p in model.named_parameters()}
+
+
+def kernels_of(plan: Plan) -> list[tuple[str, ...]]:
+    return [op.kernels for op in plan.ops if op.target == ROUTED]
+
+
+CASES = [
+    ("mixtral", (SENT,), Mesh(ep=2)),
+    ("qwen3-moe", (SENT,), Mesh(ep=2)),
+    ("gpt-oss", (SENT,), Mesh(ep=2)),
+    ("deepseek-v3", ("", SENT), Mesh(ep=3)),
+    ("top-one", ("", "", SENT), Mesh(ep=4)),
+    ("mixtral-batched", ("", "", "", "", "", "", SENT), Mesh(ep=8)),
+    ("qwen3-moe", (SENT,), Mesh(outer=2, inner=2)),
+    ("mixtral", ("b", SENT), Mesh(dp=2, ep=3)),
+    ("gpt-oss", (SENT, INNER), Mesh(ep=2, tp=3)),
+    ("mixtral", (SENT, SUMMED), Mesh(ep=2, tp=3)),
+    ("top-one", ("f",), Mesh(tp=2)),
+    ("deepseek-v3", (SUMMED,), Mesh(ep=2)),
+]
+
+
+@pytest.mark.parametrize(("name", "kinds", "mesh"), CASES, ids=str)
+def test_split_experts_equal_the_users(name: str, kinds: tuple[str, ...], mesh: Mesh) -> None:
+    """Every family, sent by 2, 3, 4 and 8 ranks; on two axes, and beside other splits."""
+    plan = planned(name, kinds, mesh)
+    sizes = [size for _, size in mesh.axes]
+    expected = tuple(kinds[size - 2].replace("b", "").replace("f", "") for size in sizes)
+    if name == "gpt-oss" or len(kinds[0]) > 1 or kinds[0] == "":
+        assert all((row or ("",) * len(sizes)) == expected for row in kernels_of(plan))
+    assert kernels_of(plan)
+    with Float64():
+        model, inputs = expert_families.build(name), expert_families.inputs_for()
+    made = autoparallel.simulate(model, plan=plan, example_inputs=inputs)
+    loss, gradients = unsplit(name)
+    assert relative_error(made.output["loss"].detach(), loss) < TOLERANCE
+    error, where = worst_gradient(dict(made.gradients), gradients)
+    assert error < TOLERANCE, where
