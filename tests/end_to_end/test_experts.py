@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import Float64, relative_error, worst_gradient
 from processes import run_processes
+from torch._dynamo.utils import counters
 
 import autoparallel
 from autoparallel.graph.row_program import ROUTED
@@ -73,3 +74,31 @@ def test_split_experts_equal_the_users(name: str, kinds: tuple[str, ...], mesh: 
     assert relative_error(made.output["loss"].detach(), loss) < TOLERANCE
     error, where = worst_gradient(dict(made.gradients), gradients)
     assert error < TOLERANCE, where
+
+
+def run_on_gloo(rank: int, name: str) -> list[Any]:
+    """The errors of a process' step, eager and compiled, and the compiled step's graph breaks."""
+    plan = planned(name, (SENT,), Mesh(ep=2))
+    loss, gradients = unsplit(name)
+    inputs = expert_families.inputs_for()
+    rows: list[Any] = [kernels_of(plan)]
+    with Float64():
+        module = autoparallel.apply_plan(expert_families.build(name), plan)
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for call in (module, compiled):
+        counters.clear()
+        module.zero_grad()
+        result = call(**inputs)["loss"]
+        result.backward()
+        whole = {path: p.grad.full_tensor() for path, p in module.named_parameters()}
+        rows.append(relative_error(result.detach(), loss))
+        rows.append(worst_gradient(whole, gradients)[0])
+    return [*rows, len(counters["graph_break"])]
+
+
+def test_tokens_are_sent_between_processes() -> None:
+    """By gloo; and when compiled, where sizes must not depend on the choices."""
+    for kernels, *errors, breaks in run_processes(run_on_gloo, 2, "top-one"):
+        assert kernels == [(SENT,)]
+        assert max(errors) < TOLERANCE
+        assert breaks == 0

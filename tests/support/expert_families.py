@@ -79,7 +79,9 @@ class TopOne(nn.Module):
         x = self.embedding(input_ids).flatten(0, 1)
         score, chosen = self.router(x).topk(1, dim=-1)
         expert, order = torch.sort(chosen.flatten())
-        ends = torch.bincount(expert, minlength=self.up.size(0)).cumsum(0).to(torch.int32)
+        count = self.up.size(0)
+        counts = torch.histc(chosen.flatten().to(x.dtype), bins=count, min=0, max=count)
+        ends = counts.cumsum(0).to(torch.int32)
         rows = x[order // 1] * score.flatten()[order].sigmoid().unsqueeze(-1)
         product = torch.ops.transformers.grouped_mm_fallback
         gate, up = product(rows, self.up, ends).chunk(2, -1)

@@ -299,7 +299,7 @@ class _Unmerger:
         if known is not None and known.batch == batch:
             return known.value.name
         # Broadcast against the batch, it has no merged dim to take apart.
-        if len(value.shape) < len(reader.result.shape):
+        if len(value.shape) < len(reader.results[0].shape) and reader.target != ROUTED:
             return name
         first_dims = batch if value.shape[0] == first else (1,) * len(batch)
         reshaped = replace(

@@ -97,8 +97,7 @@ class _Search:
 
     tokens, choices: how many tokens there are, and choices of each. steps: found so far, first to
     last. known: the program's value by the graph's and the order of its rows. inputs: by kind, the
-    graph's values that the program reads. experts: the chosen experts, of one dim; "" before it is
-    known. count: the number of experts.
+    graph's values that the program reads. experts: the chosen experts; "" before they are known.
     """
 
     graph: Graph
@@ -136,9 +135,12 @@ class _Search:
             place = graph.producers[tokens.name]
             if node.args[1] != 0 or graph.producers[zeros.name].target not in _ZEROS:
                 return None
-            if place.target not in _FLOOR or node.keyword("alpha", 1) != 1:
+            if node.keyword("alpha", 1) != 1:
                 return None
-            permutation, choices = place.args[0], place.args[1]
+            # Of one choice, a token's number is that of its row.
+            permutation, choices = (
+                (place.args[0], place.args[1]) if place.target in _FLOOR else (Ref(tokens.name), 1)
+            )
             if not isinstance(permutation, Ref) or not isinstance(choices, int):
                 return None
             return _Search(graph, zeros.shape[0], choices, added.name, permutation.name)
@@ -163,8 +165,7 @@ class _Search:
             return None
         kinds = ("row", "value", "table", "plain")
         rows, values, tables_, plain = (tuple(map(Ref, self.inputs[kind])) for kind in kinds)
-        chosen = self.graph.producers[self.experts]
-        args = (rows, chosen.args[0], values, tables_, plain, text, None)
+        args = (rows, Ref(self.experts), values, tables_, plain, text, None)
         return replace(node, target=ROUTED, args=args, kwargs=())
 
     # -- inputs
@@ -198,18 +199,18 @@ class _Search:
         The first such value that is met is taken to be it.
         """
         name = self.uncopied(name)
-        if self.experts:
-            return name == self.experts
         value, producer = self.graph.values[name], self.graph.producers[name]
         if producer.target != "aten.reshape.default" or len(value.shape) != 1:
             return False
         before = self.graph.values[producer.operands()[0]]
+        if self.experts:
+            return before.name == self.experts
         fits = len(before.shape) > 1 and before.shape[-1] == self.choices
         if not fits or size_expression(value.shape[0]) != self.count:
             return False
         if before.dtype.is_floating_point or before.shape[0] != self.tokens:
             return False
-        self.experts = name
+        self.experts = before.name
         return True
 
     def uncopied(self, name: str) -> str:
@@ -261,6 +262,8 @@ class _Search:
     def are_tokens(self, name: str, order: str) -> bool:
         """Return whether a value has the token of each row, in that order of rows."""
         producer = self.graph.producers[self.uncopied(name)]
+        if self.choices == 1 and name == order:
+            return True
         if producer.target not in _FLOOR or producer.args[1] != self.choices:
             return False
         if producer.target == "aten.div.Tensor_mode" and producer.keyword("rounding_mode") not in (
@@ -274,19 +277,18 @@ class _Search:
     def are_ends(self, name: str, order: str, count: Dim) -> bool:
         """Return whether a value says where the rows of each expert end, in that order of rows."""
         producer = self.graph.producers[self.uncopied(name)]
-        if order == _NATURAL or not self.is_order(order):
+        if order == _NATURAL or not isinstance(count, int) or not self.is_order(order):
             return False
         if producer.target != "aten.cumsum.default" or producer.args[1] not in (0, -1):
             return False
         counts = self.graph.producers[self.uncopied(producer.operands()[0])]
-        if counts.target == "aten.histc.default":
-            fits = isinstance(count, int) and counts.args[1:] == (count, 0, count - 1)
-        elif counts.target == "aten.bincount.default":
-            fits = len(counts.operands()) == 1 and counts.argument(2, "minlength", 0) == count
-        else:
+        # Bins of width 1, or a little less, have one expert each.
+        if counts.target != "aten.histc.default" or counts.args[1:3] != (count, 0):
             return False
         counted = counts.operands()[0]
-        return fits and (self.is_chosen(counted, order) or self.is_chosen(counted, _NATURAL))
+        return counts.args[3] in (count - 1, count) and (
+            self.is_chosen(counted, order) or self.is_chosen(counted, _NATURAL)
+        )
 
     # -- rows
 
