@@ -54,6 +54,8 @@ CASES = [
     ("gpt-oss", (SENT, INNER), Mesh(ep=2, tp=3)),
     ("mixtral", (SENT, SUMMED), Mesh(ep=2, tp=3)),
     ("top-one", ("f",), Mesh(tp=2)),
+    ("listed", ("", SENT), Mesh(ep=3)),
+    ("listed-put", (INNER,), Mesh(tp=2)),
     ("deepseek-v3", (SUMMED,), Mesh(ep=2)),
 ]
 

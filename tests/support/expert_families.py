@@ -91,6 +91,51 @@ class TopOne(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels.flatten())}
 
 
+class Expert(nn.Module):
+    """A gated expert with a bias."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, inner), nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+class Listed(nn.Module):
+    """A Python loop over a list of experts, each with the tokens that chose it.
+
+    put: rows are read, added to and written back, as Mistral's own code has it; else they are added
+    by index_add, as Hugging Face had it.
+    """
+
+    def __init__(self, put: bool, experts: int = 6, width: int = 8, choices: int = 2) -> None:
+        super().__init__()
+        self.put, self.choices = put, choices
+        self.embedding = nn.Embedding(32, width)
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(Expert(width, 12) for _ in range(experts))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embedding(input_ids)
+        flat = x.view(-1, x.size(-1))
+        weights, chosen = self.router(flat).softmax(-1).topk(self.choices, dim=-1)
+        y = torch.zeros_like(flat)
+        masks = nn.functional.one_hot(chosen, len(self.experts)).permute(2, 1, 0)
+        for number, expert in enumerate(self.experts):
+            if self.put:
+                token, choice = torch.where(chosen == number)
+                y[token] += weights[token, choice, None] * expert(flat[token])
+            else:
+                choice, token = torch.where(masks[number])
+                made = expert(flat[token]) * weights[token, choice, None]
+                y.index_add_(0, token, made)
+        logits = (flat + y) @ self.embedding.weight.t()
+        return {"loss": nn.functional.cross_entropy(logits, labels.flatten())}
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "mixtral": _hugging_face("Mixtral", "grouped_mm", num_local_experts=6),
     "mixtral-batched": _hugging_face("Mixtral", "batched_mm", num_local_experts=6),
@@ -100,6 +145,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         "GptOss", "grouped_mm", num_local_experts=4, head_dim=4, layer_types=["full_attention"]
     ),
     "top-one": TopOne,
+    "listed": lambda: Listed(False),
+    "listed-put": lambda: Listed(True),
 }
 
 
@@ -138,7 +185,9 @@ def only(*kinds: str) -> Iterator[None]:
         return tuple(
             each
             for each in made
-            if (each.kernel.name == kind if each.kernel else each.tile and each.tile.loop[0] == kind)
+            if (
+                each.kernel.name == kind if each.kernel else each.tile and each.tile.loop[0] == kind
+            )
         )
 
     before = building.strategies

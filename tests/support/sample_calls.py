@@ -367,7 +367,9 @@ def _experts() -> list[Call]:
     )
     few = chosen(7, 1, 3).unsqueeze(0).clamp(max=1)
     return [
-        Call(name, ((x(4, 6, 3),), chosen(24, 2, 5).view(4, 6, 2), (x(4, 6, 2),), tables, (), gated)),
+        Call(
+            name, ((x(4, 6, 3),), chosen(24, 2, 5).view(4, 6, 2), (x(4, 6, 2),), tables, (), gated)
+        ),
         Call(name, ((x(1, 7, 3),), few, (), (x(3, 3, 4),), (x(4),), plain)),
         Call(
             name,

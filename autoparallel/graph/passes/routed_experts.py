@@ -12,7 +12,7 @@ from autoparallel.graph.passes.editing import rebuilt
 from autoparallel.graph.passes.flattened_batches import is_pointwise
 from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
 
-__all__ = ["join_routed_experts"]
+__all__ = ["NoRowsError", "RowSearch", "join_routed_experts"]
 
 # The order of rows as the choices lie: token by token. Others have the name of a permutation.
 _NATURAL = ""
@@ -78,21 +78,21 @@ def _with_types(graph: Graph) -> Graph:
     return rebuilt(graph, list(nodes.values()), {})
 
 
-class _NoRowsError(Exception):
+class NoRowsError(Exception):
     """A value does not follow row by row from tokens, choices and tables."""
 
 
 def _joined(graph: Graph, node: Node) -> Node | None:
     """Return the op of routed experts that a node ends; None where it ends none."""
     try:
-        search = _Search.at(graph, node)
+        search = RowSearch.at(graph, node)
         return None if search is None else search.joined(node)
-    except _NoRowsError:
+    except NoRowsError:
         return None
 
 
 @dataclass
-class _Search:
+class RowSearch:
     """The search for what the rows of one sum over choices are made of.
 
     tokens, choices: how many tokens there are, and choices of each. steps: found so far, first to
@@ -113,7 +113,7 @@ class _Search:
     experts: str = ""
 
     @staticmethod
-    def at(graph: Graph, node: Node) -> _Search | None:
+    def at(graph: Graph, node: Node) -> RowSearch | None:
         """Return the search that begins at a sum over choices; None where the node is none."""
         if node.target == "aten.sum.dim_IntList":
             source = graph.values[node.operands()[0]]
@@ -129,7 +129,7 @@ class _Search:
                 return None
             if flat.shape[1:] != behind or not isinstance(source.shape[1], int):
                 return None
-            return _Search(graph, source.shape[0], source.shape[1], flat.name, _NATURAL)
+            return RowSearch(graph, source.shape[0], source.shape[1], flat.name, _NATURAL)
         if node.target == "aten.index_add.default":
             zeros, tokens, added = (graph.values[name] for name in node.operands())
             place = graph.producers[tokens.name]
@@ -143,7 +143,7 @@ class _Search:
             )
             if not isinstance(permutation, Ref) or not isinstance(choices, int):
                 return None
-            return _Search(graph, zeros.shape[0], choices, added.name, permutation.name)
+            return RowSearch(graph, zeros.shape[0], choices, added.name, permutation.name)
         return None
 
     @property
@@ -152,7 +152,7 @@ class _Search:
         return size_expression(self.tokens) * self.choices
 
     def joined(self, node: Node) -> Node | None:
-        """Return the op of routed experts. Raises _NoRowsError where there is none."""
+        """Return the op of routed experts. Raises NoRowsError where there is none."""
         result = self.rows(self.start, self.order)
         tables = [self.graph.values[name] for name in self.inputs["table"]]
         if not self.experts or not any(step.target == PRODUCT for step in self.steps):
@@ -295,7 +295,7 @@ class _Search:
     def rows(self, name: str, order: str) -> str:
         """Return the program's value for rows of the graph, in an order of rows.
 
-        Raises _NoRowsError where they do not follow row by row from the inputs.
+        Raises NoRowsError where they do not follow row by row from the inputs.
         """
         key = (name, order)
         if key not in self.known:
@@ -306,7 +306,7 @@ class _Search:
         """Find the program's value for rows of the graph; see `rows`."""
         value, node = self.graph.values[name], self.graph.producers[name]
         if node.kind != "call" or not self.has_rows(value):
-            raise _NoRowsError
+            raise NoRowsError
         if node.target in _INDEX and len(node.args[1]) == 1:
             return self.looked_up(node, order)
         if node.target == "aten.index_select.default" and node.args[1] == 0:
@@ -330,10 +330,10 @@ class _Search:
         return bool(value.shape) and size_expression(value.shape[0]) == self.count
 
     def of_tokens(self, name: str) -> str:
-        """Return the name of a value that has a part for each token. Raises _NoRowsError if not."""
+        """Return the name of a value that has a part for each token. Raises NoRowsError if not."""
         shape = self.graph.values[name].shape
         if not shape or shape[0] != self.tokens:
-            raise _NoRowsError
+            raise NoRowsError
         return name
 
     def looked_up(self, node: Node, order: str) -> str:
@@ -341,7 +341,7 @@ class _Search:
         source = node.operands()[0]
         (index,) = node.args[1]
         if not isinstance(index, Ref):
-            raise _NoRowsError
+            raise NoRowsError
         if self.are_tokens(index.name, order):
             return self.given("row", self.of_tokens(source))
         if order == _NATURAL:
@@ -352,7 +352,7 @@ class _Search:
             return self.rows(source, _NATURAL)
         if self.is_chosen(index.name, order):
             return self.step(LOOKUP, Ref(self.given("table", source)))
-        raise _NoRowsError
+        raise NoRowsError
 
     def reshaped(self, node: Node) -> str:
         """Return rows that a reshape makes of a value with a dim of tokens and one of choices, or
@@ -363,7 +363,7 @@ class _Search:
         if self.has_rows(source):
             return self.step_on_rows(node, (-1, *behind), _NATURAL)
         if source.shape[:2] != (self.tokens, self.choices) or source.shape[2:] != behind:
-            raise _NoRowsError
+            raise NoRowsError
         # A token that is repeated for each choice, or what was computed for each of them.
         producer = self.graph.producers[source.name]
         if producer.target == "aten.expand.default":
@@ -381,19 +381,19 @@ class _Search:
     def step_on_rows(self, node: Node, shape: tuple[Dim, ...], order: str) -> str:
         """Return rows in another shape."""
         if not all(isinstance(size, int) for size in shape):
-            raise _NoRowsError
+            raise NoRowsError
         rows = Ref(self.rows(node.operands()[0], order))
         return self.step("aten.reshape.default", rows, shape)
 
     def product(self, node: Node, order: str) -> str:
         """Return the grouped product of sorted rows."""
         if len(node.operands()) != 3 or node.argument(3, "bias") is not None:
-            raise _NoRowsError
+            raise NoRowsError
         x, weight, ends = (self.graph.values[name] for name in node.operands())
         if node.argument(4, "out_dtype") not in (None, x.dtype) or len(weight.shape) != 3:
-            raise _NoRowsError
+            raise NoRowsError
         if not self.are_ends(ends.name, order, weight.shape[0]):
-            raise _NoRowsError
+            raise NoRowsError
         rows = Ref(self.rows(x.name, order))
         return self.step(PRODUCT, rows, Ref(self.given("table", weight.name)))
 
@@ -404,10 +404,10 @@ class _Search:
         matrix, row = (left, right) if first else (right, left)
         picked = self.graph.producers[matrix.name]
         if row.shape[2 if first else 1] != 1 or picked.target not in _INDEX:
-            raise _NoRowsError
+            raise NoRowsError
         (index,) = picked.args[1] if len(picked.args[1]) == 1 else (None,)
         if not isinstance(index, Ref) or not self.is_chosen(index.name, order):
-            raise _NoRowsError
+            raise NoRowsError
         table = Ref(self.given("table", picked.operands()[0]))
         width = row.shape[1 if first else 2]
         rows = Ref(self.rows(row.name, order))
@@ -419,7 +419,7 @@ class _Search:
     def row_by_row(self, node: Node, name: str, order: str) -> str:
         """Return what an op that treats every row by itself makes of rows."""
         if not self.keeps_rows_apart(node):
-            raise _NoRowsError
+            raise NoRowsError
         if node.target in ("aten.reshape.default", "aten.view.default"):
             return self.step_on_rows(node, (-1, *node.result.shape[1:]), order)
 
@@ -427,14 +427,14 @@ class _Search:
             """Return an argument of the step."""
             if not isinstance(item, Ref):
                 if type(item) not in _PLAIN_LEAVES and not isinstance(item, torch.dtype):
-                    raise _NoRowsError
+                    raise NoRowsError
                 return item
             value = self.graph.values[item.name]
             if self.has_rows(value) and len(value.shape) == rank:
                 return Ref(self.rows(item.name, order))
             # Of fewer dims, or of one row: it is broadcast, the same for all.
             if len(value.shape) == rank and value.shape[0] != 1:
-                raise _NoRowsError
+                raise NoRowsError
             return Ref(self.given("plain", item.name))
 
         rank = len(self.graph.values[node.operands()[0]].shape)
@@ -445,7 +445,7 @@ class _Search:
         kwargs = tuple((key, map_leaves(leaf, item)) for key, item in node.kwargs)
         makes = tuple(f"v{len(self.steps)}_{at}" for at in range(len(node.results)))
         if not all(map(self.has_rows, node.results)):
-            raise _NoRowsError
+            raise NoRowsError
         self.steps.append(RowStep(makes, node.target, args, kwargs))
         for value, made in zip(node.results, makes, strict=True):
             self.known[value.name, order] = made

@@ -10,6 +10,7 @@ from autoparallel.graph.graph import (
 from autoparallel.graph.passes.attention_dropout import explicit_attention_dropout
 from autoparallel.graph.passes.bias_and_mean import split_bias, split_mean
 from autoparallel.graph.passes.complex_writes import real_scatters
+from autoparallel.graph.passes.experts_in_turn import join_experts_in_turn
 from autoparallel.graph.passes.flattened_batches import (
     explicit_bias_of_batches,
     unflatten_products,
@@ -49,6 +50,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     join_slices,
     join_writes,
     join_routed_experts,
+    join_experts_in_turn,
     see_through_merges,
     explicit_bias_of_batches,
     unmerge_batches,
