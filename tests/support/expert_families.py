@@ -78,7 +78,7 @@ class TopOne(nn.Module):
 
         x = self.embedding(input_ids).flatten(0, 1)
         score, chosen = self.router(x).topk(1, dim=-1)
-        expert, order = torch.sort(chosen.flatten())
+        order = torch.sort(chosen.flatten()).indices
         count = self.up.size(0)
         counts = torch.histc(chosen.flatten().to(x.dtype), bins=count, min=0, max=count)
         ends = counts.cumsum(0).to(torch.int32)
@@ -185,9 +185,7 @@ def only(*kinds: str) -> Iterator[None]:
         return tuple(
             each
             for each in made
-            if (
-                each.kernel.name == kind if each.kernel else each.tile and each.tile.loop[0] == kind
-            )
+            if (each.kernel.name if each.kernel else each.tile and each.tile.loop[0]) == kind
         )
 
     before = building.strategies

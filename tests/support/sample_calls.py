@@ -363,13 +363,13 @@ def _experts() -> list[Call]:
     plain = "a = product(row0, table0); b = aten.mul.Tensor(a, plain0); b"
     strided = (
         "a = product(row0, table0); b = aten.slice.Tensor(a, 1, 0, 99, 2); "
-        "c = aten.slice.Tensor(a, 1, 1, 99, 2); d = aten.mul.Tensor(b, c); e = product(d, table1); e"
+        "c = aten.slice.Tensor(a, 1, 1, 99, 2); d = aten.mul.Tensor(b, c); "
+        "e = product(d, table1); e"
     )
+    two = chosen(24, 2, 5).view(4, 6, 2)
     few = chosen(7, 1, 3).unsqueeze(0).clamp(max=1)
     return [
-        Call(
-            name, ((x(4, 6, 3),), chosen(24, 2, 5).view(4, 6, 2), (x(4, 6, 2),), tables, (), gated)
-        ),
+        Call(name, ((x(4, 6, 3),), two, (x(4, 6, 2),), tables, (), gated)),
         Call(name, ((x(1, 7, 3),), few, (), (x(3, 3, 4),), (x(4),), plain)),
         Call(
             name,

@@ -26,7 +26,7 @@ def join_experts_in_turn(graph: Graph) -> Graph:
     After: no such chain is left, if all experts do the same with parameters of their own; its last
     sum keeps its name; a second run is a no-op.
     """
-    chains = {}
+    chains: dict[str, list[_Turn]] = {}
     for node in graph.calls:
         turns = _turns(graph, node)
         if len(turns) > 1:
