@@ -7,7 +7,7 @@ from typing import Any
 
 from autoparallel.graph.graph import Graph, Node, Ref, Value, map_leaves, size_expression
 from autoparallel.graph.passes.editing import first_operand, rebuilt
-from autoparallel.graph.passes.routed_experts import NoRowsError, RowSearch
+from autoparallel.graph.passes.sorted_experts import NoRowsError, RowSearch
 from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
 
 __all__ = ["join_experts_in_turn"]

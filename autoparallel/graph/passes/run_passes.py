@@ -29,7 +29,7 @@ from autoparallel.graph.passes.normalize import (
     merge_reshapes,
     types_alone,
 )
-from autoparallel.graph.passes.routed_experts import join_routed_experts
+from autoparallel.graph.passes.sorted_experts import join_routed_experts
 
 __all__ = ["PASSES", "run_passes"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves, size_expression
+from autoparallel.graph.operators import draws
 from autoparallel.graph.passes.editing import rebuilt
 from autoparallel.graph.passes.flattened_batches import is_pointwise
 from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
@@ -452,7 +453,9 @@ class RowSearch:
         return self.known[name, order]
 
     def keeps_rows_apart(self, node: Node) -> bool:
-        """Return whether an op treats each row by itself."""
+        """Return whether an op treats each row by itself, and draws no numbers."""
+        if draws(node.target) or "dropout" in node.target:
+            return False
         if is_pointwise(node.target):
             return True
         rank = len(self.graph.values[node.operands()[0]].shape) if node.operands() else 0
