@@ -13,17 +13,13 @@ from torch.nn import functional
 __all__ = ["grouped_outer", "grouped_product"]
 
 
-def _is_aligned(*tensors: torch.Tensor) -> bool:
+def _is_aligned(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether torch's own kernel takes the tensors: of bfloat16, with rows that are
-    multiples of 16 bytes.
+    multiples of 16 bytes, and at least one.
     """
-    return all(
-        tensor.dtype == torch.bfloat16
-        and tensor.numel() > 0
-        and tensor.size(-1) % 8 == 0
-        and tensor.size(-2) % 8 == 0
-        for tensor in tensors
-    )
+    widths = (x.size(1), weight.size(1), weight.size(2))
+    halves = x.dtype == weight.dtype == torch.bfloat16
+    return halves and x.size(0) > 0 and all(width > 0 and width % 8 == 0 for width in widths)
 
 
 @torch.library.custom_op("autoparallel::grouped_product", mutates_args=())
@@ -108,6 +104,20 @@ grouped_product.register_autograd(_product_gradients, setup_context=_remember)
 grouped_outer.register_autograd(_outer_gradients, setup_context=_remember)
 
 
+class _WithContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient lies in memory as torch's grouped product wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return x itself, seen anew."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient with its elements in order."""
+        return grad.contiguous()
+
+
 def multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Multiply each row with the matrix of its group, by torch's kernel where it takes them.
 
@@ -118,5 +128,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch
     tensor([2., 5.])
     """
     if _is_aligned(x, weight):
-        return functional.grouped_mm(x, weight, offs=ends)
+        made: torch.Tensor = functional.grouped_mm(x, weight, offs=ends)
+        result: torch.Tensor = _WithContiguousGradient.apply(made)
+        return result
     return grouped_product(x, weight, ends)
