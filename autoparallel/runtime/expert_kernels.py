@@ -131,6 +131,19 @@ class _Exchange(torch.autograd.Function):
         sent, received = ctx.sizes
         return _Exchange.apply(grad, received, sent, ctx.group), None, None, None
 
+    @staticmethod
+    def spmd_typecheck(
+        *, rows: torch.Tensor, sent: list[int], received: list[int], group: Group
+    ) -> Any:
+        """Return the type of the result for the checker of `spmd_types`: rows of any rank stay
+        rows of some rank.
+        """
+        import spmd_types
+        from spmd_types import rules
+
+        axis = group.process_group  # type: ignore[attr-defined]
+        return rules.all_to_all(rows, axis, src=spmd_types.V, dst=spmd_types.V)
+
 
 def experts_exchanged(
     rows: Tensors,

@@ -117,6 +117,11 @@ class _WithContiguousGradient(torch.autograd.Function):
         """Return the gradient with its elements in order."""
         return grad.contiguous()
 
+    @staticmethod
+    def spmd_typecheck(*, x: torch.Tensor) -> Any:
+        """Return the type of the result for the checker of `spmd_types`: that of x."""
+        return x
+
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Multiply each row with the matrix of its group, by torch's kernel where it takes them.

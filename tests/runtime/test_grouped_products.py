@@ -1,4 +1,4 @@
-"""Products of sorted rows with their groups' matrices, by torch's kernel and by the project's op."""
+"""Products of sorted rows with their groups' matrices, by torch's kernel and by the op of ours."""
 
 from __future__ import annotations
 
