@@ -16,7 +16,6 @@ from autoparallel.support.installation import require_own_planners
 if TYPE_CHECKING:
     from autoparallel.analysis.closed_forms import closed_forms
     from autoparallel.analysis.pipeline import pipeline
-    from autoparallel.analysis.timeline import timeline
     from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate
     from autoparallel.errors import AutoParallelError
     from autoparallel.mesh import Mesh
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from autoparallel.parallel.state_dicts import full_state_dict
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
+    from autoparallel.planning.predicted_step import timeline
     from autoparallel.rewrite.emitted_program import emitted_program
     from autoparallel.rules.rule import OpCall, ShardingRule
     from autoparallel.rules.user_rules import register_rule
@@ -43,7 +43,7 @@ _HOMES = {
     "simulate": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
-    "timeline": "analysis.timeline",
+    "timeline": "planning.predicted_step",
     "AutoParallelError": "errors",
     "Mesh": "mesh",
     "Invariant": "placement",

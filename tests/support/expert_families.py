@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import autoparallel.strategy.build_network as building
-from autoparallel.rules.rule import ShardingRule, Strategy, strategies
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
 
 __all__ = ["FAMILIES", "build", "inputs_for", "only"]
 

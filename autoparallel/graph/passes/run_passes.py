@@ -29,6 +29,7 @@ from autoparallel.graph.passes.normalize import (
     merge_reshapes,
     types_alone,
 )
+from autoparallel.graph.passes.repeats import explicit_repeats
 from autoparallel.graph.passes.sorted_experts import join_routed_experts
 
 __all__ = ["PASSES", "run_passes"]
@@ -49,6 +50,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     # Structure that a split must see: blocks of a dim, and dims that were flattened.
     join_slices,
     join_writes,
+    explicit_repeats,
     join_routed_experts,
     join_experts_in_turn,
     see_through_merges,
