@@ -364,6 +364,8 @@ class AbstractExecution:
                 group = StandInGroup(self.sizes[axis])
                 kernels.append((kernel, {"group": group, "size": size, **dict(kernel.arguments)}))
         run: Callable[..., Any] | None = None
+        # Of those that run another, that of the outermost axis is called first.
+        kernels.reverse()
         for kernel, options in sorted(kernels, key=lambda item: item[0].wraps):
             inner = {} if run is None else {"run": run}
             run = partial(getattr(runtime_kernels, kernel.name), **options, **inner)
@@ -380,9 +382,10 @@ class AbstractExecution:
         for value, dims, layout in zip(call.operands, rule.operands, choice.operands, strict=True):
             shard = layout[axis]
             for loop in dims[shard.dim] if isinstance(shard, Shard) else ():
-                if loop in rule.kernels and rule.kernels[loop].name == name:
+                kernel = rule.kernel_of(loop, name)
+                if kernel is not None:
                     assert isinstance(shard, Shard)
                     whole = tuple(hint(size) for size in value.shape)
                     shape = local_shape(whole, layout, self.sizes, without=axis)
-                    return rule.kernels[loop], shape[shard.dim]
+                    return kernel, shape[shard.dim]
         raise AssertionError(f"{call.node.name}: a kernel without a split operand")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import sympy
@@ -18,11 +20,11 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.graph.repeated_blocks import find_repeats
 from autoparallel.graph.size_hints import with_larger_hints
-from autoparallel.placement import Collective, Invariant, Layout
+from autoparallel.placement import Collective, Invariant, Layout, Shard
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.plan.kept_layouts import kept_layout
 from autoparallel.rules.lookup import find_rule
-from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 
 __all__ = ["AMOUNTS", "ClosedForms", "Form", "Sent", "closed_forms"]
@@ -246,13 +248,16 @@ class _Writer:
         Where another axis splits a loop of the tensor that is sent, only a share of it is.
         """
         call, rule = self.ruled(op.name)
-        split_loop = self.split(rule, op, axis)
+        split_loop, kernel = self.split(rule, op, axis)
+        if kernel is None:
+            return []
         shares = self.algebra.shares(rule, op.operands, op.results)
         sends = []
-        for at, (collective, size) in enumerate(
-            rule.kernels[split_loop].collectives if split_loop else ()
-        ):
-            nbytes = self.monomial(call, split_loop, at)
+        for at, (collective, size) in enumerate(kernel.collectives):
+            nbytes = self.monomial(call, split_loop, kernel.name, at)
+            if kernel.routed[1]:
+                sends.append((collective, nbytes * self.routed(op, axis, kernel)))
+                continue
             for loop, share in shares.items():
                 dim = rule.sizes[loop]
                 # Whether the tensor has the loop is read off its size: it has the loop's symbols,
@@ -262,26 +267,45 @@ class _Writer:
             sends.append((collective, nbytes))
         return sends
 
-    def split(self, rule: ShardingRule, op: OpChoice, axis: int) -> str:
-        """Return the loop with a kernel that an op splits on an axis."""
+    def routed(self, op: OpChoice, axis: int, kernel: Kernel) -> sympy.Expr:
+        """Return how much of all tokens a kernel sends that sends each to the ranks it chose: the
+        share that other axes leave, and how many ranks that are, as expected of equal loads.
+        """
+        ranks = prod(
+            size
+            for size, name in zip(self.algebra.sizes[: axis + 1], op.kernels, strict=False)
+            if name == kernel.name
+        )
+        copies = Fraction(kernel.copies(ranks)).limit_denominator(1000)
+        others = prod(
+            symbol
+            for at, symbol in enumerate(self.algebra.axes)
+            if at != axis and isinstance(op.results[0][at], Shard)
+        )
+        return sympy.Rational(copies.numerator, copies.denominator) / others
+
+    def split(self, rule: ShardingRule, op: OpChoice, axis: int) -> tuple[str, Kernel | None]:
+        """Return the loop that an op splits on an axis by a kernel, and the kernel."""
         axis_layouts = [
             tuple(p if at == axis else Invariant() for at, p in enumerate(layout))
             for layout in (*op.operands, *op.results)
         ]
         count = len(op.operands)
         shares = self.algebra.shares(rule, axis_layouts[:count], axis_layouts[count:])
-        return next((loop for loop in shares if loop in rule.kernels), "")
+        name = op.kernels[axis] if op.kernels else ""
+        kernels = ((loop, rule.kernel_of(loop, name)) for loop in shares)
+        return next(((loop, kernel) for loop, kernel in kernels if kernel is not None), ("", None))
 
-    def monomial(self, call: OpCall, loop: str, at: int) -> sympy.Expr:
+    def monomial(self, call: OpCall, loop: str, kernel: str, at: int) -> sympy.Expr:
         """Return the bytes that a kernel sends as a product of powers of the inputs' sizes.
 
-        call: the op. loop: that the kernel splits. at: the number of the collective. The powers are
-        found by doubling one size after another.
+        call: the op. loop: that the kernel splits. kernel: its name. at: the number of the
+        collective. The powers are found by doubling one size after another.
         """
-        nbytes = _sent_bytes(call, loop, at)
+        nbytes = _sent_bytes(call, loop, kernel, at)
         monomial, monomial_here = sympy.Integer(1), 1
         for symbol in self.algebra.inputs:
-            doubled = _sent_bytes(self.algebra.scaled(call, symbol, 2), loop, at)
+            doubled = _sent_bytes(self.algebra.scaled(call, symbol, 2), loop, kernel, at)
             power = self.algebra.power(nbytes, doubled) or 0
             monomial *= symbol**power
             monomial_here *= self.algebra.values[symbol] ** power
@@ -380,12 +404,14 @@ def _seen(transfer: Transfer) -> Layout:
     return (*layout[:axis], Invariant(), *layout[axis + 1 :])
 
 
-def _sent_bytes(call: OpCall, loop: str, at: int) -> int:
+def _sent_bytes(call: OpCall, loop: str, kernel: str, at: int) -> int:
     """Return the bytes of collective number `at` of the kernel that splits a loop."""
     author = find_rule(call.node.target)
     rule = author(call) if author is not None else find_unknown(call)[0]
     assert rule is not None, call
-    return rule.kernels[loop].collectives[at][1]
+    split = rule.kernel_of(loop, kernel)
+    assert split is not None, call
+    return split.collectives[at][1]
 
 
 def _counted(rows: Iterable[Sent]) -> tuple[Sent, ...]:

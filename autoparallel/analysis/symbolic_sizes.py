@@ -161,10 +161,15 @@ class Algebra:
                         grouped[tile.loop] = 1 / self.axes[axis]
                     elif tile is not None:
                         split.setdefault(tile.loop, {}).setdefault(axis, tile.shard(0))
+        # Loops that are split together on one axis share the work once.
+        for loop, exchange in rule.exchanges.items():
+            for axis in split.get(loop, ()):
+                for other in exchange.loops:
+                    split.get(other, {}).pop(axis, None)
         return grouped | {
             loop: self.share(rule.sizes[loop], sorted(axes.items(), key=lambda item: item[0]))
             for loop, axes in split.items()
-            if loop not in grouped
+            if loop not in grouped and axes
         }
 
     def flops(self, rule: ShardingRule, shares: Mapping[str, sympy.Expr]) -> sympy.Expr:

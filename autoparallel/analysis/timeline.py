@@ -376,7 +376,10 @@ def _peak(plan: Plan, hardware: Hardware) -> float:
         graph = plan.captured.graph
         for op in plan.ops:
             if op.whole_flops:
-                itemsize = max(graph.values[name].dtype.itemsize for name in op.reads[:2])
+                # Choices of experts are whole numbers, and no factors.
+                types = [graph.values[name].dtype for name in op.reads[:2]]
+                factors = [kind for kind in types if kind.is_floating_point] or types
+                itemsize = max(kind.itemsize for kind in factors)
                 flops += op.whole_flops
                 seconds += op.whole_flops / hardware.peak(itemsize)
     if seconds:

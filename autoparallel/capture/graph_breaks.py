@@ -17,9 +17,11 @@ from autoparallel.capture.checkpoint_regions import require_unwritten
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_modules import EqualModules, Watch
 from autoparallel.capture.export import Captured, capture
+from autoparallel.capture.graph_builder import has_unknown_sizes, require_known_sizes
 from autoparallel.capture.held_tensors import refuse_views
 from autoparallel.capture.module_tensors import first_paths
 from autoparallel.errors import AliasError, CaptureError
+from autoparallel.graph.graph import Graph
 from autoparallel.graph.passes.run_passes import run_passes
 from autoparallel.plan import Break
 
@@ -103,11 +105,26 @@ def trace(
         model, args, kwargs, known=known, part=part, around=around, find_ways=find_ways
     )
     refuse_drawn(captured.graph)
-    graph = run_passes(captured.graph)
+    graph = _passed(captured.graph)
     require_unwritten(graph)
     captured = replace(captured, graph=graph)
     require_agreement(captured, model, args, kwargs)
     return captured
+
+
+def _passed(graph: Graph) -> Graph:
+    """Return the graph after all passes. Raises CaptureError where sizes that depend on values are
+    left in it.
+    """
+    if not has_unknown_sizes(graph):
+        return run_passes(graph)
+    try:
+        graph = run_passes(graph)
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):
+        require_known_sizes(graph)  # passes may take any size to have a hint
+        raise
+    require_known_sizes(graph)
+    return graph
 
 
 def trace_alike(

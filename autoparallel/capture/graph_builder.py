@@ -17,11 +17,14 @@ import torch
 from autoparallel.capture.source_locations import Origins
 from autoparallel.errors import CaptureError
 from autoparallel.graph.aliasing import owner_of, shares_memory
-from autoparallel.graph.graph import Dim, Node, Ref, Sym, Value, leaves
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves
 from autoparallel.graph.operators import operator_of, packet_of
 from autoparallel.support.torch_private import expression_of, hint_of, is_fixed, schema_of
 
-__all__ = ["GraphBuilder", "written_by"]
+__all__ = ["GraphBuilder", "has_unknown_sizes", "require_known_sizes", "written_by"]
+
+# The hint of a size that is not known before the model runs.
+_UNKNOWN = 2
 
 
 _PREFIXES = {"parameter": "p_", "buffer": "b_", "constant": "c_", "input": "tensors_"}
@@ -188,7 +191,7 @@ class GraphBuilder:
     def size(self, size: Any) -> Dim:
         """Return one size of the exported program, equal sizes as one object.
 
-        Raises CaptureError where the size depends on the values of a tensor.
+        A size that depends on the values of a tensor has a symbol that no input has.
         """
         if isinstance(size, int):
             return size
@@ -204,14 +207,11 @@ class GraphBuilder:
                 # It follows from several assumptions together, or from the range of a symbol.
                 self._sizes[expr] = int(hint_of(size))
             else:
-                if hint_of(size) is None:
-                    raise CaptureError(
-                        "the number of elements of a tensor depends on the values of another",
-                        why="nonzero, masked_select, x[mask] and their like return as many "
-                        "elements as fit, which no two ranks need agree on",
-                        fix="keep the shape: torch.where(mask, x, 0), masked_fill, or weights",
-                    )
-                self._sizes[expr] = Sym(sympy.sympify(expr), int(hint_of(size)))
+                hint = hint_of(size)
+                # A pass may see that nothing else depends on it; else the graph is refused.
+                self._sizes[expr] = Sym(
+                    sympy.sympify(expr), _UNKNOWN if hint is None else int(hint)
+                )
         return self._sizes[expr]
 
     def shape(self, example: torch.Tensor) -> tuple[Dim, ...]:
@@ -226,6 +226,29 @@ class GraphBuilder:
         shape = self.shape(example)
         floating = example.dtype.is_floating_point or example.dtype.is_complex
         return Value(name, shape, example.dtype, grad and floating)
+
+
+def has_unknown_sizes(graph: Graph) -> bool:
+    """Return whether a tensor has sizes that depend on the values of another."""
+    known: set[sympy.Symbol] = set()
+    for node in graph.nodes:
+        for size in node.result.shape if node.kind == "input" else ():
+            known |= size.expr.free_symbols if isinstance(size, Sym) else set()
+    sizes = {
+        size for value in graph.values.values() for size in value.shape if isinstance(size, Sym)
+    }
+    return any(size.expr.free_symbols - known for size in sizes)
+
+
+def require_known_sizes(graph: Graph) -> None:
+    """Raise CaptureError where a tensor has a size that depends on the values of another."""
+    if has_unknown_sizes(graph):
+        raise CaptureError(
+            "the number of elements of a tensor depends on the values of another",
+            why="nonzero, masked_select, x[mask] and their like return as many "
+            "elements as fit, which no two ranks need agree on",
+            fix="keep the shape: torch.where(mask, x, 0), masked_fill, or weights",
+        )
 
 
 def written_by(node: Node) -> tuple[str, ...]:

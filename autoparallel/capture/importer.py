@@ -262,7 +262,11 @@ class Importer:
         Raises CaptureError where the number depends on the values of a tensor.
         """
         example = node.meta["val"]
-        if not isinstance(example, int) and hint_of(example) is None:
+        unknown = not isinstance(example, int) and hint_of(example) is None
+        if unknown and all(str(user.target) in _CHECKS for user in node.users):
+            return  # such as that a number of true values is not negative
+        # A size is known to the tensor that has it, and perhaps to nothing else.
+        if unknown and str(node.target) != "aten.sym_size.int":
             path, line = self.builder.origins.path(node), source_line(node)
             raise CaptureError(
                 "the forward computes with a tensor's value in Python",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -82,8 +83,11 @@ def op_costs(
     shares = _loop_shares(rule, joints)
     parts = _bytes(call, joints)
     whole = np.array([[nbytes(value) for value in (*call.operands, *call.results)]], dtype=float)
-    communication = [_communication(joint, axes) for joint in joints]
-    if rule.flops:
+    communication = [_communication(joint, axes, hardware) for joint in joints]
+    if rule.inner is not None:
+        product, forward, traffic = _inner(call, rule, shares, hardware)
+        _, _, whole_traffic = _inner(call, rule, np.ones((1, shares.shape[1])), hardware)
+    elif rule.flops:
         product, forward, traffic = _product(call, rule, shares, parts, hardware)
         _, _, whole_traffic = _product(call, rule, np.ones((1, shares.shape[1])), whole, hardware)
     else:
@@ -131,7 +135,9 @@ def _bytes(call: OpCall, joints: Sequence[tuple[Strategy, ...]]) -> Array:
     return np.array(rows).reshape(len(joints), len(sizes))
 
 
-def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]) -> float:
+def _communication(
+    joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]], hardware: Hardware
+) -> float:
     """Return the seconds that kernels communicate, each on its own axis, about its own part.
 
     The tensors that a kernel sends have every loop but the one that it splits, so that the other
@@ -145,8 +151,18 @@ def _communication(joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]]
         for other, each in enumerate(joint):
             if other != at:
                 share *= each.fraction
+        # Tokens go to parts of parts, where axes further out have sent them already.
+        before = prod(
+            ranks
+            for other, (ranks, _) in zip(joint[:at], axes, strict=False)
+            if other.kernel is not None and other.kernel.routed == strategy.kernel.routed
+        )
+        copies = strategy.kernel.copies(before * size)
+        # Packed before it is sent, and added up when it has come, in both passes.
+        packed = 2 * strategy.kernel.moved * copies * share / size
+        seconds += packed / hardware.sustained_bytes_per_second
         for kind, sent in strategy.kernel.collectives:
-            seconds += collective_seconds(kind, sent * share, link, size)
+            seconds += collective_seconds(kind, sent * share * copies, link, size)
     return seconds
 
 
@@ -227,6 +243,47 @@ def _product(
         traffic.append(np.maximum(moved - seconds, 0.0) + hardware.launch_seconds)
     forward = arithmetic[0] + traffic[0]
     return np.sum(arithmetic, axis=0), forward, np.sum(traffic, axis=0)
+
+
+def _inner(
+    call: OpCall, rule: ShardingRule, shares: Array, hardware: Hardware
+) -> tuple[Array, Array, Array]:
+    """Return what `_product` does, of an op that is several products and other ops in one.
+
+    What is no product moves bytes, once forward and twice backward, and is no part of a product's
+    time.
+    """
+    assert rule.inner is not None
+    place = {name: index for index, name in enumerate(rule.loops)}
+
+    def share(*names: str) -> Array:
+        """Return [joint]: the product of the shares of some loops."""
+        return np.prod([shares[:, place[name]] for name in names if name in place], axis=0)
+
+    ones = np.ones(len(shares))
+    first, again, traffic_first, traffic_again = (np.zeros(len(shares)) for _ in range(4))
+    for item in rule.inner.products:
+        groups = np.maximum(item.groups * share(item.group_loop), 1) * ones
+        rows = item.rows * share(*item.row_loops) * ones
+        columns = item.columns * share(item.column_loop) * ones
+        depth = item.depth * share(item.depth_loop) * ones
+        moved = moved_seconds(
+            item.itemsize * groups * (rows * (columns + depth) + columns * depth), hardware
+        )
+        forms = ((rows, columns, depth), (rows, depth, columns), (depth, columns, rows))
+        for at, (height, width, long) in enumerate(forms):
+            seconds = product_seconds(groups, height, width, long, item.itemsize, hardware)
+            beyond = np.maximum(moved - seconds, 0.0) + hardware.launch_seconds
+            if at == 0:
+                first, traffic_first = first + seconds, traffic_first + beyond
+            elif call.results[0].requires_grad:
+                again, traffic_again = again + seconds, traffic_again + beyond
+    for forward, backward, names in rule.inner.moved:
+        part = share(*names)
+        traffic_first += moved_seconds(forward * part, hardware) + hardware.launch_seconds
+        if call.results[0].requires_grad:
+            traffic_again += moved_seconds(backward * part, hardware) + hardware.launch_seconds
+    return first + again, first + traffic_first, traffic_first + traffic_again
 
 
 def _loop_groups(rule: ShardingRule) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:

@@ -118,16 +118,18 @@ class SavedTensors:
             self._saved[key] = _with_loops(self._cases[key], self._seen[key])
         return self._saved[key]
 
-    def of_kernel(self, name: str, loop: str, world_size: int) -> Saved:
+    def of_kernel(self, name: str, loop: str, world_size: int, second: str = "") -> Saved:
         """Return what a call saves if `loop` is split by its kernel over `world_size` ranks.
 
-        The bytes are those of a part of that loop, and of the whole of the others.
+        second: the loop that is split together with it, by an exchange; "" for none. The bytes are
+        those of a part of these loops, and of the whole of the others.
         """
         case = self._cases[self._keys[name]]
-        key = (self._keys[name], loop, world_size)
+        loops = (loop, second) if second else (loop,)
+        key = (self._keys[name], loops, world_size)
         if key not in self._saved:
-            seen = _observe(case, {}, loop, world_size)
-            self._saved[key] = _with_loops(case, seen, loop, world_size)
+            seen = _observe(case, {}, loops, world_size)
+            self._saved[key] = _with_loops(case, seen, loops, world_size)
         return self._saved[key]
 
     def storage_of(self, value: str) -> str:
@@ -193,11 +195,13 @@ def _resized(spec: FakeTensorSpec, shape: Sequence[int]) -> FakeTensorSpec:
     return FakeTensorSpec(tuple(shape), tuple(strides), spec.dtype, spec.requires_grad)
 
 
-def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int = 1) -> Observed:
-    """Run the call with other sizes of some loops, by the kernel of `loop` if one is given.
+def _observe(
+    case: _Case, sizes: Mapping[str, int], loops: tuple[str, ...] = (), ranks: int = 1
+) -> Observed:
+    """Run the call with other sizes of some loops, by a kernel if it splits any.
 
-    sizes: by loop, in place of the rule's. A kernel runs on the part that the first of `ranks`
-    ranks has.
+    sizes: by loop, in place of the rule's. loops: that the kernel splits; two, if it is an
+    exchange. A kernel runs on the part that the first of `ranks` ranks has.
     """
     node, rule = case.call.node, case.rule
     operands, results = case.operands, case.results
@@ -211,17 +215,19 @@ def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int =
             for name in names:
                 if name in sizes:
                     shape[dim] = shape[dim] // hint(rule.sizes[name]) * sizes[name]
-        shard = place(rule, dims, LoopSplit(loop), ranks) if loop else None
-        if shard is not None:
-            shape[shard.dim] = local_size(shape[shard.dim], shard, ranks)
+        for loop in loops:
+            shard = place(rule, dims, LoopSplit(loop), ranks)
+            if shard is not None:
+                shape[shard.dim] = local_size(shape[shard.dim], shard, ranks)
         return _resized(stand, shape)
 
-    if sizes or loop:
+    if sizes or loops:
         operands = tuple(map(sized, operands, rule.operands))
         results = tuple(map(sized, results, rule.results))
     args, kwargs = node.args, dict(node.kwargs)
-    if loop:
-        kernel = rule.kernels[loop]
+    if loops:
+        loop = loops[0]
+        kernel = rule.kernels[loop] if len(loops) == 1 else rule.exchanges[loop].kernel
         size = sizes.get(loop, hint(rule.sizes[loop]))
         kwargs |= {**dict(kernel.arguments), "group": StandInGroup(ranks), "size": size}
         function = getattr(kernels, kernel.name)
@@ -234,7 +240,7 @@ def _observe(case: _Case, sizes: Mapping[str, int], loop: str = "", ranks: int =
     return observe(runner(node.target, rule), args, kwargs, operands, results)
 
 
-def _with_loops(case: _Case, seen: Observed, loop: str = "", ranks: int = 1) -> Saved:
+def _with_loops(case: _Case, seen: Observed, split: tuple[str, ...] = (), ranks: int = 1) -> Saved:
     """Return what was seen, with the loops of internal memory: those that make it longer.
 
     seen: at the sizes of the graph. Each loop is doubled once: memory that doubles has that loop.
@@ -245,9 +251,9 @@ def _with_loops(case: _Case, seen: Observed, loop: str = "", ranks: int = 1) -> 
     rule = case.rule
     if inside and rule is not None and not seen.assumed:
         for name in rule.loops:
-            if name in rule.whole or name == loop:
+            if name in rule.whole or (name,) == split[:1]:
                 continue
-            more = _observe(case, {name: 2 * hint(rule.sizes[name])}, loop, ranks)
+            more = _observe(case, {name: 2 * hint(rule.sizes[name])}, split, ranks)
             # Another size may take another kernel, which saves other tensors: then nothing is
             # learnt.
             if more.saved != seen.saved or more.storages != seen.storages or more.assumed:

@@ -11,7 +11,7 @@ from autoparallel.placement import Layout, Shard, local_size
 from autoparallel.plan import OpChoice
 from autoparallel.rewrite.expressions import Code, ExpressionWriter
 from autoparallel.rewrite.names import Names
-from autoparallel.rules.rule import Dims, Kernel, OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, Exchange, Kernel, OpCall, ShardingRule
 from autoparallel.runtime.kernels import kernel_arguments
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import op_key
@@ -87,9 +87,20 @@ class LocalCalls:
                 size = part  # type: ignore[assignment]
         return size
 
+    def exchanged(self, node: Node, choice: OpChoice, axis: int, exchange: Exchange | None) -> str:
+        """Return the options of a kernel that splits a second loop: the dim of the result that has
+        it, and its size without that split. "" for other kernels.
+        """
+        cut = choice.results[0][axis]
+        name = choice.kernels[axis]
+        if exchange is None or exchange.kernel.name != name or not isinstance(cut, Shard):
+            return ""
+        extent = self.dim(node.results[0], cut.dim, choice.results[0], without=axis)
+        return f", dim={cut.dim}, extent={self.speller.size(extent)}"
+
     def kernels(self, node: Node, choice: OpChoice) -> dict[int, tuple[Kernel, str]]:
-        """Return return, by mesh axis, the kernel that the op needs and
-        the local size of the loop that it splits.
+        """Return, by mesh axis, the kernel that the op needs, and its options: the local size of
+        the loop that it splits.
         """
         rule = self.rules[node.name]
         kernels: dict[int, tuple[Kernel, str]] = {}
@@ -102,13 +113,15 @@ class LocalCalls:
             ):
                 placement = layout[axis]
                 for loop in dims[placement.dim] if isinstance(placement, Shard) else ():
-                    kernel = rule.kernels.get(loop)
-                    if kernel is not None and kernel.name == name and axis not in kernels:
+                    kernel = rule.kernel_of(loop, name)
+                    if kernel is not None and axis not in kernels:
                         assert isinstance(placement, Shard)
                         size = self.dim(
                             self.graph.values[value], placement.dim, layout, without=axis
                         )
-                        kernels[axis] = (kernel, self.speller.size(size))
+                        options = f"size={self.speller.size(size)}"
+                        options += self.exchanged(node, choice, axis, rule.exchanges.get(loop))
+                        kernels[axis] = (kernel, options)
             assert axis in kernels, f"{node.name}: a kernel without a split operand"
         return kernels
 
@@ -125,8 +138,9 @@ class LocalCalls:
         nested.
         """
         run = ""
-        # False sorts first: at most one kernel wraps nothing, and it is the innermost.
-        ordered = sorted(kernels, key=lambda axis: kernels[axis][0].wraps)
+        # False sorts first: at most one kernel wraps nothing, and it is the innermost. Of the
+        # others that of the outermost axis is called first.
+        ordered = sorted(kernels, key=lambda axis: (kernels[axis][0].wraps, -axis))
         if any(not kernels[axis][0].wraps for axis in ordered[1:]):
             raise PlanError(
                 f"{node.target} cannot be split on several axes at once in this way",
@@ -135,11 +149,11 @@ class LocalCalls:
                 fix="constrain the op's tensors to be whole on one of the axes, and plan again",
             )
         for axis in ordered:
-            kernel, size = kernels[axis]
+            kernel, sizes = kernels[axis]
             unknown = {name for name, _ in kernel.arguments} - kernel_arguments(kernel.name)
             if unknown:
                 raise ValueError(f"{kernel.name} has no {min(unknown)!r:.60}")
-            options = f"group={self.names.axes[axis]}, size={size}{run}"
+            options = f"group={self.names.axes[axis]}, {sizes}{run}"
             options += "".join(f", {name}={value!r}" for name, value in kernel.arguments)
             run = f", run=functools.partial(kernels.{kernel.name}, {options})"
         return f"kernels.{kernel.name}({text}, {options})"

@@ -8,6 +8,7 @@ from autoparallel.rules.ops import (  # noqa: F401
     attention,
     contraction,
     convolution,
+    experts,
     indexing,
     losses,
     normalization,

@@ -14,12 +14,15 @@ from functools import cached_property
 from typing import Any
 
 from autoparallel.graph.graph import Dim, Graph, Node, Value, numel_hint
+from autoparallel.graph.row_program import parts_met
 from autoparallel.placement import (
     Collective,
     Placement,
 )
+from autoparallel.rules.inner_work import InnerWork
 
 __all__ = [
+    "Exchange",
     "Kernel",
     "OpCall",
     "Shapes",
@@ -79,6 +82,9 @@ class Kernel:
     pairs of a kind and the bytes of the full tensor, backward ones among them, for the cost model.
     arguments: what else it is called with, by name. wraps: it runs the op itself on its part, which
     may be the kernel of another mesh axis (of all kernels of one call, all but one must).
+    routed: choices and targets, where the collectives send what a token has to every rank that has
+    one of so many chosen targets; (0, 0) where they send a tensor once. moved: bytes that are read
+    and written in either pass to pack what is sent, and to add up what comes.
     """
 
     name: str
@@ -86,6 +92,25 @@ class Kernel:
     collectives: tuple[tuple[Collective, int], ...] = ()
     arguments: tuple[tuple[str, Any], ...] = ()
     wraps: bool = False
+    routed: tuple[int, int] = (0, 0)
+    moved: int = 0
+
+    def copies(self, ranks: int) -> float:
+        """Return how often the collectives send what they send, for equally likely choices."""
+        choices, targets = self.routed
+        return parts_met(choices, targets, ranks) if targets else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A kernel that splits a loop and one of several others together, on the same ranks.
+
+    kernel: what runs. loops: those that can be split with the loop that has this exchange; a tensor
+    that has one of them is split along it.
+    """
+
+    kernel: Kernel
+    loops: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -137,6 +162,18 @@ class ShardingRule:
     discovered: str = ""
     pieces: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     dealt: frozenset[str] = frozenset()
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)
+    inner: InnerWork | None = None
+
+    def kernel_of(self, loop: str, name: str) -> Kernel | None:
+        """Return the kernel of that name that splits the loop, be it with another one; or None."""
+        kernel = self.kernels.get(loop)
+        if kernel is not None and kernel.name == name:
+            return kernel
+        exchange = self.exchanges.get(loop)
+        if exchange is not None and exchange.kernel.name == name:
+            return exchange.kernel
+        return None
 
     def needs_elements(self, loop: str) -> bool:
         """Return whether the op runs only on parts of the loop that have elements."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autoparallel.graph.graph import hint
 from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard, local_size
 from autoparallel.rules.loop_splits import LoopSplit, UnsplittableError, is_possible, place
-from autoparallel.rules.rule import Kernel, ShardingRule
+from autoparallel.rules.rule import Dims, Kernel, ShardingRule
 
 __all__ = ["Strategy", "strategies"]
 
@@ -19,7 +19,8 @@ class Strategy:
 
     operands, results: placements, in the call's order. tile: the split of a loop, None where
     nothing is split. fraction: the largest rank's share of the work. kernel: what runs in place of
-    the op, None for the op itself.
+    the op, None for the op itself. second: the loop that is split together with that of the tile,
+    by an exchange.
     """
 
     operands: tuple[Placement, ...]
@@ -27,6 +28,7 @@ class Strategy:
     tile: LoopSplit | None = None
     fraction: float = 1.0
     kernel: Kernel | None = None
+    second: str = ""
 
     def __str__(self) -> str:
         sides = (", ".join(map(str, side)) for side in (self.operands, self.results))
@@ -56,6 +58,41 @@ def _share(rule: ShardingRule, tile: LoopSplit, world_size: int) -> float:
     return -(-runs // world_size) / runs
 
 
+def _exchanged(
+    rule: ShardingRule,
+    tile: LoopSplit,
+    tiles: tuple[LoopSplit, ...],
+    operand_grads: tuple[bool, ...],
+    world_size: int,
+) -> Iterator[Strategy]:
+    """Yield the strategies that split a loop together with another one, by an exchange.
+
+    tiles: the splits that are considered: one of the other loop must be among them.
+    """
+    exchange = rule.exchanges.get(tile.loop)
+    for other in exchange.loops if exchange is not None else ():
+        second = LoopSplit(other)
+        if second not in tiles or not is_possible(rule, second, world_size):
+            continue
+
+        def placed(dims: Dims, whole: Placement, second: LoopSplit = second) -> Placement:
+            """Return the placement of a tensor of `dims`; `whole` where it has neither loop."""
+            first = place(rule, dims, tile, world_size)
+            return first or place(rule, dims, second, world_size) or whole
+
+        assert exchange is not None
+        try:
+            operands = tuple(
+                placed(dims, Replicate() if grad else Invariant())
+                for dims, grad in zip(rule.operands, operand_grads, strict=True)
+            )
+            results = tuple(placed(dims, exchange.kernel.result) for dims in rule.results)
+        except UnsplittableError:
+            continue
+        share = _share(rule, tile, world_size)
+        yield Strategy(operands, results, tile, share, exchange.kernel, other)
+
+
 def strategies(
     rule: ShardingRule,
     tiles: Iterable[LoopSplit],
@@ -78,6 +115,7 @@ def strategies(
 
     # A dict in place of a set keeps the order, and with it determinism.
     unique: dict[Strategy, None] = {}
+    tiles = tuple(tiles)
     whole = Strategy(
         tuple([Invariant()] * len(operand_grads)), tuple([Invariant()] * len(result_grads))
     )
@@ -107,6 +145,8 @@ def strategies(
         except UnsplittableError:
             continue
         unique[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None
+        for strategy in _exchanged(rule, tile, tiles, operand_grads, world_size):
+            unique[strategy] = None
     # f(a + b) = f(a) + f(b): each rank may run the op on its summand, and the sum stays pending.
     for group in rule.linear:
         # Constants alone are no pending sums: their product with a whole tensor may become one.

@@ -18,13 +18,18 @@ import torch
 from torch.nn import functional
 
 from autoparallel.placement import part_bounds
-from autoparallel.runtime import ctc_loss  # noqa: F401  # an op, which programs call by its name
+from autoparallel.runtime import ctc_loss, routed_experts  # noqa: F401  # ops, called by name
 from autoparallel.runtime.collectives import common_sum, for_parts, pending_sum, same_sum
 from autoparallel.runtime.discovered_kernels import (
     alike_elsewhere,
     combined_parts,
     masked_lookup,
     weighted_mean,
+)
+from autoparallel.runtime.expert_kernels import (
+    experts_exchanged,
+    experts_inner,
+    experts_summed,
 )
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.split_indices import places_here, require_below
@@ -63,6 +68,9 @@ __all__ = [
     "cross_entropy_rows",
     "cross_entropy_tokens",
     "embedding_rows",
+    "experts_exchanged",
+    "experts_inner",
+    "experts_summed",
     "gather_split",
     "group_norm_split",
     "grouped_mm_matrices",
@@ -83,7 +91,7 @@ __all__ = [
 
 _HELPERS = {"kernel_arguments", "stand_ins_for", "without_stand_ins"}
 # What an emitted program itself gives to kernels.
-_GIVEN = {"group", "size", "run"}
+_GIVEN = {"group", "size", "run", "dim", "extent"}
 
 
 @functools.cache

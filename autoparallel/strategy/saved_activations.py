@@ -150,12 +150,13 @@ class SavedActivations:
         inner = innermost.tile.loop if innermost is not None and innermost.tile else ""
         for part, size in split:
             assert part.tile is not None
+            loop = part.second or part.tile.loop
             if part.tile.loop == inner:
                 ranks *= size
             else:
-                shares[part.tile.loop] = shares.get(part.tile.loop, 1.0) * part.fraction
-        if inner:
-            saved = self.saved.of_kernel(node.name, inner, ranks)
+                shares[loop] = shares.get(loop, 1.0) * part.fraction
+        if innermost is not None and inner:
+            saved = self.saved.of_kernel(node.name, inner, ranks, innermost.second)
         total = float(saved.internal_nbytes(shares))
         for value, layout, is_saved, alias in zip(
             node.results, joint.results, saved.results, saved.aliases, strict=True

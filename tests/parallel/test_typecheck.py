@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import expert_families
 import pytest
 import spmd_types
 import torch.distributed as dist
@@ -57,6 +58,16 @@ def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bo
             )
         if not re.search(r"\bS\d", line.partition("tp,")[2]):
             assert isinstance(caught.value, spmd_types.SpmdTypeError)
+
+
+@pytest.mark.parametrize("kind", ["experts_exchanged", "experts_summed", "experts_inner"])
+@pytest.mark.usefixtures("fake_processes", "one_trace")
+def test_types_of_split_experts_fit(kind: str) -> None:
+    model, inputs = expert_families.build("listed"), expert_families.inputs_for()
+    with expert_families.only(kind):
+        plan = autoparallel.make_plan(model, mesh=Mesh(ep=2), example_inputs=inputs)
+    assert any(kind in op.kernels for op in plan.ops)
+    typecheck_plan(model, plan, (), inputs)
 
 
 @pytest.fixture

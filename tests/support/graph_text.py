@@ -10,7 +10,9 @@ from typing import Any
 
 import sympy
 import torch
+import transformers.integrations.moe  # noqa: F401  # its ops
 
+import autoparallel.runtime.kernels  # noqa: F401  # the project's ops
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, hint, map_leaves
 from autoparallel.graph.operators import operator_of
 

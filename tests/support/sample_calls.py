@@ -343,10 +343,47 @@ def _grouped() -> list[Call]:
     ]
 
 
+def _experts() -> list[Call]:
+    """Return routed experts: with gates and biases, a column- and a row-parallel product; with an
+    odd one that nobody chose, so that a rank may get nothing; and with sizes of the inputs.
+    """
+
+    def chosen(tokens: int, choices: int, count: int) -> torch.Tensor:
+        scores = torch.rand(tokens, count, generator=torch.Generator().manual_seed(3))
+        return scores.topk(choices).indices
+
+    name = "autoparallel.routed_experts.default"
+    gated = (
+        "a = product(row0, table0); b = lookup(table2); c = aten.add.Tensor(a, b); "
+        "d, e = aten.chunk.default(c, 2, -1); f = aten.silu.default(d); g = aten.mul.Tensor(f, e); "
+        "h = product(g, table1, True); i = lookup(table3); j = aten.add.Tensor(h, i); "
+        "k = aten.unsqueeze.default(value0, -1); l = aten.mul.Tensor(j, k); l"
+    )
+    tables = (x(5, 3, 8), x(5, 3, 4), x(5, 8), x(5, 3))
+    plain = "a = product(row0, table0); b = aten.mul.Tensor(a, plain0); b"
+    strided = (
+        "a = product(row0, table0); b = aten.slice.Tensor(a, 1, 0, 99, 2); "
+        "c = aten.slice.Tensor(a, 1, 1, 99, 2); d = aten.mul.Tensor(b, c); "
+        "e = product(d, table1); e"
+    )
+    two = chosen(24, 2, 5).view(4, 6, 2)
+    few = chosen(7, 1, 3).unsqueeze(0).clamp(max=1)
+    return [
+        Call(name, ((x(4, 6, 3),), two, (x(4, 6, 2),), tables, (), gated)),
+        Call(name, ((x(1, 7, 3),), few, (), (x(3, 3, 4),), (x(4),), plain)),
+        Call(
+            name,
+            ((x(11, 3),), chosen(11, 3, 4), (), (x(4, 3, 8), x(4, 4, 5)), (), strided),
+            symbolic={11: "s0"},
+        ),
+    ]
+
+
 CALLS = (
     *_pointwise(),
     *_contraction(),
     *_grouped(),
+    *_experts(),
     *_shape(),
     *_cutting(),
     *sample_layers.reduction(),

@@ -10,9 +10,11 @@ import torch
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.graph.operators import operator_of
 from autoparallel.graph.passes.editing import rebuilt
+from autoparallel.graph.row_program import ROUTED
 
 __all__ = [
     "explicit_bias_of_batches",
+    "is_pointwise",
     "unflatten_products",
     "unmerge_batches",
     "unmerge_losses",
@@ -201,21 +203,21 @@ class _Unmerger:
         and their results are merged after that.
         """
         for node in self.graph.nodes:
-            unmerged = (
-                self.instead(node) if node.kind == "call" and len(node.results) == 1 else None
-            )
+            unmerged = self.instead(node) if node.kind == "call" else None
             if unmerged is None:
                 self.nodes.append(node)
                 if node.target == "aten.reshape.default":
                     self.note_merge(node)
                 elif node.target == "aten.repeat.default":
                     self.note_repeat(node)
-            elif unmerged.result.shape == node.result.shape:
+            elif unmerged.results[0].shape == node.results[0].shape:
                 self.nodes.append(replace(unmerged, name=node.name, results=node.results))
             else:
-                self.nodes += [unmerged, _reshape(node, node.result, unmerged.result)]
-                count = len(unmerged.result.shape) - len(node.result.shape) + 1
-                self.apart[node.name] = _Apart(unmerged.result, unmerged.result.shape[:count])
+                self.nodes.append(unmerged)
+                for value, result in zip(node.results, unmerged.results, strict=True):
+                    self.nodes.append(_reshape(node, value, result))
+                    count = len(result.shape) - len(value.shape) + 1
+                    self.apart[value.name] = _Apart(result, result.shape[:count])
         return rebuilt(self.graph, self.nodes, {})
 
     def note_merge(self, node: Node) -> None:
@@ -246,29 +248,34 @@ class _Unmerger:
         None where it is no call for each of them.
         """
         merged = next((name for name in node.operands() if name in self.apart), None)
-        if merged is None or len(node.result.shape) < 2:
+        if merged is None or any(len(result.shape) < 2 for result in node.results):
             return None
         apart, first = self.apart[merged], self.graph.values[merged].shape[0]
-        shape = (*apart.batch, *node.result.shape[1:])
-        value = replace(node.result, name=f"{node.name}_apart", shape=shape)
+        values = tuple(
+            replace(result, name=f"{result.name}_apart", shape=(*apart.batch, *result.shape[1:]))
+            for result in node.results
+        )
         if node.target == "aten.reshape.default":
             if node.result.shape[: len(apart.batch)] == apart.batch:
                 return _reshape(node, node.result, apart.value)
-            return _reshape(node, value, apart.value) if node.result.shape[0] == first else None
+            return _reshape(node, values[0], apart.value) if node.result.shape[0] == first else None
+        if node.target == "aten.expand.default" and node.args[1][0] in (first, -1):
+            return _expand(node, values[0], apart.value)
         args = _shifted(node, len(self.graph.values[merged].shape), len(apart.batch) - 1)
-        if args is None or node.result.shape[0] != first:
+        if args is None or any(result.shape[0] != first for result in node.results):
             return None
         # Its other operands are weights, which have no batch.
         if node.target in _OF_ROWS:
             if node.operands()[0] != merged:
                 return None
             args = (Ref(apart.value.name), *node.args[1:])
-            return replace(node, name=value.name, results=(value,), args=args)
-        shapes = [self.graph.values[name].shape for name in node.operands()]
-        if not _is_pointwise(node.target) and any(shape[0] != first for shape in shapes):
+            return replace(node, name=values[0].name, results=values, args=args)
+        names = _with_batch(node)
+        shapes = [self.graph.values[name].shape for name in names]
+        if not is_pointwise(node.target) and any(shape[0] != first for shape in shapes):
             return None
-        reads: dict[str, str] = {}
-        for name in node.operands():
+        reads = {name: name for name in node.operands()}
+        for name in names:
             reads[name] = self.operand(node, name, apart.batch, first)
 
         def leaf(item: Any) -> Any:
@@ -277,9 +284,9 @@ class _Unmerger:
 
         return replace(
             node,
-            name=value.name,
+            name=f"{node.name}_apart",
             target="aten.matmul.default" if node.target in _PRODUCTS else node.target,
-            results=(value,),
+            results=values,
             args=map_leaves(leaf, args),
             kwargs=map_leaves(leaf, node.kwargs),
         )
@@ -292,7 +299,7 @@ class _Unmerger:
         if known is not None and known.batch == batch:
             return known.value.name
         # Broadcast against the batch, it has no merged dim to take apart.
-        if len(value.shape) < len(reader.result.shape):
+        if len(value.shape) < len(reader.results[0].shape) and reader.target != ROUTED:
             return name
         first_dims = batch if value.shape[0] == first else (1,) * len(batch)
         reshaped = replace(
@@ -328,28 +335,45 @@ def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
     """
     if node.target in _PRODUCTS:
         return node.args if rank == 3 else None
-    if _is_pointwise(node.target):
+    if is_pointwise(node.target):
         return node.args
     if node.target in _OF_ROWS:
         dims = len(node.args[1]) if "norm" in node.target else 1
         return node.args if dims < rank else None
+    if node.target == ROUTED:
+        return node.args
     positions = _DIMS.get(node.target)
-    if positions is None or any(index >= len(node.args) for index in positions):
+    if positions is None:
+        return None
+    # Ops that leave the dim out work along the last one.
+    positions = tuple(index for index in positions if index < len(node.args))
+    last = node.target in _LAST_BY_DEFAULT and node.keyword("dim") is None
+    if not positions and not last:
         return None
     args = list(node.args)
+    # A new dim may also lie behind all others.
+    rank += node.target == "aten.unsqueeze.default"
     for index in positions:
-        several = args[index] if isinstance(args[index], tuple) else (args[index],)
-        along = tuple(dim % rank for dim in several if isinstance(dim, int))
-        # The call works along the merged dim itself, as it does where it names no dim, and so not
-        # on each place by itself.
-        if 0 in along or not along or len(along) < len(several):
+        given = args[index]
+        named: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
+        # The call works along the merged dim itself, and so not on each place by itself; no dim
+        # stands for all of them.
+        if not named or any(not isinstance(dim, int) or dim % rank == 0 for dim in named):
             return None
-        moved = tuple(dim + extra for dim in along)
-        args[index] = moved if isinstance(args[index], tuple) else moved[0]
+        shifted = tuple(dim % rank + extra for dim in named)
+        args[index] = shifted if isinstance(given, tuple) else shifted[0]
     return tuple(args)
 
 
-def _is_pointwise(target: str) -> bool:
+def _with_batch(node: Node) -> tuple[str, ...]:
+    """Return the operands of a call that have its batch: all but the weights of experts."""
+    if node.target != ROUTED:
+        return node.operands()
+    rows, experts, values = node.args[:3]
+    return tuple(ref.name for ref in (*rows, experts, *values))
+
+
+def is_pointwise(target: str) -> bool:
     """Return whether the op computes each element by itself, by torch's own tag."""
     tags = getattr(operator_of(target), "tags", ())
     return torch.Tag.pointwise in tags or target in _ALSO_POINTWISE
@@ -358,7 +382,14 @@ def _is_pointwise(target: str) -> bool:
 _PRODUCTS = {"aten.bmm.default", "aten.matmul.default"}
 # Of the last dims of the first operand, whatever lies before them.
 _OF_ROWS = {"aten.linear.default", "aten.layer_norm.default", "aten.rms_norm.default"}
-_ALSO_POINTWISE = {"aten.to.dtype", "aten.detach.default", "aten.dropout.default"}
+_ALSO_POINTWISE = {
+    "aten.to.dtype",
+    "aten.detach.default",
+    "aten.dropout.default",
+    "aten.zeros_like.default",
+    "aten.ones_like.default",
+    "aten.full_like.default",
+}
 # Where the call names dims of its operand.
 _DIMS = {
     "aten.transpose.int": (1, 2),
@@ -368,7 +399,15 @@ _DIMS = {
     "aten.slice.Tensor": (1,),
     "aten.select.int": (1,),
     "aten.mean.dim": (1,),
+    "aten.topk.default": (2,),
+    "aten.sort.default": (1,),
+    "aten.argsort.default": (1,),
     "aten.sum.dim_IntList": (1,),
     "aten.amax.default": (1,),
     "aten.amin.default": (1,),
+    "aten.scatter.value": (1,),
+    "aten.scatter.src": (1,),
+    "aten.scatter_add.default": (1,),
+    "aten.unsqueeze.default": (1,),
 }
+_LAST_BY_DEFAULT = {"aten.topk.default", "aten.sort.default", "aten.argsort.default"}

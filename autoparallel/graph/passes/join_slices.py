@@ -1,13 +1,13 @@
-"""A pass that turns slices which together cover a whole dim into one split."""
+"""Passes on slices which together cover a whole dim: read, they are a split; written, a cat."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from autoparallel.graph.graph import Graph, Node
+from autoparallel.graph.graph import Graph, Node, Ref
 from autoparallel.graph.passes.editing import Rename, first_operand, rebuilt, renamed
 
-__all__ = ["join_slices"]
+__all__ = ["join_slices", "join_writes"]
 
 _Range = tuple[int, int]
 
@@ -59,14 +59,66 @@ def join_slices(graph: Graph) -> Graph:
     return rebuilt(graph, nodes, names)
 
 
-def _range(node: Node, graph: Graph) -> tuple[int, _Range] | None:
+def join_writes(graph: Graph) -> Graph:
+    """slice_scatter(slice_scatter(%x, %a, 1, 0, 4), %b, 1, 4, 6) of six columns becomes
+    cat((%a, %b), 1).
+
+    Why: what is written over in full was made for nothing, whole on every rank where it is a
+    constant such as zeros; and each write copied all of it. After: no writes of step 1 and fixed
+    size, one behind the other, cover a dim without meeting; a second run is a no-op.
+    """
+    nodes = []
+    for node in graph.nodes:
+        parts = _written_parts(graph, node)
+        if parts is None:
+            nodes.append(node)
+            continue
+        dim, names = parts
+        args = (tuple(map(Ref, names)), dim)
+        nodes.append(replace(node, target="aten.cat.default", args=args, kwargs=()))
+    return rebuilt(graph, nodes, {})
+
+
+def _written_parts(graph: Graph, node: Node) -> tuple[int, tuple[str, ...]] | None:
+    """Return the dim along which all of a value was written, and the parts in their order; None
+    where something of it was there before.
+    """
+    pieces: dict[_Range, str] = {}
+    along = -1
+    last = node
+    while node.target == _WRITE:
+        piece = _range(node, graph, _WRITE)
+        if piece is None or piece[0] != (along if pieces else piece[0]):
+            return None
+        along, bounds = piece
+        part, whole = (graph.values[name] for name in (node.operands()[1], first_operand(node)))
+        shape = list(whole.shape)
+        shape[along] = bounds[1] - bounds[0]
+        if part.shape != tuple(shape) or part.dtype != whole.dtype or bounds in pieces:
+            return None
+        pieces[bounds] = part.name
+        order = sorted(pieces)
+        ends = [0, *(stop for _, stop in order)]
+        if [start for start, _ in order] == ends[:-1] and ends[-1] == last.result.shape[along]:
+            return along, tuple(pieces[bounds] for bounds in order)
+        node = graph.producers[whole.name]
+    return None
+
+
+_READ, _WRITE = "aten.slice.Tensor", "aten.slice_scatter.default"
+
+
+def _range(node: Node, graph: Graph, target: str = _READ) -> tuple[int, _Range] | None:
     """Return the dim and the bounds of a slice of fixed size and step 1;
     None for any other node.
+
+    target: the op, that of reading or of writing a slice.
     """
-    if node.target != "aten.slice.Tensor":
+    if node.target != target:
         return None
     shape = graph.values[first_operand(node)].shape
-    arguments = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False))
+    given = node.args[1 if target == _READ else 2 :]
+    arguments = dict(zip(("dim", "start", "end", "step"), given, strict=False))
     arguments |= dict(node.kwargs)
     dim = arguments.get("dim", 0) % len(shape)
     size, start, end = shape[dim], arguments.get("start") or 0, arguments.get("end")

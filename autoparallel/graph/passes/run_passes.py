@@ -10,6 +10,7 @@ from autoparallel.graph.graph import (
 from autoparallel.graph.passes.attention_dropout import explicit_attention_dropout
 from autoparallel.graph.passes.bias_and_mean import split_bias, split_mean
 from autoparallel.graph.passes.complex_writes import real_scatters
+from autoparallel.graph.passes.experts_in_turn import join_experts_in_turn
 from autoparallel.graph.passes.flattened_batches import (
     explicit_bias_of_batches,
     unflatten_products,
@@ -17,7 +18,7 @@ from autoparallel.graph.passes.flattened_batches import (
     unmerge_losses,
 )
 from autoparallel.graph.passes.functionalize import functional
-from autoparallel.graph.passes.join_slices import join_slices
+from autoparallel.graph.passes.join_slices import join_slices, join_writes
 from autoparallel.graph.passes.merged_dims import see_through_merges
 from autoparallel.graph.passes.no_grad import explicit_stops
 from autoparallel.graph.passes.normalize import (
@@ -29,6 +30,7 @@ from autoparallel.graph.passes.normalize import (
     types_alone,
 )
 from autoparallel.graph.passes.repeats import explicit_repeats
+from autoparallel.graph.passes.sorted_experts import join_routed_experts
 
 __all__ = ["PASSES", "run_passes"]
 
@@ -47,7 +49,10 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     explicit_sizes,
     # Structure that a split must see: blocks of a dim, and dims that were flattened.
     join_slices,
+    join_writes,
     explicit_repeats,
+    join_routed_experts,
+    join_experts_in_turn,
     see_through_merges,
     explicit_bias_of_batches,
     unmerge_batches,

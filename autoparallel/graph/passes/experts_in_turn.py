@@ -1,0 +1,299 @@
+"""A pass that sees a loop over experts, each with the tokens that chose it, as one op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from autoparallel.graph.graph import Graph, Node, Ref, Value, map_leaves, size_expression
+from autoparallel.graph.passes.editing import first_operand, rebuilt
+from autoparallel.graph.passes.sorted_experts import NoRowsError, RowSearch
+from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
+
+__all__ = ["join_experts_in_turn"]
+
+_ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
+
+
+def join_experts_in_turn(graph: Graph) -> Graph:
+    """index_add(index_add(zeros, 0, %rows_0, %made_0), 0, %rows_1, %made_1) .. becomes
+    routed_experts(%x, %experts, ..), where rows_e are the tokens that chose expert e.
+
+    A Python loop over a list of experts is written so: for each, where(%chosen == e), the rows of
+    its tokens, and what it makes of them, added up. Their parameters are stacked.
+
+    Why: how many tokens chose an expert depends on values, so that no rank could know a size.
+    After: no such chain is left, if all experts do the same with parameters of their own; its last
+    sum keeps its name; a second run is a no-op.
+    """
+    chains: dict[str, list[_Turn]] = {}
+    for node in graph.calls:
+        turns = _turns(graph, node)
+        if len(turns) > 1:
+            # A longer chain that goes on from here takes the place of this one.
+            chains.pop(turns[-2].sum.name, None)
+            chains[node.name] = turns
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        joined = _joined(graph, node, chains[node.name]) if node.name in chains else None
+        nodes += [node] if joined is None else joined
+    return rebuilt(graph, nodes, {})
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One expert's turn: its sum with those before, its rows' tokens, and what it made of them.
+
+    sum: the node that adds up. tokens, made: values.
+    """
+
+    sum: Node
+    tokens: str
+    made: str
+
+
+def _turns(graph: Graph, node: Node) -> list[_Turn]:
+    """Return the turns of the experts up to a node, in order; none where it adds up nothing."""
+    turns: list[_Turn] = []
+    while True:
+        turn = _turn(graph, node)
+        if turn is None:
+            return turns[::-1] if node.target in _ZEROS else []
+        turns.append(turn)
+        node = graph.producers[first_operand(node)]
+
+
+def _turn(graph: Graph, node: Node) -> _Turn | None:
+    """Return the turn that a node ends: index_add, or index_put of a sum with what was there."""
+    if node.target == "aten.index_add.default" and node.args[1] == 0 and not node.kwargs:
+        return _Turn(node, node.args[2].name, node.args[3].name)
+    if node.target != "aten.index_put.default" or node.argument(3, "accumulate", False):
+        return None
+    before, places, value = node.args[:3]
+    added = graph.producers[value.name]
+    if len(places) != 1 or added.target != "aten.add.Tensor" or added.kwargs:
+        return None
+    for here, made in (added.args, added.args[::-1]):
+        read = graph.producers[here.name] if isinstance(here, Ref) else None
+        reads = read is not None and read.target == "aten.index.Tensor"
+        if read is not None and reads and read.args == (before, places) and isinstance(made, Ref):
+            return _Turn(node, places[0].name, made.name)
+    return None
+
+
+def _joined(graph: Graph, node: Node, turns: list[_Turn]) -> list[Node] | None:
+    """Return the op of routed experts in the place of the last sum, behind the stacked parameters;
+    None where the turns are not those of alike experts.
+    """
+    experts: dict[int, _Expert] = {}
+    try:
+        for turn in turns:
+            chosen, number = _chosen(graph, turn.tokens)
+            experts[number] = _Expert.of(graph, turn, chosen, node)
+        inputs = [experts[number] for number in range(len(turns))]
+    except (NoRowsError, KeyError):
+        return None
+    first = inputs[0]
+    same = all((each.chosen, each.content) == (first.chosen, first.content) for each in inputs)
+    return _stacked(graph, node, inputs) if same and _are_all(graph, first, inputs) else None
+
+
+def _are_all(graph: Graph, first: _Expert, experts: list[_Expert]) -> bool:
+    """Return whether a token's choices are different ones among exactly these experts."""
+    producer = graph.producers[first.chosen]
+    source = graph.values[producer.operands()[0]] if producer.operands() else None
+    return (
+        producer.target == "aten.topk.default"
+        and producer.results[1].name == first.chosen
+        and source is not None
+        and source.shape[-1] == len(experts)
+    )
+
+
+def _chosen(graph: Graph, tokens: str) -> tuple[str, int]:
+    """Return the chosen experts, and the number of the one that the tokens have in common.
+
+    Raises NoRowsError where the value is not the tokens that chose an expert.
+    """
+    where = graph.producers[tokens]
+    places = graph.producers[first_operand(where)] if where.kind == "call" else where
+    columns = where.target == "aten.unbind.int" and where.args[1:] == (1,)
+    if not columns or places.target != "aten.nonzero.default" or len(where.results) != 2:
+        raise NoRowsError
+    mask = graph.producers[first_operand(places)]
+    place = [value.name for value in where.results].index(tokens)
+    if mask.target == "aten.eq.Scalar" and isinstance(mask.args[1], int) and place == 0:
+        return first_operand(mask), mask.args[1]
+    if mask.target == "aten.select.int":
+        turned = graph.producers[first_operand(mask)]
+        order: tuple[int, ...] = (0, 1, 2)
+        if turned.target == "aten.permute.default":
+            order = tuple(dim % 3 for dim in turned.args[1])
+            turned = graph.producers[first_operand(turned)]
+        axis = mask.args[1] % 3
+        left = [dim for at, dim in enumerate(order) if at != axis]
+        if order[axis] == 2 and left[place] == 0:
+            return _one_hot(graph, turned), mask.args[2]
+    raise NoRowsError
+
+
+def _one_hot(graph: Graph, node: Node) -> str:
+    """Return the values of which a node tells which of 0, 1, .. each is, along a last dim. Raises
+    NoRowsError where it does not.
+    """
+    while node.target == "aten.to.dtype":
+        node = graph.producers[first_operand(node)]
+    if node.target != "aten.eq.Tensor":
+        raise NoRowsError
+    column, numbers = (graph.producers[name] for name in node.operands())
+    count = node.result.shape[-1]
+    counted = numbers.target == "aten.arange.default" and numbers.args == (count,)
+    if not counted or column.target != "aten.unsqueeze.default" or column.args[1] not in (-1, 2):
+        raise NoRowsError
+    return first_operand(column)
+
+
+@dataclass
+class _Expert(RowSearch):
+    """The search for what one expert makes of its rows.
+
+    chosen: the value with the chosen experts. places: the two indices of the expert's rows, of
+    their tokens and of their choices. result: the name of the rows that it makes. given: the rows
+    of tokens and of choices that it reads. others: what else it reads: its parameters, and what is
+    the same for all.
+    """
+
+    chosen: str = ""
+    places: tuple[str, str] = ("", "")
+    result: str = ""
+    others: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def of(graph: Graph, turn: _Turn, chosen: str, last: Node) -> _Expert:
+        """Return the search of one turn, after it succeeded. Raises NoRowsError where it fails."""
+        shape = graph.values[chosen].shape
+        if len(shape) != 2 or not isinstance(shape[1], int) or last.result.shape[0] != shape[0]:
+            raise NoRowsError
+        where = graph.producers[turn.tokens]
+        (choices,) = (value.name for value in where.results if value.name != turn.tokens)
+        search = _Expert(graph, shape[0], shape[1], turn.made, "")
+        search.chosen, search.places = chosen, (turn.tokens, choices)
+        search.result = search.rows(turn.made, "")
+        return search
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """All in which alike experts are equal."""
+        return self.steps, self.result, self.given_rows
+
+    @property
+    def given_rows(self) -> tuple[list[str], list[str]]:
+        """The rows of tokens and of choices that are read."""
+        return self.inputs["row"], self.inputs["value"]
+
+    @property
+    def count(self) -> Any:
+        """The number of rows, as an expression."""
+        return size_expression(self.graph.values[self.places[0]].shape[0])
+
+    def given(self, kind: str, name: str) -> str:
+        """Return the name that the program has for one of its inputs."""
+        if kind != "plain":
+            return super().given(kind, name)
+        if name not in self.others:
+            self.others.append(name)
+        return f"other{self.others.index(name)}"
+
+    def found(self, name: str, order: str) -> str:
+        """Find the program's value for rows of the graph; see `RowSearch.rows`."""
+        value, node = self.graph.values[name], self.graph.producers[name]
+        if node.kind != "call" or not self.has_rows(value):
+            raise NoRowsError
+        if node.target == "aten.index.Tensor":
+            source = self.graph.values[node.operands()[0]]
+            if node.args[1] == (Ref(self.places[0]),):
+                return self.given("row", self.of_tokens(source.name))
+            if node.args[1] != tuple(map(Ref, self.places)):
+                raise NoRowsError
+            if source.shape[:2] != (self.tokens, self.choices):
+                raise NoRowsError
+            # Each expert has a view of its own of one value.
+            view = self.graph.producers[source.name]
+            if view.target == "aten.unsqueeze.default" and view.args[1] in (-1, 2):
+                base = self.graph.values[first_operand(view)]
+                if len(base.shape) == 2:
+                    value_ = Ref(self.given("value", base.name))
+                    return self.step("aten.unsqueeze.default", value_, -1)
+            return self.given("value", source.name)
+        if node.target in ("aten.linear.default", "aten.mm.default", "aten.matmul.default"):
+            return self.multiplied(node, order)
+        return self.row_by_row(node, name, order)
+
+    def multiplied(self, node: Node, order: str) -> str:
+        """Return the product of rows with a parameter of the expert, and its bias."""
+        x, weight, *bias = node.args
+        width = len(self.graph.values[weight.name].shape)
+        if width != 2 or self.has_rows(self.graph.values[weight.name]):
+            raise NoRowsError
+        rows, table = Ref(self.rows(x.name, order)), Ref(self.given("plain", weight.name))
+        linear = node.target == "aten.linear.default"
+        made = self.step(PRODUCT, rows, table, linear)
+        if bias and bias[0] is not None:
+            other = self.given("plain", bias[0].name)
+            made = self.step("aten.add.Tensor", Ref(made), Ref(other))
+        return made
+
+
+def _stacked(graph: Graph, node: Node, experts: list[_Expert]) -> list[Node] | None:
+    """Return the stacks of parameters, and the op that reads them."""
+    first = experts[0]
+    nodes: list[Node] = []
+    tables: list[Ref] = []
+    plain: list[Ref] = []
+    names: dict[str, Ref] = {}
+    products = {step.args[1].name for step in first.steps if step.target == PRODUCT}
+    for at in range(len(first.others)):
+        slot = [expert.others[at] for expert in experts]
+        values = [graph.values[name] for name in slot]
+        if any((v.shape, v.dtype) != (values[0].shape, values[0].dtype) for v in values):
+            return None
+        if len(set(slot)) == 1 and f"other{at}" not in products:
+            names[f"other{at}"] = Ref(f"plain{len(plain)}")
+            plain.append(Ref(slot[0]))
+            continue
+        shape = (len(slot), *values[0].shape)
+        grad = any(value.requires_grad for value in values)
+        table = Value(f"{node.name}_table{len(tables)}", shape, values[0].dtype, grad)
+        names[f"other{at}"] = Ref(f"table{len(tables)}")
+        tables.append(Ref(table.name))
+        stack = replace(node, name=table.name, target="aten.stack.default", results=(table,))
+        nodes.append(replace(stack, args=(tuple(map(Ref, slot)), 0), kwargs=()))
+    steps: list[RowStep] = []
+    for step in first.steps:
+        args, kwargs = step.args, step.kwargs
+        if step.target != PRODUCT:
+            # A part of a table for each row; one of no dims becomes a column.
+            for name in dict.fromkeys(step.reads()):
+                if names.get(name, Ref("")).name.startswith("table"):
+                    table = graph.values[first.others[int(name.removeprefix("other"))]]
+                    if len(table.shape) != 1:
+                        return None
+                    made = f"part{len(steps)}"
+                    steps.append(RowStep((made,), LOOKUP, (names[name],)))
+                    names[name] = Ref(made)
+
+        def renamed(leaf: Any) -> Any:
+            """Return an argument with the program's name for what it uses."""
+            return names.get(leaf.name, leaf) if isinstance(leaf, Ref) else leaf
+
+        kwargs = tuple((key, map_leaves(renamed, item)) for key, item in kwargs)
+        steps.append(replace(step, args=map_leaves(renamed, args), kwargs=kwargs))
+    if not tables:
+        return None
+    rows, values_ = (tuple(map(Ref, given)) for given in first.given_rows)
+    try:
+        text = RowProgram(tuple(steps), first.result).text()
+    except ValueError:
+        return None
+    arguments = (rows, Ref(first.chosen), values_, tuple(tables), tuple(plain), text, None)
+    return [*nodes, replace(node, target=ROUTED, args=arguments, kwargs=())]

@@ -1,0 +1,492 @@
+"""A pass that sees tokens which are routed to experts as one op, free in its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves, size_expression
+from autoparallel.graph.operators import draws
+from autoparallel.graph.passes.editing import rebuilt
+from autoparallel.graph.passes.flattened_batches import is_pointwise
+from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
+
+__all__ = ["NoRowsError", "RowSearch", "join_routed_experts"]
+
+# The order of rows as the choices lie: token by token. Others have the name of a permutation.
+_NATURAL = ""
+_GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+# Ops that change nothing but the type, or nothing at all.
+_COPIES = {"aten.to.dtype", "aten.clone.default", "aten.contiguous.default", "aten.detach.default"}
+_ZEROS = {"aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default"}
+_EMPTY = {"aten.empty_like.default", "aten.new_empty.default", "aten.empty.memory_format", *_ZEROS}
+# Ops on rows that name dims of their operand, and at which place of their arguments: none of them
+# may be the dim of rows.
+_NAMED_DIMS = {
+    "aten.chunk.default": 2,
+    "aten.split.Tensor": 2,
+    "aten.split_with_sizes.default": 2,
+    "aten.slice.Tensor": 1,
+    "aten.select.int": 1,
+    "aten.softmax.int": 1,
+    "aten.log_softmax.int": 1,
+    "aten.sum.dim_IntList": 1,
+    "aten.mean.dim": 1,
+    "aten.amax.default": 1,
+    "aten.unsqueeze.default": 1,
+    "aten.squeeze.dim": 1,
+    "aten.unbind.int": 1,
+}
+# Ops of the last dims of their first operand, whatever lies before them.
+_OF_LAST_DIMS = {"aten.linear.default", "aten.layer_norm.default", "aten.rms_norm.default"}
+
+
+def join_routed_experts(graph: Graph) -> Graph:
+    """Sort, gather, grouped products, unsort and sum become routed_experts(%x, %experts, ..).
+
+    Rows that are sorted by expert have no order that a part of the tokens shares, so that no split
+    of tokens passes through them. As one op they are a function of each token. It is found by
+    where values come from: the sum over a token's choices is followed back through ops that treat
+    every row by itself, to the tokens, to what was chosen, and to the tables of the experts; the
+    order of rows may be any on the way. Nothing that draws numbers is part of it. A cast of the
+    result is made by the op.
+
+    Why: see above. After: no such sum is left; it keeps its name; a second run is a no-op.
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        joined = _joined(graph, node) if node.kind == "call" else None
+        nodes.append(node if joined is None else joined)
+    return _with_types(rebuilt(graph, nodes, {}))
+
+
+def _with_types(graph: Graph) -> Graph:
+    """Return the graph with casts of what experts return made by the op itself.
+
+    Sums in single precision that are cast to half are then sent in half.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    for node in graph.calls:
+        if node.target != "aten.to.dtype" or len(node.args) != 2 or node.kwargs:
+            continue
+        source = graph.producers[node.operands()[0]]
+        alone = len(graph.readers[node.operands()[0]]) == 1
+        if source.target == ROUTED and alone and source.name not in graph.outputs:
+            nodes[node.name] = replace(node, target=ROUTED, args=(*source.args[:6], node.args[1]))
+            del nodes[source.name]
+    return rebuilt(graph, list(nodes.values()), {})
+
+
+class NoRowsError(Exception):
+    """A value does not follow row by row from tokens, choices and tables."""
+
+
+def _joined(graph: Graph, node: Node) -> Node | None:
+    """Return the op of routed experts that a node ends; None where it ends none."""
+    try:
+        search = RowSearch.at(graph, node)
+        return None if search is None else search.joined(node)
+    except NoRowsError:
+        return None
+
+
+@dataclass
+class RowSearch:
+    """The search for what the rows of one sum over choices are made of.
+
+    tokens, choices: how many tokens there are, and choices of each. steps: found so far, first to
+    last. known: the program's value by the graph's and the order of its rows. inputs: by kind, the
+    graph's values that the program reads. experts: the chosen experts; "" before they are known.
+    """
+
+    graph: Graph
+    tokens: Dim
+    choices: int
+    start: str
+    order: str
+    steps: list[RowStep] = field(default_factory=list)
+    known: dict[tuple[str, str], str] = field(default_factory=dict)
+    inputs: dict[str, list[str]] = field(
+        default_factory=lambda: {"row": [], "value": [], "table": [], "plain": []}
+    )
+    experts: str = ""
+
+    @staticmethod
+    def at(graph: Graph, node: Node) -> RowSearch | None:
+        """Return the search that begins at a sum over choices; None where the node is none."""
+        if node.target == "aten.sum.dim_IntList":
+            source = graph.values[node.operands()[0]]
+            rows = graph.producers[source.name]
+            dims = node.argument(1, "dim")
+            if rows.target != "aten.reshape.default" or not isinstance(dims, tuple):
+                return None
+            flat = graph.values[rows.operands()[0]]
+            rank = len(source.shape)
+            keeps = node.argument(2, "keepdim", False) or node.keyword("dtype") is not None
+            behind = source.shape[2:]
+            if keeps or rank < 2 or len(dims) != 1 or dims[0] % rank != 1:
+                return None
+            if flat.shape[1:] != behind or not isinstance(source.shape[1], int):
+                return None
+            return RowSearch(graph, source.shape[0], source.shape[1], flat.name, _NATURAL)
+        if node.target == "aten.index_add.default":
+            zeros, tokens, added = (graph.values[name] for name in node.operands())
+            place = graph.producers[tokens.name]
+            if node.args[1] != 0 or graph.producers[zeros.name].target not in _ZEROS:
+                return None
+            if node.keyword("alpha", 1) != 1:
+                return None
+            # Of one choice, a token's number is that of its row.
+            permutation, choices = (
+                (place.args[0], place.args[1]) if place.target in _FLOOR else (Ref(tokens.name), 1)
+            )
+            if not isinstance(permutation, Ref) or not isinstance(choices, int):
+                return None
+            return RowSearch(graph, zeros.shape[0], choices, added.name, permutation.name)
+        return None
+
+    @property
+    def count(self) -> Any:
+        """The number of rows, as an expression."""
+        return size_expression(self.tokens) * self.choices
+
+    def joined(self, node: Node) -> Node | None:
+        """Return the op of routed experts. Raises NoRowsError where there is none."""
+        result = self.rows(self.start, self.order)
+        tables = [self.graph.values[name] for name in self.inputs["table"]]
+        if not self.experts or not any(step.target == PRODUCT for step in self.steps):
+            return None
+        if len({table.shape[0] for table in tables}) != 1:
+            return None
+        try:
+            text = RowProgram(tuple(self.steps), result).text()
+        except ValueError:
+            return None
+        kinds = ("row", "value", "table", "plain")
+        rows, values, tables_, plain = (tuple(map(Ref, self.inputs[kind])) for kind in kinds)
+        args = (rows, Ref(self.experts), values, tables_, plain, text, None)
+        return replace(node, target=ROUTED, args=args, kwargs=())
+
+    # -- inputs
+
+    def given(self, kind: str, name: str) -> str:
+        """Return the name that the program has for one of its inputs."""
+        names = self.inputs[kind]
+        if name not in names:
+            names.append(name)
+        return f"{kind}{names.index(name)}"
+
+    def is_chosen(self, name: str, order: str) -> bool:
+        """Return whether a value has the chosen expert of each row, in that order of rows."""
+        name = self.uncopied(name)
+        producer = self.graph.producers[name]
+        if order != _NATURAL:
+            if producer.target in _INDEX and producer.args[1] == (Ref(order),):
+                return self.is_chosen(producer.operands()[0], _NATURAL)
+            if producer.target not in _SORTS or not self.is_sort_of(producer, order):
+                return False
+            return name == producer.results[0].name and self.is_flat_choice(producer.operands()[0])
+        return self.is_flat_choice(name)
+
+    def is_sort_of(self, producer: Node, order: str) -> bool:
+        """Return whether a node sorts, and `order` is the permutation that it returns."""
+        return len(producer.results) == 2 and producer.results[1].name == order
+
+    def is_flat_choice(self, name: str) -> bool:
+        """Return whether a value is the chosen experts of all tokens, one behind the other.
+
+        The first such value that is met is taken to be it.
+        """
+        name = self.uncopied(name)
+        value, producer = self.graph.values[name], self.graph.producers[name]
+        if producer.target != "aten.reshape.default" or len(value.shape) != 1:
+            return False
+        before = self.graph.values[producer.operands()[0]]
+        if self.experts:
+            return before.name == self.experts
+        fits = len(before.shape) > 1 and before.shape[-1] == self.choices
+        if not fits or size_expression(value.shape[0]) != self.count:
+            return False
+        if before.dtype.is_floating_point or before.shape[0] != self.tokens:
+            return False
+        self.experts = before.name
+        return True
+
+    def uncopied(self, name: str) -> str:
+        """Return the value that others are copies of, perhaps of another type."""
+        producer = self.graph.producers[name]
+        while producer.target in _COPIES:
+            name = producer.operands()[0]
+            producer = self.graph.producers[name]
+        return name
+
+    def is_order(self, name: str) -> bool:
+        """Return whether a value is the permutation that sorts the rows by expert."""
+        producer = self.graph.producers[name]
+        if producer.target in _SORTS and self.is_sort_of(producer, name):
+            return self.is_flat_choice(producer.operands()[0])
+        if producer.target in _ARGSORTS:
+            return self.is_flat_choice(producer.operands()[0])
+        return False
+
+    def inverted(self, name: str) -> str:
+        """Return the permutation of which a value is the inverse; "" where it is none."""
+        producer = self.graph.producers[name]
+        if producer.target in ("aten.index_put.default", "aten.scatter.src"):
+            put = producer.target == "aten.index_put.default"
+            base, numbers = producer.args[0], producer.args[2 if put else 3]
+            at = producer.args[1] if put else (producer.args[2],)
+            accumulates = producer.argument(3, "accumulate", False) if put else producer.args[1]
+            alone = len(at) == 1 and isinstance(at[0], Ref) and not accumulates
+            if alone and isinstance(base, Ref) and isinstance(numbers, Ref):
+                empty = self.graph.producers[base.name].target in _EMPTY
+                if empty and self.counts_rows(numbers.name):
+                    return at[0].name
+        if producer.target in _ARGSORTS or (
+            producer.target in _SORTS and name == producer.results[-1].name
+        ):
+            return producer.operands()[0]
+        return ""
+
+    def counts_rows(self, name: str) -> bool:
+        """Return whether a value is 0, 1, .. for all rows."""
+        producer = self.graph.producers[self.uncopied(name)]
+        if producer.target == "aten.arange.default":
+            return bool(size_expression(producer.args[0]) == self.count)
+        if producer.target in ("aten.arange.start", "aten.arange.start_step"):
+            start, stop, *step = producer.args
+            return start == 0 and size_expression(stop) == self.count and step in ([], [1])
+        return False
+
+    def are_tokens(self, name: str, order: str) -> bool:
+        """Return whether a value has the token of each row, in that order of rows."""
+        producer = self.graph.producers[self.uncopied(name)]
+        if self.choices == 1 and name == order:
+            return True
+        if producer.target not in _FLOOR or producer.args[1] != self.choices:
+            return False
+        if producer.target == "aten.div.Tensor_mode" and producer.keyword("rounding_mode") not in (
+            "floor",
+            "trunc",
+        ):
+            return False
+        source = producer.operands()[0]
+        return self.counts_rows(source) if order == _NATURAL else source == order
+
+    def are_ends(self, name: str, order: str, count: Dim) -> bool:
+        """Return whether a value says where the rows of each expert end, in that order of rows."""
+        producer = self.graph.producers[self.uncopied(name)]
+        if order == _NATURAL or not isinstance(count, int) or not self.is_order(order):
+            return False
+        if producer.target != "aten.cumsum.default" or producer.args[1] not in (0, -1):
+            return False
+        counts = self.graph.producers[self.uncopied(producer.operands()[0])]
+        # Bins of width 1, or a little less, have one expert each.
+        if counts.target != "aten.histc.default" or counts.args[1:3] != (count, 0):
+            return False
+        counted = counts.operands()[0]
+        return counts.args[3] in (count - 1, count) and (
+            self.is_chosen(counted, order) or self.is_chosen(counted, _NATURAL)
+        )
+
+    # -- rows
+
+    def rows(self, name: str, order: str) -> str:
+        """Return the program's value for rows of the graph, in an order of rows.
+
+        Raises NoRowsError where they do not follow row by row from the inputs.
+        """
+        key = (name, order)
+        if key not in self.known:
+            self.known[key] = self.found(name, order)
+        return self.known[key]
+
+    def found(self, name: str, order: str) -> str:
+        """Find the program's value for rows of the graph; see `rows`."""
+        value, node = self.graph.values[name], self.graph.producers[name]
+        if node.kind != "call" or not self.has_rows(value):
+            raise NoRowsError
+        if node.target in _INDEX and len(node.args[1]) == 1:
+            return self.looked_up(node, order)
+        if node.target == "aten.index_select.default" and node.args[1] == 0:
+            return self.looked_up(replace(node, args=(node.args[0], (node.args[2],))), order)
+        if order == _NATURAL:
+            if node.target == "aten.reshape.default":
+                return self.reshaped(node)
+            if node.target == "aten.repeat_interleave.self_int" and node.args[1:3] == (
+                self.choices,
+                0,
+            ):
+                return self.given("row", self.of_tokens(node.operands()[0]))
+        if node.target in _GROUPED:
+            return self.product(node, order)
+        if node.target == "aten.bmm.default":
+            return self.batched_product(node, order)
+        return self.row_by_row(node, name, order)
+
+    def has_rows(self, value: Value) -> bool:
+        """Return whether a value has one part for each row."""
+        return bool(value.shape) and size_expression(value.shape[0]) == self.count
+
+    def of_tokens(self, name: str) -> str:
+        """Return the name of a value that has a part for each token. Raises NoRowsError if not."""
+        shape = self.graph.values[name].shape
+        if not shape or shape[0] != self.tokens:
+            raise NoRowsError
+        return name
+
+    def looked_up(self, node: Node, order: str) -> str:
+        """Return rows that an index picks: of tokens, of a table, or of rows in another order."""
+        source = node.operands()[0]
+        (index,) = node.args[1]
+        if not isinstance(index, Ref):
+            raise NoRowsError
+        if self.are_tokens(index.name, order):
+            return self.given("row", self.of_tokens(source))
+        if order == _NATURAL:
+            permutation = self.inverted(index.name)
+            if permutation and self.is_order(permutation):
+                return self.rows(source, permutation)
+        elif index.name == order and self.is_order(order):
+            return self.rows(source, _NATURAL)
+        if self.is_chosen(index.name, order):
+            return self.step(LOOKUP, Ref(self.given("table", source)))
+        raise NoRowsError
+
+    def reshaped(self, node: Node) -> str:
+        """Return rows that a reshape makes of a value with a dim of tokens and one of choices, or
+        of rows with other dims behind.
+        """
+        source = self.graph.values[node.operands()[0]]
+        behind = node.result.shape[1:]
+        if self.has_rows(source):
+            return self.step_on_rows(node, (-1, *behind), _NATURAL)
+        if source.shape[:2] != (self.tokens, self.choices) or source.shape[2:] != behind:
+            raise NoRowsError
+        # A token that is repeated for each choice, or what was computed for each of them.
+        producer = self.graph.producers[source.name]
+        if producer.target == "aten.expand.default":
+            once = self.graph.values[producer.operands()[0]]
+            single = self.graph.producers[once.name]
+            if once.shape == (self.tokens, 1, *behind) and single.target in (
+                "aten.unsqueeze.default",
+                "aten.reshape.default",
+            ):
+                before = self.graph.values[single.operands()[0]]
+                if before.shape == (self.tokens, *behind):
+                    return self.given("row", before.name)
+        return self.given("value", source.name)
+
+    def step_on_rows(self, node: Node, shape: tuple[Dim, ...], order: str) -> str:
+        """Return rows in another shape."""
+        if not all(isinstance(size, int) for size in shape):
+            raise NoRowsError
+        rows = Ref(self.rows(node.operands()[0], order))
+        return self.step("aten.reshape.default", rows, shape)
+
+    def product(self, node: Node, order: str) -> str:
+        """Return the grouped product of sorted rows."""
+        if len(node.operands()) != 3 or node.argument(3, "bias") is not None:
+            raise NoRowsError
+        x, weight, ends = (self.graph.values[name] for name in node.operands())
+        if node.argument(4, "out_dtype") not in (None, x.dtype) or len(weight.shape) != 3:
+            raise NoRowsError
+        if not self.are_ends(ends.name, order, weight.shape[0]):
+            raise NoRowsError
+        rows = Ref(self.rows(x.name, order))
+        return self.step(PRODUCT, rows, Ref(self.given("table", weight.name)))
+
+    def batched_product(self, node: Node, order: str) -> str:
+        """Return the product of each row with the matrix of its expert, which was looked up."""
+        left, right = (self.graph.values[name] for name in node.operands())
+        first = right.shape[2] == 1
+        matrix, row = (left, right) if first else (right, left)
+        picked = self.graph.producers[matrix.name]
+        if row.shape[2 if first else 1] != 1 or picked.target not in _INDEX:
+            raise NoRowsError
+        (index,) = picked.args[1] if len(picked.args[1]) == 1 else (None,)
+        if not isinstance(index, Ref) or not self.is_chosen(index.name, order):
+            raise NoRowsError
+        table = Ref(self.given("table", picked.operands()[0]))
+        width = row.shape[1 if first else 2]
+        rows = Ref(self.rows(row.name, order))
+        flat = self.step("aten.reshape.default", rows, (-1, width))
+        made = self.step(PRODUCT, Ref(flat), table, first)
+        shape = (-1, *node.result.shape[1:])
+        return self.step("aten.reshape.default", Ref(made), shape)
+
+    def row_by_row(self, node: Node, name: str, order: str) -> str:
+        """Return what an op that treats every row by itself makes of rows."""
+        if not self.keeps_rows_apart(node):
+            raise NoRowsError
+        if node.target in ("aten.reshape.default", "aten.view.default"):
+            return self.step_on_rows(node, (-1, *node.result.shape[1:]), order)
+
+        def leaf(item: Any) -> Any:
+            """Return an argument of the step."""
+            if not isinstance(item, Ref):
+                if type(item) not in _PLAIN_LEAVES and not isinstance(item, torch.dtype):
+                    raise NoRowsError
+                return item
+            value = self.graph.values[item.name]
+            if self.has_rows(value) and len(value.shape) == rank:
+                return Ref(self.rows(item.name, order))
+            # Of fewer dims, or of one row: it is broadcast, the same for all.
+            if len(value.shape) == rank and value.shape[0] != 1:
+                raise NoRowsError
+            return Ref(self.given("plain", item.name))
+
+        rank = len(self.graph.values[node.operands()[0]].shape)
+        ranks = [len(self.graph.values[operand].shape) for operand in node.operands()]
+        if is_pointwise(node.target):
+            rank = max(ranks)
+        args = map_leaves(leaf, node.args)
+        kwargs = tuple((key, map_leaves(leaf, item)) for key, item in node.kwargs)
+        makes = tuple(f"v{len(self.steps)}_{at}" for at in range(len(node.results)))
+        if not all(map(self.has_rows, node.results)):
+            raise NoRowsError
+        self.steps.append(RowStep(makes, node.target, args, kwargs))
+        for value, made in zip(node.results, makes, strict=True):
+            self.known[value.name, order] = made
+        return self.known[name, order]
+
+    def keeps_rows_apart(self, node: Node) -> bool:
+        """Return whether an op treats each row by itself, and draws no numbers."""
+        if draws(node.target) or "dropout" in node.target:
+            return False
+        if is_pointwise(node.target):
+            return True
+        rank = len(self.graph.values[node.operands()[0]].shape) if node.operands() else 0
+        if node.target in _OF_LAST_DIMS:
+            dims = len(node.args[1]) if "norm" in node.target else 1
+            return dims < rank
+        if node.target == "aten.cat.default":
+            return all(isinstance(item, Ref) for item in node.args[0]) and (
+                node.argument(1, "dim", 0) % len(node.result.shape) != 0
+            )
+        if node.target in ("aten.reshape.default", "aten.view.default"):
+            return self.has_rows(self.graph.values[node.operands()[0]])
+        if node.target == "aten.transpose.int":
+            return all(dim % rank != 0 for dim in node.args[1:3])
+        position = _NAMED_DIMS.get(node.target)
+        if position is None:
+            return False
+        unsqueezed = rank + (node.target == "aten.unsqueeze.default")
+        given = node.argument(position, "dim", 0)
+        named: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
+        return bool(named) and all(isinstance(dim, int) and dim % unsqueezed != 0 for dim in named)
+
+    def step(self, target: str, *args: Any) -> str:
+        """Append a step with one result, and return its name."""
+        made = f"v{len(self.steps)}"
+        self.steps.append(RowStep((made,), target, args))
+        return made
+
+
+_PLAIN_LEAVES = (int, float, bool, str, type(None))
+_INDEX = {"aten.index.Tensor"}
+_SORTS = {"aten.sort.default", "aten.sort.stable"}
+_ARGSORTS = {"aten.argsort.default", "aten.argsort.stable"}
+_FLOOR = {"aten.floor_divide.default", "aten.div.Tensor_mode"}
