@@ -20,7 +20,7 @@ from autoparallel.commands.plan_command import PLAN
 from autoparallel.commands.show_command import SHOW
 from autoparallel.commands.simulate_command import SIMULATE
 from autoparallel.errors import AutoParallelError
-from autoparallel.train.command import add_train
+from autoparallel.train.train_command import add_train
 from autoparallel.train.trained_commands import add_trained_commands
 
 __all__ = ["main"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoparallel.errors import AutoParallelError, CheckpointError
-from autoparallel.train.command import leave, tell
+from autoparallel.train.train_command import leave, tell
 
 if TYPE_CHECKING:
     from autoparallel.train.evaluation import Score

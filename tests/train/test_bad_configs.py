@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from training_runs import write_text
 
-from autoparallel.train.command import train_command
+from autoparallel.train.train_command import train_command
 
 
 @pytest.fixture(scope="module")

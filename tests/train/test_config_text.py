@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from autoparallel.train.command import train_command
 from autoparallel.train.config import TrainingError
 from autoparallel.train.config_text import (
     config_to_toml,
@@ -20,6 +19,7 @@ from autoparallel.train.dry_run import dry_run
 from autoparallel.train.run_config import OptimizerConfig, ScheduleConfig
 from autoparallel.train.run_log import RunLog
 from autoparallel.train.schedule import rate_factor
+from autoparallel.train.train_command import train_command
 
 # The papers' numbers of parameters, in millions: of Shoeybi et al. 2019, tables 2 and 5.
 SIZES = {
