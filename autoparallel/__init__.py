@@ -16,8 +16,15 @@ from autoparallel.support.installation import require_own_planners
 if TYPE_CHECKING:
     from autoparallel.analysis.closed_forms import closed_forms
     from autoparallel.analysis.pipeline import pipeline
+    from autoparallel.analysis.thread_splits import thread_splits
     from autoparallel.analysis.timeline import timeline
-    from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate
+    from autoparallel.api import (
+        apply_plan,
+        autoparallelize,
+        make_plan,
+        simulate,
+        trace_threads,
+    )
     from autoparallel.errors import AutoParallelError
     from autoparallel.mesh import Mesh
     from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
@@ -41,8 +48,10 @@ _HOMES = {
     "autoparallelize": "api",
     "make_plan": "api",
     "simulate": "api",
+    "trace_threads": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
+    "thread_splits": "analysis.thread_splits",
     "timeline": "analysis.timeline",
     "AutoParallelError": "errors",
     "Mesh": "mesh",
@@ -97,9 +106,11 @@ __all__ = [
     "save_checkpoint",
     "set_rng_state",
     "simulate",
+    "thread_splits",
     "timeline",
     "to_fx",
     "to_networkx",
+    "trace_threads",
     "write_svg",
     "write_trace",
 ]

@@ -16,7 +16,7 @@ from autoparallel.rules.rule import (
     tile_of,
 )
 
-__all__ = ["CandidateSplits", "inert_calls", "weight_values"]
+__all__ = ["CandidateSplits", "inert_calls"]
 
 
 class CandidateSplits:
@@ -24,7 +24,7 @@ class CandidateSplits:
 
     tiles: per call, the ways to split one of its loops. shards: per value, the ways in which it may
     be split.
-    rules: per call node; calls without one are left unsplit. weights: see `weight_values`.
+    rules: per call node; calls without one are left unsplit. weights: see `graph.weight_values`.
     world_size: the number of ranks of one mesh axis. sparing: only products, and ops with kernels,
     suggest ways of their own; the others take those that these spread.
     """
@@ -159,21 +159,6 @@ class CandidateSplits:
             for loop in rule.loops
             if not isinstance(rule.sizes[loop], Sym)
         )
-
-
-def weight_values(graph: Graph) -> set[str]:
-    """Return the parameters, and the values computed from one of them alone: casts, transposes.
-
-    Values computed from several together (a norm of position embeddings, say) are treated as
-    activations.
-    """
-    weights: set[str] = set()
-    for node in graph.nodes:
-        operands = set(node.operands())
-        alone = len(operands) == 1 and operands <= weights
-        if node.kind == "parameter" or (node.kind == "call" and alone):
-            weights.update(value.name for value in node.results)
-    return weights
 
 
 def inert_calls(graph: Graph) -> set[str]:
