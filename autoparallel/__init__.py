@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from autoparallel.view.dot import write_svg
     from autoparallel.view.exports import to_fx, to_networkx
     from autoparallel.view.report import print_plan
+    from autoparallel.view.threads_svg import write_threads
     from autoparallel.view.trace import write_trace
 
 # The module of each public name. The imports above are the same, for type checkers alone.
@@ -76,6 +77,7 @@ _HOMES = {
     "to_fx": "view.exports",
     "to_networkx": "view.exports",
     "write_svg": "view.dot",
+    "write_threads": "view.threads_svg",
     "write_trace": "view.trace",
 }
 
@@ -112,6 +114,7 @@ __all__ = [
     "to_networkx",
     "trace_threads",
     "write_svg",
+    "write_threads",
     "write_trace",
 ]
 

@@ -1,7 +1,7 @@
 """The contents of a picture of threads: ops as rows, threads as lanes, and a mark where they meet.
 
-This file decides what is drawn, threads_svg.py how it looks. Of equal blocks the first is drawn; ops
-that change nothing for any thread are drawn with the op before them.
+This file decides what is drawn, threads_svg.py how it looks. Of equal blocks the first is drawn,
+and ops that change nothing for any thread are drawn with the op before them.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class _Drawing:
             number
             for row in rows
             for number, meeting in row.meetings.items()
-            if meeting.is_carried or Mark.SUM in meeting.marks
+            if meeting.is_carried or {Mark.SUM, Mark.KERNEL} & {*meeting.marks}
         )
         lanes = tuple(self.lane(self.threads.threads[number]) for number in self.ordered(numbers))
         return ThreadsPicture(self.title, lanes, tuple(rows), self.repeats)
@@ -171,16 +171,11 @@ class _Drawing:
         return any(value.requires_grad for value in node.results)
 
     def ordered(self, numbers: Iterable[int]) -> list[int]:
-        """Return lanes in the order in which dims have them, merged ones side by side."""
+        """Return lanes in the order in which ops meet them, those of the inputs' sizes first."""
         rest = list(numbers)
-        ordered: list[int] = []
-        sizes = {number: self.threads.threads[number] for number in rest}
         # Sizes of inputs first: every activation has them, and their lanes run through.
-        rest.sort(key=lambda number: not isinstance(sizes[number].size, Sym))
-        for number in rest:
-            if number not in ordered:
-                ordered.append(number)
-        return ordered
+        rest.sort(key=lambda number: not isinstance(self.threads.threads[number].size, Sym))
+        return rest
 
     # -- rows
 
@@ -209,8 +204,9 @@ class _Drawing:
             backward = tuple(n for n in passage.gradients if n not in self.weights)
             weights = any(name in self.weights for name in passage.gradients)
             for number in passage.threads:
-                activation = number in read or number in carried
-                if not activation:
+                # What is looked up in a table is no dim of an activation, and yet ends here.
+                looked_up = passage.treatment is Treatment.KERNEL and passage.is_end
+                if number not in read and number not in carried and not looked_up:
                     continue
                 is_born = number in carried and number not in read
                 mark = self.mark(node, passage, is_born)
@@ -229,10 +225,10 @@ class _Drawing:
         """Return what one passage is drawn as."""
         if passage.treatment is Treatment.WHOLE:
             return Mark.WHOLE
+        if _is_summed(passage):
+            return Mark.SUM
         if passage.treatment is Treatment.KERNEL:
             return Mark.KERNEL
-        if passage.treatment is Treatment.SUMMED:
-            return Mark.SUM
         return Mark.BORN if is_born and passage.results else Mark.FREE
 
     def axes(self, node: Node, passage: Passage) -> tuple[str, ...]:
@@ -279,7 +275,7 @@ class _Drawing:
         return shown
 
     def synchronize(self, rows: Sequence[Row], splits: ThreadSplits) -> None:
-        """Tell each synchronization in the row of the op that makes the value, or first reads it."""
+        """Tell each synchronization in the row of the op that makes the value, or else reads it."""
         by_op = {name: row for row in rows for name in row.ops}
         axes = [name for name, _ in splits.plan.mesh.axes]
         for one in splits.synchronizations:
@@ -299,36 +295,48 @@ class _Drawing:
         """Return the lane of a thread, with the verdict on splitting it."""
         passages = [p for p in thread.passages if self.is_met(p)]
         whole = [p for p in passages if p.treatment is Treatment.WHOLE]
-        kernels = [p for p in passages if p.treatment is Treatment.KERNEL]
-        summed = [p for p in passages if p.treatment is Treatment.SUMMED]
+        summed = [p for p in passages if _is_summed(p)]
+        kernels = [p for p in passages if p.treatment is Treatment.KERNEL and p not in summed]
         gradients = {n for p in passages for n in p.gradients}
         backward = [n for n in gradients if n not in self.weights]
         weights = [n for n in gradients if n in self.weights]
         if whole:
-            calls = _modules(self.graph, whole)
-            rest = "; free elsewhere" if len(passages) > 2 * len(whole) + len(summed) else ""
-            return Lane(thread, "whole", f"{calls} needs all of it{rest}")
-        parts = []
-        if summed:
-            parts.append(f"{_times(len(summed), 'sum')} forward")
-        if kernels:
-            parts.append(f"{_times(len(kernels), 'op')} that must ask the other ranks")
-        if backward:
-            parts.append(f"{_times(len(backward), 'sum')} backward")
-        if not summed and not kernels and weights:
-            text = "free forward; gradients of weights are sums over it: data parallelism"
+            ops = f"{_ops(self.graph, whole)} needs all of it"
+            if len(summed) > 1:
+                return Lane(thread, "whole", f"{ops}, and {len(summed)} products sum it")
+            if not summed and len(passages) > 4 * len(whole):
+                return Lane(thread, "free", f"{ops}; elsewhere it is free to be split")
+            return Lane(thread, "whole", ops)
+        if not summed and weights:
+            ends = f" but for {_ops(self.graph, kernels)}" if kernels else ""
+            text = f"free forward{ends}; gradients of weights are sums over it: data parallelism"
             return Lane(thread, "free", text)
         if len(summed) == len(backward) == 1 and not kernels:
-            text = "free from where it begins to its one sum: split it there, columns then rows"
+            text = (
+                "free up to its one sum: split it, by columns where it begins, by rows at its end"
+            )
             return Lane(thread, "split", text)
-        kind = "free" if not summed or len(passages) > 6 * len(summed) else "whole"
-        return Lane(thread, kind, "a split takes " + (", ".join(parts) or "nothing"))
+        parts = [f"{_times(len(summed), 'sum')} forward"] if summed else []
+        parts += [f"{_times(len(backward), 'sum')} backward"] if backward else []
+        parts += [f"{_ops(self.graph, kernels)} to ask the other ranks"] if kernels else []
+        kind = "free" if len(summed) < 2 else "whole"
+        return Lane(thread, kind, f"a split takes {', '.join(parts) or 'nothing'}")
 
     def is_met(self, passage: Passage) -> bool:
         """Return whether a passage is one of an op that is drawn."""
         nodes = self.graph.producers
         node = nodes.get(passage.call)
         return node is None or self.is_drawn(node)
+
+
+def _is_summed(passage: Passage) -> bool:
+    """Return whether a thread ends in a sum: also what a part of a table is looked up for, whose
+    rows on other ranks count as zeros.
+    """
+    looked_up = passage.is_end and passage.is_pending and not passage.collectives
+    return passage.treatment is Treatment.SUMMED or (
+        passage.treatment is Treatment.KERNEL and looked_up
+    )
 
 
 def _short(one: Synchronization) -> str:
@@ -341,7 +349,7 @@ def _times(count: int, name: str) -> str:
     return f"{count} {name}{'s' if count != 1 else ''}"
 
 
-def _modules(graph: Graph, passages: Sequence[Passage]) -> str:
+def _ops(graph: Graph, passages: Sequence[Passage]) -> str:
     """Name the ops that need all of a thread: each kind once."""
     nodes = {node.name: node for node in graph.calls}
     names = list(dict.fromkeys(op_text(nodes[p.call].target) for p in passages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from os import PathLike
 
 from autoparallel.analysis.thread_splits import thread_splits
@@ -19,8 +20,11 @@ __all__ = ["threads_svg", "write_threads"]
 
 # Distinct on white and on black, and told apart by people who see few colours: the lanes next to
 # each other are never red and green of one lightness (Okabe and Ito's palette, darkened a little).
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8860b", "#cc79a7", "#56a0d3", "#7d5ba6", "#8c6d31")
-_ROW, _LANE, _LEFT, _TOP, _NOTES = 30, 84, 300, 96, 470
+_COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#b8860b", "#cc79a7"),
+    *("#56a0d3", "#7d5ba6", "#8c6d31", "#5a7d2a", "#a63d57"),
+)
+_ROW, _LANE, _LEFT, _TOP, _NOTES = 30, 84, 360, 96, 540
 _VERDICT = 22
 _SIGNS = {"split": "✔", "free": "○", "whole": "✕"}
 
@@ -96,6 +100,7 @@ class _Writer:
             f'<rect class="ground" width="{self.width}" height="{self.height}"/>',
             *self.heads(),
             *self.lanes(),
+            *self.blocks(),
             *(part for at, row in enumerate(self.picture.rows) for part in self.row(at, row)),
             *self.verdicts(),
             "</svg>",
@@ -108,7 +113,8 @@ class _Writer:
 
     def heads(self) -> Iterator[str]:
         """Draw the title, what marks mean, and the lanes' names."""
-        yield f'<text x="16" y="26" class="ink title">Threads of {escape(self.picture.title)}</text>'
+        title = f"Threads of {escape(self.picture.title)}"
+        yield f'<text x="16" y="26" class="ink title">{title}</text>'
         if self.plan is not None:
             mesh = escape(f"as split on {self.plan.mesh}")
             yield f'<text x="16" y="44" class="quiet">{mesh}</text>'
@@ -137,7 +143,7 @@ class _Writer:
         for lane in self.picture.lanes:
             number, spot = lane.thread.number, self.spots[lane.thread.number]
             met = [at for at, row in enumerate(self.picture.rows) if number in row.meetings]
-            for one, other in zip(met, met[1:], strict=False):
+            for one, other in pairwise(met):
                 carried = self.picture.rows[one].meetings[number].is_carried
                 kind = "lane" if other == one + 1 and carried else "waits"
                 yield (
@@ -154,27 +160,45 @@ class _Writer:
                         f"<title>split on {escape(names)}</title></rect>"
                     )
 
+    def block(self, row: Row) -> str:
+        """Return the path of the repeated block that a row is in; "" for none."""
+        for path in self.picture.repeats:
+            if row.where == path or row.where.startswith(f"{path}."):
+                return path
+        return ""
+
+    def blocks(self) -> Iterator[str]:
+        """Draw a bracket beside the rows of each repeated block, with the number of such blocks."""
+        blocks = [self.block(row) for row in self.picture.rows]
+        for path, number in self.picture.repeats.items():
+            if path not in blocks:
+                continue
+            first = blocks.index(path)
+            last = len(blocks) - 1 - blocks[::-1].index(path)
+            top, bottom = _TOP + _ROW * first + 3, _TOP + _ROW * (last + 1) - 3
+            middle = (top + bottom) / 2
+            text = escape(_short(f"{path} × {number}", int((bottom - top) / 7)))
+            yield (
+                f'<path class="bracket" d="M30 {top} h-6 V{bottom} h6"/>'
+                f'<text class="ink where" x="16" y="{middle}" text-anchor="middle" '
+                f'transform="rotate(-90 16 {middle})">{text}</text>'
+            )
+
     def row(self, at: int, row: Row) -> Iterator[str]:
         """Draw one row: its name, its merged dims, its marks, and what is synchronized after it."""
         y = self.y(at)
         above = self.picture.rows[at - 1].where if at else None
-        count = next(
-            (
-                f" × {number}"
-                for path, number in self.picture.repeats.items()
-                if row.where == path or row.where.startswith(path + ".")
-            ),
-            "",
-        )
         if row.where != above:
-            where = _short(row.where or self.picture.title, 30)
-            yield f'<text x="16" y="{y + 4}" class="ink where">{escape(where + count)}</text>'
+            block = self.block(row)
+            inside = row.where.removeprefix(block).removeprefix(".") if block else row.where
+            where = escape(_short(inside or row.where or self.picture.title, 27))
+            yield f'<text x="38" y="{y + 4}" class="ink where">{where}<title>{where}</title></text>'
             if at:
                 edge = y - _ROW / 2
-                yield f'<line class="edge" x1="8" x2="{self.width - 8}" y1="{edge}" y2="{edge}"/>'
-        name = escape(_short(row.text, 22))
+                yield f'<line class="edge" x1="34" x2="{self.width - 8}" y1="{edge}" y2="{edge}"/>'
+        name = escape(_short(row.text, 20))
         yield (
-            f'<text x="{_LEFT - 14}" y="{y + 4}" class="quiet" text-anchor="end">{name}'
+            f'<text x="{_LEFT - 22}" y="{y + 4}" class="quiet" text-anchor="end">{name}'
             f"<title>{escape(', '.join(row.ops))}</title></text>"
         )
         for dim in row.merged:
@@ -268,6 +292,7 @@ _STYLE = """<style>
 .threads .title{font-size:16px;font-weight:bold}
 .threads .where{font-weight:bold}
 .threads .name{font-weight:bold}
+.threads .bracket{fill:none;stroke:var(--quiet,#5b6770);stroke-width:1.5}
 .threads .edge{stroke:var(--edge,#d5dbe1)}
 .threads .lane{stroke-width:3}
 .threads .waits{stroke-width:1.5;stroke-dasharray:2 4;opacity:.75}
