@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from autoparallel.view.closed_forms_text import forms_text
     from autoparallel.view.dot import write_svg
     from autoparallel.view.exports import to_fx, to_networkx
+    from autoparallel.view.html.page import write_html
     from autoparallel.view.report import print_plan
     from autoparallel.view.threads_svg import write_threads
     from autoparallel.view.trace import write_trace
@@ -76,6 +77,7 @@ _HOMES = {
     "print_plan": "view.report",
     "to_fx": "view.exports",
     "to_networkx": "view.exports",
+    "write_html": "view.html.page",
     "write_svg": "view.dot",
     "write_threads": "view.threads_svg",
     "write_trace": "view.trace",
@@ -113,6 +115,7 @@ __all__ = [
     "to_fx",
     "to_networkx",
     "trace_threads",
+    "write_html",
     "write_svg",
     "write_threads",
     "write_trace",
