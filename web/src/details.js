@@ -135,7 +135,8 @@ function input(element) {
   return `<h2>${text(element.n)}</h2>${facts([["shape", text(shape)], ["threads", text(named)]])}`;
 }
 
-function container(model, item) {
+function container(model, chosen) {
+  const item = model.standsFor(chosen) || chosen;
   const total = model.sums(item);
   const sends = [...total.sends].map(([key, [count, nbytes]]) => {
     const [phase, axis, kind] = key.split("|");

@@ -2,7 +2,7 @@
 
 import cytoscape from "cytoscape";
 import { place } from "./layout.js";
-import { secondsText, shortText } from "./words.js";
+import { shortText } from "./words.js";
 
 const LETTER = 6.7;
 
@@ -26,6 +26,7 @@ export class GraphView {
       const item = this.itemOf(event.target.id());
       if (typeof item !== "number") this.events.toggle(item);
     });
+    new ResizeObserver(() => this.view.resize()).observe(host);
     this.view.on("mouseover", "node", () => (host.style.cursor = "pointer"));
     this.view.on("mouseout", "node", () => (host.style.cursor = ""));
   }
@@ -40,8 +41,12 @@ export class GraphView {
 
   label(item) {
     if (typeof item !== "number") {
-      if (item.kind === "run") return `${item.path}  × ${item.count}`;
-      return item.path || this.model.data.model;
+      const run = item.kind === "run" ? item : this.model.standsFor(item);
+      const name = run ? `${run.name} × ${run.count}` : item.name;
+      if (item.open) return name;
+      const sends = this.model.sends(item);
+      const more = sends.length > 2 ? ", …" : "";
+      return sends.length ? `${name}\n⇄ ${sends.slice(0, 2).join(", ")}${more}` : name;
     }
     const element = this.model.data.elements[item];
     if (element.k === "sync") return element.t;
@@ -56,7 +61,7 @@ export class GraphView {
     const closed = typeof item !== "number";
     const letters = Math.max(...lines.map((line) => line.length), 3);
     const extra = closed ? 2 : lines.length;
-    return { width: letters * LETTER + 22, height: 12 + 14 * extra };
+    return { width: letters * (closed ? LETTER + 0.8 : LETTER) + 22, height: 12 + 14 * extra };
   }
 
   // Whether the filters leave something bright.
@@ -80,7 +85,9 @@ export class GraphView {
   }
 
   kind(item) {
-    if (typeof item !== "number") return item.kind;
+    if (typeof item !== "number") {
+      return item.kind === "run" || this.model.standsFor(item) ? "run" : "module";
+    }
     const element = this.model.data.elements[item];
     if (element.k === "sync") {
       return element.moves.some(([phase]) => phase === "forward") ? "sync" : "sync back";
@@ -102,7 +109,7 @@ export class GraphView {
   draw(fit = false) {
     const anchor = this.selected !== null ? this.view.getElementById(this.idOf(this.selected)) : null;
     const before = anchor && anchor.nonempty() ? anchor.renderedPosition() : null;
-    const { points, edges, holder } = place(this.model, (item) => this.size(item));
+    const { points, edges, holder, bends } = place(this.model, (item) => this.size(item));
     const elements = [];
     for (const [id, item] of holder) {
       const target = this.itemOf(id);
@@ -119,7 +126,11 @@ export class GraphView {
       elements.push(node);
     }
     for (const [source, target] of edges) {
-      elements.push({ data: { id: `${source} ${target}`, source, target } });
+      const [from, to] = [source, target].map((id) =>
+        points.get(id) && { ...points.get(id), high: this.size(this.itemOf(id)).height });
+      const bend = bent(from, to, bends.get(`${source} ${target}`));
+      const data = { id: `${source} ${target}`, source, target, ...bend };
+      elements.push({ data, classes: bend ? "bent" : "" });
     }
     this.view.batch(() => {
       this.view.elements().remove();
@@ -237,7 +248,7 @@ export class GraphView {
       },
       {
         selector: ".input",
-        style: { shape: "round-tag", "background-color": colour("ground"), "border-style": "dotted" },
+        style: { "background-color": colour("ground"), "border-style": "dashed" },
       },
       ...hot,
       {
@@ -245,6 +256,14 @@ export class GraphView {
         style: {
           width: 1.4, "line-color": colour("line"), "target-arrow-color": colour("line"),
           "target-arrow-shape": "triangle", "arrow-scale": 0.8, "curve-style": "bezier",
+        },
+      },
+      {
+        selector: ".bent",
+        style: {
+          "curve-style": "round-segments", "segment-weights": "data(weights)",
+          "segment-distances": "data(distances)", "edge-distances": "node-position",
+          "segment-radii": 14,
         },
       },
       { selector: ".dim", style: { opacity: 0.25 } },
@@ -267,7 +286,26 @@ export class GraphView {
     return `Graph with ${nodes} boxes and ${this.view.edges().length} arrows.`;
   }
 
-  heatText(item) {
-    return secondsText(this.heat(item) ** 2 * this.hottest);
-  }
+}
+
+// The way around what lies between two ends, as cytoscape says it: along and beside the straight
+// line between them. Points that change nothing are left out.
+function bent(from, to, points) {
+  if (!from || !to || !points || to.y < from.y) return null;
+  const top = from.y + from.high / 2, bottom = to.y - to.high / 2;
+  const between = points.filter((one) => one.y > top + 3 && one.y < bottom - 3);
+  const way = [from];
+  between.forEach((one, at) => {
+    const before = way[way.length - 1], after = between[at + 1] || to;
+    const turn = (one.x - before.x) * (after.y - before.y) - (one.y - before.y) * (after.x - before.x);
+    const length = Math.hypot(after.x - before.x, after.y - before.y) || 1;
+    if (Math.abs(turn) / length > 2.5) way.push(one);
+  });
+  way.shift();
+  if (!way.length) return null;
+  const x = to.x - from.x, y = to.y - from.y, length = Math.hypot(x, y) || 1;
+  return {
+    weights: way.map((one) => ((one.x - from.x) * x + (one.y - from.y) * y) / length ** 2),
+    distances: way.map((one) => (y * (one.x - from.x) - x * (one.y - from.y)) / length),
+  };
 }

@@ -5,6 +5,8 @@ import { Graph, layout } from "@dagrejs/dagre";
 
 const PADDING = 16, TITLE = 22;
 
+const isRim = (id) => id === "in" || id === "out";
+
 export function place(model, size) {
   const edges = model.edges();
   const inner = new Map(); // per open container: its own layout
@@ -36,15 +38,30 @@ export function place(model, size) {
 
   measure(model.root);
 
-  // An edge is drawn where its two ends are side by side: in the innermost container around both.
+  // An edge is placed where its two ends are side by side: in the innermost container around both.
   const byId = new Map(model.containers.map((item) => [item.id, item]));
+  // One that goes into a container, or out of it, is led to its rim there, around what lies in it.
+  const ways = [];
   for (const [source, target] of edges) {
-    const ends = [chain(source), chain(target)];
+    const from = chain(source), to = chain(target);
     let depth = 0;
-    while (ends[0][depth] && ends[0][depth] === ends[1][depth]) depth += 1;
-    const [one, other] = [ends[0][depth], ends[1][depth]];
-    const around = holder.get(one);
-    if (one && other && around) inner.get(around.id).setEdge(one, other);
+    while (from[depth] && from[depth] === to[depth]) depth += 1;
+    const around = holder.get(from[depth]);
+    if (!from[depth] || !to[depth] || !around) continue;
+    const way = [];
+    for (let at = from.length - 1; at > depth; at--) way.push([from[at - 1], from[at], "out"]);
+    way.push([around.id, from[depth], to[depth]]);
+    for (let at = depth + 1; at < to.length; at++) way.push([to[at - 1], "in", to[at]]);
+    for (const [id, one, other] of way) {
+      const graph = inner.get(id);
+      for (const rim of ["in", "out"]) {
+        if ([one, other].includes(rim) && !graph.hasNode(rim)) {
+          graph.setNode(rim, { width: 1, height: 1 });
+        }
+      }
+      graph.setEdge(one, other);
+    }
+    ways.push([`${source} ${target}`, way]);
   }
 
   function chain(id) {
@@ -55,35 +72,43 @@ export function place(model, size) {
     return ids;
   }
 
+  const trims = new Map();
+
   function solve(item) {
     const graph = inner.get(item.id);
     for (const child of model.children(item)) {
       if (!child.open) continue;
       const box = solve(child);
-      const title = 8 * child.path.length + 30;
+      const title = 8 * child.name.length + 70;
       graph.setNode(child.id, {
         width: Math.max(box.width, Math.min(title, 260)) + 2 * PADDING,
         height: box.height + 2 * PADDING + TITLE,
       });
     }
     if (graph.nodeCount()) layout(graph);
-    const { width = 40, height = 20 } = graph.graph();
-    return { width: Math.max(width, 40), height: Math.max(height, 20) };
+    // The rims are no boxes: their rows take no room.
+    const boxes = graph.nodes().filter((id) => !isRim(id)).map((id) => graph.node(id));
+    const top = Math.min(...boxes.map((box) => box.y - box.height / 2));
+    const bottom = Math.max(...boxes.map((box) => box.y + box.height / 2));
+    const wide = Math.max(graph.graph().width || 0, 40);
+    trims.set(item.id, { top, wide });
+    return { width: wide, height: Math.max(bottom - top, 20) };
   }
 
   solve(model.root);
-  const points = new Map();
+  const points = new Map(), corners = new Map();
 
   function put(item, left, top) {
     const graph = inner.get(item.id);
+    corners.set(item.id, [left, top]);
     for (const id of graph.nodes()) {
       const node = graph.node(id);
+      if (isRim(id)) continue;
       const x = left + node.x, y = top + node.y;
       const child = byId.get(id);
       if (child && child.open) {
-        const box = inner.get(id).graph();
-        const wide = Math.max(box.width || 40, 40);
-        put(child, x - wide / 2, y - node.height / 2 + PADDING + TITLE);
+        const { top: trim, wide } = trims.get(id);
+        put(child, x - wide / 2, y - node.height / 2 + PADDING + TITLE - trim);
       } else {
         points.set(id, { x, y });
       }
@@ -91,5 +116,17 @@ export function place(model, size) {
   }
 
   put(model.root, 0, 0);
-  return { points, edges, holder };
+  const bends = new Map();
+  for (const [key, way] of ways) {
+    const bend = [];
+    for (const [id, one, other] of way) {
+      const edge = inner.get(id).edge(one, other), [left, top] = corners.get(id);
+      // Its ends lie on boxes and rims, between which it need not touch anything.
+      for (const { x, y } of ((edge && edge.points) || []).slice(1, -1)) {
+        bend.push({ x: x + left, y: y + top });
+      }
+    }
+    bends.set(key, bend);
+  }
+  return { points, edges, holder, bends };
 }

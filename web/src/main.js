@@ -80,6 +80,7 @@ function start() {
       tab.tabIndex = chosen ? 0 : -1;
       byId(`panel-${tab.dataset.tab}`).hidden = !chosen;
     }
+    document.body.dataset.tab = name;
     if (name === "graph") {
       graph.view.resize();
       if (graph.selected !== null) events.select(graph.selected, true);

@@ -7,6 +7,9 @@ export class Model {
     this.chains = new Array(data.elements.length); // per element: its containers, outermost first
     this.root = this.container(data.tree, null, "module");
     this.root.open = true;
+    for (const item of this.containers) {
+      for (const element of item.elements) this.chains[element] = this.chainOf(item);
+    }
     this.readers = data.elements.map(() => []);
     this.makers = data.elements.map(() => []);
     for (const [from, to] of data.edges) {
@@ -34,8 +37,9 @@ export class Model {
       const [name, count] = starts.get(at);
       const prefix = row.p ? `${row.p}.` : "";
       const run = {
-        id: `m${this.containers.length}`, kind: "run", parent: item, path: prefix + name, name,
-        open: false, unfolded: false, items: [], elements: [], count, run: null, place: 0, all: null,
+        id: `m${this.containers.length}`, kind: "run", parent: item, path: prefix + name,
+        name: prefix.slice(prefix.lastIndexOf(".", prefix.length - 2) + 1) + name,
+        open: true, unfolded: false, items: [], elements: [], count, run: null, place: 0, all: null,
       };
       this.containers.push(run);
       item.items.push(run);
@@ -47,9 +51,13 @@ export class Model {
       }
       at += count - 1;
     }
-    const chain = [];
-    for (let one = item; one; one = one.parent) chain.unshift(one);
-    for (const element of item.elements) this.chains[element] = chain;
+    // A list of nothing but equal modules is no more than these.
+    const only = item.items[0];
+    if (parent && item.items.length === 1 && !item.elements.length && only.kind === "run") {
+      only.parent = parent;
+      item.isList = true;
+      return only;
+    }
     return item;
   }
 
@@ -63,32 +71,46 @@ export class Model {
     return item.all;
   }
 
-  // Open what a reader wants to see first: down to the blocks, and the first of these.
+  // Open what a reader wants to see first: the way down to the equal modules, the first of these,
+  // and what is in it, as long as that fits a screen or two.
   openFirst() {
-    let open = [this.root];
-    while (open.length === 1 && open[0]) {
-      const item = open[0];
-      item.open = true;
-      open = item.items.filter((child) => this.inside(child).length > 3);
-      if (open.length > 1 && open.length < 5) {
-        for (const child of open) if (child.kind === "run") child.open = child.items[0].open = true;
-        for (const child of open) if (!child.items.length) child.open = true;
-        const nested = open.filter((child) => child.items.some((one) => one.kind === "run"));
-        open = nested.length === 1 ? nested : [];
-      }
+    const runs = this.containers.filter((item) => item.kind === "run");
+    const largest = runs.sort((a, b) => this.inside(b).length - this.inside(a).length)[0];
+    for (const run of runs) {
+      if (run !== largest && run.parent !== (largest && largest.parent)) continue;
+      for (const item of this.chainOf(run)) item.open = true;
+      this.openSmall(run.items[0], 60);
     }
-    for (const item of this.containers) {
-      if (item.kind === "run" && item.parent.open) item.open = item.items[0].open = true;
-    }
+    if (!runs.length) this.openSmall(this.root, 60);
   }
 
-  shown(run) {
-    return run.unfolded ? run.items : run.items.slice(0, 1);
+  openSmall(item, most) {
+    item.open = true;
+    const inside = this.inside(item).length;
+    for (const child of item.items) if (inside <= most) this.openSmall(child, most);
   }
 
-  // The items of an open container that are drawn, elements apart.
+  // What is drawn in an open container, elements apart: of a folded run the first module.
   children(item) {
-    return item.kind === "run" ? this.shown(item) : item.items;
+    return item.items.map((one) => (one.kind === "run" && !one.unfolded ? one.items[0] : one));
+  }
+
+  // The run that a module stands for, null where it stands for itself.
+  standsFor(item) {
+    return typeof item !== "number" && item.run && !item.run.unfolded ? item.run : null;
+  }
+
+  // What collectives are inside, the most frequent first.
+  sends(item) {
+    if (!item.sent) {
+      const counts = new Map();
+      for (const number of this.inside(item)) {
+        const element = this.data.elements[number];
+        if (element.k === "sync") counts.set(element.t, (counts.get(element.t) || 0) + 1);
+      }
+      item.sent = [...counts].sort((a, b) => b[1] - a[1]).map(([name]) => name);
+    }
+    return item.sent;
   }
 
   // The element that stands for one in a folded run.
@@ -152,7 +174,7 @@ export class Model {
 
   setAll(open) {
     for (const item of this.containers) {
-      item.open = open || item === this.root;
+      item.open = open || item === this.root || item.kind === "run";
       if (item.kind === "run") item.unfolded = false;
     }
   }

@@ -70,6 +70,7 @@ export class Search {
 
   close() {
     this.found = [];
+    this.chosen = -1;
     this.show();
   }
 }

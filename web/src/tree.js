@@ -49,13 +49,14 @@ export class TreeView {
         `${element.k}" ${indent}><span class="name">${escapeText(name)}</span>` +
         `<span class="more">${escapeText(more)}</span></li>`;
     }
-    const name = item.kind === "run" ? `${item.name} × ${item.count}` : item.name;
-    const seconds = secondsText(this.model.sums(item).seconds);
-    const fold = item.kind === "run" && item.open
+    const run = item.kind === "run" ? item : this.model.standsFor(item);
+    const name = run ? `${run.name} × ${run.count}` : item.name;
+    const seconds = secondsText(this.model.sums(run || item).seconds);
+    const fold = run && item.open
       ? `<button type="button" class="fold" data-fold="${at}" tabindex="-1">` +
-        `${item.unfolded ? "show one" : "show all"}</button>` : "";
+        `${run.unfolded ? "show one" : "show all"}</button>` : "";
     return `<li role="treeitem" aria-level="${level}" aria-expanded="${item.open}" data-at="${at}" ` +
-      `tabindex="-1" class="${item.kind}" ${indent}><span class="twist" aria-hidden="true">` +
+      `tabindex="-1" class="${run ? "run" : "module"}" ${indent}><span class="twist" aria-hidden="true">` +
       `${item.open ? "▾" : "▸"}</span><span class="name">${escapeText(name)}</span>${fold}` +
       `<span class="more">${seconds}</span></li>`;
   }
@@ -83,7 +84,8 @@ export class TreeView {
   onClick(event) {
     const fold = event.target.closest("[data-fold]");
     if (fold) {
-      this.events.unfold(this.items[Number(fold.dataset.fold)][0]);
+      const [item] = this.items[Number(fold.dataset.fold)];
+      this.events.unfold(item.kind === "run" ? item : item.run);
       return;
     }
     const row = event.target.closest("[data-at]");
