@@ -306,6 +306,6 @@ function bent(from, to, points) {
   const x = to.x - from.x, y = to.y - from.y, length = Math.hypot(x, y) || 1;
   return {
     weights: way.map((one) => ((one.x - from.x) * x + (one.y - from.y) * y) / length ** 2),
-    distances: way.map((one) => (y * (one.x - from.x) - x * (one.y - from.y)) / length),
+    distances: way.map((one) => (x * (one.y - from.y) - y * (one.x - from.x)) / length),
   };
 }

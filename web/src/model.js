@@ -87,7 +87,9 @@ export class Model {
   openSmall(item, most) {
     item.open = true;
     const inside = this.inside(item).length;
-    for (const child of item.items) if (inside <= most) this.openSmall(child, most);
+    for (const child of item.items) {
+      if (inside <= most && !child.name.startsWith("(")) this.openSmall(child, most);
+    }
   }
 
   // What is drawn in an open container, elements apart: of a folded run the first module.

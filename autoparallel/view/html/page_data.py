@@ -13,6 +13,7 @@ from autoparallel.analysis.timeline import timeline
 from autoparallel.analysis.training_step import Timeline
 from autoparallel.placement import Layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.html.module_tree import Module, module_tree
 from autoparallel.view.size_names import shape_text, size_names
@@ -23,6 +24,9 @@ __all__ = ["page_data"]
 
 # Rows of the table of what takes memory.
 _ITEMS = 60
+# Ops that prepare masks, positions and labels from inputs alone are drawn in a box of their own,
+# where there are more than so many in a module.
+_FEW, _PREPARES = 3, "(masks and positions)"
 # Rows of a timeline's text that the plan's own has not.
 _OF_THE_STEP = ("passes", "communicating", "utilization")
 
@@ -57,6 +61,7 @@ class _PageData:
         self.number: dict[str, int] = {}  # of the element that makes a value
         self.edges: list[tuple[int, int]] = []
         self.shapes: dict[str, tuple[str, str]] = {}  # per value: its shape, and in threads
+        self.prepared: dict[str, str] = {}  # per op that only prepares: where it is drawn
         self.places = {parameter.name: at for at, parameter in enumerate(plan.parameters)}
         self.splits: dict[str, ThreadSplits] = {}  # by the prefix of the part's names
         self.by_value: dict[str, dict[str, list[Synchronization]]] = {}
@@ -73,7 +78,21 @@ class _PageData:
         for one in splits.synchronizations:
             by_value.setdefault(one.value, []).append(one)
         names = size_names(part.inputs)
-        for name, value in part.captured.graph.values.items():
+        graph = part.captured.graph
+        touched = {node.name for node in graph.nodes if node.kind == "parameter"}
+        prepared: dict[str, list[str]] = {}
+        for node in graph.calls:
+            grad = any(value.requires_grad for value in node.results)
+            if grad or any(name in touched for name in node.operands()):
+                touched.update(value.name for value in node.results)
+            elif not any(name.isdigit() for name in node.where.split(".")):
+                prepared.setdefault(node.where, []).append(prefix + node.name)
+        for where, ops in prepared.items():
+            # A few are no clutter.
+            if len(ops) > _FEW:
+                path = join_path(prefix.rstrip("/"), where)
+                self.prepared.update(dict.fromkeys(ops, join_path(path, _PREPARES)))
+        for name, value in graph.values.items():
             kind = str(value.dtype).removeprefix("torch.")
             shape = shape_text(", ".join(map(str, value.shape)), names)
             self.shapes[prefix + name] = f"{kind}[{shape}]", splits.threads.shape(name)
@@ -210,7 +229,7 @@ class _PageData:
                 if (p := words.parameters.get(value)) is not None
             ),
         )
-        number = self.add(_Element(op.where, row, content))
+        number = self.add(_Element(self.prepared.get(op.name, op.where), row, content))
         self.number.update(dict.fromkeys(op.makes, number))
 
     def pill(self, conversion: Conversion, where: str) -> None:
