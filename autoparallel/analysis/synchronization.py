@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 
-from autoparallel.placement import Collective, Invariant, Partial, Replicate
+from autoparallel.graph.graph import hint
+from autoparallel.placement import Collective, Invariant, Partial, Replicate, Shard
 from autoparallel.plan import Plan
 from autoparallel.threads import Passage, Thread, Threads
 
@@ -101,6 +102,18 @@ class ThreadSplits:
     @cached_property
     def _results(self) -> Mapping[str, tuple[str, ...]]:
         return {op.name: op.makes for op in self.plan.ops}
+
+    def named(self, row: Sequence[int], shard: Shard) -> str:
+        """Return the name of the thread of a merged dim that a shard cuts.
+
+        row: the numbers of the dim's threads, outermost first.
+        """
+        before = 1
+        for number in row[:-1]:
+            before *= hint(self.threads.threads[number].size)
+            if shard.blocks < before:
+                return self.threads.threads[number].name
+        return self.threads.threads[row[-1]].name
 
     def sentence(self, one: Synchronization) -> str:
         """Say in one sentence why a synchronization is there."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from autoparallel.analysis.synchronization import Synchronization, ThreadSplits
-from autoparallel.graph.graph import Graph, Node, Sym
+from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.repeated_blocks import Repeats
 from autoparallel.graph.weight_values import weight_values
 from autoparallel.threads import Passage, Thread, Threads, Treatment
@@ -171,11 +171,18 @@ class _Drawing:
         return any(value.requires_grad for value in node.results)
 
     def ordered(self, numbers: Iterable[int]) -> list[int]:
-        """Return lanes in the order in which ops meet them, those of the inputs' sizes first."""
-        rest = list(numbers)
-        # Sizes of inputs first: every activation has them, and their lanes run through.
-        rest.sort(key=lambda number: not isinstance(self.threads.threads[number].size, Sym))
-        return rest
+        """Return lanes in the order in which ops meet them: those of the inputs, which run through,
+        then those of parameters, then those that ops bring in.
+        """
+        threads = self.threads.threads
+
+        def rank(number: int) -> int:
+            births = threads[number].births
+            if any(birth.kind == "input" for birth in births):
+                return 0
+            return 2 if births and all(birth.kind == "call" for birth in births) else 1
+
+        return sorted(numbers, key=rank)
 
     # -- rows
 

@@ -27,6 +27,7 @@ def write_html(
     path: str | PathLike[str],
     *,
     explanations: Mapping[str, Sequence[str]] = NO_EXPLANATIONS,
+    alternatives: bool = True,
 ) -> None:
     """Write the plan as one self-contained HTML file, the same for the same plan.
 
@@ -37,6 +38,8 @@ def write_html(
 
     plan: one that was read from a text is shown without shapes, threads, alternatives and the table
     of memory, which need the graph. explanations: more sentences about ops, by their names.
+    alternatives: whether to tell what each op could have done instead, for which the plan's costs
+    are counted once more.
 
         >>> import autoparallel, pathlib, tempfile, torch
         >>> plan = autoparallel.make_plan(torch.nn.Linear(8, 8), 2, example_inputs=torch.ones(4, 8))
@@ -48,15 +51,20 @@ def write_html(
     Raises AutoParallelError where no such file can be written.
     """
     require_kind(plan, Plan, MAKE_ONE)
-    write_file(path, page_text(plan, explanations).encode())
+    write_file(path, page_text(plan, explanations, alternatives).encode())
 
 
-def page_text(plan: Plan, explanations: Mapping[str, Sequence[str]] = NO_EXPLANATIONS) -> str:
+def page_text(
+    plan: Plan,
+    explanations: Mapping[str, Sequence[str]] = NO_EXPLANATIONS,
+    alternatives: bool = True,
+) -> str:
     """Return the page that `write_html` writes.
 
     Example: `page_text(plan)`
     """
-    text = json.dumps(page_data(plan, explanations), separators=(",", ":"), ensure_ascii=False)
+    data = page_data(plan, explanations, alternatives)
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
     # Without the time in the header, which would make each file another one.
     packed = gzip.compress(text.encode(), compresslevel=9, mtime=0)
     ranks = f"{plan.world_size} rank{'s' if plan.world_size != 1 else ''}"
