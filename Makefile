@@ -34,7 +34,7 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
-.PHONY: compatibility opinfo safety optional versions lowest bench gpu gpu-wheels clean
+.PHONY: page page-test compatibility opinfo safety optional versions lowest bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -54,6 +54,8 @@ help:
 	@echo "make safety      docs/safety.md: what was tried that may go wrong, how often, what happened"
 	@echo "make opinfo      docs/operators.md: which of PyTorch's own operators and modules are split"
 	@echo "make families    docs/families.md: the same for 230 more families; brings their libraries"
+	@echo "make page        builds the script of the interactive page anew, from web/ (needs npm)"
+	@echo "make page-test   opens the page in a browser, and uses it (needs npm and Chromium)"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make lowest      the tests on the lower bounds of pyproject.toml's dependencies"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
@@ -121,6 +123,17 @@ compatibility: $(TEST)
 
 safety: $(TEST)
 	$(VENV)/bin/python docs/make_safety.py $(ARGS)
+
+# What it writes is committed: nobody who installs or uses the project needs npm.
+page: web/node_modules
+	npm --prefix web run build
+
+page-test: $(TEST) web/node_modules
+	$(PYTEST) -m optional tests/view/html $(ARGS)
+
+web/node_modules: web/package.json web/package-lock.json
+	npm --prefix web ci --no-audit --no-fund
+	@touch $@
 
 # SEED=number makes the random plans of an earlier run again; ONLY=pattern runs some ops.
 opinfo: $(TEST)

@@ -167,7 +167,10 @@ function start() {
     if (event.key === "/" && !typing) {
       byId("search").focus();
       event.preventDefault();
-    } else if (event.key === "Escape" && !typing) events.select(null);
+    } else if (event.key === "Escape" && !typing) {
+      if (document.body.classList.contains("drawer")) actions.modules();
+      else events.select(null);
+    }
   });
   window.addEventListener("resize", () => timeline.draw());
 

@@ -75,11 +75,11 @@ export class Model {
   // and what is in it, as long as that fits a screen or two.
   openFirst() {
     const runs = this.containers.filter((item) => item.kind === "run");
-    const largest = runs.sort((a, b) => this.inside(b).length - this.inside(a).length)[0];
-    for (const run of runs) {
-      if (run !== largest && run.parent !== (largest && largest.parent)) continue;
-      for (const item of this.chainOf(run)) item.open = true;
-      this.openSmall(run.items[0], 60);
+    const sizes = new Map(runs.map((run) => [run, this.inside(run).length]));
+    const largest = runs.sort((a, b) => sizes.get(b) - sizes.get(a))[0];
+    if (largest) {
+      for (const item of this.chainOf(largest)) item.open = true;
+      this.openSmall(largest.items[0], 60);
     }
     if (!runs.length) this.openSmall(this.root, 60);
   }

@@ -45,7 +45,7 @@ export class TimelineView {
       }).filter(Boolean);
       return `${stream}: ${each.join(", ") || "nothing"}`;
     });
-    return `One step takes ${secondsText(seconds)}. ${parts.join("; ")}.`;
+    return `One step takes ${secondsText(seconds)}, with what overlaps. ${parts.join("; ")}.`;
   }
 
   scale() {
