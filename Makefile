@@ -18,6 +18,7 @@ TEST = $(VENV)/.installed-test
 DEV = $(VENV)/.installed-dev
 WEIGHTS = $(VENV)/.installed-weights
 FAMILIES = $(VENV)/.installed-families
+SITE = $(VENV)/.installed-site
 # Programs of each kind that `make fuzz` tries; SEED=number tries those of an earlier run again.
 PROGRAMS ?= 2000
 # The interpreter of a machine with a GPU, which has torch; and where wheels for it are collected.
@@ -34,7 +35,7 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
-.PHONY: page page-test compatibility opinfo safety optional versions lowest bench gpu gpu-wheels clean
+.PHONY: page page-test docs docs-links compatibility opinfo safety optional versions lowest bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -56,6 +57,8 @@ help:
 	@echo "make families    docs/families.md: the same for 230 more families; brings their libraries"
 	@echo "make page        builds the script of the interactive page anew, from web/ (needs npm)"
 	@echo "make page-test   opens the page in a browser, and uses it (needs npm and Chromium)"
+	@echo "make docs        the documents and the reference as a site, in out/site"
+	@echo "make docs-links  whether links of the documents to other sites are alive"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make lowest      the tests on the lower bounds of pyproject.toml's dependencies"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
@@ -135,6 +138,14 @@ web/node_modules: web/package.json web/package-lock.json
 	npm --prefix web ci --no-audit --no-fund
 	@touch $@
 
+# Warnings are errors: a link to a page or a heading that is not there, a name that is none.
+docs: $(SITE)
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs out/site $(ARGS)
+	@echo "out/site/index.html"
+
+docs-links: $(SITE)
+	$(VENV)/bin/python -m sphinx -q -b linkcheck docs out/links $(ARGS)
+
 # SEED=number makes the random plans of an earlier run again; ONLY=pattern runs some ops.
 opinfo: $(TEST)
 	SEED=$(SEED) ONLY='$(ONLY)' $(VENV)/bin/python docs/make_operators.py $(ARGS)
@@ -200,6 +211,10 @@ $(WEIGHTS): $(TEST)
 
 $(FAMILIES): $(TEST)
 	$(PIP) -c constraints.txt --editable ".[families]"
+	@touch $@
+
+$(SITE): $(BASE)
+	$(PIP) -c constraints.txt --editable ".[docs]"
 	@touch $@
 
 $(DEV): $(TEST)

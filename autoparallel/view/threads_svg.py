@@ -259,12 +259,12 @@ class _Writer:
         """Draw what marks mean, and for each lane whether it is good to split."""
         y = self.bottom + 28
         legend = (
-            "○ begins   ● passes free   Σ filled: ends in a sum, which must be synchronized if the "
-            "thread is split   Σ open: so must the gradient, in the backward pass"
+            "○ begins · ● passes free · Σ filled: ends in a sum, which must be synchronized if the "
+            "thread is split · Σ open: so must the gradient, in the backward pass"
         )
         more = (
-            "all: the op needs the whole thread   all*: it can ask the other ranks for it   "
-            "◇ gradients of weights are sums over it   bar: merged into one dim"
+            "all: the op needs the whole thread · all*: it can ask the other ranks for it · "
+            "◇ gradients of weights are sums over it · bar: merged into one dim"
         )
         yield f'<text x="16" y="{y}" class="quiet">{escape(legend)}</text>'
         yield f'<text x="16" y="{y + 16}" class="quiet">{escape(more)}</text>'
