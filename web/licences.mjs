@@ -1,6 +1,8 @@
-// Collects the licences of what is bundled, which go into each page and into the package.
+// Collects the licences of what is bundled, which go into each page and into the package, and notes
+// in the bundle which sources it is of.
 
-import { readFileSync, writeFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { appendFileSync, readFileSync, readdirSync, writeFileSync } from "node:fs";
 
 const names = Object.keys(JSON.parse(readFileSync("package.json", "utf8")).dependencies);
 // What these bring with them in their own bundles.
@@ -11,3 +13,9 @@ const texts = all.map((name) => {
   return `${name} ${version} (${license})\n\n${readFileSync(`${folder}/LICENSE`, "utf8").trim()}\n`;
 });
 writeFileSync("../autoparallel/view/html/LICENCES.txt", texts.join(`\n${"-".repeat(80)}\n\n`));
+
+const sources = createHash("sha256");
+for (const name of ["package.json", ...readdirSync("src").sort().map((file) => `src/${file}`)]) {
+  sources.update(readFileSync(name));
+}
+appendFileSync("../autoparallel/view/html/page.js", `//sources ${sources.digest("hex")}\n`);

@@ -19,7 +19,6 @@ from autoparallel.analysis.synchronization import (
     Synchronization,
     ThreadSplits,
 )
-from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, hint
 from autoparallel.placement import (
     Collective,
@@ -57,12 +56,7 @@ def thread_splits(plan: Plan) -> ThreadSplits:
     """
     require_kind(plan, Plan, MAKE_ONE)
     threads = plan.threads()
-    if plan.captured is None:
-        raise PlanError(
-            "the plan is in parts, and each has threads of its own",
-            fix="ask thread_splits(part.plan) for each of plan.parts",
-        )
-    return _Reading(plan, threads, plan.captured.graph).splits()
+    return _Reading(plan, threads, threads.graph).splits()
 
 
 class _Reading:

@@ -344,3 +344,4 @@ cytoscape/dist/cytoscape.esm.mjs:
 @dagrejs/dagre/dist/dagre.esm.js:
   (*! For license information please see dagre.esm.js.LEGAL.txt *)
 */
+//sources 08b55d832542163472622858f723019313c8e3e2c92b1a00360d8ab8216097fc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import re
 from functools import cache
@@ -187,12 +188,16 @@ def test_a_plan_in_parts_has_a_page() -> None:
     assert all(shapes)
 
 
-def test_the_bundle_is_of_the_versions_that_are_pinned() -> None:
-    """Whoever changes a pin builds again, with `make page`."""
-    pins = json.loads((ROOT / "web" / "package.json").read_text())["dependencies"]
-    licences = (ROOT / "autoparallel" / "view" / "html" / "LICENCES.txt").read_text()
+def test_the_bundle_is_of_its_sources() -> None:
+    """Whoever changes a source or a pin builds again, with `make page`."""
+    web, built = ROOT / "web", ROOT / "autoparallel" / "view" / "html"
+    digest = hashlib.sha256()
+    for path in (web / "package.json", *sorted((web / "src").glob("*"))):
+        digest.update(path.read_bytes())
+    assert f"//sources {digest.hexdigest()}\n" in (built / "page.js").read_text()
+    pins = json.loads((web / "package.json").read_text())["dependencies"]
     for name, version in pins.items():
-        assert f"{name} {version} (MIT)" in licences
+        assert f"{name} {version} (MIT)" in (built / "LICENCES.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["page.html", "page.css", "page.js", "LICENCES.txt"])
