@@ -36,8 +36,7 @@ class Meeting:
 
     marks: what happens there, all of it. backward: the gradients of activations that are sums over
     the thread there. weights: whether gradients of parameters are. axes: names of the mesh axes on
-    which the plan splits the thread there. is_carried: the row's result has the thread. inner: its
-    place in a merged dim, and with what other lanes, by number.
+    which the plan splits the thread there. is_carried: the row's result has the thread.
     """
 
     marks: tuple[Mark, ...]
@@ -45,7 +44,6 @@ class Meeting:
     weights: bool = False
     axes: tuple[str, ...] = ()
     is_carried: bool = False
-    reason: str = ""
 
 
 @dataclass(slots=True)
@@ -216,7 +214,7 @@ class _Drawing:
                 if number not in read and number not in carried and not looked_up:
                     continue
                 is_born = number in carried and number not in read
-                mark = self.mark(node, passage, is_born)
+                mark = _mark(passage, is_born)
                 old = row.meetings.get(number, Meeting(()))
                 split = axes if axes and self.is_split(node, number) else ()
                 row.meetings[number] = Meeting(
@@ -225,18 +223,7 @@ class _Drawing:
                     old.weights or weights,
                     tuple(dict.fromkeys((*old.axes, *split))),
                     number in carried,
-                    old.reason or passage.reason,
                 )
-
-    def mark(self, node: Node, passage: Passage, is_born: bool) -> Mark:
-        """Return what one passage is drawn as."""
-        if passage.treatment is Treatment.WHOLE:
-            return Mark.WHOLE
-        if _is_summed(passage):
-            return Mark.SUM
-        if passage.treatment is Treatment.KERNEL:
-            return Mark.KERNEL
-        return Mark.BORN if is_born and passage.results else Mark.FREE
 
     def axes(self, node: Node, passage: Passage) -> tuple[str, ...]:
         """Return the names of the axes on which the plan splits the loop of a passage."""
@@ -278,8 +265,7 @@ class _Drawing:
         """Name a row by its ops: the first, and how many more."""
         nodes = {node.name: node for node in self.graph.calls}
         names = list(dict.fromkeys(op_text(nodes[name].target) for name in row.ops))
-        shown = ", ".join(names[:2]) + (f", {len(names) - 2} more" if len(names) > 2 else "")
-        return shown
+        return ", ".join(names[:2]) + (f", {len(names) - 2} more" if len(names) > 2 else "")
 
     def synchronize(self, rows: Sequence[Row], splits: ThreadSplits) -> None:
         """Tell each synchronization in the row of the op that makes the value, or else reads it."""
@@ -334,6 +320,17 @@ class _Drawing:
         nodes = self.graph.producers
         node = nodes.get(passage.call)
         return node is None or self.is_drawn(node)
+
+
+def _mark(passage: Passage, is_born: bool) -> Mark:
+    """Return what one passage is drawn as. is_born: it brings the thread into what is computed."""
+    if passage.treatment is Treatment.WHOLE:
+        return Mark.WHOLE
+    if _is_summed(passage):
+        return Mark.SUM
+    if passage.treatment is Treatment.KERNEL:
+        return Mark.KERNEL
+    return Mark.BORN if is_born and passage.results else Mark.FREE
 
 
 def _is_summed(passage: Passage) -> bool:

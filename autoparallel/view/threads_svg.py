@@ -9,6 +9,7 @@ from itertools import pairwise
 from os import PathLike
 
 from autoparallel.analysis.thread_splits import thread_splits
+from autoparallel.errors import PlanError
 from autoparallel.graph.graph import hint
 from autoparallel.plan import Plan
 from autoparallel.support.arguments import MAKE_ONE, require_kind
@@ -45,7 +46,7 @@ def write_threads(
         >>> "</svg>" in path.read_text()
         True
 
-    Raises PlanError as `Plan.threads` does.
+    Raises PlanError as `Plan.threads` does, and for a module in which nothing is drawn.
     """
     require_kind(plan, Plan, MAKE_ONE)
     write_file(path, threads_svg(plan, within=within, splits=splits).encode())
@@ -61,6 +62,11 @@ def threads_svg(plan: Plan, *, within: str = "", splits: bool = True) -> str:
     assert plan.captured is not None
     title = f"{within} of {plan.model}" if within else plan.model
     picture = draw_threads(threads, title, plan.captured.blocks, chosen, within)
+    if within and not picture.rows:
+        raise PlanError(
+            f"no op of {plan.model} with a gradient is in a module {within!r}",
+            fix="give the path of a module, as in model.named_modules()",
+        )
     return _Writer(picture, threads, plan if splits else None).text()
 
 

@@ -105,6 +105,12 @@ def test_one_module_alone() -> None:
     assert "attention" not in svg
 
 
+def test_a_module_that_is_none() -> None:
+    """Is told, and no empty picture drawn."""
+    with pytest.raises(PlanError, match=r"blocks\.7"):
+        threads_svg(plan_of_gpt(), within="blocks.7")
+
+
 def test_a_plan_that_was_read_has_no_threads(tmp_path: Path) -> None:
     """It is refused before anything is written."""
     read = Plan.from_json(plan_of_gpt().to_json())

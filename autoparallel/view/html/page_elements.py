@@ -238,9 +238,7 @@ class Elements:
         for axis in range(len(self.plan.mesh.axes)):
             cut = next(
                 (
-                    splits.threads.threads[row[0]].name
-                    if len(row) == 1
-                    else splits.named(row, shard)
+                    splits.named(row, shard)
                     for value, layout in zip(names, tensors, strict=True)
                     if isinstance(shard := layout[axis], Shard)
                     and (row := splits.threads.dims[value][shard.dim])

@@ -165,6 +165,15 @@ def test_a_plan_that_was_read_has_a_page(tmp_path: Path) -> None:
     assert len(rows["elements"]) >= len(read.ops)
 
 
+def test_a_plan_for_one_rank_has_a_page() -> None:
+    """Nothing moves, and there is nothing to choose."""
+    rows = page_data(
+        autoparallel.make_plan(nn.Linear(8, 8), 1, example_inputs=torch.ones(4, 8)), {}
+    )
+    assert {one["k"] for one in rows["elements"]} == {"op", "input"}
+    assert not any("alt" in one for one in rows["elements"])
+
+
 class Stays(nn.Module):
     """A Stays model cannot be traced whole, its two layers can."""
 
