@@ -31,9 +31,13 @@ for (const [width, height] of [[1440, 900], [1024, 768], [390, 844]]) {
   const title = () => view.locator("#details-body h2").textContent();
   const chosen = () => view.locator('#tree [aria-selected="true"]').textContent();
 
+  // Processor seconds of the page: a machine that others use too says little by the clock.
+  const inside = await view.context().newCDPSession(view);
+  await inside.send("Performance.enable", { timeDomain: "threadTicks" });
   await view.goto(`file://${page}`);
   await view.waitForSelector("body[data-ready]");
-  told.milliseconds = await view.evaluate(() => Math.round(performance.now()));
+  const { metrics } = await inside.send("Performance.getMetrics");
+  told.seconds = metrics.find(({ name }) => name === "TaskDuration").value;
   told.sideways = await view.evaluate(() => document.documentElement.scrollWidth > innerWidth);
   told.first = await boxes();
   await shot("graph");

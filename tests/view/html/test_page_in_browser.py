@@ -82,6 +82,11 @@ def test_nothing_is_asked_for_and_nothing_goes_wrong(page: Path) -> None:
     assert page.stat().st_size < 3 * MEBIBYTE
 
 
+def test_it_opens_at_once(page: Path) -> None:
+    """In processor time, which other work on the machine does not lengthen."""
+    assert max(told["seconds"] for told in seen(page)["sizes"].values()) < 2
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_it_can_be_read_at_each_size(page: Path, size: str) -> None:
     """Nothing sticks out sideways, and every control has a name."""
