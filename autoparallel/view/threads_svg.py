@@ -15,6 +15,7 @@ from autoparallel.plan import Plan
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 from autoparallel.support.written_files import write_file
 from autoparallel.threads import Threads
+from autoparallel.threads.thread_names import ROLES
 from autoparallel.view.threads_picture import Lane, Mark, Meeting, Row, ThreadsPicture, draw_threads
 
 __all__ = ["threads_svg", "write_threads"]
@@ -127,11 +128,12 @@ class _Writer:
         for lane in self.picture.lanes:
             spot, thread = self.spots[lane.thread.number], lane.thread
             words = _lines(thread.name)
+            meaning = escape(ROLES.get(thread.name, thread.name))
             for line, word in enumerate(words):
                 y = _TOP - 22 - 12 * (len(words) - 1 - line)
                 yield (
                     f'<text x="{spot.x}" y="{y}" class="name" fill="{spot.colour}" '
-                    f'text-anchor="middle">{escape(word)}</text>'
+                    f'text-anchor="middle">{escape(word)}<title>{meaning}</title></text>'
                 )
             yield (
                 f'<text x="{spot.x}" y="{_TOP - 8}" class="quiet" text-anchor="middle">'

@@ -15,6 +15,7 @@ from autoparallel.errors import CaptureError, PlanError
 from autoparallel.graph.graph import Graph, hint
 from autoparallel.plan import Plan
 from autoparallel.threads import Threads, Treatment, find_threads
+from autoparallel.threads.thread_names import ROLES
 from autoparallel.train.models import GPT, GPTConfig
 
 IN_THE_SUITE = ("llama", "resnet", "lstm")
@@ -80,6 +81,14 @@ def test_a_gpt_has_the_names_of_the_field(name: str, size: int, count: int) -> N
     """Inferred from what calls do: one hidden thread through all layers, heads in each."""
     threads = gpt().named(name)
     assert [hint(thread.size) for thread in threads] == [size] * count
+
+
+def test_every_name_is_explained() -> None:
+    """But for those that say themselves where a thread comes from."""
+    plain = ("made by ", "of a ", "input_ids.", "labels.", "inside of an op")
+    names = [name for name in gpt().names if not name.startswith(plain)]
+    assert set(names) <= set(ROLES)
+    assert len(names) > 6
 
 
 def test_batch_and_sequence_are_those_of_the_inputs() -> None:
