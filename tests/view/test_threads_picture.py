@@ -102,7 +102,7 @@ def test_one_module_alone() -> None:
     """Its ops only."""
     svg = threads_svg(plan_of_gpt(), within="blocks.1.feed_forward")
     assert "feed-forward" in svg
-    assert "attention" not in svg
+    assert "query_key_value" not in svg
 
 
 def test_a_module_that_is_none() -> None:
