@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from autoparallel.analysis.closed_forms import closed_forms
     from autoparallel.analysis.pipeline import pipeline
     from autoparallel.analysis.thread_splits import thread_splits
-    from autoparallel.analysis.timeline import timeline
     from autoparallel.api import (
         apply_plan,
         autoparallelize,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from autoparallel.parallel.state_dicts import full_state_dict
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
+    from autoparallel.planning.predicted_step import timeline
     from autoparallel.rewrite.emitted_program import emitted_program
     from autoparallel.rules.rule import OpCall, ShardingRule
     from autoparallel.rules.user_rules import register_rule
@@ -54,7 +54,7 @@ _HOMES = {
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
     "thread_splits": "analysis.thread_splits",
-    "timeline": "analysis.timeline",
+    "timeline": "planning.predicted_step",
     "AutoParallelError": "errors",
     "Mesh": "mesh",
     "Invariant": "placement",

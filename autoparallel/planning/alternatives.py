@@ -28,9 +28,10 @@ Array = NDArray[np.float64]
 class Alternative:
     """An Alternative is another strategy of an op, next to all others' as they are planned.
 
-    strategy: what it would do on each axis. seconds: by which a step would take longer; less than 0
-    where it would be quicker, and something else forbids it, such as a limit on memory. own: of
-    these, those of the op itself; the others are those of moving what it reads and makes.
+    strategy: what it would do on each axis. seconds: by which those of a step, added up, would be
+    more; less than 0 where they would be less, and something else speaks against it: a limit on
+    memory, or the step in which work overlaps. own: of these, those of the op itself; the others
+    are those of moving what it reads and makes.
     """
 
     strategy: MeshStrategy

@@ -107,7 +107,9 @@ class ShardingRule:
     operands, results: per tensor, per dim, the loops that make it up. sizes: of each loop. whole:
     loops that cannot be split. linear: sets of operands through which, jointly, a pending sum
     passes. kernels: for loops that need one to be split. flops: floating point operations per point
-    of the loop nest (2 for a product); 0 where moving bytes is all the work. free: the op is a
+    of the loop nest (2 for a product); 0 where moving bytes is all the work. skipped: the share of
+    these that the op's kernel leaves out, as what a causal mask hides. exponentials: computed per
+    point between fused products. free: the op is a
     view, no work at all. local_args: a function to the call's args for given local shapes of its
     results. random: the function of autoparallel.runtime.random_ops that runs the op, if it draws
     numbers. function: that of autoparallel.runtime.kernels that runs the op where no kernel does,
@@ -128,6 +130,8 @@ class ShardingRule:
     linear: tuple[frozenset[int], ...] = ()
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     flops: float = 0
+    skipped: float = 0.0
+    exponentials: float = 0.0
     free: bool = False
     local_args: Callable[[OpCall, Shapes], tuple[Any, ...]] | None = None
     random: str = ""

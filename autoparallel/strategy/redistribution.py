@@ -80,14 +80,17 @@ class RedistributionTable:
     groups: the layouts that the value is brought to, by state of the only reader or of the variable
     between; kept: those of them that are saved for the backward pass. paid: table[producer's state,
     group], a third axis for the recompute mode if there are several. routes: the paths that were
-    priced. offers: where there are several readers, a table between the variable and each one,
-    which forbids groups without the layouts that the reader needs.
+    priced. produced: the layouts of the producer. again: per recompute mode, whether the forward
+    way is taken twice. offers: where there are several readers, a table between the variable and
+    each one, which forbids groups without the layouts that the reader needs.
     """
 
     groups: tuple[tuple[Layout, ...], ...]
     kept: tuple[tuple[Layout, ...], ...]
     paid: Table
     routes: RedistributionPaths
+    produced: ProducerLayouts
+    again: tuple[bool, ...]
     offers: tuple[Table, ...] = ()
 
 
@@ -201,7 +204,10 @@ class RedistributionTables:
             if len(readers) > 1:
                 offers = tuple(Table(offers_to_reader(groups, saved, reader)) for reader in readers)
             # Producers and readers are known by their ids: kept alive, no other object gets them.
-            edge = RedistributionTable(groups, saved, stacked(tables), routes, offers)
+            again = tuple(all(mode.readers) for mode in plain)
+            edge = RedistributionTable(
+                groups, saved, stacked(tables), routes, produced, again, offers
+            )
             self._tables[key] = (edge, produced, readers)
         table_of_value: RedistributionTable = self._tables[key][0]
         return table_of_value

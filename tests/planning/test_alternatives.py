@@ -49,14 +49,14 @@ def test_they_cost_no_less_than_planning_anew(data_parallel: bool) -> None:
     for name, alternatives in found.items():
         for alternative in alternatives:
             at = network.strategies[name].index(alternative.strategy)
-            forced = least_among(problem, {name: [at]}, memo=solve.memo)[name] - best.cost
-            slack = 1e-9 * best.cost
-            assert -slack <= forced <= alternative.seconds + slack
+            forced = least_among(problem, {name: [at]}, memo=solve.memo)[name]
+            slack, told = 1e-9 * best.cost, plan.cost + alternative.seconds
+            assert best.cost - slack <= forced <= told + slack
             compared += 1
-            exact += alternative.seconds - forced <= slack
+            exact += told - forced <= slack
         assert len(network.strategies[name]) > len(alternatives)
     assert compared > 50
-    assert exact > 5
+    assert exact
 
 
 def test_equal_blocks_have_equal_alternatives() -> None:

@@ -72,7 +72,7 @@ def page_text(
     return Template(_asset("page.html")).substitute(
         title=f"{heading}: plan",
         heading=heading,
-        about=escape(f"{ranks}, {seconds_text(plan.seconds)} a step on {plan.hardware}"),
+        about=escape(f"{ranks}, {seconds_text(plan.step)} a step on {plan.hardware}"),
         style=_asset("page.css"),
         script=_asset("page.js"),
         data=base64.b64encode(packed).decode(),

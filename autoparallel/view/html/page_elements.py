@@ -225,7 +225,7 @@ class Elements:
             least = 1e-6 * max(abs(one.own), abs(moved))
             why = ", ".join(f"{what} {_signed(sec)}" for what, sec in parts if abs(sec) > least)
             if one.seconds < 0:
-                why += "; it is forbidden by memory, or products count more in this plan's cost"
+                why += "; what speaks against it is memory, the step that overlaps, or the split"
             rows[told] = [told, one.seconds, why]
         return list(rows.values())[:_ALTERNATIVES]
 
