@@ -37,13 +37,15 @@ class Cut:
     """A Cut is the split of one thread on one mesh axis, as a value has it.
 
     dim: of the value. thread: its number. blocks, unit: of the thread alone, as of `LoopSplit`; -1
-    as the unit stands for a plain cut that does not heed the thread's own bounds.
+    as the unit stands for a plain cut that does not heed the thread's own bounds. shard: the split
+    of the whole dim, where it has blocks of several sizes, or several ranks hold one part.
     """
 
     dim: int
     thread: int
     blocks: int = 1
     unit: int = 1
+    shard: Shard | None = None
 
 
 # How a value lies on one axis: a split thread, or I, R or P.
@@ -108,6 +110,8 @@ class ThreadSplits:
 
         row: the numbers of the dim's threads, outermost first.
         """
+        if not isinstance(shard.blocks, int):
+            return self.threads.threads[row[0]].name
         before = 1
         for number in row[:-1]:
             before *= hint(self.threads.threads[number].size)

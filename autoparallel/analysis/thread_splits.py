@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import repeat
 
 from autoparallel.analysis.communication import late_axes
 from autoparallel.analysis.synchronization import (
@@ -107,22 +108,27 @@ class _Reading:
     def cut(self, value: str, shard: Shard, ranks: int) -> Cut:
         """Return the thread that a shard of a value cuts, and how."""
         row = self.threads.dims[value][shard.dim]
+        blocks_of_dim, unit_of_dim = shard.blocks, shard.unit
+        if not isinstance(blocks_of_dim, int) or not isinstance(unit_of_dim, int):
+            return Cut(shard.dim, row[0] if row else -1, shard=shard)
+        if shard.repeat != 1 or shard.pending:
+            return Cut(shard.dim, row[0] if row else -1, shard=shard)
         sizes = [hint(self.threads.threads[number].size) for number in row]
         before = 1
         for at, (number, size) in enumerate(zip(row, sizes, strict=True)):
             last = at == len(row) - 1
-            if shard.blocks % before == 0 and (shard.blocks < before * size or last):
-                blocks = shard.blocks // before
+            if blocks_of_dim % before == 0 and (blocks_of_dim < before * size or last):
+                blocks = blocks_of_dim // before
                 after = 1
                 for inner in sizes[at + 1 :]:
                     after *= inner
-                if shard.unit % after == 0:
-                    return Cut(shard.dim, number, blocks, shard.unit // after)
+                if unit_of_dim % after == 0:
+                    return Cut(shard.dim, number, blocks, unit_of_dim // after)
                 # A plain cut falls on the thread's bounds where these divide by the ranks.
                 plain = blocks and (size // blocks) % ranks == 0
                 return Cut(shard.dim, number, blocks, 1 if plain else -1)
             before *= size
-        return Cut(shard.dim, row[0] if row else -1, shard.blocks, shard.unit)
+        return Cut(shard.dim, row[0] if row else -1, blocks_of_dim, unit_of_dim)
 
     def op_states(
         self, op: OpChoice, axis: int
@@ -132,20 +138,23 @@ class _Reading:
         """
         tensors = (*op.reads, *op.makes)
         layouts = (*op.operands, *op.results)
+        split: Passage | None = None
         for position, (value, layout) in enumerate(zip(tensors, layouts, strict=True)):
             shard = layout[axis]
             if not isinstance(shard, Shard):
                 continue
             cut = self.cut(value, shard, self.sizes[axis])
             passage = self.passage(op, position, cut)
-            if passage is not None:
+            split = split or passage
+            if passage is not None and not any(map(_is_special, layouts, repeat(axis))):
                 return (passage, *self.with_loop(op, passage, cut))
-        # Nothing is split: a pending sum passes through, or its dual, or each rank does it all.
+        # Nothing is split: a pending sum passes through, or its dual, or each rank does it all. Or
+        # dims are split in blocks of several sizes, or held by several ranks, tensor by tensor.
         lie = [
             self.held(value, layout)[axis] for value, layout in zip(tensors, layouts, strict=True)
         ]
         count = len(op.reads)
-        return None, tuple(lie[:count]), tuple(lie[count:])
+        return split, tuple(lie[:count]), tuple(lie[count:])
 
     def passage(self, op: OpChoice, position: int, cut: Cut) -> Passage | None:
         """Return the passage of the loop that a cut of one of the op's tensors splits."""
@@ -297,14 +306,22 @@ class _Reading:
         return {op.name: op for op in self.plan.ops}
 
 
+def _is_special(layout: Layout, axis: int) -> bool:
+    """Return whether a tensor is split on an axis in a way that no single thread says."""
+    shard = layout[axis]
+    if not isinstance(shard, Shard):
+        return False
+    return shard.repeat != 1 or shard.pending or not isinstance(shard.blocks, int)
+
+
 def _placement(state: State) -> Placement:
     """Return a placement of the state's kind: what the table of moves looks at."""
-    return Shard(state.dim) if isinstance(state, Cut) else state
+    return (state.shard or Shard(state.dim)) if isinstance(state, Cut) else state
 
 
 def _movement(source: Placement, target: Placement) -> Movement:
     """Return the move between two states that differ; cuts of one dim differ in how they cut."""
-    if isinstance(source, Shard) and isinstance(target, Shard):
+    if source == target:
         return Movement.ALL_TO_ALL
     return movement(source, target)
 

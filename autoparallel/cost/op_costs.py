@@ -18,7 +18,8 @@ from autoparallel.cost.memory_moves import moved_seconds
 from autoparallel.graph.graph import Value, hint, numel_hint
 from autoparallel.placement import Shard
 from autoparallel.rules.function_counts import functions
-from autoparallel.rules.rule import Dims, OpCall, ShardingRule, Strategy
+from autoparallel.rules.rule import Dims, OpCall, ShardingRule
+from autoparallel.rules.strategies import Strategy
 
 __all__ = ["OpCost", "nbytes", "op_costs", "update_seconds"]
 

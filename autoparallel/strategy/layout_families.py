@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from autoparallel.graph.graph import Dim, Node, Sym, numel_hint
 from autoparallel.placement import Shard
-from autoparallel.rules.rule import LoopSplit, ShardingRule
+from autoparallel.rules.loop_splits import LoopSplit
+from autoparallel.rules.rule import ShardingRule
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage

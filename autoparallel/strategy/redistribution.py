@@ -19,15 +19,7 @@ from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Value
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.options import Options
-from autoparallel.placement import (
-    Invariant,
-    Layout,
-    Movement,
-    Placement,
-    Replicate,
-    Shard,
-    Step,
-)
+from autoparallel.placement import Invariant, Layout, Movement, Placement, Replicate, Shard, Step
 from autoparallel.strategy.cost_tables import Table, stacked, sum_of_columns
 from autoparallel.strategy.layout_sets import ReaderLayouts, layout_sets, offers_to_reader
 from autoparallel.strategy.parameter_storage import ParameterStorage
@@ -305,11 +297,15 @@ def _class(value: Value, weight: bool, together: bool) -> Any:
     return (value.shape, value.dtype.itemsize, value.requires_grad, weight, together)
 
 
-def _rank(placement: Placement) -> tuple[str, int, int, int]:
+def _rank(placement: Placement) -> tuple[Any, ...]:
     """Return a key that sorts placements, so that the order of layouts does not matter."""
-    if isinstance(placement, Shard):
-        return ("Shard", placement.dim, placement.blocks, placement.unit)
-    return (type(placement).__name__, 0, 0, 0)
+    if not isinstance(placement, Shard):
+        return (type(placement).__name__, 0, (), (), (), False)
+    blocks, unit, repeat = (
+        number if isinstance(number, tuple) else (number,)
+        for number in (placement.blocks, placement.unit, placement.repeat)
+    )
+    return ("Shard", placement.dim, blocks, unit, repeat, placement.pending)
 
 
 def _storage(layout: Layout) -> Layout:
