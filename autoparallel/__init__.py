@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         make_plan,
         simulate,
         trace_threads,
+        traced_plan,
     )
     from autoparallel.errors import AutoParallelError
+    from autoparallel.exports.targets import export
     from autoparallel.mesh import Mesh
     from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
     from autoparallel.parallel.gradient_norms import clip_grad_norm_
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
     from autoparallel.planning.predicted_step import timeline
+    from autoparallel.questions.differences import compare
+    from autoparallel.questions.explain import Explainer, explain
     from autoparallel.rewrite.emitted_program import emitted_program
     from autoparallel.rules.rule import OpCall, ShardingRule
     from autoparallel.rules.user_rules import register_rule
@@ -51,11 +55,13 @@ _HOMES = {
     "make_plan": "api",
     "simulate": "api",
     "trace_threads": "api",
+    "traced_plan": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
     "thread_splits": "analysis.thread_splits",
     "timeline": "planning.predicted_step",
     "AutoParallelError": "errors",
+    "export": "exports.targets",
     "Mesh": "mesh",
     "Invariant": "placement",
     "Partial": "placement",
@@ -65,6 +71,9 @@ _HOMES = {
     "OpCall": "rules.rule",
     "ShardingRule": "rules.rule",
     "register_rule": "rules.user_rules",
+    "compare": "questions.differences",
+    "Explainer": "questions.explain",
+    "explain": "questions.explain",
     "emitted_program": "rewrite.emitted_program",
     "clip_grad_norm_": "parallel.gradient_norms",
     "full_state_dict": "parallel.state_dicts",
@@ -85,6 +94,7 @@ _HOMES = {
 
 __all__ = [
     "AutoParallelError",
+    "Explainer",
     "Invariant",
     "Mesh",
     "OpCall",
@@ -97,7 +107,10 @@ __all__ = [
     "autoparallelize",
     "clip_grad_norm_",
     "closed_forms",
+    "compare",
     "emitted_program",
+    "explain",
+    "export",
     "forms_text",
     "full_state_dict",
     "load_checkpoint",
@@ -115,6 +128,7 @@ __all__ = [
     "to_fx",
     "to_networkx",
     "trace_threads",
+    "traced_plan",
     "write_html",
     "write_svg",
     "write_threads",

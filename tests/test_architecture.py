@@ -23,7 +23,10 @@ ROWS = (
     ("strategy", "analysis", "train"),
     ("planning",),
     ("view",),
-    ("api", "cli"),
+    ("questions", "exports"),
+    ("api",),
+    ("commands",),
+    ("cli",),
     ("__init__", "__main__"),
 )
 RAISE_ERRORS = ("mesh", "options", "support")

@@ -63,6 +63,8 @@ class Plan:
     counts them; None where nobody has.
     inputs: the tensors that go in. returned: the caller's name for each returned tensor
     ("logits"). Both are empty for a plan in parts, and for one that was written without them.
+    request: (name, text) of the command line that asked for the plan, by which a command builds the
+    model again; empty for a plan that Python asked for.
 
     >>> import torch, autoparallel
     >>> layer, inputs = torch.nn.Linear(4096, 4096, bias=False), torch.zeros(512, 4096)
@@ -107,6 +109,7 @@ class Plan:
     step_seconds: float = 0.0
     step_bound: float = 0.0
     device_nbytes: int = 0
+    request: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     # True of what the planner itself has returned in this process: a copy with changes is another
     # plan, and is checked against the rules when it is applied, as one that was read is.
     is_checked: bool = field(default=False, init=False, compare=False, repr=False)
@@ -326,6 +329,8 @@ class Plan:
         if self.inputs or self.returned:
             rows["inputs"] = [row_of(item) for item in self.inputs]
             rows["returned"] = list(self.returned)
+        if self.request:
+            rows["request"] = dict(self.request)
         if self.breaks:
             rows["breaks"] = [row_of(item) for item in self.breaks]
             rows["parts"] = [
@@ -370,6 +375,10 @@ class Plan:
             else _table_of(counts, "collectives", "str", "str", "str", "int"),
             inputs=_values(PlannedInput, rows.get("inputs", [])),
             returned=typed("tuple[str, ...]", rows.get("returned", []), "returned"),
+            request=_table_of(
+                [list(row) for row in _table(rows.get("request", {}), "request").items()],
+                *("request", "str", "str"),
+            ),
             breaks=_values(Break, rows.get("breaks", [])),
             parts=tuple(
                 Part(
@@ -400,7 +409,7 @@ _KEYS = {
     *_TOLD,
     "device_nbytes",
     *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
-    *"collectives inputs returned breaks parts".split(),
+    *"collectives inputs returned request breaks parts".split(),
 }
 _OPTIONS = {
     field.name: str(field.type) for field in fields(Options) if field.name != "memory_limit"
