@@ -49,6 +49,18 @@ def test_each_collective_has_its_cause(name: str) -> None:
     plan = autoparallel.make_plan(
         zoo.build(name, 2), mesh=mesh, example_inputs=zoo.inputs_for(name)
     )
+    require_equal(plan)
+
+
+def test_heads_that_several_ranks_share() -> None:
+    """Four heads of keys on eight ranks: two ranks hold each, and add up its gradient."""
+    plan = autoparallel.make_plan(zoo.build("llama", 1), 8, example_inputs=zoo.inputs_for("llama"))
+    assert any("repeat" in str(op.results) for op in plan.ops)
+    require_equal(plan)
+
+
+def require_equal(plan: Plan) -> None:
+    """The synchronizations that threads predict are the plan's, with a reason each."""
     splits = thread_splits(plan)
     predicted = Counter(
         (one.value, one.axis, one.phase, one.collective)
