@@ -6,8 +6,6 @@ it, so that --help is quick.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +20,8 @@ from autoparallel.commands.plan_command import PLAN
 from autoparallel.commands.show_command import SHOW
 from autoparallel.commands.simulate_command import SIMULATE
 from autoparallel.errors import AutoParallelError
+from autoparallel.train.command import add_train
+from autoparallel.train.trained_commands import add_trained_commands
 
 __all__ = ["main"]
 
@@ -78,14 +78,6 @@ def _parser() -> CommandParser:
         own.examples = command.examples
         command.add_arguments(own)
         own.set_defaults(run=command.run)
-    _add_trainer(commands)
+    add_train(commands)
+    add_trained_commands(commands)
     return parser
-
-
-def _add_trainer(commands: argparse._SubParsersAction[CommandParser]) -> None:
-    """Add the commands of the trainer, which is a package of its own, where it has any."""
-    if importlib.util.find_spec("autoparallel.train.command") is not None:
-        importlib.import_module("autoparallel.train.command").add_train(commands)
-    if importlib.util.find_spec("autoparallel.train.trained_commands") is not None:
-        trained = importlib.import_module("autoparallel.train.trained_commands")
-        trained.add_trained_commands(commands)
