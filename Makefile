@@ -18,6 +18,7 @@ TEST = $(VENV)/.installed-test
 DEV = $(VENV)/.installed-dev
 WEIGHTS = $(VENV)/.installed-weights
 FAMILIES = $(VENV)/.installed-families
+SITE = $(VENV)/.installed-site
 # Programs of each kind that `make fuzz` tries; SEED=number tries those of an earlier run again.
 PROGRAMS ?= 2000
 # The interpreter of a machine with a GPU, which has torch; and where wheels for it are collected.
@@ -34,7 +35,8 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
-.PHONY: compatibility opinfo safety faults soak curves optional versions lowest bench gpu gpu-wheels clean
+.PHONY: page page-test docs docs-links compatibility opinfo safety faults soak curves optional versions
+.PHONY: lowest bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -57,6 +59,10 @@ help:
 	@echo "make soak        one training run in which ranks are killed twenty times"
 	@echo "make opinfo      docs/operators.md: which of PyTorch's own operators and modules are split"
 	@echo "make families    docs/families.md: the same for 230 more families; brings their libraries"
+	@echo "make page        builds the script of the interactive page anew, from web/ (needs npm)"
+	@echo "make page-test   opens the page in a browser, and uses it (needs npm and Chromium)"
+	@echo "make docs        the documents and the reference as a site, in out/site"
+	@echo "make docs-links  whether links of the documents to other sites are alive"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
 	@echo "make lowest      the tests on the lower bounds of pyproject.toml's dependencies"
 	@echo "make clean       remove what tools and runs left behind (the environment stays)"
@@ -124,6 +130,25 @@ compatibility: $(TEST)
 
 safety: $(TEST)
 	$(VENV)/bin/python docs/make_safety.py $(ARGS)
+
+# What it writes is committed: nobody who installs or uses the project needs npm.
+page: web/node_modules
+	npm --prefix web run build
+
+page-test: $(TEST) web/node_modules
+	$(PYTEST) -m optional tests/view/html $(ARGS)
+
+web/node_modules: web/package.json web/package-lock.json
+	npm --prefix web ci --no-audit --no-fund
+	@touch $@
+
+# Warnings are errors: a link to a page or a heading that is not there, a name that is none.
+docs: $(SITE)
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs out/site $(ARGS)
+	@echo "out/site/index.html"
+
+docs-links: $(SITE)
+	$(VENV)/bin/python -m sphinx -q -b linkcheck docs out/links $(ARGS)
 
 faults: $(TEST)
 	$(VENV)/bin/python docs/make_faults.py $(ARGS)
@@ -199,6 +224,10 @@ $(WEIGHTS): $(TEST)
 
 $(FAMILIES): $(TEST)
 	$(PIP) -c constraints.txt --editable ".[families]"
+	@touch $@
+
+$(SITE): $(BASE)
+	$(PIP) -c constraints.txt --editable ".[docs]"
 	@touch $@
 
 $(DEV): $(TEST)

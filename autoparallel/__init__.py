@@ -16,7 +16,15 @@ from autoparallel.support.installation import require_own_planners
 if TYPE_CHECKING:
     from autoparallel.analysis.closed_forms import closed_forms
     from autoparallel.analysis.pipeline import pipeline
-    from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate, traced_plan
+    from autoparallel.analysis.thread_splits import thread_splits
+    from autoparallel.api import (
+        apply_plan,
+        autoparallelize,
+        make_plan,
+        simulate,
+        trace_threads,
+        traced_plan,
+    )
     from autoparallel.errors import AutoParallelError
     from autoparallel.exports.targets import export
     from autoparallel.mesh import Mesh
@@ -35,7 +43,9 @@ if TYPE_CHECKING:
     from autoparallel.view.closed_forms_text import forms_text
     from autoparallel.view.dot import write_svg
     from autoparallel.view.exports import to_fx, to_networkx
+    from autoparallel.view.html.page import write_html
     from autoparallel.view.report import print_plan
+    from autoparallel.view.threads_svg import write_threads
     from autoparallel.view.trace import write_trace
 
 # The module of each public name. The imports above are the same, for type checkers alone.
@@ -44,9 +54,11 @@ _HOMES = {
     "autoparallelize": "api",
     "make_plan": "api",
     "simulate": "api",
+    "trace_threads": "api",
     "traced_plan": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
+    "thread_splits": "analysis.thread_splits",
     "timeline": "planning.predicted_step",
     "AutoParallelError": "errors",
     "export": "exports.targets",
@@ -74,7 +86,9 @@ _HOMES = {
     "print_plan": "view.report",
     "to_fx": "view.exports",
     "to_networkx": "view.exports",
+    "write_html": "view.html.page",
     "write_svg": "view.dot",
+    "write_threads": "view.threads_svg",
     "write_trace": "view.trace",
 }
 
@@ -109,11 +123,15 @@ __all__ = [
     "save_checkpoint",
     "set_rng_state",
     "simulate",
+    "thread_splits",
     "timeline",
     "to_fx",
     "to_networkx",
+    "trace_threads",
     "traced_plan",
+    "write_html",
     "write_svg",
+    "write_threads",
     "write_trace",
 ]
 

@@ -28,6 +28,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.units import seconds_text
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.dot import write_svg
+from autoparallel.view.threads_svg import write_threads
 from planners import exact
 
 HERE = Path(__file__).parent
@@ -57,6 +58,7 @@ def main() -> None:
     model = GPT(GPTConfig(layers=2, hidden=1024, heads=16, dropout=0.0))
     plan = autoparallel.make_plan(model, 2, sequence_parallel=False, hardware="dgx-2h")
     write_svg(plan, HERE / "gpt_block.svg", within="blocks.1")
+    write_threads(plan, HERE / "threads.svg")
     with torch.device("meta"):
         mlp, tokens = MLP(), torch.zeros(TOKENS, WIDTH)
     plan = autoparallel.make_plan(

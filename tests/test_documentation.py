@@ -149,6 +149,34 @@ def test_the_excerpt_is_what_is_printed(printed: tuple[str, Path]) -> None:
         lines = lines[places[0] + 1 :]
 
 
+def test_getting_started_runs(tmp_path: Path) -> None:
+    """Its examples are one program, run as they are written; what they write is there."""
+    code = "\n".join(
+        text for language, text in blocks(ROOT / "docs" / "getting_started.md") if language
+    )
+    (tmp_path / "get_started.py").write_text(code)
+    result = subprocess.run(
+        [sys.executable, "get_started.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "proven optimal" in result.stdout
+    assert {"plan.html", "threads.svg"} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """Each once, and no other."""
+    import autoparallel
+
+    text = (ROOT / "docs" / "api.md").read_text()
+    named = re.findall(r"^\.\. auto(?:class|function):: autoparallel\.(\w+)$", text, re.MULTILINE)
+    assert sorted(named) == sorted(autoparallel.__all__)
+
+
 def test_the_custom_rule_is_the_examples() -> None:
     """README shows the rule that examples/custom_rule.py runs, letter by letter."""
     source = (ROOT / "examples" / "custom_rule.py").read_text()

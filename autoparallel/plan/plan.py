@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
@@ -17,6 +18,7 @@ from autoparallel.support.units import bytes_text, seconds_text
 if TYPE_CHECKING:
     from autoparallel.graph.captured import Captured
     from autoparallel.graph.graph import Graph
+    from autoparallel.threads import Threads
 
 __all__ = ["Part", "Plan"]
 
@@ -240,6 +242,36 @@ class Plan:
         if self.breaks:
             return all(part.plan.is_traced for part in self.parts)
         return self.captured is not None
+
+    def threads(self) -> Threads:
+        """Return the threads of the model: every dim, followed through the dataflow.
+
+        They are those of the program, whatever is split; `autoparallel.thread_splits` tells which
+        of them the plan splits. Raises PlanError where the plan was read from a text, and has no
+        graph, and where it is in parts, each of which has threads of its own.
+
+        >>> import torch, autoparallel
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
+        >>> plan = autoparallel.make_plan(layers, 2, example_inputs=torch.ones(8, 64))
+        >>> threads = plan.threads()
+        >>> threads.names
+        ('feed-forward', 'features', 'batch')
+        >>> threads.shape("linear")
+        '[batch, feed-forward]'
+        """
+        from autoparallel.threads import find_threads
+
+        if self.captured is None:
+            raise PlanError(
+                "the plan is in parts" if self.parts else "the plan has no graph",
+                why="each part has threads of its own"
+                if self.parts
+                else "it was read from a text, or nothing of the model could be traced",
+                fix="ask part.plan.threads() for each of plan.parts"
+                if self.parts
+                else "plan again with the model and example inputs",
+            )
+        return find_threads(self.captured.graph, {item.name: item.path for item in self.inputs})
 
     def to_json(self) -> str:
         """Return the plan as versioned JSON, the same text for the same plan.

@@ -13,13 +13,14 @@ from autoparallel.cost.hardware import Hardware
 from autoparallel.cost.op_costs import nbytes, op_costs, update_seconds
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.part_sizes import layout_fraction
+from autoparallel.graph.weight_values import weight_values
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, whole_layout
 from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.rules.strategies import Strategy, strategies
-from autoparallel.strategy.candidate_splits import CandidateSplits, inert_calls, weight_values
+from autoparallel.strategy.candidate_splits import CandidateSplits, inert_calls
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.cost_tables import Table
 from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies

@@ -19,7 +19,7 @@ from autoparallel.rules.loop_splits import (
 )
 from autoparallel.rules.rule import Dims, ShardingRule
 
-__all__ = ["CandidateSplits", "inert_calls", "weight_values"]
+__all__ = ["CandidateSplits", "inert_calls"]
 
 
 class CandidateSplits:
@@ -27,7 +27,7 @@ class CandidateSplits:
 
     tiles: per call, the ways to split one of its loops. shards: per value, the ways in which it may
     be split.
-    rules: per call node; calls without one are left unsplit. weights: see `weight_values`.
+    rules: per call node; calls without one are left unsplit. weights: see `graph.weight_values`.
     world_size: the number of ranks of one mesh axis. sparing: only products, and ops with kernels,
     suggest ways of their own; the others take those that these spread.
     """
@@ -211,21 +211,6 @@ def _placed(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) ->
         return place(rule, dims, tile, world_size)
     except UnsplittableError:
         return None
-
-
-def weight_values(graph: Graph) -> set[str]:
-    """Return the parameters, and the values computed from one of them alone: casts, transposes.
-
-    Values computed from several together (a norm of position embeddings, say) are treated as
-    activations.
-    """
-    weights: set[str] = set()
-    for node in graph.nodes:
-        operands = set(node.operands())
-        alone = len(operands) == 1 and operands <= weights
-        if node.kind == "parameter" or (node.kind == "call" and alone):
-            weights.update(value.name for value in node.results)
-    return weights
 
 
 def inert_calls(graph: Graph) -> set[str]:

@@ -1,0 +1,82 @@
+"""Alternatives next to a plan: what they cost is no less than planning anew with them, and exact
+where nothing else would change.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+import autoparallel
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.graph.size_hints import with_larger_hints
+from autoparallel.plan import Plan
+from autoparallel.planning.alternatives import find_alternatives
+from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.strategy.build_network import build_network
+from autoparallel.train.models import GPT, GPTConfig
+from planners import least_among
+
+
+@cache
+def plan_of(layers: int, data_parallel: bool) -> Plan:
+    config = GPTConfig(layers, hidden=48, heads=4, vocabulary=210, positions=32, dropout=0.0)
+    tokens = torch.zeros(4, 10, dtype=torch.long)
+    return autoparallel.make_plan(
+        GPT(config),
+        2,
+        example_inputs=(tokens, tokens),
+        data_parallel=data_parallel,
+        product_weight=1.0,
+    )
+
+
+@pytest.mark.parametrize("data_parallel", [False, True])
+def test_they_cost_no_less_than_planning_anew(data_parallel: bool) -> None:
+    """Everything else chosen anew can only be cheaper, and never cheaper than the optimum."""
+    plan = plan_of(1, data_parallel)
+    assert plan.captured is not None
+    graph = with_larger_hints(plan.captured, plan.options.tokens)
+    hardware = find_hardware(plan.options.hardware)
+    network = build_network(graph, plan.mesh, hardware, plan.options)
+    problem = network.problem()
+    solve = NetworkSolver(network)
+    best = solve(problem)
+    found = find_alternatives(plan)
+    compared = exact = 0
+    for name, alternatives in found.items():
+        for alternative in alternatives:
+            at = network.strategies[name].index(alternative.strategy)
+            forced = least_among(problem, {name: [at]}, memo=solve.memo)[name]
+            slack, told = 1e-9 * best.cost, plan.cost + alternative.seconds
+            assert best.cost - slack <= forced <= told + slack
+            compared += 1
+            exact += told - forced <= slack
+        assert len(network.strategies[name]) > len(alternatives)
+    assert compared > 50
+    assert exact
+
+
+def test_equal_blocks_have_equal_alternatives() -> None:
+    """They are found for the first one."""
+    plan = plan_of(2, False)
+    assert plan.captured is not None
+    found = find_alternatives(plan)
+    twins = [name for name in found if plan.captured.blocks.twin(name) != name]
+    assert twins
+    for name in twins:
+        costs = [
+            [one.seconds for one in found[op]] for op in (name, plan.captured.blocks.twin(name))
+        ]
+        assert costs[0] == pytest.approx(costs[1])
+
+
+def test_there_are_none_where_nothing_is_known() -> None:
+    """One rank has no choice, and a plan that was read has no graph."""
+    layer, inputs = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    assert find_alternatives(autoparallel.make_plan(layer, 1, example_inputs=inputs)) == {}
+    plan = autoparallel.make_plan(layer, 2, example_inputs=inputs)
+    assert find_alternatives(plan)
+    assert find_alternatives(Plan.from_json(plan.to_json())) == {}
