@@ -303,15 +303,20 @@ def test_examples_are_arguments_that_commands_take() -> None:
 
 
 def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In their order, in a folder with my_module.py; bundled models have one layer here."""
+    """In their order, in a folder with my_module.py; bundled models have one layer here, and what
+    is trained is so for two steps.
+    """
     text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^autoparallel (.*?)(?:\s+#.*)?$", text, re.MULTILINE)
     assert len(lines) > 5
     (tmp_path / "my_module.py").write_text(BUILD.replace("self.up", "self.fc1"))
+    (tmp_path / "my_text.txt").write_text("def forward(self, x):\n    return x\n" * 2000)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for line in lines:
         words = shlex.split(line)
         if words[1] in BUNDLED:
             words += ["--layers", "1", "--batch", "2", "--sequence", "32"]
+        if words[0] == "train" and "--dry-run" not in words:
+            words += ["--training.steps=2", "--model.layers=1", "--data.source=my_text.txt"]
         assert main(words) == 0, line
