@@ -61,6 +61,8 @@ def autoparallelize(
     constraints: Sequence[str] = (),
     gap: float = 0.01,
     overlap: bool = True,
+    microbatches: int | None = None,
+    schedule: str = "1f1b",
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """Return the model, split over `world_size` ranks, as an ordinary module for this rank.
@@ -103,6 +105,8 @@ def autoparallelize(
         constraints=constraints,
         gap=gap,
         overlap=overlap,
+        microbatches=microbatches,
+        schedule=schedule,
     )
     meshes = possible_meshes(world_size, axes, options)
     local = LocalInputs.of(local_inputs, meshes[0] if len(meshes) == 1 else None)
@@ -141,6 +145,8 @@ def make_plan(
     constraints: Sequence[str] = (),
     gap: float = 0.01,
     overlap: bool = True,
+    microbatches: int | None = None,
+    schedule: str = "1f1b",
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
@@ -189,6 +195,8 @@ def make_plan(
         constraints=constraints,
         gap=gap,
         overlap=overlap,
+        microbatches=microbatches,
+        schedule=schedule,
     )
     meshes = possible_meshes(world_size, axes, options)
     # Tracing runs the forward, which may write to buffers, attributes and random generators.

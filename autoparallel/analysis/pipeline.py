@@ -126,16 +126,16 @@ def schedule_seconds(
     stages: int,
     micro_batches: int,
     schedule: str,
-    forward: float,
-    backward: float,
+    forward: float | Sequence[float],
+    backward: float | Sequence[float],
     *,
     recompute: float = 0.0,
     send: float = 0.0,
 ) -> float:
-    """Return the seconds from the first forward to the last backward pass of equal stages.
+    """Return the seconds from the first forward to the last backward pass of a pipeline.
 
-    forward, backward, recompute: seconds of one micro-batch on one stage; what is recomputed needs
-    no gradient and can fill a bubble. send: seconds between stages; a stage computes while it
+    forward, backward, recompute: seconds of one micro-batch on one stage, or on each of them; what
+    is recomputed needs no gradient and can fill a bubble. send: seconds between stages; a stage computes while it
     sends.
     Model: "gpipe" runs all forward passes, then all backward (arXiv:1811.06965); "1f1b" runs
     backward as soon as it can (arXiv:2104.04473, section 2.2). With neither sends nor recomputation
@@ -146,6 +146,10 @@ def schedule_seconds(
     45.0
     """
     _check(stages, micro_batches, schedule)
+    forwards, backwards = (
+        (float(each),) * stages if isinstance(each, int | float) else tuple(each)
+        for each in (forward, backward)
+    )
     orders = [_order(stage, stages, micro_batches, schedule) for stage in range(stages)]
     free = [0.0] * stages
     done: dict[tuple[int, str, int], float] = {}
@@ -164,9 +168,9 @@ def schedule_seconds(
                 ready = done[needs] + send if 0 <= neighbour < stages else 0.0
                 # Recomputing needs no gradient, so it is done while the stage waits for one.
                 if kind == "backward":
-                    free[stage] = max(free[stage] + recompute, ready) + backward
+                    free[stage] = max(free[stage] + recompute, ready) + backwards[stage]
                 else:
-                    free[stage] = max(free[stage], ready) + forward
+                    free[stage] = max(free[stage], ready) + forwards[stage]
                 done[stage, kind, batch] = free[stage]
                 next_pass[stage] += 1
                 progressed = True

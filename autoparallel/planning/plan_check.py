@@ -17,6 +17,7 @@ from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Dim, Node, Sym, Value
+from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.placement import (
     Invariant,
     Layout,
@@ -30,7 +31,6 @@ from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, Strategy, strategies, tile_of
 from autoparallel.runtime.tensor_parts import require_refined
-from autoparallel.strategy.candidate_splits import inert_calls
 from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 
