@@ -20,7 +20,7 @@ from autoparallel.errors import InputsNeededError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parallel.deferred import deferred
-from autoparallel.parallel.launch import join_mesh, join_world, mesh_of
+from autoparallel.parallel.launch import join_mesh, join_stages, join_world, mesh_of
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.parameter_hooks import carry_gradient_hooks
@@ -28,6 +28,7 @@ from autoparallel.parallel.rank_agreement import require_same_parts
 from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import Layout, Placement
 from autoparallel.plan import Plan
+from autoparallel.planning.pipelines import is_pipeline, meshes_of_pipeline, stages_of
 from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import fastest_plan, trace_model, with_graphs
 from autoparallel.planning.replan import Replanner
@@ -109,7 +110,8 @@ def autoparallelize(
         schedule=schedule,
     )
     meshes = possible_meshes(world_size, axes, options)
-    local = LocalInputs.of(local_inputs, meshes[0] if len(meshes) == 1 else None)
+    inside = tuple(meshes_of_pipeline(each)[1] if is_pipeline(each) else each for each in meshes)
+    local = LocalInputs.of(local_inputs, inside[0] if len(meshes) == 1 else None)
     # Planning takes a while; a wrong launch is told before.
     if devices is None:
         join_world(meshes[0].world_size)
@@ -123,8 +125,13 @@ def autoparallelize(
     except InputsNeededError:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
+        if any(map(is_pipeline, meshes)):
+            # Until the first call every rank would hold the whole model.
+            raise
         return _plan_at_first_call(model, meshes, options, check_inputs, local, place)
-    return _apply(model, plan, *(place or join_mesh(plan.mesh)), check_inputs, local)
+    if place is None or (plan.pipeline is not None and plan.whole_mesh != meshes[0]):
+        place = join_mesh(plan.whole_mesh, devices)
+    return _apply(model, plan, *place, check_inputs, local)
 
 
 def make_plan(
@@ -238,15 +245,15 @@ def apply_plan(
     refuse_wrapped(model)
     require_kind(plan, Plan, MAKE_ONE)
     require_parameters(plan, model)
-    if mesh is not None and mesh_of(mesh) != plan.mesh:
+    if mesh is not None and mesh_of(mesh) != plan.whole_mesh:
         raise PlanError(
-            f"the plan is for {plan.mesh}, and the DeviceMesh is {mesh_of(mesh)}",
+            f"the plan is for {plan.whole_mesh}, and the DeviceMesh is {mesh_of(mesh)}",
             fix="plan for the axes of the DeviceMesh, or pass one with the axes of the plan",
         )
     if plan.is_traced:
         require_sound(plan, model)
-    local = LocalInputs.of(local_inputs, plan.mesh)
-    ranks, devices = join_mesh(plan.mesh, mesh)
+    local = LocalInputs.of(local_inputs, plan.stage_mesh)
+    ranks, devices = join_mesh(plan.whole_mesh, mesh)
     if not plan.is_traced:
         with undisturbed(model):
             args, kwargs = _example(model, example_inputs)
@@ -302,7 +309,7 @@ def simulate(
         require_parameters(plan, model)
         if plan.is_traced:
             require_sound(plan, model)
-        replanner = Replanner(plan.model, plan.mesh, plan.options)
+        replanner = Replanner(plan.model, plan.whole_mesh, plan.options)
         return simulate_plan(model, plan, args, kwargs, backward, replan=replanner)
 
 
@@ -346,9 +353,12 @@ def _apply(
     # Parts depend on the path that the example inputs took; graphs do not.
     if plan.breaks:
         require_same_parts(plan, ranks.world)
-    replanner = Replanner(plan.model, plan.mesh, plan.options)
+    ranks, devices, pipeline = join_stages(ranks, devices)
+    replanner = Replanner(plan.model, plan.whole_mesh, plan.options, stages_of(plan))
     # What is made in inference mode could not be trained with later.
     with torch.inference_mode(False):
-        module = parallel_module(model, plan, ranks, devices, replanner, check_inputs, local)
+        module = parallel_module(
+            model, plan, ranks, devices, replanner, check_inputs, local, pipeline
+        )
     carry_gradient_hooks(model, module)
     return module

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.capture.branch_ways import Ways
 from autoparallel.capture.example_inputs import bind_inputs
-from autoparallel.errors import AliasError, CaptureError, PlanError
+from autoparallel.errors import AliasError, AutoParallelError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.parallel.call_headers import CallHeaders
@@ -53,6 +53,7 @@ from autoparallel.parallel.optimizer_steps import note_originals
 from autoparallel.parallel.parameters import (
     ParameterLayouts,
 )
+from autoparallel.parallel.pipeline_run import PipelinePlace
 from autoparallel.parallel.rank_agreement import (
     require_equal,
     require_same_plan,
@@ -67,6 +68,7 @@ from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
 from autoparallel.plan import Plan
+from autoparallel.rewrite.stages import cut_plan, holders_of
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.value_branches import OtherBranchError
 from autoparallel.support.memory_writes import paused
@@ -172,6 +174,7 @@ def parallel_module(
     replan: Replan,
     checks: int,
     local: LocalInputs | None = None,
+    pipeline: tuple[Any, int] | None = None,
 ) -> nn.Module:
     """Return a module of the user's class, for this rank, that follows `plan`.
 
@@ -180,7 +183,9 @@ def parallel_module(
     DTensors; None for a single process, where they stay plain. replan: a function that plans for
     other modes and inputs than the plan's. checks: number of first calls in which the ranks compare
     their inputs. local: the inputs of which ranks bring parts of the batch, None where all bring
-    the whole. Where the plan has parts, each of them becomes such a module in its place.
+    the whole. pipeline: torch's process group of the ranks that are alike in all but their stage,
+    and the number of this rank's; None without stages. ranks and mesh are then those of the stage,
+    and parameters of other stages have no memory here. Where the plan has parts, each of them becomes such a module in its place.
     A collective call. Raises AutoParallelError where the ranks start from different models or
     plans, or where a meta model cannot be initialized.
     """
@@ -191,12 +196,21 @@ def parallel_module(
     named = list(model.named_parameters(remove_duplicate=False))
     # A tied parameter has several paths; the plan knows the first of them.
     first: dict[int, str] = {}
-    planned = {choice.path: choice for choice in plan.parameters}
+    planned = {choice.path: choice for choice in plan.held_parameters}
     parameters: dict[str, ParameterLayouts] = {}
     for path, parameter in named:
         choice = planned.get(first.setdefault(id(parameter), path))
         parameters[path] = ParameterLayouts.of(choice, tuple(parameter.shape), ranks.sizes)
-    fill_tree(model, module, {path: each.state for path, each in parameters.items()}, ranks, mesh)
+    place = None
+    if pipeline is not None:
+        assert plan.captured is not None
+        stages = cut_plan(plan.captured.graph, plan)
+        place = PipelinePlace(*pipeline, holders_of(stages))
+    absent = [
+        path for path, parameter in named if place is not None and not place.holds(first[id(parameter)])
+    ]
+    states = {path: each.state for path, each in parameters.items()}
+    fill_tree(model, module, states, ranks, mesh, absent)
     copies = gathered_copies(module, parameters)
     overlap = plan.options.overlap
     whole = WholeParameters(module, parameters, ranks, first, copies, overlap)
@@ -205,6 +219,7 @@ def parallel_module(
     held = dict(module.named_parameters(remove_duplicate=False))
     shape = TreeShape(module.modules())
     tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies, held, shape, local)
+    tree.pipeline = place
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if checks > 0:
@@ -474,7 +489,7 @@ def _new_entry(
             ways = _known_ways(state)
             plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part, ways)
     except (CaptureError, PlanError) as error:
-        if state.tree.strict or isinstance(error, AliasError):
+        if state.tree.strict or isinstance(error, AliasError) or state.tree.pipeline is not None:
             raise
         _log.warning("%s runs as plain Python from now on: %s", state.path or "the model", error)
         state.python.add(modes)
@@ -533,6 +548,15 @@ def _run_python(
     """
     forward = forward or state.forward
     tree = state.tree
+    if tree.pipeline is not None:
+        raise AutoParallelError(
+            f"{state.path or type(state.skeleton).__name__} would run as Python, on a mesh with "
+            "stages",
+            why="no program is right for this call: hooks were registered in the model, a branch "
+            "on values goes another way, its forward was replaced, or torch.func transforms it; "
+            "and this rank has the parameters of its own stage alone",
+            fix="call it as it was planned for, or leave pp out of the mesh",
+        )
     # A forward that another one calls finds the parameters shown and the numbers seeded.
     if tree.depth:
         return forward(*args, **kwargs)

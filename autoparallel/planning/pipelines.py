@@ -29,10 +29,10 @@ from autoparallel.placement import Invariant, Layout, Replicate
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.planning.coupled_batches import coupled_call
 from autoparallel.planning.search import search
-from autoparallel.rewrite.stages import Cut, stages_of_calls, value_stages
+from autoparallel.rewrite.stages import Cut, cut_plan, holders_of
 from planners import InfeasibleError, partition
 
-__all__ = ["in_parts", "is_pipeline", "meshes_of_pipeline", "pipeline_plan"]
+__all__ = ["in_parts", "is_pipeline", "meshes_of_pipeline", "pipeline_plan", "stages_of"]
 
 # Micro-batches for each stage, where the user gives no number: of the passes' time, the stages then
 # wait a fifth.
@@ -42,12 +42,12 @@ _MOST_PLACES = 1500
 
 
 def is_pipeline(mesh: Mesh) -> bool:
-    """Return whether a mesh has an axis of stages.
+    """Return whether a mesh has an axis of stages, of more than one.
 
     >>> is_pipeline(Mesh(pp=2, tp=2)), is_pipeline(Mesh(dp=4))
     (True, False)
     """
-    return any(name == PIPELINE for name, _ in mesh.axes)
+    return any(name == PIPELINE and size > 1 for name, size in mesh.axes)
 
 
 def meshes_of_pipeline(mesh: Mesh) -> tuple[int, Mesh]:
@@ -60,6 +60,16 @@ def meshes_of_pipeline(mesh: Mesh) -> tuple[int, Mesh]:
     axes = dict(mesh.axes)
     stages = axes.pop(PIPELINE)
     return stages, Mesh(**(axes or {"tp": 1}))
+
+
+def stages_of(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the stages that read each parameter, by its path; empty for a plan without stages.
+
+    plan: with its graph.
+    """
+    if plan.pipeline is None or plan.captured is None:
+        return {}
+    return holders_of(cut_plan(plan.captured.graph, plan))
 
 
 def in_parts(captured: Captured) -> Captured:
@@ -85,6 +95,18 @@ def pipeline_plan(
     cannot be cut into so many stages, and the errors of `search`.
     """
     _refuse(captured, options)
+    unknown = [
+        node.target
+        for node in captured.graph.nodes
+        if holders is not None and node.kind == "parameter" and node.target not in holders
+    ]
+    if unknown:
+        raise PlanError(
+            f"{unknown[0]} is read now, and was not when the model was cut into stages",
+            why="no stage has it alone, so that its gradient would differ between them",
+            fix="plan with example inputs, and in the mode, for which the model reads all parameters "
+            "that are trained",
+        )
     stages, inside = meshes_of_pipeline(mesh)
     captured = in_parts(captured)
     asked = options.microbatches

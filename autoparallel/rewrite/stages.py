@@ -14,7 +14,7 @@ from functools import cached_property
 
 from autoparallel.graph.graph import Graph, Node, Ref
 from autoparallel.graph.inert_calls import inert_calls
-from autoparallel.placement import Layout, whole_layout
+from autoparallel.placement import Layout, Replicate, layout_gradient, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rewrite.conversions import (
     Conversions,
@@ -23,7 +23,15 @@ from autoparallel.rewrite.conversions import (
     layouts_made,
 )
 
-__all__ = ["Cut", "Stage", "cut_plan", "stages_of_calls", "value_stages"]
+__all__ = [
+    "Cut",
+    "Stage",
+    "cut_plan",
+    "holders_of",
+    "parameter_gradients",
+    "stages_of_calls",
+    "value_stages",
+]
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,31 @@ def cut_plan(graph: Graph, plan: Plan) -> tuple[Stage, ...]:
     assert plan.pipeline is not None
     cut = Cut(graph, plan, plan.pipeline.starts)
     return tuple(cut.stage(number) for number in range(cut.count))
+
+
+def holders_of(stages: Iterable[Stage]) -> dict[str, tuple[int, ...]]:
+    """Return the stages that read each parameter, by its path."""
+    holders: dict[str, tuple[int, ...]] = {}
+    for stage in stages:
+        for path in stage.parameters:
+            holders[path] = (*holders.get(path, ()), stage.number)
+    return holders
+
+
+def parameter_gradients(stage: Stage, plan: Plan) -> dict[str, Layout]:
+    """Return the layouts in which programs leave the gradients of all parameters of a plan.
+
+    stage: any one: all leave the gradient of a parameter alike.
+    """
+    return {
+        row.path: layout_gradient(
+            tuple(
+                Replicate() if axis in stage.deferred.get(row.name, ()) else placement
+                for axis, placement in enumerate(row.storage)
+            )
+        )
+        for row in plan.parameters
+    }
 
 
 def _closure(graph: Graph, names: Iterable[str]) -> list[str]:

@@ -1,0 +1,424 @@
+"""One rank's part in a pipelined step: its stage's programs, run by torch's pipeline schedules.
+
+torch.distributed.pipelining sends and receives between stages, in the order of its schedule. Each
+program takes its own part of the inputs, which all ranks have whole, so that what travels is what
+stages make, and nothing else.
+
+A call of the model computes the gradients too, where there will be some: stages that interleave
+backward passes with forward passes hold fewer activations. The caller's backward pass multiplies
+these by the gradient of the loss, and brings them to the parameters. Where it begins at another
+output than the loss, the step is run once more, with the gradients that are known then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from autoparallel.errors import PlanError
+from autoparallel.graph.captured import Captured
+from autoparallel.graph.graph import Dim
+from autoparallel.parallel.stage_module import StageModule
+from autoparallel.plan import Plan
+from autoparallel.rewrite.emit import Program
+from autoparallel.rewrite.stage_programs import (
+    StagePrograms,
+    Travelling,
+    joined_in_time,
+    sizes_of_symbols,
+)
+from autoparallel.rewrite.stages import Stage, cut_plan, parameter_gradients
+from autoparallel.rules.lookup import known_rule
+from autoparallel.rules.rule import OpCall
+from autoparallel.runtime import rng
+from autoparallel.runtime.faults import explained, is_lost
+from autoparallel.runtime.ranks import Ranks
+from autoparallel.support.torch_private import without_function_overrides
+
+__all__ = ["PipelinePlace", "PipelineRun", "pipeline_program"]
+
+# Schedules for inputs of so many sizes are kept ready.
+_MOST_SIZES = 16
+
+
+@dataclass(frozen=True)
+class PipelinePlace:
+    """A rank's place in a pipeline.
+
+    group: torch's process group of the ranks that are alike in all but their stage. number: of this
+    rank's stage. holders: the stages that read each parameter, by path.
+    """
+
+    group: Any
+    number: int
+    holders: dict[str, tuple[int, ...]]
+
+    @property
+    def stages(self) -> int:
+        """The number of stages."""
+        return dist.get_world_size(self.group)
+
+    def rank_of(self, stage: int) -> int:
+        """Return the number, among all processes, of the rank that has a stage."""
+        return dist.get_global_rank(self.group, stage)
+
+    def holds(self, path: str) -> bool:
+        """Return whether this rank has a parameter: its stage reads it, or none does."""
+        return self.number in self.holders.get(path, (self.number,))
+
+
+@dataclass
+class _Call:
+    """What one call computes with.
+
+    inputs: of the model. device: where it computes. symbols: values of the inputs' sizes. known:
+    what follows from the inputs alone. step: of the random numbers; None where none are drawn.
+    """
+
+    inputs: list[torch.Tensor]
+    device: torch.device
+    symbols: dict[Any, int]
+    buffers: dict[str, torch.Tensor]
+    constants: dict[str, torch.Tensor]
+    known: list[torch.Tensor] = field(default_factory=list)
+    step: int | None = None
+
+
+class PipelineRun:
+    """Runs steps of a pipeline on one rank.
+
+    plan: of the model. stages: all, in order. place: this rank's. ranks: its place among those of
+    its stage. shapes: of the model's inputs. draws: whether any stage draws random numbers.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        stages: Sequence[Stage],
+        place: PipelinePlace,
+        ranks: Ranks,
+        shapes: Sequence[tuple[Dim, ...]],
+        draws: bool,
+    ) -> None:
+        assert plan.pipeline is not None
+        self.pipeline, self.place, self.ranks = plan.pipeline, place, ranks
+        self.shapes, self.draws = tuple(shapes), draws
+        self.count = plan.pipeline.microbatches
+        self.programs = StagePrograms(stages[place.number], ranks, self.count, plan.model)
+        self.last = place.number == len(stages) - 1
+        values = stages[-1].graph.values
+        self.outputs = tuple(
+            Travelling(layout, values[name].shape, values[name].dtype, values[name].requires_grad)
+            for name, layout in zip(stages[-1].gives, stages[-1].plan.outputs, strict=True)
+        )
+        scalars = [i for i, out in enumerate(self.outputs) if not out.shape and out.requires_grad]
+        self.loss = scalars[0] if scalars else None
+        # A parameter that this stage holds with others has its gradient from them, too, and they
+        # wait for this one's: even if it does not read it in this program.
+        layouts = parameter_gradients(stages[place.number], plan)
+        read = self.programs.first.parameters
+        shared = [path for path in layouts if place.number in place.holders[path]]
+        shared = [path for path in shared if len(place.holders[path]) > 1]
+        self.paths = (*read, *(path for path in shared if path not in read))
+        self.gradients = tuple(layouts[path][1:] for path in self.paths)
+        self.tied = [
+            (self.paths.index(path), [s for s in place.holders[path] if s != place.number])
+            for path in shared
+        ]
+        self.module = StageModule(self.programs, self.last)
+        self.schedules: dict[Any, Any] = {}
+
+    def program(self) -> Program:
+        """Return what the parallel module runs in place of one rank's whole program."""
+        first, before = self.programs.first, self.programs.before
+        return Program(
+            self.programs.source,
+            self.run,
+            self.paths,
+            self.gradients,
+            tuple(dict.fromkeys((*before.buffers, *first.buffers))),
+            tuple(dict.fromkeys((*before.constants, *first.constants))),
+            tuple((each.layout[1:], each.shape) for each in self.outputs),
+            before.mutations,
+            draws=tuple(dict.fromkeys((*before.draws, *first.draws))),
+        )
+
+    def run(
+        self,
+        parameters: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
+        constants: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        device: torch.device,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run a step; return the outputs, the same on all ranks of the pipeline, and the values to
+        write back to buffers.
+
+        Raises PlanError for inputs that need a gradient.
+        """
+        if any(tensor.requires_grad for tensor in inputs) and torch.is_grad_enabled():
+            raise PlanError(
+                "an input of the model needs a gradient, on a mesh with stages",
+                why="it would come to the ranks of one stage alone",
+                fix="detach the input, or leave pp out of the mesh",
+            )
+        program = self.program_names
+        call = _Call(
+            list(inputs),
+            parameters[0].device if parameters else inputs[0].device if inputs else device,
+            sizes_of_symbols(self.shapes, inputs),
+            dict(zip(program[0], buffers, strict=True)),
+            dict(zip(program[1], constants, strict=True)),
+        )
+        # A rank whose stage draws none counts the step all the same.
+        if self.draws:
+            call.step = rng.generator().current_step()
+        with torch.no_grad():
+            call.known, written = self._before(call)
+        trains = torch.is_grad_enabled() and any(each.requires_grad for each in self.outputs)
+        self.module.take(parameters)
+        if not trains:
+            return self.forward_only(call), written
+        # Ranks whose stage has no parameter take part in the backward pass all the same.
+        anchor = torch.zeros((), device=call.device, requires_grad=True)
+        outputs = _Step.apply(self, call, anchor, *parameters)
+        return list(outputs), written
+
+    @property
+    def program_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The paths of the buffers and of the constants that `run` is given."""
+        first, before = self.programs.first, self.programs.before
+        return (
+            tuple(dict.fromkeys((*before.buffers, *first.buffers))),
+            tuple(dict.fromkeys((*before.constants, *first.constants))),
+        )
+
+    def _before(self, call: _Call) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return what follows from the inputs alone, and the values of buffers to write back."""
+        before = self.programs.before
+        return before.run(
+            [],
+            [call.buffers[path] for path in before.buffers],
+            [call.constants[path] for path in before.constants],
+            call.inputs,
+            call.device,
+        )
+
+    def forward_only(self, call: _Call) -> list[torch.Tensor]:
+        """Return the outputs of a step without a backward pass."""
+        with torch.no_grad():
+            self._step(call, None)
+        return self._shared(call)
+
+    def eagerly(self, call: _Call) -> tuple[list[torch.Tensor], list[torch.Tensor | None] | None]:
+        """Return the outputs of a step, and the parameters' gradients of the loss; None where the
+        model returns none.
+        """
+        if self.loss is None:
+            return self.forward_only(call), None
+        gradients: list[torch.Tensor | None] = [None] * len(self.outputs)
+        gradients[self.loss] = torch.ones((), dtype=self.outputs[self.loss].dtype, device=call.device)
+        grads = self.backward(call, gradients)
+        return self._shared(call), grads
+
+    def again(
+        self, call: _Call, gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Return the parameters' gradients of a step, run again, for gradients of its outputs."""
+        source = rng.generator().repeated(call.step, {})
+        with rng.drawing_from(source):
+            return self.backward(call, gradients)
+
+    def backward(
+        self, call: _Call, gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Run a step with its backward pass, and return the gradients of this stage's parameters.
+
+        gradients: of the outputs, None where none comes.
+        """
+        with torch.enable_grad():
+            self._step(call, gradients)
+        grads = self.module.gradients()
+        self._sum_of_stages(grads)
+        return grads
+
+    def _step(self, call: _Call, gradients: Sequence[torch.Tensor | None] | None) -> None:
+        """Run all micro-batches through this stage, as the schedule says.
+
+        gradients: of the outputs; None for no backward pass. Raises AutoParallelError where another
+        rank is gone.
+        """
+        self.module.begin(call, gradients)
+        schedule = self._schedule(call, gradients is not None)
+        numbers = torch.arange(self.count)
+        try:
+            if gradients is None:
+                schedule.step(number=numbers, return_outputs=False)
+            else:
+                schedule.step(number=numbers, target=numbers, losses=[], return_outputs=False)
+        except RuntimeError as error:
+            if not is_lost(error):
+                # What the library says of a failed pass hides what failed.
+                raise (error.__cause__ or error) from None
+            raise explained(error, "a send or receive between stages", self.place.group) from error
+        finally:
+            self.module.end()
+
+    def _schedule(self, call: _Call, trains: bool) -> Any:
+        """Return torch's schedule for inputs of these sizes."""
+        key = (tuple(tensor.shape for tensor in call.inputs), trains, call.device)
+        if key in self.schedules:
+            return self.schedules[key]
+        if len(self.schedules) >= _MOST_SIZES:
+            self.schedules.clear()
+        # Importing it takes a while, and most meshes have no stages.
+        from torch.distributed import pipelining
+
+        place = self.programs.places[0]
+        enters = tuple(_like(each, call, place) for each in self.programs.enters)
+        if self.last:
+            leaves = (torch.empty((), dtype=self.module.loss_type, device="meta"),)
+            leaves = tuple(each.requires_grad_(trains) for each in leaves)
+        else:
+            leaves = tuple(_like(each, call, place) for each in self.programs.leaves)
+        stage = pipelining.PipelineStage(
+            self.module,
+            self.place.number,
+            self.place.stages,
+            call.device,
+            input_args=enters,
+            output_args=leaves,
+            group=self.place.group,
+        )
+        interleaved = self.pipeline.schedule == "1f1b" and self.count >= self.place.stages
+        if trains and interleaved:
+            kind: Any = pipelining.Schedule1F1B
+        else:
+            kind = pipelining.ScheduleGPipe
+        loss = _own_loss if trains else None
+        self.schedules[key] = kind(stage, self.count, loss_fn=loss, scale_grads=False)
+        return self.schedules[key]
+
+    def _shared(self, call: _Call) -> list[torch.Tensor]:
+        """Return the outputs on every rank: those of the last stage, which is where they are made.
+
+        A collective call of the pipeline's ranks.
+        """
+        source = self.place.rank_of(self.place.stages - 1)
+        outputs = []
+        for place, each in enumerate(self.outputs):
+            if self.last:
+                value = joined_in_time([part[place] for part in self.module.made], each.layout)
+                value = value.contiguous()
+            else:
+                shape = Travelling(
+                    each.layout[1:], each.shape, each.dtype, each.requires_grad
+                ).local_shape(call.symbols, self.ranks)
+                value = torch.empty(shape, dtype=each.dtype, device=call.device)
+            dist.broadcast(_as_sent(value), source, group=self.place.group)
+            outputs.append(value)
+        self.module.made = []
+        return outputs
+
+    def _sum_of_stages(self, gradients: list[torch.Tensor | None]) -> None:
+        """Add up the gradients of parameters that several stages read, on each of these.
+
+        All of them add in the order of the stages, so that they have the same number bit for bit.
+        """
+        waiting = []
+        for index, others in self.tied:
+            own = gradients[index]
+            if own is None:
+                own = torch.zeros_like(self.module.weights[index])
+            own = own.contiguous()
+            arrived = {self.place.number: own}
+            operations = []
+            for other in others:
+                arrived[other] = torch.empty_like(own)
+                peer = self.place.rank_of(other)
+                operations += [
+                    dist.P2POp(dist.isend, own, peer, self.place.group),
+                    dist.P2POp(dist.irecv, arrived[other], peer, self.place.group),
+                ]
+            waiting.append((index, arrived, dist.batch_isend_irecv(operations)))
+        for index, arrived, works in waiting:
+            for work in works:
+                work.wait()
+            total = arrived[min(arrived)].clone()
+            for stage in sorted(arrived)[1:]:
+                total += arrived[stage]
+            gradients[index] = total if self.module.weights[index].requires_grad else None
+
+
+def pipeline_program(
+    plan: Plan, captured: Captured, place: PipelinePlace, ranks: Ranks
+) -> Program:
+    """Return what a rank runs in place of a program of the whole model.
+
+    plan: with stages, of `captured`. place: of the rank in the pipeline. ranks: its place among
+    those of its stage.
+    """
+    graph = captured.graph
+    shapes = [node.result.shape for node in graph.nodes if node.kind == "input"]
+    rules = (known_rule(OpCall.of(graph, node)) for node in graph.calls)
+    draws = any(rule is not None and rule.random for rule in rules)
+    return PipelineRun(plan, cut_plan(graph, plan), place, ranks, shapes, draws).program()
+
+
+def _own_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return what the last stage returns: its module has computed the micro-batch's share."""
+    return output
+
+
+def _like(each: Travelling, call: _Call, ranks: Ranks) -> torch.Tensor:
+    """Return a tensor without numbers that says what travels, in the largest micro-batch."""
+    shape = each.local_shape(call.symbols, ranks)
+    return torch.empty(shape, dtype=each.dtype, device="meta", requires_grad=each.requires_grad)
+
+
+def _as_sent(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in the same memory, of a type that every library of collectives sends."""
+    if value.is_complex():
+        return torch.view_as_real(value)
+    return value.view(torch.uint8) if value.dtype is torch.bool else value
+
+
+class _Step(torch.autograd.Function):
+    """A step of the pipeline: parameters in, outputs out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: PipelineRun, call: _Call, anchor: torch.Tensor, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        outputs, gradients = run.eagerly(call)
+        ctx.run, ctx.call, ctx.gradients = run, call, gradients
+        ctx.needed = ctx.needs_input_grad[3:]
+        ctx.set_materialize_grads(False)
+        plain = [
+            value
+            for value, each in zip(outputs, run.outputs, strict=True)
+            if not each.requires_grad
+        ]
+        ctx.mark_non_differentiable(*plain)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        run: PipelineRun = ctx.run
+        others = [g for place, g in enumerate(gradients) if g is not None and place != run.loss]
+        loss = None if run.loss is None else gradients[run.loss]
+        with without_function_overrides():
+            if ctx.gradients is None or others:
+                found = run.again(ctx.call, gradients)
+            elif loss is None:
+                found = [None] * len(ctx.needed)
+            else:
+                found = [None if g is None else g * loss.to(g.dtype) for g in ctx.gradients]
+        found = [g if wanted else None for g, wanted in zip(found, ctx.needed, strict=True)]
+        return None, None, None, *found
