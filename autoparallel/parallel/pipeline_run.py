@@ -116,6 +116,8 @@ class PipelineRun:
             Travelling(layout, values[name].shape, values[name].dtype, values[name].requires_grad)
             for name, layout in zip(stages[-1].gives, stages[-1].plan.outputs, strict=True)
         )
+        self.written = stages[-1].written
+        self.returned = len(self.outputs) - len(self.written)
         scalars = [i for i, out in enumerate(self.outputs) if not out.shape and out.requires_grad]
         self.loss = scalars[0] if scalars else None
         # A parameter that this stage holds with others has its gradient from them, too, and they
@@ -143,8 +145,8 @@ class PipelineRun:
             self.gradients,
             tuple(dict.fromkeys((*before.buffers, *first.buffers))),
             tuple(dict.fromkeys((*before.constants, *first.constants))),
-            tuple((each.layout[1:], each.shape) for each in self.outputs),
-            before.mutations,
+            tuple((each.layout[1:], each.shape) for each in self.outputs)[: self.returned],
+            (*before.mutations, *self.written),
             draws=tuple(dict.fromkeys((*before.draws, *first.draws))),
         )
 
@@ -183,11 +185,12 @@ class PipelineRun:
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in self.outputs)
         self.module.take(parameters)
         if not trains:
-            return self.forward_only(call), written
+            outputs = self.forward_only(call)
+            return outputs[: self.returned], [*written, *outputs[self.returned :]]
         # Ranks whose stage has no parameter take part in the backward pass all the same.
         anchor = torch.zeros((), device=call.device, requires_grad=True)
-        outputs = _Step.apply(self, call, anchor, *parameters)
-        return list(outputs), written
+        outputs = list(_Step.apply(self, call, anchor, *parameters))
+        return outputs[: self.returned], [*written, *outputs[self.returned :]]
 
     @property
     def program_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -141,20 +141,9 @@ def _refuse(captured: Captured, options: Options) -> None:
         why = "the streams of several stages would draw the same numbers"
     elif options.memory_limit is not None:
         what, why = "memory_limit", "the memory of stages is not counted yet"
-    elif captured.left:
-        what = "a forward that writes to attributes"
-        why = "the attribute would be written on the ranks of one stage alone"
     elif captured.own:
         what = "a model that returns its own parameters or buffers"
         why = "the ranks of other stages do not hold them"
-    else:
-        inert = inert_calls(captured.graph)
-        written = dict(captured.graph.mutations)
-        producers = captured.graph.producers
-        for path, value in written.items():
-            if producers[value].kind == "call" and producers[value].name not in inert:
-                what = f"a forward that writes to the buffer {path}"
-                why = "what it writes is computed in one stage, and the others would not have it"
     if what:
         raise PlanError(f"{what}: not on a mesh with stages", why=why, fix="leave pp out")
 

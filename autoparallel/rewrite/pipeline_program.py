@@ -70,7 +70,8 @@ def program_in_turn(graph: Graph, plan: Plan, ranks: Ranks) -> Program:
             joined_in_time([part[place] for part in made], travelling.layout)
             for place, travelling in enumerate(last.leaves)
         ]
-        return outputs, known[0][1]
+        returned = len(outputs) - len(last.stage.written)
+        return outputs[:returned], [*known[0][1], *outputs[returned:]]
 
     return Program(
         "\n".join(each.source for each in stages),
@@ -79,6 +80,6 @@ def program_in_turn(graph: Graph, plan: Plan, ranks: Ranks) -> Program:
         tuple(layout[1:] for layout in paths.values()),
         tuple(buffers),
         tuple(constants),
-        tuple((each.layout[1:], each.shape) for each in last.leaves),
-        stages[0].before.mutations,
+        tuple((each.layout[1:], each.shape) for each in last.leaves)[: len(graph.outputs)],
+        (*stages[0].before.mutations, *last.stage.written),
     )

@@ -42,7 +42,8 @@ class Stage:
     returns whole values. graph: the program of one micro-batch. Its inputs are the model's, then
     what `before` returns, then what the stage before hands on. plan: of both. entering: the layouts
     of inputs that are no whole values. takes, gives: the values that come from the stage before and
-    go to the one behind; the last stage gives what the model returns. parameters: the paths of
+    go to the one behind; the last stage gives what the model returns, and behind that the values of
+    `written`, buffers that follow from more than the inputs. parameters: the paths of
     those that it reads. deferred: see rewrite/conversions.py; of the whole model, so that all
     stages that read a parameter leave its gradient alike.
     """
@@ -57,6 +58,7 @@ class Stage:
     gives: tuple[str, ...]
     parameters: tuple[str, ...]
     deferred: Deferred
+    written: tuple[str, ...]
 
 
 def stages_of_calls(graph: Graph, starts: Sequence[str]) -> dict[str, int]:
@@ -78,15 +80,17 @@ def stages_of_calls(graph: Graph, starts: Sequence[str]) -> dict[str, int]:
 def value_stages(graph: Graph, places: Mapping[str, int], stages: int) -> dict[str, tuple[int, int]]:
     """Return, for each value that a stage makes, that stage and the last one that reads it.
 
-    places: see stages_of_calls. What the model returns, the last stage reads.
+    places: see stages_of_calls. What the model returns or writes to buffers, the last stage reads:
+    all ranks have it from there.
     """
+    returned = {*graph.outputs, *(name for _, name in graph.mutations)}
     spans: dict[str, tuple[int, int]] = {}
     for node in graph.calls:
         if node.name not in places:
             continue
         for value in node.results:
             readers = [places.get(reader.name, 0) for reader in graph.readers[value.name]]
-            last = stages - 1 if value.name in graph.outputs else max(readers, default=0)
+            last = stages - 1 if value.name in returned else max(readers, default=0)
             spans[value.name] = (places[node.name], max(last, places[node.name]))
     return spans
 
@@ -106,6 +110,11 @@ class Cut:
         self.made = layouts_made(graph, plan, self.deferred)
         self.whole = whole_layout(len(plan.mesh.axes))
         self.choices = {op.name: op for op in plan.ops}
+        # Buffers that follow from more than the inputs are written by all ranks, as they are
+        # returned to all.
+        self.written = tuple((p, name) for p, name in graph.mutations if name in self.spans)
+        self.returned = (*graph.outputs, *(name for _, name in self.written))
+        self.outputs = (*plan.outputs, *(self.whole for _ in self.written))
 
     @cached_property
     def travelling(self) -> Mapping[str, Layout]:
@@ -114,7 +123,9 @@ class Cut:
         Where all that read a value there read it in one layout, it is brought to that before it is
         sent: a part is less to send than a pending sum.
         """
-        returned = dict(zip(self.graph.outputs, self.plan.outputs, strict=True))
+        returned: dict[str, list[Layout]] = {}
+        for name, layout in zip(self.returned, self.outputs, strict=True):
+            returned.setdefault(name, []).append(layout)
         layouts: dict[str, Layout] = {}
         for name, (first, last) in self.spans.items():
             if first == last:
@@ -124,8 +135,7 @@ class Cut:
                 if self.places.get(reader.name, first) > first:
                     operands = zip(reader.operands(), self.choices[reader.name].operands)
                     wanted.update((layout, None) for operand, layout in operands if operand == name)
-            if name in returned:
-                wanted[returned[name]] = None
+            wanted.update(dict.fromkeys(returned.get(name, ())))
             layouts[name] = next(iter(wanted)) if len(wanted) == 1 else self.made[name]
         return layouts
 
@@ -139,7 +149,7 @@ class Cut:
         """Return one stage."""
         last = number == self.count - 1
         takes = self.crossing(number - 1) if number else ()
-        gives = self.graph.outputs if last else self.crossing(number)
+        gives = self.returned if last else self.crossing(number)
         body = [node for node in self.graph.calls if self.places.get(node.name) == number]
         mutations = tuple(
             (path, name) for path, name in self.graph.mutations if name not in self.spans
@@ -165,9 +175,7 @@ class Cut:
         graph = Graph((*inputs, *given, *held, *body), gives)
         # The first program also makes the values of buffers that are written after the step.
         before_graph = Graph(before, tuple(inert), mutations)
-        outputs = (
-            self.plan.outputs if last else tuple(self.travelling[name] for name in gives)
-        )
+        outputs = self.outputs if last else tuple(self.travelling[name] for name in gives)
         return Stage(
             number,
             before_graph.verify(),
@@ -179,6 +187,7 @@ class Cut:
             gives,
             tuple(node.target for node in held if node.kind == "parameter"),
             self.deferred,
+            tuple(path for path, _ in self.written),
         )
 
     def _plan_of(
