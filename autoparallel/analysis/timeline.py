@@ -57,6 +57,7 @@ def timeline(
     Example: `print(timeline(plan, hardware="dgx-h100"))`
     """
     require_kind(plan, Plan, MAKE_ONE)
+    plan.refuse_stages("a timeline")
     if hardware is None:
         # A plan knows its hardware by name, and that of a file by the file.
         is_preset = plan.hardware in presets()

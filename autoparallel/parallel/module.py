@@ -54,6 +54,7 @@ from autoparallel.parallel.parameters import (
     ParameterLayouts,
 )
 from autoparallel.parallel.pipeline_run import PipelinePlace
+from autoparallel.parallel.pipelined_parameters import note_stages
 from autoparallel.parallel.rank_agreement import (
     require_equal,
     require_same_plan,
@@ -205,10 +206,10 @@ def parallel_module(
     if pipeline is not None:
         assert plan.captured is not None
         stages = cut_plan(plan.captured.graph, plan)
-        place = PipelinePlace(*pipeline, holders_of(stages))
-    absent = [
-        path for path, parameter in named if place is not None and not place.holds(first[id(parameter)])
-    ]
+        holders = holders_of(stages)
+        by_path = {path: holders.get(first[id(parameter)]) for path, parameter in named}
+        place = PipelinePlace(*pipeline, {p: some for p, some in by_path.items() if some})
+    absent = [path for path, _ in named if place is not None and not place.holds(path)]
     states = {path: each.state for path, each in parameters.items()}
     fill_tree(model, module, states, ranks, mesh, absent)
     copies = gathered_copies(module, parameters)
@@ -220,6 +221,8 @@ def parallel_module(
     shape = TreeShape(module.modules())
     tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies, held, shape, local)
     tree.pipeline = place
+    if place is not None:
+        note_stages(module, place)
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if checks > 0:

@@ -63,9 +63,26 @@ class PipelinePlace:
         """The number of stages."""
         return dist.get_world_size(self.group)
 
+    @property
+    def device(self) -> torch.device:
+        """The device on which the ranks of the pipeline exchange tensors."""
+        if dist.get_backend(self.group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
     def rank_of(self, stage: int) -> int:
         """Return the number, among all processes, of the rank that has a stage."""
         return dist.get_global_rank(self.group, stage)
+
+    def from_holder(self, path: str, value: torch.Tensor) -> torch.Tensor:
+        """Return a parameter's value as the first stage that has it has it. A collective call of
+        the pipeline's ranks.
+
+        value: here, of the same shape; it is overwritten where the stage has none.
+        """
+        holder = self.holders.get(path, (0,))[0]
+        dist.broadcast(_as_sent(value), self.rank_of(holder), group=self.group)
+        return value
 
     def holds(self, path: str) -> bool:
         """Return whether this rank has a parameter: its stage reads it, or none does."""
@@ -83,6 +100,7 @@ class _Call:
     inputs: list[torch.Tensor]
     device: torch.device
     symbols: dict[Any, int]
+    parameters: Sequence[torch.Tensor]
     buffers: dict[str, torch.Tensor]
     constants: dict[str, torch.Tensor]
     known: list[torch.Tensor] = field(default_factory=list)
@@ -174,6 +192,7 @@ class PipelineRun:
             list(inputs),
             parameters[0].device if parameters else inputs[0].device if inputs else device,
             sizes_of_symbols(self.shapes, inputs),
+            parameters,
             dict(zip(program[0], buffers, strict=True)),
             dict(zip(program[1], constants, strict=True)),
         )
@@ -183,7 +202,6 @@ class PipelineRun:
         with torch.no_grad():
             call.known, written = self._before(call)
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in self.outputs)
-        self.module.take(parameters)
         if not trains:
             outputs = self.forward_only(call)
             return outputs[: self.returned], [*written, *outputs[self.returned :]]
@@ -256,6 +274,7 @@ class PipelineRun:
         gradients: of the outputs; None for no backward pass. Raises AutoParallelError where another
         rank is gone.
         """
+        self.module.take(call.parameters)
         self.module.begin(call, gradients)
         schedule = self._schedule(call, gradients is not None)
         numbers = torch.arange(self.count)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from autoparallel.errors import PlanError
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
@@ -190,6 +191,20 @@ class Plan:
         if self.pipeline is None:
             return self.mesh
         return Mesh(**{name: size for name, size in self.mesh.axes if name != MICROBATCH})
+
+    def refuse_stages(self, what: str) -> None:
+        """Raise PlanError for a plan with stages. what: the thing that is not told of such a plan.
+
+        Costs in it are those of one micro-batch on all stages, which no rank computes.
+        """
+        if self.pipeline is not None:
+            raise PlanError(
+                f"{what} is not told of a plan with stages",
+                where=str(self.whole_mesh),
+                why="a rank computes one stage, micro-batch after micro-batch, and not the whole "
+                "model",
+                fix="print(plan) tells of its stages; without pp in the mesh, everything is told",
+            )
 
     @property
     def memory_limit(self) -> int | None:

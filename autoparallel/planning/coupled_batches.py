@@ -7,7 +7,7 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Placement, Replicate, Step
+from autoparallel.placement import Invariant, Placement, Replicate, Shard, Step
 from autoparallel.strategy.build_network import build_network
 
 __all__ = ["coupled_call"]
@@ -17,7 +17,8 @@ def coupled_call(graph: Graph, count: int, options: Options) -> Node | None:
     """Return the first op that needs more of its operands than a micro-batch has; None for none.
 
     graph: of the model. count: of micro-batches. It follows the placements on the axis of
-    micro-batches alone, from the inputs on.
+    micro-batches alone, from the inputs on, and looks for an op that takes what is split and can
+    take it whole alone, or not at all.
     """
     hardware = find_hardware(options.hardware)
     try:
@@ -28,15 +29,20 @@ def coupled_call(graph: Graph, count: int, options: Options) -> Node | None:
     for node in graph.nodes:
         if node.kind != "call":
             grad = node.kind == "parameter" and node.result.requires_grad
-            able[node.result.name] = {Replicate() if grad else Invariant()}
+            whole: Placement = Replicate() if grad else Invariant()
+            able[node.result.name] = {whole}
+            if node.kind == "input" and node.result.shape:
+                able[node.result.name].add(Shard(0))
             continue
         made: list[set[Placement]] = [set() for _ in node.results]
+        parts = any(isinstance(p, Shard) for name in node.operands() for p in able[name])
         for joint in network.strategies[node.name]:
             pairs = zip(node.operands(), joint.operands, strict=True)
             if all(_reaches(able[name], layout[0], graph, name) for name, layout in pairs):
                 for place, layout in enumerate(joint.results):
                     made[place].add(layout[0])
-        if not all(made):
+        in_parts = any(not isinstance(p, Invariant | Replicate) for some in made for p in some)
+        if not all(made) or (parts and not in_parts):
             return node
         able.update((value.name, some) for value, some in zip(node.results, made, strict=True))
     return None

@@ -25,7 +25,7 @@ from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.graph.passes.global_counts import split_loss_counts
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Layout, Replicate
+from autoparallel.placement import Invariant, Layout, Replicate, Shard
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.planning.coupled_batches import coupled_call
 from autoparallel.planning.search import search
@@ -37,6 +37,8 @@ __all__ = ["in_parts", "is_pipeline", "meshes_of_pipeline", "pipeline_plan", "st
 # Micro-batches for each stage, where the user gives no number: of the passes' time, the stages then
 # wait a fifth.
 _PER_STAGE = 4
+# The share of the products' work that micro-batches may repeat.
+_MOST_REPEATED = 0.05
 # Plans of more ops than these are cut at the places that send least.
 _MOST_PLACES = 1500
 
@@ -110,27 +112,51 @@ def pipeline_plan(
     stages, inside = meshes_of_pipeline(mesh)
     captured = in_parts(captured)
     asked = options.microbatches
-    counts = (asked,) if asked is not None else tuple(dict.fromkeys((_suited(captured, stages), 1)))
-    for count in counts:
+    # As one micro-batch, everything can be computed.
+    for count in (_suited(captured, stages), 1) if asked is None else (asked,):
         layouts = Mesh(**{MICROBATCH: count}, **dict(inside.axes))
         kept = None if stored is None else _over_time(captured.graph, stored, count)
+        failed: PlanError | None = None
         try:
             plan = search(captured, model, layouts, options, stored=kept)
         except PlanError as error:
-            culprit = coupled_call(captured.graph, count, options) if count > 1 else None
-            if culprit is None:
-                raise
-            if asked is None:
-                continue  # as one micro-batch, everything can be computed
-            raise PlanError(
-                f"the batch cannot be computed as {count} micro-batches",
-                where=f"{culprit.target} in {culprit.where or model}\n{culprit.line}".rstrip(),
-                why="the op needs all of the batch at once, and a stage sees one micro-batch after "
-                "the other",
-                fix="pass microbatches=1, or leave pp out of the mesh",
-            ) from error
-        return _cut(captured.graph, plan, stages, count, holders)
+            failed = error
+        if failed is None and (count == 1 or not _is_repeated(captured.graph, plan)):
+            return _cut(captured.graph, plan, stages, count, holders)
+        culprit = coupled_call(captured.graph, count, options) if count > 1 else None
+        if failed is not None and culprit is None:
+            raise failed
+        if asked is None:
+            continue
+        place = f"{culprit.target} in {culprit.where or model}\n{culprit.line}" if culprit else ""
+        raise PlanError(
+            f"the batch cannot be computed as {count} micro-batches",
+            where=place.rstrip(),
+            why="the op needs all of the batch at once, and a stage sees one micro-batch after "
+            "the other",
+            fix="pass microbatches=1, or leave pp out of the mesh",
+        ) from failed
     raise AssertionError("one micro-batch is no cut of a batch")
+
+
+def _is_repeated(graph: Graph, plan: Plan) -> bool:
+    """Return whether every micro-batch would compute much of the whole batch's work.
+
+    That is right, and takes as much longer as there are micro-batches. Products of parameters alone
+    do not count: there is no batch in them.
+    """
+    fed = {node.result.name for node in graph.nodes if node.kind == "input"}
+    work = repeated = 0.0
+    choices = {op.name: op for op in plan.ops}
+    for node in graph.calls:
+        if not any(name in fed for name in node.operands()):
+            continue
+        fed.update(value.name for value in node.results)
+        op = choices[node.name]
+        work += op.whole_flops
+        if not any(isinstance(layout[0], Shard) for layout in (*op.operands, *op.results)):
+            repeated += op.whole_flops
+    return repeated > _MOST_REPEATED * work
 
 
 def _refuse(captured: Captured, options: Options) -> None:
