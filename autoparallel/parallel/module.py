@@ -53,7 +53,7 @@ from autoparallel.parallel.optimizer_steps import note_originals
 from autoparallel.parallel.parameters import (
     ParameterLayouts,
 )
-from autoparallel.parallel.pipeline_run import PipelinePlace
+from autoparallel.parallel.pipeline_run import PipelinePlace, loss_alone
 from autoparallel.parallel.pipelined_parameters import note_stages
 from autoparallel.parallel.rank_agreement import (
     require_equal,
@@ -263,7 +263,7 @@ def _become(
     forward = user_forward(module, kind, own_forward)
     key = (kind, "" if path else "Parallel")
     if key not in tree.classes:
-        tree.classes[key] = _class_of(*key)
+        tree.classes[key] = _class_of(*key, stages=tree.pipeline is not None and not path)
     module.__class__ = tree.classes[key]
     load_hook = module.register_load_state_dict_pre_hook(split_loaded)
     state = State(path, tree, skeleton, parameters, 0, forward, own_forward, load_hook, plan)
@@ -271,11 +271,12 @@ def _become(
     return state
 
 
-def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
+def _class_of(kind: Any, prefix: str, stages: bool = False) -> type[nn.Module]:
     """Return the class of parallel modules of the user's class, a child of it.
 
     prefix: of its name. The modules inside of a model are called as the user calls them: libraries
-    tell their kinds by the names of classes, and the printed model is read.
+    tell their kinds by the names of classes, and the printed model is read. stages: it is cut into
+    stages; it then has a method `step`, unless the user's class has one.
 
     Its forward has the signature and the documentation of the user's, by which others find out what
     to call it with: Hugging Face's Trainer drops the columns of a dataset that it does not name.
@@ -293,9 +294,35 @@ def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
         "forward": _Forward(forward),
         **saved_whole(kind, whole_module),
     }
+    if stages and not hasattr(kind, "step"):
+        body["step"] = _step
     meta = class_of_classes(type(kind))
     parallel: type[nn.Module] = meta(f"{prefix}{kind.__name__}", (_Parallel, kind), body)
     return parallel
+
+
+def _step(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run a forward and a backward pass, and return the loss, the same on all ranks.
+
+    args, kwargs: of a call of the model. It does what a call and `loss.backward()` do, where the
+    loss is the first scalar with a gradient that the model returns. What else it returns stays on
+    the ranks of the last stage, which saves sending logits to all others.
+    Raises AutoParallelError for a model that returns no loss.
+
+    Example: `loss = model.step(input_ids=tokens, labels=labels)`, then `optimizer.step()`.
+    """
+    with loss_alone():
+        tensors, _ = flatten(self(*args, **kwargs))
+    losses = [each for each in tensors if not each.shape and each.requires_grad]
+    if not losses:
+        raise AutoParallelError(
+            f"{type(self).__name__}.step() of a model that returns no loss",
+            why="it begins the backward pass at the first scalar with a gradient, and there is none",
+            fix="return the loss from forward, as with labels=...; or call the model, compute the "
+            "loss of what it returns, and call loss.backward()",
+        )
+    losses[0].backward()
+    return losses[0].detach()
 
 
 def _open(root: nn.Module, state: State) -> None:

@@ -12,7 +12,9 @@ output than the loss, the step is run once more, with the gradients that are kno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Dim
+from autoparallel.parallel.compiled_calls import is_compiled
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program
@@ -40,7 +43,7 @@ from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.torch_private import without_function_overrides
 
-__all__ = ["PipelinePlace", "PipelineRun", "pipeline_program"]
+__all__ = ["PipelinePlace", "PipelineRun", "loss_alone", "pipeline_program"]
 
 # Schedules for inputs of so many sizes are kept ready.
 _MOST_SIZES = 16
@@ -105,6 +108,27 @@ class _Call:
     constants: dict[str, torch.Tensor]
     known: list[torch.Tensor] = field(default_factory=list)
     step: int | None = None
+
+
+class _Wanted(threading.local):
+    """What the calls of this thread want of a step: the loss alone, or all outputs."""
+
+    loss_alone = False
+
+
+_wanted = _Wanted()
+
+
+@contextmanager
+def loss_alone() -> Iterator[None]:
+    """Have steps bring nothing but the loss to all ranks: other outputs are zeros where they were
+    not made.
+    """
+    _wanted.loss_alone = True
+    try:
+        yield
+    finally:
+        _wanted.loss_alone = False
 
 
 class PipelineRun:
@@ -179,8 +203,14 @@ class PipelineRun:
         """Run a step; return the outputs, the same on all ranks of the pipeline, and the values to
         write back to buffers.
 
-        Raises PlanError for inputs that need a gradient.
+        Raises PlanError for inputs that need a gradient, and where the call is compiled.
         """
+        if is_compiled():
+            raise PlanError(
+                "torch.compile of a model with stages",
+                why="the schedule of micro-batches is Python, which sends and receives",
+                fix="call the model without torch.compile, or leave pp out of the mesh",
+            )
         if any(tensor.requires_grad for tensor in inputs) and torch.is_grad_enabled():
             raise PlanError(
                 "an input of the model needs a gradient, on a mesh with stages",
@@ -334,18 +364,26 @@ class PipelineRun:
         source = self.place.rank_of(self.place.stages - 1)
         outputs = []
         for place, each in enumerate(self.outputs):
+            if _wanted.loss_alone and self.loss is not None and place < self.returned:
+                if place != self.loss:
+                    nothing = torch.zeros((), dtype=each.dtype, device=call.device)
+                    outputs.append(nothing.expand(self._local_shape(each, call)))
+                    continue
             if self.last:
                 value = joined_in_time([part[place] for part in self.module.made], each.layout)
                 value = value.contiguous()
             else:
-                shape = Travelling(
-                    each.layout[1:], each.shape, each.dtype, each.requires_grad
-                ).local_shape(call.symbols, self.ranks)
+                shape = self._local_shape(each, call)
                 value = torch.empty(shape, dtype=each.dtype, device=call.device)
             dist.broadcast(_as_sent(value), source, group=self.place.group)
             outputs.append(value)
         self.module.made = []
         return outputs
+
+    def _local_shape(self, each: Travelling, call: _Call) -> tuple[int, ...]:
+        """Return the shape of this rank's part of an output, of all micro-batches together."""
+        inside = Travelling(each.layout[1:], each.shape, each.dtype, each.requires_grad)
+        return inside.local_shape(call.symbols, self.ranks)
 
     def _sum_of_stages(self, gradients: list[torch.Tensor | None]) -> None:
         """Add up the gradients of parameters that several stages read, on each of these.

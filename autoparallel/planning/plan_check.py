@@ -28,6 +28,7 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.planning.stage_check import require_sound_stages
 from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, Strategy, strategies, tile_of
 from autoparallel.runtime.tensor_parts import require_refined
@@ -55,7 +56,10 @@ def require_sound(plan: Plan, model: nn.Module) -> None:
                 require_proven(OpCall.of(graph, node) for node in graph.calls)
         return
     if plan.captured is not None:
-        _Check(plan, plan.captured).all()
+        if plan.pipeline is not None:
+            require_sound_stages(plan, plan.captured)
+        else:
+            _Check(plan, plan.captured).all()
         return
     _require_agreement(plan, model)
     for part in plan.parts:
