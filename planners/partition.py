@@ -1,4 +1,4 @@
-"""A chain of work is cut into runs, so that the run that takes longest takes as little as can be."""
+"""A chain of work is cut into runs, of which the longest takes as little as can be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from planners.solution import InfeasibleError
 __all__ = ["partition"]
 
 # A cut that sends less is taken where the longest run takes no more than this much longer.
-_NEAR = 1.02
+_NEAR = 1.05
 
 
 def partition(
@@ -28,7 +28,7 @@ def partition(
     piece adds to the run that ends there and to the one that starts; infinite where none may be.
     runs: their number; none is empty. owners: for each piece, the runs that it may belong to; None
     for all.
-    The longest run is the shortest that there is, to 2 %, and among those the cuts send least.
+    The longest run is the shortest that there is, to 5 %, and among those the cuts send least.
     Dynamic programming over the places: exact, and quadratic in their number.
     Raises InfeasibleError where there is no such cut.
 
@@ -56,7 +56,7 @@ def partition(
     for each in lengths:
         longest = np.maximum(longest[:, None], each).min(axis=0)
     if not math.isfinite(longest[-1]):
-        raise InfeasibleError(f"{count} pieces of work have no cut into {runs} runs")
+        raise InfeasibleError(what=f"{count} pieces of work have no cut into {runs} runs")
     return _least_sent(lengths, cost[places], longest[-1] * _NEAR, places)
 
 

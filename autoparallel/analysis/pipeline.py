@@ -135,8 +135,8 @@ def schedule_seconds(
     """Return the seconds from the first forward to the last backward pass of a pipeline.
 
     forward, backward, recompute: seconds of one micro-batch on one stage, or on each of them; what
-    is recomputed needs no gradient and can fill a bubble. send: seconds between stages; a stage computes while it
-    sends.
+    is recomputed needs no gradient and can fill a bubble. send: seconds between stages; a stage
+    computes while it sends.
     Model: "gpipe" runs all forward passes, then all backward (arXiv:1811.06965); "1f1b" runs
     backward as soon as it can (arXiv:2104.04473, section 2.2). With neither sends nor recomputation
     both take (micro_batches + stages - 1) (forward + backward).

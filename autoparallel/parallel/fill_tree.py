@@ -32,13 +32,13 @@ def fill_tree(
     model: the user's, which stays as it is. tree: a shallow copy of it, which shares its tensors
     until then. layouts: the layout of each parameter, by path, as the user is to see it. mesh: the
     DeviceMesh of the DTensors, None for a single process. absent: the paths of parameters that the
-    ranks of other stages have; here they have names, sizes and no memory. What is tied in the model is tied in the
-    tree. A model on the meta device is materialized, on the GPU if there is one.
+    ranks of other stages have; here they have names, sizes and no memory. What is tied in the model
+    is tied in the tree. A model on the meta device is materialized, on the GPU if there is one.
     """
     parts: dict[str, torch.Tensor] = {}
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        parts = materialize(model, layouts, ranks, device)
+        parts = materialize(model, layouts, ranks, device, absent)
     # By the identity of the model's tensor: what stands in several places becomes one.
     twins: dict[int, nn.Parameter] = {}
     buffers: dict[int, torch.Tensor] = {}

@@ -186,7 +186,8 @@ def parallel_module(
     their inputs. local: the inputs of which ranks bring parts of the batch, None where all bring
     the whole. pipeline: torch's process group of the ranks that are alike in all but their stage,
     and the number of this rank's; None without stages. ranks and mesh are then those of the stage,
-    and parameters of other stages have no memory here. Where the plan has parts, each of them becomes such a module in its place.
+    and parameters of other stages have no memory here. Where the plan has parts, each of them
+    becomes such a module in its place.
     A collective call. Raises AutoParallelError where the ranks start from different models or
     plans, or where a meta model cannot be initialized.
     """
@@ -317,7 +318,7 @@ def _step(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     if not losses:
         raise AutoParallelError(
             f"{type(self).__name__}.step() of a model that returns no loss",
-            why="it begins the backward pass at the first scalar with a gradient, and there is none",
+            why="the backward pass begins at the first scalar with a gradient, and there is none",
             fix="return the loss from forward, as with labels=...; or call the model, compute the "
             "loss of what it returns, and call loss.backward()",
         )

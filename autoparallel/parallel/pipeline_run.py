@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from autoparallel.errors import PlanError
+from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Dim
 from autoparallel.parallel.compiled_calls import is_compiled
@@ -97,7 +97,8 @@ class _Call:
     """What one call computes with.
 
     inputs: of the model. device: where it computes. symbols: values of the inputs' sizes. known:
-    what follows from the inputs alone. step: of the random numbers; None where none are drawn.
+    what follows from the inputs alone. source, step: of the random numbers; the step is None where
+    none are drawn. versions: of parameters and inputs when the call began.
     """
 
     inputs: list[torch.Tensor]
@@ -107,7 +108,15 @@ class _Call:
     buffers: dict[str, torch.Tensor]
     constants: dict[str, torch.Tensor]
     known: list[torch.Tensor] = field(default_factory=list)
+    source: rng.Generator | None = None
     step: int | None = None
+    versions: tuple[int, ...] = ()
+
+
+def _versions(call: _Call) -> tuple[int, ...]:
+    """Return numbers that are others once a tensor of the call was written to."""
+    tensors = (*call.parameters, *call.inputs)
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 class _Wanted(threading.local):
@@ -227,8 +236,9 @@ class PipelineRun:
             dict(zip(program[1], constants, strict=True)),
         )
         # A rank whose stage draws none counts the step all the same.
+        call.source, call.versions = rng.generator(), _versions(call)
         if self.draws:
-            call.step = rng.generator().current_step()
+            call.step = call.source.current_step()
         with torch.no_grad():
             call.known, written = self._before(call)
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in self.outputs)
@@ -273,16 +283,29 @@ class PipelineRun:
         if self.loss is None:
             return self.forward_only(call), None
         gradients: list[torch.Tensor | None] = [None] * len(self.outputs)
-        gradients[self.loss] = torch.ones((), dtype=self.outputs[self.loss].dtype, device=call.device)
+        gradients[self.loss] = torch.ones(
+            (), dtype=self.outputs[self.loss].dtype, device=call.device
+        )
         grads = self.backward(call, gradients)
         return self._shared(call), grads
 
     def again(
         self, call: _Call, gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        """Return the parameters' gradients of a step, run again, for gradients of its outputs."""
-        source = rng.generator().repeated(call.step, {})
-        with rng.drawing_from(source):
+        """Return the parameters' gradients of a step, run again, for gradients of its outputs.
+
+        Raises AutoParallelError where the step would be another one.
+        """
+        if call.versions != _versions(call):
+            raise AutoParallelError(
+                "a parameter or an input was written to between a call and its backward pass",
+                why="a backward pass that begins at other outputs than the loss runs the step "
+                "again, and would compute with other numbers",
+                fix="call backward() before the optimizer's step, and before inputs are written to",
+            )
+        # The backward pass is the caller's, and no generator is in use there.
+        assert call.source is not None
+        with rng.drawing_from(call.source.repeated(call.step, {})):
             return self.backward(call, gradients)
 
     def backward(
@@ -334,8 +357,8 @@ class PipelineRun:
         place = self.programs.places[0]
         enters = tuple(_like(each, call, place) for each in self.programs.enters)
         if self.last:
-            leaves = (torch.empty((), dtype=self.module.loss_type, device="meta"),)
-            leaves = tuple(each.requires_grad_(trains) for each in leaves)
+            share = torch.empty((), dtype=self.module.loss_type, device="meta")
+            leaves: tuple[torch.Tensor, ...] = (share.requires_grad_(trains),)
         else:
             leaves = tuple(_like(each, call, place) for each in self.programs.leaves)
         stage = pipelining.PipelineStage(
@@ -364,11 +387,11 @@ class PipelineRun:
         source = self.place.rank_of(self.place.stages - 1)
         outputs = []
         for place, each in enumerate(self.outputs):
-            if _wanted.loss_alone and self.loss is not None and place < self.returned:
-                if place != self.loss:
-                    nothing = torch.zeros((), dtype=each.dtype, device=call.device)
-                    outputs.append(nothing.expand(self._local_shape(each, call)))
-                    continue
+            asked = self.loss is None or place == self.loss or place >= self.returned
+            if _wanted.loss_alone and not asked:
+                nothing = torch.zeros((), dtype=each.dtype, device=call.device)
+                outputs.append(nothing.expand(self._local_shape(each, call)))
+                continue
             if self.last:
                 value = joined_in_time([part[place] for part in self.module.made], each.layout)
                 value = value.contiguous()
@@ -415,9 +438,7 @@ class PipelineRun:
             gradients[index] = total if self.module.weights[index].requires_grad else None
 
 
-def pipeline_program(
-    plan: Plan, captured: Captured, place: PipelinePlace, ranks: Ranks
-) -> Program:
+def pipeline_program(plan: Plan, captured: Captured, place: PipelinePlace, ranks: Ranks) -> Program:
     """Return what a rank runs in place of a program of the whole model.
 
     plan: with stages, of `captured`. place: of the rank in the pipeline. ranks: its place among

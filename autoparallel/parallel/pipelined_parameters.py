@@ -60,7 +60,8 @@ def refuse_norms_of_stages(function: Any, arguments: tuple[Any, ...]) -> None:
         for tensor in item if isinstance(item, (list, tuple)) else (item,):
             if isinstance(tensor, DTensor) and id(tensor.device_mesh) in _meshes:
                 raise AutoParallelError(
-                    f"torch's {function.__name__} of a parameter or gradient of a model with stages",
+                    f"torch's {function.__name__} of a parameter or gradient, of a model with "
+                    "stages",
                     why="clip_grad_norm_ and loss scaling of torch look at the gradients that this "
                     "rank has, and the ranks of other stages have the others",
                     fix="autoparallel.clip_grad_norm_(model.parameters(), max_norm); for one "

@@ -124,5 +124,3 @@ def _padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = nn.functional.pad(tensor, padding)
     # What was received and goes on is a leaf: a view of it is none.
     return tensor.contiguous().view_as(tensor)
-
-

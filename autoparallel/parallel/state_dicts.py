@@ -13,6 +13,7 @@ from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import as_distributed
 from autoparallel.parallel.whole_values import whole_value
 from autoparallel.runtime.tensor_parts import take_layout_part
+from autoparallel.support.module_paths import join_path
 
 __all__ = ["full_state_dict", "split_loaded"]
 
@@ -29,11 +30,14 @@ def split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     if state.mesh is None or state.tree.depth:
         return
     sizes, coordinates = state.ranks.sizes, state.ranks.coordinates
-    place = state.tree.pipeline if not state.path else None
+    place = state.tree.pipeline
     for local_path, layouts in state.parameters.items():
         path = prefix + local_path
-        if place is not None and not place.holds(local_path):
-            continue  # a copy to a parameter without memory does nothing
+        if place is not None and not place.holds(join_path(state.path, local_path)):
+            # The ranks of another stage load it; torch warns of copies to what has no memory.
+            if isinstance(state_dict.get(path), torch.Tensor):
+                state_dict[path] = state_dict[path].to("meta")
+            continue
         value, layout = state_dict.get(path), layouts.state
         if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
             continue

@@ -15,4 +15,13 @@ from autoparallel.plan.choices import (
 )
 from autoparallel.plan.plan import Part, Plan
 
-__all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Part", "Pipeline", "Plan", "PlannedInput"]
+__all__ = [
+    "Break",
+    "Conversion",
+    "OpChoice",
+    "ParameterChoice",
+    "Part",
+    "Pipeline",
+    "Plan",
+    "PlannedInput",
+]

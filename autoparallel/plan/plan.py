@@ -64,9 +64,9 @@ class Plan:
     bytes) on the rank that needs most, as `memory_of` counts it; empty where nobody has counted
     it. collectives: (phase, mesh axis, collective, number in one step), as `collective_totals`
     counts them; None where nobody has.
-    pipeline: the stages that the ops are cut into; None where all ranks compute all ops. The layouts
-    of such a plan have a first axis in time, whose places are the micro-batches, and none for the
-    stages: what a stage computes, its ranks alone hold; see `stage_mesh`.
+    pipeline: the stages that the ops are cut into; None where all ranks compute all ops. Layouts
+    then have a first axis in time, whose places are the micro-batches, and none for the stages:
+    what a stage computes, its ranks alone hold; see `stage_mesh`.
     inputs: the tensors that go in. returned: the caller's name for each returned tensor
     ("logits"). Both are empty for a plan in parts, and for one that was written without them.
 

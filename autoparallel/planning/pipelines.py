@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from autoparallel.graph.graph import Graph, Sym, hint
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.graph.passes.global_counts import split_loss_counts
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Invariant, Layout, Replicate, Shard
@@ -106,8 +107,8 @@ def pipeline_plan(
         raise PlanError(
             f"{unknown[0]} is read now, and was not when the model was cut into stages",
             why="no stage has it alone, so that its gradient would differ between them",
-            fix="plan with example inputs, and in the mode, for which the model reads all parameters "
-            "that are trained",
+            fix="plan with example inputs, and in the mode, for which the model reads all of its "
+            "parameters",
         )
     stages, inside = meshes_of_pipeline(mesh)
     captured = in_parts(captured)
@@ -122,7 +123,9 @@ def pipeline_plan(
         except PlanError as error:
             failed = error
         if failed is None and (count == 1 or not _is_repeated(captured.graph, plan)):
-            return _cut(captured.graph, plan, stages, count, holders)
+            # With the sizes for which the plan is made.
+            planned = with_larger_hints(captured, options.tokens)
+            return _cut(planned, plan, stages, count, holders)
         culprit = coupled_call(captured.graph, count, options) if count > 1 else None
         if failed is not None and culprit is None:
             raise failed
@@ -184,7 +187,9 @@ def _suited(captured: Captured, stages: int) -> int:
 
 def _batch(graph: Graph) -> int:
     """Return the size of the batch: of the inputs' first dim, where it is symbolic if any is."""
-    first = [node.result.shape[0] for node in graph.nodes if node.kind == "input" and node.result.shape]
+    first = [
+        node.result.shape[0] for node in graph.nodes if node.kind == "input" and node.result.shape
+    ]
     symbolic = [size for size in first if isinstance(size, Sym)]
     return max((hint(size) for size in symbolic or first), default=1)
 
@@ -194,7 +199,9 @@ def _over_time(graph: Graph, stored: Mapping[str, Layout], count: int) -> dict[s
     nodes = {node.target: node.result for node in graph.nodes if node.kind == "parameter"}
     return {
         path: (
-            Replicate() if count > 1 and path in nodes and nodes[path].requires_grad else Invariant(),
+            Replicate()
+            if count > 1 and path in nodes and nodes[path].requires_grad
+            else Invariant(),
             *layout,
         )
         for path, layout in stored.items()
@@ -216,7 +223,8 @@ def _cut(
     hardware = find_hardware(plan.options.hardware)
     devices = tuple(1 if name == MICROBATCH else size for name, size in plan.mesh.axes)
     link = hardware.links((stages, *devices))[0]
-    sends = [send_seconds(size, link) * 2 if stages > 1 else 0.0 for size in work.nbytes]
+    # A stage computes another micro-batch while it sends, most of the time.
+    sends = [send_seconds(size, link) for size in work.nbytes]
     allowed = [
         math.inf if place and (not size or work.joined[place]) else seconds
         for place, (size, seconds) in enumerate(zip(work.nbytes, sends, strict=True))
@@ -236,7 +244,7 @@ def _cut(
     forwards = [float(sum(work.forward[start:end])) for start, end in runs]
     both = [float(sum(work.seconds[start:end])) for start, end in runs]
     backwards = [all_of - ahead for all_of, ahead in zip(both, forwards, strict=True)]
-    send = max((sends[start] / 2 for start in places[1:]), default=0.0)
+    send = max((sends[start] for start in places[1:]), default=0.0)
     schedule = plan.options.schedule
     passes = schedule_seconds(stages, microbatches, schedule, forwards, backwards, send=send)
     busy = microbatches * max(both)
@@ -261,7 +269,10 @@ def _few(sends: list[float]) -> list[float]:
         return sends
     most = finite[_MOST_PLACES]
     # Equal blocks have equal places: all that send as little stay, even if they are a few more.
-    return [seconds if place == 0 or seconds <= most else math.inf for place, seconds in enumerate(sends)]
+    return [
+        seconds if place == 0 or seconds <= most else math.inf
+        for place, seconds in enumerate(sends)
+    ]
 
 
 class _Work:

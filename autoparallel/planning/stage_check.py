@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
@@ -49,7 +51,7 @@ def require_sound_stages(plan: Plan, captured: Captured) -> None:
     names = [node.name for node in captured.graph.calls if node.name not in inert]
     places = {name: number for number, name in enumerate(names)}
     starts = [places.get(name, -1) for name in pipeline.starts]
-    rising = all(one < other for one, other in zip(starts, starts[1:], strict=False))
+    rising = all(one < other for one, other in pairwise(starts))
     if len(starts) != pipeline.stages or starts[:1] != [0] or not rising:
         raise _wrong("its stages do not start one behind the other")
     stages = stages_of_calls(captured.graph, pipeline.starts)

@@ -103,9 +103,7 @@ class _Emitter:
         self.graph, self.plan, self.ranks, self.name = graph, plan, ranks, name
         self.choices = {op.name: op for op in plan.ops}
         self.routes = Conversions(plan, entering)
-        self.deferred = (
-            find_deferred(graph, plan, self.routes) if deferred is None else deferred
-        )
+        self.deferred = find_deferred(graph, plan, self.routes) if deferred is None else deferred
         self.made = layouts_made(graph, plan, self.deferred, entering)
         self.speller = ExpressionWriter()
         self.symbols = _symbols(graph)

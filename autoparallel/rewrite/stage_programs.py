@@ -1,4 +1,4 @@
-"""The programs of one rank for one stage of a pipeline: what it computes once, and per micro-batch."""
+"""One rank's programs for a stage of a pipeline: what it computes once, and per micro-batch."""
 
 from __future__ import annotations
 

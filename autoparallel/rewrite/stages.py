@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from autoparallel.graph.graph import Graph, Node, Ref
+from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.placement import Layout, Replicate, layout_gradient, whole_layout
 from autoparallel.plan import Plan
@@ -77,7 +77,9 @@ def stages_of_calls(graph: Graph, starts: Sequence[str]) -> dict[str, int]:
     return places
 
 
-def value_stages(graph: Graph, places: Mapping[str, int], stages: int) -> dict[str, tuple[int, int]]:
+def value_stages(
+    graph: Graph, places: Mapping[str, int], stages: int
+) -> dict[str, tuple[int, int]]:
     """Return, for each value that a stage makes, that stage and the last one that reads it.
 
     places: see stages_of_calls. What the model returns or writes to buffers, the last stage reads:
@@ -133,17 +135,16 @@ class Cut:
             wanted: dict[Layout, None] = {}
             for reader in self.graph.readers[name]:
                 if self.places.get(reader.name, first) > first:
-                    operands = zip(reader.operands(), self.choices[reader.name].operands)
-                    wanted.update((layout, None) for operand, layout in operands if operand == name)
+                    layouts_read = self.choices[reader.name].operands
+                    pairs = zip(reader.operands(), layouts_read, strict=True)
+                    wanted.update((layout, None) for operand, layout in pairs if operand == name)
             wanted.update(dict.fromkeys(returned.get(name, ())))
             layouts[name] = next(iter(wanted)) if len(wanted) == 1 else self.made[name]
         return layouts
 
     def crossing(self, boundary: int) -> tuple[str, ...]:
         """Return the values that go from stage `boundary` to the next one, in the graph's order."""
-        return tuple(
-            name for name, (first, last) in self.spans.items() if first <= boundary < last
-        )
+        return tuple(name for name, (first, last) in self.spans.items() if first <= boundary < last)
 
     def stage(self, number: int) -> Stage:
         """Return one stage."""
@@ -165,7 +166,7 @@ class Cut:
         inputs = [node for node in self.graph.nodes if node.kind == "input"]
         needed = _closure(self.graph, [*inert, *(name for _, name in mutations)])
         before = _in_order(self.graph, (*needed, *(node.name for node in inputs)))
-        entering = {name: self.whole for name in inert}
+        entering = dict.fromkeys(inert, self.whole)
         entering |= {name: self.travelling[name] for name in takes}
         given = [
             Node(name, "input", str(len(inputs) + place), (self.graph.values[name],))

@@ -21,7 +21,9 @@ class MicrobatchGroup(AbsentGroup):
     """
 
     def _refuse(self) -> NoReturn:
-        raise AssertionError(f"micro-batch {self.rank} of {self.world_size} would wait for a later one")
+        raise AssertionError(
+            f"micro-batch {self.rank} of {self.world_size} would wait for a later one"
+        )
 
 
 def ranks_of_microbatch(ranks: Ranks, number: int, count: int) -> Ranks:

@@ -106,9 +106,7 @@ class _Builder:
         self.sizes = tuple(size for _, size in mesh.axes)
         # Micro-batches are the ranks of an axis in time: no device, and no link.
         self.in_time = tuple(name == MICROBATCH and size > 1 for name, size in mesh.axes)
-        devices = tuple(
-            1 if name == MICROBATCH else size for name, size in mesh.axes
-        )
+        devices = tuple(1 if name == MICROBATCH else size for name, size in mesh.axes)
         self.pace = hardware.at_pace_of(math.prod(devices))
         self.links = hardware.links(devices)
         memory = options.memory_limit is not None
@@ -263,9 +261,7 @@ class _Builder:
         else:
             shards = tuple(
                 tuple(splits.shards[value.name]) if size > 1 and not in_time else ()
-                for size, splits, in_time in zip(
-                    self.sizes, self.splits, self.in_time, strict=True
-                )
+                for size, splits, in_time in zip(self.sizes, self.splits, self.in_time, strict=True)
             )
             key = (value.shape, value.dtype, value.requires_grad, shards)
             if key not in self.storage_choices:

@@ -94,9 +94,7 @@ def _parse(text: str, mesh: Mesh) -> Constraint:
     accepts = _how(text, how)
     # Micro-batches are no ranks, over which a user would want a tensor to lie in a certain way.
     axes = tuple(
-        index
-        for index, name in enumerate(names)
-        if axis in (None, name) and name != MICROBATCH
+        index for index, name in enumerate(names) if axis in (None, name) and name != MICROBATCH
     )
     if negated:
         return Constraint(text, pattern, axes, lambda placement: not accepts(placement))
