@@ -64,6 +64,7 @@ def autoparallelize(
     overlap: bool = True,
     microbatches: int | None = None,
     schedule: str = "1f1b",
+    stages_per_rank: int = 1,
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """Return the model, split over `world_size` ranks, as an ordinary module for this rank.
@@ -108,6 +109,7 @@ def autoparallelize(
         overlap=overlap,
         microbatches=microbatches,
         schedule=schedule,
+        stages_per_rank=stages_per_rank,
     )
     meshes = possible_meshes(world_size, axes, options)
     inside = tuple(meshes_of_pipeline(each)[1] if is_pipeline(each) else each for each in meshes)
@@ -154,6 +156,7 @@ def make_plan(
     overlap: bool = True,
     microbatches: int | None = None,
     schedule: str = "1f1b",
+    stages_per_rank: int = 1,
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
@@ -204,6 +207,7 @@ def make_plan(
         overlap=overlap,
         microbatches=microbatches,
         schedule=schedule,
+        stages_per_rank=stages_per_rank,
     )
     meshes = possible_meshes(world_size, axes, options)
     # Tracing runs the forward, which may write to buffers, attributes and random generators.

@@ -207,7 +207,8 @@ def parallel_module(
     if pipeline is not None:
         assert plan.captured is not None
         stages = cut_plan(plan.captured.graph, plan)
-        holders = holders_of(stages)
+        assert plan.pipeline is not None
+        holders = holders_of(stages, plan.pipeline.ranks)
         by_path = {path: holders.get(first[id(parameter)]) for path, parameter in named}
         place = PipelinePlace(*pipeline, {p: some for p, some in by_path.items() if some})
     absent = [path for path, _ in named if place is not None and not place.holds(path)]

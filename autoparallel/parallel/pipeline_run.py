@@ -53,8 +53,8 @@ _MOST_SIZES = 16
 class PipelinePlace:
     """A rank's place in a pipeline.
 
-    group: torch's process group of the ranks that are alike in all but their stage. number: of this
-    rank's stage. holders: the stages that read each parameter, by path.
+    group: torch's process group of the ranks that are alike in all but their stages. number: of
+    this rank among them. holders: those whose stages read each parameter, by path.
     """
 
     group: Any
@@ -62,8 +62,8 @@ class PipelinePlace:
     holders: dict[str, tuple[int, ...]]
 
     @property
-    def stages(self) -> int:
-        """The number of stages."""
+    def ranks(self) -> int:
+        """The number of ranks that share out the stages."""
         return dist.get_world_size(self.group)
 
     @property
@@ -73,22 +73,22 @@ class PipelinePlace:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
-    def rank_of(self, stage: int) -> int:
-        """Return the number, among all processes, of the rank that has a stage."""
-        return dist.get_global_rank(self.group, stage)
+    def process(self, number: int) -> int:
+        """Return the number, among all processes, of a rank of the pipeline."""
+        return dist.get_global_rank(self.group, number)
 
     def from_holder(self, path: str, value: torch.Tensor) -> torch.Tensor:
-        """Return a parameter's value as the first stage that has it has it. A collective call of
+        """Return a parameter's value as the first rank that has it has it. A collective call of
         the pipeline's ranks.
 
-        value: here, of the same shape; it is overwritten where the stage has none.
+        value: here, of the same shape; it is overwritten where the rank has none.
         """
         holder = self.holders.get(path, (0,))[0]
-        dist.broadcast(_as_sent(value), self.rank_of(holder), group=self.group)
+        dist.broadcast(_as_sent(value), self.process(holder), group=self.group)
         return value
 
     def holds(self, path: str) -> bool:
-        """Return whether this rank has a parameter: its stage reads it, or none does."""
+        """Return whether this rank has a parameter: a stage of its reads it, or none does."""
         return self.number in self.holders.get(path, (self.number,))
 
 
@@ -97,8 +97,8 @@ class _Call:
     """What one call computes with.
 
     inputs: of the model. device: where it computes. symbols: values of the inputs' sizes. known:
-    what follows from the inputs alone. source, step: of the random numbers; the step is None where
-    none are drawn. versions: of parameters and inputs when the call began.
+    what each stage needs of the inputs alone. source, step: of the random numbers; the step is None
+    where none are drawn. versions: of parameters and inputs when the call began.
     """
 
     inputs: list[torch.Tensor]
@@ -107,7 +107,7 @@ class _Call:
     parameters: Sequence[torch.Tensor]
     buffers: dict[str, torch.Tensor]
     constants: dict[str, torch.Tensor]
-    known: list[torch.Tensor] = field(default_factory=list)
+    known: list[list[torch.Tensor]] = field(default_factory=list)
     source: rng.Generator | None = None
     step: int | None = None
     versions: tuple[int, ...] = ()
@@ -160,8 +160,9 @@ class PipelineRun:
         self.pipeline, self.place, self.ranks = plan.pipeline, place, ranks
         self.shapes, self.draws = tuple(shapes), draws
         self.count = plan.pipeline.microbatches
-        self.programs = StagePrograms(stages[place.number], ranks, self.count, plan.model)
-        self.last = place.number == len(stages) - 1
+        own = [stages[number] for number in plan.pipeline.of_rank(place.number)]
+        self.programs = [StagePrograms(stage, ranks, self.count, plan.model) for stage in own]
+        self.last = own[-1].number == len(stages) - 1
         values = stages[-1].graph.values
         self.outputs = tuple(
             Travelling(layout, values[name].shape, values[name].dtype, values[name].requires_grad)
@@ -173,32 +174,42 @@ class PipelineRun:
         self.loss = scalars[0] if scalars else None
         # A parameter that this stage holds with others has its gradient from them, too, and they
         # wait for this one's: even if it does not read it in this program.
-        layouts = parameter_gradients(stages[place.number], plan)
-        read = self.programs.first.parameters
+        layouts = parameter_gradients(own[0], plan)
+        read = tuple(dict.fromkeys(path for each in own for path in each.parameters))
         shared = [path for path in layouts if place.number in place.holders[path]]
         shared = [path for path in shared if len(place.holders[path]) > 1]
         self.paths = (*read, *(path for path in shared if path not in read))
         self.gradients = tuple(layouts[path][1:] for path in self.paths)
         self.tied = [
-            (self.paths.index(path), [s for s in place.holders[path] if s != place.number])
+            (self.paths.index(path), [r for r in place.holders[path] if r != place.number])
             for path in shared
         ]
-        self.module = StageModule(self.programs, self.last)
+        every = [program for each in self.programs for program in (each.before, each.first)]
+        self.buffers = tuple(dict.fromkeys(path for each in every for path in each.buffers))
+        self.constants = tuple(dict.fromkeys(path for each in every for path in each.constants))
+        self.modules = [
+            StageModule(
+                each,
+                [self.paths.index(path) for path in each.first.parameters],
+                each.stage.number == len(stages) - 1,
+            )
+            for each in self.programs
+        ]
         self.schedules: dict[Any, Any] = {}
 
     def program(self) -> Program:
         """Return what the parallel module runs in place of one rank's whole program."""
-        first, before = self.programs.first, self.programs.before
+        draws = [key for each in self.programs for key in (*each.before.draws, *each.first.draws)]
         return Program(
-            self.programs.source,
+            "\n".join(each.source for each in self.programs),
             self.run,
             self.paths,
             self.gradients,
-            tuple(dict.fromkeys((*before.buffers, *first.buffers))),
-            tuple(dict.fromkeys((*before.constants, *first.constants))),
+            self.buffers,
+            self.constants,
             tuple((each.layout[1:], each.shape) for each in self.outputs)[: self.returned],
-            (*before.mutations, *self.written),
-            draws=tuple(dict.fromkeys((*before.draws, *first.draws))),
+            (*self.programs[0].before.mutations, *self.written),
+            draws=tuple(dict.fromkeys(draws)),
         )
 
     def run(
@@ -226,21 +237,20 @@ class PipelineRun:
                 why="it would come to the ranks of one stage alone",
                 fix="detach the input, or leave pp out of the mesh",
             )
-        program = self.program_names
         call = _Call(
             list(inputs),
             parameters[0].device if parameters else inputs[0].device if inputs else device,
             sizes_of_symbols(self.shapes, inputs),
             parameters,
-            dict(zip(program[0], buffers, strict=True)),
-            dict(zip(program[1], constants, strict=True)),
+            dict(zip(self.buffers, buffers, strict=True)),
+            dict(zip(self.constants, constants, strict=True)),
         )
         # A rank whose stage draws none counts the step all the same.
         call.source, call.versions = rng.generator(), _versions(call)
         if self.draws:
             call.step = call.source.current_step()
         with torch.no_grad():
-            call.known, written = self._before(call)
+            written = self._before(call)
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in self.outputs)
         if not trains:
             outputs = self.forward_only(call)
@@ -250,25 +260,20 @@ class PipelineRun:
         outputs = list(_Step.apply(self, call, anchor, *parameters))
         return outputs[: self.returned], [*written, *outputs[self.returned :]]
 
-    @property
-    def program_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The paths of the buffers and of the constants that `run` is given."""
-        first, before = self.programs.first, self.programs.before
-        return (
-            tuple(dict.fromkeys((*before.buffers, *first.buffers))),
-            tuple(dict.fromkeys((*before.constants, *first.constants))),
-        )
-
-    def _before(self, call: _Call) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return what follows from the inputs alone, and the values of buffers to write back."""
-        before = self.programs.before
-        return before.run(
-            [],
-            [call.buffers[path] for path in before.buffers],
-            [call.constants[path] for path in before.constants],
-            call.inputs,
-            call.device,
-        )
+    def _before(self, call: _Call) -> list[torch.Tensor]:
+        """Compute what follows from the inputs alone; return the values that buffers get of it."""
+        written: list[torch.Tensor] = []
+        for each in self.programs:
+            before = each.before
+            known, written = before.run(
+                [],
+                [call.buffers[path] for path in before.buffers],
+                [call.constants[path] for path in before.constants],
+                call.inputs,
+                call.device,
+            )
+            call.known.append(known)
+        return written
 
     def forward_only(self, call: _Call) -> list[torch.Tensor]:
         """Return the outputs of a step without a backward pass."""
@@ -317,8 +322,16 @@ class PipelineRun:
         """
         with torch.enable_grad():
             self._step(call, gradients)
-        grads = self.module.gradients()
-        self._sum_of_stages(grads)
+        grads: list[torch.Tensor | None] = [None] * len(self.paths)
+        for module in self.modules:
+            for index, gradient in zip(module.places, module.gradients(), strict=True):
+                # Two stages of this rank may read one parameter.
+                before = grads[index]
+                if before is None or gradient is None:
+                    grads[index] = gradient if before is None else before
+                else:
+                    grads[index] = before + gradient
+        self._sum_of_stages(grads, call)
         return grads
 
     def _step(self, call: _Call, gradients: Sequence[torch.Tensor | None] | None) -> None:
@@ -327,8 +340,9 @@ class PipelineRun:
         gradients: of the outputs; None for no backward pass. Raises AutoParallelError where another
         rank is gone.
         """
-        self.module.take(call.parameters)
-        self.module.begin(call, gradients)
+        for module, known in zip(self.modules, call.known, strict=True):
+            module.take([call.parameters[index] for index in module.places])
+            module.begin(call, known, gradients)
         schedule = self._schedule(call, gradients is not None)
         numbers = torch.arange(self.count)
         try:
@@ -342,7 +356,8 @@ class PipelineRun:
                 raise (error.__cause__ or error) from None
             raise explained(error, "a send or receive between stages", self.place.group) from error
         finally:
-            self.module.end()
+            for module in self.modules:
+                module.end()
 
     def _schedule(self, call: _Call, trains: bool) -> Any:
         """Return torch's schedule for inputs of these sizes."""
@@ -354,29 +369,29 @@ class PipelineRun:
         # Importing it takes a while, and most meshes have no stages.
         from torch.distributed import pipelining
 
-        place = self.programs.places[0]
-        enters = tuple(_like(each, call, place) for each in self.programs.enters)
-        if self.last:
-            share = torch.empty((), dtype=self.module.loss_type, device="meta")
-            leaves: tuple[torch.Tensor, ...] = (share.requires_grad_(trains),)
+        stages = [
+            pipelining.PipelineStage(
+                module,
+                each.stage.number,
+                self.pipeline.stages,
+                call.device,
+                input_args=tuple(one.empty(call.symbols, each.places[0]) for one in each.enters),
+                output_args=module.returns(call),
+                group=self.place.group,
+            )
+            for each, module in zip(self.programs, self.modules, strict=True)
+        ]
+        eager = trains and self.pipeline.schedule == "1f1b"
+        kind: Any
+        if len(stages) > 1:
+            kind = pipelining.ScheduleInterleaved1F1B if eager else pipelining.ScheduleLoopedBFS
         else:
-            leaves = tuple(_like(each, call, place) for each in self.programs.leaves)
-        stage = pipelining.PipelineStage(
-            self.module,
-            self.place.number,
-            self.place.stages,
-            call.device,
-            input_args=enters,
-            output_args=leaves,
-            group=self.place.group,
-        )
-        interleaved = self.pipeline.schedule == "1f1b" and self.count >= self.place.stages
-        if trains and interleaved:
-            kind: Any = pipelining.Schedule1F1B
-        else:
-            kind = pipelining.ScheduleGPipe
+            # Torch's takes no fewer micro-batches than there are stages, where it is GPipe's order.
+            eager = eager and self.count >= self.pipeline.stages
+            kind = pipelining.Schedule1F1B if eager else pipelining.ScheduleGPipe
         loss = _own_loss if trains else None
-        self.schedules[key] = kind(stage, self.count, loss_fn=loss, scale_grads=False)
+        what = stages if len(stages) > 1 else stages[0]
+        self.schedules[key] = kind(what, self.count, loss_fn=loss, scale_grads=False)
         return self.schedules[key]
 
     def _shared(self, call: _Call) -> list[torch.Tensor]:
@@ -384,7 +399,7 @@ class PipelineRun:
 
         A collective call of the pipeline's ranks.
         """
-        source = self.place.rank_of(self.place.stages - 1)
+        source, made = self.place.process(self.place.ranks - 1), self.modules[-1].made
         outputs = []
         for place, each in enumerate(self.outputs):
             asked = self.loss is None or place == self.loss or place >= self.returned
@@ -393,14 +408,14 @@ class PipelineRun:
                 outputs.append(nothing.expand(self._local_shape(each, call)))
                 continue
             if self.last:
-                value = joined_in_time([part[place] for part in self.module.made], each.layout)
+                value = joined_in_time([part[place] for part in made], each.layout)
                 value = value.contiguous()
             else:
                 shape = self._local_shape(each, call)
                 value = torch.empty(shape, dtype=each.dtype, device=call.device)
             dist.broadcast(_as_sent(value), source, group=self.place.group)
             outputs.append(value)
-        self.module.made = []
+        self.modules[-1].made = []
         return outputs
 
     def _local_shape(self, each: Travelling, call: _Call) -> tuple[int, ...]:
@@ -408,22 +423,22 @@ class PipelineRun:
         inside = Travelling(each.layout[1:], each.shape, each.dtype, each.requires_grad)
         return inside.local_shape(call.symbols, self.ranks)
 
-    def _sum_of_stages(self, gradients: list[torch.Tensor | None]) -> None:
-        """Add up the gradients of parameters that several stages read, on each of these.
+    def _sum_of_stages(self, gradients: list[torch.Tensor | None], call: _Call) -> None:
+        """Add up the gradients of parameters that stages of several ranks read, on each of these.
 
-        All of them add in the order of the stages, so that they have the same number bit for bit.
+        All of them add in the order of the ranks, so that they have the same number bit for bit.
         """
         waiting = []
         for index, others in self.tied:
             own = gradients[index]
             if own is None:
-                own = torch.zeros_like(self.module.weights[index])
+                own = torch.zeros_like(call.parameters[index])
             own = own.contiguous()
             arrived = {self.place.number: own}
             operations = []
             for other in others:
                 arrived[other] = torch.empty_like(own)
-                peer = self.place.rank_of(other)
+                peer = self.place.process(other)
                 operations += [
                     dist.P2POp(dist.isend, own, peer, self.place.group),
                     dist.P2POp(dist.irecv, arrived[other], peer, self.place.group),
@@ -435,7 +450,7 @@ class PipelineRun:
             total = arrived[min(arrived)].clone()
             for stage in sorted(arrived)[1:]:
                 total += arrived[stage]
-            gradients[index] = total if self.module.weights[index].requires_grad else None
+            gradients[index] = total if call.parameters[index].requires_grad else None
 
 
 def pipeline_program(plan: Plan, captured: Captured, place: PipelinePlace, ranks: Ranks) -> Program:
@@ -454,12 +469,6 @@ def pipeline_program(plan: Plan, captured: Captured, place: PipelinePlace, ranks
 def _own_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return what the last stage returns: its module has computed the micro-batch's share."""
     return output
-
-
-def _like(each: Travelling, call: _Call, ranks: Ranks) -> torch.Tensor:
-    """Return a tensor without numbers that says what travels, in the largest micro-batch."""
-    shape = each.local_shape(call.symbols, ranks)
-    return torch.empty(shape, dtype=each.dtype, device="meta", requires_grad=each.requires_grad)
 
 
 def _as_sent(value: torch.Tensor) -> torch.Tensor:

@@ -16,19 +16,21 @@ __all__ = ["StageModule"]
 class StageModule(nn.Module):
     """One stage: what the stage before sends goes in, what the next one needs comes out.
 
-    programs: of the stage. last: whether it is the last one, which returns the micro-batch's share
-    of what the backward pass begins with: of each output, the product with its gradient, added up.
+    programs: of the stage. places: of its parameters among those of the rank. last: whether it is
+    the last one, which returns the micro-batch's share of what the backward pass begins with: of
+    each output, the product with its gradient, added up.
     weights: leaves in the memory of the parameters, at which gradients of all micro-batches are
     added up. made: the outputs of each micro-batch so far.
     """
 
-    def __init__(self, programs: StagePrograms, last: bool) -> None:
+    def __init__(self, programs: StagePrograms, places: Sequence[int], last: bool) -> None:
         super().__init__()
-        self.programs, self.last = programs, last
+        self.programs, self.places, self.last = programs, tuple(places), last
         self.weights = nn.ParameterList()
         self.sources: list[torch.Tensor] = []
         self.made: list[list[torch.Tensor]] = []
         self.call: Any = None
+        self.known: Sequence[torch.Tensor] = ()
         self.wanted: Sequence[torch.Tensor | None] | None = None
         kinds = [each.dtype for each in programs.leaves if each.requires_grad]
         self.loss_type = kinds[0] if kinds else torch.get_default_dtype()
@@ -46,15 +48,22 @@ class StageModule(nn.Module):
                 nn.Parameter(each.detach(), each.requires_grad) for each in parameters
             )
 
-    def begin(self, call: Any, wanted: Sequence[torch.Tensor | None] | None) -> None:
-        """Begin a step. call: see pipeline_run. wanted: the gradients of the model's outputs."""
-        self.call, self.wanted, self.made = call, wanted, []
+    def begin(
+        self,
+        call: Any,
+        known: Sequence[torch.Tensor],
+        wanted: Sequence[torch.Tensor | None] | None,
+    ) -> None:
+        """Begin a step. call: see pipeline_run. known: what the stage needs of the inputs alone.
+        wanted: the gradients of the model's outputs; None for no backward pass.
+        """
+        self.call, self.known, self.wanted, self.made = call, known, wanted, []
         for weight in self.weights:
             weight.grad = None
 
     def end(self) -> None:
         """End a step: nothing of the call is kept."""
-        self.call = self.wanted = None
+        self.call, self.known, self.wanted = None, (), None
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Return the gradients that the step has left, and forget them."""
@@ -73,10 +82,10 @@ class StageModule(nn.Module):
             for tensor, each in zip(entered, programs.enters, strict=True)
         ]
         outputs, _ = program.run(
-            list(self.weights)[: len(program.parameters)],
+            list(self.weights),
             [call.buffers[path] for path in program.buffers],
             [call.constants[path] for path in program.constants],
-            [*call.inputs, *call.known, *values],
+            [*call.inputs, *self.known, *values],
             call.device,
         )
         if self.last:
@@ -87,6 +96,14 @@ class StageModule(nn.Module):
             _padded(output, each.local_shape(call.symbols, first))
             for output, each in zip(outputs, programs.leaves, strict=True)
         )
+
+    def returns(self, call: Any) -> tuple[torch.Tensor, ...]:
+        """Return tensors without numbers that say what one micro-batch returns, at its longest."""
+        if self.last:
+            share = torch.empty((), dtype=self.loss_type, device="meta")
+            return (share.requires_grad_(self.wanted is not None),)
+        first = self.programs.places[0]
+        return tuple(each.empty(call.symbols, first) for each in self.programs.leaves)
 
     def share(self, place: int, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return what a micro-batch adds to the number that the backward pass begins with."""

@@ -183,7 +183,7 @@ class Plan:
         """The mesh of all ranks, with the axis of stages where there is one."""
         if self.pipeline is None:
             return self.mesh
-        return Mesh(**{PIPELINE: self.pipeline.stages}, **dict(self.stage_mesh.axes))
+        return Mesh(**{PIPELINE: self.pipeline.ranks}, **dict(self.stage_mesh.axes))
 
     @property
     def stage_mesh(self) -> Mesh:

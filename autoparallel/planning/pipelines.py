@@ -54,25 +54,26 @@ def is_pipeline(mesh: Mesh) -> bool:
 
 
 def meshes_of_pipeline(mesh: Mesh) -> tuple[int, Mesh]:
-    """Return the number of stages, and the mesh of the ranks of each.
+    """Return the number of ranks that share out the stages, and the mesh of those of one stage.
 
-    >>> stages, inside = meshes_of_pipeline(Mesh(pp=4, dp=2))
-    >>> print(stages, inside)
+    >>> ranks, inside = meshes_of_pipeline(Mesh(pp=4, dp=2))
+    >>> print(ranks, inside)
     4 Mesh(dp=2)
     """
     axes = dict(mesh.axes)
-    stages = axes.pop(PIPELINE)
-    return stages, Mesh(**(axes or {"tp": 1}))
+    ranks = axes.pop(PIPELINE)
+    return ranks, Mesh(**(axes or {"tp": 1}))
 
 
 def stages_of(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Return the stages that read each parameter, by its path; empty for a plan without stages.
+    """Return the places on the axis of stages at which each parameter is read, by its path; empty
+    for a plan without stages.
 
     plan: with its graph.
     """
     if plan.pipeline is None or plan.captured is None:
         return {}
-    return holders_of(cut_plan(plan.captured.graph, plan))
+    return holders_of(cut_plan(plan.captured.graph, plan), plan.pipeline.ranks)
 
 
 def in_parts(captured: Captured) -> Captured:
@@ -92,8 +93,8 @@ def pipeline_plan(
     """Return the plan of a traced model on a mesh with stages.
 
     model: the name that the plan gives it. stored: the layouts, by path, in which the ranks of a
-    stage have parameters already, and holders: the stages that have each of them. Without them both
-    are chosen.
+    stage have parameters already, and holders: the places on the axis of stages that have each.
+    Without them both are chosen.
     Raises PlanError where micro-batches cannot be computed one after the other, and where the model
     cannot be cut into so many stages, and the errors of `search`.
     """
@@ -110,11 +111,18 @@ def pipeline_plan(
             fix="plan with example inputs, and in the mode, for which the model reads all of its "
             "parameters",
         )
-    stages, inside = meshes_of_pipeline(mesh)
+    ranks, inside = meshes_of_pipeline(mesh)
     captured = in_parts(captured)
     asked = options.microbatches
+    if asked is not None and not _is_even(asked, ranks, options):
+        raise PlanError(
+            f"microbatches={asked} for {options.stages_per_rank} stages on each of {ranks} ranks",
+            why="interleaved stages take micro-batches in rounds of equal size, of at least as "
+            "many as there are ranks",
+            fix=f"pass a multiple of {ranks}",
+        )
     # As one micro-batch, everything can be computed.
-    for count in (_suited(captured, stages), 1) if asked is None else (asked,):
+    for count in (_suited(captured, ranks, options), 1) if asked is None else (asked,):
         layouts = Mesh(**{MICROBATCH: count}, **dict(inside.axes))
         kept = None if stored is None else _over_time(captured.graph, stored, count)
         failed: PlanError | None = None
@@ -125,7 +133,7 @@ def pipeline_plan(
         if failed is None and (count == 1 or not _is_repeated(captured.graph, plan)):
             # With the sizes for which the plan is made.
             planned = with_larger_hints(captured, options.tokens)
-            return _cut(planned, plan, stages, count, holders)
+            return _cut(planned, plan, ranks, count, holders)
         culprit = coupled_call(captured.graph, count, options) if count > 1 else None
         if failed is not None and culprit is None:
             raise failed
@@ -177,12 +185,18 @@ def _refuse(captured: Captured, options: Options) -> None:
         raise PlanError(f"{what}: not on a mesh with stages", why=why, fix="leave pp out")
 
 
-def _suited(captured: Captured, stages: int) -> int:
+def _suited(captured: Captured, ranks: int, options: Options) -> int:
     """Return a number of micro-batches that suits the batch of the example inputs."""
     batch = _batch(captured.graph)
-    most = min(_PER_STAGE * stages, batch)
-    even = [count for count in range(stages, most + 1) if batch % count == 0]
-    return max(even, default=most)
+    most = min(_PER_STAGE * ranks, batch)
+    able = [count for count in range(1, most + 1) if _is_even(count, ranks, options)]
+    even = [count for count in able if count >= ranks and batch % count == 0]
+    return max(even, default=max(able))
+
+
+def _is_even(count: int, ranks: int, options: Options) -> bool:
+    """Return whether a schedule takes so many micro-batches: interleaved ones have equal rounds."""
+    return options.stages_per_rank == 1 or count % max(1, count // ranks) == 0
 
 
 def _batch(graph: Graph) -> int:
@@ -211,7 +225,7 @@ def _over_time(graph: Graph, stored: Mapping[str, Layout], count: int) -> dict[s
 def _cut(
     graph: Graph,
     plan: Plan,
-    stages: int,
+    ranks: int,
     microbatches: int,
     holders: Mapping[str, Collection[int]] | None,
 ) -> Plan:
@@ -220,16 +234,18 @@ def _cut(
     The predicted step is that of the schedule with what each stage takes.
     """
     work = _Work(graph, plan)
+    per_rank = plan.options.stages_per_rank
+    stages = ranks * per_rank
     hardware = find_hardware(plan.options.hardware)
     devices = tuple(1 if name == MICROBATCH else size for name, size in plan.mesh.axes)
-    link = hardware.links((stages, *devices))[0]
+    link = hardware.links((ranks, *devices))[0]
     # A stage computes another micro-batch while it sends, most of the time.
     sends = [send_seconds(size, link) for size in work.nbytes]
     allowed = [
         math.inf if place and (not size or work.joined[place]) else seconds
         for place, (size, seconds) in enumerate(zip(work.nbytes, sends, strict=True))
     ]
-    owners = None if holders is None else work.owners(holders)
+    owners = None if holders is None else work.owners(holders, stages, ranks)
     try:
         places = partition(work.seconds, _few(allowed), stages, owners)
     except InfeasibleError as error:
@@ -246,12 +262,15 @@ def _cut(
     backwards = [all_of - ahead for all_of, ahead in zip(both, forwards, strict=True)]
     send = max((sends[start] for start in places[1:]), default=0.0)
     schedule = plan.options.schedule
-    passes = schedule_seconds(stages, microbatches, schedule, forwards, backwards, send=send)
-    busy = microbatches * max(both)
+    passes = schedule_seconds(
+        ranks, microbatches, schedule, forwards, backwards, send=send, per_rank=per_rank
+    )
+    busy = microbatches * max(sum(both[place::ranks]) for place in range(ranks))
     # Parameters are updated once a step, each stage its own.
     updates = max(0.0, plan.seconds - sum(op.seconds for op in plan.ops) - work.converting)
     pipeline = Pipeline(
         stages,
+        ranks,
         microbatches,
         schedule,
         tuple(work.names[place] for place in places),
@@ -259,7 +278,7 @@ def _cut(
         (*(int(work.nbytes[end]) for end in ends[:-1]), 0),
         max(0.0, 1 - busy / passes) if passes else 0.0,
     )
-    return replace(plan, pipeline=pipeline, seconds=passes + updates / stages)
+    return replace(plan, pipeline=pipeline, seconds=passes + updates / ranks)
 
 
 def _few(sends: list[float]) -> list[float]:
@@ -325,8 +344,13 @@ class _Work:
         running = np.cumsum(change)[:-1]
         return [float(size) if size > 0.5 else 0.0 for size in running]
 
-    def owners(self, holders: Mapping[str, Collection[int]]) -> list[Collection[int] | None]:
-        """Return the stages that may compute each op: those that hold the parameters it reads."""
+    def owners(
+        self, holders: Mapping[str, Collection[int]], stages: int, ranks: int
+    ) -> list[Collection[int] | None]:
+        """Return the stages that may compute each op: those on ranks with the parameters it reads.
+
+        holders: those ranks, by path. stages, ranks: their numbers.
+        """
         owners: list[Collection[int] | None] = []
         calls = {node.name: node for node in self.graph.calls}
         for name in self.names:
@@ -334,7 +358,8 @@ class _Work:
             for operand in calls[name].operands():
                 node = self.graph.producers[operand]
                 if node.kind == "parameter":
-                    some = set(holders.get(node.target, ()))
+                    held = holders.get(node.target, ())
+                    some = {stage for stage in range(stages) if stage % ranks in held}
                     able = some if able is None else some & set(able)
             owners.append(able)
         return owners

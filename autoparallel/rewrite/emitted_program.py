@@ -44,10 +44,14 @@ def _program_of_stage(plan: Plan, rank: int) -> str:
     """Return the programs of one rank of a pipeline: once a step, and for each micro-batch."""
     assert plan.pipeline is not None
     _ = absent_ranks(plan.whole_mesh, rank)  # the rank is one of the mesh
-    number, inside = divmod(rank, plan.stage_mesh.world_size)
-    stage = cut_plan(require_graph(plan).graph, plan)[number]
+    place, inside = divmod(rank, plan.stage_mesh.world_size)
+    stages = cut_plan(require_graph(plan).graph, plan)
     ranks = absent_ranks(plan.stage_mesh, inside)
-    return StagePrograms(stage, ranks, plan.pipeline.microbatches, plan.model).source
+    count = plan.pipeline.microbatches
+    return "\n".join(
+        StagePrograms(stages[number], ranks, count, plan.model).source
+        for number in plan.pipeline.of_rank(place)
+    )
 
 
 def joined_programs(sources: list[tuple[str, str]]) -> str:

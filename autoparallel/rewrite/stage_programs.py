@@ -43,6 +43,11 @@ class Travelling:
             for dim, size in enumerate(self.shape)
         )
 
+    def empty(self, symbols: Any, ranks: Ranks) -> torch.Tensor:
+        """Return a tensor without numbers that says what a rank holds of it."""
+        shape = self.local_shape(symbols, ranks)
+        return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=self.requires_grad)
+
 
 class StagePrograms:
     """The programs of one rank for one stage.

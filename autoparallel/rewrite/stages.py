@@ -230,13 +230,16 @@ def cut_plan(graph: Graph, plan: Plan) -> tuple[Stage, ...]:
     return tuple(cut.stage(number) for number in range(cut.count))
 
 
-def holders_of(stages: Iterable[Stage]) -> dict[str, tuple[int, ...]]:
-    """Return the stages that read each parameter, by its path."""
-    holders: dict[str, tuple[int, ...]] = {}
+def holders_of(stages: Iterable[Stage], ranks: int) -> dict[str, tuple[int, ...]]:
+    """Return the ranks whose stages read each parameter, by its path, in order.
+
+    ranks: the number of those that share out the stages.
+    """
+    holders: dict[str, set[int]] = {}
     for stage in stages:
         for path in stage.parameters:
-            holders[path] = (*holders.get(path, ()), stage.number)
-    return holders
+            holders.setdefault(path, set()).add(stage.number % ranks)
+    return {path: tuple(sorted(some)) for path, some in holders.items()}
 
 
 def parameter_gradients(stage: Stage, plan: Plan) -> dict[str, Layout]:

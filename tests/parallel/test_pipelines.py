@@ -194,7 +194,7 @@ def on_four_processes(rank: int, folder: str, text: str) -> list[Losses]:
     for mesh, options in [
         (Mesh(tp=4), {}),
         (Mesh(pp=4), {"microbatches": 4}),
-        (Mesh(pp=2, dp=2), {"microbatches": 3}),
+        (Mesh(pp=2, dp=2), {"microbatches": 4, "stages_per_rank": 2}),
     ]:
         model, resumed = trainable(
             autoparallel.autoparallelize(plain(), mesh=mesh, example_inputs=batch(0), **options)
