@@ -82,6 +82,10 @@ def autoparallelize(
     check_inputs: number of first calls in which the ranks compare all numbers of their inputs. On
     CPUs they compare samples in every other call, too; 0 switches all of that off. Other arguments:
     see make_plan.
+    On a mesh with stages, Mesh(pp=2, tp=2), each rank holds the parameters of its stage; others are
+    there by name and shape, on the meta device. A call and `loss.backward()` are as ever; so is
+    `model.step(...)`, which does both and sends nothing but the loss to the other stages. It takes
+    example_inputs. Gradients are clipped by autoparallel.clip_grad_norm_, which knows all stages.
     The module has the class, the names and the tree of the user's. Its parameters are DTensors,
     and each rank holds its part of them. A collective call: under torchrun it starts the process
     group if there is none.
@@ -167,8 +171,11 @@ def make_plan(
     ranks; it may be left out where mesh says it.
     mesh: the arrangement of the ranks, `Mesh(dp=2, tp=4)`, outermost axis first, or torch's
     DeviceMesh, of which only the axes count; "auto" tries the
-    ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan;
-    without it they are one axis, tp, and products are split by weights alone.
+    ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan, none
+    of which has stages; without it they are one axis, tp, and products are split by weights alone.
+    A first axis pp is one of stages: the model's ops are cut into as many runs, and micro-batches
+    go through them. microbatches: their number; by default what suits the batch, and one where ops
+    couple the whole batch. schedule, stages_per_rank: see Options.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it, the
     model's `example_inputs()` or Hugging Face `dummy_inputs` are used.
     data_parallel: whether products may be split along the inputs' dims, and parameters gathered

@@ -185,7 +185,9 @@ def test_two_stages(tmp_path: Path) -> None:
 
 
 def on_four_processes(rank: int, folder: str, text: str) -> list[Losses]:
-    """Stages of two ranks each, and four stages; a checkpoint goes from one mesh to another."""
+    """Stages of two ranks each, from a plan that was written; a checkpoint goes from them to no
+    stages, and to four that two ranks share out.
+    """
     split, optimizer = trainable(
         autoparallel.apply_plan(plain(), Plan.from_json(text), example_inputs=batch(0))
     )
@@ -193,7 +195,6 @@ def on_four_processes(rank: int, folder: str, text: str) -> list[Losses]:
     autoparallel.save_checkpoint(folder, split, optimizer)
     for mesh, options in [
         (Mesh(tp=4), {}),
-        (Mesh(pp=4), {"microbatches": 4}),
         (Mesh(pp=2, dp=2), {"microbatches": 4, "stages_per_rank": 2}),
     ]:
         model, resumed = trainable(
@@ -205,6 +206,7 @@ def on_four_processes(rank: int, folder: str, text: str) -> list[Losses]:
 
 
 def test_stages_of_several_ranks(tmp_path: Path) -> None:
+    """Splits inside of stages, and stages interleaved on ranks."""
     plan = autoparallel.make_plan(
         plain(), mesh=Mesh(pp=2, tp=2), example_inputs=batch(0), microbatches=3, **WEIGHTS
     )
@@ -212,7 +214,7 @@ def test_stages_of_several_ranks(tmp_path: Path) -> None:
     first, rest = train(one, optimizer, range(2)), train(one, optimizer, range(2, STEPS))
     results = run_processes(on_four_processes, 4, str(tmp_path / "saved"), plan.to_json())
     for found in results:
-        torch.testing.assert_close(found, [first, rest, rest, rest], rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(found, [first, rest, rest], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_language_has_what_is_tested() -> None:
