@@ -126,7 +126,8 @@ def autoparallelize(
         with undisturbed(model):
             args, kwargs = _example(model, example_inputs)
             if local is not None and place is not None:
-                args, kwargs = local.gather(signature(model.forward), args, kwargs, place[0])
+                inside_ranks = join_stages(*place)[0]
+                args, kwargs = local.gather(signature(model.forward), args, kwargs, inside_ranks)
             plan = fastest_plan(model, trace_model(model, args, kwargs, options), meshes, options)
     except InputsNeededError:
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -269,7 +270,8 @@ def apply_plan(
         with undisturbed(model):
             args, kwargs = _example(model, example_inputs)
             if local is not None:
-                args, kwargs = local.gather(signature(model.forward), args, kwargs, ranks)
+                inside_ranks = join_stages(ranks, devices)[0]
+                args, kwargs = local.gather(signature(model.forward), args, kwargs, inside_ranks)
             plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
         # Discovered rules are not in the plan, but found in the cache or discovered again.
         require_sound(plan, model)

@@ -361,7 +361,9 @@ class PipelineRun:
 
     def _schedule(self, call: _Call, trains: bool) -> Any:
         """Return torch's schedule for inputs of these sizes."""
-        key = (tuple(tensor.shape for tensor in call.inputs), trains, call.device)
+        # What is made in inference mode cannot be written to outside of it.
+        modes = (trains, torch.is_inference_mode_enabled())
+        key = (tuple(tensor.shape for tensor in call.inputs), modes, call.device)
         if key in self.schedules:
             return self.schedules[key]
         if len(self.schedules) >= _MOST_SIZES:

@@ -11,6 +11,7 @@ import torch
 from pipeline_models import VOCABULARY, Language, batch_of
 from processes import run_processes
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
@@ -41,15 +42,20 @@ def trainable(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, step: bool = False
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    step: bool = False,
+    rows: slice = slice(None),
 ) -> Losses:
-    """Losses and norms of gradients. step: by the method of that name, where there is one."""
+    """Losses and norms of gradients. step: by the method of that name. rows: this rank's own."""
     found = []
     for number in steps:
+        own = {name: value[rows] for name, value in batch(number).items()}
         if step:
-            loss = model.step(**batch(number))
+            loss = model.step(**own)
         else:
-            loss = model(**batch(number))["loss"]
+            loss = model(**own)["loss"]
             loss.backward()
         norm = autoparallel.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -193,15 +199,17 @@ def on_four_processes(rank: int, folder: str, text: str) -> list[Losses]:
     )
     found = [train(split, optimizer, range(2))]
     autoparallel.save_checkpoint(folder, split, optimizer)
-    for mesh, options in [
-        (Mesh(tp=4), {}),
-        (Mesh(pp=2, dp=2), {"microbatches": 4, "stages_per_rank": 2}),
-    ]:
+    devices = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    shares = {"microbatches": 4, "stages_per_rank": 2, "local_inputs": "dp"}
+    # Ranks of one stage bring batches of unlike length.
+    own = slice(0, 4) if devices.get_local_rank("dp") == 0 else slice(4, None)
+    for mesh, options, rows in [(Mesh(tp=4), {}, slice(None)), (devices, shares, own)]:
+        example = {name: value[rows] for name, value in batch(0).items()}
         model, resumed = trainable(
-            autoparallel.autoparallelize(plain(), mesh=mesh, example_inputs=batch(0), **options)
+            autoparallel.autoparallelize(plain(), mesh=mesh, example_inputs=example, **options)
         )
         autoparallel.load_checkpoint(folder, model, resumed)
-        found.append(train(model, resumed, range(2, STEPS)))
+        found.append(train(model, resumed, range(2, STEPS), rows=rows))
     return found
 
 
