@@ -43,14 +43,17 @@ def solve(
     problem: Problem,
     *,
     fixed_variables: Sequence[str] | None = None,
+    start: Mapping[str, int] | None = None,
     max_table_entries: int = MAX_TABLE_ENTRIES,
     memo: Memo | None = None,
 ) -> Solution:
     """Return the best assignment that was found, whatever it uses, and a proven lower bound.
 
     fixed_variables: the cutset, if it is known from a problem with the same factors; by default it
-    is found by `cutset`. max_table_entries: the largest table to hold, in float64 entries; fewer
-    make a larger cutset. memo: shared with other solves, for its tables and orders. Deterministic.
+    is found by `cutset`. start: a good assignment, if one is known: states that none better can
+    have are ruled out the sooner. max_table_entries: the largest table to hold, in float64 entries;
+    fewer make a larger cutset. memo: shared with other solves, for its tables and orders.
+    Deterministic.
     Raises InfeasibleError if there is no assignment of finite cost.
 
     >>> table = np.array([[0.0, 2.0], [2.0, 0.0]])
@@ -68,10 +71,10 @@ def solve(
     if len(parts) == 1:
         # Weighed at 0, every table is the least cost of its entries' alternatives: usage is
         # ignored.
-        plain = _searched(problem.weighed(0.0), names, max_table_entries, memo)
+        plain = _searched(problem.weighed(0.0), names, max_table_entries, memo, start)
         return Solution.of(problem, plain.assignment, plain.method, plain.lower_bound)
     solutions = [
-        _searched(part.weighed(0.0), share, max_table_entries, memo)
+        _searched(part.weighed(0.0), share, max_table_entries, memo, start)
         if share
         else exact.solve(part, max_table_entries=_LEEWAY * max_table_entries, memo=memo)
         for part, share in parts
@@ -83,21 +86,29 @@ def solve(
 
 
 def _searched(
-    problem: Problem, names: Sequence[str], max_table_entries: int, memo: Memo
+    problem: Problem,
+    names: Sequence[str],
+    max_table_entries: int,
+    memo: Memo,
+    start: Mapping[str, int] | None,
 ) -> Solution:
     """Return the solution of a plain problem that is one part.
 
-    names: the cutset to begin with. States that no better assignment can have are ruled out until
-    what is left is narrow, or that was tried often enough.
+    names: the cutset to begin with. start: an assignment of these and other variables. States that
+    no better assignment can have are ruled out until what is left is narrow, or that was tried
+    often enough.
     """
     method = f"variable elimination given {len(names)} variables"
     limit = _LEEWAY * max_table_entries
-    best: Solution | None = None
+    best = None if start is None else _restricted(problem, start, method)
+    # Beside a good assignment even a rough bound rules out most states, and what is left is small.
+    rounds = _ROUNDS if best is None else 1
     bound = -math.inf
     multipliers: Mapping[str, Table] = {}
     for left in reversed(range(_ATTEMPTS)):
         search = _Conditioning(problem, list(names), limit, memo, multipliers, best, bound)
-        search.run()
+        search.run(rounds)
+        rounds = _ROUNDS
         best, multipliers = search.best, search.multipliers
         if best is None:
             return ilp.solve(problem)
@@ -117,6 +128,13 @@ def _searched(
         names = cutset(problem, max_table_entries) or names
     assert best is not None
     return Solution(best.assignment, best.cost, min(bound, best.cost), method)
+
+
+def _restricted(problem: Problem, assignment: Mapping[str, int], method: str) -> Solution | None:
+    """Return a problem's part of an assignment; None where it has no finite cost."""
+    states = {name: assignment[name] for name in problem.names}
+    solution = Solution.of(problem, states, method, -math.inf)
+    return solution if solution.cost < math.inf else None
 
 
 @dataclass
@@ -139,8 +157,8 @@ class _Conditioning:
     bound: float = -np.inf
     least: dict[str, Table] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Relax and fix in rounds; then find the marginals by which states are ruled out."""
+    def run(self, rounds: int) -> None:
+        """Relax and fix in so many rounds; then find the marginals that rule out states."""
         self.split()
         multipliers: dict[str, Table] = {}
         for copies in self.copies.values():
@@ -151,7 +169,7 @@ class _Conditioning:
                 multipliers[copy] = self.multipliers[copy] if known else zeros
         gap = np.inf if self.best is None or not self.multipliers else self.best.cost - self.known
         self.multipliers = multipliers
-        for round_number in range(_ROUNDS):
+        for round_number in range(rounds):
             before = self.bound
             states = self.relax(multipliers)
             if self.bound > before:

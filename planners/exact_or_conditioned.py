@@ -24,6 +24,11 @@ class ExactOrConditioned:
         self.memo = Memo()
 
     @property
+    def is_rough(self) -> bool:
+        """True if its bounds are rougher than those that another solver has."""
+        return False
+
+    @property
     def is_quick(self) -> bool:
         """True while every problem was eliminated with little work."""
         return self.cutset is None and not self.memo.heavy

@@ -200,7 +200,7 @@ class _Search:
             # No assignment of the branch is within the limit; at the root that is the answer.
             node.raise_bound(math.inf)
             return
-        if self.prover is not None and not self.is_enough(node):
+        if self.prover is not None and self.is_rough and not self.is_enough(node):
             self.at(node, node.multiplier, self.prover)
         self.fill(node)
         if not self.is_enough(node):
@@ -226,6 +226,11 @@ class _Search:
         # Fewer states take another multiplier, and prove more at it.
         self.search(node)
         self.fill(node)
+
+    @property
+    def is_rough(self) -> bool:
+        """True if the solver's bounds are, so that a prover may have better ones."""
+        return not isinstance(self.solver, ExactOrConditioned) or self.solver.is_rough
 
     def is_enough(self, node: _Node) -> bool:
         """Say whether a branch cannot hold an assignment that is better by more than the gap."""
@@ -282,7 +287,7 @@ class _Search:
     def least(self, node: _Node) -> Solution:
         """Return the solution of least usage. Raises OverLimitError if that is over the limit."""
         plain = self.solver(node.problem.usage_alone())
-        if self.prover is not None and not self.problem.fits(plain.cost):
+        if self.prover is not None and self.is_rough and not self.problem.fits(plain.cost):
             plain = self.prover(node.problem.usage_alone())
         # As if usage were so dear that nothing else counts.
         # At an infinite multiplier every table is paid in its way of least usage.

@@ -28,12 +28,13 @@ from autoparallel.capture.module_tensors import named_tensors
 from autoparallel.errors import CaptureError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph
+from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.module_copy import keep_attributes, originals
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import flatten
-from autoparallel.support.torch_private import FakeTensorMode, tree_map
+from autoparallel.support.torch_private import tree_map
 
 __all__ = ["Census", "census_of", "require_agreement"]
 
@@ -111,7 +112,7 @@ def census_of(
     """
     bound = bind_inputs(model, args, kwargs)
     tensors, _ = flatten(dict(bound.arguments))
-    mode, hooks = None if on_meta else FakeTensorMode(allow_non_fake_inputs=True), _Hooks()
+    mode, hooks = None if on_meta else fake_mode(allow_non_fake_inputs=True), _Hooks()
     # A model without weights takes inputs of any device: those on meta stand for all others.
     elsewhere = any(parameter.is_meta for parameter in model.parameters())
 

@@ -60,6 +60,7 @@ from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.graph.attribute_read import AttributeRead, TensorRead
 from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
+from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, Skeleton, flatten, rebuild, with_constants
 from autoparallel.support.rng_state import python_numbers
@@ -459,6 +460,7 @@ def _exported(
     # Torch can remember what an op makes of tensors of which sizes. Where sizes are symbolic, that
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
+    start_autograd()
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())

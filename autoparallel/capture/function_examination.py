@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from autoparallel.errors import AutoParallelError, CaptureError, UnsupportedOpError
+from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.torch_private import (
-    FakeTensorMode,
     OpOverload,
     TorchDispatchMode,
     hint_of,
@@ -103,7 +103,7 @@ def _examined(
     is_model_memory: Callable[[torch.Tensor], bool],
 ) -> Examined:
     """Return the facts, where no tracer is at work any more."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode(allow_non_fake_inputs=True)
     with mode:
         leaves = [_fake(tensor) for tensor in tensors]
         watch = _Watch(name, mode, leaves, is_model_memory)

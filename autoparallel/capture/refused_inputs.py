@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.forward_contexts import quiet, unprinted
 from autoparallel.errors import InputMismatchError
+from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import flatten, leaf_paths
-from autoparallel.support.torch_private import FakeTensorMode, tree_leaves, tree_map
+from autoparallel.support.torch_private import tree_leaves, tree_map
 
 __all__ = ["refuse_arrays", "refuse_devices", "refuse_inputs"]
 
@@ -62,7 +63,7 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     tensors, skeleton = flatten(dict(bound.arguments))
     # A model without weights takes inputs of any device: those on meta stand for all others.
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    mode, watch = FakeTensorMode(allow_non_fake_inputs=True), _FirstFailure()
+    mode, watch = fake_mode(allow_non_fake_inputs=True), _FirstFailure()
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         # With gradients, because a forward may want to register hooks.

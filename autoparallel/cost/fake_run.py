@@ -26,6 +26,7 @@ from autoparallel.runtime import kernels, rng
 from autoparallel.runtime import random_ops as draws
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
+from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.torch_private import (
     FAKE_TENSOR_LOGGER,
     FakeTensorMode,
@@ -174,7 +175,7 @@ def random_arguments(shape: tuple[int, ...]) -> dict[str, Any]:
 @cache
 def _mode() -> FakeTensorMode:
     """Return the one fake-tensor mode: its cache serves all calls."""
-    return FakeTensorMode()
+    return fake_mode()
 
 
 def _tensors(structure: Any) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import resource
 import selectors
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from typing import NoReturn
 import torch
 
 __all__ = ["Limits", "ProcessEndedError", "run_in_fork"]
+
+# Libraries make themselves ready before a fork and undo that after it: filelock 4.2 refuses a fork
+# that another thread begins meanwhile.
+_FORKING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ def run_in_fork(work: Callable[[], bytes], limits: Limits) -> bytes:
     b'done'
     """
     reader, writer = os.pipe()
-    with warnings.catch_warnings():
+    with _FORKING, warnings.catch_warnings():
         # Python warns of forks beside threads. Only this thread goes on in the fork; it takes no
         # lock of another one but those that C libraries and Python set free by themselves.
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -12,19 +12,24 @@ from planners.exact_or_conditioned import ExactOrConditioned
 
 __all__ = ["NetworkSolver"]
 
+# A gap of this share of the cost is far below the error of any cost model.
+_PROVEN = 1e-4
+
 
 class NetworkSolver(ExactOrConditioned):
     """A solver of a network's problems that remembers what was too wide.
 
     Networks of several mesh axes have many states per variable: those that differ on one axis only
-    are grouped. Networks of one axis are wide because of their form: some variables are fixed.
+    are grouped, which finds a good plan and a rough bound. Wherever a network is wide because of
+    its form, some variables are fixed: that proves how good the plan is, or finds a better one.
     start: an assignment to begin with, where the solver needs one.
     """
 
     def __init__(self, network: CostNetwork, start: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.network, self.start = network, start
-        self.is_wide = False
+        # is_wide: some problem was; is_searching: many will follow, and rough solutions do.
+        self.is_wide = self.is_searching = False
         axes = sum(size > 1 for _, size in network.mesh.axes)
         self.several, self.many = axes > 1, axes > 2
 
@@ -35,15 +40,39 @@ class NetworkSolver(ExactOrConditioned):
                 return exact.solve(problem, memo=self.memo)
             except TooWideError:
                 self.is_wide = True
-        if self.several:
-            return self.coarse(problem)
+        if not self.several:
+            return self.conditioned(problem)
+        rough = self.coarse(problem)
+        if self.is_searching or rough.gap <= _PROVEN * abs(rough.cost):
+            return rough
+        try:
+            fine = self.conditioned(problem, rough.assignment)
+        except TooWideError:
+            return rough
+        bound = max(rough.lower_bound, fine.lower_bound)
+        return Solution(fine.assignment, fine.cost, bound, fine.method)
+
+    def conditioned(self, problem: Problem, start: Mapping[str, int] | None = None) -> Solution:
+        """Solve by fixing some variables. start: a good assignment, if one is known."""
         if self.cutset is None:
             self.cutset = conditioning.cutset(problem)
-        return conditioning.solve(problem, fixed_variables=self.cutset, memo=self.memo)
+        return conditioning.solve(problem, fixed_variables=self.cutset, start=start, memo=self.memo)
 
     def coarse(self, problem: Problem) -> Solution:
         """Solve by groups of states that differ on one mesh axis only."""
         return coarse.solve(problem, self.network.groupings(), start=self.start)
+
+    @property
+    def is_rough(self) -> bool:
+        """True if solutions are found by groups of states alone."""
+        return self.is_wide and self.several
+
+    def proven(self, problem: Problem) -> Solution:
+        """Return a solution of a wide problem with the best bound that can be had."""
+        try:
+            return self.conditioned(problem)
+        except TooWideError:
+            return self.coarse(problem)
 
     def within(self, problem: Problem) -> Solution:
         """Return the best solution within the problem's limit of bytes.
@@ -56,7 +85,11 @@ class NetworkSolver(ExactOrConditioned):
         """
         gap = self.network.options.gap
         if not self.many:
-            return limited.solve(problem, solver=self, enough=gap)
+            self.is_searching = True
+            try:
+                return limited.solve(problem, solver=self, prover=self.proven, enough=gap)
+            finally:
+                self.is_searching = False
         try:
             return limited.solve(problem, solver=self.coarse, prover=exact.solve, enough=gap)
         except TooWideError:

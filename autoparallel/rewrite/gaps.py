@@ -92,17 +92,19 @@ def _summed(
 ) -> dict[str, Summed]:
     """Return the products of which all readers want the same sum: one all-reduce on one axis.
 
-    What is recomputed is left: its copies belong to the block.
+    What is recomputed is left, and what such an op reads: the copies of both belong to the block,
+    which is given the product as it was before the sum.
     """
     recomputed = {name for names in plan.recomputed for name in names}
     layouts: dict[str, set[Layout]] = {}
+    kept = {each.value for each in plan.conversions if "return" in each.readers}
     for op in plan.ops:
+        kept |= {*op.reads} if op.name in recomputed else set()
         for name, layout in zip(op.reads, op.operands, strict=True):
             layouts.setdefault(name, set()).add(layout)
-    returned = {each.value for each in plan.conversions if "return" in each.readers}
     summed: dict[str, Summed] = {}
     for op in plan.ops:
-        if op.name not in products or op.name in recomputed or op.makes[0] in returned:
+        if op.name not in products or op.name in recomputed or op.makes[0] in kept:
             continue
         targets = layouts.get(op.makes[0], set())
         conversion = known.get((op.makes[0], next(iter(targets)))) if len(targets) == 1 else None

@@ -202,7 +202,7 @@ class Convert(torch.autograd.Function):
         ctx.group, ctx.source, ctx.target = group, source, target
         if not torch.compiler.is_compiling():
             # Of `convert`'s caller, an emitted program: an error of the backward pass names its op.
-            ctx.place = place_of_caller(3)
+            ctx.place = place_of_caller(2)
         # The backward move starts from gradient(target). Where that is split, x is whole along the
         # dim, except where the source splits the same dim: then the caller's size is the whole one.
         ctx.size = x.size(target.dim) if isinstance(target, Shard) else 0

@@ -85,11 +85,12 @@ def is_lost(error: BaseException) -> bool:
 def place_of_caller(depth: int) -> tuple[CodeType, int]:
     """Return where an emitted program is: its code, and the instruction.
 
-    depth: the frames between it and the caller; a few more are looked through. The line is looked
+    depth: the frames between it and the caller; a few more, which releases of torch differ in, are
+    looked through. The line is looked
     up when it is asked for, because that takes longer in long functions.
     """
     frame = sys._getframe(depth + 1)
-    for _ in range(2):
+    for _ in range(4):
         if frame.f_back is None or frame.f_code.co_filename.startswith("<"):
             break
         frame = frame.f_back

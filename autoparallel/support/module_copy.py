@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.object_state import own_attributes
-from autoparallel.support.torch_private import FakeTensorMode, ShapeEnv
+from autoparallel.support.torch_private import ShapeEnv
 
 __all__ = [
     "DEEPEST",
@@ -227,7 +228,7 @@ def on_meta(
     'meta'
     """
     if device is not None:
-        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        with fake_mode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             return _without_memory(model, device, shapes)
     return _without_memory(model, torch.device("meta"), shapes)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 
 import pytest
+import rank_faults
 from processes import run_processes
 from rank_faults import FAILS, launch
 
@@ -12,7 +14,8 @@ from rank_faults import FAILS, launch
 @pytest.fixture(scope="module")
 def said() -> dict[str, list[tuple[str, str]]]:
     with tempfile.TemporaryDirectory() as folder:
-        (answers,) = run_processes(launch, 1, folder, timeout_seconds=100.0)
+        before = partial(launch, folder)
+        (answers,) = run_processes(rank_faults.said, 1, before=before)
     return dict(answers)
 
 

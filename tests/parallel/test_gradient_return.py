@@ -79,8 +79,12 @@ def whole(module: nn.Module, path: str, tensor: torch.Tensor | None) -> torch.Te
     """Return a gradient, or a parameter, as the unsplit model has it."""
     if tensor is None or "_autoparallel" not in module.__dict__:
         return tensor
-    state = state_of(module)
-    return whole_tensor(tensor.detach(), state.layouts[path], state.ranks)
+    state, held = state_of(module), tensor.detach()
+    lies = getattr(module.get_parameter(path), "placements", None)
+    if getattr(held, "placements", lies) != lies:
+        # Of a gradient that has a graph, torch 2.11 accumulates a copy that is whole on each rank.
+        return full(held)
+    return whole_tensor(held, state.layouts[path], state.ranks)
 
 
 def gradients(module: nn.Module) -> dict[str, torch.Tensor | None]:

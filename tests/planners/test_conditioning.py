@@ -34,3 +34,13 @@ def test_the_optimum_of_a_loop_over_time_is_proven(
     solution = conditioning.solve(problem, max_table_entries=4**2)
     assert solution.cost == pytest.approx(exact.solve(problem).cost, rel=1e-12)
     assert solution.lower_bound == pytest.approx(solution.cost, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["best", "any"])
+def test_an_assignment_to_begin_with_changes_nothing_but_the_way(kind: str) -> None:
+    problem = loop(12, 4, 6, 1)
+    best = exact.solve(problem)
+    start = best.assignment if kind == "best" else dict.fromkeys(problem.names, 0)
+    solution = conditioning.solve(problem, start=start, max_table_entries=4**2)
+    assert solution.cost == pytest.approx(best.cost, rel=1e-12)
+    assert solution.lower_bound == pytest.approx(best.cost, rel=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from families import build, inputs_for
 from torch import nn
 
 from autoparallel.mesh import Mesh
-from planners import exact, exhaustive, ilp
+from autoparallel.planning import network_solver
+from autoparallel.planning.network_solver import NetworkSolver
+from planners import TooWideError, exact, exhaustive, ilp
 from planners import lagrangian as limited
 
 broad = pytest.mark.broad
@@ -97,3 +100,21 @@ def test_equals_trying_everything(share: float | None) -> None:
     assert problem.fits(own.usage)
     assert own.lower_bound <= best.cost * (1 + 1e-9)
     assert best.cost <= own.cost * (1 + 1e-9) <= best.cost * 1.1
+
+
+def test_a_wide_network_of_two_axes_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of states alone leave a gap; with some variables fixed, nothing is left of it."""
+    inputs = inputs_for("gpt", batch=4, sequence=8)
+    _, network = network_of(build("gpt", 1), inputs, Mesh(dp=2, tp=2), hardware="dgx-a100")
+    problem = network.problem()
+    best = exact.solve(problem).cost
+
+    def too_wide(*_: Any, **__: Any) -> None:
+        raise TooWideError(2**30, 2**26)
+
+    monkeypatch.setattr(network_solver, "exact", SimpleNamespace(solve=too_wide))
+    solver = NetworkSolver(network)
+    assert solver.coarse(problem).gap > 1e-3 * best
+    solution = solver(problem)
+    assert solution.cost == pytest.approx(best, rel=1e-9)
+    assert solution.lower_bound == pytest.approx(best, rel=1e-9)

@@ -182,4 +182,15 @@ ON_SEVERAL_AXES = {
         """),
         Split(2, 28, 0.3, sequence_parallel=False, sparing=True),
     ),
+    "a block that is made again of a product, which is summed piece by piece elsewhere": (
+        Program("""
+        i0 = input(4, 12)
+        p1 = parameter(8, 12)
+        p2 = parameter(4, 8)
+        v4 = F.linear(i0.tanh(), p1)
+        v5 = v4.sin().cos()
+        return F.linear(v5, p2)
+        """),
+        Split(2, 75, 0.0, False, True, whole=0.5, sparing=True),
+    ),
 }

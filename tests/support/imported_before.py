@@ -11,11 +11,15 @@ import importlib
 import torch
 from garbage import collect_rarely
 
+from autoparallel.support.fake_tensors import start_autograd
+
 _NAMES = ["torch.distributed.tensor", "sympy.tensor.tensor", "networkx", "pytest", "families"]
 _NAMES += ["autoparallel", "autoparallel.api", "autoparallel.parallel.checkpoint"]
 _NAMES += [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "bert", "llama")]
 for _name in _NAMES:
     importlib.import_module(_name)
+# Before export makes the first tensor without data: see there.
+start_autograd()
 # Export imports most of what it needs when it is first called.
 torch.export.export(torch.nn.ReLU(), (torch.ones(2),))
 collect_rarely()

@@ -21,7 +21,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
 from autoparallel.runtime import faults
 
-__all__ = ["FAILS", "FAULTS", "RANKS", "launch"]
+__all__ = ["FAILS", "FAULTS", "RANKS", "launch", "said"]
 
 RANKS, FAILS = 3, 2
 PATIENCE = timedelta(seconds=60)
@@ -125,29 +125,34 @@ def said_by(fault: str, rank: int, plan: Plan, folder: str) -> bytes:
     return pickle.dumps((text, "".join(written)))
 
 
-def launch(rank: int, folder: str) -> dict[str, list[tuple[str, str]]]:
-    """Return what the ranks say, fault by fault. Each rank is a fork of this process, and ends."""
+# What the ranks said, fault by fault, in the process that they were forks of and in its forks.
+_SAID: dict[str, list[tuple[str, str]]] = {}
+
+
+def said(rank: int) -> dict[str, list[tuple[str, str]]]:
+    """Return what the ranks said, fault by fault, to `launch`."""
+    return _SAID
+
+
+def launch(folder: str) -> None:
+    """Let the ranks fail, fault by fault. Each rank is a fork of this process, and ends.
+
+    This process has had no group of gloo's: in torch 2.11 its forks could have none.
+    """
     plans = {
         name: autoparallel.make_plan(Words(), mesh=mesh, example_inputs=(given(),), constraints=by)
         for name, mesh, by in (("tp", Mesh(tp=RANKS), SPLIT), ("dp", Mesh(dp=RANKS), ()))
     }
-    dist.destroy_process_group()
     with ThreadPoolExecutor(RANKS) as pool:
-        return {
-            fault: [
-                pickle.loads(answer)
-                for answer in pool.map(
-                    lambda rank, fault=fault: run_in_fork(
-                        lambda: said_by(
-                            fault, rank, plans["dp" if fault == "wrong_token" else "tp"], folder
-                        ),
-                        Limits(),
-                    ),
-                    range(RANKS),
-                )
-            ]
-            for fault in FAULTS
-        }
+        for fault in FAULTS:
+            plan = plans["dp" if fault == "wrong_token" else "tp"]
+            answers = pool.map(
+                lambda rank, fault=fault, plan=plan: run_in_fork(
+                    lambda: said_by(fault, rank, plan, folder), Limits()
+                ),
+                range(RANKS),
+            )
+            _SAID[fault] = [pickle.loads(answer) for answer in answers]
 
 
 class _Kept:
