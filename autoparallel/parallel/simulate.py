@@ -166,6 +166,12 @@ def simulate_plan(
     try:
         results = run_ranks(ranks, work)
     except OtherBranchError:
+        if plan.pipeline is not None:
+            raise PlanError(
+                "a branch on values goes another way than in the example run",
+                why="the call would run as Python, and ranks with stages have no whole model",
+                fix="simulate inputs that go the way that was planned for, or leave pp out",
+            ) from None
         # The parallel module computes such a call as Python.
         return _simulate_parts(model, plan, args, kwargs, backward, seed, replan)
     structure = captured.returned(inputs)

@@ -21,6 +21,7 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph, Sym, hint
 from autoparallel.graph.inert_calls import inert_calls
+from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.graph.passes.global_counts import split_loss_counts
 from autoparallel.graph.size_hints import with_larger_hints
@@ -181,6 +182,12 @@ def _refuse(captured: Captured, options: Options) -> None:
     elif captured.own:
         what = "a model that returns its own parameters or buffers"
         why = "the ranks of other stages do not hold them"
+    else:
+        inert = inert_calls(captured.graph)
+        for node in captured.graph.calls:
+            if node.target == BRANCH_TAKEN and node.name not in inert:
+                what = f"a branch on a value that the model computes ({node.line or node.where})"
+                why = "one stage alone would know which way it goes"
     if what:
         raise PlanError(f"{what}: not on a mesh with stages", why=why, fix="leave pp out")
 

@@ -121,7 +121,7 @@ class StagePrograms:
         """The text of the programs, as it is read."""
         number = self.stage.number
         texts = []
-        if self.before.outputs or self.before.mutations:
+        if self.stage.before.calls:
             texts.append(f"# stage {number}, once a step\n{self.before.source}")
         texts.append(f"# stage {number}, each micro-batch\n{self.first.source}")
         return "\n".join(texts)

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.inert_calls import inert_calls
+from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.placement import Layout, Replicate, layout_gradient, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rewrite.conversions import (
@@ -112,6 +113,14 @@ class Cut:
         self.made = layouts_made(graph, plan, self.deferred)
         self.whole = whole_layout(len(plan.mesh.axes))
         self.choices = {op.name: op for op in plan.ops}
+        # Nobody reads the results of checks, such as of the way that a branch on values goes. Those
+        # of inputs are made by all stages, alike.
+        self.checks = [
+            value.name
+            for node in graph.calls
+            for value in node.results
+            if node.target == BRANCH_TAKEN and node.name not in self.places
+        ]
         # Buffers that follow from more than the inputs are written by all ranks, as they are
         # returned to all.
         self.written = tuple((p, name) for p, name in graph.mutations if name in self.spans)
@@ -164,7 +173,7 @@ class Cut:
         inert = [name for name in outside if makers[name].kind == "call"]
         roots = [name for name in outside if makers[name].kind not in ("call", "input")]
         inputs = [node for node in self.graph.nodes if node.kind == "input"]
-        needed = _closure(self.graph, [*inert, *(name for _, name in mutations)])
+        needed = _closure(self.graph, [*inert, *(name for _, name in mutations), *self.checks])
         before = _in_order(self.graph, (*needed, *(node.name for node in inputs)))
         entering = dict.fromkeys(inert, self.whole)
         entering |= {name: self.travelling[name] for name in takes}

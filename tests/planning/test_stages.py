@@ -146,15 +146,26 @@ def test_programs_of_stages_are_read() -> None:
 
 
 class Branching(nn.Module):
-    """A model whose Python looks at values, and is planned in parts."""
+    """A model whose Python looks at values: of what it computes, or of its inputs alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_inputs: bool = False) -> None:
         super().__init__()
+        self.of_inputs = of_inputs
         self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.first(tokens)
-        return self.last(x * float(x.sum().item() > 0))
+        if ((tokens if self.of_inputs else x) > 100).any():
+            x = x * 2
+        return self.last(x).square().mean()
+
+
+class Numbering(Branching):
+    """A model that cannot be traced whole."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.first(tokens)
+        return self.last(x * float(x.detach().sum().numpy()))
 
 
 @pytest.mark.parametrize(
@@ -187,8 +198,23 @@ def test_models_that_cannot_be_cut() -> None:
             example_inputs=batch_of("Normalized"),
         )
     assert "batch_norm" in str(refused.value)
-    with pytest.raises(AutoParallelError, match="cannot be cut into stages"):
-        autoparallel.make_plan(Branching(), mesh=Mesh(pp=2), example_inputs=torch.ones(4, 6))
+    for kind, words in [(Branching, "one stage alone would know"), (Numbering, "cannot be cut")]:
+        with pytest.raises(AutoParallelError, match=words):
+            autoparallel.make_plan(kind(), mesh=Mesh(pp=2), example_inputs=torch.ones(4, 6))
+
+
+def test_branches_on_inputs_are_checked() -> None:
+    """By every stage, of the whole batch: no micro-batch can tell."""
+    model, inputs = Branching(of_inputs=True), torch.ones(4, 6)
+    options: dict[str, Any] = {"mesh": Mesh(pp=2), "microbatches": 2}
+    plan = autoparallel.make_plan(model, example_inputs=inputs, **options)
+    for rank in range(2):
+        once = autoparallel.emitted_program(plan, rank=rank).partition("each micro-batch")[0]
+        assert "branch_taken" in once
+    other = inputs.clone()
+    other[3] = 1000
+    with pytest.raises(PlanError, match="goes another way"):
+        autoparallel.simulate(model, example_inputs=other, plan=plan)
 
 
 def test_one_stage_changes_nothing() -> None:
