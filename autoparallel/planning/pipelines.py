@@ -17,7 +17,7 @@ import numpy as np
 from autoparallel.analysis.pipeline import schedule_seconds, send_seconds
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.op_costs import nbytes
-from autoparallel.errors import PlanError
+from autoparallel.errors import CoupledBatchError, PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph, Sym, hint
 from autoparallel.graph.inert_calls import inert_calls
@@ -129,6 +129,10 @@ def pipeline_plan(
         failed: PlanError | None = None
         try:
             plan = search(captured, model, layouts, options, stored=kept)
+        except CoupledBatchError:
+            if asked is not None:
+                raise
+            continue
         except PlanError as error:
             failed = error
         if failed is None and (count == 1 or not _is_repeated(captured.graph, plan)):
@@ -141,7 +145,7 @@ def pipeline_plan(
         if asked is None:
             continue
         place = f"{culprit.target} in {culprit.where or model}\n{culprit.line}" if culprit else ""
-        raise PlanError(
+        raise CoupledBatchError(
             f"the batch cannot be computed as {count} micro-batches",
             where=place.rstrip(),
             why="the op needs all of the batch at once, and a stage sees one micro-batch after "

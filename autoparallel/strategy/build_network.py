@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.hardware import Hardware
 from autoparallel.cost.op_costs import nbytes, op_costs, update_seconds
+from autoparallel.errors import CoupledBatchError
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.part_sizes import layout_fraction
@@ -228,6 +229,15 @@ class _Builder:
             per_axis.append(alone[id(splits)])
         shapes = [value.shape for value in (*call.operands, *call.results)]
         joints = joint_strategies(rule, per_axis, shapes, self.sizes)
+        if not joints:
+            # On ranks alone, every op can be computed whole by all.
+            raise CoupledBatchError(
+                f"{node.target} cannot be computed for one micro-batch after the other",
+                where=f"{node.where or 'the model itself'}\n{node.line}".rstrip(),
+                why="no rule says that it can be computed in parts of its batch, or that gradients "
+                "of parts add up",
+                fix="pass microbatches=1, or leave pp out of the mesh",
+            )
         axes = tuple(zip(self.sizes, self.links, strict=True))
         costs = op_costs(call, matched.rule, [joint.parts for joint in joints], axes, self.pace)
         counted = (False,) * len(results)

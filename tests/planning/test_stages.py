@@ -160,6 +160,25 @@ class Branching(nn.Module):
         return self.last(x).square().mean()
 
 
+class Clipped(torch.autograd.Function):
+    """Twice the input; its gradient is clipped, so that those of parts do not add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient.clamp(-0.001, 0.001) * 2
+
+
+class Clipping(Branching):
+    """A model with a Function of its own, of which nothing is known unless it is tried out."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.last(Clipped.apply(self.first(tokens))).square().mean()
+
+
 class Numbering(Branching):
     """A model that cannot be traced whole."""
 
@@ -198,6 +217,12 @@ def test_models_that_cannot_be_cut() -> None:
             example_inputs=batch_of("Normalized"),
         )
     assert "batch_norm" in str(refused.value)
+    options: dict[str, Any] = {"example_inputs": torch.ones(4, 6), "unknown_ops": "replicate"}
+    with pytest.raises(PlanError, match=r"Clipped\S+ cannot be computed for one micro-batch"):
+        autoparallel.make_plan(Clipping(), mesh=Mesh(pp=2), microbatches=2, **options)
+    alone = autoparallel.make_plan(Clipping(), mesh=Mesh(pp=2), **options)
+    assert alone.pipeline is not None
+    assert alone.pipeline.microbatches == 1
     for kind, words in [(Branching, "one stage alone would know"), (Numbering, "cannot be cut")]:
         with pytest.raises(AutoParallelError, match=words):
             autoparallel.make_plan(kind(), mesh=Mesh(pp=2), example_inputs=torch.ones(4, 6))
