@@ -505,12 +505,15 @@ class _Step(torch.autograd.Function):
         run: PipelineRun = ctx.run
         others = [g for place, g in enumerate(gradients) if g is not None and place != run.loss]
         loss = None if run.loss is None else gradients[run.loss]
+        # They are given away, as autograd frees what it has saved; a second backward pass runs the
+        # step again.
+        held, ctx.gradients = ctx.gradients, None
         with without_function_overrides():
-            if ctx.gradients is None or others:
+            if held is None or others:
                 found = run.again(ctx.call, gradients)
             elif loss is None:
                 found = [None] * len(ctx.needed)
             else:
-                found = [None if g is None else g * loss.to(g.dtype) for g in ctx.gradients]
+                found = [None if g is None else g.mul_(loss.to(g.dtype)) for g in held]
         found = [g if wanted else None for g, wanted in zip(found, ctx.needed, strict=True)]
         return None, None, None, *found

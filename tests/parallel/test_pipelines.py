@@ -119,6 +119,14 @@ def on_two_stages(rank: int, folder: str) -> dict[str, Any]:
         found["evaluated"] = float(model(**batch(2))["loss"])
         short = {name: value[:3, :7] for name, value in batch(2).items()}
         found["short"] = whole_logits(model(**short)["logits"])
+    model.zero_grad()
+    model(**batch(2))["loss"].backward()
+    once = gradients(model)
+    model.zero_grad()
+    loss = model(**batch(2))["loss"]
+    loss.backward(retain_graph=True)
+    (loss * 2).backward()
+    found["thrice"] = (gradients(model), {path: 3 * each for path, each in once.items()})
     model.train()
     found["held"] = [path for path, each in model.named_parameters() if not each.is_meta]
     late = whole_logits(model(**batch(2))["logits"]).sum()
@@ -162,6 +170,7 @@ def test_two_stages(tmp_path: Path) -> None:
         assert found["own"] == pytest.approx(own, abs=TOLERANCE)
         assert found["evaluated"] == pytest.approx(evaluated, abs=TOLERANCE)
         torch.testing.assert_close(found["short"], logits, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(*found["thrice"], rtol=TOLERANCE, atol=TOLERANCE)
         expected = {path: each.grad for path, each in one.named_parameters()}
         assert set(found["gradients"]) == set(found["held"])
         for path, gradient in found["gradients"].items():
