@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from autoparallel.plan import Plan
 
 TOLERANCE = 1e-11
 STEPS = 4
-WEIGHTS = {"data_parallel": False}  # products are split by their weights
 Losses = list[tuple[float, float]]
 
 
@@ -34,6 +34,22 @@ def plain() -> nn.Module:
 
 def batch(step: int) -> dict[str, torch.Tensor]:
     return batch_of("Language", step)
+
+
+@cache
+def planned(name: str) -> Plan:
+    """Plans are made once, in a process of which the ranks are forks."""
+    options: dict[str, Any] = {
+        "two of two": {"mesh": Mesh(pp=2, tp=2), "microbatches": 3, "data_parallel": False},
+        "no stages": {"mesh": Mesh(tp=4)},
+        "four on two": {"mesh": Mesh(pp=2, dp=2), "microbatches": 4, "stages_per_rank": 2},
+    }[name]
+    return autoparallel.make_plan(plain(), example_inputs=batch(0), **options)
+
+
+def plan_four() -> None:
+    for name in ("two of two", "no stages", "four on two"):
+        planned(name)
 
 
 def trainable(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -97,10 +113,9 @@ def message(function: Any) -> str:
 
 def on_two_stages(rank: int, folder: str) -> dict[str, Any]:
     """All that a user does with a model, on a mesh of two stages and nothing else."""
+    options: dict[str, Any] = {"mesh": Mesh(pp=2), "microbatches": 4, "schedule": "gpipe"}
     model, optimizer = trainable(
-        autoparallel.autoparallelize(
-            plain(), mesh=Mesh(pp=2), example_inputs=batch(0), microbatches=4, schedule="gpipe"
-        )
+        autoparallel.autoparallelize(plain(), example_inputs=batch(0), **options)
     )
     found: dict[str, Any] = {"first": train(model, optimizer, range(2))}
     found["state"] = {k: v.clone() for k, v in autoparallel.full_state_dict(model).items()}
@@ -138,6 +153,7 @@ def on_two_stages(rank: int, folder: str) -> dict[str, Any]:
         message(lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
         message(lambda: model.blocks[0](torch.zeros(2, 3, 16, dtype=torch.float64))),
         message(lambda: autoparallel.to_fx(model)),
+        message(lambda: autoparallel.autoparallelize(plain(), **options)),
     ]
     model.blocks[1].register_forward_hook(lambda *_: None)
     found["refused"].append(message(lambda: model(**batch(0))))
@@ -182,6 +198,7 @@ def test_two_stages(tmp_path: Path) -> None:
                 "clip_grad_norm_",
                 "called by itself",
                 "not told of a plan",
+                "example inputs",
                 "hooks were registered",
             ),
             strict=True,
@@ -199,24 +216,19 @@ def test_two_stages(tmp_path: Path) -> None:
     )
 
 
-def on_four_processes(rank: int, folder: str, text: str) -> list[Losses]:
-    """Stages of two ranks each, from a plan that was written; a checkpoint goes from them to no
-    stages, and to four that two ranks share out.
+def on_four_processes(rank: int, folder: str) -> list[Losses]:
+    """Stages of two ranks each; a checkpoint goes from them to a mesh without stages, and to four
+    stages that two ranks share out.
     """
-    split, optimizer = trainable(
-        autoparallel.apply_plan(plain(), Plan.from_json(text), example_inputs=batch(0))
-    )
+    split, optimizer = trainable(autoparallel.apply_plan(plain(), planned("two of two")))
     found = [train(split, optimizer, range(2))]
     autoparallel.save_checkpoint(folder, split, optimizer)
     devices = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
-    shares = {"microbatches": 4, "stages_per_rank": 2, "local_inputs": "dp"}
     # Ranks of one stage bring batches of unlike length.
     own = slice(0, 4) if devices.get_local_rank("dp") == 0 else slice(4, None)
-    for mesh, options, rows in [(Mesh(tp=4), {}, slice(None)), (devices, shares, own)]:
-        example = {name: value[rows] for name, value in batch(0).items()}
-        model, resumed = trainable(
-            autoparallel.autoparallelize(plain(), mesh=mesh, example_inputs=example, **options)
-        )
+    shares = {"mesh": devices, "local_inputs": "dp"}
+    for name, options, rows in [("no stages", {}, slice(None)), ("four on two", shares, own)]:
+        model, resumed = trainable(autoparallel.apply_plan(plain(), planned(name), **options))
         autoparallel.load_checkpoint(folder, model, resumed)
         found.append(train(model, resumed, range(2, STEPS), rows=rows))
     return found
@@ -224,12 +236,9 @@ def on_four_processes(rank: int, folder: str, text: str) -> list[Losses]:
 
 def test_stages_of_several_ranks(tmp_path: Path) -> None:
     """Splits inside of stages, and stages interleaved on ranks."""
-    plan = autoparallel.make_plan(
-        plain(), mesh=Mesh(pp=2, tp=2), example_inputs=batch(0), microbatches=3, **WEIGHTS
-    )
     one, optimizer = trainable(autoparallel.autoparallelize(plain(), 1, example_inputs=batch(0)))
     first, rest = train(one, optimizer, range(2)), train(one, optimizer, range(2, STEPS))
-    results = run_processes(on_four_processes, 4, str(tmp_path / "saved"), plan.to_json())
+    results = run_processes(on_four_processes, 4, str(tmp_path / "saved"), before=plan_four)
     for found in results:
         torch.testing.assert_close(found, [first, rest, rest], rtol=TOLERANCE, atol=TOLERANCE)
 
