@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel.pipeline_run import PipelinePlace
+from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.pipelined_parameters import counts_here, pipelines_of
 from autoparallel.parallel.split_tensor import GRADIENT
 from autoparallel.support.torch_private import (

@@ -53,7 +53,8 @@ from autoparallel.parallel.optimizer_steps import note_originals
 from autoparallel.parallel.parameters import (
     ParameterLayouts,
 )
-from autoparallel.parallel.pipeline_run import PipelinePlace, loss_alone
+from autoparallel.parallel.pipeline_place import PipelinePlace
+from autoparallel.parallel.pipeline_run import loss_alone
 from autoparallel.parallel.pipelined_parameters import note_stages
 from autoparallel.parallel.rank_agreement import (
     require_equal,

@@ -24,7 +24,7 @@ from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.local_parameters import LocalParameters
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
-from autoparallel.parallel.pipeline_run import PipelinePlace
+from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters

@@ -26,6 +26,7 @@ from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Dim
 from autoparallel.parallel.compiled_calls import is_compiled
+from autoparallel.parallel.pipeline_place import PipelinePlace, as_sent
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program
@@ -43,53 +44,10 @@ from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.torch_private import without_function_overrides
 
-__all__ = ["PipelinePlace", "PipelineRun", "loss_alone", "pipeline_program"]
+__all__ = ["PipelineRun", "loss_alone", "pipeline_program"]
 
 # Schedules for inputs of so many sizes are kept ready.
 _MOST_SIZES = 16
-
-
-@dataclass(frozen=True)
-class PipelinePlace:
-    """A rank's place in a pipeline.
-
-    group: torch's process group of the ranks that are alike in all but their stages. number: of
-    this rank among them. holders: those whose stages read each parameter, by path.
-    """
-
-    group: Any
-    number: int
-    holders: dict[str, tuple[int, ...]]
-
-    @property
-    def ranks(self) -> int:
-        """The number of ranks that share out the stages."""
-        return dist.get_world_size(self.group)
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which the ranks of the pipeline exchange tensors."""
-        if dist.get_backend(self.group) == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
-
-    def process(self, number: int) -> int:
-        """Return the number, among all processes, of a rank of the pipeline."""
-        return dist.get_global_rank(self.group, number)
-
-    def from_holder(self, path: str, value: torch.Tensor) -> torch.Tensor:
-        """Return a parameter's value as the first rank that has it has it. A collective call of
-        the pipeline's ranks.
-
-        value: here, of the same shape; it is overwritten where the rank has none.
-        """
-        holder = self.holders.get(path, (0,))[0]
-        dist.broadcast(_as_sent(value), self.process(holder), group=self.group)
-        return value
-
-    def holds(self, path: str) -> bool:
-        """Return whether this rank has a parameter: a stage of its reads it, or none does."""
-        return self.number in self.holders.get(path, (self.number,))
 
 
 @dataclass
@@ -415,7 +373,7 @@ class PipelineRun:
             else:
                 shape = self._local_shape(each, call)
                 value = torch.empty(shape, dtype=each.dtype, device=call.device)
-            dist.broadcast(_as_sent(value), source, group=self.place.group)
+            dist.broadcast(as_sent(value), source, group=self.place.group)
             outputs.append(value)
         self.modules[-1].made = []
         return outputs
@@ -471,13 +429,6 @@ def pipeline_program(plan: Plan, captured: Captured, place: PipelinePlace, ranks
 def _own_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return what the last stage returns: its module has computed the micro-batch's share."""
     return output
-
-
-def _as_sent(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in the same memory, of a type that every library of collectives sends."""
-    if value.is_complex():
-        return torch.view_as_real(value)
-    return value.view(torch.uint8) if value.dtype is torch.bool else value
 
 
 class _Step(torch.autograd.Function):

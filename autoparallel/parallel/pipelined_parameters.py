@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.support.torch_private import parts_of_norms
-
-if TYPE_CHECKING:
-    from autoparallel.parallel.pipeline_run import PipelinePlace
 
 __all__ = ["counts_here", "note_stages", "pipelines_of", "refuse_norms_of_stages"]
 
