@@ -5,6 +5,7 @@ from __future__ import annotations
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph, Node
+from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Invariant, Placement, Replicate, Shard, Step
@@ -25,6 +26,7 @@ def coupled_call(graph: Graph, count: int, options: Options) -> Node | None:
         network = build_network(graph, Mesh(**{MICROBATCH: count}), hardware, options)
     except PlanError:
         return None
+    inert = inert_calls(graph)
     able: dict[str, set[Placement]] = {}
     for node in graph.nodes:
         if node.kind != "call":
@@ -33,6 +35,10 @@ def coupled_call(graph: Graph, count: int, options: Options) -> Node | None:
             able[node.result.name] = {whole}
             if node.kind == "input" and node.result.shape:
                 able[node.result.name].add(Shard(0))
+            continue
+        # What follows from the inputs alone is computed whole, once a step.
+        if node.name in inert:
+            able.update((value.name, {Invariant()}) for value in node.results)
             continue
         made: list[set[Placement]] = [set() for _ in node.results]
         parts = any(isinstance(p, Shard) for name in node.operands() for p in able[name])
