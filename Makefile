@@ -34,7 +34,7 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
-.PHONY: compatibility opinfo safety optional versions lowest bench gpu gpu-wheels clean
+.PHONY: compatibility opinfo safety faults soak curves optional versions lowest bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo        train a GPT and a BERT: automatic, hand-written and plain, compared in out/"
@@ -52,6 +52,9 @@ help:
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
 	@echo "make safety      docs/safety.md: what was tried that may go wrong, how often, what happened"
+	@echo "make faults      docs/faults.md: what becomes of a training run in which something goes wrong"
+	@echo "make curves      the same training runs on 1, 2 and 4 processes, split in every way, drawn"
+	@echo "make soak        one training run in which ranks are killed twenty times"
 	@echo "make opinfo      docs/operators.md: which of PyTorch's own operators and modules are split"
 	@echo "make families    docs/families.md: the same for 230 more families; brings their libraries"
 	@echo "make versions    the tests on the oldest, the pinned and the newest torch (5 GB for each)"
@@ -121,6 +124,15 @@ compatibility: $(TEST)
 
 safety: $(TEST)
 	$(VENV)/bin/python docs/make_safety.py $(ARGS)
+
+faults: $(TEST)
+	$(VENV)/bin/python docs/make_faults.py $(ARGS)
+
+curves: $(TEST)
+	$(VENV)/bin/python benchmarks/curves.py $(ARGS)
+
+soak: $(TEST)
+	$(VENV)/bin/python benchmarks/soak.py $(ARGS)
 
 # SEED=number makes the random plans of an earlier run again; ONLY=pattern runs some ops.
 opinfo: $(TEST)

@@ -16,9 +16,9 @@ from autoparallel.support.installation import require_own_planners
 if TYPE_CHECKING:
     from autoparallel.analysis.closed_forms import closed_forms
     from autoparallel.analysis.pipeline import pipeline
-    from autoparallel.analysis.timeline import timeline
-    from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate
+    from autoparallel.api import apply_plan, autoparallelize, make_plan, simulate, traced_plan
     from autoparallel.errors import AutoParallelError
+    from autoparallel.exports.targets import export
     from autoparallel.mesh import Mesh
     from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
     from autoparallel.parallel.gradient_norms import clip_grad_norm_
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from autoparallel.parallel.state_dicts import full_state_dict
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
+    from autoparallel.planning.predicted_step import timeline
+    from autoparallel.questions.differences import compare
+    from autoparallel.questions.explain import Explainer, explain
     from autoparallel.rewrite.emitted_program import emitted_program
     from autoparallel.rules.rule import OpCall, ShardingRule
     from autoparallel.rules.user_rules import register_rule
@@ -41,10 +44,12 @@ _HOMES = {
     "autoparallelize": "api",
     "make_plan": "api",
     "simulate": "api",
+    "traced_plan": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
-    "timeline": "analysis.timeline",
+    "timeline": "planning.predicted_step",
     "AutoParallelError": "errors",
+    "export": "exports.targets",
     "Mesh": "mesh",
     "Invariant": "placement",
     "Partial": "placement",
@@ -54,6 +59,9 @@ _HOMES = {
     "OpCall": "rules.rule",
     "ShardingRule": "rules.rule",
     "register_rule": "rules.user_rules",
+    "compare": "questions.differences",
+    "Explainer": "questions.explain",
+    "explain": "questions.explain",
     "emitted_program": "rewrite.emitted_program",
     "clip_grad_norm_": "parallel.gradient_norms",
     "full_state_dict": "parallel.state_dicts",
@@ -72,6 +80,7 @@ _HOMES = {
 
 __all__ = [
     "AutoParallelError",
+    "Explainer",
     "Invariant",
     "Mesh",
     "OpCall",
@@ -84,7 +93,10 @@ __all__ = [
     "autoparallelize",
     "clip_grad_norm_",
     "closed_forms",
+    "compare",
     "emitted_program",
+    "explain",
+    "export",
     "forms_text",
     "full_state_dict",
     "load_checkpoint",
@@ -100,6 +112,7 @@ __all__ = [
     "timeline",
     "to_fx",
     "to_networkx",
+    "traced_plan",
     "write_svg",
     "write_trace",
 ]

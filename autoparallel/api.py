@@ -36,7 +36,7 @@ from autoparallel.planning.request import make_options, possible_meshes, require
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 
-__all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate"]
+__all__ = ["apply_plan", "autoparallelize", "make_plan", "simulate", "traced_plan"]
 
 # The ranks compare their inputs in so many first calls: mistakes of a sampler show at once, and the
 # comparison costs a collective.
@@ -276,6 +276,27 @@ def apply_plan(
         # Discovered rules are not in the plan, but found in the cache or discovered again.
         require_sound(plan, model)
     return _apply(model, plan, ranks, devices, check_inputs, local)
+
+
+def traced_plan(model: nn.Module, plan: Plan, *, example_inputs: Any = None) -> Plan:
+    """Return the plan with its graph, which a plan that was read from JSON does not have.
+
+    model: the one that was planned, or one like it, also on the meta device. example_inputs: as
+    they were for make_plan. What shows the program needs it: timeline, closed_forms, write_svg,
+    emitted_program, explain. Raises PlanError where plan and model do not belong together.
+
+    Example: `timeline(traced_plan(model, Plan.from_json(text)))`
+    """
+    refuse_wrapped(model)
+    require_kind(plan, Plan, MAKE_ONE)
+    require_parameters(plan, model)
+    if plan.is_traced:
+        return plan
+    with undisturbed(model):
+        args, kwargs = _example(model, example_inputs)
+        plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
+    require_sound(plan, model)
+    return plan
 
 
 def simulate(

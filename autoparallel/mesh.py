@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from autoparallel.errors import PlanError
 
-__all__ = ["MICROBATCH", "PIPELINE", "Mesh", "arrangements"]
+__all__ = ["MICROBATCH", "PIPELINE", "Mesh", "arrangements", "finer"]
 
 # The axis of a mesh whose ranks are stages: it splits the model's ops, and no tensor's dims.
 PIPELINE = "pp"
@@ -94,3 +94,23 @@ def arrangements(world_size: int, devices_per_node: int) -> tuple[Mesh, ...]:
         if not rest and fits:
             meshes.append(Mesh(dp=outer, tp=size))
     return tuple(meshes)
+
+
+def finer(mesh: Mesh, devices_per_node: int) -> Mesh | None:
+    """Return a mesh of three axes that divides one of two further; None where there is none.
+
+    The outer axis is divided where nodes end, if it crosses them; else the inner one in two.
+
+    >>> print(finer(Mesh(dp=16, tp=2), devices_per_node=8), finer(Mesh(dp=8, tp=8), 8))
+    Mesh(dp=4, sp=4, tp=2) Mesh(dp=8, sp=2, tp=4)
+    >>> finer(Mesh(dp=64), 8)
+    """
+    if len(mesh.axes) != 2:
+        return None
+    (outer, count), (inner, size) = mesh.axes
+    inside, rest = divmod(devices_per_node, size)
+    if inside > 1 and not rest and count % inside == 0 and count > inside:
+        return Mesh(**{outer: count // inside, "sp": inside, inner: size})
+    if size % 2 == 0 and size > 2:
+        return Mesh(**{outer: count, "sp": 2, inner: size // 2})
+    return None

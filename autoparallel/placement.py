@@ -9,13 +9,16 @@ are S -> R and P -> S.
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 
 __all__ = [
+    "Block",
     "Collective",
+    "Counts",
     "Invariant",
     "Layout",
     "Movement",
@@ -25,7 +28,14 @@ __all__ = [
     "Shard",
     "Step",
     "backward_steps",
+    "block_runs",
+    "block_sizes",
+    "blocks_and_units",
+    "can_be_shared",
+    "divides_in_runs",
+    "fewest_runs",
     "gradient",
+    "is_even",
     "is_possible_step",
     "layout_gradient",
     "layout_text",
@@ -70,27 +80,98 @@ class Partial:
         return "P"
 
 
-@dataclass(frozen=True, slots=True, order=True)
+# A number that holds for all blocks of a dim, or one for each of them.
+Counts = int | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, order=True, repr=False)
 class Shard:
     """Each rank holds its part of dimension `dim`; its gradient is sharded alike.
 
     dim: the dimension, counted from 0. blocks: the dim is that many equal blocks laid end to end,
-    each split by itself (a fused QKV weight has 3). unit: each block is split in whole runs of that
-    many elements (a head's width), which matters only where the number of runs does not divide by
-    the number of ranks. Within a block, parts are those of `torch.chunk` over its runs.
+    each split by itself (a fused QKV weight has 3); or the sizes of blocks that are not equal, of
+    which only the proportions count, so that they are those of every part of the dim as well. unit:
+    each block is split in whole runs of that many elements (a head's width), which matters only
+    where the number of runs does not divide by the number of ranks; one for each block, where they
+    differ. Within a block, parts are those of `torch.chunk` over its runs.
+
+    repeat: each part is held by so many neighbouring ranks, as four heads of keys are on eight
+    ranks of two queries' heads each; one for each block, where they differ. Each of these ranks
+    uses the part differently, so that its gradient is pending among them. pending: of the gradient,
+    that the sum over the ranks that share a part is its value.
 
     >>> print(Shard(0), Shard(0, blocks=3), Shard(1, unit=64))
     S(0) S(0, blocks=3) S(1, unit=64)
+    >>> print(Shard(0, blocks=(2048, 512, 512)))  # 32 heads of queries, 8 of keys and of values
+    S(0, blocks=(4, 1, 1))
+    >>> print(Shard(0, blocks=(4, 1, 1), repeat=(1, 2, 2)))  # on 16 ranks
+    S(0, blocks=(4, 1, 1), repeat=(1, 2, 2))
     """
 
     dim: int
-    blocks: int = 1
-    unit: int = 1
+    blocks: Counts = 1
+    unit: Counts = 1
+    repeat: Counts = 1
+    pending: bool = False
+
+    def __post_init__(self) -> None:
+        # Most have numbers alone, which are in their one form already.
+        if type(self.blocks) is type(self.unit) is type(self.repeat) is int and not self.pending:
+            return
+        blocks, unit, repeat = blocks_and_units(self.blocks, self.unit, self.repeat)
+        object.__setattr__(self, "blocks", blocks)
+        object.__setattr__(self, "unit", unit)
+        object.__setattr__(self, "repeat", repeat)
+        if self.pending and repeat == 1:
+            raise ValueError("a part that one rank alone holds is not pending")
+
+    def __repr__(self) -> str:
+        extra = f", repeat={self.repeat}" if self.repeat != 1 else ""
+        extra += ", pending=True" if self.pending else ""
+        return f"Shard(dim={self.dim}, blocks={self.blocks}, unit={self.unit}{extra})"
 
     def __str__(self) -> str:
         extra = f", blocks={self.blocks}" if self.blocks != 1 else ""
         extra += f", unit={self.unit}" if self.unit != 1 else ""
+        extra += f", repeat={self.repeat}" if self.repeat != 1 else ""
+        extra += ", pending" if self.pending else ""
         return f"S({self.dim}{extra})"
+
+
+# Blocks that are not cut alike are looked at one by one: more of them than this are refused, as a
+# text that was edited may say any number.
+_MOST_BLOCKS = 4096
+
+
+def blocks_and_units(
+    blocks: Counts, unit: Counts, repeat: Counts = 1
+) -> tuple[Counts, Counts, Counts]:
+    """Return blocks, units and repeats in the one form that equal ways of cutting have: proportions
+    without a common divisor, and a number where all are equal. Raises ValueError where there is no
+    block, one without elements, another number of units or repeats than of blocks, or too many.
+
+    >>> blocks_and_units((64, 16, 16), (8, 8, 8)), blocks_and_units((5, 5), (1, 5))
+    (((4, 1, 1), 8, 1), (2, (1, 5), 1))
+    """
+    count = len(blocks) if isinstance(blocks, tuple) else blocks
+    for numbers, allowed in ((blocks, None), (unit, count), (repeat, count)):
+        several = numbers if isinstance(numbers, tuple) else (numbers,)
+        fits = not isinstance(numbers, tuple) or allowed is None or len(several) == allowed
+        if not several or min(several) < 1 or not fits:
+            raise ValueError(f"no way to cut a dim: {blocks=!r}, {unit=!r}, {repeat=!r}")
+    if count > _MOST_BLOCKS:
+        raise ValueError(f"{count} blocks that are not cut alike")
+    if isinstance(blocks, tuple):
+        divisor = math.gcd(*blocks)
+        blocks = tuple([size // divisor for size in blocks])
+        blocks = count if set(blocks) == {1} else blocks
+    return blocks, _one_if_alike(unit), _one_if_alike(repeat)
+
+
+def _one_if_alike(numbers: Counts) -> Counts:
+    """Return the number that all are equal to, or else all of them."""
+    alike = isinstance(numbers, tuple) and len(set(numbers)) == 1
+    return numbers[0] if alike and isinstance(numbers, tuple) else numbers
 
 
 Placement = Invariant | Replicate | Shard | Partial
@@ -101,9 +182,11 @@ Layout = tuple[Placement, ...]
 
 # Plain digits without zeros before them, so that one placement has one text; nine of them, as no
 # dim is longer than that, and arithmetic on longer numbers takes as long as they are.
+_COUNT = r"[1-9][0-9]{0,8}"
+_COUNTS = rf"{_COUNT}|\({_COUNT}(?:, {_COUNT}){{1,99}}\)"
 _SHARD = re.compile(
-    r"S\((0|[1-9][0-9]{0,8})"
-    r"(?:, blocks=([1-9][0-9]{0,8}))?(?:, unit=([1-9][0-9]{0,8}))?\)"
+    rf"S\((0|{_COUNT})(?:, blocks=({_COUNTS}))?(?:, unit=({_COUNTS}))?"
+    rf"(?:, repeat=({_COUNTS})(, pending)?)?\)"
 )
 
 
@@ -119,8 +202,15 @@ def parse_placement(text: str) -> Placement:
     match = _SHARD.fullmatch(text)
     if match is None:
         raise ValueError(f"not a placement: {text!r} (I, R, P, S(0), S(0, blocks=3))")
-    dim, blocks, unit = match.groups()
-    return Shard(int(dim), int(blocks or 1), int(unit or 1))
+    dim, blocks, unit, repeat, pending = match.groups()
+    return Shard(int(dim), _counts(blocks), _counts(unit), _counts(repeat), bool(pending))
+
+
+def _counts(text: str | None) -> Counts:
+    """Return the number, or the numbers in parentheses; 1 where there is no text."""
+    if text is None or not text.startswith("("):
+        return int(text or 1)
+    return tuple(map(int, text.strip("()").split(", ")))
 
 
 def layout_text(layout: Layout) -> str:
@@ -155,15 +245,19 @@ def whole_layout(axes: int) -> Layout:
 
 def gradient(placement: Placement) -> Placement:
     """Return the placement of the gradient of a tensor that lies as `placement`: R and P change
-    places, I and S stay. gradient(gradient(p)) is p.
+    places, I and S stay; what several ranks hold is pending among them. gradient(gradient(p)) is p.
 
     >>> gradient(Replicate()), gradient(Shard(1))
     (Partial(), Shard(dim=1, blocks=1, unit=1))
+    >>> print(gradient(Shard(1, repeat=2)))
+    S(1, repeat=2, pending)
     """
     if isinstance(placement, Replicate):
         return Partial()
     if isinstance(placement, Partial):
         return Replicate()
+    if isinstance(placement, Shard) and placement.repeat != 1:
+        return replace(placement, pending=not placement.pending)
     return placement
 
 
@@ -198,10 +292,110 @@ def local_size(size: int, shard: Shard, world_size: int, rank: int = 0) -> int:
     >>> [local_size(25 * 64, Shard(0, unit=64), 8, rank) for rank in (0, 6, 7)]
     [256, 64, 0]
     """
-    # All blocks are cut alike, so that a rank holds as many runs of each.
-    runs = size // (shard.blocks * shard.unit)
-    start, stop = part_bounds(runs, world_size, rank)
-    return shard.blocks * shard.unit * (stop - start)
+    blocks, unit = shard.blocks, shard.unit
+    if isinstance(blocks, int) and isinstance(unit, int) and shard.repeat == 1:
+        # All blocks are cut alike, so that a rank holds as many runs of each.
+        start, stop = part_bounds(size // (blocks * unit), world_size, rank)
+        return blocks * unit * (stop - start)
+    return sum(length for _, length in block_runs(size, shard, world_size, rank))
+
+
+def is_even(shard: Shard) -> bool:
+    """Return whether all blocks of a dim are of one size, and cut in runs of one size, of which
+    each is held by one rank.
+
+    >>> is_even(Shard(0, blocks=3)), is_even(Shard(0, blocks=(4, 1, 1)))
+    (True, False)
+    """
+    blocks, unit = shard.blocks, shard.unit
+    return isinstance(blocks, int) and isinstance(unit, int) and shard.repeat == 1
+
+
+# A block of a dim: its elements, unit and repeat.
+Block = tuple[int, int, int]
+
+
+def block_sizes(
+    size: int, blocks: Counts, unit: Counts = 1, repeat: Counts = 1
+) -> tuple[Block, ...]:
+    """Return (elements, unit, repeat) of every block of a dim of `size` elements, which must divide
+    so.
+
+    blocks, unit, repeat: as a Shard has them.
+
+    >>> block_sizes(12, (4, 1, 1), 1), block_sizes(12, 2, (3, 1), (1, 2))
+    (((8, 1, 1), (2, 1, 1), (2, 1, 1)), ((6, 3, 1), (6, 1, 2)))
+    """
+    shares = blocks if isinstance(blocks, tuple) else (1,) * blocks
+    units, repeats = (
+        numbers if isinstance(numbers, tuple) else (numbers,) * len(shares)
+        for numbers in (unit, repeat)
+    )
+    total = sum(shares)
+    return tuple(
+        (size * share // total, run, times)
+        for share, run, times in zip(shares, units, repeats, strict=True)
+    )
+
+
+def block_runs(size: int, shard: Shard, world_size: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """Return (start in the whole dim, length) of what a rank holds of every block.
+
+    size: of the whole dim. shard: how it is cut; its `dim` is not looked at.
+
+    >>> block_runs(12, Shard(0, blocks=(4, 1, 1)), 2, 1)
+    ((4, 4), (9, 1), (11, 1))
+    >>> [block_runs(12, Shard(0, repeat=2), 4, rank)[0] for rank in range(4)]
+    [(0, 6), (0, 6), (6, 6), (6, 6)]
+    """
+    runs, first = [], 0
+    for length, unit, repeat in block_sizes(size, shard.blocks, shard.unit, shard.repeat):
+        start, stop = part_bounds(length // unit, world_size // repeat, rank // repeat)
+        runs.append((first + start * unit, (stop - start) * unit))
+        first += length
+    return tuple(runs)
+
+
+def divides_in_runs(size: int, blocks: Counts, unit: Counts, parts: int = 1) -> bool:
+    """Return whether a dim of `size` elements consists of such blocks of whole runs, and every
+    block of a number of runs that divides by `parts`.
+
+    >>> divides_in_runs(12, (4, 1, 1), 1, parts=2), divides_in_runs(12, (4, 1, 1), 1, parts=4)
+    (True, False)
+    """
+    if isinstance(blocks, int) and isinstance(unit, int):
+        return not size % (blocks * unit * parts)
+    shares = blocks if isinstance(blocks, tuple) else (1,) * blocks
+    total = sum(shares)
+    return not any(size * share % total for share in shares) and not any(
+        length % (run * parts) for length, run, _ in block_sizes(size, blocks, unit)
+    )
+
+
+def fewest_runs(size: int, blocks: Counts, unit: Counts) -> int:
+    """Return the number of runs of the block that has the fewest.
+
+    >>> fewest_runs(12, (4, 1, 1), 1)
+    2
+    """
+    if isinstance(blocks, int) and isinstance(unit, int):
+        return size // (blocks * unit)
+    return min(length // run for length, run, _ in block_sizes(size, blocks, unit))
+
+
+def can_be_shared(shard: Shard, size: int, world_size: int) -> bool:
+    """Return whether each part can be held by as many ranks as `shard.repeat` says: groups of equal
+    size, of which each has as many runs.
+
+    size: of the whole dim, which must consist of such blocks and runs.
+
+    >>> can_be_shared(Shard(0, repeat=2), 4, 8), can_be_shared(Shard(0, repeat=2), 4, 6)
+    (True, False)
+    """
+    return shard.repeat == 1 or all(
+        times == 1 or (world_size % times == 0 and length // unit % (world_size // times) == 0)
+        for length, unit, times in block_sizes(size, shard.blocks, shard.unit, shard.repeat)
+    )
 
 
 def local_layout_size(
@@ -245,7 +439,7 @@ class Movement(Enum):
 
     NONE and SLICE send nothing. PAD puts a part amid zeros (S -> P), and KEEP_ON_FIRST keeps the
     value on the first rank and zeros elsewhere (I or R -> P), so that the sum over the ranks stays
-    the value.
+    the value; so it does among the ranks that share a part.
     """
 
     NONE = "none"
@@ -295,6 +489,14 @@ def movement(source: Placement, target: Placement) -> Movement:
     """
     if source == target:
         return Movement.NONE
+    pending = isinstance(source, Shard) and source.pending
+    if isinstance(target, Shard) and target.repeat != 1:
+        if isinstance(source, Partial):
+            return Movement.ALL_REDUCE  # each rank then keeps its part of the sum
+        if target.pending and not pending and source == gradient(target):
+            return Movement.KEEP_ON_FIRST
+    if pending and isinstance(target, (Invariant, Replicate)):
+        return Movement.ALL_REDUCE
     return _MOVEMENTS[type(source), type(target)]
 
 

@@ -166,6 +166,64 @@ def selective() -> Iterator[Line]:
             yield Line("selective", f"{label}, {recompute}", ours, row[f"seconds_{recompute}"], "s")
 
 
+def pass_milliseconds(row: Mapping[str, Any], layers: int) -> tuple[float, float]:
+    """Return the milliseconds of the forward and the backward pass of so many layers.
+
+    row: of `layers` in published.json. The backward pass computes gradients of weights while those
+    of activations are summed over the ranks; the forward pass waits for each collective.
+    """
+    from autoparallel.planning.predicted_step import timeline
+    from megatron_rules.papers import not_written
+
+    table = ROWS["layers"]
+    hardware = find_hardware(table["hardware"])
+    sizes = {**table, "layers": layers}
+    plan = planned(
+        Transformer.of(sizes, table),
+        table["tensor"],
+        table["batch"],
+        hardware,
+        row["recompute"],
+        row["sequence_parallel"],
+    )
+    # What a device does by itself is done at the pace of the slowest.
+    pace = hardware.slowest(table["tensor"])
+    saved, inside = not_written(plan, hardware), {n for names in plan.recomputed for n in names}
+    ops = []
+    for op in plan.ops:
+        forward, backward = saved.get(op.name, (0.0, 0.0))
+        fewer = forward * (2 if op.name in inside else 1) + backward
+        seconds, ahead = (op.seconds - fewer) * pace, (op.forward_seconds - forward) * pace
+        ops.append(replace(op, seconds=seconds, forward_seconds=ahead))
+    plan = replace(plan, ops=tuple(ops))
+    waiting, beside = (timeline(plan, overlap=overlap) for overlap in (False, True))
+    return waiting.forward_seconds * 1e3, beside.backward_seconds * 1e3
+
+
+def layers() -> Iterator[Line]:
+    """Yield the milliseconds of one layer's passes; kept aside."""
+    for row in ROWS["layers"]["rows"]:
+        # The difference leaves out embeddings and the loss. One layer alone is no repeated block.
+        two, four = pass_milliseconds(row, 2), pass_milliseconds(row, 4)
+        label = row["recompute"] + ", sequence parallel" * row["sequence_parallel"]
+        for at, name in enumerate(("forward", "backward")):
+            yield Line("layers", f"{name}, {label}", (four[at] - two[at]) / 2, row[name], "ms")
+
+
+def sharded() -> Iterator[Line]:
+    """Yield the tokens per second and device of Llama 3, fully sharded, also beside tensor
+    parallelism; kept aside.
+    """
+    from benchmarks.published_llama import tokens_per_second
+
+    table = ROWS["sharded"]
+    for row in table["rows"]:
+        ours = tokens_per_second(table["models"][row["model"]], row)
+        where = f"{row['data']} × {row['tensor']} {row['hardware']}, {row['recompute']}"
+        printed = row["tokens_per_second"]
+        yield Line("sharded", f"{row['model']} on {where}", ours, printed, "tok/s")
+
+
 def kept_per_layer(
     model: Transformer, tensor: int, batch: int, recompute: str, split: bool
 ) -> float:
@@ -271,6 +329,8 @@ TABLES: Mapping[str, Callable[[], Iterator[Line]]] = {
         zero,
         pipelined,
         selective,
+        layers,
+        sharded,
     )
 }
 

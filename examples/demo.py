@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import train as trainer
+import three_ways as trainer
 from rich.console import Console
 
 import autoparallel
@@ -103,7 +103,7 @@ def run(model: str, method: str, steps: int, options: Any) -> RunRecord:
     launcher += [] if method == "plain" else [f"--nproc-per-node={WORLD_SIZE}"]
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "record.json")
-        command = [sys.executable, *launcher, str(ROOT / "examples" / "train.py")]
+        command = [sys.executable, *launcher, str(ROOT / "examples" / "three_ways.py")]
         command += ["--model", model, "--method", method, "--steps", str(steps)]
         command += ["--record", str(record)]
         command += ["--data", options.data] if options.data else []

@@ -310,6 +310,8 @@ class ParallelBert(ParallelModel):
         keep_gathered: bool = False,
         seed: int = 0,
     ) -> None:
+        if config.norm != "pre" or config.sentence_order:
+            raise ValueError("by hand there is a BERT with norms first and one head alone")
         region = Region(group, sequence_parallel, keep_gathered, RandomStream(seed, group))
         super().__init__(config, region)
         hidden = config.hidden

@@ -116,7 +116,8 @@ def schedule(
     the size of its result, which takes longer to find.
     network: a reduced problem. max_table_entries: the largest result of a step. orders: those found
     for earlier problems; one of the same form takes the same order, one that differs a
-    little takes the last order if that is hardly more work than it was, and a new order is added.
+    little takes the last order, or the first, if that is hardly more work than it was, and a new
+    order is added.
     scores: by what variables may be chosen, see `_Graph`.
     Where no order is narrow enough everywhere, parts of the network that share no table take the
     best order of each.
@@ -127,9 +128,12 @@ def schedule(
     orders = {} if orders is None else orders
     form = network.form, scores
     free = [variable for variable, size in enumerate(network.sizes) if size > 1]
-    earlier = orders.get(form) or next(reversed(orders.values()), None)
-    if earlier is not None:
-        kept = dict.fromkeys(free)
+    kept = dict.fromkeys(free)
+    # The last order is of the most similar network; the first one mostly knows most variables.
+    tries = (orders.get(form), next(reversed(orders.values()), None), *[*orders.values()][:1])
+    for earlier in tries:
+        if earlier is None:
+            continue
         order = [variable for variable in earlier[0] if variable in kept]
         if len(order) == len(free):
             known = _schedule(network, order)

@@ -274,6 +274,38 @@ class Problem:
             variables[self.index(name)] = replace(variable, unary=unary, alternatives=ways)
         return replace(self, variables=tuple(variables))
 
+    def among(self, states: Mapping[str, NDArray[np.bool_]]) -> "Problem":
+        """Return the same problem with only some states of some variables; others cost +inf.
+
+        states: by variable name, whether each state is kept; equal ones best the same array, so
+        that tables which are shared stay shared. Raises ValueError for an unknown name.
+
+        >>> free = Problem((Variable("a", np.array([0.0, 1.0])),))
+        >>> free.among({"a": np.array([False, True])}).variables[0].unary
+        array([inf,  1.])
+        """
+        for name in states:
+            self.index(name)
+        tables: dict[tuple[int, int], Table] = {}
+
+        def forbid(variable: Variable) -> Variable:
+            kept = states.get(variable.name)
+            if kept is None:
+                return variable
+
+            def least(table: Table) -> Table:
+                key = (id(table), id(kept))
+                if key not in tables:
+                    tables[key] = _read_only(np.where(kept, table, np.inf))
+                return tables[key]
+
+            ways = tuple(Alternative(least(way.cost), way.usage) for way in variable.alternatives)
+            return Variable(variable.name, least(variable.unary), variable.usage, ways)
+
+        problem = self._replaced(tuple(map(forbid, self.variables)), self.factors)
+        object.__setattr__(problem, "limit", self.limit)
+        return problem
+
     def pinned(self, assignment: Mapping[str, int]) -> "Problem":
         """Return the same problem with some variables fixed: their other states cost +inf.
 

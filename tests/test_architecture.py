@@ -18,9 +18,13 @@ ROWS = (
     ("plan", "rules", "runtime"),
     ("rewrite", "cost", "capture"),
     ("discovery", "parallel"),
-    ("strategy", "analysis", "train"),
+    ("strategy", "analysis"),
     ("planning", "view"),
-    ("api", "cli"),
+    ("questions", "exports"),
+    ("api",),
+    ("train",),
+    ("commands",),
+    ("cli",),
     ("__init__", "__main__"),
 )
 RAISE_ERRORS = ("mesh", "options", "support")

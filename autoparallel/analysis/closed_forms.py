@@ -20,6 +20,7 @@ from autoparallel.graph.repeated_blocks import find_repeats
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Collective, Invariant, Layout
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
+from autoparallel.plan.kept_layouts import kept_layout
 from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.support.arguments import MAKE_ONE, require_kind
@@ -341,8 +342,12 @@ class _Writer:
         per_element, has_master = state_bytes_per_element(self.plan.options.optimizer, itemsize)
         part = self.nbytes(value, parameter.state)
         yield "parameters", self.nbytes(value, parameter.storage)
+        sizes = tuple(size for _, size in self.plan.mesh.axes)
+        kept = kept_layout(parameter.state, parameter.shape, sizes)
         if parameter.state != parameter.storage and not has_master:
             yield "parameters", part
+        elif kept != parameter.state:
+            yield "parameters", self.nbytes(value, kept)
         if value.requires_grad:
             yield "gradients", self.nbytes(value, parameter.gradient)
             yield "optimizer_state", per_element * part / itemsize

@@ -18,6 +18,7 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.part_sizes import local_shape
 from autoparallel.plan import ParameterChoice, Plan
+from autoparallel.plan.kept_layouts import kept_layout
 
 __all__ = ["CATEGORIES", "Account", "Item", "memory_of"]
 
@@ -170,6 +171,10 @@ def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable
         held.append(("optimizer_state", parameter.state, per_element))
         if parameter.state != parameter.storage and not has_master:
             held.append(("parameters", parameter.state, itemsize))
+    # The user and the optimizer have other parts than those that compute.
+    kept = kept_layout(parameter.state, parameter.shape, sizes)
+    if kept != parameter.state and len(held) < 4:
+        held.append(("parameters", kept, itemsize))
     for category, layout, size in held:
         count = prod(local_shape(parameter.shape, layout, sizes))
         yield Item(category, parameter.path, "", 1, count * size)

@@ -12,8 +12,9 @@ import sympy
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Dim, Graph, Sym, hint, map_leaves
 from autoparallel.mesh import Mesh
-from autoparallel.placement import Layout, Shard, local_size
-from autoparallel.rules.rule import OpCall, ShardingRule, tile_of
+from autoparallel.placement import Layout, Shard, divides_in_runs, local_size
+from autoparallel.rules.loop_splits import tile_of
+from autoparallel.rules.rule import OpCall, ShardingRule
 
 __all__ = ["Algebra"]
 
@@ -107,7 +108,16 @@ class Algebra:
         """
         share, left = sympy.Integer(1), hint(dim)
         for axis, shard in shards:
-            count, run = self.sizes[axis], shard.blocks * shard.unit
+            count = self.sizes[axis]
+            blocks, unit = shard.blocks, shard.unit
+            if not (isinstance(blocks, int) and isinstance(unit, int) and shard.repeat == 1):
+                # Blocks of several sizes are no multiple of one of them: a number says the share.
+                held = local_size(left, shard, count)
+                even = shard.repeat == 1 and divides_in_runs(left, blocks, unit, count)
+                share *= 1 / self.axes[axis] if even else sympy.Rational(held, left)
+                left = held
+                continue
+            run = blocks * unit
             # Where the ranks divide the runs the form is clean; else the busiest rank has the
             # ceiling.
             if left // run % count == 0:
@@ -138,6 +148,8 @@ class Algebra:
         rule: of the op. operands, results: the tensors' layouts.
         """
         split: dict[str, dict[int, Shard]] = {}
+        # A loop of which groups of ranks share an element, each with its part of a loop inside.
+        grouped: dict[str, sympy.Expr] = {}
         sides = ((rule.operands, operands), (rule.results, results))
         for tensors, layouts in sides:
             for dims, layout in zip(tensors, layouts, strict=True):
@@ -145,12 +157,14 @@ class Algebra:
                     if not isinstance(placement, Shard):
                         continue
                     tile = tile_of(rule, dims, placement, self.sizes[axis])
-                    if tile is not None:
-                        shard = Shard(0, tile.blocks, tile.unit)
-                        split.setdefault(tile.loop, {}).setdefault(axis, shard)
-        return {
+                    if tile is not None and tile.into:
+                        grouped[tile.loop] = 1 / self.axes[axis]
+                    elif tile is not None:
+                        split.setdefault(tile.loop, {}).setdefault(axis, tile.shard(0))
+        return grouped | {
             loop: self.share(rule.sizes[loop], sorted(axes.items(), key=lambda item: item[0]))
             for loop, axes in split.items()
+            if loop not in grouped
         }
 
     def flops(self, rule: ShardingRule, shares: Mapping[str, sympy.Expr]) -> sympy.Expr:

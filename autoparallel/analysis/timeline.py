@@ -23,9 +23,6 @@ from autoparallel.analysis.communication import Transfer, moves
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Event, Timeline
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
-from autoparallel.graph.captured import Captured
-from autoparallel.graph.graph import Sym, numel_hint
-from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.rewrite.gaps import find_gaps
@@ -33,11 +30,13 @@ from autoparallel.runtime.overlap import piece_count
 from autoparallel.runtime.tensor_parts import bucket_nbytes as module_bucket
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 
-__all__ = [
-    "timeline",
-]
+__all__ = ["MOVED", "PIECES", "REDUCED", "step_and_waits", "timeline"]
 
 _Key = tuple[str, Layout]
+
+# What is waited for while nothing is computed: sums of products in pieces, moved gradients of
+# activations, reduced gradients of parameters. All other waits have no name.
+PIECES, MOVED, REDUCED = "pieces", "moved", "reduced"
 
 
 def timeline(
@@ -47,14 +46,14 @@ def timeline(
     overlap: bool | None = None,
     bucket_nbytes: int | None = None,
 ) -> Timeline:
-    """Return the predicted timeline of one step.
+    """Return the predicted timeline of one step, with ops that take as long as the plan says.
 
-    hardware: to run on, also by name or file; by default that of the plan. overlap: whether
+    hardware: to communicate on, also by name or file; by default that of the plan. overlap: whether
     collectives run while other work is done; by default as the plan's options say. bucket_nbytes:
     where they do, gradients that are only to be summed are reduced in calls of at least so many
     bytes, as they become ready; by default as many as the emitted module reduces.
 
-    Example: `print(timeline(plan, hardware="dgx-h100"))`
+    Example: `print(timeline(plan, overlap=False))`
     """
     require_kind(plan, Plan, MAKE_ONE)
     plan.refuse_stages("a timeline")
@@ -64,18 +63,37 @@ def timeline(
         hardware = plan.hardware if is_preset else plan.options.hardware
     if overlap is not None and overlap != plan.options.overlap:
         plan = replace(plan, options=replace(plan.options, overlap=overlap))
+    return _simulation(plan, find_hardware(hardware), bucket_nbytes).run()
+
+
+def step_and_waits(plan: Plan, hardware: Hardware) -> tuple[float, dict[str, float]]:
+    """Return the predicted seconds of one step, and those in which nothing is computed, by what is
+    waited for (PIECES, MOVED, REDUCED, or "" for anything else).
+
+    Example: `step_and_waits(plan, find_hardware("dgx-a100"))[0]`
+    """
+    simulation = _simulation(plan, hardware)
+    _, _, seconds = simulation.simulate()
+    return seconds, simulation.streams.waited
+
+
+def _simulation(plan: Plan, hardware: Hardware, bucket_nbytes: int | None = None) -> _Simulation:
+    """Return the simulation of a step. bucket_nbytes: as of `timeline`."""
     if bucket_nbytes is None:
         bucket_nbytes = module_bucket(sum(parameter.nbytes for parameter in plan.parameters))
-    at_once = bucket_nbytes if plan.options.overlap else None
-    return _Simulation(plan, find_hardware(hardware), at_once).run()
+    return _Simulation(plan, hardware, bucket_nbytes if plan.options.overlap else None)
 
 
 @dataclass
 class _Streams:
-    """Both streams: their events, and the time in seconds at which each is free."""
+    """Both streams: their events, and the time in seconds at which each is free.
+
+    waited: seconds in which nothing is computed, by what is waited for.
+    """
 
     events: list[Event] = field(default_factory=list)
     free: dict[str, float] = field(default_factory=lambda: {COMPUTE: 0.0, COMMUNICATION: 0.0})
+    waited: dict[str, float] = field(default_factory=dict)
 
     def issue(self, stream: str, name: str, phase: str, seconds: float, ready: float) -> float:
         """Do something when its inputs are ready and the stream is free, and return its end, in
@@ -88,9 +106,11 @@ class _Streams:
         self.events.append(Event(name, stream, phase, start, start + seconds))
         return start + seconds
 
-    def wait(self, until: float) -> None:
-        """Compute nothing before a time."""
-        self.free[COMPUTE] = max(self.free[COMPUTE], until)
+    def wait(self, until: float, what: str = "") -> None:
+        """Compute nothing before a time. what: is waited for."""
+        idle = max(until - self.free[COMPUTE], 0.0)
+        self.waited[what] = self.waited.get(what, 0.0) + idle
+        self.free[COMPUTE] += idle
 
 
 class _Simulation:
@@ -130,23 +150,32 @@ class _Simulation:
         self.sums = {op.makes[0] for op in plan.ops if op.name in self.gaps.summed}
         self.waiting: dict[tuple[int, Movement], float] = {}
 
-    def run(self) -> Timeline:
-        """Simulate the forward pass, the backward pass and the update."""
+    def simulate(self) -> tuple[float, float, float]:
+        """Simulate the forward pass, the backward pass and the update, and return their ends, in
+        seconds.
+        """
         self.forward()
         forward = self.streams.free[COMPUTE]
         self.backward()
         backward = max(self.streams.free[COMPUTE], forward)
         self.update()
+        return forward, backward, max(self.streams.free.values())
+
+    def run(self) -> Timeline:
+        """Return the simulated step."""
+        forward, backward, seconds = self.simulate()
         plan = self.plan
+        count, unit = _counted(plan)
         # Backward takes two products for each forward one: 3 times the forward FLOPs in all.
         return Timeline(
-            seconds=max(self.streams.free.values()),
+            seconds=seconds,
             forward_seconds=forward,
             backward_seconds=backward - forward,
             events=tuple(self.streams.events),
-            tokens=_tokens(plan),
+            tokens=count,
+            unit=unit,
             flops=3 * sum(op.whole_flops for op in plan.ops),
-            peak=self.hardware.peak(_itemsize(plan)) * plan.world_size,
+            peak=_peak(plan, self.hardware) * plan.world_size,
             ranks=plan.world_size,
         )
 
@@ -168,13 +197,16 @@ class _Simulation:
 
     def issue(self, move: Transfer, phase: str, ready: float) -> float:
         """Issue one move, on the links or in memory, and return its end."""
+        name = self.name_of(move.movement, move.conversion.value, move.step.axis)
+        stream = COMPUTE if move.movement.collective is None else COMMUNICATION
+        return self.streams.issue(stream, name, phase, self.seconds_of(move), ready)
+
+    def seconds_of(self, move: Transfer) -> float:
+        """Return the seconds of one move by itself."""
         axis = move.step.axis
-        seconds = movement_seconds(
+        return movement_seconds(
             move.movement, move.nbytes, self.pace, self.links[axis], self.sizes[axis]
         )
-        name = self.name_of(move.movement, move.conversion.value, axis)
-        stream = COMPUTE if move.movement.collective is None else COMMUNICATION
-        return self.streams.issue(stream, name, phase, seconds, ready)
 
     def name_of(self, movement: Movement, moved: str, axis: int) -> str:
         """Return the name of a move's event: "all-reduce of gradients on dp"."""
@@ -200,7 +232,7 @@ class _Simulation:
             for piece in range(1, count + 1):
                 ready = begin + (end - begin) * piece / count
                 part = replace(move, nbytes=move.nbytes / count)
-                self.streams.wait(self.issue(part, phase, ready))
+                self.streams.wait(self.issue(part, phase, ready), PIECES)
 
     # -- backward
 
@@ -246,7 +278,7 @@ class _Simulation:
             for move, gap in self.steps_back(conversion):
                 end = self.issue(move, "backward", self.streams.free[COMPUTE])
                 self.fill(gap)
-                self.streams.wait(end)
+                self.streams.wait(end, MOVED)
         if self.bucket_nbytes is not None:
             self.reduce_waiting(self.bucket_nbytes)
 
@@ -295,34 +327,61 @@ class _Simulation:
         plan = self.plan
         known = sum(op.seconds for op in plan.ops) + sum(c.seconds for c in plan.conversions)
         ready = max(self.streams.free.values())
-        # The plan's seconds are ops, redistributions and the optimizer; the rest is the latter.
+        self.streams.wait(ready, REDUCED)
+        gathers = [
+            move
+            for (_, phase, _), transfers in self.moves.items()
+            for move in (transfers if phase == "update" else ())
+        ]
+        known += sum(map(self.seconds_of, gathers))
+        # The plan's seconds are ops, moves and the optimizer; the rest is the latter.
         seconds = plan.seconds - known
         # Less than this is rounding.
         if seconds > plan.seconds * 1e-9:
             ready = self.streams.issue(COMPUTE, "optimizer", "update", seconds, ready)
-        for (_, phase, _), transfers in self.moves.items():
-            for move in transfers if phase == "update" else ():
-                self.issue(move, "update", ready)
+        for move in gathers:
+            self.issue(move, "update", ready)
 
 
-def _tokens(plan: Plan) -> int:
-    """Return the elements of the largest input, counting the dims that the inputs decide."""
-    counts = [
-        numel_hint(tuple(dim for dim in node.result.shape if isinstance(dim, Sym)))
-        for captured in _first_traced(plan)
-        for node in with_larger_hints(captured, plan.options.tokens).nodes
-        if node.kind == "input"
-    ]
-    return max(counts, default=0)
+# What an input of numbers is a batch of, by its dims: rows of features, frames (of sound, or other
+# positions), images, clips.
+_UNITS = ("numbers", "rows", "frames", "images", "clips")
 
 
-def _first_traced(plan: Plan) -> list[Captured]:
-    """The program of the plan, or of its first part."""
-    first = plan if plan.captured is not None or not plan.parts else plan.parts[0].plan
-    return [first.captured] if first.captured is not None else []
+def _counted(plan: Plan) -> tuple[int, str]:
+    """Return how many tokens the inputs of a step have, or images, frames or rows, and which.
+
+    The largest input counts. Whole numbers are tokens, one each. Of images and rows the batch
+    counts, of frames the batch and all dims that the inputs decide.
+    """
+    inputs = plan.inputs or (plan.parts[0].plan.inputs if plan.parts else ())
+    largest = max(inputs, key=lambda item: prod(item.planned), default=None)
+    if largest is None or not largest.planned:
+        return 0, "tokens"
+    pairs = zip(largest.dims, largest.planned, strict=True)
+    decided = prod([size for dim, size in pairs if not dim.isdigit()])
+    if largest.is_integer:
+        return decided, "tokens"
+    unit = _UNITS[min(len(largest.planned), len(_UNITS)) - 1]
+    return (decided if unit in ("frames", "numbers") else largest.planned[0]), unit
 
 
-def _itemsize(plan: Plan) -> int:
-    """Return the bytes of an element of the largest parameter; 4 where there is none."""
+def _peak(plan: Plan, hardware: Hardware) -> float:
+    """Return the rate in FLOP/s at which a device would do the plan's products at its best.
+
+    Products of different types have different rates. Without a graph, the type of the largest
+    parameter counts.
+    """
+    seconds = flops = 0.0
+    if plan.captured is not None:
+        graph = plan.captured.graph
+        for op in plan.ops:
+            if op.whole_flops:
+                itemsize = max(graph.values[name].dtype.itemsize for name in op.reads[:2])
+                flops += op.whole_flops
+                seconds += op.whole_flops / hardware.peak(itemsize)
+    if seconds:
+        return flops / seconds
     largest = max(plan.parameters, key=lambda p: prod(p.shape), default=None)
-    return largest.nbytes // max(prod(largest.shape), 1) if largest is not None else 4
+    itemsize = largest.nbytes // max(prod(largest.shape), 1) if largest is not None else 4
+    return hardware.peak(itemsize)

@@ -39,7 +39,8 @@ class Event:
 class TrainingStep:
     """A predicted step, and how fast that is.
 
-    seconds: until everything is done. tokens: of the whole batch. flops: of the model's products,
+    seconds: until everything is done. tokens: of the whole batch, or what else its inputs are made
+    of; unit: which that is ("tokens", "images", "frames", "rows"). flops: of the model's products,
     forward and backward, unsharded and none recomputed. peak: FLOP/s of all ranks together.
 
     >>> step = TrainingStep(seconds=2.0, tokens=100, flops=3e12, peak=3e12)
@@ -51,10 +52,13 @@ class TrainingStep:
     tokens: int
     flops: float
     peak: float
+    unit: str = "tokens"
 
     @property
     def tokens_per_second(self) -> float:
-        """The tokens of all ranks per second; 0 where it is not known how many a step has."""
+        """The tokens, or images, of all ranks per second; 0 where it is not known how many a step
+        has.
+        """
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
@@ -78,7 +82,7 @@ class Timeline(TrainingStep):
     passes         forward 1.64 ms, backward 1.46 ms, gradients and update after them 132 µs
     computing      2.89 ms
     communicating  342 µs; nothing is computed for 342 µs
-    tokens         8192 a step, 2.535e+06 a second
+    rows           8192 a step, 2.535e+06 a second
     utilization    81.8% of the peak FLOP/s (MFU)
     """
 
@@ -106,7 +110,7 @@ class Timeline(TrainingStep):
                 "communicating",
                 f"{seconds_text(self.busy(COMMUNICATION))}; nothing is computed for {exposed}",
             ),
-            ("tokens", f"{self.tokens} a step, {self.tokens_per_second:.4g} a second"),
+            (self.unit, f"{self.tokens} a step, {self.tokens_per_second:.4g} a second"),
             ("utilization", f"{self.mfu:.1%} of the peak FLOP/s (MFU)"),
         ]
         return "\n".join(f"{name:15}{text}" for name, text in rows)

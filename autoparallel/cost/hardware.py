@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -25,6 +26,7 @@ __all__ = [
     "Matmul",
     "Regime",
     "find_hardware",
+    "preset_of",
     "presets",
     "read_hardware",
     "write_hardware",
@@ -40,7 +42,8 @@ class Matmul:
     processors: units that each compute one tile of the result at a time. tiles: (rows, columns) to
     choose from. efficiency: share of the peak on the largest tile and a long sum. fill: length of
     sum that starting and finishing a tile costs. reload: length of a tile's side at which loading
-    its operands takes as long as multiplying them.
+    its operands takes as long as multiplying them. fused: share of that rate which products inside
+    of fused attention reach, where its kernels use slower instructions.
     """
 
     processors: int = 1
@@ -48,6 +51,7 @@ class Matmul:
     efficiency: float = 1.0
     fill: float = 0.0
     reload: float = 0.0
+    fused: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Hardware:
     bytes_per_second being one device's share. memory_by_size: (bytes that a kernel moves, bytes per
     second) pairs, ascending, where caches make short arrays faster than long ones; sustained at all
     sizes if empty. functions_per_second: of exponentials and their like, element by element; 0
-    where memory is always slower.
+    where memory is always slower. exponentials_per_second: of those inside of fused attention,
+    which has its elements at hand; 0 where they are not the matter.
 
     Example: `find_hardware("dgx-a100").device_memory_bytes`
     """
@@ -80,14 +85,19 @@ class Hardware:
     network: Link
     memory_by_size: tuple[tuple[int, float], ...] = ()
     functions_per_second: float = 0.0
+    exponentials_per_second: float = 0.0
 
     def peak(self, itemsize: int) -> float:
         """Return the peak rate of products of elements of `itemsize` bytes, in FLOP/s.
 
-        Sizes without a figure run at the rate of the widest type.
+        Sizes without a figure run at the rate of the next wider type that has one.
+
+        >>> hardware = find_hardware("dgx-a100")
+        >>> hardware.peak(1) == hardware.peak(2) > hardware.peak(4)
+        True
         """
         rates = dict(self.flops_per_second)
-        return rates.get(itemsize, rates[max(rates)])
+        return rates[min((size for size in rates if size >= itemsize), default=max(rates))]
 
     @cached_property
     def sustained_bytes_per_second(self) -> float:
@@ -134,6 +144,7 @@ class Hardware:
             memory_bytes_per_second=self.memory_bytes_per_second / slower,
             memory_by_size=tuple((size, rate / slower) for size, rate in self.memory_by_size),
             functions_per_second=self.functions_per_second / slower,
+            exponentials_per_second=self.exponentials_per_second / slower,
             launch_seconds=self.launch_seconds * slower,
             # The spread is in the rates now, and must not count twice.
             spread=0.0,
@@ -261,7 +272,12 @@ def _parse(rows: Any, where: str) -> Hardware:
     matmul = _checked(rows["matmul"], Matmul, f"{where}, matmul")
     for key, value in matmul.items():
         if key != "tiles":
-            _number(f"{where}, matmul", key, value, positive=key in ("processors", "efficiency"))
+            _number(
+                f"{where}, matmul",
+                key,
+                value,
+                positive=key in ("processors", "efficiency", "fused"),
+            )
     tiles = matmul.get("tiles", [[1, 1]])
     try:
         matmul["tiles"] = tuple((int(rows), int(columns)) for rows, columns in tiles)
@@ -274,7 +290,7 @@ def _parse(rows: Any, where: str) -> Hardware:
     for key in (*counts, *rates_of):
         if not _number(where, key, rows[key]).is_integer() and key in counts:
             _refuse(where, key, rows[key], "a whole number")
-    for key in ("launch_seconds", "spread", "functions_per_second"):
+    for key in ("launch_seconds", "spread", "functions_per_second", "exponentials_per_second"):
         _number(where, key, rows.get(key, 0.0), positive=False)
     by_size = rows.get("memory_by_size", [])
     try:
@@ -303,6 +319,7 @@ def _parse(rows: Any, where: str) -> Hardware:
         network=_link(rows["network"], f"{where}, network"),
         memory_by_size=pairs,
         functions_per_second=float(rows.get("functions_per_second", 0.0)),
+        exponentials_per_second=float(rows.get("exponentials_per_second", 0.0)),
     )
 
 
@@ -370,7 +387,44 @@ def _at_hand() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     device = torch.cuda.get_device_name()
-    for part, name in (("H100", "dgx-h100"), ("H200", "dgx-h100"), ("V100", "dgx-2h")):
+    known = preset_of(device, torch.cuda.get_device_properties(0).total_memory)
+    if known is None:
+        warnings.warn(
+            f"{device} is no GPU that figures are known of: the plan is made for {_STAND_IN}, and "
+            "its predictions are not this machine's. Measure it: autoparallel calibrate --output "
+            'mine.json; then pass hardware="mine.json", or one of the presets '
+            f"{', '.join(presets())}",
+            stacklevel=2,
+        )
+    return known or _STAND_IN
+
+
+# What stands in for a GPU of which no figures are known, with a warning.
+_STAND_IN = "dgx-a100"
+# Parts of the names that drivers give devices, and their presets. The longer names come first.
+_DEVICES = (
+    ("GB200", "gb200-nvl72"),
+    ("B200", "dgx-b200"),
+    ("H200", "dgx-h200"),
+    ("H100", "dgx-h100"),
+    ("L40S", "l40s"),
+    ("A100", "dgx-a100"),
+    ("MI300X", "mi300x"),
+    ("V100", "dgx-2h"),
+)
+_HALF_OF_80_GB = 60 * 2**30
+
+
+def preset_of(device: str, memory_nbytes: int) -> str | None:
+    """Return the preset of a GPU by the name that its driver gives it; None for an unknown one.
+
+    memory_nbytes: of the device, by which the two A100 are told apart.
+
+    >>> preset_of("NVIDIA A100-SXM4-40GB", 40 * 2**30), preset_of("NVIDIA GeForce RTX 4090", 2**34)
+    ('dgx-a100-40gb', None)
+    """
+    for part, name in _DEVICES:
         if part in device:
-            return name
-    return "dgx-a100"
+            small = name == "dgx-a100" and memory_nbytes < _HALF_OF_80_GB
+            return "dgx-a100-40gb" if small else name
+    return None

@@ -18,7 +18,8 @@ from autoparallel.cost.memory_moves import moved_seconds
 from autoparallel.graph.graph import Value, hint, numel_hint
 from autoparallel.placement import Shard
 from autoparallel.rules.function_counts import functions
-from autoparallel.rules.rule import Dims, OpCall, ShardingRule, Strategy
+from autoparallel.rules.rule import Dims, OpCall, ShardingRule
+from autoparallel.rules.strategies import Strategy
 
 __all__ = ["OpCost", "nbytes", "op_costs", "update_seconds"]
 
@@ -194,12 +195,15 @@ def _product(
     """Return arithmetic in all; seconds forward; seconds in all that memory and launches add.
 
     A fused chain of products (attention) counts as its first one, repeated; the backward recomputes
-    the intermediate results that it did not save, once per further factor.
+    the intermediate results that it did not save, once per further factor. Exponentials in between
+    are computed by units of their own, at which the products wait (arXiv:2407.08608, section 3.1),
+    in either pass.
     """
     factors, groups = _loop_groups(rule)
     batch, rows, columns, depth = (_extents(rule, names, shares) for names in groups)
-    itemsize = call.results[0].dtype.itemsize
-    points = rule.points * shares.prod(axis=1)
+    # What is multiplied counts: products of numbers of 8 bits have results of 16.
+    itemsize = max(call.operands[factor].dtype.itemsize for factor in factors)
+    points = rule.points * shares.prod(axis=1) * (1.0 - rule.skipped)
     times = rule.flops * points / (2 * batch * rows * columns * depth)
     moved = moved_seconds(parts.sum(axis=1), hardware)
     # The gradients of C = A B are dA = dC B^T and dB = A^T dC: the same three sizes in other roles.
@@ -208,9 +212,16 @@ def _product(
     for at, factor in enumerate(factors):
         if call.operands[factor].requires_grad:
             products.append((times if at < 2 else times / (len(factors) - 1), forms[min(at, 2)]))
+    between = np.zeros(len(shares))
+    if rule.exponentials and hardware.exponentials_per_second:
+        between = points * rule.exponentials / hardware.exponentials_per_second
     arithmetic, traffic = [], []
-    for repeats, (height, width, long) in products:
+    for place, (repeats, (height, width, long)) in enumerate(products):
         seconds = repeats * product_seconds(batch, height, width, long, itemsize, hardware)
+        if rule.exponentials:
+            seconds = seconds / hardware.matmul.fused
+        # The backward pass, which has several products, computes them once.
+        seconds = seconds + (between if place < 2 else 0.0)
         arithmetic.append(seconds)
         # The roofline: only memory time beyond the arithmetic adds to it.
         traffic.append(np.maximum(moved - seconds, 0.0) + hardware.launch_seconds)

@@ -18,7 +18,8 @@ from autoparallel.cost.fake_run import (
 )
 from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.placement import local_size
-from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, place
+from autoparallel.rules.loop_splits import LoopSplit, place
+from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime import kernels
 
 __all__ = ["Internal", "Saved", "SavedTensors", "fitted", "stand_in"]

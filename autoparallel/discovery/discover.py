@@ -26,7 +26,8 @@ from autoparallel.discovery.trial import WRITES, Trial
 from autoparallel.graph.graph import hint
 from autoparallel.graph.operators import draws
 from autoparallel.placement import part_bounds
-from autoparallel.rules.rule import Dims, LoopSplit, OpCall
+from autoparallel.rules.loop_splits import LoopSplit
+from autoparallel.rules.rule import Dims, OpCall
 from autoparallel.support.torch_private import schema_of
 
 __all__ = [

@@ -18,7 +18,8 @@ from autoparallel.placement import Invariant, Placement
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.rules.lookup import find_rule
-from autoparallel.rules.rule import OpCall, ShardingRule, Strategy
+from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.strategies import Strategy
 from autoparallel.runtime.groups import Group, SingleGroup
 from autoparallel.runtime.ranks import one_axis
 

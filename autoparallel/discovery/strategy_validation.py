@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,15 +22,11 @@ from autoparallel.discovery.example_calls import (
     storage_of,
 )
 from autoparallel.graph.graph import Sym
-from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
-from autoparallel.rules.rule import (
-    LoopSplit,
-    ShardingRule,
-    Strategy,
-    is_possible,
-    strategies,
-)
-from autoparallel.runtime.axis_parts import take_part
+from autoparallel.placement import Invariant, Partial, Placement, Shard, divides_in_runs, gradient
+from autoparallel.rules.loop_splits import LoopSplit, is_possible, own_split, tiles_of_piece
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
+from autoparallel.runtime.axis_parts import join_parts, keep_on_first, put_part, take_part
 from autoparallel.runtime.groups import LocalGroup, SingleGroup, thread_groups
 
 __all__ = [
@@ -53,15 +50,44 @@ def tiles_of(rule: ShardingRule, world_size: int) -> Iterator[LoopSplit]:
     """
     for loop in rule.loops:
         size = rule.sizes[loop]
-        yield LoopSplit(loop)
+        yield own_split(rule, loop)
         if isinstance(size, Sym):
             continue
+        yield from _of_pieces(rule, loop, world_size)
+        yield from _shared(rule, loop, world_size)
         # Every block must have at least one run for each rank.
         for blocks in range(1, size // world_size + 1):
             for unit in range(1, size // (blocks * world_size) + 1):
                 tile = LoopSplit(loop, blocks, unit)
                 if (blocks, unit) != (1, 1) and is_possible(rule, tile, world_size):
                     yield tile
+
+
+def _shared(rule: ShardingRule, loop: str, world_size: int) -> Iterator[LoopSplit]:
+    """Yield the splits of a loop of which two ranks each do the same part, or deal out another loop
+    inside of it.
+    """
+    inside = {
+        inner: None
+        for dims in (*rule.operands, *rule.results)
+        for names in dims
+        for outer, inner in pairwise(names)
+        if outer == loop
+    }
+    for tile in (LoopSplit(loop, repeat=2), *(LoopSplit(loop, into=inner) for inner in inside)):
+        if world_size > 2 and is_possible(rule, tile, world_size):
+            yield tile
+
+
+def _of_pieces(rule: ShardingRule, loop: str, world_size: int) -> Iterator[LoopSplit]:
+    """Yield the splits of a loop's pieces in which one of them is cut in blocks, or in runs."""
+    for piece, (whole, start, stop) in rule.pieces.items():
+        for blocks, unit in ((2, 1), (3, 1), (1, 2), ((2, 1), 1)) if whole == loop else ():
+            shard = Shard(0, blocks, unit)
+            if divides_in_runs(stop - start, blocks, unit):
+                for tile in tiles_of_piece(rule, piece, shard, {}):
+                    if is_possible(rule, tile, world_size):
+                        yield tile
 
 
 def derived(example: Example, rule: ShardingRule, world_size: int) -> tuple[Strategy, ...]:
@@ -106,10 +132,33 @@ def part_of(
 ) -> list[torch.Tensor]:
     """Return the part of `whole` that each rank holds under a placement, in order of ranks."""
     if isinstance(placement, Shard):
-        return [take_part(whole, placement, world_size, rank) for rank in range(world_size)]
+        parts = [take_part(whole, placement, world_size, rank) for rank in range(world_size)]
+        return _uneven_shares(whole, placement, parts, generator) if placement.pending else parts
     if isinstance(placement, Partial):
         return uneven_parts(whole, world_size, generator)
     return [whole] * world_size
+
+
+def _uneven_shares(
+    whole: torch.Tensor, shard: Shard, parts: list[torch.Tensor], generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Return the ranks' summands of the parts that several of them hold, none like another.
+
+    shard: one that is pending. parts: what each rank holds, as if it were not.
+    """
+    count, size = len(parts), whole.size(shard.dim)
+    noises, total = [], torch.zeros_like(whole)
+    for rank, part in enumerate(parts):
+        noise = random_numbers(part.shape, generator, whole.dtype) * (rank + 1)
+        # The first rank of each group has what is left.
+        noise = noise - keep_on_first(noise, shard, size, count, rank)
+        put_part(total, noise, shard, count, rank)
+        noises.append(noise)
+    rest = whole - total
+    return [
+        keep_on_first(take_part(rest, shard, count, rank), shard, size, count, rank) + noise
+        for rank, noise in enumerate(noises)
+    ]
 
 
 def why_wrong(
@@ -293,6 +342,9 @@ def difference(
             return f"shapes {[tuple(part.shape) for part in parts]}, not {tuple(whole.shape)}"
         # sum() of integers is int64, whatever they were.
         total = torch.stack(parts).sum(0).to(whole.dtype)
+        return _apart("the sum over ranks", total, whole, tolerance, slack)
+    if isinstance(placement, Shard) and placement.pending:
+        total = join_parts(parts, placement)
         return _apart("the sum over ranks", total, whole, tolerance, slack)
     for rank, part in enumerate(parts):
         expected = whole

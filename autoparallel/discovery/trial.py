@@ -15,7 +15,9 @@ from autoparallel.discovery.size_choices import assignment
 from autoparallel.discovery.strategy_validation import why_wrong
 from autoparallel.graph.graph import Sym, hint
 from autoparallel.placement import Partial
-from autoparallel.rules.rule import LoopSplit, ShardingRule, Strategy, is_possible, strategies
+from autoparallel.rules.loop_splits import LoopSplit, is_possible
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.support.torch_private import has_backward
 
 __all__ = ["DRAWS", "WRITES", "Trial"]

@@ -44,7 +44,7 @@ from autoparallel.parallel.saved_optimizers import (
 )
 from autoparallel.parallel.seeds import rng_state, set_rng_state
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["checkpoint_content", "load_checkpoint", "save_checkpoint", "write_content"]
 
 # What comes before the names of the model's and of the optimizer's tensors.
 _MODEL, _OPTIMIZER = "model.", "optimizer.state."
@@ -75,27 +75,46 @@ def save_checkpoint(
     Example: `save_checkpoint("run/step-1000", model, optimizer, {"step": 1000})`
     """
 
-    def prepare() -> dict[str, Any]:
-        optimizers, state = as_optimizers(optimizer), _state_of(module)
-        stored, _ = _tensors(module, module.state_dict(), optimizers)
-        stored[_EXTRA] = dict(extra or {})
-        if state is None:
-            stored["torch_rng"] = torch.get_rng_state()
-        else:
-            stored["rng"] = rng_state(module)
-        if optimizers:
-            stored[_KINDS] = describe(module, optimizers)
-            stored[_GROUPS] = [_settings(group) for group in _groups(optimizers)]
-        return dict(_as_written(name, value) for name, value in stored.items())
+    stored = together(
+        "preparing the checkpoint", lambda: checkpoint_content(module, optimizer, extra)
+    )
+    write_content(Path(folder), stored)
 
-    stored = together("preparing the checkpoint", prepare)
+
+def checkpoint_content(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return this rank's part of all that save_checkpoint writes, by the names in the checkpoint.
+
+    Arguments and errors: see save_checkpoint. Tensors share memory with what they are of.
+    """
+    optimizers, state = as_optimizers(optimizer), _state_of(module)
+    stored, _ = _tensors(module, module.state_dict(), optimizers)
+    stored[_EXTRA] = dict(extra or {})
+    if state is None:
+        stored["torch_rng"] = torch.get_rng_state()
+    else:
+        stored["rng"] = rng_state(module)
+    if optimizers:
+        stored[_KINDS] = describe(module, optimizers)
+        stored[_GROUPS] = [_settings(group) for group in _groups(optimizers)]
+    return dict(_as_written(name, value) for name, value in stored.items())
+
+
+def write_content(folder: Path, content: dict[str, Any], group: Any = None) -> None:
+    """Write what checkpoint_content() returned. A collective call of a group, by default of all.
+
+    group: torch's process group. Raises CheckpointError, on all ranks, if it fails on any.
+    """
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def write(partial: Path) -> None:
         with _alone():
-            dcp.save(stored, checkpoint_id=partial, planner=planner)
+            dcp.save(content, checkpoint_id=partial, planner=planner, process_group=group)
 
-    write_checkpoint(Path(folder), write)
+    write_checkpoint(folder, write, group)
 
 
 def load_checkpoint(

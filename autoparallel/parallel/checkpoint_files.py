@@ -36,11 +36,12 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def together(what: str, work: Callable[[], Result]) -> Result:
+def together(what: str, work: Callable[[], Result], group: Any = None) -> Result:
     """Do one rank's work and return its result; raise on all ranks if it fails on one.
 
-    A collective call. what: says what fails, for the message. A rank raises its own error; others
-    raise CheckpointError, which names the first rank that failed.
+    A collective call. what: says what fails, for the message. group: torch's process group, by
+    default of all ranks. A rank raises its own error; others raise CheckpointError, which names the
+    first rank that failed.
     """
     failure: BaseException | None = None
     result: Any = None
@@ -53,7 +54,7 @@ def together(what: str, work: Callable[[], Result]) -> Result:
     texts = [text]
     if dist.is_initialized():
         texts = [""] * dist.get_world_size()
-        dist.all_gather_object(texts, text)
+        dist.all_gather_object(texts, text, group)
     if isinstance(failure, CheckpointException):
         raise CheckpointError(
             f"{what} failed", why=str(failure), fix="see the cause, and the space on the device"
@@ -70,13 +71,13 @@ def together(what: str, work: Callable[[], Result]) -> Result:
     return result
 
 
-def write_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
+def write_checkpoint(folder: Path, write: Callable[[Path], None], group: Any = None) -> None:
     """Have `write` fill a folder, and give it its name when it is complete. A collective call.
 
     folder: of the checkpoint, on a file system that all ranks see. write: a function that every
-    rank calls with the folder to write to. Raises AutoParallelError where a file lies in the way,
-    which stays as it is, and CheckpointError if it fails on any rank; what was there before is then
-    as it was.
+    rank calls with the folder to write to. group: as of `together`. Raises
+    AutoParallelError where a file lies in the way, which stays as it is, and CheckpointError if it
+    fails on any rank; what was there before is then as it was.
     """
     partial, replaced = (folder.with_name(folder.name + end) for end in (_PARTIAL, _REPLACED))
 
@@ -88,13 +89,13 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
 
     # No rank writes into a folder that rank 0 has still to empty, renames what another still
     # writes, or goes on before the checkpoint can be read.
-    together(f"preparing the checkpoint in {folder}", prepare)
-    together(f"saving the checkpoint in {folder}", lambda: write(partial))
-    digests = together("reading what was written", lambda: _digests_of_share(partial))
+    together(f"preparing the checkpoint in {folder}", prepare, group)
+    together(f"saving the checkpoint in {folder}", lambda: write(partial), group)
+    digests = together("reading what was written", lambda: _digests_of_share(partial), group)
     shares: list[dict[str, str]] = [digests]
     if dist.is_initialized():
         shares = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, digests)
+        dist.all_gather_object(shares, digests, group)
 
     def publish() -> None:
         if not is_first_rank():
@@ -108,7 +109,7 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
         partial.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    together(f"naming the checkpoint in {folder}", publish)
+    together(f"naming the checkpoint in {folder}", publish, group)
 
 
 def find_checkpoint(folder: Path) -> Path:

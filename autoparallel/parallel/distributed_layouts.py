@@ -1,13 +1,12 @@
 """Layouts in the words of torch's DTensor, which has fewer of them.
 
 DTensor cuts a dim as torch.chunk does. It has a private placement for a dim that is laid out in
-blocks, each cut by itself, and none for parts in whole runs of elements, such as a head's width,
-where the ranks get unequal numbers of them.
+blocks, each cut by itself. A layout that it has no words for is not kept by a parameter
+(`plan/kept_layouts.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -19,57 +18,7 @@ from torch.distributed.tensor import Shard as DTensorShard
 from autoparallel.placement import Invariant, Layout, Placement, Shard
 from autoparallel.support.torch_private import strided_shard, strided_split_factor
 
-__all__ = ["distributed_placements", "layout_for_distributed", "layout_in_blocks", "layout_of"]
-
-
-def layout_for_distributed(
-    layout: Layout, shape: tuple[int, ...], sizes: tuple[int, ...]
-) -> Layout:
-    """Return the layout itself where DTensor can say it, else one that splits the same dims evenly.
-
-    shape: of the whole tensor. sizes: of the mesh axes. What DTensor is not told rightly, it puts
-    together wrongly, without a word: `full_tensor()`, torch's state dicts and its checkpoints.
-
-    >>> layout_for_distributed((Shard(0, unit=4),), (12, 5), (2,))
-    (Shard(dim=0, blocks=1, unit=1),)
-    >>> layout_for_distributed((Shard(0, unit=4),), (16, 5), (2,))
-    (Shard(dim=0, blocks=1, unit=4),)
-    """
-    cuts: dict[int, list[int]] = defaultdict(list)
-    for axis, placement in enumerate(layout):
-        if isinstance(placement, Shard) and sizes[axis] > 1:
-            cuts[placement.dim].append(axis)
-    lost = {
-        dim
-        for dim, axes in cuts.items()
-        if not _has_words([layout[axis] for axis in axes], shape[dim], [sizes[a] for a in axes])
-    }
-    return tuple(
-        Shard(placement.dim)
-        if isinstance(placement, Shard) and placement.dim in lost
-        else placement
-        for placement in layout
-    )
-
-
-def _has_words(cuts: Sequence[Placement], size: int, ranks: Sequence[int]) -> bool:
-    """Return whether DTensor can say how mesh axes cut one dim of `size` elements.
-
-    cuts: the axes' placements, outermost first. ranks: the axes' sizes.
-    """
-    shards = [cut for cut in cuts if isinstance(cut, Shard)]
-    blocks = {shard.blocks for shard in shards}
-    if len(blocks) > 1:
-        return False  # DTensor takes it for an order in which the axes cut
-    (count,) = blocks
-    if all(shard.unit == 1 for shard in shards) and (count == 1 or len(shards) == 1):
-        return True
-    # All parts of every block are equal, and consist of whole runs.
-    parts = math.prod(ranks)
-    return size % (count * parts) == 0 and all(
-        size // (count * math.prod(ranks[: number + 1])) % shard.unit == 0
-        for number, shard in enumerate(shards)
-    )
+__all__ = ["distributed_placements", "layout_in_blocks", "layout_of"]
 
 
 def distributed_placements(layout: Layout, sizes: Sequence[int]) -> list[Any]:
@@ -88,6 +37,7 @@ def distributed_placements(layout: Layout, sizes: Sequence[int]) -> list[Any]:
         outer = parts_of_dim.get(cut.dim, 1)
         parts_of_dim[cut.dim] = outer * sizes[axis]
         if cut.blocks != 1:
+            assert isinstance(cut.blocks, int)
             placements.append(strided_shard(cut.dim, cut.blocks * outer))
         else:
             placements.append(DTensorShard(cut.dim))
@@ -126,5 +76,5 @@ def layout_in_blocks(tensor: DTensor) -> Layout | None:
     Of all others torch knows by itself which rectangle a rank holds.
     """
     layout = layout_of(tensor)
-    blocks = any(isinstance(cut, Shard) and cut.blocks > 1 for cut in layout or ())
+    blocks = any(isinstance(cut, Shard) and cut.blocks != 1 for cut in layout or ())
     return layout if blocks else None

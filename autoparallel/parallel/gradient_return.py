@@ -118,12 +118,16 @@ class GradientBucket:
         self.ways = 0
         # The ids of parameters of which some gradient has to wait.
         self.late: set[int] = set()
+        # Gradients of earlier backward passes whose sum over the ranks is taken with that of a
+        # later one, by the way and the parameter; see `holding`.
+        self.holds, self.held = False, dict[tuple[int, int], tuple[GradientReturn, Any, Any]]()
         # The backward pass that was last seen, and whether it adds to the `grad` of parameters.
         self.number, self.accumulates = -1, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the gradients that wait now, which belong to a backward pass."""
-        return {**vars(self), "passes": weakref.WeakValueDictionary(), "late": set()}
+        empty: dict[str, Any] = {"passes": weakref.WeakValueDictionary(), "late": set(), "held": {}}
+        return {**vars(self), **empty}
 
     def add(self, way: GradientReturn, parameter: Any, grad: torch.Tensor) -> None:
         """Keep a local gradient until the end of the backward pass that runs now."""
@@ -132,8 +136,15 @@ class GradientBucket:
         if waiting is None:
             waiting = self.passes[number] = _Waiting()
             at_end_of_backward(partial(self.finish, waiting))
-        waiting.items.append((way, parameter, grad))
         waiting.parameters.add(id(parameter))
+        if way.sums and (self.holds or self.held):
+            key = (way.number, id(parameter))
+            if key in self.held:
+                grad = self.held.pop(key)[2] + grad
+            if self.holds:
+                self.held[key] = (way, parameter, grad)
+                return
+        waiting.items.append((way, parameter, grad))
         if not way.waits:
             # Its hooks alone have it wait, which the other ranks may not have.
             return
@@ -153,6 +164,10 @@ class GradientBucket:
             self._finish(waiting)
 
     def _finish(self, waiting: _Waiting) -> None:
+        if self.held and not self.holds:
+            # Of parameters that this backward pass has not reached.
+            waiting.items += self.held.values()
+            self.held = {}
         if waiting.items:
             waiting.begin(self.ranks)
         begun, waiting.begun = waiting.begun, []
@@ -243,6 +258,12 @@ class GradientReturn:
     ) -> None:
         self.shape, self.produced, self.first, self.state = shape, produced, first, state
         self.waits = first != state
+        # Its sum over the ranks takes no less memory than what is summed: it may as well be taken
+        # once for several backward passes. What a rank keeps but a part of is reduced at once.
+        self.sums = self.waits and not any(
+            have != want and isinstance(want, Shard)
+            for have, want in zip(first, state, strict=True)
+        )
         self.bucket, self.number = bucket, bucket.ways
         bucket.ways += 1
         self.alone = _alone()

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel.distributed_layouts import layout_for_distributed
 from autoparallel.parallel.gradient_return import (
     GradientBucket,
     GradientReturn,
@@ -27,6 +26,7 @@ from autoparallel.parallel.gradient_return import (
 from autoparallel.parallel.split_tensor import mark
 from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
+from autoparallel.plan.kept_layouts import kept_layout
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.tensor_parts import gathered, require_refined
 from autoparallel.support.torch_private import local_part
@@ -64,8 +64,9 @@ class ParameterLayouts:
         """Return the planned layouts, unsharded ones where choice is None.
 
         shape: of the unsharded tensor. sizes: of the mesh axes. Where the planned state has parts
-        that no DTensor can describe, such as heads that do not divide by the ranks, the user and
-        the optimizer have equal parts of the same dim, and what computes is gathered of these.
+        that no DTensor can describe, such as heads that do not divide by the ranks or blocks of
+        unequal size, the user and the optimizer have equal parts of the same dim, and what computes
+        is exchanged for these after every step.
         Raises PlanError where the planned state is no refinement of storage, so that one could not
         be gathered from the other.
 
@@ -75,7 +76,7 @@ class ParameterLayouts:
         if choice is None:
             return ParameterLayouts(shape, *(whole_layout(len(sizes)),) * 3)
         require_refined(choice.storage, choice.state, choice.path)
-        state = layout_for_distributed(choice.state, shape, sizes)
+        state = kept_layout(choice.state, shape, sizes)
         return ParameterLayouts(shape, choice.storage, choice.gradient, state)
 
     def reduced_first(self, produced: Layout) -> Layout:

@@ -50,10 +50,13 @@ class Plan:
     ops, conversions: the choices, in the graph's order. outputs: the layout of each returned
     tensor.
     cost: what was minimized, in seconds weighted by product_weight. lower_bound: no plan costs
-    less. method: how that is known. seconds: predicted time of the part of a step that depends on
-    the plan. product_weight: how many seconds a second of matrix products counted in the cost. It
-    is 1 unless the model is so small that leaving it whole would be the fastest; then it is as
-    large as makes splitting pay.
+    less. method: how that is known, and which plans were compared. seconds: predicted times of the
+    parts of a step that depend on the plan, added up. step_seconds: predicted time of the step, in
+    which they overlap; step_bound: no plan's is less, as far as known. Both are 0 for a plan of
+    which nobody has told a timeline. device_nbytes: the memory of one device of the hardware; 0
+    where nobody has told it. product_weight: how many seconds a second of matrix products counted
+    in the cost. It is 1 unless the model is so small that leaving it whole would be the fastest;
+    then it is as large as makes splitting pay.
     captured: the graph itself, where the plan was made in this process; it is not compared.
     breaks: where the model cannot be traced whole, the modules that stay Python. parts: the plans
     of the others; ops, conversions and parameters are then those of all parts, named by the
@@ -69,17 +72,19 @@ class Plan:
     what a stage computes, its ranks alone hold; see `stage_mesh`.
     inputs: the tensors that go in. returned: the caller's name for each returned tensor
     ("logits"). Both are empty for a plan in parts, and for one that was written without them.
+    request: (name, text) of the command line that asked for the plan, by which a command builds the
+    model again; empty for a plan that Python asked for.
 
     >>> import torch, autoparallel
     >>> layer, inputs = torch.nn.Linear(4096, 4096, bias=False), torch.zeros(512, 4096)
     >>> plan = autoparallel.make_plan(layer, 2, example_inputs=inputs, hardware="dgx-a100")
     >>> plan
-    <Plan: Linear on Mesh(tp=2), 3.23 ms a step, proven optimal>
+    <Plan: Linear on Mesh(tp=2), 3.23 ms a step, proven least>
     >>> print(plan)
     model        Linear
     mesh         Mesh(tp=2), 2 ranks
     hardware     dgx-a100
-    step         3.23 ms, predicted
+    step         3.23 ms, predicted, proven least
     cost         0.00323134, lower bound 0.00323134: proven optimal
     method       variable elimination
     split        100.0% of the FLOPs of matrix products, 100.0% of the bytes of matrices
@@ -111,24 +116,31 @@ class Plan:
     inputs: tuple[PlannedInput, ...] = ()
     returned: tuple[str, ...] = ()
     pipeline: Pipeline | None = None
+    step_seconds: float = 0.0
+    step_bound: float = 0.0
+    device_nbytes: int = 0
+    request: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     # True of what the planner itself has returned in this process: a copy with changes is another
     # plan, and is checked against the rules when it is applied, as one that was read is.
     is_checked: bool = field(default=False, init=False, compare=False, repr=False)
 
     def __repr__(self) -> str:
         """Return one short line; the fields would fill pages."""
-        step = f"{seconds_text(self.seconds)} a step"
-        return f"<Plan: {self.model} on {self.whole_mesh}, {step}, {self._proof}>"
+        step = f"{seconds_text(self.step)} a step"
+        return (
+            f"<Plan: {self.model} on {self.whole_mesh}, {step}, {self.step_proof or self._proof}>"
+        )
 
     def __str__(self) -> str:
         """Return a dozen lines at most; `print_plan` prints everything."""
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         split = f"{self.split_flops:.1%} of the FLOPs of matrix products"
+        step = (seconds_text(self.step), "predicted")
         rows = [
             ("model", self.model),
             ("mesh", f"{self.whole_mesh}, {ranks}"),
             ("hardware", self.hardware),
-            ("step", f"{seconds_text(self.seconds)}, predicted"),
+            ("step", ", ".join(filter(None, (*step, self.step_proof)))),
             ("cost", f"{self.cost:.6g}, lower bound {self.lower_bound:.6g}: {self._proof}"),
             ("method", self.method),
             ("split", f"{split}, {self.split_parameter_bytes:.1%} of the bytes of matrices"),
@@ -140,6 +152,8 @@ class Plan:
             limit = self.memory_limit
             allowed = f" of {bytes_text(limit)} allowed" if limit is not None else ""
             rows.append(("memory", f"{total}{allowed} on the rank that needs most"))
+            if self.excess_nbytes:
+                rows.append(("", f"MORE THAN A DEVICE HAS: {bytes_text(self.device_nbytes)}"))
         if self.collectives is not None:
             rows.append(("collectives", self._collectives_text()))
         blocks = sum(mode != "none" for _, mode in self.recompute)
@@ -157,6 +171,19 @@ class Plan:
         if gap <= 1e-9 * self.cost or not self.cost:
             return "proven optimal"
         return f"at most {gap / self.cost:.2%} above the optimum"
+
+    @property
+    def step(self) -> float:
+        """The predicted seconds of a step; their sum, where nobody has told a timeline."""
+        return self.step_seconds or self.seconds
+
+    @property
+    def step_proof(self) -> str:
+        """How near the step is to the least of any plan, in words; "" where that is not known."""
+        if not self.step_bound:
+            return ""
+        above = self.step_seconds / self.step_bound - 1
+        return "proven least" if above <= 1e-9 else f"at most {above:.2%} above the least"
 
     def _collectives_text(self) -> str:
         """Count the collectives of one step, all phases together: "3: 2 all-gather, ...".
@@ -205,6 +232,13 @@ class Plan:
                 "model",
                 fix="print(plan) tells of its stages; without pp in the mesh, everything is told",
             )
+
+    @property
+    def excess_nbytes(self) -> int:
+        """The bytes that the plan takes beyond the memory of a device; 0 where it fits."""
+        if not self.device_nbytes:
+            return 0
+        return max(sum(nbytes for _, nbytes in self.memory) - self.device_nbytes, 0)
 
     @property
     def memory_limit(self) -> int | None:
@@ -314,6 +348,9 @@ class Plan:
             "recompute": [list(item) for item in self.recompute],
             "memory": dict(self.memory),
         }
+        for name in (*_TOLD, "device_nbytes"):
+            if getattr(self, name):
+                rows[name] = getattr(self, name)
         if self.collectives is not None:
             rows["collectives"] = [list(row) for row in self.collectives]
         if self.inputs or self.returned:
@@ -321,6 +358,8 @@ class Plan:
             rows["returned"] = list(self.returned)
         if self.pipeline is not None:
             rows["pipeline"] = row_of(self.pipeline)
+        if self.request:
+            rows["request"] = dict(self.request)
         if self.breaks:
             rows["breaks"] = [row_of(item) for item in self.breaks]
             rows["parts"] = [
@@ -339,6 +378,7 @@ class Plan:
         if unknown:
             raise ValueError(f"a plan has no {unknown[0]!r:.60}")
         simple = {name: typed(kind, rows[name], name) for name, kind in _SCALARS.items()}
+        simple |= {name: typed("float", rows.get(name, 0.0), name) for name in _TOLD}
         counts = rows.get("collectives")
         parts = _list(rows.get("parts", []), "parts")
         if inside and parts:
@@ -346,6 +386,7 @@ class Plan:
         return Plan(
             **simple,
             mesh=_mesh(rows["mesh"]),
+            device_nbytes=typed("int", rows.get("device_nbytes", 0), "device_nbytes"),
             options=_options(rows["options"]),
             parameters=_values(ParameterChoice, rows["parameters"]),
             ops=_values(OpChoice, rows["ops"]),
@@ -364,6 +405,10 @@ class Plan:
             inputs=_values(PlannedInput, rows.get("inputs", [])),
             returned=typed("tuple[str, ...]", rows.get("returned", []), "returned"),
             pipeline=value_of(Pipeline, rows["pipeline"]) if "pipeline" in rows else None,
+            request=_table_of(
+                [list(row) for row in _table(rows.get("request", {}), "request").items()],
+                *("request", "str", "str"),
+            ),
             breaks=_values(Break, rows.get("breaks", [])),
             parts=tuple(
                 Part(
@@ -386,11 +431,15 @@ _SCALARS = {
     "seconds": "float",
     "product_weight": "float",
 }
+# Numbers that not every text has.
+_TOLD = ("step_seconds", "step_bound")
 # All keys of a plan's rows: a key that is misspelt would be left out without a word.
 _KEYS = {
     *_SCALARS,
+    *_TOLD,
+    "device_nbytes",
     *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
-    *"collectives inputs returned breaks parts pipeline".split(),
+    *"collectives inputs returned request breaks parts pipeline".split(),
 }
 _OPTIONS = {
     field.name: str(field.type)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autoparallel.analysis.memory import Account, memory_of
+from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh
@@ -15,6 +16,7 @@ from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.planning.step_search import StepSearch, Timed
 from autoparallel.strategy.build_network import rebuilt
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
@@ -87,7 +89,7 @@ def plan_within(
             bound = mode_bound
         if nearest.account.total <= _allowed(network):
             plan = replace(nearest.plan, options=options, lower_bound=min(bound, nearest.plan.cost))
-            return _proven(captured, model, network, plan, pins)
+            return _shortest(captured, model, network, plan, pins)
         if closest is None or nearest.account.total < closest.account.total:
             closest = replace(nearest, plan=replace(nearest.plan, options=options))
     assert closest is not None
@@ -142,30 +144,39 @@ def _closest(
     return least, bound
 
 
-def _proven(
+def _shortest(
     captured: Captured, model: str, network: CostNetwork, plan: Plan, pins: Mapping[str, Layout]
 ) -> Plan:
-    """Return the plan, or the one without a limit if that fits, with the better of their bounds.
+    """Return the plan, or one of a shorter step that fits among those without a limit.
 
     Nothing within a limit costs less than the best without one, which is easier to prove: there, no
-    copy is gathered again and no block recomputed.
+    copy is gathered again and no block recomputed. The better of both bounds is the plan's, and no
+    step is shorter than the bound on all steps without a limit.
     """
-    if plan.cost - plan.lower_bound <= plan.options.gap * plan.cost:
-        return plan
     recompute = "none" if plan.options.recompute == "auto" else plan.options.recompute
     free = rebuilt(network, replace(plan.options, memory_limit=None, recompute=recompute))
     constrain(free, captured.aliases)
-    best = NetworkSolver(free)(free.problem(1.0, pins))
-    other, account = _read(captured, model, free, best)
-    if account.total <= _allowed(network) and other.cost <= plan.cost:
-        return replace(other, options=plan.options)
-    if best.lower_bound <= plan.lower_bound:
-        return plan
-    return replace(
-        plan,
-        lower_bound=min(best.lower_bound, plan.cost),
-        method=f"{plan.method}; bound without the limit by {best.method}",
-    )
+    solve = NetworkSolver(free)
+    problem = free.problem(1.0, pins)
+    best = solve(problem)
+    rest = f"; bound without the limit by {best.method}"
+    if best.lower_bound > plan.lower_bound and plan.lower_bound < plan.cost:
+        bound = min(best.lower_bound, plan.cost)
+        plan = replace(plan, lower_bound=bound, method=plan.method + rest)
+
+    def fits(timed: Timed) -> bool:
+        """Say whether a plan without a limit is within it."""
+        account = memory_of(timed.plan, graph=free.graph)
+        return account.total <= _allowed(network)
+
+    step, waits = step_and_waits(plan, network.hardware)
+    limited = Timed("", plan, Solution({}, plan.cost, plan.lower_bound, plan.method), step, waits)
+    found, _ = StepSearch(
+        captured, model, free, solve, problem, best, accepts=fits, rival=limited
+    ).run()
+    if found.memory:
+        return found
+    return replace(found, options=plan.options, memory=memory_of(found, graph=free.graph).rows)
 
 
 def _least(problem: Problem, solve: NetworkSolver) -> Solution:

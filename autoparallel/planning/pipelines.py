@@ -289,7 +289,16 @@ def _cut(
         (*(int(work.nbytes[end]) for end in ends[:-1]), 0),
         max(0.0, 1 - busy / passes) if passes else 0.0,
     )
-    return replace(plan, pipeline=pipeline, seconds=passes + updates / ranks)
+    # What was told of the whole model on all ranks is not told of its stages.
+    return replace(
+        plan,
+        pipeline=pipeline,
+        seconds=passes + updates / ranks,
+        step_seconds=0.0,
+        step_bound=0.0,
+        device_nbytes=0,
+        memory=(),
+    )
 
 
 def _few(sends: list[float]) -> list[float]:

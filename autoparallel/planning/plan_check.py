@@ -23,6 +23,9 @@ from autoparallel.placement import (
     Layout,
     Partial,
     Shard,
+    can_be_shared,
+    divides_in_runs,
+    fewest_runs,
     is_possible_step,
     layout_text,
     whole_layout,
@@ -30,7 +33,9 @@ from autoparallel.placement import (
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.planning.stage_check import require_sound_stages
 from autoparallel.rules.lookup import find_rule
-from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, Strategy, strategies, tile_of
+from autoparallel.rules.loop_splits import LoopSplit, tile_of
+from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.runtime.tensor_parts import require_refined
 from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
@@ -139,11 +144,17 @@ def _why_no_layout(
             continue
         if placement.dim >= len(shape):
             return f"it has {len(shape)} dims"
-        size, run = shape[placement.dim], placement.blocks * placement.unit
-        if isinstance(size, Sym) and run != 1:
+        size, blocks, unit = shape[placement.dim], placement.blocks, placement.unit
+        if isinstance(size, Sym) and (blocks, unit) != (1, 1):
             return "the inputs decide on that size"
-        if isinstance(size, int) and (size % run or size // run < 2):
+        if isinstance(size, int) and not (
+            divides_in_runs(size, blocks, unit) and fewest_runs(size, blocks, unit) >= 2
+        ):
             return f"{size} elements are not divided into such runs"
+        if isinstance(size, int) and not can_be_shared(placement, size, ranks):
+            return f"{ranks} ranks do not share {size} elements so"
+        if placement.repeat != 1 and isinstance(size, Sym):
+            return "the inputs decide on that size"
     # Sizes that the inputs decide divide by anything: 0 does.
     known = tuple(0 if isinstance(size, Sym) or not even else size for size in shape)
     return "" if is_nested(known, layout, sizes) else "the axes cut it at different places"
@@ -283,9 +294,7 @@ class _Check:
         for value, layout in zip(values, self.plan.outputs, strict=True):
             why = _why_no_layout(layout, value.shape, self.sizes)
             in_parts = [placement for placement in layout if placement != Invariant()]
-            plain = all(
-                isinstance(part, Shard) and part.blocks == part.unit == 1 for part in in_parts
-            )
+            plain = all(isinstance(part, Shard) and part == Shard(part.dim) for part in in_parts)
             if not plain or (in_parts and (self.captured.part or not has_loss)):
                 why = why or "the caller reads it whole"
             if why:

@@ -1,4 +1,4 @@
-"""Plans of a model: traced once, planned for every mesh to choose from, the fastest one taken."""
+"""Plans of a model: traced once, planned for every mesh, the one of the shortest step taken."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from autoparallel.analysis.communication import collective_totals
 from autoparallel.analysis.memory import memory_of
 from autoparallel.capture.graph_breaks import GraphBreaks, trace, trace_parts
 from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
+from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
@@ -76,17 +77,26 @@ def fastest_plan(
     require_clear(meshes, options, pins, product_weight, start)
     best: Plan | None = None
     errors: list[PlanError] = []
-    for mesh in meshes:
+    waiting = list(meshes)
+    while waiting:
+        mesh = waiting.pop(0)
         try:
             # A plan to begin with is of one mesh; for the other meshes there is none.
             begin = start if len(meshes) == 1 or (start and start.mesh == mesh) else None
-            plan = _search(model, traced, mesh, options, pins, product_weight, begin)
+            beat = best.step if best else math.inf
+            plan = _search(model, traced, mesh, options, pins, product_weight, begin, beat)
         # One mesh may have no plan, as where heads do not divide, and another one may.
         except PlanError as error:
             errors.append(error)
-            continue
-        if best is None or plan.seconds < best.seconds:
+            plan = None
+        if plan is not None and (best is None or plan.step < best.step):
             best = plan
+        # Of many meshes of three axes, one that divides an axis of the best one is tried. Layouts
+        # that are demanded, and searches within a limit, are of the axes there are.
+        if not waiting and best is not None and len(meshes) > 1 and mesh in meshes:
+            devices = find_hardware(options.hardware).devices_per_node
+            third = None if pins or options.memory_limit else finer(best.mesh, devices)
+            waiting += [third] if third is not None else []
     if best is None:
         nearest = min(errors, key=lambda error: getattr(error, "least", math.inf))
         # What would do is looked for once, and not for every mesh that was tried.
@@ -104,7 +114,8 @@ def _counted(plan: Plan) -> Plan:
     memory = plan.memory or memory_of(plan).rows
     totals = collective_totals(plan)
     collectives = tuple((*key[:2], key[2].value, count) for key, (count, _) in totals.items())
-    return replace(plan, memory=memory, collectives=collectives)
+    device = find_hardware(plan.options.hardware).device_memory_bytes
+    return replace(plan, memory=memory, collectives=collectives, device_nbytes=device)
 
 
 def _search(
@@ -115,8 +126,11 @@ def _search(
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
+    beat: float = math.inf,
 ) -> Plan:
     """Search for the best plan on one mesh.
+
+    beat: the step of the best plan on another mesh, in seconds.
 
     Raises PlanError for pins that do not fit the mesh, and for demands that a model in parts cannot
     heed, because each part is planned by itself.
@@ -150,9 +164,7 @@ def _search(
             )
         return search_parts(traced, model, mesh, options, layouts, product_weight)
     name = type(model).__name__
-    return search(
-        traced, name, mesh, options, pins=layouts, product_weight=product_weight, start=start
-    )
+    return search(traced, name, mesh, options, None, layouts, product_weight, start, beat)
 
 
 def _with_stages(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
+from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.errors import PlanError
@@ -16,11 +19,17 @@ from autoparallel.plan import Plan
 from autoparallel.planning.memory_limit import plan_within
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.request import require_known
-from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
+from autoparallel.planning.solution_to_plan import (
+    plan_of_solution,
+    solution_of_plan,
+    with_reasons,
+)
+from autoparallel.planning.step_search import StepSearch
 from autoparallel.planning.unsplit_reasons import cost_of_splitting, is_left_whole
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.support.paused_collection import paused_collection
 from planners import InfeasibleError, Problem, Solution
 
 __all__ = ["search"]
@@ -32,6 +41,7 @@ ENOUGH_SPLIT = (0.99, 0.95)
 _WEIGHTS = tuple(8.0**power for power in range(8))
 
 
+@paused_collection()
 def search(
     captured: Captured,
     model: str,
@@ -41,12 +51,14 @@ def search(
     pins: Mapping[str, Layout] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
+    beat: float = math.inf,
 ) -> Plan:
-    """Return the plan of least cost of one traced program on one mesh.
+    """Return the plan of the shortest predicted step of one traced program on one mesh.
 
     captured: the program. model: the name that the plan gives it. stored: layouts, by path, that
     parameters have already and keep. pins: layouts, by path, that parameters are to have. start: a
-    plan of the same program and mesh to begin with; the result costs no more than it.
+    plan of the same program and mesh to begin with; the result takes no longer. beat: a longer step
+    than this, in seconds, is of no use: the search for a shorter one ends where none can be.
     product_weight: what a second of matrix products counts in the cost. By default it is 1 with
     data parallelism; without it, a model too small to be worth splitting is split all the same:
     products are weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of
@@ -84,10 +96,7 @@ def search(
             solution = solve(problem)
         except InfeasibleError as error:
             raise _impossible(error) from error
-        shares = (_split_share(network, solution), _split_bytes(network, solution))
-        missing = sum(
-            max(enough - share, 0.0) for share, enough in zip(shares, ENOUGH_SPLIT, strict=True)
-        )
+        missing = _missing(network, solution)
         # More weight must split more to be worth its price; rounding alone does not count.
         if best is None or missing < best[1] - 1e-9:
             best = (weight, missing, solution, problem)
@@ -95,13 +104,56 @@ def search(
             break
     assert best is not None
     weight, _, solution, problem = best
+    return _shortest(captured, model, network, solve, problem, solution, weight, beat)
+
+
+def _shortest(
+    captured: Captured,
+    model: str,
+    network: CostNetwork,
+    solve: NetworkSolver,
+    problem: Problem,
+    solution: Solution,
+    weight: float,
+    beat: float,
+) -> Plan:
+    """Return the plan of the shortest step, beginning with the optimum of the sum.
+
+    Where the sum is no sum of seconds, because products weigh more or activations count as whole,
+    its optimum is what was asked for.
+    """
+    options, width = network.options, solve.is_wide
+    if weight == 1.0 and (options.sequence_parallel or options.data_parallel):
+        enough = _missing(network, solution)
+        search = StepSearch(
+            captured,
+            model,
+            network,
+            solve,
+            problem,
+            solution,
+            # Without data parallelism, what is split stays split.
+            lambda other: (
+                options.data_parallel or _missing(network, other.solution) <= enough + 1e-9
+            ),
+            beat,
+        )
+        plan, solution = search.run()
+    else:
+        plan = plan_of_solution(captured, model, network.mesh, network, solution, weight)
+        step, _ = step_and_waits(plan, network.hardware)
+        plan = replace(plan, step_seconds=step)
     # It takes an exact solution for every variable, which wide problems have no tables for.
-    added = (
-        {}
-        if solve.is_wide or solve.many
-        else cost_of_splitting(network, problem, solution, solve.memo)
-    )
-    return plan_of_solution(captured, model, mesh, network, solution, weight, added)
+    if width or solve.many:
+        return plan
+    added = cost_of_splitting(network, problem, solution, solve.memo)
+    return with_reasons(plan, network, added)
+
+
+def _missing(network: CostNetwork, solution: Solution) -> float:
+    """Return by what shares of FLOPs and bytes a solution splits less than enough."""
+    shares = (_split_share(network, solution), _split_bytes(network, solution))
+    return sum(max(enough - share, 0.0) for share, enough in zip(shares, ENOUGH_SPLIT, strict=True))
 
 
 def _impossible(error: InfeasibleError) -> PlanError:

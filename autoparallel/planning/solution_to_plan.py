@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.errors import PlanError
@@ -19,7 +21,9 @@ from autoparallel.strategy.zero_costs import zero_gradient_seconds
 from autoparallel.support.pytree import leaf_paths
 from planners import Solution
 
-__all__ = ["plan_of_solution", "solution_of_plan"]
+Told = TypeVar("Told", OpChoice, ParameterChoice)
+
+__all__ = ["plan_of_solution", "solution_of_plan", "with_reasons"]
 
 
 def plan_of_solution(
@@ -108,6 +112,28 @@ def plan_of_solution(
         inputs=_inputs(captured, graph),
         returned=tuple(leaf_paths(captured.outputs, "tensor")),
     )
+
+
+def with_reasons(plan: Plan, network: CostNetwork, added: Mapping[str, float]) -> Plan:
+    """Return the plan with what splitting would add, and the reasons, where something is whole.
+
+    added: as of `plan_of_solution`.
+    """
+    nodes = {node.name: node for node in network.graph.nodes}
+
+    def told(choices: Iterable[Told]) -> tuple[Told, ...]:
+        return tuple(
+            replace(
+                choice,
+                reason=why_whole(network, nodes[choice.name], added),
+                added=_finite(added.get(choice.name, 0.0)),
+            )
+            if choice.reason
+            else choice
+            for choice in choices
+        )
+
+    return replace(plan, ops=told(plan.ops), parameters=told(plan.parameters))
 
 
 def _inputs(captured: Captured, graph: Graph) -> tuple[PlannedInput, ...]:

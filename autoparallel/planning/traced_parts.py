@@ -230,6 +230,8 @@ def _sum(
         lower_bound=total(lambda plan: plan.lower_bound),
         method=f"the sum of {sum(counts)} parts; {methods}",
         seconds=total(lambda plan: plan.seconds),
+        step_seconds=total(lambda plan: plan.step),
+        step_bound=total(lambda plan: plan.step_bound),
         product_weight=max(plan.product_weight for plan in plans),
         breaks=broken.breaks,
         parts=parts,

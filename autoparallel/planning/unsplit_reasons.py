@@ -35,11 +35,12 @@ def is_left_whole(network: CostNetwork, node: Node, state: int) -> bool:
 def cost_of_splitting(
     network: CostNetwork, problem: Problem, solution: Solution, memo: Memo
 ) -> dict[str, float]:
-    """Return, per unsharded node, the cost of the cheapest plan that shards it, minus the optimum.
+    """Return, per unsharded node, what the cheapest plan that shards it costs more; at least 0.
 
-    problem: the one that was solved. solution: its optimum. memo: the solver's, so that most of its
-    tables need not be made again. Keys are the names of nodes that could be sharded. For each of
-    them everything else is planned anew; infinity means that no plan shards it.
+    problem: the one that was solved. solution: its optimum, or another one. memo: the solver's, so
+    that most of its tables need not be made again. Keys are the names of nodes that could be
+    sharded. For each of them everything else is planned anew; infinity means that no plan shards
+    it.
     The result is empty for a problem too wide to be solved exactly.
     """
     wanted: dict[str, list[int]] = {}
@@ -57,7 +58,7 @@ def cost_of_splitting(
         least = least_among(problem, wanted, memo=memo) if wanted else {}
     except TooWideError:
         return {}
-    return {name: cost - solution.cost for name, cost in least.items()}
+    return {name: max(cost - solution.cost, 0.0) for name, cost in least.items()}
 
 
 def why_whole(network: CostNetwork, node: Node, added: Mapping[str, float]) -> str:

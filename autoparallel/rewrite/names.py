@@ -19,7 +19,9 @@ RESERVED = frozenset(
     """.split()
 )
 # Names of placements, constants and recomputed blocks, which the writers below make up.
-_PATTERNS = re.compile(r"[IRP]|S\d+(_blocks\d+)?(_unit\d+)?|constant_\d+|block_\d+")
+_PATTERNS = re.compile(
+    r"[IRP]|S\d+(_(blocks|unit|repeat)\d+(_\d+)*)*(_pending)?|constant_\d+|block_\d+"
+)
 # What no identifier has.
 _NO_LETTERS = re.compile(r"[^0-9A-Za-z_]")
 
@@ -65,12 +67,21 @@ def placement_name(placement: Placement) -> str:
 
     >>> placement_name(Shard(0, blocks=3))
     'S0_blocks3'
+    >>> placement_name(Shard(0, blocks=(4, 1, 1)))
+    'S0_blocks4_1_1'
     """
     if not isinstance(placement, Shard):
         return str(placement)
-    extra = f"_blocks{placement.blocks}" if placement.blocks != 1 else ""
-    extra += f"_unit{placement.unit}" if placement.unit != 1 else ""
+    extra = f"_blocks{_counts(placement.blocks)}" if placement.blocks != 1 else ""
+    extra += f"_unit{_counts(placement.unit)}" if placement.unit != 1 else ""
+    extra += f"_repeat{_counts(placement.repeat)}" if placement.repeat != 1 else ""
+    extra += "_pending" if placement.pending else ""
     return f"S{placement.dim}{extra}"
+
+
+def _counts(numbers: int | tuple[int, ...]) -> str:
+    """Return a number, or several joined by underscores."""
+    return "_".join(map(str, numbers)) if isinstance(numbers, tuple) else str(numbers)
 
 
 def layout_name(layout: Layout) -> str:

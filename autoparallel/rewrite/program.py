@@ -21,7 +21,7 @@ from autoparallel.runtime import recompute as again
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 
-__all__ = ["Block", "Line", "Program", "compiled", "file_of", "lines_of", "names_of"]
+__all__ = ["Block", "Line", "Program", "compiled", "file_of", "lines_of", "names_of", "part"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _with_deletions(
     return text
 
 
-def _part(size: int, group: Group) -> int:
+def part(size: int, group: Group) -> int:
     """Return how many of `size` elements this rank of the group has; others may have fewer."""
     start, stop = part_bounds(size, group.world_size, group.rank)
     return stop - start
@@ -158,7 +158,7 @@ def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) 
         "recomputed": again.recomputed,
         "move": collectives.convert_fixed,
         "pending_sum": collectives.pending_sum,
-        "part": _part,
+        "part": part,
         "ranks": ranks,
         **dict(zip(axes, ranks.groups, strict=True)),
         **constants,

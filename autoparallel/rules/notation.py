@@ -13,8 +13,8 @@ def notation(rule: ShardingRule) -> str:
 
     Loops are letters in order of appearance; (a b) is a dim that merges loops, 1 a dim without one,
     () a tensor without dims. Behind the arrow's two sides are said: the loops whose split leaves a
-    pending sum, those that a kernel splits, those that cannot be split, and the sets of operands
-    through which a pending sum passes (0+1 for both together).
+    pending sum, those that a kernel splits, those that consist of others, those that cannot be
+    split, and the sets of operands through which a pending sum passes (0+1 for both together).
 
     >>> product = ShardingRule(
     ...     operands=((("i",), ("k",)), (("k",), ("j",))),
@@ -37,6 +37,7 @@ def notation(rule: ShardingRule) -> str:
         for tensors in (rule.operands, rule.results)
     )
     in_results = set(leaves(rule.results))
+    in_results |= {whole for name, (whole, _, _) in rule.pieces.items() if name in in_results}
     free = [loop for loop in rule.loops if loop not in rule.whole]
     summed = [names[loop] for loop in free if loop not in in_results and loop not in rule.kernels]
     parts = [" -> ".join(sides)]
@@ -44,8 +45,12 @@ def notation(rule: ShardingRule) -> str:
         parts.append(f"{' '.join(summed)} summed")
     if rule.kernels:
         parts += [f"{names[loop]} by {kernel.name}" for loop, kernel in rule.kernels.items()]
-    if rule.whole:
-        parts.append(f"{' '.join(names[loop] for loop in rule.loops if loop in rule.whole)} whole")
+    for loop in dict.fromkeys(whole for whole, _, _ in rule.pieces.values()):
+        pieces = (names.get(name, "1") for name, row in rule.pieces.items() if row[0] == loop)
+        parts.append(f"{names[loop]} is {', '.join(pieces)} end to end")
+    whole = [loop for loop in rule.loops if loop in rule.whole and loop not in rule.pieces]
+    if whole:
+        parts.append(f"{' '.join(names[loop] for loop in whole)} whole")
     if rule.linear:
         groups = ["+".join(str(index) for index in sorted(group)) for group in rule.linear]
         parts.append(f"linear in {', '.join(groups)}")

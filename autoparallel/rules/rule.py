@@ -1,4 +1,4 @@
-"""Sharding rules: the loops of which an op is made, and all strategies that follow from them.
+"""Sharding rules: the loops of which an op is made, and what a split of them must heed.
 
 Every dimension of every operand and result is a product of loops, outermost first, as in einsum.
 Splitting one loop over a mesh axis fixes all placements: an operand that has the loop is Shard, one
@@ -13,30 +13,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value, hint, numel_hint
+from autoparallel.graph.graph import Dim, Graph, Node, Value, numel_hint
 from autoparallel.placement import (
     Collective,
-    Invariant,
-    Partial,
     Placement,
-    Replicate,
-    Shard,
 )
 
 __all__ = [
     "Kernel",
-    "LoopSplit",
     "OpCall",
     "Shapes",
     "ShardingRule",
-    "Strategy",
-    "UnsplittableError",
-    "is_possible",
     "loop_per_dim",
-    "normalized",
-    "place",
-    "strategies",
-    "tile_of",
 ]
 
 # A dim's loops, outermost first; a tensor's dims; the local shapes of several tensors.
@@ -107,7 +95,9 @@ class ShardingRule:
     operands, results: per tensor, per dim, the loops that make it up. sizes: of each loop. whole:
     loops that cannot be split. linear: sets of operands through which, jointly, a pending sum
     passes. kernels: for loops that need one to be split. flops: floating point operations per point
-    of the loop nest (2 for a product); 0 where moving bytes is all the work. free: the op is a
+    of the loop nest (2 for a product); 0 where moving bytes is all the work. skipped: the share of
+    these that the op's kernel leaves out, as what a causal mask hides. exponentials: computed per
+    point between fused products. free: the op is a
     view, no work at all. local_args: a function to the call's args for given local shapes of its
     results. random: the function of autoparallel.runtime.random_ops that runs the op, if it draws
     numbers. function: that of autoparallel.runtime.kernels that runs the op where no kernel does,
@@ -118,7 +108,10 @@ class ShardingRule:
     takes_empty: the op also runs on a part without elements, which ranks are left with where a loop
     is shorter than they are many. occupied: loops of which every part must have elements even so.
     reasons: why loops are whole, where there is more to say. discovered: the rule in einsum-like
-    words, if nobody wrote it.
+    words, if nobody wrote it. pieces: of loops that are parts of another one, laid end to end in
+    it: that loop, and where they start and stop in it. Splitting it splits all of them, each by
+    itself; they are not split alone. dealt: of the whole loops, those that the ranks of a group may
+    split which shares one element of the loop around them.
     """
 
     operands: tuple[Dims, ...]
@@ -128,6 +121,8 @@ class ShardingRule:
     linear: tuple[frozenset[int], ...] = ()
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     flops: float = 0
+    skipped: float = 0.0
+    exponentials: float = 0.0
     free: bool = False
     local_args: Callable[[OpCall, Shapes], tuple[Any, ...]] | None = None
     random: str = ""
@@ -140,6 +135,8 @@ class ShardingRule:
     occupied: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
     discovered: str = ""
+    pieces: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
+    dealt: frozenset[str] = frozenset()
 
     def needs_elements(self, loop: str) -> bool:
         """Return whether the op runs only on parts of the loop that have elements."""
@@ -213,218 +210,3 @@ class ShardingRule:
     def points(self) -> int:
         """The number of points of the loop nest, for the example inputs."""
         return numel_hint(tuple(self.sizes[name] for name in self.loops))
-
-
-@dataclass(frozen=True, slots=True)
-class LoopSplit:
-    """A way to split one loop: into `blocks` equal blocks, each in runs of `unit` elements, as
-    `Shard` splits a dim.
-    """
-
-    loop: str
-    blocks: int = 1
-    unit: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Strategy:
-    """One way to run an op on one mesh axis: a placement for every operand and result.
-
-    operands, results: placements, in the call's order. tile: the split of a loop, None where
-    nothing is split. fraction: the largest rank's share of the work. kernel: what runs in place of
-    the op, None for the op itself.
-    """
-
-    operands: tuple[Placement, ...]
-    results: tuple[Placement, ...]
-    tile: LoopSplit | None = None
-    fraction: float = 1.0
-    kernel: Kernel | None = None
-
-    def __str__(self) -> str:
-        sides = (", ".join(map(str, side)) for side in (self.operands, self.results))
-        return " -> ".join(sides)
-
-
-def normalized(shard: Shard, size: Dim, world_size: int) -> Shard:
-    """Return the shard with unit 1 where that gives the same parts: where the runs of each block
-    divide by the number of ranks.
-
-    One placement must have one form, or equal layouts would be redistributed into each other. size:
-    of the whole dim.
-
-    >>> print(normalized(Shard(0, unit=64), 12 * 64, 4), normalized(Shard(0, unit=64), 25 * 64, 4))
-    S(0) S(0, unit=64)
-    """
-    if isinstance(size, Sym) or shard.unit == 1:
-        return shard
-    if (size // (shard.blocks * shard.unit)) % world_size == 0:
-        return Shard(shard.dim, shard.blocks)
-    return shard
-
-
-def place(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
-    """Return the placement of a tensor of `dims` when `tile` is split;
-    None where it has no such loop.
-
-    Loops outside of the split one in the same dim become blocks, and loops inside of it become the
-    unit. Raises UnsplittableError where no Shard says it: a symbolic size inside a merged dim.
-
-    >>> merged = ShardingRule(((("heads", "width"),),), (), {"heads": 12, "width": 64})
-    >>> print(place(merged, merged.operands[0], LoopSplit("heads"), 8))
-    S(0, unit=64)
-    """
-    for index, names in enumerate(dims):
-        if tile.loop not in names:
-            continue
-        at = names.index(tile.loop)
-        blocks, unit = tile.blocks, tile.unit
-        total = 1
-        for position, name in enumerate(names):
-            size = rule.sizes[name]
-            if isinstance(size, Sym):
-                # A part of a symbolic inner loop is no fixed number of blocks or runs of the dim.
-                if len(names) > 1:
-                    raise UnsplittableError
-                return Shard(index)
-            total *= size
-            if position < at:
-                blocks *= size
-            elif position > at:
-                unit *= size
-        if not total:
-            raise UnsplittableError  # of no repetitions, no part has any
-        return normalized(Shard(index, blocks, unit), total, world_size)
-    return None
-
-
-class UnsplittableError(Exception):
-    """This loop cannot be split in this way. Strategies that would need it are left out."""
-
-
-def tile_of(rule: ShardingRule, dims: Dims, shard: Shard, world_size: int) -> LoopSplit | None:
-    """Return the split of a loop that gives a tensor of `dims` the placement `shard`; None where
-    there is none. Inverse of `place`.
-
-    >>> merged = ShardingRule(((("heads", "width"),),), (), {"heads": 12, "width": 64})
-    >>> tile_of(merged, merged.operands[0], Shard(0, unit=64), 8)
-    LoopSplit(loop='heads', blocks=1, unit=1)
-    """
-    names = dims[shard.dim]
-    before = 1
-    sizes = [rule.sizes[name] for name in names]
-    if any(isinstance(size, Sym) for size in sizes):
-        plain = len(names) == 1 and shard.blocks == 1 and shard.unit == 1
-        return LoopSplit(names[0]) if plain else None
-    whole = 1
-    for size in sizes:
-        assert isinstance(size, int)
-        whole *= size
-    if not whole:
-        return None  # there is nothing to split
-    after = whole
-    for name, size in zip(names, sizes, strict=True):
-        assert isinstance(size, int)
-        # `before` loops lie outside of this one, runs of `after` elements inside.
-        after //= size
-        if shard.blocks % before == 0 and size % (shard.blocks // before) == 0:
-            blocks = shard.blocks // before
-            if size // blocks > 1:
-                if shard.unit % after == 0 and (size // blocks) % (shard.unit // after) == 0:
-                    return LoopSplit(name, blocks, shard.unit // after)
-                # A shard that `normalized` has put in its plain form is cut at this loop's runs all
-                # the same.
-                if shard.unit == 1 and (whole // shard.blocks) % (world_size * after) == 0:
-                    return LoopSplit(name, blocks)
-        before *= size
-    return None
-
-
-def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
-    """Return whether the loop divides into such blocks and runs, at least two of them, and into
-    parts that the op takes.
-
-    A symbolic dim may turn out shorter than the number of ranks; the last ones then get nothing.
-    Nor is it known what its parts are multiples of, so that a loop with a grain is not split.
-    """
-    size = rule.sizes[tile.loop]
-    grain = rule.grain.get(tile.loop, 1)
-    if isinstance(size, Sym):
-        return tile.blocks == tile.unit == grain == 1
-    runs, rest = divmod(size, tile.blocks * tile.unit)
-    # One run cannot be shared.
-    if rest or runs < 2:
-        return False
-    # Parts are those of torch.chunk: `step` runs each, and what is left for the last one.
-    step = -(-runs // world_size)
-    if any(count * tile.blocks * tile.unit % grain for count in (step, runs % step)):
-        return False
-    # The last rank's part begins at (world_size - 1) * step; beyond the end, it is empty.
-    return not rule.needs_elements(tile.loop) or (world_size - 1) * step < runs
-
-
-def _share(rule: ShardingRule, tile: LoopSplit, world_size: int) -> float:
-    """Return the largest rank's share of the work, for the example inputs."""
-    runs = hint(rule.sizes[tile.loop]) // (tile.blocks * tile.unit)
-    return -(-runs // world_size) / runs
-
-
-def strategies(
-    rule: ShardingRule,
-    tiles: Iterable[LoopSplit],
-    operand_grads: tuple[bool, ...],
-    result_grads: tuple[bool, ...],
-    world_size: int,
-) -> tuple[Strategy, ...]:
-    """Return all strategies of one op on one mesh axis, the plainest first, each once.
-
-    rule: of the call. tiles: the splits of loops to consider. operand_grads, result_grads: whether
-    a gradient flows through each tensor; a tensor without one is Invariant where one with a
-    gradient would be Replicate, because I and R differ in their gradient alone. world_size: ranks
-    on the mesh axis; with one rank nothing is split.
-    """
-    replicate = Replicate()
-
-    def rep(grad: bool) -> Placement:
-        """Return R for a tensor with a gradient, and I for one without."""
-        return replicate if grad else Invariant()
-
-    # A dict in place of a set keeps the order, and with it determinism.
-    unique: dict[Strategy, None] = {}
-    whole = Strategy(
-        tuple([Invariant()] * len(operand_grads)), tuple([Invariant()] * len(result_grads))
-    )
-    unique[whole] = None
-    if world_size == 1:
-        return (whole,)
-    # R and I differ in gradients alone: with R, each rank's gradient is its summand.
-    if any(operand_grads) and rule.replicates:
-        unique[Strategy(tuple(map(rep, operand_grads)), tuple(map(rep, result_grads)))] = None
-    for tile in tiles:
-        kernel = rule.kernels.get(tile.loop)
-        # A kernel knows where its part begins from the rank alone, so that it takes plain splits
-        # only.
-        if tile.loop in rule.whole or (kernel is not None and (tile.blocks, tile.unit) != (1, 1)):
-            continue
-        if not is_possible(rule, tile, world_size):
-            continue
-        try:
-            operands = tuple(
-                place(rule, dims, tile, world_size) or rep(grad)
-                for dims, grad in zip(rule.operands, operand_grads, strict=True)
-            )
-            without = kernel.result if kernel else Partial()
-            results = tuple(place(rule, dims, tile, world_size) or without for dims in rule.results)
-        except UnsplittableError:
-            continue
-        unique[Strategy(operands, results, tile, _share(rule, tile, world_size), kernel)] = None
-    # f(a + b) = f(a) + f(b): each rank may run the op on its summand, and the sum stays pending.
-    for group in rule.linear:
-        # Constants alone are no pending sums: their product with a whole tensor may become one.
-        if any(operand_grads) and not any(operand_grads[index] for index in group):
-            continue
-        operands = tuple(
-            Partial() if index in group else rep(grad) for index, grad in enumerate(operand_grads)
-        )
-        unique[Strategy(operands, tuple([Partial()] * len(result_grads)))] = None
-    return tuple(unique)

@@ -65,9 +65,29 @@ def view_loops(
                 run_i.append(run_i[-1] + 1)
             else:
                 break
-        _cut(before, after, run_i, run_j, left, right, sizes, whole)
         i, j = run_i[-1] + 1, run_j[-1] + 1
+        # Where the products of a run of symbolic sizes are equal but cannot be seen to be, such as
+        # n and (n // 4) * 4, the run goes to the end. Its last dims are told apart from there.
+        peeled = _equal_at_end(before, after, run_i, run_j) if one != two else 0
+        for _ in range(peeled):
+            _cut(before, after, [run_i.pop()], [run_j.pop()], left, right, sizes, whole)
+        _cut(before, after, run_i, run_j, left, right, sizes, whole)
     return tuple(left), tuple(right), sizes, frozenset(whole)
+
+
+def _equal_at_end(
+    before: tuple[Dim, ...], after: tuple[Dim, ...], run_i: list[int], run_j: list[int]
+) -> int:
+    """Return how many dims at the end of both runs are of the same fixed size, one by one.
+
+    The view keeps the number of elements, so that what lies before them is equal, too.
+    """
+    count = 0
+    for k, m in zip(reversed(run_i[1:]), reversed(run_j[1:]), strict=False):
+        if not isinstance(before[k], int) or before[k] != after[m] or not before[k]:
+            break
+        count += 1
+    return count
 
 
 def _cut(

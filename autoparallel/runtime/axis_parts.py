@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
 
-from autoparallel.placement import Shard, part_bounds
+from autoparallel.placement import Shard, block_runs, block_sizes, is_even, part_bounds
 from autoparallel.runtime.groups import Group
 
 __all__ = [
@@ -21,21 +23,28 @@ __all__ = [
     "join_padded",
     "join_parts",
     "join_rows",
+    "keep_on_first",
     "pad_part",
     "places_of_rank",
+    "put_part",
     "run_lengths",
-    "run_of_rank",
+    "runs_in_common",
     "take_part",
     "unpad_part",
 ]
 
 
-def run_of_rank(size: int, shard: Shard, world_size: int, rank: int) -> tuple[int, int]:
+# How much a rank holds of every block: one number where all are alike, else one for each.
+_Lengths = int | tuple[int, ...]
+
+
+def _run_of_rank(size: int, shard: Shard, world_size: int, rank: int) -> tuple[int, int]:
     """Return start and length, in elements, of a rank's run inside each block of a dim of `size`.
 
-    >>> run_of_rank(12, Shard(0, blocks=2), 2, 1)
-    (3, 3)
+    shard: one that cuts all blocks alike.
     """
+    assert isinstance(shard.blocks, int)
+    assert isinstance(shard.unit, int)
     start, stop = part_bounds(size // (shard.blocks * shard.unit), world_size, rank)
     return start * shard.unit, (stop - start) * shard.unit
 
@@ -43,8 +52,8 @@ def run_of_rank(size: int, shard: Shard, world_size: int, rank: int) -> tuple[in
 def take_part(tensor: torch.Tensor, shard: Shard, world_size: int, rank: int) -> torch.Tensor:
     """Return the part of a whole tensor that `rank` holds under `shard`.
 
-    tensor: whole along `shard.dim`, whose size must divide by shard.blocks * shard.unit. The result
-    may be a view, and may be empty where there are fewer runs than ranks.
+    tensor: whole along `shard.dim`, whose size must consist of such blocks and runs. The result may
+    be a view, and may be empty where there are fewer runs than ranks.
 
     >>> take_part(torch.arange(6), Shard(0), 2, 1)
     tensor([3, 4, 5])
@@ -52,9 +61,13 @@ def take_part(tensor: torch.Tensor, shard: Shard, world_size: int, rank: int) ->
     tensor([0, 1, 3, 4])
     """
     size = tensor.size(shard.dim)
-    start, length = run_of_rank(size, shard, world_size, rank)
+    if not is_even(shard):
+        runs = block_runs(size, shard, world_size, rank)
+        return torch.cat([tensor.narrow(shard.dim, *run) for run in runs], shard.dim)
+    start, length = _run_of_rank(size, shard, world_size, rank)
     if shard.blocks == 1:
         return tensor.narrow(shard.dim, start, length)
+    assert isinstance(shard.blocks, int)
     blocks = tensor.unflatten(shard.dim, (shard.blocks, size // shard.blocks))
     return blocks.narrow(shard.dim + 1, start, length).flatten(shard.dim, shard.dim + 1)
 
@@ -65,8 +78,11 @@ def join_parts(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
     >>> join_parts([torch.tensor([0, 1, 3, 4]), torch.tensor([2, 5])], Shard(0, blocks=2))
     tensor([0, 1, 2, 3, 4, 5])
     """
+    if not is_even(shard):
+        return _joined_blocks(parts, shard)
     if shard.blocks == 1:
         return torch.cat(parts, shard.dim)
+    assert isinstance(shard.blocks, int)
     # Blocks lie end to end in the whole, while a part has its runs of all blocks end to end.
     blocks = [
         part.unflatten(shard.dim, (shard.blocks, part.size(shard.dim) // shard.blocks))
@@ -75,31 +91,57 @@ def join_parts(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
     return torch.cat(blocks, shard.dim + 1).flatten(shard.dim, shard.dim + 1)
 
 
+def _joined_blocks(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
+    """Return what `join_parts` does where blocks are not alike. Of what several ranks hold, the
+    first one's counts, or, where it is pending, the sum.
+    """
+    # The ranks together hold as much of every block as its repeat says.
+    total = sum(shard.blocks) if isinstance(shard.blocks, tuple) else shard.blocks
+    blocks = block_sizes(total, shard.blocks, 1, shard.repeat)
+    held = sum(part.size(shard.dim) for part in parts)
+    size = held * total // sum(length * repeat for length, _, repeat in blocks)
+    shape = list(parts[0].shape)
+    shape[shard.dim] = size
+    whole = parts[0].new_zeros(shape)
+    for rank, part in enumerate(parts):
+        put_part(whole, part, shard, len(parts), rank)
+    return whole
+
+
 def places_of_rank(size: int, shard: Shard, world_size: int, rank: int) -> torch.Tensor:
     """Return the places along a whole dim of `size` that a rank holds, in the order of its part.
 
     >>> places_of_rank(8, Shard(1, blocks=2), 2, 0)
     tensor([0, 1, 4, 5])
     """
-    return take_part(torch.arange(size), Shard(0, shard.blocks, shard.unit), world_size, rank)
+    return take_part(torch.arange(size), replace(shard, dim=0), world_size, rank)
 
 
-def run_lengths(size: int, shard: Shard, group: Group) -> list[int]:
+def run_lengths(size: int, shard: Shard, group: Group) -> list[_Lengths]:
     """Return the length of every rank's run inside each block; the first is the longest.
 
-    size: of the whole dim. group: the ranks that split it.
+    size: of the whole dim. group: the ranks that split it. A rank's is one number where all blocks
+    are cut alike, else a number for each block.
 
     >>> from autoparallel.runtime.groups import thread_groups
     >>> run_lengths(5, Shard(0), thread_groups(2)[0])
     [3, 2]
+    >>> run_lengths(10, Shard(0, blocks=(3, 2)), thread_groups(4)[0])
+    [(2, 1), (2, 1), (2, 1), (0, 1)]
     """
-    return [run_of_rank(size, shard, group.world_size, r)[1] for r in range(group.world_size)]
+    ranks = range(group.world_size)
+    if is_even(shard):
+        return [_run_of_rank(size, shard, group.world_size, rank)[1] for rank in ranks]
+    return [
+        tuple([length for _, length in block_runs(size, shard, group.world_size, rank)])
+        for rank in ranks
+    ]
 
 
-def pad_part(part: torch.Tensor, shard: Shard, longest: int, length: int) -> torch.Tensor:
+def pad_part(part: torch.Tensor, shard: Shard, longest: _Lengths, length: _Lengths) -> torch.Tensor:
     """Return a part with every block's run padded with zeros to the longest rank's.
 
-    longest, length: of the longest rank's run and of this one's, in elements.
+    longest, length: of the longest rank's run and of this one's, from `run_lengths`.
 
     >>> pad_part(torch.tensor([1, 2]), Shard(0, blocks=2), longest=2, length=1)
     tensor([1, 0, 2, 0])
@@ -107,6 +149,17 @@ def pad_part(part: torch.Tensor, shard: Shard, longest: int, length: int) -> tor
     if length == longest:
         return part
     shape = list(part.shape)
+    if isinstance(longest, tuple):
+        assert isinstance(length, tuple)
+        shape[shard.dim] = sum(longest)
+        padded = part.new_zeros(shape)
+        first, at = 0, 0
+        for space, held in zip(longest, length, strict=True):
+            padded.narrow(shard.dim, first, held).copy_(part.narrow(shard.dim, at, held))
+            first, at = first + space, at + held
+        return padded
+    assert isinstance(shard.blocks, int)
+    assert isinstance(length, int)
     shape[shard.dim : shard.dim + 1] = [shard.blocks, longest]
     padded = part.new_zeros(shape)
     blocks = part.unflatten(shard.dim, (shard.blocks, length))
@@ -114,7 +167,9 @@ def pad_part(part: torch.Tensor, shard: Shard, longest: int, length: int) -> tor
     return padded.flatten(shard.dim, shard.dim + 1)
 
 
-def unpad_part(part: torch.Tensor, shard: Shard, longest: int, length: int) -> torch.Tensor:
+def unpad_part(
+    part: torch.Tensor, shard: Shard, longest: _Lengths, length: _Lengths
+) -> torch.Tensor:
     """Return a part without its padding. Inverse of `pad_part`.
 
     >>> unpad_part(torch.tensor([1, 0, 2, 0]), Shard(0, blocks=2), longest=2, length=1)
@@ -122,8 +177,113 @@ def unpad_part(part: torch.Tensor, shard: Shard, longest: int, length: int) -> t
     """
     if length == longest:
         return part
+    if isinstance(longest, tuple):
+        assert isinstance(length, tuple)
+        runs = part.split(longest, shard.dim)
+        held = [run.narrow(shard.dim, 0, n) for run, n in zip(runs, length, strict=True)]
+        return torch.cat(held, shard.dim)
+    assert isinstance(shard.blocks, int)
+    assert isinstance(length, int)
     blocks = part.unflatten(shard.dim, (shard.blocks, longest))
     return blocks.narrow(shard.dim + 1, 0, length).flatten(shard.dim, shard.dim + 1)
+
+
+def put_part(whole: torch.Tensor, part: torch.Tensor, shard: Shard, ranks: int, rank: int) -> None:
+    """Write a rank's part into its places of a whole tensor. Of what several ranks hold, the first
+    one's is written, or, where it is pending, every one's is added.
+
+    >>> whole = torch.zeros(4)
+    >>> put_part(whole, torch.tensor([1.0, 2.0]), Shard(0, blocks=2), 2, 1)
+    >>> whole
+    tensor([0., 1., 0., 2.])
+    """
+    size = whole.size(shard.dim)
+    if is_even(shard):
+        assert isinstance(shard.blocks, int)
+        start, length = _run_of_rank(size, shard, ranks, rank)
+        places = whole.unflatten(shard.dim, (shard.blocks, size // shard.blocks))
+        blocks = part.unflatten(shard.dim, (shard.blocks, length))
+        places.narrow(shard.dim + 1, start, length).copy_(blocks)
+        return
+    at = 0
+    blocks = block_sizes(size, shard.blocks, shard.unit, shard.repeat)
+    runs = block_runs(size, shard, ranks, rank)
+    for (start, length), (_, _, repeat) in zip(runs, blocks, strict=True):
+        place, run = whole.narrow(shard.dim, start, length), part.narrow(shard.dim, at, length)
+        if shard.pending:
+            place.add_(run)
+        elif rank % repeat == 0:
+            place.copy_(run)
+        at += length
+
+
+def runs_in_common(
+    size: int, source: Shard, target: Shard, ranks: int, sender: int, receiver: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Return what one rank's part under `source` has in common with another's under `target`, both
+    of one dim: (start in the former, start in the latter, length) of every run.
+
+    size: of the whole dim. What several ranks hold is only in common with the first of them, but
+    where it is pending: each of them has a summand.
+
+    >>> runs_in_common(8, Shard(0), Shard(0, blocks=2), 2, 0, 1)
+    ((2, 0, 2),)
+    """
+    ways = (size, source, target, ranks, sender, receiver)
+    # A compiler traces through what is kept, and says so.
+    return _common(*ways) if torch.compiler.is_compiling() else _kept_common(*ways)
+
+
+def _common(
+    size: int, source: Shard, target: Shard, ranks: int, sender: int, receiver: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Return what `runs_in_common` does, found now."""
+    held, at = [], 0
+    blocks = block_sizes(size, source.blocks, source.unit, source.repeat)
+    for (start, length), (_, _, repeat) in zip(
+        block_runs(size, source, ranks, sender), blocks, strict=True
+    ):
+        if source.pending or sender % repeat == 0:
+            held.append((start, length, at))
+        at += length
+    wanted, at = [], 0
+    for start, length in block_runs(size, target, ranks, receiver):
+        wanted.append((start, length, at))
+        at += length
+    common, i, j = [], 0, 0
+    # Both are in the order of the whole.
+    while i < len(held) and j < len(wanted):
+        (one, length, here), (two, other, there) = held[i], wanted[j]
+        first, last = max(one, two), min(one + length, two + other)
+        if first < last:
+            common.append((here + first - one, there + first - two, last - first))
+        if one + length <= two + other:
+            i += 1
+        else:
+            j += 1
+    return tuple(common)
+
+
+_kept_common = cache(_common)
+
+
+def keep_on_first(
+    part: torch.Tensor, shard: Shard, size: int, ranks: int, rank: int
+) -> torch.Tensor:
+    """Return a rank's part with zeros in place of what an earlier rank holds as well: the terms of
+    a sum over the ranks that share a part. size: of the whole dim.
+
+    >>> [keep_on_first(torch.ones(2), Shard(0, repeat=2), 4, 4, rank) for rank in (2, 3)]
+    [tensor([1., 1.]), tensor([0., 0.])]
+    """
+    kept, at = part.clone(memory_format=torch.contiguous_format), 0
+    blocks = block_sizes(size, shard.blocks, shard.unit, shard.repeat)
+    runs = block_runs(size, shard, ranks, rank)
+    for (_, length), (_, _, repeat) in zip(runs, blocks, strict=True):
+        if rank % repeat:
+            kept.narrow(shard.dim, at, length).zero_()
+        at += length
+    return kept
 
 
 def cut_and_pad(tensor: torch.Tensor, shard: Shard, group: Group) -> list[torch.Tensor]:
@@ -140,7 +300,9 @@ def cut_and_pad(tensor: torch.Tensor, shard: Shard, group: Group) -> list[torch.
     ]
 
 
-def join_padded(rows: Sequence[torch.Tensor], shard: Shard, lengths: list[int]) -> torch.Tensor:
+def join_padded(
+    rows: Sequence[torch.Tensor], shard: Shard, lengths: list[_Lengths]
+) -> torch.Tensor:
     """Return the whole tensor of all ranks' padded parts. Inverse of `cut_and_pad`.
 
     rows: the parts, in the order of ranks. lengths: from `run_lengths`.
@@ -160,7 +322,7 @@ def _lies_first(shape: Sequence[int], dim: int) -> bool:
     return math.prod(shape[:dim]) == 1
 
 
-def join_rows(rows: torch.Tensor, shard: Shard, lengths: list[int]) -> torch.Tensor:
+def join_rows(rows: torch.Tensor, shard: Shard, lengths: list[_Lengths]) -> torch.Tensor:
     """Return the whole tensor of all ranks' padded parts, as an all-gather brings them.
 
     rows: (ranks, *part), in memory of its own. lengths: from `run_lengths`. Where the split dim
@@ -171,7 +333,11 @@ def join_rows(rows: torch.Tensor, shard: Shard, lengths: list[int]) -> torch.Ten
     tensor([[1, 2, 3, 4]])
     """
     part = rows.shape[1:]
-    if shard.blocks == 1 and lengths[0] == lengths[-1] and _lies_first(part, shard.dim):
+    if (
+        shard.blocks == shard.repeat == 1
+        and lengths[0] == lengths[-1]
+        and _lies_first(part, shard.dim)
+    ):
         whole = (*part[: shard.dim], len(rows) * part[shard.dim], *part[shard.dim + 1 :])
         return rows.view(whole).detach()
     return join_padded(rows.unbind(0), shard, lengths)
@@ -188,8 +354,9 @@ def cut_rows(tensor: torch.Tensor, shard: Shard, group: Group) -> torch.Tensor:
             [3, 0]])
     """
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
-    alike = shard.blocks == 1 and lengths[0] == lengths[-1]
+    alike = shard.blocks == shard.repeat == 1 and lengths[0] == lengths[-1]
     if alike and tensor.is_contiguous() and _lies_first(tensor.shape, shard.dim):
+        assert isinstance(lengths[0], int)
         part = (*tensor.shape[: shard.dim], lengths[0], *tensor.shape[shard.dim + 1 :])
         return tensor.view(group.world_size, *part)
     return torch.stack(cut_and_pad(tensor, shard, group))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from autoparallel.placement import (
     Replicate,
     Shard,
     gradient,
+    local_size,
     movement,
 )
 from autoparallel.runtime.axis_parts import (
@@ -30,10 +32,11 @@ from autoparallel.runtime.axis_parts import (
     join_padded,
     join_parts,
     join_rows,
+    keep_on_first,
     pad_part,
-    places_of_rank,
+    put_part,
     run_lengths,
-    run_of_rank,
+    runs_in_common,
     take_part,
     unpad_part,
 )
@@ -44,6 +47,7 @@ __all__ = [
     "common_sum",
     "convert",
     "convert_fixed",
+    "exchange_together",
     "for_parts",
     "gather_together",
     "is_type_checked",
@@ -82,39 +86,82 @@ def _all_to_all(
     size: of the whole along the source's split dim.
     """
     count = group.world_size
-    if source.dim != target.dim:
-        # Another dim is split: cut what is here along the target's dim, and join along the
-        # source's.
-        sent = [take_part(tensor, target, count, r).contiguous() for r in range(count)]
-        shapes = []
-        for r in range(count):
-            shape = list(sent[group.rank].shape)
-            shape[source.dim] = source.blocks * run_of_rank(size, source, count, r)[1]
-            shapes.append(tuple(shape))
-        return join_parts(group.all_to_all(sent, shapes), source)
-    # The same dim is split in another way (other blocks or units): send every rank the elements
-    # that it lacks, and put what comes where it belongs, by the places in the whole.
-    dim = source.dim
-    held = [places_of_rank(size, source, count, r) for r in range(count)]
-    wanted = [places_of_rank(size, target, count, r) for r in range(count)]
-    held_here, wanted_here = held[group.rank], wanted[group.rank]
-    sent = [
-        tensor.index_select(dim, torch.isin(held_here, wanted[r]).nonzero()[:, 0].to(tensor.device))
-        for r in range(count)
-    ]
-    places = [torch.isin(wanted_here, held[r]).nonzero()[:, 0] for r in range(count)]
+    if source.dim == target.dim:
+        (result,) = exchange_together([tensor], [source], [target], [size], group)
+        return result
+    # Another dim is split: cut what is here along the target's dim, and join along the source's.
+    sent = [take_part(tensor, target, count, r).contiguous() for r in range(count)]
     shapes = []
     for r in range(count):
-        shape = list(tensor.shape)
-        shape[dim] = len(places[r])
+        shape = list(sent[group.rank].shape)
+        shape[source.dim] = local_size(size, source, count, r)
         shapes.append(tuple(shape))
-    received = group.all_to_all(sent, shapes)
-    shape = list(tensor.shape)
-    shape[dim] = len(wanted_here)
-    result = tensor.new_empty(shape)
-    for place, part in zip(places, received, strict=True):
-        result.index_copy_(dim, place.to(tensor.device), part)
+    result = join_parts(group.all_to_all(sent, shapes), source)
+    if target.pending:
+        return keep_on_first(result, target, tensor.size(target.dim), count, group.rank)
     return result
+
+
+def exchange_together(
+    tensors: Sequence[torch.Tensor],
+    sources: Sequence[Shard],
+    targets: Sequence[Shard],
+    sizes: Sequence[int],
+    group: Group,
+) -> list[torch.Tensor]:
+    """Return the parts under `targets` of several tensors, of which each rank holds the parts under
+    `sources`, of the same dims, in one all-to-all per element type. Collective.
+
+    sizes: of each whole along its split dim. Every rank is sent the elements that it lacks: of what
+    several ranks hold, the first one's, or, where it is pending, every one's, to be added up.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> exchange_together([torch.ones(2)], [Shard(0)], [Shard(0)], [2], SingleGroup())
+    [tensor([1., 1.])]
+    """
+    count, rank = group.world_size, group.rank
+    ways = list(zip(sources, targets, sizes, strict=True))
+    results: list[torch.Tensor] = list(tensors)
+    for places in _by_type(tensors):
+        sent: list[torch.Tensor] = []
+        shapes: list[tuple[int, ...]] = []
+        for other in range(count):
+            pieces, numbers = [], 0
+            for index in places:
+                source, target, size = ways[index]
+                tensor, dim = tensors[index], source.dim
+                for at, _, length in runs_in_common(size, source, target, count, rank, other):
+                    pieces.append(tensor.narrow(dim, at, length).reshape(-1))
+                comes = runs_in_common(size, source, target, count, other, rank)
+                row = prod(tensor.shape[:dim]) * prod(tensor.shape[dim + 1 :])
+                numbers += row * sum(length for _, _, length in comes)
+            sent.append(torch.cat(pieces) if pieces else tensors[places[0]].new_empty(0))
+            shapes.append((numbers,))
+        received = group.all_to_all(sent, shapes)
+        for index in places:
+            source, target, size = ways[index]
+            shape = list(tensors[index].shape)
+            shape[source.dim] = local_size(size, target, count, rank)
+            results[index] = tensors[index].new_zeros(shape)
+        for other, flat in enumerate(received):
+            first = 0
+            for index in places:
+                source, target, size = ways[index]
+                result, dim = results[index], source.dim
+                for _, at, length in runs_in_common(size, source, target, count, other, rank):
+                    place = result.narrow(dim, at, length)
+                    piece = flat[first : first + place.numel()].view(place.shape)
+                    # Of what is not pending, each element comes once.
+                    if source.pending:
+                        place.add_(piece)
+                    else:
+                        place.copy_(piece)
+                    first += place.numel()
+        for index in places:
+            target, size = targets[index], sizes[index]
+            if target.pending:
+                results[index] = keep_on_first(results[index], target, size, count, rank)
+    return results
 
 
 # The moves that `start_move` makes in two halves.
@@ -138,12 +185,17 @@ def move(
         return tensor
     if step in _STARTED:
         return start_move(tensor, group, source, target, size)()
+    count, rank = group.world_size, group.rank
     if step is Movement.KEEP_ON_FIRST:
-        return tensor if group.rank == 0 else torch.zeros_like(tensor)
+        if isinstance(source, Shard):
+            return keep_on_first(tensor, source, size, count, rank)
+        return tensor if rank == 0 else torch.zeros_like(tensor)
     if step is Movement.SLICE:
         assert isinstance(target, Shard)
         # The part is copied, because a view would keep the whole in memory.
-        part = take_part(tensor, target, group.world_size, group.rank)
+        part = take_part(tensor, target, count, rank)
+        if target.pending:
+            return keep_on_first(part, target, tensor.size(target.dim), count, rank)
         return part.clone(memory_format=torch.contiguous_format)
     assert isinstance(source, Shard)
     if step is Movement.ALL_TO_ALL:
@@ -167,7 +219,12 @@ def start_move(
     step = movement(source, target)
     if group.world_size > 1:
         if step is Movement.ALL_REDUCE:
-            return group.start_all_reduce(tensor)
+            if isinstance(source, Shard):  # pending among the ranks that share a part
+                return group.start_all_reduce(_pad(tensor, source, size, group))
+            total = group.start_all_reduce(tensor)
+            if isinstance(target, Shard):
+                return lambda: move(total(), group, Invariant(), target)
+            return total
         if step is Movement.REDUCE_SCATTER:
             assert isinstance(target, Shard)
             return _start_reduce_scatter(tensor, target, group)
@@ -183,12 +240,10 @@ def _pad(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> torch.T
     collective.
     """
     shape = list(tensor.shape)
-    shape[shard.dim : shard.dim + 1] = [shard.blocks, size // shard.blocks]
+    shape[shard.dim] = size
     whole = tensor.new_zeros(shape)
-    start, length = run_of_rank(size, shard, group.world_size, group.rank)
-    blocks = tensor.unflatten(shard.dim, (shard.blocks, length))
-    whole.narrow(shard.dim + 1, start, length).copy_(blocks)
-    return whole.flatten(shard.dim, shard.dim + 1)
+    put_part(whole, tensor, shard, group.world_size, group.rank)
+    return whole
 
 
 class Convert(torch.autograd.Function):

@@ -11,8 +11,8 @@ from math import prod
 
 import torch
 
-from autoparallel.placement import Shard, local_size
-from autoparallel.runtime.counter_words import Side, drawn_words, sides_of, signed_word
+from autoparallel.placement import local_size
+from autoparallel.runtime.counter_words import Side, cuts_from, drawn_words, sides_of, signed_word
 
 __all__ = ["compiled_mask", "compiled_uniform", "mask_of", "uniform_of"]
 
@@ -94,7 +94,6 @@ def _mask_shape(
 def _local_sizes(shape: Sequence[int], cuts: Sequence[int]) -> list[int]:
     """Return the sizes of this rank's part."""
     sizes = list(shape)
-    for first in range(0, len(cuts), 5):
-        dim, blocks, unit, world_size, rank = cuts[first : first + 5]
-        sizes[dim] = local_size(sizes[dim], Shard(dim, blocks, unit), world_size, rank)
+    for shard, world_size, rank in cuts_from(cuts):
+        sizes[shard.dim] = local_size(sizes[shard.dim], shard, world_size, rank)
     return sizes

@@ -14,10 +14,20 @@ from typing import Any
 
 import torch
 
-from autoparallel.placement import Layout, Shard, local_size, part_bounds
+from autoparallel.placement import Layout, Shard, block_runs, is_even, local_size, part_bounds
 from autoparallel.runtime.ranks import Ranks
 
-__all__ = ["WORD", "Side", "Word", "cuts_of", "drawn_words", "sides", "sides_of", "signed_word"]
+__all__ = [
+    "WORD",
+    "Side",
+    "Word",
+    "cuts_from",
+    "cuts_of",
+    "drawn_words",
+    "sides",
+    "sides_of",
+    "signed_word",
+]
 
 WORD = 0xFFFFFFFF
 # A number of 32 bits; for a compiled program a tensor, int32 without dims, with these bits.
@@ -120,7 +130,7 @@ class Side:
         """
         # Where only the first dim is cut, and in one run, the places are consecutive.
         if not any(self.cuts[1:]) and all(
-            shard.blocks == 1 for cut in self.cuts for shard, *_ in cut
+            shard.blocks == shard.repeat == 1 for cut in self.cuts for shard, *_ in cut
         ):
             offset = self._first() * prod(self.sizes[1:])
             integer_type = torch.int32 if prod(self.sizes) <= WORD >> 1 else torch.int64
@@ -141,6 +151,7 @@ class Side:
         first = 0
         size = self.sizes[0] if self.sizes else 1
         for shard, world_size, rank in self.cuts[0] if self.cuts else ():
+            assert isinstance(shard.unit, int)  # of a dim in one block
             start, stop = part_bounds(size // shard.unit, world_size, rank)
             first, size = first + start * shard.unit, (stop - start) * shard.unit
         return first
@@ -153,10 +164,26 @@ def _place_in_whole(index: torch.Tensor, size: int, cuts: tuple[_Cut, ...]) -> t
     (shard, world_size, rank), *inner = cuts
     # Inner cuts first: they count within the outer part.
     index = _place_in_whole(index, local_size(size, shard, world_size, rank), tuple(inner))
+    if not is_even(shard):
+        return _place_in_blocks(index, block_runs(size, shard, world_size, rank))
+    assert isinstance(shard.blocks, int)
+    assert isinstance(shard.unit, int)
     block = size // shard.blocks
     first, last = (edge * shard.unit for edge in part_bounds(block // shard.unit, world_size, rank))
     length = last - first
     return index // length * block + index.remainder(length).add_(first)
+
+
+def _place_in_blocks(index: torch.Tensor, runs: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """Return the places in a whole dim of the elements at `index` of a part that consists of runs.
+
+    runs: (start in the whole, length) of each.
+    """
+    places, at = index, 0
+    for start, length in runs:
+        places = torch.where(index >= at, index + (start - at), places)
+        at += length
+    return places
 
 
 def sides(
@@ -183,18 +210,48 @@ def cuts_of(layout: Layout, ranks: Ranks) -> list[int]:
     """Return how a layout cuts a tensor, in plain numbers, as an op of torch can be given them.
 
     Five for each cut, the outermost first: dim, blocks and unit of the split, number of ranks and
-    this rank.
+    this rank. Where blocks are not alike, their number is negative, the unit is 0, and the sizes,
+    units and repeats of all blocks follow.
 
     >>> from autoparallel.runtime.groups import thread_groups
     >>> from autoparallel.runtime.ranks import one_axis
     >>> cuts_of((Shard(1, blocks=3),), one_axis(thread_groups(2)[1]))
     [1, 3, 1, 2, 1]
+    >>> cuts_of((Shard(1, blocks=(4, 1)),), one_axis(thread_groups(2)[1]))
+    [1, -2, 0, 2, 1, 4, 1, 1, 1, 1, 1]
     """
     cuts: list[int] = []
     for placement, size, rank in zip(layout, ranks.sizes, ranks.coordinates, strict=True):
         if isinstance(placement, Shard):
-            cuts += [placement.dim, placement.blocks, placement.unit, size, rank]
+            blocks, unit = placement.blocks, placement.unit
+            if isinstance(blocks, int) and isinstance(unit, int) and placement.repeat == 1:
+                cuts += [placement.dim, blocks, unit, size, rank]
+                continue
+            shares = blocks if isinstance(blocks, tuple) else (1,) * blocks
+            cuts += [placement.dim, -len(shares), 0, size, rank, *shares]
+            for numbers in (unit, placement.repeat):
+                cuts += numbers if isinstance(numbers, tuple) else (numbers,) * len(shares)
     return cuts
+
+
+def cuts_from(numbers: Sequence[int]) -> Iterator[tuple[Shard, int, int]]:
+    """Yield the cuts that `cuts_of` put into numbers: the split, number of ranks, this rank.
+
+    >>> list(cuts_from([1, 3, 1, 2, 1]))
+    [(Shard(dim=1, blocks=3, unit=1), 2, 1)]
+    """
+    first = 0
+    while first < len(numbers):
+        dim, blocks, unit, size, rank = numbers[first : first + 5]
+        first += 5
+        if blocks > 0:
+            yield Shard(dim, blocks, unit), size, rank
+            continue
+        shares, units, repeats = (
+            tuple(numbers[first - at * blocks : first - (at + 1) * blocks]) for at in range(3)
+        )
+        first -= 3 * blocks
+        yield Shard(dim, shares, units, repeats), size, rank
 
 
 def sides_of(
@@ -205,9 +262,8 @@ def sides_of(
     costs = [prod(shape[:at]) + prod(shape[at:]) for at in range(len(shape) + 1)]
     at = costs.index(min(costs))
     cuts: list[tuple[_Cut, ...]] = [()] * len(shape)
-    for first in range(0, len(numbers), 5):
-        dim, blocks, unit, size, rank = numbers[first : first + 5]
-        cuts[dim] += ((Shard(dim, blocks, unit), size, rank),)
+    for cut in cuts_from(numbers):
+        cuts[cut[0].dim] += (cut,)
     rows = Side(shape[:at], tuple(cuts[:at]), 1, words[0])
     return rows, Side(shape[at:], tuple(cuts[at:]), 0x9E3779B1, words[1])
 

@@ -37,6 +37,7 @@ from autoparallel.support.torch_private import place_in_backward, run_in_place
 
 __all__ = [
     "MOST_IN_GAP",
+    "MOST_PIECES",
     "begin",
     "convert",
     "end",
@@ -284,7 +285,7 @@ class _WeightGradient(torch.autograd.Function):
 
 # A product is summed over the ranks in pieces of at least so many bytes, and in so many pieces at
 # most: each piece pays the latency of a collective, which takes longer than that on slow links.
-_PIECE_NBYTES, _MOST_PIECES = 2**20, 4
+_PIECE_NBYTES, MOST_PIECES = 2**20, 4
 
 
 def piece_count(nbytes: int) -> int:
@@ -293,7 +294,7 @@ def piece_count(nbytes: int) -> int:
     >>> piece_count(2**19), piece_count(2**21), piece_count(2**30)
     (1, 2, 4)
     """
-    return max(1, min(_MOST_PIECES, nbytes // _PIECE_NBYTES))
+    return max(1, min(MOST_PIECES, nbytes // _PIECE_NBYTES))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

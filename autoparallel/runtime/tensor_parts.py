@@ -16,13 +16,15 @@ from autoparallel.placement import (
     Invariant,
     Layout,
     Partial,
+    Placement,
     Shard,
+    block_runs,
     layout_text,
     local_layout_size,
-    part_bounds,
 )
-from autoparallel.runtime.axis_parts import join_parts, take_part
+from autoparallel.runtime.axis_parts import join_parts, put_part, take_part
 from autoparallel.runtime.collectives import (
+    exchange_together,
     gather_together,
     start_reduce_scatter_together,
     start_sum_together,
@@ -126,11 +128,10 @@ def _cut(
 
     runs: those that the outer axes left, which the cut sees laid end to end.
     """
-    block = sum(length for _, length in runs) // shard.blocks
-    first, last = (edge * shard.unit for edge in part_bounds(block // shard.unit, world_size, rank))
+    size = sum(length for _, length in runs)
     left: list[tuple[int, int]] = []
-    for block_number in range(shard.blocks):
-        low, high, local = block_number * block + first, block_number * block + last, 0
+    for first, held in block_runs(size, shard, world_size, rank):
+        low, high, local = first, first + held, 0
         # `local` is where the run begins among the runs laid end to end; what lies in [low, high)
         # of them is this rank's.
         for start, length in runs:
@@ -187,6 +188,7 @@ def gathered(
     next step.
     """
     results = list(parts)
+    fine = _exchanged(results, fine, coarse, shapes, ranks)
     joined = [_joined_layout(have, want) for have, want in zip(fine, coarse, strict=True)]
     # From the innermost axis outwards: where two axes cut a dim, the inner cut was made last.
     for axis in reversed(range(len(ranks.sizes))):
@@ -216,6 +218,46 @@ def gathered(
             # A part is a view, which would keep the whole in memory.
             results[index] = part.clone(memory_format=torch.contiguous_format)
     return results
+
+
+def _exchanged(
+    results: list[torch.Tensor],
+    have: Sequence[Layout],
+    want: Sequence[Layout],
+    shapes: Sequence[tuple[int, ...]],
+    ranks: Ranks,
+) -> list[Layout]:
+    """Exchange parts that one axis alone cuts, before and after, but in other places, in the list
+    `results`; return the layouts then.
+
+    Each rank is sent what it lacks: a gather would bring all of a dim to all of them.
+    """
+    layouts = list(have)
+    for axis, group in enumerate(ranks.groups):
+        indices, sources, targets = [], [], []
+        for index, (early, late) in enumerate(zip(have, want, strict=True)):
+            source, target = early[axis], late[axis]
+            if (
+                isinstance(source, Shard)
+                and isinstance(target, Shard)
+                and source != target
+                and source.dim == target.dim
+                and sum(isinstance(p, Shard) and p.dim == source.dim for p in early) == 1
+                and sum(isinstance(p, Shard) and p.dim == source.dim for p in late) == 1
+            ):
+                indices.append(index)
+                sources.append(source)
+                targets.append(target)
+                layouts[index] = tuple(
+                    target if at == axis else other for at, other in enumerate(layouts[index])
+                )
+        if indices:
+            sizes = [shapes[i][shard.dim] for i, shard in zip(indices, sources, strict=True)]
+            parts = [results[index] for index in indices]
+            exchanged = exchange_together(parts, sources, targets, sizes, group)
+            for index, part in zip(indices, exchanged, strict=True):
+                results[index] = part
+    return layouts
 
 
 def _joined_layout(have: Layout, want: Layout) -> Layout:
@@ -315,6 +357,13 @@ def _reducing(
     ranks: Ranks,
 ) -> Iterator[None]:
     """Redistribute gradients in place in the list `results`; yield while a collective runs."""
+    exchanged = _exchanged(results, layouts, wanted, shapes, ranks)
+    layouts, last = _spread_out(results, exchanged, shapes, ranks), list(wanted)
+    # What several ranks are to hold is cut of the whole sum.
+    wanted = [
+        tuple(Invariant() if _is_shared(placement) else placement for placement in layout)
+        for layout in last
+    ]
     anew = [_cut_anew(have, want) for have, want in zip(layouts, wanted, strict=True)]
     if any(have != joined for have, joined in zip(layouts, anew, strict=True)):
         results[:] = gathered(results, layouts, anew, shapes, ranks)
@@ -352,6 +401,46 @@ def _reducing(
             yield
             for index, total in zip(indices, wait(), strict=True):
                 results[index] = total
+    for index, layout in enumerate(last):
+        for axis, placement in enumerate(layout):
+            if exchanged[index][axis] == placement:
+                continue
+            if isinstance(placement, Shard) and placement.repeat != 1:
+                count, rank = ranks.sizes[axis], ranks.coordinates[axis]
+                part = take_part(results[index], placement, count, rank)
+                results[index] = part.clone(memory_format=torch.contiguous_format)
+
+
+def _is_shared(placement: Placement) -> bool:
+    """Return whether several ranks hold the same part."""
+    return isinstance(placement, Shard) and placement.repeat != 1
+
+
+def _spread_out(
+    results: list[torch.Tensor],
+    layouts: Sequence[Layout],
+    shapes: Sequence[tuple[int, ...]],
+    ranks: Ranks,
+) -> list[Layout]:
+    """Put parts that are pending among the ranks that share them amid zeros, in the list `results`,
+    and return the layouts then: a sum over all ranks.
+    """
+    spread_layouts = list(layouts)
+    for index, layout in enumerate(layouts):
+        for axis, placement in enumerate(layout):
+            if isinstance(placement, Shard) and placement.pending:
+                # No other axis cuts the dim.
+                part, count = results[index], ranks.sizes[axis]
+                shape = list(part.shape)
+                shape[placement.dim] = shapes[index][placement.dim]
+                whole = part.new_zeros(shape)
+                put_part(whole, part, placement, count, ranks.coordinates[axis])
+                results[index] = whole
+                spread_layouts[index] = tuple(
+                    Partial() if at == axis else other
+                    for at, other in enumerate(spread_layouts[index])
+                )
+    return spread_layouts
 
 
 def _let_go(results: list[torch.Tensor], indices: Sequence[int]) -> None:

@@ -29,7 +29,8 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.rules.lookup import find_rule
-from autoparallel.rules.rule import ShardingRule, Strategy, strategies
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.strategy.candidate_splits import CandidateSplits, weight_values
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.cost_tables import Table
@@ -40,7 +41,7 @@ from autoparallel.strategy.recompute_modes import Recomputation
 from autoparallel.strategy.redistribution import ProducerLayouts, RedistributionTables
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 from autoparallel.strategy.saved_activations import SavedActivations
-from autoparallel.strategy.zero_costs import update_gather_seconds
+from autoparallel.strategy.zero_costs import exchange_seconds, update_gather_seconds
 
 __all__ = ["build_network", "rebuilt"]
 
@@ -324,6 +325,7 @@ class _Builder:
             updated = nbytes(value) * layout_fraction(value.shape, choice.state, self.sizes)
             seconds = update_seconds(updated, updated, parts[2], self.pace)
             seconds += update_gather_seconds(value, choice, self.edges.links, self.sizes)
+            seconds += exchange_seconds(value, choice, self.edges.links, self.sizes)
             costs.append(seconds if value.requires_grad else 0.0)
             usage.append(sum(parts))
         layouts = ProducerLayouts(
@@ -346,7 +348,7 @@ class _Builder:
                 shards = tuple(
                     shard
                     for shard in (splits.shards[value.name] if size > 1 else ())
-                    if shard.blocks == 1 and shard.unit == 1
+                    if shard.blocks == shard.unit == shard.repeat == 1
                 )
                 # Who runs the micro-batches puts together what they return, however it lies.
                 if in_time:

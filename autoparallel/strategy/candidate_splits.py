@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from autoparallel.graph.graph import Graph, Node, Sym
 from autoparallel.options import Options
 from autoparallel.placement import Shard
-from autoparallel.rules.rule import (
+from autoparallel.rules.loop_splits import (
     LoopSplit,
-    ShardingRule,
     UnsplittableError,
     is_possible,
+    own_split,
     place,
     tile_of,
+    tiles_of_piece,
 )
+from autoparallel.rules.rule import Dims, ShardingRule
 
 __all__ = ["CandidateSplits", "weight_values"]
 
@@ -88,14 +91,18 @@ class CandidateSplits:
             if rule is None:
                 continue
             tiles = self.tiles.setdefault(node.name, {})
-            if self.sparing and not (rule.flops or rule.kernels):
+            if self.sparing and not (rule.flops or rule.kernels or rule.pieces):
                 continue
             symbolic = [loop for loop in rule.loops if isinstance(rule.sizes[loop], Sym)]
             static = [loop for loop in rule.loops if loop not in symbolic]
             # Candidates that are listed first win ties. Where two symbolic dims cost the same, the
             # inner one (the sequence) is preferred to the outer one (the batch).
             for loop in (*static, *reversed(symbolic)):
-                tile = LoopSplit(loop)
+                tile = own_split(rule, loop)
+                if self.is_allowed(node, rule, tile):
+                    tiles[tile] = None
+                    work.append((node.name, tile))
+            for tile in self.in_groups(rule):
                 if self.is_allowed(node, rule, tile):
                     tiles[tile] = None
                     work.append((node.name, tile))
@@ -108,6 +115,19 @@ class CandidateSplits:
             for name, tile in work:
                 fresh += self.spread(calls[name], tile)
             work = fresh
+
+    def in_groups(self, rule: ShardingRule) -> list[LoopSplit]:
+        """Return the splits of loops of a product that have fewer elements than there are ranks,
+        such as heads of keys, together with the loop inside of each, such as the heads of queries
+        that read the same keys.
+        """
+        pairs = {
+            pair: None
+            for dims in (*rule.operands, *rule.results)
+            for names in dims
+            for pair in pairwise(names)
+        }
+        return [LoopSplit(outer, into=inner) for outer, inner in pairs if rule.flops]
 
     def spread(self, node: Node, tile: LoopSplit) -> list[tuple[str, LoopSplit]]:
         """Tell the neighbours how the tensors of `node` lie when it is split by `tile`.
@@ -144,13 +164,37 @@ class CandidateSplits:
         ):
             if tensor != name:
                 continue
-            tile = tile_of(rule, dims, shard, self.world_size)
-            if tile is None or tile in self.tiles[node.name]:
-                continue
-            if self.is_allowed(node, rule, tile):
-                self.tiles[node.name][tile] = None
-                fresh.append((node.name, tile))
+            for tile in self.asked(node, rule, dims, shard):
+                if tile not in self.tiles[node.name] and self.is_allowed(node, rule, tile):
+                    self.tiles[node.name][tile] = None
+                    fresh.append((node.name, tile))
         return fresh
+
+    def asked(self, node: Node, rule: ShardingRule, dims: Dims, shard: Shard) -> list[LoopSplit]:
+        """Return the tiles of `node` that give a tensor of `dims` that shard: one at most, but for
+        a piece of a loop, which is combined with what the other pieces may be.
+        """
+        names = dims[shard.dim]
+        if shard.repeat != 1:
+            shared = [tile for tile in self.in_groups(rule) if tile.loop in names]
+            if shared:
+                return [
+                    tile
+                    for tile in shared
+                    if is_possible(rule, tile, self.world_size)
+                    and _placed(rule, dims, tile, self.world_size) == shard
+                ]
+        if len(names) != 1 or names[0] not in rule.pieces:
+            tile = tile_of(rule, dims, shard, self.world_size)
+            return [] if tile is None else [tile]
+        known = {
+            loops[shard.dim][0]: [at for at in self.shards[tensor] if at.dim == shard.dim]
+            for tensor, loops in zip(
+                self.tensors[node.name], (*rule.operands, *rule.results), strict=True
+            )
+            if loops[shard.dim] and loops[shard.dim][0] in rule.pieces
+        }
+        return list(tiles_of_piece(rule, names[0], shard, known))
 
     def is_allowed(self, node: Node, rule: ShardingRule, tile: LoopSplit) -> bool:
         """Say whether the options and the sizes let this call be split so."""
@@ -186,6 +230,14 @@ class CandidateSplits:
             for loop in rule.loops
             if not isinstance(rule.sizes[loop], Sym)
         )
+
+
+def _placed(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) -> Shard | None:
+    """Return the placement of a tensor; None, too, where none says it."""
+    try:
+        return place(rule, dims, tile, world_size)
+    except UnsplittableError:
+        return None
 
 
 def weight_values(graph: Graph) -> set[str]:

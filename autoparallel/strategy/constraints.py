@@ -34,7 +34,7 @@ from autoparallel.placement import (
 )
 from autoparallel.strategy.cost_network import CostNetwork
 
-__all__ = ["Constraint", "constrain", "parse_constraints"]
+__all__ = ["Constraint", "constrain", "parse_constraints", "placement_test"]
 
 _FORM = re.compile(r"\s*(\S+)(?:\s+on\s+(\w+))?\s+is(\s+not)?\s+(.+?)\s*")
 
@@ -91,7 +91,7 @@ def _parse(text: str, mesh: Mesh) -> Constraint:
             f"constraint {text!r}: the mesh has no axis {axis!r}",
             fix=f"its axes are {', '.join(names)}",
         )
-    accepts = _how(text, how)
+    accepts = placement_test(text, how)
     # Micro-batches are no ranks, over which a user would want a tensor to lie in a certain way.
     axes = tuple(
         index for index, name in enumerate(names) if axis in (None, name) and name != MICROBATCH
@@ -101,8 +101,15 @@ def _parse(text: str, mesh: Mesh) -> Constraint:
     return Constraint(text, pattern, axes, accepts)
 
 
-def _how(text: str, how: str) -> Callable[[Placement], bool]:
-    """Return the test of a placement that the words after "is" stand for."""
+def placement_test(text: str, how: str) -> Callable[[Placement], bool]:
+    """Return the test of a placement that the words after "is" stand for.
+
+    text: the whole demand, which errors show. how: "whole", "split", "split 1" or a placement.
+    Raises PlanError where it is none of these.
+
+    >>> placement_test("fc1: split 1", "split 1")(Shard(1))
+    True
+    """
     if how == "whole":
         return lambda placement: isinstance(placement, Invariant | Replicate)
     if how == "split":

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import combinations, product
 
 from autoparallel.graph.graph import Dim, hint
-from autoparallel.placement import Layout, Shard
-from autoparallel.rules.rule import ShardingRule, Strategy, is_possible
+from autoparallel.placement import Layout, Shard, divides_in_runs
+from autoparallel.rules.loop_splits import is_possible
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy
 
 __all__ = ["MeshStrategy", "is_nested", "joint_strategies"]
 
@@ -57,13 +59,13 @@ def is_nested(shape: Sequence[Dim], layout: Layout, sizes: tuple[int, ...]) -> b
         if len(cuts) == 1:
             continue
         shard = cuts[0][1]
-        if any(other != shard for _, other in cuts):
+        if shard.repeat != 1 or any(other != shard for _, other in cuts):
             return False
         # A run is the smallest piece of a block that is dealt out to ranks: `unit` elements
         # together. They are dealt to all axes at once: 4 runs divide by any two axes of 2 ranks,
         # and not by three.
-        runs = hint(shape[dim]) // (shard.blocks * shard.unit)
-        if runs % math.prod(sizes[axis] for axis, _ in cuts):
+        parts = math.prod(sizes[axis] for axis, _ in cuts)
+        if not divides_in_runs(hint(shape[dim]), shard.blocks, shard.unit, parts):
             return False
     return True
 
@@ -114,7 +116,12 @@ def _together(rule: ShardingRule, parts: tuple[Strategy, ...], sizes: tuple[int,
     ranks: dict[str, int] = {}
     for first, second in combinations(parts, 2):
         tile = first.tile
-        if tile is None or second.tile is None or tile.loop != second.tile.loop:
+        if tile is None or second.tile is None:
+            continue
+        loops, others = {tile.loop, tile.into} - {""}, {second.tile.loop, second.tile.into}
+        if loops & others and any(at.into or at.repeat != 1 for at in (tile, second.tile)):
+            return False
+        if tile.loop != second.tile.loop:
             continue
         if tile != second.tile or any(p.kernel and not p.kernel.wraps for p in (first, second)):
             return False

@@ -11,6 +11,7 @@ from autoparallel.cost.optimizer_state import state_bytes_per_element
 from autoparallel.graph.graph import Value, hint
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.placement import Invariant, Layout, Placement, Shard
+from autoparallel.plan.kept_layouts import kept_layout
 from autoparallel.strategy.mesh_strategies import is_nested
 
 __all__ = ["ParameterStorage", "storage_choices", "stored_bytes"]
@@ -99,6 +100,11 @@ def _even(value: Value, ranks: int, taken_dims: Collection[int] = ()) -> tuple[S
     return tuple(islice(able, 1))
 
 
+def fixed_shape(value: Value) -> tuple[int, ...]:
+    """Return the shape of a parameter, whose sizes no input decides."""
+    return tuple(hint(size) for size in value.shape)
+
+
 def stored_bytes(
     value: Value, stored: ParameterStorage, sizes: tuple[int, ...], optimizer: str
 ) -> tuple[float, float, float]:
@@ -107,14 +113,16 @@ def stored_bytes(
     value: the parameter. stored: how it is stored. sizes: of the mesh axes. optimizer: its name, as
     of `state_bytes_per_element`.
     Where the state is split and the parameter is not, the part that the optimizer updates is a copy
-    of its own, unless it is the master copy that the state counts.
+    of its own, unless it is the master copy that the state counts; so it is, always, where the
+    optimizer cannot be told of the parts that compute.
     """
     whole = nbytes(value)
     share = layout_fraction(value.shape, stored.state, sizes)
     parameter = whole * layout_fraction(value.shape, stored.storage, sizes)
     itemsize = value.dtype.itemsize
     per_element, has_master = state_bytes_per_element(optimizer, itemsize)
-    if stored.state != stored.storage and not has_master:
+    kept = kept_layout(stored.state, fixed_shape(value), sizes)
+    if (stored.state != stored.storage and not has_master) or kept != stored.state:
         parameter += whole * share
     if not value.requires_grad:
         return parameter, 0.0, 0.0

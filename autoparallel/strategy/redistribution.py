@@ -19,15 +19,7 @@ from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Value
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.options import Options
-from autoparallel.placement import (
-    Invariant,
-    Layout,
-    Movement,
-    Placement,
-    Replicate,
-    Shard,
-    Step,
-)
+from autoparallel.placement import Invariant, Layout, Movement, Placement, Replicate, Shard, Step
 from autoparallel.strategy.cost_tables import Table, stacked, sum_of_columns
 from autoparallel.strategy.layout_sets import ReaderLayouts, layout_sets, offers_to_reader
 from autoparallel.strategy.parameter_storage import ParameterStorage
@@ -80,14 +72,17 @@ class RedistributionTable:
     groups: the layouts that the value is brought to, by state of the only reader or of the variable
     between; kept: those of them that are saved for the backward pass. paid: table[producer's state,
     group], a third axis for the recompute mode if there are several. routes: the paths that were
-    priced. offers: where there are several readers, a table between the variable and each one,
-    which forbids groups without the layouts that the reader needs.
+    priced. produced: the layouts of the producer. again: per recompute mode, whether the forward
+    way is taken twice. offers: where there are several readers, a table between the variable and
+    each one, which forbids groups without the layouts that the reader needs.
     """
 
     groups: tuple[tuple[Layout, ...], ...]
     kept: tuple[tuple[Layout, ...], ...]
     paid: Table
     routes: RedistributionPaths
+    produced: ProducerLayouts
+    again: tuple[bool, ...]
     offers: tuple[Table, ...] = ()
 
 
@@ -207,7 +202,10 @@ class RedistributionTables:
             if len(readers) > 1:
                 offers = tuple(Table(offers_to_reader(groups, saved, reader)) for reader in readers)
             # Producers and readers are known by their ids: kept alive, no other object gets them.
-            edge = RedistributionTable(groups, saved, stacked(tables), routes, offers)
+            again = tuple(all(mode.readers) for mode in plain)
+            edge = RedistributionTable(
+                groups, saved, stacked(tables), routes, produced, again, offers
+            )
             self._tables[key] = (edge, produced, readers)
         table_of_value: RedistributionTable = self._tables[key][0]
         return table_of_value
@@ -305,11 +303,15 @@ def _class(value: Value, weight: bool, together: bool) -> Any:
     return (value.shape, value.dtype.itemsize, value.requires_grad, weight, together)
 
 
-def _rank(placement: Placement) -> tuple[str, int, int, int]:
+def _rank(placement: Placement) -> tuple[Any, ...]:
     """Return a key that sorts placements, so that the order of layouts does not matter."""
-    if isinstance(placement, Shard):
-        return ("Shard", placement.dim, placement.blocks, placement.unit)
-    return (type(placement).__name__, 0, 0, 0)
+    if not isinstance(placement, Shard):
+        return (type(placement).__name__, 0, (), (), (), False)
+    blocks, unit, repeat = (
+        number if isinstance(number, tuple) else (number,)
+        for number in (placement.blocks, placement.unit, placement.repeat)
+    )
+    return ("Shard", placement.dim, blocks, unit, repeat, placement.pending)
 
 
 def _storage(layout: Layout) -> Layout:

@@ -125,7 +125,9 @@ class RedistributionPaths:
         # One step per axis suffices, but for one axis that must first be gathered and split anew.
         self.hops = 1 if len(grid) == 1 else len(grid) + 1
         self._levels: dict[tuple[Layout, ...], list[NDArray[np.float64]]] = {}
+        self._seconds: dict[tuple[Layout, ...], NDArray[np.float64]] = {}
         self._forward: dict[tuple[Layout, ...], NDArray[np.float64]] = {}
+        self._steps: dict[tuple[Layout, Layout], tuple[Step, ...]] = {}
 
     def levels(self, targets: tuple[Layout, ...]) -> list[NDArray[np.float64]]:
         """Return, per number of steps, the least seconds from every layout to each target.
@@ -154,8 +156,12 @@ class RedistributionPaths:
 
     def seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
         """Return table[layout, target]: the least seconds, layouts in the order of `cells`."""
-        table = self.levels(targets)[-1].reshape(-1, len(targets))
-        return self._led(table, targets, self.moves) if self.together else table
+        if targets not in self._seconds:
+            table = self.levels(targets)[-1].reshape(-1, len(targets))
+            self._seconds[targets] = (
+                self._led(table, targets, self.moves) if self.together else table
+            )
+        return self._seconds[targets]
 
     def forward_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
         """Return table[layout, target]: forward seconds of the paths that `seconds` prices.
@@ -185,6 +191,13 @@ class RedistributionPaths:
                 table = self._led(table, targets, self.forwards)
             self._forward[targets] = table
         return self._forward[targets]
+
+    def reduced_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
+        """Return table[layout, target]: the part of `seconds` in which gradients are reduced in a
+        bucket with others.
+        """
+        none = np.zeros((len(self.layouts), len(targets)))
+        return self._led(none, targets, self.moves) if self.together else none
 
     def _led(
         self,
@@ -225,6 +238,12 @@ class RedistributionPaths:
 
         Ties go to the path of fewest steps, then to the first axis and placement.
         """
+        if (source, target) not in self._steps:
+            self._steps[source, target] = self._found_steps(source, target)
+        return self._steps[source, target]
+
+    def _found_steps(self, source: Layout, target: Layout) -> tuple[Step, ...]:
+        """Return the steps as `steps` does, which keeps them."""
         lead: tuple[Step, ...] = ()
         if self.together:
             lead = tuple(

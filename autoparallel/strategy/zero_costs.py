@@ -16,9 +16,15 @@ from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Value
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.placement import Collective, Invariant, Layout, Replicate
-from autoparallel.strategy.parameter_storage import ParameterStorage
+from autoparallel.plan.kept_layouts import kept_layout
+from autoparallel.strategy.parameter_storage import ParameterStorage, fixed_shape
 
-__all__ = ["update_gather_seconds", "zero_gradient_seconds", "zero_gradient_table"]
+__all__ = [
+    "exchange_seconds",
+    "update_gather_seconds",
+    "zero_gradient_seconds",
+    "zero_gradient_table",
+]
 
 
 def zero_gradient_table(
@@ -100,6 +106,26 @@ def update_gather_seconds(
         for axis, (placement, state) in enumerate(zip(stored.storage, stored.state, strict=True))
         if placement != state
     )
+
+
+def exchange_seconds(
+    value: Value, stored: ParameterStorage, links: Sequence[Link], sizes: tuple[int, ...]
+) -> float:
+    """Return the seconds of exchanging the parts that the optimizer updates for those that compute,
+    and their gradients for those of the former; 0 where both are the same parts.
+
+    value: the parameter. stored: how it is stored. links, sizes: of the mesh axes. Many parameters
+    are exchanged together.
+    """
+    kept = kept_layout(stored.state, fixed_shape(value), sizes)
+    seconds = 0.0
+    for axis, (late, early) in enumerate(zip(kept, stored.state, strict=True)):
+        if late != early:
+            others = (*stored.state[:axis], Invariant(), *stored.state[axis + 1 :])
+            size = nbytes(value) * layout_fraction(value.shape, others, sizes)
+            once = together_seconds(Collective.ALL_TO_ALL, size, links[axis], sizes[axis])
+            seconds += 2 * once
+    return seconds
 
 
 def _bytes_across(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import re
 import sys
 from functools import cache
 from pathlib import Path
 
-__all__ = ["OWN_PACKAGES", "installation_rows", "require_own_planners"]
+__all__ = ["OWN_PACKAGES", "device_rows", "installation_rows", "require_own_planners"]
 
 _DISTRIBUTION = "torch-autoparallel"
 # The names at the top that the project takes. `planners` is a word that others may take too.
@@ -59,7 +60,11 @@ def installation_rows() -> list[tuple[str, str, bool]]:
         text = str(home or "not found")
         if others:
             text += f"; {', '.join(others)} has files in a package of that name too"
-        rows.append((name, text, home is not None and not others))
+        # A program that lies beside one of these would import it in place of the project's.
+        elsewhere = _others_on_the_path(name)
+        if elsewhere:
+            text += f"; another package of that name is in {', '.join(map(str, elsewhere))}"
+        rows.append((name, text, home is not None and not others and not elsewhere))
     try:
         require_own_planners()
     except ImportError as error:
@@ -94,3 +99,54 @@ def _numbers(version: str) -> tuple[int, ...]:
     """
     numbers = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
     return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
+def device_rows() -> list[tuple[str, str, bool]]:
+    """Return what this machine can do, in the form of `installation_rows`: its devices, and the
+    backends that processes could talk by. It imports torch.
+    """
+    try:
+        import torch
+        import torch.distributed as dist
+    except ImportError as error:
+        return [("devices", f"unknown: torch cannot be imported ({error})", False)]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [torch.cuda.get_device_name(index) for index in range(count)]
+    devices = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"{devices or 'no GPU that torch can use'}; {cores} CPU cores"
+    if not dist.is_available():
+        return [("devices", text, True), ("backends", "torch was built without any", False)]
+    backends = [
+        name
+        for name, there in (
+            ("gloo", dist.is_gloo_available()),
+            ("nccl", dist.is_nccl_available()),
+            ("mpi", dist.is_mpi_available()),
+            ("ucc", dist.is_ucc_available()),
+        )
+        if there
+    ]
+    # GPUs of several processes talk by NCCL, CPUs by gloo.
+    missing = [name for name in ("gloo", *["nccl"] * bool(count)) if name not in backends]
+    told = ", ".join(backends) or "none"
+    if missing:
+        told += f"; {' and '.join(missing)} would be needed"
+    return [("devices", text, True), ("backends", told, not missing)]
+
+
+def _others_on_the_path(name: str) -> list[Path]:
+    """Return folders on sys.path, besides the one that is used, with a package of that name.
+
+    Another copy of this project is none: it is known by the package that lies beside it.
+    """
+    used = _home(name)
+    others = []
+    for entry in dict.fromkeys(sys.path):
+        folder = Path(entry or ".").resolve() / name
+        file = folder.with_suffix(".py")
+        if folder == used or (folder.parent / "planners" / "table_memo.py").is_file():
+            continue
+        if (folder / "__init__.py").is_file() or file.is_file():
+            others.append(folder if folder.is_dir() else file)
+    return others

@@ -1,7 +1,8 @@
-"""Bundled plain models and a small trainer: what a demo or a test needs to train something.
+"""The runner, and bundled plain models: what somebody needs to train something for real.
 
-Here belong GPT and BERT in torch alone, text and batches, the training loop, and records and
-comparisons of runs. Nothing here knows how a model is split: a model over many processes trains as
-one in one process does. Splitting belongs in `parallel`, saving a split model in
-`parallel.checkpoint`, hand-written splits in `megatron_rules`.
+Here belong configurations, text and rows, GPT and BERT in torch alone, the training loop, logs,
+evaluation, and comparisons of runs. The runner is a user of the public functions: it makes a plan,
+applies it, and trains the module as one in one process trains; nothing below knows of it. Splitting
+belongs in `parallel`, saving a split model in `parallel.checkpoint`, hand-written splits in
+`megatron_rules`.
 """

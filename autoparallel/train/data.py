@@ -9,9 +9,6 @@ Sources: Sennrich et al. 2016 (BPE), Radford et al. 2019 (on bytes), Devlin et a
 
 import hashlib
 import json
-import os
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,14 +19,12 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from autoparallel.errors import AutoParallelError
 from autoparallel.support.cache_files import default_cache_folder, write_whole
+from autoparallel.train.documents import CorpusError, Document, corpus_files
 from autoparallel.train.models import IGNORED_LABEL
 
 __all__ = [
     "Batches",
-    "CorpusError",
-    "Document",
     "Objective",
     "TokenizedCorpus",
     "prepare_corpus",
@@ -45,26 +40,6 @@ DEFAULT_CORPUS_BYTES = 8_000_000
 HELD_OUT_EVERY = 20  # Every twentieth document is held out.
 CACHE_FORMAT = 1  # Raised when the cached tensors change their meaning.
 
-# Folders of the standard library that hold no prose of programs: tables, tests, other packages.
-_SKIPPED_FOLDERS = frozenset(
-    ("dist-packages", "encodings", "idlelib", "lib2to3", "site-packages", "test", "tests")
-)
-
-
-class CorpusError(AutoParallelError):
-    """The text asked for is missing, unreadable, empty or too small, or its options are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text of a corpus.
-
-    name: path below the corpus's root, with slashes. text: its content.
-    """
-
-    name: str
-    text: str
-
 
 def read_corpus(
     path: str | Path | None = None, limit_bytes: int = DEFAULT_CORPUS_BYTES
@@ -75,7 +50,7 @@ def read_corpus(
     is cut). The order is that of the names. Hidden files and files with NUL bytes are passed over.
     Raises CorpusError for a missing or unreadable path, and if no text remains.
     """
-    root, files = _corpus_files(path)
+    root, files = corpus_files(path)
     documents: list[Document] = []
     bytes_left = limit_bytes
     for file in files:
@@ -101,40 +76,6 @@ def read_corpus(
             fix="pass --data a file or a folder of plain text",
         )
     return tuple(documents)
-
-
-def _corpus_files(path: str | Path | None) -> tuple[Path, Iterator[Path]]:
-    """Return the root that names are relative to, and the files in order."""
-    if path is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        if not root.is_dir():
-            raise CorpusError(
-                "the standard library's sources are not there",
-                why=f"{root} is no folder (a frozen or zipped Python?)",
-                fix="pass --data a file or a folder of plain text",
-            )
-        return root, (file for file in _walk(root, _SKIPPED_FOLDERS) if file.suffix == ".py")
-    chosen = Path(path).expanduser()
-    if chosen.is_file():
-        return chosen.parent, iter([chosen])
-    if chosen.is_dir():
-        return chosen, _walk(chosen)
-    raise CorpusError(
-        f"no such file or folder: {path}",
-        why=f"nothing is there, seen from {Path.cwd()}",
-        fix="check the path that --data names",
-    )
-
-
-def _walk(root: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the files below root, sorted by name per folder, without hidden and skipped ones."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - skipped - {"__pycache__"})
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in sorted(names):
-            file = Path(folder, name)
-            if not name.startswith(".") and file.is_file():
-                yield file
 
 
 @dataclass(frozen=True, slots=True, eq=False)

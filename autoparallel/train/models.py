@@ -1,22 +1,33 @@
 """Plain GPT and BERT in torch alone: models of a user who never heard of parallelism.
 
-Both are pre-norm Transformers with a fused query-key-value product and an output head tied to the
-token embedding. Nothing in them knows about devices; splitting them is the planner's work. They
-construct on the meta device and trace with a symbolic batch and sequence.
+Both are Transformers with a fused query-key-value product and an output head tied to the token
+embedding; their norms come before each branch, in a BERT also after it, if it is asked for. Nothing
+in them knows about devices; splitting them is the planner's work. They construct on the meta device
+and trace with a symbolic batch and sequence.
 
 Sources: Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3), Devlin et al. 2018 (BERT), Shoeybi
 et al. 2019, section 5.3 (why BERT's norms come first in large models).
 """
 
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "IGNORED_LABEL", "Bert", "BertConfig", "GPTConfig", "ModelOutput"]
+from autoparallel.train.layers import Block
+from autoparallel.train.model_sizes import BertConfig, GPTConfig
+
+__all__ = [
+    "GPT",
+    "IGNORED_LABEL",
+    "Bert",
+    "BertConfig",
+    "CachedOutput",
+    "GPTConfig",
+    "ModelOutput",
+    "SentenceOutput",
+]
 
 IGNORED_LABEL = -100
 INITIAL_DEVIATION = 0.02
@@ -32,138 +43,27 @@ class ModelOutput(NamedTuple):
     logits: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class GPTConfig:
-    """Sizes of a GPT; the defaults are GPT-2's smallest.
+class CachedOutput(NamedTuple):
+    """The output of a GPT that goes on with a text.
 
-    layers: number of blocks. hidden: width h, a multiple of heads (ValueError). vocabulary: V.
-    positions: longest sequence. dropout: a probability.
-
-    >>> GPTConfig.gpt3().hidden
-    12288
+    logits: (b, 1, V), of the token after the last position. cache: (layers, 2, b, heads, s,
+    h / heads), the keys and values of the positions that were given.
     """
 
-    layers: int = 12
-    hidden: int = 768
-    heads: int = 12
-    vocabulary: int = 50257
-    positions: int = 1024
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_heads(self.hidden, self.heads)
-
-    @classmethod
-    def gpt2(cls) -> "GPTConfig":
-        """Return the sizes of 124 million parameters (Radford et al. 2019, table 2, smallest)."""
-        return cls()
-
-    @classmethod
-    def gpt2_xl(cls) -> "GPTConfig":
-        """Return the sizes of 1.6 billion parameters (Radford et al. 2019, table 2, largest).
-
-        Its 25 heads divide by no usual number of ranks.
-        """
-        return cls(layers=48, hidden=1600, heads=25)
-
-    @classmethod
-    def gpt3(cls) -> "GPTConfig":
-        """Return the sizes of 175 billion parameters (Brown et al. 2020, table 2.1)."""
-        return cls(layers=96, hidden=12288, heads=96, positions=2048)
+    logits: Tensor
+    cache: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class BertConfig:
-    """Sizes of a BERT; fields as of GPTConfig, with token_types segments."""
+class SentenceOutput(NamedTuple):
+    """The output of a BERT that also learns the order of sentences.
 
-    layers: int = 12
-    hidden: int = 768
-    heads: int = 12
-    vocabulary: int = 30522
-    positions: int = 512
-    token_types: int = 2
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_heads(self.hidden, self.heads)
-
-    @classmethod
-    def large(cls) -> "BertConfig":
-        """Return the sizes of 340 million parameters (Devlin et al. 2018, section 3)."""
-        return cls(layers=24, hidden=1024, heads=16)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, (b, s, h) -> (b, s, h).
-
-    The rows of the fused weight (3h, h) are all queries, then all keys, then all values.
+    loss, logits: as of ModelOutput; the loss is the sum of both tasks'. sentence_logits: (b, 2), of
+    segments that are in order, and of those that are swapped.
     """
 
-    def __init__(self, hidden: int, heads: int, dropout: float, causal: bool) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.heads = heads
-        self.dropout = dropout
-        self.causal = causal
-        self.query_key_value = nn.Linear(hidden, 3 * hidden)
-        self.projection = nn.Linear(hidden, hidden)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the attended values, (b, s, h).
-
-        x: (b, s, h). mask: boolean, broadcasts to (b, heads, s, s), True where to attend.
-        """
-        batch, sequence, _ = x.shape
-        query, key, value = (
-            part.view(batch, sequence, self.heads, self.hidden // self.heads).transpose(1, 2)
-            for part in self.query_key_value(x).split(self.hidden, dim=-1)
-        )
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal,
-        )
-        return self.projection(context.transpose(1, 2).reshape(batch, sequence, self.hidden))
-
-
-class FeedForward(nn.Module):
-    """The two products of a block, (b, s, h) -> (b, s, 4h) -> (b, s, h).
-
-    gelu: "tanh" (GPT-2) or "none" (exact, BERT).
-    """
-
-    def __init__(self, hidden: int, gelu: str) -> None:
-        super().__init__()
-        self.gelu = gelu
-        self.expand = nn.Linear(hidden, 4 * hidden)
-        self.contract = nn.Linear(4 * hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the result for x of shape (b, s, h), in the same shape."""
-        return self.contract(F.gelu(self.expand(x), approximate=self.gelu))
-
-
-class Block(nn.Module):
-    """Pre-norm Transformer block, (b, s, h) -> (b, s, h)."""
-
-    def __init__(self, config: GPTConfig | BertConfig, causal: bool, gelu: str) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden)
-        self.attention = Attention(config.hidden, config.heads, config.dropout, causal)
-        self.attention_dropout = nn.Dropout(config.dropout)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden)
-        self.feed_forward = FeedForward(config.hidden, gelu)
-        self.feed_forward_dropout = nn.Dropout(config.dropout)
-        for last in (self.attention.projection, self.feed_forward.contract):
-            last.__dict__["initial_scale"] = 1 / math.sqrt(2 * config.layers)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return x plus attention plus feed-forward, all (b, s, h). mask: see Attention."""
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask))
-        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)))
+    loss: Tensor | None
+    logits: Tensor
+    sentence_logits: Tensor
 
 
 class GPT(nn.Module):
@@ -192,12 +92,22 @@ class GPT(nn.Module):
         """Draw one module's weights; materialization of meta models looks for this name."""
         _fill(module)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        cache: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> ModelOutput | CachedOutput:
         """Return logits of the next token at every position, and the loss if labels are given.
 
         input_ids: (b, s) integers, s at most config.positions (IndexError beyond). labels: (b, s)
-        the target of each position, already shifted; -100 does not count.
+        the target of each position, already shifted; -100 does not count. use_cache: return the
+        last logits, and keys and values by which a later call goes on; dropout is left out. cache:
+        of all positions before these, put together along dim 4.
         """
+        if use_cache:
+            return self._go_on(input_ids, cache)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
         x = self.embedding_dropout(x)
@@ -205,6 +115,23 @@ class GPT(nn.Module):
             x = block(x)
         logits = F.linear(self.final_norm(x), self.token_embedding.weight)
         return ModelOutput(_loss(logits, labels), logits)
+
+    def _go_on(self, input_ids: Tensor, cache: Tensor | None) -> CachedOutput:
+        """Return what forward does with a cache."""
+        length, mask = input_ids.shape[1], None
+        positions = torch.arange(length, device=input_ids.device)
+        if cache is not None:
+            positions = positions + cache.shape[4]
+            everywhere = torch.arange(cache.shape[4] + length, device=input_ids.device)
+            mask = everywhere <= positions[:, None]
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        kept = []
+        block: Any
+        for number, block in enumerate(self.blocks):
+            x, own = block.go_on(x, None if cache is None else cache[number], mask)
+            kept.append(own)
+        logits = F.linear(self.final_norm(x[:, -1:]), self.token_embedding.weight)
+        return CachedOutput(logits, torch.stack(kept))
 
     def example_inputs(self, batch: int = 2, sequence: int | None = None) -> dict[str, Tensor]:
         """Return arguments of forward on the model's device, the same on every call.
@@ -217,9 +144,9 @@ class GPT(nn.Module):
 
 
 class Bert(nn.Module):
-    """Masked language model with pre-norm blocks; the decoder is tied to the token embedding.
+    """Masked language model; the decoder is tied to the token embedding.
 
-    config: its sizes. Weights as of GPT.
+    config: its sizes, the arrangement of its norms, its heads. Weights as of GPT.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -234,10 +161,15 @@ class Bert(nn.Module):
             self.blocks = nn.ModuleList(
                 Block(config, causal=False, gelu="none") for _ in range(config.layers)
             )
-            self.final_norm = nn.LayerNorm(config.hidden)
+            # Where norms come last, the last block has ended in one.
+            last = config.norm == "post"
+            self.final_norm = nn.Identity() if last else nn.LayerNorm(config.hidden)
             self.head_dense = nn.Linear(config.hidden, config.hidden)
             self.head_norm = nn.LayerNorm(config.hidden)
             self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
+            if config.sentence_order:
+                self.pooler = nn.Linear(config.hidden, config.hidden)
+                self.sentence_head = nn.Linear(config.hidden, 2)
         _initialize(self)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -252,13 +184,15 @@ class Bert(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> ModelOutput:
+        sentence_order_labels: Tensor | None = None,
+    ) -> ModelOutput | SentenceOutput:
         """Return logits of the original token at every position, and the loss if labels are given.
 
         input_ids: (b, s) integers, s at most config.positions (IndexError beyond). attention_mask:
         (b, s) of 1 (token) and 0 (padding); all ones without it. token_type_ids: (b, s) integers
         below config.token_types; all zeros without it. labels: (b, s) the original tokens; -100
-        where nothing was masked.
+        where nothing was masked. sentence_order_labels: (b,) 1 where the segments are swapped, for
+        models with that head.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         if token_type_ids is None:
@@ -269,9 +203,16 @@ class Bert(nn.Module):
         mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
         for block in self.blocks:
             x = block(x, mask)
-        x = self.head_norm(F.gelu(self.head_dense(self.final_norm(x))))
-        logits = F.linear(x, self.token_embedding.weight, self.head_bias)
-        return ModelOutput(_loss(logits, labels), logits)
+        x = self.final_norm(x)
+        hidden = self.head_norm(F.gelu(self.head_dense(x)))
+        logits = F.linear(hidden, self.token_embedding.weight, self.head_bias)
+        loss = _loss(logits, labels)
+        if not self.config.sentence_order:
+            return ModelOutput(loss, logits)
+        sentence_logits = self.sentence_head(torch.tanh(self.pooler(x[:, 0])))
+        if loss is not None and sentence_order_labels is not None:
+            loss = loss + F.cross_entropy(sentence_logits, sentence_order_labels)
+        return SentenceOutput(loss, logits, sentence_logits)
 
     def example_inputs(self, batch: int = 2, sequence: int | None = None) -> dict[str, Tensor]:
         """Return arguments of forward on the model's device, the same on every call.
@@ -284,18 +225,15 @@ class Bert(nn.Module):
         column = torch.arange(sequence, device=tokens.device).expand(batch, sequence)
         row = torch.arange(batch, device=tokens.device)[:, None]
         padding = (row > 0) & (column == sequence - 1)
-        return {
+        example = {
             "input_ids": tokens,
             "attention_mask": torch.where(padding, 0, 1),
             "token_type_ids": (column * 2 // sequence).clamp(max=self.config.token_types - 1),
             "labels": torch.where((column % 3 == 0) & ~padding, tokens, IGNORED_LABEL),
         }
-
-
-def _check_heads(hidden: int, heads: int) -> None:
-    """Raise ValueError unless the heads divide the width."""
-    if heads < 1 or hidden % heads:
-        raise ValueError(f"hidden must be a multiple of heads: {hidden} hidden / {heads} heads")
+        if self.config.sentence_order:
+            example["sentence_order_labels"] = row[:, 0] % 2
+        return example
 
 
 def _initialize(model: "GPT | Bert") -> None:

@@ -34,7 +34,7 @@ _MEANING = (
     (Partial, "sum pending (P)"),
 )
 _DETAILS = {
-    "blocks": "blocks=k: each of k equal blocks is split by itself",
+    "blocks": "blocks=k: each of k equal blocks is split by itself, or of blocks of these sizes",
     "unit": "unit=u: split in whole runs of u elements",
     "again": "again: recomputed in the backward pass",
 }
@@ -204,8 +204,8 @@ def _rare_words(plan: Plan) -> list[str]:
     layouts |= {parameter.storage for parameter in plan.parameters}
     shards = [item for layout in layouts for item in layout if isinstance(item, Shard)]
     occurs = {
-        "blocks": any(shard.blocks > 1 for shard in shards),
-        "unit": any(shard.unit > 1 for shard in shards),
+        "blocks": any(shard.blocks != 1 for shard in shards),
+        "unit": any(shard.unit != 1 for shard in shards),
         "again": any(conversion.again for conversion in plan.conversions),
     }
     return [word for word in _DETAILS if occurs[word]]

@@ -114,9 +114,10 @@ def _header(plan: Plan, words: Words) -> Table:
         ("hardware", plan.hardware),
         ("allowed", ", ".join(allowed) or "no splits of batch or sequence"),
         ("planned for", _planned_for(plan)),
-        ("predicted", f"{seconds_text(plan.seconds)} a step"),
-        ("minimized", f"cost {plan.cost:.6g}, {bound}"),
+        ("predicted", f"{seconds_text(plan.step)} a step{_least(plan)}"),
+        ("sum", f"cost {plan.cost:.6g} without overlap, {bound}"),
         ("method", plan.method),
+        *_excess(plan),
         *_recomputed(plan),
         *_idle(plan),
         ("returns", returned_text(plan, (_returned(words, layout) for layout in plan.outputs))),
@@ -141,6 +142,27 @@ def _header(plan: Plan, words: Words) -> Table:
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _least(plan: Plan) -> str:
+    """Tell how near the step is to the least of all plans."""
+    if not plan.step_bound:
+        return ""
+    return f"; no plan's is below {seconds_text(plan.step_bound)}: {plan.step_proof}"
+
+
+def _excess(plan: Plan) -> list[tuple[str, str]]:
+    """Tell where a plan takes more memory than a device has."""
+    if not plan.excess_nbytes:
+        return []
+    device, limit = bytes_text(plan.device_nbytes), plan.device_nbytes // 2**20
+    return [
+        (
+            "DOES NOT FIT",
+            f"a rank takes {bytes_text(plan.excess_nbytes)} more than the {device} of a device; "
+            f'with memory_limit="{limit}MiB" a plan that fits is looked for',
+        )
+    ]
 
 
 def _planned_for(plan: Plan) -> str:

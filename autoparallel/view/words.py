@@ -267,8 +267,18 @@ class Words:
     @staticmethod
     def _parts(shard: Shard) -> str:
         """Say in which blocks and runs a dim is split; empty for a plain split."""
-        text = f", in {shard.blocks} blocks" if shard.blocks > 1 else ""
-        return text + (f", in whole runs of {shard.unit}" if shard.unit > 1 else "")
+        text = ""
+        if isinstance(shard.blocks, tuple):
+            text = f", in blocks as {':'.join(map(str, shard.blocks))}"
+        elif shard.blocks > 1:
+            text = f", in {shard.blocks} blocks"
+        units = shard.unit if isinstance(shard.unit, tuple) else (shard.unit,)
+        if max(units) > 1:
+            text += f", in whole runs of {', '.join(map(str, units))}"
+        repeats = shard.repeat if isinstance(shard.repeat, tuple) else (shard.repeat,)
+        if max(repeats) > 1:
+            text += f", each part on {', '.join(map(str, repeats))} ranks"
+        return text
 
 
 def is_unary(op: OpChoice) -> bool:

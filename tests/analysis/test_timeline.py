@@ -18,7 +18,7 @@ from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Step, parse_layout
-from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.trace import trace_json
 
@@ -243,7 +243,8 @@ def test_zero_1_gathers_what_it_updated() -> None:
         op("a", "x w", layouts="I R"),
         conversion("w", "I R", "a", nbytes=2, together=True),
     )
-    made = run(replace(plan, seconds=plan.seconds + 0.5), overlap=False)
+    # The plan's seconds hold the optimizer's half a second, and the gather.
+    made = run(replace(plan, seconds=plan.seconds + 1.5), overlap=False)
     assert spans(made, COMMUNICATION) == [
         ("reduce-scatter of gradients", "backward", 3.0, 4.0),
         ("all-gather of w", "update", 4.5, 5.5),
@@ -294,10 +295,58 @@ def test_where_nothing_overlaps_it_is_the_sum(whole: Plan) -> None:
 
 
 def test_a_plan_that_was_read_has_the_same_events(whole: Plan) -> None:
-    """But for the tokens, which the graph knows."""
+    """And counts the same tokens."""
     read = timeline(Plan.from_json(whole.to_json()))
     assert read.events == timeline(whole).events
-    assert read.tokens == 0
+    assert (read.tokens, read.unit) == (8192, "tokens")
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "counted"),
+    [
+        ("s0, s1", (4, 32), (128, "tokens")),
+        ("s0, 16", (4, 16), (4, "rows")),
+        ("s0, 80, s1", (4, 80, 50), (200, "frames")),
+        ("s0, 3, s1, s2", (4, 3, 32, 32), (4, "images")),
+        ("s0, 3, 8, s1, s2", (4, 3, 8, 32, 32), (4, "clips")),
+    ],
+)
+def test_what_a_step_counts(
+    whole: Plan, shape: str, given: tuple[int, ...], counted: tuple[int, str]
+) -> None:
+    """Images and frames are no tokens; labels beside them are none either."""
+    dims = tuple(shape.split(", "))
+    largest = PlannedInput("x", "x", dims, given, given, is_integer=counted[1] == "tokens")
+    labels = PlannedInput("y", "y", ("s0",), (4,), (4,), is_integer=True)
+    made = timeline(replace(whole, inputs=(labels, largest)))
+    assert (made.tokens, made.unit) == counted
+    assert f"\n{counted[1]:15}{counted[0]} a step" in str(made)
+
+
+def test_a_causal_mask_hides_half() -> None:
+    """Of fused attention, in whole blocks; the FLOPs of the model stay those that papers count."""
+    found = {}
+    for causal in (False, True):
+        plan = autoparallel.make_plan(
+            Attention(causal), 1, example_inputs=torch.zeros(1, 2, 8192, 128), hardware="dgx-h100"
+        )
+        (op,) = (op for op in plan.ops if "attention" in op.target)
+        found[causal] = op
+    assert found[True].seconds == pytest.approx(found[False].seconds / 2, rel=0.05)
+    assert found[True].whole_flops == found[False].whole_flops
+
+
+class Attention(torch.nn.Module):
+    """Attention with itself."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=self.causal)
 
 
 def test_trace(whole: Plan) -> None:

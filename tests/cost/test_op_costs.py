@@ -13,7 +13,9 @@ from autoparallel.cost.matmul import product_seconds
 from autoparallel.cost.op_costs import OpCost, op_costs, update_seconds
 from autoparallel.graph.graph import Node, Ref, Value
 from autoparallel.rules.lookup import find_rule
-from autoparallel.rules.rule import LoopSplit, OpCall, ShardingRule, Strategy, strategies
+from autoparallel.rules.loop_splits import LoopSplit
+from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.strategies import Strategy, strategies
 
 PEAK, MEMORY, LAUNCH = 1000.0, 64.0, 0.5
 PLAIN = Hardware(

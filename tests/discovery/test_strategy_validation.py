@@ -11,7 +11,8 @@ from autoparallel.discovery.strategy_validation import derived, uneven_parts, wh
 from autoparallel.placement import Invariant, Partial, Replicate, Shard
 from autoparallel.rules.lookup import find_rule, registered
 from autoparallel.rules.ops.pointwise import pointwise
-from autoparallel.rules.rule import ShardingRule, Strategy
+from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.strategies import Strategy
 
 EMPTY_INDEX = "cannot reshape tensor of 0 elements"
 

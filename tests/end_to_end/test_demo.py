@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import demo  # noqa: E402
-import train as trainer  # noqa: E402
+import three_ways as trainer  # noqa: E402
 
 CONFIG = TrainConfig(steps=4, warmup_steps=1, evaluation_batches=1)
 CLIP_NORM = 0.05  # far below the gradient's, so that a wrong common norm would show

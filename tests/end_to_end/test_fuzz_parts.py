@@ -21,8 +21,8 @@ from autoparallel.discovery.strategy_validation import (
     why_wrong,
 )
 from autoparallel.placement import Invariant, Partial, Placement, Replicate, Shard, gradient
+from autoparallel.rules.loop_splits import UnsplittableError, place, tile_of
 from autoparallel.rules.ops.shape import reshape
-from autoparallel.rules.rule import UnsplittableError, place, tile_of
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import LocalGroup, thread_groups
 

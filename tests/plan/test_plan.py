@@ -21,6 +21,7 @@ from autoparallel.plan import plan as plan_module
 from autoparallel.plan import plan_rows as rows_module
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.train.models import GPT, GPTConfig
+from autoparallel.view.report import plan_text
 
 MOST_LINES = 12
 
@@ -60,8 +61,9 @@ def test_a_plan_prints_as_a_dozen_lines(plan: Plan) -> None:
     assert len(rows) <= MOST_LINES
     assert rows["mesh"] == "Mesh(dp=2, tp=2), 4 ranks"
     assert (rows["model"], rows["hardware"]) == ("GPT", "dgx-a100")
-    assert seconds_text(plan.seconds) in rows["step"]
-    assert "proven optimal" in rows["cost"]
+    assert seconds_text(plan.step_seconds) in rows["step"]
+    assert plan.step_proof in rows["step"]
+    assert f"lower bound {plan.lower_bound:.6g}" in rows["cost"]
     assert f"{plan.split_flops:.1%} of the FLOPs" in rows["split"]
     assert bytes_text(sum(nbytes for _, nbytes in plan.memory)) in rows["memory"]
     number = sum(count for count, _ in collective_totals(plan).values())
@@ -114,8 +116,8 @@ def test_reprs_are_short(plan: Plan) -> None:
         assert "\n" not in repr(value)
     assert repr(
         plan
-    ) == f"<Plan: GPT on Mesh(dp=2, tp=2), {seconds_text(plan.seconds)} a step, " + (
-        "proven optimal>"
+    ) == f"<Plan: GPT on Mesh(dp=2, tp=2), {seconds_text(plan.step_seconds)} a step, " + (
+        f"{plan.step_proof}>"
     )
 
 
@@ -127,3 +129,19 @@ def test_a_timeline_prints_as_a_few_lines() -> None:
     assert rows["step"] == f"{seconds_text(timeline.seconds)}, predicted, on 1 rank"
     assert rows["communicating"].startswith("0 s;")
     assert rows["utilization"].startswith(f"{timeline.mfu:.1%}")
+
+
+def test_a_plan_that_does_not_fit_says_so() -> None:
+    """Nobody has asked for a limit, but a device has one."""
+    with torch.device("meta"):
+        layer, inputs = nn.Linear(2**17, 2**17, bias=False), torch.zeros(4, 2**17)
+    plan = autoparallel.make_plan(layer, 2, example_inputs=inputs, hardware="dgx-a100")
+    assert plan.device_nbytes == 85197848576
+    assert plan.excess_nbytes == sum(size for _, size in plan.memory) - plan.device_nbytes > 0
+    assert "MORE THAN A DEVICE HAS: 79.3 GiB" in str(plan)
+    assert "DOES NOT FIT" in plan_text(plan)
+    again = Plan.from_json(plan.to_json())
+    assert again.excess_nbytes == plan.excess_nbytes
+    fits = autoparallel.make_plan(layer, 64, example_inputs=inputs, hardware="dgx-a100")
+    assert fits.excess_nbytes == 0
+    assert "DOES NOT FIT" not in plan_text(fits)

@@ -17,12 +17,15 @@ from autoparallel.placement import (
     gradient,
     local_size,
     movement,
+    parse_placement,
 )
 from autoparallel.runtime.axis_parts import (
     cut_rows,
     join_parts,
     join_rows,
+    keep_on_first,
     run_lengths,
+    runs_in_common,
     take_part,
 )
 from autoparallel.runtime.collectives import convert, move
@@ -36,8 +39,11 @@ SHARDS = (
     Shard(1, blocks=3),
     Shard(1, unit=3),
     Shard(1, blocks=2, unit=2),
+    Shard(1, blocks=(3, 1, 2), unit=(3, 1, 2)),
     Shard(2),
 )
+# On four ranks: each part, or that of some blocks, is held by two of them.
+SHARED = (Shard(1, repeat=2), Shard(1, blocks=(1, 2), repeat=(4, 2)), Shard(1, blocks=3, repeat=2))
 PLACEMENTS = (Invariant(), Replicate(), *SHARDS, Partial())
 
 
@@ -47,6 +53,12 @@ def is_a_move(source, target):
 
 
 PAIRS = [pair for pair in product(PLACEMENTS, PLACEMENTS) if is_a_move(*pair)]
+HELD_BY_SEVERAL = (*SHARED, *map(gradient, SHARED))
+SHARED_PAIRS = [
+    pair
+    for pair in product((*PLACEMENTS, *HELD_BY_SEVERAL), repeat=2)
+    if set(pair) & set(HELD_BY_SEVERAL)
+]
 
 
 def on_every_rank(world_size, function):
@@ -70,8 +82,14 @@ def on_every_rank(world_size, function):
     return made, groups[0].counts
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+@pytest.mark.parametrize(
+    ("source", "target", "world_size"),
+    [
+        *((*pair, world_size) for world_size in (2, 3, 4) for pair in PAIRS),
+        *((*pair, 4) for pair in SHARED_PAIRS),
+    ],
+    ids=str,
+)
 def test_convert_moves_values_and_gradients(source, target, world_size):
     """The table of the placements: what each rank gets, what goes back, and what crosses."""
     generator = torch.Generator().manual_seed(0)
@@ -113,11 +131,23 @@ def test_move_keeps_the_kind(source, target, kind):
 @pytest.mark.parametrize("shard", SHARDS, ids=str)
 def test_parts_join(shard, world_size):
     whole = torch.arange(7 * 12 * 5).reshape(SHAPE)
+    assert parse_placement(str(shard)) == shard
     parts = [take_part(whole, shard, world_size, rank) for rank in range(world_size)]
     sizes = [local_size(SHAPE[shard.dim], shard, world_size, r) for r in range(world_size)]
     assert [part.size(shard.dim) for part in parts] == sizes
     assert sizes == sorted(sizes, reverse=True)
     assert torch.equal(join_parts(parts, shard), whole)
+
+
+@pytest.mark.parametrize("shard", HELD_BY_SEVERAL, ids=str)
+def test_parts_of_several_ranks_join(shard):
+    """Each is there once; of pending ones the sum is."""
+    assert parse_placement(str(shard)) == shard
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    parts = part_of(whole, shard, 4, generator)
+    assert torch.allclose(join_parts(parts, shard), whole)
+    assert [part.size(1) for part in parts] == [local_size(12, shard, 4, r) for r in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -153,3 +183,19 @@ def test_what_was_gathered_may_be_written_to():
 
     gradients, _ = on_every_rank(2, run)
     assert all(torch.equal(gradient, torch.full((2, 3), 2.0)) for gradient in gradients)
+
+
+@pytest.mark.parametrize("shard", [SHARED[1], Shard(1, blocks=(3, 1, 2), unit=(3, 1, 2))], ids=str)
+def test_a_compiler_sees_through_parts(shard):
+    """In one graph, without a warning: an emitted program is compiled with what it calls."""
+
+    def cut_and_joined(whole):
+        parts = [take_part(whole, shard, 4, rank) for rank in range(4)]
+        kept = keep_on_first(parts[1], shard, 12, 4, 1).sum()
+        common = runs_in_common(12, shard, Shard(1), 4, 0, 1)
+        return join_parts(parts, shard) + kept + len(common)
+
+    torch.compiler.reset()  # or the numbers of the placement before would be taken for variables
+    whole = torch.arange(7.0 * 12 * 5).reshape(SHAPE)
+    compiled = torch.compile(cut_and_joined, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(whole), cut_and_joined(whole))

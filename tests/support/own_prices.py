@@ -28,7 +28,9 @@ from autoparallel.placement import (
     Step,
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from autoparallel.rules.rule import OpCall, ShardingRule, Strategy, place, tile_of
+from autoparallel.rules.loop_splits import place, tile_of
+from autoparallel.rules.rule import OpCall, ShardingRule
+from autoparallel.rules.strategies import Strategy
 from autoparallel.strategy.rule_matching import match_rules
 
 __all__ = ["Priced", "price"]

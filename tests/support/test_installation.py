@@ -49,3 +49,23 @@ def test_the_doctor_says_what_is_installed(capsys: pytest.CaptureFixture[str]) -
     homes = {row["what"]: row["text"] for row in rows}
     assert all(homes[name].startswith(str(ROOT / name)) for name in OWN_PACKAGES)
     assert status == (0 if all(row["good"] for row in rows) else 1)
+
+
+def test_another_autoparallel_is_told(tmp_path: Path) -> None:
+    """A program that lies beside it would import it in place of the project's."""
+    (tmp_path / "autoparallel").mkdir()
+    (tmp_path / "autoparallel" / "__init__.py").write_text("")
+    code = "import sys; from autoparallel.cli import main; sys.exit(main(['doctor']))"
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    doctor = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert doctor.returncode == 1
+    (line,) = [line for line in doctor.stdout.splitlines() if line.startswith("! autoparallel")]
+    assert f"another package of that name is in {tmp_path / 'autoparallel'}" in line
+    told = {line[2:].split()[0] for line in doctor.stdout.splitlines()}
+    assert {"devices", "backends"} <= told

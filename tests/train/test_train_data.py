@@ -5,13 +5,8 @@ import torch
 
 from autoparallel.support import cache_files as files
 from autoparallel.train import data
-from autoparallel.train.data import (
-    Batches,
-    CorpusError,
-    Objective,
-    prepare_corpus,
-    read_corpus,
-)
+from autoparallel.train.data import Batches, Objective, prepare_corpus, read_corpus
+from autoparallel.train.documents import CorpusError
 
 VOCABULARY = 301
 

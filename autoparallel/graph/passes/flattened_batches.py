@@ -338,11 +338,14 @@ def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
         return None
     args = list(node.args)
     for index in positions:
-        dim = args[index] % rank
-        # The call works along the merged dim itself, and so not on each place by itself.
-        if dim == 0:
+        several = args[index] if isinstance(args[index], tuple) else (args[index],)
+        along = tuple(dim % rank for dim in several if isinstance(dim, int))
+        # The call works along the merged dim itself, as it does where it names no dim, and so not
+        # on each place by itself.
+        if 0 in along or not along or len(along) < len(several):
             return None
-        args[index] = dim + extra
+        moved = tuple(dim + extra for dim in along)
+        args[index] = moved if isinstance(args[index], tuple) else moved[0]
     return tuple(args)
 
 
@@ -364,4 +367,8 @@ _DIMS = {
     "aten.gather.default": (1,),
     "aten.slice.Tensor": (1,),
     "aten.select.int": (1,),
+    "aten.mean.dim": (1,),
+    "aten.sum.dim_IntList": (1,),
+    "aten.amax.default": (1,),
+    "aten.amin.default": (1,),
 }

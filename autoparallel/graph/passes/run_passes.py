@@ -28,6 +28,7 @@ from autoparallel.graph.passes.normalize import (
     merge_reshapes,
     types_alone,
 )
+from autoparallel.graph.passes.repeats import explicit_repeats
 
 __all__ = ["PASSES", "run_passes"]
 
@@ -46,6 +47,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     explicit_sizes,
     # Structure that a split must see: blocks of a dim, and dims that were flattened.
     join_slices,
+    explicit_repeats,
     see_through_merges,
     explicit_bias_of_batches,
     unmerge_batches,

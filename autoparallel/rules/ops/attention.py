@@ -7,6 +7,9 @@ from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Loops, OpCall, ShardingRule
 from autoparallel.support import torch_versions
 
+# Fused kernels leave out blocks of so many keys and queries that a causal mask hides.
+_BLOCK = 128
+
 
 @rule("aten.scaled_dot_product_attention.default")
 def attention(call: OpCall) -> ShardingRule:
@@ -82,6 +85,24 @@ def attention(call: OpCall) -> ShardingRule:
         # The two products share (n, s, t) but not d and e, of which the nest has both: each point
         # counts 2 (d + e) / (d e).
         flops=2 * (width + depth) / (width * depth),
+        # One for each query and key.
+        exponentials=1 / (width * depth),
+        skipped=_above_diagonal(hint(query.shape[-2]), hint(key.shape[-2])) if causal else 0.0,
         takes_empty=not any(mask.requires_grad for mask in call.operands[3:]),
         occupied=frozenset(q[head] if torch_versions.ATTENTION_NEEDS_HEADS and head >= 0 else ()),
     )
+
+
+def _above_diagonal(queries: int, keys: int) -> float:
+    """Return the share of the points that a causal mask hides, in whole blocks.
+
+    >>> _above_diagonal(4096, 4096), _above_diagonal(64, 64)
+    (0.484375, 0.0)
+    """
+    if not queries or not keys:
+        return 0.0
+    # Row i sees i + 1 keys; half a block more is computed of each row.
+    seen = (
+        (queries + _BLOCK) / 2 if queries <= keys else keys - keys * (keys - _BLOCK) / 2 / queries
+    )
+    return max(1.0 - seen / keys, 0.0)

@@ -181,7 +181,10 @@ def repeat(call: OpCall) -> ShardingRule:
 
 @rule("aten.repeat_interleave.self_int")
 def repeat_interleave(call: OpCall) -> ShardingRule:
-    """Every place along one dim is repeated: the repetitions are the inner loop."""
+    """Every place along one dim is repeated: the repetitions are the inner loop.
+
+    They stay together, but on ranks that share a place, and for a dim of size 1.
+    """
     operand = call.operands[0]
     dim = call.argument(2, "dim")
     # The operand is flattened, or the size is said twice: neither is worth a rule.
@@ -193,11 +196,22 @@ def repeat_interleave(call: OpCall) -> ShardingRule:
     row = list(base.results[0])
     at = axis(dim, len(row))
     row[at] = (*row[at], "times")
+    times, size = call.node.args[1], operand.shape[at]
+    fixed = isinstance(times, int) and times > 1
+
+    def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
+        """Return the args with this rank's repetitions: not all, where it has a part of a place."""
+        held = shapes[0][at]
+        less = isinstance(held, int) and (size == 1 or 0 < held < times)
+        return (call.node.args[0], held if less else times, *call.node.args[2:])
+
     return replace(
         base,
         results=(tuple(row),),
-        sizes={**base.sizes, "times": call.node.args[1]},
-        whole=base.whole | {"times"},
+        sizes={**base.sizes, "times": times},
+        whole=base.whole | (frozenset() if fixed and size == 1 else {"times"}),
+        dealt=frozenset({"times"} if fixed else ()),
+        local_args=local_args if fixed else None,
         free=False,
     )
 

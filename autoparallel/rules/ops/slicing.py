@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoparallel.graph.graph import Dim
@@ -12,35 +11,50 @@ from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Loops, OpCall, Shapes, ShardingRule, loop_per_dim
 
 
-def _laid_end_to_end(
-    shape: tuple[Dim, ...], dim: int, parts: list[Dim]
-) -> tuple[Dims, tuple[Dims, ...], dict[str, Dim], frozenset[str]]:
-    """Return dims of a tensor, and of its parts along `dim`; sizes; loops that stay whole.
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """The loops of a tensor that consists of parts laid end to end along one dim.
 
-    The parts are blocks of their greatest common divisor: a fused query of 32 heads with key and
-    value of 8 each is 6 blocks, 4 and 1 and 1. Blocks can be split, each by itself.
+    whole: its dims. parts: the dims of every part. sizes: of the loops. unsplit: those that stay
+    whole. pieces: as in `ShardingRule`.
+    """
+
+    whole: Dims
+    parts: tuple[Dims, ...]
+    sizes: dict[str, Dim]
+    unsplit: frozenset[str] = frozenset()
+    pieces: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+
+
+def _laid_end_to_end(shape: tuple[Dim, ...], dim: int, lengths: list[Dim]) -> _Laid:
+    """Return the loops of a tensor of `shape` whose dim consists of parts of these lengths.
+
+    Equal parts are blocks of the dim, all split alike. Of parts of unequal sizes, such as a fused
+    query of 32 heads with key and value of 8 each, every one is split by itself, and the dim in
+    blocks of these sizes.
     """
     names, sizes = loop_per_dim(shape)
-    fixed = [part for part in parts if isinstance(part, int)]
-    # Symbolic parts, or parts without elements, have no block in common.
-    block = math.gcd(*fixed) if len(fixed) == len(parts) and all(fixed) else 1
-    rows = []
-    if block > 1:
-        sizes.pop(f"d{dim}", None)
-        sizes |= {"blocks": sum(fixed) // block, "inner": block}
-        for index, part in enumerate(fixed):
-            row: Loops = ("inner",)
-            # A part of one block has the inner loop alone.
-            if part != block:
-                row = (f"blocks{index}", "inner")
-                sizes[f"blocks{index}"] = part // block
-            rows.append((*names[:dim], row, *names[dim + 1 :]))
-        row = ("blocks", "inner") if len(parts) > 1 else ("inner",)
-        names = (*names[:dim], row, *names[dim + 1 :])
-    else:
-        rows = [(*names[:dim], (), *names[dim + 1 :]) for _ in parts]
-    whole = {name for name in sizes if name.startswith("blocks")} | {f"d{dim}"} & set(sizes)
-    return names, tuple(rows), sizes, frozenset(whole)
+    before, after = names[:dim], names[dim + 1 :]
+    fixed = [part for part in lengths if isinstance(part, int)]
+    # Symbolic parts cannot be told apart in the dim's loop, and a part without elements has none.
+    if len(fixed) < len(lengths) or not all(fixed) or max(fixed, default=1) == 1:
+        rows = tuple((*before, (), *after) for _ in lengths)
+        return _Laid(names, rows, sizes, frozenset({f"d{dim}"} & set(sizes)))
+    sizes.pop(f"d{dim}", None)
+    if len(set(fixed)) == 1:
+        sizes |= {"blocks": len(fixed), "inner": fixed[0]}
+        row: Loops = ("blocks", "inner") if len(fixed) > 1 else ("inner",)
+        rows = tuple((*before, ("inner",), *after) for _ in fixed)
+        return _Laid((*before, row, *after), rows, sizes, frozenset({"blocks"}))
+    sizes["laid"] = sum(fixed)
+    pieces, start, several = {}, 0, []
+    for index, part in enumerate(fixed):
+        sizes[f"piece{index}"] = part
+        pieces[f"piece{index}"] = ("laid", start, start + part)
+        several.append((*before, (f"piece{index}",), *after))
+        start += part
+    whole = (*before, ("laid",), *after)
+    return _Laid(whole, tuple(several), sizes, frozenset(pieces), pieces)
 
 
 @rule(
@@ -56,19 +70,31 @@ def split(call: OpCall) -> ShardingRule:
     shape = call.operands[0].shape
     dim = axis(call.argument(2, "dim", 0), len(shape))
     parts = [result.shape[dim] for result in call.results]
-    counted = "chunk" in call.node.target or "sections" in call.node.target
+    counted = any(word in call.node.target for word in ("chunk", "sections", "unsafe_split.T"))
     # The op would cut a part of the dim into counted parts of other sizes.
     if counted and any(part != parts[0] for part in parts):
         parts = [1] * len(parts)
-    left, right, sizes, whole = _laid_end_to_end(shape, dim, parts)
-    base = ShardingRule((left,), right, sizes, whole=whole, linear=SUM_PASSES, free=True)
+    laid = _laid_end_to_end(shape, dim, parts)
+    base = ShardingRule(
+        (laid.whole,),
+        laid.parts,
+        laid.sizes,
+        whole=laid.unsplit,
+        linear=SUM_PASSES,
+        free=True,
+        pieces=laid.pieces,
+    )
 
     def local_args(call: OpCall, shapes: Shapes) -> tuple[Any, ...]:
         """Return the args with the parts' local sizes, however the op is told how to cut."""
         spec = call.node.args[1]
         if call.node.target.endswith("split.Tensor"):
-            # torch cannot count parts of size 0, but takes sizes of 0.
-            spec = shapes[0][dim] or tuple(0 for _ in shapes)
+            # torch cannot count parts of size 0, but takes sizes of 0; and a last part that was
+            # shorter may be longer than others of a rank, or be there where torch would end.
+            sizes = tuple(shape[dim] for shape in shapes)
+            fixed = all(isinstance(size, int) for size in sizes)
+            alike = fixed and len(set(sizes[:-1])) <= 1 and 0 < sizes[-1] <= sizes[0]
+            spec = sizes if fixed and not alike else sizes[0]
         elif call.node.target == "aten.chunk.default":
             spec = len(shapes)
         elif "with_sizes" in call.node.target:
@@ -162,8 +188,8 @@ def gated(call: OpCall) -> ShardingRule:
     shape = call.operands[0].shape
     dim = axis(call.argument(1, "dim", -1), len(shape))
     half = call.results[0].shape[dim]
-    left, right, sizes, whole = _laid_end_to_end(shape, dim, [half, half])
-    return ShardingRule((left,), right[:1], sizes, whole=whole)
+    laid = _laid_end_to_end(shape, dim, [half, half])
+    return ShardingRule((laid.whole,), laid.parts[:1], laid.sizes, whole=laid.unsplit)
 
 
 @rule("aten.flip.default", "aten.roll.default")
@@ -220,9 +246,15 @@ def cat(call: OpCall) -> ShardingRule:
     shape = call.results[0].shape
     dim = axis(call.argument(1, "dim", 0), len(shape))
     parts = [operand.shape[dim] for operand in call.operands]
-    whole, operands, sizes, unsplittable = _laid_end_to_end(shape, dim, parts)
-    everything = frozenset(range(len(call.operands)))
-    return ShardingRule(operands, (whole,), sizes, whole=unsplittable, linear=(everything,))
+    laid = _laid_end_to_end(shape, dim, parts)
+    return ShardingRule(
+        laid.parts,
+        (laid.whole,),
+        laid.sizes,
+        whole=laid.unsplit,
+        linear=(frozenset(range(len(call.operands))),),
+        pieces=laid.pieces,
+    )
 
 
 @rule("aten.stack.default")

@@ -1,0 +1,100 @@
+"""`autoparallel plan`: plans a model for any devices, without any of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoparallel.commands.asked_plan import add_model, add_request, planned
+from autoparallel.commands.command import Command, progress
+
+if TYPE_CHECKING:
+    from autoparallel.plan import Plan
+
+__all__ = ["PLAN", "in_short", "summary"]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `plan`."""
+    add_model(parser)
+    add_request(parser)
+    parser.add_argument("-o", "--output", type=Path, help="write the plan, as plan.json")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Make the plan, write it where that is asked for, and print the answer in short."""
+    plan = planned(options)
+    if options.output is not None:
+        from autoparallel.support.written_files import write_file
+
+        write_file(options.output, plan.to_json().encode())
+        progress(f"written to {options.output}; autoparallel show {options.output} prints it all")
+    print(json.dumps(summary(plan), indent=1) if options.json else in_short(plan))
+    return 0
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Return the answer to whether it fits and how fast it is, as JSON can hold it.
+
+    Example: `summary(plan)["seconds"]`
+    """
+    from autoparallel.analysis.timeline import timeline
+
+    answer: dict[str, Any] = {
+        "model": plan.model,
+        "request": dict(plan.request),
+        "mesh": dict(plan.mesh.axes),
+        "world_size": plan.world_size,
+        "hardware": plan.hardware,
+        "seconds": plan.seconds,
+        "cost": plan.cost,
+        "lower_bound": plan.lower_bound,
+        "method": plan.method,
+        "split_flops": plan.split_flops,
+        "split_parameter_bytes": plan.split_parameter_bytes,
+        "memory": dict(plan.memory),
+        "memory_nbytes": sum(nbytes for _, nbytes in plan.memory),
+        "collectives": [list(row) for row in plan.collectives or ()],
+        "recompute": dict(plan.recompute),
+        "python": [str(stays) for stays in plan.breaks],
+    }
+    if plan.is_traced and not plan.breaks:
+        step = timeline(plan)
+        answer["step"] = {
+            "seconds": step.seconds,
+            "exposed_seconds": step.exposed_seconds,
+            "tokens": step.tokens,
+            "tokens_per_second": step.tokens_per_second,
+            "mfu": step.mfu,
+        }
+    return answer
+
+
+def in_short(plan: Plan) -> str:
+    """Return the answer on one screen: the plan's own lines, and the step's.
+
+    Example: `print(in_short(plan))`
+    """
+    from autoparallel.analysis.timeline import timeline
+
+    text = str(plan)
+    if plan.is_traced and not plan.breaks:
+        lines = str(timeline(plan)).splitlines()
+        text += "\n\n" + "\n".join(lines)
+    return text
+
+
+PLAN = Command(
+    "plan",
+    "find the cheapest way to split a model over devices",
+    (
+        "autoparallel plan gpt3-175b --cluster dgx-a100 --nodes 8 --memory-limit 80GiB",
+        "autoparallel plan my_module:build --world-size 8 -o plan.json",
+        "autoparallel plan hf:path/to/config.json --world-size 4 --hardware dgx-h100",
+    ),
+    _add_arguments,
+    _run,
+)

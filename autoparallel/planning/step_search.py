@@ -1,0 +1,279 @@
+"""The search for the plan of the shortest step, beside the one whose seconds add up to least.
+
+Sums are what a solver can prove; a step overlaps, and only a simulated timeline tells how long it
+is. So plans are proposed by sums of several kinds, and compared by their timelines:
+
+1. the optimum of the plain sum;
+2. the optima of the sums that bound every step from below (`strategy/step_parts.py`), at the
+   weights that bound it best;
+3. the optima of sums in which what is sent counts as far as the best plan so far waits for it,
+   which is an *estimate* of the step;
+4. the best plans of the families that practitioners use (`strategy/layout_families.py`), by the sum
+   and by the estimate; but for families of which a bound says that no plan of theirs is shorter.
+
+The shortest is taken. The bound says by how much another plan could be shorter at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.analysis.timeline import MOVED, PIECES, REDUCED, step_and_waits
+from autoparallel.graph.captured import Captured
+from autoparallel.plan import Plan
+from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.layout_families import Family, families, states_of_family
+from autoparallel.strategy.step_parts import Kind, Means, StepParts, least_step
+from planners import InfeasibleError, Problem, Solution, TooWideError, exact
+
+__all__ = ["StepSearch", "Timed", "step_weights"]
+
+# So many weights are tried for the bound, and so many sums after the waits of the best plan: where
+# a solution takes long, on more than two axes or of a wide network, only one weight, and no reply.
+_MOST_BOUNDS, _MOST_REPLIES = 3, 2
+# A bound that rises by less than this share is left.
+_RISES = 1e-3
+# Steps that differ by less than this share are equal: the first one found is taken.
+_EQUAL = 1e-9
+_GRID = tuple(
+    Means(computing / 4, hidden / 8, exposed / 8)
+    for computing in range(5)
+    for hidden in range(9)
+    for exposed in range(9 - hidden)
+)
+_GRID_WEIGHTS = np.array([means.weights for means in _GRID])
+
+
+def _highest(lines: Sequence[NDArray[np.float64]]) -> tuple[int, float]:
+    """Return the weights in the grid at which the least of these lines is highest, and how high.
+
+    lines: the seconds by kind of plans.
+    """
+    least = np.min([_GRID_WEIGHTS @ line for line in lines], axis=0)
+    place = int(np.argmax(least))
+    return place, float(least[place])
+
+
+def step_weights() -> NDArray[np.float64]:
+    """Return the weights that bounds on steps are looked for with, one row each."""
+    return _GRID_WEIGHTS
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A plan that was compared. name: where it comes from. step: its seconds. waits: see
+    `step_and_waits`.
+    """
+
+    name: str
+    plan: Plan
+    solution: Solution
+    step: float
+    waits: Mapping[str, float]
+
+
+class StepSearch:
+    """The search on one network, whose plain sum is solved.
+
+    captured, model, beat: as of `search`. problem, solution: the sum and its optimum. accepts:
+    whether a plan may be returned. rival: a plan to begin with, if the optimum may not be. best:
+    the shortest step so far. bound: no plan has a shorter one.
+    looked_at: how many plans were compared. bounds: on the steps of families.
+    too_wide: families that could not be solved. is_slow: whether a solution takes long. first: the
+    number of the weights that bound all steps best.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        model: str,
+        network: CostNetwork,
+        solve: NetworkSolver,
+        problem: Problem,
+        solution: Solution,
+        accepts: Callable[[Timed], bool] = lambda timed: True,
+        beat: float = np.inf,
+        rival: Timed | None = None,
+    ) -> None:
+        self.captured, self.model, self.network = captured, model, network
+        self.solve, self.problem, self.sum = solve, problem, solution
+        self.accepts, self.beat = accepts, beat
+        self.looked_at = 0
+        self.too_wide: list[Family] = []
+        self.bounds: dict[Family, float] = {}
+        self._relaxed: dict[int, Problem] = {}
+        self._estimate: tuple[Timed, Problem] | None = None
+        self.is_slow = solve.is_wide or solve.many
+        self.seen: list[Mapping[str, int]] = [solution.assignment]
+        timed = self.timed("", solution)
+        is_better = rival is None or (timed.step < rival.step and accepts(timed))
+        self.best = timed if rival is None or is_better else rival
+        self.bound = 0.0
+
+    def run(self) -> tuple[Plan, Solution]:
+        """Return the plan of the shortest step that was found, with the bound on all steps, and its
+        solution.
+        """
+        if self.network.options.overlap and self.network.world_size > 1:
+            self.parts = StepParts(self.network)
+            self.prove()
+            if not self.is_proven:
+                self.reply_to_waits()
+                self.try_families()
+        else:
+            # Nothing overlaps: the sum is the step.
+            self.bound = self.sum.lower_bound
+        best = self.best
+        compared = f"; the shortest step of {self.looked_at} plans" if self.looked_at > 1 else ""
+        compared += f": {best.name}" if best.name else ""
+        if self.too_wide:
+            compared += f"; too wide to be tried: {'; '.join(map(str, self.too_wide))}"
+        plan = replace(
+            best.plan,
+            method=best.plan.method + compared,
+            step_seconds=best.step,
+            step_bound=min(self.bound, best.step),
+        )
+        return plan, best.solution
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether no plan can have a shorter step that is of use."""
+        return self.bound >= self.enough * (1 - _EQUAL)
+
+    @property
+    def enough(self) -> float:
+        """The seconds of a step below which another one is of use."""
+        return min(self.best.step, self.beat)
+
+    def timed(self, name: str, solution: Solution) -> Timed:
+        """Return a solution as a plan with its step."""
+        self.looked_at += 1
+        network = self.network
+        plan = plan_of_solution(self.captured, self.model, network.mesh, network, solution, 1.0)
+        step, waits = step_and_waits(plan, network.hardware)
+        return Timed(name, plan, solution, step, waits)
+
+    def consider(self, name: str, assignment: Mapping[str, int]) -> None:
+        """Compare the plan of an assignment with the best one, unless it cannot be shorter."""
+        if any(assignment == seen for seen in self.seen):
+            return
+        self.seen.append(assignment)
+        if least_step(self.parts.seconds(assignment)) >= self.enough:
+            return
+        solution = Solution.of(self.problem, assignment, self.sum.method, self.sum.lower_bound)
+        timed = self.timed(name, solution)
+        if timed.step < self.best.step * (1 - _EQUAL) and self.accepts(timed):
+            self.best = timed
+
+    def prove(self) -> None:
+        """Look for the best bound on all steps, and consider the plans that it comes from."""
+        # A plan's seconds by kind are a line over the weights; no bound is above any plan's line.
+        lines = [self.parts.seconds(self.sum.assignment)]
+        for _ in range(1 if self.is_slow else _MOST_BOUNDS):
+            place, above = _highest(lines)
+            if above <= self.bound * (1 + _RISES):
+                break
+            solution = self.solve(self.relaxed(place))
+            self.bound = max(self.bound, solution.lower_bound)
+            lines.append(self.parts.seconds(solution.assignment))
+            self.consider("", solution.assignment)
+            if self.is_proven:
+                break
+        self.first, _ = _highest(lines)
+
+    def relaxed(self, place: int) -> Problem:
+        """Return the sum that bounds steps, by the number of its weights in the grid."""
+        if place not in self._relaxed:
+            self._relaxed[place] = self.parts.problem(self.problem, _GRID_WEIGHTS[place])
+        return self._relaxed[place]
+
+    def reply_to_waits(self) -> None:
+        """Plan again with what is sent counted as far as the best plan waits for it."""
+        for _ in range(0 if self.is_slow else _MOST_REPLIES):
+            best = self.best
+            self.consider("", self.solve(self.estimate).assignment)
+            if self.best is best:
+                break
+
+    @property
+    def estimate(self) -> Problem:
+        """The sum in which what is sent counts as far as the best plan waits for it."""
+        best = self.best
+        if self._estimate is None or self._estimate[0] is not best:
+            # A plan of another network has other states.
+            own = best.solution.assignment.keys() == self.sum.assignment.keys()
+            assignment = best.solution.assignment if own else self.sum.assignment
+            seconds = self.parts.seconds(assignment)
+            weights = np.ones(len(Kind))
+            for kind, what in ((Kind.PIECES, PIECES), (Kind.MOVED, MOVED), (Kind.REDUCED, REDUCED)):
+                if seconds[kind]:
+                    weights[kind] = min(best.waits.get(what, 0.0) / seconds[kind], 1.0)
+            self._estimate = best, self.parts.problem(self.problem, weights)
+        return self._estimate[1]
+
+    def try_families(self, members: Sequence[Family] | None = None, level: int = 0) -> None:
+        """Consider the plans of the families, if they may be shorter.
+
+        members: of one outline, all families by default. level: of the outlines to look at.
+        """
+        members = families(self.network) if members is None else members
+        groups: dict[Family, list[Family]] = {}
+        for family in members:
+            groups.setdefault(family.outlines[level], []).append(family)
+        # The most promising come first: what they give rules out others.
+        for outline in sorted(groups, key=self.bound_of):
+            if self.bound_of(outline) >= self.enough:
+                continue
+            if outline == groups[outline][0] or (self.is_slow and level):
+                for problem in (self.problem, *[self.estimate] * (not self.is_slow)):
+                    found = self.within(problem, outline)
+                    if found is not None:
+                        self.consider(str(outline), found[0])
+            # Where a solution takes long, the narrowest families are left to the wider ones.
+            if level + 1 < len(outline.outlines) - self.is_slow:
+                self.try_families(groups[outline], level + 1)
+
+    def bound_of(self, family: Family) -> float:
+        """Return a bound on the steps of a family's plans, and consider the plans that it comes
+        from.
+        """
+        if family in self.bounds:
+            return self.bounds[family]
+        bound, place = 0.0, self.first
+        lines: list[NDArray[np.float64]] = []
+        for _ in range(1 if self.is_slow else _MOST_BOUNDS):
+            found = self.within(self.relaxed(place), family)
+            if found is None:
+                bound = np.inf
+                break
+            assignment, least = found
+            bound = max(bound, least)
+            self.consider(str(family), assignment)
+            lines.append(self.parts.seconds(assignment))
+            place, above = _highest(lines)
+            # Other weights help only where they may rule the family out.
+            if bound >= self.enough or above < self.enough:
+                break
+        self.bounds[family] = bound
+        return bound
+
+    def within(self, problem: Problem, family: Family) -> tuple[Mapping[str, int], float] | None:
+        """Return the optimum of a problem within a family, and its cost; None where there is
+        none.
+        """
+        states = states_of_family(self.network, family)
+        try:
+            solution = exact.solve(problem.among(states), memo=self.solve.memo)
+        except TooWideError:
+            self.too_wide.append(family)
+            return None
+        except InfeasibleError:
+            return None
+        return solution.assignment, solution.cost

@@ -1,0 +1,346 @@
+"""Explanations: what was decided, the best alternative, what it would cost, and what forces it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.errors import PlanError
+from autoparallel.graph.graph import Node
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.questions.demands import demanded
+from autoparallel.questions.differences import (
+    Choice,
+    Difference,
+    choice_text,
+    difference_lines,
+    differences,
+    signed,
+)
+from autoparallel.questions.forcing import Forcing
+from autoparallel.questions.subjects import Subject, find_subject
+from autoparallel.support.arguments import MAKE_ONE, require_kind
+from autoparallel.support.units import seconds_text
+from autoparallel.view.words import Words
+
+__all__ = ["Alternative", "Explainer", "Explanation", "explain"]
+
+# Alternatives that are told, and those that are solved one by one where no pass over the network
+# tells the costs of all.
+_TOLD = 4
+_SOLVED = 2
+_LINES = 6
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """An Alternative is what one decision might be instead, with all others planned anew.
+
+    text: the decision in words. added_cost: what the best plan with it costs more, in the cost that
+    was minimized; infinity where there is no such plan. proven: no plan with it adds less.
+    plan: that plan; None of alternatives that were only priced. added_seconds: what its step takes
+    longer, as predicted. differences: all decisions that come with it. chain: names of the ops from
+    this decision to the one that makes it dear.
+    """
+
+    text: str
+    added_cost: float
+    proven: float
+    plan: Plan | None = None
+    added_seconds: float = math.nan
+    differences: tuple[Difference, ...] = ()
+    chain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An Explanation answers why one decision of a plan is as it is; print it to read it.
+
+    plan, subject: what was asked. kind: "op", "parameter" or "redistribution". chosen: the decision
+    in words. seconds: what it takes of a step by itself. alternatives: the cheapest first. asked:
+    the one that was asked for by why_not.
+    """
+
+    plan: Plan
+    subject: Subject
+    kind: str
+    chosen: str
+    seconds: float
+    alternatives: tuple[Alternative, ...]
+    asked: Alternative | None = None
+
+    def __str__(self) -> str:
+        """Return a paragraph for the decision and one for each alternative."""
+        lines = [self._decision()]
+        shown = [self.asked] if self.asked is not None else []
+        shown += [other for other in self.alternatives if other is not self.asked]
+        if not shown:
+            lines.append("There is nothing else that it could be.")
+        for number, other in enumerate(shown):
+            lines += self._alternative(other, number == 0)
+        if self.subject.others:
+            others = ", ".join(self.subject.others[:3])
+            more = " and others" if len(self.subject.others) > 3 else ""
+            lines.append(f"The name also fits {others}{more}.")
+        return "\n".join(lines)
+
+    def _decision(self) -> str:
+        """Say what was decided, where, and what it takes."""
+        choice = self.subject.choice
+        place = ""
+        if isinstance(choice, OpChoice):
+            place = _place(choice)
+        elif isinstance(choice, Conversion):
+            op = Words(self.plan).producers.get(choice.value)
+            place = f", made{_place(op)}," if op is not None else ""
+        name = choice.path if isinstance(choice, ParameterChoice) else self.subject.node
+        share = self.seconds / self.plan.seconds if self.plan.seconds else 0.0
+        takes = f"; {seconds_text(self.seconds)} of a step ({share:.1%})" if self.seconds else ""
+        return f"{name}{place} is {self.chosen}{takes}."
+
+    def _alternative(self, other: Alternative, first: bool) -> list[str]:
+        """Say what an alternative would cost, and by what."""
+        if other.added_cost == math.inf:
+            return [f"  {other.text}: no plan has that."]
+        words = f"  {other.text}:"
+        if other.plan is None:
+            return [f"{words} {self._added(other)}."]
+        seconds = f" ({signed(other.added_seconds)} a step)" if self._is_weighted else ""
+        lines = [f"{words} {self._added(other)}{seconds}, with all else planned anew."]
+        if not first:
+            return lines
+        lines += [f"  {line}" for line in difference_lines(other.differences, _LINES)]
+        if len(other.chain) > 1:
+            lines.append(f"    forced along {' → '.join(other.chain)}")
+        return lines
+
+    @property
+    def _is_weighted(self) -> bool:
+        """Whether the cost is another figure than the predicted seconds."""
+        return self.plan.product_weight != 1.0 or not self.plan.options.sequence_parallel
+
+    def _added(self, other: Alternative) -> str:
+        """Return what an alternative adds, in words, and how sure that is."""
+        if abs(other.added_cost) <= _ROUNDING * self.plan.cost:
+            return "costs the same"
+        share = f"{other.added_cost / self.plan.cost:+.2%}" if self.plan.cost else ""
+        if other.added_cost < 0:
+            why = "; the plan was not free to take it" if other.added_cost < 0 else ""
+            return f"would cost {signed(other.added_cost)} ({share}){why}"
+        sure = ""
+        if other.added_cost - other.proven > _ROUNDING * self.plan.cost:
+            least = max(other.proven, 0.0)
+            sure = f", and at least {signed(least)}" if least else ", as far as was searched"
+        unit = " of weighted cost" if self._is_weighted else ""
+        return f"would cost {signed(other.added_cost)}{unit} ({share}){sure}"
+
+
+def _place(op: OpChoice) -> str:
+    """Return where an op is: its module and its line."""
+    line = f" ({op.line})" if op.line else ""
+    return f" in {op.where}{line}" if op.where else line
+
+
+def explain(plan: Plan, subject: str, *, why_not: str = "") -> Explanation:
+    """Return why one decision of a plan is as it is: the alternatives, and what each would cost.
+
+    plan: of make_plan; one that was read has no graph, which traced_plan gives it. subject: the
+    path of a parameter or of a module, the name of an op or a value, or "collective VALUE"; of a
+    path its end is enough. why_not: an alternative to be told first: "row", "column", "whole",
+    "split 1", a placement, "on AXIS" behind it. Each alternative is the best plan with that choice
+    forced and everything else planned anew, so that its cost is what the choice really costs.
+    For many questions about one plan, `Explainer` shares the work.
+
+        >>> import autoparallel, torch
+        >>> layers = [torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64)]
+        >>> model, inputs = torch.nn.Sequential(*layers), torch.ones(8, 64)
+        >>> plan = autoparallel.make_plan(model, 2, example_inputs=inputs, hardware="dgx-a100")
+        >>> why = autoparallel.explain(plan, "0.weight")
+        >>> why.chosen, why.alternatives[0].text, why.alternatives[0].added_cost > 0
+        ('S(0), column: output dim', 'I', True)
+
+    Raises PlanError where nothing is called so, for an alternative that is none, and for a plan
+    without its graph.
+    """
+    return Explainer(plan).explain(subject, why_not=why_not)
+
+
+class Explainer:
+    """An Explainer answers questions about one plan; equal parts of them are computed once.
+
+    plan: see `explain`, as for the errors.
+
+    >>> import autoparallel, torch
+    >>> layer, inputs = torch.nn.Linear(64, 64, bias=False), torch.ones(8, 64)
+    >>> explainer = Explainer(autoparallel.make_plan(layer, 2, example_inputs=inputs))
+    >>> explainer.explain("weight", why_not="split 1").asked.added_cost >= 0
+    True
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        require_kind(plan, Plan, MAKE_ONE)
+        plan.refuse_stages("an explanation")
+        self.plan = plan
+        self.forcing = Forcing(plan)
+        self.words = Words(plan)
+
+    def explain(self, subject: str, *, why_not: str = "") -> Explanation:
+        """Return the explanation of one decision; see the function `explain`."""
+        about = find_subject(self.plan, subject)
+        choice = about.choice
+        asked: Alternative | None = None
+        if isinstance(choice, Conversion):
+            if why_not not in ("", "none", "whole"):
+                raise PlanError(
+                    f"{why_not!r} in place of a redistribution",
+                    fix='say "none": what a plan without it would cost is told',
+                )
+            alternatives = self._without(choice)
+            kind, seconds = "redistribution", choice.seconds
+        else:
+            node = next(n for n in self.forcing.network.graph.nodes if n.name == choice.name)
+            alternatives = self._others(node, choice)
+            if why_not:
+                mask = demanded(self.forcing.network, node, why_not)
+                asked = self._asked(node, choice, why_not, mask)
+                labels = self._labels(node, choice)
+                told = {label for label, one in zip(labels, mask, strict=True) if one}
+                alternatives = [other for other in alternatives if other.text not in told]
+            kind = "op" if isinstance(choice, OpChoice) else "parameter"
+            seconds = choice.seconds if isinstance(choice, OpChoice) else 0.0
+        text = choice_text(self.words, choice)
+        return Explanation(
+            self.plan, about, kind, text, seconds, tuple(alternatives[:_TOLD]), asked
+        )
+
+    def _asked(
+        self, node: Node, choice: Choice, why_not: str, mask: NDArray[np.bool_]
+    ) -> Alternative:
+        """Return the best plan in which a decision is as a user names it. mask: such states."""
+        if mask[self.forcing.chosen[node.name]]:
+            return Alternative(f"{why_not}, as it is", 0.0, 0.0)
+        return self._forced(why_not, node.name, choice, {node.name: mask})
+
+    def _others(self, node: Node, choice: OpChoice | ParameterChoice) -> list[Alternative]:
+        """Return the alternatives of an op or a parameter, the cheapest first, that one with its
+        plan. States that read alike are one alternative.
+        """
+        labels = self._labels(node, choice)
+        chosen = labels[self.forcing.chosen[node.name]]
+        groups: dict[str, NDArray[np.bool_]] = {
+            label: np.array([other == label for other in labels])
+            for label in dict.fromkeys(labels)
+            if label != chosen
+        }
+        costs = self.forcing.least_costs(node.name)
+        if costs is None:
+            # The cheapest by themselves are looked at first; each takes a search of its own.
+            own = self.forcing.problem.variable(node.name).unary
+            first = sorted(groups, key=lambda label: float(np.min(own[groups[label]])))
+            priced = [
+                self._forced(label, node.name, choice, {node.name: groups[label]})
+                for label in first[:_SOLVED]
+            ]
+            return sorted(priced, key=lambda other: other.added_cost)
+        added = {label: float(costs[mask].min()) - self.plan.cost for label, mask in groups.items()}
+        order = sorted(groups, key=lambda label: added[label])
+        priced = [Alternative(label, added[label], added[label]) for label in order]
+        if priced and priced[0].added_cost < math.inf:
+            label = order[0]
+            priced[0] = self._forced(label, node.name, choice, {node.name: groups[label]})
+        return priced
+
+    def _labels(self, node: Node, choice: OpChoice | ParameterChoice) -> list[str]:
+        """Return each state of an op or a parameter in words."""
+        network = self.forcing.network
+        if isinstance(choice, ParameterChoice):
+            told = []
+            for way in network.storages[node.name]:
+                text = self.words.layout(way.storage)
+                if way.gradient != way.storage:
+                    text += f", gradient {self.words.layout(way.gradient)}"
+                if way.state != way.storage:
+                    text += f", optimizer state {self.words.layout(way.state)}"
+                told.append(text)
+            return told
+        return [
+            choice_text(
+                self.words,
+                replace(choice, operands=j.operands, results=j.results, kernels=j.kernels),
+            )
+            for j in network.strategies[node.name]
+        ]
+
+    def _without(self, choice: Conversion) -> list[Alternative]:
+        """Return the two ways to do without a redistribution, the cheaper first."""
+        target = self.words.layout(choice.target)
+        ways = {
+            f"made as {target} at once": self.forcing.made_as(choice),
+            f"never read as {target}": self.forcing.never_read_as(choice),
+        }
+        found = []
+        for text, allowed in ways.items():
+            if allowed is None:
+                found.append(Alternative(text, math.inf, math.inf))
+            else:
+                found.append(self._forced(text, choice.value, choice, allowed))
+        return sorted(found, key=lambda other: other.added_cost)
+
+    def _forced(
+        self, text: str, node: str, choice: Choice, allowed: Mapping[str, NDArray[np.bool_]]
+    ) -> Alternative:
+        """Return the best plan in the allowed states, with all in which it differs."""
+        solution = self.forcing.solve(allowed)
+        if solution is None:
+            return Alternative(text, math.inf, math.inf)
+        plan = self.forcing.plan_of(solution)
+        rows = differences(self.plan, plan)
+        return Alternative(
+            text,
+            solution.cost - self.plan.cost,
+            solution.lower_bound - self.plan.cost,
+            plan,
+            plan.seconds - self.plan.seconds,
+            rows,
+            _chain(self.plan, node, rows),
+        )
+
+
+def _chain(plan: Plan, start: str, rows: tuple[Difference, ...]) -> tuple[str, ...]:
+    """Return the names of the ops from a decision to the one that adds most to the step.
+
+    start: the name of an op, a parameter or a value. The way is the shortest in the dataflow, in
+    either direction. Empty where nothing adds anything, or the two are not connected.
+    """
+    dearer = [row for row in rows if row.seconds > 0 and row.kind != "update"]
+    if not dearer:
+        return ()
+    goal = max(dearer, key=lambda row: row.seconds).name
+    around: dict[str, dict[str, None]] = {}
+    for op in plan.ops:
+        for value in (*op.reads, *op.makes):
+            around.setdefault(op.name, {})[f"={value}"] = None
+            around.setdefault(f"={value}", {})[op.name] = None
+    begin = start if start in around else f"={start}"
+    ends = {goal, f"={goal}"}
+    before: dict[str, str] = {begin: ""}
+    waiting = deque([begin])
+    while waiting:
+        here = waiting.popleft()
+        if here in ends:
+            path = [here]
+            while before[path[-1]]:
+                path.append(before[path[-1]])
+            names = [name.removeprefix("=") for name in reversed(path)]
+            return tuple(dict.fromkeys(names))
+        for other in around.get(here, ()):
+            if other not in before:
+                before[other] = here
+                waiting.append(other)
+    return ()

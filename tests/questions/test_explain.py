@@ -1,0 +1,205 @@
+"""Explanations: their costs are those of planning anew with the choice forced, proven on random
+choices; their differences add up; and their texts say what a reader asks for.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import autoparallel
+from autoparallel import Mesh, make_plan
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.errors import PlanError
+from autoparallel.graph.size_hints import with_larger_hints
+from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
+from autoparallel.plan import Conversion, Plan
+from autoparallel.questions.explain import Explainer
+from autoparallel.strategy.build_network import build_network
+from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.train.models import GPT, GPTConfig
+from planners import InfeasibleError, Problem, exact
+
+CHOICES = 50
+# Without data parallelism products weigh more than their seconds until they are split.
+OPTIONS = {"hardware": "dgx-a100", "data_parallel": False}
+
+
+def plan_of(mesh: Mesh) -> Plan:
+    """A plan of one block, whose sizes all differ."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(layers=1, hidden=48, heads=6, vocabulary=60, positions=16, dropout=0))
+    return make_plan(model, mesh=mesh, example_inputs=model.example_inputs(3, 8), **OPTIONS)
+
+
+@pytest.fixture(scope="module", params=[Mesh(tp=2), Mesh(dp=2, tp=3)], ids=str)
+def explainer(request: pytest.FixtureRequest) -> Explainer:
+    """Of a plan on one and on two axes."""
+    return Explainer(plan_of(request.param))
+
+
+def network_of(plan: Plan) -> CostNetwork:
+    """The cost network, built anew."""
+    assert plan.captured is not None
+    graph = with_larger_hints(plan.captured, plan.options.tokens)
+    return build_network(graph, plan.mesh, find_hardware(plan.hardware), plan.options)
+
+
+def least(problem: Problem, name: str, states: list[int]) -> float:
+    """The cost of the best plan with a variable in one of these states, each solved by itself."""
+    costs = [math.inf]
+    for state in states:
+        try:
+            costs.append(exact.solve(problem.pinned({name: state})).cost)
+        except InfeasibleError:
+            continue
+    return min(costs)
+
+
+def some(test: Callable[[object], bool]) -> Callable[[Layout], bool]:
+    """Whether a layout has such a placement on some axis."""
+    return lambda layout: any(map(test, layout))
+
+
+DEMANDS: dict[str, Callable[[Layout], bool]] = {
+    "whole": lambda layout: all(isinstance(p, Invariant | Replicate) for p in layout),
+    "split": some(lambda p: isinstance(p, Shard)),
+    "split 0": some(lambda p: isinstance(p, Shard) and p.dim == 0),
+    "split 1": some(lambda p: isinstance(p, Shard) and p.dim == 1),
+    "P": some(lambda p: p == Partial()),
+    "I": some(lambda p: p == Invariant()),
+}
+
+
+def test_costs_are_those_of_planning_anew(explainer: Explainer) -> None:
+    """Random choices of ops and parameters, against solves that share nothing with each other."""
+    plan = explainer.plan
+    network = network_of(plan)
+    problem = network.problem(plan.product_weight)
+    draws, tried, priced = random.Random(0), 0, 0
+    layouts = {
+        **{p.name: [s.storage for s in network.storages[p.name]] for p in plan.parameters},
+        **{op.name: [s.results[0] for s in network.strategies[op.name]] for op in plan.ops},
+    }
+    while tried < CHOICES // 2:
+        name = draws.choice(list(layouts))
+        demand = draws.choice(list(DEMANDS))
+        states = [i for i, layout in enumerate(layouts[name]) if DEMANDS[demand](layout)]
+        # What is chosen already costs nothing; solving many states one by one takes long.
+        if not 0 < len(states) <= 12 or explainer.forcing.chosen[name] in states:
+            continue
+        tried += 1
+        answer = explainer.explain(name, why_not=demand)
+        assert answer.asked is not None
+        wanted = least(problem, name, states) - plan.cost
+        assert answer.asked.added_cost == pytest.approx(wanted, rel=1e-9, abs=1e-12 * plan.cost)
+        priced += 0 < wanted < math.inf
+    assert priced > CHOICES // 8
+
+
+def test_differences_add_up(explainer: Explainer) -> None:
+    """Whatever differs is told once: the rows sum to the difference of the plans' seconds."""
+    plan = explainer.plan
+    sent = f"collective {plan.conversions[0].value}"
+    for subject in ("token_embedding.weight", "attention.projection", sent):
+        answer = explainer.explain(subject)
+        best = answer.alternatives[0]
+        assert best.plan is not None
+        assert best.added_cost >= -1e-12 * plan.cost
+        assert best.proven <= best.added_cost
+        seconds = sum(row.seconds for row in best.differences)
+        assert seconds == pytest.approx(best.plan.seconds - plan.seconds, abs=1e-12 * plan.seconds)
+        assert best.added_seconds == best.plan.seconds - plan.seconds
+        # What is told of all alternatives by one pass is what a plan with it forced costs.
+        assert [a.added_cost for a in answer.alternatives] == sorted(
+            a.added_cost for a in answer.alternatives
+        )
+
+
+def test_a_redistribution_that_is_forbidden_is_gone(explainer: Explainer) -> None:
+    """In both ways to do without it."""
+    for row in explainer.plan.conversions[:4]:
+        answer = explainer.explain(f"collective {row.value}")
+        chosen = answer.subject.choice
+        assert isinstance(chosen, Conversion)
+        for other in answer.alternatives:
+            if other.plan is not None:
+                kept = {(c.value, c.target) for c in other.plan.conversions}
+                assert (chosen.value, chosen.target) not in kept
+
+
+def test_costs_equal_plans_with_pins() -> None:
+    """The way that a user has without explanations: make_plan with the layout pinned."""
+    plan = plan_of(Mesh(tp=2))
+    explainer = Explainer(plan)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(layers=1, hidden=48, heads=6, vocabulary=60, positions=16, dropout=0))
+    inputs = model.example_inputs(3, 8)
+    for path, pin in (
+        ("blocks.0.feed_forward.expand.weight", Shard(1)),
+        ("token_embedding.weight", Invariant()),
+    ):
+        answer = explainer.explain(path, why_not=str(pin))
+        assert answer.asked is not None
+        pinned = make_plan(model, mesh=Mesh(tp=2), example_inputs=inputs, pins={path: pin},
+                           product_weight=plan.product_weight, **OPTIONS)  # fmt: skip
+        assert plan.cost + answer.asked.added_cost == pytest.approx(pinned.cost, rel=1e-9)
+
+
+def test_it_says_what_a_reader_asks_for(explainer: Explainer) -> None:
+    """Modules, lines, what was chosen, what it would cost, and by what."""
+    text = str(explainer.explain("feed_forward.expand", why_not="row"))
+    assert "in blocks.0.feed_forward.expand" in text
+    assert "column-parallel" in text
+    assert "  row: would cost +" in text
+    assert "with all else planned anew" in text
+    assert "reduce-scatter" in text
+    assert "row, as it is" in str(explainer.explain("attention.projection", why_not="row"))
+
+
+def test_under_a_memory_limit() -> None:
+    """Each alternative is searched within the limit, and told with what is proven of it."""
+    layers = [nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)]
+    model, inputs = nn.Sequential(*layers), torch.ones(32, 64)
+    free = make_plan(model, mesh=Mesh(dp=2, tp=2), example_inputs=inputs)
+    limit = int(0.8 * sum(nbytes for _, nbytes in free.memory))
+    plan = make_plan(model, mesh=Mesh(dp=2, tp=2), example_inputs=inputs, memory_limit=limit, gap=0)
+    answer = Explainer(plan).explain("0.weight", why_not="whole")
+    assert answer.asked is not None
+    assert answer.asked.proven <= answer.asked.added_cost
+    assert answer.alternatives
+
+
+@pytest.mark.parametrize(
+    ("subject", "why_not", "message"),
+    [
+        ("feed_forwad.expand", "", "did you mean"),
+        ("feed_forward.expand", "diagonal", "is no choice"),
+        ("feed_forward.expand", "row on pp", "no axis 'pp'"),
+        ("collective nothing", "", "redistributes no value"),
+        ("collective", "row", "in place of a redistribution"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    subject: str, why_not: str, message: str, explainer: Explainer
+) -> None:
+    """With what could have been meant."""
+    if subject == "collective":
+        subject = f"collective {explainer.plan.conversions[0].value}"
+    with pytest.raises(PlanError, match=message):
+        explainer.explain(subject, why_not=why_not)
+
+
+def test_a_plan_without_its_graph_is_refused_until_it_is_traced() -> None:
+    """A plan that was read; traced_plan gives it its graph."""
+    model, inputs = nn.Linear(8, 8), torch.ones(4, 8)
+    plan = Plan.from_json(make_plan(model, 2, example_inputs=inputs).to_json())
+    with pytest.raises(PlanError, match="has no graph"):
+        autoparallel.explain(plan, "weight")
+    traced = autoparallel.traced_plan(model, plan, example_inputs=inputs)
+    assert autoparallel.explain(traced, "weight").kind == "parameter"
