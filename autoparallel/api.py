@@ -18,10 +18,11 @@ from autoparallel.capture.global_reads import undisturbed
 from autoparallel.capture.refused_models import refuse_wrapped
 from autoparallel.errors import CaptureError, InputsNeededError, PlanError
 from autoparallel.graph.captured import Captured
+from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parallel.deferred import deferred
-from autoparallel.parallel.launch import join_mesh, join_world, mesh_of
+from autoparallel.parallel.launch import join_mesh, join_stages, join_world, mesh_of
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.parameter_hooks import carry_gradient_hooks
@@ -29,13 +30,13 @@ from autoparallel.parallel.rank_agreement import require_same_parts
 from autoparallel.parallel.simulate import Simulation, simulate_plan
 from autoparallel.placement import Layout, Placement
 from autoparallel.plan import Plan
+from autoparallel.planning.pipelines import is_pipeline, meshes_of_pipeline, stages_of
 from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import fastest_plan, trace_model, with_graphs
 from autoparallel.planning.replan import Replanner
 from autoparallel.planning.request import make_options, possible_meshes, require_parameters
 from autoparallel.rules.lookup import known_rule
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.strategy.candidate_splits import inert_calls
 from autoparallel.strategy.rule_matching import match_rules
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 from autoparallel.support.pytree import leaf_paths
@@ -74,6 +75,9 @@ def autoparallelize(
     constraints: Sequence[str] = (),
     gap: float = 0.01,
     overlap: bool = True,
+    microbatches: int | None = None,
+    schedule: str = "1f1b",
+    stages_per_rank: int = 1,
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """Return the model, split over `world_size` ranks, as an ordinary module for this rank.
@@ -91,6 +95,10 @@ def autoparallelize(
     check_inputs: number of first calls in which the ranks compare all numbers of their inputs. On
     CPUs they compare samples in every other call, too; 0 switches all of that off. Other arguments:
     see make_plan.
+    On a mesh with stages, Mesh(pp=2, tp=2), each rank holds the parameters of its stage; others are
+    there by name and shape, on the meta device. A call and `loss.backward()` are as ever; so is
+    `model.step(...)`, which does both and sends nothing but the loss to the other stages. It takes
+    example_inputs. Gradients are clipped by autoparallel.clip_grad_norm_, which knows all stages.
     The module has the class, the names and the tree of the user's. Its parameters are DTensors,
     and each rank holds its part of them. A collective call: under torchrun it starts the process
     group if there is none.
@@ -116,9 +124,13 @@ def autoparallelize(
         constraints=constraints,
         gap=gap,
         overlap=overlap,
+        microbatches=microbatches,
+        schedule=schedule,
+        stages_per_rank=stages_per_rank,
     )
     meshes = possible_meshes(world_size, axes, options)
-    local = LocalInputs.of(local_inputs, meshes[0] if len(meshes) == 1 else None)
+    inside = tuple(meshes_of_pipeline(each)[1] if is_pipeline(each) else each for each in meshes)
+    local = LocalInputs.of(local_inputs, inside[0] if len(meshes) == 1 else None)
     # Planning takes a while; a wrong launch is told before.
     if devices is None:
         join_world(meshes[0].world_size)
@@ -127,13 +139,19 @@ def autoparallelize(
         with undisturbed(model):
             args, kwargs = _example(model, example_inputs)
             if local is not None and place is not None:
-                args, kwargs = local.gather(signature(model.forward), args, kwargs, place[0])
+                inside_ranks = join_stages(*place)[0]
+                args, kwargs = local.gather(signature(model.forward), args, kwargs, inside_ranks)
             plan = fastest_plan(model, trace_model(model, args, kwargs, options), meshes, options)
     except InputsNeededError:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
+        if any(map(is_pipeline, meshes)):
+            # Until the first call every rank would hold the whole model.
+            raise
         return _plan_at_first_call(model, meshes, options, check_inputs, local, place)
-    return _apply(model, plan, *(place or join_mesh(plan.mesh)), check_inputs, local)
+    if place is None or (plan.pipeline is not None and plan.whole_mesh != meshes[0]):
+        place = join_mesh(plan.whole_mesh, devices)
+    return _apply(model, plan, *place, check_inputs, local)
 
 
 def make_plan(
@@ -154,6 +172,9 @@ def make_plan(
     constraints: Sequence[str] = (),
     gap: float = 0.01,
     overlap: bool = True,
+    microbatches: int | None = None,
+    schedule: str = "1f1b",
+    stages_per_rank: int = 1,
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
@@ -164,8 +185,11 @@ def make_plan(
     ranks; it may be left out where mesh says it.
     mesh: the arrangement of the ranks, `Mesh(dp=2, tp=4)`, outermost axis first, or torch's
     DeviceMesh, of which only the axes count; "auto" tries the
-    ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan;
-    without it they are one axis, tp, and products are split by weights alone.
+    ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan, none
+    of which has stages; without it they are one axis, tp, and products are split by weights alone.
+    A first axis pp is one of stages: the model's ops are cut into as many runs, and micro-batches
+    go through them. microbatches: their number; by default what suits the batch, and one where ops
+    couple the whole batch. schedule, stages_per_rank: see Options.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it, the
     model's `example_inputs()` or Hugging Face `dummy_inputs` are used.
     data_parallel: whether products may be split along the inputs' dims, and parameters gathered
@@ -202,6 +226,9 @@ def make_plan(
         constraints=constraints,
         gap=gap,
         overlap=overlap,
+        microbatches=microbatches,
+        schedule=schedule,
+        stages_per_rank=stages_per_rank,
     )
     meshes = possible_meshes(world_size, axes, options)
     # Tracing runs the forward, which may write to buffers, attributes and random generators.
@@ -281,20 +308,21 @@ def apply_plan(
     refuse_wrapped(model)
     require_kind(plan, Plan, MAKE_ONE)
     require_parameters(plan, model)
-    if mesh is not None and mesh_of(mesh) != plan.mesh:
+    if mesh is not None and mesh_of(mesh) != plan.whole_mesh:
         raise PlanError(
-            f"the plan is for {plan.mesh}, and the DeviceMesh is {mesh_of(mesh)}",
+            f"the plan is for {plan.whole_mesh}, and the DeviceMesh is {mesh_of(mesh)}",
             fix="plan for the axes of the DeviceMesh, or pass one with the axes of the plan",
         )
     if plan.is_traced:
         require_sound(plan, model)
-    local = LocalInputs.of(local_inputs, plan.mesh)
-    ranks, devices = join_mesh(plan.mesh, mesh)
+    local = LocalInputs.of(local_inputs, plan.stage_mesh)
+    ranks, devices = join_mesh(plan.whole_mesh, mesh)
     if not plan.is_traced:
         with undisturbed(model):
             args, kwargs = _example(model, example_inputs)
             if local is not None:
-                args, kwargs = local.gather(signature(model.forward), args, kwargs, ranks)
+                inside_ranks = join_stages(ranks, devices)[0]
+                args, kwargs = local.gather(signature(model.forward), args, kwargs, inside_ranks)
             plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
         # Discovered rules are not in the plan, but found in the cache or discovered again.
         require_sound(plan, model)
@@ -366,7 +394,7 @@ def simulate(
         require_parameters(plan, model)
         if plan.is_traced:
             require_sound(plan, model)
-        replanner = Replanner(plan.model, plan.mesh, plan.options)
+        replanner = Replanner(plan.model, plan.whole_mesh, plan.options)
         return simulate_plan(model, plan, args, kwargs, backward, replan=replanner)
 
 
@@ -410,9 +438,12 @@ def _apply(
     # Parts depend on the path that the example inputs took; graphs do not.
     if plan.breaks:
         require_same_parts(plan, ranks.world)
-    replanner = Replanner(plan.model, plan.mesh, plan.options)
+    ranks, devices, pipeline = join_stages(ranks, devices)
+    replanner = Replanner(plan.model, plan.whole_mesh, plan.options, stages_of(plan))
     # What is made in inference mode could not be trained with later.
     with torch.inference_mode(False):
-        module = parallel_module(model, plan, ranks, devices, replanner, check_inputs, local)
+        module = parallel_module(
+            model, plan, ranks, devices, replanner, check_inputs, local, pipeline
+        )
     carry_gradient_hooks(model, module)
     return module

@@ -9,6 +9,7 @@ __all__ = [
     "AutoParallelError",
     "CaptureError",
     "CheckpointError",
+    "CoupledBatchError",
     "InputMismatchError",
     "InputsNeededError",
     "MemoryLimitError",
@@ -90,6 +91,10 @@ class WrappedModelError(AutoParallelError):
 
 class PlanError(AutoParallelError):
     """A plan, or what was asked of one, does not fit the model, the mesh or the options."""
+
+
+class CoupledBatchError(PlanError):
+    """An op needs all of a batch at once, of which it would be given one micro-batch at a time."""
 
 
 class InputMismatchError(AutoParallelError):

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from autoparallel.errors import PlanError
 
-__all__ = ["Mesh", "arrangements", "finer"]
+__all__ = ["MICROBATCH", "PIPELINE", "Mesh", "arrangements", "finer"]
+
+# The axis of a mesh whose ranks are stages: it splits the model's ops, and no tensor's dims.
+PIPELINE = "pp"
+# The axis in time of a pipeline's plan: its places are the micro-batches of one step, which the
+# same ranks compute one after the other. What it splits is split over them, as over ranks; but no
+# collective can cross it, as a later micro-batch has not begun when an earlier one ends.
+MICROBATCH = "microbatch"
 
 
 _LONGEST_NAME = 64

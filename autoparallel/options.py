@@ -15,6 +15,7 @@ _KNOWN = {
     "rng": ("counter", "fast"),
     "recompute": ("model", "auto", "none", "selective", "full"),
     "optimizer": ("sgd", "momentum", "adam", "mixed_adam"),
+    "schedule": ("gpipe", "1f1b"),
 }
 
 
@@ -60,6 +61,11 @@ class Options:
     overlap: collectives of the backward pass run while gradients of weights are computed; otherwise
     each is waited for at once.
 
+    microbatches: the parts of a batch that the stages of a pipeline work at one after the other;
+    None for as many as suit it. schedule: the order in which they do, "gpipe" (all forward passes,
+    then all backward), "1f1b" (backward as soon as it can, which holds fewer activations).
+    stages_per_rank: more than one lets ranks begin sooner, and send more often (interleaving).
+
     constraints: sentences such as "blocks.*.weight on dp is whole"; strategy/constraints.py has the
     grammar.
 
@@ -82,6 +88,9 @@ class Options:
     constraints: tuple[str, ...] = ()
     gap: float = 0.01
     overlap: bool = True
+    microbatches: int | None = None
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
 
     def __post_init__(self) -> None:
         # Lists become tuples: options are compared and hashed by content.
@@ -93,6 +102,19 @@ class Options:
                 f"gap={self.gap!r}", why="it is a share of the seconds", fix="give 0.01, for 1%"
             )
         object.__setattr__(self, "gap", float(self.gap))
+        count = self.microbatches
+        if count is not None and (type(count) is not int or count < 1):
+            raise PlanError(
+                f"microbatches={count!r}",
+                why="a batch is cut into that many parts",
+                fix="give a positive whole number, or leave it out",
+            )
+        if type(self.stages_per_rank) is not int or self.stages_per_rank < 1:
+            raise PlanError(
+                f"stages_per_rank={self.stages_per_rank!r}",
+                why="a rank computes that many stages of a pipeline",
+                fix="give a positive whole number",
+            )
         for name in ("sequence_parallel", "data_parallel", "strict_capture", "overlap"):
             value = getattr(self, name)
             if not isinstance(value, bool):

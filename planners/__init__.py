@@ -8,7 +8,7 @@ numbers in the tables come from `autoparallel.strategy`; the choice of a solver 
 `exact` eliminates variables and is the solver to use. `conditioning` is for problems that are too
 wide for it, `coarsening` for very many states per variable: both find a good assignment and prove a
 bound. `lagrangian` keeps a limit on usage. `ilp` is the cross-check, an integer program solved by
-HiGHS; `exhaustive` is the oracle for small problems.
+HiGHS; `exhaustive` is the oracle for small problems. `partition` cuts a chain of work into runs.
 
 >>> import numpy as np
 >>> a, b = Variable("a", np.array([0.0, 1.0])), Variable("b", np.array([2.0, 0.0]))
@@ -20,6 +20,7 @@ HiGHS; `exhaustive` is the oracle for small problems.
 from planners import coarsening, conditioning, exact, exhaustive, ilp, lagrangian
 from planners.exact import least_among, min_marginals
 from planners.ordering import TooWideError
+from planners.partition import partition
 from planners.problem import Problem, Spent
 from planners.solution import InfeasibleError, OverLimitError, Solution
 from planners.table_memo import Memo
@@ -46,4 +47,5 @@ __all__ = [
     "lagrangian",
     "least_among",
     "min_marginals",
+    "partition",
 ]

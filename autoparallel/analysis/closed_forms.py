@@ -139,6 +139,7 @@ def closed_forms(
     (4*h**2/tp, 524288)
     """
     require_kind(plan, Plan, MAKE_ONE)
+    plan.refuse_stages("what a step takes in closed form")
     for size, name in (names or {}).items():
         if type(size) is not int or not isinstance(name, str):
             raise PlanError(

@@ -98,6 +98,7 @@ def memory_of(
     >>> memory_of(autoparallel.make_plan(layer, 2, example_inputs=inputs)).parameters
     524288
     """
+    plan.refuse_stages("memory")
     if not plan.is_traced:
         raise PlanError(
             "the plan has no graph to count the memory of",

@@ -126,17 +126,19 @@ def schedule_seconds(
     stages: int,
     micro_batches: int,
     schedule: str,
-    forward: float,
-    backward: float,
+    forward: float | Sequence[float],
+    backward: float | Sequence[float],
     *,
     recompute: float = 0.0,
     send: float = 0.0,
+    per_rank: int = 1,
 ) -> float:
-    """Return the seconds from the first forward to the last backward pass of equal stages.
+    """Return the seconds from the first forward to the last backward pass of a pipeline.
 
-    forward, backward, recompute: seconds of one micro-batch on one stage; what is recomputed needs
-    no gradient and can fill a bubble. send: seconds between stages; a stage computes while it
-    sends.
+    forward, backward, recompute: seconds of one micro-batch on one stage, or on each of them; what
+    is recomputed needs no gradient and can fill a bubble. send: seconds between stages; a stage
+    computes while it sends. per_rank: stages on each of `stages` ranks, of which the first rank has
+    the first, and the last the last; `forward` and `backward` are then of all of these.
     Model: "gpipe" runs all forward passes, then all backward (arXiv:1811.06965); "1f1b" runs
     backward as soon as it can (arXiv:2104.04473, section 2.2). With neither sends nor recomputation
     both take (micro_batches + stages - 1) (forward + backward).
@@ -146,32 +148,78 @@ def schedule_seconds(
     45.0
     """
     _check(stages, micro_batches, schedule)
-    orders = [_order(stage, stages, micro_batches, schedule) for stage in range(stages)]
+    count = stages * per_rank
+    forwards, backwards = (
+        (float(each),) * count if isinstance(each, int | float) else tuple(each)
+        for each in (forward, backward)
+    )
+    orders = [
+        [(rank, *work) for work in _order(rank, stages, micro_batches, schedule)]
+        if per_rank == 1
+        else _interleaved(rank, stages, per_rank, micro_batches, schedule)
+        for rank in range(stages)
+    ]
     free = [0.0] * stages
     done: dict[tuple[int, str, int], float] = {}
     next_pass = [0] * stages
-    # Every stage works off its list in order. A pass starts when its stage is free and its
-    # neighbour's pass has arrived; the loop goes round until no stage has anything left.
+    # Every rank works off its list in order. A pass starts when its rank is free and its
+    # neighbour's pass has arrived; the loop goes round until no rank has anything left.
     while any(place < len(order) for place, order in zip(next_pass, orders, strict=True)):
         progressed = False
-        for stage, order in enumerate(orders):
-            while next_pass[stage] < len(order):
-                kind, batch = order[next_pass[stage]]
+        for rank, order in enumerate(orders):
+            while next_pass[rank] < len(order):
+                stage, kind, batch = order[next_pass[rank]]
                 neighbour = stage + 1 if kind == "backward" else stage - 1
                 needs = (neighbour, kind, batch)
-                if 0 <= neighbour < stages and needs not in done:
+                if 0 <= neighbour < count and needs not in done:
                     break
-                ready = done[needs] + send if 0 <= neighbour < stages else 0.0
-                # Recomputing needs no gradient, so it is done while the stage waits for one.
+                # The last stage goes back what it has gone forward.
+                own = done[stage, "forward", batch] if kind == "backward" else 0.0
+                ready = done[needs] + send if 0 <= neighbour < count else own
+                # Recomputing needs no gradient, so it is done while the rank waits for one.
                 if kind == "backward":
-                    free[stage] = max(free[stage] + recompute, ready) + backward
+                    free[rank] = max(free[rank] + recompute, ready) + backwards[stage]
                 else:
-                    free[stage] = max(free[stage], ready) + forward
-                done[stage, kind, batch] = free[stage]
-                next_pass[stage] += 1
+                    free[rank] = max(free[rank], ready) + forwards[stage]
+                done[stage, kind, batch] = free[rank]
+                next_pass[rank] += 1
                 progressed = True
         assert progressed, "a schedule that waits for itself"
     return max(free)
+
+
+def _interleaved(
+    rank: int, ranks: int, per_rank: int, micro_batches: int, schedule: str
+) -> list[tuple[int, str, int]]:
+    """Return the passes of a rank with several stages, in order: (stage, kind, micro-batch).
+
+    A rank takes a round of micro-batches through one of its stages, then through the next one
+    (arXiv:2104.04473, section 2.2).
+    """
+    rounds = 1 if schedule == "gpipe" else max(1, micro_batches // ranks)
+    size = -(-micro_batches // rounds)
+    passes = [
+        (part, batch)
+        for start in range(0, micro_batches, size)
+        for part in range(per_rank)
+        for batch in range(start, min(start + size, micro_batches))
+    ]
+    backward = [
+        (per_rank - 1 - part, batch)
+        for start in range(0, micro_batches, size)
+        for part in range(per_rank)
+        for batch in range(start, min(start + size, micro_batches))
+    ]
+    ahead = min(len(passes), (per_rank - 1) * size + 2 * (ranks - 1 - rank))
+    if schedule == "gpipe":
+        ahead = len(passes)
+    order = [(part * ranks + rank, "forward", batch) for part, batch in passes[:ahead]]
+    for place, (part, batch) in enumerate(backward):
+        if ahead + place < len(passes):
+            following, number = passes[ahead + place]
+            order.append((following * ranks + rank, "forward", number))
+        order.append((part * ranks + rank, "backward", batch))
+    return order
 
 
 def _order(stage: int, stages: int, micro_batches: int, schedule: str) -> Sequence[tuple[str, int]]:

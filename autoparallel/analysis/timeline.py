@@ -56,6 +56,7 @@ def timeline(
     Example: `print(timeline(plan, overlap=False))`
     """
     require_kind(plan, Plan, MAKE_ONE)
+    plan.refuse_stages("a timeline")
     if hardware is None:
         # A plan knows its hardware by name, and that of a file by the file.
         is_preset = plan.hardware in presets()

@@ -60,6 +60,7 @@ def export(plan: Plan, target: str, model: nn.Module, *, example_inputs: Any = N
     Raises PlanError for an unknown target and for a plan in parts.
     """
     require_kind(plan, Plan, MAKE_ONE)
+    plan.refuse_stages("an export")
     if target not in TARGETS:
         raise PlanError(f"no export is called {target!r}", fix=f"give one of {', '.join(TARGETS)}")
     return TARGETS[target](plan, model, example_inputs)

@@ -9,7 +9,7 @@ leaves the checkpoint before it as it was.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from autoparallel.parallel.saved_optimizers import (
     describe,
     entries_of,
     require_same_optimizers,
+    without_absent,
 )
 from autoparallel.parallel.seeds import rng_state, set_rng_state
 
@@ -154,14 +155,16 @@ def load_checkpoint(
         for each in fresh:
             each.zero_grad()
         if fresh:
-            get_optimizer_state_dict(module, fresh)
+            with without_absent(fresh):
+                get_optimizer_state_dict(module, fresh)
     values = module.state_dict()
     stored, owners = _tensors(module, values, optimizers if has_state else ())
     for name in [name for name in owners if {name, _PLAIN + name}.isdisjoint(known)]:
         # Of a parameter that had never had a gradient.
         entries, key = owners.pop(name)
         del stored[name], entries[key]
-    together("checking the model", lambda: _require_same(stored, known, target))
+    absent = {_MODEL + path for path, value in values.items() if _is_absent(module, value)}
+    together("checking the model", lambda: _require_same(stored, known, target, absent))
     stored[_EXTRA] = None
     if state is None and "torch_rng" in known:
         stored["torch_rng"] = torch.get_rng_state()
@@ -315,12 +318,22 @@ def _tensors(
     values: the module's state dict. Return also, for the optimizers' state, the dict and the key
     where each value is to be put back.
     """
-    stored = {f"{_MODEL}{path}": _described(value) for path, value in values.items()}
+    # What the ranks of other stages hold, they save and load.
+    held = {path: value for path, value in values.items() if not _is_absent(module, value)}
+    stored = {f"{_MODEL}{path}": _described(value) for path, value in held.items()}
     owners: dict[str, tuple[dict[Any, Any], Any]] = {}
     for name, entries, key in entries_of(module, optimizers):
         stored[_OPTIMIZER + name] = _described(entries[key])
         owners[_OPTIMIZER + name] = (entries, key)
     return stored, owners
+
+
+def _is_absent(module: nn.Module, value: Any) -> bool:
+    """Return whether a value of a module's state dict is on the ranks of other stages alone."""
+    state: State | None = module.__dict__.get("_autoparallel")
+    if state is None or state.tree.pipeline is None:
+        return False
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _described(value: Any) -> Any:
@@ -335,10 +348,16 @@ def _described(value: Any) -> Any:
     return in_pieces(value.detach(), value.size(), (), (), ())
 
 
-def _require_same(stored: Mapping[str, Any], known: Mapping[str, Any], folder: Path) -> None:
+def _require_same(
+    stored: Mapping[str, Any],
+    known: Mapping[str, Any],
+    folder: Path,
+    absent: Collection[str] = (),
+) -> None:
     """Raise AutoParallelError that names all tensors that are not in the checkpoint as they are.
 
     stored: what is to be filled. known: torch's metadata of what the checkpoint has, by name.
+    absent: the names of what other ranks fill.
     """
     wrong, rounded = [], []
     for name, value in stored.items():
@@ -360,7 +379,9 @@ def _require_same(stored: Mapping[str, Any], known: Mapping[str, Any], folder: P
     wrong += [
         f"{name.removeprefix(_PLAIN)} is in it alone"
         for name in known
-        if name.removeprefix(_PLAIN).startswith(_MODEL) and name.removeprefix(_PLAIN) not in stored
+        if name.removeprefix(_PLAIN).startswith(_MODEL)
+        and name.removeprefix(_PLAIN) not in stored
+        and name not in absent
     ]
     if wrong:
         raise AutoParallelError(

@@ -14,10 +14,11 @@ from autoparallel.parallel.checkpoint_files import together
 from autoparallel.parallel.fill_tree import gathered_copies
 from autoparallel.parallel.module_calls import make_entry
 from autoparallel.parallel.module_state import State, Tree, state_of, user_forward
-from autoparallel.parallel.parameters import whole_tensor
+from autoparallel.parallel.pipelined_parameters import note_stages
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
+from autoparallel.parallel.whole_values import whole_value
 from autoparallel.runtime.rng import Generator
 from autoparallel.support.module_copy import shallow_copy
 
@@ -72,6 +73,8 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
         attributes=None,  # what is traced next is made of the copy
         elsewhere={},
     )
+    if tree.pipeline is not None:
+        note_stages(twin, tree.pipeline)
     for path, inner in states:
         module_of_state = twin.get_submodule(path)
         module_of_state.__dict__["_autoparallel"] = _state_like(inner, module_of_state, other, memo)
@@ -168,7 +171,7 @@ def whole_module(module: nn.Module, kind: type) -> Any:
     named = list(module.named_parameters(remove_duplicate=False))
     for path, parameter in named:
         if id(parameter) not in wholes:
-            value = whole_tensor(parameter, state.layouts[path], state.ranks)
+            value = whole_value(state, path, parameter)
             # Only rank 0 needs all of them at once.
             if first:
                 wholes[id(parameter)] = nn.Parameter(value, parameter.requires_grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -25,18 +25,20 @@ def fill_tree(
     layouts: Mapping[str, Layout],
     ranks: Ranks,
     mesh: DeviceMesh | None,
+    absent: Collection[str] = (),
 ) -> None:
     """Give a copied tree split parameters, and buffers, of its own.
 
     model: the user's, which stays as it is. tree: a shallow copy of it, which shares its tensors
     until then. layouts: the layout of each parameter, by path, as the user is to see it. mesh: the
-    DeviceMesh of the DTensors, None for a single process. What is tied in the model is tied in the
-    tree. A model on the meta device is materialized, on the GPU if there is one.
+    DeviceMesh of the DTensors, None for a single process. absent: the paths of parameters that the
+    ranks of other stages have; here they have names, sizes and no memory. What is tied in the model
+    is tied in the tree. A model on the meta device is materialized, on the GPU if there is one.
     """
     parts: dict[str, torch.Tensor] = {}
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        parts = materialize(model, layouts, ranks, device)
+        parts = materialize(model, layouts, ranks, device, absent)
     # By the identity of the model's tensor: what stands in several places becomes one.
     twins: dict[int, nn.Parameter] = {}
     buffers: dict[int, torch.Tensor] = {}
@@ -54,6 +56,12 @@ def fill_tree(
                 continue
             full = prefix + name
             if id(parameter) not in twins:
+                if full in absent:
+                    empty = torch.empty_like(parameter, device="meta")
+                    twins[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                    vars(twins[id(parameter)]).update(vars(parameter))
+                    module._parameters[name] = twins[id(parameter)]
+                    continue
                 layout = layouts[full]
                 part = parts.get(full)
                 if part is None:
@@ -86,6 +94,8 @@ def gathered_copies(
     """
     copies: dict[int, GatheredCopy] = {}
     for path, parameter in tree.named_parameters():
+        if parameter.is_meta:  # the ranks of another stage have it
+            continue
         if parameters[path].state != parameters[path].storage:
             owner, _, name = path.rpartition(".")
             holder = held_by(tree.get_submodule(owner))

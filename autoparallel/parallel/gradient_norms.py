@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.pipeline_place import PipelinePlace
+from autoparallel.parallel.pipelined_parameters import counts_here, pipelines_of
 from autoparallel.parallel.split_tensor import GRADIENT
 from autoparallel.support.torch_private import (
     local_part,
@@ -49,21 +51,36 @@ def clip_grad_norm_(
     """
     listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     if norm_type <= 0:
+        if pipelines_of(listed):
+            raise AutoParallelError(
+                f"a norm of order {norm_type} of the gradients of a model with stages",
+                why="it is no sum over the ranks",
+                fix="take another order, such as 2.0",
+            )
         # A lowest value or a count is no sum over parts; torch's way sees whole gradients.
         total = torch.nn.utils.clip_grad_norm_(
             listed, max_norm, norm_type, error_if_nonfinite, foreach
         )
         return total.full_tensor() if isinstance(total, DTensor) else total
     with without_function_overrides():
+        pipelines = pipelines_of(listed)
         gradients = [
             gradient for item in listed if (gradient := GRADIENT.__get__(item)) is not None
         ]
-        if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        if not pipelines and not any(isinstance(gradient, DTensor) for gradient in gradients):
             return torch.nn.utils.clip_grad_norm_(
                 listed, max_norm, norm_type, error_if_nonfinite, foreach
             )
         parts = _Parts(gradients)
-        total = parts.norm(float(norm_type))
+        if pipelines:
+            counted = [
+                gradient
+                for item in listed
+                if (gradient := GRADIENT.__get__(item)) is not None and counts_here(item)
+            ]
+            total = _norm_of_stages(counted, float(norm_type), pipelines)
+        else:
+            total = parts.norm(float(norm_type))
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(
                 f"the norm of order {norm_type} of the gradients is {float(total)}, so they cannot "
@@ -71,6 +88,32 @@ def clip_grad_norm_(
             )
         parts.scale(max_norm, total)
     return total
+
+
+def _norm_of_stages(
+    gradients: list[Any], order: float, pipelines: list[PipelinePlace]
+) -> torch.Tensor:
+    """Return the norm of the gradients of all stages. A collective call.
+
+    gradients: those of this rank's stage that no earlier stage has. Raises AutoParallelError for
+    parameters of several models.
+    """
+    if len(pipelines) > 1:
+        raise AutoParallelError(
+            "parameters of several models with stages",
+            why="the ranks of one pipeline exchange a norm, and those of another do not",
+            fix="clip the gradients of each model by themselves",
+        )
+    place = pipelines[0]
+    highest = order == float("inf")
+    own = _Parts(gradients).norm(order) if gradients else None
+    device = place.device if own is None else own.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if own is not None:
+        total += own.double() if highest else own.double() ** order
+    reduction = distributed.ReduceOp.MAX if highest else distributed.ReduceOp.SUM
+    distributed.all_reduce(total, reduction, place.group)
+    return total if highest else total ** (1 / order)
 
 
 class _Parts:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autoparallel.errors import PlanError, WorldSizeError
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import PIPELINE, Mesh
 from autoparallel.runtime.faults import note_uncaught
 from autoparallel.runtime.groups import ProcessGroup
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
 from autoparallel.support.torch_private import flattened_group
 
-__all__ = ["communication_device", "join_devices", "join_mesh", "join_world", "mesh_of"]
+__all__ = [
+    "communication_device",
+    "join_devices",
+    "join_mesh",
+    "join_stages",
+    "join_world",
+    "mesh_of",
+]
 
 
 def join_world(world_size: int) -> ProcessGroup | None:
@@ -128,6 +136,33 @@ def join_mesh(mesh: Mesh, devices: DeviceMesh | None = None) -> tuple[Ranks, Dev
     else:
         joined = init_device_mesh(device, sizes, mesh_dim_names=names)
     return process_ranks(world, joined), joined
+
+
+def join_stages(
+    ranks: Ranks, devices: DeviceMesh | None
+) -> tuple[Ranks, DeviceMesh | None, tuple[Any, int] | None]:
+    """Return this process's place among the ranks of its stage, their mesh, and its pipeline.
+
+    ranks, devices: of `join_mesh`. The pipeline is torch's process group of the ranks that are
+    alike in all but their stage, and the number of this rank's stage; None without an axis of
+    stages. The world of the ranks of a stage is that of all ranks, which agree on plans and inputs.
+    Raises PlanError for a mesh of stages alone.
+    """
+    if PIPELINE not in ranks.names or devices is None or devices.size(0) == 1:
+        return ranks, devices, None
+    names = tuple(name for name in ranks.names if name != PIPELINE)
+    if not names:
+        raise PlanError(
+            f"the DeviceMesh has no axis but {PIPELINE}",
+            why="a stage has a mesh of its own, if only of one rank",
+            fix=f'init_device_mesh(device, (n, 1), mesh_dim_names=("{PIPELINE}", "tp"))',
+        )
+    inside = devices[names if len(names) > 1 else names[0]]
+    pipeline = (devices[PIPELINE].get_group(), devices.get_local_rank(PIPELINE))
+    groups = tuple(
+        group for name, group in zip(ranks.names, ranks.groups, strict=True) if name != PIPELINE
+    )
+    return Ranks(names, groups, ranks.world), inside, pipeline
 
 
 def communication_device() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,12 +34,16 @@ __all__ = ["materialize"]
 
 
 def materialize(
-    model: nn.Module, layouts: Mapping[str, Layout], ranks: Ranks, device: torch.device
+    model: nn.Module,
+    layouts: Mapping[str, Layout],
+    ranks: Ranks,
+    device: torch.device,
+    absent: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Return this rank's parts of a meta model's parameters, and its buffers, by path.
 
     layouts: the layout of each parameter, by path; what has none stays whole. device: the device of
-    the parts.
+    the parts. absent: parameters that other ranks have, which are left out where they can be.
     The model's own initializer (the model's `_init_weights(module)`, else `reset_parameters()`)
     runs on tensors without data, module by module in the order of nn.Module.apply, and what it does
     is recorded. Where it treats the elements of a parameter one by one (normal, uniform, truncated,
@@ -63,7 +67,7 @@ def materialize(
             stacklevel=2,
         )
         return parts
-    return fillings.parts(layouts, ranks)
+    return fillings.parts(layouts, ranks, absent)
 
 
 def _recorded(twin: nn.Module) -> list[RecordedCall]:
@@ -113,8 +117,11 @@ class _Fillings:
                 self.seeds[at] = tile_seed(first, 0)
                 first += max((tiles.get(region.storage, 1) for region in call.written), default=1)
 
-    def parts(self, layouts: Mapping[str, Layout], ranks: Ranks) -> dict[str, torch.Tensor]:
-        """Return a rank's parts by path. Tensors with data that no initializer fills are left out.
+    def parts(
+        self, layouts: Mapping[str, Layout], ranks: Ranks, absent: Collection[str]
+    ) -> dict[str, torch.Tensor]:
+        """Return a rank's parts by path. Tensors with data that no initializer fills are left out,
+        and so are those that are absent.
 
         Raises AutoParallelError for tensors without data that nothing fills.
         """
@@ -126,6 +133,8 @@ class _Fillings:
             if region.storage not in self.places:
                 if self._begun(region.storage) is None:
                     missing.append(path)
+                continue
+            if path in absent:
                 continue
             if region not in by_region:
                 part = self._part(region, layouts.get(path, unsplit), ranks)

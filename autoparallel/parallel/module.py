@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.capture.branch_ways import Ways
 from autoparallel.capture.example_inputs import bind_inputs
-from autoparallel.errors import AliasError, CaptureError, PlanError
+from autoparallel.errors import AliasError, AutoParallelError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes, modes_of
 from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.parallel.call_headers import CallHeaders
@@ -53,6 +53,9 @@ from autoparallel.parallel.optimizer_steps import note_originals
 from autoparallel.parallel.parameters import (
     ParameterLayouts,
 )
+from autoparallel.parallel.pipeline_place import PipelinePlace
+from autoparallel.parallel.pipeline_run import loss_alone
+from autoparallel.parallel.pipelined_parameters import note_stages
 from autoparallel.parallel.rank_agreement import (
     require_equal,
     require_same_plan,
@@ -67,6 +70,7 @@ from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
 from autoparallel.plan import Plan
+from autoparallel.rewrite.stages import cut_plan, holders_of
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.value_branches import OtherBranchError
 from autoparallel.support.memory_writes import paused
@@ -172,6 +176,7 @@ def parallel_module(
     replan: Replan,
     checks: int,
     local: LocalInputs | None = None,
+    pipeline: tuple[Any, int] | None = None,
 ) -> nn.Module:
     """Return a module of the user's class, for this rank, that follows `plan`.
 
@@ -180,7 +185,10 @@ def parallel_module(
     DTensors; None for a single process, where they stay plain. replan: a function that plans for
     other modes and inputs than the plan's. checks: number of first calls in which the ranks compare
     their inputs. local: the inputs of which ranks bring parts of the batch, None where all bring
-    the whole. Where the plan has parts, each of them becomes such a module in its place.
+    the whole. pipeline: torch's process group of the ranks that are alike in all but their stage,
+    and the number of this rank's; None without stages. ranks and mesh are then those of the stage,
+    and parameters of other stages have no memory here. Where the plan has parts, each of them
+    becomes such a module in its place.
     A collective call. Raises AutoParallelError where the ranks start from different models or
     plans, or where a meta model cannot be initialized.
     """
@@ -191,12 +199,22 @@ def parallel_module(
     named = list(model.named_parameters(remove_duplicate=False))
     # A tied parameter has several paths; the plan knows the first of them.
     first: dict[int, str] = {}
-    planned = {choice.path: choice for choice in plan.parameters}
+    planned = {choice.path: choice for choice in plan.held_parameters}
     parameters: dict[str, ParameterLayouts] = {}
     for path, parameter in named:
         choice = planned.get(first.setdefault(id(parameter), path))
         parameters[path] = ParameterLayouts.of(choice, tuple(parameter.shape), ranks.sizes)
-    fill_tree(model, module, {path: each.state for path, each in parameters.items()}, ranks, mesh)
+    place = None
+    if pipeline is not None:
+        assert plan.captured is not None
+        stages = cut_plan(plan.captured.graph, plan)
+        assert plan.pipeline is not None
+        holders = holders_of(stages, plan.pipeline.ranks)
+        by_path = {path: holders.get(first[id(parameter)]) for path, parameter in named}
+        place = PipelinePlace(*pipeline, {p: some for p, some in by_path.items() if some})
+    absent = [path for path, _ in named if place is not None and not place.holds(path)]
+    states = {path: each.state for path, each in parameters.items()}
+    fill_tree(model, module, states, ranks, mesh, absent)
     copies = gathered_copies(module, parameters)
     overlap = plan.options.overlap
     whole = WholeParameters(module, parameters, ranks, first, copies, overlap)
@@ -205,6 +223,9 @@ def parallel_module(
     held = dict(module.named_parameters(remove_duplicate=False))
     shape = TreeShape(module.modules())
     tree = Tree(module, skeleton, ranks, mesh, replan, strict, whole, copies, held, shape, local)
+    tree.pipeline = place
+    if place is not None:
+        note_stages(module, place)
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if checks > 0:
@@ -245,7 +266,7 @@ def _become(
     forward = user_forward(module, kind, own_forward)
     key = (kind, "" if path else "Parallel")
     if key not in tree.classes:
-        tree.classes[key] = _class_of(*key)
+        tree.classes[key] = _class_of(*key, stages=tree.pipeline is not None and not path)
     module.__class__ = tree.classes[key]
     load_hook = module.register_load_state_dict_pre_hook(split_loaded)
     state = State(path, tree, skeleton, parameters, 0, forward, own_forward, load_hook, plan)
@@ -253,11 +274,12 @@ def _become(
     return state
 
 
-def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
+def _class_of(kind: Any, prefix: str, stages: bool = False) -> type[nn.Module]:
     """Return the class of parallel modules of the user's class, a child of it.
 
     prefix: of its name. The modules inside of a model are called as the user calls them: libraries
-    tell their kinds by the names of classes, and the printed model is read.
+    tell their kinds by the names of classes, and the printed model is read. stages: it is cut into
+    stages; it then has a method `step`, unless the user's class has one.
 
     Its forward has the signature and the documentation of the user's, by which others find out what
     to call it with: Hugging Face's Trainer drops the columns of a dataset that it does not name.
@@ -275,9 +297,35 @@ def _class_of(kind: Any, prefix: str) -> type[nn.Module]:
         "forward": _Forward(forward),
         **saved_whole(kind, whole_module),
     }
+    if stages and not hasattr(kind, "step"):
+        body["step"] = _step
     meta = class_of_classes(type(kind))
     parallel: type[nn.Module] = meta(f"{prefix}{kind.__name__}", (_Parallel, kind), body)
     return parallel
+
+
+def _step(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run a forward and a backward pass, and return the loss, the same on all ranks.
+
+    args, kwargs: of a call of the model. It does what a call and `loss.backward()` do, where the
+    loss is the first scalar with a gradient that the model returns. What else it returns stays on
+    the ranks of the last stage, which saves sending logits to all others.
+    Raises AutoParallelError for a model that returns no loss.
+
+    Example: `loss = model.step(input_ids=tokens, labels=labels)`, then `optimizer.step()`.
+    """
+    with loss_alone():
+        tensors, _ = flatten(self(*args, **kwargs))
+    losses = [each for each in tensors if not each.shape and each.requires_grad]
+    if not losses:
+        raise AutoParallelError(
+            f"{type(self).__name__}.step() of a model that returns no loss",
+            why="the backward pass begins at the first scalar with a gradient, and there is none",
+            fix="return the loss from forward, as with labels=...; or call the model, compute the "
+            "loss of what it returns, and call loss.backward()",
+        )
+    losses[0].backward()
+    return losses[0].detach()
 
 
 def _open(root: nn.Module, state: State) -> None:
@@ -474,7 +522,7 @@ def _new_entry(
             ways = _known_ways(state)
             plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part, ways)
     except (CaptureError, PlanError) as error:
-        if state.tree.strict or isinstance(error, AliasError):
+        if state.tree.strict or isinstance(error, AliasError) or state.tree.pipeline is not None:
             raise
         _log.warning("%s runs as plain Python from now on: %s", state.path or "the model", error)
         state.python.add(modes)
@@ -533,6 +581,15 @@ def _run_python(
     """
     forward = forward or state.forward
     tree = state.tree
+    if tree.pipeline is not None:
+        raise AutoParallelError(
+            f"{state.path or type(state.skeleton).__name__} would run as Python, on a mesh with "
+            "stages",
+            why="no program is right for this call: hooks were registered in the model, a branch "
+            "on values goes another way, its forward was replaced, or torch.func transforms it; "
+            "and this rank has the parameters of its own stage alone",
+            fix="call it as it was planned for, or leave pp out of the mesh",
+        )
     # A forward that another one calls finds the parameters shown and the numbers seeded.
     if tree.depth:
         return forward(*args, **kwargs)

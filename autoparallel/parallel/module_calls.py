@@ -20,6 +20,7 @@ from autoparallel.parallel.parameters import (
     computing_stream,
     refresh,
 )
+from autoparallel.parallel.pipeline_run import pipeline_program
 from autoparallel.parallel.uncaptured_python import held_by
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
@@ -37,7 +38,12 @@ def add_entry(module: nn.Module, state: State, plan: Plan) -> Entry:
     """Emit a plan's program for this rank, and keep it for calls that it fits."""
     captured = plan.captured
     assert captured is not None
-    entry = make_entry(module, state, plan, emit(captured.graph, plan, state.ranks, plan.model))
+    place = state.tree.pipeline
+    if place is not None:
+        program = pipeline_program(plan, captured, place, state.ranks)
+    else:
+        program = emit(captured.graph, plan, state.ranks, plan.model)
+    entry = make_entry(module, state, plan, program)
     _ = entry.given  # as it is now
     state.entries.setdefault((captured.modes, captured.inputs), []).append(entry)
     return entry

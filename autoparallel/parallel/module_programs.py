@@ -55,6 +55,8 @@ def program_of(module: nn.Module) -> fx.GraphModule | None:
     if "_autoparallel" not in module.__dict__:
         return None
     state = state_of(module)
+    if state.plan is not None:
+        state.plan.refuse_stages("a program of one rank in torch.fx")
     modes = modes_of(module)
     entries = [
         entry

@@ -24,6 +24,7 @@ from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.local_parameters import LocalParameters
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
+from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
@@ -171,7 +172,8 @@ class Tree:
     local: the inputs of which ranks bring parts of the batch. headers: the header that the ranks
     exchange in every call of the user's, None where they compare nothing. classes: those of split
     modules, by the user's classes and the prefixes of their names. lent: the values of parameters
-    that calls have returned, weakly, with their versions.
+    that calls have returned, weakly, with their versions. pipeline: this rank's place in it, None
+    where there are no stages; `ranks` and `mesh` are then those of its stage.
     """
 
     root: nn.Module
@@ -191,6 +193,7 @@ class Tree:
     attributes: Any = None
     elsewhere: dict[torch.device, nn.Module] = field(default_factory=dict)
     lent: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    pipeline: PipelinePlace | None = None
 
     def take_up_parameters(self) -> None:
         """Know the parameters by the objects that they are now, which other objects have become."""
@@ -225,8 +228,8 @@ class Tree:
 
     def device(self) -> torch.device:
         """Return the device of the parameters; the CPU where there are none."""
-        parameters = self.shape.parameters
-        return parameters[0].device if parameters else torch.device("cpu")
+        some = (parameter for parameter in self.shape.parameters if not parameter.is_meta)
+        return next((parameter.device for parameter in some), torch.device("cpu"))
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import nn
 
 from autoparallel.errors import AutoParallelError
 
-__all__ = ["Optimizers", "as_optimizers", "describe", "entries_of", "require_same_optimizers"]
+__all__ = [
+    "Optimizers",
+    "as_optimizers",
+    "describe",
+    "entries_of",
+    "require_same_optimizers",
+    "without_absent",
+]
 
 # The optimizers of one module; each parameter belongs to one of them at most.
 Optimizers = tuple[torch.optim.Optimizer, ...]
@@ -87,6 +95,23 @@ def entries_of(
                         fix="leave the optimizer out of the checkpoint, and begin it anew",
                     )
                 yield f"{path}.{key}", entries, key
+
+
+@contextmanager
+def without_absent(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Take from optimizers, for a while, the parameters that the ranks of other stages hold.
+
+    A state is made of all that an optimizer has, and these have none here.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    before = [group["params"] for group in groups]
+    try:
+        for group in groups:
+            group["params"] = [item for item in group["params"] if not item.is_meta]
+        yield
+    finally:
+        for group, parameters in zip(groups, before, strict=True):
+            group["params"] = parameters
 
 
 def _has_tensors(value: Any) -> bool:

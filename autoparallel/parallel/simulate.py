@@ -21,6 +21,7 @@ from autoparallel.parallel.seeds import manual_seed
 from autoparallel.placement import Layout, Partial, Shard, whole_layout
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
+from autoparallel.rewrite.pipeline_program import program_in_turn
 from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.tensor_parts import join_layout, reduced, take_layout_part
@@ -115,15 +116,18 @@ def simulate_plan(
             "their old values",
             fix="plan again",
         )
-    ranks = thread_ranks(plan.mesh)
+    ranks = thread_ranks(plan.stage_mesh)
     weights = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    storage = plan.storage
-    states = {parameter.path: parameter.state for parameter in plan.parameters}
+    storage = {parameter.path: parameter.storage for parameter in plan.held_parameters}
+    states = {parameter.path: parameter.state for parameter in plan.held_parameters}
 
     def work(rank: Ranks) -> _Ran:
         """Run one rank's program, and its backward pass, in a thread of its own."""
-        program = emit(captured.graph, plan, rank, plan.model)
+        if plan.pipeline is not None:
+            program = program_in_turn(captured.graph, plan, rank)
+        else:
+            program = emit(captured.graph, plan, rank, plan.model)
         leaves = []
         for path in program.parameters:
             whole, layout = weights[path].detach(), storage[path]
@@ -162,10 +166,18 @@ def simulate_plan(
     try:
         results = run_ranks(ranks, work)
     except OtherBranchError:
+        if plan.pipeline is not None:
+            raise PlanError(
+                "a branch on values goes another way than in the example run",
+                why="the call would run as Python, and ranks with stages have no whole model",
+                fix="simulate inputs that go the way that was planned for, or leave pp out",
+            ) from None
         # The parallel module computes such a call as Python.
         return _simulate_parts(model, plan, args, kwargs, backward, seed, replan)
     structure = captured.returned(inputs)
-    simulation = _together(results, ranks[0], states, plan.outputs, structure)
+    in_time = int(plan.pipeline is not None)
+    outputs = tuple(layout[in_time:] for layout in plan.outputs)
+    simulation = _together(results, ranks[0], states, outputs, structure)
     gradients = dict(simulation.gradients)
     # The program knows a tied parameter by its first path; the user may ask by any of them.
     for path, first in captured.aliases.items():

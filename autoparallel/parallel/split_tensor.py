@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
 from autoparallel.parallel.function_kinds import FunctionKind, kind_of, writes
+from autoparallel.parallel.pipelined_parameters import refuse_norms_of_stages
 from autoparallel.parallel.split_views import (
     forget_values,
     is_stale,
@@ -69,6 +70,7 @@ class SplitTensor(DTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch that was called with split tensors; see `FunctionKind`."""
+        refuse_norms_of_stages(func, args)
         try:
             with without_function_overrides():
                 kind = kind_of(func)

@@ -10,8 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.parallel.deferred import is_deferred
 from autoparallel.parallel.module_state import state_of
-from autoparallel.parallel.parameters import as_distributed, whole_tensor
+from autoparallel.parallel.parameters import as_distributed
+from autoparallel.parallel.whole_values import whole_value
 from autoparallel.runtime.tensor_parts import take_layout_part
+from autoparallel.support.module_paths import join_path
 
 __all__ = ["full_state_dict", "split_loaded"]
 
@@ -28,8 +30,14 @@ def split_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     if state.mesh is None or state.tree.depth:
         return
     sizes, coordinates = state.ranks.sizes, state.ranks.coordinates
+    place = state.tree.pipeline
     for local_path, layouts in state.parameters.items():
         path = prefix + local_path
+        if place is not None and not place.holds(join_path(state.path, local_path)):
+            # The ranks of another stage load it; torch warns of copies to what has no memory.
+            if isinstance(state_dict.get(path), torch.Tensor):
+                state_dict[path] = state_dict[path].to("meta")
+            continue
         value, layout = state_dict.get(path), layouts.state
         if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
             continue
@@ -59,7 +67,6 @@ def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     state = state_of(module)
     whole: dict[str, torch.Tensor] = {}
     for path, value in module.state_dict().items():
-        layout = state.layouts.get(path)
         # Buffers have no layout: every rank has them whole.
-        whole[path] = value if layout is None else whole_tensor(value, layout, state.ranks)
+        whole[path] = value if path not in state.layouts else whole_value(state, path, value)
     return whole

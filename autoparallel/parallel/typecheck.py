@@ -43,6 +43,7 @@ def typecheck_plan(
     import spmd_types
     from spmd_types import checker
 
+    plan.refuse_stages("a check of types")
     captured = plan.captured
     if captured is None:
         raise PlanError("the plan has no graph", fix="plan again in this process")

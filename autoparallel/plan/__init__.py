@@ -5,7 +5,23 @@ plan_rows.py both as JSON. All of it is importable from here. How a plan is foun
 what a finished one takes in analysis/, and longer texts and pictures of it in view/.
 """
 
-from autoparallel.plan.choices import Break, Conversion, OpChoice, ParameterChoice, PlannedInput
+from autoparallel.plan.choices import (
+    Break,
+    Conversion,
+    OpChoice,
+    ParameterChoice,
+    Pipeline,
+    PlannedInput,
+)
 from autoparallel.plan.plan import Part, Plan
 
-__all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Part", "Plan", "PlannedInput"]
+__all__ = [
+    "Break",
+    "Conversion",
+    "OpChoice",
+    "ParameterChoice",
+    "Part",
+    "Pipeline",
+    "Plan",
+    "PlannedInput",
+]

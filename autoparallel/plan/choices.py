@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from autoparallel.placement import Layout, Movement, Step
 
-__all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "PlannedInput"]
+__all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Pipeline", "PlannedInput"]
 
 # The names of the fields are the keys of a plan's JSON: to rename one needs a new version there.
 
@@ -160,3 +160,41 @@ class Break:
         """Return the module, the reason and the line as one text."""
         line = f" ({self.line})" if self.line else ""
         return f"{self.path or 'the model itself'}: {self.reason}{line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A Pipeline says how a model's ops are cut into stages, each of which some ranks compute.
+
+    stages: their number. ranks: that of the ranks that share them out: stage s is on rank s modulo
+    that number. microbatches: the parts of a batch that go through them one after the
+    other; they are the places of the plan's mesh axis "microbatch". schedule: the order in which
+    stages compute them, "gpipe" or "1f1b". starts: the name of each stage's first op.
+    seconds: predicted, of one micro-batch on each stage, forward and backward. nbytes: that a rank
+    of each stage sends to the next one for a micro-batch, forward. bubble: the share of the passes'
+    time in which the stages wait, from 0 to 1.
+
+    >>> print(Pipeline(2, 2, 8, "1f1b", ("a", "b"), (0.1, 0.1), (64, 0), 0.125))
+    2 stages, 8 micro-batches, 1f1b, which wait 12.5% of the time
+    """
+
+    stages: int
+    ranks: int
+    microbatches: int
+    schedule: str
+    starts: tuple[str, ...]
+    seconds: tuple[float, ...]
+    nbytes: tuple[int, ...]
+    bubble: float
+
+    def __str__(self) -> str:
+        """Return numbers and schedule as one line."""
+        parts = f"{self.microbatches} micro-batch{'es' if self.microbatches > 1 else ''}"
+        wait = f"which wait {self.bubble:.1%} of the time"
+        each = self.stages // self.ranks
+        shared = f" ({each} on each rank)" if each > 1 else ""
+        return f"{self.stages} stages{shared}, {parts}, {self.schedule}, {wait}"
+
+    def of_rank(self, rank: int) -> tuple[int, ...]:
+        """Return the stages that a rank computes, in order. rank: its place on the axis pp."""
+        return tuple(range(rank, self.stages, self.ranks))

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from autoparallel.errors import PlanError
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
-from autoparallel.plan.choices import Break, Conversion, OpChoice, ParameterChoice, PlannedInput
+from autoparallel.plan.choices import (
+    Break,
+    Conversion,
+    OpChoice,
+    ParameterChoice,
+    Pipeline,
+    PlannedInput,
+)
 from autoparallel.plan.plan_rows import VERSION, broken_plan, read_rows, row_of, typed, value_of
 from autoparallel.support.units import bytes_text, seconds_text
 
@@ -61,6 +68,9 @@ class Plan:
     bytes) on the rank that needs most, as `memory_of` counts it; empty where nobody has counted
     it. collectives: (phase, mesh axis, collective, number in one step), as `collective_totals`
     counts them; None where nobody has.
+    pipeline: the stages that the ops are cut into; None where all ranks compute all ops. Layouts
+    then have a first axis in time, whose places are the micro-batches, and none for the stages:
+    what a stage computes, its ranks alone hold; see `stage_mesh`.
     inputs: the tensors that go in. returned: the caller's name for each returned tensor
     ("logits"). Both are empty for a plan in parts, and for one that was written without them.
     request: (name, text) of the command line that asked for the plan, by which a command builds the
@@ -106,6 +116,7 @@ class Plan:
     collectives: tuple[tuple[str, str, str, int], ...] | None = None
     inputs: tuple[PlannedInput, ...] = ()
     returned: tuple[str, ...] = ()
+    pipeline: Pipeline | None = None
     step_seconds: float = 0.0
     step_bound: float = 0.0
     device_nbytes: int = 0
@@ -117,7 +128,9 @@ class Plan:
     def __repr__(self) -> str:
         """Return one short line; the fields would fill pages."""
         step = f"{seconds_text(self.step)} a step"
-        return f"<Plan: {self.model} on {self.mesh}, {step}, {self.step_proof or self._proof}>"
+        return (
+            f"<Plan: {self.model} on {self.whole_mesh}, {step}, {self.step_proof or self._proof}>"
+        )
 
     def __str__(self) -> str:
         """Return a dozen lines at most; `print_plan` prints everything."""
@@ -126,13 +139,15 @@ class Plan:
         step = (seconds_text(self.step), "predicted")
         rows = [
             ("model", self.model),
-            ("mesh", f"{self.mesh}, {ranks}"),
+            ("mesh", f"{self.whole_mesh}, {ranks}"),
             ("hardware", self.hardware),
             ("step", ", ".join(filter(None, (*step, self.step_proof)))),
             ("cost", f"{self.cost:.6g}, lower bound {self.lower_bound:.6g}: {self._proof}"),
             ("method", self.method),
             ("split", f"{split}, {self.split_parameter_bytes:.1%} of the bytes of matrices"),
         ]
+        if self.pipeline is not None:
+            rows.insert(2, ("pipeline", str(self.pipeline)))
         if self.memory:
             total = bytes_text(sum(nbytes for _, nbytes in self.memory))
             limit = self.memory_limit
@@ -189,7 +204,35 @@ class Plan:
     @property
     def world_size(self) -> int:
         """The number of ranks in the mesh."""
-        return self.mesh.world_size
+        return self.whole_mesh.world_size
+
+    @property
+    def whole_mesh(self) -> Mesh:
+        """The mesh of all ranks, with the axis of stages where there is one."""
+        if self.pipeline is None:
+            return self.mesh
+        return Mesh(**{PIPELINE: self.pipeline.ranks}, **dict(self.stage_mesh.axes))
+
+    @property
+    def stage_mesh(self) -> Mesh:
+        """The mesh of the ranks that hold a parameter together: all, or those of one stage."""
+        if self.pipeline is None:
+            return self.mesh
+        return Mesh(**{name: size for name, size in self.mesh.axes if name != MICROBATCH})
+
+    def refuse_stages(self, what: str) -> None:
+        """Raise PlanError for a plan with stages. what: the thing that is not told of such a plan.
+
+        Costs in it are those of one micro-batch on all stages, which no rank computes.
+        """
+        if self.pipeline is not None:
+            raise PlanError(
+                f"{what} is not told of a plan with stages",
+                where=str(self.whole_mesh),
+                why="a rank computes one stage, micro-batch after micro-batch, and not the whole "
+                "model",
+                fix="print(plan) tells of its stages; without pp in the mesh, everything is told",
+            )
 
     @property
     def excess_nbytes(self) -> int:
@@ -202,6 +245,21 @@ class Plan:
     def memory_limit(self) -> int | None:
         """The bytes that a rank may use; None where the plan was made without a limit."""
         return self.options.memory_limit
+
+    @property
+    def held_parameters(self) -> tuple[ParameterChoice, ...]:
+        """The choices for parameters, with layouts on the mesh of the ranks that hold them."""
+        if self.pipeline is None:
+            return self.parameters
+        return tuple(
+            replace(
+                choice,
+                storage=choice.storage[1:],
+                gradient=choice.gradient[1:],
+                state=choice.state[1:],
+            )
+            for choice in self.parameters
+        )
 
     @property
     def storage(self) -> Mapping[str, Layout]:
@@ -329,6 +387,8 @@ class Plan:
         if self.inputs or self.returned:
             rows["inputs"] = [row_of(item) for item in self.inputs]
             rows["returned"] = list(self.returned)
+        if self.pipeline is not None:
+            rows["pipeline"] = row_of(self.pipeline)
         if self.request:
             rows["request"] = dict(self.request)
         if self.breaks:
@@ -375,6 +435,7 @@ class Plan:
             else _table_of(counts, "collectives", "str", "str", "str", "int"),
             inputs=_values(PlannedInput, rows.get("inputs", [])),
             returned=typed("tuple[str, ...]", rows.get("returned", []), "returned"),
+            pipeline=value_of(Pipeline, rows["pipeline"]) if "pipeline" in rows else None,
             request=_table_of(
                 [list(row) for row in _table(rows.get("request", {}), "request").items()],
                 *("request", "str", "str"),
@@ -409,10 +470,12 @@ _KEYS = {
     *_TOLD,
     "device_nbytes",
     *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
-    *"collectives inputs returned request breaks parts".split(),
+    *"collectives inputs returned request breaks parts pipeline".split(),
 }
 _OPTIONS = {
-    field.name: str(field.type) for field in fields(Options) if field.name != "memory_limit"
+    field.name: str(field.type)
+    for field in fields(Options)
+    if field.name not in ("memory_limit", "microbatches")
 }
 # Ranks in all that a plan may be for: those that run are compared with it, and counted by it.
 _MOST_RANKS = 2**24
@@ -457,11 +520,12 @@ def _mesh(rows: Any) -> Mesh:
 def _options(rows: Any) -> Options:
     """Return the options of these entries; those that are missing have their defaults."""
     rows = dict(_table(rows, "options"))
-    limit = rows.pop("memory_limit", None)
+    limit, count = rows.pop("memory_limit", None), rows.pop("microbatches", None)
     unknown = [name for name in rows if name not in _OPTIONS]
     if unknown:
         raise ValueError(f"there is no option {unknown[0]!r:.60}")
     return Options(
         **{name: typed(_OPTIONS[name], content, name) for name, content in rows.items()},
         memory_limit=None if limit is None else typed("int", limit, "memory_limit"),
+        microbatches=None if count is None else typed("int", count, "microbatches"),
     )

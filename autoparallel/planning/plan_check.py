@@ -17,6 +17,7 @@ from autoparallel.discovery.registered_rules import require_proven
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Dim, Node, Sym, Value
+from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.placement import (
     Invariant,
     Layout,
@@ -30,12 +31,12 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.planning.stage_check import require_sound_stages
 from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.loop_splits import LoopSplit, tile_of
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.runtime.tensor_parts import require_refined
-from autoparallel.strategy.candidate_splits import inert_calls
 from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 
@@ -60,7 +61,10 @@ def require_sound(plan: Plan, model: nn.Module) -> None:
                 require_proven(OpCall.of(graph, node) for node in graph.calls)
         return
     if plan.captured is not None:
-        _Check(plan, plan.captured).all()
+        if plan.pipeline is not None:
+            require_sound_stages(plan, plan.captured)
+        else:
+            _Check(plan, plan.captured).all()
         return
     _require_agreement(plan, model)
     for part in plan.parts:

@@ -20,6 +20,7 @@ from autoparallel.mesh import Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
+from autoparallel.planning.pipelines import in_parts, is_pipeline, pipeline_plan
 from autoparallel.planning.request import require_clear
 from autoparallel.planning.search import search
 from autoparallel.planning.traced_parts import search_parts
@@ -106,6 +107,9 @@ def fastest_plan(
 
 def _counted(plan: Plan) -> Plan:
     """Return the plan with its memory and its collectives, which are told without its graph."""
+    # A rank holds one stage of the model, which is not counted by itself.
+    if plan.pipeline is not None:
+        return plan
     # Under a memory limit it was counted to see whether the plan fits.
     memory = plan.memory or memory_of(plan).rows
     totals = collective_totals(plan)
@@ -134,12 +138,20 @@ def _search(
     layouts = {
         path: pin if isinstance(pin, tuple) else (pin,) for path, pin in (pins or {}).items()
     }
+    if options.microbatches is not None and not is_pipeline(mesh):
+        raise PlanError(
+            f"microbatches={options.microbatches} on {mesh}",
+            why="micro-batches are what the stages of a pipeline work at, and there are none",
+            fix="give the mesh an axis pp, as Mesh(pp=2, tp=2), or leave microbatches out",
+        )
     for path, pin in layouts.items():
         if len(pin) != len(mesh.axes):
             raise PlanError(
                 f"{path} is pinned to {layout_text(pin)} on a mesh of {len(mesh.axes)} axes",
                 fix=f"give one placement for each of {', '.join(name for name, _ in mesh.axes)}",
             )
+    if is_pipeline(mesh):
+        return _with_stages(model, traced, mesh, options, layouts, product_weight, start)
     if isinstance(traced, GraphBreaks):
         asked = [name for name in ("memory_limit", "constraints") if getattr(options, name)]
         asked += ["start"] * (start is not None)
@@ -155,11 +167,43 @@ def _search(
     return search(traced, name, mesh, options, None, layouts, product_weight, start, beat)
 
 
+def _with_stages(
+    model: nn.Module,
+    traced: Captured | GraphBreaks,
+    mesh: Mesh,
+    options: Options,
+    pins: Mapping[str, Layout],
+    product_weight: float | None,
+    start: Plan | None,
+) -> Plan:
+    """Return the plan of a model on a mesh with stages.
+
+    Raises PlanError for a model in parts, and for demands that such a plan cannot heed.
+    """
+    if isinstance(traced, GraphBreaks):
+        raise PlanError(
+            f"{type(model).__name__} cannot be cut into stages",
+            where="\n".join(map(str, traced.breaks)),
+            why="stages are cut from one graph, and the model cannot be traced whole",
+            fix="make the model traceable whole, or leave pp out of the mesh",
+        )
+    given = {"pins": pins, "product_weight": product_weight, "start": start}
+    asked = [name for name, value in given.items() if value]
+    if asked:
+        raise PlanError(
+            f"{' and '.join(asked)}: not on a mesh with stages",
+            fix="leave it out, or leave pp out of the mesh",
+        )
+    return pipeline_plan(traced, type(model).__name__, mesh, options)
+
+
 def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
     """Return a plan, which was read from JSON, with the graphs that it was made for.
 
     traced: the model, traced again. Raises PlanError where its fingerprint is not the plan's.
     """
+    if plan.pipeline is not None and isinstance(traced, Captured):
+        traced = in_parts(traced)
     graph = traced if isinstance(traced, GraphBreaks) else traced.graph
     if graph.fingerprint != plan.fingerprint:
         raise PlanError(

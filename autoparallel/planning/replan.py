@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,13 @@ from autoparallel.capture.branch_ways import Ways
 from autoparallel.capture.equal_modules import EqualModules
 from autoparallel.capture.graph_breaks import trace, trace_alike
 from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
-from autoparallel.errors import CaptureError
+from autoparallel.errors import CaptureError, PlanError
 from autoparallel.graph.captured import Surroundings
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
+from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.search import search
 from autoparallel.rules.lookup import find_rule
 from autoparallel.support.one_at_a_time import planning
@@ -31,10 +32,17 @@ class Replanner:
     """Plans modules of a running model for other modes and inputs. Equal modules share a plan.
 
     model: the name that plans give the model. mesh, options: those of the model's first plan.
+    holders: on a mesh with stages, those that have each parameter, by path.
     """
 
-    def __init__(self, model: str, mesh: Mesh, options: Options) -> None:
-        self.model, self.mesh = model, mesh
+    def __init__(
+        self,
+        model: str,
+        mesh: Mesh,
+        options: Options,
+        holders: Mapping[str, Collection[int]] | None = None,
+    ) -> None:
+        self.model, self.mesh, self.holders = model, mesh, holders
         # Parameters stay as they are stored, so that the demands on that are not made again.
         recompute = "model" if options.recompute == "auto" else options.recompute
         self.options = replace(options, memory_limit=None, constraints=(), recompute=recompute)
@@ -76,6 +84,13 @@ class Replanner:
         ways: Ways,
     ) -> Plan:
         """Return a plan as `__call__` does, while no other thread plans."""
+        pipelined = is_pipeline(self.mesh)
+        if pipelined and (part or path):
+            raise PlanError(
+                f"{path or self.model} is called by itself, and is part of a model with stages",
+                why="the ranks of other stages do not hold its parameters",
+                fix="call the model, or leave pp out of the mesh",
+            )
         if not part:
             module = root.get_submodule(path)
             refuse_arrays(module, args, kwargs)
@@ -84,6 +99,10 @@ class Replanner:
             except CaptureError:
                 refuse_inputs(module, args, kwargs)
                 raise
+            if pipelined:
+                return pipeline_plan(
+                    captured, self.model, self.mesh, self.options, stored, self.holders or None
+                )
             return search(captured, self.model, self.mesh, self.options, stored=stored)
         if self.alike is None or self.root is not root:
             # Another root is the model with other attributes.

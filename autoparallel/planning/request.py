@@ -10,7 +10,7 @@ from torch import nn
 
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
-from autoparallel.mesh import Mesh, arrangements
+from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh, arrangements
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement
 from autoparallel.plan import Plan
@@ -82,6 +82,7 @@ def possible_meshes(
                 why="the ranks of a mesh are the product of its axes",
                 fix="leave one of the two out",
             )
+        _require_order(mesh)
         return (mesh,)
     if mesh not in (None, "auto"):
         raise PlanError(f"mesh={mesh!r}", fix='pass mesh=Mesh(dp=2, tp=4), or mesh="auto"')
@@ -90,6 +91,23 @@ def possible_meshes(
     if mesh is None:
         return (Mesh(tp=world_size),)
     return arrangements(world_size, find_hardware(options.hardware).devices_per_node)
+
+
+def _require_order(mesh: Mesh) -> None:
+    """Raise PlanError for an axis of stages that is not the first, and for one in time."""
+    names = [name for name, _ in mesh.axes]
+    if PIPELINE in names[1:]:
+        raise PlanError(
+            f"{mesh}: {PIPELINE} is the axis of stages, and stands first",
+            why="stages send little to each other; neighbours in rank are those of the last axes",
+            fix=f"Mesh({PIPELINE}=..., {', '.join(f'{n}=...' for n in names if n != PIPELINE)})",
+        )
+    if MICROBATCH in names:
+        raise PlanError(
+            f"{mesh}: {MICROBATCH} is the name of a pipeline's axis in time",
+            why="its places are parts of a batch, and no ranks",
+            fix="give the axis another name",
+        )
 
 
 def require_clear(

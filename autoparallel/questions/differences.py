@@ -110,6 +110,7 @@ def compare(first: Plan, second: Plan, names: tuple[str, str] = ("first", "secon
     """
     for plan in (first, second):
         require_kind(plan, Plan, MAKE_ONE)
+        plan.refuse_stages("a comparison")
     return Comparison(first, second, names, differences(first, second))
 
 

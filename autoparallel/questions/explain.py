@@ -185,6 +185,7 @@ class Explainer:
 
     def __init__(self, plan: Plan) -> None:
         require_kind(plan, Plan, MAKE_ONE)
+        plan.refuse_stages("an explanation")
         self.plan = plan
         self.forcing = Forcing(plan)
         self.words = Words(plan)

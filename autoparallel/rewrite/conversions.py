@@ -26,13 +26,14 @@ class Conversions:
     """The plan's conversions, by value and target layout.
 
     known: conversions that the plan lists. made: the layout in which each value is produced.
+    entering: the layouts of inputs that are no whole values.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, entering: Mapping[str, Layout] | None = None) -> None:
         self.known: dict[tuple[str, Layout], Conversion] = {
             (conversion.value, conversion.target): conversion for conversion in plan.conversions
         }
-        self.made = _made(plan)
+        self.made = {**_made(plan), **(entering or {})}
 
     def steps(
         self, name: str, target: Layout, deferred: Deferred | None = None
@@ -74,11 +75,16 @@ def _made(plan: Plan) -> dict[str, Layout]:
     return layouts
 
 
-def layouts_made(graph: Graph, plan: Plan, deferred: Deferred) -> dict[str, Layout]:
+def layouts_made(
+    graph: Graph,
+    plan: Plan,
+    deferred: Deferred,
+    entering: Mapping[str, Layout] | None = None,
+) -> dict[str, Layout]:
     """Return the layout that each value has in the program before it is converted, by name.
 
     graph: of the plan. deferred: as `find_deferred` gives it; a parameter is already Replicate on
-    the axes on which its gradient is summed by who runs the program.
+    the axes on which its gradient is summed by who runs the program. entering: see Conversions.
     """
     whole, storage = whole_layout(len(plan.mesh.axes)), plan.storage
     layouts: dict[str, Layout] = {}
@@ -90,7 +96,7 @@ def layouts_made(graph: Graph, plan: Plan, deferred: Deferred) -> dict[str, Layo
                 Replicate() if axis in axes else placement for axis, placement in enumerate(stored)
             )
         elif node.kind != "call":
-            layouts[node.result.name] = whole
+            layouts[node.result.name] = (entering or {}).get(node.result.name, whole)
     for op in plan.ops:
         layouts.update(zip(op.makes, op.results, strict=True))
     return layouts

@@ -23,7 +23,12 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.plan import OpChoice, Plan
-from autoparallel.rewrite.conversions import Conversions, find_deferred, layouts_made
+from autoparallel.rewrite.conversions import (
+    Conversions,
+    Deferred,
+    find_deferred,
+    layouts_made,
+)
 from autoparallel.rewrite.expressions import ExpressionWriter, own_reduction, spelled
 from autoparallel.rewrite.gaps import Summed, find_gaps
 from autoparallel.rewrite.local_calls import LocalCalls
@@ -44,13 +49,18 @@ def emit(
     name: str = "model",
     alter: Callable[[str], str] | None = None,
     rules: Mapping[str, ShardingRule | None] | None = None,
+    *,
+    entering: Mapping[str, Layout] | None = None,
+    deferred: Deferred | None = None,
 ) -> Program:
     """Return the program of one rank.
 
     graph, plan: what to run and how; the plan must be of this graph. ranks: the rank's place on
     each mesh axis. name: of the program, in tracebacks. alter: a function that changes the text
     before it is compiled, for tests that break it. rules: of calls, by node name, that are used in
-    place of those that are known.
+    place of those that are known. entering: the layouts of inputs that are no whole values.
+    deferred: the parameters whose gradients the caller sums, where others than this program decide
+    on that too (see rewrite/conversions.py).
 
     Raises PlanError where the plan was made for another graph or another mesh.
 
@@ -66,7 +76,7 @@ def emit(
         raise PlanError(
             f"a plan for {plan.mesh} on {' x '.join(map(str, ranks.sizes))} ranks", fix="plan again"
         )
-    return _Emitter(graph, plan, ranks, name, rules or {}).program(alter)
+    return _Emitter(graph, plan, ranks, name, rules or {}, entering, deferred).program(alter)
 
 
 class _Emitter:
@@ -87,12 +97,14 @@ class _Emitter:
         ranks: Ranks,
         name: str,
         rules: Mapping[str, ShardingRule | None],
+        entering: Mapping[str, Layout] | None = None,
+        deferred: Deferred | None = None,
     ) -> None:
         self.graph, self.plan, self.ranks, self.name = graph, plan, ranks, name
         self.choices = {op.name: op for op in plan.ops}
-        self.routes = Conversions(plan)
-        self.deferred = find_deferred(graph, plan, self.routes)
-        self.made = layouts_made(graph, plan, self.deferred)
+        self.routes = Conversions(plan, entering)
+        self.deferred = find_deferred(graph, plan, self.routes) if deferred is None else deferred
+        self.made = layouts_made(graph, plan, self.deferred, entering)
         self.speller = ExpressionWriter()
         self.symbols = _symbols(graph)
         self.names = Names(ranks.names, (text for text, _, _ in self.symbols), graph.values)

@@ -6,6 +6,8 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
+from autoparallel.rewrite.stage_programs import StagePrograms
+from autoparallel.rewrite.stages import cut_plan
 from autoparallel.runtime.ranks import absent_ranks
 
 __all__ = ["emitted_program", "joined_programs", "require_graph"]
@@ -25,6 +27,8 @@ def emitted_program(plan: Plan, rank: int = 0) -> str:
 
     Raises PlanError for a rank that the mesh does not have, and for a plan read from JSON.
     """
+    if plan.pipeline is not None:
+        return _program_of_stage(plan, rank)
     ranks = absent_ranks(plan.mesh, rank)
     if plan.breaks:
         sources = [
@@ -34,6 +38,20 @@ def emitted_program(plan: Plan, rank: int = 0) -> str:
         ]
         return joined_programs(sources)
     return emit(require_graph(plan).graph, plan, ranks, plan.model).source
+
+
+def _program_of_stage(plan: Plan, rank: int) -> str:
+    """Return the programs of one rank of a pipeline: once a step, and for each micro-batch."""
+    assert plan.pipeline is not None
+    _ = absent_ranks(plan.whole_mesh, rank)  # the rank is one of the mesh
+    place, inside = divmod(rank, plan.stage_mesh.world_size)
+    stages = cut_plan(require_graph(plan).graph, plan)
+    ranks = absent_ranks(plan.stage_mesh, inside)
+    count = plan.pipeline.microbatches
+    return "\n".join(
+        StagePrograms(stages[number], ranks, count, plan.model).source
+        for number in plan.pipeline.of_rank(place)
+    )
 
 
 def joined_programs(sources: list[tuple[str, str]]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,16 +13,26 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.hardware import Hardware
 from autoparallel.cost.op_costs import nbytes, op_costs, update_seconds
+from autoparallel.errors import CoupledBatchError
 from autoparallel.graph.graph import Graph, Node
+from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.graph.weight_values import weight_values
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Layout, Placement, whole_layout
+from autoparallel.placement import (
+    Invariant,
+    Layout,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    whole_layout,
+)
 from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.rules.strategies import Strategy, strategies
-from autoparallel.strategy.candidate_splits import CandidateSplits, inert_calls
+from autoparallel.strategy.candidate_splits import CandidateSplits
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.cost_tables import Table
 from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies
@@ -94,11 +106,16 @@ class _Builder:
     ) -> None:
         self.graph, self.mesh, self.whole_outputs = graph, mesh, whole_outputs
         self.options, self.stored = options, stored
-        self.pace = hardware.at_pace_of(mesh.world_size)
         self.sizes = tuple(size for _, size in mesh.axes)
-        self.links = hardware.links(self.sizes)
+        # Micro-batches are the ranks of an axis in time: no device, and no link.
+        self.in_time = tuple(name == MICROBATCH and size > 1 for name, size in mesh.axes)
+        devices = tuple(1 if name == MICROBATCH else size for name, size in mesh.axes)
+        self.pace = hardware.at_pace_of(math.prod(devices))
+        self.links = hardware.links(devices)
         memory = options.memory_limit is not None
-        self.edges = RedistributionTables(self.sizes, self.links, self.pace, options, memory)
+        self.edges = RedistributionTables(
+            self.sizes, self.links, self.pace, options, memory, self.in_time
+        )
         self.network = CostNetwork(
             graph, mesh, hardware, options, self.edges, stored, whole_outputs
         )
@@ -124,9 +141,17 @@ class _Builder:
         several = sum(size > 1 for size in self.sizes) > 1
         splits_by_size = {
             size: CandidateSplits(self.graph, rules, self.weights, self.options, size, several)
-            for size in dict.fromkeys(self.sizes)
+            for size, in_time in zip(self.sizes, self.in_time, strict=True)
+            if not in_time
         }
-        self.splits = [splits_by_size[size] for size in self.sizes]
+        # The inputs' batch is what micro-batches are parts of, whatever else may be split.
+        freely = replace(self.options, data_parallel=True)
+        self.splits = [
+            CandidateSplits(self.graph, rules, self.weights, freely, size, batch=True)
+            if in_time
+            else splits_by_size[size]
+            for size, in_time in zip(self.sizes, self.in_time, strict=True)
+        ]
         if self.options.memory_limit is not None:
             self.saved = SavedActivations(self.graph, rules)
         self.recomputation = self.network.recomputation = Recomputation(
@@ -137,7 +162,7 @@ class _Builder:
             resident = (node for node in self.graph.nodes if node.kind in ("input", "constant"))
             self.network.peak_call = peak_call
             self.network.fixed_nbytes = sum(nbytes(node.result) for node in resident) - freed
-        self.add_calls(splits_by_size)
+        self.add_calls()
         for node in self.graph.nodes:
             if node.kind == "parameter":
                 self.add_parameter(node)
@@ -152,14 +177,13 @@ class _Builder:
         ).add_all()
         return self.network
 
-    def add_calls(self, splits_by_size: Mapping[int, CandidateSplits]) -> None:
+    def add_calls(self) -> None:
         """Add the states of every call to the network, computed once for calls that are alike."""
         shared: dict[Any, CallStates] = {}
+        different = tuple({id(splits): splits for splits in self.splits}.values())
         for node in self.graph.calls:
             matched = self.matched[node.name]
-            tiles = tuple(
-                tuple(splits.tiles.get(node.name, ())) for splits in splits_by_size.values()
-            )
+            tiles = tuple(tuple(splits.tiles.get(node.name, ())) for splits in different)
             key: tuple[Any, ...] = (id(matched), tiles)
             if self.saved is not None:
                 key = (*key, self.saved.of(node.name), self.saved.counted_elsewhere(node))
@@ -194,12 +218,28 @@ class _Builder:
             if node.name in self.inert:
                 operands = (False,) * len(operands)
         alone: dict[int, tuple[Strategy, ...]] = {}
-        for size, splits in zip(self.sizes, self.splits, strict=True):
-            if size not in alone:
+        per_axis: list[tuple[Strategy, ...]] = []
+        for size, splits, in_time in zip(self.sizes, self.splits, self.in_time, strict=True):
+            if id(splits) not in alone:
                 tiles = splits.tiles.get(node.name, ())
-                alone[size] = strategies(rule, tiles, operands, results, size)
+                able = strategies(rule, tiles, operands, results, size)
+                alone[id(splits)] = (
+                    tuple(one for one in able if _is_possible_in_time(one, operands, results))
+                    if in_time
+                    else able
+                )
+            per_axis.append(alone[id(splits)])
         shapes = [value.shape for value in (*call.operands, *call.results)]
-        joints = joint_strategies(rule, [alone[size] for size in self.sizes], shapes, self.sizes)
+        joints = joint_strategies(rule, per_axis, shapes, self.sizes)
+        if not joints:
+            # On ranks alone, every op can be computed whole by all.
+            raise CoupledBatchError(
+                f"{node.target} cannot be computed for one micro-batch after the other",
+                where=f"{node.where or 'the model itself'}\n{node.line}".rstrip(),
+                why="no rule says that it can be computed in parts of its batch, or that gradients "
+                "of parts add up",
+                fix="pass microbatches=1, or leave pp out of the mesh",
+            )
         axes = tuple(zip(self.sizes, self.links, strict=True))
         costs = op_costs(call, matched.rule, [joint.parts for joint in joints], axes, self.pace)
         counted = (False,) * len(results)
@@ -232,16 +272,23 @@ class _Builder:
             )
         else:
             shards = tuple(
-                tuple(splits.shards[value.name]) if size > 1 else ()
-                for size, splits in zip(self.sizes, self.splits, strict=True)
+                tuple(splits.shards[value.name]) if size > 1 and not in_time else ()
+                for size, splits, in_time in zip(self.sizes, self.splits, self.in_time, strict=True)
             )
             key = (value.shape, value.dtype, value.requires_grad, shards)
             if key not in self.storage_choices:
                 # ZeRO is a form of data parallelism. Scattered gradients save memory and nothing
                 # else: they are candidates where memory is counted.
                 zero = self.options.data_parallel
-                self.storage_choices[key] = storage_choices(
-                    value, shards, self.sizes, zero, zero and self.edges.memory
+                several = tuple(
+                    1 if in_time else size
+                    for size, in_time in zip(self.sizes, self.in_time, strict=True)
+                )
+                self.storage_choices[key] = tuple(
+                    self.over_time(choice, value.requires_grad)
+                    for choice in storage_choices(
+                        value, shards, several, zero, zero and self.edges.memory
+                    )
                 )
             choices = self.storage_choices[key]
         self.network.storages[node.name] = choices
@@ -249,6 +296,24 @@ class _Builder:
         if priced not in self.update_tables:
             self.update_tables[priced] = self.update_table(node, choices)
         self.network.updates[node.name], self.parameters[node.name] = self.update_tables[priced]
+
+    def over_time(self, stored: ParameterStorage, grad: bool) -> ParameterStorage:
+        """Return a way to store a parameter that all micro-batches read as it is.
+
+        Each of them adds its own summand to the gradient, as ranks do for a Replicate: nobody
+        reduces these, because autograd adds up the gradients of one tensor.
+        """
+        if not (grad and any(self.in_time)):
+            return stored
+        return ParameterStorage(
+            *(
+                tuple(
+                    Replicate() if in_time else placement
+                    for placement, in_time in zip(layout, self.in_time, strict=True)
+                )
+                for layout in (stored.storage, stored.gradient, stored.state)
+            )
+        )
 
     def update_table(
         self, node: Node, choices: tuple[ParameterStorage, ...]
@@ -278,22 +343,51 @@ class _Builder:
         values = [self.graph.values[name] for name in self.graph.outputs]
         has_loss = any(not value.shape and value.requires_grad for value in values)
         for value in values:
-            choices: tuple[Layout, ...] = (self.invariant,)
-            if has_loss and value.shape and not self.whole_outputs:
-                plain: list[tuple[Placement, ...]] = [
-                    (
-                        self.invariant[0],
-                        *(
-                            shard
-                            for shard in (splits.shards[value.name] if size > 1 else ())
-                            if shard.blocks == shard.unit == shard.repeat == 1
-                        ),
-                    )
-                    for size, splits in zip(self.sizes, self.splits, strict=True)
-                ]
-                choices = tuple(
-                    layout
-                    for layout in product(*plain)
-                    if is_nested(value.shape, layout, self.sizes)
+            free = bool(has_loss and value.shape and not self.whole_outputs)
+            plain: list[tuple[Placement, ...]] = []
+            for size, splits, in_time in zip(self.sizes, self.splits, self.in_time, strict=True):
+                shards = tuple(
+                    shard
+                    for shard in (splits.shards[value.name] if size > 1 else ())
+                    if shard.blocks == shard.unit == shard.repeat == 1
                 )
-            self.network.outputs[value.name] = choices
+                # Who runs the micro-batches puts together what they return, however it lies.
+                if in_time:
+                    same = Replicate() if value.requires_grad else Invariant()
+                    plain.append((same, *shards, Partial()))
+                else:
+                    plain.append((Invariant(), *(shards if free else ())))
+            self.network.outputs[value.name] = tuple(
+                layout
+                for layout in product(*plain)
+                if is_nested(value.shape, layout, self.sizes) and not self.is_mixed(layout)
+            )
+
+    def is_mixed(self, layout: Layout) -> bool:
+        """Return whether ranks hold a part of every micro-batch along the dim of the batch: put
+        together, these are no part that a caller would expect.
+        """
+        cuts = {
+            placement.dim
+            for placement, in_time in zip(layout, self.in_time, strict=True)
+            if in_time and isinstance(placement, Shard)
+        }
+        return any(
+            isinstance(placement, Shard) and placement.dim in cuts and not in_time
+            for placement, in_time in zip(layout, self.in_time, strict=True)
+        )
+
+
+def _is_possible_in_time(
+    strategy: Strategy, operand_grads: tuple[bool, ...], result_grads: tuple[bool, ...]
+) -> bool:
+    """Return whether micro-batches, computed one after the other, can run an op so.
+
+    They exchange nothing. What has a gradient is no single computation of all of them: each adds
+    its own summand.
+    """
+    if strategy.kernel is not None and strategy.kernel.collectives:
+        return False
+    placements = (*strategy.operands, *strategy.results)
+    pairs = zip(placements, (*operand_grads, *result_grads), strict=True)
+    return not any(grad and placement == Invariant() for placement, grad in pairs)

@@ -19,7 +19,7 @@ from autoparallel.rules.loop_splits import (
 )
 from autoparallel.rules.rule import Dims, ShardingRule
 
-__all__ = ["CandidateSplits", "inert_calls"]
+__all__ = ["CandidateSplits"]
 
 
 class CandidateSplits:
@@ -29,7 +29,8 @@ class CandidateSplits:
     be split.
     rules: per call node; calls without one are left unsplit. weights: see `graph.weight_values`.
     world_size: the number of ranks of one mesh axis. sparing: only products, and ops with kernels,
-    suggest ways of their own; the others take those that these spread.
+    suggest ways of their own; the others take those that these spread. batch: nothing but the batch
+    of the inputs is split: their first dim, and all of its size where that is symbolic.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class CandidateSplits:
         options: Options,
         world_size: int,
         sparing: bool = False,
+        batch: bool = False,
     ) -> None:
         self.graph, self.rules, self.weights = graph, rules, weights
         self.options, self.world_size = options, world_size
@@ -52,8 +54,30 @@ class CandidateSplits:
         self.tiles: dict[str, dict[LoopSplit, None]] = {}
         products = [name for name, rule in rules.items() if rule is not None and rule.flops]
         self.sparing = sparing and bool(products)
-        if world_size > 1:
+        if world_size > 1 and batch:
+            self.find_batch()
+        elif world_size > 1:
             self.find_tiles()
+
+    def find_batch(self) -> None:
+        """Find the splits of ops that follow from a split of the inputs' batch."""
+        inputs = [node.result for node in self.graph.nodes if node.kind == "input"]
+        batch = [value.shape[0] for value in inputs if value.shape]
+        sizes = [size for size in batch if isinstance(size, Sym)]
+        calls = {node.name: node for node in self.graph.calls}
+        for name, rule in self.rules.items():
+            if rule is not None:
+                self.tiles[name] = {}
+        work: list[tuple[str, LoopSplit]] = []
+        for value in inputs:
+            for dim, size in enumerate(value.shape):
+                if not (size in sizes if sizes else dim == 0):
+                    continue
+                shard = Shard(dim)
+                self.shards[value.name][shard] = None
+                for reader in self.graph.readers[value.name]:
+                    work += self.receive(reader, value.name, shard)
+        self.follow(calls, work)
 
     def find_tiles(self) -> None:
         """Find the splits, from every loop's own to those its neighbours need, until none is new.
@@ -82,7 +106,10 @@ class CandidateSplits:
                 if self.is_allowed(node, rule, tile):
                     tiles[tile] = None
                     work.append((node.name, tile))
-        calls = {node.name: node for node in self.graph.calls}
+        self.follow({node.name: node for node in self.graph.calls}, work)
+
+    def follow(self, calls: Mapping[str, Node], work: list[tuple[str, LoopSplit]]) -> None:
+        """Tell neighbours of new splits, and these their neighbours, until none is new."""
         while work:
             fresh: list[tuple[str, LoopSplit]] = []
             for name, tile in work:
@@ -211,21 +238,3 @@ def _placed(rule: ShardingRule, dims: Dims, tile: LoopSplit, world_size: int) ->
         return place(rule, dims, tile, world_size)
     except UnsplittableError:
         return None
-
-
-def inert_calls(graph: Graph) -> set[str]:
-    """Return the calls that no gradient and no parameter touches: masks, positions, rotary tables.
-
-    Every rank computes them whole.
-    """
-    touched: set[str] = set()
-    inert: set[str] = set()
-    for node in graph.nodes:
-        grad = any(value.requires_grad for value in node.results)
-        reads = node.kind == "call" and any(name in touched for name in node.operands())
-        if node.kind == "parameter" or grad or reads:
-            touched.update(value.name for value in node.results)
-        # Only calls count: inputs and constants have no strategies.
-        elif node.kind == "call":
-            inert.add(node.name)
-    return inert

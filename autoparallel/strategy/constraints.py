@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from autoparallel.errors import PlanError
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.placement import (
     Invariant,
     Layout,
@@ -92,7 +92,10 @@ def _parse(text: str, mesh: Mesh) -> Constraint:
             fix=f"its axes are {', '.join(names)}",
         )
     accepts = placement_test(text, how)
-    axes = tuple(index for index, name in enumerate(names) if axis in (None, name))
+    # Micro-batches are no ranks, over which a user would want a tensor to lie in a certain way.
+    axes = tuple(
+        index for index, name in enumerate(names) if axis in (None, name) and name != MICROBATCH
+    )
     if negated:
         return Constraint(text, pattern, axes, lambda placement: not accepts(placement))
     return Constraint(text, pattern, axes, accepts)

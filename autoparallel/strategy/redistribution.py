@@ -91,7 +91,8 @@ class RedistributionTables:
     """All redistribution tables of one network, each computed once for all values that are alike.
 
     sizes, links: of the mesh axes, outermost first. memory: True where bytes are counted, that is,
-    where there is a memory limit.
+    where there is a memory limit. in_time: per axis, whether its places are micro-batches, one
+    after the other; empty for none.
     """
 
     sizes: tuple[int, ...]
@@ -99,6 +100,7 @@ class RedistributionTables:
     hardware: Hardware
     options: Options
     memory: bool = False
+    in_time: tuple[bool, ...] = ()
     _routes: dict[Any, RedistributionPaths] = field(default_factory=dict)
     _tables: dict[Any, Any] = field(default_factory=dict)
 
@@ -144,6 +146,10 @@ class RedistributionTables:
         """
         options = self.options
         back = step.backward if grad else Movement.NONE
+        # No collective crosses time; and a batch is nothing that weights are split along.
+        if self.in_time and self.in_time[step.axis]:
+            crosses = (step.forward.collective, back.collective) != (None, None)
+            return not crosses and not weight
         if Movement.REDUCE_SCATTER in (step.forward, back) and not (
             options.sequence_parallel or options.data_parallel
         ):

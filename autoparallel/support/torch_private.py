@@ -129,6 +129,7 @@ __all__ = [
     "nn_binding",
     "norms_of",
     "outside_transforms",
+    "parts_of_norms",
     "place_in_backward",
     "references_to",
     "remembering_fake_results",
@@ -422,6 +423,20 @@ def wrapper_tensor(
 def local_part(tensor: DTensor) -> torch.Tensor:
     """Return this rank's part of a DTensor, the tensor itself; `to_local` makes a view of it."""
     return tensor._local_tensor
+
+
+@cache
+def parts_of_norms() -> frozenset[Any]:
+    """Return the functions with which torch's `clip_grad_norm_` and its loss scaling look at each
+    gradient of many: what they find is put together over all gradients that they were given.
+    """
+    return frozenset(
+        {
+            torch.linalg.vector_norm,
+            torch._foreach_norm,
+            torch._amp_foreach_non_finite_check_and_unscale_,
+        }
+    )
 
 
 def norms_of(

@@ -87,6 +87,7 @@ def to_fx(
     captured = _captured(source)
     if rank is None:
         return _whole(captured, model, source.model)
+    source.refuse_stages("a program of one rank in torch.fx")
     return _part(source, captured, model, rank)
 
 

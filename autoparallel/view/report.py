@@ -109,7 +109,8 @@ def _header(plan: Plan, words: Words) -> Table:
     ]
     rows = [
         ("model", plan.model),
-        ("mesh", f"{plan.mesh}, {ranks}"),
+        ("mesh", f"{plan.whole_mesh}, {ranks}"),
+        *((("pipeline", str(plan.pipeline)),) if plan.pipeline is not None else ()),
         ("hardware", plan.hardware),
         ("allowed", ", ".join(allowed) or "no splits of batch or sequence"),
         ("planned for", _planned_for(plan)),

@@ -395,6 +395,19 @@ def test_bubble(schedule: str, stages: int, batches: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("ranks", "rounds", "each"), [(2, 1, 2), (3, 4, 2), (4, 2, 3)])
+def test_interleaved_bubble(schedule: str, ranks: int, rounds: int, each: int) -> None:
+    """(K - 1) / V passes of a rank, as each of its V stages is a V-th of it (arXiv:2104.04473)."""
+    batches = rounds * ranks
+    seconds = schedule_seconds(ranks, batches, schedule, 1.0, 2.0, per_rank=each)
+    assert seconds == pytest.approx(3.0 * (batches * each + ranks - 1))
+    # A stage that takes longer is waited for by all micro-batches.
+    longer = [1.5 if stage == 1 else 1.0 for stage in range(ranks * each)]
+    slow = schedule_seconds(ranks, batches, schedule, longer, 2.0, per_rank=each)
+    assert slow >= max(seconds, 3.0 * batches * each + 0.5 * batches)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_sends_and_what_comes_after(schedule: str) -> None:
     """One micro-batch passes every boundary twice; the update is divided among the stages."""
     made = micro_batch(34.0)

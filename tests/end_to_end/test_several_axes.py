@@ -25,7 +25,7 @@ from autoparallel.runtime.tensor_parts import take_layout_part
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 TOLERANCE = 1e-10
-MESHES = (Mesh(dp=2, tp=2), Mesh(dp=2, tp=3), Mesh(pp=2, dp=2, tp=2))
+MESHES = (Mesh(dp=2, tp=2), Mesh(dp=2, tp=3), Mesh(cp=2, dp=2, tp=2))
 SEVERAL = [
     pytest.param(name, mesh, marks=pytest.mark.broad if size > 4 and name != "gpt" else ())
     for name in ("mlp", "gpt", "bert")

@@ -63,7 +63,7 @@ def sample(name: str, layers: int) -> tuple[nn.Module, dict[str, Any]]:
         ("convolutions", {"tp": 4}, {}),
         pytest.param("gpt", {"tp": 4}, AUTO, marks=broad),
         pytest.param("gpt", {"dp": 2, "tp": 4}, {"recompute": "full"}, marks=broad),
-        pytest.param("mlp", {"dp": 2, "tp": 2, "pp": 2}, MIXED, marks=broad),
+        pytest.param("mlp", {"dp": 2, "tp": 2, "cp": 2}, MIXED, marks=broad),
         pytest.param("bert", {"dp": 2, "tp": 2}, {**AUTO, "hardware": "dgx-a100"}, marks=broad),
         pytest.param("hf-llama", {"dp": 2, "tp": 2}, MIXED, marks=broad),
         pytest.param("hf-gpt2", {"dp": 2, "tp": 3}, AUTO, marks=broad),

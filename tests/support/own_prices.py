@@ -15,6 +15,7 @@ from autoparallel.cost.collective_times import collective_seconds, together_seco
 from autoparallel.cost.hardware import Hardware, Link, find_hardware
 from autoparallel.cost.op_costs import op_costs, update_seconds
 from autoparallel.graph.graph import Graph, Value, hint
+from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import (
     Collective,
@@ -30,7 +31,6 @@ from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.rules.loop_splits import place, tile_of
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.rules.strategies import Strategy
-from autoparallel.strategy.candidate_splits import inert_calls
 from autoparallel.strategy.rule_matching import match_rules
 
 __all__ = ["Priced", "price"]

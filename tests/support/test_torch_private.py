@@ -1036,3 +1036,24 @@ def test_truncated_normal_replaced() -> None:
     assert -1.0 <= float(weight.min()) < 0 < float(weight.max()) <= 2.0
     torch.nn.init.trunc_normal_(weight)
     assert len(seen) == 1
+
+
+def test_parts_of_norms() -> None:
+    """Clipping and loss scaling of torch call one of them with the gradients."""
+    called: set[Any] = set()
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called.add(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    parameter = nn.Parameter(torch.ones(3))
+    for clip in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.get_total_norm):
+        called.clear()
+        parameter.grad = torch.ones(3).as_subclass(Watched)
+        clip([parameter if clip is torch.nn.utils.clip_grad_norm_ else parameter.grad], 1.0)
+        assert called & torch_private.parts_of_norms()
+    assert hasattr(torch, "_amp_foreach_non_finite_check_and_unscale_")

@@ -45,7 +45,8 @@ def cross_entropy(call: OpCall) -> ShardingRule:
         per_row = ShardingRule.parse(f"{rows} -> {' '.join(tokens)}", call, kernels={"c": classes})
         return replace(per_row, function=function)
     # The one all-reduce is of the count, 8 bytes: tokens may be ignored, unevenly over the ranks.
-    part = Kernel("cross_entropy_tokens", Partial(), ((Collective.ALL_REDUCE, 8),), wraps=True)
+    count = ((Collective.ALL_REDUCE, 8),) if reduction == _MEAN else ()
+    part = Kernel("cross_entropy_tokens", Partial(), count, wraps=True)
     kernels = {"c": classes, **dict.fromkeys(tokens, part)}
     rule_of_sum = ShardingRule.parse(f"{rows} -> ", call, kernels=kernels)
     return replace(rule_of_sum, function=function)

@@ -21,7 +21,7 @@ from autoparallel.runtime.ranks import single_rank
 
 from .registry import note, row
 
-MESHES = (Mesh(tp=2), Mesh(tp=3), Mesh(dp=2, tp=2), Mesh(pp=2, dp=2, tp=2))
+MESHES = (Mesh(tp=2), Mesh(tp=3), Mesh(dp=2, tp=2), Mesh(cp=2, dp=2, tp=2))
 _CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 

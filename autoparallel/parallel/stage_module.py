@@ -1,0 +1,143 @@
+"""The module that torch.distributed.pipelining calls for each micro-batch of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoparallel.rewrite.stage_programs import StagePrograms, part_in_time
+
+__all__ = ["StageModule"]
+
+
+class StageModule(nn.Module):
+    """One stage: what the stage before sends goes in, what the next one needs comes out.
+
+    programs: of the stage. places: of its parameters among those of the rank. last: whether it is
+    the last one, which returns the micro-batch's share of what the backward pass begins with: of
+    each output, the product with its gradient, added up.
+    weights: leaves in the memory of the parameters, at which gradients of all micro-batches are
+    added up. made: the outputs of each micro-batch so far.
+    """
+
+    def __init__(self, programs: StagePrograms, places: Sequence[int], last: bool) -> None:
+        super().__init__()
+        self.programs, self.places, self.last = programs, tuple(places), last
+        self.weights = nn.ParameterList()
+        self.sources: list[torch.Tensor] = []
+        self.made: list[list[torch.Tensor]] = []
+        self.call: Any = None
+        self.known: Sequence[torch.Tensor] = ()
+        self.wanted: Sequence[torch.Tensor | None] | None = None
+        kinds = [each.dtype for each in programs.leaves if each.requires_grad]
+        self.loss_type = kinds[0] if kinds else torch.get_default_dtype()
+
+    def take(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Compute with these parameters from now on."""
+        same = len(parameters) == len(self.sources) and all(
+            one is other and one.data_ptr() == leaf.data_ptr() and one.dtype == leaf.dtype
+            and one.requires_grad == leaf.requires_grad
+            for one, other, leaf in zip(parameters, self.sources, self.weights, strict=True)
+        )  # fmt: skip
+        if not same:
+            self.sources = list(parameters)
+            self.weights = nn.ParameterList(
+                nn.Parameter(each.detach(), each.requires_grad) for each in parameters
+            )
+
+    def begin(
+        self,
+        call: Any,
+        known: Sequence[torch.Tensor],
+        wanted: Sequence[torch.Tensor | None] | None,
+    ) -> None:
+        """Begin a step. call: see pipeline_run. known: what the stage needs of the inputs alone.
+        wanted: the gradients of the model's outputs; None for no backward pass.
+        """
+        self.call, self.known, self.wanted, self.made = call, known, wanted, []
+        for weight in self.weights:
+            weight.grad = None
+
+    def end(self) -> None:
+        """End a step: nothing of the call is kept."""
+        self.call, self.known, self.wanted = None, (), None
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Return the gradients that the step has left, and forget them."""
+        grads = [weight.grad for weight in self.weights]
+        for weight in self.weights:
+            weight.grad = None
+        return grads
+
+    def forward(self, *entered: torch.Tensor, number: torch.Tensor) -> Any:
+        """Compute one micro-batch. entered: what the stage before sends, padded to the longest."""
+        place, call = int(number), self.call
+        programs, ranks = self.programs, self.programs.places[place]
+        program = programs.programs[place]
+        values = [
+            _cut(tensor, each.local_shape(call.symbols, ranks))
+            for tensor, each in zip(entered, programs.enters, strict=True)
+        ]
+        outputs, _ = program.run(
+            list(self.weights),
+            [call.buffers[path] for path in program.buffers],
+            [call.constants[path] for path in program.constants],
+            [*call.inputs, *self.known, *values],
+            call.device,
+        )
+        if self.last:
+            self.made.append([output.detach() for output in outputs])
+            return self.share(place, outputs)
+        first = programs.places[0]
+        return tuple(
+            _padded(output, each.local_shape(call.symbols, first))
+            for output, each in zip(outputs, programs.leaves, strict=True)
+        )
+
+    def returns(self, call: Any) -> tuple[torch.Tensor, ...]:
+        """Return tensors without numbers that say what one micro-batch returns, at its longest."""
+        if self.last:
+            share = torch.empty((), dtype=self.loss_type, device="meta")
+            return (share.requires_grad_(self.wanted is not None),)
+        first = self.programs.places[0]
+        return tuple(each.empty(call.symbols, first) for each in self.programs.leaves)
+
+    def share(self, place: int, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return what a micro-batch adds to the number that the backward pass begins with."""
+        total = torch.zeros((), dtype=self.loss_type, device=self.call.device)
+        for index, (output, each) in enumerate(zip(outputs, self.programs.leaves, strict=True)):
+            wanted = None if self.wanted is None else self.wanted[index]
+            if wanted is not None and output.requires_grad:
+                parts = [made[index] for made in self.made]
+                gradient = part_in_time(wanted, each.layout, parts, place)
+                total = total + _product(output, gradient).to(self.loss_type)
+        return total
+
+
+def _product(output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return a number whose gradient with respect to `output` is `gradient`."""
+    if output.is_complex():
+        output, gradient = torch.view_as_real(output), torch.view_as_real(gradient)
+    return output if not output.shape and bool(gradient == 1) else (output * gradient).sum()
+
+
+def _cut(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor without what it was padded with."""
+    for dim, size in enumerate(shape):
+        if tensor.size(dim) != size:
+            tensor = tensor.narrow(dim, 0, size)
+    return tensor
+
+
+def _padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor with zeros behind it, up to a shape: all micro-batches send as much."""
+    if tuple(tensor.shape) != shape:
+        padding: list[int] = []
+        for held, size in zip(reversed(tensor.shape), reversed(shape), strict=True):
+            padding += [0, size - held]
+        tensor = nn.functional.pad(tensor, padding)
+    # What was received and goes on is a leaf: a view of it is none.
+    return tensor.contiguous().view_as(tensor)

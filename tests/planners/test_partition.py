@@ -1,0 +1,46 @@
+"""Chains of work, cut into runs: against all cuts that there are."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from planners import InfeasibleError, partition
+
+
+def lengths(seconds: list[float], sends: list[float], starts: tuple[int, ...]) -> list[float]:
+    ends = (*starts[1:], len(seconds))
+    cost = [0.0, *sends[1:], 0.0]
+    return [sum(seconds[i:j]) + cost[i] + cost[j] for i, j in zip(starts, ends, strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_cut_has_a_shorter_longest_run(seed: int) -> None:
+    """And of those as short, to 5 %, none sends less; pieces stay with the runs they belong to."""
+    draw = random.Random(seed)
+    count, runs = draw.randint(2, 8), draw.randint(1, 4)
+    seconds = [draw.choice([0.5, 1.0, 1.01, 3.0]) for _ in range(count)]
+    sends = [draw.choice([0.0, 0.25, 1.0, math.inf]) for _ in range(count)]
+    owners = [
+        None if draw.random() < 0.7 else set(draw.sample(range(runs), draw.randint(1, runs)))
+        for _ in range(count)
+    ]
+    cuts = []
+    for inner in itertools.combinations(range(1, count), runs - 1):
+        starts = (0, *inner)
+        place = [sum(start <= piece for start in inner) for piece in range(count)]
+        mine = all(own is None or run in own for own, run in zip(owners, place, strict=True))
+        longest = max(lengths(seconds, sends, starts))
+        if mine and math.isfinite(longest):
+            cuts.append((longest, sum(sends[start] for start in inner), starts))
+    if not cuts:
+        with pytest.raises(InfeasibleError, match="no cut"):
+            partition(seconds, sends, runs, owners)
+        return
+    least = min(longest for longest, _, _ in cuts)
+    sent = min(sent for longest, sent, _ in cuts if longest <= least * 1.05)
+    chosen = partition(seconds, sends, runs, owners)
+    assert chosen in [starts for _, _, starts in cuts]
+    assert max(lengths(seconds, sends, chosen)) <= least * 1.05
+    assert sum(sends[start] for start in chosen[1:]) == pytest.approx(sent)
