@@ -19,7 +19,16 @@ __all__ = ["CallWatch", "apply_function", "unwatched"]
 
 # What `Function.apply` is where nobody has replaced it; later releases have it written in C.
 _APPLY: Any = vars(torch.autograd.Function)["apply"]
-_GENERATOR = "_checkpoint_without_reentrant_generator"
+# What a checkpoint looks up: since torch 2.15 it is the first of these, and the second one is kept
+# for others.
+_GENERATOR = next(
+    name
+    for name in (
+        "_checkpoint_without_reentrant_generator_impl",
+        "_checkpoint_without_reentrant_generator",
+    )
+    if hasattr(torch_checkpoint, name)
+)
 _local = threading.local()
 _lock = threading.Lock()
 _installed = 0
@@ -129,11 +138,11 @@ def _generated(function: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Run what is around the region of a checkpoint as the watch of this thread wants it.
 
     args: whether to keep random states, the contexts, and further settings, before the region's
-    own arguments.
+    own arguments. Since torch 2.15 the settings are in kwargs, and args are the region's own.
     """
     watch: CallWatch | None = getattr(_local, "watch", None)
     if watch is None:
         yield from _generator(function, *args, **kwargs)
         return
-    with watch.region(args[1]):
+    with watch.region(kwargs["context_fn"] if "context_fn" in kwargs else args[1]):
         yield

@@ -101,12 +101,14 @@ def _with_inputs(named: Any, inputs: Any) -> Any:
 def _widened(inputs: Any) -> Any:
     """Return the inputs, those of floating point in float64."""
     import torch
-    from torch.utils import _pytree
 
-    def widen(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor
+    from autoparallel.support.torch_private import tree_map
 
-    return _pytree.tree_map_only(torch.Tensor, widen, inputs)
+    def widen(leaf: Any) -> Any:
+        floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf.double() if floating else leaf
+
+    return tree_map(widen, inputs)
 
 
 def _error_of_outputs(actual: Any, expected: Any) -> float:

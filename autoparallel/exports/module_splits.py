@@ -34,6 +34,7 @@ from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.rules.lookup import find_rule
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.support.torch_private import tree_map
 
 __all__ = ["ModuleSplit", "ModuleSplits", "module_splits"]
 
@@ -366,8 +367,9 @@ class _Finder:
             if self._leaves_parts(split) and split.kind == "column":
                 self._shrink(local.get_submodule(split.path), split)
         found = find_example_inputs(self.model) if example_inputs is None else example_inputs
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            torch.Tensor, lambda tensor: tensor.to("meta"), split_example(found)
+        args, kwargs = tree_map(
+            lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf,
+            split_example(found),
         )
         with undisturbed(local):
             return trace(local, args, kwargs, known=find_rule).graph

@@ -222,8 +222,9 @@ def test_batch_norm_takes_the_statistics_of_the_whole_batch(data_parallel):
     x = fixed(8, 6).requires_grad_()
     loss = whole(x)
     loss.backward()
-    options = {"example_inputs": x, "data_parallel": data_parallel}
-    plan = autoparallel.make_plan(model, 3, **options)
+    # With overlap other plans of so small a model are as quick.
+    options = {"data_parallel": data_parallel, "overlap": False}
+    plan = autoparallel.make_plan(model, 3, example_inputs=x, **options)
     split = autoparallel.simulate(model, 3, example_inputs=x, plan=plan)
     assert torch.allclose(split.output, loss, rtol=1e-10)
     for path, parameter in whole.named_parameters():

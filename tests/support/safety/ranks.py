@@ -6,10 +6,10 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from processes import run_processes
-from rank_faults import FAILS, launch
+from rank_faults import FAILS, launch, said
 from unlike_calls import calls
 
 from .registry import row
@@ -23,7 +23,8 @@ def _unlike() -> list[dict[str, str]]:
 @cache
 def _faults() -> dict[str, list[tuple[str, str]]]:
     with tempfile.TemporaryDirectory() as folder:
-        (answers,) = run_processes(launch, 1, folder, timeout_seconds=300.0)
+        before = partial(launch, folder)
+        (answers,) = run_processes(said, 1, timeout_seconds=300.0, before=before)
     return dict(answers)
 
 
