@@ -233,7 +233,9 @@ class Counting(nn.Module):
 
 
 def counted(model: nn.Module) -> list[dict[str, torch.Tensor]]:
-    """Gradients of two backward passes of one call, and of one that begins at another output."""
+    """Gradients of two backward passes of one call, of one that begins at another output, and of a
+    call with one row.
+    """
     rows = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
     found, loss = [], model(rows)["loss"]
     for start in (loss, loss, None):
@@ -242,6 +244,9 @@ def counted(model: nn.Module) -> list[dict[str, torch.Tensor]]:
         start.backward(retain_graph=True)
         found.append(gradients(model))
         model.zero_grad()
+    model(rows[:1])["loss"].backward()
+    found.append(gradients(model))
+    model.zero_grad()
     return found
 
 
