@@ -18,9 +18,11 @@ def no_sync(module: nn.Module) -> Iterator[None]:
     """Put off the sums of gradients over the ranks until a backward pass outside of this context.
 
     module: one that autoparallelize() or apply_plan() returned. What torch's DDP has by this name:
-    a step of several backward passes communicates its whole gradients once. `grad` of a parameter
-    that is whole on all ranks is complete after the next backward pass outside. Where a rank keeps
-    but a part of a gradient, it is reduced in each pass, as that takes less memory than to wait.
+    a step of several backward passes communicates its whole gradients once. Until the next backward
+    pass outside, `grad` of a parameter that is whole on all ranks is a DTensor with the placement
+    Partial, a sum yet to be taken, and hooks on it wait: `zero_grad` clears it, an optimizer's step
+    takes the sum, clip_grad_norm_ of this package refuses it. Where a rank keeps but a part of a
+    gradient, it is reduced in each pass, as that takes less memory than to wait.
 
     Example: `with no_sync(model): model(**first).loss.backward()`, and then the last outside.
     """

@@ -136,7 +136,8 @@ class _Parts:
                 raise AutoParallelError(
                     "a gradient is a sum that is not reduced yet",
                     why=f"its placements are {placements}",
-                    fix="clip gradients after the backward pass has ended",
+                    fix="clip gradients after the backward pass has ended, the last one outside "
+                    "of no_sync()",
                 )
             axes = tuple(at for at, item in enumerate(placements) if not item.is_replicate())
             mesh = gradient.device_mesh

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.parallel.distributed_layouts import distributed_placements
 from autoparallel.parallel.optimizer_steps import watch_steps
+from autoparallel.parallel.pending_gradients import add_pending, pending_layout, take_pending
 from autoparallel.parallel.pieces import teach_torch
 from autoparallel.parallel.split_tensor import GRADIENT, mark
 from autoparallel.placement import Layout, Partial, Placement, Shard
@@ -76,12 +77,13 @@ class _Waiting:
     """
 
     def __init__(self) -> None:
-        self.items: list[tuple[GradientReturn, Any, torch.Tensor]] = []
+        # With the layout of each.
+        self.items: list[tuple[GradientReturn, Any, torch.Tensor, Layout]] = []
         self.parameters: set[int] = set()
         # Bytes of the items that are to be reduced, as whole tensors; parameters whose gradients'
         # reduction has begun.
         self.nbytes = 0
-        self.begun: list[tuple[list[Any], Reduction]] = []
+        self.begun: list[tuple[list[tuple[GradientReturn, Any]], Reduction]] = []
 
     def begin(self, ranks: Ranks) -> None:
         """Begin the reduction of the items.
@@ -92,13 +94,13 @@ class _Waiting:
         items = sorted(self.items, key=lambda item: item[0].number)
         self.items, self.nbytes = [], 0
         reduction = Reduction(
-            [grad for _, _, grad in items],
-            [way.first for way, _, _ in items],
-            [way.state for way, _, _ in items],
-            [way.shape for way, _, _ in items],
+            [grad for _, _, grad, _ in items],
+            [layout for _, _, _, layout in items],
+            [way.state for way, _, _, _ in items],
+            [way.shape for way, _, _, _ in items],
             ranks,
         )
-        self.begun.append(([parameter for _, parameter, _ in items], reduction))
+        self.begun.append(([(way, parameter) for way, parameter, _, _ in items], reduction))
 
 
 class GradientBucket:
@@ -118,16 +120,19 @@ class GradientBucket:
         self.ways = 0
         # The ids of parameters of which some gradient has to wait.
         self.late: set[int] = set()
-        # Gradients of earlier backward passes whose sum over the ranks is taken with that of a
-        # later one, by the way and the parameter; see `holding`.
-        self.holds, self.held = False, dict[tuple[int, int], tuple[GradientReturn, Any, Any]]()
+        # Whether sums over the ranks are put off, and the parameters of which some are, by id.
+        self.holds, self.held = False, dict[int, tuple[GradientReturn, Any]]()
         # The backward pass that was last seen, and whether it adds to the `grad` of parameters.
         self.number, self.accumulates = -1, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the gradients that wait now, which belong to a backward pass."""
-        empty: dict[str, Any] = {"passes": weakref.WeakValueDictionary(), "late": set(), "held": {}}
-        return {**vars(self), **empty}
+        empty: dict[str, Any] = {"passes": weakref.WeakValueDictionary(), "late": set()}
+        return {**vars(self), **empty, "held": list(self.held.values())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state, in which parameters may be copies, with other ids."""
+        vars(self).update(state, held={id(item[1]): item for item in state["held"]})
 
     def add(self, way: GradientReturn, parameter: Any, grad: torch.Tensor) -> None:
         """Keep a local gradient until the end of the backward pass that runs now."""
@@ -137,14 +142,14 @@ class GradientBucket:
             waiting = self.passes[number] = _Waiting()
             at_end_of_backward(partial(self.finish, waiting))
         waiting.parameters.add(id(parameter))
-        if way.sums and (self.holds or self.held):
-            key = (way.number, id(parameter))
-            if key in self.held:
-                grad = self.held.pop(key)[2] + grad
-            if self.holds:
-                self.held[key] = (way, parameter, grad)
+        if self.holds:
+            if way.sums and isinstance(parameter, DTensor) and not grad.is_sparse:
+                self._hold(way, parameter, grad, way.first)
                 return
-        waiting.items.append((way, parameter, grad))
+        elif id(parameter) in self.held and pending_layout(parameter, way.state) == way.first:
+            del self.held[id(parameter)]
+            grad = take_pending(parameter) + grad
+        waiting.items.append((way, parameter, grad, way.first))
         if not way.waits:
             # Its hooks alone have it wait, which the other ranks may not have.
             return
@@ -152,6 +157,11 @@ class GradientBucket:
         waiting.nbytes += prod(way.shape) * grad.element_size()
         if self.nbytes is not None and waiting.nbytes >= self.nbytes:
             waiting.begin(self.ranks)
+
+    def _hold(self, way: GradientReturn, parameter: Any, grad: torch.Tensor, have: Layout) -> None:
+        """Add a gradient, in a layout, to those of which the sum over the ranks is put off."""
+        self.held[id(parameter)] = (way, parameter)
+        add_pending(parameter, grad, have, way.state, self.ranks.coordinates)
 
     def has(self, parameter: Any) -> bool:
         """Return whether a gradient of the parameter waits in the backward pass that runs now."""
@@ -165,21 +175,26 @@ class GradientBucket:
 
     def _finish(self, waiting: _Waiting) -> None:
         if self.held and not self.holds:
-            # Of parameters that this backward pass has not reached.
-            waiting.items += self.held.values()
+            # Of parameters that this backward pass has not reached, or has along other axes.
+            for way, parameter in self.held.values():
+                layout = pending_layout(parameter, way.state)
+                if layout is not None:  # else the user has cleared it
+                    waiting.items.append((way, parameter, take_pending(parameter), layout))
             self.held = {}
         if waiting.items:
             waiting.begin(self.ranks)
         begun, waiting.begun = waiting.begun, []
-        totals: dict[int, tuple[Any, torch.Tensor]] = {}
+        totals: dict[int, tuple[GradientReturn, Any, torch.Tensor]] = {}
         for parameters, reduction in begun:
-            for parameter, grad in zip(parameters, reduction.finish(), strict=True):
+            for (way, parameter), grad in zip(parameters, reduction.finish(), strict=True):
                 if id(parameter) in totals:
-                    grad = totals[id(parameter)][1] + grad
-                totals[id(parameter)] = (parameter, grad)
+                    grad = totals[id(parameter)][2] + grad
+                totals[id(parameter)] = (way, parameter, grad)
         hooked = []
-        for parameter, grad in totals.values():
-            if any(gradient_hooks_of(parameter)):
+        for way, parameter, grad in totals.values():
+            if id(parameter) in self.held:
+                self._hold(way, parameter, grad, way.state)
+            elif any(gradient_hooks_of(parameter)):
                 hooked.append((parameter, grad))
             else:
                 give(parameter, grad)
@@ -298,10 +313,14 @@ class GradientReturn:
             return self.differentiable(grad, parameter)
         if self.first != self.produced:
             (grad,) = reduced([grad], [self.produced], [self.first], [self.shape], bucket.ranks)
-        elif not self.waits and references_to(grad) != self.alone:
+        elif (not self.waits or bucket.holds) and references_to(grad) != self.alone:
             # It is the gradient of something else as well, as of the other term of a sum.
             grad = grad.clone()
-        if not self.waits and not grad.is_sparse and not grad.is_contiguous():
+        if (
+            (not self.waits or (bucket.holds and self.sums))
+            and not grad.is_sparse
+            and not grad.is_contiguous()
+        ):
             grad = _laid_out(grad, parameter)
         number = backward_pass()
         # A parameter that is no leaf, as torch.func.functional_call may put in place, has a way
@@ -314,7 +333,8 @@ class GradientReturn:
             on_tensor, after = gradient_hooks_of(parameter)
             # Hooks run once, when all gradients of the parameter are there. Those that may change
             # the gradient run together, as torch.autograd.graph.register_multi_grad_hook needs.
-            if self.waits or on_tensor or (after and id(parameter) in bucket.late):
+            late = after and id(parameter) in bucket.late
+            if self.waits or on_tensor or late or (bucket.held and id(parameter) in bucket.held):
                 if on_tensor or after:
                     _wrap(on_tensor, _OfGradients)
                     _wrap(after, partial(_OfFinished, bucket=bucket))

@@ -56,7 +56,7 @@ class _Call:
 
     inputs: of the model. device: where it computes. symbols: values of the inputs' sizes. known:
     what each stage needs of the inputs alone. source, step: of the random numbers; the step is None
-    where none are drawn. versions: of parameters and inputs when the call began.
+    where none are drawn. versions: of parameters, inputs and buffers when the call began.
     """
 
     inputs: list[torch.Tensor]
@@ -73,7 +73,7 @@ class _Call:
 
 def _versions(call: _Call) -> tuple[int, ...]:
     """Return numbers that are others once a tensor of the call was written to."""
-    tensors = (*call.parameters, *call.inputs)
+    tensors = (*call.parameters, *call.inputs, *call.buffers.values())
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
@@ -127,6 +127,8 @@ class PipelineRun:
             for name, layout in zip(stages[-1].gives, stages[-1].plan.outputs, strict=True)
         )
         self.written = stages[-1].written
+        # Buffers that the step writes are others by the time that it is run again.
+        self.changing = {*self.written, *(path for path, _ in stages[-1].before.mutations)}
         self.returned = len(self.outputs) - len(self.written)
         scalars = [i for i, out in enumerate(self.outputs) if not out.shape and out.requires_grad]
         self.loss = scalars[0] if scalars else None
@@ -204,13 +206,17 @@ class PipelineRun:
             dict(zip(self.constants, constants, strict=True)),
         )
         # A rank whose stage draws none counts the step all the same.
-        call.source, call.versions = rng.generator(), _versions(call)
+        call.source = rng.generator()
         if self.draws:
             call.step = call.source.current_step()
         with torch.no_grad():
             written = self._before(call)
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in self.outputs)
-        if not trains:
+        if trains:
+            for path in self.changing & call.buffers.keys():
+                call.buffers[path] = call.buffers[path].clone()
+            call.versions = _versions(call)
+        else:
             outputs = self.forward_only(call)
             return outputs[: self.returned], [*written, *outputs[self.returned :]]
         # Ranks whose stage has no parameter take part in the backward pass all the same.
@@ -259,9 +265,14 @@ class PipelineRun:
 
         Raises AutoParallelError where the step would be another one.
         """
-        if call.versions != _versions(call):
+        # Each rank knows of its own stages; all of them refuse, or none, who would wait for others.
+        changed = torch.tensor(call.versions != _versions(call), dtype=torch.int32)
+        changed = changed.to(self.place.device)
+        dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.place.group)
+        if changed:
             raise AutoParallelError(
-                "a parameter or an input was written to between a call and its backward pass",
+                "a parameter, a buffer or an input was written to between a call and its backward "
+                "pass",
                 why="a backward pass that begins at other outputs than the loss runs the step "
                 "again, and would compute with other numbers",
                 fix="call backward() before the optimizer's step, and before inputs are written to",

@@ -122,6 +122,8 @@ def pipeline_plan(
             "many as there are ranks",
             fix=f"pass a multiple of {ranks}",
         )
+    if stored is not None and asked is not None and _batch(captured.graph) == 1:
+        asked = 1  # a call of a planned model with one row, which no number of others can share
     # As one micro-batch, everything can be computed.
     for count in (_suited(captured, ranks, options), 1) if asked is None else (asked,):
         layouts = Mesh(**{MICROBATCH: count}, **dict(inside.axes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from processes import run_processes
 from torch import nn
 
 import autoparallel
+from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.accumulation import no_sync
 from autoparallel.runtime.collective_counter import CollectiveCounter
@@ -86,3 +88,84 @@ def test_gradients_are_summed_once(axes, demands, fewer):
                 torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-12)
         always, once = result["counts"]
         assert once < always if fewer else once <= always
+
+
+def complete(module: nn.Module, first: int = 4) -> None:
+    module(rows()[:first]).backward()
+
+
+def put_off(module: nn.Module, split: bool) -> None:
+    with no_sync(module) if split else nullcontext():
+        module(rows()).backward()
+
+
+def scaled(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad / 3
+
+
+def values(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        name: (each.full_tensor() if hasattr(each, "full_tensor") else each).detach().clone()
+        for name, each in tensors.items()
+    }
+
+
+def gradients_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    named = module.named_parameters()
+    return values({name: each.grad for name, each in named if each.grad is not None})
+
+
+def touched(module: nn.Module, split: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """What a user does with gradients whose sum is put off, before a pass that completes them."""
+    found = {}
+    for name, act in {
+        "cleared": module.zero_grad,
+        "set to zero": lambda: module.zero_grad(set_to_none=False),
+        "read": lambda: gradients_of(module),
+        "scaled": lambda: scaled(module),
+        "clipped": lambda: nn.utils.clip_grad_norm_(module.parameters(), 1.0),
+        "frozen": lambda: module.first.weight.requires_grad_(False),
+    }.items():
+        for earlier in (False, True):
+            if earlier:
+                complete(module, 2)
+            put_off(module, split)
+            act()
+            found[f"{name}, {earlier}, before"] = gradients_of(module)
+            complete(module)
+            found[f"{name}, {earlier}"] = gradients_of(module)
+            module.first.weight.requires_grad_(True)
+            module.zero_grad()
+    put_off(module, split)
+    twin = copy.deepcopy(module)
+    complete(twin)
+    found["twin"] = gradients_of(twin)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    found["stepped"] = values(dict(module.named_parameters()))
+    return found
+
+
+def on_ranks_touched(rank: int, demands: tuple[str, ...]) -> dict[str, Any]:
+    module = autoparallel.autoparallelize(
+        plain(), mesh=Mesh(dp=2), example_inputs=(rows(),), constraints=demands
+    )
+    found: dict[str, Any] = touched(module, split=True)
+    put_off(module, split=True)
+    try:
+        autoparallel.clip_grad_norm_(module.parameters(), 1.0)
+    except AutoParallelError as error:
+        found["refused"] = str(error)
+    return found
+
+
+@pytest.mark.parametrize(
+    "demands", [("* is whole",), ("first.weight is split",)], ids=["whole", "parts"]
+)
+def test_gradients_that_are_put_off_are_the_users(demands):
+    """They are cleared, read, scaled, clipped, copied and stepped with as those of one device."""
+    reference = touched(plain(), split=False)
+    for found in run_processes(on_ranks_touched, 2, demands):
+        assert "outside of no_sync()" in found.pop("refused")
+        torch.testing.assert_close(found, reference, rtol=1e-11, atol=1e-11)

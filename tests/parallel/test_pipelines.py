@@ -216,6 +216,65 @@ def test_two_stages(tmp_path: Path) -> None:
     )
 
 
+class Counting(nn.Module):
+    """A model that reads the number of its calls, and then raises it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.register_buffer("calls", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = (self.first(rows) + self.calls).tanh()
+        out = (self.last(hidden) + self.calls).tanh() * self.scale
+        self.calls = self.calls + 1
+        return {"loss": out.square().sum(), "out": out}
+
+
+def counted(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Gradients of two backward passes of one call, of one that begins at another output, and of a
+    call with one row.
+    """
+    rows = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+    found, loss = [], model(rows)["loss"]
+    for start in (loss, loss, None):
+        if start is None:
+            start = whole_logits(model(rows)["out"]).sum()
+        start.backward(retain_graph=True)
+        found.append(gradients(model))
+        model.zero_grad()
+    model(rows[:1])["loss"].backward()
+    found.append(gradients(model))
+    model.zero_grad()
+    return found
+
+
+def counting() -> nn.Module:
+    torch.manual_seed(2)
+    return Counting().double()
+
+
+def on_two_that_count(rank: int) -> Any:
+    inputs = torch.zeros(4, 6, dtype=torch.float64)
+    options: dict[str, Any] = {"mesh": Mesh(pp=2), "microbatches": 2, "example_inputs": inputs}
+    model = autoparallel.autoparallelize(counting(), **options)
+    found = counted(model)
+    late = model(inputs)["loss"]
+    late.backward(retain_graph=True)
+    model.scale.zero_()  # which no step writes
+    return found, message(late.backward)
+
+
+def test_a_step_that_runs_again_reads_the_buffers_of_its_call() -> None:
+    reference = counted(counting())
+    for found, refused in run_processes(on_two_that_count, 2):
+        for own, other in zip(found, reference, strict=True):
+            for path, gradient in own.items():
+                torch.testing.assert_close(gradient, other[path], rtol=TOLERANCE, atol=TOLERANCE)
+        assert "a buffer or an input was written to between" in refused
+
+
 def on_four_processes(rank: int, folder: str) -> list[Losses]:
     """Stages of two ranks each; a checkpoint goes from them to a mesh without stages, and to four
     stages that two ranks share out.
