@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoparallel.graph.graph import Graph, Node, Ref, Value, map_leaves, size_expression
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves, size_expression
 from autoparallel.graph.passes.editing import first_operand, rebuilt
+from autoparallel.graph.passes.flattened_batches import is_pointwise
 from autoparallel.graph.passes.sorted_experts import NoRowsError, RowSearch
 from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
 
@@ -160,13 +161,14 @@ class _Expert(RowSearch):
     chosen: the value with the chosen experts. places: the two indices of the expert's rows, of
     their tokens and of their choices. result: the name of the rows that it makes. given: the rows
     of tokens and of choices that it reads. others: what else it reads: its parameters, and what is
-    the same for all.
+    the same for all. ranks: of what a step makes element by element, by the step's place.
     """
 
     chosen: str = ""
     places: tuple[str, str] = ("", "")
     result: str = ""
     others: list[str] = field(default_factory=list)
+    ranks: dict[int, int] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: Graph, turn: _Turn, chosen: str, last: Node) -> _Expert:
@@ -232,8 +234,8 @@ class _Expert(RowSearch):
     def multiplied(self, node: Node, order: str) -> str:
         """Return the product of rows with a parameter of the expert, and its bias."""
         x, weight, *bias = node.args
-        width = len(self.graph.values[weight.name].shape)
-        if width != 2 or self.has_rows(self.graph.values[weight.name]):
+        ranks = [len(self.graph.values[each.name].shape) for each in (x, weight)]
+        if ranks != [2, 2] or self.has_rows(self.graph.values[weight.name]):
             raise NoRowsError
         rows, table = Ref(self.rows(x.name, order)), Ref(self.given("plain", weight.name))
         linear = node.target == "aten.linear.default"
@@ -241,6 +243,17 @@ class _Expert(RowSearch):
         if bias and bias[0] is not None:
             other = self.given("plain", bias[0].name)
             made = self.step("aten.add.Tensor", Ref(made), Ref(other))
+            self.ranks[len(self.steps) - 1] = 2
+        return made
+
+    def row_by_row(self, node: Node, name: str, order: str) -> str:
+        """Return what an op that treats every row by itself makes of rows."""
+        made = super().row_by_row(node, name, order)
+        # A number of another type has no say in the type of the result; one for each row has.
+        read = [self.graph.values[operand] for operand in node.operands()]
+        numbers = {value.dtype for value in read if not value.shape}
+        if is_pointwise(node.target) and numbers <= {node.result.dtype}:
+            self.ranks[len(self.steps) - 1] = len(node.result.shape)
         return made
 
 
@@ -269,25 +282,29 @@ def _stacked(graph: Graph, node: Node, experts: list[_Expert]) -> list[Node] | N
         stack = replace(node, name=table.name, target="aten.stack.default", results=(table,))
         nodes.append(replace(stack, args=(tuple(map(Ref, slot)), 0), kwargs=()))
     steps: list[RowStep] = []
-    for step in first.steps:
-        args, kwargs = step.args, step.kwargs
+    looked_up: dict[tuple[str, int], Ref] = {}
+    for at, step in enumerate(first.steps):
+        known = dict(names)
         if step.target != PRODUCT:
-            # A part of a table for each row; one of no dims becomes a column.
+            # A part of a table for each row.
             for name in dict.fromkeys(step.reads()):
-                if names.get(name, Ref("")).name.startswith("table"):
-                    table = graph.values[first.others[int(name.removeprefix("other"))]]
-                    if len(table.shape) != 1:
+                if not names.get(name, Ref("")).name.startswith("table"):
+                    continue
+                rank = first.ranks.get(at, 0)
+                if (name, rank) not in looked_up:
+                    value = graph.values[first.others[int(name.removeprefix("other"))]]
+                    part = _part_of_rows(steps, names[name], value.shape, rank)
+                    if part is None:
                         return None
-                    made = f"part{len(steps)}"
-                    steps.append(RowStep((made,), LOOKUP, (names[name],)))
-                    names[name] = Ref(made)
+                    looked_up[name, rank] = part
+                known[name] = looked_up[name, rank]
 
-        def renamed(leaf: Any) -> Any:
+        def renamed(leaf: Any, known: dict[str, Ref] = known) -> Any:
             """Return an argument with the program's name for what it uses."""
-            return names.get(leaf.name, leaf) if isinstance(leaf, Ref) else leaf
+            return known.get(leaf.name, leaf) if isinstance(leaf, Ref) else leaf
 
-        kwargs = tuple((key, map_leaves(renamed, item)) for key, item in kwargs)
-        steps.append(replace(step, args=map_leaves(renamed, args), kwargs=kwargs))
+        kwargs = tuple((key, map_leaves(renamed, item)) for key, item in step.kwargs)
+        steps.append(replace(step, args=map_leaves(renamed, step.args), kwargs=kwargs))
     if not tables:
         return None
     rows, values_ = (tuple(map(Ref, given)) for given in first.given_rows)
@@ -297,3 +314,25 @@ def _stacked(graph: Graph, node: Node, experts: list[_Expert]) -> list[Node] | N
         return None
     arguments = (rows, Ref(first.chosen), values_, tuple(tables), tuple(plain), text, None)
     return [*nodes, replace(node, target=ROUTED, args=arguments, kwargs=())]
+
+
+def _part_of_rows(
+    steps: list[RowStep], table: Ref, shape: tuple[Dim, ...], rank: int
+) -> Ref | None:
+    """Append the steps by which each row has its expert's part of a table, and return the part's
+    name; None where there is no such part.
+
+    shape: of one expert's part, which is broadcast from the last dim on. rank: of what is made
+    element by element with it, rows being its first dim; 0 where an op reads it in another way.
+    """
+    behind = shape[1:] if len(shape) == rank and shape[:1] == (1,) else shape
+    if len(behind) >= rank or not all(isinstance(size, int) for size in behind):
+        return None
+    part = Ref(f"part{len(steps)}")
+    steps.append(RowStep((part.name,), LOOKUP, (table,)))
+    if (1 + len(shape)) == rank:
+        return part
+    made = Ref(f"part{len(steps)}")
+    wide = (-1, *[1] * (rank - 1 - len(behind)), *behind)
+    steps.append(RowStep((made.name,), "aten.reshape.default", (part, wide)))
+    return made

@@ -9,7 +9,7 @@ import torch
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves, size_expression
 from autoparallel.graph.operators import draws
-from autoparallel.graph.passes.editing import rebuilt
+from autoparallel.graph.passes.editing import first_operand, rebuilt
 from autoparallel.graph.passes.flattened_batches import is_pointwise
 from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
 
@@ -222,6 +222,14 @@ class RowSearch:
             producer = self.graph.producers[name]
         return name
 
+    def are_places(self, name: str) -> bool:
+        """Return whether a value's numbers are places that an op found, none of them negative."""
+        producer = self.graph.producers[name]
+        while producer.target in _COPIES | _MOVES:
+            name = first_operand(producer)
+            producer = self.graph.producers[name]
+        return producer.target in _PLACES and name == producer.results[-1].name
+
     def is_order(self, name: str) -> bool:
         """Return whether a value is the permutation that sorts the rows by expert."""
         producer = self.graph.producers[name]
@@ -409,6 +417,9 @@ class RowSearch:
         (index,) = picked.args[1] if len(picked.args[1]) == 1 else (None,)
         if not isinstance(index, Ref) or not self.is_chosen(index.name, order):
             raise NoRowsError
+        # An index counts negative numbers from the end; to routed experts they are nobody's.
+        if not self.are_places(self.experts):
+            raise NoRowsError
         table = Ref(self.given("table", picked.operands()[0]))
         width = row.shape[1 if first else 2]
         rows = Ref(self.rows(row.name, order))
@@ -489,4 +500,15 @@ _PLAIN_LEAVES = (int, float, bool, str, type(None))
 _INDEX = {"aten.index.Tensor"}
 _SORTS = {"aten.sort.default", "aten.sort.stable"}
 _ARGSORTS = {"aten.argsort.default", "aten.argsort.stable"}
+# Ops that return places along a dim, last of all; and those that only arrange what they are given.
+_PLACES = {*_SORTS, *_ARGSORTS, "aten.topk.default", "aten.argmax.default", "aten.max.dim"}
+_MOVES = {
+    "aten.slice.Tensor",
+    "aten.select.int",
+    "aten.expand.default",
+    "aten.reshape.default",
+    "aten.unsqueeze.default",
+    "aten.squeeze.dim",
+    "aten.transpose.int",
+}
 _FLOOR = {"aten.floor_divide.default", "aten.div.Tensor_mode"}
