@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autoparallel.commands.bundled_models import BUNDLED
-from autoparallel.commands.command import progress
+from autoparallel.commands.command import positive, progress
 from autoparallel.commands.model_names import FORMS, NamedModel, named_model
 from autoparallel.errors import PlanError
 
@@ -45,9 +45,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_model_sizes(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how large the model and its inputs are."""
     group = parser.add_argument_group("the model and its inputs")
-    group.add_argument("--batch", type=int, metavar="N", help="sequences in one step, by default 8")
-    group.add_argument("--sequence", type=int, metavar="N", help="tokens in each of them")
-    group.add_argument("--layers", type=int, metavar="N", help="fewer layers than the model has")
+    group.add_argument(
+        "--batch", type=positive, metavar="N", help="sequences in one step, by default 8"
+    )
+    group.add_argument("--sequence", type=positive, metavar="N", help="tokens in each of them")
+    group.add_argument(
+        "--layers", type=positive, metavar="N", help="fewer layers than the model has"
+    )
     group.add_argument(
         "--dtype", help="of parameters; by default bfloat16, and as it is for a function's model"
     )
@@ -57,8 +61,10 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what the model is planned for."""
     add_model_sizes(parser)
     group = parser.add_argument_group("the devices")
-    group.add_argument("--world-size", type=int, metavar="N", help="number of ranks")
-    group.add_argument("--nodes", type=int, metavar="N", help="full nodes of the hardware instead")
+    group.add_argument("--world-size", type=positive, metavar="N", help="number of ranks")
+    group.add_argument(
+        "--nodes", type=positive, metavar="N", help="full nodes of the hardware instead"
+    )
     group.add_argument(
         "--hardware",
         "--cluster",
@@ -177,8 +183,6 @@ def _world_size(options: argparse.Namespace) -> int | None:
     from autoparallel.cost.hardware import find_hardware
 
     devices = find_hardware(options.hardware).devices_per_node
-    if options.nodes < 1:
-        raise PlanError(f"--nodes {options.nodes}", fix="give a positive whole number")
     if options.world_size not in (None, options.nodes * devices):
         raise PlanError(
             f"--nodes {options.nodes} beside --world-size {options.world_size}",
@@ -191,12 +195,21 @@ def _world_size(options: argparse.Namespace) -> int | None:
 
 def _mesh(options: argparse.Namespace, world_size: int | None) -> Mesh | str | None:
     """Return the mesh that is asked for: axes, "auto", or None for a single axis."""
+    if options.mesh not in (None, "auto"):
+        mesh = parse_mesh(options.mesh)
+        if world_size not in (None, mesh.world_size):
+            raise PlanError(
+                f"--mesh {options.mesh} beside {world_size} ranks",
+                why=f"the mesh has {mesh.world_size}",
+                fix="leave --world-size or --nodes out, or give a mesh of as many",
+            )
+        return mesh
+    if world_size is None:
+        raise PlanError(
+            "over how many ranks?", fix='give --world-size 8, --nodes 2, or --mesh "dp=2,tp=4"'
+        )
     if options.mesh == "auto":
         return "auto"
-    if options.mesh is not None:
-        return parse_mesh(options.mesh)
-    if world_size is None:
-        return None
     from autoparallel.cost.hardware import find_hardware
 
     # One axis over several nodes would send everything over the slow links.
@@ -222,7 +235,10 @@ def parse_mesh(text: str) -> Mesh:
     axes = [axis.partition("=") for axis in text.split(",")]
     if not all(size.strip().isdecimal() for _, _, size in axes):
         raise PlanError(f"{text!r} is no mesh", fix='give "dp=8,tp=8", or "auto"')
-    return Mesh(**{name.strip(): int(size) for name, _, size in axes})
+    names = [name.strip() for name, _, _ in axes]
+    if len(set(names)) < len(names):
+        raise PlanError(f"{text!r} names an axis twice", fix="give each axis a name of its own")
+    return Mesh(**{name: int(size) for name, (_, _, size) in zip(names, axes, strict=True)})
 
 
 def read_plan(path: str | Path) -> Plan:

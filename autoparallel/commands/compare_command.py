@@ -21,6 +21,7 @@ from autoparallel.commands.asked_plan import (
 from autoparallel.commands.bundled_models import BUNDLED
 from autoparallel.commands.command import Command, progress
 from autoparallel.errors import AutoParallelError, PlanError
+from autoparallel.support.written_files import check_folder
 
 if TYPE_CHECKING:
     from autoparallel.commands.model_names import NamedModel
@@ -70,6 +71,10 @@ def _run(options: argparse.Namespace) -> int:
             "what is it to be compared with?",
             fix="give a second plan, --with megatron, or --what-if world-size=8,16",
         )
+    if options.plot is not None:
+        if options.plot.suffix not in (".svg", ".png"):
+            raise PlanError(f"{options.plot} is no picture", fix="end in .svg or .png")
+        check_folder(options.plot)
     if options.what_if:
         return _what_if(options)
     if options.other == "megatron":
@@ -199,6 +204,9 @@ def _variants(texts: list[str]) -> tuple[str, list[dict[str, str]]]:
                 f"--what-if {text!r} changes nothing that is known",
                 fix=f"give NAME=VALUE with one of {', '.join((*_VARIED, *_LINKS))}",
             )
+        wrong = [value for value in several if not value.isdecimal() or not int(value)]
+        if name in _NUMBERS and wrong:
+            raise PlanError(f"{name}={wrong[0]} is no positive whole number", fix=f"{name}=8")
         if len(several) == 1:
             fixed[name] = several[0]
         elif varied is not None:
@@ -216,8 +224,6 @@ def _change(options: argparse.Namespace, name: str, value: str) -> None:
     if name in _LINKS:
         options.hardware = _other_links(options.hardware, name, value)
         return
-    if name in _NUMBERS and not value.isdecimal():
-        raise PlanError(f"{name}={value} is no number", fix=f"give {name}=8")
     setattr(options, name, int(value) if name in _NUMBERS else value)
     # The number of ranks is said in one way only.
     if name in ("world_size", "nodes", "mesh"):

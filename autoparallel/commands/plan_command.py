@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoparallel.commands.asked_plan import add_model, add_request, planned
 from autoparallel.commands.command import Command, progress
+from autoparallel.support.written_files import check_folder, write_file
 
 if TYPE_CHECKING:
     from autoparallel.plan import Plan
@@ -26,10 +27,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Make the plan, write it where that is asked for, and print the answer in short."""
+    if options.output is not None:
+        check_folder(options.output)
     plan = planned(options)
     if options.output is not None:
-        from autoparallel.support.written_files import write_file
-
         write_file(options.output, plan.to_json().encode())
         progress(f"written to {options.output}; autoparallel show {options.output} prints it all")
     print(json.dumps(summary(plan), indent=1) if options.json else in_short(plan))
