@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autoparallel.plan import Plan
 
 __all__ = [
+    "STAGES",
     "add_model",
     "add_model_sizes",
     "add_request",
@@ -32,6 +33,7 @@ Weights = Literal["none", "buffers", "all"]
 # Names of the arguments that decide which model it is and what goes into it; those of them that
 # are numbers. A plan keeps them, so that its model can be built again.
 _OF_THE_MODEL = ("model", "batch", "sequence", "layers", "dtype")
+STAGES = ("microbatches", "schedule", "stages_per_rank")  # options of a pipeline
 _NUMBERS = ("batch", "sequence", "layers")
 
 
@@ -79,7 +81,11 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help='axes, outermost first, as "dp=8,tp=8", or "auto" for the best of several; by default '
         "one axis, and auto on several nodes",
     )
-    group.add_argument("--memory-limit", metavar="SIZE", help="that a rank may use, as 80GiB")
+    group.add_argument("--memory-limit", metavar="SIZE", help="that a rank may use, as 76GiB")
+    group = parser.add_argument_group("a pipeline, of --mesh pp=2,tp=4")
+    group.add_argument("--microbatches", type=positive, metavar="N", help="default: what suits")
+    group.add_argument("--schedule", help="1f1b (default), or gpipe")
+    group.add_argument("--stages-per-rank", type=positive, metavar="N", help="default: 1")
     group = parser.add_argument_group("what a plan may do")
     group.add_argument(
         "--optimizer",
@@ -149,7 +155,9 @@ def planned(options: argparse.Namespace, named: NamedModel | None = None) -> Pla
 
 def plan_options(options: argparse.Namespace, named: NamedModel) -> dict[str, Any]:
     """Return the keyword arguments of make_plan but for the model, its inputs and the ranks."""
+    given = ((name, getattr(options, name)) for name in STAGES)
     return {
+        **{name: value for name, value in given if value is not None},
         "hardware": options.hardware,
         "memory_limit": options.memory_limit,
         "optimizer": options.optimizer or ("mixed_adam" if _is_half(named) else "adam"),

@@ -51,6 +51,8 @@ def _run(options: argparse.Namespace) -> int:
 
         named = model_again(plan)
         plan = traced_plan(named.model, plan, example_inputs=named.inputs)
+    if options.formulas:
+        plan.refuse_stages("a closed form")  # before the report, which tells of all else
     for path in options.output:
         _write(plan, path)
         progress(f"written to {path}")

@@ -275,6 +275,28 @@ def test_mistakes_are_told_in_words(
     assert told.out == ""
 
 
+def test_stages_are_planned_shown_and_simulated(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipeline's plan is one for every command that its figures are told to."""
+    plan = ["plan", f"{module}:build", "--mesh", "pp=2,tp=2", "--hardware", "cpu"]
+    assert main([*plan, "--microbatches", "4", "--schedule", "gpipe", "-o", "plan.json"]) == 0
+    assert "2 stages, 4 micro-batches, gpipe" in capsys.readouterr().out
+    assert main([*plan, "--microbatches", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["mesh"], answer["pipeline"]["microbatches"]) == ({"pp": 2, "tp": 2}, 2)
+    assert main(["simulate", "plan.json"]) == 0
+    assert "the same, but for rounding" in capsys.readouterr().out
+    assert main(["compare", "plan.json", "--what-if", "microbatches=2,8"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[1:4]] == ["as", "2", "8"]
+    assert "no plan" not in "".join(rows)
+    assert main(["show", "plan.json", "--formulas"]) == 2
+    told = capsys.readouterr()
+    assert "plan with stages" in told.err
+    assert told.out == ""
+
+
 @pytest.mark.parametrize("option", ["--batch", "--sequence", "--layers", "--world-size", "--nodes"])
 @pytest.mark.parametrize("number", ["0", "-3", "two"])
 def test_what_counts_something_is_positive(
