@@ -19,7 +19,13 @@ from autoparallel.commands.export_command import EMIT, EXPORT
 from autoparallel.commands.plan_command import PLAN
 from autoparallel.commands.show_command import SHOW
 from autoparallel.commands.simulate_command import SIMULATE
-from autoparallel.errors import AutoParallelError
+from autoparallel.errors import (
+    AutoParallelError,
+    InputsNeededError,
+    MemoryLimitError,
+    PlanError,
+    WorldSizeError,
+)
 from autoparallel.train.train_command import add_train
 from autoparallel.train.trained_commands import add_trained_commands
 
@@ -30,6 +36,11 @@ _COMMANDS = (PLAN, SHOW, EXPLAIN, COMPARE, SIMULATE, EXPORT, EMIT, CALIBRATE, DO
 _STATUS = (
     "Exit status: 0 for done, 1 where the answer is no (no plan fits, the doctor has found "
     "something), 2 for arguments that are wrong."
+)
+
+# Here nobody can pass the argument that the library asks for.
+_INPUTS = (
+    "let the function return (model, example_inputs), or give the model a method example_inputs()"
 )
 
 
@@ -53,8 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except AutoParallelError as error:
+        if isinstance(error, InputsNeededError):
+            error = InputsNeededError(error.what, why=error.why, fix=_INPUTS)
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        # What was asked for is wrong, or it is right and the answer is no.
+        wrong = isinstance(error, PlanError | InputsNeededError | WorldSizeError)
+        return 2 if wrong and not isinstance(error, MemoryLimitError) else 1
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; nothing more is to be flushed on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

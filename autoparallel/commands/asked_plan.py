@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autoparallel.commands.bundled_models import BUNDLED
-from autoparallel.commands.command import progress
+from autoparallel.commands.command import positive, progress
 from autoparallel.commands.model_names import FORMS, NamedModel, named_model
 from autoparallel.errors import PlanError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autoparallel.plan import Plan
 
 __all__ = [
+    "STAGES",
     "add_model",
     "add_model_sizes",
     "add_request",
@@ -32,6 +33,7 @@ Weights = Literal["none", "buffers", "all"]
 # Names of the arguments that decide which model it is and what goes into it; those of them that
 # are numbers. A plan keeps them, so that its model can be built again.
 _OF_THE_MODEL = ("model", "batch", "sequence", "layers", "dtype")
+STAGES = ("microbatches", "schedule", "stages_per_rank")  # options of a pipeline
 _NUMBERS = ("batch", "sequence", "layers")
 
 
@@ -45,9 +47,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_model_sizes(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how large the model and its inputs are."""
     group = parser.add_argument_group("the model and its inputs")
-    group.add_argument("--batch", type=int, metavar="N", help="sequences in one step, by default 8")
-    group.add_argument("--sequence", type=int, metavar="N", help="tokens in each of them")
-    group.add_argument("--layers", type=int, metavar="N", help="fewer layers than the model has")
+    group.add_argument(
+        "--batch", type=positive, metavar="N", help="sequences in one step, by default 8"
+    )
+    group.add_argument("--sequence", type=positive, metavar="N", help="tokens in each of them")
+    group.add_argument(
+        "--layers", type=positive, metavar="N", help="fewer layers than the model has"
+    )
     group.add_argument(
         "--dtype", help="of parameters; by default bfloat16, and as it is for a function's model"
     )
@@ -57,8 +63,10 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what the model is planned for."""
     add_model_sizes(parser)
     group = parser.add_argument_group("the devices")
-    group.add_argument("--world-size", type=int, metavar="N", help="number of ranks")
-    group.add_argument("--nodes", type=int, metavar="N", help="full nodes of the hardware instead")
+    group.add_argument("--world-size", type=positive, metavar="N", help="number of ranks")
+    group.add_argument(
+        "--nodes", type=positive, metavar="N", help="full nodes of the hardware instead"
+    )
     group.add_argument(
         "--hardware",
         "--cluster",
@@ -73,7 +81,11 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help='axes, outermost first, as "dp=8,tp=8", or "auto" for the best of several; by default '
         "one axis, and auto on several nodes",
     )
-    group.add_argument("--memory-limit", metavar="SIZE", help="that a rank may use, as 80GiB")
+    group.add_argument("--memory-limit", metavar="SIZE", help="that a rank may use, as 76GiB")
+    group = parser.add_argument_group("a pipeline, of --mesh pp=2,tp=4")
+    group.add_argument("--microbatches", type=positive, metavar="N", help="default: what suits")
+    group.add_argument("--schedule", help="1f1b (default), or gpipe")
+    group.add_argument("--stages-per-rank", type=positive, metavar="N", help="default: 1")
     group = parser.add_argument_group("what a plan may do")
     group.add_argument(
         "--optimizer",
@@ -143,7 +155,9 @@ def planned(options: argparse.Namespace, named: NamedModel | None = None) -> Pla
 
 def plan_options(options: argparse.Namespace, named: NamedModel) -> dict[str, Any]:
     """Return the keyword arguments of make_plan but for the model, its inputs and the ranks."""
+    given = ((name, getattr(options, name)) for name in STAGES)
     return {
+        **{name: value for name, value in given if value is not None},
         "hardware": options.hardware,
         "memory_limit": options.memory_limit,
         "optimizer": options.optimizer or ("mixed_adam" if _is_half(named) else "adam"),
@@ -177,8 +191,6 @@ def _world_size(options: argparse.Namespace) -> int | None:
     from autoparallel.cost.hardware import find_hardware
 
     devices = find_hardware(options.hardware).devices_per_node
-    if options.nodes < 1:
-        raise PlanError(f"--nodes {options.nodes}", fix="give a positive whole number")
     if options.world_size not in (None, options.nodes * devices):
         raise PlanError(
             f"--nodes {options.nodes} beside --world-size {options.world_size}",
@@ -191,12 +203,21 @@ def _world_size(options: argparse.Namespace) -> int | None:
 
 def _mesh(options: argparse.Namespace, world_size: int | None) -> Mesh | str | None:
     """Return the mesh that is asked for: axes, "auto", or None for a single axis."""
+    if options.mesh not in (None, "auto"):
+        mesh = parse_mesh(options.mesh)
+        if world_size not in (None, mesh.world_size):
+            raise PlanError(
+                f"--mesh {options.mesh} beside {world_size} ranks",
+                why=f"the mesh has {mesh.world_size}",
+                fix="leave --world-size or --nodes out, or give a mesh of as many",
+            )
+        return mesh
+    if world_size is None:
+        raise PlanError(
+            "over how many ranks?", fix='give --world-size 8, --nodes 2, or --mesh "dp=2,tp=4"'
+        )
     if options.mesh == "auto":
         return "auto"
-    if options.mesh is not None:
-        return parse_mesh(options.mesh)
-    if world_size is None:
-        return None
     from autoparallel.cost.hardware import find_hardware
 
     # One axis over several nodes would send everything over the slow links.
@@ -222,7 +243,10 @@ def parse_mesh(text: str) -> Mesh:
     axes = [axis.partition("=") for axis in text.split(",")]
     if not all(size.strip().isdecimal() for _, _, size in axes):
         raise PlanError(f"{text!r} is no mesh", fix='give "dp=8,tp=8", or "auto"')
-    return Mesh(**{name.strip(): int(size) for name, _, size in axes})
+    names = [name.strip() for name, _, _ in axes]
+    if len(set(names)) < len(names):
+        raise PlanError(f"{text!r} names an axis twice", fix="give each axis a name of its own")
+    return Mesh(**{name: int(size) for name, (_, _, size) in zip(names, axes, strict=True)})
 
 
 def read_plan(path: str | Path) -> Plan:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoparallel.commands.command import Command, progress
+from autoparallel.support.written_files import check_folder
 
 if TYPE_CHECKING:
     from autoparallel.cost.fit import Fit
@@ -42,14 +43,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     """Measure this machine, write the file, and print what was measured, on rank 0 alone.
 
-    Return 2 for an output file that cannot be written, which is said before anything is measured.
+    Return 2 for a name of a file that says nothing of its kind, and raise PlanError for a file that
+    cannot be written, both before anything is measured.
     """
     if options.output.suffix != ".json":
         print("error: --output must end in .json, by which files are told", file=sys.stderr)
         return 2
-    if not options.output.absolute().parent.is_dir():
-        print(f"error: there is no folder {options.output.absolute().parent}", file=sys.stderr)
-        return 2
+    check_folder(options.output)
     if options.plot is not None and options.plot.suffix not in (".svg", ".png"):
         print("error: --plot must end in .svg or .png", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Command", "CommandParser", "progress"]
+__all__ = ["Command", "CommandParser", "positive", "progress"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,17 @@ class CommandParser(argparse.ArgumentParser):
         """Return the help, the examples first."""
         lines = "\n".join(f"  {example}" for example in self.examples)
         return (f"example:\n{lines}\n\n" if lines else "") + super().format_help()
+
+
+def positive(text: str) -> int:
+    """Return the number of an option that counts something, for argparse, which tells what is none.
+
+    >>> positive("8")
+    8
+    """
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number; give one, as 8")
+    return int(text)
 
 
 def progress(text: str) -> None:

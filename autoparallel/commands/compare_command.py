@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoparallel.commands.asked_plan import (
+    STAGES,
     add_request,
     asked_for,
     model_again,
@@ -21,6 +22,7 @@ from autoparallel.commands.asked_plan import (
 from autoparallel.commands.bundled_models import BUNDLED
 from autoparallel.commands.command import Command, progress
 from autoparallel.errors import AutoParallelError, PlanError
+from autoparallel.support.written_files import check_folder
 
 if TYPE_CHECKING:
     from autoparallel.commands.model_names import NamedModel
@@ -30,9 +32,12 @@ if TYPE_CHECKING:
 __all__ = ["COMPARE"]
 
 # What may be varied, and how its values are read.
-_VARIED = ("world_size", "nodes", "batch", "sequence", "layers", "memory_limit", "hardware", "mesh")
+_VARIED = ("world_size", "nodes", "batch", "sequence", "layers", "memory_limit", "hardware", "mesh",
+           "microbatches", "schedule", "stages_per_rank")  # fmt: skip
 _LINKS = ("network", "links")
-_NUMBERS = ("world_size", "nodes", "batch", "sequence", "layers")
+_NUMBERS = (
+    "world_size", "nodes", "batch", "sequence", "layers", "microbatches", "stages_per_rank",
+)  # fmt: skip
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +75,10 @@ def _run(options: argparse.Namespace) -> int:
             "what is it to be compared with?",
             fix="give a second plan, --with megatron, or --what-if world-size=8,16",
         )
+    if options.plot is not None:
+        if options.plot.suffix not in (".svg", ".png"):
+            raise PlanError(f"{options.plot} is no picture", fix="end in .svg or .png")
+        check_folder(options.plot)
     if options.what_if:
         return _what_if(options)
     if options.other == "megatron":
@@ -106,8 +115,11 @@ def _first(options: argparse.Namespace) -> tuple[NamedModel, argparse.Namespace]
             text = request[name]
             setattr(options, name, int(text) if name in _NUMBERS else text)
     if options.world_size is None and options.nodes is None and options.mesh is None:
-        options.mesh = ",".join(f"{name}={size}" for name, size in plan.mesh.axes)
+        options.mesh = ",".join(f"{name}={size}" for name, size in plan.whole_mesh.axes)
     given = plan.options
+    options.microbatches = options.microbatches or given.microbatches
+    options.schedule = options.schedule or given.schedule
+    options.stages_per_rank = options.stages_per_rank or given.stages_per_rank
     options.hardware = given.hardware if options.hardware == "auto" else options.hardware
     options.optimizer = options.optimizer or given.optimizer
     if options.memory_limit is None and given.memory_limit is not None:
@@ -126,9 +138,11 @@ def _with_megatron(options: argparse.Namespace) -> tuple[Plan, Plan]:
 
     named, options = _first(options)
     plan = planned(options, named)
+    plan.refuse_stages("a comparison")
     progress(f"following Megatron-LM's partition on {plan.mesh}")
     # Both are free to do the same but for where parameters lie.
     asked = plan_options(options, named)
+    asked = {name: value for name, value in asked.items() if name not in STAGES}
     asked |= {"data_parallel": plan.options.data_parallel, "recompute": plan.options.recompute}
     published = recipe(
         named.model,
@@ -199,6 +213,9 @@ def _variants(texts: list[str]) -> tuple[str, list[dict[str, str]]]:
                 f"--what-if {text!r} changes nothing that is known",
                 fix=f"give NAME=VALUE with one of {', '.join((*_VARIED, *_LINKS))}",
             )
+        wrong = [value for value in several if not value.isdecimal() or not int(value)]
+        if name in _NUMBERS and wrong:
+            raise PlanError(f"{name}={wrong[0]} is no positive whole number", fix=f"{name}=8")
         if len(several) == 1:
             fixed[name] = several[0]
         elif varied is not None:
@@ -216,8 +233,6 @@ def _change(options: argparse.Namespace, name: str, value: str) -> None:
     if name in _LINKS:
         options.hardware = _other_links(options.hardware, name, value)
         return
-    if name in _NUMBERS and not value.isdecimal():
-        raise PlanError(f"{name}={value} is no number", fix=f"give {name}=8")
     setattr(options, name, int(value) if name in _NUMBERS else value)
     # The number of ranks is said in one way only.
     if name in ("world_size", "nodes", "mesh"):
@@ -271,9 +286,9 @@ def _table(axis: str, base: Plan, rows: Iterable[tuple[str, Plan | None]]) -> li
         cells.append(
             (
                 label,
-                ", ".join(f"{name}={size}" for name, size in plan.mesh.axes),
+                ", ".join(f"{name}={size}" for name, size in plan.whole_mesh.axes),
                 seconds_text(step),
-                f"{rate:,.0f}",
+                f"{rate:,.0f}" if rate else "not told",
                 bytes_text(sum(nbytes for _, nbytes in plan.memory)),
                 f"{plan.split_flops:.0%}",
             )
@@ -289,8 +304,8 @@ def _step(plan: Plan) -> tuple[float, float]:
     """Return the seconds of a step, and its tokens per second."""
     from autoparallel.analysis.timeline import timeline
 
-    if plan.breaks:
-        return plan.seconds, 0.0
+    if plan.breaks or plan.pipeline is not None:
+        return plan.step, 0.0
     step = timeline(plan)
     return step.seconds, step.tokens_per_second
 

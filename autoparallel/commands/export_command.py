@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from autoparallel.commands.asked_plan import model_again, read_plan
 from autoparallel.commands.command import Command, progress
-from autoparallel.errors import PlanError
+from autoparallel.support.written_files import check_folder, write_file
 
 if TYPE_CHECKING:
     from autoparallel.exports.export_text import Export
@@ -47,15 +47,14 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Print the export or write it; what it does not have of the plan is told on stderr."""
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        raise PlanError(f"there is no folder {options.output.absolute().parent}", fix="make it")
+    if options.output is not None:
+        check_folder(options.output)
     plan = read_plan(options.plan)
     named = model_again(plan)
     progress("tracing it")
     from autoparallel.api import traced_plan
     from autoparallel.exports.emitted_script import emitted_script
     from autoparallel.exports.targets import export
-    from autoparallel.support.written_files import write_file
 
     plan = traced_plan(named.model, plan, example_inputs=named.inputs)
     result: Export

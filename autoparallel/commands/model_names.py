@@ -6,10 +6,12 @@ configuration, or "my_module:build" for a function of the user's.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import pkgutil
 import sys
+import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autoparallel.commands.bundled_models import BUNDLED, BundledModel
 from autoparallel.commands.empty_parameters import buffers_alone
-from autoparallel.errors import PlanError
+from autoparallel.errors import AutoParallelError, PlanError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -255,17 +257,26 @@ def _of_function(asked: _Asked) -> _Built:
     try:
         build = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
+        if _theirs(error):
+            raise _failed(name, error) from error
         raise PlanError(
             f"{name} is no function: {error}",
             why="the part before the colon is a module that Python finds, the one behind it a name "
             "in that module",
             fix="run the command in the folder of my_module.py, or set PYTHONPATH",
         ) from None
-    built = build() if callable(build) and not isinstance(build, nn.Module) else build
+    except Exception as error:
+        raise _failed(name, error) from error
+    try:
+        built = build() if callable(build) and not isinstance(build, nn.Module) else build
+    except AutoParallelError:
+        raise
+    except Exception as error:
+        raise _failed(name, error) from error
     model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise PlanError(
-            f"{name} gives a {type(model).__name__}, and no model",
+            f"{name} gives no model, but an object of type {type(model).__name__}",
             fix="let it return a torch.nn.Module, or (module, example_inputs)",
         )
     wanted = {"batch": asked.batch, "sequence": asked.sequence}
@@ -282,3 +293,29 @@ def _of_function(asked: _Asked) -> _Built:
         inputs = offers(**wanted)
     _cast(model, asked.dtype)
     return model, inputs, asked.batch or 0, asked.sequence or 0
+
+
+def _failed(name: str, error: Exception) -> PlanError:
+    """Return the error for a function of the user's that has raised one, or whose module has."""
+    return PlanError(
+        f"{name} failed: {type(error).__name__}: {error}",
+        where=_theirs(error),
+        why="the model is what this function returns when it is called without arguments",
+        fix="call it in Python, and mend what it says",
+    )
+
+
+def _theirs(error: Exception) -> str:
+    """Return the line of the user's code in which an error came up, or in whose call it did; "" for
+    an error of the look-up itself.
+    """
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    ours = str(Path(__file__).parent)
+    lines = [
+        f"{frame.filename}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((ours, "<frozen"))
+        and frame.filename not in (pkgutil.__file__, importlib.__file__)
+    ]
+    return lines[-1] if lines else ""

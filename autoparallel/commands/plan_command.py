@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoparallel.commands.asked_plan import add_model, add_request, planned
 from autoparallel.commands.command import Command, progress
+from autoparallel.support.written_files import check_folder, write_file
 
 if TYPE_CHECKING:
     from autoparallel.plan import Plan
@@ -26,10 +28,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Make the plan, write it where that is asked for, and print the answer in short."""
+    if options.output is not None:
+        check_folder(options.output)
     plan = planned(options)
     if options.output is not None:
-        from autoparallel.support.written_files import write_file
-
         write_file(options.output, plan.to_json().encode())
         progress(f"written to {options.output}; autoparallel show {options.output} prints it all")
     print(json.dumps(summary(plan), indent=1) if options.json else in_short(plan))
@@ -46,10 +48,11 @@ def summary(plan: Plan) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "model": plan.model,
         "request": dict(plan.request),
-        "mesh": dict(plan.mesh.axes),
+        "mesh": dict(plan.whole_mesh.axes),
         "world_size": plan.world_size,
         "hardware": plan.hardware,
         "seconds": plan.seconds,
+        "step_seconds": plan.step,
         "cost": plan.cost,
         "lower_bound": plan.lower_bound,
         "method": plan.method,
@@ -59,9 +62,10 @@ def summary(plan: Plan) -> dict[str, Any]:
         "memory_nbytes": sum(nbytes for _, nbytes in plan.memory),
         "collectives": [list(row) for row in plan.collectives or ()],
         "recompute": dict(plan.recompute),
+        "pipeline": None if plan.pipeline is None else asdict(plan.pipeline),
         "python": [str(stays) for stays in plan.breaks],
     }
-    if plan.is_traced and not plan.breaks:
+    if plan.is_traced and not plan.breaks and plan.pipeline is None:
         step = timeline(plan)
         answer["step"] = {
             "seconds": step.seconds,
@@ -81,7 +85,7 @@ def in_short(plan: Plan) -> str:
     from autoparallel.analysis.timeline import timeline
 
     text = str(plan)
-    if plan.is_traced and not plan.breaks:
+    if plan.is_traced and not plan.breaks and plan.pipeline is None:
         lines = str(timeline(plan)).splitlines()
         text += "\n\n" + "\n".join(lines)
     return text
@@ -91,7 +95,7 @@ PLAN = Command(
     "plan",
     "find the cheapest way to split a model over devices",
     (
-        "autoparallel plan gpt3-175b --cluster dgx-a100 --nodes 8 --memory-limit 80GiB",
+        "autoparallel plan gpt3-175b --cluster dgx-a100 --nodes 8 --memory-limit 76GiB",
         "autoparallel plan my_module:build --world-size 8 -o plan.json",
         "autoparallel plan hf:path/to/config.json --world-size 4 --hardware dgx-h100",
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 from autoparallel.commands.asked_plan import model_again, read_plan
 from autoparallel.commands.command import Command, progress
 from autoparallel.errors import PlanError
+from autoparallel.support.written_files import check_folder, write_file
 
 __all__ = ["SHOW"]
 
@@ -42,6 +43,7 @@ def _run(options: argparse.Namespace) -> int:
             raise PlanError(
                 f"{path} has no ending that is known", fix=f"end in one of {', '.join(endings)}"
             )
+        check_folder(path)
     plan = read_plan(options.plan)
     # Reports are printed from the plan alone; pictures, steps and formulas need its graph.
     if options.formulas or any(path.suffix != ".txt" for path in options.output):
@@ -49,6 +51,8 @@ def _run(options: argparse.Namespace) -> int:
 
         named = model_again(plan)
         plan = traced_plan(named.model, plan, example_inputs=named.inputs)
+    if options.formulas:
+        plan.refuse_stages("a closed form")  # before the report, which tells of all else
     for path in options.output:
         _write(plan, path)
         progress(f"written to {path}")
@@ -70,7 +74,6 @@ def _write(plan: object, path: Path) -> None:
     """Write a file of the kind that its name says."""
     from autoparallel.analysis.timeline import timeline
     from autoparallel.plan import Plan
-    from autoparallel.support.written_files import write_file
     from autoparallel.view.dot import write_svg
     from autoparallel.view.report import plan_text
     from autoparallel.view.trace import write_trace

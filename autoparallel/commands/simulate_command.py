@@ -65,10 +65,13 @@ def _run(options: argparse.Namespace) -> int:
     if plan is None:
         plan = planned(options, _with_inputs(named, inputs))
     else:
-        progress(f"planning it for {plan.mesh} as it computes here")
+        progress(f"planning it for {plan.whole_mesh} as it computes here")
         plan = make_plan(
             model,
-            mesh=plan.mesh,
+            mesh=plan.whole_mesh,
+            microbatches=None if plan.pipeline is None else plan.pipeline.microbatches,
+            schedule=plan.options.schedule,
+            stages_per_rank=plan.options.stages_per_rank,
             example_inputs=inputs,
             hardware=plan.options.hardware,
             sequence_parallel=plan.options.sequence_parallel,

@@ -71,7 +71,7 @@ class Comparison:
             ("model", *(plan.model for plan in both)),
             ("mesh", *(str(plan.mesh) for plan in both)),
             ("hardware", *(plan.hardware for plan in both)),
-            ("step, predicted", *(seconds_text(plan.seconds) for plan in both)),
+            ("step, predicted", *(seconds_text(plan.step) for plan in both)),
             ("memory", *(bytes_text(sum(n for _, n in plan.memory)) for plan in both)),
             ("products split", *(f"{plan.split_flops:.1%}" for plan in both)),
             ("matrices split", *(f"{plan.split_parameter_bytes:.1%}" for plan in both)),

@@ -130,6 +130,13 @@ def _evaluate(trained: Trained, options: argparse.Namespace) -> str:
         word_perplexity,
     )
 
+    counts = [options.stride, options.held_out, options.masked]
+    if any(count is not None and count < 1 for count in counts):
+        raise TrainingError(
+            "a number of batches or a stride below 1",
+            why="nothing would be measured",
+            fix="give positive whole numbers to --held-out, --masked and --stride",
+        )
     scorer = Scorer(
         trained.module, trained.config.data.sequence, trained.shifts, device=trained.device
     )
@@ -159,7 +166,17 @@ def _evaluate(trained: Trained, options: argparse.Namespace) -> str:
 
 def _export(trained: Trained, options: argparse.Namespace) -> str:
     """Write the weights and the tokenizer; return where they are."""
+    from autoparallel.train.config import TrainingError
     from autoparallel.train.weights import export_weights
 
-    export_weights(trained.module, options.output, {"tokenizer.json": trained.tokenizer.to_str()})
+    try:
+        export_weights(
+            trained.module, options.output, {"tokenizer.json": trained.tokenizer.to_str()}
+        )
+    except OSError as error:
+        raise TrainingError(
+            f"the weights cannot be written to {options.output}",
+            why=str(error),
+            fix="name a folder that can be made and written to",
+        ) from error
     return f"written to {options.output}"

@@ -128,7 +128,7 @@ def test_configurations_of_hugging_face(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "LlamaForCausalLM"
     path.write_text(json.dumps(sizes))
-    assert main(command) == 1
+    assert main(command) == 2
     assert "does not say which class" in capsys.readouterr().err
 
 
@@ -250,18 +250,114 @@ def test_plans_are_compared(plan_file: Path, capsys: pytest.CaptureFixture[str])
         (["show", "nowhere.json", "-o", "plan.docx"], "no ending that is known"),
         (["compare", "gpt2"], "what is it to be compared with"),
         (["compare", "gpt2", "--what-if", "weather=good"], "changes nothing that is known"),
+        (["compare", "gpt2", "--what-if", "world-size=4,0"], "no positive whole number"),
+        (["compare", "gpt2", "--with", "megatron", "--plot", "two.pdf"], "no picture"),
         (["explain", "nowhere.json", "--why-not", "fc1"], "names no choice"),
+        (["plan", "gpt2", "--mesh", "tp=2,tp=4", *SMALL], "names an axis twice"),
+        (["plan", "gpt2", "--mesh", "tp=2", "--world-size", "4", *SMALL], "the mesh has 2"),
+        (["plan", "gpt2", "--mesh", "auto", *SMALL], "over how many ranks?"),
+        # Before anything is read or planned.
+        (["plan", "nowhere", "-o", "nowhere/plan.json"], "there is no folder"),
+        (["show", "nowhere.json", "-o", "nowhere/plan.svg"], "there is no folder"),
+        (["compare", "nowhere", "--with", "megatron", "--plot", "nowhere/a.svg"], "is no folder"),
+        (["emit", "nowhere.json", "-o", "nowhere/plan.py"], "there is no folder"),
+        (["calibrate", "--output", "nowhere/my.json"], "there is no folder"),
     ],
 )
 def test_mistakes_are_told_in_words(
     command: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On stderr, with status 1, and with nothing on stdout."""
-    assert main(command) == 1
+    """On stderr, with status 2, and with nothing on stdout."""
+    assert main(command) == 2
     told = capsys.readouterr()
     assert message in told.err
     assert told.err.splitlines()[-1].strip()
     assert told.out == ""
+
+
+def test_stages_are_planned_shown_and_simulated(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipeline's plan is one for every command that its figures are told to."""
+    plan = ["plan", f"{module}:build", "--mesh", "pp=2,tp=2", "--hardware", "cpu"]
+    assert main([*plan, "--microbatches", "4", "--schedule", "gpipe", "-o", "plan.json"]) == 0
+    assert "2 stages, 4 micro-batches, gpipe" in capsys.readouterr().out
+    assert main([*plan, "--microbatches", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["mesh"], answer["pipeline"]["microbatches"]) == ({"pp": 2, "tp": 2}, 2)
+    assert main(["simulate", "plan.json"]) == 0
+    assert "the same, but for rounding" in capsys.readouterr().out
+    assert main(["compare", "plan.json", "--what-if", "microbatches=2,8"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[1:4]] == ["as", "2", "8"]
+    assert "no plan" not in "".join(rows)
+    assert main(["show", "plan.json", "--formulas"]) == 2
+    told = capsys.readouterr()
+    assert "plan with stages" in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize("option", ["--batch", "--sequence", "--layers", "--world-size", "--nodes"])
+@pytest.mark.parametrize("number", ["0", "-3", "two"])
+def test_what_counts_something_is_positive(
+    option: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Zero layers are not taken for those of the whole model, nor is a negative batch."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "gpt2", option, number])
+    assert ended.value.code == 2
+    assert f"{option}: '{number}' is no positive whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "messages"),
+    [
+        ("def build():\n    raise RuntimeError('no disk')", ("RuntimeError: no disk", ".py:2")),
+        ("def build(size):\n    pass", ("failed: TypeError", "without arguments")),
+        ("import nowhere_at_all", ("No module named 'nowhere_at_all'", ".py:1")),
+        ("x = {}['key']", ("failed: KeyError", ".py:1")),
+        ("def build(:", ("failed: SyntaxError", ".py:1")),
+        ("def build():\n    return 3", ("gives no model", "type int")),
+        (
+            "import torch\ndef build():\n    return torch.nn.ReLU()",
+            ("no example inputs", "let the function return (model, example_inputs)"),
+        ),
+    ],
+)
+def test_what_the_users_function_does_wrong_is_told(
+    body: str,
+    messages: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one message, with the line of the user's."""
+    name = f"wrong_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["plan", f"{name}:build", "--world-size", "2"]) == 2
+    told = capsys.readouterr().err
+    assert all(message in told for message in messages), told
+
+
+def test_the_status_tells_a_no_from_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that does not fit was asked for well, and the answer is no."""
+    assert main(["plan", "gpt2", "--world-size", "2", *SMALL, "--memory-limit", "1MiB"]) == 1
+    assert "does not fit" in capsys.readouterr().err
+
+
+def test_a_comparison_tells_the_step_that_the_plan_told(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step in which parts overlap, and not the sum of its parts."""
+    from autoparallel.support.units import seconds_text
+
+    plan = Plan.from_json(plan_file.read_text())
+    assert main(["compare", str(plan_file), str(plan_file)]) == 0
+    row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("step, predicted"))
+    assert row.split("  ")[1].strip() == seconds_text(plan.step)
+    assert seconds_text(plan.step) != seconds_text(plan.seconds)
 
 
 def test_a_plan_of_python_says_how_to_ask(tmp_path: Path) -> None:
@@ -272,7 +368,7 @@ def test_a_plan_of_python_says_how_to_ask(tmp_path: Path) -> None:
 
     plan = autoparallel.make_plan(torch.nn.Linear(8, 8), 2, example_inputs=torch.ones(4, 8))
     (tmp_path / "plan.json").write_text(plan.to_json())
-    assert main(["explain", str(tmp_path / "plan.json"), "weight"]) == 1
+    assert main(["explain", str(tmp_path / "plan.json"), "weight"]) == 2
 
 
 def test_the_shell_completes_words(tmp_path: Path) -> None:

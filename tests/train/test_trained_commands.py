@@ -72,6 +72,8 @@ def test_weights_begin_another_run(trained, capsys, tmp_path):
         (["evaluate", "{}", "--cloze", "{}/absent"], "no passages"),
         (["generate", "{}", "--temperature", "-1"], "temperature 0 is greedy"),
         (["generate", "{}", "--mesh", "tp=2"], "on 1 ranks"),
+        (["evaluate", "{}", "--held-out", "-2"], "nothing would be measured"),
+        (["export-weights", "{}", "--output", "{}/config.toml/weights"], "cannot be written"),
     ],
 )
 def test_what_cannot_be_asked_is_told(trained, capsys, arguments, words):
