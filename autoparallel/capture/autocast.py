@@ -66,7 +66,8 @@ def casts_of(
     Torch's lists of ops that autocast concerns are no public data, so the call is tried: it runs
     under autocast, where the casts are seen, and again without, on operands that were cast before.
     All that runs must be the same, op by op, and so must the types of the results. Returns None
-    where no set of casts passes.
+    where no set of casts passes. Raises RuntimeError where the call cannot be tried, as in torch
+    2.11 a product of symbolic sizes inside of an autograd Function.
 
     Example: under autocast to bfloat16, `aten.mm.default` of two float32 operands gives
     {0: torch.bfloat16, 1: torch.bfloat16}.

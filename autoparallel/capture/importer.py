@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -359,7 +360,8 @@ class Importer:
             leaf.device.type for leaf in tree_leaves(examples) if isinstance(leaf, torch.Tensor)
         }
         if devices <= {device}:
-            casts = casts_of(node.target, *examples, device, dtype)
+            with suppress(RuntimeError):
+                casts = casts_of(node.target, *examples, device, dtype)
         if casts is None:
             on = ", ".join(sorted(devices))
             raise CaptureError(
@@ -367,7 +369,7 @@ class Importer:
                 where=self.builder.origins.where(node),
                 why=f"the region is for {device}, and the model is on {on}"
                 if devices != {device}
-                else "casts of its operands do not explain it",
+                else "casts of its operands do not explain it, or it cannot be tried",
                 fix="cast explicitly, or run the whole model in the lower precision",
             )
         position = -1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
+from releases import applied_by_keyword, tried_under_autocast
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -240,7 +241,10 @@ def functions_of(plan: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("kind", CARRIED)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=applied_by_keyword if kind == "keyword" else ()) for kind in CARRIED],
+)
 def test_its_own_backward_runs(kind: str, world_size: int) -> None:
     model, x = layers(CARRIED[kind])
     plan = planned(model, world_size, x)
@@ -464,6 +468,7 @@ def test_the_same_function_has_the_same_name() -> None:
     assert names[0] == names[1]
 
 
+@tried_under_autocast
 def test_under_autocast() -> None:
     """A Function's own products run in the lower precision, as in the model."""
 

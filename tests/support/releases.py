@@ -6,7 +6,13 @@ import pytest
 
 from autoparallel.support.torch_versions import ATTENTION_NEEDS_HEADS, RELEASE
 
-__all__ = ["attention_without_heads", "float_indices_are_refused", "lstm_states"]
+__all__ = [
+    "applied_by_keyword",
+    "attention_without_heads",
+    "float_indices_are_refused",
+    "lstm_states",
+    "tried_under_autocast",
+]
 
 attention_without_heads = pytest.mark.skipif(
     ATTENTION_NEEDS_HEADS, reason="fused attention of this torch cannot run without heads"
@@ -16,4 +22,10 @@ lstm_states = pytest.mark.skipif(
 )
 float_indices_are_refused = pytest.mark.skipif(
     RELEASE < (2, 13), reason="embedding of this torch takes indices of floats for a trace"
+)
+applied_by_keyword = pytest.mark.skipif(
+    RELEASE < (2, 13), reason="Function.apply of this torch takes no keywords"
+)
+tried_under_autocast = pytest.mark.skipif(
+    RELEASE < (2, 13), reason="this torch cannot try products of symbolic sizes under autocast"
 )
