@@ -38,7 +38,7 @@ _BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What is asked of a model besides its name: see `named_model`."""
+    """A request for a named model: the sizes that are asked of it, see `named_model`."""
 
     name: str
     batch: int | None

@@ -1,4 +1,4 @@
-"""What an export is: a text for another program, and a list of what that program cannot express."""
+"""An export: a text for another program, and a list of what that program cannot express."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ _MOST_SIZES = 16
 
 @dataclass
 class _Call:
-    """What one call computes with.
+    """A call's own values: it computes with these, also when its step runs again.
 
     inputs: of the model. device: where it computes. symbols: values of the inputs' sizes. known:
     what each stage needs of the inputs alone. source, step: of the random numbers; the step is None
@@ -78,7 +78,7 @@ def _versions(call: _Call) -> tuple[int, ...]:
 
 
 class _Wanted(threading.local):
-    """What the calls of this thread want of a step: the loss alone, or all outputs."""
+    """A setting of each thread: whether its calls want the loss of a step alone, or all outputs."""
 
     loss_alone = False
 

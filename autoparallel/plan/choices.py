@@ -128,7 +128,7 @@ class PlannedInput:
     name: of its node in the graph. path: the caller's name of it ("input_ids"). dims: its sizes as
     the shapes of conversions write them ("s95", "768"). given: its sizes in the example inputs.
     planned: its sizes in what was planned for. is_integer: whether its elements are whole numbers,
-    as tokens are.
+    as tokens are. Raises ValueError for another number of sizes than of dims.
     """
 
     name: str
@@ -137,6 +137,13 @@ class PlannedInput:
     given: tuple[int, ...]
     planned: tuple[int, ...]
     is_integer: bool = False
+
+    def __post_init__(self) -> None:
+        if not len(self.dims) == len(self.given) == len(self.planned):
+            raise ValueError(
+                f"input {self.name} has {len(self.dims)} dims, sizes {self.given} in the example "
+                f"inputs, and sizes {self.planned} planned for"
+            )
 
 
 @dataclass(frozen=True, slots=True)

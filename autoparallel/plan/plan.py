@@ -180,7 +180,7 @@ class Plan:
 
     @property
     def step_proof(self) -> str:
-        """How near the step is to the least of any plan, in words; "" where that is not known."""
+        """The words for how near the step is to the least of any plan; "" where that is unknown."""
         if not self.step_bound:
             return ""
         above = self.step_seconds / self.step_bound - 1

@@ -1,4 +1,4 @@
-"""What each op could have done instead, and what that would have cost, all else as planned."""
+"""The alternatives of each op: other strategies, and their extra cost with all else as planned."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from torch import nn
 import autoparallel
 from autoparallel.analysis import training_step as step_module
 from autoparallel.analysis.communication import collective_totals
+from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Break, Plan
 from autoparallel.plan import choices as choices_module
@@ -145,3 +146,11 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
     fits = autoparallel.make_plan(layer, 64, example_inputs=inputs, hardware="dgx-a100")
     assert fits.excess_nbytes == 0
     assert "DOES NOT FIT" not in plan_text(fits)
+
+
+@pytest.mark.parametrize("sizes", ["given", "planned", "dims"])
+def test_a_text_with_other_sizes_than_dims_is_refused(plan: Plan, sizes: str) -> None:
+    rows = json.loads(plan.to_json())
+    rows["inputs"][0][sizes] = rows["inputs"][0][sizes][1:]
+    with pytest.raises(PlanError, match="sizes"):
+        Plan.from_json(json.dumps(rows))
