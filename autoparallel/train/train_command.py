@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ __all__ = ["add_train", "leave", "tell", "train_command"]
 
 ABOUT = "train a model as a configuration says, on one process or on all that torchrun started"
 _FLAGS = ("--help", "-h", "--dry-run", "--prepare", "--json")
+# Seconds that the other ranks give rank 0 to tell an error, which all of them have.
+_TELLING = 30.0
 
 
 def add_train(commands: argparse._SubParsersAction[Any]) -> None:
@@ -87,11 +91,18 @@ def _asked_ranks(flags: set[str]) -> int | None:
 
 
 def tell(error: BaseException, status: int, *, everywhere: bool = False) -> int:
-    """Print an error on rank 0, or on all ranks, and return the exit status."""
+    """Print an error on rank 0, or on all ranks, and return the exit status.
+
+    torchrun ends all processes as soon as one has failed. So the other ranks wait to be ended by it
+    once rank 0 has told the error; if they had gone first, rank 0 might not have come to it. A rank
+    that nobody ends has an error of its own, and tells it.
+    """
     rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or everywhere:
-        whose = f"rank {rank}: " if rank else ""
-        print(f"{whose}error: {error}", file=sys.stderr, flush=True)
+    if rank and not everywhere:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_TELLING)
+    whose = f"rank {rank}: " if rank else ""
+    print(f"{whose}error: {error}", file=sys.stderr, flush=True)
     return status
 
 

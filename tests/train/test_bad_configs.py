@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from training_runs import write_text
 
+from autoparallel.errors import AutoParallelError
+from autoparallel.train import train_command as train_commands
 from autoparallel.train.train_command import train_command
 
 
@@ -107,3 +109,11 @@ def test_all_ranks_end_and_rank_0_tells(text):
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode != 0
     assert ended.stderr.count("error: there is no key trainig") == 1
+
+
+def test_a_rank_that_nobody_ends_tells(monkeypatch, capsys):
+    """An error that rank 0 does not have must not end a process without a word."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train_commands, "_TELLING", 0.0)
+    assert train_commands.tell(AutoParallelError("a file is not here", fix="copy it"), 2) == 2
+    assert capsys.readouterr().err.startswith("rank 1: error: a file is not here")
