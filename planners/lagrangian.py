@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,7 @@ def solve(
     prover: Solver | None = None,
     most_solves: int = MOST_SOLVES,
     enough: float = ENOUGH,
+    known: list[Solution] | None = None,
 ) -> Solution:
     """Return the best assignment that was found within the limit, and a proven lower bound.
 
@@ -66,7 +67,8 @@ def solve(
     solver: of plain problems; by default the exact one, or conditioning where that is too wide.
     prover: where the solver's bounds are rough, a slower one that proves better ones; asked once
     for a multiplier. most_solves: of plain problems, about; a fifth of them to find a multiplier.
-    enough: the search ends at this gap, as a share of the cost. Deterministic,
+    enough: the search ends at this gap, as a share of the cost. known: solutions of the same
+    problem within other limits, to begin with; those that are found are added. Deterministic,
     but for an interrupt (Ctrl-C): that returns the best so far, if there is one with a bound.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
@@ -80,7 +82,15 @@ def solve(
     >>> round(solution.cost, 6), solution.usage
     (4.6, 16.0)
     """
-    return _Search(problem, solver or ExactOrConditioned(), prover, enough, most_solves).run()
+    search = _Search(problem, solver or ExactOrConditioned(), prover, enough, most_solves)
+    for solution in known or ():
+        # Bounds are of the limit that they were found within.
+        search.consider(replace(solution, lower_bound=-math.inf))
+    try:
+        return search.run()
+    finally:
+        if known is not None:
+            known[:] = search.solutions
 
 
 @dataclass

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from autoparallel.analysis.abstract_execution import Seen
 from autoparallel.analysis.memory import Account, memory_of
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import MemoryLimitError, PlanError
@@ -14,6 +15,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
+from autoparallel.planning.least_bytes import LeastBytes
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.planning.step_search import StepSearch, Timed
@@ -70,6 +72,8 @@ def plan_within(
     Raises MemoryLimitError where nothing fits, and PlanError where the pins rule out all plans.
     """
     options = network.options
+    # All modes and limits run the same calls on the same parts.
+    seen: Seen = {}
     # A mode that the user has asked for by name is not given up.
     fewer = {"auto": ("selective", "none")}
     closest: _Candidate | None = None
@@ -80,7 +84,7 @@ def plan_within(
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured.aliases)
             solve = NetworkSolver(network)
-        nearest, mode_bound = _closest(captured, model, network, solve, pins)
+        nearest, mode_bound = _closest(captured, model, network, solve, pins, seen)
         if mode == options.recompute and mode_bound == math.inf:
             # The other modes are restrictions of this one: they cannot fit either.
             raise _does_not_fit(captured, network, nearest)
@@ -89,7 +93,7 @@ def plan_within(
             bound = mode_bound
         if nearest.account.total <= _allowed(network):
             plan = replace(nearest.plan, options=options, lower_bound=min(bound, nearest.plan.cost))
-            return _shortest(captured, model, network, plan, pins)
+            return _shortest(captured, model, network, plan, pins, seen)
         if closest is None or nearest.account.total < closest.account.total:
             closest = replace(nearest, plan=replace(nearest.plan, options=options))
     assert closest is not None
@@ -102,6 +106,7 @@ def _closest(
     network: CostNetwork,
     solve: NetworkSolver,
     pins: Mapping[str, Layout],
+    seen: Seen,
 ) -> tuple[_Candidate, float]:
     """Return a plan that fits or, where no attempt gives one, the plan that takes least.
 
@@ -132,7 +137,7 @@ def _closest(
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
             ) from error
-        candidate = _Candidate(*_read(captured, model, network, solution), solution.usage)
+        candidate = _Candidate(*_read(captured, model, network, solution, seen), solution.usage)
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - _allowed(network)
@@ -145,7 +150,12 @@ def _closest(
 
 
 def _shortest(
-    captured: Captured, model: str, network: CostNetwork, plan: Plan, pins: Mapping[str, Layout]
+    captured: Captured,
+    model: str,
+    network: CostNetwork,
+    plan: Plan,
+    pins: Mapping[str, Layout],
+    seen: Seen,
 ) -> Plan:
     """Return the plan, or one of a shorter step that fits among those without a limit.
 
@@ -166,17 +176,27 @@ def _shortest(
 
     def fits(timed: Timed) -> bool:
         """Say whether a plan without a limit is within it."""
-        account = memory_of(timed.plan, graph=free.graph)
+        account = memory_of(timed.plan, graph=free.graph, seen=seen)
         return account.total <= _allowed(network)
 
     step, waits = step_and_waits(plan, network.hardware)
     limited = Timed("", plan, Solution({}, plan.cost, plan.lower_bound, plan.method), step, waits)
     found, _ = StepSearch(
-        captured, model, free, solve, problem, best, accepts=fits, rival=limited
+        captured,
+        model,
+        free,
+        solve,
+        problem,
+        best,
+        accepts=fits,
+        rival=limited,
+        least_bytes=LeastBytes(free, network),
+        most_bytes=_allowed(network),
     ).run()
     if found.memory:
         return found
-    return replace(found, options=plan.options, memory=memory_of(found, graph=free.graph).rows)
+    memory = memory_of(found, graph=free.graph, seen=seen).rows
+    return replace(found, options=plan.options, memory=memory)
 
 
 def _least(problem: Problem, solve: NetworkSolver) -> Solution:
@@ -203,11 +223,11 @@ def _better(problem: Problem, solution: Solution, start: Mapping[str, int] | Non
 
 
 def _read(
-    captured: Captured, model: str, network: CostNetwork, solution: Solution
+    captured: Captured, model: str, network: CostNetwork, solution: Solution, seen: Seen
 ) -> tuple[Plan, Account]:
     """Return the plan of a solution, and all of its memory on the rank that needs most."""
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
-    account = memory_of(plan, graph=network.graph)
+    account = memory_of(plan, graph=network.graph, seen=seen)
     return replace(plan, memory=account.rows), account
 
 

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from autoparallel.analysis.timeline import MOVED, PIECES, REDUCED, step_and_waits
 from autoparallel.graph.captured import Captured
 from autoparallel.plan import Plan
+from autoparallel.planning.least_bytes import LeastBytes
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.cost_network import CostNetwork
-from autoparallel.strategy.layout_families import Family, families, states_of_family
+from autoparallel.strategy.layout_families import Family, LayoutFamilies
 from autoparallel.strategy.step_parts import Kind, Means, StepParts, least_step
 from planners import InfeasibleError, Problem, Solution, TooWideError, exact
 
@@ -82,8 +83,10 @@ class StepSearch:
     """The search on one network, whose plain sum is solved.
 
     captured, model, beat: as of `search`. problem, solution: the sum and its optimum. accepts:
-    whether a plan may be returned. rival: a plan to begin with, if the optimum may not be. best:
-    the shortest step so far. bound: no plan has a shorter one.
+    whether a plan may be returned. rival: a plan to begin with, if the optimum may not be.
+    least_bytes, most_bytes: the least that plans take on a rank, and the most that they may, for
+    which plans are ruled out before they are timed. best: the shortest step so far. bound: no plan
+    has a shorter one.
     looked_at: how many plans were compared. bounds: on the steps of families.
     too_wide: families that could not be solved. is_slow: whether a solution takes long. first: the
     number of the weights that bound all steps best.
@@ -100,6 +103,8 @@ class StepSearch:
         accepts: Callable[[Timed], bool] = lambda timed: True,
         beat: float = np.inf,
         rival: Timed | None = None,
+        least_bytes: LeastBytes | None = None,
+        most_bytes: float = np.inf,
     ) -> None:
         self.captured, self.model, self.network = captured, model, network
         self.solve, self.problem, self.sum = solve, problem, solution
@@ -111,9 +116,10 @@ class StepSearch:
         self._estimate: tuple[Timed, Problem] | None = None
         self.is_slow = solve.is_wide or solve.many
         self.seen: list[Mapping[str, int]] = [solution.assignment]
-        timed = self.timed("", solution)
-        is_better = rival is None or (timed.step < rival.step and accepts(timed))
-        self.best = timed if rival is None or is_better else rival
+        self.least_bytes, self.most_bytes = least_bytes, most_bytes
+        self.best = rival if rival is not None else self.timed("", solution)
+        if rival is not None and self.may_fit(solution.assignment):
+            self.replace_best(self.timed("", solution))
         self.bound = 0.0
 
     def run(self) -> tuple[Plan, Solution]:
@@ -122,6 +128,7 @@ class StepSearch:
         """
         if self.network.options.overlap and self.network.world_size > 1:
             self.parts = StepParts(self.network)
+            self.families = LayoutFamilies(self.network)
             self.prove()
             if not self.is_proven:
                 self.reply_to_waits()
@@ -167,10 +174,19 @@ class StepSearch:
         self.seen.append(assignment)
         if least_step(self.parts.seconds(assignment)) >= self.enough:
             return
+        if not self.may_fit(assignment):
+            return
         solution = Solution.of(self.problem, assignment, self.sum.method, self.sum.lower_bound)
-        timed = self.timed(name, solution)
+        self.replace_best(self.timed(name, solution))
+
+    def replace_best(self, timed: Timed) -> None:
+        """Take a plan for the best, if its step is shorter and it may be returned."""
         if timed.step < self.best.step * (1 - _EQUAL) and self.accepts(timed):
             self.best = timed
+
+    def may_fit(self, assignment: Mapping[str, int]) -> bool:
+        """Return whether the least that an assignment takes is within the limit."""
+        return self.least_bytes is None or self.least_bytes.of(assignment) <= self.most_bytes
 
     def prove(self) -> None:
         """Look for the best bound on all steps, and consider the plans that it comes from."""
@@ -223,7 +239,7 @@ class StepSearch:
 
         members: of one outline, all families by default. level: of the outlines to look at.
         """
-        members = families(self.network) if members is None else members
+        members = self.families.families() if members is None else members
         groups: dict[Family, list[Family]] = {}
         for family in members:
             groups.setdefault(family.outlines[level], []).append(family)
@@ -268,7 +284,9 @@ class StepSearch:
         """Return the optimum of a problem within a family, and its cost; None where there is
         none.
         """
-        states = states_of_family(self.network, family)
+        states = self.families.states(family)
+        if self.least_bytes is not None and self.least_bytes.among(states) > self.most_bytes:
+            return None
         try:
             solution = exact.solve(problem.among(states), memo=self.solve.memo)
         except TooWideError:
