@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.strategy.cost_network import CostNetwork
-from autoparallel.strategy.parameter_storage import stored_bytes
 
 __all__ = ["LeastBytes"]
 
@@ -22,27 +20,19 @@ class LeastBytes:
     A plan has all of these at once when its backward pass begins, beside copies in other layouts.
     So where these alone are over a limit, a plan is out before its memory is counted, and a family
     of plans before it is solved.
-    network: of the plans. counted: the network of the same graph and mesh that counts bytes.
+    network: of the plans. counted: the network of the same graph and mesh that counts bytes; None
+    for parameters alone.
 
     Example: `LeastBytes(network, counted).of(solution.assignment) <= limit`
     """
 
-    def __init__(self, network: CostNetwork, counted: CostNetwork) -> None:
-        sizes = tuple(size for _, size in network.mesh.axes)
-        optimizer = network.options.optimizer
-        known: dict[Any, NDArray[np.float64]] = {}
-        self.fixed_nbytes = counted.fixed_nbytes
+    def __init__(self, network: CostNetwork, counted: CostNetwork | None = None) -> None:
+        self.fixed_nbytes = counted.fixed_nbytes if counted is not None else 0.0
         self.tables: dict[str, NDArray[np.float64]] = {}
-        for node in network.graph.nodes:
-            if node.kind == "parameter":
-                value, choices = node.result, network.storages[node.name]
-                key = (value.shape, value.dtype, value.requires_grad, id(choices))
-                if key not in known:
-                    known[key] = np.array(
-                        [sum(stored_bytes(value, each, sizes, optimizer)) for each in choices]
-                    )
-                self.tables[node.name] = known[key]
-        for name, usage in counted.usage.items():
+        for name, table in network.updates.items():
+            assert table.usage is not None
+            self.tables[name] = table.usage
+        for name, usage in counted.usage.items() if counted is not None else ():
             # What a block saves that is run again in every plan is made again.
             if name not in network.repeats:
                 assert len(usage) == len(network.strategies[name])
