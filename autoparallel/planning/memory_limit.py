@@ -111,7 +111,7 @@ def _closest(
     # Bytes that every plan needs are no matter of choice, and are not in the tables.
     limit = _allowed(network) - network.fixed_nbytes
     least: _Candidate | None = None
-    bound = -math.inf
+    bound, price = -math.inf, 0.0
     for attempt in range(_MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
         last = attempt == _MOST_ATTEMPTS - 1
@@ -119,7 +119,8 @@ def _closest(
             if last:
                 solution = _least(problem, solve)
             else:
-                solution = _better(problem, solve.within(problem), solve.start)
+                searched = solve.within(problem)
+                solution, price = _better(problem, searched, solve.start), searched.multiplier
                 if attempt == 0:
                     bound = solution.lower_bound
         except OverLimitError as error:
@@ -132,7 +133,8 @@ def _closest(
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
             ) from error
-        candidate = _Candidate(*_read(captured, model, network, solution), solution.usage)
+        plan, account = _read(captured, model, network, solution)
+        candidate = _Candidate(replace(plan, memory_price=price), account, solution.usage)
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - _allowed(network)
@@ -176,7 +178,8 @@ def _shortest(
     ).run()
     if found.memory:
         return found
-    return replace(found, options=plan.options, memory=memory_of(found, graph=free.graph).rows)
+    rows = memory_of(found, graph=free.graph).rows
+    return replace(found, options=plan.options, memory=rows, memory_price=plan.memory_price)
 
 
 def _least(problem: Problem, solve: NetworkSolver) -> Solution:
