@@ -39,9 +39,10 @@ class StateCosts:
     assignment for each state; and with each of them split into copies, the problem is narrow and no
     dearer, which gives the bound (see `conditioning`).
 
-    problem: a limit is ignored; usage is charged before, by `weighed`. assignment: a good one. memo:
-    shared with other solves. max_table_entries: the largest table to hold; a problem that takes more
-    is wide, as is one of more than most_work table entries read. Raises TooWideError where no few variables make it narrow.
+    problem: a limit is ignored; usage is charged before, by `weighed`. assignment: a good one.
+    memo: shared with other solves. max_table_entries: the largest table to hold; a problem that
+    takes more is wide, as is one of more than most_work table entries read. Raises TooWideError
+    where no few variables make it narrow.
 
     >>> from planners import Factor, Variable
     >>> cheap_apart = Variable("a", np.array([0.0, 0.5])), Variable("b", np.array([1.0, 0.0]))

@@ -187,7 +187,9 @@ def test_the_guides_run(tmp_path: Path) -> None:
     """The examples of each are one program, run as they are written, in one process for all."""
     pages = []
     for guide in GUIDES:
-        code = [text for language, text in blocks(ROOT / f"docs/{guide}.md") if language == "python"]
+        code = [
+            text for language, text in blocks(ROOT / f"docs/{guide}.md") if language == "python"
+        ]
         assert code, guide
         (tmp_path / f"{guide}.py").write_text("\n".join(code))
         pages.append(f"{guide}.py")

@@ -73,8 +73,8 @@ class Plan:
     what a stage computes, its ranks alone hold; see `stage_mesh`.
     inputs: the tensors that go in. returned: the caller's name for each returned tensor
     ("logits"). Both are empty for a plan in parts, and for one that was written without them.
-    memory_price: under a memory limit, the seconds of cost that the search charged for a byte when it
-    ended: about what a byte more would save. 0 where nothing has to give way to the limit.
+    memory_price: under a memory limit, the seconds of cost that the search charged for a byte when
+    it ended: about what a byte more would save. 0 where nothing has to give way to the limit.
     request: (name, text) of the command line that asked for the plan, by which a command builds the
     model again; empty for a plan that Python asked for.
 

@@ -35,10 +35,10 @@ class Alternative:
     strategy: what it would do on each axis. seconds: by which those of a step, added up, would be
     more; less than 0 where they would be less, and something else speaks against it: a limit on
     memory, or the step in which work overlaps. own: of these, those of the op itself; the others
-    are those of moving what it reads and makes. anew: those of the best plan with it more than of
-    the best plan with the strategy that was chosen, everything else planned anew in both, by the sum
-    of seconds; under a memory limit, with bytes charged at the price that the limit has. NaN where
-    that would take long to tell.
+    are those of moving what it reads and makes. anew: the seconds by which the best plan with it
+    exceeds the best with the strategy that was chosen, everything else planned anew in both, by the
+    sum of seconds; under a memory limit, with bytes charged at the price that the limit has. NaN
+    where that would take long to tell.
     """
 
     strategy: MeshStrategy
@@ -52,8 +52,9 @@ def find_alternatives(plan: Plan) -> dict[str, tuple[Alternative, ...]]:
 
     How its parameters are stored, and the copies that are made of what it reads and makes, are
     chosen anew; everything else is as planned. So the extra seconds are an upper bound of those of
-    planning anew with that choice, which are told beside them. What is impossible next to the others is left out. The result is
-    empty for a plan without its graph, for one in parts, and on one rank.
+    planning anew with that choice, which are told beside them. What is impossible next to the
+    others is left out. The result is empty for a plan without its graph, for one in parts, and on
+    one rank.
 
     >>> import torch, autoparallel
     >>> layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
@@ -87,9 +88,7 @@ def find_alternatives(plan: Plan) -> dict[str, tuple[Alternative, ...]]:
     return found
 
 
-def _planned_anew(
-    network: CostNetwork, plan: Plan, chosen: Mapping[str, int]
-) -> dict[str, Array]:
+def _planned_anew(network: CostNetwork, plan: Plan, chosen: Mapping[str, int]) -> dict[str, Array]:
     """Return what each strategy of an op costs more than that of the plan, by the op's name, with
     all else chosen anew.
 

@@ -48,9 +48,9 @@ class Alternative:
     was minimized; infinity where there is no such plan. proven: no plan with it adds less.
     plan: that plan; None of alternatives that were only priced. added_seconds: what all its work
     takes longer, added up; added_step: what its step does, in which work overlaps; NaN where nobody
-    has told that of the plan. differences: all decisions that come with it. chain: names of the ops from
-    this decision to the one that makes it dear. excess_nbytes: the bytes of a rank that its plan
-    takes beyond the memory limit, where alternatives are told at the price of memory.
+    has told that of the plan. differences: all decisions that come with it. chain: names of the ops
+    from this decision to the one that makes it dear. excess_nbytes: the bytes of a rank that its
+    plan takes beyond the memory limit, where alternatives are told at the price of memory.
     """
 
     text: str
@@ -71,8 +71,8 @@ class Explanation:
     plan, subject: what was asked. kind: "op", "parameter" or "redistribution". chosen: the decision
     in words. seconds: what it takes of a step by itself. alternatives: the cheapest first. asked:
     the one that was asked for by why_not. price: the seconds that a byte is charged in the costs of
-    the alternatives, in place of a memory limit; 0 where there is none, and where they were searched
-    within it.
+    the alternatives, in place of a memory limit; 0 where there is none, and where they were
+    searched within it.
     """
 
     plan: Plan
@@ -94,7 +94,9 @@ class Explanation:
         for number, other in enumerate(shown):
             lines += self._alternative(other, number == 0)
         if self.price and shown:
-            charged = f"{seconds_text(self.price * 2**30)} a GiB, the price at which the limit holds"
+            charged = (
+                f"{seconds_text(self.price * 2**30)} a GiB, the price at which the limit holds"
+            )
             lines.append(f"Memory is charged at {charged}: search=True plans within it.")
         if self.subject.others:
             others = ", ".join(self.subject.others[:3])
