@@ -70,8 +70,8 @@ def solve(
     for a multiplier. most_solves: of plain problems, about; a fifth of them to find a multiplier.
     enough: the search ends at this gap, as a share of the cost. known: solutions of the same
     problem within other limits, or with other states forbidden, to begin with; those that are found
-    are added. Deterministic, but for an interrupt (Ctrl-C): that returns the best so far, if there is
-    one with a bound. So does the end of the effort that is allowed.
+    are added. Deterministic, but for an interrupt (Ctrl-C): that returns the best so far, if there
+    is one with a bound. So does the end of the effort that is allowed.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
 
