@@ -69,9 +69,9 @@ def solve(
     prover: where the solver's bounds are rough, a slower one that proves better ones; asked once
     for a multiplier. most_solves: of plain problems, about; a fifth of them to find a multiplier.
     enough: the search ends at this gap, as a share of the cost. known: solutions of the same
-    problem within other limits, to begin with; those that are found are added. Deterministic,
-    but for an interrupt (Ctrl-C): that returns the best so far, if there is one with a bound. So
-    does the end of the effort that is allowed.
+    problem within other limits, or with other states forbidden, to begin with; those that are found
+    are added. Deterministic, but for an interrupt (Ctrl-C): that returns the best so far, if there
+    is one with a bound. So does the end of the effort that is allowed.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
 
@@ -86,8 +86,9 @@ def solve(
     """
     search = _Search(problem, solver or ExactOrConditioned(), prover, enough, most_solves)
     for solution in known or ():
-        # Bounds are of the limit that they were found within.
-        search.consider(replace(solution, lower_bound=-math.inf))
+        # Bounds are of the limit that they were found within, and of the states allowed then.
+        if math.isfinite(problem.cost(solution.assignment)):
+            search.consider(replace(solution, lower_bound=-math.inf))
     try:
         return search.run()
     finally:

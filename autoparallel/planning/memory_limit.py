@@ -123,7 +123,7 @@ def plan_within(
     solution = Solution({}, plan.cost, plan.lower_bound, plan.method)
     search.begin_with(Timed("", plan, solution, step, waits))
     found, _ = search.run()
-    return found if found.memory else told(found)
+    return found if found.memory else replace(told(found), memory_price=plan.memory_price)
 
 
 def unlimited(options: Options) -> Options:
@@ -209,7 +209,7 @@ def _closest(
     # Bytes that every plan needs are no matter of choice, and are not in the tables.
     limit = _allowed(network) - network.fixed_nbytes
     least: _Candidate | None = None
-    bound = -math.inf
+    bound, price = -math.inf, 0.0
     for attempt in range(_MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
         last = attempt == _MOST_ATTEMPTS - 1
@@ -217,8 +217,8 @@ def _closest(
             if last:
                 solution = _least(problem, solve)
             else:
-                found = _solved(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
-                solution = _better(problem, found, solve.start)
+                searched = _solved(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
+                solution, price = _better(problem, searched, solve.start), searched.multiplier
                 if attempt == 0:
                     bound = solution.lower_bound
         except OverLimitError as error:
@@ -227,7 +227,8 @@ def _closest(
                 bound = math.inf
             last = True
             solution = _least(problem, solve)
-        candidate = _Candidate(*_read(captured, model, network, solution, seen), solution.usage)
+        read, account = _read(captured, model, network, solution, seen)
+        candidate = _Candidate(replace(read, memory_price=price), account, solution.usage)
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - _allowed(network)

@@ -83,7 +83,7 @@ class NetworkSolver(ExactOrConditioned):
         On three axes and more the search for it is by groups, because every charge per byte that is
         tried is a problem of its own; one exact solution proves how near it is to the best. It ends
         at the gap that the options ask for.
-        Problems differ in their limits alone.
+        Problems differ in their limits and in the states that they allow, in nothing else.
         Raises InfeasibleError where the problem has no solution, OverLimitError where none is
         within the limit.
         """
