@@ -29,7 +29,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="in place of the report, write a page to look into (.html), a picture (.svg, .png, "
-        ".dot), the report (.txt), or the step for ui.perfetto.dev (.trace.json); may be given again",
+        ".dot), the report (.txt), or the step for ui.perfetto.dev (.trace.json); may be given "
+        "again",
     )
 
 
