@@ -25,7 +25,7 @@ HAS_JAX = importlib.util.find_spec("jax") is not None
 
 
 def run_deepspeed(rank: int, name: str, text: str) -> tuple[float, int]:
-    """How far DeepSpeed's logits are from the unsplit model's, and how many parameters it splits."""
+    """How far DeepSpeed's logits are from the unsplit model's, and how many weights it splits."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     import deepspeed
 
