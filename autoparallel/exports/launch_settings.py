@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from autoparallel.exports.export_text import Export
-from autoparallel.exports.module_splits import folded_pattern, module_splits
+from autoparallel.exports.module_split import folded_pattern
+from autoparallel.exports.module_splits import module_splits
 from autoparallel.exports.parallelize_module import patterns
 from autoparallel.placement import Shard
 from autoparallel.plan import Plan

@@ -16,7 +16,6 @@ from torch.nn import functional
 import autoparallel
 from autoparallel import Mesh, Shard, make_plan
 from autoparallel.errors import PlanError
-from autoparallel.exports.emitted_script import _literal
 from autoparallel.exports.folded_source import fold_statements
 from autoparallel.exports.launch_settings import (
     TORCHTITAN_COMMAND,
@@ -24,6 +23,7 @@ from autoparallel.exports.launch_settings import (
     torchtitan_toml,
 )
 from autoparallel.exports.module_splits import module_splits
+from autoparallel.exports.script_tables import literal
 from autoparallel.exports.targets import TARGETS, export
 from autoparallel.plan import Plan
 from autoparallel.train.models import GPT, GPTConfig
@@ -74,7 +74,7 @@ def test_ranks_of_unequal_parts_have_programs_of_their_own() -> None:
 def test_numbers_of_buffers_are_written_as_python_has_them() -> None:
     """Those that are not finite too."""
     tensor = torch.tensor([1.5, float("inf"), -float("inf"), float("nan")])
-    read = eval(_literal("mask", tensor), {"torch": torch})
+    read = eval(literal("mask", tensor), {"torch": torch})
     torch.testing.assert_close(read, tensor, equal_nan=True)
 
 
