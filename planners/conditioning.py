@@ -20,6 +20,7 @@ import numpy as np
 
 from planners import exact, ilp
 from planners.cutsets import MAX_TABLE_ENTRIES, apart, cutset
+from planners.effort import current
 from planners.ordering import TooWideError
 from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
@@ -114,7 +115,7 @@ def _searched(
             return ilp.solve(problem)
         # What was ruled out before costs more than the best.
         bound = max(bound, min(search.bound, best.cost))
-        if best.cost - bound <= _ROUNDING * abs(best.cost):
+        if best.cost - bound <= _ROUNDING * abs(best.cost) or current().is_over:
             break
         if not left:
             search.improve()
@@ -210,6 +211,8 @@ class _Conditioning:
             self.attempt(votes)
             if not self.update(multipliers, states, round_number):
                 break
+            if current().is_over and self.best is not None:
+                return
             if gap < np.inf and self.best is not None and self.best.cost - self.bound <= gap / 2:
                 break  # enough to rule out more than the last time
         if self.best is None:

@@ -527,6 +527,7 @@ def _options(rows: Any) -> Options:
     """Return the options of these entries; those that are missing have their defaults."""
     rows = dict(_table(rows, "options"))
     limit, count = rows.pop("memory_limit", None), rows.pop("microbatches", None)
+    seconds = rows.pop("seconds", None)
     unknown = [name for name in rows if name not in _OPTIONS]
     if unknown:
         raise ValueError(f"there is no option {unknown[0]!r:.60}")
@@ -534,4 +535,5 @@ def _options(rows: Any) -> Options:
         **{name: typed(_OPTIONS[name], content, name) for name, content in rows.items()},
         memory_limit=None if limit is None else typed("int", limit, "memory_limit"),
         microbatches=None if count is None else typed("int", count, "microbatches"),
+        seconds=None if seconds is None else typed("float", seconds, "seconds"),
     )
