@@ -23,6 +23,8 @@ from autoparallel.graph.graph import Graph, Sym, hint
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.graph.part_sizes import layout_fraction
+from autoparallel.graph.passes.equal_sizes import with_equal_sizes
+from autoparallel.graph.passes.flattened_rows import unflatten_rows
 from autoparallel.graph.passes.global_counts import split_loss_counts
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
@@ -79,7 +81,9 @@ def stages_of(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 def in_parts(captured: Captured) -> Captured:
     """Return a traced model as its micro-batches compute it; the same one if it is so already."""
+    captured = with_equal_sizes(captured)
     graph = split_loss_counts(captured.graph).verify()
+    graph = unflatten_rows(graph).verify()
     return captured if graph == captured.graph else replace(captured, graph=graph)
 
 
