@@ -12,7 +12,8 @@ output than the loss, the step is run once more, with the gradients that are kno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,6 +108,13 @@ class PipelineRun:
             )
             for each in self.programs
         ]
+        # The gradient of the loss with which calls begin.
+        self.seed = 1.0
+        self.narrow = any(
+            value.dtype == torch.float16 and value.requires_grad
+            for stage in stages
+            for value in stage.graph.values.values()
+        )
         self.schedules = PipelineSchedules(self.pipeline, place, self.programs, self.modules)
 
     def program(self) -> Program:
@@ -206,8 +214,8 @@ class PipelineRun:
         if self.loss is None:
             return self.forward_only(call), None
         gradients: list[torch.Tensor | None] = [None] * len(self.outputs)
-        gradients[self.loss] = torch.ones(
-            (), dtype=self.outputs[self.loss].dtype, device=call.device
+        gradients[self.loss] = torch.full(
+            (), self.seed, dtype=self.outputs[self.loss].dtype, device=call.device
         )
         grads = self.backward(call, gradients)
         return self._shared(call), grads
@@ -222,7 +230,8 @@ class PipelineRun:
         # Each rank knows of its own stages; all of them refuse, or none, who would wait for others.
         changed = torch.tensor(call.began != call.versions(), dtype=torch.int32)
         changed = changed.to(self.place.device)
-        dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.place.group)
+        with self._answered("an all_reduce between stages, before a step that is run again"):
+            dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.place.group)
         if changed:
             raise AutoParallelError(
                 "a parameter, a buffer or an input was written to between a call and its backward "
@@ -254,8 +263,38 @@ class PipelineRun:
                     grads[index] = gradient if before is None else before
                 else:
                     grads[index] = before + gradient
-        add_over_stages(grads, call.parameters, self.tied, self.place)
+        with self._answered("an exchange of gradients that several stages have"):
+            add_over_stages(grads, call.parameters, self.tied, self.place)
         return grads
+
+    def scaled(
+        self, call: PipelineCall, held: Sequence[torch.Tensor | None], gradient: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Return the parameters' gradients for a gradient of the loss.
+
+        held: for the one that the call has begun with; they are multiplied in place. Numbers of
+        float16 that were too small for it then are not in a product: the step is run again, and
+        the next calls begin with this gradient.
+        """
+        if self.narrow and float(gradient) != self.seed:
+            self.seed = float(gradient)
+            gradients: list[torch.Tensor | None] = [None] * len(self.outputs)
+            assert self.loss is not None
+            gradients[self.loss] = gradient
+            return self.again(call, gradients)
+        if self.narrow:
+            return list(held)
+        return [None if g is None else g.mul_(gradient.to(g.dtype)) for g in held]
+
+    @contextmanager
+    def _answered(self, what: str) -> Iterator[None]:
+        """Explain the error of a rank that waits in vain. what: it waits in."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise explained(error, what, self.place.group) from error
 
     def _step(self, call: PipelineCall, gradients: Sequence[torch.Tensor | None] | None) -> None:
         """Run all micro-batches through this stage, as the schedule says.
@@ -269,15 +308,18 @@ class PipelineRun:
         schedule = self.schedules.of(call, gradients is not None)
         numbers = torch.arange(self.count)
         try:
-            if gradients is None:
-                schedule.step(number=numbers, return_outputs=False)
-            else:
-                schedule.step(number=numbers, target=numbers, losses=[], return_outputs=False)
-        except RuntimeError as error:
-            if not is_lost(error):
-                # What the library says of a failed pass hides what failed.
-                raise (error.__cause__ or error) from None
-            raise explained(error, "a send or receive between stages", self.place.group) from error
+            with self._answered("a send or receive between stages"):
+                if gradients is None:
+                    schedule.step(number=numbers, return_outputs=False)
+                else:
+                    schedule.step(number=numbers, target=numbers, losses=[], return_outputs=False)
+        except Exception as error:
+            # It remembers the micro-batches that it was at.
+            self.schedules.forget()
+            if isinstance(error, AutoParallelError) or not isinstance(error, RuntimeError):
+                raise
+            # What the library says of a failed pass hides what failed.
+            raise (error.__cause__ or error) from None
         finally:
             for module in self.modules:
                 module.end()
@@ -301,7 +343,8 @@ class PipelineRun:
             else:
                 shape = self._local_shape(each, call)
                 value = torch.empty(shape, dtype=each.dtype, device=call.device)
-            dist.broadcast(as_sent(value), source, group=self.place.group)
+            with self._answered("a broadcast of what the last stage returns"):
+                dist.broadcast(as_sent(value), source, group=self.place.group)
             outputs.append(value)
         self.modules[-1].made = []
         return outputs
@@ -363,6 +406,6 @@ class _Step(torch.autograd.Function):
             elif loss is None:
                 found = [None] * len(ctx.needed)
             else:
-                found = [None if g is None else g.mul_(loss.to(g.dtype)) for g in held]
+                found = run.scaled(ctx.call, held, loss)
         found = [g if wanted else None for g, wanted in zip(found, ctx.needed, strict=True)]
         return None, None, None, *found

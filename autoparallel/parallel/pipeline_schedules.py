@@ -80,6 +80,10 @@ class PipelineSchedules:
             self.ready[key] = self._made(call, trains)
         return self.ready[key]
 
+    def forget(self) -> None:
+        """Forget all schedules, as after a step that was not finished."""
+        self.ready.clear()
+
     def _made(self, call: PipelineCall, trains: bool) -> Any:
         """Return a new schedule, with stages of its own."""
         # Importing them takes a while, and most meshes have no stages.
