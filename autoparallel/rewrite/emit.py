@@ -87,7 +87,8 @@ class _Emitter:
     open: the op that is being written. blocks: number and members of the recomputed block of each
     op. converted: the names of conversions that are in the text already, by value, steps and scope.
     cuts: every sharded size, where dropped copies must be redistributed alike on all ranks
-    (`drops`). fused: see `find_fused`. gaps: see `find_gaps`.
+    (`drops`). fused: see `find_fused`. gaps: see `find_gaps`. filled: the identifiers of gaps, and
+    the products in them, by number (see `fill`).
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class _Emitter:
         self.cuts: dict[str, None] = {}
         self.inside: set[str] = set()
         self.gaps = find_gaps(plan)
+        self.filled: dict[int, tuple[str, tuple[str, ...]]] = {}
+        self.nodes = {node.name: node for node in graph.nodes}
         self.blocks = {
             op: (index, group) for index, group in enumerate(plan.recomputed) for op in group
         }
@@ -324,7 +327,43 @@ class _Emitter:
         factors = [self.graph.values[name] for name in node.operands()[:2]]
         if not gap or not all(factor.requires_grad for factor in factors):
             return ""
-        return f"overlap.{LATE_PRODUCTS[node.target]}({{}}, gap={gap})"
+        name, members = self.filled.get(gap, (str(gap), ()))
+        place = f", place={members.index(node.name)}" if members else ""
+        return f"overlap.{LATE_PRODUCTS[node.target]}({{}}, gap={name}{place})"
+
+    def fill(self, gap: int, outside: bool) -> list[str]:
+        """Return the weights and biases of the products that leave their gradients to a gap, as the
+        text names them; none where some product must have a number instead.
+
+        outside: the conversion's line is not in the block that is open. A weight that is gathered
+        is not at hand yet, and a gap does not pass from one recomputed block to another.
+        """
+        rows: list[str] = []
+        members = [
+            name
+            for name, number in self.gaps.products.items()
+            if number == gap and self.late(self.nodes[name])
+        ]
+        block = None if outside or self.block is None else self.blocks[self.open]
+        for name in members:
+            node, addition = self.nodes[name], self.fused.get(name)
+            held = [(node.operands()[1], self.choices[name].operands[1])]
+            if addition is not None:
+                choice = self.choices[addition]
+                held.append((self.nodes[addition].operands()[1], choice.operands[1]))
+            names = [self.parameter(value, layout) for value, layout in held]
+            if self.blocks.get(name) != block or None in names:
+                return []
+            rows.append(", ".join([*map(str, names), *["None"] * (2 - len(names))]))
+        self.filled[gap] = (self.names.fresh(f"gap_{gap}"), tuple(members))
+        return rows
+
+    def parameter(self, name: str, layout: Layout) -> str | None:
+        """Return the identifier of a parameter that is read as it is stored; None of others."""
+        if self.graph.producers[name].kind != "parameter":
+            return None
+        is_moved = bool(self.routes.steps(name, layout, self.deferred))
+        return None if is_moved else self.names.values[name]
 
     def summed(self, node: Node) -> Summed | None:
         """Return how a product is summed while it is computed; None where it is not."""
@@ -365,11 +404,7 @@ class _Emitter:
             if key not in self.converted:
                 target_name = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
                 gap = self.gaps.conversions.get((name, steps[: count + 1]), 0)
-                line = Line(
-                    self.step(value, read, target_name, current, step, again, gap),
-                    (read,),
-                    (target_name,),
-                )
+                line = self.step(value, read, target_name, current, step, again, gap, outside)
                 # Before the block, so that the copy is kept when the block is recomputed.
                 if outside:
                     self.lines.insert(len(self.lines) - 1, line)
@@ -418,16 +453,21 @@ class _Emitter:
         step: Step,
         again: bool,
         gap: int,
-    ) -> str:
+        outside: bool,
+    ) -> Line:
         """Return the line of one step on one axis.
 
         value: the whole tensor. read, made: names before and after. current: the layout before the
         step. again: the copy is dropped after the forward pass. gap: of the step; 0 for none.
+        outside: the line is not in the block that is open.
         """
         function = "convert" if value.requires_grad else "move"
         function = "convert_again" if again else function
+        # Nothing else can run in a gap without products.
+        gap = gap if gap in self.gaps.products.values() else 0
+        weights = self.fill(gap, outside) if gap and not again else []
         if gap and not again:
-            function = "overlap.convert"
+            function = "overlap.convert_filled" if weights else "overlap.convert"
         source, target = self.speller.placement(step.source), self.speller.placement(step.target)
         size = ", 0" if again or gap else ""
         if isinstance(step.source, Shard):
@@ -437,10 +477,16 @@ class _Emitter:
         if again:
             self.drops = True
             size += ", alike"
-        if gap:
+        names = [target_name]
+        if weights:
+            names.append(self.filled[gap][0])
+            size += f", [{', '.join(f'({pair})' for pair in weights)}]"
+        elif gap:
             size += f", {gap}"
         axis = self.names.axes[step.axis]
-        return f"{target_name} = {function}({read}, {axis}, {source}, {target}{size})"
+        text = f"{', '.join(names)} = {function}({read}, {axis}, {source}, {target}{size})"
+        held = dict.fromkeys(name for pair in weights for name in pair.split(", "))
+        return Line(text, (read, *(name for name in held if name != "None")), tuple(names))
 
 
 def fusable(graph: Graph, rules: Mapping[str, ShardingRule | None]) -> dict[str, str]:
