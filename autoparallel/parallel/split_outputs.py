@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from autoparallel.parallel.gradient_return import as_distributed
 from autoparallel.parallel.split_tensor import mark
 from autoparallel.placement import Layout, Shard
-from autoparallel.support.torch_private import distributed_tensor_like
+from autoparallel.support.torch_private import distributed_tensor_like, placed_alike
 
 __all__ = ["SplitOutputs"]
 
@@ -75,6 +75,6 @@ class _Outside(torch.autograd.Function):
         """Return this rank's part of the gradient, which may be placed otherwise."""
         if grad is None:
             return None, None
-        if grad.placements != ctx.like.placements:
+        if not placed_alike(grad, ctx.like):
             grad = grad.redistribute(ctx.like.device_mesh, ctx.like.placements)
         return grad.to_local(), None

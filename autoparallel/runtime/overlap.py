@@ -15,8 +15,8 @@ Megatron's linear layer with its asynchronous all-reduce (arXiv:1909.08053, and 
 the sequence-parallel one).
 
 There are two ways. Where the weights are at hand when the conversion is made, as parameters are,
-they are operands of it as well, and its one node computes their gradients (`convert_filled`): a
-step of a small model is mostly the time that nodes take. Weights that are gathered later get nodes
+they are operands of it as well, and its one node computes their gradients (`runtime.filled_gaps`).
+Weights that are gathered later get nodes
 of their own, which are numbered to run in the gap.
 
 All of this is ordinary autograd. Derivatives of any order are right, and under torch.compile, which
@@ -27,21 +27,23 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
+from autoparallel.placement import Invariant, Partial, Placement, gradient
 from autoparallel.runtime.collectives import convert as convert_and_wait
-from autoparallel.runtime.collectives import (
-    for_parts,
-    is_type_checked,
-    move,
-    pending_sum,
-    start_move,
-)
+from autoparallel.runtime.collectives import for_parts, pending_sum, start_move
+from autoparallel.runtime.filled_gaps import Gap, Later, back_size, convert_filled, is_plain
 from autoparallel.runtime.groups import Group, Result
+from autoparallel.runtime.joined_products import (
+    convert_then_linear,
+    convert_then_mm,
+    linear_then_convert,
+    mm_then_convert,
+)
+from autoparallel.runtime.memory_order import in_rows, outer_dim
 from autoparallel.runtime.products import Linear, Mm, bias_gradient, summed_product
 from autoparallel.support.torch_private import backward_pass, place_in_backward, run_in_place
 
@@ -51,26 +53,20 @@ __all__ = [
     "begin",
     "convert",
     "convert_filled",
+    "convert_then_linear",
+    "convert_then_mm",
     "end",
     "gaps_so_far",
     "linear",
+    "linear_then_convert",
     "mm",
+    "mm_then_convert",
     "with_gaps",
 ]
 
 
 # So many products may leave the gradients of their weights to one gap.
 MOST_IN_GAP = 3
-
-
-def _back_size(x: torch.Tensor, source: Placement, target: Placement, size: int) -> int:
-    """Return the size of the whole along the split dim that the gradient's move starts from.
-
-    As of `Convert`: x is whole along the target's dim, except where the source splits it.
-    """
-    if not isinstance(target, Shard):
-        return 0
-    return size if isinstance(source, Shard) and source.dim == target.dim else x.size(target.dim)
 
 
 class _Flight:
@@ -84,7 +80,7 @@ class _Flight:
         self, x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int
     ) -> None:
         self.group, self.source, self.target, self.size = group, source, target, size
-        self.back_size = _back_size(x, source, target, size)
+        self.back_size = back_size(x, source, target, size)
         self.forward: tuple[torch.Tensor, Result] | None = None
         self.backward: Result | None = None
 
@@ -183,15 +179,6 @@ def with_gaps(gaps: dict[int, list[int]]) -> Iterator[None]:
         _gaps.numbers = before
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Say whether nothing is to be gained: no backward pass, or one whose order is another's."""
-    return (
-        not (x.requires_grad and torch.is_grad_enabled())
-        or torch.compiler.is_compiling()
-        or is_type_checked()
-    )
-
-
 # A conversion that has begun: the tie and the flight; or its result, where it was done at once.
 Begun = torch.Tensor | tuple[torch.Tensor, _Flight]
 
@@ -209,7 +196,7 @@ def begin(
     >>> end(begin(torch.ones(2), SingleGroup(), Partial(), Invariant()))
     tensor([1., 1.])
     """
-    if _is_plain(x):
+    if is_plain(x):
         if gap and not torch.compiler.is_compiling():
             _gaps.numbers.pop(gap, None)  # of an earlier program
         return convert_and_wait(x, group, source, target, size)
@@ -254,30 +241,6 @@ def convert(
     return end(begin(x, group, source, target, size, gap))
 
 
-class _Later:
-    """A _Later object hands on, from node to node, what the gradient of a weight is computed of.
-
-    kind: the product, with the formulas of its gradients. bias_dims: dims of its bias, None without
-    one. parts: x and the gradient of the result, with the number of the backward pass.
-    """
-
-    def __init__(self, kind: Any = None, bias_dims: int | None = None) -> None:
-        self.kind, self.bias_dims = kind, bias_dims
-        self.parts: tuple[torch.Tensor, torch.Tensor, int] | None = None
-
-    def gradients(self, of_weight: bool, of_bias: bool) -> tuple[Any, Any]:
-        """Return the gradients of weight and bias that are wanted; none where nothing was left in
-        the backward pass that runs now.
-        """
-        parts, self.parts = self.parts, None
-        # One that failed may have left something.
-        if parts is None or parts[2] != backward_pass():
-            return None, None
-        x, grad, _ = parts
-        weight = self.kind.of_weight(x, grad) if of_weight else None
-        return weight, bias_gradient(grad, self.bias_dims) if of_bias else None
-
-
 class _WeightGradient(torch.autograd.Function):
     """The late half of a product's backward pass: the gradients of its weight and its bias.
 
@@ -286,7 +249,7 @@ class _WeightGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, later: _Later
+        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, later: Later
     ) -> torch.Tensor:
         """Return the tie."""
         ctx.set_materialize_grads(False)
@@ -312,7 +275,7 @@ class _Product(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         tie: torch.Tensor,
-        later: _Later,
+        later: Later,
         kind: Any,
         group: Group | None,
     ) -> torch.Tensor:
@@ -321,9 +284,15 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.later, ctx.kind, ctx.group = later, kind, group
         later.kind, later.bias_dims = kind, None if bias is None else bias.dim()
+        # Rows are taken in the order in which they lie in memory, and so does the result lie.
+        ctx.outer = outer = outer_dim(x)
+        if outer:
+            x = x.movedim(outer, 0)
         if group is not None:
-            return summed_product(kind, x, weight, group)
-        return kind.product(x, weight, bias)
+            result = summed_product(kind, x, weight, group)
+        else:
+            result = kind.product(x, weight, bias)
+        return result.movedim(0, outer).detach() if outer else result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
@@ -334,101 +303,19 @@ class _Product(torch.autograd.Function):
         if ctx.group is not None:
             # Each rank uses the gradient for its own terms: I -> R.
             grad = for_parts(grad, ctx.group)
+        outer = ctx.outer or outer_dim(grad)
+        if outer:
+            # One copy at most, and not one for each of the gradients.
+            x, grad = x.movedim(outer, 0), grad.movedim(outer, 0).contiguous()
         of_x = ctx.kind.of_x(weight, grad)
+        if outer:
+            of_x = of_x.movedim(0, outer)
         if not torch.is_grad_enabled():
             ctx.later.parts = (x, grad, backward_pass())
             return of_x, None, None, None, None, None, None
         # The gradients are differentiated in turn: they must hang together, and none is late.
         of_bias = bias_gradient(grad, ctx.later.bias_dims)
         return of_x, ctx.kind.of_weight(x, grad), of_bias, None, None, None, None
-
-
-class Gap:
-    """The gap of one conversion, for products whose weights were given to `convert_filled`.
-
-    tie: a number that ties them to it: their backward passes come first, whatever they read.
-    places: what the gradient of each weight is computed of.
-    """
-
-    __slots__ = ("places", "tie")
-
-    def __init__(self, tie: torch.Tensor, places: list[_Later]) -> None:
-        self.tie, self.places = tie, places
-
-
-class _Filled(torch.autograd.Function):
-    """A conversion whose backward pass computes gradients of weights while the gradient is moved.
-
-    Its second result is the tie of its gap. weights: of each place the weight and the bias, or None
-    in place of the latter.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        ends: tuple[Group, Placement, Placement, int],
-        places: list[_Later],
-        *weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move x."""
-        ctx.set_materialize_grads(False)
-        group, source, target, size = ends
-        moved = move(x, group, source, target, size)
-        ctx.back = (group, gradient(target), gradient(source), _back_size(x, source, target, size))
-        ctx.places, ctx.facts = places, (moved.shape, moved.dtype, moved.device)
-        # As of `Convert`: autograd wants another tensor where nothing moves.
-        return torch.ops.aten.alias(x) if moved is x else moved, x.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, tie: None) -> Any:
-        """Move the gradient, and compute those of the weights meanwhile, the last one first."""
-        if grad is None:
-            # The other ranks may have one, and this rank takes part in moving it.
-            shape, dtype, device = ctx.facts
-            grad = torch.zeros(shape, dtype=dtype, device=device)
-        places, needed = ctx.places, ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            # It is differentiated in turn; the products have computed all their gradients.
-            return convert_and_wait(grad, *ctx.back), *([None] * (len(needed) - 1))
-        wait = start_move(grad, *ctx.back)
-        gradients: list[Any] = [None] * (2 * len(places))
-        for place in range(len(places) - 1, -1, -1):
-            wanted = needed[3 + 2 * place : 5 + 2 * place]
-            gradients[2 * place : 2 * place + 2] = places[place].gradients(*wanted)
-        return wait(), None, None, *gradients
-
-
-def convert_filled(
-    x: torch.Tensor,
-    group: Group,
-    source: Placement,
-    target: Placement,
-    size: int,
-    weights: Sequence[Sequence[torch.Tensor | None]],
-) -> tuple[torch.Tensor, Gap | None]:
-    """Redistribute a tensor as `runtime.collectives.convert` does, and return it with its gap.
-    Collective.
-
-    weights: of products that come later and are given this gap, with their places in it: the weight
-    and the bias of each, None in place of a bias that there is not. Their gradients are computed
-    while that of `x` is moved. There is no gap where no gradient is recorded.
-
-    >>> from autoparallel.placement import Partial, Invariant
-    >>> from autoparallel.runtime.groups import SingleGroup
-    >>> x, weight = torch.ones(1, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    >>> y, gap = convert_filled(x, SingleGroup(), Partial(), Invariant(), 0, [(weight, None)])
-    >>> linear(y, weight, gap=gap, place=0).sum().backward()
-    >>> weight.grad
-    tensor([[1., 1., 1.],
-            [1., 1., 1.]])
-    """
-    if _is_plain(x):
-        return convert_and_wait(x, group, source, target, size), None
-    places = [_Later() for _ in weights]
-    flat = [one for pair in weights for one in pair]
-    moved, tie = _Filled.apply(x, (group, source, target, size), places, *flat)
-    return moved, Gap(tie, places)
 
 
 def _late(
@@ -446,21 +333,17 @@ def _late(
     group: ranks over which the product is summed, if it is.
     """
     is_open = gap in _gaps.numbers if isinstance(gap, int) else gap is not None
-    if not is_open or _is_plain(x) or not weight.requires_grad:
+    if not is_open or is_plain(x) or not weight.requires_grad:
         product: torch.Tensor = kind.product(x, weight, bias)
         if group is not None:
             product = convert_and_wait(pending_sum(product, group), group, Partial(), Invariant())
         return product
-    if x.dim() > 2 and not x.is_contiguous():
-        # Rows that lie apart are copied, as torch's own product does: the copy is saved, and not
-        # the larger tensor that x may be a part of.
-        flat = _late(kind, x.flatten(0, -2), weight, bias, gap, place, group)
-        return flat.view(*x.shape[:-1], flat.size(-1))
+    x = in_rows(x)
     if isinstance(gap, Gap):
         later, tie = gap.places[place], gap.tie
     else:
         assert gap is not None
-        later = _Later()
+        later = Later()
         tie = _WeightGradient.apply(weight, bias, later)
         if _gaps.numbers[gap]:
             run_in_place(tie, _gaps.numbers[gap].pop())

@@ -131,6 +131,7 @@ __all__ = [
     "outside_transforms",
     "parts_of_norms",
     "place_in_backward",
+    "placed_alike",
     "references_to",
     "remembering_fake_results",
     "run_as_python",
@@ -423,6 +424,14 @@ def wrapper_tensor(
 def local_part(tensor: DTensor) -> torch.Tensor:
     """Return this rank's part of a DTensor, the tensor itself; `to_local` makes a view of it."""
     return tensor._local_tensor
+
+
+def placed_alike(one: DTensor, other: DTensor) -> bool:
+    """Return whether two DTensors of one mesh have the same placements.
+
+    One that was made like the other shares its description of these, which is seen at once.
+    """
+    return one._spec is other._spec or one.placements == other.placements
 
 
 @cache

@@ -91,6 +91,49 @@ def test_late_products_have_the_plain_ones_derivatives(source, target, world_siz
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def chain(group: Group, size: int, outermost: bool, joined: bool) -> list[torch.Tensor]:
+    """Two products between parts of a sequence, as Megatron has them, a third one, and derivatives
+    up to the second order. joined: with conversions and products in one node.
+    """
+    generator = torch.Generator().manual_seed(group.rank)
+    split = Shard(1, outermost=outermost)
+    part = local_size(size, split, group.world_size, group.rank)
+    leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, part, 6), (4, 6), (4,), (6, 4), (3, 6))
+    ]
+    x, up, bias, down, last = leaves
+    gather, scatter = (group, split, Replicate(), size), (group, Partial(), split, 0)
+    if joined:
+        weights = [(up, bias), (down, None)]
+        first, gap = overlap.convert_then_linear(x.sin(), *gather, weights)
+        parts, gap = overlap.linear_then_convert(
+            first.tanh(), down, *scatter, [(last, None)], gap=gap, place=1
+        )
+        result = overlap.linear(parts, last, gap=gap, place=0)
+    else:
+        first = functional.linear(convert(x.sin(), *gather), up, bias)
+        result = functional.linear(convert(functional.linear(first.tanh(), down), *scatter), last)
+    loss = result.pow(3).sum()
+    found = [loss, *torch.autograd.grad(loss, leaves, retain_graph=True)]
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    found += torch.autograd.grad(sum(g.pow(2).sum() for g in grads), leaves, retain_graph=True)
+    found += torch.autograd.grad(loss, [down], retain_graph=True)
+    return [tensor.detach() for tensor in found]
+
+
+@pytest.mark.parametrize("outermost", [True, False], ids=["outermost", "in-order"])
+@pytest.mark.parametrize(("world_size", "size"), [(2, 6), (3, 6), (3, 7)])
+def test_a_conversion_and_a_product_in_one_node_have_the_same_derivatives(
+    world_size, size, outermost
+):
+    one = on_ranks(world_size, lambda group: chain(group, size, outermost, joined=True))
+    two = on_ranks(world_size, lambda group: chain(group, size, False, joined=False))
+    for ours, theirs in zip(one, two, strict=True):
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_pass_that_failed_leaves_no_gradient_of_a_weight_behind():
     def refuse(grad: torch.Tensor) -> None:
         raise ValueError("stop")
