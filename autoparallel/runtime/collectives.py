@@ -67,9 +67,11 @@ def _start_all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Grou
     """
     lengths = run_lengths(size, shard, group)
     if shard.outermost and lengths[0] == lengths[-1]:
-        wait = group.start_all_gather(tensor.movedim(shard.dim, 0).contiguous())
+        part = tensor.movedim(shard.dim, 0).contiguous()
+        wait = group.start_all_gather(part)
+        shape = (size, *part.shape[1:])
         # No view for autograd, so that the whole may be written to.
-        return lambda: wait().flatten(0, 1).movedim(0, shard.dim).detach()
+        return lambda: wait().view(shape).movedim(0, shard.dim).detach()
     wait = group.start_all_gather(pad_part(tensor, shard, lengths[0], lengths[group.rank]))
     return lambda: join_rows(wait(), shard, lengths)
 
@@ -78,8 +80,10 @@ def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> R
     """Start adding up the ranks' whole tensors, of which this rank gets its part."""
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
     if shard.outermost and lengths[0] == lengths[-1]:
-        rows = tensor.movedim(shard.dim, 0).contiguous().unflatten(0, (group.world_size, -1))
-        wait = group.start_reduce_scatter(rows)
+        whole = tensor.movedim(shard.dim, 0).contiguous()
+        wait = group.start_reduce_scatter(
+            whole.view(group.world_size, lengths[0], *whole.shape[1:])
+        )
         return lambda: wait().movedim(0, shard.dim).detach()
     wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
     # No view for autograd, so that the part may be written to.
