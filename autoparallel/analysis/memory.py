@@ -20,7 +20,15 @@ from autoparallel.graph.part_sizes import local_shape
 from autoparallel.plan import ParameterChoice, Plan
 from autoparallel.plan.kept_layouts import kept_layout
 
-__all__ = ["CATEGORIES", "Account", "Item", "memory_of"]
+__all__ = [
+    "CATEGORIES",
+    "Account",
+    "Item",
+    "account_of",
+    "grouped",
+    "memory_of",
+    "resident",
+]
 
 _OF_PARAMETERS = ("parameters", "gradients", "optimizer_state")
 _ITEMIZED = (*_OF_PARAMETERS, "activations", "buffers", "inputs")
@@ -54,7 +62,8 @@ class Account:
     model, and its constants. inputs: as the caller gives them. temporary: bytes at the worst moment
     beyond all these: tensors on their way, their gradients, recomputed tensors, and collectives'
     buffers. items: the tensors that take it, the largest first. assumed: ops that could not be run
-    without data, and are taken to save all that they read and make.
+    without data, and are taken to save all that they read and make. where: of a pipeline, the
+    stages of the rank; "" for the whole model.
 
     >>> Account(4, 4, 8, 0, 0, 1, 2, ()).total
     19
@@ -69,6 +78,7 @@ class Account:
     temporary: int
     items: tuple[Item, ...]
     assumed: tuple[str, ...] = ()
+    where: str = ""
 
     @property
     def total(self) -> int:
@@ -114,7 +124,7 @@ def memory_of(
     }
     items: list[Item] = []
     for parameter in plan.parameters:
-        items += _resident(parameter, plan, trained.get(parameter.path, True))
+        items += resident(parameter, plan, trained.get(parameter.path, True))
     assumed: list[str] = []
     temporary = 0
     known: dict[int, tuple[AbstractExecution, Liveness]] = {}
@@ -135,13 +145,20 @@ def memory_of(
             if number in saved if category == "activations" else storage.kind != "parameter":
                 where = ".".join(text for text in (prefix.rstrip("."), storage.where) if text)
                 items.append(Item(category, storage.name, where, 1, storage.nbytes))
-    rows = _grouped(items)
-    return Account(
-        **{name: sum(i.nbytes for i in rows if i.category == name) for name in _ITEMIZED},
-        temporary=temporary,
-        items=rows,
-        assumed=tuple(assumed),
-    )
+    rows = grouped(items)
+    return account_of(rows, temporary, tuple(assumed))
+
+
+def account_of(
+    rows: tuple[Item, ...], temporary: int, assumed: tuple[str, ...] = (), where: str = ""
+) -> Account:
+    """Return the account of these items. temporary, assumed, where: see Account.
+
+    >>> account_of((Item("inputs", "x", "", 1, 8),), 2).total
+    10
+    """
+    sums = [sum(row.nbytes for row in rows if row.category == name) for name in _ITEMIZED]
+    return Account(*sums, temporary, rows, assumed, where)
 
 
 def _programs(plan: Plan) -> list[tuple[str, Plan]]:
@@ -157,9 +174,11 @@ def _graph(plan: Plan) -> Graph:
     return plan.captured.graph
 
 
-def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable[Item]:
+def resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable[Item]:
     """Yield the items of one parameter, which are there whatever runs. trained: it has a
     gradient.
+
+    Example: `sum(item.nbytes for item in resident(plan.parameters[0], plan, True))`
     """
     sizes = tuple(size for _, size in plan.mesh.axes)
     itemsize = parameter.nbytes // max(prod(parameter.shape), 1)
@@ -180,8 +199,12 @@ def _resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable
         yield Item(category, parameter.path, "", 1, count * size)
 
 
-def _grouped(items: Iterable[Item]) -> tuple[Item, ...]:
-    """Return items of equal blocks as one, the largest first."""
+def grouped(items: Iterable[Item]) -> tuple[Item, ...]:
+    """Return items of equal blocks as one, the largest first.
+
+    >>> [item.count for item in grouped([Item("inputs", "x", "", 1, 8)] * 2)]
+    [2]
+    """
     sizes_of_rows: dict[tuple[str, str, str], list[int]] = {}
     for item in items:
         # A whole number between dots is a block's place in a list.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from autoparallel.analysis.memory import Account, memory_of
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
@@ -56,11 +57,13 @@ def plan_within(
     network: CostNetwork,
     solve: NetworkSolver,
     pins: Mapping[str, Layout] = {},
+    judge: Callable[[Plan], Account] | None = None,
 ) -> Plan:
     """Return the plan of least cost among those that fit into the memory limit of the options.
 
     captured: the traced program. model: the name that the plan gives it. network: its cost network.
-    solve: a solver of the network's problems. pins: layouts of parameters, by node name.
+    solve: a solver of the network's problems. pins: layouts of parameters, by node name. judge: how
+    the memory of a plan is counted; by default as that of the whole model on each rank.
 
     The planner limits the sum of saved bytes. The rest of a plan's memory (buffers, inputs,
     temporaries) is known when it is made: then the limit is lowered by the excess and it is planned
@@ -70,6 +73,7 @@ def plan_within(
     Raises MemoryLimitError where nothing fits, and PlanError where the pins rule out all plans.
     """
     options = network.options
+    judge = judge or partial(memory_of, graph=network.graph)
     # A mode that the user has asked for by name is not given up.
     fewer = {"auto": ("selective", "none")}
     closest: _Candidate | None = None
@@ -80,7 +84,7 @@ def plan_within(
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured.aliases)
             solve = NetworkSolver(network)
-        nearest, mode_bound = _closest(captured, model, network, solve, pins)
+        nearest, mode_bound = _closest(captured, model, network, solve, pins, judge)
         if mode == options.recompute and mode_bound == math.inf:
             # The other modes are restrictions of this one: they cannot fit either.
             raise _does_not_fit(captured, network, nearest)
@@ -89,7 +93,7 @@ def plan_within(
             bound = mode_bound
         if nearest.account.total <= _allowed(network):
             plan = replace(nearest.plan, options=options, lower_bound=min(bound, nearest.plan.cost))
-            return _shortest(captured, model, network, plan, pins)
+            return _shortest(captured, model, network, plan, pins, judge)
         if closest is None or nearest.account.total < closest.account.total:
             closest = replace(nearest, plan=replace(nearest.plan, options=options))
     assert closest is not None
@@ -102,14 +106,17 @@ def _closest(
     network: CostNetwork,
     solve: NetworkSolver,
     pins: Mapping[str, Layout],
+    judge: Callable[[Plan], Account],
 ) -> tuple[_Candidate, float]:
     """Return a plan that fits or, where no attempt gives one, the plan that takes least.
 
     Return also a lower bound on the cost of every plan whose saved bytes are within the limit: +inf
     where it is proven that there is none.
     """
-    # Bytes that every plan needs are no matter of choice, and are not in the tables.
-    limit = _allowed(network) - network.fixed_nbytes
+    # Bytes that every plan needs are no matter of choice, and are not in the tables. The tables of
+    # a pipeline count all stages, for one micro-batch of those in flight.
+    scale = network.shares.ranks / network.shares.in_flight
+    limit = (_allowed(network) - network.fixed_nbytes) * scale
     least: _Candidate | None = None
     bound = -math.inf
     for attempt in range(_MOST_ATTEMPTS):
@@ -132,20 +139,27 @@ def _closest(
             raise PlanError(
                 "no plan is possible", why=str(error), fix="loosen the options or the pins"
             ) from error
-        candidate = _Candidate(*_read(captured, model, network, solution), solution.usage)
+        candidate = _Candidate(
+            *_read(captured, model, network, solution, judge), solution.usage / scale
+        )
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - _allowed(network)
         if last or over <= 0:
             break
         # The solution may use less than the limit: from there the excess is taken off.
-        limit = min(limit, solution.usage) - over
+        limit = min(limit, solution.usage) - over * scale
     assert least is not None
     return least, bound
 
 
 def _shortest(
-    captured: Captured, model: str, network: CostNetwork, plan: Plan, pins: Mapping[str, Layout]
+    captured: Captured,
+    model: str,
+    network: CostNetwork,
+    plan: Plan,
+    pins: Mapping[str, Layout],
+    judge: Callable[[Plan], Account],
 ) -> Plan:
     """Return the plan, or one of a shorter step that fits among those without a limit.
 
@@ -166,17 +180,17 @@ def _shortest(
 
     def fits(timed: Timed) -> bool:
         """Say whether a plan without a limit is within it."""
-        account = memory_of(timed.plan, graph=free.graph)
-        return account.total <= _allowed(network)
+        return judge(replace(timed.plan, options=plan.options)).total <= _allowed(network)
 
-    step, waits = step_and_waits(plan, network.hardware)
+    step, waits = step_and_waits(plan, network.hardware, network.shares.once)
     limited = Timed("", plan, Solution({}, plan.cost, plan.lower_bound, plan.method), step, waits)
     found, _ = StepSearch(
         captured, model, free, solve, problem, best, accepts=fits, rival=limited
     ).run()
     if found.memory:
         return found
-    return replace(found, options=plan.options, memory=memory_of(found, graph=free.graph).rows)
+    found = replace(found, options=plan.options)
+    return replace(found, memory=judge(found).rows)
 
 
 def _least(problem: Problem, solve: NetworkSolver) -> Solution:
@@ -203,11 +217,15 @@ def _better(problem: Problem, solution: Solution, start: Mapping[str, int] | Non
 
 
 def _read(
-    captured: Captured, model: str, network: CostNetwork, solution: Solution
+    captured: Captured,
+    model: str,
+    network: CostNetwork,
+    solution: Solution,
+    judge: Callable[[Plan], Account],
 ) -> tuple[Plan, Account]:
     """Return the plan of a solution, and all of its memory on the rank that needs most."""
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
-    account = memory_of(plan, graph=network.graph)
+    account = judge(plan)
     return replace(plan, memory=account.rows), account
 
 
@@ -235,8 +253,8 @@ def _does_not_fit(
         """Return the error that advises this, too."""
         error = MemoryLimitError(
             f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} "
-            f"per rank on {network.mesh}",
-            where="\n".join(largest),
+            f"per rank on {_mesh_of(network)}",
+            where="\n".join([*([account.where] if account.where else []), *largest]),
             why=f"the plan found that needs least takes {bytes_text(account.total)}, "
             f"{bytes_text(account.total - allowed)} more than allowed: {_shares(account)}",
             fix=f'pass memory_limit="{_at_least(account.total)}", or {more}, or a smaller batch',
@@ -246,6 +264,8 @@ def _does_not_fit(
 
     def advised() -> MemoryLimitError:
         """Return the error that says how many ranks would do, which takes networks for more."""
+        if network.shares.ranks > 1:
+            return error("use more stages or more ranks in each, or recompute more")
         fixed_nbytes = account.total - candidate.counted
         ranks = _enough_ranks(
             captured, network, candidate.plan.options, candidate.counted, fixed_nbytes
@@ -255,6 +275,15 @@ def _does_not_fit(
     plain = error()
     plain.advised = advised
     return plain
+
+
+def _mesh_of(network: CostNetwork) -> Mesh:
+    """Return the mesh of all ranks, with the axis of stages where there is one."""
+    axes = dict(network.mesh.axes)
+    if MICROBATCH not in axes:
+        return network.mesh
+    del axes[MICROBATCH]
+    return Mesh(**{PIPELINE: network.shares.ranks}, **axes)
 
 
 def _at_least(nbytes: int) -> str:

@@ -16,13 +16,14 @@ from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.mesh import Mesh, finer
+from autoparallel.mesh import PIPELINE, Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
 from autoparallel.planning.pipelines import in_parts, is_pipeline, pipeline_plan
-from autoparallel.planning.request import require_clear
+from autoparallel.planning.request import require_clear, require_known
 from autoparallel.planning.search import search
+from autoparallel.planning.stage_cuts import with_memory
 from autoparallel.planning.traced_parts import search_parts
 from autoparallel.rules.lookup import find_rule
 
@@ -107,9 +108,8 @@ def fastest_plan(
 
 def _counted(plan: Plan) -> Plan:
     """Return the plan with its memory and its collectives, which are told without its graph."""
-    # A rank holds one stage of the model, which is not counted by itself.
     if plan.pipeline is not None:
-        return plan
+        return with_memory(plan)
     # Under a memory limit it was counted to see whether the plan fits.
     memory = plan.memory or memory_of(plan).rows
     totals = collective_totals(plan)
@@ -144,11 +144,13 @@ def _search(
             why="micro-batches are what the stages of a pipeline work at, and there are none",
             fix="give the mesh an axis pp, as Mesh(pp=2, tp=2), or leave microbatches out",
         )
+    # Stages split ops, and no parameter.
+    axes = [name for name, _ in mesh.axes if name != PIPELINE] or ["tp"]
     for path, pin in layouts.items():
-        if len(pin) != len(mesh.axes):
+        if len(pin) != len(axes):
             raise PlanError(
-                f"{path} is pinned to {layout_text(pin)} on a mesh of {len(mesh.axes)} axes",
-                fix=f"give one placement for each of {', '.join(name for name, _ in mesh.axes)}",
+                f"{path} is pinned to {layout_text(pin)} on a mesh of {len(axes)} axes",
+                fix=f"give one placement for each of {', '.join(axes)}",
             )
     if is_pipeline(mesh):
         return _with_stages(model, traced, mesh, options, layouts, product_weight, start)
@@ -187,14 +189,15 @@ def _with_stages(
             why="stages are cut from one graph, and the model cannot be traced whole",
             fix="make the model traceable whole, or leave pp out of the mesh",
         )
-    given = {"pins": pins, "product_weight": product_weight, "start": start}
+    given = {"product_weight": product_weight, "start": start}
     asked = [name for name, value in given.items() if value]
     if asked:
         raise PlanError(
             f"{' and '.join(asked)}: not on a mesh with stages",
             fix="leave it out, or leave pp out of the mesh",
         )
-    return pipeline_plan(traced, type(model).__name__, mesh, options)
+    require_known(pins, traced.aliases)
+    return pipeline_plan(traced, type(model).__name__, mesh, options, pins=pins)
 
 
 def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
