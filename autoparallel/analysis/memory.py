@@ -101,6 +101,7 @@ def memory_of(
     recomputed: regions, as names of calls, that run once more in the backward pass, and of which
     only the inputs are saved; by default the plan's. graph: with the sizes to count for; by default
     those of the example inputs, however much larger a batch was planned for.
+    Of a plan with stages it is that of the place on their axis that needs most.
     Raises PlanError for a plan without its graph.
 
     >>> import torch, autoparallel
@@ -108,13 +109,16 @@ def memory_of(
     >>> memory_of(autoparallel.make_plan(layer, 2, example_inputs=inputs)).parameters
     524288
     """
-    plan.refuse_stages("memory")
     if not plan.is_traced:
         raise PlanError(
             "the plan has no graph to count the memory of",
             why="it was read from a text",
             fix="plan again with the model and example inputs",
         )
+    if plan.pipeline is not None:
+        from autoparallel.analysis.stage_memory import memory_of_pipeline
+
+        return max(memory_of_pipeline(plan, graph), key=lambda account: account.total)
     programs = _programs(plan)
     trained = {
         f"{prefix}{node.target}": node.result.requires_grad

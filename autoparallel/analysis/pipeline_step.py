@@ -10,14 +10,22 @@ from autoparallel.analysis.pipeline import send_seconds
 from autoparallel.analysis.pipeline_walk import StageSeconds, Timed, walk
 from autoparallel.analysis.step_rates import peak_of, tokens_and_unit
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Event, Timeline
-from autoparallel.cost.hardware import Hardware
+from autoparallel.cost.hardware import Hardware, find_hardware, presets
 from autoparallel.cost.links import Link
+from autoparallel.errors import PlanError
 from autoparallel.mesh import MICROBATCH
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.runtime.pipeline_schedules import FORWARD, WEIGHTS, schedule_order
 from autoparallel.support.units import seconds_text
 
-__all__ = ["PipelineTimeline", "link_of_stages", "passes_of", "pipeline_timeline", "step_of"]
+__all__ = [
+    "PipelineTimeline",
+    "link_of_stages",
+    "passes_of",
+    "pipeline_timeline",
+    "step_of",
+    "timeline_of_stages",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +166,39 @@ def step_of(pipeline: Pipeline, passes: Sequence[Timed]) -> tuple[float, float, 
     # The loss comes to all ranks before any of them goes on.
     step = max(end + after for after in once)
     return step, end, 1 - busy / (end * pipeline.ranks) if end else 0.0
+
+
+def timeline_of_stages(
+    plan: Plan, hardware: Hardware | str | None, overlap: bool | None, bucket: int | None
+) -> PipelineTimeline:
+    """Return the timeline of a plan with stages, on the hardware and with the overlap that it was
+    made for.
+
+    hardware, overlap, bucket: None, or what the plan was made for. Raises PlanError for others, and
+    for a plan that was written without the seconds of its passes.
+
+    Example: `timeline_of_stages(plan, None, None, None).bubble`
+    """
+    pipeline = plan.pipeline
+    assert pipeline is not None
+    planned_for = find_hardware(
+        plan.hardware if plan.hardware in presets() else plan.options.hardware
+    )
+    other = hardware is not None and find_hardware(hardware) != planned_for
+    if other or bucket is not None or overlap not in (None, plan.options.overlap):
+        raise PlanError(
+            "the step of a plan with stages is told as it was planned",
+            why="what a stage takes was told when the model was cut, on "
+            f"{plan.hardware} and with overlap={plan.options.overlap}",
+            fix="plan again, with that hardware or overlap",
+        )
+    if not pipeline.forward_seconds:
+        raise PlanError(
+            "the step of this plan cannot be told",
+            why="it was written without the seconds of each pass",
+            fix="plan again",
+        )
+    return pipeline_timeline(plan, planned_for)
 
 
 def pipeline_timeline(plan: Plan, hardware: Hardware) -> PipelineTimeline:

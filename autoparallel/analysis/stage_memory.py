@@ -15,14 +15,14 @@ from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory import Account, Item, account_of, grouped, resident
 from autoparallel.analysis.pipeline_walk import Held, held
-from autoparallel.graph.graph import Value, hint
+from autoparallel.graph.graph import Graph, Value, hint
 from autoparallel.graph.part_sizes import local_shape
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline, Plan
-from autoparallel.rewrite.stages import Stage
-from autoparallel.runtime.pipeline_schedules import Pass
+from autoparallel.rewrite.stages import Stage, cut_plan
+from autoparallel.runtime.pipeline_schedules import Pass, schedule_order
 
-__all__ = ["StageMemory", "memory_of_ranks", "memory_of_stages"]
+__all__ = ["StageMemory", "memory_of_pipeline", "memory_of_ranks", "memory_of_stages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +168,23 @@ def memory_of_ranks(
         temporary, where = max(passes, end, 0), _told(moment, plan.pipeline)
         accounts.append(account_of(rows, temporary, assumed, where))
     return tuple(accounts)
+
+
+def memory_of_pipeline(plan: Plan, graph: Graph | None = None) -> tuple[Account, ...]:
+    """Return the memory of each place on the axis of stages.
+
+    plan: with its graph. graph: with the sizes to count for; by default those of the example
+    inputs.
+
+    Example: `max(account.total for account in memory_of_pipeline(plan))`
+    """
+    pipeline = plan.pipeline
+    assert pipeline is not None
+    assert plan.captured is not None
+    stages = memory_of_stages(cut_plan(graph or plan.captured.graph, plan))
+    per_rank = pipeline.stages // pipeline.ranks
+    order = schedule_order(pipeline.schedule, pipeline.ranks, per_rank, pipeline.microbatches)
+    return memory_of_ranks(plan, stages, order)
 
 
 def _told(moment: Held, pipeline: Pipeline) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from autoparallel.analysis.communication import Transfer, moves
+from autoparallel.analysis.pipeline_step import timeline_of_stages
 from autoparallel.analysis.step_rates import peak_of, tokens_and_unit
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Event, Timeline
 from autoparallel.cost.collective_times import movement_seconds
@@ -61,12 +62,14 @@ def timeline(
     hardware: to communicate on, also by name or file; by default that of the plan. overlap: whether
     collectives run while other work is done; by default as the plan's options say. bucket_nbytes:
     where they do, gradients that are only to be summed are reduced in calls of at least so many
-    bytes, as they become ready; by default as many as the emitted module reduces.
+    bytes, as they become ready; by default as many as the emitted module reduces. Of a plan with
+    stages it is a `PipelineTimeline`.
 
     Example: `print(timeline(plan, overlap=False))`
     """
     require_kind(plan, Plan, MAKE_ONE)
-    plan.refuse_stages("a timeline of the whole model")
+    if plan.pipeline is not None:
+        return timeline_of_stages(plan, hardware, overlap, bucket_nbytes)
     if hardware is None:
         # A plan knows its hardware by name, and that of a file by the file.
         is_preset = plan.hardware in presets()

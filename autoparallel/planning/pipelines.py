@@ -10,35 +10,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 from autoparallel.analysis.memory import Account
-from autoparallel.analysis.pipeline_walk import held
+from autoparallel.analysis.stage_memory import memory_of_pipeline
 from autoparallel.errors import CoupledBatchError, MemoryLimitError, PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.graph.graph import Graph, Node, Sym, hint
-from autoparallel.graph.inert_calls import inert_calls
-from autoparallel.graph.operators import BRANCH_TAKEN
-from autoparallel.graph.passes.global_counts import split_loss_counts
+from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Layout, Replicate, Shard
+from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.planning.coupled_batches import coupled_call
+from autoparallel.planning.pipeline_choices import (
+    batch_of,
+    chosen_of,
+    in_parts,
+    is_even,
+    microbatch_counts,
+    middle_of,
+    over_time,
+    refuse_pipeline,
+    shares_of,
+)
+from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.search import search
-from autoparallel.planning.stage_cuts import cut_into_stages, memory_of_pipeline
+from autoparallel.planning.stage_cuts import cut_into_stages
 from autoparallel.rewrite.stages import cut_plan, holders_of
-from autoparallel.runtime.pipeline_schedules import schedule_order
-from autoparallel.strategy.stage_shares import StageShares
 
-__all__ = ["in_parts", "is_pipeline", "meshes_of_pipeline", "pipeline_plan", "stages_of"]
+__all__ = [
+    "is_pipeline",
+    "meshes_of_pipeline",
+    "pipeline_plan",
+    "stages_of",
+]
 
-# Micro-batches for each stage that are tried first: of the passes' time, the stages then wait a
-# fifth.
-_PER_STAGE = 4
-# So many numbers of micro-batches are tried at most.
-_MOST_COUNTS = 12
 # The share of the products' work that micro-batches may repeat.
 _MOST_REPEATED = 0.05
 
@@ -75,12 +81,6 @@ def stages_of(plan: Plan) -> dict[str, tuple[int, ...]]:
     return holders_of(cut_plan(plan.captured.graph, plan), plan.pipeline.ranks)
 
 
-def in_parts(captured: Captured) -> Captured:
-    """Return a traced model as its micro-batches compute it; the same one if it is so already."""
-    graph = split_loss_counts(captured.graph).verify()
-    return captured if graph == captured.graph else replace(captured, graph=graph)
-
-
 def pipeline_plan(
     captured: Captured,
     model: str,
@@ -100,7 +100,7 @@ def pipeline_plan(
     cannot be cut into so many stages, MemoryLimitError where no stages fit, and the errors of
     `search`.
     """
-    _refuse(captured, options)
+    refuse_pipeline(captured, options)
     unknown = [
         node.target
         for node in captured.graph.nodes
@@ -162,7 +162,18 @@ class _Request:
         are tried as long as they are better. As one micro-batch, everything can be computed.
         """
         counts = microbatch_counts(self.captured.graph, self.ranks, self.inside, self.options)
-        middle = max((c for c in counts if c <= _PER_STAGE * self.ranks), default=counts[0])
+        chosen = None if self.stored is not None else self.estimated(counts)
+        if chosen is not None:
+            try:
+                return self.planned(chosen)
+            except CoupledBatchError:
+                return self.planned(1)
+            except MemoryLimitError:
+                # The largest number of micro-batches holds least.
+                counts = [count for count in counts if count > chosen]
+                if not counts:
+                    raise
+        middle = middle_of(counts, self.ranks)
         best: Plan | None = None
         failed: PlanError | None = None
         plans: dict[int, Plan | None] = {}
@@ -204,6 +215,16 @@ class _Request:
             raise failed
         return best
 
+    def estimated(self, counts: list[int]) -> int | None:
+        """Return which of these numbers of micro-batches has the shortest step, by an estimate;
+        None where there is none.
+        """
+        estimator = Estimator(self.captured, self.options)
+        if estimator.short is None:
+            return None
+        best = chosen_of(estimator, counts, self.ranks, self.inside, self.options, self.pins)
+        return None if best is None else best[1]
+
     def planned(self, count: int) -> Plan:
         """Return the plan for so many micro-batches.
 
@@ -211,8 +232,8 @@ class _Request:
         """
         options, graph = self.options, self.captured.graph
         layouts = Mesh(**{MICROBATCH: count}, **dict(self.inside.axes))
-        kept = None if self.stored is None else _over_time(graph, self.stored, count)
-        pins = None if self.pins is None else _over_time(graph, self.pins, count)
+        kept = None if self.stored is None else over_time(graph, self.stored, count)
+        pins = None if self.pins is None else over_time(graph, self.pins, count)
         shares = shares_of(self.ranks, count, options)
 
         def cut(plan: Plan) -> Plan:
@@ -259,18 +280,6 @@ def _coupled(count: int, culprit: Node | None, model: str) -> CoupledBatchError:
     )
 
 
-def shares_of(ranks: int, count: int, options: Options) -> StageShares:
-    """Return what one of so many micro-batches bears of a step. ranks: that share out the stages.
-
-    >>> shares_of(4, 8, Options(schedule="1f1b"))
-    StageShares(ranks=4, passes=11.0, in_flight=4.0)
-    """
-    each = options.stages_per_rank
-    order = schedule_order(options.schedule, ranks, each, count)
-    most = max(moment.nbytes for moment in held(order, [1.0] * (ranks * each)))
-    return StageShares(ranks, count + (ranks - 1) / each, most / each)
-
-
 def _is_repeated(graph: Graph, plan: Plan) -> bool:
     """Return whether every micro-batch would compute much of the whole batch's work.
 
@@ -289,75 +298,3 @@ def _is_repeated(graph: Graph, plan: Plan) -> bool:
         if not any(isinstance(layout[0], Shard) for layout in (*op.operands, *op.results)):
             repeated += op.whole_flops
     return repeated > _MOST_REPEATED * work
-
-
-def _refuse(captured: Captured, options: Options) -> None:
-    """Raise PlanError for what no pipeline does."""
-    what, why = "", ""
-    if options.rng == "fast":
-        what = 'rng="fast"'
-        why = "the streams of several stages would draw the same numbers"
-    elif captured.own:
-        what = "a model that returns its own parameters or buffers"
-        why = "the ranks of other stages do not hold them"
-    else:
-        inert = inert_calls(captured.graph)
-        for node in captured.graph.calls:
-            if node.target == BRANCH_TAKEN and node.name not in inert:
-                what = f"a branch on a value that the model computes ({node.line or node.where})"
-                why = "one stage alone would know which way it goes"
-    if what:
-        raise PlanError(f"{what}: not on a mesh with stages", why=why, fix="leave pp out")
-
-
-def microbatch_counts(graph: Graph, ranks: int, inside: Mesh, options: Options) -> list[int]:
-    """Return the numbers of micro-batches that are worth a try, in order.
-
-    graph: with the sizes of the example inputs. ranks: that share out the stages; inside: the mesh
-    of those of one stage, on whose outermost axis the batch may be split as well. Those that cut
-    the batch evenly, each about twice as many as the one before it.
-    """
-    batch = batch_of(graph)
-    able = [count for count in range(1, batch + 1) if is_even(count, ranks, options)]
-    even = [count for count in able if batch % count == 0] or able
-    outer = inside.axes[0][1] if len(inside.axes) > 1 else 1
-    whole = [count for count in even if (batch // count) % outer == 0] or even
-    counts: list[int] = []
-    for count in whole:
-        if not counts or count >= 2 * counts[-1]:
-            counts.append(count)
-    # Fewer than there are stages leave most of them without work.
-    enough = [count for count in counts if count >= ranks] or counts[-1:]
-    return enough[:_MOST_COUNTS]
-
-
-def is_even(count: int, ranks: int, options: Options) -> bool:
-    """Return whether a schedule takes so many micro-batches: interleaved ones have equal rounds.
-
-    >>> is_even(6, 4, Options(stages_per_rank=2)), is_even(10, 4, Options(stages_per_rank=2))
-    (True, True)
-    """
-    return options.stages_per_rank == 1 or count % max(1, count // ranks) == 0
-
-
-def batch_of(graph: Graph) -> int:
-    """Return the size of the batch: of the inputs' first dim, where it is symbolic if any is."""
-    first = [
-        node.result.shape[0] for node in graph.nodes if node.kind == "input" and node.result.shape
-    ]
-    symbolic = [size for size in first if isinstance(size, Sym)]
-    return max((hint(size) for size in symbolic or first), default=1)
-
-
-def _over_time(graph: Graph, stored: Mapping[str, Layout], count: int) -> dict[str, Layout]:
-    """Return layouts of parameters with a placement on the axis of micro-batches before them."""
-    nodes = {node.target: node.result for node in graph.nodes if node.kind == "parameter"}
-    return {
-        path: (
-            Replicate()
-            if count > 1 and path in nodes and nodes[path].requires_grad
-            else Invariant(),
-            *layout,
-        )
-        for path, layout in stored.items()
-    }

@@ -20,7 +20,8 @@ from autoparallel.mesh import PIPELINE, Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.pipelines import in_parts, is_pipeline, pipeline_plan
+from autoparallel.planning.pipeline_choices import best_mesh, in_parts
+from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.request import require_clear, require_known
 from autoparallel.planning.search import search
 from autoparallel.planning.stage_cuts import with_memory
@@ -68,11 +69,13 @@ def fastest_plan(
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
+    stages: bool = True,
 ) -> Plan:
     """Return the fastest plan of all meshes, with the memory and the collectives of one step.
 
     traced: see trace_model. meshes: the arrangements of the ranks to choose from. pins, by path,
-    product_weight and start: see make_plan. Raises PlanError for demands that no search could heed;
+    product_weight and start: see make_plan. stages: whether, of several meshes, one with stages may
+    be chosen that is not among them. Raises PlanError for demands that no search could heed;
     where no mesh has a plan, the error of the one that needs least memory, else the first's.
     """
     require_clear(meshes, options, pins, product_weight, start)
@@ -98,6 +101,18 @@ def fastest_plan(
             devices = find_hardware(options.hardware).devices_per_node
             third = None if pins or options.memory_limit else finer(best.mesh, devices)
             waiting += [third] if third is not None else []
+    # Stages are tried last: they have to be better than what needs no micro-batches.
+    free = stages and len(meshes) > 1 and not (pins or product_weight or start)
+    if free and isinstance(traced, Captured):
+        beat = math.inf if best is None else best.step
+        mesh = best_mesh(traced, meshes[0].world_size, options, beat)
+        if mesh is not None:
+            try:
+                plan = _search(model, traced, mesh, options)
+            except PlanError as error:
+                errors.append(error)
+            else:
+                best = plan if best is None or plan.step < best.step else best
     if best is None:
         nearest = min(errors, key=lambda error: getattr(error, "least", math.inf))
         # What would do is looked for once, and not for every mesh that was tried.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from autoparallel.analysis.pipeline_step import PipelineTimeline, pipeline_timeline
 from autoparallel.analysis.timeline import timeline as timeline_of
 from autoparallel.analysis.training_step import Timeline
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
@@ -41,38 +40,11 @@ def timeline(
     Example: `print(timeline(plan, hardware="dgx-h100"))`
     """
     require_kind(plan, Plan, MAKE_ONE)
-    if plan.pipeline is not None:
-        return _of_stages(plan, hardware, overlap, bucket_nbytes)
     if hardware is not None:
         hardware = find_hardware(hardware)
-        plan = repriced(plan, hardware)
+        if plan.pipeline is None:
+            plan = repriced(plan, hardware)
     return timeline_of(plan, hardware=hardware, overlap=overlap, bucket_nbytes=bucket_nbytes)
-
-
-def _of_stages(
-    plan: Plan, hardware: Hardware | str | Path | None, overlap: bool | None, bucket: int | None
-) -> PipelineTimeline:
-    """Return the timeline of a plan with stages. Raises PlanError for what it was not made for."""
-    pipeline = plan.pipeline
-    assert pipeline is not None
-    planned_for = find_hardware(
-        plan.hardware if plan.hardware in presets() else plan.options.hardware
-    )
-    other = hardware is not None and find_hardware(hardware) != planned_for
-    if other or bucket is not None or overlap not in (None, plan.options.overlap):
-        raise PlanError(
-            "the step of a plan with stages is told as it was planned",
-            why="what a stage takes was told when the model was cut, on "
-            f"{plan.hardware} and with overlap={plan.options.overlap}",
-            fix="plan again, with that hardware or overlap",
-        )
-    if not pipeline.forward_seconds:
-        raise PlanError(
-            "the step of this plan cannot be told",
-            why="it was written without the seconds of each pass",
-            fix="plan again",
-        )
-    return pipeline_timeline(plan, planned_for)
 
 
 def repriced(plan: Plan, hardware: Hardware) -> Plan:

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from autoparallel.analysis.abstract_execution import AbstractExecution
-from autoparallel.analysis.liveness import Liveness
-from autoparallel.analysis.memory import Account, resident
 from autoparallel.analysis.pipeline import send_seconds
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
 from autoparallel.analysis.pipeline_walk import most_held
-from autoparallel.analysis.stage_memory import memory_of_ranks, memory_of_stages
+from autoparallel.analysis.stage_memory import memory_of_pipeline
 from autoparallel.analysis.timeline import passes_of_stage
 from autoparallel.cost.hardware import Hardware, find_hardware
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
-from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import Pipeline, Plan
-from autoparallel.rewrite.stages import Cut, Stage, cut_plan
-from autoparallel.runtime.pipeline_schedules import schedule_order
+from autoparallel.planning.stage_work import StageWork, fewer_places
+from autoparallel.rewrite.stages import Stage, cut_plan
+from autoparallel.runtime.pipeline_schedules import ranks_of_stages, schedule_order
 from autoparallel.strategy.stage_shares import StageShares
 from planners import InfeasibleError, partition
 
-__all__ = ["cut_into_stages", "memory_of_pipeline", "with_memory"]
-
-# Plans of more ops than these, for each stage, are cut at the places that send least.
-_PLACES_EACH, _FEWEST_PLACES = 8, 400
+__all__ = ["cut_into_stages", "with_memory"]
 
 
 def cut_into_stages(
@@ -53,7 +43,7 @@ def cut_into_stages(
     stages fit in it where they can.
     Raises PlanError where there is no such cut.
     """
-    work = _Work(graph, plan)
+    work = StageWork(graph, plan)
     ranks, per_rank = shares.ranks, plan.options.stages_per_rank
     stages = ranks * per_rank
     hardware = find_hardware(plan.options.hardware)
@@ -64,12 +54,12 @@ def cut_into_stages(
         math.inf if place and (not size or work.joined[place]) else seconds
         for place, (size, seconds) in enumerate(zip(work.nbytes, sends, strict=True))
     ]
-    allowed = _few(allowed, max(_PLACES_EACH * stages, _FEWEST_PLACES))
-    owners = None if holders is None else work.owners(holders, stages, ranks)
+    allowed = fewer_places(allowed, stages)
     order = schedule_order(plan.options.schedule, ranks, per_rank, microbatches)
+    owners = None if holders is None else work.owners(holders, ranks_of_stages(order))
     held = most_held(order)
     limit = plan.options.memory_limit
-    fits = None if limit is None else work.fits(held, limit / per_rank, microbatches)
+    fits = None if limit is None else work.bytes_of(microbatches).fits(held, limit / per_rank)
     try:
         places = partition(work.seconds, allowed, stages, owners, fits)
     except InfeasibleError as error:
@@ -96,10 +86,10 @@ def cut_into_stages(
             in_flight=held,
         ),
     )
-    return _told(graph, plan, shares, hardware)
+    return _told(graph, plan, shares, hardware, ranks_of_stages(order))
 
 
-def _no_cut(plan: Plan, stages: int, work: _Work) -> PlanError:
+def _no_cut(plan: Plan, stages: int, work: StageWork) -> PlanError:
     """Return the error for a model that has no cut into so many stages."""
     return PlanError(
         f"{plan.model} cannot be cut into {stages} stages",
@@ -109,8 +99,10 @@ def _no_cut(plan: Plan, stages: int, work: _Work) -> PlanError:
     )
 
 
-def _told(graph: Graph, plan: Plan, shares: StageShares, hardware: Hardware) -> Plan:
-    """Return a plan whose pipeline says what each stage takes."""
+def _told(
+    graph: Graph, plan: Plan, shares: StageShares, hardware: Hardware, ranks: Sequence[int]
+) -> Plan:
+    """Return a plan whose pipeline says what each stage takes. ranks: of each stage."""
     pipeline = plan.pipeline
     assert pipeline is not None
     stages = cut_plan(graph, plan)
@@ -127,7 +119,7 @@ def _told(graph: Graph, plan: Plan, shares: StageShares, hardware: Hardware) -> 
     updates = max(updates - _gathers(stages, passes), 0.0)
     every = sum(parts.values())
     link = link_of_stages(plan, pipeline.ranks, hardware)
-    tied = _tied(stages, plan, sizes)
+    tied = _tied(stages, plan, sizes, ranks)
     once = [
         each.reduction
         + each.gathers
@@ -177,39 +169,25 @@ def _back(stage: Stage, sizes: tuple[int, ...]) -> float:
     )
 
 
-def _tied(stages: Sequence[Stage], plan: Plan, sizes: tuple[int, ...]) -> list[float]:
-    """Return the bytes of tied parameters' gradients that a rank of each stage sends to others."""
-    assert plan.pipeline is not None
-    holders: dict[str, dict[int, int]] = {}
+def _tied(
+    stages: Sequence[Stage], plan: Plan, sizes: tuple[int, ...], ranks: Sequence[int]
+) -> list[float]:
+    """Return the bytes of tied parameters' gradients that a rank of each stage sends to others.
+
+    ranks: of each stage.
+    """
+    first: dict[str, dict[int, int]] = {}
     for stage in stages:
         for row in stage.plan.parameters:
-            holders.setdefault(row.name, {}).setdefault(stage.number % plan.pipeline.ranks,
-                                                        stage.number)  # fmt: skip
+            first.setdefault(row.name, {}).setdefault(ranks[stage.number], stage.number)
     sent = [0.0] * len(stages)
     rows = {row.name: row for row in plan.parameters}
-    for name, places in holders.items():
+    for name, places in first.items():
         row = rows[name]
         part = row.nbytes * layout_fraction(row.shape, row.storage, sizes)
         for number in places.values():
             sent[number] += part * (len(places) - 1)
     return sent
-
-
-def memory_of_pipeline(plan: Plan, graph: Graph | None = None) -> tuple[Account, ...]:
-    """Return the memory of each place on the axis of stages.
-
-    plan: with its graph. graph: with the sizes to count for; by default those of the example
-    inputs.
-
-    Example: `max(account.total for account in memory_of_pipeline(plan))`
-    """
-    pipeline = plan.pipeline
-    assert pipeline is not None
-    assert plan.captured is not None
-    stages = memory_of_stages(cut_plan(graph or plan.captured.graph, plan))
-    per_rank = pipeline.stages // pipeline.ranks
-    order = schedule_order(pipeline.schedule, pipeline.ranks, per_rank, pipeline.microbatches)
-    return memory_of_ranks(plan, stages, order)
 
 
 def with_memory(plan: Plan) -> Plan:
@@ -231,145 +209,3 @@ def with_memory(plan: Plan) -> Plan:
     return replace(
         plan, memory=most.rows, device_nbytes=device, pipeline=replace(pipeline, memory=each)
     )
-
-
-def _few(sends: list[float], most: int) -> list[float]:
-    """Return the same costs with fewer places: those that send most are left out, and of many that
-    send alike, every second, third, ... one.
-    """
-    finite = sorted(seconds for seconds in sends if math.isfinite(seconds))
-    if len(finite) <= most:
-        return sends
-    bound = finite[most]
-    cheaper = sum(seconds < bound for seconds in finite)
-    alike = [place for place, seconds in enumerate(sends) if place and seconds == bound]
-    step = -(-len(alike) // max(most - cheaper, 1))
-    kept = set(alike[::step])
-    return [
-        seconds if place == 0 or seconds < bound or place in kept else math.inf
-        for place, seconds in enumerate(sends)
-    ]
-
-
-class _Work:
-    """The ops that stages compute, in order, and what a cut before each of them sends.
-
-    names: of the ops. seconds: of each with the conversions that it is the first to read, and its
-    share of what is done once a step. nbytes: that a rank sends where a stage starts with the op.
-    joined: whether the op is recomputed together with the one before it.
-    """
-
-    def __init__(self, graph: Graph, plan: Plan) -> None:
-        inert = inert_calls(graph)
-        self.graph, self.plan = graph, plan
-        self.sizes = tuple(size for _, size in plan.mesh.axes)
-        self.names = [node.name for node in graph.calls if node.name not in inert]
-        self.place = {name: number for number, name in enumerate(self.names)}
-        choices = {op.name: op for op in plan.ops}
-        self.seconds = [choices[name].seconds for name in self.names]
-        for row in plan.conversions:
-            reader = self.place.get(row.readers[0], len(self.names) - 1)
-            self.seconds[reader] += row.seconds
-        self.readers = {
-            node.target: [
-                self.place[reader.name]
-                for reader in graph.readers[node.result.name]
-                if reader.name in self.place
-            ]
-            for node in graph.nodes
-            if node.kind == "parameter"
-        }
-        self.nbytes = self._crossing()
-        groups = {name: number for number, group in enumerate(plan.recomputed) for name in group}
-        pairs = zip([None, *self.names], self.names, strict=False)
-        self.joined = [
-            other is not None and name in groups and groups.get(other) == groups[name]
-            for other, name in pairs
-        ]
-
-    def _crossing(self) -> list[float]:
-        """Return, for each op, the bytes of the values that are made before it and read from it on.
-
-        Each op is a stage of its own here: a cut between two of them sends what goes from one side
-        to the other.
-        """
-        cut = Cut(self.graph, self.plan, self.names)
-        change = np.zeros(len(self.names) + 1)
-        for name, (first, last) in cut.spans.items():
-            if first == last:
-                continue
-            value = self.graph.values[name]
-            layout = cut.travelling[name]
-            part = nbytes(value) * layout_fraction(value.shape, layout, self.sizes)
-            change[first + 1] += part
-            change[last + 1] -= part
-        running = np.cumsum(change)[:-1]
-        return [float(size) if size > 0.5 else 0.0 for size in running]
-
-    def owners(
-        self, holders: Mapping[str, Collection[int]], stages: int, ranks: int
-    ) -> list[Collection[int] | None]:
-        """Return the stages that may compute each op: those on ranks with the parameters it reads.
-
-        holders: those ranks, by path. stages, ranks: their numbers.
-        """
-        owners: list[Collection[int] | None] = []
-        calls = {node.name: node for node in self.graph.calls}
-        for name in self.names:
-            able: Collection[int] | None = None
-            for operand in calls[name].operands():
-                node = self.graph.producers[operand]
-                if node.kind == "parameter":
-                    held = holders.get(node.target, ())
-                    some = {stage for stage in range(stages) if stage % ranks in held}
-                    able = some if able is None else some & set(able)
-            owners.append(able)
-        return owners
-
-    def fits(
-        self, held: Sequence[int], limit: float, microbatches: int
-    ) -> Callable[[int, NDArray[np.intp], NDArray[np.intp]], NDArray[np.bool_]]:
-        """Return a function that says which runs of ops fit in a limit as a stage.
-
-        held: micro-batches of which each stage keeps activations. limit: bytes of a stage.
-        microbatches: for each of which there is a buffer of what comes in, and of its gradient.
-        """
-        count = len(self.names)
-        stays, kept = np.zeros(count + 1), np.zeros(count + 1)
-        twice: list[tuple[int, int, float]] = []
-        for row in self.plan.parameters:
-            whole = replace(row, gradient=row.storage)
-            trained = self.graph.values[row.name].requires_grad
-            size = sum(item.nbytes for item in resident(whole, self.plan, trained))
-            readers = sorted(self.readers[row.path])
-            for reader in readers:
-                stays[reader + 1] += size
-            # A stage with several readers has the parameter once.
-            twice += [(one, other, size) for one, other in pairwise(readers)]
-        walk = AbstractExecution(self.graph, self.plan, self.plan.recomputed)
-        liveness = Liveness(walk)
-        place = 0
-        places = []
-        for moment in walk.moments:
-            place = max(place, self.place.get(moment.node, 0))
-            places.append(place)
-        for number in liveness.saved:
-            storage = walk.storages[number]
-            if storage.born < len(places):
-                kept[places[storage.born] + 1] += storage.nbytes
-        there = sum(s.nbytes for s in walk.storages if s.kind in ("input", "buffer"))
-        stays, kept = np.cumsum(stays), np.cumsum(kept)
-        limit -= there + liveness.temporary
-        buffers = microbatches * np.array([*self.nbytes, 0.0])
-        buffers[0] = 0.0
-
-        def able(run: int, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> NDArray[np.bool_]:
-            """Say which of these runs fit."""
-            size = stays[ends] - stays[starts] + held[run] * (kept[ends] - kept[starts])
-            size = size + buffers[starts] + buffers[ends]
-            for one, other, again in twice:
-                size = size - again * ((starts <= one) & (other < ends))
-            fits: NDArray[np.bool_] = size <= limit
-            return fits
-
-        return able

@@ -6,12 +6,22 @@ torch's is told in one place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from autoparallel.support.torch_private import pipeline_order
 
-__all__ = ["BACKWARD", "FORWARD", "INPUTS", "WEIGHTS", "Pass", "schedule_class", "schedule_order"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "INPUTS",
+    "WEIGHTS",
+    "Pass",
+    "ranks_of_stages",
+    "schedule_class",
+    "schedule_order",
+]
 
 # The kinds of passes, as torch's tables name them: a whole backward pass, or its two halves: the
 # gradients of what came in, which the stage before waits for, and those of the weights.
@@ -21,6 +31,9 @@ FORWARD, BACKWARD, INPUTS, WEIGHTS = "F", "B", "I", "W"
 _CLASSES = {
     "gpipe": ("ScheduleGPipe", "ScheduleLoopedBFS"),
     "1f1b": ("Schedule1F1B", "ScheduleInterleaved1F1B"),
+    "zero_bubble": ("ScheduleInterleavedZeroBubble", "ScheduleInterleavedZeroBubble"),
+    "zbv": ("", "ScheduleZBVZeroBubble"),
+    "dualpipev": ("", "ScheduleDualPipeV"),
 }
 
 
@@ -41,11 +54,11 @@ def schedule_class(schedule: str, ranks: int, per_rank: int, microbatches: int) 
     >>> schedule_class("1f1b", 4, 1, 8), schedule_class("1f1b", 4, 1, 2)
     ('Schedule1F1B', 'ScheduleGPipe')
     """
-    alone, several = _CLASSES[schedule]
-    if per_rank > 1:
-        return several
-    # Torch's takes no fewer micro-batches than there are stages, where it is GPipe's order.
-    return alone if microbatches >= ranks else _CLASSES["gpipe"][0]
+    # Some take no fewer micro-batches than there are stages.
+    if microbatches < ranks * per_rank:
+        other = {("1f1b", 1): "gpipe", ("dualpipev", 2): "zbv"}
+        schedule = other.get((schedule, per_rank), schedule)
+    return _CLASSES[schedule][per_rank > 1]
 
 
 @lru_cache(maxsize=32)
@@ -68,6 +81,16 @@ def schedule_order(
         tuple(Pass(*each) for each in order)
         for order in pipeline_order(kind, ranks, per_rank, microbatches)
     )
+
+
+def ranks_of_stages(order: Sequence[Sequence[Pass]]) -> tuple[int, ...]:
+    """Return the rank that computes each stage. order: as of `schedule_order`.
+
+    >>> ranks_of_stages(schedule_order("1f1b", 2, 2, 4))
+    (0, 1, 0, 1)
+    """
+    places = {work.stage: rank for rank, passes in enumerate(order) for work in passes}
+    return tuple(places[stage] for stage in sorted(places))
 
 
 def _one_by_one(rank: int, ranks: int, microbatches: int) -> tuple[Pass, ...]:

@@ -31,21 +31,29 @@ def trace_json(timeline: Timeline) -> str:
     """Return a timeline's events in the Trace Event Format: one process, a thread per stream.
 
     Times are in microseconds from the start of the step. Events of computing and of communicating
-    are in threads of their own, because they overlap.
+    are in threads of their own, because they overlap. Ranks with stages are processes of their own,
+    below each other.
 
     Example: json.loads(trace_json(timeline))["traceEvents"]
     """
     streams = (COMPUTE, COMMUNICATION)
+    places = sorted({event.place for event in timeline.events} | {0})
     rows: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": at, "args": {"name": stream}}
+        {"name": "thread_name", "ph": "M", "pid": place, "tid": at, "args": {"name": stream}}
+        for place in places
         for at, stream in enumerate(streams)
     ]
+    if len(places) > 1:
+        rows += [
+            {"name": "process_name", "ph": "M", "pid": place, "args": {"name": f"pp {place}"}}
+            for place in places
+        ]
     rows += [
         {
             "name": event.name,
             "cat": event.phase,
             "ph": "X",
-            "pid": 0,
+            "pid": event.place,
             "tid": streams.index(event.stream),
             "ts": event.start * _MICRO,
             "dur": event.seconds * _MICRO,

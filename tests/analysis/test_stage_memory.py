@@ -103,8 +103,16 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 def measure(rank: int) -> dict[str, int]:
     """Train a step with each schedule; return the most bytes that are alive after a pass."""
-    most = {}
+    return {name: most_alive(name) for name in SCHEDULES}
+
+
+def most_alive(name: str) -> int:
+    model = autoparallel.apply_plan(plain(), planned(name))
+    model.step(**batch())  # buffers of what is sent are made in the first step
     forward, operation = StageModule.forward, dist.P2POp
+    inputs, alive = batch(), Alive()
+    seen: list[int] = []
+    modules: list[StageModule] = []
     sent: set[int] = set()
 
     class Noted(operation):  # type: ignore[misc, valid-type]
@@ -115,31 +123,21 @@ def measure(rank: int) -> dict[str, int]:
             if op is dist.isend:
                 sent.add(_key(tensor))
 
-    for name in SCHEDULES:
-        model = autoparallel.apply_plan(plain(), planned(name))
-        model.step(**batch())  # buffers of what is sent are made in the first step
-        seen: list[int] = []
-        modules: list[StageModule] = []
-        alive = Alive()
-        sent.clear()
+    def noting(self: StageModule, *args: Any, **kwargs: Any) -> Any:
+        result = forward(self, *args, **kwargs)
+        if self not in modules:
+            modules.append(self)
+        # Gradients of weights are counted apart, and so is what follows from the inputs alone.
+        grads = {_key(w.grad) for m in modules for w in m.weights if w.grad is not None}
+        apart = {_key(each) for each in (*_tensors(result), *self.known)}
+        seen.append(alive.nbytes(grads | sent | apart))
+        return result
 
-        def noting(self: StageModule, *args: Any, **kwargs: Any) -> Any:
-            result = forward(self, *args, **kwargs)
-            if self not in modules:
-                modules.append(self)
-            # Gradients of weights are counted apart, and so is what follows from the inputs alone.
-            grads = {_key(w.grad) for m in modules for w in m.weights if w.grad is not None}
-            apart = {_key(each) for each in (*_tensors(result), *self.known)}
-            seen.append(alive.nbytes(grads | sent | apart))
-            return result
-
-        inputs = batch()
-        with pytest.MonkeyPatch.context() as patch, alive:
-            patch.setattr(StageModule, "forward", noting)
-            patch.setattr(dist, "P2POp", Noted)
-            model.step(**inputs)
-        most[name] = max(seen)
-    return most
+    with pytest.MonkeyPatch.context() as patch, alive:
+        patch.setattr(StageModule, "forward", noting)
+        patch.setattr(dist, "P2POp", Noted)
+        model.step(**inputs)
+    return max(seen)
 
 
 def test_activations_are_those_alive() -> None:
