@@ -13,7 +13,7 @@ from typing import Any
 
 from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
-from autoparallel.analysis.memory import Account, Item, account_of, grouped, resident
+from autoparallel.analysis.memory_account import Account, Item, account_of, grouped, resident
 from autoparallel.analysis.pipeline_walk import Held, held
 from autoparallel.graph.graph import Graph, Value, hint
 from autoparallel.graph.part_sizes import local_shape

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from autoparallel.analysis.memory import Account, memory_of
+from autoparallel.analysis.memory import memory_of
+from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.captured import Captured

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from autoparallel.analysis.memory import Account
+from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.stage_memory import memory_of_pipeline
 from autoparallel.errors import CoupledBatchError, MemoryLimitError, PlanError
 from autoparallel.graph.captured import Captured

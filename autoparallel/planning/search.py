@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from autoparallel.analysis.memory import Account
+from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.op_costs import nbytes

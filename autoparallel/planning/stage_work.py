@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
-from autoparallel.analysis.memory import resident
+from autoparallel.analysis.memory_account import resident
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.inert_calls import inert_calls
