@@ -15,8 +15,6 @@ __all__ = ["partition"]
 _Floats = NDArray[np.float64]
 _Places = NDArray[np.intp]
 
-# A cut that sends less is taken where the longest run takes no more than this much longer.
-_NEAR = 1.05
 # The weight of squares of lengths, beside the least that a cut sends.
 _EVEN = 1e-3
 
@@ -27,6 +25,7 @@ def partition(
     runs: int,
     owners: Sequence[Collection[int] | None] | None = None,
     fits: Callable[[int, _Places, _Places], NDArray[np.bool_]] | None = None,
+    near: float = 1.05,
 ) -> tuple[int, ...]:
     """Return the places at which the runs start; the first is 0.
 
@@ -34,9 +33,10 @@ def partition(
     piece adds to the run that ends there and to the one that starts; infinite where none may be.
     runs: their number; none is empty. owners: for each piece, the runs that it may belong to; None
     for all. fits: says of a run, by its number, and of places where it could start and end, which
-    of them go together.
-    The longest run is the shortest that there is, to 5 %, among those the cuts send least, and
-    among these the runs are as equal as can be.
+    of them go together. near: a cut that sends less is taken where the longest run takes no more
+    than so many times the least.
+    The longest run is the shortest that there is, but for `near`, among those the cuts send least,
+    and among these the runs are as equal as can be.
     Dynamic programming over the places, exact: no run is looked at that is more than twice as long
     as the mean, unless there must be one.
     Raises InfeasibleError where there is no such cut.
@@ -54,7 +54,7 @@ def partition(
         widths = chain.widths(enough)
         longest = chain.longest(widths)
         if longest <= enough and math.isfinite(longest):
-            limit = longest * _NEAR
+            limit = longest * near
             return chain.least_sent(chain.widths(limit), limit)
     raise InfeasibleError(what=f"{len(seconds)} pieces of work have no cut into {runs} runs")
 

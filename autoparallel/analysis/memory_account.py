@@ -83,8 +83,21 @@ def account_of(
     >>> account_of((Item("inputs", "x", "", 1, 8),), 2).total
     10
     """
-    sums = [sum(row.nbytes for row in rows if row.category == name) for name in _ITEMIZED]
-    return Account(*sums, temporary, rows, assumed, where)
+    sums = dict.fromkeys(_ITEMIZED, 0)
+    for row in rows:
+        sums[row.category] += row.nbytes
+    return Account(
+        parameters=sums["parameters"],
+        gradients=sums["gradients"],
+        optimizer_state=sums["optimizer_state"],
+        activations=sums["activations"],
+        buffers=sums["buffers"],
+        inputs=sums["inputs"],
+        temporary=temporary,
+        items=rows,
+        assumed=assumed,
+        where=where,
+    )
 
 
 def resident(parameter: ParameterChoice, plan: Plan, trained: bool) -> Iterable[Item]:

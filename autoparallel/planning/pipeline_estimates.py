@@ -31,7 +31,7 @@ from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
-from autoparallel.planning.stage_work import StageBytes, StageWork, fewer_places
+from autoparallel.planning.stage_work import NEAR, StageBytes, StageWork, fewer_places
 from autoparallel.runtime.pipeline_schedules import (
     ranks_of_stages,
     schedule_order,
@@ -132,8 +132,8 @@ class Estimator:
         link = link_of_stages(plan, shares.ranks, hardware)
         order = schedule_order(options.schedule, shares.ranks, options.stages_per_rank, count)
         most = [1] * stages
-        for rank in held(order, [1.0] * stages):
-            for stage, batches in rank.stages:
+        for moment in held(order, [1.0] * stages):
+            for stage, batches in moment.stages:
                 most[stage] = batches
         each = math.inf if limit is None else limit / options.stages_per_rank
         places = chain.cut(stages, link, chain.bytes, most, each)
@@ -254,7 +254,7 @@ class _Chain:
         seconds = self.seconds.tolist()
         if math.isfinite(limit):
             try:
-                return partition(seconds, allowed, stages, None, sizes.fits(most, limit))
+                return partition(seconds, allowed, stages, None, sizes.fits(most, limit), NEAR)
             except InfeasibleError:
                 pass
-        return partition(seconds, allowed, stages)
+        return partition(seconds, allowed, stages, near=NEAR)

@@ -105,10 +105,10 @@ def fastest_plan(
     free = stages and len(meshes) > 1 and not (pins or product_weight or start)
     if free and isinstance(traced, Captured):
         beat = math.inf if best is None else best.step
-        mesh = best_mesh(traced, meshes[0].world_size, options, beat)
-        if mesh is not None:
+        with_stages = best_mesh(traced, meshes[0].world_size, options, beat)
+        if with_stages is not None:
             try:
-                plan = _search(model, traced, mesh, options)
+                plan = _search(model, traced, with_stages, options)
             except PlanError as error:
                 errors.append(error)
             else:

@@ -19,7 +19,7 @@ from autoparallel.graph.graph import Graph
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import Pipeline, Plan
-from autoparallel.planning.stage_work import StageWork, fewer_places
+from autoparallel.planning.stage_work import NEAR, StageWork, fewer_places
 from autoparallel.rewrite.stages import Stage, cut_plan
 from autoparallel.runtime.pipeline_schedules import ranks_of_stages, schedule_order
 from autoparallel.strategy.stage_shares import StageShares
@@ -61,13 +61,13 @@ def cut_into_stages(
     limit = plan.options.memory_limit
     fits = None if limit is None else work.bytes_of(microbatches).fits(held, limit / per_rank)
     try:
-        places = partition(work.seconds, allowed, stages, owners, fits)
+        places = partition(work.seconds, allowed, stages, owners, fits, NEAR)
     except InfeasibleError as error:
         if fits is None:
             raise _no_cut(plan, stages, work) from error
         # None fits: by how much the most even one does not is told by its account.
         try:
-            places = partition(work.seconds, allowed, stages, owners)
+            places = partition(work.seconds, allowed, stages, owners, near=NEAR)
         except InfeasibleError as other:
             raise _no_cut(plan, stages, work) from other
     starts = tuple(work.names[place] for place in places)

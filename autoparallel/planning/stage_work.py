@@ -20,7 +20,11 @@ from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.plan import Plan
 from autoparallel.rewrite.stages import Cut
 
-__all__ = ["StageBytes", "StageWork", "fewer_places"]
+__all__ = ["NEAR", "StageBytes", "StageWork", "fewer_places"]
+
+# A cut that sends less is taken where the longest stage takes no more than so many times the least:
+# it is what all micro-batches wait for, and what is sent is in its seconds.
+NEAR = 1.01
 
 # Chains of more places than these, for each stage, are cut at those that send least.
 _PLACES_EACH, _FEWEST_PLACES = 8, 400
