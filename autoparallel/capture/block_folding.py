@@ -38,12 +38,12 @@ class Unfoldable(Exception):  # noqa: N818 - not an error: the full trace is the
     """Blocks are not provably the same, and what they were folded for must be traced again.
 
     reason: for the log. paths: of blocks that must be traced for themselves in the next attempt;
-    without any, the model is traced without folding.
+    without any, the model is traced without folding. branches: whether a block asks for values.
     """
 
-    def __init__(self, reason: str, paths: tuple[str, ...] = ()) -> None:
+    def __init__(self, reason: str, paths: tuple[str, ...] = (), branches: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.paths = reason, paths
+        self.reason, self.paths, self.branches = reason, paths, branches
 
 
 class Folding:
@@ -82,6 +82,15 @@ class Folding:
         """
         self.failure = self.failure or Unfoldable(reason, paths)
         return self.failure
+
+    def refuse_branch(self) -> None:
+        """Raise Unfoldable where a block of several takes a way that depends on values.
+
+        Blocks that are hidden take ways of their own, of which nobody would know.
+        """
+        if self._inside:
+            self.failure = self.failure or Unfoldable("a block branches on values", branches=True)
+            raise self.failure
 
     def entered(self, reason: str, path: str) -> Unfoldable:
         """Return the exception for something in a hidden block that is reached past its call.

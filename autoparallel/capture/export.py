@@ -206,7 +206,7 @@ class _Flat(nn.Module):
             SeededDraws(),
             idle_conversions(),
             unprinted(type(self.model).__name__),
-            TakeWays(wanted.ways, wanted.asked),
+            TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):
@@ -250,6 +250,7 @@ def capture(
     part: bool = False,
     around: nn.Module | None = None,
     find_ways: Callable[[], Ways] | None = None,
+    likely: Ways = NO_WAYS,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval) into a graph.
 
@@ -261,7 +262,7 @@ def capture(
     part: Python calls the model and may look at all that it does: side effects are refused.
     around: the model that this is a part of. find_ways: returns the ways that an example run goes
     where the forward branches on values; it is called only where it does, and where it is left out,
-    that is an error.
+    that is an error. likely: ways that these will probably be.
     Raises CaptureError, with the user's source line, where the model cannot be traced; AliasError
     where no part of it may run as it is.
 
@@ -273,32 +274,47 @@ def capture(
     bound = bind_inputs(model, args, kwargs)
     tensors = (*model.parameters(), *model.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    # A guess is good for nothing where no example run can confirm it.
+    guesses = find_ways is not None and not any(tensor.is_meta for tensor in tensors)
     wanted = _Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
         *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
-        *(Switches(), NO_WAYS, Asked()),
+        *(Switches(), NO_WAYS, Asked(guesses, likely)),
     )
+    asked = wanted.asked
     while True:
-        opened = len(wanted.asked.functions)
+        opened = len(asked.functions)
         # Of equal blocks one alone would be traced, and go its own ways.
-        folds = fold and not wanted.ways
+        folds = fold and not asked.in_blocks
         try:
             with plain_surroundings(device):
-                return _folded(wanted) if folds else _traced(wanted, _unfolded(), one_by_one=True)
+                captured = _folded(wanted) if folds else _traced(wanted, _unfolded(), True)
+            if find_ways is None or not asked.has_guessed():
+                return captured
+            ways = find_ways()
+            if asked.is_right(ways):
+                return replace(captured, ways=ways)
+            _log.info("traced again: the example run goes other ways than were guessed")
+            asked.take()
+            asked.guesses = False
+            wanted = replace(wanted, ways=ways)
         except IntricateSizes as reason:
             _log.info("dims of the inputs are fixed: %s", reason)
             wanted = replace(wanted, fixed=wanted.fixed | reason.dims)
         except AliasError:
             raise
         except CaptureError:
-            unanswered = wanted.asked.take()
+            guessed, unanswered = asked.has_guessed(), asked.take()
             # The run tells the same again: only functions that are opened now may change a trace.
-            again = not wanted.ways or len(wanted.asked.functions) > opened
+            again = not wanted.ways or len(asked.functions) > opened
             if find_ways is None or not unanswered or not again:
                 raise
             ways = wanted.ways or find_ways()
-            if all(answer is None for line in unanswered for answer in ways.get(line, ())):
+            told = any(answer is not None for line in unanswered for answer in ways.get(line, ()))
+            # A way that was guessed wrongly ends somewhere else than the forward does.
+            if not told and not guessed:
                 raise
+            asked.guesses = False
             wanted = replace(wanted, ways=ways)
 
 
@@ -342,12 +358,15 @@ def _folded(wanted: _Wanted) -> Captured:
             return _traced(wanted, Folding(groups, apart))
         except Unfoldable as reason:
             _log.info("blocks are traced one by one: %s", reason)
+            wanted.asked.in_blocks |= reason.branches
             if not reason.paths:
                 break
             apart |= set(reason.paths)
         except (IntricateSizes, ValueBranchError):
             raise  # the full trace branches there, too
         except Exception as error:
+            if wanted.asked.has_guessed():
+                raise  # perhaps a guess is the reason: the example run tells
             # Whatever it is, the full trace has it too, and then it is explained.
             _log.info("blocks are traced one by one: %r", error)
             break

@@ -19,6 +19,7 @@ from autoparallel.placement import Invariant, Layout, Replicate
 from autoparallel.planning.pipeline_estimates import Estimate, Estimator, is_better
 from autoparallel.runtime.pipeline_schedules import schedule_order
 from autoparallel.strategy.stage_shares import StageShares
+from planners.effort import current
 
 __all__ = [
     "batch_of",
@@ -86,7 +87,7 @@ def best_mesh(captured: Captured, world_size: int, options: Options, beat: float
                 of_width, worse = (found[0], mesh), 0
             else:
                 worse += 1
-            if worse >= _MOST_WORSE:
+            if worse >= _MOST_WORSE or current().is_over:
                 break
         if of_width is not None and (best is None or is_better(of_width[0], best[0], limit)):
             best = of_width

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from autoparallel.analysis.communication import collective_totals
@@ -22,11 +24,13 @@ from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
 from autoparallel.planning.pipeline_choices import best_mesh, in_parts
 from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
+from autoparallel.planning.planning_progress import planning_progress
 from autoparallel.planning.request import require_clear, require_known
 from autoparallel.planning.search import search
 from autoparallel.planning.stage_cuts import with_memory
 from autoparallel.planning.traced_parts import search_parts
 from autoparallel.rules.lookup import find_rule
+from planners.effort import Effort, current, effort
 
 __all__ = ["fastest_plan", "trace_model", "with_graphs"]
 
@@ -79,6 +83,37 @@ def fastest_plan(
     where no mesh has a plan, the error of the one that needs least memory, else the first's.
     """
     require_clear(meshes, options, pins, product_weight, start)
+    with planning_progress() as report:
+        # Ranks that were interrupted at different steps would have different plans.
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not (
+            dist.is_available() and dist.is_initialized()
+        )
+        most = math.inf if options.seconds is None else options.seconds
+        with effort(Effort(most, can_stop=alone, report=report)):
+            best, errors = _fastest(model, traced, meshes, options, pins, product_weight, start)
+            # Stages are tried last: they have to be better than what needs no micro-batches.
+            free = stages and len(meshes) > 1 and not (pins or product_weight or start)
+            if free and isinstance(traced, Captured) and not current().is_over:
+                world_size = meshes[0].world_size
+                best = _or_with_stages(best, errors, model, traced, world_size, options)
+            if best is None:
+                raise _nearest(errors)
+            return _counted(best).checked()
+
+
+def _fastest(
+    model: nn.Module,
+    traced: Captured | GraphBreaks,
+    meshes: tuple[Mesh, ...],
+    options: Options,
+    pins: Mapping[str, Layout | Placement] | None,
+    product_weight: float | None,
+    start: Plan | None,
+) -> tuple[Plan | None, list[PlanError]]:
+    """Return the fastest plan of all meshes, None where there is none, and the others' errors.
+
+    Arguments as of `fastest_plan`.
+    """
     best: Plan | None = None
     errors: list[PlanError] = []
     waiting = list(meshes)
@@ -93,32 +128,59 @@ def fastest_plan(
         except PlanError as error:
             errors.append(error)
             plan = None
+        except KeyboardInterrupt:
+            # The best so far is worth more than nothing.
+            if best is None:
+                raise
+            current().stop()
+            waiting.insert(0, mesh)
+            plan = None
         if plan is not None and (best is None or plan.step < best.step):
             best = plan
+        if best is not None and current().is_over:
+            ended = "" if current().end in best.method else f"; {current().end}"
+            left = f", {len(waiting)} other meshes not tried" if waiting else ""
+            best = replace(best, method=best.method + ended + left)
+            break
         # Of many meshes of three axes, one that divides an axis of the best one is tried. Layouts
         # that are demanded, and searches within a limit, are of the axes there are.
         if not waiting and best is not None and len(meshes) > 1 and mesh in meshes:
             devices = find_hardware(options.hardware).devices_per_node
             third = None if pins or options.memory_limit else finer(best.mesh, devices)
             waiting += [third] if third is not None else []
-    # Stages are tried last: they have to be better than what needs no micro-batches.
-    free = stages and len(meshes) > 1 and not (pins or product_weight or start)
-    if free and isinstance(traced, Captured):
-        beat = math.inf if best is None else best.step
-        with_stages = best_mesh(traced, meshes[0].world_size, options, beat)
-        if with_stages is not None:
-            try:
-                plan = _search(model, traced, with_stages, options)
-            except PlanError as error:
-                errors.append(error)
-            else:
-                best = plan if best is None or plan.step < best.step else best
-    if best is None:
-        nearest = min(errors, key=lambda error: getattr(error, "least", math.inf))
-        # What would do is looked for once, and not for every mesh that was tried.
-        advised = getattr(nearest, "advised", None)
-        raise nearest if advised is None else advised()
-    return _counted(best).checked()
+    return best, errors
+
+
+def _or_with_stages(
+    best: Plan | None,
+    errors: list[PlanError],
+    model: nn.Module,
+    traced: Captured,
+    world_size: int,
+    options: Options,
+) -> Plan | None:
+    """Return a plan with stages where one is faster than the best without, else that one.
+
+    errors: of other meshes; one of stages is added.
+    """
+    beat = math.inf if best is None else best.step
+    mesh = best_mesh(traced, world_size, options, beat)
+    if mesh is None:
+        return best
+    try:
+        plan = _search(model, traced, mesh, options)
+    except PlanError as error:
+        errors.append(error)
+        return best
+    return plan if best is None or plan.step < best.step else best
+
+
+def _nearest(errors: list[PlanError]) -> PlanError:
+    """Return the error of the mesh that needs least memory, else the first."""
+    nearest = min(errors, key=lambda error: getattr(error, "least", math.inf))
+    # What would do is looked for once, and not for every mesh that was tried.
+    advised = getattr(nearest, "advised", None)
+    return nearest if advised is None else advised()
 
 
 def _counted(plan: Plan) -> Plan:

@@ -246,6 +246,20 @@ def test_the_same_limit_gives_the_same_plan() -> None:
     assert limited.solve(problem) == limited.solve(replace(chain_problem(12), limit=150.0))
 
 
+def test_known_solutions_with_forbidden_states_are_none() -> None:
+    """A search that begins with what another one found takes no state that it is not allowed."""
+    problem = replace(chain_problem(12), limit=150.0)
+    known: list[Solution] = []
+    first = limited.solve(problem, known=known)
+    assert known
+    name, state = problem.variables[5].name, first.assignment[problem.variables[5].name]
+    unary = problem.variable(name).unary.copy()
+    unary[state] = math.inf
+    forced = problem.with_unary({name: unary})
+    assert limited.solve(forced, known=known).assignment[name] != state
+    assert limited.solve(forced, known=known).cost >= limited.solve(forced).lower_bound
+
+
 def test_no_limit_and_a_loose_one_change_nothing() -> None:
     problem = chain_problem(5)
     free = exact.solve(problem)
