@@ -96,6 +96,11 @@ class Options:
     gap: under a memory limit, the search ends once it is proven that no plan saves more than this
     share of the seconds of the one found; 0 goes on for the best, as far as it can be proven.
 
+    seconds: how long the search for a plan goes on, None for as long as it takes; then the best so
+    far is the plan, with what is proven of it. The steps of the search are counted, and not a
+    clock's, so that every rank and every run comes to the same plan: what each step takes is that
+    of one core of the present day. At least one plan is looked at, whatever that takes.
+
     overlap: collectives of the backward pass run while gradients of weights are computed; otherwise
     each is waited for at once.
 
@@ -128,6 +133,7 @@ class Options:
     recompute: str = "model"
     constraints: tuple[str, ...] = ()
     gap: float = 0.01
+    seconds: float | None = None
     overlap: bool = True
     microbatches: int | None = None
     schedule: str = "1f1b"
@@ -143,6 +149,7 @@ class Options:
                 f"gap={self.gap!r}", why="it is a share of the seconds", fix="give 0.01, for 1%"
             )
         object.__setattr__(self, "gap", float(self.gap))
+        object.__setattr__(self, "seconds", _seconds(self.seconds))
         count = self.microbatches
         if count is not None and (type(count) is not int or count < 1):
             raise PlanError(
@@ -177,6 +184,20 @@ class Options:
                     why="there is no such choice",
                     fix=f"choose one of {', '.join(known)}",
                 )
+
+
+def _seconds(seconds: Any) -> float | None:
+    """Return the seconds as a float, or None. Raises PlanError for what is no length of time."""
+    if seconds is None:
+        return None
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not number or not 0 < seconds < float("inf"):
+        raise PlanError(
+            f"seconds={seconds!r}",
+            why="the search for a plan goes on for so long",
+            fix="give a positive number, or leave it out",
+        )
+    return float(seconds)
 
 
 def _texts(constraints: Any) -> tuple[str, ...]:

@@ -22,11 +22,13 @@ from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.rules.rule import ShardingRule
+from autoparallel.strategy.candidate_splits import CandidateSplits
 from autoparallel.strategy.cost_tables import Table
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.recompute_modes import Recomputation
 from autoparallel.strategy.redistribution import RedistributionTable, RedistributionTables
+from autoparallel.strategy.rule_matching import MatchedCall
 from planners import Factor, Problem, Solution, Variable
 
 __all__ = ["CostNetwork", "reduced_together"]
@@ -54,6 +56,8 @@ class CostNetwork:
     come from parameters alone.
     peak_call: the call during whose backward the bytes are counted, "" for after the forward pass.
     fixed_nbytes: bytes per rank that any plan needs besides those in the tables.
+    matched, splits: what every call is, and the splits that it may have, by the size of an axis and
+    whether there are several. They serve other networks of the same graph.
     """
 
     graph: Graph
@@ -77,6 +81,8 @@ class CostNetwork:
     repeats: dict[str, Table] = field(default_factory=dict)
     allowed: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     saved_for_backward: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    matched: Mapping[str, MatchedCall] = field(default_factory=dict)
+    splits: dict[tuple[int, bool], CandidateSplits] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
