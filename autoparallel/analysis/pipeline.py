@@ -11,7 +11,7 @@ from autoparallel.cost.collective_times import collective_seconds
 from autoparallel.cost.hardware import Link
 from autoparallel.errors import PlanError
 from autoparallel.placement import Collective
-from autoparallel.runtime.pipeline_schedules import schedule_order
+from autoparallel.runtime.schedule_orders import schedule_order
 
 __all__ = [
     "SCHEDULES",

@@ -15,7 +15,7 @@ from autoparallel.cost.links import Link
 from autoparallel.errors import PlanError
 from autoparallel.mesh import MICROBATCH
 from autoparallel.plan import Pipeline, Plan
-from autoparallel.runtime.pipeline_schedules import FORWARD, WEIGHTS, schedule_order
+from autoparallel.runtime.schedule_orders import FORWARD, WEIGHTS, schedule_order
 from autoparallel.support.units import seconds_text
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from autoparallel.runtime.pipeline_schedules import FORWARD, INPUTS, WEIGHTS, Pass
+from autoparallel.runtime.schedule_orders import FORWARD, INPUTS, WEIGHTS, Pass
 
 __all__ = ["Held", "StageSeconds", "Timed", "held", "most_held", "walk"]
 
@@ -52,7 +52,7 @@ def walk(order: _Order, stages: Sequence[StageSeconds]) -> tuple[Timed, ...]:
     arrived: a rank computes while it sends, and sends one thing after the other.
     Raises ValueError for an order that waits for itself.
 
-    >>> from autoparallel.runtime.pipeline_schedules import schedule_order
+    >>> from autoparallel.runtime.schedule_orders import schedule_order
     >>> passes = walk(schedule_order("1f1b", 4, 1, 12), [StageSeconds(1.0, 2.0)] * 4)
     >>> max(each.end for each in passes)
     45.0
@@ -125,7 +125,7 @@ def held(order: _Order, nbytes: Sequence[float]) -> tuple[Held, ...]:
     order: see `walk`. nbytes: the activations that each stage keeps of one micro-batch. Where a
     backward pass is in two halves, they are kept until the second one.
 
-    >>> from autoparallel.runtime.pipeline_schedules import schedule_order
+    >>> from autoparallel.runtime.schedule_orders import schedule_order
     >>> [each.nbytes for each in held(schedule_order("1f1b", 3, 1, 8), [10.0] * 3)]
     [30.0, 20.0, 10.0]
     """
@@ -138,7 +138,7 @@ def held(order: _Order, nbytes: Sequence[float]) -> tuple[Held, ...]:
 def most_held(order: _Order) -> tuple[int, ...]:
     """Return how many micro-batches each stage holds at most.
 
-    >>> from autoparallel.runtime.pipeline_schedules import schedule_order
+    >>> from autoparallel.runtime.schedule_orders import schedule_order
     >>> most_held(schedule_order("gpipe", 2, 1, 8))
     (8, 8)
     """

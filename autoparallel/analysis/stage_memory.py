@@ -20,7 +20,7 @@ from autoparallel.graph.part_sizes import local_shape
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.rewrite.stages import Stage, cut_plan
-from autoparallel.runtime.pipeline_schedules import Pass, schedule_order
+from autoparallel.runtime.schedule_orders import Pass, schedule_order
 
 __all__ = ["StageMemory", "memory_of_pipeline", "memory_of_ranks", "memory_of_stages"]
 

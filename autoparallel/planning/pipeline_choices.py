@@ -12,12 +12,14 @@ from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph, Sym, hint
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.operators import BRANCH_TAKEN
+from autoparallel.graph.passes.equal_sizes import with_equal_sizes
+from autoparallel.graph.passes.flattened_rows import unflatten_rows
 from autoparallel.graph.passes.global_counts import split_loss_counts
 from autoparallel.mesh import PIPELINE, Mesh
-from autoparallel.options import Options
+from autoparallel.options import SCHEDULES, Options
 from autoparallel.placement import Invariant, Layout, Replicate
 from autoparallel.planning.pipeline_estimates import Estimate, Estimator, is_better
-from autoparallel.runtime.pipeline_schedules import schedule_order
+from autoparallel.runtime.schedule_orders import schedule_order
 from autoparallel.strategy.stage_shares import StageShares
 from planners.effort import current
 
@@ -166,7 +168,7 @@ def microbatch_counts(graph: Graph, ranks: int, inside: Mesh, options: Options) 
     """
     batch = batch_of(graph)
     able = [count for count in range(1, batch + 1) if is_even(count, ranks, options)]
-    even = [count for count in able if batch % count == 0] or able
+    even = [count for count in able if batch % count == 0] or able or [1]
     outer = inside.axes[0][1] if len(inside.axes) > 1 else 1
     whole = [count for count in even if (batch // count) % outer == 0] or even
     counts: list[int] = []
@@ -184,7 +186,11 @@ def is_even(count: int, ranks: int, options: Options) -> bool:
     >>> is_even(6, 4, Options(stages_per_rank=2)), is_even(10, 4, Options(stages_per_rank=2))
     (True, True)
     """
-    return options.stages_per_rank == 1 or count % max(1, count // ranks) == 0
+    schedule = SCHEDULES[options.schedule]
+    if schedule.folded:
+        return not schedule.per_stage or count >= options.stages_per_rank * ranks
+    in_rounds = options.stages_per_rank > 1 or schedule.alone == schedule.several
+    return not in_rounds or count % max(1, count // ranks) == 0
 
 
 def batch_of(graph: Graph) -> int:
@@ -212,7 +218,9 @@ def over_time(graph: Graph, stored: Mapping[str, Layout], count: int) -> dict[st
 
 def in_parts(captured: Captured) -> Captured:
     """Return a traced model as its micro-batches compute it; the same one if it is so already."""
+    captured = with_equal_sizes(captured)
     graph = split_loss_counts(captured.graph).verify()
+    graph = unflatten_rows(graph).verify()
     return captured if graph == captured.graph else replace(captured, graph=graph)
 
 

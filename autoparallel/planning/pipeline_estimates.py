@@ -32,7 +32,7 @@ from autoparallel.plan import Pipeline
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.planning.stage_work import NEAR, StageBytes, StageWork, fewer_places
-from autoparallel.runtime.pipeline_schedules import (
+from autoparallel.runtime.schedule_orders import (
     ranks_of_stages,
     schedule_order,
 )

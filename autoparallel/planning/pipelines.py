@@ -18,7 +18,7 @@ from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
-from autoparallel.options import Options
+from autoparallel.options import SCHEDULES, Options
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.planning.coupled_batches import coupled_call
@@ -78,7 +78,7 @@ def stages_of(plan: Plan) -> dict[str, tuple[int, ...]]:
     """
     if plan.pipeline is None or plan.captured is None:
         return {}
-    return holders_of(cut_plan(plan.captured.graph, plan), plan.pipeline.ranks)
+    return holders_of(cut_plan(plan.captured.graph, plan), plan.pipeline)
 
 
 def pipeline_plan(
@@ -117,11 +117,13 @@ def pipeline_plan(
     captured = in_parts(captured)
     asked = options.microbatches
     if asked is not None and not is_even(asked, ranks, options):
+        rounds = "micro-batches go in rounds of equal size, of at least as many as there are ranks"
+        many = "it takes no fewer micro-batches than there are stages"
         raise PlanError(
-            f"microbatches={asked} for {options.stages_per_rank} stages on each of {ranks} ranks",
-            why="interleaved stages take micro-batches in rounds of equal size, of at least as "
-            "many as there are ranks",
-            fix=f"pass a multiple of {ranks}",
+            f"microbatches={asked} for {options.stages_per_rank} stages on each of {ranks} ranks, "
+            f"with schedule={options.schedule!r}",
+            why=many if SCHEDULES[options.schedule].per_stage else rounds,
+            fix=f"pass a multiple of {ranks * options.stages_per_rank}",
         )
     if stored is not None and asked is not None and batch_of(captured.graph) == 1:
         asked = 1  # a call of a planned model with one row, which no number of others can share

@@ -21,7 +21,7 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.planning.stage_work import NEAR, StageWork, fewer_places
 from autoparallel.rewrite.stages import Stage, cut_plan
-from autoparallel.runtime.pipeline_schedules import ranks_of_stages, schedule_order
+from autoparallel.runtime.schedule_orders import ranks_of_stages, schedule_order
 from autoparallel.strategy.stage_shares import StageShares
 from planners import InfeasibleError, partition
 

@@ -15,7 +15,7 @@ from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
-from autoparallel.runtime.pipeline_schedules import Pass, ranks_of_stages, schedule_order
+from autoparallel.runtime.schedule_orders import Pass, ranks_of_stages, schedule_order
 from autoparallel.view.trace import trace_json
 
 STAGE = StageSeconds(1.0, 2.0, weights=1.0)

@@ -20,7 +20,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Plan
 from autoparallel.rewrite.stages import cut_plan
-from autoparallel.runtime.pipeline_schedules import schedule_order
+from autoparallel.runtime.schedule_orders import schedule_order
 from autoparallel.support.torch_private import StorageWeakRef, TorchDispatchMode
 
 MICROBATCHES = 4

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from autoparallel.options import SCHEDULES
 from autoparallel.support.torch_private import pipeline_order
 
 __all__ = [
@@ -27,15 +28,6 @@ __all__ = [
 # gradients of what came in, which the stage before waits for, and those of the weights.
 FORWARD, BACKWARD, INPUTS, WEIGHTS = "F", "B", "I", "W"
 
-# By the name of a schedule, torch's class for one stage on each rank, and for several.
-_CLASSES = {
-    "gpipe": ("ScheduleGPipe", "ScheduleLoopedBFS"),
-    "1f1b": ("Schedule1F1B", "ScheduleInterleaved1F1B"),
-    "zero_bubble": ("ScheduleInterleavedZeroBubble", "ScheduleInterleavedZeroBubble"),
-    "zbv": ("", "ScheduleZBVZeroBubble"),
-    "dualpipev": ("", "ScheduleDualPipeV"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -47,18 +39,22 @@ class Pass:
 
 
 def schedule_class(schedule: str, ranks: int, per_rank: int, microbatches: int) -> str:
-    """Return the name of torch's class that runs a schedule.
+    """Return the name of torch's class that trains with a schedule.
 
-    ranks: that share out the stages, per_rank: stages on each of them.
+    ranks: that share out the stages, per_rank: stages on each of them. Where the one that was asked
+    for takes no so few micro-batches, it is one that has the same stages on each rank.
 
     >>> schedule_class("1f1b", 4, 1, 8), schedule_class("1f1b", 4, 1, 2)
     ('Schedule1F1B', 'ScheduleGPipe')
     """
-    # Some take no fewer micro-batches than there are stages.
-    if microbatches < ranks * per_rank:
-        other = {("1f1b", 1): "gpipe", ("dualpipev", 2): "zbv"}
-        schedule = other.get((schedule, per_rank), schedule)
-    return _CLASSES[schedule][per_rank > 1]
+    asked, plain = SCHEDULES[schedule], SCHEDULES["gpipe"]
+    few = microbatches < ranks * per_rank
+    if asked.folded:
+        return (SCHEDULES["zbv"] if asked.per_stage and few else asked).several
+    if per_rank > 1 or asked.alone == asked.several:
+        return asked.several
+    # Some take no fewer micro-batches than there are stages, where they would be GPipe's order.
+    return (plain if few else asked).alone
 
 
 @lru_cache(maxsize=32)
