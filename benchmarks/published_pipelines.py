@@ -1,6 +1,6 @@
 """Published steps with stages, predicted as the product plans and times them.
 
-    python benchmarks/published_pipelines.py [--only pipelined,interleaved,llama] [--row 9]
+    python benchmarks/published_pipelines.py [--only pipelined,interleaved,llama] [--row 9] [--own]
 
 Each row is planned on its own mesh of stages, data and tensor parallelism, with parameters split as
 published, and cut into stages by the planner; its passes are walked in the order of torch's
@@ -76,8 +76,12 @@ def planned(
     recompute: str,
     sequence: bool,
     overlap: bool,
+    own: bool = False,
 ) -> Plan:
-    """Return the plan of one row: on its mesh, with its micro-batches, and its split of weights."""
+    """Return the plan of one row: on its mesh, with its micro-batches, and its split of weights.
+
+    own: the planner chooses the micro-batches and the splits.
+    """
     captured, pins = _captured(model, row["batch"])
     replicas = row["devices"] // row["tensor"] // row["stages"]
     axes = {"pp": row["stages"], "dp": replicas, "tp": row["tensor"]}
@@ -99,6 +103,8 @@ def planned(
         if row["tensor"] > 1
         else None
     )
+    if own:
+        options, layouts = replace(options, microbatches=None), None
     return pipeline_plan(captured, "GPT", mesh, options, pins=layouts)
 
 
@@ -161,8 +167,11 @@ def with_waiting_forward(plan: Plan) -> Plan:
     return replace(plan, pipeline=replace(pipeline, forward_seconds=ahead, seconds=both))
 
 
-def pipelined(only: int | None = None) -> Iterator[Row]:
-    """Yield the FLOP/s per device of the rows of arXiv:2104.04473, each on its own layout."""
+def pipelined(only: int | None = None, own: bool = False) -> Iterator[Row]:
+    """Yield the FLOP/s per device of the rows of arXiv:2104.04473, each on its own layout.
+
+    own: with the planner's own splits and micro-batches on the same mesh.
+    """
     table = ROWS["pipelined"]
     hardware = find_hardware(table["hardware"])
     for number, row in enumerate(table["rows"]):
@@ -170,7 +179,7 @@ def pipelined(only: int | None = None) -> Iterator[Row]:
             continue  # without stages, published.py tells it
         model = Transformer.of(row, table)
         # Megatron-LM of the time waited for each collective.
-        plan = planned(model, row, hardware, "full", False, False)
+        plan = planned(model, row, hardware, "full", False, False, own)
         rate = model.flops(row["batch"], again=True) / row["devices"] / seconds_of(plan, hardware)
         what = f"{row['parameters'] / 1e9:g} B on {row['devices']} A100, {row['chunks']} chunks"
         yield Row(what, rate, row["flops_per_second"], "TFLOP/s", plan)
@@ -242,10 +251,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(TABLES), help="tables, comma-separated")
     parser.add_argument("--row", type=int, help="one row of each, by its number")
+    parser.add_argument("--own", action="store_true", help="pipelined, as the planner chooses")
     options = parser.parse_args()
     print(f"{'':44}{'ours':>9}{'printed':>9}")
     for name in options.only.split(","):
-        for row in TABLES[name](options.row):
+        rows = pipelined(options.row, True) if options.own else TABLES[name](options.row)
+        for row in rows:
             print(row, row.plan.pipeline, flush=True)
 
 
