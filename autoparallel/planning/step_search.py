@@ -183,7 +183,7 @@ class StepSearch:
         current().spend(len(self.captured.graph.nodes) * _SECONDS_PER_NODE)
         network = self.network
         plan = plan_of_solution(self.captured, self.model, network.mesh, network, solution, 1.0)
-        step, waits = step_and_waits(plan, network.hardware)
+        step, waits = step_and_waits(plan, network.hardware, network.shares.once)
         return Timed(name, plan, solution, step, waits)
 
     def consider(self, name: str, assignment: Mapping[str, int]) -> None:
