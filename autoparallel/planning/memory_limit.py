@@ -25,6 +25,7 @@ from autoparallel.strategy.build_network import rebuilt
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from planners import InfeasibleError, OverLimitError, Problem, Solution
+from planners.effort import current
 
 __all__ = ["plan_within", "unlimited"]
 
@@ -36,6 +37,8 @@ _MOST_ATTEMPTS = 8
 # The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
 # so low that seconds, which break ties, are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
+# What it takes to count a plan's memory, by the nodes of the graph.
+_SECONDS_PER_NODE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def plan_within(
 
     def fits(plan: Plan) -> bool:
         """Say whether a plan without a limit is within it."""
+        current().spend(len(free.graph.nodes) * _SECONDS_PER_NODE)
         return judge(replace(plan, options=options)).total <= allowed
 
     def told(plan: Plan) -> Plan:
@@ -280,5 +284,6 @@ def _read(
 ) -> tuple[Plan, Account]:
     """Return the plan of a solution, and all of its memory on the rank that needs most."""
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
+    current().spend(len(network.graph.nodes) * _SECONDS_PER_NODE)
     account = judge(plan)
     return replace(plan, memory=account.rows), account

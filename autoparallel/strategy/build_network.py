@@ -44,10 +44,14 @@ from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 from autoparallel.strategy.saved_activations import SavedActivations
 from autoparallel.strategy.stage_shares import WHOLE_MODEL, StageShares
 from autoparallel.strategy.zero_costs import exchange_seconds, update_gather_seconds
+from planners.effort import current
 
 __all__ = ["build_network", "rebuilt"]
 
 Array = NDArray[np.float64]
+
+# What it takes to build a network, by the nodes of the graph and the axes of the mesh.
+_SECONDS_PER_NODE = 1e-4
 
 
 def build_network(
@@ -141,6 +145,7 @@ class _Builder:
 
     def build(self) -> CostNetwork:
         """Return the finished network. Raises UnsupportedOpError for ops without a rule."""
+        current().spend(len(self.graph.nodes) * len(self.sizes) * _SECONDS_PER_NODE)
         # Nothing is discovered on one rank.
         if self.known is not None and (self.known.world_size == 1) == (self.mesh.world_size == 1):
             self.matched = self.known.matched
