@@ -80,10 +80,8 @@ def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> R
     """Start adding up the ranks' whole tensors, of which this rank gets its part."""
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
     if shard.outermost and lengths[0] == lengths[-1]:
-        whole = tensor.movedim(shard.dim, 0).contiguous()
-        wait = group.start_reduce_scatter(
-            whole.view(group.world_size, lengths[0], *whole.shape[1:])
-        )
+        whole, n = tensor.movedim(shard.dim, 0).contiguous(), group.world_size
+        wait = group.start_reduce_scatter(whole.view(n, whole.shape[0] // n, *whole.shape[1:]))
         return lambda: wait().movedim(0, shard.dim).detach()
     wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
     # No view for autograd, so that the part may be written to.
