@@ -130,7 +130,9 @@ def measure(seconds: float) -> list[dict[str, Any]]:
             super().__init__()
             torch.manual_seed(0)
             layers = [torch.nn.Linear(WIDTH, WIDTH) for _ in range(2 * STAGES)]
-            self.layers = torch.nn.Sequential(*(f for l in layers for f in (l, torch.nn.Tanh())))
+            self.layers = torch.nn.Sequential(
+                *(each for one in layers for each in (one, torch.nn.Tanh()))
+            )
 
         def forward(self, rows: Any) -> Any:
             return self.layers(rows).square().mean()
