@@ -123,51 +123,61 @@ def measure(seconds: float) -> list[dict[str, Any]]:
 
     import autoparallel
 
-    rows = []
+    class Stack(torch.nn.Module):
+        """Equal layers, and a loss."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layers = [torch.nn.Linear(WIDTH, WIDTH) for _ in range(2 * STAGES)]
+            self.layers = torch.nn.Sequential(
+                *(each for one in layers for each in (one, torch.nn.Tanh()))
+            )
+
+        def forward(self, rows: Any) -> Any:
+            return self.layers(rows).square().mean()
+
     saved = Saved(set())
     sleeping(seconds, saved)
-    for schedule in SCHEDULES:
-        for count in COUNTS:
-            torch.manual_seed(0)
-            blocks = [
-                torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh())
-                for _ in range(2 * STAGES)
-            ]
-
-            class Stack(torch.nn.Module):
-                """Equal layers, and a loss."""
-
-                def __init__(self, blocks: Any = blocks) -> None:
-                    super().__init__()
-                    self.blocks = torch.nn.Sequential(*blocks)
-
-                def forward(self, rows: Any) -> Any:
-                    return self.blocks(rows).square().mean()
-
-            batch = torch.randn(ROWS, WIDTH)
-            model = autoparallel.autoparallelize(
-                Stack(), mesh=autoparallel.Mesh(pp=STAGES), example_inputs=batch,
-                microbatches=count, schedule=schedule, check_inputs=False,
-            )  # fmt: skip
+    batch = torch.randn(ROWS, WIDTH)
+    cases = [(schedule, count) for schedule in SCHEDULES for count in COUNTS]
+    models = {
+        (schedule, count): autoparallel.autoparallelize(
+            Stack(), mesh=autoparallel.Mesh(pp=STAGES), example_inputs=batch,
+            microbatches=count, schedule=schedule, check_inputs=False,
+        )
+        for schedule, count in cases
+    }  # fmt: skip
+    times: dict[Any, list[float]] = {case: [] for case in cases}
+    most = {}
+    # Round by round, as what a machine does besides comes and goes.
+    for _ in range(STEPS):
+        for case in cases:
             saved.now = saved.most = 0
-            times = []
-            for _ in range(STEPS):
-                dist.barrier()
-                start = time.perf_counter()
-                model(batch).backward()
-                dist.barrier()
-                times.append(time.perf_counter() - start)
-            rows.append({
-                "schedule": schedule, "microbatches": count, "seconds": min(times[1:]),
-                "predicted": predicted(schedule, count, seconds), "saved": saved.most,
-            })  # fmt: skip
-    return rows
+            dist.barrier()
+            start = time.perf_counter()
+            models[case](batch).backward()
+            dist.barrier()
+            times[case].append(time.perf_counter() - start)
+            most[case] = saved.most
+    return [
+        {
+            "schedule": schedule, "microbatches": count,
+            "seconds": min(times[schedule, count][1:]),
+            "predicted": predicted(schedule, count, seconds), "saved": most[schedule, count],
+        }
+        for schedule, count in cases
+    ]  # fmt: skip
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw measured steps as points over the closed forms, in seconds for each micro-batch."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    # Letters as such: half the file, and found by a search.
+    mpl.rcParams["svg.fonttype"] = "none"
+    mpl.rcParams["svg.hashsalt"] = "pipelines"
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for name in SCHEDULES:
