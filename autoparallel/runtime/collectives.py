@@ -81,9 +81,8 @@ def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> R
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
     if shard.outermost and lengths[0] == lengths[-1]:
         whole = tensor.movedim(shard.dim, 0).contiguous()
-        wait = group.start_reduce_scatter(
-            whole.view(group.world_size, lengths[0], *whole.shape[1:])
-        )
+        each = whole.size(0) // group.world_size
+        wait = group.start_reduce_scatter(whole.view(group.world_size, each, *whole.shape[1:]))
         return lambda: wait().movedim(0, shard.dim).detach()
     wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
     # No view for autograd, so that the part may be written to.
