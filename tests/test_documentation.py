@@ -151,10 +151,11 @@ def test_the_excerpt_is_what_is_printed(printed: tuple[str, Path]) -> None:
 
 
 def test_getting_started_runs(tmp_path: Path) -> None:
-    """Its examples are one program, run as they are written; what they write is there."""
-    code = "\n".join(
-        text for language, text in blocks(ROOT / "docs" / "getting_started.md") if language
-    )
+    """Its examples, and those that go on with them, are one program, run as they are written; what
+    they write is there.
+    """
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("getting_started", "reading_a_plan")]
+    code = "\n".join(text for page in pages for language, text in blocks(page) if language)
     (tmp_path / "get_started.py").write_text(code)
     result = subprocess.run(
         [sys.executable, "get_started.py"],
@@ -166,7 +167,8 @@ def test_getting_started_runs(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "proven optimal" in result.stdout
-    assert {"plan.html", "threads.svg"} <= {file.name for file in tmp_path.iterdir()}
+    files = {file.name for file in tmp_path.iterdir()}
+    assert {"plan.html", "threads.svg", "step.trace.json"} <= files
 
 
 GUIDES = ("custom_ops", "clusters", "training", "checkpoints", "troubleshooting")

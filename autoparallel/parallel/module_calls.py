@@ -154,6 +154,8 @@ def run_program(
     result, left = entry.captured.together(returned, inputs)
     for place, value in zip(entry.captured.left, left, strict=True):
         place.put(module, value)
+    for numbers in entry.captured.numbers:
+        numbers.put()
     return result
 
 

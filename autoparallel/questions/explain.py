@@ -15,7 +15,7 @@ from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Node
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from autoparallel.questions.demands import demanded
+from autoparallel.questions.demands import demanded, names_product
 from autoparallel.questions.differences import (
     Choice,
     Difference,
@@ -222,6 +222,9 @@ class Explainer:
         """Return the explanation of one decision; see the function `explain`."""
         self.search = search
         about = find_subject(self.plan, subject)
+        if names_product(why_not) and isinstance(about.choice, ParameterChoice):
+            # A weight is split by row or column in the product that reads it.
+            about = replace(about, choice=self._product_of(about.choice))
         choice = about.choice
         asked: Alternative | None = None
         if isinstance(choice, Conversion):
@@ -248,6 +251,11 @@ class Explainer:
         return Explanation(
             self.plan, about, kind, text, seconds, tuple(alternatives[:_TOLD]), asked, price
         )
+
+    def _product_of(self, parameter: ParameterChoice) -> OpChoice | ParameterChoice:
+        """Return the product that reads a parameter; itself where there is none."""
+        readers = (op for op in self.plan.ops if parameter.name in op.reads and op.whole_flops)
+        return next(readers, parameter)
 
     def _asked(
         self, node: Node, choice: Choice, why_not: str, mask: NDArray[np.bool_]

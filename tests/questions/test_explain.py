@@ -162,6 +162,10 @@ def test_it_says_what_a_reader_asks_for(explainer: Explainer) -> None:
     assert "with all else planned anew" in text
     assert "reduce-scatter" in text
     assert "row, as it is" in str(explainer.explain("attention.projection", why_not="row"))
+    # Asked of a weight, it is meant of the product that reads it.
+    of_weight = explainer.explain("feed_forward.expand.weight", why_not="row")
+    assert of_weight.asked is not None
+    assert of_weight.asked == explainer.explain("feed_forward.expand", why_not="row").asked
 
 
 @pytest.fixture(scope="module")
