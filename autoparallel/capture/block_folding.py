@@ -29,6 +29,7 @@ from autoparallel.capture.block_calls import (
 )
 from autoparallel.capture.equal_blocks import Group, state_of, token_of, watched_class
 from autoparallel.support.pytree import flatten, rebuild
+from autoparallel.support.rng_state import python_numbers
 from autoparallel.support.torch_private import storage_key
 
 __all__ = ["Folding", "Unfoldable"]
@@ -276,13 +277,13 @@ class Folding:
         constants = constants_of(skeleton)
         # In-place writes raise the versions of inputs; all else is compared before and after.
         versions = [tensor._version for tensor in tensors]
-        before = (state_of(block), token_of((args, kwargs), {}, depth=2))
+        before = (state_of(block), token_of((args, kwargs), {}, depth=2), python_numbers())
         twin = self._find(group, tensors, constants)
         key = next(KEYS)
         self.marks[key] = path
         torch.ops.autoparallel.enter(tensors, key)
         result = run(*args, **kwargs)
-        after = (state_of(block), token_of((args, kwargs), {}, depth=2))
+        after = (state_of(block), token_of((args, kwargs), {}, depth=2), python_numbers())
         if after != before or [tensor._version for tensor in tensors] != versions:
             raise self.fail(f"{path} changes what it is called with or what it holds")
         outputs, shape = flatten(result)

@@ -39,9 +39,15 @@ from autoparallel.capture.global_reads import OuterVariables, global_reads
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors, held_among
 from autoparallel.capture.importer import Importer
-from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
+from autoparallel.capture.intricate_sizes import (
+    IntricateSizes,
+    WatchedSizes,
+    fails_at_sizes,
+    require_free_sizes,
+)
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import first_paths
+from autoparallel.capture.python_draws import PythonDraws
 from autoparallel.capture.refused_models import export_failure, refuse_running
 from autoparallel.capture.seeded_draws import SeededDraws
 from autoparallel.capture.side_effects import (
@@ -63,7 +69,7 @@ from autoparallel.graph.graph import Graph
 from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, Skeleton, flatten, rebuild, with_constants
-from autoparallel.support.rng_state import python_numbers
+from autoparallel.support.rng_state import PythonNumbers
 from autoparallel.support.torch_private import expression_of, remembering_fake_results
 
 __all__ = ["Captured", "capture"]
@@ -79,7 +85,7 @@ class _Ran:
 
     outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
     than it was. written: what it writes to attributes, which is returned too. reads: the plain
-    attributes that it has read. gradients, given, own: see Captured.
+    attributes that it has read. gradients, given, own, numbers: see Captured.
     """
 
     outputs: Skeleton
@@ -89,6 +95,7 @@ class _Ran:
     gradients: bool | None
     given: tuple[TensorRead, ...]
     own: tuple[tuple[int, str], ...]
+    numbers: tuple[PythonNumbers, ...]
 
 
 class _Flat(nn.Module):
@@ -123,6 +130,7 @@ class _Flat(nn.Module):
         given = None if wanted.part else flatten(dict(wanted.bound.arguments))[0]
         self.facts = TensorFacts(wanted.model, given, folding)
         self.refused: list[CaptureError] = []
+        self.numbers: tuple[PythonNumbers, ...] = ()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model, and return the tensors in its result and those that it leaves behind."""
@@ -162,7 +170,8 @@ class _Flat(nn.Module):
         reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
         reads += global_reads(self.model)
         given, own = tuple(self.facts.given), held_among(self.model, flat)
-        self.remember(_Ran(skeleton, changes, written, reads, gradients, given, own))
+        numbers = self.numbers
+        self.remember(_Ran(skeleton, changes, written, reads, gradients, given, own, numbers))
         return tuple(flat)
 
     def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +190,7 @@ class _Flat(nn.Module):
         # A cache that is given and written to is returned as well. A list or a dict is not.
         boxes = {k: v for k, v in arguments.items() if isinstance(v, (list, dict, set))}
         before = self.state(arguments) if wanted.part else written_arguments(boxes)
-        numbers = python_numbers()
+        draws = PythonDraws(type(self.model).__name__)
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
         no_replacing = self.no_replacing.installed(operators=False)
@@ -204,6 +213,7 @@ class _Flat(nn.Module):
             no_replacing,
             self.facts.installed(tensors),
             SeededDraws(),
+            draws,
             idle_conversions(),
             unprinted(type(self.model).__name__),
             TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
@@ -216,12 +226,8 @@ class _Flat(nn.Module):
         moving = (*self.reads.moving, *wanted.outer.moving)
         if moving:
             raise moving_error(moving)
-        if python_numbers() != numbers:
-            raise CaptureError(
-                f"{type(self.model).__name__}.forward draws random numbers with Python or numpy",
-                why="a graph would have the numbers of this one trace for ever",
-                fix="draw them with torch, or in a module that is not traced",
-            )
+        draws.finish()
+        self.numbers = draws.left
         return results[0]
 
 
@@ -418,6 +424,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         ran.given,
         ran.own,
         wanted.ways,
+        ran.numbers,
     )
 
 
@@ -494,6 +501,8 @@ def _exported(
     except (Unfoldable, IntricateSizes, AutoParallelError, MemoryError):
         raise
     except Exception as error:
+        if fails_at_sizes(error):
+            require_free_sizes(samples, wanted.fixed)
         raise export_failure(error, model) from error
     if folding.failure is not None:
         raise folding.failure

@@ -18,7 +18,7 @@ from autoparallel.cost.hardware import Hardware
 from autoparallel.cost.op_costs import OpCost
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.rules.rule import ShardingRule
@@ -129,7 +129,8 @@ class CostNetwork:
             # recognized by them.
             key = (id(costs), product_weight)
             if key not in interned:
-                interned[key] = np.array([self.priced(cost, product_weight) for cost in costs])
+                seconds = [self.priced(cost, product_weight) for cost in costs]
+                interned[key] = np.array(seconds) + self.repeating(name)
             unary, usage = interned[key], self.usage.get(name)
             if name in self.repeats:
                 recomputed = self.repeats[name]
@@ -218,6 +219,22 @@ class CostNetwork:
         spread = self.options.sequence_parallel or self.options.data_parallel
         traffic = cost.traffic if spread else cost.whole_traffic
         return product_weight * cost.product + traffic + cost.communication
+
+    def repeating(self, name: str) -> Array:
+        """Return, per state of a call, the seconds that are added where every micro-batch computes
+        what each could compute its part of.
+
+        A pipeline is there for micro-batches. The models of examples are small, and for these it
+        is as quick to start every kernel on the whole batch: that is no reason to.
+        """
+        added = np.zeros(len(self.costs[name]))
+        for axis, (label, size) in enumerate(self.mesh.axes):
+            if label == MICROBATCH and size > 1:
+                in_parts = [joint.parts[axis].tile is not None for joint in self.strategies[name]]
+                if any(in_parts):
+                    seconds = np.array([cost.seconds for cost in self.costs[name]])
+                    added += np.where(in_parts, 0.0, size * seconds)
+        return added
 
     def recomputed(
         self, chosen: Mapping[str, int]
