@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from autoparallel.train.documents import CorpusError
 from autoparallel.train.evaluation import Score
+from autoparallel.train.outputs import whole
 from autoparallel.train.rows import Batch, permuted
 from autoparallel.train.token_files import Marks
 
@@ -202,8 +202,7 @@ def choice_accuracy(
         batch = rows.batch_of(questions[begin : begin + rows.batch])
         batch = {name: value.to(device) for name, value in batch.items()}
         logits = module(**batch).logits
-        whole = logits.full_tensor() if isinstance(logits, DTensor) else logits
-        right += int((whole.argmax(-1) == batch["labels"]).sum())
+        right += int((whole(logits).argmax(-1) == batch["labels"]).sum())
     module.train(was)
     return Score("multiple-choice accuracy", right / len(questions), len(questions))
 

@@ -27,8 +27,8 @@ from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.train.built_models import build_model, objective_of
 from autoparallel.train.config import TrainingError
 from autoparallel.train.config_text import config_to_toml
-from autoparallel.train.loop import loss_of
 from autoparallel.train.optimizers import make_optimizers, set_rates
+from autoparallel.train.outputs import loss_of
 from autoparallel.train.preflight import (
     gathered,
     mesh_of_run,
