@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from autoparallel.parallel.checkpoint_files import together
 from autoparallel.train.built_models import objective_of
-from autoparallel.train.choices import ChoiceRows, Question, digest_of, questions_of
 from autoparallel.train.documents import CorpusError
+from autoparallel.train.multiple_choice import ChoiceRows, Question, digest_of, questions_of
 from autoparallel.train.rows import FunctionRows, Rows, TokenRows
 from autoparallel.train.run_config import RunConfig
 from autoparallel.train.token_files import (

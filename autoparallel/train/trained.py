@@ -14,9 +14,9 @@ from torch import nn
 from autoparallel.api import apply_plan
 from autoparallel.parallel.checkpoint import load_checkpoint
 from autoparallel.train.built_models import build_model, objective_of
-from autoparallel.train.choices import ChoiceRows
 from autoparallel.train.config import Checkpoints, TrainingError
 from autoparallel.train.config_text import read_config
+from autoparallel.train.multiple_choice import ChoiceRows
 from autoparallel.train.preflight import join_processes, rank_and_world
 from autoparallel.train.prepared_run import plan_of_run
 from autoparallel.train.row_sources import open_rows

@@ -171,8 +171,8 @@ def _evaluate(trained: Trained, options: argparse.Namespace) -> str:
 
 def _choices(trained: Trained, path: Path) -> Score:
     """Return how many questions of a file, or of those in a folder, are answered rightly."""
-    from autoparallel.train.choices import ChoiceRows, choice_accuracy, read_questions
     from autoparallel.train.config import TrainingError
+    from autoparallel.train.multiple_choice import ChoiceRows, choice_accuracy, read_questions
 
     if not isinstance(trained.rows, ChoiceRows):
         raise TrainingError(

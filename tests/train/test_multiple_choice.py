@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from training_runs import run_on, small_config
 
 from autoparallel.train.choice_model import BertForChoices, ChoiceOutput
-from autoparallel.train.choices import (
+from autoparallel.train.documents import CorpusError
+from autoparallel.train.models import Bert, BertConfig
+from autoparallel.train.multiple_choice import (
     ChoiceRows,
     Question,
     choice_accuracy,
     questions_of,
     read_questions,
 )
-from autoparallel.train.documents import CorpusError
-from autoparallel.train.models import Bert, BertConfig
 from autoparallel.train.run_config import RunConfig
 from autoparallel.train.runner import run_training
 from autoparallel.train.token_files import marks_of
