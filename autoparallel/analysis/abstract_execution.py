@@ -32,7 +32,10 @@ from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime import kernels as runtime_kernels
 from autoparallel.runtime.collectives import move
 
-__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Storage"]
+__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Seen", "Storage"]
+
+# What calls and moves save, by what they are and what they run on.
+Seen = dict[Any, Observed]
 
 
 @dataclass(slots=True)
@@ -92,7 +95,8 @@ class AbstractExecution:
     """The forward pass of the first rank, which has the largest part of every tensor.
 
     graph: with the sizes to execute for, as hints. plan: of that graph. recomputed: regions, as
-    names of calls, that run again in the backward pass. storages, locals, moments: in the order in
+    names of calls, that run again in the backward pass. seen: what calls of the same graph save, as
+    it was seen before; it is added to. storages, locals, moments: in the order in
     which the program makes them; their numbers are places in these lists. returned, written:
     numbers of the tensors that the caller gets, and that buffers become. assumed: names of calls
     that could not be run, and are taken to save all that they read and make.
@@ -100,7 +104,13 @@ class AbstractExecution:
     Example: `AbstractExecution(plan.captured.graph, plan, plan.recomputed).storages`
     """
 
-    def __init__(self, graph: Graph, plan: Plan, recomputed: Sequence[Iterable[str]] = ()) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        recomputed: Sequence[Iterable[str]] = (),
+        seen: Seen | None = None,
+    ) -> None:
         self.graph = graph
         self.sizes = tuple(size for _, size in plan.mesh.axes)
         self.whole = whole_layout(len(self.sizes))
@@ -120,7 +130,7 @@ class AbstractExecution:
         self._converted: dict[tuple[str, tuple[Step, ...], str], int] = {}
         self._layouts: dict[str, Layout] = {}
         self._routes = {(item.value, item.target): item for item in plan.conversions}
-        self._seen: dict[Any, Observed] = {}
+        self._seen: Seen = {} if seen is None else seen
         self._specs: dict[Any, FakeTensorSpec] = {}
         self._choices = {op.name: op for op in plan.ops}
         self._storage = plan.storage

@@ -14,8 +14,9 @@ from autoparallel.placement import Layout, Partial, Placement, Shard
 from autoparallel.strategy.constraints import placement_test
 from autoparallel.strategy.cost_network import CostNetwork
 
-__all__ = ["demanded"]
+__all__ = ["demanded", "names_product"]
 
+_PRODUCTS = ("row", "column")
 _ON = re.compile(r"\s*(.+?)(?:\s+on\s+(\w+))?\s*")
 
 
@@ -35,7 +36,7 @@ def demanded(network: CostNetwork, node: Node, text: str) -> NDArray[np.bool_]:
     if axis is not None and axis not in names:
         raise PlanError(f"{text!r}: there is no axis {axis!r}", fix=f"say {', '.join(names)}")
     axes = [names.index(axis)] if axis is not None else list(range(len(names)))
-    if how in ("row", "column") and node.kind == "call":
+    if how in _PRODUCTS and node.kind == "call":
         role = _row if how == "row" else _column
         weights = [name in network.weights for name in node.operands()]
         return np.array(
@@ -52,6 +53,16 @@ def demanded(network: CostNetwork, node: Node, text: str) -> NDArray[np.bool_]:
     test = _placement(text, how)
     every = all if how == "whole" else any
     return np.array([every(test(layout[axis]) for axis in axes) for layout in layouts])
+
+
+def names_product(text: str) -> bool:
+    """Return whether a text says how a product runs: "row" or "column", of one axis or of any.
+
+    >>> names_product("row on tp"), names_product("split 0")
+    (True, False)
+    """
+    match = _ON.fullmatch(text)
+    return match is not None and match[1] in _PRODUCTS
 
 
 def _placement(text: str, how: str) -> Callable[[Placement], bool]:
