@@ -599,6 +599,17 @@ def test_a_dtensor_keeps_its_identity_with_other_memory(mesh) -> None:
     assert torch.equal(torch_private.local_part(source), torch.full((6,), -2.0))
 
 
+def test_dtensors_that_are_placed_alike_are_known(mesh) -> None:
+    """By the description that they share, or by what it says."""
+    one, other = (DTensor.from_local(torch.zeros(6), mesh, [Shard(0)]) for _ in range(2))
+    like = torch_private.distributed_tensor_like(torch.ones(6), one, True)
+    assert like.requires_grad
+    assert torch_private.placed_alike(like, one)
+    assert torch_private.placed_alike(one, other)
+    whole = DTensor.from_local(torch.zeros(6), mesh, [Replicate()])
+    assert not torch_private.placed_alike(one, whole)
+
+
 def test_an_op_of_dtensor_can_be_handled(mesh) -> None:
     """The op's overload, its arguments and keyword arguments are given."""
     split = DTensor.from_local(torch.zeros(6), mesh, [Replicate()])
