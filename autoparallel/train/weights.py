@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import CheckpointError
 from autoparallel.parallel.checkpoint_files import is_first_rank, together
+from autoparallel.parallel.module_state import state_of
+from autoparallel.parallel.whole_values import whole_value
 from autoparallel.train.config import TrainingError
 
 __all__ = ["export_weights", "import_weights"]
@@ -110,7 +112,7 @@ def _write_shards(module: nn.Module, folder: Path) -> None:
 
     size = 0
     for name, value in _owned(module):
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        whole = _whole(module, name, value)
         nbytes = whole.numel() * whole.element_size()
         if waiting and size + nbytes > SHARD_BYTES:
             write()
@@ -120,6 +122,13 @@ def _write_shards(module: nn.Module, folder: Path) -> None:
         waiting[name], size = kept, size + nbytes
     write()
     together("naming the weights", lambda: _name(folder, shards) if is_first_rank() else None)
+
+
+def _whole(module: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Return the whole of a tensor, whichever ranks have it. A collective call."""
+    if "_autoparallel" in vars(module) and isinstance(value, nn.Parameter):
+        return whole_value(state_of(module), name, value)
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _name(folder: Path, shards: list[dict[str, str]]) -> None:
