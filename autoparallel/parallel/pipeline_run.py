@@ -26,7 +26,12 @@ from autoparallel.graph.graph import Dim
 from autoparallel.parallel.compiled_calls import is_compiled
 from autoparallel.parallel.pipeline_call import PipelineCall, wants_loss_alone
 from autoparallel.parallel.pipeline_place import PipelinePlace, as_sent
-from autoparallel.parallel.pipeline_schedules import IN_HALVES, PipelineSchedules, schedule_of_run
+from autoparallel.parallel.pipeline_schedules import (
+    IN_HALVES,
+    PipelineSchedules,
+    joins_weights_once,
+    schedule_of_run,
+)
 from autoparallel.parallel.shared_gradients import add_over_stages
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Plan
@@ -106,7 +111,7 @@ class PipelineRun:
                 each,
                 [self.paths.index(path) for path in each.first.parameters],
                 each.stage.number == len(stages) - 1,
-                halves,
+                halves and joins_weights_once(each.stage),
             )
             for each in self.programs
         ]

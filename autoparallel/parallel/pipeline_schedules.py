@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Pipeline
 from autoparallel.rewrite.stage_programs import StagePrograms
+from autoparallel.rewrite.stages import Stage
 from autoparallel.runtime.schedule_orders import schedule_class
 
-__all__ = ["IN_HALVES", "PipelineSchedules", "schedule_of_run"]
+__all__ = ["IN_HALVES", "PipelineSchedules", "joins_weights_once", "schedule_of_run"]
 
 # Torch's classes that may compute gradients of weights later than those of a stage's inputs.
 IN_HALVES = frozenset(
@@ -44,6 +46,35 @@ def schedule_of_run(pipeline: Pipeline, trains: bool) -> str:
         return schedule_class(pipeline.schedule, pipeline.ranks, each, pipeline.microbatches)
     plain = SCHEDULES["gpipe"]
     return plain.several if each > 1 else plain.alone
+
+
+def joins_weights_once(stage: Stage) -> bool:
+    """Return whether each weight of a stage meets what came in at one op alone.
+
+    Torch goes back from each such op to the weights by itself, and frees what it has been through:
+    from the second op of a weight on there is no way any more.
+    Example: `joins_weights_once(stage)` is False where one linear layer is called twice
+    """
+    graph = stage.graph
+    came = {name for name in stage.takes if graph.values[name].requires_grad}
+    # By value that follows from weights alone: which.
+    weights: dict[str, frozenset[str]] = {}
+    ops: Counter[str] = Counter()
+    for node in graph.nodes:
+        made = [value.name for value in node.results if value.requires_grad]
+        if node.kind == "parameter":
+            weights |= {name: frozenset({name}) for name in made}
+        if node.kind != "call" or not made:
+            continue
+        read = [weights.get(name, frozenset()) for name in node.operands()]
+        if came.isdisjoint(node.operands()):
+            weights |= dict.fromkeys(made, frozenset().union(*read))
+        else:
+            came |= set(made)
+            ops.update(weight for some in read for weight in some)
+    # What is handed on leaves by one op with what came in.
+    ops.update(weight for name in stage.gives for weight in weights.get(name, ()))
+    return not came or max(ops.values(), default=0) <= 1
 
 
 class PipelineSchedules:
@@ -83,10 +114,10 @@ class PipelineSchedules:
         # Importing them takes a while, and most meshes have no stages.
         from torch.distributed import pipelining
 
-        from autoparallel.parallel.pipeline_stage import Stage
+        from autoparallel.parallel.pipeline_stage import Stage as TorchStage
 
         stages = [
-            Stage(
+            TorchStage(
                 module,
                 each.stage.number,
                 self.pipeline.stages,

@@ -51,6 +51,17 @@ class Stage(PipelineStage):
                 g if g is None else g.contiguous() for g in gradients
             )
 
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        """Compute gradients; those of weights are in memory of their own."""
+        found = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if backward_type == "full":
+            came = bwd_kwargs["output_grads"]
+            came = (came,) if isinstance(came, torch.Tensor) else came or ()
+            self.module.separate((*came, *found[0]))
+        return found
+
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Compute the gradients of the weights for a micro-batch, if they were not with others."""
         if not self.module.halves:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class StageModule(nn.Module):
     halves: whether a schedule may compute gradients of weights later than those of what comes in.
     weights: leaves in the memory of the parameters, at which gradients of all micro-batches are
     added up. made: the outputs of each micro-batch so far. settled: gradients of weights that were
-    computed by themselves, added up.
+    computed by themselves, added up. shared: places of weights whose gradient, once there is one,
+    may be in the memory of something else.
     """
 
     def __init__(
@@ -32,13 +33,14 @@ class StageModule(nn.Module):
         self.programs, self.places, self.last, self.halves = programs, tuple(places), last, halves
         self.has_way_back = any(each.requires_grad for each in programs.enters)
         self.settled: dict[int, torch.Tensor] = {}
+        self.shared: set[int] = set()
         self.weights = nn.ParameterList()
         self.sources: list[torch.Tensor] = []
         self.made: list[list[torch.Tensor]] = []
         self.call: Any = None
         self.known: Sequence[torch.Tensor] = ()
         self.wanted: Sequence[torch.Tensor | None] | None = None
-        kinds = [each.dtype for each in programs.leaves if each.requires_grad]
+        kinds = [each.dtype.to_real() for each in programs.leaves if each.requires_grad]
         self.loss_type = kinds[0] if kinds else torch.get_default_dtype()
 
     def take(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -65,12 +67,33 @@ class StageModule(nn.Module):
         """
         self.call, self.known, self.wanted, self.made = call, known, wanted, []
         self.settled = {}
+        self.shared = {place for place, each in enumerate(self.weights) if each.requires_grad}
         for weight in self.weights:
             weight.grad = None
 
     def end(self) -> None:
         """End a step: nothing of the call is kept."""
         self.call, self.known, self.wanted = None, (), None
+
+    def separate(self, others: Iterable[torch.Tensor | None]) -> None:
+        """Give the gradients that a backward pass has left at the weights memory of their own.
+
+        Autograd leaves a gradient where it came from if nothing but a view lies between, and would
+        add those of the next micro-batches there: to the gradient of another weight, too, or to
+        what is being sent. others: the gradients that came in, in memory in which those of the next
+        step are received, and those that go to the stage before.
+        """
+        if not self.shared:
+            return
+        taken = {_memory(each) for each in others if each is not None}
+        there = {p for p in self.shared if self.weights[p].grad is not None}
+        for place in sorted(there):
+            gradient = self.weights[place].grad
+            if gradient.layout is torch.strided:
+                if _memory(gradient) in taken:
+                    self.weights[place].grad = gradient.clone()
+                taken.add(_memory(gradient))
+        self.shared -= there
 
     def settle(self) -> None:
         """Add up the gradients that one micro-batch has left at the weights.
@@ -86,6 +109,7 @@ class StageModule(nn.Module):
             else:
                 self.settled[place] = weight.grad.clone()
             weight.grad = None
+            self.shared.add(place)
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Return the gradients that the step has left, and forget them."""
@@ -114,7 +138,10 @@ class StageModule(nn.Module):
             call.device,
         )
         if self.last:
-            self.made.append([output.detach() for output in outputs])
+            # What came in lies where that of the next step is received.
+            taken = {_memory(tensor) for tensor in entered}
+            detached = [output.detach() for output in outputs]
+            self.made.append([o.clone() if _memory(o) in taken else o for o in detached])
             return self.joined(entered, (self.share(place, outputs),))[0]
         first = programs.places[0]
         padded = tuple(
@@ -172,6 +199,11 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         return (None, *gradients)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Return a number that tensors in the same memory have in common."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _product(output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

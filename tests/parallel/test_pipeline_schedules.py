@@ -39,6 +39,8 @@ CASES: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
         {"schedule": "zero_bubble", "recompute": "full"},
     ),
     "zero bubble, weights apart": ("Apart", {"pp": 2}, 2, {"schedule": "zero_bubble"}),
+    "1f1b, weights apart": ("Apart", {"pp": 2}, 2, {"schedule": "1f1b"}),
+    "zero bubble, a layer twice": ("Twice", {"pp": 2}, 2, {"schedule": "zero_bubble"}),
     "zbv": ("Language", {"pp": 2}, 5, {"schedule": "zbv", "stages_per_rank": 2}),
     "dualpipev": ("Language", {"pp": 2}, 5, {"schedule": "dualpipev", "stages_per_rank": 2}),
 }
@@ -46,28 +48,46 @@ CASES: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
 
 class Apart(nn.Module):
     """A model with weights that the last stage uses for nothing that came in, two of which have one
-    gradient.
+    gradient, in one memory.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 8))
-        self.one, self.other = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+        self.one, self.other = nn.Parameter(torch.rand(2, 4)), nn.Parameter(torch.rand(2, 4))
         self.last = nn.Linear(8, 4)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         hidden = self.first(tokens).tanh()
-        return nn.functional.cross_entropy(self.last(hidden * (self.one + self.other)), labels)
+        weights = self.one.view(8) + self.other.view(8)
+        return nn.functional.cross_entropy(self.last(hidden * weights), labels)
+
+
+class Twice(Apart):
+    """A model that calls a layer three times, one time after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(8, 8)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(tokens).tanh()
+        for _ in range(3):
+            hidden = self.again(hidden).tanh()
+        return nn.functional.cross_entropy(self.last(hidden * self.one.view(8)), labels)
+
+
+OWN: dict[str, type[nn.Module]] = {"Apart": Apart, "Twice": Twice}
 
 
 def model_of(kind: str) -> nn.Module:
     torch.manual_seed(6)
-    model: nn.Module = (Apart if kind == "Apart" else MODELS[kind])().double()
+    model: nn.Module = (OWN.get(kind) or MODELS[kind])().double()
     return model
 
 
 def batch(kind: str, step: int = 0) -> dict[str, Any]:
-    return batch_of("Normalized" if kind == "Apart" else kind, step)
+    return batch_of("Normalized" if kind in OWN else kind, step)
 
 
 @cache

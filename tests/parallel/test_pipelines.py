@@ -229,7 +229,8 @@ class Counting(nn.Module):
         hidden = (self.first(rows) + self.calls).tanh()
         out = (self.last(hidden) + self.calls).tanh() * self.scale
         self.calls = self.calls + 1
-        return {"loss": out.square().sum(), "out": out}
+        spectrum = torch.fft.fft(out)
+        return {"spectrum": spectrum, "loss": out.square().sum(), "out": out, "hidden": hidden}
 
 
 def counted(model: nn.Module) -> list[dict[str, torch.Tensor]]:
@@ -263,12 +264,19 @@ def on_two_that_count(rank: int) -> Any:
     late = model(inputs)["loss"]
     late.backward(retain_graph=True)
     model.scale.zero_()  # which no step writes
-    return found, message(late.backward)
+    # What the first stage makes of one row, after another call.
+    rows = [torch.full((1, 6), float(number), dtype=torch.float64) for number in range(2)]
+    for number, row in enumerate(rows):
+        hidden = model(row)["hidden"]
+        if not number:
+            kept, copied = hidden, whole_logits(hidden).clone()
+    return found, message(late.backward), (whole_logits(kept), copied)
 
 
 def test_a_step_that_runs_again_reads_the_buffers_of_its_call() -> None:
     reference = counted(counting())
-    for found, refused in run_processes(on_two_that_count, 2):
+    for found, refused, (kept, copied) in run_processes(on_two_that_count, 2):
+        assert torch.equal(kept, copied)
         for own, other in zip(found, reference, strict=True):
             for path, gradient in own.items():
                 torch.testing.assert_close(gradient, other[path], rtol=TOLERANCE, atol=TOLERANCE)
