@@ -78,7 +78,7 @@ def plan_within(
         # The constraints belong to a network's states, and must be laid on each network anew.
         if mode != options.recompute:
             network = rebuilt(network, options=replace(options, recompute=mode))
-            constrain(network, captured.aliases)
+            constrain(network, captured)
             solve = NetworkSolver(network)
         nearest, mode_bound = _closest(captured, model, network, solve, pins)
         if mode == options.recompute and mode_bound == math.inf:
@@ -155,7 +155,7 @@ def _shortest(
     """
     recompute = "none" if plan.options.recompute == "auto" else plan.options.recompute
     free = rebuilt(network, replace(plan.options, memory_limit=None, recompute=recompute))
-    constrain(free, captured.aliases)
+    constrain(free, captured)
     solve = NetworkSolver(free)
     problem = free.problem(1.0, pins)
     best = solve(problem)
@@ -290,7 +290,11 @@ def _enough_ranks(
     while factor <= _MOST_RANKS:
         mesh = Mesh(**{name: size * factor, **dict(others)})
         wider = rebuilt(network, options=options, mesh=mesh)
-        constrain(wider, captured.aliases)
+        try:
+            constrain(wider, captured)
+        except PlanError:
+            # What is demanded of fewer ranks cannot be had of so many.
+            return None
         try:
             least = NetworkSolver(wider)(wider.problem().usage_alone())
         except InfeasibleError:

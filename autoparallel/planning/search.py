@@ -70,7 +70,6 @@ def search(
     graph = with_larger_hints(captured, options.tokens)
     hardware = find_hardware(options.hardware)
     network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
-    constrain(network, captured.aliases)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     require_known(pins, captured.aliases)
     # Tied parameters are one node of the graph, under the first of their paths.
@@ -83,6 +82,7 @@ def search(
                 f"{layout_text(pinned[name])}",
                 fix="pin one of the two, or both alike",
             )
+    constrain(network, captured, pinned)
     # The plan to begin with is told as states of this network, or refused.
     begin = solution_of_plan(network, start) if start is not None else None
     solve = NetworkSolver(network, begin)

@@ -139,10 +139,15 @@ class CostNetwork:
         for name, table in self.copy_variables:
             variables.append(Variable(name, table.cost, table.usage, table.alternatives))
         # Constraints forbid states rather than remove them: numbers of states keep their meaning.
+        # Equal layers are recognized by their arrays, here too. Arrays that are kept keep their id.
+        forbidden: dict[tuple[int, int], tuple[Array, Array]] = {}
         for index, variable in enumerate(variables):
             if variable.name in self.allowed:
-                unary = np.where(self.allowed[variable.name], variable.unary, np.inf)
-                variables[index] = replace(variable, unary=unary)
+                mask, unary = self.allowed[variable.name], variable.unary
+                pair = id(unary), id(mask)
+                if pair not in forbidden:
+                    forbidden[pair] = unary, np.where(mask, unary, np.inf)
+                variables[index] = replace(variable, unary=forbidden[pair][1])
         # What is near in the model is near in the problem: plans are mixed along this order.
         variables.sort(key=lambda variable: self.position(variable.name))
         self.names = tuple(variable.name for variable in variables)

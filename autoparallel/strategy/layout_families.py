@@ -38,7 +38,17 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage
 
-__all__ = ["Family", "Role", "families", "states_of_family"]
+__all__ = [
+    "TAKES",
+    "Family",
+    "LoopKinds",
+    "Role",
+    "Split",
+    "Stored",
+    "families",
+    "states_of_family",
+    "weight_loops",
+]
 
 Allowed = NDArray[np.bool_]
 
@@ -133,7 +143,7 @@ def families(network: CostNetwork) -> tuple[Family, ...]:
     """
     names = tuple(name for name, _ in network.mesh.axes)
     wide = [index for index, (_, size) in enumerate(network.mesh.axes) if size > 1]
-    sizes = _Loops(network)
+    sizes = LoopKinds(network)
     data = network.options.data_parallel and sizes.batch is not None
     rows: dict[tuple[Role | None, ...], None] = {}
     for roles in _rows(len(wide), network.edges.memory):
@@ -177,7 +187,7 @@ def _rows(count: int, gradients: bool) -> Iterator[tuple[Role, ...]]:
         yield from ((role,) for role in data)
 
 
-class _Loops:
+class LoopKinds:
     """The loops of every call of a network, by what their size is of.
 
     batch: the symbols of the batch, None without. has_sequence: whether there is a sequence. along:
@@ -249,7 +259,7 @@ def weight_loops(network: CostNetwork, node: Node, rule: ShardingRule) -> frozen
 
 
 # The kinds of loops that each split may take: of products with a weight matrix, and of other ops.
-_TAKES: Mapping[Split, tuple[frozenset[str], frozenset[str]]] = {
+TAKES: Mapping[Split, tuple[frozenset[str], frozenset[str]]] = {
     Split.DATA: (frozenset({"batch", "both"}),) * 2,
     Split.TENSOR: (frozenset({"model"}),) * 2,
     Split.TENSOR_SEQUENCE: (frozenset({"model"}), frozenset({"model", "sequence", "both"})),
@@ -267,7 +277,7 @@ def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]
     What has no such state, as a bias that does not divide, keeps all. Equal variables have the same
     array.
     """
-    sizes = _Loops(network)
+    sizes = LoopKinds(network)
     known: dict[Any, Allowed | None] = {}
     states: dict[str, Allowed] = {}
 
@@ -323,7 +333,7 @@ def _takes(role: Role, kinds: Mapping[str, str], tile: LoopSplit | None, weighs:
     """
     if tile is None:
         return True
-    with_weight, others = _TAKES[role.split]
+    with_weight, others = TAKES[role.split]
     return kinds[tile.loop] in (with_weight if weighs else others)
 
 

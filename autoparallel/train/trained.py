@@ -127,7 +127,9 @@ def _of_hugging_face(folder: Path, mesh: str) -> Trained:
 
 def _on_mesh(config: RunConfig, mesh: str) -> RunConfig:
     """Return the configuration for another mesh, without what is of training alone."""
-    parallel = replace(config.parallel, mesh=mesh, plan="", memory_limit="", constraints=())
+    parallel = replace(
+        config.parallel, mesh=mesh, plan="", memory_limit="", constraints=(), layout=""
+    )
     return replace(config, parallel=parallel)
 
 
