@@ -22,6 +22,7 @@ from autoparallel.strategy.asked_model import Allowed, AskedModel, Demand
 from autoparallel.strategy.named_dims import OTHER_NAMES, threads_named
 from autoparallel.strategy.role_demands import ROLES
 from autoparallel.threads import Treatment
+from autoparallel.threads.cuts import threads_cut
 from autoparallel.threads.thread_names import ROLES as THREAD_NAMES
 
 __all__ = ["DimensionDemand"]
@@ -208,30 +209,8 @@ class _Cuts:
         return [cut(stored.storage[self.axis]) for stored in self.network.storages[node.name]]
 
     def cut(self, threads: Sequence[int], split: LoopSplit | Shard) -> frozenset[int] | None:
-        """Return the threads that a split of a dim or loop of these threads cuts.
-
-        None where blocks of several sizes are cut, or what several ranks share: such a dim is put
-        together of several.
+        """Return the threads that a split of a dim or loop of these threads cuts, as `threads_cut`;
+        what it cuts inside of its elements is no thread that has a name.
         """
-        blocks, unit = split.blocks, split.unit
-        if not threads:
-            return frozenset()
-        if len(threads) == 1:
-            return frozenset(threads)
-        if not isinstance(blocks, int) or not isinstance(unit, int):
-            return None
-        if split.repeat != 1:
-            return frozenset(threads[:1]) if isinstance(split.repeat, int) else None
-        sizes = list(map(self.size, threads))
-        before = 1
-        for place, (thread, size) in enumerate(zip(threads, sizes, strict=True)):
-            last = place == len(threads) - 1
-            if blocks % before == 0 and (blocks < before * size or last):
-                after = int(np.prod(sizes[place + 1 :]))
-                inside = max(blocks // before, 1)
-                if unit % after == 0 or (size // inside) % self.ranks == 0:
-                    return frozenset({thread})
-                # The cut falls inside of the thread's elements: it is one of none that has a name.
-                return frozenset({_NO_THREAD})
-            before *= size
-        return frozenset(threads[-1:])
+        cut = threads_cut(threads, [self.size(thread) for thread in threads], split, self.ranks)
+        return cut if cut or cut is None else frozenset({_NO_THREAD})
