@@ -123,7 +123,8 @@ def memory_of(
         if id(part) not in known:
             sized = graph if part is plan else None
             regions = part.recomputed if recomputed is None else recomputed
-            walk = AbstractExecution(sized or _graph(part), part, regions)
+            remade = part.remade if recomputed is None else ()
+            walk = AbstractExecution(sized or _graph(part), part, regions, remade)
             known[id(part)] = (walk, Liveness(walk))
         walk, liveness = known[id(part)]
         # Parts run one after the other, so the worst one counts; saved activations add up.

@@ -22,7 +22,7 @@ from autoparallel.placement import Placement, layout_text
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.rewrite.emitted_program import require_graph
-from autoparallel.rewrite.program import Program
+from autoparallel.rewrite.program import Program, drops_copies
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import absent_ranks
 from autoparallel.support.units import seconds_text
@@ -45,6 +45,7 @@ _IMPORTS = {
     "convert_again": "from autoparallel.runtime.recompute import convert_again",
     "parts_are_alike": "from autoparallel.runtime.recompute import parts_are_alike",
     "recomputed": "from autoparallel.runtime.recompute import recomputed",
+    "remade": "from autoparallel.runtime.recompute import remade",
     "part": "from autoparallel.rewrite.program import part",
 }
 # In a program that drops copies the others have memory of their own.
@@ -197,7 +198,7 @@ def _missing(plan: Plan, program: Program) -> tuple[str, ...]:
 
 def _imports(program: Program, used: set[str]) -> list[str]:
     """Return the lines that import what the programs call. Raises PlanError for other objects."""
-    drops = "convert_again(" in program.source
+    drops = drops_copies(program.source)
     known = {**_IMPORTS, **(_BESIDE if drops else {})}
     lines = ["import sys", "", "import torch"]
     ours = [known[name] for name in known if name in used]
@@ -406,7 +407,7 @@ class _Writer:
         body = textwrap.indent("\n".join(lines), "    ")
         doc = '    """Return this rank\'s outputs, and the values to write to buffers."""'
         functions.append(f"def {self.name}({arguments}):\n{doc}\n{body}")
-        if "convert_again(" in self.program.source:
+        if drops_copies(self.program.source):
             functions.append(f"{self.name} = dropping({self.name})")
         return "\n\n\n".join(functions)
 
