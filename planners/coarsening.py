@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planners import conditioning, exact
+from planners.effort import current
 from planners.ordering import TooWideError
 from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
@@ -129,7 +130,7 @@ class _Search:
     def improve(self) -> None:
         """Let variables move to states that share a group with their own, until none does."""
         for _ in range(_MOST_ROUNDS):
-            if self.best is None:
+            if self.best is None or current().is_over:
                 return
             near = [self.near([grouping]) for grouping in self.groupings]
             moved = self.within(self.near(self.groupings))

@@ -20,6 +20,7 @@ import numpy as np
 
 from planners import exact, ilp
 from planners.cutsets import MAX_TABLE_ENTRIES, apart, cutset
+from planners.effort import current
 from planners.ordering import TooWideError
 from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
@@ -27,7 +28,7 @@ from planners.table_memo import Memo
 from planners.tables import Table
 from planners.variables import Factor, Variable
 
-__all__ = ["cutset", "solve"]
+__all__ = ["LEEWAY", "cutset", "solve", "state_bounds"]
 
 # Rounds of relaxation before states are ruled out, and how often that is done.
 _ROUNDS = 6
@@ -35,7 +36,7 @@ _ATTEMPTS = 4
 # A bound so near to the cost, as a share of it, is the cost but for rounding.
 _ROUNDING = 1e-9
 # Greedy orders differ a little between the problems that are solved; they may need larger tables.
-_LEEWAY = 64
+LEEWAY = 64
 _LESS = 4
 
 
@@ -76,7 +77,7 @@ def solve(
     solutions = [
         _searched(part.weighed(0.0), share, max_table_entries, memo, start)
         if share
-        else exact.solve(part, max_table_entries=_LEEWAY * max_table_entries, memo=memo)
+        else exact.solve(part, max_table_entries=LEEWAY * max_table_entries, memo=memo)
         for part, share in parts
     ]
     assignment = {name: state for each in solutions for name, state in each.assignment.items()}
@@ -99,7 +100,7 @@ def _searched(
     often enough.
     """
     method = f"variable elimination given {len(names)} variables"
-    limit = _LEEWAY * max_table_entries
+    limit = LEEWAY * max_table_entries
     best = None if start is None else _restricted(problem, start, method)
     # Beside a good assignment even a rough bound rules out most states, and what is left is small.
     rounds = _ROUNDS if best is None else 1
@@ -114,7 +115,7 @@ def _searched(
             return ilp.solve(problem)
         # What was ruled out before costs more than the best.
         bound = max(bound, min(search.bound, best.cost))
-        if best.cost - bound <= _ROUNDING * abs(best.cost):
+        if best.cost - bound <= _ROUNDING * abs(best.cost) or current().is_over:
             break
         if not left:
             search.improve()
@@ -128,6 +129,38 @@ def _searched(
         names = cutset(problem, max_table_entries) or names
     assert best is not None
     return Solution(best.assignment, best.cost, min(bound, best.cost), method)
+
+
+def state_bounds(
+    problem: Problem,
+    fixed_variables: Sequence[str],
+    start: Mapping[str, int],
+    *,
+    max_table_entries: int = MAX_TABLE_ENTRIES,
+    memo: Memo | None = None,
+) -> tuple[float, dict[str, Table]]:
+    """Return a bound on the cost of all assignments, and on that with each state of each variable.
+
+    fixed_variables: the cutset, which is split into copies. start: a good assignment. Other options
+    as in `solve`.
+
+    >>> table = np.array([[0.0, 2.0], [2.0, 0.0]])
+    >>> pairs = [("a", "b"), ("b", "c"), ("a", "c")]
+    >>> variables = tuple(Variable(name, np.array([1.0, 0.5])) for name in "abc")
+    >>> triangle = Problem(variables, tuple(Factor(pair, table) for pair in pairs))
+    >>> bound, states = state_bounds(triangle, ["a"], {"a": 1, "b": 1, "c": 1})
+    >>> bound, states["b"]
+    (1.5, array([3. , 1.5]))
+    """
+    memo = Memo() if memo is None else memo
+    best = _restricted(problem, start, "as given")
+    search = _Conditioning(
+        problem, list(fixed_variables), LEEWAY * max_table_entries, memo, {}, best
+    )
+    search.run(_ROUNDS)
+    if not search.least:
+        search.bound_states()
+    return search.bound, search.least
 
 
 def _restricted(problem: Problem, assignment: Mapping[str, int], method: str) -> Solution | None:
@@ -178,12 +211,18 @@ class _Conditioning:
             self.attempt(votes)
             if not self.update(multipliers, states, round_number):
                 break
+            if current().is_over and self.best is not None:
+                return
             if gap < np.inf and self.best is not None and self.best.cost - self.bound <= gap / 2:
                 break  # enough to rule out more than the last time
         if self.best is None:
             self.attempt(self.dive(multipliers))
         if self.best is None or self.best.cost - self.bound <= _ROUNDING * abs(self.best.cost):
             return
+        self.bound_states()
+
+    def bound_states(self) -> None:
+        """Bound the cost with each state of each variable, at the multipliers of the best bound."""
         marginals = exact.min_marginals(
             self.charged(self.multipliers),
             self.relaxed.names,

@@ -9,6 +9,7 @@ elimination; Desmet et al., Nature 356, 1992, in the form of Goldstein, Biophysi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,12 @@ __all__ = ["Asked", "without_dominated"]
 _MOST_ROUNDS = 2
 # Tables that take more comparisons are left alone: elimination would hardly take longer.
 _MOST_COMPARISONS = 2**27
+# So many columns of a table rule out most pairs of states; the others are compared in full.
+_SAMPLE = 16
+# More than any difference. It is finite: an infinite one and -inf would add up to NaN.
+_ANYTHING = 1e300
+# Entries of the differences that are held at once.
+_CHUNK_ENTRIES = 2**20
 
 
 # Per variable, by index, which of its states a least cost is asked for.
@@ -48,7 +55,7 @@ def without_dominated(
     [1, 1]
     """
     sizes = [variable.size for variable in problem.variables]
-    differences: dict[tuple[int, int], Table | None] = {}
+    rows: dict[tuple[int, int], _Rows | None] = {}
     for _ in range(_MOST_ROUNDS):
         touching: list[list[tuple[int, int]]] = [[] for _ in network.states]
         for scope, number in network.terms:
@@ -64,7 +71,7 @@ def without_dominated(
                 own = asked[variable][states] if variable in asked else None
                 look = len(states), around, b"" if own is None else own.tobytes()
                 if look not in known:
-                    known[look] = _undominated(len(states), around, memo, differences, own)
+                    known[look] = _undominated(len(states), around, memo, rows, own)
                 left = states[known[look]]
                 fewer = fewer or len(left) < len(states)
             allowed = np.zeros(sizes[variable], dtype=np.bool_)
@@ -80,28 +87,36 @@ def _undominated(
     count: int,
     around: tuple[tuple[int, int], ...],
     memo: Memo,
-    differences: dict[tuple[int, int], Table | None],
+    rows: dict[tuple[int, int], _Rows | None],
     asked: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
     """Return, per state of a variable, whether no other state that stays dominates it.
 
-    count: of its states. around: the tables that it is in, by number, and its axis in each.
-    differences: see `_least_differences`, by table and axis. asked: states that only others of
-    them dominate.
+    count: of its states. around: the tables that it is in, by number, and its axis in each. rows:
+    those that are known, by table and axis. asked: states that only others of them dominate.
     """
-    # total[a, b]: at least so much dearer is state a than state b, whatever the neighbours' states.
-    total = np.zeros((count, count))
+    tables: list[_Rows] = []
     for key in around:
-        if key not in differences:
-            differences[key] = _least_differences(memo.tables[key[0]], key[1])
-        table = differences[key]
+        if key not in rows:
+            rows[key] = _Rows.of(memo.tables[key[0]], key[1])
+        table = rows[key]
         if table is None:
             return np.ones(count, dtype=np.bool_)
-        total += table
-    dominates = total >= 0.0
+        tables.append(table)
+    # most[a, b]: at most so much dearer is state a than state b, when the neighbours choose.
+    # Rounding is monotone, so that a sum of larger numbers in the same order is no smaller.
+    most = np.zeros((count, count))
+    for table in tables:
+        most += table.most
+    dominates = most >= 0.0
     if asked is not None:
         dominates &= ~asked[:, None] | asked[None, :]
     np.fill_diagonal(dominates, False)
+    pairs = np.nonzero(dominates)
+    total = np.zeros(len(pairs[0]))
+    for table in tables:
+        total += table.least(*pairs)
+    dominates[pairs] = total >= 0.0
     stays = np.ones(count, dtype=np.bool_)
     # From the last state on, so that of states that dominate each other the first one stays.
     for state in reversed(range(count)):
@@ -109,31 +124,65 @@ def _undominated(
     return stays
 
 
-def _least_differences(table: Table, axis: int) -> Table | None:
-    """Return result[a, b]: the least of table[a] - table[b] over the states of the other axes.
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A table as one row per state of a variable, to tell by how much its states differ.
 
-    axis: the one of a and b. Where a is forbidden, b need not be better; where b alone is
-    forbidden, the result is -inf. It is never +inf, which another table's -inf would turn into NaN.
-    Return None where this would take too long.
-
-    >>> _least_differences(np.array([[1.0, 4.0], [0.0, np.inf]]), 0)
-    array([[  0., -inf],
-           [ -1.,   0.]])
+    rows: with +inf where the state is forbidden; finite: with 0 there. most[a, b]: at least the
+    least of rows[a] - rows[b]; it is -inf where b alone is forbidden somewhere. is_exact: whether
+    it is the least.
     """
-    rows = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
-    count, width = rows.shape
-    if count * count * width > _MOST_COMPARISONS:
-        return None
-    possible = np.isfinite(rows)
-    whole = bool(possible.all())
-    finite = rows if whole else np.where(possible, rows, 0.0)
-    least = np.zeros((count, count)) if not finite.any() else np.full((count, count), np.inf)
-    # Where all finite entries are zero, only what is forbidden matters.
-    for column in range(width if finite.any() else 0):
-        np.minimum(least, rows[:, column, None] - finite[None, :, column], out=least)
-    if not whole:
-        # Counts of the columns where a is possible and b is not, by a product of matrices.
-        missing = possible.astype(np.float32) @ (~possible).astype(np.float32).T
-        least[missing > 0] = -np.inf
-        least[least == np.inf] = 0.0
-    return least
+
+    rows: Table
+    finite: Table
+    most: Table
+    is_exact: bool
+
+    @staticmethod
+    def of(table: Table, axis: int) -> _Rows | None:
+        """Return the rows of the states of one axis; None where comparing them takes too long."""
+        rows = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
+        count, width = rows.shape
+        if count * count * width > _MOST_COMPARISONS:
+            return None
+        possible = np.isfinite(rows)
+        whole = bool(possible.all())
+        finite = rows if whole else np.where(possible, rows, 0.0)
+        # Where all finite entries are zero, only what is forbidden matters.
+        varies = bool(finite.any())
+        columns = range(0, width if varies else 0, max(width // _SAMPLE, 1))
+        most = np.full((count, count), np.inf) if varies else np.zeros((count, count))
+        for column in columns:
+            np.minimum(most, rows[:, column, None] - finite[None, :, column], out=most)
+        is_exact = not varies or len(columns) == width
+        if not whole:
+            # Counts of the columns where a is possible and b is not, by a product of matrices.
+            missing = possible.astype(np.float32) @ (~possible).astype(np.float32).T
+            most[missing > 0] = -np.inf
+            # All that was compared is forbidden for a: the rest may be so, too, or be anything.
+            most[most == np.inf] = 0.0 if is_exact else _ANYTHING
+        return _Rows(rows, finite, most, is_exact)
+
+    def least(self, one: NDArray[np.intp], two: NDArray[np.intp]) -> Table:
+        """Return the least of rows[a] - rows[b] for pairs of states, where b is not forbidden
+        alone.
+
+        Where a is forbidden, b need not be better. The result is never +inf, which another table's
+        -inf would turn into NaN.
+
+        >>> rows = _Rows.of(np.array([[1.0, 4.0], [0.0, np.inf]]), 0)
+        >>> rows.least(np.array([0, 1]), np.array([0, 0])) if rows else None
+        array([ 0., -1.])
+        """
+        if self.is_exact:
+            exact: Table = self.most[one, two]
+            return exact
+        result = np.empty(len(one))
+        step = max(_CHUNK_ENTRIES // self.rows.shape[1], 1)
+        for start in range(0, len(one), step):
+            part = slice(start, start + step)
+            difference = self.rows[one[part]]
+            difference -= self.finite[two[part]]
+            result[part] = difference.min(axis=1)
+        result[result == np.inf] = 0.0
+        return result

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from planners.dominance import Asked, without_dominated
+from planners.effort import current
 from planners.ordering import SCORES, Schedule, TooWideError, schedule
 from planners.problem import Problem
 from planners.reduction import ContradictionError, Network, closure, reduce
@@ -28,6 +29,8 @@ _MAX_CONFLICT_CHECKS = 200
 _LITTLE_WORK = 2**27
 # Messages are rounded down to this share of the optimum's magnitude, see `_Elimination._down`.
 _GRAIN = 2.0**-40
+# What elimination takes, by its work in table entries and by the tables of the problem.
+_SECONDS_PER_ENTRY, _SECONDS_PER_TABLE = 1e-9, 1e-5
 
 
 def solve(
@@ -175,6 +178,10 @@ class _Elimination:
         if self.schedule.work > most_work:
             largest = max(recipe.entries for recipe in self.schedule.recipes)
             raise TooWideError(largest, max_table_entries)
+        current().spend(
+            self.schedule.work * _SECONDS_PER_ENTRY
+            + (len(problem.variables) + len(problem.factors)) * _SECONDS_PER_TABLE
+        )
         self.tables: list[int] = []
         offsets: list[float] = []
         for number, recipe in enumerate(self.schedule.recipes):

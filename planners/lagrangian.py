@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meeting
+from planners.effort import current
 from planners.exact_or_conditioned import ExactOrConditioned
 from planners.fixing import forbid, possible_states
 from planners.integer_refinement import refine_by_integer_program
@@ -58,6 +59,7 @@ def solve(
     prover: Solver | None = None,
     most_solves: int = MOST_SOLVES,
     enough: float = ENOUGH,
+    known: list[Solution] | None = None,
 ) -> Solution:
     """Return the best assignment that was found within the limit, and a proven lower bound.
 
@@ -66,8 +68,10 @@ def solve(
     solver: of plain problems; by default the exact one, or conditioning where that is too wide.
     prover: where the solver's bounds are rough, a slower one that proves better ones; asked once
     for a multiplier. most_solves: of plain problems, about; a fifth of them to find a multiplier.
-    enough: the search ends at this gap, as a share of the cost. Deterministic,
-    but for an interrupt (Ctrl-C): that returns the best so far, if there is one with a bound.
+    enough: the search ends at this gap, as a share of the cost. known: solutions of the same
+    problem within other limits, or with other states forbidden, to begin with; those that are found
+    are added. Deterministic, but for an interrupt (Ctrl-C): that returns the best so far, if there
+    is one with a bound. So does the end of the effort that is allowed.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
 
@@ -80,7 +84,16 @@ def solve(
     >>> round(solution.cost, 6), solution.usage
     (4.6, 16.0)
     """
-    return _Search(problem, solver or ExactOrConditioned(), prover, enough, most_solves).run()
+    search = _Search(problem, solver or ExactOrConditioned(), prover, enough, most_solves)
+    for solution in known or ():
+        # Bounds are of the limit that they were found within, and of the states allowed then.
+        if math.isfinite(problem.cost(solution.assignment)):
+            search.consider(replace(solution, lower_bound=-math.inf))
+    try:
+        return search.run()
+    finally:
+        if known is not None:
+            known[:] = search.solutions
 
 
 @dataclass
@@ -117,7 +130,7 @@ class _Search:
     """The search within a limit.
 
     best: the cheapest solution within the limit so far. solutions: all distinct ones, whatever they
-    use; seen: their keys. solves: how many plain problems were solved.
+    use; seen: their keys. solves: how many plain problems were solved. effort: see `effort`.
     """
 
     def __init__(
@@ -133,6 +146,7 @@ class _Search:
         self.prover = prover
         self.enough = enough
         self.most_solves = most_solves
+        self.effort = current()
         self.best: Solution | None = None
         self.method = ""
         self.solves = 0
@@ -144,7 +158,6 @@ class _Search:
         """Explore branches, the one of the lowest bound first; return the best with the bound."""
         root = _Node(self.problem, {}, -math.inf)
         nodes, leaves = [root], list[_Node]()
-        interrupted = False
         for _ in range(_MOST_BRANCHES):
             node = min(nodes, key=lambda node: node.bound)
             nodes.remove(node)
@@ -155,15 +168,15 @@ class _Search:
                 # The best so far, with what is proven of it, is worth more than nothing.
                 if self.best is None or node.bound == -math.inf:
                     raise
-                interrupted = True
+                self.effort.stop()
                 break
-            if not self.is_enough(node):
+            if not self.is_done(node):
                 children = self.branches(node)
                 if children:
                     leaves.pop()
                     nodes += children
-            leaves += [child for child in nodes if self.is_enough(child)]
-            nodes = [child for child in nodes if not self.is_enough(child)]
+            leaves += [child for child in nodes if self.is_done(child)]
+            nodes = [child for child in nodes if not self.is_done(child)]
             if not nodes or self.solves >= self.most_solves:
                 break
         best = self.best
@@ -171,7 +184,7 @@ class _Search:
         # The branches partition the assignments, so that the least of their bounds bounds all.
         bound = min(best.cost, *(node.bound for node in leaves + nodes))
         method = f"{self.method}, usage charged" if root.multiplier else self.method
-        method += ", interrupted" if interrupted else ""
+        method += f", {self.effort.end}" if self.effort.is_over else ""
         solution = Solution(
             best.assignment,
             best.cost,
@@ -185,7 +198,7 @@ class _Search:
         if (
             solution.gap > self.enough * abs(solution.cost)
             and isinstance(self.solver, ExactOrConditioned)
-            and not interrupted
+            and not self.effort.is_over
         ):
             return refine_by_integer_program(self.problem, solution, self.enough)
         return solution
@@ -200,10 +213,10 @@ class _Search:
             # No assignment of the branch is within the limit; at the root that is the answer.
             node.raise_bound(math.inf)
             return
-        if self.prover is not None and self.is_rough and not self.is_enough(node):
+        if self.prover is not None and self.is_rough and not self.is_done(node):
             self.at(node, node.multiplier, self.prover)
         self.fill(node)
-        if not self.is_enough(node):
+        if not self.is_done(node):
             try:
                 self.narrow(node)
                 self.split(node)
@@ -236,6 +249,11 @@ class _Search:
         """Say whether a branch cannot hold an assignment that is better by more than the gap."""
         best = self.best
         return best is not None and best.cost - node.bound <= self.enough * abs(best.cost)
+
+    def is_done(self, node: _Node) -> bool:
+        """Say whether a branch is left as it is: near enough, or there is no time for more."""
+        over = self.effort.is_over and self.best is not None and node.bound > -math.inf
+        return over or self.is_enough(node)
 
     def solved(self, node: _Node, charged: Multiplier, solver: Solver | None = None) -> Solution:
         """Return the solution with usage charged; lower_bound is of cost and charge together.
@@ -319,7 +337,7 @@ class _Search:
         for _ in range(max(4, self.most_solves // 5)):
             meet, promised, node.ends = highest_meeting(self.problem, over, within, self.limit)
             node.multiplier = meet
-            if promised - node.bound <= RELATIVE_ROUNDING * abs(promised) or self.is_enough(node):
+            if promised - node.bound <= RELATIVE_ROUNDING * abs(promised) or self.is_done(node):
                 break
             multiplier = meet
             # Lines from one side only: the meeting creeps towards the maximum. The geometric mean
@@ -345,7 +363,7 @@ class _Search:
         make the layers before the place take one state and those behind it the other.
         """
         for below, above in _SPREADS:
-            if self.solves >= self.most_solves:
+            if self.solves >= self.most_solves or self.is_done(node):
                 return
             less, more = node.multiplier * (1 - below), node.multiplier * (1 + above)
             if isinstance(self.solver, ExactOrConditioned):
@@ -355,7 +373,7 @@ class _Search:
                 moved = self.move(node, first, second)
                 if self.best is not before:
                     self.fill(node)
-                if self.is_enough(node):
+                if self.is_done(node):
                     return
                 if not moved:
                     break
@@ -383,7 +401,7 @@ class _Search:
             return False
         nothing_new = 0
         for _ in range(_MOST_PLACES):
-            if abs(over - within) <= 1 or nothing_new >= _MOST_JUMPS or self.is_enough(node):
+            if abs(over - within) <= 1 or nothing_new >= _MOST_JUMPS or self.is_done(node):
                 break
             # Interpolation in the usages (regula falsi), bounded away from the ends; bisection once
             # that gave nothing new.

@@ -377,18 +377,19 @@ def _schedule(network: Network, order: list[int]) -> Schedule:
     for scope, table in network.terms:
         buckets[min([position[variable] for variable in scope])].append((scope, table))
     steps = []
-    recipes: dict[Recipe, int] = {}
+    recipes: dict[tuple[tuple[Operand, ...], tuple[int, ...]], int] = {}
     for variable, bucket in zip(order, buckets, strict=True):
-        others = {other: None for scope, _ in bucket for other in scope}
-        others.pop(variable, None)
+        # A set is sorted at once, so that its order plays no part.
+        others = {other for scope, _ in bucket for other in scope}
+        others.discard(variable)
         scope = tuple(sorted(others))
         place = {variable: 0}
         for other in scope:
             place[other] = len(place)
         operands = sorted([(table, tuple([place[v] for v in axes])) for axes, table in bucket])
         shape = (sizes[variable], *[sizes[other] for other in scope])
-        recipe = recipes.setdefault(Recipe(tuple(operands), shape), len(recipes))
+        recipe = recipes.setdefault((tuple(operands), shape), len(recipes))
         steps.append(Step(variable, scope, recipe))
         if scope:
             buckets[min([position[other] for other in scope])].append((scope, -1 - recipe))
-    return Schedule(tuple(steps), tuple(recipes))
+    return Schedule(tuple(steps), tuple([Recipe(*recipe) for recipe in recipes]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -150,10 +151,11 @@ def test_the_excerpt_is_what_is_printed(printed: tuple[str, Path]) -> None:
 
 
 def test_getting_started_runs(tmp_path: Path) -> None:
-    """Its examples are one program, run as they are written; what they write is there."""
-    code = "\n".join(
-        text for language, text in blocks(ROOT / "docs" / "getting_started.md") if language
-    )
+    """Its examples, and those that go on with them, are one program, run as they are written; what
+    they write is there.
+    """
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("getting_started", "reading_a_plan")]
+    code = "\n".join(text for page in pages for language, text in blocks(page) if language)
     (tmp_path / "get_started.py").write_text(code)
     result = subprocess.run(
         [sys.executable, "get_started.py"],
@@ -165,7 +167,67 @@ def test_getting_started_runs(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "proven optimal" in result.stdout
-    assert {"plan.html", "threads.svg"} <= {file.name for file in tmp_path.iterdir()}
+    files = {file.name for file in tmp_path.iterdir()}
+    assert {"plan.html", "threads.svg", "step.trace.json"} <= files
+
+
+GUIDES = ("custom_ops", "clusters", "training", "checkpoints", "troubleshooting")
+# What a guide's examples run as, one after another: each is a program of its own.
+RUNNER = """
+import sys, traceback
+from pathlib import Path
+for page in sys.argv[1:]:
+    try:
+        exec(compile(Path(page).read_text(), page, "exec"), {"__name__": "__main__"})
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(f"{page} does not run")
+"""
+
+
+def test_the_guides_run(tmp_path: Path) -> None:
+    """The examples of each are one program, run as they are written, in one process for all."""
+    pages = []
+    for guide in GUIDES:
+        code = [
+            text for language, text in blocks(ROOT / f"docs/{guide}.md") if language == "python"
+        ]
+        assert code, guide
+        (tmp_path / f"{guide}.py").write_text("\n".join(code))
+        pages.append(f"{guide}.py")
+    result = subprocess.run(
+        [sys.executable, "-c", RUNNER, *pages],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "RuleError" not in result.stderr
+    assert "would cost" in result.stdout
+
+
+def commands(path: Path) -> list[str]:
+    """The lines of a document's blocks that call the program; comments are the shell's."""
+    lines = [line for language, text in blocks(path) if not language for line in text.splitlines()]
+    return [line for line in lines if line.startswith("autoparallel ")]
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("guide", [g for g in GUIDES if commands(ROOT / f"docs/{g}.md")])
+def test_the_commands_of_the_guides_run(guide: str, tmp_path: Path) -> None:
+    """In the order in which they are written, in one folder."""
+    for line in commands(ROOT / f"docs/{guide}.md"):
+        result = subprocess.run(
+            [sys.executable, "-m", *shlex.split(line, comments=True)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, (line, result.stderr)
 
 
 def test_the_reference_has_every_public_name() -> None:

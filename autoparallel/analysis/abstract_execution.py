@@ -32,7 +32,10 @@ from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime import kernels as runtime_kernels
 from autoparallel.runtime.collectives import move
 
-__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Storage"]
+__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Seen", "Storage"]
+
+# What calls and moves save, by what they are and what they run on.
+Seen = dict[Any, Observed]
 
 
 @dataclass(slots=True)
@@ -92,13 +95,14 @@ class AbstractExecution:
     """The forward pass of the first rank, which has the largest part of every tensor.
 
     graph: with the sizes to execute for, as hints. plan: of that graph. recomputed: regions, as
-    names of calls, that run again in the backward pass. remade: names of calls whose results are
-    made again one by one. storages, locals, moments: in the order in which the program makes them;
-    their numbers are places in these lists. returned, written:
-    numbers of the tensors that the caller gets, and that buffers become. assumed: names of calls
-    that could not be run, and are taken to save all that they read and make.
+    names of calls, that run again in the backward pass. seen: what calls of the same graph save, as
+    it was seen before; it is added to. remade: names of calls whose results are made again one by
+    one. storages, locals, moments: in the order in which the program makes them; their numbers are
+    places in these lists. returned, written: numbers of the tensors that the caller gets, and that
+    buffers become. assumed: names of calls that could not be run, and are taken to save all that
+    they read and make.
 
-    Example: `AbstractExecution(plan.captured.graph, plan, plan.recomputed, plan.remade).storages`
+    Example: `AbstractExecution(graph, plan, plan.recomputed, remade=plan.remade).storages`
     """
 
     def __init__(
@@ -106,8 +110,10 @@ class AbstractExecution:
         graph: Graph,
         plan: Plan,
         recomputed: Sequence[Iterable[str]] = (),
+        seen: Seen | None = None,
         remade: Iterable[str] = (),
     ) -> None:
+        self._remade = frozenset(remade)
         self.graph = graph
         self.sizes = tuple(size for _, size in plan.mesh.axes)
         self.whole = whole_layout(len(self.sizes))
@@ -118,7 +124,6 @@ class AbstractExecution:
         self.locals: list[LocalTensor] = []
         self.moments: list[Moment] = []
         self.assumed: list[str] = []
-        self._remade = frozenset(remade)
         self._regions = {name: at for at, names in enumerate(recomputed) for name in names}
         # The region under way, and the values that have been made in it.
         self._inside: tuple[int, set[str]] = (-1, set())
@@ -128,7 +133,7 @@ class AbstractExecution:
         self._converted: dict[tuple[str, tuple[Step, ...], str], int] = {}
         self._layouts: dict[str, Layout] = {}
         self._routes = {(item.value, item.target): item for item in plan.conversions}
-        self._seen: dict[Any, Observed] = {}
+        self._seen: Seen = {} if seen is None else seen
         self._specs: dict[Any, FakeTensorSpec] = {}
         self._choices = {op.name: op for op in plan.ops}
         self._storage = plan.storage

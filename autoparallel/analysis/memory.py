@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from autoparallel.analysis.abstract_execution import AbstractExecution
+from autoparallel.analysis.abstract_execution import AbstractExecution, Seen
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.cost.optimizer_state import state_bytes_per_element
 from autoparallel.errors import PlanError
@@ -85,12 +85,14 @@ def memory_of(
     plan: Plan,
     recomputed: Sequence[Iterable[str]] | None = None,
     graph: Graph | None = None,
+    seen: Seen | None = None,
 ) -> Account:
     """Return the memory that `plan` takes on the rank that holds the most.
 
     recomputed: regions, as names of calls, that run once more in the backward pass, and of which
     only the inputs are saved; by default the plan's. graph: with the sizes to count for; by default
-    those of the example inputs, however much larger a batch was planned for.
+    those of the example inputs, however much larger a batch was planned for. seen: what calls save,
+    as it was seen in other plans of the same graph, to look up and to add to.
     Raises PlanError for a plan without its graph.
 
     >>> import torch, autoparallel
@@ -124,7 +126,9 @@ def memory_of(
             sized = graph if part is plan else None
             regions = part.recomputed if recomputed is None else recomputed
             remade = part.remade if recomputed is None else ()
-            walk = AbstractExecution(sized or _graph(part), part, regions, remade)
+            walk = AbstractExecution(
+                sized or _graph(part), part, regions, seen if part is plan else None, remade
+            )
             known[id(part)] = (walk, Liveness(walk))
         walk, liveness = known[id(part)]
         # Parts run one after the other, so the worst one counts; saved activations add up.

@@ -26,7 +26,7 @@ from autoparallel.cost.hardware import Hardware, find_hardware, presets
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.rewrite.gaps import find_gaps
-from autoparallel.runtime.overlap import piece_count
+from autoparallel.runtime.products import piece_count
 from autoparallel.runtime.tensor_parts import bucket_nbytes as module_bucket
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 

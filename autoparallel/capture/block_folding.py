@@ -29,6 +29,7 @@ from autoparallel.capture.block_calls import (
 )
 from autoparallel.capture.equal_blocks import Group, state_of, token_of, watched_class
 from autoparallel.support.pytree import flatten, rebuild
+from autoparallel.support.rng_state import python_numbers
 from autoparallel.support.torch_private import storage_key
 
 __all__ = ["Folding", "Unfoldable"]
@@ -38,12 +39,12 @@ class Unfoldable(Exception):  # noqa: N818 - not an error: the full trace is the
     """Blocks are not provably the same, and what they were folded for must be traced again.
 
     reason: for the log. paths: of blocks that must be traced for themselves in the next attempt;
-    without any, the model is traced without folding.
+    without any, the model is traced without folding. branches: whether a block asks for values.
     """
 
-    def __init__(self, reason: str, paths: tuple[str, ...] = ()) -> None:
+    def __init__(self, reason: str, paths: tuple[str, ...] = (), branches: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.paths = reason, paths
+        self.reason, self.paths, self.branches = reason, paths, branches
 
 
 class Folding:
@@ -82,6 +83,15 @@ class Folding:
         """
         self.failure = self.failure or Unfoldable(reason, paths)
         return self.failure
+
+    def refuse_branch(self) -> None:
+        """Raise Unfoldable where a block of several takes a way that depends on values.
+
+        Blocks that are hidden take ways of their own, of which nobody would know.
+        """
+        if self._inside:
+            self.failure = self.failure or Unfoldable("a block branches on values", branches=True)
+            raise self.failure
 
     def entered(self, reason: str, path: str) -> Unfoldable:
         """Return the exception for something in a hidden block that is reached past its call.
@@ -267,13 +277,13 @@ class Folding:
         constants = constants_of(skeleton)
         # In-place writes raise the versions of inputs; all else is compared before and after.
         versions = [tensor._version for tensor in tensors]
-        before = (state_of(block), token_of((args, kwargs), {}, depth=2))
+        before = (state_of(block), token_of((args, kwargs), {}, depth=2), python_numbers())
         twin = self._find(group, tensors, constants)
         key = next(KEYS)
         self.marks[key] = path
         torch.ops.autoparallel.enter(tensors, key)
         result = run(*args, **kwargs)
-        after = (state_of(block), token_of((args, kwargs), {}, depth=2))
+        after = (state_of(block), token_of((args, kwargs), {}, depth=2), python_numbers())
         if after != before or [tensor._version for tensor in tensors] != versions:
             raise self.fail(f"{path} changes what it is called with or what it holds")
         outputs, shape = flatten(result)

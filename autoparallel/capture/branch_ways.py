@@ -4,6 +4,9 @@ A tracer has no values. An example run has, and notes what each `if tensor:` cam
 line that asked. A trace that goes the same way has a mark at each of these places, which becomes a
 check in the program (see runtime/value_branches.py).
 
+Nearly all such questions are checks (`if not finite.all(): raise`), whose answers can be guessed. A
+first trace goes the ways that are guessed; where the example run says the same, it is the one.
+
 So it is with numbers that are read out of tensors (`int(tensor)`) where neither inputs nor weights
 decide on them: they follow from sizes and settings, and are the same in the next call.
 """
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph
@@ -73,6 +77,9 @@ _MADE = {torch.zeros, torch.ones, torch.empty, torch.arange, torch.rand, torch.r
 _SIZED |= _MADE
 _AS_IT_IS = object()
 _ASKING = _TRUTHS | _NUMBERS | _EQUALS | _CLOSES
+# Functions whose truth is the exception: `if torch.isnan(x).any():`.
+_SELDOM = {torch.any, torch.Tensor.any, torch.isnan, torch.Tensor.isnan}
+_SELDOM |= {torch.isinf, torch.Tensor.isinf}
 _LOOK_OUTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 # With a separator at the end: other packages have names that begin with torch.
 _TORCH = str(Path(torch.__file__).parent / "_")[:-1]
@@ -118,17 +125,35 @@ class Asked:
     """An Asked object collects what a trace could not answer.
 
     lines: those that have asked, and that no ways tell of. functions: torch's own functions that
-    ask inside, of which a mode sees nothing as long as they are not opened.
+    ask inside, of which a mode sees nothing as long as they are not opened. guesses: whether truth
+    values that no ways tell of are guessed. likely: the ways that are guessed; other lines are
+    guessed by what they ask for. guessed: the guesses of each call, by line. in_blocks: whether one
+    of several equal blocks has asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guesses: bool = False, likely: Ways = NO_WAYS) -> None:
         self.lines: dict[Way, None] = {}
         self.functions: dict[Any, None] = {}
+        self.guesses, self.likely = guesses, likely
+        self.guessed: list[dict[Way, tuple[bool, ...]]] = []
+        self.in_blocks = False
 
     def take(self) -> frozenset[Way]:
         """Return the lines, and forget them: none of them asks again in a trace that has ways."""
-        lines, self.lines = frozenset(self.lines), {}
+        lines, self.lines, self.guessed = frozenset(self.lines), {}, []
         return lines
+
+    def has_guessed(self) -> bool:
+        """Return whether a trace has gone a way that was guessed."""
+        return any(self.guessed)
+
+    def is_right(self, ways: Ways) -> bool:
+        """Return whether all guesses are what an example run says. ways: of that run."""
+        return all(
+            ways.get(line, ())[: len(answers)] == answers
+            for call in self.guessed
+            for line, answers in call.items()
+        )
 
 
 def _is_python(function: Any) -> bool:
@@ -217,12 +242,21 @@ class TakeWays(TorchFunctionMode):
     """Has a trace go the ways of an example run, with a mark where it asks.
 
     ways: of the run. asked: gets what the run tells nothing of. marks: whether to leave marks, and
-    to open no more functions of torch's than must be.
+    to open no more functions of torch's than must be. decided: is called where a way is taken.
     """
 
-    def __init__(self, ways: Ways, asked: Asked, marks: bool = True) -> None:
+    def __init__(
+        self,
+        ways: Ways,
+        asked: Asked,
+        marks: bool = True,
+        decided: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
-        self.ways, self.asked, self.marks = ways, asked, marks
+        self.ways, self.asked, self.marks, self.decided = ways, asked, marks, decided
+        self.guessed: dict[Way, tuple[bool, ...]] = {}
+        asked.guessed.append(self.guessed)
+        self.seldom = WeakTensorKeyDictionary()
         self.counts: dict[Way, int] = {}
         self.open: set[Any] = set()
         self.numbers = itertools.count()
@@ -237,7 +271,10 @@ class TakeWays(TorchFunctionMode):
             return _run_opened(self, function, args, kwargs)
         if function not in _ASKING:
             try:
-                return function(*args, **(kwargs or {}))
+                result = function(*args, **(kwargs or {}))
+                if function in _SELDOM and isinstance(result, torch.Tensor):
+                    self.seldom[result] = True
+                return result
             except Exception as error:
                 new = _is_python(function) and function not in self.asked.functions
                 if new and "DataDependent" in type(error).__name__:
@@ -251,7 +288,7 @@ class TakeWays(TorchFunctionMode):
         if _is_number(function, args):
             number = self.number(args[0], None)
             return function(*args) if number is None else number
-        answer = self.answer()
+        answer = self.answer(not isinstance(args[0], torch.Tensor) or args[0] not in self.seldom)
         if answer is None:
             return function(*args, **(kwargs or {}))
         condition = _condition(function, args, kwargs or {})
@@ -269,15 +306,26 @@ class TakeWays(TorchFunctionMode):
         self.mark((tensor == expected.reshape(tensor.shape)).all(), True)
         return answer
 
-    def answer(self) -> Any:
-        """Return what the run says at this place, None where it says nothing."""
+    def answer(self, guess: bool | None = None) -> Any:
+        """Return what the run says at this place, None where it says nothing.
+
+        guess: the likely answer where it is a truth value.
+        """
         place, checks = _place()
         count = self.counts[place] = self.counts.get(place, -1) + 1
         answers = (True,) * (count + 1) if checks else self.ways.get(place, ())
-        if count >= len(answers) or answers[count] is None:
-            self.asked.lines[place] = None
+        if count < len(answers) and answers[count] is not None:
+            self.decided()
+            return answers[count]
+        self.asked.lines[place] = None
+        if guess is None or self.ways or not self.asked.guesses:
             return None
-        return answers[count]
+        self.decided()
+        likely = self.asked.likely.get(place, ())
+        if count < len(likely):
+            guess = bool(likely[count])
+        self.guessed[place] = (*self.guessed.get(place, ()), guess)
+        return guess
 
     def mark(self, condition: torch.Tensor, way: bool) -> None:
         """Leave a mark."""

@@ -25,9 +25,10 @@ from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import own_attributes, random_state
 from autoparallel.support.torch_private import expression_of
 
-__all__ = ["Group", "find_groups", "state_of", "token_of", "watched_class"]
+__all__ = ["Group", "find_groups", "fingerprint", "occurrences_of", "state_of", "token_of"]
+__all__ += ["watched_class"]
 
-# With fewer members there is nothing to win: the first and the last are traced anyway.
+# In a trace with fewer members there is nothing to win: the first and the last are shown anyway.
 _FEWEST = 3
 # Containers and objects inside of others that are opened; deeper ones are equal only if they are
 # one object.
@@ -53,37 +54,49 @@ class Group:
     positions: tuple[tuple[str, str], ...]
 
 
-def find_groups(model: nn.Module, called: bool = False) -> tuple[Group, ...]:
+def find_groups(model: nn.Module, called: bool = False, fewest: int = _FEWEST) -> tuple[Group, ...]:
     """Return the groups of equal blocks among siblings that are numbered from 0.
 
     model: is searched from the outside in; what is inside of a grouped block is in no other group.
     called: leave out blocks without a forward (lists and dicts of modules), which nobody can call:
-    what is in them may be grouped instead.
+    what is in them may be grouped instead. fewest: members of a group, two or more.
 
     >>> layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
     >>> [path for path, _ in find_groups(nn.Sequential(layers))[0].members]
     ['0.0', '0.1', '0.2']
     """
-    occurrences: dict[int, int] = {}
-    for _, _, _, tensor in named_tensors(model):
-        occurrences[id(tensor)] = occurrences.get(id(tensor), 0) + 1
     places: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         places[id(module)] = places.get(id(module), 0) + 1
-    search = _Search(occurrences, places, called)
+    search = _Search(occurrences_of(model), places, called, fewest)
     search.visit(model, "")
     return tuple(search.collected)
+
+
+def occurrences_of(model: nn.Module) -> dict[int, int]:
+    """Return how often each tensor occurs in the model, by id.
+
+    >>> list(occurrences_of(nn.Linear(2, 2)).values())
+    [1, 1]
+    """
+    occurrences: dict[int, int] = {}
+    for _, _, _, tensor in named_tensors(model):
+        occurrences[id(tensor)] = occurrences.get(id(tensor), 0) + 1
+    return occurrences
 
 
 class _Search:
     """The search down the tree of modules.
 
     occurrences: how often each tensor occurs in the model, by id. places: the same of modules.
-    called: see find_groups. collected: the groups so far.
+    called, fewest: see find_groups. collected: the groups so far.
     """
 
-    def __init__(self, occurrences: dict[int, int], places: dict[int, int], called: bool) -> None:
-        self.occurrences, self.places, self.called = occurrences, places, called
+    def __init__(
+        self, occurrences: dict[int, int], places: dict[int, int], called: bool, fewest: int
+    ) -> None:
+        self.occurrences, self.places = occurrences, places
+        self.called, self.fewest = called, fewest
         self.collected: list[Group] = []
         self.seen: set[int] = set()
 
@@ -94,7 +107,7 @@ class _Search:
         self.seen.add(id(module))
         children = {name: child for name, child in module._modules.items() if child is not None}
         grouped: set[str] = set()
-        if len(children) >= _FEWEST and list(children) == [
+        if len(children) >= self.fewest and list(children) == [
             str(index) for index in range(len(children))
         ]:
             for group in self.groups(children, path):
@@ -114,11 +127,11 @@ class _Search:
                 continue
             if self.called and type(child).forward is nn.Module.forward:
                 continue
-            mark = _fingerprint(child, positions, self.occurrences)
+            mark = fingerprint(child, positions, self.occurrences)
             if mark is not None:
                 alike.setdefault(mark, []).append((join_path(path, name), child))
         for members in alike.values():
-            if len(members) >= _FEWEST:
+            if len(members) >= self.fewest:
                 inside = {name for name, _ in members[0][1].named_modules()}
                 yield Group(tuple(members), tuple(p for p in positions if p[0] in inside))
 
@@ -140,7 +153,7 @@ def _positions(blocks: list[nn.Module]) -> tuple[tuple[str, str], ...]:
     return tuple(key for key, values in offsets.items() if len(values) == 1 and counts[key] > 1)
 
 
-def _fingerprint(
+def fingerprint(
     block: nn.Module, positions: tuple[tuple[str, str], ...], occurrences: dict[int, int]
 ) -> Any:
     """Return a hashable value that is equal for equal blocks.
@@ -148,6 +161,10 @@ def _fingerprint(
     positions: attributes that are left out. occurrences: how often each tensor occurs in the model,
     by id: a tensor that others hold too is the same only if it is one tensor. None where a block
     must be traced by itself: it has hooks or a forward of its own, or runs outside of Python.
+
+    >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> fingerprint(one, (), {}) == fingerprint(two, (), {})
+    True
     """
     # Modules inside are the same wherever the block is: attributes refer to them by their paths.
     paths = {id(module): path for path, module in reversed(list(block.named_modules()))}

@@ -39,9 +39,15 @@ from autoparallel.capture.global_reads import OuterVariables, global_reads
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.capture.held_tensors import HeldTensors, held_among
 from autoparallel.capture.importer import Importer
-from autoparallel.capture.intricate_sizes import IntricateSizes, WatchedSizes
+from autoparallel.capture.intricate_sizes import (
+    IntricateSizes,
+    WatchedSizes,
+    fails_at_sizes,
+    require_free_sizes,
+)
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import first_paths
+from autoparallel.capture.python_draws import PythonDraws
 from autoparallel.capture.refused_models import export_failure, refuse_running
 from autoparallel.capture.seeded_draws import SeededDraws
 from autoparallel.capture.side_effects import (
@@ -63,7 +69,7 @@ from autoparallel.graph.graph import Graph
 from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, Skeleton, flatten, rebuild, with_constants
-from autoparallel.support.rng_state import python_numbers
+from autoparallel.support.rng_state import PythonNumbers
 from autoparallel.support.torch_private import expression_of, remembering_fake_results
 
 __all__ = ["Captured", "capture"]
@@ -79,7 +85,7 @@ class _Ran:
 
     outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
     than it was. written: what it writes to attributes, which is returned too. reads: the plain
-    attributes that it has read. gradients, given, own: see Captured.
+    attributes that it has read. gradients, given, own, numbers: see Captured.
     """
 
     outputs: Skeleton
@@ -89,6 +95,7 @@ class _Ran:
     gradients: bool | None
     given: tuple[TensorRead, ...]
     own: tuple[tuple[int, str], ...]
+    numbers: tuple[PythonNumbers, ...]
 
 
 class _Flat(nn.Module):
@@ -123,6 +130,7 @@ class _Flat(nn.Module):
         given = None if wanted.part else flatten(dict(wanted.bound.arguments))[0]
         self.facts = TensorFacts(wanted.model, given, folding)
         self.refused: list[CaptureError] = []
+        self.numbers: tuple[PythonNumbers, ...] = ()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model, and return the tensors in its result and those that it leaves behind."""
@@ -162,7 +170,8 @@ class _Flat(nn.Module):
         reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
         reads += global_reads(self.model)
         given, own = tuple(self.facts.given), held_among(self.model, flat)
-        self.remember(_Ran(skeleton, changes, written, reads, gradients, given, own))
+        numbers = self.numbers
+        self.remember(_Ran(skeleton, changes, written, reads, gradients, given, own, numbers))
         return tuple(flat)
 
     def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +190,7 @@ class _Flat(nn.Module):
         # A cache that is given and written to is returned as well. A list or a dict is not.
         boxes = {k: v for k, v in arguments.items() if isinstance(v, (list, dict, set))}
         before = self.state(arguments) if wanted.part else written_arguments(boxes)
-        numbers = python_numbers()
+        draws = PythonDraws(type(self.model).__name__)
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
         no_replacing = self.no_replacing.installed(operators=False)
@@ -204,9 +213,10 @@ class _Flat(nn.Module):
             no_replacing,
             self.facts.installed(tensors),
             SeededDraws(),
+            draws,
             idle_conversions(),
             unprinted(type(self.model).__name__),
-            TakeWays(wanted.ways, wanted.asked),
+            TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
         with contextlib.ExitStack() as stack:
             for mode in (*modes, self.tensors):
@@ -216,12 +226,8 @@ class _Flat(nn.Module):
         moving = (*self.reads.moving, *wanted.outer.moving)
         if moving:
             raise moving_error(moving)
-        if python_numbers() != numbers:
-            raise CaptureError(
-                f"{type(self.model).__name__}.forward draws random numbers with Python or numpy",
-                why="a graph would have the numbers of this one trace for ever",
-                fix="draw them with torch, or in a module that is not traced",
-            )
+        draws.finish()
+        self.numbers = draws.left
         return results[0]
 
 
@@ -250,6 +256,7 @@ def capture(
     part: bool = False,
     around: nn.Module | None = None,
     find_ways: Callable[[], Ways] | None = None,
+    likely: Ways = NO_WAYS,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval) into a graph.
 
@@ -261,7 +268,7 @@ def capture(
     part: Python calls the model and may look at all that it does: side effects are refused.
     around: the model that this is a part of. find_ways: returns the ways that an example run goes
     where the forward branches on values; it is called only where it does, and where it is left out,
-    that is an error.
+    that is an error. likely: ways that these will probably be.
     Raises CaptureError, with the user's source line, where the model cannot be traced; AliasError
     where no part of it may run as it is.
 
@@ -273,32 +280,47 @@ def capture(
     bound = bind_inputs(model, args, kwargs)
     tensors = (*model.parameters(), *model.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    # A guess is good for nothing where no example run can confirm it.
+    guesses = find_ways is not None and not any(tensor.is_meta for tensor in tensors)
     wanted = _Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
         *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
-        *(Switches(), NO_WAYS, Asked()),
+        *(Switches(), NO_WAYS, Asked(guesses, likely)),
     )
+    asked = wanted.asked
     while True:
-        opened = len(wanted.asked.functions)
+        opened = len(asked.functions)
         # Of equal blocks one alone would be traced, and go its own ways.
-        folds = fold and not wanted.ways
+        folds = fold and not asked.in_blocks
         try:
             with plain_surroundings(device):
-                return _folded(wanted) if folds else _traced(wanted, _unfolded(), one_by_one=True)
+                captured = _folded(wanted) if folds else _traced(wanted, _unfolded(), True)
+            if find_ways is None or not asked.has_guessed():
+                return captured
+            ways = find_ways()
+            if asked.is_right(ways):
+                return replace(captured, ways=ways)
+            _log.info("traced again: the example run goes other ways than were guessed")
+            asked.take()
+            asked.guesses = False
+            wanted = replace(wanted, ways=ways)
         except IntricateSizes as reason:
             _log.info("dims of the inputs are fixed: %s", reason)
             wanted = replace(wanted, fixed=wanted.fixed | reason.dims)
         except AliasError:
             raise
         except CaptureError:
-            unanswered = wanted.asked.take()
+            guessed, unanswered = asked.has_guessed(), asked.take()
             # The run tells the same again: only functions that are opened now may change a trace.
-            again = not wanted.ways or len(wanted.asked.functions) > opened
+            again = not wanted.ways or len(asked.functions) > opened
             if find_ways is None or not unanswered or not again:
                 raise
             ways = wanted.ways or find_ways()
-            if all(answer is None for line in unanswered for answer in ways.get(line, ())):
+            told = any(answer is not None for line in unanswered for answer in ways.get(line, ()))
+            # A way that was guessed wrongly ends somewhere else than the forward does.
+            if not told and not guessed:
                 raise
+            asked.guesses = False
             wanted = replace(wanted, ways=ways)
 
 
@@ -342,12 +364,15 @@ def _folded(wanted: _Wanted) -> Captured:
             return _traced(wanted, Folding(groups, apart))
         except Unfoldable as reason:
             _log.info("blocks are traced one by one: %s", reason)
+            wanted.asked.in_blocks |= reason.branches
             if not reason.paths:
                 break
             apart |= set(reason.paths)
         except (IntricateSizes, ValueBranchError):
             raise  # the full trace branches there, too
         except Exception as error:
+            if wanted.asked.has_guessed():
+                raise  # perhaps a guess is the reason: the example run tells
             # Whatever it is, the full trace has it too, and then it is explained.
             _log.info("blocks are traced one by one: %r", error)
             break
@@ -399,6 +424,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         ran.given,
         ran.own,
         wanted.ways,
+        ran.numbers,
     )
 
 
@@ -475,6 +501,8 @@ def _exported(
     except (Unfoldable, IntricateSizes, AutoParallelError, MemoryError):
         raise
     except Exception as error:
+        if fails_at_sizes(error):
+            require_free_sizes(samples, wanted.fixed)
         raise export_failure(error, model) from error
     if folding.failure is not None:
         raise folding.failure

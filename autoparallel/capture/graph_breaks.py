@@ -102,7 +102,14 @@ def trace(
             return NO_WAYS
 
     captured = capture(
-        model, args, kwargs, known=known, part=part, around=around, find_ways=find_ways
+        model,
+        args,
+        kwargs,
+        known=known,
+        part=part,
+        around=around,
+        find_ways=find_ways,
+        likely=ways or NO_WAYS,
     )
     refuse_drawn(captured.graph)
     graph = _passed(captured.graph)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +12,13 @@ from torch.overrides import TorchFunctionMode
 
 from autoparallel.support.torch_private import expression_of
 
-__all__ = ["IntricateSizes", "WatchedSizes"]
+__all__ = ["IntricateSizes", "WatchedSizes", "fails_at_sizes", "require_free_sizes"]
 
 # Operations in the expression of one size. Each convolution adds two or three, most of which
 # simplify; sizes of real models that can be followed stay far below.
 _LIMIT = 24
+# Where torch computes with symbolic sizes.
+_ARITHMETIC = tuple(os.sep + os.path.join(*path) + os.sep for path in (("sympy",), ("_sympy",)))
 
 
 class IntricateSizes(Exception):  # noqa: N818 - not an error: the trace begins again
@@ -74,3 +79,33 @@ class WatchedSizes(TorchFunctionMode):
             dims = [self.places[symbol] for symbol in often if often[symbol] == most]
             if dims:
                 raise IntricateSizes(frozenset().union(*dims))
+
+
+def fails_at_sizes(error: BaseException) -> bool:
+    """Return whether a trace has failed inside of torch's arithmetic with symbolic sizes.
+
+    It fails at some that are right, such as a remainder of fractions (`size / 2 % 1`).
+
+    >>> fails_at_sizes(ValueError("no"))
+    False
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(part in frames[-1].filename for part in _ARITHMETIC)
+
+
+def require_free_sizes(inputs: Sequence[torch.Tensor], fixed: frozenset[tuple[int, int]]) -> None:
+    """Raise IntricateSizes for the sizes of images, sound and other numbers that may be fixed yet.
+
+    inputs: the tensors that the forward is given. fixed: the (input, dim) pairs that are fixed. The
+    batch stays free, and so does the length of a text, which differs from call to call.
+
+    >>> require_free_sizes([torch.ones(2, 3, dtype=torch.long)], frozenset())
+    """
+    dims = frozenset(
+        (number, dim)
+        for number, tensor in enumerate(inputs)
+        for dim in range(1, tensor.dim())
+        if tensor.is_floating_point()
+    )
+    if not dims <= fixed:
+        raise IntricateSizes(dims)

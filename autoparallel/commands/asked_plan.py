@@ -112,6 +112,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         "--unknown-ops", default="discover", help="discover (default), replicate or error"
     )
     group.add_argument("--gap", type=float, default=0.01, help="under a limit, 0.01 for 1%%")
+    group.add_argument("--seconds", type=float, help="how long to search; default: to the end")
 
 
 def model_of(options: argparse.Namespace, weights: Weights = "none") -> NamedModel:
@@ -174,6 +175,7 @@ def plan_options(options: argparse.Namespace, named: NamedModel) -> dict[str, An
         "data_parallel": options.data_parallel,
         "unknown_ops": options.unknown_ops,
         "gap": options.gap,
+        "seconds": options.seconds,
     }
 
 

@@ -35,6 +35,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help='an alternative to be told, as "fc1: row": row, column, whole, split, "split 1", or a '
         'placement such as "S(0, blocks=3)", and "on AXIS" behind it; may be given again',
     )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="under a memory limit, look for the best plan with each alternative, which takes as "
+        "long as planning; by default bytes are charged at the price that the limit has",
+    )
     parser.add_argument("--json", action="store_true", help="print the explanations as JSON")
 
 
@@ -53,13 +59,16 @@ def _run(options: argparse.Namespace) -> int:
     from autoparallel.questions.explain import Explainer
 
     plan = traced_plan(named.model, plan, example_inputs=named.inputs)
-    if plan.memory_limit is not None:
+    if plan.memory_limit is not None and options.search:
         progress("each alternative is searched within the memory limit, which takes a while")
     if not questions:
         dearest = sorted(plan.conversions, key=lambda row: -row.seconds)[:2]
         questions = [(f"collective {row.value}", "") for row in dearest if row.seconds]
     explainer = Explainer(plan)
-    answers = [explainer.explain(subject, why_not=why_not) for subject, why_not in questions]
+    answers = [
+        explainer.explain(subject, why_not=why_not, search=options.search)
+        for subject, why_not in questions
+    ]
     if options.json:
         print(json.dumps([_rows(answer) for answer in answers], indent=1))
     else:
@@ -74,6 +83,7 @@ def _rows(answer: Explanation) -> dict[str, Any]:
         "kind": answer.kind,
         "chosen": answer.chosen,
         "seconds": answer.seconds,
+        "seconds_per_byte": answer.price,
         "asked": None if answer.asked is None else _alternative(answer.asked),
         "alternatives": [_alternative(other) for other in answer.alternatives],
     }
@@ -87,6 +97,8 @@ def _alternative(other: Alternative) -> dict[str, Any]:
         "added_cost": other.added_cost if finite else None,
         "proven": other.proven if math.isfinite(other.proven) else None,
         "added_seconds": other.added_seconds if other.plan is not None else None,
+        "excess_bytes": other.excess_nbytes,
+        "added_step": other.added_step if math.isfinite(other.added_step) else None,
         "chain": list(other.chain),
         "differences": [
             {

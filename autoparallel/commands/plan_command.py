@@ -33,7 +33,10 @@ def _run(options: argparse.Namespace) -> int:
     plan = planned(options)
     if options.output is not None:
         write_file(options.output, plan.to_json().encode())
-        progress(f"written to {options.output}; autoparallel show {options.output} prints it all")
+        progress(
+            f"written to {options.output}; autoparallel show {options.output} prints it all, and "
+            f"with -o {options.output.stem}.html makes a page of it"
+        )
     print(json.dumps(summary(plan), indent=1) if options.json else in_short(plan))
     return 0
 

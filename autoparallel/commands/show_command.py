@@ -28,8 +28,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="in place of the report, write a picture (.svg, .png, .dot), the report (.txt), or "
-        "the step for ui.perfetto.dev (.trace.json); may be given again",
+        help="in place of the report, write a page to look into (.html), a picture (.svg, .png, "
+        ".dot), the report (.txt), or the step for ui.perfetto.dev (.trace.json); may be given "
+        "again",
     )
 
 
@@ -92,7 +93,7 @@ def _write(plan: object, path: Path) -> None:
 SHOW = Command(
     "show",
     "print all that a plan says, or write it as pictures",
-    ("autoparallel show plan.json", "autoparallel show plan.json -o plan.svg -o step.trace.json"),
+    ("autoparallel show plan.json", "autoparallel show plan.json -o plan.html -o step.trace.json"),
     _add_arguments,
     _run,
 )

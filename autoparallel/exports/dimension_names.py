@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autoparallel.exports.export_text import Export
-from autoparallel.exports.module_splits import folded_pattern
+from autoparallel.exports.module_split import folded_pattern
 from autoparallel.graph.graph import Dim
 from autoparallel.placement import Layout, Partial, Shard
 from autoparallel.plan import OpChoice, Plan

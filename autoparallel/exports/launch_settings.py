@@ -15,12 +15,16 @@ from typing import Any
 from torch import nn
 
 from autoparallel.exports.export_text import Export
-from autoparallel.exports.module_splits import folded_pattern, module_splits
+from autoparallel.exports.module_split import folded_pattern
+from autoparallel.exports.module_splits import module_splits
 from autoparallel.exports.parallelize_module import patterns
 from autoparallel.placement import Shard
 from autoparallel.plan import Plan
 
-__all__ = ["deepspeed_config", "megatron_arguments", "torchtitan_toml"]
+__all__ = ["TORCHTITAN_COMMAND", "deepspeed_config", "megatron_arguments", "torchtitan_toml"]
+
+# Before the words of the command line, in what is written for torchtitan.
+TORCHTITAN_COMMAND = "# from torchtitan 0.3 on: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,8 @@ def megatron_arguments(plan: Plan) -> Export:
 def torchtitan_toml(plan: Plan) -> Export:
     """Return the sections of a torchtitan configuration that ask for the parallelism of a plan.
 
+    From 0.3 on torchtitan reads no TOML: a comment has the same as words of its command line.
+
     Example: `tomllib.loads(torchtitan_toml(plan).text)["parallelism"]`
     """
     kinds = _kinds(plan)
@@ -162,21 +168,34 @@ def torchtitan_toml(plan: Plan) -> Export:
     if kinds.stage in (1, 2):
         missing.append(f"ZeRO-{kinds.stage}: fully_shard is the third stage")
     if kinds.tensor > 1 and not kinds.sequence:
-        missing.append("whole activations between the products: torchtitan splits the sequence")
-    mode = {"none": "none", "selective": "selective", "full": "full"}[kinds.recompute]
+        missing.append(
+            "whole activations between the products: before 0.3, torchtitan splits the sequence"
+        )
+    degrees = {
+        "data_parallel_replicate_degree": replicate,
+        "data_parallel_shard_degree": shard,
+        "tensor_parallel_degree": kinds.tensor,
+        "pipeline_parallel_degree": 1,
+        "context_parallel_degree": 1,
+    }
+    words = [f"--parallelism.{name} {degree}" for name, degree in degrees.items()]
+    if kinds.tensor > 1 and not kinds.sequence:
+        words.append("--parallelism.no-enable-sequence-parallel")
+    words.append(f"activation-checkpoint:{kinds.recompute}")
     text = "\n".join(
         [
             *(f"# missing: {line}" for line in missing),
+            f"{TORCHTITAN_COMMAND}{' '.join(words)}",
             "[parallelism]",
-            f"data_parallel_replicate_degree = {replicate}",
-            f"data_parallel_shard_degree = {shard}",
-            f"tensor_parallel_degree = {kinds.tensor}",
-            "pipeline_parallel_degree = 1",
-            "context_parallel_degree = 1",
+            *(f"{name} = {degree}" for name, degree in degrees.items()),
             "",
             "[activation_checkpoint]",
-            f'mode = "{mode}"',
-            *(['selective_ac_option = "op"'] if plan.remade and mode == "selective" else []),
+            f'mode = "{kinds.recompute}"',
+            *(
+                ['selective_ac_option = "op"']
+                if plan.remade and kinds.recompute == "selective"
+                else []
+            ),
         ]
     )
     return Export("torchtitan", text + "\n", ".toml", tuple(missing))

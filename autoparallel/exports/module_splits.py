@@ -12,7 +12,6 @@ proof fails, the module gathers its own result, which is right whatever the code
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +24,7 @@ from autoparallel.capture.global_reads import undisturbed
 from autoparallel.capture.graph_breaks import trace
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import AutoParallelError, PlanError
+from autoparallel.exports.module_split import ModuleSplit, ModuleSplits, folded_pattern
 from autoparallel.graph.graph import Graph, Node, hint
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
@@ -36,43 +36,7 @@ from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.torch_private import tree_map
 
-__all__ = ["ModuleSplit", "ModuleSplits", "module_splits"]
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleSplit:
-    """A ModuleSplit says how one module is split.
-
-    path: of the module. kind: "column" (its result is split along the last dim), "row" (its input
-    is, and its result is summed), "table" (rows of an embedding) or "features" (its columns).
-    weight_dim, bias_dim: the dims that are split; None for a bias that is whole, or is not there.
-    gathered: a column's result is gathered, a row's input is cut in the module: on either side is a
-    whole tensor.
-    """
-
-    path: str
-    kind: str
-    weight_dim: int
-    bias_dim: int | None = None
-    gathered: bool = False
-
-    @property
-    def is_transposed(self) -> bool:
-        """True if the weight is (in, out), unlike that of nn.Linear."""
-        return self.weight_dim == {"column": 1, "row": 0}.get(self.kind)
-
-
-@dataclass(frozen=True)
-class ModuleSplits:
-    """ModuleSplits are all modules that are split on one mesh axis, and what cannot be said so.
-
-    axis, world_size: of the mesh axis. modules: in the order of the model. missing: sentences.
-    """
-
-    axis: str
-    world_size: int
-    modules: tuple[ModuleSplit, ...]
-    missing: tuple[str, ...]
+__all__ = ["module_splits"]
 
 
 def module_splits(
@@ -432,12 +396,3 @@ class _Finder:
             )
         if any(mode != "none" for _, mode in self.plan.recompute):
             self.missing.append("which blocks are recomputed: the model's own checkpoints decide")
-
-
-def folded_pattern(path: str) -> str:
-    """Return a path, or a sentence with paths, with * for the indices of repeated blocks.
-
-    >>> folded_pattern("model.layers.3.mlp.down_proj")
-    'model.layers.*.mlp.down_proj'
-    """
-    return re.sub(r"(?<=\w\.)\d+(?=\.\w|$)", "*", path)

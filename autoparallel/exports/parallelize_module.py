@@ -8,12 +8,8 @@ from typing import Any
 from torch import nn
 
 from autoparallel.exports.export_text import Export
-from autoparallel.exports.module_splits import (
-    ModuleSplit,
-    ModuleSplits,
-    folded_pattern,
-    module_splits,
-)
+from autoparallel.exports.module_split import ModuleSplit, ModuleSplits, folded_pattern
+from autoparallel.exports.module_splits import module_splits
 from autoparallel.plan import Plan
 
 __all__ = ["parallelize_module_source", "patterns"]

@@ -10,7 +10,8 @@ from torch import nn
 
 from autoparallel.errors import PlanError
 from autoparallel.exports.export_text import Export
-from autoparallel.exports.module_splits import ModuleSplit, folded_pattern, module_splits
+from autoparallel.exports.module_split import ModuleSplit, folded_pattern
+from autoparallel.exports.module_splits import module_splits
 from autoparallel.exports.parallelize_module import patterns
 from autoparallel.plan import Plan
 

@@ -16,6 +16,7 @@ from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeated_blocks import Repeats, find_repeats
 from autoparallel.support.pytree import Skeleton, leaf_paths, rebuild, with_constants
+from autoparallel.support.rng_state import PythonNumbers
 
 __all__ = ["Captured", "Modes", "SizeNumber", "Surroundings", "autocast_type", "modes_of"]
 
@@ -102,6 +103,8 @@ class Captured:
     given: the properties of input tensors that it has read. own: (number of an output, path) where
     the model returns a tensor that it holds itself, a parameter or any other. ways: the answers
     that its branches on values got, by the lines that ask; the graph checks each of them.
+    numbers: the states in which the forward leaves Python's and numpy's generators, where it seeds
+    them.
     """
 
     graph: Graph
@@ -120,6 +123,7 @@ class Captured:
     given: tuple[TensorRead, ...] = ()
     own: tuple[tuple[int, str], ...] = ()
     ways: Mapping[tuple[str, int, str], tuple[Any, ...]] = field(default_factory=dict)
+    numbers: tuple[PythonNumbers, ...] = ()
 
     def together(
         self, tensors: list[torch.Tensor], inputs: Sequence[torch.Tensor]

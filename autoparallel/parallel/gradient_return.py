@@ -12,6 +12,7 @@ put there at once, past DTensor's own operators, which cost far more for many pa
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -41,7 +42,7 @@ from autoparallel.support.torch_private import (
     without_function_overrides,
 )
 
-__all__ = ["GradientBucket", "GradientReturn", "as_distributed"]
+__all__ = ["GradientBucket", "GradientReturn", "as_distributed", "local_together"]
 
 
 def as_distributed(
@@ -302,18 +303,22 @@ class GradientReturn:
         run_when_ready(local, 1 + self.number)
         return local
 
-    def bring(self, ctx: Any, grad: torch.Tensor) -> torch.Tensor | None:
+    def bring(
+        self, ctx: Any, place: int, parameter: Any, grad: torch.Tensor, alone: tuple[int, int]
+    ) -> torch.Tensor | None:
         """Return the gradient of the parameter; None where it is put into `grad`, now or at the end
         of the backward pass.
 
-        This is asked for every parameter in every backward pass, and takes as few steps as it can.
+        ctx: of the node, which the parameter is an operand of. place: among its operands. alone:
+        `references_to` a gradient there that nobody else holds. This is asked for every parameter
+        in every backward pass, and takes as few steps as it can.
         """
-        parameter, bucket = ctx.parameter, self.bucket
+        bucket, is_leaf = self.bucket, ctx.is_leaf
         if torch.is_grad_enabled():
             return self.differentiable(grad, parameter)
         if self.first != self.produced:
             (grad,) = reduced([grad], [self.produced], [self.first], [self.shape], bucket.ranks)
-        elif (not self.waits or bucket.holds) and references_to(grad) != self.alone:
+        elif (not self.waits or bucket.holds) and references_to(grad) != alone:
             # It is the gradient of something else as well, as of the other term of a sum.
             grad = grad.clone()
         if (
@@ -326,10 +331,15 @@ class GradientReturn:
         # A parameter that is no leaf, as torch.func.functional_call may put in place, has a way
         # of its own from there. A backward pass adds all gradients to `grad`, or, for
         # torch.autograd.grad, returns them all.
-        if number != bucket.number and ctx.is_leaf:
-            bucket.number = number
-            bucket.accumulates = will_accumulate(ctx.next_functions[0][0])
-        if ctx.is_leaf and bucket.accumulates:
+        if ctx.is_together:
+            # What a pass wants of one of them says nothing of the others.
+            accumulates = will_accumulate(ctx.next_functions[place][0])
+        else:
+            if number != bucket.number and is_leaf:
+                bucket.number = number
+                bucket.accumulates = will_accumulate(ctx.next_functions[0][0])
+            accumulates = bucket.accumulates
+        if is_leaf and accumulates:
             on_tensor, after = gradient_hooks_of(parameter)
             # Hooks run once, when all gradients of the parameter are there. Those that may change
             # the gradient run together, as torch.autograd.graph.register_multi_grad_hook needs.
@@ -388,6 +398,7 @@ class _Local(torch.autograd.Function):
         """Return a tensor in the memory of `held`."""
         ctx.set_materialize_grads(False)
         ctx.parameter, ctx.is_leaf, ctx.way = parameter, parameter.is_leaf, way
+        ctx.is_together = False
         return held.detach()
 
     @staticmethod
@@ -396,7 +407,81 @@ class _Local(torch.autograd.Function):
         if grad is None:
             return None, None, None
         with without_function_overrides():
-            return ctx.way.bring(ctx, grad), None, None
+            return ctx.way.bring(ctx, 0, ctx.parameter, grad, ctx.way.alone), None, None
+
+
+class _LocalTogether(torch.autograd.Function):
+    """The local tensors of several parameters, as of `_Local`, by one node.
+
+    A node takes longer than all that is to be done for one gradient of a small parameter.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ways: Sequence[Any],
+        alone: tuple[int, int],
+        held: Sequence[torch.Tensor],
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return tensors in the memory of `held`."""
+        ctx.set_materialize_grads(False)
+        ctx.parameters, ctx.ways, ctx.alone = parameters, ways, alone
+        ctx.is_leaf = ctx.is_together = True
+        return tuple([tensor.detach() for tensor in held])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        """Return the parameters' gradients, or see to it that they come."""
+        brought: list[Any] = [None, None, None]
+        with without_function_overrides():
+            for place, grad in enumerate(grads):
+                brought.append(
+                    None
+                    if grad is None
+                    else ctx.ways[place].bring(ctx, place, ctx.parameters[place], grad, ctx.alone)
+                )
+        return tuple(brought)
+
+
+# Parameters of at most so many bytes on a rank come together, in groups of at most so many: their
+# gradients wait for each other, and must not add to the memory of a step.
+_SMALL_NBYTES, _TOGETHER_NBYTES = 2**16, 2**20
+
+
+def local_together(
+    ways: Sequence[GradientReturn | None], parameters: Sequence[Any], held: Sequence[torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """Return the local tensors of small parameters that one node makes for several, by place.
+
+    ways: of all parameters, None for those that are to stay by themselves, as all do whose
+    gradients the ranks exchange.
+    """
+    groups: list[list[int]] = [[]]
+    nbytes = 0
+    for place, way in enumerate(ways):
+        small = way is not None and held[place].nbytes <= _SMALL_NBYTES and way.is_trivial
+        if not small or not (parameters[place].requires_grad and parameters[place].is_leaf):
+            continue
+        nbytes += held[place].nbytes
+        if nbytes > _TOGETHER_NBYTES:
+            groups.append([])
+            nbytes = held[place].nbytes
+        groups[-1].append(place)
+    made: dict[int, torch.Tensor] = {}
+    with torch.inference_mode(False), torch.enable_grad():
+        for places in groups:
+            if len(places) < 2:
+                continue
+            locals_ = _LocalTogether.apply(
+                [ways[place] for place in places],
+                _alone_together(),
+                [held[place] for place in places],
+                *(parameters[place] for place in places),
+            )
+            run_when_ready(locals_[0])
+            made.update(zip(places, locals_, strict=True))
+    return made
 
 
 class _Counted:
@@ -405,9 +490,11 @@ class _Counted:
     """
 
     def __init__(self) -> None:
-        self.references = (0, 0)
+        self.references = self.alone = (0, 0)
 
-    def bring(self, ctx: Any, grad: torch.Tensor) -> None:
+    def bring(
+        self, ctx: Any, place: int, parameter: Any, grad: torch.Tensor, alone: tuple[int, int]
+    ) -> None:
         """Note the count, in the same place as `GradientReturn.bring` does."""
         self.references = references_to(grad)
 
@@ -425,3 +512,15 @@ def _alone() -> tuple[int, int]:
         torch.autograd.backward((_Local.apply(leaf, leaf.detach(), counted) * 2).sum())
     references: tuple[int, int] = counted.references
     return references
+
+
+@cache
+def _alone_together() -> tuple[int, int]:
+    """Return what `_alone` does, of a gradient that comes with others."""
+    counted = _Counted()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [torch.zeros(2, device="cpu", requires_grad=True) for _ in range(2)]
+        held = [leaf.detach() for leaf in leaves]
+        one, other = _LocalTogether.apply([counted] * 2, (0, 0), held, *leaves)
+        torch.autograd.backward((one * 2).sum() + (other * 2).sum())
+    return counted.references

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from autoparallel.parallel.gradient_return import local_together
 from autoparallel.parallel.parameters import LocalParameter
 from autoparallel.support.torch_private import local_part
 
@@ -61,6 +62,12 @@ class LocalParameters:
                 result[index] = self.leaves[index].get(stream)
             return result
         self.locals = [leaf.get(stream) for leaf in self.leaves]
+        ways = [
+            None if local is parameter or leaf.copy is not None else leaf.way
+            for leaf, local, parameter in zip(self.leaves, self.locals, parameters, strict=True)
+        ]
+        for index, local in local_together(ways, parameters, self.locals).items():
+            self.locals[index] = local
         self.parameters, self.stream = parameters, stream
         # What is a parameter itself needs no more than to be the same one.
         self.split = [each for each in parameters if isinstance(each, DTensor)]

@@ -53,8 +53,8 @@ from autoparallel.parallel.optimizer_steps import note_originals
 from autoparallel.parallel.parameters import (
     ParameterLayouts,
 )
+from autoparallel.parallel.pipeline_call import loss_alone
 from autoparallel.parallel.pipeline_place import PipelinePlace
-from autoparallel.parallel.pipeline_run import loss_alone
 from autoparallel.parallel.pipelined_parameters import note_stages
 from autoparallel.parallel.rank_agreement import (
     require_equal,
@@ -209,7 +209,7 @@ def parallel_module(
         assert plan.captured is not None
         stages = cut_plan(plan.captured.graph, plan)
         assert plan.pipeline is not None
-        holders = holders_of(stages, plan.pipeline.ranks)
+        holders = holders_of(stages, plan.pipeline)
         by_path = {path: holders.get(first[id(parameter)]) for path, parameter in named}
         place = PipelinePlace(*pipeline, {p: some for p, some in by_path.items() if some})
     absent = [path for path, _ in named if place is not None and not place.holds(path)]

@@ -16,13 +16,11 @@ from autoparallel.parallel.guards import Guards
 from autoparallel.parallel.module_state import Entry, State
 from autoparallel.parallel.parameters import (
     LocalParameter,
-    as_distributed,
     computing_stream,
     refresh,
 )
 from autoparallel.parallel.pipeline_run import pipeline_program
 from autoparallel.parallel.uncaptured_python import held_by
-from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.rewrite.program import file_of
@@ -141,7 +139,7 @@ def run_program(
         module.get_buffer(path).copy_(value.detach())
     whole_shapes = entry.whole_shapes(inputs)
     returned = [
-        _returned(output, layout, shape, state)
+        entry.split_outputs.outside(output, layout, shape, state.mesh)
         for output, (layout, _), shape in zip(outputs, program.outputs, whole_shapes, strict=True)
     ]
     for number, path in entry.captured.own:
@@ -156,6 +154,8 @@ def run_program(
     result, left = entry.captured.together(returned, inputs)
     for place, value in zip(entry.captured.left, left, strict=True):
         place.put(module, value)
+    for numbers in entry.captured.numbers:
+        numbers.put()
     return result
 
 
@@ -164,16 +164,3 @@ def _without_autocast(entry: Entry, device: torch.device) -> Any:
     if entry.captured.surroundings.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
-
-
-def _returned(
-    output: torch.Tensor, layout: Layout, shape: tuple[int, ...], state: State
-) -> torch.Tensor:
-    """Return what the user gets of an output: the tensor, or a DTensor where it stays split.
-
-    shape: of the whole output.
-    """
-    split = any(isinstance(placement, Shard) for placement in layout)
-    if not split or state.mesh is None:
-        return output
-    return as_distributed(output, layout, shape, state.mesh)

@@ -26,6 +26,7 @@ from autoparallel.parallel.local_parameters import LocalParameters
 from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, ParameterLayouts
 from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.seeds import generator_of
+from autoparallel.parallel.split_outputs import SplitOutputs
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.placement import Layout, Shard
@@ -35,6 +36,7 @@ from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths
+from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["Entry", "Replan", "State", "Tree", "state_of", "user_forward"]
 
@@ -62,8 +64,8 @@ class Entry:
     guards: the attributes that its trace has read. frozen: the places of parameters that needed no
     gradient when it was planned. known: whether it is right for inputs of some shapes, types and
     need of gradients, as far as it was asked: to evaluate the guards takes long, and most calls are
-    like one before. wholes: the shapes of whole outputs, by those of the inputs. told: the user
-    knows that a call took another branch on values.
+    like one before. wholes: the shapes of whole outputs, by those of the inputs. split_outputs: the
+    DTensors that they are outside. told: the user knows that a call took another branch on values.
     """
 
     plan: Plan
@@ -77,6 +79,7 @@ class Entry:
     known: dict[tuple[Any, ...], bool] = field(default_factory=dict)
     told: bool = False
     wholes: dict[tuple[Any, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    split_outputs: SplitOutputs = field(default_factory=SplitOutputs)
 
     def __post_init__(self) -> None:
         self.parameters = LocalParameters(self.leaves)
@@ -224,7 +227,9 @@ class Tree:
 
     def surroundings(self) -> Surroundings:
         """Return the state of torch around a call that is made now."""
-        return Surroundings.now(self.device())
+        # A split tensor that is asked where it lies would take longer than all the rest.
+        with without_function_overrides():
+            return Surroundings.now(self.device())
 
     def device(self) -> torch.device:
         """Return the device of the parameters; the CPU where there are none."""

@@ -30,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.distributed_layouts import layout_of
+from autoparallel.parallel.pipelined_parameters import pipelines_of
 from autoparallel.parallel.refused_collectives import refuse_collectives
 from autoparallel.parallel.split_tensor import GRADIENT, cut_like, note_writes
 from autoparallel.parallel.split_views import forget_values
@@ -124,9 +125,14 @@ def _tell_of_shared(model: nn.Module, split: nn.Module) -> None:
         _taken[parameter] = (weakref.ref(split), len(named))
 
 
+def _held(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return the parameters that an optimizer has."""
+    return [item for group in optimizer.param_groups for item in group["params"]]
+
+
 def _refuse_originals(optimizer: torch.optim.Optimizer) -> None:
     """Raise AutoParallelError for a step without gradients of parameters from before a split."""
-    held = [item for group in optimizer.param_groups for item in group["params"]]
+    held = _held(optimizer)
     if any(item.grad is not None for item in held):
         return
     paths = [_originals[item] for item in held if item in _originals]
@@ -208,16 +214,17 @@ def _before(
             for parameter in ours:
                 _cut_state(optimizer.state.get(parameter), parameter)
         return None
-    if way is not _Way.PARTS and not ours:
-        return None
     name = type(optimizer).__name__
-    if way is _Way.REFUSED:
+    # A rank of a pipeline may have none of the parameters, and refuses what the others refuse.
+    if way is _Way.REFUSED and (ours or pipelines_of(_held(optimizer))):
         raise AutoParallelError(
             f"{name} cannot step on a split module",
             why="it lays all parameters end to end in one vector, of which DTensor cannot say the "
             "parts",
             fix="use another optimizer, or leave the module unsplit (world_size=1)",
         )
+    if way is not _Way.PARTS and not ours:
+        return None
     if way is _Way.PARTS and _hooks_of(optimizer):
         raise AutoParallelError(
             f"{name} cannot step on a split module where hooks on its steps are registered",

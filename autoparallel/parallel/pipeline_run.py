@@ -12,10 +12,8 @@ output than the loss, the step is run once more, with the gradients that are kno
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +24,10 @@ from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Dim
 from autoparallel.parallel.compiled_calls import is_compiled
+from autoparallel.parallel.pipeline_call import PipelineCall, wants_loss_alone
 from autoparallel.parallel.pipeline_place import PipelinePlace, as_sent
+from autoparallel.parallel.pipeline_schedules import IN_HALVES, PipelineSchedules, schedule_of_run
+from autoparallel.parallel.shared_gradients import add_over_stages
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program
@@ -44,58 +45,7 @@ from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.torch_private import without_function_overrides
 
-__all__ = ["PipelineRun", "loss_alone", "pipeline_program"]
-
-# Schedules for inputs of so many sizes are kept ready.
-_MOST_SIZES = 16
-
-
-@dataclass
-class _Call:
-    """A call's own values: it computes with these, also when its step runs again.
-
-    inputs: of the model. device: where it computes. symbols: values of the inputs' sizes. known:
-    what each stage needs of the inputs alone. source, step: of the random numbers; the step is None
-    where none are drawn. versions: of parameters, inputs and buffers when the call began.
-    """
-
-    inputs: list[torch.Tensor]
-    device: torch.device
-    symbols: dict[Any, int]
-    parameters: Sequence[torch.Tensor]
-    buffers: dict[str, torch.Tensor]
-    constants: dict[str, torch.Tensor]
-    known: list[list[torch.Tensor]] = field(default_factory=list)
-    source: rng.Generator | None = None
-    step: int | None = None
-    versions: tuple[int, ...] = ()
-
-
-def _versions(call: _Call) -> tuple[int, ...]:
-    """Return numbers that are others once a tensor of the call was written to."""
-    tensors = (*call.parameters, *call.inputs, *call.buffers.values())
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
-
-
-class _Wanted(threading.local):
-    """A setting of each thread: whether its calls want the loss of a step alone, or all outputs."""
-
-    loss_alone = False
-
-
-_wanted = _Wanted()
-
-
-@contextmanager
-def loss_alone() -> Iterator[None]:
-    """Have steps bring nothing but the loss to all ranks: other outputs are zeros where they were
-    not made.
-    """
-    _wanted.loss_alone = True
-    try:
-        yield
-    finally:
-        _wanted.loss_alone = False
+__all__ = ["PipelineRun", "pipeline_program"]
 
 
 class PipelineRun:
@@ -121,6 +71,7 @@ class PipelineRun:
         own = [stages[number] for number in plan.pipeline.of_rank(place.number)]
         self.programs = [StagePrograms(stage, ranks, self.count, plan.model) for stage in own]
         self.last = own[-1].number == len(stages) - 1
+        self.source = plan.pipeline.rank_of(len(stages) - 1)
         values = stages[-1].graph.values
         self.outputs = tuple(
             Travelling(layout, values[name].shape, values[name].dtype, values[name].requires_grad)
@@ -147,15 +98,24 @@ class PipelineRun:
         every = [program for each in self.programs for program in (each.before, each.first)]
         self.buffers = tuple(dict.fromkeys(path for each in every for path in each.buffers))
         self.constants = tuple(dict.fromkeys(path for each in every for path in each.constants))
+        halves = schedule_of_run(self.pipeline, trains=True) in IN_HALVES
         self.modules = [
             StageModule(
                 each,
                 [self.paths.index(path) for path in each.first.parameters],
                 each.stage.number == len(stages) - 1,
+                halves,
             )
             for each in self.programs
         ]
-        self.schedules: dict[Any, Any] = {}
+        # The gradient of the loss with which calls begin.
+        self.seed = 1.0
+        self.narrow = any(
+            value.dtype == torch.float16 and value.requires_grad
+            for stage in stages
+            for value in stage.graph.values.values()
+        )
+        self.schedules = PipelineSchedules(self.pipeline, place, self.programs, self.modules)
 
     def program(self) -> Program:
         """Return what the parallel module runs in place of one rank's whole program."""
@@ -197,7 +157,7 @@ class PipelineRun:
                 why="it would come to the ranks of one stage alone",
                 fix="detach the input, or leave pp out of the mesh",
             )
-        call = _Call(
+        call = PipelineCall(
             list(inputs),
             parameters[0].device if parameters else inputs[0].device if inputs else device,
             sizes_of_symbols(self.shapes, inputs),
@@ -215,7 +175,7 @@ class PipelineRun:
         if trains:
             for path in self.changing & call.buffers.keys():
                 call.buffers[path] = call.buffers[path].clone()
-            call.versions = _versions(call)
+            call.began = call.versions()
         else:
             outputs = self.forward_only(call)
             return outputs[: self.returned], [*written, *outputs[self.returned :]]
@@ -224,7 +184,7 @@ class PipelineRun:
         outputs = list(_Step.apply(self, call, anchor, *parameters))
         return outputs[: self.returned], [*written, *outputs[self.returned :]]
 
-    def _before(self, call: _Call) -> list[torch.Tensor]:
+    def _before(self, call: PipelineCall) -> list[torch.Tensor]:
         """Compute what follows from the inputs alone; return the values that buffers get of it."""
         written: list[torch.Tensor] = []
         for each in self.programs:
@@ -239,36 +199,39 @@ class PipelineRun:
             call.known.append(known)
         return written
 
-    def forward_only(self, call: _Call) -> list[torch.Tensor]:
+    def forward_only(self, call: PipelineCall) -> list[torch.Tensor]:
         """Return the outputs of a step without a backward pass."""
         with torch.no_grad():
             self._step(call, None)
         return self._shared(call)
 
-    def eagerly(self, call: _Call) -> tuple[list[torch.Tensor], list[torch.Tensor | None] | None]:
+    def eagerly(
+        self, call: PipelineCall
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None] | None]:
         """Return the outputs of a step, and the parameters' gradients of the loss; None where the
         model returns none.
         """
         if self.loss is None:
             return self.forward_only(call), None
         gradients: list[torch.Tensor | None] = [None] * len(self.outputs)
-        gradients[self.loss] = torch.ones(
-            (), dtype=self.outputs[self.loss].dtype, device=call.device
+        gradients[self.loss] = torch.full(
+            (), self.seed, dtype=self.outputs[self.loss].dtype, device=call.device
         )
         grads = self.backward(call, gradients)
         return self._shared(call), grads
 
     def again(
-        self, call: _Call, gradients: Sequence[torch.Tensor | None]
+        self, call: PipelineCall, gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """Return the parameters' gradients of a step, run again, for gradients of its outputs.
 
         Raises AutoParallelError where the step would be another one.
         """
         # Each rank knows of its own stages; all of them refuse, or none, who would wait for others.
-        changed = torch.tensor(call.versions != _versions(call), dtype=torch.int32)
+        changed = torch.tensor(call.began != call.versions(), dtype=torch.int32)
         changed = changed.to(self.place.device)
-        dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.place.group)
+        with self._answered("an all_reduce between stages, before a step that is run again"):
+            dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.place.group)
         if changed:
             raise AutoParallelError(
                 "a parameter, a buffer or an input was written to between a call and its backward "
@@ -283,7 +246,7 @@ class PipelineRun:
             return self.backward(call, gradients)
 
     def backward(
-        self, call: _Call, gradients: Sequence[torch.Tensor | None]
+        self, call: PipelineCall, gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """Run a step with its backward pass, and return the gradients of this stage's parameters.
 
@@ -300,10 +263,40 @@ class PipelineRun:
                     grads[index] = gradient if before is None else before
                 else:
                     grads[index] = before + gradient
-        self._sum_of_stages(grads, call)
+        with self._answered("an exchange of gradients that several stages have"):
+            add_over_stages(grads, call.parameters, self.tied, self.place)
         return grads
 
-    def _step(self, call: _Call, gradients: Sequence[torch.Tensor | None] | None) -> None:
+    def scaled(
+        self, call: PipelineCall, held: Sequence[torch.Tensor | None], gradient: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Return the parameters' gradients for a gradient of the loss.
+
+        held: for the one that the call has begun with; they are multiplied in place. Numbers of
+        float16 that were too small for it then are not in a product: the step is run again, and
+        the next calls begin with this gradient.
+        """
+        if self.narrow and float(gradient) != self.seed:
+            self.seed = float(gradient)
+            gradients: list[torch.Tensor | None] = [None] * len(self.outputs)
+            assert self.loss is not None
+            gradients[self.loss] = gradient
+            return self.again(call, gradients)
+        if self.narrow:
+            return list(held)
+        return [None if g is None else g.mul_(gradient.to(g.dtype)) for g in held]
+
+    @contextmanager
+    def _answered(self, what: str) -> Iterator[None]:
+        """Explain the error of a rank that waits in vain. what: it waits in."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise explained(error, what, self.place.group) from error
+
+    def _step(self, call: PipelineCall, gradients: Sequence[torch.Tensor | None] | None) -> None:
         """Run all micro-batches through this stage, as the schedule says.
 
         gradients: of the outputs; None for no backward pass. Raises AutoParallelError where another
@@ -312,69 +305,35 @@ class PipelineRun:
         for module, known in zip(self.modules, call.known, strict=True):
             module.take([call.parameters[index] for index in module.places])
             module.begin(call, known, gradients)
-        schedule = self._schedule(call, gradients is not None)
+        schedule = self.schedules.of(call, gradients is not None)
         numbers = torch.arange(self.count)
         try:
-            if gradients is None:
-                schedule.step(number=numbers, return_outputs=False)
-            else:
-                schedule.step(number=numbers, target=numbers, losses=[], return_outputs=False)
-        except RuntimeError as error:
-            if not is_lost(error):
-                # What the library says of a failed pass hides what failed.
-                raise (error.__cause__ or error) from None
-            raise explained(error, "a send or receive between stages", self.place.group) from error
+            with self._answered("a send or receive between stages"):
+                if gradients is None:
+                    schedule.step(number=numbers, return_outputs=False)
+                else:
+                    schedule.step(number=numbers, target=numbers, losses=[], return_outputs=False)
+        except Exception as error:
+            # It remembers the micro-batches that it was at.
+            self.schedules.forget()
+            if isinstance(error, AutoParallelError) or not isinstance(error, RuntimeError):
+                raise
+            # What the library says of a failed pass hides what failed.
+            raise (error.__cause__ or error) from None
         finally:
             for module in self.modules:
                 module.end()
 
-    def _schedule(self, call: _Call, trains: bool) -> Any:
-        """Return torch's schedule for inputs of these sizes."""
-        # What is made in inference mode cannot be written to outside of it.
-        modes = (trains, torch.is_inference_mode_enabled())
-        key = (tuple(tensor.shape for tensor in call.inputs), modes, call.device)
-        if key in self.schedules:
-            return self.schedules[key]
-        if len(self.schedules) >= _MOST_SIZES:
-            self.schedules.clear()
-        # Importing it takes a while, and most meshes have no stages.
-        from torch.distributed import pipelining
-
-        stages = [
-            pipelining.PipelineStage(
-                module,
-                each.stage.number,
-                self.pipeline.stages,
-                call.device,
-                input_args=tuple(one.empty(call.symbols, each.places[0]) for one in each.enters),
-                output_args=module.returns(call),
-                group=self.place.group,
-            )
-            for each, module in zip(self.programs, self.modules, strict=True)
-        ]
-        eager = trains and self.pipeline.schedule == "1f1b"
-        kind: Any
-        if len(stages) > 1:
-            kind = pipelining.ScheduleInterleaved1F1B if eager else pipelining.ScheduleLoopedBFS
-        else:
-            # Torch's takes no fewer micro-batches than there are stages, where it is GPipe's order.
-            eager = eager and self.count >= self.pipeline.stages
-            kind = pipelining.Schedule1F1B if eager else pipelining.ScheduleGPipe
-        loss = _own_loss if trains else None
-        what = stages if len(stages) > 1 else stages[0]
-        self.schedules[key] = kind(what, self.count, loss_fn=loss, scale_grads=False)
-        return self.schedules[key]
-
-    def _shared(self, call: _Call) -> list[torch.Tensor]:
+    def _shared(self, call: PipelineCall) -> list[torch.Tensor]:
         """Return the outputs on every rank: those of the last stage, which is where they are made.
 
         A collective call of the pipeline's ranks.
         """
-        source, made = self.place.process(self.place.ranks - 1), self.modules[-1].made
+        source, made = self.place.process(self.source), self.modules[-1].made
         outputs = []
         for place, each in enumerate(self.outputs):
             asked = self.loss is None or place == self.loss or place >= self.returned
-            if _wanted.loss_alone and not asked:
+            if wants_loss_alone() and not asked:
                 nothing = torch.zeros((), dtype=each.dtype, device=call.device)
                 outputs.append(nothing.expand(self._local_shape(each, call)))
                 continue
@@ -384,44 +343,16 @@ class PipelineRun:
             else:
                 shape = self._local_shape(each, call)
                 value = torch.empty(shape, dtype=each.dtype, device=call.device)
-            dist.broadcast(as_sent(value), source, group=self.place.group)
+            with self._answered("a broadcast of what the last stage returns"):
+                dist.broadcast(as_sent(value), source, group=self.place.group)
             outputs.append(value)
         self.modules[-1].made = []
         return outputs
 
-    def _local_shape(self, each: Travelling, call: _Call) -> tuple[int, ...]:
+    def _local_shape(self, each: Travelling, call: PipelineCall) -> tuple[int, ...]:
         """Return the shape of this rank's part of an output, of all micro-batches together."""
         inside = Travelling(each.layout[1:], each.shape, each.dtype, each.requires_grad)
         return inside.local_shape(call.symbols, self.ranks)
-
-    def _sum_of_stages(self, gradients: list[torch.Tensor | None], call: _Call) -> None:
-        """Add up the gradients of parameters that stages of several ranks read, on each of these.
-
-        All of them add in the order of the ranks, so that they have the same number bit for bit.
-        """
-        waiting = []
-        for index, others in self.tied:
-            own = gradients[index]
-            if own is None:
-                own = torch.zeros_like(call.parameters[index])
-            own = own.contiguous()
-            arrived = {self.place.number: own}
-            operations = []
-            for other in others:
-                arrived[other] = torch.empty_like(own)
-                peer = self.place.process(other)
-                operations += [
-                    dist.P2POp(dist.isend, own, peer, self.place.group),
-                    dist.P2POp(dist.irecv, arrived[other], peer, self.place.group),
-                ]
-            waiting.append((index, arrived, dist.batch_isend_irecv(operations)))
-        for index, arrived, works in waiting:
-            for work in works:
-                work.wait()
-            total = arrived[min(arrived)].clone()
-            for stage in sorted(arrived)[1:]:
-                total += arrived[stage]
-            gradients[index] = total if call.parameters[index].requires_grad else None
 
 
 def pipeline_program(plan: Plan, captured: Captured, place: PipelinePlace, ranks: Ranks) -> Program:
@@ -437,17 +368,16 @@ def pipeline_program(plan: Plan, captured: Captured, place: PipelinePlace, ranks
     return PipelineRun(plan, cut_plan(graph, plan), place, ranks, shapes, draws).program()
 
 
-def _own_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return what the last stage returns: its module has computed the micro-batch's share."""
-    return output
-
-
 class _Step(torch.autograd.Function):
     """A step of the pipeline: parameters in, outputs out."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: PipelineRun, call: _Call, anchor: torch.Tensor, *parameters: torch.Tensor
+        ctx: Any,
+        run: PipelineRun,
+        call: PipelineCall,
+        anchor: torch.Tensor,
+        *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         outputs, gradients = run.eagerly(call)
         ctx.run, ctx.call, ctx.gradients = run, call, gradients
@@ -476,6 +406,6 @@ class _Step(torch.autograd.Function):
             elif loss is None:
                 found = [None] * len(ctx.needed)
             else:
-                found = [None if g is None else g.mul_(loss.to(g.dtype)) for g in held]
+                found = run.scaled(ctx.call, held, loss)
         found = [g if wanted else None for g, wanted in zip(found, ctx.needed, strict=True)]
         return None, None, None, *found

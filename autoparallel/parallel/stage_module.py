@@ -19,13 +19,19 @@ class StageModule(nn.Module):
     programs: of the stage. places: of its parameters among those of the rank. last: whether it is
     the last one, which returns the micro-batch's share of what the backward pass begins with: of
     each output, the product with its gradient, added up.
+    halves: whether a schedule may compute gradients of weights later than those of what comes in.
     weights: leaves in the memory of the parameters, at which gradients of all micro-batches are
-    added up. made: the outputs of each micro-batch so far.
+    added up. made: the outputs of each micro-batch so far. settled: gradients of weights that were
+    computed by themselves, added up.
     """
 
-    def __init__(self, programs: StagePrograms, places: Sequence[int], last: bool) -> None:
+    def __init__(
+        self, programs: StagePrograms, places: Sequence[int], last: bool, halves: bool = False
+    ) -> None:
         super().__init__()
-        self.programs, self.places, self.last = programs, tuple(places), last
+        self.programs, self.places, self.last, self.halves = programs, tuple(places), last, halves
+        self.has_way_back = any(each.requires_grad for each in programs.enters)
+        self.settled: dict[int, torch.Tensor] = {}
         self.weights = nn.ParameterList()
         self.sources: list[torch.Tensor] = []
         self.made: list[list[torch.Tensor]] = []
@@ -58,6 +64,7 @@ class StageModule(nn.Module):
         wanted: the gradients of the model's outputs; None for no backward pass.
         """
         self.call, self.known, self.wanted, self.made = call, known, wanted, []
+        self.settled = {}
         for weight in self.weights:
             weight.grad = None
 
@@ -65,9 +72,27 @@ class StageModule(nn.Module):
         """End a step: nothing of the call is kept."""
         self.call, self.known, self.wanted = None, (), None
 
+    def settle(self) -> None:
+        """Add up the gradients that one micro-batch has left at the weights.
+
+        What torch leaves there, where it computes them by themselves, may be in the memory of
+        another weight's gradient or of what came in, and it would add the next ones in place.
+        """
+        for place, weight in enumerate(self.weights):
+            if weight.grad is None:
+                continue
+            if place in self.settled:
+                self.settled[place] += weight.grad
+            else:
+                self.settled[place] = weight.grad.clone()
+            weight.grad = None
+
     def gradients(self) -> list[torch.Tensor | None]:
         """Return the gradients that the step has left, and forget them."""
-        grads = [weight.grad for weight in self.weights]
+        if self.settled:
+            self.settle()  # of whole backward passes, which a schedule may mix with halves
+        grads = [self.settled.get(place, w.grad) for place, w in enumerate(self.weights)]
+        self.settled = {}
         for weight in self.weights:
             weight.grad = None
         return grads
@@ -90,12 +115,28 @@ class StageModule(nn.Module):
         )
         if self.last:
             self.made.append([output.detach() for output in outputs])
-            return self.share(place, outputs)
+            return self.joined(entered, (self.share(place, outputs),))[0]
         first = programs.places[0]
-        return tuple(
+        padded = tuple(
             _padded(output, each.local_shape(call.symbols, first))
             for output, each in zip(outputs, programs.leaves, strict=True)
         )
+        return self.joined(entered, padded)
+
+    def joined(
+        self, entered: Sequence[torch.Tensor], outputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the outputs, all of them on a way back to what came in.
+
+        Torch finds what the gradients of weights begin with on that way. A weight of which
+        something is made that nothing else goes into has its own way out.
+        """
+        anchor = next((value for value in entered if value.requires_grad), None)
+        if not self.halves or anchor is None or self.wanted is None:
+            return outputs
+        with_gradient = [output for output in outputs if output.requires_grad]
+        joined = iter(_Joined.apply(anchor, *with_gradient) if with_gradient else ())
+        return tuple(next(joined) if output.requires_grad else output for output in outputs)
 
     def returns(self, call: Any) -> tuple[torch.Tensor, ...]:
         """Return tensors without numbers that say what one micro-batch returns, at its longest."""
@@ -115,6 +156,22 @@ class StageModule(nn.Module):
                 gradient = part_in_time(wanted, each.layout, parts, place)
                 total = total + _product(output, gradient).to(self.loss_type)
         return total
+
+
+class _Joined(torch.autograd.Function):
+    """Values as they are, whose backward pass goes by one place, from which a way leads to the
+    anchor, too, with nothing on it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        # Torch detaches them in place when they are done, which views cannot be.
+        return tuple(value.detach() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        return (None, *gradients)
 
 
 def _product(output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

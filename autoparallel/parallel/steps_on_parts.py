@@ -22,6 +22,7 @@ from autoparallel.parallel.split_tensor import GRADIENT, cut_like, mark
 from autoparallel.support.torch_private import (
     distributed_tensor_like,
     local_part,
+    placed_alike,
     without_function_overrides,
 )
 
@@ -58,7 +59,7 @@ class _Part:
         parameter = self.parameter
         gradient: Any = GRADIENT.__get__(parameter)
         if isinstance(gradient, DTensor):
-            if gradient.placements != parameter.placements:
+            if not placed_alike(gradient, parameter):
                 gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
             gradient = local_part(gradient)
         self.stand_in.grad = gradient

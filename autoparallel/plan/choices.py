@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoparallel.options import rank_of_stage
 from autoparallel.placement import Layout, Movement, Step
 
 __all__ = ["Break", "Conversion", "OpChoice", "ParameterChoice", "Pipeline", "PlannedInput"]
@@ -173,10 +174,10 @@ class Break:
 class Pipeline:
     """A Pipeline says how a model's ops are cut into stages, each of which some ranks compute.
 
-    stages: their number. ranks: that of the ranks that share them out: stage s is on rank s modulo
-    that number. microbatches: the parts of a batch that go through them one after the
-    other; they are the places of the plan's mesh axis "microbatch". schedule: the order in which
-    stages compute them, "gpipe" or "1f1b". starts: the name of each stage's first op.
+    stages: their number. ranks: that of the ranks that share them out, see `rank_of`.
+    microbatches: the parts of a batch that go through them one after the other; they are the places
+    of the plan's mesh axis "microbatch". schedule: the order in which stages compute them, one of
+    options.SCHEDULES. starts: the name of each stage's first op.
     seconds: predicted, of one micro-batch on each stage, forward and backward. nbytes: that a rank
     of each stage sends to the next one for a micro-batch, forward. bubble: the share of the passes'
     time in which the stages wait, from 0 to 1.
@@ -204,4 +205,13 @@ class Pipeline:
 
     def of_rank(self, rank: int) -> tuple[int, ...]:
         """Return the stages that a rank computes, in order. rank: its place on the axis pp."""
-        return tuple(range(rank, self.stages, self.ranks))
+        return tuple(stage for stage in range(self.stages) if self.rank_of(stage) == rank)
+
+    def rank_of(self, stage: int) -> int:
+        """Return the place on the axis pp of the rank that computes a stage.
+
+        >>> pipeline = Pipeline(4, 2, 8, "zbv", ("a", "b", "c", "d"), (), (), 0.0)
+        >>> [pipeline.rank_of(stage) for stage in range(4)]
+        [0, 1, 1, 0]
+        """
+        return rank_of_stage(stage, self.ranks, self.schedule)

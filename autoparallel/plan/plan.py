@@ -75,6 +75,8 @@ class Plan:
     what a stage computes, its ranks alone hold; see `stage_mesh`.
     inputs: the tensors that go in. returned: the caller's name for each returned tensor
     ("logits"). Both are empty for a plan in parts, and for one that was written without them.
+    memory_price: under a memory limit, the seconds of cost that the search charged for a byte when
+    it ended: about what a byte more would save. 0 where nothing has to give way to the limit.
     request: (name, text) of the command line that asked for the plan, by which a command builds the
     model again; empty for a plan that Python asked for.
 
@@ -122,6 +124,7 @@ class Plan:
     pipeline: Pipeline | None = None
     step_seconds: float = 0.0
     step_bound: float = 0.0
+    memory_price: float = 0.0
     device_nbytes: int = 0
     request: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     # True of what the planner itself has returned in this process: a copy with changes is another
@@ -156,6 +159,9 @@ class Plan:
             limit = self.memory_limit
             allowed = f" of {bytes_text(limit)} allowed" if limit is not None else ""
             rows.append(("memory", f"{total}{allowed} on the rank that needs most"))
+            if self.memory_price:
+                saved = seconds_text(self.memory_price * 2**30)
+                rows.append(("", f"at this limit, a byte more saves {saved} a GiB"))
             if self.excess_nbytes:
                 rows.append(("", f"MORE THAN A DEVICE HAS: {bytes_text(self.device_nbytes)}"))
         if self.collectives is not None:
@@ -469,7 +475,7 @@ _SCALARS = {
     "product_weight": "float",
 }
 # Numbers that not every text has.
-_TOLD = ("step_seconds", "step_bound")
+_TOLD = ("step_seconds", "step_bound", "memory_price")
 # All keys of a plan's rows: a key that is misspelt would be left out without a word.
 _KEYS = {
     *_SCALARS,
@@ -527,6 +533,7 @@ def _options(rows: Any) -> Options:
     """Return the options of these entries; those that are missing have their defaults."""
     rows = dict(_table(rows, "options"))
     limit, count = rows.pop("memory_limit", None), rows.pop("microbatches", None)
+    seconds = rows.pop("seconds", None)
     unknown = [name for name in rows if name not in _OPTIONS]
     if unknown:
         raise ValueError(f"there is no option {unknown[0]!r:.60}")
@@ -534,4 +541,5 @@ def _options(rows: Any) -> Options:
         **{name: typed(_OPTIONS[name], content, name) for name, content in rows.items()},
         memory_limit=None if limit is None else typed("int", limit, "memory_limit"),
         microbatches=None if count is None else typed("int", count, "microbatches"),
+        seconds=None if seconds is None else typed("float", seconds, "seconds"),
     )

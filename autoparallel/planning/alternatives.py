@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,11 +18,14 @@ from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.mesh_strategies import MeshStrategy
-from planners import Factor, Problem, Variable
+from planners import Factor, Problem, TooWideError, Variable, min_marginals
 
 __all__ = ["Alternative", "find_alternatives"]
 
 Array = NDArray[np.float64]
+
+# A pass of more work than this, in table entries read, takes longer than a second or two.
+_MOST_WORK = 2.0**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +35,16 @@ class Alternative:
     strategy: what it would do on each axis. seconds: by which those of a step, added up, would be
     more; less than 0 where they would be less, and something else speaks against it: a limit on
     memory, or the step in which work overlaps. own: of these, those of the op itself; the others
-    are those of moving what it reads and makes.
+    are those of moving what it reads and makes. anew: the seconds by which the best plan with it
+    exceeds the best with the strategy that was chosen, everything else planned anew in both, by the
+    sum of seconds; under a memory limit, with bytes charged at the price that the limit has. NaN
+    where that would take long to tell.
     """
 
     strategy: MeshStrategy
     seconds: float
     own: float
+    anew: float = math.nan
 
 
 def find_alternatives(plan: Plan) -> dict[str, tuple[Alternative, ...]]:
@@ -44,8 +52,9 @@ def find_alternatives(plan: Plan) -> dict[str, tuple[Alternative, ...]]:
 
     How its parameters are stored, and the copies that are made of what it reads and makes, are
     chosen anew; everything else is as planned. So the extra seconds are an upper bound of those of
-    planning anew with that choice. What is impossible next to the others is left out. The result is
-    empty for a plan without its graph, for one in parts, and on one rank.
+    planning anew with that choice, which are told beside them. What is impossible next to the
+    others is left out. The result is empty for a plan without its graph, for one in parts, and on
+    one rank.
 
     >>> import torch, autoparallel
     >>> layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
@@ -67,15 +76,36 @@ def find_alternatives(plan: Plan) -> dict[str, tuple[Alternative, ...]]:
         # Of a plan that was made next to others, or changed since, nothing is known here.
         return {}
     search = _Search(network, network.problem(), chosen)
+    anew = _planned_anew(network, plan, chosen)
     known: dict[tuple[str, int], tuple[Alternative, ...]] = {}
     found: dict[str, tuple[Alternative, ...]] = {}
     for op in plan.ops:
         # Ops that are alike in equal blocks, and are planned alike, have equal alternatives.
         key = (captured.blocks.twin(op.name), chosen[op.name])
         if key not in known:
-            known[key] = search.alternatives(op.name)
+            known[key] = search.alternatives(op.name, anew.get(op.name))
         found[op.name] = known[key]
     return found
+
+
+def _planned_anew(network: CostNetwork, plan: Plan, chosen: Mapping[str, int]) -> dict[str, Array]:
+    """Return what each strategy of an op costs more than that of the plan, by the op's name, with
+    all else chosen anew.
+
+    It takes one pass over the network. Empty where that would take long, and for a plan in which
+    products count more than their seconds.
+    """
+    if plan.product_weight != 1.0:
+        return {}
+    limit = plan.memory_limit
+    problem = network.problem(1.0, {}, None if limit is None else limit - network.fixed_nbytes)
+    priced = problem.weighed(plan.memory_price)
+    names = [op.name for op in plan.ops]
+    try:
+        marginals = min_marginals(priced, names, most_work=_MOST_WORK)
+    except TooWideError:
+        return {}
+    return {name: table - table[chosen[name]] for name, table in marginals.items()}
 
 
 class _Search:
@@ -89,8 +119,8 @@ class _Search:
             for name in factor.scope:
                 self.factors.setdefault(name, []).append(factor)
 
-    def alternatives(self, name: str) -> tuple[Alternative, ...]:
-        """Return the alternatives of one op."""
+    def alternatives(self, name: str, anew: Array | None) -> tuple[Alternative, ...]:
+        """Return the alternatives of one op. anew: see `_planned_anew`."""
         own = np.asarray(self.variables[name].unary, dtype=float)
         total = own.copy()
         copies: dict[str, Array] = {}
@@ -114,7 +144,12 @@ class _Search:
             return ()
         strategies, more = self.network.strategies[name], total - total[state]
         alternatives = [
-            Alternative(strategies[other], float(more[other]), float(own[other] - own[state]))
+            Alternative(
+                strategies[other],
+                float(more[other]),
+                float(own[other] - own[state]),
+                math.nan if anew is None else float(anew[other]),
+            )
             for other in range(len(strategies))
             if other != state and np.isfinite(total[other])
         ]

@@ -18,8 +18,8 @@ def coupled_call(graph: Graph, count: int, options: Options) -> Node | None:
     """Return the first op that needs more of its operands than a micro-batch has; None for none.
 
     graph: of the model. count: of micro-batches. It follows the placements on the axis of
-    micro-batches alone, from the inputs on, and looks for an op that takes what is split and can
-    take it whole alone, or not at all.
+    micro-batches alone, from the inputs on: what follows from a part of the batch is a part itself,
+    or a summand, and the op is one that can make neither of what it reads.
     """
     hardware = find_hardware(options.hardware)
     try:
@@ -41,17 +41,22 @@ def coupled_call(graph: Graph, count: int, options: Options) -> Node | None:
             able.update((value.name, {Invariant()}) for value in node.results)
             continue
         made: list[set[Placement]] = [set() for _ in node.results]
-        parts = any(isinstance(p, Shard) for name in node.operands() for p in able[name])
+        in_parts = any(_is_part(place) for name in node.operands() for place in able[name])
         for joint in network.strategies[node.name]:
             pairs = zip(node.operands(), joint.operands, strict=True)
             if all(_reaches(able[name], layout[0], graph, name) for name, layout in pairs):
                 for place, layout in enumerate(joint.results):
-                    made[place].add(layout[0])
-        in_parts = any(not isinstance(p, Invariant | Replicate) for some in made for p in some)
-        if not all(made) or (parts and not in_parts):
+                    if _is_part(layout[0]) or not in_parts:
+                        made[place].add(layout[0])
+        if not all(made):
             return node
         able.update((value.name, some) for value, some in zip(node.results, made, strict=True))
     return None
+
+
+def _is_part(placement: Placement) -> bool:
+    """Return whether micro-batches have each another part of a value, or another summand."""
+    return not isinstance(placement, Invariant | Replicate)
 
 
 def _reaches(sources: set[Placement], target: Placement, graph: Graph, name: str) -> bool:

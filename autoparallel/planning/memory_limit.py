@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from autoparallel.analysis.abstract_execution import Seen
 from autoparallel.analysis.memory import Account, memory_of
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
+from autoparallel.planning.least_bytes import LeastBytes
+from autoparallel.planning.memory_advice import does_not_fit
 from autoparallel.planning.network_solver import NetworkSolver
-from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
 from autoparallel.planning.step_search import StepSearch, Timed
 from autoparallel.strategy.build_network import rebuilt
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
-from autoparallel.support.units import bytes_text
 from planners import InfeasibleError, OverLimitError, Problem, Solution
 
-__all__ = ["plan_within"]
+__all__ = ["plan_within", "unlimited"]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
 # takes the plan that keeps least.
 _MOST_ATTEMPTS = 8
-# For a model that does not fit, up to so many times as many ranks are tried.
-_MOST_RANKS = 64
-# So many of the largest items of memory are named in the error.
-_LARGEST_ITEMS = 5
 # The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
 # so low that seconds, which break ties, are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
@@ -49,25 +46,125 @@ class _Candidate:
     account: Account
     counted: float
 
+    def error(self, captured: Captured, network: CostNetwork) -> MemoryLimitError:
+        """Return the error that says what this plan takes, where none takes less."""
+        return does_not_fit(captured, network, self.plan, self.account, self.counted)
+
 
 def plan_within(
     captured: Captured,
     model: str,
+    free: CostNetwork,
+    options: Options,
+    pins: Mapping[str, Layout] = {},
+    start: Plan | None = None,
+    beat: float = math.inf,
+) -> Plan:
+    """Return the plan of the shortest step that was found within the memory limit of the options.
+
+    captured: the traced program. model: the name that the plan gives it. free: its cost network by
+    `unlimited` options. pins: layouts of parameters, by node name. start, beat: as of `search`.
+
+    Nothing within a limit costs less than the best without one, where no copy is gathered again and
+    no block recomputed. Where that fits, the limit is none. Else plans without a limit compete with
+    the best one within it, if they fit; the better of both bounds is the plan's, and no step is
+    shorter than the bound on all steps without a limit.
+    Raises MemoryLimitError where nothing fits, and PlanError where the pins rule out all plans.
+    """
+    # All plans run the same calls on the same parts, whatever their modes and limits.
+    seen: Seen = {}
+    allowed = options.memory_limit
+    assert allowed is not None
+    solve = NetworkSolver(free)
+    problem = free.problem(1.0, pins)
+    best = _solved(lambda: solve(problem))
+
+    def fits(plan: Plan) -> bool:
+        """Say whether a plan without a limit is within it."""
+        return memory_of(plan, graph=free.graph, seen=seen).total <= allowed
+
+    def told(plan: Plan) -> Plan:
+        """Return a plan without a limit as one within it."""
+        memory = memory_of(plan, graph=free.graph, seen=seen).rows
+        return replace(plan, options=options, memory=memory)
+
+    search = StepSearch(
+        captured,
+        model,
+        free,
+        solve,
+        problem,
+        best,
+        accepts=lambda timed: fits(timed.plan),
+        beat=beat,
+        least_bytes=LeastBytes(free),
+        most_bytes=allowed,
+    )
+    if start is None and search.may_fit(best.assignment) and fits(search.best.plan):
+        return told(search.run()[0])
+    # What does not fit is no plan, but its sum is a bound.
+    search.best = replace(search.best, step=math.inf)
+    if beat < math.inf:
+        search.prove()
+        if search.bound >= beat:
+            # Nothing here is of use: another mesh has a shorter step.
+            return told(replace(search.best.plan, step_seconds=search.bound))
+    network = rebuilt(free, options)
+    constrain(network, captured)
+    search.least_bytes = LeastBytes(free, network)
+    # The plan to begin with is told as states of this network, or refused.
+    begin = solution_of_plan(network, start) if start is not None else None
+    plan = _within(captured, model, network, NetworkSolver(network, begin), pins, seen)
+    if best.lower_bound > plan.lower_bound and plan.lower_bound < plan.cost:
+        rest = f"; bound without the limit by {best.method}"
+        bound = min(best.lower_bound, plan.cost)
+        plan = replace(plan, lower_bound=bound, method=plan.method + rest)
+    step, waits = step_and_waits(plan, network.hardware)
+    solution = Solution({}, plan.cost, plan.lower_bound, plan.method)
+    search.begin_with(Timed("", plan, solution, step, waits))
+    found, _ = search.run()
+    return found if found.memory else replace(told(found), memory_price=plan.memory_price)
+
+
+def unlimited(options: Options) -> Options:
+    """Return the options without a memory limit: then nothing is recomputed but on demand.
+
+    >>> unlimited(Options(memory_limit=2**30, recompute="auto")).recompute
+    'none'
+    """
+    recompute = "none" if options.recompute == "auto" else options.recompute
+    return replace(options, memory_limit=None, recompute=recompute)
+
+
+def _solved(solve: Callable[[], Solution]) -> Solution:
+    """Return a solution. Raises PlanError where there is none."""
+    try:
+        return solve()
+    except OverLimitError:
+        raise
+    except InfeasibleError as error:
+        raise PlanError(
+            "no plan is possible", why=str(error), fix="loosen the options or the pins"
+        ) from error
+
+
+def _within(
+    captured: Captured,
+    model: str,
     network: CostNetwork,
     solve: NetworkSolver,
-    pins: Mapping[str, Layout] = {},
+    pins: Mapping[str, Layout],
+    seen: Seen,
 ) -> Plan:
-    """Return the plan of least cost among those that fit into the memory limit of the options.
+    """Return the plan of least cost among those that fit into the memory limit.
 
-    captured: the traced program. model: the name that the plan gives it. network: its cost network.
-    solve: a solver of the network's problems. pins: layouts of parameters, by node name.
+    network: with the limit. solve: a solver of its problems. seen: as of `memory_of`.
 
     The planner limits the sum of saved bytes. The rest of a plan's memory (buffers, inputs,
     temporaries) is known when it is made: then the limit is lowered by the excess and it is planned
     again. A block that is recomputed has all its activations at once: where that is too much, less
     is recomputed. The lower bound is that of the limit as it was given, over all modes of
     recomputation, so that the plan's gap also counts what lowering the limit may have cost.
-    Raises MemoryLimitError where nothing fits, and PlanError where the pins rule out all plans.
     """
     options = network.options
     # A mode that the user has asked for by name is not given up.
@@ -80,20 +177,20 @@ def plan_within(
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured)
             solve = NetworkSolver(network)
-        nearest, mode_bound = _closest(captured, model, network, solve, pins)
+        nearest, mode_bound = _closest(captured, model, network, solve, pins, seen)
         if mode == options.recompute and mode_bound == math.inf:
             # The other modes are restrictions of this one: they cannot fit either.
-            raise _does_not_fit(captured, network, nearest)
+            raise nearest.error(captured, network)
         # The other modes are restrictions of the first: their bounds do not hold for all plans.
         if mode == options.recompute:
             bound = mode_bound
         if nearest.account.total <= _allowed(network):
-            plan = replace(nearest.plan, options=options, lower_bound=min(bound, nearest.plan.cost))
-            return _shortest(captured, model, network, plan, pins)
+            lower = min(bound, nearest.plan.cost)
+            return replace(nearest.plan, options=options, lower_bound=lower)
         if closest is None or nearest.account.total < closest.account.total:
             closest = replace(nearest, plan=replace(nearest.plan, options=options))
     assert closest is not None
-    raise _does_not_fit(captured, network, closest)
+    raise closest.error(captured, network)
 
 
 def _closest(
@@ -102,6 +199,7 @@ def _closest(
     network: CostNetwork,
     solve: NetworkSolver,
     pins: Mapping[str, Layout],
+    seen: Seen,
 ) -> tuple[_Candidate, float]:
     """Return a plan that fits or, where no attempt gives one, the plan that takes least.
 
@@ -111,7 +209,7 @@ def _closest(
     # Bytes that every plan needs are no matter of choice, and are not in the tables.
     limit = _allowed(network) - network.fixed_nbytes
     least: _Candidate | None = None
-    bound = -math.inf
+    bound, price = -math.inf, 0.0
     for attempt in range(_MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
         last = attempt == _MOST_ATTEMPTS - 1
@@ -119,7 +217,8 @@ def _closest(
             if last:
                 solution = _least(problem, solve)
             else:
-                solution = _better(problem, solve.within(problem), solve.start)
+                searched = _solved(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
+                solution, price = _better(problem, searched, solve.start), searched.multiplier
                 if attempt == 0:
                     bound = solution.lower_bound
         except OverLimitError as error:
@@ -128,11 +227,8 @@ def _closest(
                 bound = math.inf
             last = True
             solution = _least(problem, solve)
-        except InfeasibleError as error:
-            raise PlanError(
-                "no plan is possible", why=str(error), fix="loosen the options or the pins"
-            ) from error
-        candidate = _Candidate(*_read(captured, model, network, solution), solution.usage)
+        read, account = _read(captured, model, network, solution, seen)
+        candidate = _Candidate(replace(read, memory_price=price), account, solution.usage)
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - _allowed(network)
@@ -142,41 +238,6 @@ def _closest(
         limit = min(limit, solution.usage) - over
     assert least is not None
     return least, bound
-
-
-def _shortest(
-    captured: Captured, model: str, network: CostNetwork, plan: Plan, pins: Mapping[str, Layout]
-) -> Plan:
-    """Return the plan, or one of a shorter step that fits among those without a limit.
-
-    Nothing within a limit costs less than the best without one, which is easier to prove: there, no
-    copy is gathered again and no block recomputed. The better of both bounds is the plan's, and no
-    step is shorter than the bound on all steps without a limit.
-    """
-    recompute = "none" if plan.options.recompute == "auto" else plan.options.recompute
-    free = rebuilt(network, replace(plan.options, memory_limit=None, recompute=recompute))
-    constrain(free, captured)
-    solve = NetworkSolver(free)
-    problem = free.problem(1.0, pins)
-    best = solve(problem)
-    rest = f"; bound without the limit by {best.method}"
-    if best.lower_bound > plan.lower_bound and plan.lower_bound < plan.cost:
-        bound = min(best.lower_bound, plan.cost)
-        plan = replace(plan, lower_bound=bound, method=plan.method + rest)
-
-    def fits(timed: Timed) -> bool:
-        """Say whether a plan without a limit is within it."""
-        account = memory_of(timed.plan, graph=free.graph)
-        return account.total <= _allowed(network)
-
-    step, waits = step_and_waits(plan, network.hardware)
-    limited = Timed("", plan, Solution({}, plan.cost, plan.lower_bound, plan.method), step, waits)
-    found, _ = StepSearch(
-        captured, model, free, solve, problem, best, accepts=fits, rival=limited
-    ).run()
-    if found.memory:
-        return found
-    return replace(found, options=plan.options, memory=memory_of(found, graph=free.graph).rows)
 
 
 def _least(problem: Problem, solve: NetworkSolver) -> Solution:
@@ -203,103 +264,9 @@ def _better(problem: Problem, solution: Solution, start: Mapping[str, int] | Non
 
 
 def _read(
-    captured: Captured, model: str, network: CostNetwork, solution: Solution
+    captured: Captured, model: str, network: CostNetwork, solution: Solution, seen: Seen
 ) -> tuple[Plan, Account]:
     """Return the plan of a solution, and all of its memory on the rank that needs most."""
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
-    account = memory_of(plan, graph=network.graph)
+    account = memory_of(plan, graph=network.graph, seen=seen)
     return replace(plan, memory=account.rows), account
-
-
-def _shares(account: Account) -> str:
-    """Return the categories of memory with their sizes, the largest first."""
-    rows = sorted(((size, name) for name, size in account.rows), reverse=True)
-    return ", ".join(f"{name.replace('_', ' ')} {bytes_text(size)}" for size, name in rows if size)
-
-
-def _does_not_fit(
-    captured: Captured, network: CostNetwork, candidate: _Candidate
-) -> MemoryLimitError:
-    """Return the error that says what the plan that needs least takes, and what would do.
-
-    What would do is a larger limit, more ranks, or a smaller batch.
-    """
-    allowed, account = _allowed(network), candidate.account
-    largest = [
-        f"{item.category.replace('_', ' ')}: {item.name}"
-        f"{f' ({item.count} of them)' if item.count > 1 else ''} {bytes_text(item.nbytes)}"
-        for item in account.items[:_LARGEST_ITEMS]
-    ]
-
-    def error(more: str = "use more ranks") -> MemoryLimitError:
-        """Return the error that advises this, too."""
-        error = MemoryLimitError(
-            f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} "
-            f"per rank on {network.mesh}",
-            where="\n".join(largest),
-            why=f"the plan found that needs least takes {bytes_text(account.total)}, "
-            f"{bytes_text(account.total - allowed)} more than allowed: {_shares(account)}",
-            fix=f'pass memory_limit="{_at_least(account.total)}", or {more}, or a smaller batch',
-        )
-        error.least = account.total
-        return error
-
-    def advised() -> MemoryLimitError:
-        """Return the error that says how many ranks would do, which takes networks for more."""
-        fixed_nbytes = account.total - candidate.counted
-        ranks = _enough_ranks(
-            captured, network, candidate.plan.options, candidate.counted, fixed_nbytes
-        )
-        return error(f"use {ranks.world_size} ranks ({ranks})") if ranks else error()
-
-    plain = error()
-    plain.advised = advised
-    return plain
-
-
-def _at_least(nbytes: int) -> str:
-    """Return a size that is not smaller, in whole GiB, MiB or KiB, of at least two digits.
-
-    >>> _at_least(40 * 2**30), _at_least(5 * 2**30 + 1)
-    ('40GiB', '5121MiB')
-    """
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if nbytes >= 10 * unit:
-            return f"{-(-nbytes // unit)}{name}"
-    return f"{-(-nbytes // 2**10)}KiB"
-
-
-def _enough_ranks(
-    captured: Captured,
-    network: CostNetwork,
-    options: Options,
-    counted_nbytes: float,
-    fixed_nbytes: float,
-) -> Mesh | None:
-    """Return the mesh with more ranks on its first axis on which a plan should fit.
-
-    counted_nbytes: bytes of a plan that the planner counts. fixed_nbytes: the others, taken to be
-    no more on a larger mesh. Return None where no such mesh has a plan.
-    """
-    # The outermost axis is the one across nodes, along which machines are added.
-    (name, size), *others = network.mesh.axes
-    allowed, factor = _allowed(network), 2
-    # More ranks share the counted bytes at best evenly: fewer than this cannot do.
-    while factor <= _MOST_RANKS and counted_nbytes / factor + fixed_nbytes > allowed:
-        factor *= 2
-    while factor <= _MOST_RANKS:
-        mesh = Mesh(**{name: size * factor, **dict(others)})
-        wider = rebuilt(network, options=options, mesh=mesh)
-        try:
-            constrain(wider, captured)
-        except PlanError:
-            # What is demanded of fewer ranks cannot be had of so many.
-            return None
-        try:
-            least = NetworkSolver(wider)(wider.problem().usage_alone())
-        except InfeasibleError:
-            return None
-        if least.cost + fixed_nbytes <= allowed:
-            return mesh
-        factor *= 2
-    return None

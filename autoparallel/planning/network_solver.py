@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from autoparallel.strategy.cost_network import CostNetwork
 from planners import Problem, Solution, TooWideError, conditioning, exact
@@ -32,6 +33,8 @@ class NetworkSolver(ExactOrConditioned):
         self.is_wide = self.is_searching = False
         axes = sum(size > 1 for _, size in network.mesh.axes)
         self.several, self.many = axes > 1, axes > 2
+        # Solutions within limits, each of use within another one.
+        self.known: list[Solution] = []
 
     def __call__(self, problem: Problem) -> Solution:
         """Return the best solution, or a good one with a proven lower bound on the best."""
@@ -80,17 +83,18 @@ class NetworkSolver(ExactOrConditioned):
         On three axes and more the search for it is by groups, because every charge per byte that is
         tried is a problem of its own; one exact solution proves how near it is to the best. It ends
         at the gap that the options ask for.
+        Problems differ in their limits and in the states that they allow, in nothing else.
         Raises InfeasibleError where the problem has no solution, OverLimitError where none is
         within the limit.
         """
-        gap = self.network.options.gap
+        within = partial(limited.solve, problem, enough=self.network.options.gap, known=self.known)
         if not self.many:
             self.is_searching = True
             try:
-                return limited.solve(problem, solver=self, prover=self.proven, enough=gap)
+                return within(solver=self, prover=self.proven)
             finally:
                 self.is_searching = False
         try:
-            return limited.solve(problem, solver=self.coarse, prover=exact.solve, enough=gap)
+            return within(solver=self.coarse, prover=exact.solve)
         except TooWideError:
-            return limited.solve(problem, solver=self.coarse, enough=gap)
+            return within(solver=self.coarse)

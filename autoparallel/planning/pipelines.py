@@ -23,10 +23,12 @@ from autoparallel.graph.graph import Graph, Sym, hint
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.graph.part_sizes import layout_fraction
+from autoparallel.graph.passes.equal_sizes import with_equal_sizes
+from autoparallel.graph.passes.flattened_rows import unflatten_rows
 from autoparallel.graph.passes.global_counts import split_loss_counts
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
-from autoparallel.options import Options
+from autoparallel.options import SCHEDULES, Options, rank_of_stage
 from autoparallel.placement import Invariant, Layout, Replicate, Shard
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.planning.coupled_batches import coupled_call
@@ -74,12 +76,14 @@ def stages_of(plan: Plan) -> dict[str, tuple[int, ...]]:
     """
     if plan.pipeline is None or plan.captured is None:
         return {}
-    return holders_of(cut_plan(plan.captured.graph, plan), plan.pipeline.ranks)
+    return holders_of(cut_plan(plan.captured.graph, plan), plan.pipeline)
 
 
 def in_parts(captured: Captured) -> Captured:
     """Return a traced model as its micro-batches compute it; the same one if it is so already."""
+    captured = with_equal_sizes(captured)
     graph = split_loss_counts(captured.graph).verify()
+    graph = unflatten_rows(graph).verify()
     return captured if graph == captured.graph else replace(captured, graph=graph)
 
 
@@ -116,11 +120,13 @@ def pipeline_plan(
     captured = in_parts(captured)
     asked = options.microbatches
     if asked is not None and not _is_even(asked, ranks, options):
+        rounds = "micro-batches go in rounds of equal size, of at least as many as there are ranks"
+        many = "it takes no fewer micro-batches than there are stages"
         raise PlanError(
-            f"microbatches={asked} for {options.stages_per_rank} stages on each of {ranks} ranks",
-            why="interleaved stages take micro-batches in rounds of equal size, of at least as "
-            "many as there are ranks",
-            fix=f"pass a multiple of {ranks}",
+            f"microbatches={asked} for {options.stages_per_rank} stages on each of {ranks} ranks, "
+            f"with schedule={options.schedule!r}",
+            why=many if SCHEDULES[options.schedule].per_stage else rounds,
+            fix=f"pass a multiple of {ranks * options.stages_per_rank}",
         )
     if stored is not None and asked is not None and _batch(captured.graph) == 1:
         asked = 1  # a call of a planned model with one row, which no number of others can share
@@ -202,14 +208,18 @@ def _suited(captured: Captured, ranks: int, options: Options) -> int:
     """Return a number of micro-batches that suits the batch of the example inputs."""
     batch = _batch(captured.graph)
     most = min(_PER_STAGE * ranks, batch)
-    able = [count for count in range(1, most + 1) if _is_even(count, ranks, options)]
+    able = [count for count in range(1, most + 1) if _is_even(count, ranks, options)] or [1]
     even = [count for count in able if count >= ranks and batch % count == 0]
     return max(even, default=max(able))
 
 
 def _is_even(count: int, ranks: int, options: Options) -> bool:
     """Return whether a schedule takes so many micro-batches: interleaved ones have equal rounds."""
-    return options.stages_per_rank == 1 or count % max(1, count // ranks) == 0
+    schedule = SCHEDULES[options.schedule]
+    if schedule.folded:
+        return not schedule.per_stage or count >= options.stages_per_rank * ranks
+    in_rounds = options.stages_per_rank > 1 or schedule.alone == schedule.several
+    return not in_rounds or count % max(1, count // ranks) == 0
 
 
 def _batch(graph: Graph) -> int:
@@ -275,10 +285,15 @@ def _cut(
     backwards = [all_of - ahead for all_of, ahead in zip(both, forwards, strict=True)]
     send = max((sends[start] for start in places[1:]), default=0.0)
     schedule = plan.options.schedule
+    # Those that put off gradients of weights wait less than this one.
+    priced = schedule if schedule == "gpipe" else "1f1b"
     passes = schedule_seconds(
-        ranks, microbatches, schedule, forwards, backwards, send=send, per_rank=per_rank
+        ranks, microbatches, priced, forwards, backwards, send=send, per_rank=per_rank
     )
-    busy = microbatches * max(sum(both[place::ranks]) for place in range(ranks))
+    work_of = [0.0] * ranks
+    for stage, seconds in enumerate(both):
+        work_of[rank_of_stage(stage, ranks, schedule)] += seconds
+    busy = microbatches * max(work_of)
     # Parameters are updated once a step, each stage its own.
     updates = max(0.0, plan.seconds - sum(op.seconds for op in plan.ops) - work.converting)
     pipeline = Pipeline(
@@ -374,6 +389,7 @@ class _Work:
         holders: those ranks, by path. stages, ranks: their numbers.
         """
         owners: list[Collection[int] | None] = []
+        schedule = self.plan.options.schedule
         calls = {node.name: node for node in self.graph.calls}
         for name in self.names:
             able: Collection[int] | None = None
@@ -381,7 +397,7 @@ class _Work:
                 node = self.graph.producers[operand]
                 if node.kind == "parameter":
                     held = holders.get(node.target, ())
-                    some = {stage for stage in range(stages) if stage % ranks in held}
+                    some = {s for s in range(stages) if rank_of_stage(s, ranks, schedule) in held}
                     able = some if able is None else some & set(able)
             owners.append(able)
         return owners

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from autoparallel.analysis.communication import collective_totals
@@ -21,10 +23,12 @@ from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
 from autoparallel.planning.pipelines import in_parts, is_pipeline, pipeline_plan
+from autoparallel.planning.planning_progress import planning_progress
 from autoparallel.planning.request import require_clear
 from autoparallel.planning.search import search
 from autoparallel.planning.traced_parts import search_parts
 from autoparallel.rules.lookup import find_rule
+from planners.effort import Effort, current, effort
 
 __all__ = ["fastest_plan", "trace_model", "with_graphs"]
 
@@ -75,6 +79,28 @@ def fastest_plan(
     where no mesh has a plan, the error of the one that needs least memory, else the first's.
     """
     require_clear(meshes, options, pins, product_weight, start)
+    with planning_progress() as report:
+        # Ranks that were interrupted at different steps would have different plans.
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not (
+            dist.is_available() and dist.is_initialized()
+        )
+        most = math.inf if options.seconds is None else options.seconds
+        with effort(Effort(most, can_stop=alone, report=report)):
+            return _counted(
+                _fastest(model, traced, meshes, options, pins, product_weight, start)
+            ).checked()
+
+
+def _fastest(
+    model: nn.Module,
+    traced: Captured | GraphBreaks,
+    meshes: tuple[Mesh, ...],
+    options: Options,
+    pins: Mapping[str, Layout | Placement] | None,
+    product_weight: float | None,
+    start: Plan | None,
+) -> Plan:
+    """Return the fastest plan of all meshes; errors and arguments as of `fastest_plan`."""
     best: Plan | None = None
     errors: list[PlanError] = []
     waiting = list(meshes)
@@ -89,8 +115,20 @@ def fastest_plan(
         except PlanError as error:
             errors.append(error)
             plan = None
+        except KeyboardInterrupt:
+            # The best so far is worth more than nothing.
+            if best is None:
+                raise
+            current().stop()
+            waiting.insert(0, mesh)
+            plan = None
         if plan is not None and (best is None or plan.step < best.step):
             best = plan
+        if best is not None and current().is_over:
+            ended = "" if current().end in best.method else f"; {current().end}"
+            left = f", {len(waiting)} other meshes not tried" if waiting else ""
+            best = replace(best, method=best.method + ended + left)
+            break
         # Of many meshes of three axes, one that divides an axis of the best one is tried. Layouts
         # that are demanded, and searches within a limit, are of the axes there are.
         if not waiting and best is not None and len(meshes) > 1 and mesh in meshes:
@@ -102,7 +140,7 @@ def fastest_plan(
         # What would do is looked for once, and not for every mesh that was tried.
         advised = getattr(nearest, "advised", None)
         raise nearest if advised is None else advised()
-    return _counted(best).checked()
+    return best
 
 
 def _counted(plan: Plan) -> Plan:

@@ -25,6 +25,7 @@ def timeline(
     hardware: Hardware | str | Path | None = None,
     overlap: bool | None = None,
     bucket_nbytes: int | None = None,
+    as_given: bool = False,
 ) -> Timeline:
     """Return the predicted timeline of one step.
 
@@ -32,20 +33,23 @@ def timeline(
     collectives are priced again. overlap: whether collectives run while other work is done; by
     default as the plan's options say. bucket_nbytes: where they do, gradients that are only to be
     summed are reduced in calls of at least so many bytes, as they become ready; by default as many
-    as the emitted module reduces.
-    Raises PlanError for a plan without its graph, or in parts, on other hardware.
+    as the emitted module reduces. as_given: predict for the example inputs as they were given;
+    where they are small, a plan is made for a larger batch, and that is what is predicted else.
+    Raises PlanError for a plan without its graph, or in parts, on other hardware and as given.
 
     Example: `print(timeline(plan, hardware="dgx-h100"))`
     """
     require_kind(plan, Plan, MAKE_ONE)
-    if hardware is not None:
-        hardware = find_hardware(hardware)
-        plan = repriced(plan, hardware)
+    if hardware is not None or as_given:
+        planned_for = plan.hardware if plan.hardware in presets() else plan.options.hardware
+        hardware = find_hardware(planned_for if hardware is None else hardware)
+        plan = repriced(plan, hardware, as_given)
     return timeline_of(plan, hardware=hardware, overlap=overlap, bucket_nbytes=bucket_nbytes)
 
 
-def repriced(plan: Plan, hardware: Hardware) -> Plan:
-    """Return the same plan with the seconds that it takes on other hardware.
+def repriced(plan: Plan, hardware: Hardware, as_given: bool = False) -> Plan:
+    """Return the same plan with the seconds that it takes on other hardware, or for its inputs as
+    they were given.
 
     What the plan decides stays: how much better another plan is there, planning again tells. Costs
     and bounds are those of the hardware planned for no more, and are left out: they are 0.
@@ -54,7 +58,8 @@ def repriced(plan: Plan, hardware: Hardware) -> Plan:
     Example: `repriced(plan, find_hardware("dgx-h100")).seconds`
     """
     planned_for = plan.hardware if plan.hardware in presets() else plan.options.hardware
-    if hardware.name == plan.hardware and find_hardware(planned_for) == hardware:
+    as_given = as_given and any(item.given != item.planned for item in plan.inputs)
+    if not as_given and hardware.name == plan.hardware and find_hardware(planned_for) == hardware:
         return plan
     if plan.captured is None:
         raise PlanError(
@@ -63,7 +68,7 @@ def repriced(plan: Plan, hardware: Hardware) -> Plan:
             + ("which a plan in parts has one by one" if plan.parts else "which no text has"),
             fix=f'plan for it: make_plan(model, ..., hardware="{hardware.name}")',
         )
-    graph = with_larger_hints(plan.captured, plan.options.tokens)
+    graph = with_larger_hints(plan.captured, 1 if as_given else plan.options.tokens)
     network = build_network(
         graph, plan.mesh, hardware, plan.options, whole_outputs=plan.captured.part
     )
@@ -86,16 +91,26 @@ def repriced(plan: Plan, hardware: Hardware) -> Plan:
             routes = network.values[conversion.value].routes
             place = routes.cells[conversion.source]
             seconds += float(routes.forward_seconds((conversion.target,))[place, 0])
-        conversions.append(replace(conversion, seconds=seconds))
+        nbytes = new[conversion.value, conversion.target].nbytes
+        conversions.append(replace(conversion, seconds=seconds, nbytes=nbytes))
     added = sum(c.seconds for c in conversions) - sum(c.seconds for c in told.conversions)
     return replace(
         plan,
         hardware=hardware.name,
         ops=tuple(
-            replace(op, seconds=other.seconds, forward_seconds=other.forward_seconds)
+            replace(
+                op,
+                seconds=other.seconds,
+                forward_seconds=other.forward_seconds,
+                flops=other.flops,
+                whole_flops=other.whole_flops,
+            )
             for op, other in zip(plan.ops, told.ops, strict=True)
         ),
         conversions=tuple(conversions),
+        inputs=tuple(
+            replace(item, planned=item.given) if as_given else item for item in plan.inputs
+        ),
         seconds=told.seconds + added,
         cost=0.0,
         lower_bound=0.0,

@@ -16,7 +16,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.memory_limit import plan_within
+from autoparallel.planning.memory_limit import plan_within, unlimited
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.request import require_known
 from autoparallel.planning.solution_to_plan import (
@@ -31,6 +31,7 @@ from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.paused_collection import paused_collection
 from planners import InfeasibleError, Problem, Solution
+from planners.effort import current
 
 __all__ = ["search"]
 
@@ -69,7 +70,9 @@ def search(
     # Example inputs are often tiny. Planned for as they are, a plan would save latency alone.
     graph = with_larger_hints(captured, options.tokens)
     hardware = find_hardware(options.hardware)
-    network = build_network(graph, mesh, hardware, options, stored, whole_outputs=captured.part)
+    # Whether a limit plays a part is found without it.
+    free = options if options.memory_limit is None else unlimited(options)
+    network = build_network(graph, mesh, hardware, free, stored, whole_outputs=captured.part)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     require_known(pins, captured.aliases)
     # Tied parameters are one node of the graph, under the first of their paths.
@@ -83,11 +86,11 @@ def search(
                 fix="pin one of the two, or both alike",
             )
     constrain(network, captured, pinned)
+    if options.memory_limit is not None:
+        return plan_within(captured, model, network, options, pinned, start, beat)
     # The plan to begin with is told as states of this network, or refused.
     begin = solution_of_plan(network, start) if start is not None else None
     solve = NetworkSolver(network, begin)
-    if options.memory_limit is not None:
-        return plan_within(captured, model, network, solve, pinned)
     best: tuple[float, float, Solution, Problem] | None = None
     weights = _WEIGHTS if mesh.world_size > 1 and not options.data_parallel else (1.0,)
     for weight in weights if product_weight is None else (product_weight,):
@@ -144,7 +147,7 @@ def _shortest(
         step, _ = step_and_waits(plan, network.hardware)
         plan = replace(plan, step_seconds=step)
     # It takes an exact solution for every variable, which wide problems have no tables for.
-    if width or solve.many:
+    if width or solve.many or current().is_over:
         return plan
     added = cost_of_splitting(network, problem, solution, solve.memo)
     return with_reasons(plan, network, added)

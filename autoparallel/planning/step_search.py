@@ -25,18 +25,22 @@ from numpy.typing import NDArray
 from autoparallel.analysis.timeline import MOVED, PIECES, REDUCED, step_and_waits
 from autoparallel.graph.captured import Captured
 from autoparallel.plan import Plan
+from autoparallel.planning.least_bytes import LeastBytes
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.cost_network import CostNetwork
-from autoparallel.strategy.layout_families import Family, families, states_of_family
+from autoparallel.strategy.layout_families import Family, LayoutFamilies
 from autoparallel.strategy.step_parts import Kind, Means, StepParts, least_step
 from planners import InfeasibleError, Problem, Solution, TooWideError, exact
+from planners.effort import current
 
 __all__ = ["StepSearch", "Timed", "step_weights"]
 
 # So many weights are tried for the bound, and so many sums after the waits of the best plan: where
 # a solution takes long, on more than two axes or of a wide network, only one weight, and no reply.
 _MOST_BOUNDS, _MOST_REPLIES = 3, 2
+# What it takes to make a plan and simulate its step, by the nodes of the graph.
+_SECONDS_PER_NODE = 5e-5
 # A bound that rises by less than this share is left.
 _RISES = 1e-3
 # Steps that differ by less than this share are equal: the first one found is taken.
@@ -82,8 +86,9 @@ class StepSearch:
     """The search on one network, whose plain sum is solved.
 
     captured, model, beat: as of `search`. problem, solution: the sum and its optimum. accepts:
-    whether a plan may be returned. rival: a plan to begin with, if the optimum may not be. best:
-    the shortest step so far. bound: no plan has a shorter one.
+    whether a plan may be returned. least_bytes, most_bytes: the least that plans take on a rank,
+    and the most that they may, by which plans are ruled out before they are timed. best: the
+    shortest step so far. bound: no plan has a shorter one.
     looked_at: how many plans were compared. bounds: on the steps of families.
     too_wide: families that could not be solved. is_slow: whether a solution takes long. first: the
     number of the weights that bound all steps best.
@@ -99,7 +104,8 @@ class StepSearch:
         solution: Solution,
         accepts: Callable[[Timed], bool] = lambda timed: True,
         beat: float = np.inf,
-        rival: Timed | None = None,
+        least_bytes: LeastBytes | None = None,
+        most_bytes: float = np.inf,
     ) -> None:
         self.captured, self.model, self.network = captured, model, network
         self.solve, self.problem, self.sum = solve, problem, solution
@@ -111,29 +117,33 @@ class StepSearch:
         self._estimate: tuple[Timed, Problem] | None = None
         self.is_slow = solve.is_wide or solve.many
         self.seen: list[Mapping[str, int]] = [solution.assignment]
-        timed = self.timed("", solution)
-        is_better = rival is None or (timed.step < rival.step and accepts(timed))
-        self.best = timed if rival is None or is_better else rival
+        self.least_bytes, self.most_bytes = least_bytes, most_bytes
+        self.best = self.timed("", solution)
         self.bound = 0.0
+        # Where nothing does, the sum is the step.
+        self.overlaps = network.options.overlap and network.world_size > 1
+
+    def begin_with(self, timed: Timed) -> None:
+        """Take a plan for the best if its step is shorter, before more are looked for."""
+        if timed.step < self.best.step:
+            self.best = timed
 
     def run(self) -> tuple[Plan, Solution]:
         """Return the plan of the shortest step that was found, with the bound on all steps, and its
         solution.
         """
-        if self.network.options.overlap and self.network.world_size > 1:
-            self.parts = StepParts(self.network)
-            self.prove()
-            if not self.is_proven:
-                self.reply_to_waits()
-                self.try_families()
-        else:
-            # Nothing overlaps: the sum is the step.
-            self.bound = self.sum.lower_bound
+        effort = current()
+        try:
+            self.look()
+        except KeyboardInterrupt:
+            # The best so far, with what is proven of it, is worth more than nothing.
+            effort.stop()
         best = self.best
         compared = f"; the shortest step of {self.looked_at} plans" if self.looked_at > 1 else ""
         compared += f": {best.name}" if best.name else ""
         if self.too_wide:
             compared += f"; too wide to be tried: {'; '.join(map(str, self.too_wide))}"
+        compared += f"; {effort.end}" if effort.is_over else ""
         plan = replace(
             best.plan,
             method=best.plan.method + compared,
@@ -141,6 +151,21 @@ class StepSearch:
             step_bound=min(self.bound, best.step),
         )
         return plan, best.solution
+
+    def look(self) -> None:
+        """Look for the shortest step."""
+        if not self.overlaps:
+            self.bound = self.sum.lower_bound
+            return
+        self.prove()
+        if not self.is_done:
+            self.reply_to_waits()
+            self.try_families()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the search ends, because no plan is of use or there is no time for more."""
+        return self.is_proven or current().is_over
 
     @property
     def is_proven(self) -> bool:
@@ -155,6 +180,7 @@ class StepSearch:
     def timed(self, name: str, solution: Solution) -> Timed:
         """Return a solution as a plan with its step."""
         self.looked_at += 1
+        current().spend(len(self.captured.graph.nodes) * _SECONDS_PER_NODE)
         network = self.network
         plan = plan_of_solution(self.captured, self.model, network.mesh, network, solution, 1.0)
         step, waits = step_and_waits(plan, network.hardware)
@@ -167,13 +193,26 @@ class StepSearch:
         self.seen.append(assignment)
         if least_step(self.parts.seconds(assignment)) >= self.enough:
             return
+        if not self.may_fit(assignment):
+            return
         solution = Solution.of(self.problem, assignment, self.sum.method, self.sum.lower_bound)
-        timed = self.timed(name, solution)
+        self.replace_best(self.timed(name, solution))
+
+    def replace_best(self, timed: Timed) -> None:
+        """Take a plan for the best, if its step is shorter and it may be returned."""
         if timed.step < self.best.step * (1 - _EQUAL) and self.accepts(timed):
             self.best = timed
 
+    def may_fit(self, assignment: Mapping[str, int]) -> bool:
+        """Return whether the least that an assignment takes is within the limit."""
+        return self.least_bytes is None or self.least_bytes.of(assignment) <= self.most_bytes
+
     def prove(self) -> None:
-        """Look for the best bound on all steps, and consider the plans that it comes from."""
+        """Look for the best bound on all steps, and consider the plans that it comes from, once."""
+        if self.bound or not self.overlaps:
+            return
+        self.parts = StepParts(self.network)
+        self.families = LayoutFamilies(self.network)
         # A plan's seconds by kind are a line over the weights; no bound is above any plan's line.
         lines = [self.parts.seconds(self.sum.assignment)]
         for _ in range(1 if self.is_slow else _MOST_BOUNDS):
@@ -184,7 +223,7 @@ class StepSearch:
             self.bound = max(self.bound, solution.lower_bound)
             lines.append(self.parts.seconds(solution.assignment))
             self.consider("", solution.assignment)
-            if self.is_proven:
+            if self.is_done:
                 break
         self.first, _ = _highest(lines)
 
@@ -199,7 +238,7 @@ class StepSearch:
         for _ in range(0 if self.is_slow else _MOST_REPLIES):
             best = self.best
             self.consider("", self.solve(self.estimate).assignment)
-            if self.best is best:
+            if self.best is best or current().is_over:
                 break
 
     @property
@@ -223,13 +262,16 @@ class StepSearch:
 
         members: of one outline, all families by default. level: of the outlines to look at.
         """
-        members = families(self.network) if members is None else members
+        members = self.families.families() if members is None else members
         groups: dict[Family, list[Family]] = {}
         for family in members:
             groups.setdefault(family.outlines[level], []).append(family)
         # The most promising come first: what they give rules out others.
-        for outline in sorted(groups, key=self.bound_of):
-            if self.bound_of(outline) >= self.enough:
+        for number, outline in enumerate(sorted(groups, key=self.bound_of)):
+            if not level:
+                share = (1 + number) / (1 + len(groups))
+                current().tell(share, f"{self.network.mesh}, {outline}: {self.best.step:.4g} s")
+            if self.bound_of(outline) >= self.enough or current().is_over:
                 continue
             if outline == groups[outline][0] or (self.is_slow and level):
                 for problem in (self.problem, *[self.estimate] * (not self.is_slow)):
@@ -246,6 +288,8 @@ class StepSearch:
         """
         if family in self.bounds:
             return self.bounds[family]
+        if current().is_over:
+            return 0.0
         bound, place = 0.0, self.first
         lines: list[NDArray[np.float64]] = []
         for _ in range(1 if self.is_slow else _MOST_BOUNDS):
@@ -268,7 +312,9 @@ class StepSearch:
         """Return the optimum of a problem within a family, and its cost; None where there is
         none.
         """
-        states = states_of_family(self.network, family)
+        states = self.families.states(family)
+        if self.least_bytes is not None and self.least_bytes.among(states) > self.most_bytes:
+            return None
         try:
             solution = exact.solve(problem.among(states), memo=self.solve.memo)
         except TooWideError:

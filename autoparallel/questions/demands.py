@@ -15,8 +15,9 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.path_demands import placement_test
 from autoparallel.strategy.product_splits import split_word
 
-__all__ = ["demanded"]
+__all__ = ["demanded", "names_product"]
 
+_PRODUCTS = ("row", "column")
 _ON = re.compile(r"\s*(.+?)(?:\s+on\s+(\w+))?\s*")
 
 
@@ -36,7 +37,7 @@ def demanded(network: CostNetwork, node: Node, text: str) -> NDArray[np.bool_]:
     if axis is not None and axis not in names:
         raise PlanError(f"{text!r}: there is no axis {axis!r}", fix=f"say {', '.join(names)}")
     axes = [names.index(axis)] if axis is not None else list(range(len(names)))
-    if how in ("row", "column") and node.kind == "call":
+    if how in _PRODUCTS and node.kind == "call":
         weights = [name in network.weights for name in node.operands()]
         return np.array(
             [
@@ -54,6 +55,16 @@ def demanded(network: CostNetwork, node: Node, text: str) -> NDArray[np.bool_]:
     test = _placement(text, how)
     every = all if how == "whole" else any
     return np.array([every(test(layout[axis]) for axis in axes) for layout in layouts])
+
+
+def names_product(text: str) -> bool:
+    """Return whether a text says how a product runs: "row" or "column", of one axis or of any.
+
+    >>> names_product("row on tp"), names_product("split 0")
+    (True, False)
+    """
+    match = _ON.fullmatch(text)
+    return match is not None and match[1] in _PRODUCTS
 
 
 def _placement(text: str, how: str) -> Callable[[Placement], bool]:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from autoparallel.analysis.memory import memory_of
+from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Node
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
-from autoparallel.questions.demands import demanded
+from autoparallel.questions.demands import demanded, names_product
 from autoparallel.questions.differences import (
     Choice,
     Difference,
@@ -25,7 +27,7 @@ from autoparallel.questions.differences import (
 from autoparallel.questions.forcing import Forcing
 from autoparallel.questions.subjects import Subject, find_subject
 from autoparallel.support.arguments import MAKE_ONE, require_kind
-from autoparallel.support.units import seconds_text
+from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.words import Words
 
 __all__ = ["Alternative", "Explainer", "Explanation", "explain"]
@@ -44,9 +46,11 @@ class Alternative:
 
     text: the decision in words. added_cost: what the best plan with it costs more, in the cost that
     was minimized; infinity where there is no such plan. proven: no plan with it adds less.
-    plan: that plan; None of alternatives that were only priced. added_seconds: what its step takes
-    longer, as predicted. differences: all decisions that come with it. chain: names of the ops from
-    this decision to the one that makes it dear.
+    plan: that plan; None of alternatives that were only priced. added_seconds: what all its work
+    takes longer, added up; added_step: what its step does, in which work overlaps; NaN where nobody
+    has told that of the plan. differences: all decisions that come with it. chain: names of the ops
+    from this decision to the one that makes it dear. excess_nbytes: the bytes of a rank that its
+    plan takes beyond the memory limit, where alternatives are told at the price of memory.
     """
 
     text: str
@@ -56,6 +60,8 @@ class Alternative:
     added_seconds: float = math.nan
     differences: tuple[Difference, ...] = ()
     chain: tuple[str, ...] = ()
+    excess_nbytes: int = 0
+    added_step: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ class Explanation:
 
     plan, subject: what was asked. kind: "op", "parameter" or "redistribution". chosen: the decision
     in words. seconds: what it takes of a step by itself. alternatives: the cheapest first. asked:
-    the one that was asked for by why_not.
+    the one that was asked for by why_not. price: the seconds that a byte is charged in the costs of
+    the alternatives, in place of a memory limit; 0 where there is none, and where they were
+    searched within it.
     """
 
     plan: Plan
@@ -74,6 +82,7 @@ class Explanation:
     seconds: float
     alternatives: tuple[Alternative, ...]
     asked: Alternative | None = None
+    price: float = 0.0
 
     def __str__(self) -> str:
         """Return a paragraph for the decision and one for each alternative."""
@@ -84,6 +93,11 @@ class Explanation:
             lines.append("There is nothing else that it could be.")
         for number, other in enumerate(shown):
             lines += self._alternative(other, number == 0)
+        if self.price and shown:
+            charged = (
+                f"{seconds_text(self.price * 2**30)} a GiB, the price at which the limit holds"
+            )
+            lines.append(f"Memory is charged at {charged}: search=True plans within it.")
         if self.subject.others:
             others = ", ".join(self.subject.others[:3])
             more = " and others" if len(self.subject.others) > 3 else ""
@@ -106,39 +120,49 @@ class Explanation:
 
     def _alternative(self, other: Alternative, first: bool) -> list[str]:
         """Say what an alternative would cost, and by what."""
-        if other.added_cost == math.inf:
+        if other.proven == math.inf:
             return [f"  {other.text}: no plan has that."]
-        words = f"  {other.text}:"
-        if other.plan is None:
-            return [f"{words} {self._added(other)}."]
-        seconds = f" ({signed(other.added_seconds)} a step)" if self._is_weighted else ""
-        lines = [f"{words} {self._added(other)}{seconds}, with all else planned anew."]
-        if not first:
+        if other.added_cost == math.inf:
+            least = signed(max(other.proven, 0.0))
+            return [f"  {other.text}: would cost at least {least}; search=True looks for a plan."]
+        lines = [f"  {other.text}: {'; '.join(self._told(other))}."]
+        if other.plan is None or not first:
             return lines
         lines += [f"  {line}" for line in difference_lines(other.differences, _LINES)]
         if len(other.chain) > 1:
             lines.append(f"    forced along {' → '.join(other.chain)}")
         return lines
 
+    def _told(self, other: Alternative) -> list[str]:
+        """Return what an alternative adds, in words: its cost, its step, how sure, its bytes."""
+        least = _ROUNDING * self.plan.cost
+        told = ["costs the same"]
+        if abs(other.added_cost) > least:
+            share = f" ({other.added_cost / self.plan.cost:+.2%})" if self.plan.cost else ""
+            unit = " of weighted cost" if self._is_weighted else ""
+            told = [f"would cost {signed(other.added_cost)}{unit}{share}"]
+            if self._is_weighted and other.plan is not None:
+                told[0] += f", {signed(other.added_seconds)} a step"
+        if other.plan is not None:
+            told[0] += " with all else planned anew"
+        if abs(other.added_step) > least:
+            longer = "longer" if other.added_step > 0 else "shorter"
+            told.append(f"its step would be {seconds_text(abs(other.added_step))} {longer}")
+        if other.added_cost < -least and other.added_step > least:
+            told.append("that decided, as the work of a step overlaps")
+        elif other.added_cost < -least and not other.excess_nbytes:
+            told.append("the step in which work overlaps speaks against it, or what was asked for")
+        elif other.added_cost > least and other.added_cost - other.proven > least:
+            sure = signed(other.proven)
+            told.append(f"{sure} is proven" if other.proven > 0 else "less may do, by the bound")
+        if other.excess_nbytes:
+            told.append(f"it would take {bytes_text(other.excess_nbytes)} more than the limit")
+        return told
+
     @property
     def _is_weighted(self) -> bool:
         """Whether the cost is another figure than the predicted seconds."""
         return self.plan.product_weight != 1.0 or not self.plan.options.sequence_parallel
-
-    def _added(self, other: Alternative) -> str:
-        """Return what an alternative adds, in words, and how sure that is."""
-        if abs(other.added_cost) <= _ROUNDING * self.plan.cost:
-            return "costs the same"
-        share = f"{other.added_cost / self.plan.cost:+.2%}" if self.plan.cost else ""
-        if other.added_cost < 0:
-            why = "; the plan was not free to take it" if other.added_cost < 0 else ""
-            return f"would cost {signed(other.added_cost)} ({share}){why}"
-        sure = ""
-        if other.added_cost - other.proven > _ROUNDING * self.plan.cost:
-            least = max(other.proven, 0.0)
-            sure = f", and at least {signed(least)}" if least else ", as far as was searched"
-        unit = " of weighted cost" if self._is_weighted else ""
-        return f"would cost {signed(other.added_cost)}{unit} ({share}){sure}"
 
 
 def _place(op: OpChoice) -> str:
@@ -147,7 +171,7 @@ def _place(op: OpChoice) -> str:
     return f" in {op.where}{line}" if op.where else line
 
 
-def explain(plan: Plan, subject: str, *, why_not: str = "") -> Explanation:
+def explain(plan: Plan, subject: str, *, why_not: str = "", search: bool = False) -> Explanation:
     """Return why one decision of a plan is as it is: the alternatives, and what each would cost.
 
     plan: of make_plan; one that was read has no graph, which traced_plan gives it. subject: the
@@ -155,6 +179,9 @@ def explain(plan: Plan, subject: str, *, why_not: str = "") -> Explanation:
     path its end is enough. why_not: an alternative to be told first: "row", "column", "whole",
     "split 1", a placement, "on AXIS" behind it. Each alternative is the best plan with that choice
     forced and everything else planned anew, so that its cost is what the choice really costs.
+    search: under a memory limit, each alternative is told with bytes charged at the price at which
+    the plan's own search has ended, and with a bound on its cost within the limit. True looks for
+    its best plan within the limit, which takes as long as planning.
     For many questions about one plan, `Explainer` shares the work.
 
         >>> import autoparallel, torch
@@ -168,7 +195,7 @@ def explain(plan: Plan, subject: str, *, why_not: str = "") -> Explanation:
     Raises PlanError where nothing is called so, for an alternative that is none, and for a plan
     without its graph.
     """
-    return Explainer(plan).explain(subject, why_not=why_not)
+    return Explainer(plan).explain(subject, why_not=why_not, search=search)
 
 
 class Explainer:
@@ -189,10 +216,15 @@ class Explainer:
         self.plan = plan
         self.forcing = Forcing(plan)
         self.words = Words(plan)
+        self.search = False
 
-    def explain(self, subject: str, *, why_not: str = "") -> Explanation:
+    def explain(self, subject: str, *, why_not: str = "", search: bool = False) -> Explanation:
         """Return the explanation of one decision; see the function `explain`."""
+        self.search = search
         about = find_subject(self.plan, subject)
+        if names_product(why_not) and isinstance(about.choice, ParameterChoice):
+            # A weight is split by row or column in the product that reads it.
+            about = replace(about, choice=self._product_of(about.choice))
         choice = about.choice
         asked: Alternative | None = None
         if isinstance(choice, Conversion):
@@ -215,9 +247,15 @@ class Explainer:
             kind = "op" if isinstance(choice, OpChoice) else "parameter"
             seconds = choice.seconds if isinstance(choice, OpChoice) else 0.0
         text = choice_text(self.words, choice)
+        price = 0.0 if search else self.forcing.price
         return Explanation(
-            self.plan, about, kind, text, seconds, tuple(alternatives[:_TOLD]), asked
+            self.plan, about, kind, text, seconds, tuple(alternatives[:_TOLD]), asked, price
         )
+
+    def _product_of(self, parameter: ParameterChoice) -> OpChoice | ParameterChoice:
+        """Return the product that reads a parameter; itself where there is none."""
+        readers = (op for op in self.plan.ops if parameter.name in op.reads and op.whole_flops)
+        return next(readers, parameter)
 
     def _asked(
         self, node: Node, choice: Choice, why_not: str, mask: NDArray[np.bool_]
@@ -238,21 +276,24 @@ class Explainer:
             for label in dict.fromkeys(labels)
             if label != chosen
         }
-        costs = self.forcing.least_costs(node.name)
-        if costs is None:
+        costs = self.forcing.state_costs(node.name)
+        if costs is None or (self.search and self.forcing.problem.limit is not None):
             # The cheapest by themselves are looked at first; each takes a search of its own.
-            own = self.forcing.problem.variable(node.name).unary
+            own = self.forcing.problem.variable(node.name).unary if costs is None else costs.most
             first = sorted(groups, key=lambda label: float(np.min(own[groups[label]])))
             priced = [
                 self._forced(label, node.name, choice, {node.name: groups[label]})
                 for label in first[:_SOLVED]
             ]
             return sorted(priced, key=lambda other: other.added_cost)
-        added = {label: float(costs[mask].min()) - self.plan.cost for label, mask in groups.items()}
-        order = sorted(groups, key=lambda label: added[label])
-        priced = [Alternative(label, added[label], added[label]) for label in order]
+        priced = []
+        for label, mask in groups.items():
+            bound = self.forcing.proven({node.name: mask}) - self.plan.cost
+            added = float(costs.most[mask].min()) - self.forcing.own_cost
+            priced.append(Alternative(label, added, min(bound, added)))
+        priced.sort(key=lambda other: (other.added_cost, other.proven))
         if priced and priced[0].added_cost < math.inf:
-            label = order[0]
+            label = priced[0].text
             priced[0] = self._forced(label, node.name, choice, {node.name: groups[label]})
         return priced
 
@@ -296,20 +337,36 @@ class Explainer:
         self, text: str, node: str, choice: Choice, allowed: Mapping[str, NDArray[np.bool_]]
     ) -> Alternative:
         """Return the best plan in the allowed states, with all in which it differs."""
-        solution = self.forcing.solve(allowed)
+        solution = self.forcing.solve(allowed, self.search)
         if solution is None:
             return Alternative(text, math.inf, math.inf)
         plan = self.forcing.plan_of(solution)
         rows = differences(self.plan, plan)
+        added, excess = solution.cost - self.plan.cost, 0
+        limit = self.plan.memory_limit
+        if limit is not None and not self.search:
+            charged = solution.cost + self.forcing.price * solution.usage
+            added = charged - self.forcing.own_cost
+            taken = memory_of(plan, graph=self.forcing.network.graph).total
+            excess = max(taken - limit, 0)
         return Alternative(
             text,
-            solution.cost - self.plan.cost,
-            solution.lower_bound - self.plan.cost,
+            added,
+            min(solution.lower_bound - self.plan.cost, added),
             plan,
             plan.seconds - self.plan.seconds,
             rows,
             _chain(self.plan, node, rows),
+            excess,
+            self._added_step(plan),
         )
+
+    def _added_step(self, plan: Plan) -> float:
+        """Return what another plan's step takes longer, NaN where this one's is not known."""
+        if not self.plan.step_seconds or self.plan.product_weight != 1.0:
+            return math.nan
+        step, _ = step_and_waits(plan, self.forcing.network.hardware)
+        return step - self.plan.step_seconds
 
 
 def _chain(plan: Plan, start: str, rows: tuple[Difference, ...]) -> tuple[str, ...]:

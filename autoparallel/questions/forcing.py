@@ -1,9 +1,17 @@
-"""Planning anew with a choice forced: what the best plan with it would cost, and which it is."""
+"""Planning anew with a choice forced: what the best plan with it would cost, and which it is.
+
+Without a memory limit that is one more optimum of the same network. Within a limit, finding it is a
+search as long as that for the plan. But that search has ended at a price of a byte, at which memory
+costs what it saves elsewhere: with all bytes charged at it, the network is an ordinary one again,
+and one pass over it tells what all choices cost. So it is for networks that are too wide, a few
+decisions of which are held.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +26,16 @@ from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of
 from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
-from planners import InfeasibleError, Solution, TooWideError, exact
+from planners import InfeasibleError, Problem, Solution, TooWideError, exact
+from planners.state_costs import Range, StateCosts
 
 __all__ = ["Allowed", "Forcing"]
 
 # Per variable of the network, which of its states are allowed; all are of variables left out.
 Allowed = Mapping[str, NDArray[np.bool_]]
+
+# A pass of more work than this, in table entries read, takes longer than some seconds.
+_MOST_WORK = 2.0**33
 
 
 class Forcing:
@@ -53,35 +65,92 @@ class Forcing:
         )
         # The plan itself is no assignment to begin with: what is forced rules it out.
         self.solver = NetworkSolver(self.network)
+        self.priced = self.problem.weighed(self.price)
+        memo = self.solver.memo
+        self.costs = StateCosts(self.priced, self.chosen, memo=memo, most_work=_MOST_WORK)
+        self.ranges: dict[str, Range] = {}
+        self.is_too_wide = False
 
-    def least_costs(self, name: str) -> NDArray[np.float64] | None:
-        """Return the cost of the best plan with each state of a variable, +inf where there is none.
+    @property
+    def price(self) -> float:
+        """The seconds that a byte is charged."""
+        return self.plan.memory_price
 
-        It takes one pass over the network for all states together. None where that is too wide, and
-        where bytes are limited: then each question must be solved for itself.
+    @property
+    def own_cost(self) -> float:
+        """What the plan itself costs, bytes charged: what others' costs are compared with."""
+        return self.priced.cost(self.chosen) if self.price else self.plan.cost
+
+    def state_costs(self, name: str) -> Range | None:
+        """Return what the best plan with each state of a variable costs, bytes charged.
+
+        It takes one pass over the network for all states together. None where no few decisions
+        make the network narrow: then each question must be solved for itself.
         """
-        if self.problem.limit is not None or self.solver.is_wide:
-            return None
-        try:
-            return exact.min_marginals(self.problem, [name], memo=self.solver.memo)[name]
-        except TooWideError:
-            self.solver.is_wide = True
-            return None
+        if name not in self.ranges and not self.is_too_wide:
+            try:
+                self.ranges |= self.costs.of([name])
+            except TooWideError:
+                self.is_too_wide = True
+        return self.ranges.get(name)
 
-    def solve(self, allowed: Allowed) -> Solution | None:
-        """Return the best solution in the allowed states, None where there is none."""
+    def proven(self, allowed: Allowed) -> float:
+        """Return a lower bound on the cost of all plans in the allowed states, and in the limit."""
+        bounds = [-math.inf]
+        for name, mask in allowed.items():
+            costs = self.state_costs(name)
+            if costs is not None:
+                bounds.append(float(np.min(costs.least[mask], initial=math.inf)))
+        return max(bounds) - self.price * (self.problem.limit or 0.0)
+
+    def solve(self, allowed: Allowed, search: bool = False) -> Solution | None:
+        """Return the best solution in the allowed states, None where there is none.
+
+        search: look for the best one within the memory limit, or of a network that is wide, however
+        long it takes. Otherwise bytes are charged in place of the limit, and the decisions that
+        make a network wide are held.
+        """
         masks = {}
         for name, mask in allowed.items():
             if not mask.any():
                 return None
-            unary = self.problem.variable(name).unary
-            masks[name] = np.where(mask, unary, np.inf)
+            masks[name] = np.where(mask, self.problem.variable(name).unary, np.inf)
         forced = self.problem.with_unary(masks)
         try:
-            solution = self.solver(forced) if forced.limit is None else self.solver.within(forced)
+            if search and self.problem.limit is not None:
+                solution = self.solver.within(forced)
+            elif search or self.is_too_wide:
+                solution = self._at_price(forced, self.solver)
+            else:
+                solution = self._beside_held(forced, allowed)
         except InfeasibleError:
             return None
         return solution if math.isfinite(solution.cost) else None
+
+    def _at_price(self, forced: Problem, solver: Callable[[Problem], Solution]) -> Solution:
+        """Return a solution with bytes charged; its lower bound is one on its cost alone."""
+        plain = solver(forced.weighed(self.price))
+        charge = self.price * (self.problem.limit or 0.0)
+        bound = plain.lower_bound - charge
+        return Solution.of(forced, plain.assignment, plain.method, bound, self.price)
+
+    def _beside_held(self, forced: Problem, allowed: Allowed) -> Solution:
+        """Return a solution with bytes charged, and with the decisions held that make it wide."""
+        for name in allowed:
+            self.state_costs(name)
+        held = {n: self.chosen[n] for n in self.costs.held if n not in allowed}
+        if not held:
+            return self._at_price(forced, self.solver)
+
+        def narrow(problem: Problem) -> Solution:
+            """Solve what is left."""
+            return exact.solve(problem.pinned(held), memo=self.solver.memo)
+
+        try:
+            solution = self._at_price(forced, narrow)
+        except (InfeasibleError, TooWideError):
+            return self._at_price(forced, self.solver)
+        return replace(solution, lower_bound=min(self.proven(allowed), solution.cost))
 
     def plan_of(self, solution: Solution) -> Plan:
         """Return a solution as a plan."""

@@ -31,9 +31,12 @@ from autoparallel.rewrite.conversions import (
 )
 from autoparallel.rewrite.expressions import ExpressionWriter, own_reduction, spelled
 from autoparallel.rewrite.gaps import Summed, find_gaps
+from autoparallel.rewrite.joined_lines import MoveLine, ProductLine, with_joined_lines
 from autoparallel.rewrite.local_calls import LocalCalls
 from autoparallel.rewrite.names import Names, layout_name
+from autoparallel.rewrite.outermost_dims import MemoryOrder
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of, names_of
+from autoparallel.rules.any_order import IN_ORDER
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.ops.contraction import LATE_PRODUCTS
 from autoparallel.rules.rule import OpCall, ShardingRule
@@ -87,7 +90,8 @@ class _Emitter:
     open: the op that is being written. blocks: number and members of the recomputed block of each
     op. converted: the names of conversions that are in the text already, by value, steps and scope.
     cuts: every sharded size, where dropped copies must be redistributed alike on all ranks
-    (`drops`). fused: see `find_fused`. gaps: see `find_gaps`.
+    (`drops`). fused: see `find_fused`. gaps: see `find_gaps`. order: of dims in memory. filled:
+    the identifiers of gaps, and the products in them, by number (see `fill`).
     """
 
     def __init__(
@@ -115,6 +119,9 @@ class _Emitter:
         self.cuts: dict[str, None] = {}
         self.inside: set[str] = set()
         self.gaps = find_gaps(plan)
+        self.order = MemoryOrder(graph)
+        self.filled: dict[int, tuple[str, tuple[str, ...]]] = {}
+        self.nodes = {node.name: node for node in graph.nodes}
         self.blocks = {
             op: (index, group) for index, group in enumerate(plan.recomputed) for op in group
         }
@@ -152,14 +159,17 @@ class _Emitter:
         for value, layout in zip(self.graph.outputs, self.plan.outputs, strict=True):
             # Reading emits a conversion where the output has another layout than its producer gives
             # it.
-            returned.append(self.read(value, layout))
+            name = self.read(value, layout)
+            # The user gets it as the unsplit model returns it.
+            returned.append(self.order.returned(self.graph.values[value], name))
         # Buffers are the same on every rank, so that all write the whole value.
         whole = whole_layout(len(self.ranks.sizes))
         written = [self.read(value, whole) for _, value in self.graph.mutations]
         if self.drops:
             self.collect_cuts()
             head.append(f"alike = parts_are_alike(ranks, {', '.join(self.cuts)})")
-        body = [*head, *lines_of(self.lines, (*returned, *written))]
+        ends = (*(name.removesuffix(".contiguous()") for name in returned), *written)
+        body = [*head, *lines_of(with_joined_lines(self.lines, ends), ends)]
         body.append(f"return [{', '.join(returned)}], [{', '.join(written)}]")
         source = "def forward(parameters, buffers, constants, inputs, device):\n" + "".join(
             f"    {line}\n" for line in body
@@ -240,8 +250,12 @@ class _Emitter:
                         self.cuts[f"({', '.join((self.speller.size(size), *cuts))})"] = None
 
     def add(self, text: str, reads: tuple[str, ...], makes: tuple[str, ...]) -> None:
+        """Append one statement to the block that is open, or to the program."""
+        self.append(Line(text, reads, makes))
+
+    def append(self, line: Line) -> None:
         """Append one line to the block that is open, or to the program."""
-        (self.lines if self.block is None else self.block.lines).append(Line(text, reads, makes))
+        (self.lines if self.block is None else self.block.lines).append(line)
 
     def find_fused(self) -> dict[str, str]:
         """Return products whose bias can be added in the same call:
@@ -288,11 +302,12 @@ class _Emitter:
             ]
             reads = [*operands, reads[1]]
             target, text = producer.target, ", ".join(reads)
-            late = self.late(producer)
+            product = producer
         else:
             args = self.local.args(node, choice)
             text = self.speller.arguments(args, {**kwargs, **own_reduction(node)}, reads)
-            late = self.late(node)
+            product = node
+        late = self.late(product)
         results = [self.names.values[value.name] for value in node.results]
         kernels = self.local.kernels(node, choice)
         if kernels:
@@ -301,6 +316,8 @@ class _Emitter:
             expression = f"rng.{rule.random}({text}, {self.local.random(node, choice)})"
         elif rule is not None and rule.function:
             expression = f"kernels.{rule.function}({text})"
+        elif target in IN_ORDER and names[0] in self.order.moved:
+            expression = f"kernels.{IN_ORDER[target]}({text})"
         elif late:
             expression = late.format(text)
         else:
@@ -314,6 +331,7 @@ class _Emitter:
             expression = f"torch.ops.{target}({text})" if exact else spelled(target, text, reads)
         if rule is not None and pads:
             expression = self.local.without_stand_ins(expression, node, choice, rule)
+        pending_groups = []
         for axis, group in enumerate(self.names.axes):
             # A sum that becomes pending here and was not before: each rank has computed its
             # summand.
@@ -322,16 +340,38 @@ class _Emitter:
                 expression = (
                     expression if axis in kernels else f"pending_sum({expression}, {group})"
                 )
-        if late and kernels == {}:
-            summed = self.summed(node)
-            if summed is not None:
-                expression = late.format(text)[:-1] + f", group={self.names.axes[summed.axis]})"
-                results = [self.names.fresh(f"{results[0]}_{layout_name(summed.target)}")]
-                self.converted[node.result.name, summed.steps, ""] = results[0]
+                pending_groups.append(group)
+        summed = self.summed(node) if late and kernels == {} else None
+        if summed is not None:
+            expression = late.format(text)[:-1] + f", group={self.names.axes[summed.axis]})"
+            results = [self.names.fresh(f"{results[0]}_{layout_name(summed.target)}")]
+            self.converted[node.result.name, summed.steps, ""] = results[0]
         left_side = ", ".join(results)
         if len(results) == 1 and not kernels and makes_list(target):
             left_side = f"[{left_side}]"
-        self.add(f"{left_side} = {expression}", tuple(reads), tuple(results))
+        text = f"{left_side} = {expression}"
+        if not late:
+            self.add(text, tuple(reads), tuple(results))
+            return
+        gap, place = self.place_in_gap(product)
+        read = (*reads, gap) if gap else tuple(reads)
+        if kernels or pads or summed is not None:
+            self.add(text, read, tuple(results))
+            return
+        factors = f"{reads[1]}, {reads[2] if len(reads) > 2 else None}"
+        self.append(
+            ProductLine(
+                text,
+                read,
+                tuple(results),
+                LATE_PRODUCTS[product.target],
+                reads[0],
+                factors,
+                gap,
+                place,
+                tuple(pending_groups),
+            )
+        )
 
     def late(self, node: Node) -> str:
         """Return the call of a product that leaves the gradient of its weight to a gap, "{}"
@@ -341,7 +381,50 @@ class _Emitter:
         factors = [self.graph.values[name] for name in node.operands()[:2]]
         if not gap or not all(factor.requires_grad for factor in factors):
             return ""
-        return f"overlap.{LATE_PRODUCTS[node.target]}({{}}, gap={gap})"
+        name, place = self.place_in_gap(node)
+        where = f"{name}, place={place}" if name else str(gap)
+        return f"overlap.{LATE_PRODUCTS[node.target]}({{}}, gap={where})"
+
+    def place_in_gap(self, node: Node) -> tuple[str, int]:
+        """Return the identifier of the gap that a product was given to fill, and its place in it;
+        "" where it was given none.
+        """
+        name, members = self.filled.get(self.gaps.products.get(node.name, 0), ("", ()))
+        return (name, members.index(node.name)) if node.name in members else ("", 0)
+
+    def fill(self, gap: int, outside: bool) -> list[str]:
+        """Return the weights and biases of the products that leave their gradients to a gap, as the
+        text names them; none where some product must have a number instead.
+
+        outside: the conversion's line is not in the block that is open. A weight that is gathered
+        is not at hand yet, and a gap does not pass from one recomputed block to another.
+        """
+        rows: list[str] = []
+        members = [
+            name
+            for name, number in self.gaps.products.items()
+            if number == gap and self.late(self.nodes[name])
+        ]
+        block = None if outside or self.block is None else self.blocks[self.open]
+        for name in members:
+            node, addition = self.nodes[name], self.fused.get(name)
+            held = [(node.operands()[1], self.choices[name].operands[1])]
+            if addition is not None:
+                choice = self.choices[addition]
+                held.append((self.nodes[addition].operands()[1], choice.operands[1]))
+            names = [self.parameter(value, layout) for value, layout in held]
+            if self.blocks.get(name) != block or None in names:
+                return []
+            rows.append(", ".join([*map(str, names), *["None"] * (2 - len(names))]))
+        self.filled[gap] = (self.names.fresh(f"gap_{gap}"), tuple(members))
+        return rows
+
+    def parameter(self, name: str, layout: Layout) -> str | None:
+        """Return the identifier of a parameter that is read as it is stored; None of others."""
+        if self.graph.producers[name].kind != "parameter":
+            return None
+        is_moved = bool(self.routes.steps(name, layout, self.deferred))
+        return None if is_moved else self.names.values[name]
 
     def summed(self, node: Node) -> Summed | None:
         """Return how a product is summed while it is computed; None where it is not."""
@@ -382,11 +465,7 @@ class _Emitter:
             if key not in self.converted:
                 target_name = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
                 gap = self.gaps.conversions.get((name, steps[: count + 1]), 0)
-                line = Line(
-                    self.step(value, read, target_name, current, step, again, gap),
-                    (read,),
-                    (target_name,),
-                )
+                line = self.step(value, read, target_name, current, step, again, gap, outside)
                 # Before the block, so that the copy is kept when the block is recomputed.
                 if outside:
                     self.lines.insert(len(self.lines) - 1, line)
@@ -435,17 +514,25 @@ class _Emitter:
         step: Step,
         again: bool,
         gap: int,
-    ) -> str:
+        outside: bool,
+    ) -> Line:
         """Return the line of one step on one axis.
 
         value: the whole tensor. read, made: names before and after. current: the layout before the
         step. again: the copy is dropped after the forward pass. gap: of the step; 0 for none.
+        outside: the line is not in the block that is open.
         """
         function = "convert" if value.requires_grad else "move"
         function = "convert_again" if again else function
+        # Nothing else can run in a gap without products.
+        gap = gap if gap in self.gaps.products.values() else 0
+        weights = self.fill(gap, outside) if gap and not again else []
         if gap and not again:
-            function = "overlap.convert"
-        source, target = self.speller.placement(step.source), self.speller.placement(step.target)
+            function = "overlap.convert_filled" if weights else "overlap.convert"
+        placements = [step.source, step.target]
+        if not again:
+            placements = [self.order.placed(value, placement) for placement in placements]
+        source, target = map(self.speller.placement, placements)
         size = ", 0" if again or gap else ""
         if isinstance(step.source, Shard):
             local = self.local.dim(value, step.source.dim, current, without=step.axis)
@@ -454,10 +541,21 @@ class _Emitter:
         if again:
             self.drops = True
             size += ", alike"
-        if gap:
-            size += f", {gap}"
         axis = self.names.axes[step.axis]
-        return f"{target_name} = {function}({read}, {axis}, {source}, {target}{size})"
+        ends = f"{axis}, {source}, {target}{size}"
+        if gap and not weights:
+            ends += f", {gap}"
+        if weights:
+            gap_name, pairs = self.filled[gap][0], ", ".join(f"({pair})" for pair in weights)
+            text = f"{target_name}, {gap_name} = {function}({read}, {ends}, [{pairs}])"
+            held = dict.fromkeys(name for pair in weights for name in pair.split(", "))
+            reads = (read, *(name for name in held if name != "None"))
+            makes = (target_name, gap_name)
+            return MoveLine(text, reads, makes, axis, ends, tuple(weights), gap_name)
+        text = f"{target_name} = {function}({read}, {ends})"
+        if function == "convert":
+            return MoveLine(text, (read,), (target_name,), axis, ends if size else f"{ends}, 0")
+        return Line(text, (read,), (target_name,))
 
 
 def fusable(graph: Graph, rules: Mapping[str, ShardingRule | None]) -> dict[str, str]:

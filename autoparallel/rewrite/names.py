@@ -76,6 +76,7 @@ def placement_name(placement: Placement) -> str:
     extra += f"_unit{_counts(placement.unit)}" if placement.unit != 1 else ""
     extra += f"_repeat{_counts(placement.repeat)}" if placement.repeat != 1 else ""
     extra += "_pending" if placement.pending else ""
+    extra += "_outer" if placement.outermost else ""
     return f"S{placement.dim}{extra}"
 
 

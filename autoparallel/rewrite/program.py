@@ -22,6 +22,7 @@ from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 
 __all__ = [
+    "PROGRAM_FILES",
     "Block",
     "Line",
     "Program",
@@ -32,6 +33,9 @@ __all__ = [
     "names_of",
     "part",
 ]
+
+# With this begin the names of the files that tracebacks show programs in.
+PROGRAM_FILES = "<autoparallel "
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) 
 def file_of(source: str, name: str, ranks: Ranks) -> str:
     """Return the name under which tracebacks show a program. name: of the model."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    return f"<autoparallel {name} rank {ranks.rank} of {ranks.world_size} {digest}>"
+    return f"{PROGRAM_FILES}{name} rank {ranks.rank} of {ranks.world_size} {digest}>"
 
 
 def drops_copies(source: str) -> bool:

@@ -16,7 +16,7 @@ from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.placement import Layout, Replicate, layout_gradient, whole_layout
-from autoparallel.plan import Plan
+from autoparallel.plan import Pipeline, Plan
 from autoparallel.rewrite.conversions import (
     Conversions,
     Deferred,
@@ -240,15 +240,15 @@ def cut_plan(graph: Graph, plan: Plan) -> tuple[Stage, ...]:
     return tuple(cut.stage(number) for number in range(cut.count))
 
 
-def holders_of(stages: Iterable[Stage], ranks: int) -> dict[str, tuple[int, ...]]:
+def holders_of(stages: Iterable[Stage], pipeline: Pipeline) -> dict[str, tuple[int, ...]]:
     """Return the ranks whose stages read each parameter, by its path, in order.
 
-    ranks: the number of those that share out the stages.
+    pipeline: says which ranks share out the stages.
     """
     holders: dict[str, set[int]] = {}
     for stage in stages:
         for path in stage.parameters:
-            holders.setdefault(path, set()).add(stage.number % ranks)
+            holders.setdefault(path, set()).add(pipeline.rank_of(stage.number))
     return {path: tuple(sorted(some)) for path, some in holders.items()}
 
 

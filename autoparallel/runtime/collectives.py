@@ -66,6 +66,12 @@ def _start_all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Grou
     the split dim.
     """
     lengths = run_lengths(size, shard, group)
+    if shard.outermost and lengths[0] == lengths[-1]:
+        part = tensor.movedim(shard.dim, 0).contiguous()
+        wait = group.start_all_gather(part)
+        shape = (size, *part.shape[1:])
+        # No view for autograd, so that the whole may be written to.
+        return lambda: wait().view(shape).movedim(0, shard.dim).detach()
     wait = group.start_all_gather(pad_part(tensor, shard, lengths[0], lengths[group.rank]))
     return lambda: join_rows(wait(), shard, lengths)
 
@@ -73,6 +79,10 @@ def _start_all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Grou
 def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> Result:
     """Start adding up the ranks' whole tensors, of which this rank gets its part."""
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
+    if shard.outermost and lengths[0] == lengths[-1]:
+        whole, n = tensor.movedim(shard.dim, 0).contiguous(), group.world_size
+        wait = group.start_reduce_scatter(whole.view(n, whole.shape[0] // n, *whole.shape[1:]))
+        return lambda: wait().movedim(0, shard.dim).detach()
     wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
     # No view for autograd, so that the part may be written to.
     return lambda: unpad_part(wait(), shard, lengths[0], lengths[group.rank]).detach()
@@ -196,6 +206,9 @@ def move(
         part = take_part(tensor, target, count, rank)
         if target.pending:
             return keep_on_first(part, target, tensor.size(target.dim), count, rank)
+        if target.outermost:
+            moved = part.movedim(target.dim, 0).clone(memory_format=torch.contiguous_format)
+            return moved.movedim(0, target.dim).detach()
         return part.clone(memory_format=torch.contiguous_format)
     assert isinstance(source, Shard)
     if step is Movement.ALL_TO_ALL:

@@ -32,6 +32,7 @@ from autoparallel.runtime.expert_kernels import (
     experts_summed,
 )
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.memory_order import in_memory_order, outer_dim
 from autoparallel.runtime.split_indices import places_here, require_below
 from autoparallel.runtime.stand_ins import stand_ins_for, without_stand_ins
 from autoparallel.runtime.statistics import (
@@ -77,11 +78,13 @@ __all__ = [
     "index_select_split",
     "instance_norm_split",
     "kernel_arguments",
+    "layer_norm",
     "log_softmax_split",
     "logsumexp_split",
     "masked_lookup",
     "max_split",
     "min_split",
+    "rms_norm",
     "softmax_split",
     "stand_ins_for",
     "variance_split",
@@ -89,7 +92,7 @@ __all__ = [
     "without_stand_ins",
 ]
 
-_HELPERS = {"kernel_arguments", "stand_ins_for", "without_stand_ins"}
+_HELPERS = {"kernel_arguments", "layer_norm", "rms_norm", "stand_ins_for", "without_stand_ins"}
 # What an emitted program itself gives to kernels.
 _GIVEN = {"group", "size", "run", "dim", "extent"}
 
@@ -116,6 +119,16 @@ _NONE, _MEAN, _SUM = 0, 1, 2
 # This one is not torch's: it asks for the number of tokens that count, for the kernel of another
 # mesh axis.
 _COUNT = 3
+
+
+def layer_norm(x: torch.Tensor, shape: Any, *arguments: Any) -> torch.Tensor:
+    """Return torch's layer norm, in the memory order of its operand."""
+    return in_memory_order(torch.layer_norm, x, shape, *arguments)
+
+
+def rms_norm(x: torch.Tensor, shape: Any, *arguments: Any) -> torch.Tensor:
+    """Return torch's root mean square norm, in the memory order of its operand."""
+    return in_memory_order(torch.rms_norm, x, shape, *arguments)
 
 
 def embedding_rows(
@@ -424,9 +437,24 @@ def cross_entropy_rows(
         label_smoothing=smoothing,
     )
     if logits.dim() > 2 and logits.stride(1) == 1 and not target.is_floating_point():
-        losses = loss(logits.movedim(1, -1).flatten(0, -2), target.flatten())
-        return losses.view(target.shape) if reduction == _NONE else losses
+        rows, labels = _rows_of_classes(logits, target)
+        losses = loss(rows.flatten(0, -2), labels.flatten())
+        if reduction != _NONE:
+            return losses
+        return losses.view(labels.shape).movedim(0, outer_dim(logits.movedim(1, -1)))
     return loss(logits, target)
+
+
+def _rows_of_classes(
+    logits: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits (t, c, ..) with their classes last, and the targets in the same order.
+
+    The classes usually lie last in memory: rows of classes are then a view, not a copy.
+    """
+    rows = logits.movedim(1, -1)
+    dim = outer_dim(rows)
+    return (rows.movedim(dim, 0), target.movedim(dim, 0)) if dim else (rows, target)
 
 
 def cross_entropy_tokens(
@@ -460,10 +488,9 @@ def cross_entropy_tokens(
     if run is not None:
         total = run(logits, target, weight, _SUM, ignored, smoothing)
     else:
-        # The classes usually lie last in memory: rows of classes are then a view, not a copy.
-        rows = logits.movedim(1, -1).flatten(0, -2)
+        rows, labels = _rows_of_classes(logits, target)
         total = functional.cross_entropy(
-            rows, target.flatten(), ignore_index=ignored, reduction="sum"
+            rows.flatten(0, -2), labels.flatten(), ignore_index=ignored, reduction="sum"
         )
     if reduction == _MEAN:
         # Each rank divides its sum by the count of all ranks, so that the terms add up to the mean.

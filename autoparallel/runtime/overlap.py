@@ -9,10 +9,15 @@ their conversions were recorded, the same on all ranks, also where the ranks' gr
 where a kernel is chosen by the size of a part.
 
 What hides a gradient's collective is the gradients of weights. Nothing waits for these but the
-optimizer, while everything waits for the gradients of activations. So the two gradients of a
-product are two nodes, too. The second one is numbered to run in a *gap*: right before the wait of a
-conversion that the program has made earlier. This is the order of Megatron's linear layer with its
-asynchronous all-reduce (arXiv:1909.08053, and arXiv:2205.05198 for the sequence-parallel one).
+optimizer, while everything waits for the gradients of activations. So they are computed in a *gap*:
+right before the wait of a conversion that the program has made earlier. This is the order of
+Megatron's linear layer with its asynchronous all-reduce (arXiv:1909.08053, and arXiv:2205.05198 for
+the sequence-parallel one).
+
+There are two ways. Where the weights are at hand when the conversion is made, as parameters are,
+they are operands of it as well, and its one node computes their gradients (`runtime.filled_gaps`).
+Weights that are gathered later get nodes
+of their own, which are numbered to run in the gap.
 
 All of this is ordinary autograd. Derivatives of any order are right, and under torch.compile, which
 has an order of its own, the functions here are the plain ones.
@@ -21,30 +26,41 @@ has an order of its own, the functions here are the plain ones.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from autoparallel.placement import Invariant, Partial, Placement, Shard, gradient
+from autoparallel.placement import Invariant, Partial, Placement, gradient
 from autoparallel.runtime.collectives import convert as convert_and_wait
-from autoparallel.runtime.collectives import for_parts, is_type_checked, pending_sum, start_move
+from autoparallel.runtime.collectives import for_parts, pending_sum, start_move
+from autoparallel.runtime.filled_gaps import Gap, Later, back_size, convert_filled, is_plain
 from autoparallel.runtime.groups import Group, Result
-from autoparallel.support.torch_private import place_in_backward, run_in_place
+from autoparallel.runtime.joined_products import (
+    convert_then_linear,
+    convert_then_mm,
+    linear_then_convert,
+    mm_then_convert,
+)
+from autoparallel.runtime.memory_order import in_rows, outer_dim
+from autoparallel.runtime.products import Linear, Mm, bias_gradient, summed_product
+from autoparallel.support.torch_private import backward_pass, place_in_backward, run_in_place
 
 __all__ = [
     "MOST_IN_GAP",
-    "MOST_PIECES",
+    "Gap",
     "begin",
     "convert",
+    "convert_filled",
+    "convert_then_linear",
+    "convert_then_mm",
     "end",
     "gaps_so_far",
     "linear",
+    "linear_then_convert",
     "mm",
-    "piece_count",
+    "mm_then_convert",
     "with_gaps",
 ]
 
@@ -64,10 +80,7 @@ class _Flight:
         self, x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int
     ) -> None:
         self.group, self.source, self.target, self.size = group, source, target, size
-        # As of `Convert`: x is whole along the target's dim, except where the source splits it.
-        self.back_size = x.size(target.dim) if isinstance(target, Shard) else 0
-        if isinstance(target, Shard) and isinstance(source, Shard) and source.dim == target.dim:
-            self.back_size = size
+        self.back_size = back_size(x, source, target, size)
         self.forward: tuple[torch.Tensor, Result] | None = None
         self.backward: Result | None = None
 
@@ -166,15 +179,6 @@ def with_gaps(gaps: dict[int, list[int]]) -> Iterator[None]:
         _gaps.numbers = before
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Say whether nothing is to be gained: no backward pass, or one whose order is another's."""
-    return (
-        not (x.requires_grad and torch.is_grad_enabled())
-        or torch.compiler.is_compiling()
-        or is_type_checked()
-    )
-
-
 # A conversion that has begun: the tie and the flight; or its result, where it was done at once.
 Begun = torch.Tensor | tuple[torch.Tensor, _Flight]
 
@@ -192,7 +196,7 @@ def begin(
     >>> end(begin(torch.ones(2), SingleGroup(), Partial(), Invariant()))
     tensor([1., 1.])
     """
-    if _is_plain(x):
+    if is_plain(x):
         if gap and not torch.compiler.is_compiling():
             _gaps.numbers.pop(gap, None)  # of an earlier program
         return convert_and_wait(x, group, source, target, size)
@@ -237,25 +241,6 @@ def convert(
     return end(begin(x, group, source, target, size, gap))
 
 
-class _Later:
-    """A _Later object hands on, from node to node, what the gradient of a weight is computed of.
-
-    formula: from x and the gradient of the result to the gradient of the weight. parts: these two.
-    """
-
-    def __init__(self, formula: Callable[..., torch.Tensor]) -> None:
-        self.formula = formula
-        self.parts: tuple[torch.Tensor, torch.Tensor] | None = None
-
-
-def _of_bias(grad: torch.Tensor, dims: int | None) -> torch.Tensor | None:
-    """Return the gradient of a bias of so many dims that was added to all rows; None without."""
-    if dims is None:
-        return None
-    # A sum over no dims is one over all of them.
-    return grad.sum(tuple(range(grad.dim() - dims))) if grad.dim() > dims else grad
-
-
 class _WeightGradient(torch.autograd.Function):
     """The late half of a product's backward pass: the gradients of its weight and its bias.
 
@@ -264,61 +249,17 @@ class _WeightGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, later: _Later
+        ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, later: Later
     ) -> torch.Tensor:
         """Return the tie."""
         ctx.set_materialize_grads(False)
-        ctx.later, ctx.bias_dims = later, None if bias is None else bias.dim()
+        ctx.later = later
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, tie: torch.Tensor | None) -> Any:
         """Return the gradients; none where the product has done so itself."""
-        parts, ctx.later.parts = ctx.later.parts, None
-        if tie is None or parts is None:
-            return None, None, None
-        x, grad = parts
-        weight = ctx.later.formula(x, grad) if ctx.needs_input_grad[0] else None
-        bias = _of_bias(grad, ctx.bias_dims) if ctx.needs_input_grad[1] else None
-        return weight, bias, None
-
-
-# A product is summed over the ranks in pieces of at least so many bytes, and in so many pieces at
-# most: each piece pays the latency of a collective, which takes longer than that on slow links.
-_PIECE_NBYTES, MOST_PIECES = 2**20, 4
-
-
-def piece_count(nbytes: int) -> int:
-    """Return in how many pieces a product of so many bytes on a rank is summed over the ranks.
-
-    >>> piece_count(2**19), piece_count(2**21), piece_count(2**30)
-    (1, 2, 4)
-    """
-    return max(1, min(MOST_PIECES, nbytes // _PIECE_NBYTES))
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as a matrix of its rows, of which there may be none, and which may be
-    empty.
-    """
-    return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
-
-
-def _summed_product(kind: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return the sum over the ranks of a product: pieces of it are summed while others are
-    computed.
-    """
-    rows = _rows(x)
-    matrix = kind.matrix(weight)
-    total = x.new_empty((len(rows), matrix.size(1)))
-    count = piece_count(total.nbytes)
-    waits = []
-    for part, result in zip(rows.chunk(count), total.chunk(count), strict=True):
-        torch.mm(part, matrix, out=result)
-        waits.append(group.start_all_reduce_(result))
-    for wait in waits:
-        wait()
-    return total.view(*x.shape[:-1], matrix.size(1))
+        return (*ctx.later.gradients(*ctx.needs_input_grad[:2]), None)
 
 
 class _Product(torch.autograd.Function):
@@ -334,18 +275,24 @@ class _Product(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         tie: torch.Tensor,
-        later: _Later,
+        later: Later,
         kind: Any,
         group: Group | None,
     ) -> torch.Tensor:
         """Return the product."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
-        ctx.later, ctx.kind, ctx.tie, ctx.group = later, kind, tie.detach(), group
-        ctx.bias_dims = None if bias is None else bias.dim()
+        ctx.later, ctx.kind, ctx.group = later, kind, group
+        later.kind, later.bias_dims = kind, None if bias is None else bias.dim()
+        # Rows are taken in the order in which they lie in memory, and so does the result lie.
+        ctx.outer = outer = outer_dim(x)
+        if outer:
+            x = x.movedim(outer, 0)
         if group is not None:
-            return _summed_product(kind, x, weight, group)
-        return kind.product(x, weight, bias)
+            result = summed_product(kind, x, weight, group)
+        else:
+            result = kind.product(x, weight, bias)
+        return result.movedim(0, outer).detach() if outer else result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
@@ -356,53 +303,19 @@ class _Product(torch.autograd.Function):
         if ctx.group is not None:
             # Each rank uses the gradient for its own terms: I -> R.
             grad = for_parts(grad, ctx.group)
+        outer = ctx.outer or outer_dim(grad)
+        if outer:
+            # One copy at most, and not one for each of the gradients.
+            x, grad = x.movedim(outer, 0), grad.movedim(outer, 0).contiguous()
         of_x = ctx.kind.of_x(weight, grad)
+        if outer:
+            of_x = of_x.movedim(0, outer)
         if not torch.is_grad_enabled():
-            ctx.later.parts = (x, grad)
-            return of_x, None, None, ctx.tie, None, None, None
+            ctx.later.parts = (x, grad, backward_pass())
+            return of_x, None, None, None, None, None, None
         # The gradients are differentiated in turn: they must hang together, and none is late.
-        of_bias = _of_bias(grad, ctx.bias_dims)
+        of_bias = bias_gradient(grad, ctx.later.bias_dims)
         return of_x, ctx.kind.of_weight(x, grad), of_bias, None, None, None, None
-
-
-class _Linear:
-    """y[..., n] = sum_k x[..., k] w[n, k] + b[n]."""
-
-    @staticmethod
-    def matrix(weight: torch.Tensor) -> torch.Tensor:
-        return weight.t()
-
-    @staticmethod
-    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, weight, bias)
-
-    @staticmethod
-    def of_x(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        return grad.matmul(weight.conj())
-
-    @staticmethod
-    def of_weight(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        return _rows(grad).t().mm(_rows(x).conj())
-
-
-class _Mm:
-    """C[m, n] = sum_k A[m, k] B[k, n]."""
-
-    @staticmethod
-    def matrix(weight: torch.Tensor) -> torch.Tensor:
-        return weight
-
-    @staticmethod
-    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.mm(x, weight)
-
-    @staticmethod
-    def of_x(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        return grad.mm(weight.t().conj())
-
-    @staticmethod
-    def of_weight(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        return x.t().conj().mm(grad)
 
 
 def _late(
@@ -410,28 +323,30 @@ def _late(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    gap: int,
+    gap: int | Gap | None,
+    place: int,
     group: Group | None,
 ) -> torch.Tensor:
     """Return a product, the gradient of whose weight waits for a gap.
 
-    kind: the product and its derivatives. gap: of a conversion that was made before. group: ranks
-    over which the product is summed, if it is.
+    kind: the product and its derivatives. gap: of a conversion that was made before. place: in it.
+    group: ranks over which the product is summed, if it is.
     """
-    if _is_plain(x) or not weight.requires_grad or gap not in _gaps.numbers:
+    is_open = gap in _gaps.numbers if isinstance(gap, int) else gap is not None
+    if not is_open or is_plain(x) or not weight.requires_grad:
         product: torch.Tensor = kind.product(x, weight, bias)
         if group is not None:
             product = convert_and_wait(pending_sum(product, group), group, Partial(), Invariant())
         return product
-    if x.dim() > 2 and not x.is_contiguous():
-        # Rows that lie apart are copied, as torch's own product does: the copy is saved, and not
-        # the larger tensor that x may be a part of.
-        flat = _late(kind, x.flatten(0, -2), weight, bias, gap, group)
-        return flat.view(*x.shape[:-1], flat.size(-1))
-    later = _Later(kind.of_weight)
-    tie = _WeightGradient.apply(weight, bias, later)
-    if _gaps.numbers[gap]:
-        run_in_place(tie, _gaps.numbers[gap].pop())
+    x = in_rows(x)
+    if isinstance(gap, Gap):
+        later, tie = gap.places[place], gap.tie
+    else:
+        assert gap is not None
+        later = Later()
+        tie = _WeightGradient.apply(weight, bias, later)
+        if _gaps.numbers[gap]:
+            run_in_place(tie, _gaps.numbers[gap].pop())
     result: torch.Tensor = _Product.apply(x, weight, bias, tie, later, kind, group)
     return result
 
@@ -441,25 +356,33 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    gap: int,
+    gap: int | Gap | None,
+    place: int = 0,
     group: Group | None = None,
 ) -> torch.Tensor:
     """Return what torch's `linear` does; in the backward pass the gradients of weight and bias are
     computed in a gap.
 
-    gap: the number of a conversion that was made before by `convert`; they are computed before the
-    backward pass waits for that conversion's gradient. group: ranks over which the product, then
-    without a bias, is summed, piece by piece while it is computed (P -> I).
+    gap: the number of a conversion that was made before by `convert`, or the gap that
+    `convert_filled` has returned; they are computed before the backward pass waits for that
+    conversion's gradient. place: of the weight among those that `convert_filled` was given.
+    group: ranks over which the product, then without a bias, is summed, piece by piece while it is
+    computed (P -> I).
 
     >>> linear(torch.ones(2, 3), torch.ones(1, 3), gap=1)
     tensor([[3.],
             [3.]])
     """
-    return _late(_Linear, x, weight, bias, gap, group)
+    return _late(Linear, x, weight, bias, gap, place, group)
 
 
 def mm(
-    x: torch.Tensor, weight: torch.Tensor, *, gap: int, group: Group | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    gap: int | Gap | None,
+    place: int = 0,
+    group: Group | None = None,
 ) -> torch.Tensor:
     """Return what torch's `mm` does; in the backward pass the gradient of the weight, the second
     factor, is computed in a gap, as of `linear`.
@@ -467,4 +390,4 @@ def mm(
     >>> mm(torch.ones(1, 3), torch.ones(3, 1), gap=1)
     tensor([[3.]])
     """
-    return _late(_Mm, x, weight, None, gap, group)
+    return _late(Mm, x, weight, None, gap, place, group)

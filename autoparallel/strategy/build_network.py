@@ -56,18 +56,20 @@ def build_network(
     options: Options,
     stored: Mapping[str, Layout] | None = None,
     whole_outputs: bool = False,
+    known: CostNetwork | None = None,
 ) -> CostNetwork:
     """Return the cost network of a graph: all strategies, and what they cost with neighbours.
 
     graph: normalized by the passes. mesh, hardware, options: what is planned for. stored: layouts
     that parameters (by path) have already, which they keep; None for none. whole_outputs: True
-    where all returned values must be whole, as for a graph that ends before a graph break.
+    where all returned values must be whole, as for a graph that ends before a graph break. known: a
+    network of the same graph, of which what rules and splits say is taken.
     Costs are seconds of one training step (forward, backward, update), usage is bytes per rank.
     Raises UnsupportedOpError that lists every differentiable op without a rule.
 
     Example: `build_network(captured.graph, Mesh(tp=4), find_hardware("dgx-a100"), Options())`
     """
-    builder = _Builder(graph, mesh, hardware, options, stored or {}, whole_outputs)
+    builder = _Builder(graph, mesh, hardware, options, stored or {}, whole_outputs, known)
     return builder.build()
 
 
@@ -85,6 +87,7 @@ def rebuilt(
         options or network.options,
         network.stored,
         network.whole_outputs,
+        network,
     )
 
 
@@ -103,9 +106,10 @@ class _Builder:
         options: Options,
         stored: Mapping[str, Layout],
         whole_outputs: bool,
+        known: CostNetwork | None,
     ) -> None:
         self.graph, self.mesh, self.whole_outputs = graph, mesh, whole_outputs
-        self.options, self.stored = options, stored
+        self.options, self.stored, self.known = options, stored, known
         self.sizes = tuple(size for _, size in mesh.axes)
         # Micro-batches are the ranks of an axis in time: no device, and no link.
         self.in_time = tuple(name == MICROBATCH and size > 1 for name, size in mesh.axes)
@@ -131,7 +135,12 @@ class _Builder:
 
     def build(self) -> CostNetwork:
         """Return the finished network. Raises UnsupportedOpError for ops without a rule."""
-        self.matched = match_rules(self.graph, self.inert, self.options, self.mesh.world_size)
+        # Nothing is discovered on one rank.
+        if self.known is not None and (self.known.world_size == 1) == (self.mesh.world_size == 1):
+            self.matched = self.known.matched
+        else:
+            self.matched = match_rules(self.graph, self.inert, self.options, self.mesh.world_size)
+        self.network.matched = self.matched
         rules = {
             name: None if name in self.inert else matched.rule
             for name, matched in self.matched.items()
@@ -139,11 +148,14 @@ class _Builder:
         # On several axes states are pairs and triples: splits that no product asks for are left
         # out, or their number would multiply.
         several = sum(size > 1 for size in self.sizes) > 1
+        known = self.known.splits if self.known is not None else {}
         splits_by_size = {
-            size: CandidateSplits(self.graph, rules, self.weights, self.options, size, several)
+            size: known.get((size, several))
+            or CandidateSplits(self.graph, rules, self.weights, self.options, size, several)
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
             if not in_time
         }
+        self.network.splits = {(size, several): found for size, found in splits_by_size.items()}
         # The inputs' batch is what micro-batches are parts of, whatever else may be split.
         freely = replace(self.options, data_parallel=True)
         self.splits = [

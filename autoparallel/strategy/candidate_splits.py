@@ -71,7 +71,8 @@ class CandidateSplits:
         work: list[tuple[str, LoopSplit]] = []
         for value in inputs:
             for dim, size in enumerate(value.shape):
-                if not (size in sizes if sizes else dim == 0):
+                # A loss may have fixed the sizes of the inputs that it compares, and no others.
+                if not (size in sizes or (dim == 0 and not isinstance(size, Sym))):
                     continue
                 shard = Shard(dim)
                 self.shards[value.name][shard] = None

@@ -18,15 +18,17 @@ from autoparallel.cost.hardware import Hardware
 from autoparallel.cost.op_costs import OpCost
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.rules.rule import ShardingRule
+from autoparallel.strategy.candidate_splits import CandidateSplits
 from autoparallel.strategy.cost_tables import Table
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.recompute_modes import Recomputation
 from autoparallel.strategy.redistribution import RedistributionTable, RedistributionTables
+from autoparallel.strategy.rule_matching import MatchedCall
 from planners import Factor, Problem, Solution, Variable
 
 __all__ = ["CostNetwork", "reduced_together"]
@@ -54,6 +56,8 @@ class CostNetwork:
     come from parameters alone.
     peak_call: the call during whose backward the bytes are counted, "" for after the forward pass.
     fixed_nbytes: bytes per rank that any plan needs besides those in the tables.
+    matched, splits: what every call is, and the splits that it may have, by the size of an axis and
+    whether there are several. They serve other networks of the same graph.
     """
 
     graph: Graph
@@ -77,6 +81,8 @@ class CostNetwork:
     repeats: dict[str, Table] = field(default_factory=dict)
     allowed: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     saved_for_backward: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    matched: Mapping[str, MatchedCall] = field(default_factory=dict)
+    splits: dict[tuple[int, bool], CandidateSplits] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
@@ -123,7 +129,8 @@ class CostNetwork:
             # recognized by them.
             key = (id(costs), product_weight)
             if key not in interned:
-                interned[key] = np.array([self.priced(cost, product_weight) for cost in costs])
+                seconds = [self.priced(cost, product_weight) for cost in costs]
+                interned[key] = np.array(seconds) + self.repeating(name)
             unary, usage = interned[key], self.usage.get(name)
             if name in self.repeats:
                 recomputed = self.repeats[name]
@@ -218,6 +225,22 @@ class CostNetwork:
         spread = self.options.sequence_parallel or self.options.data_parallel
         traffic = cost.traffic if spread else cost.whole_traffic
         return product_weight * cost.product + traffic + cost.communication
+
+    def repeating(self, name: str) -> Array:
+        """Return, per state of a call, the seconds that are added where every micro-batch computes
+        what each could compute its part of.
+
+        A pipeline is there for micro-batches. The models of examples are small, and for these it
+        is as quick to start every kernel on the whole batch: that is no reason to.
+        """
+        added = np.zeros(len(self.costs[name]))
+        for axis, (label, size) in enumerate(self.mesh.axes):
+            if label == MICROBATCH and size > 1:
+                in_parts = [joint.parts[axis].tile is not None for joint in self.strategies[name]]
+                if any(in_parts):
+                    seconds = np.array([cost.seconds for cost in self.costs[name]])
+                    added += np.where(in_parts, 0.0, size * seconds)
+        return added
 
     def recomputed(
         self, chosen: Mapping[str, int]

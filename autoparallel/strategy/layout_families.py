@@ -41,6 +41,7 @@ from autoparallel.strategy.parameter_storage import ParameterStorage
 __all__ = [
     "TAKES",
     "Family",
+    "LayoutFamilies",
     "LoopKinds",
     "Role",
     "Split",
@@ -140,25 +141,21 @@ def families(network: CostNetwork) -> tuple[Family, ...]:
 
     Axes of one rank have no role. The outer axes take the batch, and the innermost either does too
     or splits what is inside of it; on three axes, the middle one may split the sequence.
+
+    Example: `[str(family) for family in families(network)]`
     """
-    names = tuple(name for name, _ in network.mesh.axes)
-    wide = [index for index, (_, size) in enumerate(network.mesh.axes) if size > 1]
-    sizes = LoopKinds(network)
-    data = network.options.data_parallel and sizes.batch is not None
-    rows: dict[tuple[Role | None, ...], None] = {}
-    for roles in _rows(len(wide), network.edges.memory):
-        if not data and any(role in _DATA for role in roles):
-            continue
-        along = any(role.split is not Split.TENSOR and role not in _DATA for role in roles)
-        if along and not sizes.has_sequence:
-            continue
-        if not network.options.data_parallel and any(role in _ALONG for role in roles):
-            continue
-        full: list[Role | None] = [None] * len(names)
-        for index, role in zip(wide, roles, strict=True):
-            full[index] = role
-        rows[tuple(full)] = None
-    return tuple(Family(row, names) for row in rows)
+    return LayoutFamilies(network).families()
+
+
+def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]:
+    """Return, per variable that the family restricts, whether it allows each state.
+
+    What has no such state, as a bias that does not divide, keeps all. Equal variables have the same
+    array. For several families of one network, `LayoutFamilies` looks at its ops once.
+
+    Example: `problem.among(states_of_family(network, family))`
+    """
+    return LayoutFamilies(network).states(family)
 
 
 def _rows(count: int, gradients: bool) -> Iterator[tuple[Role, ...]]:
@@ -271,37 +268,70 @@ TAKES: Mapping[Split, tuple[frozenset[str], frozenset[str]]] = {
 }
 
 
-def states_of_family(network: CostNetwork, family: Family) -> dict[str, Allowed]:
-    """Return, per variable that the family restricts, whether it allows each state.
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Variables that a family allows the same states of: names. allows: those states."""
 
-    What has no such state, as a bias that does not divide, keeps all. Equal variables have the same
-    array.
+    names: list[str]
+    allows: Callable[[Family], list[bool]]
+
+
+class LayoutFamilies:
+    """The families of one network, with what they allow; its ops are told apart once for all.
+
+    Example: `{family: LayoutFamilies(network).states(family) for family in families(network)}`
     """
-    sizes = LoopKinds(network)
-    known: dict[Any, Allowed | None] = {}
-    states: dict[str, Allowed] = {}
 
-    def restrict(name: str, key: Any, allows: Callable[[], list[bool]]) -> None:
-        """Note the allowed states of a variable, found once per key."""
-        if key not in known:
-            allowed = np.array(allows(), dtype=bool)
-            known[key] = allowed if allowed.any() and not allowed.all() else None
-        found = known[key]
-        if found is not None:
-            states[name] = found
+    def __init__(self, network: CostNetwork) -> None:
+        self._network = network
+        self._loops = LoopKinds(network)
+        alike: dict[Any, _Alike] = {}
+        for node in network.graph.calls:
+            rule = network.rules[node.name]
+            if rule is None:
+                continue
+            joints = network.strategies[node.name]
+            weighs = bool(weight_loops(network, node, rule))
+            kinds = {loop: self._loops.kind(node.name, rule, loop) for loop in rule.loops}
+            key: Any = (id(joints), weighs, tuple(kinds.items()))
+            if key not in alike:
+                alike[key] = _Alike([], partial(_taken, joints=joints, kinds=kinds, weighs=weighs))
+            alike[key].names.append(node.name)
+        for name, storages in network.storages.items():
+            if id(storages) not in alike:
+                alike[id(storages)] = _Alike([], partial(_stored, storages=storages))
+            alike[id(storages)].names.append(name)
+        self._alike = tuple(alike.values())
 
-    for node in network.graph.calls:
-        rule = network.rules[node.name]
-        if rule is None:
-            continue
-        joints = network.strategies[node.name]
-        weighs = bool(weight_loops(network, node, rule))
-        kinds = {loop: sizes.kind(node.name, rule, loop) for loop in rule.loops}
-        key = (id(joints), weighs, tuple(kinds.items()))
-        restrict(node.name, key, partial(_taken, family, joints, kinds, weighs))
-    for name, storages in network.storages.items():
-        restrict(name, id(storages), partial(_stored, family, storages))
-    return states
+    def families(self) -> tuple[Family, ...]:
+        """Return all families that there is room for, see `families`."""
+        network = self._network
+        names = tuple(name for name, _ in network.mesh.axes)
+        wide = [index for index, (_, size) in enumerate(network.mesh.axes) if size > 1]
+        data = network.options.data_parallel and self._loops.batch is not None
+        rows: dict[tuple[Role | None, ...], None] = {}
+        for roles in _rows(len(wide), network.edges.memory):
+            if not data and any(role in _DATA for role in roles):
+                continue
+            along = any(role.split is not Split.TENSOR and role not in _DATA for role in roles)
+            if along and not self._loops.has_sequence:
+                continue
+            if not network.options.data_parallel and any(role in _ALONG for role in roles):
+                continue
+            full: list[Role | None] = [None] * len(names)
+            for index, role in zip(wide, roles, strict=True):
+                full[index] = role
+            rows[tuple(full)] = None
+        return tuple(Family(row, names) for row in rows)
+
+    def states(self, family: Family) -> dict[str, Allowed]:
+        """Return what a family allows, see `states_of_family`."""
+        states: dict[str, Allowed] = {}
+        for alike in self._alike:
+            allowed = np.array(alike.allows(family), dtype=bool)
+            if allowed.any() and not allowed.all():
+                states.update(dict.fromkeys(alike.names, allowed))
+        return states
 
 
 def _taken(

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from autoparallel.graph.graph import Node
 from autoparallel.placement import Invariant, Layout, Partial, Placement
 from autoparallel.rules.ops.contraction import LATE_PRODUCTS
-from autoparallel.runtime.overlap import MOST_PIECES
+from autoparallel.runtime.products import MOST_PIECES
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.cost_tables import sum_of_columns
 from autoparallel.strategy.redistribution import RedistributionTable

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class Skeleton:
         return (self.kind == "tensor") + sum(child.tensors for child in self.children)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        """The text by which skeletons are compared, in every call of a parallel module."""
         if self.kind == "tensor":
             return "*"
         if self.kind == "constant":

@@ -6,12 +6,20 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
 import torch
 
-__all__ = ["python_numbers", "python_numbers_sums", "restore", "seeded", "snapshot"]
+__all__ = [
+    "PythonNumbers",
+    "python_numbers",
+    "python_numbers_sums",
+    "restore",
+    "seeded",
+    "snapshot",
+]
 __all__ += ["torch_generators"]
 
 
@@ -37,19 +45,50 @@ def snapshot() -> Any:
     )
 
 
-def python_numbers() -> Any:
-    """Return the state of Python's and numpy's global generators, as a value that stays equal as
-    long as nobody draws from them.
+def python_numbers() -> dict[str, Any]:
+    """Return the states of Python's and numpy's global generators by name, as values that stay
+    equal as long as nobody draws from them.
 
     Torch's generator is left out: ops that draw from it are seen in the graph.
+
+    >>> before = python_numbers()
+    >>> python_numbers() == before
+    True
     """
     numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else ()
-    return (
-        random.getstate(),
+    states: dict[str, Any] = {"python": random.getstate()}
+    if numpy is not None:
+        state = numpy.random.get_state()
         # Arrays have no single truth value, so that tuples that hold them cannot be compared.
-        [item.tobytes() if hasattr(item, "tobytes") else item for item in state],
-    )
+        states["numpy"] = (
+            tuple(item.tobytes() if hasattr(item, "tobytes") else item for item in state)
+            if isinstance(state, tuple)
+            else repr(state)
+        )
+    return states
+
+
+@dataclass(frozen=True)
+class PythonNumbers:
+    """The state of Python's or numpy's global generator, to be set again.
+
+    generator: "python" or "numpy". state: as `python_numbers` returns it.
+    """
+
+    generator: str
+    state: Any
+
+    def put(self) -> None:
+        """Have the generator go on from this state.
+
+        >>> PythonNumbers("python", python_numbers()["python"]).put()
+        """
+        if self.generator == "python":
+            random.setstate(self.state)
+            return
+        numpy = sys.modules["numpy"]
+        name, words, *rest = self.state
+        numpy.random.set_state((name, numpy.frombuffer(words, numpy.uint32), *rest))
 
 
 def python_numbers_sums() -> tuple[int, int]:

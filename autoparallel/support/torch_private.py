@@ -131,6 +131,7 @@ __all__ = [
     "outside_transforms",
     "parts_of_norms",
     "place_in_backward",
+    "placed_alike",
     "references_to",
     "remembering_fake_results",
     "run_as_python",
@@ -425,6 +426,14 @@ def local_part(tensor: DTensor) -> torch.Tensor:
     return tensor._local_tensor
 
 
+def placed_alike(one: DTensor, other: DTensor) -> bool:
+    """Return whether two DTensors of one mesh have the same placements.
+
+    One that was made like the other shares its description of these, which is seen at once.
+    """
+    return one._spec is other._spec or one.placements == other.placements
+
+
 @cache
 def parts_of_norms() -> frozenset[Any]:
     """Return the functions with which torch's `clip_grad_norm_` and its loss scaling look at each
@@ -456,14 +465,16 @@ def share_local_part(target: DTensor, source: DTensor) -> None:
     target._local_tensor, target._spec = source._local_tensor, source._spec
 
 
-def distributed_tensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
-    """Return a DTensor that holds `local` and is placed as another, without a gradient.
+def distributed_tensor_like(
+    local: torch.Tensor, like: DTensor, requires_grad: bool = False
+) -> DTensor:
+    """Return a DTensor that holds `local` and is placed as another.
 
     It is asked for at each gradient. DTensor's `__init__` only tells torch.export of the new
     tensor, and takes longer than all the rest.
     """
     kind = _distributed_class()
-    return kind.__new__(kind, local, like._spec, requires_grad=False)
+    return kind.__new__(kind, local, like._spec, requires_grad=requires_grad)
 
 
 @cache
@@ -484,9 +495,15 @@ def handle_distributed(handlers: dict[Any, Callable[..., Any]]) -> None:
 
 def in_function_transform() -> bool:
     """Return whether a transform of torch.func, such as grad or vmap, is at work here."""
+    return _interpreter_stack()() is not None
+
+
+@cache
+def _interpreter_stack() -> Callable[[], Any]:
+    """Return the function that tells of the transforms; an import takes longer than the answer."""
     from torch._C._functorch import peek_interpreter_stack
 
-    return peek_interpreter_stack() is not None
+    return peek_interpreter_stack
 
 
 def outside_transforms() -> AbstractContextManager[Any]:

@@ -49,6 +49,9 @@ def build_model(config: RunConfig, vocabulary: int) -> nn.Module:
     torch.manual_seed(config.training.seed)
     with torch.device("meta" if model.meta else "cpu"):
         built = _make(model, rows, config.data.sequence)
+    # What a plan is made of by the same name: a model and its example inputs.
+    if isinstance(built, tuple) and len(built) == 2:
+        built, _ = built
     if not isinstance(built, nn.Module):
         raise TrainingError(
             f"{model.kind} returned {type(built).__name__}",

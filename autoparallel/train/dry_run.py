@@ -89,7 +89,7 @@ def dry_run(config: RunConfig, ranks: int | None = None) -> DryRun:
     plan = plan_of_run(config, model, example, world_size, torch.device("cpu"))
     tokens = config.training.batch * max(value[0].numel() for value in example.values())
     seconds, mfu = plan.seconds * config.training.accumulate, 0.0
-    if plan.is_traced:
+    if plan.is_traced and plan.pipeline is None:
         step = timeline(plan)
         seconds = step.seconds * tokens / (step.tokens or tokens)
         mfu = step.mfu

@@ -97,6 +97,9 @@ def plan_of_run(
             recompute=options.recompute or None,
             constraints=options.constraints,
             layout=options.layout or None,
+            microbatches=options.microbatches or None,
+            schedule=options.schedule,
+            stages_per_rank=options.stages_per_rank,
         )
 
 
@@ -121,7 +124,7 @@ class Run:
         self._everywhere(lambda: require_room(self.folder, nbytes * bool(config.checkpoint.every)))
         example = self._to_device(self.rows("train", 0, 0, config.rows_of_a_pass))
         self.plan = plan_of_run(config, plain, example, self.world_size, device)
-        self.data_ranks, self.data_rank = self._place(self.plan.mesh)
+        self.data_ranks, self.data_rank = self._place(self.plan.whole_mesh)
         # A plan that was read from a file is traced here.
         with precision_of(config, device):
             self.module = apply_plan(
@@ -240,6 +243,9 @@ class Run:
     @cached_property
     def predicted_seconds(self) -> float | None:
         """The predicted time of a step; None for a plan that was read from a file."""
+        if self.plan.pipeline is not None:
+            planned = (math.prod(each.planned) for each in self.plan.inputs)
+            return self.plan.seconds * self.tokens_of_a_step / max(planned)
         step = self._timeline
         if step is None:
             return None
@@ -249,7 +255,8 @@ class Run:
 
     @cached_property
     def _timeline(self) -> Any:
-        return timeline(self.plan) if self.plan.is_traced else None
+        told = self.plan.is_traced and self.plan.pipeline is None
+        return timeline(self.plan) if told else None
 
     @cached_property
     def tokens_of_a_step(self) -> int:
@@ -273,13 +280,14 @@ class Run:
         """Return what is said before the first step."""
         training, ranks = self.config.training, self.world_size
         local = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel()
-                    for p in self.module.parameters())  # fmt: skip
+                    for p in self.module.parameters() if not p.is_meta)  # fmt: skip
         memory = sum(nbytes for _, nbytes in self.plan.memory)
         expected = self.predicted_seconds
         passes = f" in {training.accumulate} passes" if training.accumulate > 1 else ""
         return {
             "run": f"{self.folder}, seed {training.seed}, torch {torch.__version__}",
-            "devices": f"{ranks} rank{'s' * (ranks > 1)} on {self.device.type}, {self.plan.mesh}",
+            "devices": f"{ranks} rank{'s' * (ranks > 1)} on {self.device.type}, "
+            f"{self.plan.whole_mesh}",
             "model": f"{self.config.model.kind}, {self.parameters:,} parameters, {local:,} on "
             "rank 0",
             "data": f"{self.source}; {training.batch} rows a step{passes}, "
@@ -292,5 +300,5 @@ class Run:
 
 def _in_few_lines(plan: Plan) -> str:
     """Return what a plan does; its own figures are for its own batch, and are told as the run's."""
-    told = ("mesh", "hardware", "split", "collectives", "recomputed", "plain")
+    told = ("mesh", "pipeline", "hardware", "split", "collectives", "recomputed", "plain")
     return "\n".join(line for line in str(plan).splitlines() if line.startswith(told))

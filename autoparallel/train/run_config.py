@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from autoparallel.options import SCHEDULES
 from autoparallel.train.config import TrainingError
 
 __all__ = [
@@ -225,9 +226,15 @@ class ParallelConfig(_Section):
 
     mesh: str = key(
         "tp",
-        'axes of the ranks, outermost first: "tp", "dp=2,tp" (an axis without a size takes the '
-        'rest), or "auto" for the fastest; along dp each rank reads rows of its own',
+        'axes of the ranks, outermost first: "tp", "dp=2,tp", "pp=2,tp" (an axis without a size '
+        'takes the rest), or "auto" for the fastest; along dp each rank reads rows of its own, '
+        "along pp it has a stage of the model",
     )
+    microbatches: int = key(
+        0, "of the stages of pp, in a pass; by default as many as suit it", least=0
+    )
+    schedule: str = key("1f1b", "of the stages of pp", among=tuple(SCHEDULES))
+    stages_per_rank: int = key(1, "of pp", least=1)
     hardware: str = key("auto", "a preset, or a file of `autoparallel calibrate`")
     memory_limit: str = key("", 'memory of a rank, such as "40GiB"; by default not limited')
     recompute: str = key(
@@ -251,6 +258,13 @@ class ParallelConfig(_Section):
                 f"mesh = {self.mesh!r}",
                 why="it is a list of axes, one of which may be without a size",
                 fix='write "tp", "dp=2,tp=4", "dp,tp=4" or "auto"',
+            )
+        if self.microbatches and "pp" not in re.split("[=,]", self.mesh) and self.mesh != "auto":
+            raise TrainingError(
+                f"microbatches = {self.microbatches} with mesh = {self.mesh!r}",
+                why="they are what stages work at, one after the other, and there are none",
+                fix='give the mesh an axis pp, as "pp=2,tp", or leave microbatches out; '
+                "training.accumulate has several passes in a step on any mesh",
             )
 
 

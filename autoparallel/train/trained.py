@@ -128,8 +128,9 @@ def _of_hugging_face(folder: Path, mesh: str) -> Trained:
 def _on_mesh(config: RunConfig, mesh: str) -> RunConfig:
     """Return the configuration for another mesh, without what is of training alone."""
     parallel = replace(
-        config.parallel, mesh=mesh, plan="", memory_limit="", constraints=(), layout=""
-    )
+        config.parallel, mesh=mesh, plan="", memory_limit="", constraints=(),
+        layout="", microbatches=0, schedule="1f1b", stages_per_rank=1,
+    )  # fmt: skip
     return replace(config, parallel=parallel)
 
 

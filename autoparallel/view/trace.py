@@ -1,4 +1,4 @@
-"""A predicted step as a trace that Perfetto (ui.perfetto.dev) and Chrome's viewer can open."""
+"""A predicted step, with a measured one beside it, as a trace that ui.perfetto.dev opens."""
 
 from __future__ import annotations
 
@@ -9,49 +9,64 @@ from typing import Any
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Timeline
 from autoparallel.support.arguments import require_kind
 from autoparallel.support.written_files import write_file
+from autoparallel.view.measured_step import MeasuredStep
 
 __all__ = ["trace_json", "write_trace"]
 
 _MICRO = 1e6  # The format counts in microseconds.
+_STREAMS = (COMPUTE, COMMUNICATION)
 
 
-def write_trace(timeline: Timeline, path: str | PathLike[str]) -> None:
+def write_trace(
+    timeline: Timeline, path: str | PathLike[str], *, measured: MeasuredStep | None = None
+) -> None:
     """Write the trace of a timeline to a file, the same text for the same timeline.
 
-    path: of a JSON file, to be opened at ui.perfetto.dev. Raises AutoParallelError where no such
-    file can be written, and where `timeline` is no Timeline.
+    path: of a JSON file, to be opened at ui.perfetto.dev. measured: a step that ran, to lie below
+    the predicted one, both from the same moment on. Raises AutoParallelError where no such file can
+    be written, and where `timeline` is no Timeline or `measured` no MeasuredStep.
 
     Example: write_trace(autoparallel.timeline(plan), "step.json")
     """
     require_kind(timeline, Timeline, "make one: autoparallel.timeline(plan)")
-    write_file(path, trace_json(timeline).encode())
+    if measured is not None:
+        require_kind(measured, MeasuredStep, "make one: autoparallel.measure_step(step)")
+    write_file(path, trace_json(timeline, measured).encode())
 
 
-def trace_json(timeline: Timeline) -> str:
-    """Return a timeline's events in the Trace Event Format: one process, a thread per stream.
+def trace_json(timeline: Timeline, measured: MeasuredStep | None = None) -> str:
+    """Return events in the Trace Event Format: a process for each step, a thread per stream.
 
     Times are in microseconds from the start of the step. Events of computing and of communicating
-    are in threads of their own, because they overlap.
+    are in threads of their own, because they overlap. measured: as of `write_trace`.
 
     Example: json.loads(trace_json(timeline))["traceEvents"]
     """
-    streams = (COMPUTE, COMMUNICATION)
-    rows: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": at, "args": {"name": stream}}
-        for at, stream in enumerate(streams)
-    ]
-    rows += [
-        {
-            "name": event.name,
-            "cat": event.phase,
-            "ph": "X",
-            "pid": 0,
-            "tid": streams.index(event.stream),
-            "ts": event.start * _MICRO,
-            "dur": event.seconds * _MICRO,
-            "args": {"phase": event.phase},
-        }
-        for event in timeline.events
-    ]
+    steps = [("predicted", timeline.events)]
+    if measured is not None:
+        steps.append((f"measured on {measured.device}", measured.named_like(timeline.events)))
+    rows: list[dict[str, Any]] = []
+    for process, (name, events) in enumerate(steps):
+        if measured is not None:
+            rows.append(_named("process_name", process, 0, name))
+        rows += [_named("thread_name", process, at, stream) for at, stream in enumerate(_STREAMS)]
+        rows += [
+            {
+                "name": event.name,
+                "cat": event.phase,
+                "ph": "X",
+                "pid": process,
+                "tid": _STREAMS.index(event.stream),
+                "ts": event.start * _MICRO,
+                "dur": event.seconds * _MICRO,
+                "args": {"phase": event.phase},
+            }
+            for event in events
+        ]
     trace = {"displayTimeUnit": "ms", "traceEvents": rows}
     return json.dumps(trace, indent=1) + "\n"
+
+
+def _named(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    """Return the row that gives a process or a thread its name."""
+    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}

@@ -151,6 +151,23 @@ def test_a_function_of_the_users(module: str, capsys: pytest.CaptureFixture[str]
         named_model(f"{module}:build", batch=6)
 
 
+def test_measure_puts_a_step_beside_the_prediction(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one rank in this process; other numbers of ranks are told how to begin."""
+    for ranks in ("1", "2"):
+        assert main(["plan", f"{module}:build", "--world-size", ranks, "-o", f"{ranks}.json"]) == 0
+    assert main(["measure", "1.json", "-o", "step.trace.json"]) == 0
+    told = capsys.readouterr()
+    assert "furthest apart" in told.out
+    assert "written to step.trace.json" in told.err
+    assert "measured on" in Path("step.trace.json").read_text()
+    assert main(["measure", "2.json"]) == 2
+    assert "--nproc-per-node 2 -m autoparallel measure 2.json" in capsys.readouterr().err
+    assert main(["measure", "1.json", "-o", "step.png"]) == 2
+    assert "end in .trace.json" in capsys.readouterr().err
+
+
 def test_show_prints_the_report_and_writes_files(
     plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import tomllib
+from dataclasses import field, make_dataclass, replace
 
 import pytest
 import torch
@@ -14,9 +16,14 @@ from torch.nn import functional
 import autoparallel
 from autoparallel import Mesh, Shard, make_plan
 from autoparallel.errors import PlanError
-from autoparallel.exports.emitted_script import _literal
 from autoparallel.exports.folded_source import fold_statements
+from autoparallel.exports.launch_settings import (
+    TORCHTITAN_COMMAND,
+    megatron_arguments,
+    torchtitan_toml,
+)
 from autoparallel.exports.module_splits import module_splits
+from autoparallel.exports.script_tables import literal
 from autoparallel.exports.targets import TARGETS, export
 from autoparallel.plan import Plan
 from autoparallel.train.models import GPT, GPTConfig
@@ -67,7 +74,7 @@ def test_ranks_of_unequal_parts_have_programs_of_their_own() -> None:
 def test_numbers_of_buffers_are_written_as_python_has_them() -> None:
     """Those that are not finite too."""
     tensor = torch.tensor([1.5, float("inf"), -float("inf"), float("nan")])
-    read = eval(_literal("mask", tensor), {"torch": torch})
+    read = eval(literal("mask", tensor), {"torch": torch})
     torch.testing.assert_close(read, tensor, equal_nan=True)
 
 
@@ -165,6 +172,61 @@ def test_an_unknown_target_is_refused(planned: tuple[GPT, Plan]) -> None:
     model, plan = planned
     with pytest.raises(PlanError, match="parallelize_module"):
         autoparallel.export(plan, "alpa", model)
+
+
+def test_megatron_has_these_arguments(planned: tuple[GPT, Plan]) -> None:
+    """Megatron-Core's own configuration takes each, by its name and with its value."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    _, plan = planned
+    recomputed = replace(plan, recompute=(("blocks.0", "full"), ("blocks.1", "none")))
+    for one in (plan, recomputed):
+        values: dict[str, object] = {}
+        for line in megatron_arguments(one).text.splitlines():
+            words = [] if line.startswith("#") else re.split(r" (?=--)", line)
+            for word in words:
+                name, _, value = word.removeprefix("--").partition(" ")
+                values[name.replace("-", "_")] = int(value) if value.isdecimal() else value or True
+        # It is of the optimizer, and not of the model.
+        values.pop("use_distributed_optimizer", None)
+        config = TransformerConfig(num_layers=2, hidden_size=48, num_attention_heads=4, **values)
+        # Without data parallelism, products are split on both axes.
+        assert config.tensor_model_parallel_size == 4
+        assert config.recompute_granularity == values.get("recompute_granularity")
+
+
+@pytest.mark.optional
+def test_torchtitan_reads_its_command_line(planned: tuple[GPT, Plan]) -> None:
+    """By torchtitan's own parser and configuration, where 0.3 or later is installed."""
+    tyro = pytest.importorskip("tyro")
+    configs = pytest.importorskip("torchtitan.config.configs")
+    checkpoints = pytest.importorskip("torchtitan.distributed.activation_checkpoint")
+    config = make_dataclass(
+        "Config",
+        [
+            (
+                "parallelism",
+                configs.ParallelismConfig,
+                field(default_factory=configs.ParallelismConfig),
+            ),
+            (
+                "activation_checkpoint",
+                checkpoints.ActivationCheckpointingConfig,
+                field(default_factory=checkpoints.SelectiveAC.Config),
+            ),
+        ],
+    )
+    _, plan = planned
+    (line,) = [
+        line.removeprefix(TORCHTITAN_COMMAND)
+        for line in torchtitan_toml(plan).text.splitlines()
+        if line.startswith(TORCHTITAN_COMMAND)
+    ]
+    read = tyro.cli(config, args=line.split())
+    assert read.parallelism.tensor_parallel_degree == 4
+    assert read.parallelism.data_parallel_replicate_degree == 1
+    assert read.parallelism.data_parallel_shard_degree == 1
+    assert read.activation_checkpoint is None
 
 
 @pytest.mark.optional

@@ -11,6 +11,8 @@ from split_ranks import as_unsplit, programs_of
 from torch import nn
 from torch.nn import functional as F
 
+from autoparallel.support.torch_versions import RELEASE
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -83,4 +85,5 @@ def test_it_is_as_unsplit(model: Any, world_size: int) -> None:
     # Sums of rounded numbers are added in another order: some units in the last place of bfloat16.
     close = {"rtol": 2e-2, "atol": 2e-2} if world_size > 1 else {"rtol": 1e-6, "atol": 1e-7}
     made = as_unsplit(model(), world_size, (IDS,), script(*kinds), close=close)
-    assert model is Broken or made == 3
+    # Torch 2.11 cannot try a product of symbolic sizes under autocast: then it stays Python.
+    assert model is Broken or RELEASE < (2, 13) or made == 3

@@ -220,6 +220,35 @@ def test_filling_keeps_the_limit_and_costs_no_more() -> None:
     assert repair_to_limit > 10
 
 
+def test_solutions_within_one_limit_serve_another() -> None:
+    """Beginning with them, the search is as good, its bounds hold, and it takes fewer solves."""
+    solves = [0, 0]
+    for seed in range(60):
+        found = solvable(seed)
+        if found is None or found[0].limit is None:
+            continue
+        problem, known = found[0], list[Solution]()
+        for share in (1.0, 0.8, 1.1):
+            tried = replace(problem, limit=problem.limit * share)
+            try:
+                expected = exhaustive.solve(tried)
+            except OverLimitError:
+                with pytest.raises(OverLimitError):
+                    limited.solve(tried, known=known)
+                continue
+            for place, begun in enumerate((None, known)):
+
+                def counted(plain: Problem, place: int = place) -> Solution:
+                    solves[place] += 1
+                    return exact.solve(plain)
+
+                solution = limited.solve(tried, solver=counted, enough=0.0, known=begun)
+                accounts_for(tried, solution)
+                assert solution.lower_bound <= expected.cost + 1e-9 * (1 + abs(expected.cost))
+                assert expected.cost <= solution.cost + 1e-9 * (1 + abs(expected.cost))
+    assert solves[1] < solves[0]
+
+
 @pytest.mark.broad
 @pytest.mark.parametrize("start", range(0, 1000, 100))
 def test_limited_equals_brute_force_on_many(start: int) -> None:
@@ -244,6 +273,20 @@ def test_equal_layers_fill_the_limit(states: int, share: float) -> None:
 def test_the_same_limit_gives_the_same_plan() -> None:
     problem = replace(chain_problem(12), limit=150.0)
     assert limited.solve(problem) == limited.solve(replace(chain_problem(12), limit=150.0))
+
+
+def test_known_solutions_with_forbidden_states_are_none() -> None:
+    """A search that begins with what another one found takes no state that it is not allowed."""
+    problem = replace(chain_problem(12), limit=150.0)
+    known: list[Solution] = []
+    first = limited.solve(problem, known=known)
+    assert known
+    name, state = problem.variables[5].name, first.assignment[problem.variables[5].name]
+    unary = problem.variable(name).unary.copy()
+    unary[state] = math.inf
+    forced = problem.with_unary({name: unary})
+    assert limited.solve(forced, known=known).assignment[name] != state
+    assert limited.solve(forced, known=known).cost >= limited.solve(forced).lower_bound
 
 
 def test_no_limit_and_a_loose_one_change_nothing() -> None:

@@ -15,6 +15,7 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import Plan
 from autoparallel.planning.alternatives import find_alternatives
 from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.solution_to_plan import solution_of_plan
 from autoparallel.strategy.build_network import build_network
 from autoparallel.train.models import GPT, GPTConfig
 from planners import least_among
@@ -44,6 +45,7 @@ def test_they_cost_no_less_than_planning_anew(data_parallel: bool) -> None:
     problem = network.problem()
     solve = NetworkSolver(network)
     best = solve(problem)
+    chosen = solution_of_plan(network, plan)
     found = find_alternatives(plan)
     compared = exact = 0
     for name, alternatives in found.items():
@@ -51,6 +53,8 @@ def test_they_cost_no_less_than_planning_anew(data_parallel: bool) -> None:
             at = network.strategies[name].index(alternative.strategy)
             forced = least_among(problem, {name: [at]}, memo=solve.memo)[name]
             slack, told = 1e-9 * best.cost, plan.cost + alternative.seconds
+            kept = least_among(problem, {name: [chosen[name]]}, memo=solve.memo)[name]
+            assert alternative.anew == pytest.approx(forced - kept, abs=slack)
             assert best.cost - slack <= forced <= told + slack
             compared += 1
             exact += told - forced <= slack

@@ -17,7 +17,7 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import arrangements
 from autoparallel.placement import Invariant, Replicate, Shard, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning import memory_limit
+from autoparallel.planning import memory_advice
 from autoparallel.planning.solution_to_plan import solution_of_plan
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
@@ -128,13 +128,13 @@ def test_what_does_not_fit_says_by_how_much() -> None:
 def test_how_many_ranks_would_do_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many meshes were tried: for the one whose plan needs least."""
     asked: list[Mesh] = []
-    find = memory_limit._enough_ranks
+    find = memory_advice._enough_ranks
 
     def counted(captured: Any, network: CostNetwork, *others: Any) -> Mesh | None:
         asked.append(network.mesh)
         return find(captured, network, *others)
 
-    monkeypatch.setattr(memory_limit, "_enough_ranks", counted)
+    monkeypatch.setattr(memory_advice, "_enough_ranks", counted)
     with pytest.raises(MemoryLimitError, match=r"use \d+ ranks \(Mesh"):
         planned(mesh="auto", world_size=4, batch=8, memory_limit="700KiB")
     assert len(asked) == 1

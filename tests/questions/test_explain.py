@@ -14,6 +14,7 @@ from torch import nn
 
 import autoparallel
 from autoparallel import Mesh, make_plan
+from autoparallel.analysis.memory import memory_of
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.size_hints import with_larger_hints
@@ -24,6 +25,7 @@ from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.train.models import GPT, GPTConfig
 from planners import InfeasibleError, Problem, exact
+from planners.state_costs import StateCosts
 
 CHOICES = 50
 # Without data parallelism products weigh more than their seconds until they are split.
@@ -160,19 +162,91 @@ def test_it_says_what_a_reader_asks_for(explainer: Explainer) -> None:
     assert "with all else planned anew" in text
     assert "reduce-scatter" in text
     assert "row, as it is" in str(explainer.explain("attention.projection", why_not="row"))
+    # Asked of a weight, it is meant of the product that reads it.
+    of_weight = explainer.explain("feed_forward.expand.weight", why_not="row")
+    assert of_weight.asked is not None
+    assert of_weight.asked == explainer.explain("feed_forward.expand", why_not="row").asked
 
 
-def test_under_a_memory_limit() -> None:
-    """Each alternative is searched within the limit, and told with what is proven of it."""
-    layers = [nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)]
-    model, inputs = nn.Sequential(*layers), torch.ones(32, 64)
-    free = make_plan(model, mesh=Mesh(dp=2, tp=2), example_inputs=inputs)
-    limit = int(0.8 * sum(nbytes for _, nbytes in free.memory))
-    plan = make_plan(model, mesh=Mesh(dp=2, tp=2), example_inputs=inputs, memory_limit=limit, gap=0)
-    answer = Explainer(plan).explain("0.weight", why_not="whole")
-    assert answer.asked is not None
-    assert answer.asked.proven <= answer.asked.added_cost
-    assert answer.alternatives
+@pytest.fixture(scope="module")
+def limited() -> Explainer:
+    """Of a plan that has to give way to its memory limit."""
+    config = GPTConfig(layers=1, hidden=768, heads=12, vocabulary=6000, positions=128, dropout=0)
+    with torch.device("meta"):
+        model = GPT(config)
+    plan = make_plan(
+        model,
+        mesh=Mesh(dp=2, tp=2),
+        example_inputs=model.example_inputs(8, 128),
+        hardware="dgx-a100",
+        memory_limit=100_000_000,
+    )
+    assert plan.memory_price > 0
+    assert Plan.from_json(plan.to_json()).memory_price == plan.memory_price
+    return Explainer(plan)
+
+
+@pytest.mark.parametrize(
+    ("subject", "why_not"),
+    [("feed_forward.expand", "split 0 on tp"), ("token_embedding.weight", "whole")],
+)
+def test_at_the_price_of_memory(subject: str, why_not: str, limited: Explainer) -> None:
+    """Nothing that is searched within the limit costs less than the bound; what costs less takes
+    more bytes than there are.
+    """
+    both = [limited.explain(subject, why_not=why_not, search=search) for search in (False, True)]
+    quick, searched = (answer.asked for answer in both)
+    charged = ["Memory is charged at" in str(answer) for answer in both]
+    assert charged == [True, False]
+    assert quick is not None
+    assert searched is not None
+    slack = 1e-9 * limited.plan.cost
+    assert quick.proven <= searched.added_cost + slack
+    assert quick.proven <= quick.added_cost
+    assert quick.plan is not None
+    memory = sum(nbytes for _, nbytes in memory_of(quick.plan, graph=limited.plan.graphs[0]).rows)
+    assert limited.plan.memory_limit is not None
+    assert quick.excess_nbytes == max(memory - limited.plan.memory_limit, 0)
+
+
+def test_costs_at_the_price_are_optima(limited: Explainer) -> None:
+    """Of all alternatives at once, against a solve for each."""
+    forcing = limited.forcing
+    problem = forcing.problem.weighed(limited.plan.memory_price)
+    own = problem.cost(forcing.chosen)
+    for name in ("p_token_embedding_weight", "linear_2_product"):
+        answer = limited.explain(name)
+        variable = problem.variable(name)
+        each = []
+        for state in range(variable.size):
+            try:
+                each.append(exact.solve(problem.pinned({name: state})).cost - own)
+            except InfeasibleError:
+                each.append(math.inf)
+        for other in answer.alternatives:
+            assert min(abs(other.added_cost - cost) for cost in each) <= 1e-9 * own
+
+
+def test_of_a_wide_network_a_few_decisions_are_held() -> None:
+    """What is told is a plan, and a bound that is none too high."""
+    plan = plan_of(Mesh(tp=2))
+    quick = Explainer(plan)
+    costs = StateCosts(quick.forcing.priced, quick.forcing.chosen, max_table_entries=40)
+    quick.forcing.costs = costs
+    true = Explainer(plan)
+    proven = 0
+    for name in ("linear_2_product", "p_token_embedding_weight"):
+        told = quick.explain(name)
+        right = {other.text: other for other in true.explain(name).alternatives}
+        assert costs.held
+        for other in told.alternatives:
+            assert other.proven <= other.added_cost
+            if other.text in right:
+                slack = 1e-9 * plan.cost
+                assert other.proven - slack <= right[other.text].added_cost
+                assert right[other.text].added_cost <= other.added_cost + slack
+                proven += other.proven > 0
+    assert proven
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Conversions in two halves, and late products: values, gradients of any order, and their order."""
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +20,7 @@ from autoparallel.placement import (
     Shard,
     local_size,
 )
-from autoparallel.runtime import overlap
+from autoparallel.runtime import overlap, products
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import Group, SingleGroup
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
@@ -43,15 +44,24 @@ def plain_linear(x: Any, weight: Any, bias: Any, **_: Any) -> Any:
     return functional.linear(x, weight, bias)
 
 
-def both(group: Group, source: Placement, target: Placement, late: bool) -> list[torch.Tensor]:
-    """A conversion, two products that read it, a sum, and what comes of it up to third order."""
+def both(group: Group, source: Placement, target: Placement, way: str) -> list[torch.Tensor]:
+    """A conversion, two products that read it, a sum, and what comes of it up to third order.
+
+    way: "numbered" and "filled" are late products; "plain" ones are not.
+    """
     generator = torch.Generator().manual_seed(group.rank)
     leaves = [
         torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
         for shape in ((6, 6), (5, 6), (5,), (6, 4))
     ]
     x, weight, bias, matrix = leaves
-    if late:
+    if way == "filled":
+        cut = matrix[:6]
+        weights = [(weight, bias), (cut, None)]
+        moved, gap = overlap.convert_filled(x.sin(), group, source, target, 6, weights)
+        left = overlap.linear(moved, weight, bias, gap=gap, place=0)
+        right = overlap.mm(moved[:, :6], cut, gap=gap, place=1)
+    elif way == "numbered":
         moved = overlap.convert(x.sin(), group, source, target, 6, 1)
         left = overlap.linear(moved, weight, bias, gap=1)
         right = overlap.mm(moved[:, : matrix.size(0)], matrix[: moved.size(1)], gap=1)
@@ -70,14 +80,91 @@ def both(group: Group, source: Placement, target: Placement, late: bool) -> list
     return [tensor.detach() for tensor in (*found, *(leaf.grad for leaf in leaves))]
 
 
+@pytest.mark.parametrize("way", ["numbered", "filled"])
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(("source", "target"), CONVERSIONS[:1] + CONVERSIONS[3:4], ids=str)
-def test_late_products_have_the_plain_ones_derivatives(source, target, world_size):
-    late = on_ranks(world_size, lambda group: both(group, source, target, True))
-    plain = on_ranks(world_size, lambda group: both(group, source, target, False))
+def test_late_products_have_the_plain_ones_derivatives(source, target, world_size, way):
+    late = on_ranks(world_size, lambda group: both(group, source, target, way))
+    plain = on_ranks(world_size, lambda group: both(group, source, target, "plain"))
     for ours, theirs in zip(late, plain, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def chain(group: Group, size: int, outermost: bool, joined: bool) -> list[torch.Tensor]:
+    """Two products between parts of a sequence, as Megatron has them, a third one, and derivatives
+    up to the second order. joined: with conversions and products in one node.
+    """
+    generator = torch.Generator().manual_seed(group.rank)
+    split = Shard(1, outermost=outermost)
+    part = local_size(size, split, group.world_size, group.rank)
+    leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, part, 6), (4, 6), (4,), (6, 4), (3, 6))
+    ]
+    x, up, bias, down, last = leaves
+    gather, scatter = (group, split, Replicate(), size), (group, Partial(), split, 0)
+    if joined:
+        weights = [(up, bias), (down, None)]
+        first, gap = overlap.convert_then_linear(x.sin(), *gather, weights)
+        parts, gap = overlap.linear_then_convert(
+            first.tanh(), down, *scatter, [(last, None)], gap=gap, place=1
+        )
+        result = overlap.linear(parts, last, gap=gap, place=0)
+    else:
+        first = functional.linear(convert(x.sin(), *gather), up, bias)
+        result = functional.linear(convert(functional.linear(first.tanh(), down), *scatter), last)
+    loss = result.pow(3).sum()
+    found = [loss, *torch.autograd.grad(loss, leaves, retain_graph=True)]
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    found += torch.autograd.grad(sum(g.pow(2).sum() for g in grads), leaves, retain_graph=True)
+    found += torch.autograd.grad(loss, [down], retain_graph=True)
+    return [tensor.detach() for tensor in found]
+
+
+@pytest.mark.parametrize("outermost", [True, False], ids=["outermost", "in-order"])
+@pytest.mark.parametrize(("world_size", "size"), [(2, 6), (3, 6), (3, 7)])
+def test_a_conversion_and_a_product_in_one_node_have_the_same_derivatives(
+    world_size, size, outermost
+):
+    one = on_ranks(world_size, lambda group: chain(group, size, outermost, joined=True))
+    two = on_ranks(world_size, lambda group: chain(group, size, False, joined=False))
+    for ours, theirs in zip(one, two, strict=True):
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_pass_that_failed_leaves_no_gradient_of_a_weight_behind():
+    def refuse(grad: torch.Tensor) -> None:
+        raise ValueError("stop")
+
+    def work(group: Group) -> list[Any]:
+        x, weight = (torch.ones(shape, requires_grad=True) for shape in ((2, 3), (4, 3)))
+        ends = (group, Invariant(), Replicate(), 0)
+        moved, gap = overlap.convert_filled(x.sin(), *ends, [(weight, None)])
+        product = overlap.linear(moved, weight, gap=gap, place=0)
+        hook = moved.register_hook(refuse)
+        with pytest.raises(ValueError, match="stop"):
+            product.sum().backward(retain_graph=True)
+        hook.remove()
+        # The product is no part of this pass.
+        return list(torch.autograd.grad(moved.sum(), [x, weight], allow_unused=True))
+
+    for of_x, of_weight in on_ranks(2, work):
+        assert of_weight is None or not of_weight.any()
+        torch.testing.assert_close(of_x, 2 * torch.ones(2, 3).cos())
+
+
+def test_a_gap_outlives_no_program():
+    """What autograd keeps for a backward pass that never comes is freed with the results."""
+    x, weight = (torch.ones(shape, requires_grad=True) for shape in ((2, 3), (4, 3)))
+    before = x.sin()
+    kept = weakref.ref(before)
+    ends = (SingleGroup(), Invariant(), Replicate(), 0)
+    moved, gap = overlap.convert_filled(before, *ends, [(weight, None)])
+    result = overlap.linear(moved, weight, gap=gap, place=0)
+    del before, moved, gap, result
+    assert kept() is None
 
 
 def in_another_thread(loss: torch.Tensor) -> None:
@@ -170,7 +257,8 @@ def test_halves_make_a_conversion(source, target):
         assert all(map(torch.equal, one, other))
 
 
-def test_weight_gradients_run_while_the_gradient_is_summed():
+@pytest.mark.parametrize("filled", [True, False], ids=["filled", "numbered"])
+def test_weight_gradients_run_while_the_gradient_is_summed(filled):
     """Both products' gradients of x come first, then the all-reduce, then those of the weights."""
 
     def work(group: Any) -> list[str]:
@@ -179,8 +267,16 @@ def test_weight_gradients_run_while_the_gradient_is_summed():
         x = torch.ones(2, 3, requires_grad=True)
         weights = [torch.ones(4, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)]
         before = x.exp()
-        moved = overlap.convert(before, noting, Invariant(), Replicate(), 0, 1)
-        first, second = (overlap.linear(moved, weight, gap=1) for weight in weights)
+        ends = (noting, Invariant(), Replicate(), 0)
+        gap: Any = 1
+        if filled:
+            moved, gap = overlap.convert_filled(before, *ends, [(w, None) for w in weights])
+        else:
+            moved = overlap.convert(before, *ends, gap)
+        first, second = (
+            overlap.linear(moved, weight, gap=gap, place=place)
+            for place, weight in enumerate(weights)
+        )
         loss = first.sum() + second.sum()
         with NotedProducts(notes):
             loss.backward()
@@ -195,7 +291,7 @@ def test_weight_gradients_run_while_the_gradient_is_summed():
 
 def test_a_product_is_summed_in_pieces(monkeypatch):
     """Each piece is on its way while the next is computed; the sum is that of all ranks."""
-    monkeypatch.setattr(overlap, "_PIECE_NBYTES", 3 * 4 * 8)
+    monkeypatch.setattr(products, "_PIECE_NBYTES", 3 * 4 * 8)
 
     def work(group: Any) -> tuple[list[str], list[torch.Tensor]]:
         notes: list[str] = []

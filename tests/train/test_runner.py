@@ -7,7 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from processes import run_processes
 from training_runs import metrics_of, run_on, small_config, write_text
+
+from autoparallel.train.generation import Sampling, generate
+from autoparallel.train.trained import open_trained
 
 BERT = (
     "--model=bert", "--model.norm=post", "--model.sentence_order=true",
@@ -100,3 +105,40 @@ def test_a_run_goes_on_anywhere(text, tmp_path):
     steps = [row["step"] for row in metrics_of(config) if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
     shutil.rmtree(tmp_path / "run")
+
+
+def test_stages_train_what_one_process_trains(text, tmp_path):
+    """Two stages of two ranks, with passes and micro-batches; what they have saved goes on without
+    stages, on four ranks and on one, and generates.
+    """
+    changes = ("--training.accumulate=2", "--checkpoint.every=3")
+    config = replace(small_config(text, *changes), folder=str(tmp_path / "run"))
+    expected = run_on(1, replace(config, folder=str(tmp_path / "one")))
+
+    def until(steps: int, mesh: str, **options: object) -> object:
+        # The schedule is that of the whole run.
+        return replace(
+            config,
+            training=replace(config.training, steps=steps),
+            schedule=replace(config.schedule, decay_steps=6),
+            parallel=replace(config.parallel, mesh=mesh, **options),
+        )
+
+    first = run_on(4, until(3, "pp=2,tp=2", microbatches=2))
+    stages = metrics_of(config)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    second = run_on(4, until(6, "tp"))
+    for found in (first[0] + second[0], first[0]):
+        assert found == pytest.approx(expected[0][: len(found)], rel=1e-11)
+    assert second[1] == pytest.approx(expected[1], rel=1e-11)
+    assert [row["step"] for row in stages if "loss" in row] == [1, 2, 3]
+    alone = run_on(1, replace(until(6, "tp"), folder=str(tmp_path / "copy")))
+    assert first[0] + alone[0] == pytest.approx(expected[0], rel=1e-11)
+    said = run_processes(written, 2, tmp_path / "run", "pp=2")
+    assert said == [written(0, tmp_path / "one", "tp")] * 2
+
+
+def written(_: int, folder: Path, mesh: str) -> list[int]:
+    """The tokens that a trained model writes."""
+    module = open_trained(folder, mesh, say=lambda _: None).module
+    return [int(token) for token in generate(module, torch.arange(5)[None], 3, Sampling())]

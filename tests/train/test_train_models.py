@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from autoparallel.train.built_models import build_model
+from autoparallel.train.config_text import read_config
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 
 SMALL_GPT = GPTConfig(layers=2, hidden=24, heads=3, vocabulary=101, positions=19)
@@ -98,3 +100,14 @@ def test_dropout_is_for_training() -> None:
 def test_heads_must_divide(config_class: type) -> None:
     with pytest.raises(ValueError, match="10 hidden / 3 heads"):
         config_class(hidden=10, heads=3)
+
+
+def model_and_inputs() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A function as `autoparallel plan` takes it."""
+    return nn.Linear(4, 4), {"input": torch.ones(2, 4)}
+
+
+def test_a_function_that_plans_are_made_of_is_trained() -> None:
+    """The example inputs beside the model are for planning."""
+    config = read_config(None, [f"--model.kind={__name__}:model_and_inputs"])
+    assert isinstance(build_model(config, 0), nn.Linear)

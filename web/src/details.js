@@ -80,11 +80,14 @@ function threads(model, element) {
 
 function alternatives(element) {
   if (!element.alt || !element.alt.length) return "";
-  return table(element.alt.map(([what, seconds, why]) => [
-    text(what),
-    seconds === null ? "impossible" : seconds > 0 ? `+${secondsText(seconds)}` : "no dearer",
-    text(why),
-  ]), ["instead", "costs", "why it lost"]);
+  return table(element.alt.map(([what, seconds, anew, why]) => [
+    text(what), more(seconds), anew === null ? "" : more(anew), text(why),
+  ]), ["instead", "all else as planned", "all planned anew", "why it lost"]);
+}
+
+// Less than a nanosecond is what sums in another order leave.
+function more(seconds) {
+  return seconds > 1e-9 ? `+${secondsText(seconds)}` : "no dearer";
 }
 
 const FATES = {

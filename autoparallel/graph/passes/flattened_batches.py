@@ -15,6 +15,7 @@ from autoparallel.graph.row_program import ROUTED
 __all__ = [
     "explicit_bias_of_batches",
     "is_pointwise",
+    "shifted_arguments",
     "unflatten_products",
     "unmerge_batches",
     "unmerge_losses",
@@ -261,7 +262,7 @@ class _Unmerger:
             return _reshape(node, values[0], apart.value) if node.result.shape[0] == first else None
         if node.target == "aten.expand.default" and node.args[1][0] in (first, -1):
             return _expand(node, values[0], apart.value)
-        args = _shifted(node, len(self.graph.values[merged].shape), len(apart.batch) - 1)
+        args = shifted_arguments(node, len(self.graph.values[merged].shape), len(apart.batch) - 1)
         if args is None or any(result.shape[0] != first for result in node.results):
             return None
         # Its other operands are weights, which have no batch.
@@ -328,7 +329,7 @@ def _view(like: Node, target: str, result: Value, source: Value) -> Node:
     return replace(like, name=result.name, target=target, results=(result,), args=args, kwargs=())
 
 
-def _shifted(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
+def shifted_arguments(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:
     """Return the call's args for operands with `extra` more dims in front.
 
     rank: of the merged operand. None where the call is not one for each place in the first dim.

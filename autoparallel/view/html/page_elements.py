@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,21 +213,29 @@ class Elements:
         self.number.update(dict.fromkeys(op.makes, number))
 
     def instead(self, op: OpChoice) -> list[list[Any]]:
-        """Return what an op could have done instead: in words, extra seconds, and why it lost."""
+        """Return what an op could have done instead: in words, extra seconds with all else as
+        planned and with all else planned anew (None where that is unknown), and why it lost.
+        """
         rows: dict[str, list[Any]] = {}
         for one in self.alternatives.get(op.name, ()):
             tensors = (*one.strategy.operands, *one.strategy.results)
             told = self.doing(op, tensors)
-            if told == self.doing(op, (*op.operands, *op.results)) or told in rows:
+            anew = one.anew if math.isfinite(one.anew) else None
+            if told == self.doing(op, (*op.operands, *op.results)):
+                continue
+            if told in rows:
+                # Of what reads alike, the cheapest is told.
+                least = [each for each in (rows[told][2], anew) if each is not None]
+                rows[told][2] = min(least, default=None)
                 continue
             moved = one.seconds - one.own
             parts = [("computing", one.own), ("moving", moved)]
             # Of sums in another order, roundings are left.
-            least = 1e-6 * max(abs(one.own), abs(moved))
-            why = ", ".join(f"{what} {_signed(sec)}" for what, sec in parts if abs(sec) > least)
+            least_seconds = 1e-6 * max(abs(one.own), abs(moved))
+            why = ", ".join(f"{what} {_signed(s)}" for what, s in parts if abs(s) > least_seconds)
             if one.seconds < 0:
                 why += "; what speaks against it is memory, the step that overlaps, or the split"
-            rows[told] = [told, one.seconds, why]
+            rows[told] = [told, one.seconds, anew, why]
         return list(rows.values())[:_ALTERNATIVES]
 
     def doing(self, op: OpChoice, tensors: Sequence[Layout]) -> str:

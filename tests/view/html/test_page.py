@@ -110,9 +110,13 @@ def test_an_op_is_told_in_full() -> None:
     assert ["hidden", "summed", "", 0] in row["loops"]
     assert row["why"] == ["Because it was asked for."]
     assert data()["parameters"][row["params"][0]][0] == "blocks.0.attention.query_key_value.weight"
-    told = [what for what, _, _ in row["alt"]]
+    told = [what for what, *_ in row["alt"]]
     assert told
     assert len(told) == len(set(told))
+    for _, seconds, anew, why in row["alt"]:
+        assert seconds > 0
+        assert anew is not None
+        assert why
 
 
 def test_collectives_say_why() -> None:

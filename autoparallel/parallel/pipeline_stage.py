@@ -1,0 +1,74 @@
+"""Torch's stage of a pipeline, made right for backward passes in two halves.
+
+It is imported when a step runs: torch.distributed.pipelining takes a while.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.pipelining import PipelineStage
+
+from autoparallel.parallel.stage_module import StageModule
+
+__all__ = ["Stage"]
+
+
+class Stage(PipelineStage):
+    """A stage whose gradients of weights may be computed later than those of its inputs.
+
+    Torch finds what gradients of weights begin with on the way from the outputs to the inputs.
+    Where no input has a gradient there is none, and torch would leave the weights without one: such
+    a stage does all of its backward pass when gradients of weights are due.
+    """
+
+    def __init__(self, module: StageModule, *args: Any, **options: Any) -> None:
+        super().__init__(module, *args, **options)
+        self.module = module
+        self.put_off: dict[int, torch.Tensor | None] = {}
+
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: torch.Tensor | None = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> None:
+        """Compute the gradients of a micro-batch, or those of what came in alone."""
+        if self.has_backward and not (full_backward or self.is_first or self.module.has_way_back):
+            self.put_off[bwd_chunk_id] = loss
+            # Nothing that came in has a gradient.
+            self.bwd_cache[bwd_chunk_id] = (None,) * len(self.module.programs.enters)
+            return
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if bwd_chunk_id in self.bwd_cache and not full_backward:
+            # Sends take no others. Of a whole backward pass, autograd lays them out so.
+            gradients = self.bwd_cache[bwd_chunk_id]
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                g if g is None else g.contiguous() for g in gradients
+            )
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Compute the gradients of the weights for a micro-batch."""
+        if bwd_chunk_id in self.put_off:
+            loss = self.put_off.pop(bwd_chunk_id)
+            super().backward_one_chunk(bwd_chunk_id, loss, True, last_backward)
+            self.bwd_cache.pop(bwd_chunk_id, None)
+        else:
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self.module.settle()
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients for a stage of this rank; none where there is no backward pass."""
+        if not self.has_backward:
+            return ()
+        gradients: tuple[torch.Tensor | None, ...] = super().get_local_bwd_output(mb_index)
+        return gradients
+
+    def set_local_bwd_input(
+        self, next_stage_bwd_outputs: tuple[torch.Tensor | None, ...], mb_index: int
+    ) -> None:
+        """Take the gradients of a stage of this rank."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)

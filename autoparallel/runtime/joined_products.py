@@ -1,0 +1,272 @@
+"""A conversion and a product beside it as one node: Megatron's column- and row-parallel layers.
+
+Where a product follows a conversion, or a conversion a product, and nothing else reads what is
+between the two, one node does both, which takes less time than two. The order of products and
+collectives is that of `runtime.filled_gaps` (arXiv:1909.08053, arXiv:2205.05198).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from autoparallel.placement import Placement
+from autoparallel.runtime.collectives import convert as convert_and_wait
+from autoparallel.runtime.collectives import move, pending_sum, start_move
+from autoparallel.runtime.filled_gaps import (
+    Ends,
+    Gap,
+    Later,
+    Weights,
+    back_ends,
+    convert_filled,
+    flat_weights,
+    is_plain,
+    late_gradients,
+)
+from autoparallel.runtime.groups import Group
+from autoparallel.runtime.memory_order import in_rows, outer_dim
+from autoparallel.runtime.products import Linear, Mm, bias_gradient
+from autoparallel.support.torch_private import backward_pass
+
+__all__ = [
+    "convert_then_linear",
+    "convert_then_mm",
+    "linear_then_convert",
+    "mm_then_convert",
+]
+
+
+class _Joined(torch.autograd.Function):
+    """A conversion and the product that reads it (`is_first`), or a product and the conversion of
+    its result.
+
+    The result is followed by the converted tensor, where that comes first and is another one: the
+    gradient of the weight depends on it, which a second derivative must see; and by the tie of the
+    conversion's gap, where there is one.
+
+    ends: of the conversion. later: of a product that comes first, whose weight waits for a gap
+    before it; None where it waits for none. places: of the conversion's gap. Of a product that
+    comes second the first place is its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        tie: torch.Tensor | None,
+        kind: Any,
+        ends: Ends,
+        is_first: bool,
+        later: Later | None,
+        places: list[Later],
+        *weights: torch.Tensor | None,
+    ) -> Any:
+        """Move and multiply."""
+        ctx.set_materialize_grads(False)
+        moved: list[torch.Tensor] = []
+        if is_first:
+            ctx.back, before, x = back_ends(x, ends), x, move(x, *ends)
+            moved = [] if x is before else [x]
+        outer = outer_dim(x)
+        ctx.save_for_backward(x, weight)
+        ctx.kind, ctx.outer, ctx.is_first = kind, outer, is_first
+        ctx.later, ctx.places, ctx.has_moved = later, places, bool(moved)
+        ctx.bias_dims = None if bias is None else bias.dim()
+        if later is not None:
+            later.kind, later.bias_dims = kind, ctx.bias_dims
+        rows = x.movedim(outer, 0) if outer else x
+        result = kind.product(rows, weight, bias)
+        if outer:
+            result = result.movedim(0, outer).detach()
+        if not is_first:
+            ctx.back, result = back_ends(result, ends), move(result, *ends)
+        ctx.facts = (result.shape, result.dtype, result.device)
+        return result, *moved, *([x.new_empty(())] if places else [])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, *others: torch.Tensor | None) -> Any:
+        """Return the gradients; those that are late are computed while a gradient is moved."""
+        if grad is None:
+            # The other ranks may have one, and this rank takes part in moving it.
+            shape, dtype, device = ctx.facts
+            grad = torch.zeros(shape, dtype=dtype, device=device)
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, grad, others)
+        needed, late = ctx.needs_input_grad, []
+        if not ctx.is_first:
+            wait = start_move(grad, *ctx.back)
+            late = late_gradients(ctx.places, needed[9:])
+            grad = wait()
+        x, weight = ctx.saved_tensors
+        outer = ctx.outer or outer_dim(grad)
+        if outer:
+            x, grad = x.movedim(outer, 0), grad.movedim(outer, 0).contiguous()
+        of_x = ctx.kind.of_x(weight, grad)
+        if outer:
+            of_x = of_x.movedim(0, outer)
+        if ctx.has_moved and others[0] is not None:
+            of_x = of_x + others[0]
+        if ctx.is_first:
+            wait = start_move(of_x, *ctx.back)
+            late = late_gradients(ctx.places, needed[9:])
+        own: tuple[Any, Any] = (None, None)
+        if ctx.later is not None:
+            ctx.later.parts = (x, grad, backward_pass())
+        else:
+            of_weight = ctx.kind.of_weight(x, grad) if needed[1] else None
+            own = (of_weight, bias_gradient(grad, ctx.bias_dims) if needed[2] else None)
+        if ctx.is_first:
+            of_x = wait()
+        return of_x, *own, None, None, None, None, None, None, *late
+
+
+def _differentiable(
+    ctx: Any, grad: torch.Tensor, others: tuple[torch.Tensor | None, ...]
+) -> tuple[Any, ...]:
+    """Return the gradients of `_Joined` where they are differentiated in turn; none is late.
+
+    others: the gradients of its further results.
+    """
+    x, weight = ctx.saved_tensors
+    if not ctx.is_first:
+        grad = convert_and_wait(grad, *ctx.back)
+    of_x, of_weight = ctx.kind.of_x(weight, grad), ctx.kind.of_weight(x, grad)
+    if ctx.has_moved and others[0] is not None:
+        of_x = of_x + others[0]
+    if ctx.is_first:
+        of_x = convert_and_wait(of_x, *ctx.back)
+    count = len(ctx.needs_input_grad) - 3
+    return of_x, of_weight, bias_gradient(grad, ctx.bias_dims), *([None] * count)
+
+
+def _convert_then(
+    kind: Any, x: torch.Tensor, ends: Ends, weights: Weights
+) -> tuple[torch.Tensor, Gap | None]:
+    """Return the product of a converted tensor with the first weight, and the conversion's gap."""
+    weight, bias = weights[0]
+    if is_plain(x) or not weight.requires_grad:
+        moved, gap = convert_filled(x, *ends, weights)
+        return kind.product(moved, weight, bias), gap
+    x = in_rows(x)
+    places = [Later() for _ in weights[1:]]
+    joined = _Joined.apply(
+        x, weight, bias, None, kind, ends, True, None, places, *flat_weights(weights[1:])
+    )
+    return joined[0], Gap(joined[-1], [Later(), *places]) if places else None
+
+
+def _then_convert(
+    kind: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: Ends,
+    weights: Weights,
+    gap: Gap | None,
+    place: int,
+) -> tuple[torch.Tensor, Gap | None]:
+    """Return the product with a weight, which is a pending sum, converted, and the conversion's
+    gap.
+    """
+    if is_plain(x) or not weight.requires_grad:
+        product = pending_sum(kind.product(x, weight, None), ends[0])
+        return convert_filled(product, *ends, weights)
+    x = in_rows(x)
+    later, tie = (None, None) if gap is None else (gap.places[place], gap.tie)
+    places = [Later() for _ in weights]
+    joined = _Joined.apply(
+        x, weight, None, tie, kind, ends, False, later, places, *flat_weights(weights)
+    )
+    return joined[0], Gap(joined[-1], places) if places else None
+
+
+def convert_then_linear(
+    x: torch.Tensor,
+    group: Group,
+    source: Placement,
+    target: Placement,
+    size: int,
+    weights: Weights,
+) -> tuple[torch.Tensor, Gap | None]:
+    """Return what torch's `linear` makes of a converted tensor, with the first of the weights and
+    its bias; and the conversion's gap, in which the others have the places that they have here.
+    Collective.
+
+    x, group, source, target, size, weights: as of `convert_filled`. There is no gap where no other
+    weight is given, or no gradient is recorded.
+
+    >>> from autoparallel.placement import Invariant, Replicate
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> x, weight = torch.ones(1, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    >>> ends = (SingleGroup(), Invariant(), Replicate(), 0)
+    >>> product, _ = convert_then_linear(x, *ends, [(weight, None)])
+    >>> product.sum().backward()
+    >>> x.grad, weight.grad.sum()
+    (tensor([[2., 2., 2.]]), tensor(6.))
+    """
+    return _convert_then(Linear, x, (group, source, target, size), weights)
+
+
+def convert_then_mm(
+    x: torch.Tensor,
+    group: Group,
+    source: Placement,
+    target: Placement,
+    size: int,
+    weights: Weights,
+) -> tuple[torch.Tensor, Gap | None]:
+    """Return what torch's `mm` makes of a converted tensor; see `convert_then_linear`.
+
+    Example: `product, gap = convert_then_mm(x, group, Shard(0), Replicate(), 8, [(weight, None)])`
+    """
+    return _convert_then(Mm, x, (group, source, target, size), weights)
+
+
+def linear_then_convert(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    group: Group,
+    source: Placement,
+    target: Placement,
+    size: int,
+    weights: Weights,
+    *,
+    gap: Gap | None,
+    place: int,
+) -> tuple[torch.Tensor, Gap | None]:
+    """Return what torch's `linear` makes without a bias, converted, and the conversion's gap.
+    Collective.
+
+    x, weight: of the product, this rank's summand of it. group, source, target, size, weights: of
+    the conversion, as of `convert_filled`. gap, place: of an earlier conversion, as of
+    `overlap.linear`: the gradient of the product's own weight is computed there.
+
+    >>> from autoparallel.placement import Partial
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> ends = (SingleGroup(), Partial(), Shard(0), 0)
+    >>> linear_then_convert(torch.ones(1, 3), torch.ones(2, 3), *ends, [], gap=None, place=0)
+    (tensor([[3., 3.]]), None)
+    """
+    return _then_convert(Linear, x, weight, (group, source, target, size), weights, gap, place)
+
+
+def mm_then_convert(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    group: Group,
+    source: Placement,
+    target: Placement,
+    size: int,
+    weights: Weights,
+    *,
+    gap: Gap | None,
+    place: int,
+) -> tuple[torch.Tensor, Gap | None]:
+    """Return what torch's `mm` makes, converted; see `linear_then_convert`.
+
+    Example: `part, gap = mm_then_convert(x, weight, *ends, [], gap=gap, place=0)`
+    """
+    return _then_convert(Mm, x, weight, (group, source, target, size), weights, gap, place)

@@ -1,0 +1,59 @@
+"""Tensors of which a dim that is not the first lies outermost in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["in_memory_order", "in_rows", "outer_dim"]
+
+
+def outer_dim(tensor: torch.Tensor) -> int:
+    """Return the dim that lies outermost in the memory of a tensor without gaps whose other dims
+    follow in their order; 0 where that is the first one, and where there is none.
+
+    The last dim is none: then the elements of a row would not lie side by side.
+
+    >>> outer_dim(torch.zeros(2, 3, 4)), outer_dim(torch.zeros(3, 2, 4).transpose(0, 1))
+    (0, 1)
+    """
+    if tensor.dim() < 3 or torch.compiler.is_compiling() or tensor.is_contiguous():
+        return 0
+    for dim in range(1, tensor.dim() - 1):
+        if tensor.movedim(dim, 0).is_contiguous():
+            return dim
+    return 0
+
+
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose rows, along the last dim, lie one behind the other in some order.
+
+    What a product keeps for its backward pass is then the tensor, or a copy of it, and not the
+    larger one that it may be a part of; and no gradient copies it again.
+
+    >>> in_rows(torch.zeros(2, 3, 8)[..., :4]).is_contiguous()
+    True
+    """
+    if x.dim() < 3 or x.is_contiguous() or outer_dim(x):
+        return x
+    return x.contiguous()
+
+
+def in_memory_order(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, shape: Any, *arguments: Any
+) -> torch.Tensor:
+    """Return a norm over the last dims in the memory order of its operand.
+
+    function: takes the operand, the sizes of these dims, and further arguments. Torch's norms copy
+    an operand into the order of its dims, and so does every op that reads the result with others.
+
+    >>> x = torch.randn(3, 2, 4).transpose(0, 1)
+    >>> in_memory_order(torch.layer_norm, x, [4]).stride() == x.stride()
+    True
+    """
+    dim = outer_dim(x)
+    if not 0 < dim < x.dim() - len(shape):
+        return function(x, shape, *arguments)
+    return function(x.movedim(dim, 0), shape, *arguments).movedim(0, dim)

@@ -1,0 +1,165 @@
+"""Every schedule that torch offers trains the model that one process trains."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from pipeline_models import MODELS, batch_of
+from processes import run_processes
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import autoparallel
+from autoparallel.errors import PlanError
+from autoparallel.mesh import Mesh
+from autoparallel.plan import Plan
+
+TOLERANCE = 1e-11
+STEPS = 2
+# By name: the model, the axes of the mesh, micro-batches, and the other options.
+CASES: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
+    "gpipe, two on each": ("Language", {"pp": 2}, 3, {"schedule": "gpipe", "stages_per_rank": 2}),
+    "1f1b, two on each": ("Language", {"pp": 2}, 4, {"schedule": "1f1b", "stages_per_rank": 2}),
+    "zero bubble": ("Language", {"pp": 2}, 4, {"schedule": "zero_bubble"}),
+    "zero bubble, two on each": (
+        "Masked",
+        {"pp": 2},
+        4,
+        {"schedule": "zero_bubble", "stages_per_rank": 2},
+    ),
+    "zero bubble, frozen stages": ("Frozen", {"pp": 2}, 4, {"schedule": "zero_bubble"}),
+    "zero bubble, recomputed": (
+        "Language",
+        {"pp": 2},
+        2,
+        {"schedule": "zero_bubble", "recompute": "full"},
+    ),
+    "zero bubble, weights apart": ("Apart", {"pp": 2}, 2, {"schedule": "zero_bubble"}),
+    "zbv": ("Language", {"pp": 2}, 5, {"schedule": "zbv", "stages_per_rank": 2}),
+    "dualpipev": ("Language", {"pp": 2}, 5, {"schedule": "dualpipev", "stages_per_rank": 2}),
+}
+
+
+class Apart(nn.Module):
+    """A model with weights that the last stage uses for nothing that came in, two of which have one
+    gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 8))
+        self.one, self.other = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(tokens).tanh()
+        return nn.functional.cross_entropy(self.last(hidden * (self.one + self.other)), labels)
+
+
+def model_of(kind: str) -> nn.Module:
+    torch.manual_seed(6)
+    model: nn.Module = (Apart if kind == "Apart" else MODELS[kind])().double()
+    return model
+
+
+def batch(kind: str, step: int = 0) -> dict[str, Any]:
+    return batch_of("Normalized" if kind == "Apart" else kind, step)
+
+
+@cache
+def planned(name: str) -> Plan:
+    kind, axes, count, options = CASES[name]
+    return autoparallel.make_plan(
+        model_of(kind),
+        mesh=Mesh(**axes),
+        microbatches=count,
+        example_inputs=batch(kind),
+        **options,
+    )
+
+
+def plan_all() -> None:
+    for name in CASES:
+        planned(name)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(model: nn.Module, kind: str, steps: int = STEPS) -> dict[str, Any]:
+    """Losses of AdamW's steps, the gradients of the first and the last, and an evaluation."""
+    autoparallel.manual_seed(model, 3)
+    trainable = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    losses, gradients = [], {}
+    for step in range(steps):
+        output = model(**batch(kind, step))
+        loss = output["loss"] if isinstance(output, dict) else output
+        loss.backward()
+        losses.append(loss.detach())
+        if step in (0, steps - 1):
+            named = model.named_parameters()
+            gradients[step] = {p: whole(x.grad).clone() for p, x in named if x.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        output = model(**batch(kind, steps))
+        losses.append(output["loss"] if isinstance(output, dict) else output)
+        # Of another size: generation asks for one row at a time.
+        few = {name: value[:1] for name, value in batch(kind, steps + 1).items()}
+        output = model(**few)
+        losses.append(output["loss"] if isinstance(output, dict) else output)
+    return {"losses": losses, "gradients": gradients}
+
+
+def on_two(rank: int) -> dict[str, Any]:
+    found = {}
+    for name, (kind, *_) in CASES.items():
+        found[name] = trained(autoparallel.apply_plan(model_of(kind), planned(name)), kind)
+    return found
+
+
+def test_schedules() -> None:
+    """Losses and every gradient of some steps, and evaluation, with every schedule."""
+    results = run_processes(on_two, 2, before=plan_all)
+    references = {}
+    for name, (kind, *_) in CASES.items():
+        if kind not in references:
+            one = autoparallel.autoparallelize(model_of(kind), 1, example_inputs=batch(kind))
+            references[kind] = trained(one, kind)
+        reference = references[kind]
+        for found in results:
+            torch.testing.assert_close(
+                found[name]["losses"], reference["losses"], rtol=TOLERANCE, atol=TOLERANCE, msg=name
+            )
+        for step, expected in reference["gradients"].items():
+            held = [found[name]["gradients"][step] for found in results]
+            assert {path for some in held for path in some} == set(expected), name
+            for path, gradient in expected.items():
+                for some in held:
+                    if path in some:
+                        torch.testing.assert_close(
+                            some[path], gradient, rtol=TOLERANCE, atol=TOLERANCE
+                        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "zbv"}, "gives every rank two stages"),
+        ({"schedule": "dualpipev", "stages_per_rank": 2, "microbatches": 3}, "no fewer micro-ba"),
+        ({"schedule": "zero_bubble", "microbatches": 5}, "rounds of equal size"),
+        ({"schedule": "zero bubble"}, "choose one of gpipe, 1f1b, zero_bubble, zbv, dualpipev"),
+    ],
+    ids=str,
+)
+def test_what_a_schedule_does_not_take_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        autoparallel.make_plan(
+            model_of("Apart"), mesh=Mesh(pp=2), example_inputs=batch("Apart"), **options
+        )
