@@ -247,3 +247,59 @@ def test_a_counter_stays_python() -> None:
 
     plan = autoparallel.make_plan(Counts().double(), 2, example_inputs=(numbers(5, WIDTH),))
     assert [item.path for item in plan.breaks] == [""]
+
+
+class Block(nn.Module):
+    """A block of several equal ones, which may take a way of its own."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.mix, self.branches = nn.Linear(WIDTH, WIDTH), branches
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.mix(x))
+        return y * 2 if self.branches and y.sum() > 0 else y
+
+
+class Checked(nn.Module):
+    """Equal blocks between two checks, as detectors check their losses."""
+
+    def __init__(self, branches: bool, seldom: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.blocks = nn.ModuleList(Block(branches) for _ in range(4))
+        self.seldom = seldom
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert torch.isfinite(x).all()
+        for block in self.blocks:
+            x = block(x)
+        wrong = torch.isnan(x) if self.seldom else x > 0
+        if wrong.any():
+            x = x * 3
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("branches", "seldom", "exports", "folded"),
+    [(False, True, 1, True), (False, False, 2, True), (True, True, 3, False)],
+    ids=["guessed", "guessed wrongly", "in blocks"],
+)
+def test_checks_are_guessed_and_equal_blocks_fold_between_them(
+    branches: bool, seldom: bool, exports: int, folded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, export = [], torch.export.export
+    monkeypatch.setattr(
+        torch.export, "export", lambda *args, **kwargs: counted.append(1) or export(*args, **kwargs)
+    )
+    model, x = Checked(branches, seldom).double(), numbers(5, WIDTH)
+    plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
+    assert plan.captured is not None
+    assert not plan.breaks
+    assert len(counted) == exports
+    assert bool(plan.captured.repeats) == folded
+    for other in (x, -x):
+        made = autoparallel.simulate(model, example_inputs=(other,), plan=plan)
+        parity(model, made, other)
+    three = autoparallel.make_plan(model, 3, example_inputs=(x,))
+    parity(model, autoparallel.simulate(model, example_inputs=(x,), plan=three), x)

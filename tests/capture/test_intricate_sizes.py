@@ -96,3 +96,24 @@ def test_a_size_that_the_tracer_knows_is_a_number() -> None:
     torch.testing.assert_close(result.output, expected.detach())
     for path, parameter in model.named_parameters():
         torch.testing.assert_close(result.gradients[path], parameter.grad)
+
+
+class Halved(nn.Module):
+    """Asks for a remainder of a fraction, which torch's symbolic sizes cannot tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] % 0.5 != 0:
+            raise ValueError("not in halves")
+        return (self.mix(x).mean(1) + ids.sum(1, keepdim=True)).square().sum()
+
+
+def test_sizes_that_torch_cannot_compute_with_are_fixed() -> None:
+    """The batch and the length of a text stay free."""
+    captured = capture(Halved(), (torch.randn(2, 6, 8), torch.ones(2, 5, dtype=torch.long)), {})
+    image, ids = [node for node in captured.graph.nodes if node.kind == "input"]
+    assert [isinstance(size, Sym) for size in image.result.shape] == [True, False, False]
+    assert [isinstance(size, Sym) for size in ids.result.shape] == [True, True]
