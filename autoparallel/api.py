@@ -143,7 +143,9 @@ def autoparallelize(
             if local is not None and place is not None:
                 inside_ranks = join_stages(*place)[0]
                 args, kwargs = local.gather(signature(model.forward), args, kwargs, inside_ranks)
-            plan = fastest_plan(model, trace_model(model, args, kwargs, options), meshes, options)
+            traced = trace_model(model, args, kwargs, options)
+            # Ranks bring inputs by their places on the mesh that is asked for.
+            plan = fastest_plan(model, traced, meshes, options, stages=local is None)
     except InputsNeededError:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
@@ -187,12 +189,12 @@ def make_plan(
     model: any module, also one on the meta device; it is left as it is. world_size: number of
     ranks; it may be left out where mesh says it.
     mesh: the arrangement of the ranks, `Mesh(dp=2, tp=4)`, outermost axis first, or torch's
-    DeviceMesh, of which only the axes count; "auto" tries the
-    ways to arrange world_size ranks on the nodes of the hardware and takes the fastest plan, none
-    of which has stages; without it they are one axis, tp, and products are split by weights alone.
+    DeviceMesh, of which only the axes count; "auto" tries the ways to arrange world_size ranks on
+    the nodes of the hardware, for a model of equal blocks with stages too, and takes the fastest
+    plan; without it they are one axis, tp, and products are split by weights alone.
     A first axis pp is one of stages: the model's ops are cut into as many runs, and micro-batches
-    go through them. microbatches: their number; by default what suits the batch, and one where ops
-    couple the whole batch. schedule, stages_per_rank: see Options.
+    go through them. microbatches: their number; by default that of the shortest step, and one where
+    ops couple the whole batch. schedule, stages_per_rank: see Options.
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; without it, the
     model's `example_inputs()` or Hugging Face `dummy_inputs` are used.
     data_parallel: whether products may be split along the inputs' dims, and parameters gathered
@@ -423,7 +425,8 @@ def _plan_at_first_call(
             if local is not None:
                 args, kwargs = local.gather(signature(plain.forward), args, kwargs, ranks)
             traced = trace_model(plain, args, kwargs, options)
-            plan = fastest_plan(plain, traced, meshes, options)
+            # Until now every rank has had the whole model.
+            plan = fastest_plan(plain, traced, meshes, options, stages=False)
         joined = (ranks, devices) if plan.mesh == meshes[0] else join_mesh(plan.mesh)
         return _apply(plain, plan, *joined, check_inputs, local)
 

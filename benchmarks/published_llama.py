@@ -26,7 +26,7 @@ from autoparallel.cost.hardware import find_hardware
 from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Movement
+from autoparallel.placement import Invariant, Movement, Placement, Shard
 from autoparallel.plan import Plan
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.rules.lookup import find_rule
@@ -35,7 +35,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.layout_families import families, states_of_family
 from planners import Solution, exact
 
-__all__ = ["Llama", "tokens_per_second"]
+__all__ = ["Llama", "captured_llama", "partition", "tokens_per_second"]
 
 
 class Block(nn.Module):
@@ -100,7 +100,7 @@ class Llama(nn.Module):
 
 
 @lru_cache(maxsize=4)
-def _captured(sizes: tuple[tuple[str, int], ...], batch: int) -> Captured:
+def captured_llama(sizes: tuple[tuple[str, int], ...], batch: int) -> Captured:
     """Return the model of these sizes, traced for so many sequences."""
     row = dict(sizes)
     with torch.device("meta"):
@@ -109,6 +109,19 @@ def _captured(sizes: tuple[tuple[str, int], ...], batch: int) -> Captured:
     traced = trace(model, (tokens, tokens), {}, known=find_rule)
     assert isinstance(traced, Captured)
     return traced
+
+
+def partition(captured: Captured) -> dict[str, Placement]:
+    """Return how tensor parallelism splits the parameters: products by columns, then by rows."""
+    by_name: dict[str, Placement] = dict.fromkeys(
+        ("q", "k", "v", "gate", "up", "embedding", "head"), Shard(0)
+    )
+    by_name |= dict.fromkeys(("o", "down"), Shard(1))
+    return {
+        node.target: by_name.get(node.target.split(".")[-2], Invariant())
+        for node in captured.graph.nodes
+        if node.kind == "parameter"
+    }
 
 
 def tokens_per_second(model: Mapping[str, int], row: Mapping[str, Any]) -> float:
@@ -120,7 +133,7 @@ def tokens_per_second(model: Mapping[str, int], row: Mapping[str, Any]) -> float
     """
     mesh = Mesh(dp=row["data"], tp=row["tensor"])
     batch = row["batch"] * row["data"]
-    captured = _captured(tuple(model.items()), batch)
+    captured = captured_llama(tuple(model.items()), batch)
     options = Options(data_parallel=True, tokens=1)
     network = build_network(captured.graph, mesh, find_hardware(row["hardware"]), options)
     name = "batch (parameters split) on dp" + ", tensor and sequence on tp" * (row["tensor"] > 1)

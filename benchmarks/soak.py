@@ -20,22 +20,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from run_faults import Job, require  # noqa: E402
 
-STEPS = ("--training.steps=60", "--checkpoint.every=2", "--checkpoint.asynchronous=true")
+SAVES = ("--checkpoint.every=2", "--checkpoint.asynchronous=true")
 
 
 def main() -> None:
     """Hunt a run, and compare it."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     ranks = int(sys.argv[2]) if len(sys.argv) > 2 else 2
+    options = (f"--training.steps={3 * kills + 10}", *SAVES)
     with tempfile.TemporaryDirectory() as name:
         quiet, hunted = Path(name, "quiet"), Path(name, "hunted")
         for folder in (quiet, hunted, hunted / "kills"):
             folder.mkdir()
         undisturbed = Job(quiet)
-        require(undisturbed.run(1, *STEPS), 0)
+        require(undisturbed.run(1, *options), 0)
         os.environ.update(HUNTED=str(hunted / "kills"), HUNTED_KILLS=str(kills))
         job, begun = Job(hunted, "hunted"), time.monotonic()
-        text = require(job.run(ranks, *STEPS, restarts=2 * kills, timeout_seconds=3600), 0)
+        text = require(job.run(ranks, *options, restarts=2 * kills, timeout_seconds=3600), 0)
         done = len(list((hunted / "kills").iterdir()))
         resumed = re.findall(r"resumed from step (\d+)", text)
         expected, losses = undisturbed.losses(), job.losses()

@@ -7,6 +7,8 @@
 #        rank that comes first finds the address that a rank of the attempt before has left, and
 #        connects to that: in about half of the runs below it fails ("connectFullMesh failed"), and
 #        the restart is lost. With TORCHELASTIC_RESTART_COUNT in the store's prefix none fails.
+#        On several machines the store is kept as well, and the count is of an agent's own workers:
+#        after two deaths on the second machine it is 0 on the first one and 2 there.
 # With:  torch 2.13.0 (CPU), Python 3.11. Date: 2026-11-28.
 set -euo pipefail
 folder=$(mktemp -d)

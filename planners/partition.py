@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,9 @@ from planners.solution import InfeasibleError
 
 __all__ = ["partition"]
 
-# A cut that sends less is taken where the longest run takes no more than this much longer.
-_NEAR = 1.05
+_Floats = NDArray[np.float64]
+_Places = NDArray[np.intp]
+
 # The weight of squares of lengths, beside the least that a cut sends.
 _EVEN = 1e-3
 
@@ -23,16 +24,21 @@ def partition(
     sends: Sequence[float],
     runs: int,
     owners: Sequence[Collection[int] | None] | None = None,
+    fits: Callable[[int, _Places, _Places], NDArray[np.bool_]] | None = None,
+    near: float = 1.05,
 ) -> tuple[int, ...]:
     """Return the places at which the runs start; the first is 0.
 
     seconds: of each piece of work, in order. sends: by place, the seconds that a cut before that
     piece adds to the run that ends there and to the one that starts; infinite where none may be.
     runs: their number; none is empty. owners: for each piece, the runs that it may belong to; None
-    for all.
-    The longest run is the shortest that there is, to 5 %, among those the cuts send least, and
-    among these the runs are as equal as can be.
-    Dynamic programming over the places: exact, and quadratic in their number.
+    for all. fits: says of a run, by its number, and of places where it could start and end, which
+    of them go together. near: a cut that sends less is taken where the longest run takes no more
+    than so many times the least.
+    The longest run is the shortest that there is, but for `near`, among those the cuts send least,
+    and among these the runs are as equal as can be.
+    Dynamic programming over the places, exact: no run is looked at that is more than twice as long
+    as the mean, unless there must be one.
     Raises InfeasibleError where there is no such cut.
 
     >>> partition([1.0, 1.0, 1.0, 3.0], [0.0] * 4, 2)
@@ -42,53 +48,109 @@ def partition(
     >>> partition([1.0] * 21, [0.1] * 21, 5)
     (0, 5, 9, 13, 17)
     """
-    count = len(seconds)
-    ends = np.concatenate([[0.0], np.cumsum(np.asarray(seconds, dtype=float))])
-    cost = np.concatenate([[0.0], np.asarray(sends, dtype=float)[1:], [0.0]])
-    places = np.flatnonzero(np.isfinite(cost))
-    # length[i, j] of the run from place i up to place j, both among those where a cut may be.
-    length = ends[places][None, :] - ends[places][:, None]
-    length = length + cost[places][None, :] + cost[places][:, None]
-    length[places[None, :] <= places[:, None]] = math.inf
-    lengths = []
-    for run in range(runs):
-        # Every piece of the run must be one that it may have.
-        wrong = [own is not None and run not in own for own in owners or (None,) * count]
-        before = np.concatenate([[0], np.cumsum(wrong)])[places]
-        lengths.append(np.where(before[None, :] == before[:, None], length, math.inf))
-    longest = np.full(len(places), math.inf)
-    longest[0] = 0.0
-    for each in lengths:
-        longest = np.maximum(longest[:, None], each).min(axis=0)
-    if not math.isfinite(longest[-1]):
-        raise InfeasibleError(what=f"{count} pieces of work have no cut into {runs} runs")
-    return _least_sent(lengths, cost[places], longest[-1] * _NEAR, places)
+    chain = _Chain(seconds, sends, runs, owners, fits)
+    # Runs of twice the mean, and the unevenness of places, are enough in almost all cases.
+    for enough in (2 * chain.ends[-1] / runs + 2 * chain.widest, math.inf):
+        widths = chain.widths(enough)
+        longest = chain.longest(widths)
+        if longest <= enough and math.isfinite(longest):
+            limit = longest * near
+            return chain.least_sent(chain.widths(limit), limit)
+    raise InfeasibleError(what=f"{len(seconds)} pieces of work have no cut into {runs} runs")
 
 
-def _least_sent(
-    lengths: Sequence[NDArray[np.float64]],
-    cost: NDArray[np.float64],
-    limit: float,
-    places: NDArray[np.intp],
-) -> tuple[int, ...]:
-    """Return the starts of runs of which none is longer than `limit`, and that send least.
+class _Chain:
+    """The places of a chain at which it may be cut.
 
-    Of cuts that send as much, the runs are as equal as can be.
+    places: of these, the pieces before which they are; the first and the end are among them. ends:
+    the seconds before each. cost: of a cut there. widest: the most seconds by which two neighbours
+    and what they cost can make a run longer than asked for.
     """
-    sent = cost[np.isfinite(cost) & (cost > 0)]
-    weight = _EVEN * (sent.min() if len(sent) else 1.0) / max(limit, 1e-300) ** 2
-    total = np.full(len(places), math.inf)
-    total[0] = 0.0
-    came: list[NDArray[np.intp]] = []
-    for each in lengths:
-        able = each <= limit
-        uneven = weight * np.where(able, each, 0.0) ** 2
-        table = np.where(able, total[:, None] + cost[:, None] + uneven, math.inf)
-        came.append(table.argmin(axis=0))
-        total = table.min(axis=0)
-    place = len(places) - 1
-    starts: list[int] = []
-    for chosen in reversed(came):
-        place = int(chosen[place])
-        starts.append(int(places[place]))
-    return tuple(reversed(starts))
+
+    def __init__(
+        self,
+        seconds: Sequence[float],
+        sends: Sequence[float],
+        runs: int,
+        owners: Sequence[Collection[int] | None] | None,
+        fits: Callable[[int, _Places, _Places], NDArray[np.bool_]] | None,
+    ) -> None:
+        ends = np.concatenate([[0.0], np.cumsum(np.asarray(seconds, dtype=float))])
+        cost = np.concatenate([[0.0], np.asarray(sends, dtype=float)[1:], [0.0]])
+        self.places = np.flatnonzero(np.isfinite(cost))
+        self.ends, self.cost = ends[self.places], cost[self.places]
+        self.runs, self.fits = runs, fits
+        self.wrong: list[NDArray[np.intp] | None] = [None] * runs
+        if owners is not None:
+            for run in range(runs):
+                # Every piece of the run must be one that it may have.
+                wrong = [own is not None and run not in own for own in owners]
+                self.wrong[run] = np.concatenate([[0], np.cumsum(wrong)])[self.places]
+        gaps = np.diff(self.ends)
+        self.widest = float(gaps.max(initial=0.0) + self.cost.max(initial=0.0))
+
+    def widths(self, enough: float) -> int:
+        """Return how many places a run of so many seconds spans at most."""
+        if not math.isfinite(enough):
+            return len(self.places) - 1
+        last = np.searchsorted(self.ends, self.ends + enough, side="right")
+        return int((last - np.arange(len(self.ends))).max(initial=1))
+
+    def lengths(self, run: int, width: int) -> _Floats:
+        """Return the seconds of a run that spans so many places, by the place where it starts;
+        infinite where it may not.
+        """
+        before, after = slice(None, -width), slice(width, None)
+        length: _Floats = self.ends[after] - self.ends[before]
+        length = length + self.cost[after] + self.cost[before]
+        wrong = self.wrong[run]
+        if wrong is not None:
+            length = np.where(wrong[before] == wrong[after], length, math.inf)
+        if self.fits is not None:
+            able = self.fits(run, self.places[before], self.places[after])
+            length = np.where(able, length, math.inf)
+        return length
+
+    def longest(self, widths: int) -> float:
+        """Return the least seconds of the longest run; infinite where there is no cut."""
+        least = np.full(len(self.places), math.inf)
+        least[0] = 0.0
+        for run in range(self.runs):
+            following = np.full(len(self.places), math.inf)
+            for width in range(1, widths + 1):
+                able = np.maximum(least[:-width], self.lengths(run, width))
+                np.minimum(following[width:], able, out=following[width:])
+            least = following
+        return float(least[-1])
+
+    def least_sent(self, widths: int, limit: float) -> tuple[int, ...]:
+        """Return the starts of runs of which none is longer than `limit`, and that send least.
+
+        Of cuts that send as much, the runs are as equal as can be.
+        """
+        sent = self.cost[self.cost > 0]
+        weight = _EVEN * (sent.min() if len(sent) else 1.0) / max(limit, 1e-300) ** 2
+        total = np.full(len(self.places), math.inf)
+        total[0] = 0.0
+        came: list[_Places] = []
+        for run in range(self.runs):
+            following = np.full(len(self.places), math.inf)
+            chosen = np.zeros(len(self.places), dtype=np.intp)
+            # The first start of equal ones is taken.
+            for width in range(widths, 0, -1):
+                length = self.lengths(run, width)
+                able = length <= limit
+                uneven = weight * np.where(able, length, 0.0) ** 2
+                table = total[:-width] + self.cost[:-width] + uneven
+                table = np.where(able, table, math.inf)
+                better = table < following[width:]
+                following[width:][better] = table[better]
+                chosen[width:][better] = np.flatnonzero(better)
+            came.append(chosen)
+            total = following
+        place = len(self.places) - 1
+        starts: list[int] = []
+        for chosen in reversed(came):
+            place = int(chosen[place])
+            starts.append(int(self.places[place]))
+        return tuple(reversed(starts))

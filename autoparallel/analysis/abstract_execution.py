@@ -6,7 +6,7 @@ saved for the backward pass, and the lifetimes of all others, can be read off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -43,10 +43,10 @@ class Storage:
     """Memory that one or several tensors lie in.
 
     name: of the value that it was allocated for. where: in the model. kind: "parameter", "buffer",
-    "input" or "activation". nbytes: its size. born, read: the moments at which it is allocated and
-    last read, -1 where it is never read. savers: the moments whose backward needs it. remade: the
-    number of the storage that it is recomputed from in the backward pass, if it is dropped after
-    the forward pass; its own number if it is not.
+    "input", "received" from other ranks, or "activation". nbytes: its size. born, read: the moments
+    at which it is allocated and last read, -1 where it is never read. savers: the moments whose
+    backward needs it. remade: the number of the storage that it is recomputed from in the backward
+    pass, if it is dropped after the forward pass; its own number if it is not.
     """
 
     name: str
@@ -95,8 +95,9 @@ class AbstractExecution:
     """The forward pass of the first rank, which has the largest part of every tensor.
 
     graph: with the sizes to execute for, as hints. plan: of that graph. recomputed: regions, as
-    names of calls, that run again in the backward pass. seen: what calls of the same graph save, as
-    it was seen before; it is added to. storages, locals, moments: in the order in
+    names of calls, that run again in the backward pass. received: layouts of inputs that other
+    ranks have computed. seen: what calls on the same mesh save, as it was seen before; it is added
+    to. storages, locals, moments: in the order in
     which the program makes them; their numbers are places in these lists. returned, written:
     numbers of the tensors that the caller gets, and that buffers become. assumed: names of calls
     that could not be run, and are taken to save all that they read and make.
@@ -109,9 +110,10 @@ class AbstractExecution:
         graph: Graph,
         plan: Plan,
         recomputed: Sequence[Iterable[str]] = (),
+        received: Mapping[str, Layout] | None = None,
         seen: Seen | None = None,
     ) -> None:
-        self.graph = graph
+        self.graph, self.received = graph, received or {}
         self.sizes = tuple(size for _, size in plan.mesh.axes)
         self.whole = whole_layout(len(self.sizes))
         # Inputs of a whole model are data; those of a traced part come from other parts, and may
@@ -162,11 +164,12 @@ class AbstractExecution:
         """Add a tensor that is there before the program starts: a parameter, buffer or input."""
         value = node.result
         layout = self._storage.get(node.target, self.whole)
-        layout = layout if node.kind == "parameter" else self.whole
+        layout = layout if node.kind == "parameter" else self.received.get(value.name, self.whole)
         spec = self._fake_spec(value, layout)
-        if node.kind == "input" and not self.part:
+        if node.kind == "input" and not self.part and value.name not in self.received:
             spec = replace(spec, requires_grad=False)
         kind = "buffer" if node.kind == "constant" else node.kind
+        kind = "received" if value.name in self.received else kind
         storage = self._new(node.target if kind == "parameter" else value.name, "", kind, spec)
         self._at[value.name] = self._put(spec, storage, 0)
         self._layouts[value.name] = layout

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoparallel.analysis.pipeline_walk import StageSeconds, most_held, walk
 from autoparallel.analysis.training_step import COMPUTE, Timeline, TrainingStep
 from autoparallel.cost.collective_times import collective_seconds
 from autoparallel.cost.hardware import Link
 from autoparallel.errors import PlanError
 from autoparallel.placement import Collective
+from autoparallel.runtime.schedule_orders import schedule_order
 
 __all__ = [
     "SCHEDULES",
@@ -115,11 +117,7 @@ def in_flight(stages: int, micro_batches: int, schedule: str) -> int:
     (4, 12)
     """
     _check(stages, micro_batches, schedule)
-    waiting = most = 0
-    for kind, _ in _order(0, stages, micro_batches, schedule):
-        waiting += 1 if kind == "forward" else -1
-        most = max(most, waiting)
-    return most
+    return most_held(schedule_order(schedule, stages, 1, micro_batches))[0]
 
 
 def schedule_seconds(
@@ -139,9 +137,10 @@ def schedule_seconds(
     is recomputed needs no gradient and can fill a bubble. send: seconds between stages; a stage
     computes while it sends. per_rank: stages on each of `stages` ranks, of which the first rank has
     the first, and the last the last; `forward` and `backward` are then of all of these.
-    Model: "gpipe" runs all forward passes, then all backward (arXiv:1811.06965); "1f1b" runs
-    backward as soon as it can (arXiv:2104.04473, section 2.2). With neither sends nor recomputation
-    both take (micro_batches + stages - 1) (forward + backward).
+    Model: every rank works off its passes in the order of torch's schedule (`walk`). "gpipe" runs
+    all forward passes, then all backward (arXiv:1811.06965); "1f1b" runs backward as soon as it can
+    (arXiv:2104.04473, section 2.2). With neither sends nor recomputation both take (micro_batches +
+    stages - 1) (forward + backward).
     Raises PlanError as `pipeline` does.
 
     >>> schedule_seconds(4, 12, "1f1b", forward=1.0, backward=2.0)
@@ -153,85 +152,12 @@ def schedule_seconds(
         (float(each),) * count if isinstance(each, int | float) else tuple(each)
         for each in (forward, backward)
     )
-    orders = [
-        [(rank, *work) for work in _order(rank, stages, micro_batches, schedule)]
-        if per_rank == 1
-        else _interleaved(rank, stages, per_rank, micro_batches, schedule)
-        for rank in range(stages)
+    each = [
+        StageSeconds(ahead, back + recompute, again=recompute, send_on=send, send_back=send)
+        for ahead, back in zip(forwards, backwards, strict=True)
     ]
-    free = [0.0] * stages
-    done: dict[tuple[int, str, int], float] = {}
-    next_pass = [0] * stages
-    # Every rank works off its list in order. A pass starts when its rank is free and its
-    # neighbour's pass has arrived; the loop goes round until no rank has anything left.
-    while any(place < len(order) for place, order in zip(next_pass, orders, strict=True)):
-        progressed = False
-        for rank, order in enumerate(orders):
-            while next_pass[rank] < len(order):
-                stage, kind, batch = order[next_pass[rank]]
-                neighbour = stage + 1 if kind == "backward" else stage - 1
-                needs = (neighbour, kind, batch)
-                if 0 <= neighbour < count and needs not in done:
-                    break
-                # The last stage goes back what it has gone forward.
-                own = done[stage, "forward", batch] if kind == "backward" else 0.0
-                ready = done[needs] + send if 0 <= neighbour < count else own
-                # Recomputing needs no gradient, so it is done while the rank waits for one.
-                if kind == "backward":
-                    free[rank] = max(free[rank] + recompute, ready) + backwards[stage]
-                else:
-                    free[rank] = max(free[rank], ready) + forwards[stage]
-                done[stage, kind, batch] = free[rank]
-                next_pass[rank] += 1
-                progressed = True
-        assert progressed, "a schedule that waits for itself"
-    return max(free)
-
-
-def _interleaved(
-    rank: int, ranks: int, per_rank: int, micro_batches: int, schedule: str
-) -> list[tuple[int, str, int]]:
-    """Return the passes of a rank with several stages, in order: (stage, kind, micro-batch).
-
-    A rank takes a round of micro-batches through one of its stages, then through the next one
-    (arXiv:2104.04473, section 2.2).
-    """
-    rounds = 1 if schedule == "gpipe" else max(1, micro_batches // ranks)
-    size = -(-micro_batches // rounds)
-    passes = [
-        (part, batch)
-        for start in range(0, micro_batches, size)
-        for part in range(per_rank)
-        for batch in range(start, min(start + size, micro_batches))
-    ]
-    backward = [
-        (per_rank - 1 - part, batch)
-        for start in range(0, micro_batches, size)
-        for part in range(per_rank)
-        for batch in range(start, min(start + size, micro_batches))
-    ]
-    ahead = min(len(passes), (per_rank - 1) * size + 2 * (ranks - 1 - rank))
-    if schedule == "gpipe":
-        ahead = len(passes)
-    order = [(part * ranks + rank, "forward", batch) for part, batch in passes[:ahead]]
-    for place, (part, batch) in enumerate(backward):
-        if ahead + place < len(passes):
-            following, number = passes[ahead + place]
-            order.append((following * ranks + rank, "forward", number))
-        order.append((part * ranks + rank, "backward", batch))
-    return order
-
-
-def _order(stage: int, stages: int, micro_batches: int, schedule: str) -> Sequence[tuple[str, int]]:
-    """Return a stage's passes in order: ("forward" or "backward", number of the micro-batch)."""
-    # 1F1B: a stage runs as many forward passes ahead as there are stages from it to the last.
-    ahead = micro_batches if schedule == "gpipe" else min(stages - stage, micro_batches)
-    order = [("forward", batch) for batch in range(ahead)]
-    for batch in range(micro_batches):
-        order.append(("backward", batch))
-        if ahead + batch < micro_batches:
-            order.append(("forward", ahead + batch))
-    return order
+    passes = walk(schedule_order(schedule, stages, per_rank, micro_batches), each)
+    return max(one.end for one in passes)
 
 
 def _check(stages: int, micro_batches: int, schedule: str) -> None:

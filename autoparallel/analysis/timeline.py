@@ -20,9 +20,12 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from autoparallel.analysis.communication import Transfer, moves
+from autoparallel.analysis.pipeline_step import timeline_of_stages
+from autoparallel.analysis.step_rates import peak_of, tokens_and_unit
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Event, Timeline
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
+from autoparallel.mesh import MICROBATCH
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.rewrite.gaps import find_gaps
@@ -30,7 +33,15 @@ from autoparallel.runtime.products import piece_count
 from autoparallel.runtime.tensor_parts import bucket_nbytes as module_bucket
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 
-__all__ = ["MOVED", "PIECES", "REDUCED", "step_and_waits", "timeline"]
+__all__ = [
+    "MOVED",
+    "PIECES",
+    "REDUCED",
+    "StagePasses",
+    "passes_of_stage",
+    "step_and_waits",
+    "timeline",
+]
 
 _Key = tuple[str, Layout]
 
@@ -51,12 +62,14 @@ def timeline(
     hardware: to communicate on, also by name or file; by default that of the plan. overlap: whether
     collectives run while other work is done; by default as the plan's options say. bucket_nbytes:
     where they do, gradients that are only to be summed are reduced in calls of at least so many
-    bytes, as they become ready; by default as many as the emitted module reduces.
+    bytes, as they become ready; by default as many as the emitted module reduces. Of a plan with
+    stages it is a `PipelineTimeline`.
 
     Example: `print(timeline(plan, overlap=False))`
     """
     require_kind(plan, Plan, MAKE_ONE)
-    plan.refuse_stages("a timeline")
+    if plan.pipeline is not None:
+        return timeline_of_stages(plan, hardware, overlap, bucket_nbytes)
     if hardware is None:
         # A plan knows its hardware by name, and that of a file by the file.
         is_preset = plan.hardware in presets()
@@ -66,15 +79,53 @@ def timeline(
     return _simulation(plan, find_hardware(hardware), bucket_nbytes).run()
 
 
-def step_and_waits(plan: Plan, hardware: Hardware) -> tuple[float, dict[str, float]]:
+def step_and_waits(
+    plan: Plan, hardware: Hardware, once: float = 1.0
+) -> tuple[float, dict[str, float]]:
     """Return the predicted seconds of one step, and those in which nothing is computed, by what is
     waited for (PIECES, MOVED, REDUCED, or "" for anything else).
 
+    once: the share that this step bears of what is done once for several of them, as micro-batches
+    of a pipeline share the reduction of gradients, which begins when all have gone back.
+
     Example: `step_and_waits(plan, find_hardware("dgx-a100"))[0]`
     """
+    if once != 1.0:
+        simulation = _Simulation(plan, hardware, None)
+        passes = simulation.passes()
+        # The rows of such a plan bear their share already.
+        shared = once * (passes.reduction + passes.gathers) + simulation.optimizer(once)
+        waited = simulation.streams.waited
+        waited[REDUCED] = waited.get(REDUCED, 0.0) + once * passes.reduction
+        return passes.forward + passes.backward + shared, waited
     simulation = _simulation(plan, hardware)
     _, _, seconds = simulation.simulate()
     return seconds, simulation.streams.waited
+
+
+@dataclass(frozen=True, slots=True)
+class StagePasses:
+    """What one micro-batch takes on one stage, and what is done once a step after all of them.
+
+    forward, backward: seconds of the passes. weights: those of `backward` that are gradients of
+    weights alone. reduction: seconds of reducing the gradients of parameters. gathers: of gathering
+    parameters whose parts were updated. events: of a forward and a backward pass after each other.
+    """
+
+    forward: float
+    backward: float
+    weights: float
+    reduction: float
+    gathers: float
+    events: tuple[Event, ...]
+
+
+def passes_of_stage(plan: Plan, hardware: Hardware) -> StagePasses:
+    """Return what a micro-batch takes on a stage. plan: of the stage, as `cut_plan` gives it.
+
+    Example: `passes_of_stage(cut_plan(graph, plan)[0].plan, find_hardware("dgx-a100")).forward`
+    """
+    return _Simulation(plan, hardware, None).passes()
 
 
 def _simulation(plan: Plan, hardware: Hardware, bucket_nbytes: int | None = None) -> _Simulation:
@@ -119,17 +170,21 @@ class _Simulation:
     moves: of each redistribution, by phase and whether it is repeated. first: redistributions by
     the reader that is first. gaps: see `find_gaps`; late: what is left to each, names and seconds.
     bucket_nbytes: None for one reduction of gradients at the end. waiting: bytes of gradients that
-    wait to be reduced, by axis and collective.
+    wait to be reduced, by axis and collective. defers: it is a stage of a pipeline, all of whose
+    micro-batches reduce gradients of parameters together.
     """
 
     def __init__(self, plan: Plan, hardware: Hardware, bucket_nbytes: int | None) -> None:
         self.plan, self.hardware, self.bucket_nbytes = plan, hardware, bucket_nbytes
-        self.pace = hardware.at_pace_of(plan.world_size)
         self.sizes = tuple(size for _, size in plan.mesh.axes)
-        self.links = hardware.links(self.sizes)
+        # Micro-batches are places in time, and no devices.
+        devices = tuple(1 if name == MICROBATCH else size for name, size in plan.mesh.axes)
+        self.pace = hardware.at_pace_of(prod(devices))
+        self.links = hardware.links(devices)
         self.streams = _Streams()
         self.place = {op.name: index for index, op in enumerate(plan.ops)}
         self.region = {n: at for at, names in enumerate(plan.recomputed) for n in names}
+        self.weights = frozenset(parameter.name for parameter in plan.parameters)
         self.gaps = find_gaps(plan)
         self.late: dict[int, list[tuple[str, float]]] = {}
         self.moves: dict[tuple[_Key, str, bool], list[Transfer]] = {}
@@ -149,6 +204,7 @@ class _Simulation:
                     self.last.setdefault(plan.ops[max(readers)].name, []).append(conversion)
         self.sums = {op.makes[0] for op in plan.ops if op.name in self.gaps.summed}
         self.waiting: dict[tuple[int, Movement], float] = {}
+        self.defers = False
 
     def simulate(self) -> tuple[float, float, float]:
         """Simulate the forward pass, the backward pass and the update, and return their ends, in
@@ -161,11 +217,34 @@ class _Simulation:
         self.update()
         return forward, backward, max(self.streams.free.values())
 
+    def passes(self) -> StagePasses:
+        """Simulate a forward and a backward pass, and return what they take, and what comes after
+        all passes of a step.
+        """
+        self.defers = True
+        self.forward()
+        forward = self.streams.free[COMPUTE]
+        self.backward()
+        # The reduction of gradients was issued last, and waits for other micro-batches.
+        end = max(self.streams.free[COMPUTE], forward)
+        reduction = max(self.streams.free[COMMUNICATION] - end, 0.0)
+        events = tuple(event for event in self.streams.events if event.start < end)
+        weights = sum(map(self.weights_of, self.plan.ops))
+        gathers = sum(map(self.seconds_of, self.gathers()))
+        return StagePasses(forward, end - forward, weights, reduction, gathers, events)
+
+    def weights_of(self, op: OpChoice) -> float:
+        """Return the seconds of an op's backward pass that compute gradients of weights alone."""
+        if not op.whole_flops or not any(name in self.weights for name in op.reads):
+            return 0.0
+        # One product for either factor's gradient.
+        return (op.seconds - op.forward_seconds * (2 if op.name in self.region else 1)) / 2
+
     def run(self) -> Timeline:
         """Return the simulated step."""
         forward, backward, seconds = self.simulate()
         plan = self.plan
-        count, unit = _counted(plan)
+        count, unit = tokens_and_unit(plan)
         # Backward takes two products for each forward one: 3 times the forward FLOPs in all.
         return Timeline(
             seconds=seconds,
@@ -175,7 +254,7 @@ class _Simulation:
             tokens=count,
             unit=unit,
             flops=3 * sum(op.whole_flops for op in plan.ops),
-            peak=_peak(plan, self.hardware) * plan.world_size,
+            peak=peak_of(plan, self.hardware) * plan.world_size,
             ranks=plan.world_size,
         )
 
@@ -288,7 +367,7 @@ class _Simulation:
         """
         key = (conversion.value, conversion.target)
         for move in self.moves.get((key, "backward", False), ()):
-            if move.together:
+            if move.together or self.is_deferred(move):
                 waits = (move.step.axis, move.movement)
                 self.waiting[waits] = self.waiting.get(waits, 0.0) + move.nbytes
                 continue
@@ -300,6 +379,11 @@ class _Simulation:
             ]
             before = conversion.steps[: same[-1]] if same else ()
             yield move, self.gaps.conversions.get((conversion.value, before), 0)
+
+    def is_deferred(self, move: Transfer) -> bool:
+        """Return whether a stage leaves the reduction of a gradient to the end of the step."""
+        of_weight = move.conversion.value in self.weights
+        return self.defers and of_weight and move.step.backward is Movement.NONE
 
     def fill(self, gap: int) -> None:
         """Compute what was left to a gap."""
@@ -324,67 +408,28 @@ class _Simulation:
         """Run the optimizer, which waits for all gradients, and gather the parts that it
         updated.
         """
-        plan = self.plan
-        known = sum(op.seconds for op in plan.ops) + sum(c.seconds for c in plan.conversions)
         ready = max(self.streams.free.values())
         self.streams.wait(ready, REDUCED)
-        gathers = [
+        seconds = self.optimizer()
+        # Less than this is rounding.
+        if seconds > self.plan.seconds * 1e-9:
+            ready = self.streams.issue(COMPUTE, "optimizer", "update", seconds, ready)
+        for move in self.gathers():
+            self.issue(move, "update", ready)
+
+    def gathers(self) -> list[Transfer]:
+        """Return the moves that gather parameters whose parts were updated."""
+        return [
             move
             for (_, phase, _), transfers in self.moves.items()
             for move in (transfers if phase == "update" else ())
         ]
-        known += sum(map(self.seconds_of, gathers))
+
+    def optimizer(self, once: float = 1.0) -> float:
+        """Return the seconds of the optimizer. once: the share that the plan's rows bear of it and
+        of gathers.
+        """
+        plan = self.plan
         # The plan's seconds are ops, moves and the optimizer; the rest is the latter.
-        seconds = plan.seconds - known
-        # Less than this is rounding.
-        if seconds > plan.seconds * 1e-9:
-            ready = self.streams.issue(COMPUTE, "optimizer", "update", seconds, ready)
-        for move in gathers:
-            self.issue(move, "update", ready)
-
-
-# What an input of numbers is a batch of, by its dims: rows of features, frames (of sound, or other
-# positions), images, clips.
-_UNITS = ("numbers", "rows", "frames", "images", "clips")
-
-
-def _counted(plan: Plan) -> tuple[int, str]:
-    """Return how many tokens the inputs of a step have, or images, frames or rows, and which.
-
-    The largest input counts. Whole numbers are tokens, one each. Of images and rows the batch
-    counts, of frames the batch and all dims that the inputs decide.
-    """
-    inputs = plan.inputs or (plan.parts[0].plan.inputs if plan.parts else ())
-    largest = max(inputs, key=lambda item: prod(item.planned), default=None)
-    if largest is None or not largest.planned:
-        return 0, "tokens"
-    pairs = zip(largest.dims, largest.planned, strict=True)
-    decided = prod([size for dim, size in pairs if not dim.isdigit()])
-    if largest.is_integer:
-        return decided, "tokens"
-    unit = _UNITS[min(len(largest.planned), len(_UNITS)) - 1]
-    return (decided if unit in ("frames", "numbers") else largest.planned[0]), unit
-
-
-def _peak(plan: Plan, hardware: Hardware) -> float:
-    """Return the rate in FLOP/s at which a device would do the plan's products at its best.
-
-    Products of different types have different rates. Without a graph, the type of the largest
-    parameter counts.
-    """
-    seconds = flops = 0.0
-    if plan.captured is not None:
-        graph = plan.captured.graph
-        for op in plan.ops:
-            if op.whole_flops:
-                # Choices of experts are whole numbers, and no factors.
-                types = [graph.values[name].dtype for name in op.reads[:2]]
-                factors = [kind for kind in types if kind.is_floating_point] or types
-                itemsize = max(kind.itemsize for kind in factors)
-                flops += op.whole_flops
-                seconds += op.whole_flops / hardware.peak(itemsize)
-    if seconds:
-        return flops / seconds
-    largest = max(plan.parameters, key=lambda p: prod(p.shape), default=None)
-    itemsize = largest.nbytes // max(prod(largest.shape), 1) if largest is not None else 4
-    return hardware.peak(itemsize)
+        known = sum(op.seconds for op in plan.ops) + sum(c.seconds for c in plan.conversions)
+        return plan.seconds - known - once * sum(map(self.seconds_of, self.gathers()))

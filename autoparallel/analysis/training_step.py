@@ -18,6 +18,7 @@ class Event:
 
     name: of the node; for a redistribution its collective and value. stream: COMPUTE or
     COMMUNICATION. phase: "forward", "recompute", "backward" or "update". start, end: in seconds.
+    place: of the rank on the axis of stages. microbatch: that it is a pass of; -1 for none.
 
     >>> Event("mm", COMPUTE, "forward", 0.5, 2.0).seconds
     1.5
@@ -28,6 +29,8 @@ class Event:
     phase: str
     start: float
     end: float
+    place: int = 0
+    microbatch: int = -1
 
     @property
     def seconds(self) -> float:

@@ -12,6 +12,7 @@ from autoparallel.commands.bundled_models import BUNDLED
 from autoparallel.commands.command import positive, progress
 from autoparallel.commands.model_names import FORMS, NamedModel, named_model
 from autoparallel.errors import PlanError
+from autoparallel.options import SCHEDULES
 
 if TYPE_CHECKING:
     from autoparallel.mesh import Mesh
@@ -84,7 +85,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory-limit", metavar="SIZE", help="that a rank may use, as 76GiB")
     group = parser.add_argument_group("a pipeline, of --mesh pp=2,tp=4")
     group.add_argument("--microbatches", type=positive, metavar="N", help="default: what suits")
-    group.add_argument("--schedule", help="1f1b (default), or gpipe")
+    group.add_argument("--schedule", help=f"one of {', '.join(SCHEDULES)}; default: 1f1b")
     group.add_argument("--stages-per-rank", type=positive, metavar="N", help="default: 1")
     group = parser.add_argument_group("what a plan may do")
     group.add_argument(

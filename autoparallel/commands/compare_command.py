@@ -304,7 +304,7 @@ def _step(plan: Plan) -> tuple[float, float]:
     """Return the seconds of a step, and its tokens per second."""
     from autoparallel.analysis.timeline import timeline
 
-    if plan.breaks or plan.pipeline is not None:
+    if plan.breaks:
         return plan.step, 0.0
     step = timeline(plan)
     return step.seconds, step.tokens_per_second

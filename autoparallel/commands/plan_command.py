@@ -68,7 +68,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "pipeline": None if plan.pipeline is None else asdict(plan.pipeline),
         "python": [str(stays) for stays in plan.breaks],
     }
-    if plan.is_traced and not plan.breaks and plan.pipeline is None:
+    if plan.is_traced and not plan.breaks:
         step = timeline(plan)
         answer["step"] = {
             "seconds": step.seconds,
@@ -88,7 +88,7 @@ def in_short(plan: Plan) -> str:
     from autoparallel.analysis.timeline import timeline
 
     text = str(plan)
-    if plan.is_traced and not plan.breaks and plan.pipeline is None:
+    if plan.is_traced and not plan.breaks:
         lines = str(timeline(plan)).splitlines()
         text += "\n\n" + "\n".join(lines)
     return text

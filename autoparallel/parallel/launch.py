@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autoparallel.errors import PlanError, WorldSizeError
 from autoparallel.mesh import PIPELINE, Mesh
+from autoparallel.parallel.meeting import start_process_group
 from autoparallel.runtime.faults import note_uncaught
 from autoparallel.runtime.groups import ProcessGroup
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
@@ -53,7 +54,7 @@ def join_world(world_size: int) -> ProcessGroup | None:
         if cuda:
             # NCCL takes the current device, which would be the first one on every rank.
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        start_process_group("nccl" if cuda else "gloo")
     if dist.get_world_size() != world_size:
         raise _other_size(world_size, dist.get_world_size())
     note_uncaught()

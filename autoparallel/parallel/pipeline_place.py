@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from autoparallel.runtime.faults import explained, is_lost
 
 __all__ = ["PipelinePlace", "as_sent"]
 
@@ -48,6 +52,16 @@ class PipelinePlace:
         holder = self.holders.get(path, (0,))[0]
         dist.broadcast(as_sent(value), self.process(holder), group=self.group)
         return value
+
+    @contextmanager
+    def answered(self, what: str) -> Iterator[None]:
+        """Explain the error of this rank where it waits for another in vain. what: it waits in."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise explained(error, what, self.group) from error
 
     def holds(self, path: str) -> bool:
         """Return whether this rank has a parameter: a stage of its reads it, or none does."""

@@ -12,8 +12,7 @@ output than the loss, the step is run once more, with the gradients that are kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ from autoparallel.rewrite.stages import Stage, cut_plan, parameter_gradients
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import OpCall
 from autoparallel.runtime import rng
-from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.torch_private import without_function_overrides
 
@@ -230,7 +228,7 @@ class PipelineRun:
         # Each rank knows of its own stages; all of them refuse, or none, who would wait for others.
         changed = torch.tensor(call.began != call.versions(), dtype=torch.int32)
         changed = changed.to(self.place.device)
-        with self._answered("an all_reduce between stages, before a step that is run again"):
+        with self.place.answered("an all_reduce between stages, before a step that is run again"):
             dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.place.group)
         if changed:
             raise AutoParallelError(
@@ -263,7 +261,7 @@ class PipelineRun:
                     grads[index] = gradient if before is None else before
                 else:
                     grads[index] = before + gradient
-        with self._answered("an exchange of gradients that several stages have"):
+        with self.place.answered("an exchange of gradients that several stages have"):
             add_over_stages(grads, call.parameters, self.tied, self.place)
         return grads
 
@@ -286,16 +284,6 @@ class PipelineRun:
             return list(held)
         return [None if g is None else g.mul_(gradient.to(g.dtype)) for g in held]
 
-    @contextmanager
-    def _answered(self, what: str) -> Iterator[None]:
-        """Explain the error of a rank that waits in vain. what: it waits in."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_lost(error):
-                raise
-            raise explained(error, what, self.place.group) from error
-
     def _step(self, call: PipelineCall, gradients: Sequence[torch.Tensor | None] | None) -> None:
         """Run all micro-batches through this stage, as the schedule says.
 
@@ -308,7 +296,7 @@ class PipelineRun:
         schedule = self.schedules.of(call, gradients is not None)
         numbers = torch.arange(self.count)
         try:
-            with self._answered("a send or receive between stages"):
+            with self.place.answered("a send or receive between stages"):
                 if gradients is None:
                     schedule.step(number=numbers, return_outputs=False)
                 else:
@@ -343,7 +331,7 @@ class PipelineRun:
             else:
                 shape = self._local_shape(each, call)
                 value = torch.empty(shape, dtype=each.dtype, device=call.device)
-            with self._answered("a broadcast of what the last stage returns"):
+            with self.place.answered("a broadcast of what the last stage returns"):
                 dist.broadcast(as_sent(value), source, group=self.place.group)
             outputs.append(value)
         self.modules[-1].made = []

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from autoparallel.options import SCHEDULES, Schedule
+from autoparallel.options import SCHEDULES
 from autoparallel.parallel.pipeline_call import PipelineCall
 from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Pipeline
 from autoparallel.rewrite.stage_programs import StagePrograms
+from autoparallel.runtime.schedule_orders import schedule_class
 
 __all__ = ["IN_HALVES", "PipelineSchedules", "schedule_of_run"]
 
@@ -38,18 +39,11 @@ def schedule_of_run(pipeline: Pipeline, trains: bool) -> str:
     >>> schedule_of_run(few, trains=True)
     'ScheduleGPipe'
     """
-    plain, asked = SCHEDULES["gpipe"], SCHEDULES[pipeline.schedule]
-    count, several = pipeline.microbatches, pipeline.stages > pipeline.ranks
-    fits = count >= pipeline.stages
-    if asked.folded:
-        return SCHEDULES["zbv"].several if asked.per_stage and not fits else asked.several
-    chosen: Schedule = asked if trains else plain
-    if several:
-        return chosen.several
-    if not trains or chosen.alone == chosen.several:
-        return chosen.alone
-    # It takes no fewer micro-batches than there are stages, where it would be GPipe's order.
-    return chosen.alone if fits else plain.alone
+    each = pipeline.stages // pipeline.ranks
+    if trains or SCHEDULES[pipeline.schedule].folded:
+        return schedule_class(pipeline.schedule, pipeline.ranks, each, pipeline.microbatches)
+    plain = SCHEDULES["gpipe"]
+    return plain.several if each > 1 else plain.alone
 
 
 class PipelineSchedules:

@@ -202,6 +202,8 @@ def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
 
 def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run a function that computes, on parts or on whole values."""
+    if function is torch.Tensor.to:
+        args, kwargs = _staying(args, kwargs)
     if kind is FunctionKind.MARKED:
         result = _replaced(function(*args, **kwargs), mark)
         if function.__name__ == "detach":
@@ -260,6 +262,26 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
     if writes(function):
         note_writes(_tensors(_target(args, kwargs)))
     return _replaced(result, mark)
+
+
+def _staying(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments without the device on which the tensor lies already.
+
+    "cpu:0" is "cpu", too. DTensor tries what is given a device on the meta device, and raises
+    "Cannot copy out of meta tensor".
+    """
+    here = args[0].device
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.device | str):
+            return value
+        to = torch.device(value)
+        same = to.type == here.type and (here.type == "cpu" or to.index in (None, here.index))
+        return None if same else value
+
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": moved(kwargs["device"])}
+    return (*args[:1], *map(moved, args[1:])), kwargs
 
 
 # What torch says of an op that DTensor cannot split, before anything runs.

@@ -181,6 +181,12 @@ class Pipeline:
     seconds: predicted, of one micro-batch on each stage, forward and backward. nbytes: that a rank
     of each stage sends to the next one for a micro-batch, forward. bubble: the share of the passes'
     time in which the stages wait, from 0 to 1.
+    forward_seconds: of the forward pass alone. weight_seconds: of what only gradients of weights
+    take, which some schedules put off. once_seconds: after all micro-batches of a step: reducing
+    gradients, and the update. back_nbytes: that a rank of each stage sends to the one before it for
+    a micro-batch, backward. in_flight: of each stage, the micro-batches that went forward and not
+    yet back, at most. memory: of each of the ranks, its bytes at the worst moment. These are empty
+    where nobody has told them.
 
     >>> print(Pipeline(2, 2, 8, "1f1b", ("a", "b"), (0.1, 0.1), (64, 0), 0.125))
     2 stages, 8 micro-batches, 1f1b, which wait 12.5% of the time
@@ -194,6 +200,12 @@ class Pipeline:
     seconds: tuple[float, ...]
     nbytes: tuple[int, ...]
     bubble: float
+    forward_seconds: tuple[float, ...] = ()
+    weight_seconds: tuple[float, ...] = ()
+    once_seconds: tuple[float, ...] = ()
+    back_nbytes: tuple[int, ...] = ()
+    in_flight: tuple[int, ...] = ()
+    memory: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """Return numbers and schedule as one line."""

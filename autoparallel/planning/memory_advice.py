@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from autoparallel.analysis.memory import Account
+from autoparallel.analysis.memory_account import Account
 from autoparallel.errors import MemoryLimitError
 from autoparallel.graph.captured import Captured
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
 from autoparallel.plan import Plan
 from autoparallel.planning.network_solver import NetworkSolver
@@ -52,8 +52,8 @@ def does_not_fit(
         """Return the error that advises this, too."""
         error = MemoryLimitError(
             f"the model does not fit: no plan was found that takes at most {bytes_text(allowed)} "
-            f"per rank on {network.mesh}",
-            where="\n".join(largest),
+            f"per rank on {_mesh_of(network)}",
+            where="\n".join([*([account.where] if account.where else []), *largest]),
             why=f"the plan found that needs least takes {bytes_text(account.total)}, "
             f"{bytes_text(account.total - allowed)} more than allowed: {_shares(account)}",
             fix=f'pass memory_limit="{_at_least(account.total)}", or {more}, or a smaller batch',
@@ -63,6 +63,8 @@ def does_not_fit(
 
     def advised() -> MemoryLimitError:
         """Return the error that says how many ranks would do, which takes networks for more."""
+        if network.shares.ranks > 1:
+            return error("use more stages or more ranks in each, or recompute more")
         fixed_nbytes = account.total - counted
         ranks = _enough_ranks(captured, network, plan.options, counted, fixed_nbytes)
         return error(f"use {ranks.world_size} ranks ({ranks})") if ranks else error()
@@ -70,6 +72,15 @@ def does_not_fit(
     plain = error()
     plain.advised = advised
     return plain
+
+
+def _mesh_of(network: CostNetwork) -> Mesh:
+    """Return the mesh of all ranks, with the axis of stages where there is one."""
+    axes = dict(network.mesh.axes)
+    if MICROBATCH not in axes:
+        return network.mesh
+    del axes[MICROBATCH]
+    return Mesh(**{PIPELINE: network.shares.ranks}, **axes)
 
 
 def _at_least(nbytes: int) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from autoparallel.analysis.abstract_execution import Seen
-from autoparallel.analysis.memory import Account, memory_of
+from autoparallel.analysis.memory import memory_of
+from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.captured import Captured
@@ -23,8 +25,11 @@ from autoparallel.strategy.build_network import rebuilt
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from planners import InfeasibleError, OverLimitError, Problem, Solution
+from planners.effort import current
 
 __all__ = ["plan_within", "unlimited"]
+
+Judge = Callable[[Plan], Account]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
 # takes the plan that keeps least.
@@ -32,6 +37,8 @@ _MOST_ATTEMPTS = 8
 # The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
 # so low that seconds, which break ties, are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
+# What it takes to count a plan's memory, by the nodes of the graph.
+_SECONDS_PER_NODE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,13 @@ def plan_within(
     pins: Mapping[str, Layout] = {},
     start: Plan | None = None,
     beat: float = math.inf,
+    judge: Judge | None = None,
 ) -> Plan:
     """Return the plan of the shortest step that was found within the memory limit of the options.
 
     captured: the traced program. model: the name that the plan gives it. free: its cost network by
     `unlimited` options. pins: layouts of parameters, by node name. start, beat: as of `search`.
+    judge: how the memory of a plan is counted; by default as that of the whole model on each rank.
 
     Nothing within a limit costs less than the best without one, where no copy is gathered again and
     no block recomputed. Where that fits, the limit is none. Else plans without a limit compete with
@@ -73,6 +82,8 @@ def plan_within(
     """
     # All plans run the same calls on the same parts, whatever their modes and limits.
     seen: Seen = {}
+    of_stages = judge is not None
+    judge = judge or partial(memory_of, graph=free.graph, seen=seen)
     allowed = options.memory_limit
     assert allowed is not None
     solve = NetworkSolver(free)
@@ -81,12 +92,13 @@ def plan_within(
 
     def fits(plan: Plan) -> bool:
         """Say whether a plan without a limit is within it."""
-        return memory_of(plan, graph=free.graph, seen=seen).total <= allowed
+        current().spend(len(free.graph.nodes) * _SECONDS_PER_NODE)
+        return judge(replace(plan, options=options)).total <= allowed
 
     def told(plan: Plan) -> Plan:
         """Return a plan without a limit as one within it."""
-        memory = memory_of(plan, graph=free.graph, seen=seen).rows
-        return replace(plan, options=options, memory=memory)
+        plan = replace(plan, options=options)
+        return replace(plan, memory=judge(plan).rows)
 
     search = StepSearch(
         captured,
@@ -97,7 +109,8 @@ def plan_within(
         best,
         accepts=lambda timed: fits(timed.plan),
         beat=beat,
-        least_bytes=LeastBytes(free),
+        # What stages have of the model is not told by its sums.
+        least_bytes=None if of_stages else LeastBytes(free),
         most_bytes=allowed,
     )
     if start is None and search.may_fit(best.assignment) and fits(search.best.plan):
@@ -111,15 +124,16 @@ def plan_within(
             return told(replace(search.best.plan, step_seconds=search.bound))
     network = rebuilt(free, options)
     constrain(network, captured.aliases)
-    search.least_bytes = LeastBytes(free, network)
+    if not of_stages:
+        search.least_bytes = LeastBytes(free, network)
     # The plan to begin with is told as states of this network, or refused.
     begin = solution_of_plan(network, start) if start is not None else None
-    plan = _within(captured, model, network, NetworkSolver(network, begin), pins, seen)
+    plan = _within(captured, model, network, NetworkSolver(network, begin), pins, judge)
     if best.lower_bound > plan.lower_bound and plan.lower_bound < plan.cost:
         rest = f"; bound without the limit by {best.method}"
         bound = min(best.lower_bound, plan.cost)
         plan = replace(plan, lower_bound=bound, method=plan.method + rest)
-    step, waits = step_and_waits(plan, network.hardware)
+    step, waits = step_and_waits(plan, network.hardware, network.shares.once)
     solution = Solution({}, plan.cost, plan.lower_bound, plan.method)
     search.begin_with(Timed("", plan, solution, step, waits))
     found, _ = search.run()
@@ -154,11 +168,11 @@ def _within(
     network: CostNetwork,
     solve: NetworkSolver,
     pins: Mapping[str, Layout],
-    seen: Seen,
+    judge: Judge,
 ) -> Plan:
     """Return the plan of least cost among those that fit into the memory limit.
 
-    network: with the limit. solve: a solver of its problems. seen: as of `memory_of`.
+    network: with the limit. solve: a solver of its problems. judge: as of `plan_within`.
 
     The planner limits the sum of saved bytes. The rest of a plan's memory (buffers, inputs,
     temporaries) is known when it is made: then the limit is lowered by the excess and it is planned
@@ -177,7 +191,7 @@ def _within(
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured.aliases)
             solve = NetworkSolver(network)
-        nearest, mode_bound = _closest(captured, model, network, solve, pins, seen)
+        nearest, mode_bound = _closest(captured, model, network, solve, pins, judge)
         if mode == options.recompute and mode_bound == math.inf:
             # The other modes are restrictions of this one: they cannot fit either.
             raise nearest.error(captured, network)
@@ -199,15 +213,17 @@ def _closest(
     network: CostNetwork,
     solve: NetworkSolver,
     pins: Mapping[str, Layout],
-    seen: Seen,
+    judge: Judge,
 ) -> tuple[_Candidate, float]:
     """Return a plan that fits or, where no attempt gives one, the plan that takes least.
 
     Return also a lower bound on the cost of every plan whose saved bytes are within the limit: +inf
     where it is proven that there is none.
     """
-    # Bytes that every plan needs are no matter of choice, and are not in the tables.
-    limit = _allowed(network) - network.fixed_nbytes
+    # Bytes that every plan needs are no matter of choice, and are not in the tables. The tables of
+    # a pipeline count all stages, for one micro-batch of those in flight.
+    scale = network.shares.ranks / network.shares.in_flight
+    limit = (_allowed(network) - network.fixed_nbytes) * scale
     least: _Candidate | None = None
     bound, price = -math.inf, 0.0
     for attempt in range(_MOST_ATTEMPTS):
@@ -227,15 +243,15 @@ def _closest(
                 bound = math.inf
             last = True
             solution = _least(problem, solve)
-        read, account = _read(captured, model, network, solution, seen)
-        candidate = _Candidate(replace(read, memory_price=price), account, solution.usage)
+        read, account = _read(captured, model, network, solution, judge)
+        candidate = _Candidate(replace(read, memory_price=price), account, solution.usage / scale)
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - _allowed(network)
         if last or over <= 0:
             break
         # The solution may use less than the limit: from there the excess is taken off.
-        limit = min(limit, solution.usage) - over
+        limit = min(limit, solution.usage) - over * scale
     assert least is not None
     return least, bound
 
@@ -264,9 +280,10 @@ def _better(problem: Problem, solution: Solution, start: Mapping[str, int] | Non
 
 
 def _read(
-    captured: Captured, model: str, network: CostNetwork, solution: Solution, seen: Seen
+    captured: Captured, model: str, network: CostNetwork, solution: Solution, judge: Judge
 ) -> tuple[Plan, Account]:
     """Return the plan of a solution, and all of its memory on the rank that needs most."""
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
-    account = memory_of(plan, graph=network.graph, seen=seen)
+    current().spend(len(network.graph.nodes) * _SECONDS_PER_NODE)
+    account = judge(plan)
     return replace(plan, memory=account.rows), account

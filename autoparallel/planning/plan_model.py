@@ -18,14 +18,16 @@ from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.mesh import Mesh, finer
+from autoparallel.mesh import PIPELINE, Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.pipelines import in_parts, is_pipeline, pipeline_plan
+from autoparallel.planning.pipeline_choices import best_mesh, in_parts
+from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.planning_progress import planning_progress
-from autoparallel.planning.request import require_clear
+from autoparallel.planning.request import require_clear, require_known
 from autoparallel.planning.search import search
+from autoparallel.planning.stage_cuts import with_memory
 from autoparallel.planning.traced_parts import search_parts
 from autoparallel.rules.lookup import find_rule
 from planners.effort import Effort, current, effort
@@ -71,11 +73,13 @@ def fastest_plan(
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,
+    stages: bool = True,
 ) -> Plan:
     """Return the fastest plan of all meshes, with the memory and the collectives of one step.
 
     traced: see trace_model. meshes: the arrangements of the ranks to choose from. pins, by path,
-    product_weight and start: see make_plan. Raises PlanError for demands that no search could heed;
+    product_weight and start: see make_plan. stages: whether, of several meshes, one with stages may
+    be chosen that is not among them. Raises PlanError for demands that no search could heed;
     where no mesh has a plan, the error of the one that needs least memory, else the first's.
     """
     require_clear(meshes, options, pins, product_weight, start)
@@ -86,9 +90,15 @@ def fastest_plan(
         )
         most = math.inf if options.seconds is None else options.seconds
         with effort(Effort(most, can_stop=alone, report=report)):
-            return _counted(
-                _fastest(model, traced, meshes, options, pins, product_weight, start)
-            ).checked()
+            best, errors = _fastest(model, traced, meshes, options, pins, product_weight, start)
+            # Stages are tried last: they have to be better than what needs no micro-batches.
+            free = stages and len(meshes) > 1 and not (pins or product_weight or start)
+            if free and isinstance(traced, Captured) and not current().is_over:
+                world_size = meshes[0].world_size
+                best = _or_with_stages(best, errors, model, traced, world_size, options)
+            if best is None:
+                raise _nearest(errors)
+            return _counted(best).checked()
 
 
 def _fastest(
@@ -99,8 +109,11 @@ def _fastest(
     pins: Mapping[str, Layout | Placement] | None,
     product_weight: float | None,
     start: Plan | None,
-) -> Plan:
-    """Return the fastest plan of all meshes; errors and arguments as of `fastest_plan`."""
+) -> tuple[Plan | None, list[PlanError]]:
+    """Return the fastest plan of all meshes, None where there is none, and the others' errors.
+
+    Arguments as of `fastest_plan`.
+    """
     best: Plan | None = None
     errors: list[PlanError] = []
     waiting = list(meshes)
@@ -135,19 +148,45 @@ def _fastest(
             devices = find_hardware(options.hardware).devices_per_node
             third = None if pins or options.memory_limit else finer(best.mesh, devices)
             waiting += [third] if third is not None else []
-    if best is None:
-        nearest = min(errors, key=lambda error: getattr(error, "least", math.inf))
-        # What would do is looked for once, and not for every mesh that was tried.
-        advised = getattr(nearest, "advised", None)
-        raise nearest if advised is None else advised()
-    return best
+    return best, errors
+
+
+def _or_with_stages(
+    best: Plan | None,
+    errors: list[PlanError],
+    model: nn.Module,
+    traced: Captured,
+    world_size: int,
+    options: Options,
+) -> Plan | None:
+    """Return a plan with stages where one is faster than the best without, else that one.
+
+    errors: of other meshes; one of stages is added.
+    """
+    beat = math.inf if best is None else best.step
+    mesh = best_mesh(traced, world_size, options, beat)
+    if mesh is None:
+        return best
+    try:
+        plan = _search(model, traced, mesh, options)
+    except PlanError as error:
+        errors.append(error)
+        return best
+    return plan if best is None or plan.step < best.step else best
+
+
+def _nearest(errors: list[PlanError]) -> PlanError:
+    """Return the error of the mesh that needs least memory, else the first."""
+    nearest = min(errors, key=lambda error: getattr(error, "least", math.inf))
+    # What would do is looked for once, and not for every mesh that was tried.
+    advised = getattr(nearest, "advised", None)
+    return nearest if advised is None else advised()
 
 
 def _counted(plan: Plan) -> Plan:
     """Return the plan with its memory and its collectives, which are told without its graph."""
-    # A rank holds one stage of the model, which is not counted by itself.
     if plan.pipeline is not None:
-        return plan
+        return with_memory(plan)
     # Under a memory limit it was counted to see whether the plan fits.
     memory = plan.memory or memory_of(plan).rows
     totals = collective_totals(plan)
@@ -182,11 +221,13 @@ def _search(
             why="micro-batches are what the stages of a pipeline work at, and there are none",
             fix="give the mesh an axis pp, as Mesh(pp=2, tp=2), or leave microbatches out",
         )
+    # Stages split ops, and no parameter.
+    axes = [name for name, _ in mesh.axes if name != PIPELINE] or ["tp"]
     for path, pin in layouts.items():
-        if len(pin) != len(mesh.axes):
+        if len(pin) != len(axes):
             raise PlanError(
-                f"{path} is pinned to {layout_text(pin)} on a mesh of {len(mesh.axes)} axes",
-                fix=f"give one placement for each of {', '.join(name for name, _ in mesh.axes)}",
+                f"{path} is pinned to {layout_text(pin)} on a mesh of {len(axes)} axes",
+                fix=f"give one placement for each of {', '.join(axes)}",
             )
     if is_pipeline(mesh):
         return _with_stages(model, traced, mesh, options, layouts, product_weight, start)
@@ -225,14 +266,15 @@ def _with_stages(
             why="stages are cut from one graph, and the model cannot be traced whole",
             fix="make the model traceable whole, or leave pp out of the mesh",
         )
-    given = {"pins": pins, "product_weight": product_weight, "start": start}
+    given = {"product_weight": product_weight, "start": start}
     asked = [name for name, value in given.items() if value]
     if asked:
         raise PlanError(
             f"{' and '.join(asked)}: not on a mesh with stages",
             fix="leave it out, or leave pp out of the mesh",
         )
-    return pipeline_plan(traced, type(model).__name__, mesh, options)
+    require_known(pins, traced.aliases)
+    return pipeline_plan(traced, type(model).__name__, mesh, options, pins=pins)
 
 
 def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:

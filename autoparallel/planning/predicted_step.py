@@ -35,11 +35,18 @@ def timeline(
     summed are reduced in calls of at least so many bytes, as they become ready; by default as many
     as the emitted module reduces. as_given: predict for the example inputs as they were given;
     where they are small, a plan is made for a larger batch, and that is what is predicted else.
+    Of a plan with stages it is a `PipelineTimeline`, pass by pass, in the order of the plan's
+    schedule.
     Raises PlanError for a plan without its graph, or in parts, on other hardware and as given.
 
     Example: `print(timeline(plan, hardware="dgx-h100"))`
     """
     require_kind(plan, Plan, MAKE_ONE)
+    if plan.pipeline is not None:
+        if as_given and any(item.given != item.planned for item in plan.inputs):
+            plan.refuse_stages("a step for example inputs as they were given")
+        found = None if hardware is None else find_hardware(hardware)
+        return timeline_of(plan, hardware=found, overlap=overlap, bucket_nbytes=bucket_nbytes)
     if hardware is not None or as_given:
         planned_for = plan.hardware if plan.hardware in presets() else plan.options.hardware
         hardware = find_hardware(planned_for if hardware is None else hardware)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.op_costs import nbytes
@@ -29,6 +30,7 @@ from autoparallel.planning.unsplit_reasons import cost_of_splitting, is_left_who
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.stage_shares import WHOLE_MODEL, StageShares
 from autoparallel.support.paused_collection import paused_collection
 from planners import InfeasibleError, Problem, Solution
 from planners.effort import current
@@ -53,6 +55,8 @@ def search(
     product_weight: float | None = None,
     start: Plan | None = None,
     beat: float = math.inf,
+    shares: StageShares = WHOLE_MODEL,
+    judge: Callable[[Plan], Account] | None = None,
 ) -> Plan:
     """Return the plan of the shortest predicted step of one traced program on one mesh.
 
@@ -60,6 +64,8 @@ def search(
     parameters have already and keep. pins: layouts, by path, that parameters are to have. start: a
     plan of the same program and mesh to begin with; the result takes no longer. beat: a longer step
     than this, in seconds, is of no use: the search for a shorter one ends where none can be.
+    shares: what a micro-batch of a pipeline bears, on a mesh with an axis of micro-batches; seconds
+    are then those of one of them on all stages. judge: see `plan_within`.
     product_weight: what a second of matrix products counts in the cost. By default it is 1 with
     data parallelism; without it, a model too small to be worth splitting is split all the same:
     products are weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of
@@ -72,7 +78,7 @@ def search(
     hardware = find_hardware(options.hardware)
     # Whether a limit plays a part is found without it.
     free = options if options.memory_limit is None else unlimited(options)
-    network = build_network(graph, mesh, hardware, free, stored, whole_outputs=captured.part)
+    network = build_network(graph, mesh, hardware, free, stored, captured.part, shares)
     constrain(network, captured.aliases)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     require_known(pins, captured.aliases)
@@ -87,7 +93,7 @@ def search(
                 fix="pin one of the two, or both alike",
             )
     if options.memory_limit is not None:
-        return plan_within(captured, model, network, options, pinned, start, beat)
+        return plan_within(captured, model, network, options, pinned, start, beat, judge)
     # The plan to begin with is told as states of this network, or refused.
     begin = solution_of_plan(network, start) if start is not None else None
     solve = NetworkSolver(network, begin)
@@ -144,7 +150,7 @@ def _shortest(
         plan, solution = search.run()
     else:
         plan = plan_of_solution(captured, model, network.mesh, network, solution, weight)
-        step, _ = step_and_waits(plan, network.hardware)
+        step, _ = step_and_waits(plan, network.hardware, network.shares.once)
         plan = replace(plan, step_seconds=step)
     # It takes an exact solution for every variable, which wide problems have no tables for.
     if width or solve.many or current().is_over:

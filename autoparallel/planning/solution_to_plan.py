@@ -302,8 +302,10 @@ def _conversions(
         # The gradient of a parameter may be reduce-scattered in place of the all-reduce (ZeRO).
         if maker.kind == "parameter":
             stored = network.storages[maker.name][chosen[maker.name]]
-            edges = network.edges
-            seconds += zero_gradient_seconds(read, stored, target, edges.links, edges.sizes)
+            edges, once = network.edges, network.shares.once
+            zero = zero_gradient_seconds(read, stored, target, edges.links, edges.sizes)
+            reduced = float(routes.reduced_seconds((target,))[routes.cells[source], 0])
+            seconds += once * zero - (1 - once) * reduced
         # What is recomputed pays the forward half of its redistribution a second time.
         dropped = (name, target) in again
         groups = {repeated.get(reader.name) for reader in graph.readers[name]}

@@ -40,7 +40,7 @@ __all__ = ["StepSearch", "Timed", "step_weights"]
 # a solution takes long, on more than two axes or of a wide network, only one weight, and no reply.
 _MOST_BOUNDS, _MOST_REPLIES = 3, 2
 # What it takes to make a plan and simulate its step, by the nodes of the graph.
-_SECONDS_PER_NODE = 5e-5
+_SECONDS_PER_NODE = 3e-5
 # A bound that rises by less than this share is left.
 _RISES = 1e-3
 # Steps that differ by less than this share are equal: the first one found is taken.
@@ -183,7 +183,7 @@ class StepSearch:
         current().spend(len(self.captured.graph.nodes) * _SECONDS_PER_NODE)
         network = self.network
         plan = plan_of_solution(self.captured, self.model, network.mesh, network, solution, 1.0)
-        step, waits = step_and_waits(plan, network.hardware)
+        step, waits = step_and_waits(plan, network.hardware, network.shares.once)
         return Timed(name, plan, solution, step, waits)
 
     def consider(self, name: str, assignment: Mapping[str, int]) -> None:

@@ -19,15 +19,21 @@ _NEAR = 4
 class MemoryOrder:
     """Decides where dims lie outermost.
 
-    is_free: all ops of the graph take their operands in any order. moved: values that may lie in
-    another order than that of their dims, because a conversion before them has brought it.
+    is_free: all ops that may be given a value or a gradient in another order take any. moved:
+    values that may lie in another order than that of their dims, which a conversion has brought.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.is_free = all(not n.operands() or takes_any_order(n.target) for n in graph.calls)
         self.moved: set[str] = set()
         self.outputs = set(graph.outputs)
+        # Gradients flow to whatever needs one, and values to all that is made of that. The rest,
+        # such as masks and labels, is in no other order.
+        flowing = self.made_of([name for name, v in graph.values.items() if v.requires_grad])
+        self.is_free = all(
+            takes_any_order(node.target) or flowing.isdisjoint(node.operands())
+            for node in graph.calls
+        )
 
     def placed(self, value: Value, placement: Placement) -> Placement:
         """Return a placement between which and another one a value is moved, with its dim outermost
@@ -40,7 +46,7 @@ class MemoryOrder:
         whole = placement.blocks == placement.repeat == 1
         if not (inside and whole) or self.is_near_output(value.name):
             return placement
-        self.follow(value.name)
+        self.moved |= self.made_of([value.name])
         return replace(placement, outermost=True)
 
     def is_near_output(self, name: str) -> bool:
@@ -59,14 +65,15 @@ class MemoryOrder:
             seen.update(names)
         return False
 
-    def follow(self, name: str) -> None:
-        """Note that a value, and all that is made of it, may lie in another order."""
-        names = [name]
+    def made_of(self, names: list[str]) -> set[str]:
+        """Return some values and all that are computed of them."""
+        made: set[str] = set()
         while names:
-            some = names.pop()
-            if some not in self.moved:
-                self.moved.add(some)
-                names += [v.name for node in self.graph.readers[some] for v in node.results]
+            name = names.pop()
+            if name not in made:
+                made.add(name)
+                names += [v.name for node in self.graph.readers[name] for v in node.results]
+        return made
 
     def returned(self, value: Value, name: str) -> str:
         """Return the text of an output, which lies in the order of its dims.

@@ -61,28 +61,35 @@ __all__ = [
 ]
 
 
+def _is_even(size: int, shard: Shard, group: Group) -> bool:
+    """Return whether all ranks hold equally long parts of a dim that is one block."""
+    assert isinstance(shard.unit, int)
+    return size % (group.world_size * shard.unit) == 0
+
+
 def _start_all_gather(tensor: torch.Tensor, shard: Shard, size: int, group: Group) -> Result:
     """Start gathering the whole tensor of which this rank holds a part. size: of the whole along
     the split dim.
     """
-    lengths = run_lengths(size, shard, group)
-    if shard.outermost and lengths[0] == lengths[-1]:
+    if shard.outermost and _is_even(size, shard, group):
         part = tensor.movedim(shard.dim, 0).contiguous()
         wait = group.start_all_gather(part)
         shape = (size, *part.shape[1:])
         # No view for autograd, so that the whole may be written to.
         return lambda: wait().view(shape).movedim(0, shard.dim).detach()
+    lengths = run_lengths(size, shard, group)
     wait = group.start_all_gather(pad_part(tensor, shard, lengths[0], lengths[group.rank]))
     return lambda: join_rows(wait(), shard, lengths)
 
 
 def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> Result:
     """Start adding up the ranks' whole tensors, of which this rank gets its part."""
-    lengths = run_lengths(tensor.size(shard.dim), shard, group)
-    if shard.outermost and lengths[0] == lengths[-1]:
-        whole, n = tensor.movedim(shard.dim, 0).contiguous(), group.world_size
-        wait = group.start_reduce_scatter(whole.view(n, whole.shape[0] // n, *whole.shape[1:]))
+    if shard.outermost and _is_even(tensor.size(shard.dim), shard, group):
+        whole = tensor.movedim(shard.dim, 0).contiguous()
+        each = whole.size(0) // group.world_size
+        wait = group.start_reduce_scatter(whole.view(group.world_size, each, *whole.shape[1:]))
         return lambda: wait().movedim(0, shard.dim).detach()
+    lengths = run_lengths(tensor.size(shard.dim), shard, group)
     wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
     # No view for autograd, so that the part may be written to.
     return lambda: unpad_part(wait(), shard, lengths[0], lengths[group.rank]).detach()

@@ -42,11 +42,16 @@ from autoparallel.strategy.recompute_modes import Recomputation
 from autoparallel.strategy.redistribution import ProducerLayouts, RedistributionTables
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 from autoparallel.strategy.saved_activations import SavedActivations
+from autoparallel.strategy.stage_shares import WHOLE_MODEL, StageShares
 from autoparallel.strategy.zero_costs import exchange_seconds, update_gather_seconds
+from planners.effort import current
 
 __all__ = ["build_network", "rebuilt"]
 
 Array = NDArray[np.float64]
+
+# What it takes to build a network, by the nodes of the graph and the axes of the mesh.
+_SECONDS_PER_NODE = 1e-4
 
 
 def build_network(
@@ -56,20 +61,22 @@ def build_network(
     options: Options,
     stored: Mapping[str, Layout] | None = None,
     whole_outputs: bool = False,
+    shares: StageShares = WHOLE_MODEL,
     known: CostNetwork | None = None,
 ) -> CostNetwork:
     """Return the cost network of a graph: all strategies, and what they cost with neighbours.
 
     graph: normalized by the passes. mesh, hardware, options: what is planned for. stored: layouts
     that parameters (by path) have already, which they keep; None for none. whole_outputs: True
-    where all returned values must be whole, as for a graph that ends before a graph break. known: a
+    where all returned values must be whole, as for a graph that ends before a graph break. shares:
+    what a micro-batch of a pipeline bears, on a mesh with an axis of micro-batches. known: a
     network of the same graph, of which what rules and splits say is taken.
     Costs are seconds of one training step (forward, backward, update), usage is bytes per rank.
     Raises UnsupportedOpError that lists every differentiable op without a rule.
 
     Example: `build_network(captured.graph, Mesh(tp=4), find_hardware("dgx-a100"), Options())`
     """
-    builder = _Builder(graph, mesh, hardware, options, stored or {}, whole_outputs, known)
+    builder = _Builder(graph, mesh, hardware, options, stored or {}, whole_outputs, shares, known)
     return builder.build()
 
 
@@ -87,6 +94,7 @@ def rebuilt(
         options or network.options,
         network.stored,
         network.whole_outputs,
+        network.shares,
         network,
     )
 
@@ -106,6 +114,7 @@ class _Builder:
         options: Options,
         stored: Mapping[str, Layout],
         whole_outputs: bool,
+        shares: StageShares,
         known: CostNetwork | None,
     ) -> None:
         self.graph, self.mesh, self.whole_outputs = graph, mesh, whole_outputs
@@ -114,14 +123,15 @@ class _Builder:
         # Micro-batches are the ranks of an axis in time: no device, and no link.
         self.in_time = tuple(name == MICROBATCH and size > 1 for name, size in mesh.axes)
         devices = tuple(1 if name == MICROBATCH else size for name, size in mesh.axes)
-        self.pace = hardware.at_pace_of(math.prod(devices))
+        self.pace = hardware.at_pace_of(math.prod(devices) * shares.ranks)
         self.links = hardware.links(devices)
+        self.shares = shares
         memory = options.memory_limit is not None
         self.edges = RedistributionTables(
-            self.sizes, self.links, self.pace, options, memory, self.in_time
+            self.sizes, self.links, self.pace, options, memory, self.in_time, shares.once
         )
         self.network = CostNetwork(
-            graph, mesh, hardware, options, self.edges, stored, whole_outputs
+            graph, mesh, hardware, options, self.edges, stored, whole_outputs, shares=shares
         )
         self.invariant = whole_layout(len(self.sizes))
         self.weights = weight_values(graph)
@@ -135,6 +145,7 @@ class _Builder:
 
     def build(self) -> CostNetwork:
         """Return the finished network. Raises UnsupportedOpError for ops without a rule."""
+        current().spend(len(self.graph.nodes) * len(self.sizes) * _SECONDS_PER_NODE)
         # Nothing is discovered on one rank.
         if self.known is not None and (self.known.world_size == 1) == (self.mesh.world_size == 1):
             self.matched = self.known.matched
@@ -292,15 +303,15 @@ class _Builder:
                 # ZeRO is a form of data parallelism. Scattered gradients save memory and nothing
                 # else: they are candidates where memory is counted.
                 zero = self.options.data_parallel
+                # Micro-batches add their gradients up before these are reduced.
+                scattered = zero and self.edges.memory and not any(self.in_time)
                 several = tuple(
                     1 if in_time else size
                     for size, in_time in zip(self.sizes, self.in_time, strict=True)
                 )
                 self.storage_choices[key] = tuple(
                     self.over_time(choice, value.requires_grad)
-                    for choice in storage_choices(
-                        value, shards, several, zero, zero and self.edges.memory
-                    )
+                    for choice in storage_choices(value, shards, several, zero, scattered)
                 )
             choices = self.storage_choices[key]
         self.network.storages[node.name] = choices
@@ -339,8 +350,8 @@ class _Builder:
             seconds = update_seconds(updated, updated, parts[2], self.pace)
             seconds += update_gather_seconds(value, choice, self.edges.links, self.sizes)
             seconds += exchange_seconds(value, choice, self.edges.links, self.sizes)
-            costs.append(seconds if value.requires_grad else 0.0)
-            usage.append(sum(parts))
+            costs.append(seconds * self.shares.once if value.requires_grad else 0.0)
+            usage.append(sum(parts) / self.shares.in_flight)
         layouts = ProducerLayouts(
             tuple(choice.storage for choice in choices), choices, resident=True
         )

@@ -29,6 +29,7 @@ from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.recompute_modes import Recomputation
 from autoparallel.strategy.redistribution import RedistributionTable, RedistributionTables
 from autoparallel.strategy.rule_matching import MatchedCall
+from autoparallel.strategy.stage_shares import WHOLE_MODEL, StageShares
 from planners import Factor, Problem, Solution, Variable
 
 __all__ = ["CostNetwork", "reduced_together"]
@@ -42,7 +43,7 @@ class CostNetwork:
 
     graph, mesh, hardware, options: what was planned for. edges: the redistribution tables. stored:
     layouts that parameters (by path) have already. whole_outputs: all returned values must be
-    whole.
+    whole. shares: what a micro-batch of a pipeline bears.
     strategies, costs, usage: per call node, per state: the strategy, its seconds and its saved
     bytes. storages, updates: per parameter node, the ways to store it, and their seconds and bytes.
     outputs: per returned value, its possible layouts. factors, redistributed_value: the factors,
@@ -89,6 +90,7 @@ class CostNetwork:
     weights: frozenset[str] = frozenset()
     peak_call: str = ""
     fixed_nbytes: float = 0.0
+    shares: StageShares = WHOLE_MODEL
 
     @property
     def world_size(self) -> int:

@@ -92,7 +92,8 @@ class RedistributionTables:
 
     sizes, links: of the mesh axes, outermost first. memory: True where bytes are counted, that is,
     where there is a memory limit. in_time: per axis, whether its places are micro-batches, one
-    after the other; empty for none.
+    after the other; empty for none. once: the share that a step bears of reductions of parameters'
+    gradients; see `StageShares`.
     """
 
     sizes: tuple[int, ...]
@@ -101,6 +102,7 @@ class RedistributionTables:
     options: Options
     memory: bool = False
     in_time: tuple[bool, ...] = ()
+    once: float = 1.0
     _routes: dict[Any, RedistributionPaths] = field(default_factory=dict)
     _tables: dict[Any, Any] = field(default_factory=dict)
 
@@ -228,9 +230,11 @@ class RedistributionTables:
         row = np.array([routes.cells[layout] for layout in produced.layouts])
         seconds = routes.seconds(targets)[row]
         if produced.stored:
-            seconds = seconds + zero_gradient_table(
-                value, produced.stored, targets, self.links, self.sizes
-            )
+            zero = zero_gradient_table(value, produced.stored, targets, self.links, self.sizes)
+            if self.once != 1.0:
+                reduced = np.where(np.isfinite(seconds), routes.reduced_seconds(targets)[row], 0.0)
+                seconds = seconds - (1 - self.once) * reduced
+            seconds = seconds + self.once * zero
         # Forward seconds are needed where the step may be run twice: by recomputation, or instead
         # of saving.
         ahead = np.zeros_like(seconds)

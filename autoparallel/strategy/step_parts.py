@@ -262,7 +262,7 @@ class StepParts:
             possible = possible & np.isfinite(zero)
             # A gathered parameter's gradient is scattered while nothing else is done.
             forward = ahead + np.maximum(back - reduced, 0.0)
-            reduced = np.where(possible, reduced + zero, 0.0)
+            reduced = np.where(possible, (reduced + zero) * network.shares.once, 0.0)
             if first:
                 forward = forward + reduced
             else:

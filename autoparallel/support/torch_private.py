@@ -130,6 +130,7 @@ __all__ = [
     "norms_of",
     "outside_transforms",
     "parts_of_norms",
+    "pipeline_order",
     "place_in_backward",
     "placed_alike",
     "references_to",
@@ -797,3 +798,48 @@ def carries_backward_hooks(function: Any) -> bool:
 def hook_handles_so_far() -> int:
     """Return how many handles this process has made: every registered hook makes one."""
     return torch.utils.hooks.RemovableHandle.next_id
+
+
+# Pipelines.
+
+
+def pipeline_order(
+    schedule: str, ranks: int, per_rank: int, microbatches: int
+) -> list[list[tuple[int, str, int]]]:
+    """Return what each rank of a pipeline computes, in order, as (stage, kind, micro-batch).
+
+    schedule: the name of one of torch's classes. kind: "F", "B" or, where a backward pass is in two
+    halves, "I" and "W". Raises ValueError for numbers that the class does not take.
+    """
+    from torch.distributed.pipelining import schedules
+
+    base: Any = getattr(schedules, schedule)
+
+    class Table(base):
+        """The schedule without its sends, which take long to be put in and are not asked for."""
+
+        def _prepare_schedule_with_comms(self, *args: Any, **kwargs: Any) -> None:
+            """Leave the table as it is."""
+
+    stage = SimpleNamespace(
+        group_size=ranks,
+        group_rank=0,
+        num_stages=ranks * per_rank,
+        is_first=True,
+        is_last=False,
+        stage_index=0,
+        submod=None,
+    )
+    several = issubclass(base, schedules.PipelineScheduleMulti)
+    table = Table([stage] * per_rank if several else stage, microbatches, loss_fn=None)
+    orders: list[list[tuple[int, str, int]]] = []
+    for rank in range(ranks):
+        orders.append([])
+        for action in table.pipeline_order[rank]:
+            both = () if action is None else action.sub_actions or (action,)
+            orders[-1] += [
+                (each.stage_index, each.computation_type.value, each.microbatch_index)
+                for each in both
+                if each.computation_type.value in ("F", "B", "I", "W")
+            ]
+    return orders

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.train.choice_model import BertForChoices
 from autoparallel.train.config import TrainingError
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 from autoparallel.train.rows import user_function
@@ -48,7 +49,7 @@ def build_model(config: RunConfig, vocabulary: int) -> nn.Module:
         )
     torch.manual_seed(config.training.seed)
     with torch.device("meta" if model.meta else "cpu"):
-        built = _make(model, rows, config.data.sequence)
+        built = _make(model, rows, config.data.sequence, objective_of(config))
     # What a plan is made of by the same name: a model and its example inputs.
     if isinstance(built, tuple) and len(built) == 2:
         built, _ = built
@@ -62,7 +63,7 @@ def build_model(config: RunConfig, vocabulary: int) -> nn.Module:
 
 
 def objective_of(config: RunConfig) -> str:
-    """Return the labels that the model learns from: "next", "same" or "masked"."""
+    """Return the labels that the model learns from: "next", "same", "masked" or "choices"."""
     kind = config.model.kind
     if config.data.objective != "auto":
         return config.data.objective
@@ -70,20 +71,23 @@ def objective_of(config: RunConfig) -> str:
         return "masked"
     if kind.startswith("hf:"):
         name = _architecture(Path(kind[3:])) if kind.endswith(".json") else kind
+        if name.endswith("ForMultipleChoice"):
+            return "choices"
         return "masked" if name.endswith(("MaskedLM", "ForPreTraining")) else "same"
     return "next"
 
 
-def _make(model: ModelConfig, vocabulary: int, sequence: int) -> Any:
+def _make(model: ModelConfig, vocabulary: int, sequence: int, objective: str) -> Any:
     """Return the model of a kind, on torch's default device."""
     if model.kind == "gpt":
         return GPT(GPTConfig(
             model.layers, model.hidden, model.heads, vocabulary, sequence, model.dropout
         ))  # fmt: skip
     if model.kind == "bert":
-        return Bert(BertConfig(
-            model.layers, model.hidden, model.heads, vocabulary, sequence,
-            dropout=model.dropout, norm=model.norm, sentence_order=model.sentence_order,
+        chooses = objective == "choices"
+        return (BertForChoices if chooses else Bert)(BertConfig(
+            model.layers, model.hidden, model.heads, vocabulary, sequence, dropout=model.dropout,
+            norm=model.norm, sentence_order=model.sentence_order and not chooses,
         ))  # fmt: skip
     if model.kind.startswith("hf:"):
         return _of_transformers(model.kind[3:], model.options, vocabulary, sequence)

@@ -11,17 +11,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from autoparallel.train.config import TrainingError
-from autoparallel.train.generation import logits_of
-from autoparallel.train.loop import loss_of
 from autoparallel.train.models import IGNORED_LABEL
+from autoparallel.train.outputs import logits_of, loss_of, whole
 
 __all__ = [
     "Score",
@@ -92,7 +89,7 @@ class Scorer:
         for start in range(0, len(texts), self.rows):
             group = texts[start : start + self.rows]
             inputs, labels = self._batch(group, scored[start : start + self.rows])
-            logits = _whole(logits_of(self.module(input_ids=inputs, labels=labels)))
+            logits = whole(logits_of(self.module(input_ids=inputs, labels=labels)))
             if self.shifts:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             right = (logits.argmax(-1) == labels) | (labels == IGNORED_LABEL)
@@ -181,7 +178,7 @@ def masked_accuracy(module: nn.Module, batches: Iterable[dict[str, Tensor]]) -> 
     module.eval()
     for batch in batches:
         hidden = batch["labels"] != IGNORED_LABEL
-        likeliest = _whole(logits_of(module(**batch))).argmax(-1)
+        likeliest = whole(logits_of(module(**batch))).argmax(-1)
         right += int((likeliest[hidden] == batch["labels"][hidden]).sum())
         count += int(hidden.sum())
     module.train(was)
@@ -214,9 +211,3 @@ def read_texts(file: Path) -> list[str]:
             why=f"{type(error).__name__}: {error}",
             fix='write one in each line, or {"text": "..."} in each line of a .jsonl file',
         ) from error
-
-
-def _whole(tensor: Any) -> Tensor:
-    """Return the whole of a tensor that may be split. A collective call if it is."""
-    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from autoparallel.train.config import TrainingError
+from autoparallel.train.outputs import logits_of, whole
 
-__all__ = ["Sampling", "generate", "logits_of"]
+__all__ = ["Sampling", "generate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +111,9 @@ class _LastLogits:
         if self.ours:
             before = {} if self.cache is None else {"cache": self.cache}
             output = self.module(self.new, use_cache=True, **before)
-            own = _whole(output.cache)
+            own = whole(output.cache)
             self.cache = own if self.cache is None else torch.cat([self.cache, own], dim=4)
-            return _whole(output.logits)[:, -1]
+            return whole(output.logits)[:, -1]
         if self.theirs:
             output = self.module(
                 input_ids=self.new,
@@ -122,32 +122,5 @@ class _LastLogits:
                 use_cache=True,
             )
             self.cache = output.past_key_values
-            return _whole(output.logits)[:, -1]
-        return _whole(logits_of(self.module(self.tokens))[:, -1:])[:, -1]
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits in a model's output: its `logits`, the key "logits", or the tensor itself.
-
-    Raises TrainingError if there are none.
-
-    >>> logits_of({"logits": torch.zeros(1, 2, 3)}).shape
-    torch.Size([1, 2, 3])
-    """
-    logits: Any = output
-    if isinstance(output, dict) and "logits" in output:
-        logits = output["logits"]
-    elif hasattr(output, "logits"):
-        logits = output.logits
-    if not isinstance(logits, Tensor) or logits.ndim != 3:
-        raise TrainingError(
-            f"the model returned no logits but {type(output).__name__}",
-            why="they are the output itself, its `logits`, or its key 'logits'",
-            fix="return logits of (batch, sequence, vocabulary)",
-        )
-    return logits
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be split. A collective call if it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return whole(output.logits)[:, -1]
+        return whole(logits_of(self.module(self.tokens))[:, -1:])[:, -1]

@@ -19,12 +19,13 @@ from autoparallel.errors import CheckpointError
 from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
 from autoparallel.parallel.gradient_norms import clip_grad_norm_
 from autoparallel.runtime.collective_counter import CollectiveCounter
-from autoparallel.train.config import Checkpoints, TrainConfig, TrainingError
+from autoparallel.train.config import Checkpoints, TrainConfig
 from autoparallel.train.data import Batches
 from autoparallel.train.metrics import RunRecord, Traffic
+from autoparallel.train.outputs import loss_of
 from autoparallel.train.progress import progress
 
-__all__ = ["clip_gradients", "evaluate", "loss_of", "make_optimizer", "train"]
+__all__ = ["clip_gradients", "evaluate", "make_optimizer", "train"]
 
 _log = logging.getLogger(__name__)
 
@@ -163,29 +164,6 @@ def evaluate(model: nn.Module, batches: Batches, count: int) -> float:
         total += loss_of(model(**batch)).item()
     model.train(training)
     return total / count
-
-
-def loss_of(output: Any) -> Tensor:
-    """Return the loss in a model's output: its `loss`, the key "loss", or its first item.
-
-    Raises TrainingError if there is no scalar loss.
-
-    >>> loss_of({"loss": torch.tensor(1.5)})
-    tensor(1.5000)
-    """
-    if isinstance(output, Tensor):
-        loss: Any = output
-    elif isinstance(output, dict):
-        loss = output.get("loss")
-    else:
-        loss = output.loss if hasattr(output, "loss") else output[0]
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise TrainingError(
-            f"the model returned no scalar loss but {type(output).__name__}",
-            why="the loss is the output itself, its `loss`, its key 'loss', or its first item",
-            fix="return the mean loss in one of these places",
-        )
-    return loss
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "GPTConfig",
     "ModelOutput",
     "SentenceOutput",
+    "fill_weights",
 ]
 
 IGNORED_LABEL = -100
@@ -90,7 +91,7 @@ class GPT(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw one module's weights; materialization of meta models looks for this name."""
-        _fill(module)
+        fill_weights(module)
 
     def forward(
         self,
@@ -164,19 +165,38 @@ class Bert(nn.Module):
             # Where norms come last, the last block has ended in one.
             last = config.norm == "post"
             self.final_norm = nn.Identity() if last else nn.LayerNorm(config.hidden)
-            self.head_dense = nn.Linear(config.hidden, config.hidden)
-            self.head_norm = nn.LayerNorm(config.hidden)
-            self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
-            if config.sentence_order:
-                self.pooler = nn.Linear(config.hidden, config.hidden)
-                self.sentence_head = nn.Linear(config.hidden, 2)
+            self._add_heads(config)
         _initialize(self)
+
+    def _add_heads(self, config: BertConfig) -> None:
+        self.head_dense = nn.Linear(config.hidden, config.hidden)
+        self.head_norm = nn.LayerNorm(config.hidden)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
+        if config.sentence_order:
+            self.pooler = nn.Linear(config.hidden, config.hidden)
+            self.sentence_head = nn.Linear(config.hidden, 2)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw one module's weights; materialization of meta models looks for this name."""
-        _fill(module)
+        fill_weights(module)
         if isinstance(module, Bert):
             nn.init.zeros_(module.head_bias)
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> Tensor:
+        """Return the hidden states (b, s, h) that the heads read; arguments as of forward."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = x + self.token_type_embedding(token_type_ids)
+        x = self.embedding_dropout(self.embedding_norm(x))
+        mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, mask)
+        hidden: Tensor = self.final_norm(x)
+        return hidden
 
     def forward(
         self,
@@ -194,16 +214,7 @@ class Bert(nn.Module):
         where nothing was masked. sentence_order_labels: (b,) 1 where the segments are swapped, for
         models with that head.
         """
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        x = self.token_embedding(input_ids) + self.position_embedding(positions)
-        x = x + self.token_type_embedding(token_type_ids)
-        x = self.embedding_dropout(self.embedding_norm(x))
-        mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
-        for block in self.blocks:
-            x = block(x, mask)
-        x = self.final_norm(x)
+        x = self.encode(input_ids, attention_mask, token_type_ids)
         hidden = self.head_norm(F.gelu(self.head_dense(x)))
         logits = F.linear(hidden, self.token_embedding.weight, self.head_bias)
         loss = _loss(logits, labels)
@@ -247,7 +258,7 @@ def _initialize(model: "GPT | Bert") -> None:
         model.apply(model._init_weights)
 
 
-def _fill(module: nn.Module) -> None:
+def fill_weights(module: nn.Module) -> None:
     """Draw weights from N(0, 0.02); biases 0, norms 1; the last product of a residual branch less.
 
     Such a product's deviation is divided by sqrt(2 layers), so that the residual stream does not

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.meeting import start_process_group
 from autoparallel.support.units import bytes_text
 from autoparallel.train.config import TrainingError
 from autoparallel.train.config_text import config_to_toml
@@ -50,29 +50,8 @@ def join_processes(timeout_seconds: float) -> torch.device:
     if device is not None:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        timeout = timedelta(seconds=timeout_seconds)
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            store=_of_this_start(store),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
+        start_process_group("nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
     return device or torch.device("cpu")
-
-
-def _of_this_start(store: dist.Store) -> dist.Store:
-    """Return the store through which the ranks meet, without what an earlier start left in it.
-
-    torchrun keeps the store when it starts the ranks of a machine again, and there a rank may find
-    the address of a process that is gone. Its agents on several machines count apart from each
-    other, and make a new store.
-    """
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
-        return store
-    return dist.PrefixStore(f"autoparallel/start/{start}", store)
 
 
 def mesh_of_run(text: str, world_size: int) -> Mesh | None:

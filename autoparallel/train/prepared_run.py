@@ -24,11 +24,11 @@ from autoparallel.parallel.gradient_norms import clip_grad_norm_
 from autoparallel.parallel.seeds import manual_seed
 from autoparallel.plan import Plan
 from autoparallel.support.units import bytes_text, seconds_text
-from autoparallel.train.built_models import build_model
+from autoparallel.train.built_models import build_model, objective_of
 from autoparallel.train.config import TrainingError
 from autoparallel.train.config_text import config_to_toml
-from autoparallel.train.loop import loss_of
 from autoparallel.train.optimizers import make_optimizers, set_rates
+from autoparallel.train.outputs import loss_of
 from autoparallel.train.preflight import (
     gathered,
     mesh_of_run,
@@ -135,7 +135,7 @@ class Run:
             )
         manual_seed(self.module, config.training.seed)
         if config.model.weights:
-            import_weights(self.module, Path(config.model.weights))
+            self._import_weights(Path(config.model.weights))
         self.optimizers = make_optimizers(self.module, config.optimizer)
         self.position = self._begin(source.digest)
         self.source, self.vocabulary = source.description, source.vocabulary
@@ -154,6 +154,14 @@ class Run:
         position.data, position.config = digest, config_to_toml(self.config)
         position.plan = self.plan.to_json()
         return position
+
+    def _import_weights(self, folder: Path) -> None:
+        """Begin with the weights in a folder; say which tensors are not in both."""
+        fine_tuned = objective_of(self.config) == "choices"
+        missing, strange = import_weights(self.module, folder, fine_tuned=fine_tuned)
+        for names, fate in ((missing, "drawn anew"), (strange, "left out")):
+            if names:
+                self.log.say(f"weights of {folder}: {', '.join(names)} {fate}")
 
     def _everywhere(self, check: Any) -> None:
         """Run a check on every rank, and raise on all of them what the first one raised."""

@@ -97,7 +97,11 @@ class ModelConfig(_Section):
     meta: bool = key(
         False, "draw the weights part by part, so that no rank ever holds the whole model"
     )
-    weights: str = key("", "a folder of safetensors to begin with, under the model's own names")
+    weights: str = key(
+        "",
+        "a folder of safetensors to begin with, under the model's own names; where "
+        'data.objective = "choices", heads may be others',
+    )
     options: Mapping[str, Any] = key({}, "a table of arguments for hf: and module: models")
 
     @property
@@ -153,8 +157,9 @@ class DataConfig(_Section):
     objective: str = key(
         "auto",
         "of the labels: the next token, the same tokens (a model that shifts them itself, as those "
-        "of transformers), masked tokens, or what fits the model",
-        among=("auto", "next", "same", "masked"),
+        "of transformers), masked tokens, the right answers of questions in RACE's format, or what "
+        "fits the model",
+        among=("auto", "next", "same", "masked", "choices"),
     )
     masked_fraction: float = key(0.15, "tokens that a masked model predicts", above=0, most=1)
     cache: str = key("", "folder of the token files; by default the user's cache")
@@ -322,6 +327,12 @@ class RunConfig(_Section):
         _Section.__post_init__(self)
         if not self.folder:
             raise TrainingError("folder is empty", fix='name one: folder = "out/my-run"')
+        if self.data.objective == "choices" and self.model.kind == "gpt":
+            raise TrainingError(
+                'data.objective = "choices" for a gpt',
+                why="the bundled one has no head that scores a text",
+                fix='model = "bert", "hf:BertForMultipleChoice" or the like',
+            )
         if self.model.kind == "bert" and self.data.sequence < 8:
             raise TrainingError(
                 f"data.sequence = {self.data.sequence} for a bert",

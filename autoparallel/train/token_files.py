@@ -25,7 +25,7 @@ from autoparallel.support.cache_files import default_cache_folder
 from autoparallel.train.documents import CorpusError, Document, TextSource
 from autoparallel.train.run_config import DataConfig
 
-__all__ = ["Marks", "TokenFiles", "open_tokens", "prepare_tokens"]
+__all__ = ["Marks", "TokenFiles", "marks_of", "open_tokens", "prepare_tokens", "read_tokenizer"]
 
 FORMAT = 1  # Raised when the files change their meaning.
 # A tokenizer is trained on so much of the text at most, from its beginning.
@@ -167,13 +167,13 @@ def text_source(config: DataConfig) -> TextSource:
 def _key(config: DataConfig, source: TextSource) -> str:
     """Return a name that follows from all that the tokens depend on."""
     trained = config.tokenizer in ("bpe", "wordpiece")
-    tokenizer = config.tokenizer if trained else _read_tokenizer(config.tokenizer)
+    tokenizer = config.tokenizer if trained else read_tokenizer(config.tokenizer)
     options = [FORMAT, tokenizers.__version__, tokenizer, config.held_out_every, source.stamp()]
     options += [config.vocabulary] if trained else []
     return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
 
 
-def _read_tokenizer(path: str) -> str:
+def read_tokenizer(path: str) -> str:
     """Return the content of a tokenizer.json, or of the one in a folder."""
     file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -193,7 +193,7 @@ def _read_tokenizer(path: str) -> str:
 def _write(config: DataConfig, source: TextSource, folder: Path, say: Say) -> None:
     """Write all files of a text into a folder."""
     tokenizer = _tokenizer(config, source, say)
-    marks = _marks(tokenizer, config.tokenizer)
+    marks = marks_of(tokenizer, config.tokenizer)
     vocabulary = tokenizer.get_vocab_size()
     dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
     digest = hashlib.sha256()
@@ -236,7 +236,7 @@ def _write(config: DataConfig, source: TextSource, folder: Path, say: Say) -> No
 def _tokenizer(config: DataConfig, source: TextSource, say: Say) -> tokenizers.Tokenizer:
     """Return the tokenizer that was named, or one that is trained on the text to train on."""
     if config.tokenizer not in ("bpe", "wordpiece"):
-        tokenizer = tokenizers.Tokenizer.from_str(_read_tokenizer(config.tokenizer))
+        tokenizer = tokenizers.Tokenizer.from_str(read_tokenizer(config.tokenizer))
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
@@ -301,7 +301,7 @@ def _chained(first: list[Document], others: Iterator[Document]) -> Iterator[Docu
     yield from others
 
 
-def _marks(tokenizer: tokenizers.Tokenizer, name: str) -> Marks:
+def marks_of(tokenizer: tokenizers.Tokenizer, name: str) -> Marks:
     """Return the tokens of a tokenizer that have a meaning. Raises CorpusError without an end."""
     numbers: dict[str, int | None] = {}
     for mark, names in _NAMES.items():

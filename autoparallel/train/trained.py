@@ -16,6 +16,7 @@ from autoparallel.parallel.checkpoint import load_checkpoint
 from autoparallel.train.built_models import build_model, objective_of
 from autoparallel.train.config import Checkpoints, TrainingError
 from autoparallel.train.config_text import read_config
+from autoparallel.train.multiple_choice import ChoiceRows
 from autoparallel.train.preflight import join_processes, rank_and_world
 from autoparallel.train.prepared_run import plan_of_run
 from autoparallel.train.row_sources import open_rows
@@ -97,7 +98,10 @@ def open_trained(folder: Path, mesh: str = "tp", say: Callable[[str], None] = pr
             why=f"its rows come from {config.data.source}",
             fix="call autoparallel.train.evaluation and generation with a tokenizer of your own",
         )
-    module = _split(config, source.vocabulary, device)
+    example = None
+    if isinstance(source.rows, ChoiceRows):
+        example = {n: value.to(device) for n, value in source.rows("held_out", 0, 0, 2).items()}
+    module = _split(config, source.vocabulary, device, example)
     extra = load_checkpoint(folder if named else checkpoints[0], module)
     tokenizer = tokenizers.Tokenizer.from_str(source.tokenizer_json)
     return Trained(module.eval(), config, tokenizer, source.rows, device, extra.get("step"))
@@ -134,13 +138,21 @@ def _on_mesh(config: RunConfig, mesh: str) -> RunConfig:
     return replace(config, parallel=parallel)
 
 
-def _split(config: RunConfig, vocabulary: int, device: torch.device) -> nn.Module:
-    """Return the model of a configuration, split over the ranks that run; all bring all rows."""
+def _split(
+    config: RunConfig,
+    vocabulary: int,
+    device: torch.device,
+    example: dict[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Return the model of a configuration, split over the ranks that run; all bring all rows.
+
+    example: arguments of forward; by default tokens and labels.
+    """
     model = build_model(config, vocabulary)
     if not config.model.meta:
         model = model.to(device)
     tokens = torch.zeros(2, config.data.sequence, dtype=torch.int64, device=device)
-    example = {"input_ids": tokens, "labels": tokens}
+    example = example or {"input_ids": tokens, "labels": tokens}
     world_size = rank_and_world()[1]
     plan = plan_of_run(config, model, example, world_size, device)
     return apply_plan(model, plan, example_inputs=example)

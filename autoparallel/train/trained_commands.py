@@ -41,6 +41,9 @@ def add_trained_commands(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--cloze", type=Path, metavar="FILE", help="last words of its passages")
     parser.add_argument("--held-out", type=int, metavar="BATCHES", help="loss of held-out rows")
     parser.add_argument("--masked", type=int, metavar="BATCHES", help="hidden tokens of such rows")
+    parser.add_argument(
+        "--choices", type=Path, metavar="PATH", help="right answers to questions in RACE's format"
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     parser = _command(
         commands, "export-weights", "write a trained model's weights as safetensors", _export
@@ -154,14 +157,31 @@ def _evaluate(trained: Trained, options: argparse.Namespace) -> str:
     for measure, count in ((mean_loss, options.held_out), (masked_accuracy, options.masked)):
         if count is not None:
             scores.append(measure(trained.module, trained.held_out(count)))
+    if options.choices is not None:
+        scores.append(_choices(trained, options.choices))
     if not scores:
         raise TrainingError(
             "nothing is to be measured",
-            fix="give --perplexity, --cloze, --held-out or --masked",
+            fix="give --perplexity, --cloze, --choices, --held-out or --masked",
         )
     if options.json:
         return json.dumps([asdict(score) for score in scores], indent=1)
     return "\n".join(map(str, scores))
+
+
+def _choices(trained: Trained, path: Path) -> Score:
+    """Return how many questions of a file, or of those in a folder, are answered rightly."""
+    from autoparallel.train.config import TrainingError
+    from autoparallel.train.multiple_choice import ChoiceRows, choice_accuracy, read_questions
+
+    if not isinstance(trained.rows, ChoiceRows):
+        raise TrainingError(
+            "--choices for a model that scores no choices",
+            why="it was not trained on questions",
+            fix='fine-tune it first: data.objective = "choices" and model.weights',
+        )
+    questions = read_questions(path)
+    return choice_accuracy(trained.module, trained.rows, questions, trained.device)
 
 
 def _export(trained: Trained, options: argparse.Namespace) -> str:

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.errors import CheckpointError
 from autoparallel.parallel.checkpoint_files import is_first_rank, together
+from autoparallel.parallel.module_state import state_of
+from autoparallel.parallel.whole_values import whole_value
 from autoparallel.train.config import TrainingError
 
 __all__ = ["export_weights", "import_weights"]
@@ -26,27 +28,37 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
 
-def import_weights(module: nn.Module, folder: Path) -> None:
+def import_weights(
+    module: nn.Module, folder: Path, *, fine_tuned: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Fill a split module from safetensors. A collective call; every rank reads the files.
 
     folder: with model.safetensors, or several files with an index, as Hugging Face writes them.
-    What is tied may be in the files under any of its names. Raises TrainingError, before anything
-    is filled, that names the tensors that are missing, strange, or of another shape.
+    What is tied may be in the files under any of its names. fine_tuned: the model may have other
+    heads than the one that was trained. Return the names that the files lack, which stay as they
+    are, and those that the model lacks, which are left out: none without fine_tuned. Raises
+    TrainingError, before anything is filled, that names the tensors that are missing, strange, or
+    of another shape; with fine_tuned where no tensor is in both.
+
+    Example: `import_weights(model, Path("out/weights"))`
     """
     files = together("reading the weights", lambda: _files_of(folder))
     aliases = _aliases(module)
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     wrong, seen = [], set()
+    strange = tuple(name for name in files if name not in expected)
     for name, file in files.items():
-        if name not in expected:
-            wrong.append(f"{name} is not the model's")
+        if name in strange:
             continue
         with safetensors.safe_open(file, framework="pt") as content:
             shape = tuple(content.get_slice(name).get_shape())
         if shape != expected[name]:
             wrong.append(f"{name} is {shape}, in the model {expected[name]}")
         seen |= {name, *aliases.get(name, ())}
-    wrong += [f"{name} is missing" for name in expected if name not in seen]
+    missing = tuple(name for name in expected if name not in seen)
+    if not fine_tuned or not seen:
+        wrong += [f"{name} is not the model's" for name in strange]
+        wrong += [f"{name} is missing" for name in missing]
     if wrong:
         raise TrainingError(
             f"the weights in {folder} are of another model",
@@ -54,8 +66,10 @@ def import_weights(module: nn.Module, folder: Path) -> None:
             fix="give weights of the model that model.kind names, in its sizes",
         )
     for name, file in files.items():
-        with safetensors.safe_open(file, framework="pt") as content:
-            module.load_state_dict({name: content.get_tensor(name)}, strict=False)
+        if name not in strange:
+            with safetensors.safe_open(file, framework="pt") as content:
+                module.load_state_dict({name: content.get_tensor(name)}, strict=False)
+    return missing, strange
 
 
 def export_weights(module: nn.Module, folder: Path, texts: Mapping[str, str] | None = None) -> None:
@@ -98,7 +112,7 @@ def _write_shards(module: nn.Module, folder: Path) -> None:
 
     size = 0
     for name, value in _owned(module):
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        whole = _whole(module, name, value)
         nbytes = whole.numel() * whole.element_size()
         if waiting and size + nbytes > SHARD_BYTES:
             write()
@@ -108,6 +122,13 @@ def _write_shards(module: nn.Module, folder: Path) -> None:
         waiting[name], size = kept, size + nbytes
     write()
     together("naming the weights", lambda: _name(folder, shards) if is_first_rank() else None)
+
+
+def _whole(module: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Return the whole of a tensor, whichever ranks have it. A collective call."""
+    if "_autoparallel" in vars(module) and isinstance(value, nn.Parameter):
+        return whole_value(state_of(module), name, value)
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _name(folder: Path, shards: list[dict[str, str]]) -> None:

@@ -38,16 +38,23 @@ def trace_json(timeline: Timeline, measured: MeasuredStep | None = None) -> str:
     """Return events in the Trace Event Format: a process for each step, a thread per stream.
 
     Times are in microseconds from the start of the step. Events of computing and of communicating
-    are in threads of their own, because they overlap. measured: as of `write_trace`.
+    are in threads of their own, because they overlap. Of a plan with stages every rank on their
+    axis is a process. measured: as of `write_trace`.
 
     Example: json.loads(trace_json(timeline))["traceEvents"]
     """
+    places = sorted({event.place for event in timeline.events} | {0})
     steps = [("predicted", timeline.events)]
+    if len(places) > 1:
+        steps = [
+            (f"pp {place}", tuple(event for event in timeline.events if event.place == place))
+            for place in places
+        ]
     if measured is not None:
         steps.append((f"measured on {measured.device}", measured.named_like(timeline.events)))
     rows: list[dict[str, Any]] = []
     for process, (name, events) in enumerate(steps):
-        if measured is not None:
+        if len(steps) > 1:
             rows.append(_named("process_name", process, 0, name))
         rows += [_named("thread_name", process, at, stream) for at, stream in enumerate(_STREAMS)]
         rows += [

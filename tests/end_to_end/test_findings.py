@@ -16,7 +16,8 @@ from torch import nn
 
 import autoparallel
 from autoparallel.analysis.communication import transfers
-from autoparallel.analysis.memory import Account, memory_of
+from autoparallel.analysis.memory import memory_of
+from autoparallel.analysis.memory_account import Account
 from autoparallel.errors import MemoryLimitError
 from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh

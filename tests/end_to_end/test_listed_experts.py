@@ -119,7 +119,7 @@ class Looked(nn.Module):
 
 
 @pytest.mark.parametrize(("below", "joined"), [(0, 1), (4, 0)])
-def test_choices_that_count_from_the_end(below: int, joined: int) -> None:
+def test_multiple_choice_that_count_from_the_end(below: int, joined: int) -> None:
     """An index takes them; routed experts would take them for nobody's."""
     model, x = Looked(below).double(), torch.randn(6, 4, dtype=torch.float64)
     with expert_families.only("experts_summed"):

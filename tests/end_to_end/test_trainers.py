@@ -1,8 +1,13 @@
-"""A split model in the training loops of others: Hugging Face's Trainer and accelerate."""
+"""A split model in the training loops of others: accelerate, and the examples of three trainers."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import re
+import subprocess
+import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import autoparallel
-from autoparallel.plan import Plan
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -61,45 +65,96 @@ def trained(model: Any, folder: Path) -> list[tuple[float, float]]:
     return logged.rows
 
 
-@cache
-def plan_llama(world_size: int) -> Plan:
-    batch = {name: torch.stack([row[name] for row in texts()[:4]]) for name in texts()[0]}
-    return autoparallel.make_plan(llama(), world_size, example_inputs=batch)
-
-
-def split_llama(world_size: int) -> Any:
-    return autoparallel.apply_plan(llama(), plan_llama(world_size))
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_hugging_face_trainer_of_one_process(tmp_path: Path) -> None:
     """It reads the signature of forward to choose the columns of the dataset."""
-    split = trained(split_llama(1), tmp_path)
+    batch = {name: torch.stack([row[name] for row in texts()[:4]]) for name in texts()[0]}
+    split = trained(autoparallel.autoparallelize(llama(), 1, example_inputs=batch), tmp_path)
     torch.testing.assert_close(torch.tensor(split), torch.tensor(trained(llama(), tmp_path)))
 
 
 def as_launched(rank: int) -> None:
     """Tell the process what torchrun would, of two processes."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ.update(place, MASTER_ADDR="localhost", MASTER_PORT="29500")
+    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), 2)
+    os.environ.update({name: str(number) for name, number in {**place, **sizes}.items()})
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
 
 
-def trained_in_processes(rank: int, folder: str) -> list[tuple[float, float]]:
-    as_launched(rank)
-    split = split_llama(2)
-    # Every process is to train for itself, all on the same batches: it does so when it finds no
-    # trace of a launcher. The process group is there already.
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-        del os.environ[name]
-    return trained(split, Path(folder) / str(rank))
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_hugging_face_trainer_of_two_processes(tmp_path: Path) -> None:
-    expected = torch.tensor(trained(llama(), tmp_path))
-    before = partial(plan_llama, 2)
-    for losses in run_processes(trained_in_processes, 2, str(tmp_path), before=before):
-        torch.testing.assert_close(torch.tensor(losses), expected)
+def import_example(name: str) -> Any:
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    return importlib.import_module(name)
+
+
+def run_example(rank: int, name: str, folder: str) -> list[float]:
+    """The held-out loss after two steps, and after two more from the checkpoint."""
+    losses = []
+    for steps in (2, 4):
+        as_launched(rank)  # Lightning takes some of it away as it ends
+        sys.argv = [name, folder, f"--steps={steps}", "--save-every=2"]
+        losses.append(import_example(name).main())
+    return losses
+
+
+@cache
+def bare_losses() -> list[float]:
+    """The same of the plain model, in a loop of its own."""
+    small = import_example("small_llama")
+    model, rows, losses = small.llama(), small.Rows().rows, []
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    for batch in rows.split(8)[:4]:
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(small.held_out_loss(model))
+    return losses[1::2]
+
+
+@pytest.mark.parametrize("name", ["with_own_loop", "with_hugging_face", "with_lightning"])
+def test_example(name: str, tmp_path: Path) -> None:
+    """One recipe in three trainers on two processes, which go on from their own checkpoints."""
+    if name == "with_lightning" and importlib.util.find_spec("lightning") is None:
+        pytest.skip("Lightning is not installed")
+    before = partial(import_example, name)
+    for losses in run_processes(run_example, 2, name, str(tmp_path / "run"), before=before):
+        # The loss of a model of transformers is of float32, whatever its weights are.
+        assert losses == pytest.approx(bare_losses(), rel=1e-6)
+        assert losses[1] < losses[0] < 5.5
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("name", ["with_own_loop", "with_hugging_face", "with_lightning"])
+def test_example_as_it_is_started(name: str, tmp_path: Path) -> None:
+    """Two steps under torchrun, and two more in one process."""
+    if name == "with_lightning" and importlib.util.find_spec("lightning") is None:
+        pytest.skip("Lightning is not installed")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for steps, before in ((2, launcher), (4, [])):
+        command = [
+            sys.executable, *before, str(EXAMPLES / f"{name}.py"), str(tmp_path / "run"),
+            f"--steps={steps}", "--save-every=2",
+        ]  # fmt: skip
+        paths = os.pathsep.join(path for path in sys.path if path)
+        ended = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not ended.returncode, ended.stderr[-3000:]
+    loss = re.search(r"held-out loss ([\d.]+)", ended.stdout)
+    assert loss is not None
+    assert float(loss[1]) == pytest.approx(bare_losses()[-1], rel=1e-6)
 
 
 def accelerated(rank: int) -> tuple[list[float], list[float]]:

@@ -300,6 +300,15 @@ def copies_and_files(model: Any) -> Any:
     return weight, type(weight) is type(model.up.weight), loaded["weight"]
 
 
+def moves(model: Any) -> Any:
+    """The host has other names: libraries that place a model give its device a number."""
+    weight = model.up.weight.to("cpu:0") * 2
+    model.to(torch.device("cpu", 0)).to(device="cpu:0", dtype=torch.float32).to(
+        "cpu:0", torch.double
+    )
+    return weight.sum(), trained(model)
+
+
 def calls_functionally(model: Any) -> Any:
     values = {n: (p.detach() * 1.5).requires_grad_() for n, p in plain().named_parameters()}
     for _ in range(2):
@@ -330,6 +339,7 @@ HABITS = {
         loads_an_optimizer,
         is_too_late,
         copies_and_files,
+        moves,
         calls_functionally,
     )
 }

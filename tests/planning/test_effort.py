@@ -24,9 +24,9 @@ MESH = Mesh(dp=2, tp=2)
 
 
 def planned(**options: Any) -> Plan:
-    """The plan of a small GPT."""
+    """The plan of a GPT of one layer."""
     with torch.device("meta"):
-        model = GPT(GPTConfig(layers=2, hidden=64, heads=4, vocabulary=256, positions=64))
+        model = GPT(GPTConfig(layers=1, hidden=64, heads=4, vocabulary=256, positions=64))
     options = {"mesh": MESH, "hardware": "dgx-a100", **options}
     return autoparallel.make_plan(model, example_inputs=model.example_inputs(batch=8), **options)
 

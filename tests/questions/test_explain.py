@@ -202,6 +202,11 @@ def test_at_the_price_of_memory(subject: str, why_not: str, limited: Explainer) 
     assert searched is not None
     slack = 1e-9 * limited.plan.cost
     assert quick.proven <= searched.added_cost + slack
+    # So it is of those that one pass has told.
+    told = {other.text: other for other in both[1].alternatives}
+    common = [other for other in both[0].alternatives if other.text in told]
+    assert common
+    assert all(other.proven <= told[other.text].added_cost + slack for other in common)
     assert quick.proven <= quick.added_cost
     assert quick.plan is not None
     memory = sum(nbytes for _, nbytes in memory_of(quick.plan, graph=limited.plan.graphs[0]).rows)

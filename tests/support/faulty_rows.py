@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 # The batch on which something happens.
 BAD = 4
+_HUNTED_STEP_SECONDS = 0.1
 
 
 class Regression(nn.Module):
@@ -110,22 +111,25 @@ def _kill_in_the_next_save(mark: Path) -> None:
 
 
 def hunted(part: str, number: int, first: int, count: int) -> dict[str, Tensor]:
-    """The same; now and then a process is killed at a random moment of a step or a save.
+    """The same; every few steps a process is killed at a random moment of a step or a save.
 
-    HUNTED: a folder with a file for each kill. HUNTED_KILLS: how many there are to be.
+    HUNTED: a folder with a file for each kill. HUNTED_KILLS: how many there are to be; a batch is
+    hunted once there were as many as a third of its number. A step takes about as long as a save.
     """
     from autoparallel.train.preflight import rank_and_world
 
     folder = Path(os.environ["HUNTED"])
     done = len(list(folder.iterdir()))
     rank, world_size = rank_and_world()
-    chosen = random.Random(f"{done}/{number}")
-    hunted_here = part == "train" and done < int(os.environ["HUNTED_KILLS"])
-    if hunted_here and chosen.random() < 0.3 and rank == chosen.randrange(world_size):
+    chosen = random.Random(str(done))
+    due = 3 * done + 3 + chosen.randrange(3)
+    hunted_here = part == "train" and done < int(os.environ["HUNTED_KILLS"]) and number >= due
+    if hunted_here and rank == chosen.randrange(world_size):
 
         def kill() -> None:
             (folder / f"{done}").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 
-        threading.Timer(chosen.random() * 0.05, kill).start()
+        threading.Timer(chosen.random() * 2 * _HUNTED_STEP_SECONDS, kill).start()
+    time.sleep(_HUNTED_STEP_SECONDS)
     return good(part, number, first, count)

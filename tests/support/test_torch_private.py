@@ -599,6 +599,17 @@ def test_a_dtensor_keeps_its_identity_with_other_memory(mesh) -> None:
     assert torch.equal(torch_private.local_part(source), torch.full((6,), -2.0))
 
 
+def test_dtensors_that_are_placed_alike_are_known(mesh) -> None:
+    """By the description that they share, or by what it says."""
+    one, other = (DTensor.from_local(torch.zeros(6), mesh, [Shard(0)]) for _ in range(2))
+    like = torch_private.distributed_tensor_like(torch.ones(6), one, True)
+    assert like.requires_grad
+    assert torch_private.placed_alike(like, one)
+    assert torch_private.placed_alike(one, other)
+    whole = DTensor.from_local(torch.zeros(6), mesh, [Replicate()])
+    assert not torch_private.placed_alike(one, whole)
+
+
 def test_an_op_of_dtensor_can_be_handled(mesh) -> None:
     """The op's overload, its arguments and keyword arguments are given."""
     split = DTensor.from_local(torch.zeros(6), mesh, [Replicate()])
@@ -1057,3 +1068,14 @@ def test_parts_of_norms() -> None:
         clip([parameter if clip is torch.nn.utils.clip_grad_norm_ else parameter.grad], 1.0)
         assert called & torch_private.parts_of_norms()
     assert hasattr(torch, "_amp_foreach_non_finite_check_and_unscale_")
+
+
+def test_pipeline_order() -> None:
+    """Torch's tables of passes, of one stage on each rank and of several, whole or in halves."""
+    looped = torch_private.pipeline_order("ScheduleInterleaved1F1B", 2, 2, 4)
+    assert [len(order) for order in looped] == [16, 16]
+    assert looped[1][:3] == [(1, "F", 0), (1, "F", 1), (3, "F", 0)]
+    halves = torch_private.pipeline_order("ScheduleInterleavedZeroBubble", 2, 1, 3)
+    assert {kind for _, kind, _ in halves[0]} == {"F", "I", "W"}
+    alone = torch_private.pipeline_order("ScheduleGPipe", 2, 1, 2)
+    assert alone[0] == [(0, "F", 0), (0, "F", 1), (0, "B", 0), (0, "B", 1)]

@@ -83,7 +83,7 @@ def test_a_row_that_has_ended_stays_so():
     assert tokens[0, 1:].tolist() == [end] * (tokens.shape[1] - 1)
 
 
-def test_choices_are_among_the_likeliest():
+def test_multiple_choice_are_among_the_likeliest():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(400, 4)
     generator = torch.Generator().manual_seed(0)
     assert set(Sampling(1.0, top_k=2).choose(logits, generator).tolist()) == {0, 1}

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_processes
+from safetensors.torch import load_file
 from training_runs import metrics_of, run_on, small_config, write_text
 
 from autoparallel.train.generation import Sampling, generate
 from autoparallel.train.trained import open_trained
+from autoparallel.train.weights import export_weights
 
 BERT = (
     "--model=bert", "--model.norm=post", "--model.sentence_order=true",
@@ -136,9 +138,12 @@ def test_stages_train_what_one_process_trains(text, tmp_path):
     assert first[0] + alone[0] == pytest.approx(expected[0], rel=1e-11)
     said = run_processes(written, 2, tmp_path / "run", "pp=2")
     assert said == [written(0, tmp_path / "one", "tp")] * 2
+    weights = [load_file(tmp_path / name / "out" / "model.safetensors") for name in ("one", "run")]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=1e-11)
 
 
 def written(_: int, folder: Path, mesh: str) -> list[int]:
-    """The tokens that a trained model writes."""
+    """The tokens that a trained model writes. Its weights are written, too."""
     module = open_trained(folder, mesh, say=lambda _: None).module
+    export_weights(module, folder / "out")
     return [int(token) for token in generate(module, torch.arange(5)[None], 3, Sampling())]

@@ -13,9 +13,10 @@ from autoparallel.train import progress as progress_module
 from autoparallel.train.comparison import Comparison
 from autoparallel.train.config import TrainConfig, TrainingError
 from autoparallel.train.data import Batches, Objective, prepare_corpus
-from autoparallel.train.loop import evaluate, loss_of, make_optimizer, train
+from autoparallel.train.loop import evaluate, make_optimizer, train
 from autoparallel.train.metrics import RunRecord, Traffic, largest_difference
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
+from autoparallel.train.outputs import loss_of
 
 CONFIG = TrainConfig(
     steps=12, learning_rate=5e-3, warmup_steps=3, evaluate_every=5, evaluation_batches=2

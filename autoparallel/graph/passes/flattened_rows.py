@@ -13,7 +13,8 @@ from autoparallel.graph.passes.flattened_batches import is_pointwise, shifted_ar
 
 __all__ = ["unflatten_rows"]
 
-_RESHAPE = "aten.reshape.default"
+_RESHAPE, _GATHER = "aten.reshape.default", "aten.gather.default"
+_UNSQUEEZE = "aten.unsqueeze.default"
 _SUMS = {"aten.sum.default", "aten.sum.dim_IntList"}
 _OF_LABELS = {
     "aten.cross_entropy_loss.default",
@@ -186,13 +187,7 @@ class _Unflattened:
             return False
         if not total and len(node.result.shape) != rank:
             return False
-        reads = {name: self.operand(node, name, apart, rank) for name in node.operands()}
-
-        def leaf(item: Any) -> Any:
-            """Return the argument, read as it is unflattened."""
-            return Ref(reads[item.name]) if isinstance(item, Ref) else item
-
-        args, kwargs = map_leaves(leaf, node.args), map_leaves(leaf, node.kwargs)
+        args, kwargs = self.read_apart(node, apart, (node.args, node.kwargs), rank)
         if total:
             self.nodes.append(replace(node, args=args, kwargs=kwargs))
             return True
@@ -204,7 +199,12 @@ class _Unflattened:
     def of_rows(self, node: Node, flat: str) -> bool:
         """An op that works along the dims behind the rows."""
         apart, source = self.apart[flat], self.graph.values[flat]
-        if len(node.results) != 1 or not node.result.shape or len(source.shape) < 2:
+        # Of others, a weight may have as many rows by chance.
+        alone = len(node.operands()) == 1 or node.target == _GATHER
+        if not alone or len(node.results) != 1 or not node.result.shape:
+            return False
+        # Of rows of one number each, any other op works along the rows.
+        if len(source.shape) < 2 and node.target != _UNSQUEEZE:
             return False
         if not _is_same(node.result.shape[0], source.shape[0]):
             return False
@@ -216,16 +216,22 @@ class _Unflattened:
         )
         if args is None or not rows or node.operands()[0] != flat:
             return False
-        reads = {name: self.operand(node, name, apart) for name in node.operands()}
+        value = self.value(node, apart)
+        call = replace(
+            node, name=value.name, results=(value,), args=self.read_apart(node, apart, args)
+        )
+        self.emit(node, apart, call)
+        return True
+
+    def read_apart(self, node: Node, apart: _Apart, args: Any, rank: int = 0) -> Any:
+        """Return arguments that read what is unflattened. rank: see `operand`."""
+        reads = {name: self.operand(node, name, apart, rank) for name in node.operands()}
 
         def leaf(item: Any) -> Any:
             """Return the argument, read as it is unflattened."""
             return Ref(reads[item.name]) if isinstance(item, Ref) else item
 
-        value = self.value(node, apart)
-        call = replace(node, name=value.name, results=(value,), args=map_leaves(leaf, args))
-        self.emit(node, apart, call)
-        return True
+        return map_leaves(leaf, args)
 
     def value(self, node: Node, apart: _Apart) -> Value:
         """Return the result of a call as it is unflattened."""

@@ -40,7 +40,7 @@ def page_data(
     step = timeline(plan)
     return {
         "model": plan.model,
-        "mesh": [list(axis) for axis in plan.mesh.axes],
+        "mesh": [list(axis) for axis in plan.whole_mesh.axes],
         "about": _about(plan, step),
         "tree": _tree_rows(tree),
         "elements": [element.row for element in drawn.elements],
@@ -106,7 +106,9 @@ def _tree_rows(module: Module) -> dict[str, Any]:
 def _timeline_rows(step: Timeline) -> dict[str, Any]:
     """Return the events of a step in columns; times are whole nanoseconds, to be short."""
     phases = list(dict.fromkeys(event.phase for event in step.events))
-    streams = list(dict.fromkeys(event.stream for event in step.events))
+    several = len({event.place for event in step.events}) > 1
+    lanes = [f"pp {e.place}: {e.stream}" if several else e.stream for e in step.events]
+    streams = list(dict.fromkeys(sorted(lanes, key=_lane_order) if several else lanes))
     names = list(dict.fromkeys(event.name for event in step.events))
     at = {name: number for number, name in enumerate(names)}
     return {
@@ -117,11 +119,17 @@ def _timeline_rows(step: Timeline) -> dict[str, Any]:
         "events": [
             [
                 at[event.name],
-                streams.index(event.stream),
+                streams.index(lane),
                 phases.index(event.phase),
                 round(event.start * 1e9),
                 round(event.seconds * 1e9),
             ]
-            for event in step.events
+            for event, lane in zip(step.events, lanes, strict=True)
         ],
     }
+
+
+def _lane_order(lane: str) -> tuple[int, str]:
+    """Return the key by which lanes of ranks stand below each other."""
+    place, _, stream = lane.removeprefix("pp ").partition(": ")
+    return int(place), stream

@@ -52,6 +52,22 @@ def data_parallel(case: Case) -> None:
     case.compare(lambda model: step(model, rows(6, 0)), mesh=mesh)
 
 
+@habit("stages as a mesh axis: mesh=Mesh(pp=2), every rank with the whole batch")
+def stages(case: Case) -> None:
+    options: dict[str, Any] = {"microbatches": 2} if case.world_size > 1 else {}
+    model, unsplit = plain(), plain()
+    mesh = autoparallel.Mesh(pp=case.world_size)
+    split = case.split(model, rows(6, 0), mesh=mesh, **options)
+    for each in (split, unsplit):
+        optimizer = torch.optim.AdamW(each.parameters(), lr=0.1)
+        for number in range(2):
+            step(each, rows(6, number))
+            optimizer.step()
+            optimizer.zero_grad()
+    case.same(step(split, rows(6, 2)), step(unsplit, rows(6, 2)))
+    case.same(dict(autoparallel.full_state_dict(split)), dict(unsplit.state_dict()))
+
+
 def own_rows(case: Case, lengths: tuple[int, ...]) -> tuple[Any, Any]:
     """Return this rank's rows, and those of all ranks together. lengths: of the ranks' rows."""
     parts = [rows(length, rank + 3) for rank, length in enumerate(lengths[: case.world_size])]

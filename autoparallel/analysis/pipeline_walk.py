@@ -1,0 +1,166 @@
+"""A pipeline's step, pass by pass, as its schedule runs it: when each pass begins, what waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autoparallel.runtime.schedule_orders import FORWARD, INPUTS, WEIGHTS, Pass
+
+__all__ = ["Held", "StageSeconds", "Timed", "held", "most_held", "walk"]
+
+_Order = Sequence[Sequence[Pass]]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """The seconds that one micro-batch takes on one stage.
+
+    forward, backward: of its passes. weights: those of `backward` that only gradients of weights
+    take, which a schedule may put off. again: those of `backward` that need no gradient yet, and
+    are done while the stage waits for one. send_on, send_back: of what goes to the next stage and,
+    as gradients, to the one before.
+    """
+
+    forward: float
+    backward: float
+    weights: float = 0.0
+    again: float = 0.0
+    send_on: float = 0.0
+    send_back: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A pass, the rank that computes it, and when it begins and ends, in seconds; when what it
+    makes begins to be sent, and has arrived, which are both its end where nothing is sent.
+    """
+
+    rank: int
+    work: Pass
+    start: float
+    end: float
+    sent: float
+    arrived: float
+
+
+def walk(order: _Order, stages: Sequence[StageSeconds]) -> tuple[Timed, ...]:
+    """Return the passes of a step, as they are begun on each rank.
+
+    order: the passes of each rank, as of `schedule_order`. stages: the seconds of each stage.
+    Every rank works off its list. A pass begins when its rank is free and what it needs has
+    arrived: a rank computes while it sends, and sends one thing after the other.
+    Raises ValueError for an order that waits for itself.
+
+    >>> from autoparallel.runtime.schedule_orders import schedule_order
+    >>> passes = walk(schedule_order("1f1b", 4, 1, 12), [StageSeconds(1.0, 2.0)] * 4)
+    >>> max(each.end for each in passes)
+    45.0
+    """
+    place = {work.stage: rank for rank, passes in enumerate(order) for work in passes}
+    count = len(stages)
+    free, sending = [0.0] * len(order), [0.0] * len(order)
+    next_pass = [0] * len(order)
+    # When what a pass hands on has arrived, by whether it is forward, its stage and micro-batch.
+    arrived: dict[tuple[bool, int, int], float] = {}
+    waiting: dict[tuple[bool, int, int], int] = {}
+    timed: list[Timed] = []
+    ready = list(range(len(order)))[::-1]
+    while ready:
+        rank = ready.pop()
+        passes = order[rank]
+        while next_pass[rank] < len(passes):
+            work = passes[next_pass[rank]]
+            stage, kind, batch = work.stage, work.kind, work.microbatch
+            seconds = stages[stage]
+            forward = kind == FORWARD
+            neighbour = stage - 1 if forward else stage + 1
+            begin = free[rank]
+            if kind == WEIGHTS:
+                takes, sends = seconds.weights, 0.0
+            else:
+                if 0 <= neighbour < count:
+                    needs = (forward, neighbour, batch)
+                    if needs not in arrived:
+                        waiting[needs] = rank
+                        break
+                    begin = max(begin + (0.0 if forward else seconds.again), arrived[needs])
+                elif not forward:
+                    begin += seconds.again
+                takes = seconds.forward if forward else seconds.backward - seconds.again
+                takes -= seconds.weights if kind == INPUTS else 0.0
+                sends = seconds.send_on if forward else seconds.send_back
+            end = begin + takes
+            sent = then = end
+            if kind != WEIGHTS:
+                target = stage + 1 if forward else stage - 1
+                if sends and 0 <= target < count and place[target] != rank:
+                    sent = max(sending[rank], end)
+                    then = sending[rank] = sent + sends
+                key = (forward, stage, batch)
+                arrived[key] = then
+                if key in waiting:
+                    ready.append(waiting.pop(key))
+            free[rank] = end
+            timed.append(Timed(rank, work, begin, end, sent, then))
+            next_pass[rank] += 1
+    if sum(next_pass) < sum(map(len, order)):
+        raise ValueError("a schedule that waits for itself")
+    return tuple(timed)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How many micro-batches a rank holds of each of its stages, at the moment at which they take
+    most. stages: (stage, micro-batches). nbytes: of their activations.
+    """
+
+    stages: tuple[tuple[int, int], ...]
+    nbytes: float
+
+
+def held(order: _Order, nbytes: Sequence[float]) -> tuple[Held, ...]:
+    """Return what each rank holds of micro-batches that went forward and not yet all the way back.
+
+    order: see `walk`. nbytes: the activations that each stage keeps of one micro-batch. Where a
+    backward pass is in two halves, they are kept until the second one.
+
+    >>> from autoparallel.runtime.schedule_orders import schedule_order
+    >>> [each.nbytes for each in held(schedule_order("1f1b", 3, 1, 8), [10.0] * 3)]
+    [30.0, 20.0, 10.0]
+    """
+    return tuple(
+        max(_moments(passes, nbytes), key=lambda moment: moment.nbytes, default=Held((), 0.0))
+        for passes in order
+    )
+
+
+def most_held(order: _Order) -> tuple[int, ...]:
+    """Return how many micro-batches each stage holds at most.
+
+    >>> from autoparallel.runtime.schedule_orders import schedule_order
+    >>> most_held(schedule_order("gpipe", 2, 1, 8))
+    (8, 8)
+    """
+    most: dict[int, int] = {}
+    for passes in order:
+        now: dict[int, int] = {}
+        for work in passes:
+            if work.kind != INPUTS:
+                now[work.stage] = now.get(work.stage, 0) + (1 if work.kind == FORWARD else -1)
+                most[work.stage] = max(most.get(work.stage, 0), now[work.stage])
+    return tuple(most[stage] for stage in sorted(most))
+
+
+def _moments(passes: Sequence[Pass], nbytes: Sequence[float]) -> Iterator[Held]:
+    """Yield what a rank holds after each of its forward passes."""
+    now: dict[int, int] = {}
+    total = 0.0
+    for work in passes:
+        if work.kind == INPUTS:
+            continue
+        sign = 1 if work.kind == FORWARD else -1
+        now[work.stage] = now.get(work.stage, 0) + sign
+        total += sign * nbytes[work.stage]
+        if sign > 0:
+            yield Held(tuple(now.items()), total)

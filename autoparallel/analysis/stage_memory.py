@@ -1,0 +1,196 @@
+"""The memory that each rank of a pipeline takes: its stages, and the micro-batches in flight.
+
+A rank keeps the activations of every micro-batch that went forward through one of its stages and
+not yet all the way back. How many those are is read off the schedule's own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from autoparallel.analysis.abstract_execution import AbstractExecution
+from autoparallel.analysis.liveness import Liveness
+from autoparallel.analysis.memory_account import Account, Item, account_of, grouped, resident
+from autoparallel.analysis.pipeline_walk import Held, held
+from autoparallel.graph.graph import Graph, Value, hint
+from autoparallel.graph.part_sizes import local_shape
+from autoparallel.placement import Layout
+from autoparallel.plan import Pipeline, Plan
+from autoparallel.rewrite.stages import Stage, cut_plan
+from autoparallel.runtime.schedule_orders import Pass, schedule_order
+
+__all__ = ["StageMemory", "memory_of_pipeline", "memory_of_ranks", "memory_of_stages"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes of one stage on one rank.
+
+    items: of parameters, gradients, optimizer state, buffers and inputs, which are there all along.
+    saved: what each micro-batch keeps until its backward pass: what autograd saves and what goes to
+    the next stage, of which `sent` bytes are kept for that alone. received: what comes from the
+    stages around for one micro-batch, of which `kept` bytes are among the saved ones; torch's
+    stages have a buffer of it for every micro-batch. back: the gradients that are sent back for
+    one; what is sent may be held until the step ends. returned: of the last stage, what the caller
+    gets of one micro-batch. temporary: bytes at the worst moment of a pass beyond all these.
+    assumed: see Account.
+    """
+
+    items: tuple[Item, ...]
+    saved: tuple[Item, ...]
+    sent: int
+    received: int
+    kept: int
+    back: int
+    returned: int
+    temporary: int
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def activations(self) -> int:
+        """The bytes that a micro-batch keeps."""
+        return sum(item.nbytes for item in self.saved)
+
+
+def memory_of_stages(stages: Sequence[Stage]) -> tuple[StageMemory, ...]:
+    """Return the bytes that each stage of a pipeline takes on one of its ranks.
+
+    Example: `memory_of_stages(cut_plan(plan.captured.graph, plan))[0].activations`
+    """
+    # Equal stages run equal calls: each is run once.
+    seen: dict[Any, Any] = {}
+    return tuple(_memory_of(stage, stages, seen) for stage in stages)
+
+
+def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> StageMemory:
+    """Return the bytes of one stage. seen: calls that were run already."""
+    plan, values = stage.plan, stage.graph.values
+    sizes = tuple(size for _, size in plan.mesh.axes)
+    entering = {name: stage.entering[name] for name in stage.takes}
+    walk = AbstractExecution(stage.graph, plan, plan.recomputed, entering, seen)
+    liveness = Liveness(walk)
+    items: list[Item] = []
+    for parameter in plan.parameters:
+        # Micro-batches add up their gradients as the parameter is stored, whatever becomes of them.
+        whole = replace(parameter, gradient=parameter.storage)
+        items += resident(whole, plan, values[parameter.name].requires_grad)
+    saved: list[Item] = []
+    sent = received = kept = back = 0
+    is_last = stage.number == len(stages) - 1
+    out = set() if is_last else {walk.locals[number].storage for number in walk.returned}
+    saving = frozenset(liveness.saved)
+    every = out | saving
+    for number, storage in enumerate(walk.storages):
+        item = Item("activations", storage.name, storage.where, 1, storage.nbytes)
+        if storage.kind == "received":
+            received += storage.nbytes
+            back += storage.nbytes if values[storage.name].requires_grad else 0
+            if liveness.savers[number] or number in out:
+                kept += storage.nbytes
+                saved.append(item)
+        elif storage.kind == "activation":
+            # The library holds on to what was sent, at which the backward pass begins.
+            if number in every:
+                saved.append(item)
+                sent += 0 if number in saving else storage.nbytes
+        elif storage.kind in ("buffer", "input"):
+            items.append(replace(item, category=f"{storage.kind}s"))
+    if not is_last:
+        received += sum(
+            _local_nbytes(values[name], layout, sizes)
+            for name, layout in zip(stage.gives, plan.outputs, strict=True)
+            if values[name].requires_grad
+        )
+    returned = 0
+    if is_last:
+        returned = sum(
+            _local_nbytes(values[name], layout, sizes)
+            for name, layout in zip(stage.gives, plan.outputs, strict=True)
+        )
+    held_nbytes = sum(item.nbytes for item in saved) - kept
+    worst = liveness.activations + liveness.temporary
+    return StageMemory(
+        tuple(items),
+        tuple(saved),
+        sent,
+        received,
+        kept,
+        back,
+        returned,
+        max(worst - held_nbytes, 0),
+        tuple(walk.assumed),
+    )
+
+
+def _local_nbytes(value: Value, layout: Layout, sizes: tuple[int, ...]) -> int:
+    """Return the bytes of the part of a value that a rank holds."""
+    shape = local_shape(tuple(map(hint, value.shape)), layout, sizes)
+    return prod(shape) * value.dtype.itemsize
+
+
+def memory_of_ranks(
+    plan: Plan, stages: Sequence[StageMemory], order: Sequence[Sequence[Pass]]
+) -> tuple[Account, ...]:
+    """Return the memory of each place on the axis of stages, at the worst moment of a step.
+
+    plan: with its pipeline. stages: as of `memory_of_stages`. order: the passes of each rank.
+
+    Example: `memory_of_ranks(plan, memory_of_stages(stages), order)[0].activations`
+    """
+    assert plan.pipeline is not None
+    count = plan.pipeline.microbatches
+    accounts = []
+    for moment in held(order, [stage.activations for stage in stages]):
+        own = [stages[number] for number, _ in moment.stages]
+        items = [item for stage in own for item in stage.items]
+        # Inputs of the model and buffers are there once, whatever stages read them.
+        once = {(i.category, i.name): i for i in items if i.category in ("inputs", "buffers")}
+        items = [i for i in items if (i.category, i.name) not in once] + list(once.values())
+        kept = 0
+        for (number, batches), stage in zip(moment.stages, own, strict=True):
+            kept += batches * stage.kept
+            items += [
+                replace(item, where=item.where or f"stage {number}", nbytes=batches * item.nbytes)
+                for item in stage.saved
+                if batches
+            ]
+        rows = grouped(items)
+        activations = sum(row.nbytes for row in rows if row.category == "activations")
+        made = count * sum(stage.returned for stage in own)
+        passes = max(stage.temporary for stage in own) + made
+        passes += count * sum(stage.received + stage.back for stage in own) - kept
+        # When all have gone back, every rank gets what is returned, of the whole batch.
+        end = count * max(stage.returned for stage in stages) + made - activations
+        assumed = tuple(name for stage in own for name in stage.assumed)
+        temporary, where = max(passes, end, 0), _told(moment, plan.pipeline)
+        accounts.append(account_of(rows, temporary, assumed, where))
+    return tuple(accounts)
+
+
+def memory_of_pipeline(plan: Plan, graph: Graph | None = None) -> tuple[Account, ...]:
+    """Return the memory of each place on the axis of stages.
+
+    plan: with its graph. graph: with the sizes to count for; by default those of the example
+    inputs.
+
+    Example: `max(account.total for account in memory_of_pipeline(plan))`
+    """
+    pipeline = plan.pipeline
+    assert pipeline is not None
+    assert plan.captured is not None
+    stages = memory_of_stages(cut_plan(graph or plan.captured.graph, plan))
+    per_rank = pipeline.stages // pipeline.ranks
+    order = schedule_order(pipeline.schedule, pipeline.ranks, per_rank, pipeline.microbatches)
+    return memory_of_ranks(plan, stages, order)
+
+
+def _told(moment: Held, pipeline: Pipeline) -> str:
+    """Return the stages of a rank, and what it holds of each, in words."""
+    each = [
+        f"stage {stage} of {pipeline.stages}, with {batches} micro-batches in flight"
+        for stage, batches in moment.stages
+    ]
+    return "; ".join(each)

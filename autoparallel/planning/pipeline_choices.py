@@ -1,0 +1,243 @@
+"""What may be chosen of a pipeline: stages, micro-batches, and the ranks of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from autoparallel.analysis.pipeline_walk import held
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.errors import PlanError
+from autoparallel.graph.captured import Captured
+from autoparallel.graph.graph import Graph, Sym, hint
+from autoparallel.graph.inert_calls import inert_calls
+from autoparallel.graph.operators import BRANCH_TAKEN
+from autoparallel.graph.passes.equal_sizes import with_equal_sizes
+from autoparallel.graph.passes.flattened_rows import unflatten_rows
+from autoparallel.graph.passes.global_counts import split_loss_counts
+from autoparallel.mesh import PIPELINE, Mesh
+from autoparallel.options import SCHEDULES, Options
+from autoparallel.placement import Invariant, Layout, Replicate
+from autoparallel.planning.pipeline_estimates import Estimate, Estimator, is_better
+from autoparallel.runtime.schedule_orders import schedule_order
+from autoparallel.strategy.stage_shares import StageShares
+from planners.effort import current
+
+__all__ = [
+    "batch_of",
+    "best_mesh",
+    "chosen_of",
+    "in_parts",
+    "is_even",
+    "microbatch_counts",
+    "middle_of",
+    "over_time",
+    "refuse_pipeline",
+    "shares_of",
+]
+
+# Micro-batches for each stage that are tried first: of the passes' time, the stages then wait a
+# fifth.
+_PER_STAGE = 4
+# So many numbers of micro-batches are tried at most.
+_MOST_COUNTS = 12
+# More stages are no longer looked at after so many numbers of them that were worse.
+_MOST_WORSE = 2
+
+
+def best_mesh(captured: Captured, world_size: int, options: Options, beat: float) -> Mesh | None:
+    """Return the mesh with stages of which an estimate is shortest; None where none is shorter than
+    `beat` seconds, where no pipeline can be run, and for a model without chains of equal blocks.
+
+    Stages stay inside of nodes or across them; ranks of one stage are arranged as ranks without
+    stages are. From few stages on, more are looked at as long as they are better.
+
+    Example: `best_mesh(captured, 64, Options(data_parallel=True), plan.step)`
+    """
+    try:
+        refuse_pipeline(captured, options)
+    except PlanError:
+        return None
+    captured = in_parts(captured)
+    estimator = Estimator(captured, options)
+    if estimator.short is None:
+        return None
+    per_node = find_hardware(options.hardware).devices_per_node
+    limit = options.memory_limit
+    best: tuple[Estimate, Mesh] | None = None
+    for tensor in _widths(world_size, per_node):
+        ladder = [
+            pp
+            for pp in range(2, estimator.blocks // options.stages_per_rank + 1)
+            if world_size % (pp * tensor) == 0
+        ]
+        of_width: tuple[Estimate, Mesh] | None = None
+        worse = 0
+        for pp in ladder:
+            data = world_size // (pp * tensor)
+            axes = {"dp": data} if data > 1 else {}
+            axes |= {"tp": tensor} if tensor > 1 or not axes else {}
+            inside = Mesh(**axes)
+            counts = [options.microbatches or 0]
+            if not options.microbatches:
+                counts = [middle_of(microbatch_counts(captured.graph, pp, inside, options), pp)]
+            found = chosen_of(estimator, counts, pp, inside, options)
+            if found is None:
+                continue
+            mesh = Mesh(**{PIPELINE: pp}, **axes)
+            if of_width is None or is_better(found[0], of_width[0], limit):
+                of_width, worse = (found[0], mesh), 0
+            else:
+                worse += 1
+            if worse >= _MOST_WORSE or current().is_over:
+                break
+        if of_width is not None and (best is None or is_better(of_width[0], best[0], limit)):
+            best = of_width
+    if best is None or (limit is not None and best[0].nbytes > limit):
+        return None
+    return best[1] if best[0].seconds < beat else None
+
+
+def _widths(world_size: int, per_node: int) -> list[int]:
+    """Return the sizes of the axis tp that are looked at: a node, and parts of it."""
+    return [
+        size
+        for size in range(min(per_node, world_size // 2), 0, -1)
+        if world_size % size == 0 and per_node % size == 0
+    ]
+
+
+def chosen_of(
+    estimator: Estimator,
+    counts: list[int],
+    ranks: int,
+    inside: Mesh,
+    options: Options,
+    pins: Mapping[str, Layout] | None = None,
+) -> tuple[Estimate, int] | None:
+    """Return the best estimate of these numbers of micro-batches, and its number; None for none.
+
+    ranks, inside: see `microbatch_counts`. pins: see `pipeline_plan`. From the number at which
+    stages wait a fifth of the time, others are looked at as long as they are better.
+
+    Example: `chosen_of(Estimator(captured, options), [4, 8, 16], 2, Mesh(tp=2), options)`
+    """
+    start = counts.index(middle_of(counts, ranks))
+    best: tuple[Estimate, int] | None = None
+    for way in (counts[start:], counts[:start][::-1]):
+        for count in way:
+            over = None if pins is None else over_time(estimator.graph, pins, count)
+            shares = shares_of(ranks, count, options)
+            found = estimator.estimate(inside, shares, count, over)
+            if found is None:
+                break
+            if best is not None and not is_better(found, best[0], options.memory_limit):
+                break
+            best = found, count
+    return best
+
+
+def middle_of(counts: list[int], ranks: int) -> int:
+    """Return the one of these numbers of micro-batches that leaves about a fifth of the time
+    waiting. ranks: that share out the stages.
+
+    >>> middle_of([4, 8, 16, 32], ranks=4)
+    16
+    """
+    return max((count for count in counts if count <= _PER_STAGE * ranks), default=counts[0])
+
+
+def shares_of(ranks: int, count: int, options: Options) -> StageShares:
+    """Return what one of so many micro-batches bears of a step. ranks: that share out the stages.
+
+    >>> shares_of(4, 8, Options(schedule="1f1b"))
+    StageShares(ranks=4, passes=11.0, in_flight=4.0)
+    """
+    each = options.stages_per_rank
+    order = schedule_order(options.schedule, ranks, each, count)
+    most = max(moment.nbytes for moment in held(order, [1.0] * (ranks * each)))
+    return StageShares(ranks, count + (ranks - 1) / each, most / each)
+
+
+def microbatch_counts(graph: Graph, ranks: int, inside: Mesh, options: Options) -> list[int]:
+    """Return the numbers of micro-batches that are worth a try, in order.
+
+    graph: with the sizes of the example inputs. ranks: that share out the stages; inside: the mesh
+    of those of one stage, on whose outermost axis the batch may be split as well. Those that cut
+    the batch evenly, each about twice as many as the one before it.
+    """
+    batch = batch_of(graph)
+    able = [count for count in range(1, batch + 1) if is_even(count, ranks, options)]
+    even = [count for count in able if batch % count == 0] or able or [1]
+    outer = inside.axes[0][1] if len(inside.axes) > 1 else 1
+    whole = [count for count in even if (batch // count) % outer == 0] or even
+    counts: list[int] = []
+    for count in whole:
+        if not counts or count >= 2 * counts[-1]:
+            counts.append(count)
+    # Fewer than there are stages leave most of them without work.
+    enough = [count for count in counts if count >= ranks] or counts[-1:]
+    return enough[:_MOST_COUNTS]
+
+
+def is_even(count: int, ranks: int, options: Options) -> bool:
+    """Return whether a schedule takes so many micro-batches: interleaved ones have equal rounds.
+
+    >>> is_even(6, 4, Options(stages_per_rank=2)), is_even(10, 4, Options(stages_per_rank=2))
+    (True, True)
+    """
+    schedule = SCHEDULES[options.schedule]
+    if schedule.folded:
+        return not schedule.per_stage or count >= options.stages_per_rank * ranks
+    in_rounds = options.stages_per_rank > 1 or schedule.alone == schedule.several
+    return not in_rounds or count % max(1, count // ranks) == 0
+
+
+def batch_of(graph: Graph) -> int:
+    """Return the size of the batch: of the inputs' first dim, where it is symbolic if any is."""
+    first = [
+        node.result.shape[0] for node in graph.nodes if node.kind == "input" and node.result.shape
+    ]
+    symbolic = [size for size in first if isinstance(size, Sym)]
+    return max((hint(size) for size in symbolic or first), default=1)
+
+
+def over_time(graph: Graph, stored: Mapping[str, Layout], count: int) -> dict[str, Layout]:
+    """Return layouts of parameters with a placement on the axis of micro-batches before them."""
+    nodes = {node.target: node.result for node in graph.nodes if node.kind == "parameter"}
+    return {
+        path: (
+            Replicate()
+            if count > 1 and path in nodes and nodes[path].requires_grad
+            else Invariant(),
+            *layout,
+        )
+        for path, layout in stored.items()
+    }
+
+
+def in_parts(captured: Captured) -> Captured:
+    """Return a traced model as its micro-batches compute it; the same one if it is so already."""
+    captured = with_equal_sizes(captured)
+    graph = split_loss_counts(captured.graph).verify()
+    graph = unflatten_rows(graph).verify()
+    return captured if graph == captured.graph else replace(captured, graph=graph)
+
+
+def refuse_pipeline(captured: Captured, options: Options) -> None:
+    """Raise PlanError for what no pipeline does."""
+    what, why = "", ""
+    if options.rng == "fast":
+        what = 'rng="fast"'
+        why = "the streams of several stages would draw the same numbers"
+    elif captured.own:
+        what = "a model that returns its own parameters or buffers"
+        why = "the ranks of other stages do not hold them"
+    else:
+        inert = inert_calls(captured.graph)
+        for node in captured.graph.calls:
+            if node.target == BRANCH_TAKEN and node.name not in inert:
+                what = f"a branch on a value that the model computes ({node.line or node.where})"
+                why = "one stage alone would know which way it goes"
+    if what:
+        raise PlanError(f"{what}: not on a mesh with stages", why=why, fix="leave pp out")

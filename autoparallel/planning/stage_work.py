@@ -1,0 +1,213 @@
+"""What a planned model's ops bring to the stages that compute them: seconds, bytes, and sends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoparallel.analysis.abstract_execution import AbstractExecution
+from autoparallel.analysis.liveness import Liveness
+from autoparallel.analysis.memory_account import resident
+from autoparallel.cost.op_costs import nbytes
+from autoparallel.graph.graph import Graph
+from autoparallel.graph.inert_calls import inert_calls
+from autoparallel.graph.part_sizes import layout_fraction
+from autoparallel.plan import Plan
+from autoparallel.rewrite.stages import Cut
+
+__all__ = ["NEAR", "StageBytes", "StageWork", "fewer_places"]
+
+# A cut that sends less is taken where the longest stage takes no more than so many times the least:
+# it is what all micro-batches wait for, and what is sent is in its seconds.
+NEAR = 1.01
+
+# Chains of more places than these, for each stage, are cut at those that send least.
+_PLACES_EACH, _FEWEST_PLACES = 8, 400
+
+
+def fewer_places(sends: list[float], stages: int) -> list[float]:
+    """Return the same costs of cuts with fewer places: those that send most are left out, and of
+    many that send alike, every second, third, ... one.
+
+    >>> fewer_places([0.0, 2.0, 1.0], stages=2)
+    [0.0, 2.0, 1.0]
+    """
+    most = max(_PLACES_EACH * stages, _FEWEST_PLACES)
+    finite = sorted(seconds for seconds in sends if math.isfinite(seconds))
+    if len(finite) <= most:
+        return sends
+    bound = finite[most]
+    cheaper = sum(seconds < bound for seconds in finite)
+    alike = [place for place, seconds in enumerate(sends) if place and seconds == bound]
+    step = -(-len(alike) // max(most - cheaper, 1))
+    kept = set(alike[::step])
+    return [
+        seconds if place == 0 or seconds < bound or place in kept else math.inf
+        for place, seconds in enumerate(sends)
+    ]
+
+
+class StageWork:
+    """The ops that stages compute, in order, and what a cut before each of them sends.
+
+    names: of the ops. seconds: of each with the conversions that it is the first to read, and its
+    share of what is done once a step. nbytes: that a rank sends where a stage starts with the op.
+    joined: whether the op is recomputed together with the one before it.
+    """
+
+    def __init__(self, graph: Graph, plan: Plan) -> None:
+        inert = inert_calls(graph)
+        self.graph, self.plan = graph, plan
+        self.sizes = tuple(size for _, size in plan.mesh.axes)
+        self.names = [node.name for node in graph.calls if node.name not in inert]
+        self.place = {name: number for number, name in enumerate(self.names)}
+        choices = {op.name: op for op in plan.ops}
+        self.seconds = [choices[name].seconds for name in self.names]
+        for row in plan.conversions:
+            reader = self.place.get(row.readers[0], len(self.names) - 1)
+            self.seconds[reader] += row.seconds
+        self.readers = {
+            node.target: [
+                self.place[reader.name]
+                for reader in graph.readers[node.result.name]
+                if reader.name in self.place
+            ]
+            for node in graph.nodes
+            if node.kind == "parameter"
+        }
+        self.nbytes = self._crossing()
+        groups = {name: number for number, group in enumerate(plan.recomputed) for name in group}
+        pairs = zip([None, *self.names], self.names, strict=False)
+        self.joined = [
+            other is not None and name in groups and groups.get(other) == groups[name]
+            for other, name in pairs
+        ]
+
+    def _crossing(self) -> list[float]:
+        """Return, for each op, the bytes of the values that are made before it and read from it on.
+
+        Each op is a stage of its own here: a cut between two of them sends what goes from one side
+        to the other.
+        """
+        cut = Cut(self.graph, self.plan, self.names)
+        change = np.zeros(len(self.names) + 1)
+        for name, (first, last) in cut.spans.items():
+            if first == last:
+                continue
+            value = self.graph.values[name]
+            layout = cut.travelling[name]
+            part = nbytes(value) * layout_fraction(value.shape, layout, self.sizes)
+            change[first + 1] += part
+            change[last + 1] -= part
+        running = np.cumsum(change)[:-1]
+        return [float(size) if size > 0.5 else 0.0 for size in running]
+
+    def owners(
+        self, holders: Mapping[str, Collection[int]], ranks: Sequence[int]
+    ) -> list[Collection[int] | None]:
+        """Return the stages that may compute each op: those on ranks with the parameters it reads.
+
+        holders: those ranks, by path. ranks: of each stage.
+        """
+        owners: list[Collection[int] | None] = []
+        calls = {node.name: node for node in self.graph.calls}
+        for name in self.names:
+            able: Collection[int] | None = None
+            for operand in calls[name].operands():
+                node = self.graph.producers[operand]
+                if node.kind == "parameter":
+                    held = holders.get(node.target, ())
+                    some = {stage for stage, rank in enumerate(ranks) if rank in held}
+                    able = some if able is None else some & set(able)
+            owners.append(able)
+        return owners
+
+    def bytes_of(self, microbatches: int, activations: bool = True) -> StageBytes:
+        """Return the bytes that ops bring to a stage. microbatches: for each of which there is a
+        buffer of what comes in, and of its gradient. activations: whether to count those, which
+        takes longest.
+        """
+        count = len(self.names)
+        stays, kept = np.zeros(count), np.zeros(count)
+        twice: list[tuple[int, int, float]] = []
+        for row in self.plan.parameters:
+            whole = replace(row, gradient=row.storage)
+            trained = self.graph.values[row.name].requires_grad
+            size = sum(item.nbytes for item in resident(whole, self.plan, trained))
+            readers = sorted(self.readers[row.path])
+            stays[readers] += size
+            # A stage with several readers has the parameter once.
+            twice += [(one, other, size) for one, other in pairwise(readers)]
+        buffers = microbatches * np.array([0.0, *self.nbytes[1:], 0.0])
+        if not activations:
+            return StageBytes(stays, kept, buffers, tuple(twice), 0.0)
+        walk = AbstractExecution(self.graph, self.plan, self.plan.recomputed)
+        liveness = Liveness(walk)
+        place = 0
+        places = []
+        for moment in walk.moments:
+            place = max(place, self.place.get(moment.node, 0))
+            places.append(place)
+        for number in liveness.saved:
+            storage = walk.storages[number]
+            if storage.born < len(places):
+                kept[places[storage.born]] += storage.nbytes
+        there = sum(s.nbytes for s in walk.storages if s.kind in ("input", "buffer"))
+        return StageBytes(stays, kept, buffers, tuple(twice), there + liveness.temporary)
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """The bytes that each op, in order, brings to the stage that computes it.
+
+    stays: of the parameters that it reads, with gradients and optimizer state. kept: of what is
+    saved of a micro-batch. buffers: by place, of what a cut there sends. twice: (op, op, bytes) of
+    a parameter that both read. besides: bytes of any stage.
+    """
+
+    stays: NDArray[np.float64]
+    kept: NDArray[np.float64]
+    buffers: NDArray[np.float64]
+    twice: tuple[tuple[int, int, float], ...]
+    besides: float
+
+    def fits(
+        self, held: Sequence[int], limit: float
+    ) -> Callable[[int, NDArray[np.intp], NDArray[np.intp]], NDArray[np.bool_]]:
+        """Return a function that says which runs of ops fit in a limit as a stage, for `partition`.
+
+        held: micro-batches of which each stage keeps activations. limit: bytes of a stage.
+        """
+        size_of = self.sizes(held)
+
+        def able(run: int, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> NDArray[np.bool_]:
+            """Say which of these runs fit."""
+            fits: NDArray[np.bool_] = size_of(run, starts, ends) <= limit
+            return fits
+
+        return able
+
+    def sizes(
+        self, held: Sequence[int]
+    ) -> Callable[[int, NDArray[np.intp], NDArray[np.intp]], NDArray[np.float64]]:
+        """Return a function that tells the bytes of runs of ops as a stage. held: as of `fits`."""
+        stays = np.concatenate([[0.0], np.cumsum(self.stays)])
+        kept = np.concatenate([[0.0], np.cumsum(self.kept)])
+
+        def size_of(
+            run: int, starts: NDArray[np.intp], ends: NDArray[np.intp]
+        ) -> NDArray[np.float64]:
+            """Tell the bytes of these runs as one of the stages."""
+            size = stays[ends] - stays[starts] + held[run] * (kept[ends] - kept[starts])
+            size = size + self.buffers[starts] + self.buffers[ends] + self.besides
+            for one, other, again in self.twice:
+                size = size - again * ((starts <= one) & (other < ends))
+            found: NDArray[np.float64] = size
+            return found
+
+        return size_of

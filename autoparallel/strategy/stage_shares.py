@@ -1,0 +1,35 @@
+"""How much of a stage of a pipeline one pass of one micro-batch bears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["WHOLE_MODEL", "StageShares"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageShares:
+    """What a network of one micro-batch on all stages has to count otherwise than a step.
+
+    ranks: that share out the stages, of the size of a mesh axis. passes: micro-batches that pass a
+    stage in the time of a step, with those that would fit in the bubble: what is done once a step,
+    reducing gradients and the update, counts by one of so many parts. in_flight: micro-batches of
+    which a stage holds activations at a time, where it holds most; what stays between steps counts
+    by one of so many parts beside them.
+
+    >>> StageShares(4, 8.0, 2.0).once
+    0.125
+    """
+
+    ranks: int = 1
+    passes: float = 1.0
+    in_flight: float = 1.0
+
+    @property
+    def once(self) -> float:
+        """The share that a micro-batch bears of what is done once a step."""
+        return 1.0 / self.passes
+
+
+# A model without stages: a step bears all that is done in it.
+WHOLE_MODEL = StageShares()

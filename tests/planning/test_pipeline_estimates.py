@@ -1,0 +1,88 @@
+"""Estimates of pipelines from a model with few of its blocks, against plans of the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pipeline_models import MODELS, batch_of
+from torch import nn
+
+import autoparallel
+from autoparallel.graph.captured import Captured
+from autoparallel.graph.shortened import shortened
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.planning.pipeline_choices import best_mesh, in_parts, shares_of
+from autoparallel.planning.pipeline_estimates import Estimator
+from autoparallel.planning.plan_model import trace_model
+from autoparallel.train.models import GPT, GPTConfig
+
+
+def gpt(layers: int) -> Any:
+    with torch.device("meta"):
+        return GPT(GPTConfig(layers, 512, 8, 1024, 128)).bfloat16()
+
+
+def traced(model: nn.Module, inputs: Any, options: Options) -> Captured:
+    captured = trace_model(model, (), inputs, options)
+    assert isinstance(captured, Captured)
+    return captured
+
+
+@pytest.mark.parametrize("limit", [None, "120MiB"], ids=str)
+def test_estimates_are_near_plans(limit: str | None) -> None:
+    """Seconds and bytes of 9 layers from those of 3, on stages that the layers do not divide into
+    evenly."""
+    model = gpt(9)
+    inputs = model.example_inputs(batch=16, sequence=128)
+    plan = autoparallel.make_plan(
+        model,
+        mesh=Mesh(pp=3, tp=2),
+        example_inputs=inputs,
+        microbatches=8,
+        memory_limit=limit,
+        recompute="none",
+        hardware="dgx-a100",
+    )
+    options = plan.options
+    captured = in_parts(traced(model, inputs, options))
+    estimator = Estimator(captured, options)
+    assert estimator.short is not None
+    assert estimator.blocks == 9
+    found = estimator.estimate(Mesh(tp=2), shares_of(3, 8, options), 8)
+    assert found is not None
+    assert found.seconds == pytest.approx(plan.step, rel=0.1)
+    if limit:
+        assert plan.pipeline is not None
+        assert found.nbytes == pytest.approx(max(plan.pipeline.memory), rel=0.25)
+
+
+def test_what_is_shortened() -> None:
+    """Chains of equal blocks; not skips, and not short chains."""
+    options = Options()
+    model = gpt(6)
+    graph = traced(model, model.example_inputs(batch=4, sequence=16), options).graph
+    short = shortened(graph)
+    assert short is not None
+    assert [times for _, _, times in short.times] == [4]
+    assert len(short.graph.calls) < len(graph.calls) / 1.5
+    for kind in ("Language", "Skips"):
+        plain = MODELS[kind]().double()
+        assert shortened(traced(plain, batch_of(kind), options).graph) is None
+
+
+def test_stages_among_all_meshes() -> None:
+    """Across slow links, little is sent between stages, and a mesh with them is chosen."""
+    model = gpt(8)
+    inputs = model.example_inputs(batch=32, sequence=128)
+    options = Options(data_parallel=True, hardware="dgx-a100")
+    captured = traced(model, inputs, options)
+    mesh = best_mesh(captured, 16, options, float("inf"))
+    assert mesh is not None
+    assert mesh.world_size == 16
+    assert dict(mesh.axes)["pp"] > 1
+    assert best_mesh(captured, 16, options, 0.0) is None
+    fast = Options(data_parallel=True, hardware="dgx-a100", rng="fast")
+    assert best_mesh(captured, 16, fast, float("inf")) is None  # it is refused

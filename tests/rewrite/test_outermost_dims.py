@@ -1,0 +1,75 @@
+"""Split dims that lie outermost in memory: where programs have them; nothing else changes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autoparallel
+from autoparallel.train.models import GPT, GPTConfig
+
+SEQUENCE = 6
+
+
+def gpt() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"layers": 2, "hidden": 24, "heads": 6, "vocabulary": 31, "positions": SEQUENCE}
+    return GPT(GPTConfig(**sizes, dropout=0.1)).double()
+
+
+class Convolved(nn.Module):
+    """A sequence between products, with an op that torch computes in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+        self.mix = nn.Conv1d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(self.up(self.norm(x)).relu())
+        return (self.mix(x.transpose(1, 2)) ** 2).sum()
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(31, (3, SEQUENCE), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_split_model_is_the_unsplit_one(ranks: int) -> None:
+    """With dropout, whose mask does not depend on the order in memory."""
+    model, inputs = gpt(), {"input_ids": tokens(), "labels": tokens()}
+    plan = autoparallel.make_plan(model, ranks, example_inputs=inputs)
+    assert "S1_outer" in autoparallel.emitted_program(plan)
+    split = autoparallel.simulate(model, plan=plan, example_inputs=inputs)
+    whole = autoparallel.simulate(model, 1, example_inputs=inputs)
+    torch.testing.assert_close(split.output.loss, whole.output.loss, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(split.output.logits, whole.output.logits, rtol=1e-12, atol=1e-12)
+    for path, gradient in whole.gradients.items():
+        torch.testing.assert_close(split.gradients[path], gradient, rtol=1e-11, atol=1e-13)
+
+
+def test_outputs_lie_in_the_order_of_their_dims() -> None:
+    class Hidden(nn.Module):
+        """A model that returns what is split along the sequence."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = gpt()
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            x = self.inner.token_embedding(ids)
+            for block in self.inner.blocks:
+                x = block(x)
+            return x
+
+    plan = autoparallel.make_plan(Hidden(), 2, example_inputs=tokens())
+    source = autoparallel.emitted_program(plan)
+    returned = source[source.rindex("return [") :]
+    assert "_outer" not in source or ".contiguous()" in returned
+
+
+def test_a_program_with_other_ops_keeps_the_usual_order() -> None:
+    x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(2))
+    plan = autoparallel.make_plan(Convolved(), 2, example_inputs=x)
+    assert "_outer" not in autoparallel.emitted_program(plan)
