@@ -108,9 +108,9 @@ class Options:
     microbatches: the parts of a batch that the stages of a pipeline work at one after the other;
     None for as many as suit it. schedule: the order in which they do, "gpipe" (all forward passes,
     then all backward), "1f1b" (backward as soon as it can, which holds fewer activations),
-    "zero_bubble" (as 1f1b; gradients of weights are computed where the stage would wait,
-    arXiv:2401.10241), and with two stages on each rank, the first and the last on the first one,
-    "zbv" (of the same paper) and "dualpipev" (arXiv:2412.19437, folded).
+    "zero_bubble" (as 1f1b; gradients of weights are computed where the stage would wait, if it has
+    one rank: arXiv:2401.10241), and with two stages on each rank, the first and the last on the
+    first one, "zbv" (of the same paper) and "dualpipev" (arXiv:2412.19437, folded).
     stages_per_rank: more than one lets ranks begin sooner, and send more often (interleaving).
 
     constraints: sentences such as "blocks.*.weight on dp is whole"; strategy/constraints.py has the

@@ -69,11 +69,15 @@ def held_out_loss(model: Any) -> float:
     return sum(losses) / len(losses)
 
 
-def options(about: str | None) -> Any:
-    """Return what the command line says: the folder of the run, and its steps."""
+def options(about: str | None, *, in_groups: bool = False) -> Any:
+    """Return what the command line says: the folder of the run, and its steps.
+
+    in_groups: it may also say in how many groups, which read different rows, the ranks are.
+    """
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the checkpoints; a run goes on from the last")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--dp", type=int, default=1, help="ranks that read rows of their own")
+    if in_groups:
+        parser.add_argument("--dp", type=int, default=1, help="groups with rows of their own")
     return parser.parse_args()

@@ -117,7 +117,7 @@ def rank() -> int:
 
 def main() -> float:
     """Train; say and return the held-out loss."""
-    chosen = options(__doc__)
+    chosen = options(__doc__, in_groups=True)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group()

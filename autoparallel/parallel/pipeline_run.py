@@ -12,6 +12,7 @@ output than the loss, the step is run once more, with the gradients that are kno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,10 @@ class PipelineRun:
         every = [program for each in self.programs for program in (each.before, each.first)]
         self.buffers = tuple(dict.fromkeys(path for each in every for path in each.buffers))
         self.constants = tuple(dict.fromkeys(path for each in every for path in each.constants))
-        halves = schedule_of_run(self.pipeline, trains=True) in IN_HALVES
+        # Ops that communicate compute all of their gradients at once: several ranks of a stage go
+        # back in whole passes, in the same order.
+        alone = math.prod(ranks.sizes) == 1
+        halves = alone and schedule_of_run(self.pipeline, trains=True) in IN_HALVES
         self.modules = [
             StageModule(
                 each,

@@ -20,7 +20,8 @@ class Stage(PipelineStage):
 
     Torch finds what gradients of weights begin with on the way from the outputs to the inputs.
     Where no input has a gradient there is none, and torch would leave the weights without one: such
-    a stage does all of its backward pass when gradients of weights are due.
+    a stage does all of its backward pass when gradients of weights are due. Where the module knows
+    no halves, it does all of it at once.
     """
 
     def __init__(self, module: StageModule, *args: Any, **options: Any) -> None:
@@ -36,6 +37,7 @@ class Stage(PipelineStage):
         last_backward: bool = False,
     ) -> None:
         """Compute the gradients of a micro-batch, or those of what came in alone."""
+        full_backward = full_backward or not self.module.halves
         if self.has_backward and not (full_backward or self.is_first or self.module.has_way_back):
             self.put_off[bwd_chunk_id] = loss
             # Nothing that came in has a gradient.
@@ -50,7 +52,9 @@ class Stage(PipelineStage):
             )
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """Compute the gradients of the weights for a micro-batch."""
+        """Compute the gradients of the weights for a micro-batch, if they were not with others."""
+        if not self.module.halves:
+            return
         if bwd_chunk_id in self.put_off:
             loss = self.put_off.pop(bwd_chunk_id)
             super().backward_one_chunk(bwd_chunk_id, loss, True, last_backward)

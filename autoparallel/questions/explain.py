@@ -97,7 +97,7 @@ class Explanation:
             charged = (
                 f"{seconds_text(self.price * 2**30)} a GiB, the price at which the limit holds"
             )
-            lines.append(f"Memory is charged at {charged}: search=True plans within it.")
+            lines.append(f"Memory is charged at {charged}; search (--search) plans within it.")
         if self.subject.others:
             others = ", ".join(self.subject.others[:3])
             more = " and others" if len(self.subject.others) > 3 else ""
@@ -124,7 +124,9 @@ class Explanation:
             return [f"  {other.text}: no plan has that."]
         if other.added_cost == math.inf:
             least = signed(max(other.proven, 0.0))
-            return [f"  {other.text}: would cost at least {least}; search=True looks for a plan."]
+            return [
+                f"  {other.text}: would cost at least {least}; search (--search) looks for a plan."
+            ]
         lines = [f"  {other.text}: {'; '.join(self._told(other))}."]
         if other.plan is None or not first:
             return lines

@@ -32,8 +32,13 @@ _LAUNCH = re.compile(r"_c10d_functional::(\w+?)(?:_into_tensor|_tensor|_single)?
 _RUN = re.compile(r"(?:gloo|nccl|mpi|ucc):")
 # A line that computes: names, and a call; sizes and what the program is given are none.
 _TARGETS = re.compile(r"\[?([A-Za-z_]\w*(?:, [A-Za-z_]\w*)*)\]? = (?!\w+\.size\()(.*\(.*)")
-# A redistribution in a program: what is moved, and along which axis.
-_MOVED = re.compile(r"(?:\w+\.)?(?:convert|move|convert_again)\((\w+), (\w+), .*?(?:, (\d+))?\)$")
+# A redistribution in a program, by itself or joined with the product before or after it: what is
+# moved, along which axis, and the number of the gap that it leaves.
+_MOVED = re.compile(
+    r"(?:\w+\.)?(convert|move|convert_again|convert_filled|convert_then_\w+)\((\w+), (\w+), "
+    r".*?(?:, (\d+))?\)$"
+)
+_THEN_MOVED = re.compile(r"(?:\w+\.)?\w+_then_convert\(\w+, \w+, (\w+), ")
 _GAP = re.compile(r"\bgap=(\d+)")
 # Gradients of weights run in gaps that others leave, under the numbers of those.
 _OF_WEIGHTS = "_WeightGradientBackward"
@@ -139,11 +144,15 @@ def _marked_lines() -> Iterator[None]:
 class _Line:
     """A line of a program that ran, between two times in microseconds.
 
-    name: of the op, or of the value that is moved. axis: of a move. gap, number: of those that a
-    line leaves to gradients of weights, and of those that it fills.
+    name: of the op; "" of a move alone. backward: the name of what autograd runs of it, "" for a
+    move, whose collective is told. moved, axis: the value that is redistributed, and along which
+    axis. gap, number: of those that a line leaves to gradients of weights, and of those that it
+    fills.
     """
 
     name: str
+    backward: str
+    moved: str
     axis: str
     number: str
     gap: str
@@ -198,7 +207,7 @@ class _Profile:
     def computed(self) -> Iterable[tuple[str, str, str, float, float]]:
         """Yield what the process computed: lines, what autograd ran of them, and updates."""
         for line in self.lines:
-            if not line.axis:
+            if line.name:
                 again = _within(self.backward, line.start) is not None
                 yield line.name, COMPUTE, "recompute" if again else "forward", line.start, line.end
         for one in self.backward:
@@ -216,7 +225,7 @@ class _Profile:
             return f"{filled.pop().name} (weight)" if filled else "gradients of weights"
         if line is None:
             return "gradients of parameters"
-        return "" if line.axis else line.name
+        return line.backward
 
     def communicated(self) -> Iterable[tuple[str, str, str, float, float]]:
         """Yield the collectives, from their call until they are done."""
@@ -239,10 +248,11 @@ class _Profile:
                 line, phase = self.of_call.get(around.sequence_nr), "backward"
             elif line is None and self.backward and self.backward[0].time_range.start < start:
                 phase = "backward"  # what is left of the gradients, when autograd is done
-            told = f"{line.name} on {line.axis}" if line and line.axis else ""
-            rest = "gradients" if phase == "backward" else "what the program does not tell"
-            what = told or (line.name if line else rest)
-            yield f"{_kind(match[1])} of {what}", COMMUNICATION, phase, start, end
+            told = f"of {line.moved} on {line.axis}" if line and line.axis else ""
+            rest = "of gradients" if phase == "backward" else "of what the program does not tell"
+            # What a kernel communicates inside of an op is computing, in a prediction.
+            what = told or (f"inside of {line.name}" if line else rest)
+            yield f"{_kind(match[1])} {what}", COMMUNICATION, phase, start, end
 
 
 def _line(event: Any) -> _Line:
@@ -251,16 +261,26 @@ def _line(event: Any) -> _Line:
     match = _TARGETS.fullmatch(text)
     assert match is not None
     names, does = match[1].split(", "), match[2]
-    moved = _MOVED.match(does)
-    name = moved[1] if moved else names[0]
-    if len(names) > 1:
-        name = name.removesuffix("_0")
+    name = names[0].removesuffix("_0") if len(names) > 1 else names[0]
+    backward, value, axis, number = name, "", "", ""
+    if moved := _MOVED.match(does):
+        value, axis, number = moved[2], moved[3], moved[4] or ""
+        if "_then_" not in moved[1]:
+            # What fills a gap is computed by the node that leaves it.
+            backward = f"gradients of weights beside {value}" if "filled" in moved[1] else ""
+            name = ""
+    elif moved := _THEN_MOVED.match(does):
+        # The result is called VALUE_PLACEMENT.
+        name = backward = value = name.rpartition("_")[0]
+        axis = moved[1]
     gap = _GAP.search(does)
     span = event.time_range
     return _Line(
         name,
-        moved[2] if moved else "",
-        (moved[3] or "") if moved else "",
+        backward,
+        value,
+        axis,
+        number,
         gap[1] if gap else "",
         span.start,
         span.end,

@@ -126,6 +126,44 @@ def on_two(rank: int) -> dict[str, Any]:
     return found
 
 
+SPLIT: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
+    "zero bubble, tp": (
+        "Language",
+        {"pp": 2, "tp": 2},
+        2,
+        {"schedule": "zero_bubble", "data_parallel": False},
+    ),
+    "zbv, dp": ("Language", {"pp": 2, "dp": 2}, 3, {"schedule": "zbv", "stages_per_rank": 2}),
+}
+
+
+def plan_split() -> None:
+    CASES.update(SPLIT)
+    for name in SPLIT:
+        planned(name)
+
+
+def on_four(rank: int) -> dict[str, Any]:
+    found = {}
+    for name, (kind, *_) in SPLIT.items():
+        found[name] = trained(autoparallel.apply_plan(model_of(kind), planned(name)), kind, 1)
+    return found
+
+
+def test_halves_of_split_stages() -> None:
+    """Stages of two ranks each, whose backward passes communicate in either half."""
+    one = autoparallel.autoparallelize(model_of("Language"), 1, example_inputs=batch("Language"))
+    reference = trained(one, "Language", 1)
+    for found in run_processes(on_four, 4, before=plan_split):
+        for name in SPLIT:
+            torch.testing.assert_close(
+                found[name]["losses"], reference["losses"], rtol=TOLERANCE, atol=TOLERANCE
+            )
+            for path, gradient in found[name]["gradients"][0].items():
+                expected = reference["gradients"][0][path]
+                torch.testing.assert_close(gradient, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_schedules() -> None:
     """Losses and every gradient of some steps, and evaluation, with every schedule."""
     results = run_processes(on_two, 2, before=plan_all)

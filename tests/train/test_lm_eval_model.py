@@ -120,6 +120,7 @@ def test_a_split_model_answers_alike() -> None:
 
 
 @pytest.mark.optional
+@pytest.mark.filterwarnings("ignore")
 def test_the_harness_takes_it(tmp_path: Path) -> None:
     """Its own evaluation of a made task, whose answers are known."""
     harness = pytest.importorskip("lm_eval")
