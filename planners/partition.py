@@ -17,6 +17,8 @@ _Places = NDArray[np.intp]
 
 # The weight of squares of lengths, beside the least that a cut sends.
 _EVEN = 1e-3
+# Runs count as no shorter than this: its square is a number that can be divided by.
+_LEAST = 1e-150
 
 
 def partition(
@@ -129,7 +131,7 @@ class _Chain:
         Of cuts that send as much, the runs are as equal as can be.
         """
         sent = self.cost[self.cost > 0]
-        weight = _EVEN * (sent.min() if len(sent) else 1.0) / max(limit, 1e-300) ** 2
+        weight = _EVEN * (sent.min() if len(sent) else 1.0) / max(limit, _LEAST) ** 2
         total = np.full(len(self.places), math.inf)
         total[0] = 0.0
         came: list[_Places] = []

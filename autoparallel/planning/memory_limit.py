@@ -27,13 +27,13 @@ from autoparallel.strategy.cost_network import CostNetwork
 from planners import InfeasibleError, OverLimitError, Problem, Solution
 from planners.effort import current
 
-__all__ = ["plan_within", "unlimited"]
+__all__ = ["MOST_ATTEMPTS", "plan_within", "unlimited"]
 
 Judge = Callable[[Plan], Account]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
 # takes the plan that keeps least.
-_MOST_ATTEMPTS = 8
+MOST_ATTEMPTS = 8
 # The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
 # so low that seconds, which break ties, are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
@@ -226,9 +226,9 @@ def _closest(
     limit = (_allowed(network) - network.fixed_nbytes) * scale
     least: _Candidate | None = None
     bound, price = -math.inf, 0.0
-    for attempt in range(_MOST_ATTEMPTS):
+    for attempt in range(MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
-        last = attempt == _MOST_ATTEMPTS - 1
+        last = attempt == MOST_ATTEMPTS - 1
         try:
             if last:
                 solution = _least(problem, solve)

@@ -155,7 +155,10 @@ class StepSearch:
     def look(self) -> None:
         """Look for the shortest step."""
         if not self.overlaps:
-            self.bound = self.sum.lower_bound
+            # Where activations count as whole, the sum is none of seconds, and bounds no step.
+            options = self.network.options
+            if options.sequence_parallel or options.data_parallel:
+                self.bound = self.sum.lower_bound
             return
         self.prove()
         if not self.is_done:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.memory import memory_of
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Node
@@ -50,7 +49,8 @@ class Alternative:
     takes longer, added up; added_step: what its step does, in which work overlaps; NaN where nobody
     has told that of the plan. differences: all decisions that come with it. chain: names of the ops
     from this decision to the one that makes it dear. excess_nbytes: the bytes of a rank that its
-    plan takes beyond the memory limit, where alternatives are told at the price of memory.
+    plan takes beyond the memory limit: where alternatives are told at the price of memory, or where
+    the search within the limit has found none.
     """
 
     text: str
@@ -344,13 +344,10 @@ class Explainer:
             return Alternative(text, math.inf, math.inf)
         plan = self.forcing.plan_of(solution)
         rows = differences(self.plan, plan)
-        added, excess = solution.cost - self.plan.cost, 0
-        limit = self.plan.memory_limit
-        if limit is not None and not self.search:
+        added = solution.cost - self.plan.cost
+        if self.plan.memory_limit is not None and not self.search:
             charged = solution.cost + self.forcing.price * solution.usage
             added = charged - self.forcing.own_cost
-            taken = memory_of(plan, graph=self.forcing.network.graph).total
-            excess = max(taken - limit, 0)
         return Alternative(
             text,
             added,
@@ -359,7 +356,7 @@ class Explainer:
             plan.seconds - self.plan.seconds,
             rows,
             _chain(self.plan, node, rows),
-            excess,
+            self.forcing.excess(plan),
             self._added_step(plan),
         )
 

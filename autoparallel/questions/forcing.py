@@ -16,17 +16,26 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from autoparallel.analysis.memory import memory_of
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout
 from autoparallel.plan import Conversion, Plan
+from autoparallel.planning.memory_limit import MOST_ATTEMPTS
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
 from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
-from planners import InfeasibleError, Problem, Solution, TooWideError, exact
+from planners import (
+    InfeasibleError,
+    OverLimitError,
+    Problem,
+    Solution,
+    TooWideError,
+    exact,
+)
 from planners.state_costs import Range, StateCosts
 
 __all__ = ["Allowed", "Forcing"]
@@ -106,9 +115,9 @@ class Forcing:
     def solve(self, allowed: Allowed, search: bool = False) -> Solution | None:
         """Return the best solution in the allowed states, None where there is none.
 
-        search: look for the best one within the memory limit, or of a network that is wide, however
-        long it takes. Otherwise bytes are charged in place of the limit, and the decisions that
-        make a network wide are held.
+        search: look for the best one whose plan is within the memory limit, or of a network that is
+        wide, however long it takes. Otherwise bytes are charged in place of the limit, and the
+        decisions that make a network wide are held.
         """
         masks = {}
         for name, mask in allowed.items():
@@ -118,7 +127,7 @@ class Forcing:
         forced = self.problem.with_unary(masks)
         try:
             if search and self.problem.limit is not None:
-                solution = self.solver.within(forced)
+                solution = self._within(forced)
             elif search or self.is_too_wide:
                 solution = self._at_price(forced, self.solver)
             else:
@@ -126,6 +135,40 @@ class Forcing:
         except InfeasibleError:
             return None
         return solution if math.isfinite(solution.cost) else None
+
+    def excess(self, plan: Plan) -> int:
+        """Return the bytes of a rank that a plan of this network takes beyond the memory limit."""
+        limit = self.plan.memory_limit
+        if limit is None:
+            return 0
+        return max(memory_of(plan, graph=self.network.graph).total - limit, 0)
+
+    def _within(self, forced: Problem) -> Solution:
+        """Return the best solution whose whole plan is within the memory limit; where none is
+        found, the one that takes least.
+
+        The tables count what is saved, as in planning: where the rest of a plan is too much, the
+        limit is lowered by that and it is planned again. The bound is of the limit as it was given.
+        """
+        bound, least, problem = -math.inf, math.inf, forced
+        nearest: Solution | None = None
+        for _ in range(MOST_ATTEMPTS):
+            try:
+                solution = self.solver.within(problem)
+            except OverLimitError as error:
+                if nearest is None and not forced.fits(error.least):
+                    raise
+                break
+            if nearest is None:
+                bound = solution.lower_bound
+            over = self.excess(self.plan_of(solution))
+            if over < least:
+                nearest, least = replace(solution, lower_bound=min(bound, solution.cost)), over
+            if not over:
+                break
+            assert problem.limit is not None
+            problem = replace(forced, limit=min(problem.limit, solution.usage) - over)
+        return self._at_price(forced, self.solver) if nearest is None else nearest
 
     def _at_price(self, forced: Problem, solver: Callable[[Problem], Solution]) -> Solution:
         """Return a solution with bytes charged; its lower bound is one on its cost alone."""

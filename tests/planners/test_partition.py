@@ -44,3 +44,8 @@ def test_no_cut_has_a_shorter_longest_run(seed: int) -> None:
     assert chosen in [starts for _, _, starts in cuts]
     assert max(lengths(seconds, sends, chosen)) <= least * 1.05
     assert sum(sends[start] for start in chosen[1:]) == pytest.approx(sent)
+
+
+def test_work_that_takes_no_time_is_cut() -> None:
+    """Nothing is divided by a length of zero."""
+    assert len(partition([0.0] * 4, [0.0] * 4, 2)) == 2

@@ -240,3 +240,24 @@ def test_other_hardware_prices_all_again() -> None:
         autoparallel.timeline(Plan.from_json(plan.to_json()), hardware="dgx-h100")
     same = autoparallel.timeline(Plan.from_json(plan.to_json()), hardware="dgx-a100")
     assert same.seconds == plan.step_seconds
+
+
+def test_a_sum_in_which_activations_count_as_whole_bounds_no_step() -> None:
+    """Within a limit: another plan is shorter without overlap than the one returned."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(1, 256, 4, 512, 512))
+    one_by_one, overlapped = (
+        autoparallel.make_plan(
+            model,
+            4,
+            example_inputs=model.example_inputs(batch=32),
+            hardware="dgx-a100",
+            sequence_parallel=False,
+            memory_limit=2**40,
+            recompute="none",
+            overlap=overlap,
+        )
+        for overlap in (False, True)
+    )
+    assert overlapped.seconds < one_by_one.step_seconds
+    assert one_by_one.step_bound <= overlapped.seconds

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import autoparallel
 from autoparallel import Mesh, make_plan
 from autoparallel.analysis.memory import memory_of
 from autoparallel.cost.hardware import find_hardware
-from autoparallel.errors import PlanError
+from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Invariant, Layout, Partial, Replicate, Shard
 from autoparallel.plan import Conversion, Plan
@@ -212,6 +213,32 @@ def test_at_the_price_of_memory(subject: str, why_not: str, limited: Explainer) 
     memory = sum(nbytes for _, nbytes in memory_of(quick.plan, graph=limited.plan.graphs[0]).rows)
     assert limited.plan.memory_limit is not None
     assert quick.excess_nbytes == max(memory - limited.plan.memory_limit, 0)
+
+
+def test_searched_alternatives_are_plans_within_the_limit() -> None:
+    """All of their memory is, and not what the tables count alone; or they say by how much not.
+
+    The limit leaves nothing beside the plan that takes least.
+    """
+    with torch.device("meta"):
+        first, second, last = (nn.Linear(*pair) for pair in pairwise((256, 1024, 256, 64)))
+        model = nn.Sequential(first, nn.GELU(), second, nn.LayerNorm(256), last)
+    asked = {"mesh": Mesh(dp=2, tp=2), "example_inputs": torch.ones(64, 256)}
+    with pytest.raises(MemoryLimitError) as refused:
+        make_plan(model, **asked, memory_limit=1000)
+    limit = int(refused.value.least)
+    plan = make_plan(model, **asked, memory_limit=limit)
+    answers = [Explainer(plan).explain(name, search=True) for name in ("linear_2", "0.weight")]
+    told = [other for answer in answers for other in answer.alternatives if other.plan is not None]
+    assert told
+    for other in told:
+        assert other.plan is not None
+        taken = memory_of(other.plan, graph=plan.graphs[0]).total
+        assert other.excess_nbytes == max(taken - limit, 0)
+        # What is within the limit and costs less would be the plan, or its step is longer.
+        if other.added_cost < -1e-9 * plan.cost and not other.excess_nbytes:
+            assert other.added_step > 0
+    assert not all(other.excess_nbytes for other in told)
 
 
 def test_costs_at_the_price_are_optima(limited: Explainer) -> None:
