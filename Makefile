@@ -34,7 +34,7 @@ PYTHON_OLDEST ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage families
+.PHONY: help environment demo test broad fuzz slow lint format benchmarks coverage plans families
 .PHONY: page page-test docs docs-links compatibility opinfo safety faults soak curves optional versions
 .PHONY: lowest bench gpu gpu-wheels clean
 
@@ -51,6 +51,7 @@ help:
 	@echo "make bench       docs/benchmarks.md: training steps of several libraries side by side (an hour)"
 	@echo "make gpu         tries and measures everything on a GPU, in eight minutes, fetching nothing"
 	@echo "make gpu-wheels  collects what a bare GPU image lacks, to be carried there in $(WHEELS)"
+	@echo "make plans       docs/plans.md: plans of models at their real size, beside what others print"
 	@echo "make coverage    docs/coverage.md: how much of each model of tests/support/zoo.py is split"
 	@echo "make compatibility  docs/compatibility.md: which habits around nn.Module work when it is split"
 	@echo "make safety      docs/safety.md: what was tried that may go wrong, how often, what happened"
@@ -121,6 +122,10 @@ gpu-wheels: $(BASE)
 		$(foreach n,28 27 24 17 12 5,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
 		-c constraints.txt --dest $(WHEELS) $(GPU_PACKAGES)
 	@size=$$(du -sm $(WHEELS) | cut -f1); echo "$(WHEELS): $$size MiB"; test $$size -le 64
+
+# An hour; ARGS="row ..." plans some rows, and the others stay as they are.
+plans: $(TEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/make_plans.py $(ARGS)
 
 coverage: $(TEST)
 	$(VENV)/bin/python docs/make_coverage.py $(ARGS)

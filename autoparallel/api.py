@@ -73,6 +73,7 @@ def autoparallelize(
     memory_limit: int | str | None = None,
     recompute: str | None = None,
     constraints: Sequence[str] = (),
+    layout: str | None = None,
     gap: float = 0.01,
     seconds: float | None = None,
     overlap: bool = True,
@@ -123,6 +124,7 @@ def autoparallelize(
         strict_capture=strict_capture,
         optimizer=optimizer,
         constraints=constraints,
+        layout=layout,
         gap=gap,
         seconds=seconds,
         overlap=overlap,
@@ -174,6 +176,7 @@ def make_plan(
     memory_limit: int | str | None = None,
     recompute: str | None = None,
     constraints: Sequence[str] = (),
+    layout: str | None = None,
     gap: float = 0.01,
     seconds: float | None = None,
     overlap: bool = True,
@@ -202,8 +205,11 @@ def make_plan(
     use, "40GiB" or bytes, with inputs as large as the example inputs. recompute: "model",
     the default, for what the model itself checkpoints; "none", "selective", "full", or "auto", the
     default under a memory limit, for each repeated block's best.
-    constraints: demands on the plan, as "blocks.*.weight on dp is whole" (see
-    strategy/constraints.py). pins: placements or layouts in which parameters, by path, are to be
+    constraints: demands on the plan, as "fsdp on dp", "heads on tp", "*.q_proj is column on tp" or
+    "blocks.*.weight on dp is whole" (see strategy/constraints.py). layout: the dims of the model
+    that mesh axes split, and no others, in Mesh-TensorFlow's words: "batch:dp, heads:tp, vocab:tp";
+    `autoparallel dims` prints the names, and axes that it leaves out are the planner's. pins:
+    placements or layouts in which parameters, by path, are to be
     stored. product_weight: what a second of matrix
     products counts in the cost; by default 1, and more only for a model so small that leaving it
     whole would be the fastest. start: a plan to begin with, of the same model, inputs and mesh; it
@@ -229,6 +235,7 @@ def make_plan(
         strict_capture=strict_capture,
         optimizer=optimizer,
         constraints=constraints,
+        layout=layout,
         gap=gap,
         seconds=seconds,
         overlap=overlap,

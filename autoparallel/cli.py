@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from autoparallel.commands.calibrate_command import CALIBRATE
 from autoparallel.commands.command import CommandParser
 from autoparallel.commands.compare_command import COMPARE
+from autoparallel.commands.dims_command import DIMS
 from autoparallel.commands.doctor_command import DOCTOR
 from autoparallel.commands.explain_command import EXPLAIN
 from autoparallel.commands.export_command import EMIT, EXPORT
@@ -33,7 +34,7 @@ from autoparallel.train.trained_commands import add_trained_commands
 __all__ = ["main"]
 
 # In the order of the help: from planning a model to looking at it.
-_COMMANDS = (PLAN, SHOW, EXPLAIN, COMPARE, SIMULATE, MEASURE, EXPORT, EMIT, CALIBRATE, DOCTOR)
+_COMMANDS = (PLAN, DIMS, SHOW, EXPLAIN, COMPARE, SIMULATE, MEASURE, EXPORT, EMIT, CALIBRATE, DOCTOR)
 _STATUS = (
     "Exit status: 0 for done, 1 where the answer is no (no plan fits, the doctor has found "
     "something), 2 for arguments that are wrong."

@@ -91,7 +91,8 @@ class Options:
 
     recompute: what is recomputed in the backward pass, to save fewer activations: "model" for what
     the model itself checkpoints; of repeated blocks, whatever the model does, "none", "selective"
-    (between products of activations), "full", or "auto" for each block's best.
+    (what lies between products of activations or, where these are fused, cheap ops one by one),
+    "full", or "auto" for each block's best.
 
     gap: under a memory limit, the search ends once it is proven that no plan saves more than this
     share of the seconds of the one found; 0 goes on for the best, as far as it can be proven.

@@ -45,8 +45,8 @@ class Storage:
     name: of the value that it was allocated for. where: in the model. kind: "parameter", "buffer",
     "input", "received" from other ranks, or "activation". nbytes: its size. born, read: the moments
     at which it is allocated and last read, -1 where it is never read. savers: the moments whose
-    backward needs it. remade: the number of the storage that it is recomputed from in the backward
-    pass, if it is dropped after the forward pass; its own number if it is not.
+    backward needs it. remade: the numbers of the storages that it is recomputed from in the
+    backward pass, if it is dropped after the forward pass; empty if it is not.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Storage:
     kind: str
     nbytes: int
     born: int
-    remade: int
+    remade: tuple[int, ...] = ()
     read: int = -1
     savers: list[int] = field(default_factory=list)
 
@@ -97,12 +97,12 @@ class AbstractExecution:
     graph: with the sizes to execute for, as hints. plan: of that graph. recomputed: regions, as
     names of calls, that run again in the backward pass. received: layouts of inputs that other
     ranks have computed. seen: what calls on the same mesh save, as it was seen before; it is added
-    to. storages, locals, moments: in the order in
-    which the program makes them; their numbers are places in these lists. returned, written:
-    numbers of the tensors that the caller gets, and that buffers become. assumed: names of calls
-    that could not be run, and are taken to save all that they read and make.
+    to. remade: names of calls whose results are made again one by one. storages, locals, moments:
+    in the order in which the program makes them; their numbers are places in these lists. returned,
+    written: numbers of the tensors that the caller gets, and that buffers become. assumed: names of
+    calls that could not be run, and are taken to save all that they read and make.
 
-    Example: `AbstractExecution(plan.captured.graph, plan, plan.recomputed).storages`
+    Example: `AbstractExecution(graph, plan, plan.recomputed, remade=plan.remade).storages`
     """
 
     def __init__(
@@ -112,7 +112,9 @@ class AbstractExecution:
         recomputed: Sequence[Iterable[str]] = (),
         received: Mapping[str, Layout] | None = None,
         seen: Seen | None = None,
+        remade: Iterable[str] = (),
     ) -> None:
+        self._remade = frozenset(remade)
         self.graph, self.received = graph, received or {}
         self.sizes = tuple(size for _, size in plan.mesh.axes)
         self.whole = whole_layout(len(self.sizes))
@@ -178,7 +180,7 @@ class AbstractExecution:
         """Add a storage of so many bytes, or of the size of a tensor, and return its number."""
         number = len(self.storages)
         nbytes = size if isinstance(size, int) else size.nbytes
-        self.storages.append(Storage(name, where, kind, nbytes, len(self.moments), number))
+        self.storages.append(Storage(name, where, kind, nbytes, len(self.moments)))
         return number
 
     def _put(self, spec: FakeTensorSpec, storage: int, gradient: int) -> int:
@@ -211,7 +213,7 @@ class AbstractExecution:
                 self._converted[key] = copy
                 storage = self.locals[copy].storage
                 if again and storage != first:
-                    self.storages[storage].remade = first
+                    self.storages[storage].remade = (first,)
             number, here = self._converted[key], step.applied(here)
         assert here == layout, (name, here, layout)
         return number
@@ -315,6 +317,9 @@ class AbstractExecution:
             storage = self.storages[storage_numbers[index]]
             if index >= len(reads):
                 storage.name = value.name
+                # What the op's own backward pass saves stays.
+                if node.name in self._remade and index not in seen.saved:
+                    storage.remade = tuple(dict.fromkeys(storage_numbers[: len(reads)]))
                 storage.nbytes = (
                     storage.nbytes
                     if observed.shape == expected_result.shape

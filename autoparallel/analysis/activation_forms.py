@@ -91,7 +91,7 @@ def _saved_storages(graph: Graph, plan: Plan) -> dict[tuple[str, int], Storage]:
     """Return the storages that wait for the backward pass, by name and how many of that name come
     before.
     """
-    execution = AbstractExecution(graph, plan, plan.recomputed)
+    execution = AbstractExecution(graph, plan, plan.recomputed, remade=plan.remade)
     storages: dict[tuple[str, int], Storage] = {}
     for number in Liveness(execution).saved:
         storage = execution.storages[number]

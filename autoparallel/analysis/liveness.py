@@ -69,13 +69,14 @@ class Liveness:
                 storage = execution.storages[at]
                 if storage.kind != "activation" or region[storage.born] != its_region:
                     self.savers[at].append(starts[its_region])
-        # A dropped copy is made again, and its source is needed in its place. Sources come before
+        # A dropped copy is made again, and its sources are needed in its place. Sources come before
         # their copies, so going backwards passes the need on along chains.
         for number in reversed(range(len(execution.storages))):
-            source = execution.storages[number].remade
-            if source != number and self.savers[number]:
+            sources = execution.storages[number].remade
+            if sources and self.savers[number]:
                 self.again[number] += self.savers[number]
-                self.savers[source] += self.savers[number]
+                for source in sources:
+                    self.savers[source] += self.savers[number]
                 self.savers[number] = []
 
     def _forward(self) -> Bytes:

@@ -71,8 +71,13 @@ def memory_of(
         if id(part) not in known:
             sized = graph if part is plan else None
             regions = part.recomputed if recomputed is None else recomputed
+            remade = part.remade if recomputed is None else ()
             walk = AbstractExecution(
-                sized or _graph(part), part, regions, seen=seen if part is plan else None
+                sized or _graph(part),
+                part,
+                regions,
+                seen=seen if part is plan else None,
+                remade=remade,
             )
             known[id(part)] = (walk, Liveness(walk))
         walk, liveness = known[id(part)]

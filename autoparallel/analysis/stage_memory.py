@@ -70,7 +70,7 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
     plan, values = stage.plan, stage.graph.values
     sizes = tuple(size for _, size in plan.mesh.axes)
     entering = {name: stage.entering[name] for name in stage.takes}
-    walk = AbstractExecution(stage.graph, plan, plan.recomputed, entering, seen)
+    walk = AbstractExecution(stage.graph, plan, plan.recomputed, entering, seen, plan.remade)
     liveness = Liveness(walk)
     items: list[Item] = []
     for parameter in plan.parameters:

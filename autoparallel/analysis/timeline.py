@@ -164,6 +164,28 @@ class _Streams:
         self.free[COMPUTE] += idle
 
 
+def _remaking(plan: Plan) -> dict[str, list[OpChoice]]:
+    """Return the ops that are made again by themselves, in order, by the op whose backward pass is
+    the first to need them.
+    """
+    place = {op.name: index for index, op in enumerate(plan.ops)}
+    remade, first = frozenset(plan.remade), dict.fromkeys(plan.remade, -1)
+    readers: dict[str, list[str]] = {}
+    for op in plan.ops if remade else ():
+        for value in op.reads:
+            readers.setdefault(value, []).append(op.name)
+    for op in reversed(plan.ops):
+        if op.name in remade:
+            reading = (reader for value in op.makes for reader in readers.get(value, ()))
+            # What is made of it may be made again before its own reader's backward pass.
+            first[op.name] = max((first.get(name, place[name]) for name in reading), default=-1)
+    needed: dict[str, list[OpChoice]] = {}
+    for op in plan.ops:
+        if op.name in remade and first[op.name] >= 0:
+            needed.setdefault(plan.ops[first[op.name]].name, []).append(op)
+    return needed
+
+
 class _Simulation:
     """The state of simulating one step.
 
@@ -184,6 +206,8 @@ class _Simulation:
         self.streams = _Streams()
         self.place = {op.name: index for index, op in enumerate(plan.ops)}
         self.region = {n: at for at, names in enumerate(plan.recomputed) for n in names}
+        self.remade = frozenset(plan.remade)
+        self.remaking = _remaking(plan)
         self.weights = frozenset(parameter.name for parameter in plan.parameters)
         self.gaps = find_gaps(plan)
         self.late: dict[int, list[tuple[str, float]]] = {}
@@ -327,6 +351,9 @@ class _Simulation:
                 begun.add(region)
                 for name in self.plan.recomputed[region]:
                     self.run_op(self.plan.ops[self.place[name]], "recompute", again=True)
+            for made in self.remaking.get(op.name, ()):
+                start = self.streams.free[COMPUTE]
+                self.streams.issue(COMPUTE, made.name, "recompute", made.forward_seconds, start)
             for conversion in self.last.get(op.name, ()):
                 self.convert(conversion, "backward", again=True)
             self.run_back(op)
@@ -337,7 +364,8 @@ class _Simulation:
     def run_back(self, op: OpChoice) -> None:
         """Run an op's backward pass, and the moves of its operands' gradients."""
         # The op's seconds hold its recomputation too, which was issued as an event of its own.
-        forward = op.forward_seconds * (2 if op.name in self.region else 1)
+        again = op.name in self.region or op.name in self.remade
+        forward = op.forward_seconds * (2 if again else 1)
         seconds = op.seconds - forward
         gap = self.gaps.products.get(op.name, 0)
         if gap:

@@ -98,7 +98,13 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help='a demand, as "blocks.*.weight on dp is whole"; may be given again',
+        help='a demand, as "fsdp on dp" or "*.q_proj is column on tp"; may be given again',
+    )
+    group.add_argument(
+        "--layout",
+        metavar="TEXT",
+        help='the dims that axes split, and no others, as "batch:dp, heads:tp"; see '
+        "`autoparallel dims`",
     )
     on_or_off = argparse.BooleanOptionalAction
     group.add_argument("--sequence-parallel", action=on_or_off, default=True, help="default: on")
@@ -165,6 +171,7 @@ def plan_options(options: argparse.Namespace, named: NamedModel) -> dict[str, An
         "optimizer": options.optimizer or ("mixed_adam" if _is_half(named) else "adam"),
         "recompute": options.recompute,
         "constraints": options.constraint,
+        "layout": options.layout,
         "sequence_parallel": options.sequence_parallel,
         "data_parallel": options.data_parallel,
         "unknown_ops": options.unknown_ops,

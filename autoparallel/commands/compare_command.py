@@ -124,7 +124,8 @@ def _first(options: argparse.Namespace) -> tuple[NamedModel, argparse.Namespace]
     options.optimizer = options.optimizer or given.optimizer
     if options.memory_limit is None and given.memory_limit is not None:
         options.memory_limit = str(given.memory_limit)
-    options.constraint = options.constraint or list(given.constraints)
+    if not options.constraint and options.layout is None:
+        options.constraint = list(given.constraints)
     if options.data_parallel is None:
         options.data_parallel = given.data_parallel
     options.sequence_parallel = options.sequence_parallel and given.sequence_parallel

@@ -19,7 +19,7 @@ from autoparallel.placement import Placement
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.rewrite.emitted_program import require_graph
-from autoparallel.rewrite.program import Program
+from autoparallel.rewrite.program import Program, drops_copies
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import absent_ranks
 from autoparallel.support.units import seconds_text
@@ -171,7 +171,7 @@ def _missing(plan: Plan, program: Program) -> tuple[str, ...]:
 
 def _imports(program: Program, used: set[str]) -> list[str]:
     """Return the lines that import what the programs call. Raises PlanError for other objects."""
-    drops = "convert_again(" in program.source
+    drops = drops_copies(program.source)
     known = {**IMPORTS, **(_BESIDE if drops else {})}
     lines = ["import sys", "", "import torch"]
     ours = [known[name] for name in known if name in used]

@@ -142,6 +142,11 @@ def megatron_arguments(plan: Plan) -> Export:
         lines.append(
             f"--recompute-granularity full --recompute-method block --recompute-num-layers {full}"
         )
+    elif kinds.recompute == "selective" and plan.remade:
+        missing.append(
+            "norms and activations that are made again one by one: Megatron's selective mode is of "
+            "the core of attention, and --recompute-modules names further modules"
+        )
     elif kinds.recompute == "selective":
         lines.append("--recompute-granularity selective")
     lines.append(f"# data-parallel ranks follow from the number of processes: {kinds.data}")
@@ -186,6 +191,11 @@ def torchtitan_toml(plan: Plan) -> Export:
             "",
             "[activation_checkpoint]",
             f'mode = "{kinds.recompute}"',
+            *(
+                ['selective_ac_option = "op"']
+                if plan.remade and kinds.recompute == "selective"
+                else []
+            ),
         ]
     )
     return Export("torchtitan", text + "\n", ".toml", tuple(missing))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from autoparallel.exports.folded_source import Folded, fold_statements
 from autoparallel.plan import Plan
-from autoparallel.rewrite.program import Program
+from autoparallel.rewrite.program import Program, drops_copies
 from autoparallel.view.words import Words, collective_text
 
 __all__ = ["IMPORTS", "FunctionWriter"]
@@ -27,6 +27,7 @@ IMPORTS = {
     "convert_again": "from autoparallel.runtime.recompute import convert_again",
     "parts_are_alike": "from autoparallel.runtime.recompute import parts_are_alike",
     "recomputed": "from autoparallel.runtime.recompute import recomputed",
+    "remade": "from autoparallel.runtime.recompute import remade",
     "part": "from autoparallel.rewrite.program import part",
 }
 _PRODUCTS = {"linear", "mm"}
@@ -96,7 +97,7 @@ class FunctionWriter:
         body = textwrap.indent("\n".join(lines), "    ")
         doc = '    """Return this rank\'s outputs, and the values to write to buffers."""'
         functions.append(f"def {self.name}({arguments}):\n{doc}\n{body}")
-        if "convert_again(" in self.program.source:
+        if drops_copies(self.program.source):
             functions.append(f"{self.name} = dropping({self.name})")
         return "\n\n\n".join(functions)
 

@@ -64,7 +64,9 @@ class Plan:
     part's path, and besides those parameters that the Python reads.
     recomputed: groups of neighbouring ops that are run again in the backward pass: of each group,
     the values that it reads are saved for the backward pass, and those that it makes are not.
-    recompute: the blocks that they belong to, as (path, "selective" or "full"). memory: (category,
+    recompute: the blocks that they belong to, as (path, "selective" or "full"). remade: ops of such
+    blocks whose results are not saved either, but made again one by one where the backward pass
+    needs them. memory: (category,
     bytes) on the rank that needs most, as `memory_of` counts it; empty where nobody has counted
     it. collectives: (phase, mesh axis, collective, number in one step), as `collective_totals`
     counts them; None where nobody has.
@@ -114,6 +116,7 @@ class Plan:
     parts: tuple[Part, ...] = ()
     recomputed: tuple[tuple[str, ...], ...] = ()
     recompute: tuple[tuple[str, str], ...] = ()
+    remade: tuple[str, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
     collectives: tuple[tuple[str, str, str, int], ...] | None = None
     inputs: tuple[PlannedInput, ...] = ()
@@ -388,6 +391,8 @@ class Plan:
         for name in (*_TOLD, "device_nbytes"):
             if getattr(self, name):
                 rows[name] = getattr(self, name)
+        if self.remade:
+            rows["remade"] = list(self.remade)
         if self.collectives is not None:
             rows["collectives"] = [list(row) for row in self.collectives]
         if self.inputs or self.returned:
@@ -431,6 +436,7 @@ class Plan:
             outputs=typed("tuple[Layout, ...]", rows["outputs"], "outputs"),
             recomputed=typed("tuple[tuple[str, ...], ...]", rows["recomputed"], "recomputed"),
             recompute=_table_of(rows["recompute"], "recompute", "str", "str"),
+            remade=typed("tuple[str, ...]", rows.get("remade", []), "remade"),
             memory=_table_of(
                 [list(row) for row in _table(rows["memory"], "memory").items()],
                 *("memory", "str", "int"),
@@ -476,7 +482,7 @@ _KEYS = {
     *_TOLD,
     "device_nbytes",
     *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
-    *"collectives inputs returned request breaks parts pipeline".split(),
+    *"collectives inputs returned request breaks parts pipeline remade".split(),
 }
 _OPTIONS = {
     field.name: str(field.type)

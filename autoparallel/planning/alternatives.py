@@ -69,7 +69,7 @@ def find_alternatives(plan: Plan) -> dict[str, tuple[Alternative, ...]]:
     graph = with_larger_hints(captured, options.tokens)
     hardware = find_hardware(options.hardware)
     network = build_network(graph, plan.mesh, hardware, options, whole_outputs=captured.part)
-    constrain(network, captured.aliases)
+    constrain(network, captured)
     try:
         chosen = solution_of_plan(network, plan)
     except PlanError:

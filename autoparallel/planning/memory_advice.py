@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoparallel.analysis.memory_account import Account
-from autoparallel.errors import MemoryLimitError
+from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
@@ -117,7 +117,11 @@ def _enough_ranks(
     while factor <= _MOST_RANKS:
         mesh = Mesh(**{name: size * factor, **dict(others)})
         wider = rebuilt(network, options=options, mesh=mesh)
-        constrain(wider, captured.aliases)
+        try:
+            constrain(wider, captured)
+        except PlanError:
+            # What is demanded of fewer ranks cannot be had of so many.
+            return None
         try:
             least = NetworkSolver(wider)(wider.problem().usage_alone())
         except InfeasibleError:

@@ -123,7 +123,7 @@ def plan_within(
             # Nothing here is of use: another mesh has a shorter step.
             return told(replace(search.best.plan, step_seconds=search.bound))
     network = rebuilt(free, options)
-    constrain(network, captured.aliases)
+    constrain(network, captured)
     if not of_stages:
         search.least_bytes = LeastBytes(free, network)
     # The plan to begin with is told as states of this network, or refused.
@@ -189,7 +189,7 @@ def _within(
         # The constraints belong to a network's states, and must be laid on each network anew.
         if mode != options.recompute:
             network = rebuilt(network, options=replace(options, recompute=mode))
-            constrain(network, captured.aliases)
+            constrain(network, captured)
             solve = NetworkSolver(network)
         nearest, mode_bound = _closest(captured, model, network, solve, pins, judge)
         if mode == options.recompute and mode_bound == math.inf:

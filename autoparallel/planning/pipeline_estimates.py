@@ -120,7 +120,7 @@ class Estimator:
         network = build_network(
             self.graph, mesh, hardware, options, None, self.captured.part, shares
         )
-        constrain(network, self.captured.aliases)
+        constrain(network, self.captured)
         nodes = {node.target: node.name for node in self.graph.nodes if node.kind == "parameter"}
         pinned = {nodes[path]: pin for path, pin in pins.items() if path in nodes}
         solution = NetworkSolver(network)(network.problem(1.0, pinned))

@@ -6,7 +6,7 @@ op's rule does not allow makes gradients wrong without an error, and differently
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -202,6 +202,7 @@ class _Check:
         self.outputs()
         self.conversions()
         self.recomputed()
+        self.remade(matched)
 
     def parameters(self, nodes: Sequence[Node]) -> None:
         """Check how parameters are stored."""
@@ -364,6 +365,28 @@ class _Check:
             if taken & set(group):
                 raise _wrong(f"recomputation of {group[0]}", "", "two groups have the same op")
             taken.update(group)
+
+    def remade(self, matched: Mapping[str, MatchedCall]) -> None:
+        """Check that what is made again by itself comes out the same, and says nothing to other
+        ranks.
+        """
+        taken = {name for group in self.plan.recomputed for name in group}
+        choices = {op.name: op for op in self.plan.ops}
+        nodes = {node.name: node for node in self.graph.calls}
+        for name in self.plan.remade:
+            why = ""
+            if name not in nodes:
+                why = "there is no such op"
+            elif name in taken:
+                why = "it is recomputed with others"
+            elif len(nodes[name].results) != 1:
+                why = "it has several results"
+            elif any(choices[name].kernels):
+                why = "its kernel communicates"
+            elif (rule := matched[name].rule) is not None and rule.random:
+                why = "it draws random numbers"
+            if why:
+                raise _wrong(f"{name} is made again", "", why)
 
 
 def _tiles(rule: ShardingRule, placements: Iterable[object], ranks: int) -> Iterator[LoopSplit]:

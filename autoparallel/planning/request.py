@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh, arrangements
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement
 from autoparallel.plan import Plan
+from autoparallel.strategy.named_dims import layout_sentences
 from autoparallel.support.units import parse_bytes
 
 __all__ = [
@@ -30,13 +32,14 @@ def make_options(
     data_parallel: bool | None,
     memory_limit: int | str | None,
     recompute: str | None,
+    layout: str | None = None,
     **others: Any,
 ) -> Options:
     """Return the options, with the defaults that depend on other arguments of the request.
 
-    mesh, data_parallel, memory_limit, recompute: see make_plan. others: further fields of Options.
-    Memory is counted for the example inputs as they are, however small, and so under a memory
-    limit the plan is made for them as they are, not for as many tokens as in training.
+    mesh, data_parallel, memory_limit, recompute, layout: see make_plan. others: further fields of
+    Options. Memory is counted for the example inputs as they are, however small, and so under a
+    memory limit the plan is made for them as they are, not for as many tokens as in training.
     Raises PlanError for an option that has no such value.
 
     >>> make_options(None, None, "40GiB", None).recompute
@@ -47,12 +50,17 @@ def make_options(
     limit = None if memory_limit is None else parse_bytes(memory_limit)
     if limit is not None:
         others["tokens"] = 1
-    return Options(
+    options = Options(
         data_parallel=mesh is not None if data_parallel is None else data_parallel,
         memory_limit=limit,
         recompute=("model" if limit is None else "auto") if recompute is None else recompute,
         **others,
     )
+    if layout is None:
+        return options
+    if not isinstance(layout, str):
+        raise PlanError(f"layout={layout!r}", fix='give a text: "batch:dp, heads:tp"')
+    return replace(options, constraints=(*options.constraints, *layout_sentences(layout)))
 
 
 def possible_meshes(

@@ -79,7 +79,6 @@ def search(
     # Whether a limit plays a part is found without it.
     free = options if options.memory_limit is None else unlimited(options)
     network = build_network(graph, mesh, hardware, free, stored, captured.part, shares)
-    constrain(network, captured.aliases)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     require_known(pins, captured.aliases)
     # Tied parameters are one node of the graph, under the first of their paths.
@@ -92,6 +91,7 @@ def search(
                 f"{layout_text(pinned[name])}",
                 fix="pin one of the two, or both alike",
             )
+    constrain(network, captured, pinned)
     if options.memory_limit is not None:
         return plan_within(captured, model, network, options, pinned, start, beat, judge)
     # The plan to begin with is told as states of this network, or refused.

@@ -44,7 +44,7 @@ def plan_of_solution(
     which products may weigh more.
     """
     chosen, graph = solution.assignment, network.graph
-    recompute, recomputed = network.recomputed(chosen)
+    recompute, recomputed, remade, made_again = network.recomputed(chosen)
     repeated = {name: number for number, group in enumerate(recomputed) for name in group}
     ops: list[OpChoice] = []
     seconds = 0.0
@@ -62,7 +62,7 @@ def plan_of_solution(
         cost = network.costs[node.name][chosen[node.name]]
         rule = network.rules[node.name]
         # A recomputed op runs forward twice.
-        again = cost.forward if node.name in repeated else 0.0
+        again = cost.forward if node.name in repeated or node.name in made_again else 0.0
         seconds += cost.seconds + again
         is_whole = is_left_whole(network, node, chosen[node.name])
         for value, placement in zip(node.results, strategy.results, strict=True):
@@ -88,8 +88,8 @@ def plan_of_solution(
             )
         )
     outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
-    again_made = network.made_again(solution)
-    conversions = _conversions(graph, network, ops, made, outputs, chosen, again_made, repeated)
+    dropped = network.made_again(solution) | _remade_copies(graph, network, ops, made, made_again)
+    conversions = _conversions(graph, network, ops, made, outputs, chosen, dropped, repeated)
     seconds += sum(conversion.seconds for conversion in conversions)
     return Plan(
         model=model,
@@ -109,6 +109,7 @@ def plan_of_solution(
         captured=captured,
         recomputed=recomputed,
         recompute=recompute,
+        remade=remade,
         inputs=_inputs(captured, graph),
         returned=tuple(leaf_paths(captured.outputs, "tensor")),
     )
@@ -260,6 +261,30 @@ def _parameters(
 def _finite(cost: float) -> float:
     """Return a cost that JSON can hold: 0.0 for infinity, which stands for no plan at all."""
     return cost if math.isfinite(cost) else 0.0
+
+
+def _remade_copies(
+    graph: Graph,
+    network: CostNetwork,
+    ops: list[OpChoice],
+    made: Mapping[str, Layout],
+    made_again: frozenset[str],
+) -> frozenset[tuple[str, Layout]]:
+    """Return the copies, (value, layout), of what is made again, and of what is read for that
+    alone: they are dropped after the forward pass, too.
+
+    made: the layout in which each value is produced. made_again: ops that are made again one by
+    one.
+    """
+    return frozenset(
+        (value, layout)
+        for op in ops
+        if made_again
+        for value, layout in zip(op.reads, op.operands, strict=True)
+        if layout != made[value] and value not in network.weights and value not in graph.outputs
+        if graph.producers[value].name in made_again
+        or all(reader.name in made_again for reader in graph.readers[value])
+    )
 
 
 def _conversions(

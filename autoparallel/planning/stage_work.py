@@ -146,7 +146,9 @@ class StageWork:
         buffers = microbatches * np.array([0.0, *self.nbytes[1:], 0.0])
         if not activations:
             return StageBytes(stays, kept, buffers, tuple(twice), 0.0)
-        walk = AbstractExecution(self.graph, self.plan, self.plan.recomputed)
+        walk = AbstractExecution(
+            self.graph, self.plan, self.plan.recomputed, remade=self.plan.remade
+        )
         liveness = Liveness(walk)
         place = 0
         places = []

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Node
-from autoparallel.placement import Layout, Partial, Placement, Shard
-from autoparallel.strategy.constraints import placement_test
+from autoparallel.placement import Layout, Placement
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.path_demands import placement_test
+from autoparallel.strategy.product_splits import split_word
 
 __all__ = ["demanded", "names_product"]
 
@@ -37,11 +38,12 @@ def demanded(network: CostNetwork, node: Node, text: str) -> NDArray[np.bool_]:
         raise PlanError(f"{text!r}: there is no axis {axis!r}", fix=f"say {', '.join(names)}")
     axes = [names.index(axis)] if axis is not None else list(range(len(names)))
     if how in _PRODUCTS and node.kind == "call":
-        role = _row if how == "row" else _column
         weights = [name in network.weights for name in node.operands()]
         return np.array(
             [
-                any(role(joint.operands, joint.results, weights, axis) for axis in axes)
+                any(
+                    split_word(joint.operands, joint.results, weights, axis) == how for axis in axes
+                )
                 for joint in network.strategies[node.name]
             ]
         )
@@ -75,25 +77,3 @@ def _placement(text: str, how: str) -> Callable[[Placement], bool]:
             fix='say "row" or "column" of a product, "whole", "split", "split 1", or a placement '
             'like "S(0, blocks=3)", and "on tp" for one axis',
         ) from None
-
-
-def _row(
-    operands: Sequence[Layout], results: Sequence[Layout], weights: Sequence[bool], axis: int
-) -> bool:
-    """Say whether an op sums over what is split on an axis."""
-    split = any(isinstance(layout[axis], Shard) for layout in operands)
-    return split and all(isinstance(layout[axis], Partial) for layout in results)
-
-
-def _column(
-    operands: Sequence[Layout], results: Sequence[Layout], weights: Sequence[bool], axis: int
-) -> bool:
-    """Say whether an axis splits an op's weights and its results, and not its activations."""
-    split = [isinstance(layout[axis], Shard) for layout in operands]
-    of_weights = [one for one, weight in zip(split, weights, strict=True) if weight]
-    others = [one for one, weight in zip(split, weights, strict=True) if not weight]
-    return (
-        any(of_weights)
-        and not any(others)
-        and all(isinstance(layout[axis], Shard) for layout in results)
-    )

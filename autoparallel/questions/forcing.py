@@ -57,7 +57,7 @@ class Forcing:
         hardware = find_hardware(plan.options.hardware)
         part = self.captured.part
         self.network = build_network(graph, plan.mesh, hardware, plan.options, whole_outputs=part)
-        constrain(self.network, self.captured.aliases)
+        constrain(self.network, self.captured)
         self.chosen = solution_of_plan(self.network, plan)
         limit = plan.options.memory_limit
         self.problem = self.network.problem(

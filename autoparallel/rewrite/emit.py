@@ -125,6 +125,7 @@ class _Emitter:
         self.blocks = {
             op: (index, group) for index, group in enumerate(plan.recomputed) for op in group
         }
+        self.remade, self.count = frozenset(plan.remade), 0
         self.converted: dict[tuple[str, tuple[Step, ...], str], str] = {}
         self.rules = {
             node.name: rules[node.name]
@@ -213,11 +214,26 @@ class _Emitter:
                 self.block = Block(f"block_{index}")
                 self.lines.append(self.block)
             self.open = node.name
-            self.call(node)
+            if node.name in self.remade and self.block is None:
+                self.remake(node)
+            else:
+                self.call(node)
             left.discard(node.name)
             self.inside.update(value.name for value in node.results)
             if not left:
                 self.block = None
+
+    def remake(self, node: Node) -> None:
+        """Emit an op whose result is not saved; what its operands are converted by stays outside
+        of its block.
+        """
+        before = len(self.lines)
+        self.call(node)
+        if len(self.lines) > before:
+            line = self.lines.pop()
+            assert isinstance(line, Line)
+            self.count += 1
+            self.lines.append(Block(f"made_{self.count}", [line], "remade"))
 
     def collect_cuts(self) -> None:
         """Collect every cut of a dim, once: the dim's size, and the mesh axes that cut it."""
@@ -256,7 +272,8 @@ class _Emitter:
                 addition_choice.operands[0] == choice.results[0]
                 and Partial() not in choice.results[0]
             )
-            if same and self.blocks.get(product) == self.blocks.get(addition):
+            together = self.blocks.get(product) == self.blocks.get(addition)
+            if same and together and addition not in self.remade:
                 fused[product] = addition
         return fused
 

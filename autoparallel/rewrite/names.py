@@ -15,12 +15,12 @@ __all__ = ["Names", "layout_name", "placement_name"]
 RESERVED = frozenset(
     """
     F again alike buffers constants convert convert_again device forward functools inputs kernels
-    math move parameters part parts_are_alike pending_sum ranks recomputed rng torch
+    math move parameters part parts_are_alike pending_sum ranks recomputed remade rng torch
     """.split()
 )
 # Names of placements, constants and recomputed blocks, which the writers below make up.
 _PATTERNS = re.compile(
-    r"[IRP]|S\d+(_(blocks|unit|repeat)\d+(_\d+)*)*(_pending)?|constant_\d+|block_\d+"
+    r"[IRP]|S\d+(_(blocks|unit|repeat)\d+(_\d+)*)*(_pending)?|constant_\d+|block_\d+|made_\d+"
 )
 # What no identifier has.
 _NO_LETTERS = re.compile(r"[^0-9A-Za-z_]")

@@ -27,6 +27,7 @@ __all__ = [
     "Line",
     "Program",
     "compiled",
+    "drops_copies",
     "file_of",
     "lines_of",
     "names_of",
@@ -81,11 +82,13 @@ class Line:
 class Block:
     """Lines that are recomputed in the backward pass, so that their activations are not saved.
 
-    name: of the function that they become in the text.
+    name: of the function that they become in the text. runner: of the function that runs it:
+    "recomputed", or "remade" for a single op whose result is not saved either.
     """
 
     name: str
     lines: list[Line] = field(default_factory=list)
+    runner: str = "recomputed"
 
 
 def lines_of(body: Iterable[Line | Block], returned: Iterable[str]) -> list[str]:
@@ -114,7 +117,7 @@ def lines_of(body: Iterable[Line | Block], returned: Iterable[str]) -> list[str]
         rows = [f"def {item.name}({', '.join(inputs)}):"]
         rows += [f"    {row}" for row in (*inner, f"return [{', '.join(outputs)}]")]
         call = ", ".join((item.name, *inputs))
-        rows.append(f"[{', '.join(outputs)}] = recomputed({call})")
+        rows.append(f"[{', '.join(outputs)}] = {item.runner}({call})")
         flat.append((rows, inputs, outputs))
         wanted.update(inputs)
     flat.reverse()
@@ -169,6 +172,7 @@ def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) 
         "convert_again": again.convert_again,
         "parts_are_alike": again.parts_are_alike,
         "recomputed": again.recomputed,
+        "remade": again.remade,
         "move": collectives.convert_fixed,
         "pending_sum": collectives.pending_sum,
         "part": part,
@@ -184,6 +188,15 @@ def file_of(source: str, name: str, ranks: Ranks) -> str:
     return f"{PROGRAM_FILES}{name} rank {ranks.rank} of {ranks.world_size} {digest}>"
 
 
+def drops_copies(source: str) -> bool:
+    """Return whether a program makes something again in the backward pass that autograd would save.
+
+    >>> drops_copies("y = convert_again(x, tp, S0, R)"), drops_copies("y = convert(x, tp, S0, R)")
+    (True, False)
+    """
+    return "convert_again(" in source or "= remade(" in source
+
+
 def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the function `forward` of a program's text, whose lines tracebacks show.
 
@@ -194,7 +207,7 @@ def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> 
     file = file_of(source, name, ranks)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     namespace = dict(names)
-    drops = "convert_again(" in source
+    drops = drops_copies(source)
     if drops:
         namespace |= {"convert": again.convert_beside, "move": again.move_beside}
     exec(compile(source, file, "exec"), namespace)

@@ -225,6 +225,7 @@ class Cut:
             recomputed=tuple(
                 group for group in self.plan.recomputed if all(name in calls for name in group)
             ),
+            remade=tuple(name for name in self.plan.remade if name in calls),
             pipeline=None,
         )
 

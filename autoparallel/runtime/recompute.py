@@ -1,8 +1,9 @@
-"""Rematerialization: redistributed copies and blocks are recomputed in the backward pass.
+"""Rematerialization: redistributed copies, results and blocks are recomputed in the backward pass.
 
 A copy that a redistribution made is known by its memory. Wherever autograd would save that memory,
-as a whole or as a view, it saves where the copy came from instead. A block is recomputed as a whole
-by torch.utils.checkpoint (arXiv:1604.06174).
+as a whole or as a view, it saves where the copy came from instead. So it is with what a cheap op
+makes, such as a norm between two products: it is made again from what it was made of. A block is
+recomputed as a whole by torch.utils.checkpoint (arXiv:1604.06174).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "move_beside",
     "parts_are_alike",
     "recomputed",
+    "remade",
 ]
 
 
@@ -42,7 +44,7 @@ class _View:
     offset.
     """
 
-    def __init__(self, copy: _Copy, view: torch.Tensor) -> None:
+    def __init__(self, copy: _Copy | _Made, view: torch.Tensor) -> None:
         self.copy = copy
         self.dtype, self.sizes, self.strides = view.dtype, view.size(), view.stride()
         self.offset, self.conjugate = view.storage_offset(), view.is_conj()
@@ -78,11 +80,7 @@ class _Copy:
         """Return the copy, recomputed. Raises RuntimeError where its source has been written to
         since.
         """
-        source = self.source
-        if isinstance(source, _View):
-            source = source.of(source.copy.again())
-        else:
-            _require_version(source, self.version)
+        source = _there(self.source, self.version)
         with torch.no_grad():
             moved = move(source, self.group, *self.placements, self.size)
             # Where the move returns its source, the first copy was a clone all the same: views of
@@ -97,6 +95,57 @@ class _Copy:
         self.wanted -= 1
         self.held = copy if self.wanted > 0 else None
         return copy
+
+
+class _Made:
+    """A result of an op that can be made again from what the op read.
+
+    block: takes tensors, and returns a list of one. sources: what it read, or places in other
+    copies. device: the type of the device that it was made on. wanted, held: as of a copy.
+    """
+
+    def __init__(
+        self, block: Callable[..., Any], sources: tuple[torch.Tensor | _View, ...], device: str
+    ) -> None:
+        self.block, self.sources, self.device = block, sources, device
+        self.versions = [
+            source._version if isinstance(source, torch.Tensor) else 0 for source in sources
+        ]
+        self.wanted = 0
+        self.held: torch.Tensor | None = None
+
+    def again(self) -> torch.Tensor:
+        """Return the result, made again. It is held while it is wanted, by whomever it was asked:
+        what is made of it needs it, and so will its own op.
+        """
+        if self.held is not None:
+            return self.held
+        pairs = zip(self.sources, self.versions, strict=True)
+        tensors = [_there(source, version) for source, version in pairs]
+        # The program has its casts written out, and a backward pass may be called in autocast.
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+            result: torch.Tensor
+            [result] = self.block(*tensors)
+        self.held = result if self.wanted > 0 else None
+        return result
+
+    def taken(self) -> torch.Tensor:
+        """Return the result for one of the places that want it."""
+        result = self.again()
+        self.wanted -= 1
+        self.held = result if self.wanted > 0 else None
+        return result
+
+
+def _there(source: torch.Tensor | _View, version: int) -> torch.Tensor:
+    """Return a source, itself made again where it is a place in a copy. version: as it was saved.
+
+    Raises RuntimeError where it has been written to since.
+    """
+    if isinstance(source, _View):
+        return source.of(source.copy.again())
+    _require_version(source, version)
+    return source
 
 
 def _same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
@@ -124,7 +173,7 @@ class _Copies:
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[StorageWeakRef, int, _Copy]] = {}
+        self.known: dict[int, tuple[StorageWeakRef, int, _Copy | _Made]] = {}
 
     def add(
         self,
@@ -140,17 +189,33 @@ class _Copies:
         tensor: the copy. placements: of source and copy. size: of the whole along the split dim of
         the source.
         """
-        if _same_memory(tensor, source):
-            return
-        source_copy = self.find(source)
-        origin = source.detach() if source_copy is None else _View(source_copy, source)
-        copy = _Copy(origin, group, placements, size)
+        if not _same_memory(tensor, source):
+            self.know(tensor, _Copy(self.origin(source), group, placements, size))
+
+    def add_made(
+        self, result: torch.Tensor, block: Callable[..., Any], inputs: tuple[torch.Tensor, ...]
+    ) -> None:
+        """Note what a result was made of; one that shares the memory of an input is left.
+
+        block: makes it of the inputs.
+        """
+        if not any(_same_memory(result, each) for each in inputs):
+            origins = tuple(map(self.origin, inputs))
+            self.know(result, _Made(block, origins, result.device.type))
+
+    def origin(self, source: torch.Tensor) -> torch.Tensor | _View:
+        """Return what is kept of a source: its place in a copy, or the tensor."""
+        copy = self.find(source)
+        return source.detach() if copy is None else _View(copy, source)
+
+    def know(self, tensor: torch.Tensor, copy: _Copy | _Made) -> None:
+        """Note that a tensor's memory is that of a copy."""
         storage = tensor.untyped_storage()
         # The weak reference keeps the address from being given to another storage, so that `find`
         # never takes a new tensor for an old copy.
         self.known[storage_key(storage)] = (StorageWeakRef(storage), tensor._version, copy)
 
-    def find(self, tensor: torch.Tensor) -> _Copy | None:
+    def find(self, tensor: torch.Tensor) -> _Copy | _Made | None:
         """The copy in whose memory a tensor lies, if the tensor can be made again from it.
 
         It cannot where the copy has been written to, nor where the tensor is the negative of what
@@ -376,3 +441,23 @@ def recomputed(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
 
     # The generator is set back by `run` itself, so that checkpoint need not copy torch's state.
     return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def remade(block: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+    """Run a block of one cheap op, whose result is not saved: where the backward pass needs it, it
+    is made again from the inputs, which are saved instead, or are made again themselves.
+
+    block: takes tensors, and returns a list of one tensor. inputs: all that it reads. Takes effect
+    inside of a program that `dropping` has wrapped.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> run = dropping(lambda: remade(lambda x: [x * 3.0], x)[0].square().sum())
+    >>> run().backward()
+    >>> x.grad
+    tensor([18., 18.])
+    """
+    results = block(*inputs)
+    copies: _Copies | None = getattr(_current, "copies", None)
+    if copies is not None:
+        copies.add_made(results[0], block, inputs)
+    return results

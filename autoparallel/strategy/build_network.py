@@ -178,7 +178,11 @@ class _Builder:
         if self.options.memory_limit is not None:
             self.saved = SavedActivations(self.graph, rules)
         self.recomputation = self.network.recomputation = Recomputation(
-            self.graph, rules, self.network.weights, self.options.recompute
+            self.graph,
+            rules,
+            self.network.weights,
+            self.options.recompute,
+            None if self.saved is None else self.saved.saved,
         )
         if self.saved is not None:
             peak_call, freed = self.saved.peak_call(self.mesh.world_size, self.recomputation.place)

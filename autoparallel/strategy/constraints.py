@@ -1,186 +1,166 @@
-"""Constraints of a user on the plan: which parameters and modules may lie how, on which axis.
+"""Constraints of a user on the plan, as sentences. Each is a demand: it forbids states.
 
+By the paths of parameters and modules, as in a shell (* for anything):
+
+    "*.q_proj is column on tp"
     "blocks.*.feed_forward.*.weight on dp is whole"
     "lm_head.weight is not split 0"
-    "encoder.* on tp is not split 1"
 
-First comes a pattern of parameter paths or of module paths (as in a shell: * for anything). A
-parameter's path stands for the parameter, a module's for the results of all ops in it. Then, for
-one axis alone, "on AXIS". Then "is" or "is not", and a layout: "whole" (invariant or replicated),
-"split" (along any dim), "split 1" (along that dim), or a placement as plans print it: "I", "R",
-"P", "S(0, blocks=3)".
+After "is" or "is not" comes "column" or "row", which are Megatron's words for the split of a
+product, "whole" (invariant or replicated), "split" (along any dim), "split 1" (along that dim), or
+a placement as plans print it: "I", "R", "P", "S(0, blocks=3)". "on AXIS", before or behind, says it
+of one axis; without, "whole" and "split" are meant of every axis, and "column" and "row" of some.
+
+By the dims of the model, whose names `autoparallel dims` prints, and by the layouts that
+practitioners have names for:
+
+    "heads on tp"                   where a product has heads, tp splits them
+    "only heads, vocab on tp"       and tp splits nothing else
+    "fsdp on dp"                    or ddp, zero-1, zero-2, megatron, context, ulysses
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
+from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
 
 from autoparallel.errors import PlanError
+from autoparallel.graph.captured import Captured
 from autoparallel.mesh import MICROBATCH, Mesh
-from autoparallel.placement import (
-    Invariant,
-    Layout,
-    Placement,
-    Replicate,
-    Shard,
-    layout_text,
-    parse_placement,
-)
+from autoparallel.placement import Layout, layout_text
+from autoparallel.strategy.asked_model import Allowed, AskedModel, Demand, axis_index
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.dimension_demands import DimensionDemand
+from autoparallel.strategy.path_demands import PathDemand, placement_test, states_text
+from autoparallel.strategy.role_demands import RoleDemand, role_of
 
-__all__ = ["Constraint", "constrain", "parse_constraints", "placement_test"]
+__all__ = ["constrain", "parse_constraints"]
 
-_FORM = re.compile(r"\s*(\S+)(?:\s+on\s+(\w+))?\s+is(\s+not)?\s+(.+?)\s*")
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """One constraint on the layouts of parameters or of modules' results.
-
-    text: as the user wrote it. pattern: of paths. axes: indices of the mesh axes that it is about.
-    accepts: says of one placement on such an axis whether it is as demanded.
-    """
-
-    text: str
-    pattern: str
-    axes: tuple[int, ...]
-    accepts: Callable[[Placement], bool]
-
-    def matches(self, path: str) -> bool:
-        """Say whether it is about the parameter or module at `path`, or about one it is part of."""
-        # Every prefix of the path is a module that contains it.
-        parts = path.split(".")
-        return any(
-            fnmatchcase(".".join(parts[:count]), self.pattern) for count in range(len(parts), 0, -1)
-        )
-
-    def allows(self, layout: Layout) -> bool:
-        """Say whether a layout is as demanded on all axes that it is about."""
-        return all(self.accepts(layout[axis]) for axis in self.axes)
+_PATHS = re.compile(r"\s*(\S+)(?:\s+on\s+(\w+))?\s+is(\s+not)?\s+(.+?)(?:\s+on\s+(\w+))?\s*")
+_NAMES = re.compile(r"\s*(only\s+)?(\S.*?)\s+on\s+(\w+)\s*")
 
 
-def parse_constraints(texts: tuple[str, ...], mesh: Mesh) -> tuple[Constraint, ...]:
-    """Return the constraints that `texts` state.
+def parse_constraints(texts: tuple[str, ...], mesh: Mesh) -> tuple[Demand, ...]:
+    """Return the demands that `texts` state.
 
     mesh: whose axes they may name. Raises PlanError for a text that is no constraint.
 
-    >>> constraint, = parse_constraints(("*.weight on tp is split 1",), Mesh(tp=2))
-    >>> constraint.matches("layers.0.weight"), constraint.matches("layers.0.bias")
+    >>> demand, = parse_constraints(("*.weight on tp is split 1",), Mesh(tp=2))
+    >>> demand.matches("layers.0.weight"), demand.matches("layers.0.bias")
     (True, False)
     """
-    return tuple(_parse(text, mesh) for text in texts)
+    axes = [name for name, _ in mesh.axes]
+    return tuple(_parse(text, axes) for text in texts)
 
 
-def _parse(text: str, mesh: Mesh) -> Constraint:
-    """Return the constraint that one text states."""
-    match = _FORM.fullmatch(text)
+def _parse(text: str, axes: Sequence[str]) -> Demand:
+    """Return the demand that one text states."""
+    match = _PATHS.fullmatch(text)
+    if match is not None:
+        return _of_paths(text, match, axes)
+    match = _NAMES.fullmatch(text)
     if match is None:
         raise PlanError(
-            f"{text!r} is no constraint", fix='write "blocks.*.weight on dp is not split 0"'
+            f"{text!r} is no constraint",
+            fix='write "blocks.*.weight on dp is not split 0", "*.q_proj is column on tp", '
+            '"heads on tp" or "fsdp on dp"',
         )
-    pattern, axis, negated, how = match.groups()
-    names = [name for name, _ in mesh.axes]
-    if axis is not None and axis not in names:
+    only, names, axis = match.groups()
+    index = axis_index(text, axis, axes)
+    role = None if only else role_of(names)
+    if role is not None:
+        return RoleDemand(text, role, index)
+    return DimensionDemand(text, tuple(re.split(r"\s*,\s*", names)), index, bool(only))
+
+
+def _of_paths(text: str, match: re.Match[str], axes: Sequence[str]) -> PathDemand:
+    """Return the demand of a text that names paths."""
+    pattern, before, negated, how, behind = match.groups()
+    if before is not None and behind is not None:
         raise PlanError(
-            f"constraint {text!r}: the mesh has no axis {axis!r}",
-            fix=f"its axes are {', '.join(names)}",
+            f"constraint {text!r} names two axes", fix="write one constraint for each axis"
         )
-    accepts = placement_test(text, how)
+    axis = before or behind
     # Micro-batches are no ranks, over which a user would want a tensor to lie in a certain way.
-    axes = tuple(
-        index for index, name in enumerate(names) if axis in (None, name) and name != MICROBATCH
-    )
-    if negated:
-        return Constraint(text, pattern, axes, lambda placement: not accepts(placement))
-    return Constraint(text, pattern, axes, accepts)
+    numbers = tuple(index for index, name in enumerate(axes) if name != MICROBATCH)
+    if axis is not None:
+        numbers = (axis_index(text, axis, axes),)
+    if how not in ("column", "row"):
+        placement_test(text, how)
+    return PathDemand(text, pattern, numbers, how, negated is not None)
 
 
-def placement_test(text: str, how: str) -> Callable[[Placement], bool]:
-    """Return the test of a placement that the words after "is" stand for.
-
-    text: the whole demand, which errors show. how: "whole", "split", "split 1" or a placement.
-    Raises PlanError where it is none of these.
-
-    >>> placement_test("fc1: split 1", "split 1")(Shard(1))
-    True
-    """
-    if how == "whole":
-        return lambda placement: isinstance(placement, Invariant | Replicate)
-    if how == "split":
-        return lambda placement: isinstance(placement, Shard)
-    match = re.fullmatch(r"split\s+(\d+)", how)
-    if match is not None:
-        dim = int(match[1])
-        return lambda placement: isinstance(placement, Shard) and placement.dim == dim
-    try:
-        wanted = parse_placement(how)
-    except ValueError:
-        raise PlanError(
-            f"constraint {text!r}: {how!r} says not how",
-            fix='write "whole", "split", "split 1", or a placement like "S(0, blocks=3)"',
-        ) from None
-    return lambda placement: placement == wanted
-
-
-def constrain(network: CostNetwork, aliases: Mapping[str, str]) -> None:
+def constrain(
+    network: CostNetwork, captured: Captured, pins: Mapping[str, Layout] | None = None
+) -> None:
     """Forbid the states of a network that its options' constraints do not allow.
 
-    aliases: for every path of a parameter, the one that the graph knows it by (tied weights have
-    several). Sets `network.allowed`.
-    Raises PlanError for a constraint that is about nothing in the model, or that no state fulfils.
+    captured: its program. pins: the layouts that parameters, by node name, are to have as well; the
+    network's problem heeds them by itself. Sets `network.allowed`.
+    Raises PlanError for a constraint that is about nothing in the model, for one that nothing can
+    fulfil, and for those that contradict each other.
     """
-    constraints = parse_constraints(network.options.constraints, network.mesh)
-    if not constraints:
+    demands = parse_constraints(network.options.constraints, network.mesh)
+    if not demands:
         return
-    graph = network.graph
-    paths: dict[str, list[str]] = {}
-    for path, graph_path in aliases.items():
-        paths.setdefault(graph_path, []).append(path)
-    used: set[str] = set()
-    for node in graph.nodes:
-        if node.kind == "parameter":
-            names = paths.get(node.target, [node.target])
-            layouts: list[tuple[Layout, ...]] = [
-                (choice.storage,) for choice in network.storages[node.name]
-            ]
-        # All results must be as demanded, whichever of them leaves the module.
-        elif node.kind == "call" and node.where:
-            names = [node.where]
-            layouts = [joint.results for joint in network.strategies[node.name]]
-        else:
-            continue
-        wanted = [c for c in constraints if any(c.matches(name) for name in names)]
-        used.update(constraint.text for constraint in wanted)
-        if wanted:
-            network.allowed[node.name] = np.array(
-                [all(c.allows(layout) for c in wanted for layout in state) for state in layouts]
-            )
-            if not network.allowed[node.name].any():
-                raise PlanError(
-                    f"{names[0]} cannot be as {' and '.join(repr(c.text) for c in wanted)}",
-                    where=node.line,
-                    why=f"it can be {_able(layouts)}",
-                    fix="allow one of these, name a narrower pattern, or leave the constraint out",
-                )
-    for constraint in constraints:
-        # A pattern with a typing error must not pass for a constraint that holds.
-        if constraint.text not in used:
-            all_paths = [*aliases, *dict.fromkeys(node.where for node in graph.calls if node.where)]
-            near = get_close_matches(constraint.pattern, all_paths, 3)
-            raise PlanError(
-                f"constraint {constraint.text!r} is about nothing: no parameter and no module is "
-                f"called {constraint.pattern!r}",
-                fix=f"did you mean {', '.join(near)}?" if near else "see model.named_modules()",
-            )
+    model = AskedModel(network, captured)
+    everywhere = tuple(range(len(network.mesh.axes)))
+    asked: dict[str, list[_Row]] = {}
+    for demand in demands:
+        for name, states in demand.states(model).items():
+            asked.setdefault(name, []).append(_Row(repr(demand.text), demand.about, states))
+    for name, pin in (pins or {}).items():
+        states = np.array([choice.storage == pin for choice in network.storages[name]])
+        # A pin that the parameter cannot take by itself is told when it is laid on the problem.
+        if name in asked and states.any():
+            asked[name].append(_Row(f"the pin {layout_text(pin)}", everywhere, states))
+    # Equal calls share their arrays, by which equal layers are recognized.
+    known: dict[bytes, Allowed] = {}
+    for name, rows in asked.items():
+        together = np.logical_and.reduce([states for _, _, states in rows])
+        if not together.any():
+            raise _contradiction(model, name, rows)
+        network.allowed[name] = known.setdefault(together.tobytes(), together)
 
 
-def _able(layouts: list[tuple[Layout, ...]]) -> str:
-    """Return the possible states in words."""
-    texts = dict.fromkeys(", ".join(map(layout_text, state)) for state in layouts)
-    return "; ".join(texts)
+class _Row(NamedTuple):
+    """A demand on one variable: its text, the axes that it is about, the states that it allows."""
+
+    text: str
+    axes: tuple[int, ...]
+    states: Allowed
+
+
+def _contradiction(model: AskedModel, name: str, rows: Sequence[_Row]) -> PlanError:
+    """Return the error for demands that leave one variable no state."""
+    kept = list(rows)
+    for row in rows:
+        # What contradicts each other without this one does not need it.
+        rest = [other for other in kept if other is not row]
+        if rest and not np.logical_and.reduce([other.states for other in rest]).any():
+            kept = rest
+    network = model.network
+    node = next(node for node in network.graph.nodes if node.name == name)
+    layouts: list[tuple[Layout, ...]]
+    if node.kind == "parameter":
+        layouts = [(choice.storage,) for choice in network.storages[name]]
+    else:
+        layouts = [joint.results for joint in network.strategies[name]]
+    label = next(iter(model.names(node)), name)
+    # Of axes that only one of them is about, nothing is at odds.
+    axes = sorted(set.intersection(*(set(row.axes) for row in kept)) or set(kept[0].axes))
+    leaves = "\n".join(
+        f"{row.text} leaves {states_text(list(compress(layouts, row.states)), axes)}"
+        for row in kept
+    )
+    return PlanError(
+        f"{label if node.kind == 'parameter' else f'{name} in {label}'} cannot be as "
+        f"{' and '.join(row.text for row in kept)}",
+        where=node.line,
+        why=f"on {', '.join(network.mesh.axes[axis][0] for axis in axes)},\n{leaves}",
+        fix="leave one of them out, or name a narrower pattern",
+    )

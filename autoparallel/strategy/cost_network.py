@@ -137,8 +137,9 @@ class CostNetwork:
             if name in self.repeats:
                 recomputed = self.repeats[name]
                 unary = interned.setdefault((*key, id(recomputed.cost)), unary + recomputed.cost)
-                # A block that is recomputed in every plan saves none of its internal activations.
-                usage = None if usage is None else np.zeros_like(usage)
+                if usage is not None and recomputed.usage is not None:
+                    key_of_usage = ("saved", id(usage), id(recomputed.usage))
+                    usage = interned.setdefault(key_of_usage, usage + recomputed.usage)
             variables.append(Variable(name, unary, usage))
         for name, layouts in self.outputs.items():
             # To return a value costs nothing by itself; bringing it to that layout does, in a
@@ -148,10 +149,15 @@ class CostNetwork:
         for name, table in self.copy_variables:
             variables.append(Variable(name, table.cost, table.usage, table.alternatives))
         # Constraints forbid states rather than remove them: numbers of states keep their meaning.
+        # Equal layers are recognized by their arrays, here too. Arrays that are kept keep their id.
+        forbidden: dict[tuple[int, int], tuple[Array, Array]] = {}
         for index, variable in enumerate(variables):
             if variable.name in self.allowed:
-                unary = np.where(self.allowed[variable.name], variable.unary, np.inf)
-                variables[index] = replace(variable, unary=unary)
+                mask, unary = self.allowed[variable.name], variable.unary
+                pair = id(unary), id(mask)
+                if pair not in forbidden:
+                    forbidden[pair] = unary, np.where(mask, unary, np.inf)
+                variables[index] = replace(variable, unary=forbidden[pair][1])
         # What is near in the model is near in the problem: plans are mixed along this order.
         variables.sort(key=lambda variable: self.position(variable.name))
         self.names = tuple(variable.name for variable in variables)
@@ -240,21 +246,31 @@ class CostNetwork:
 
     def recomputed(
         self, chosen: Mapping[str, int]
-    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, ...], ...]]:
-        """Return the blocks that are recomputed, as (path, mode), and the ops of each.
+    ) -> tuple[
+        tuple[tuple[str, str], ...], tuple[tuple[str, ...], ...], tuple[str, ...], frozenset[str]
+    ]:
+        """Return the blocks that are recomputed, as (path, mode); the ops of each that run again
+        together; the ops that are made again one by one; and these with the views of what they
+        make.
 
         chosen: the state of every variable.
         """
         blocks = self.recomputation
         assert blocks is not None
         modes, groups = [], []
+        remade: list[str] = []
+        made: set[str] = set()
         for index, (block, able) in enumerate(zip(blocks.blocks, blocks.modes, strict=True)):
             mode = able[chosen[blocks.variable(index)] if len(able) > 1 else 0]
             # Blocks whose mode is decided have no variable.
             if mode != "none":
                 modes.append((block.path, mode))
-                groups.append(blocks.groups[index][mode])
-        return tuple(modes), tuple(groups)
+                if blocks.groups[index][mode]:
+                    groups.append(blocks.groups[index][mode])
+                else:
+                    remade += blocks.remade[index]
+                    made |= blocks.made[index]
+        return tuple(modes), tuple(groups), tuple(remade), frozenset(made)
 
     def made_again(self, solution: Solution) -> frozenset[tuple[str, Layout]]:
         """Return the redistributed copies, (value, layout), dropped after the forward pass.

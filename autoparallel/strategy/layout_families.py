@@ -38,7 +38,18 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage
 
-__all__ = ["Family", "LayoutFamilies", "Role", "families", "states_of_family"]
+__all__ = [
+    "TAKES",
+    "Family",
+    "LayoutFamilies",
+    "LoopKinds",
+    "Role",
+    "Split",
+    "Stored",
+    "families",
+    "states_of_family",
+    "weight_loops",
+]
 
 Allowed = NDArray[np.bool_]
 
@@ -173,7 +184,7 @@ def _rows(count: int, gradients: bool) -> Iterator[tuple[Role, ...]]:
         yield from ((role,) for role in data)
 
 
-class _Loops:
+class LoopKinds:
     """The loops of every call of a network, by what their size is of.
 
     batch: the symbols of the batch, None without. has_sequence: whether there is a sequence. along:
@@ -245,7 +256,7 @@ def weight_loops(network: CostNetwork, node: Node, rule: ShardingRule) -> frozen
 
 
 # The kinds of loops that each split may take: of products with a weight matrix, and of other ops.
-_TAKES: Mapping[Split, tuple[frozenset[str], frozenset[str]]] = {
+TAKES: Mapping[Split, tuple[frozenset[str], frozenset[str]]] = {
     Split.DATA: (frozenset({"batch", "both"}),) * 2,
     Split.TENSOR: (frozenset({"model"}),) * 2,
     Split.TENSOR_SEQUENCE: (frozenset({"model"}), frozenset({"model", "sequence", "both"})),
@@ -273,7 +284,7 @@ class LayoutFamilies:
 
     def __init__(self, network: CostNetwork) -> None:
         self._network = network
-        self._loops = _Loops(network)
+        self._loops = LoopKinds(network)
         alike: dict[Any, _Alike] = {}
         for node in network.graph.calls:
             rule = network.rules[node.name]
@@ -352,7 +363,7 @@ def _takes(role: Role, kinds: Mapping[str, str], tile: LoopSplit | None, weighs:
     """
     if tile is None:
         return True
-    with_weight, others = _TAKES[role.split]
+    with_weight, others = TAKES[role.split]
     return kinds[tile.loop] in (with_weight if weighs else others)
 
 

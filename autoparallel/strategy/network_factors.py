@@ -92,8 +92,13 @@ class NetworkFactors:
             states = self.states[node.name]
             if not inside.any():
                 continue
+            # What is made again alone still saves what its own backward pass needs of its own.
+            alone = node.name in blocks.made[block_of_call]
+            selective = np.array([mode == "selective" for mode in blocks.modes[block_of_call]])
+            freed = inside & ~selective if alone else inside
             table = self.shared(
-                ("recompute", id(states), tuple(inside)), partial(_recompute_table, states, inside)
+                ("recompute", id(states), tuple(inside), tuple(freed)),
+                partial(_recompute_table, states, inside, freed),
             )
             if len(inside) > 1:
                 self.couple(node.name, blocks.variable(block_of_call), table, "")
@@ -125,11 +130,15 @@ class NetworkFactors:
             blocks.inside(reader, block) if reader_block == block else outside
             for (reader, _), reader_block in zip(readers, reader_blocks, strict=True)
         ]
+        alone = [mode == "selective" and bool(blocks.made[block]) for mode in blocks.modes[block]]
+        # Weights that are read by what is made again alone are read once.
+        is_weight = name in self.network.weights
         return block, tuple(
             RecomputedEnds(
                 produced_inside and blocks.inside(producer, block)[mode],
-                tuple(by_mode[mode] for by_mode in inside),
+                tuple(by_mode[mode] and not (alone[mode] and is_weight) for by_mode in inside),
                 apart=producer_block is not None and not produced_inside,
+                alone=alone[mode],
             )
             for mode in range(len(blocks.modes[block]))
         )
@@ -263,13 +272,16 @@ class NetworkFactors:
         self.network.factors.append(Factor(scope, table.cost, table.usage, table.alternatives))
 
 
-def _recompute_table(states: CallStates, inside: NDArray[np.bool_]) -> Table:
+def _recompute_table(
+    states: CallStates, inside: NDArray[np.bool_], freed: NDArray[np.bool_]
+) -> Table:
     """Return table[state, mode] of one call: forward seconds added, saved bytes removed.
 
-    inside: per mode, whether the call is run again.
+    inside: per mode, whether the call is run again. freed: whether what it saves itself is not
+    there meanwhile.
     """
     forward = np.array([cost.forward for cost in states.costs])
     cost = np.where(inside, forward[:, None], 0.0)
     if states.usage is None:
         return Table(cost)
-    return Table(cost, np.where(inside, -states.usage[:, None], 0.0))
+    return Table(cost, np.where(freed, -states.usage[:, None], 0.0))

@@ -3,15 +3,19 @@
 By default a block is a region that the model itself checkpoints, and is recomputed in full.
 Otherwise it is the planner's choice:
 A block is one of a model's repeated modules. In mode "none" it saves all that its backward pass
-needs; in "full" only its inputs (arXiv:1604.06174); in "selective" all but what lies between
-products of activations with each other, which grows with the square of the sequence
-(arXiv:2205.05198).
+needs; in "full" only its inputs (arXiv:1604.06174). In "selective" it saves all but what lies
+between products of activations with each other, which grows with the square of the sequence
+(arXiv:2205.05198). Where these are fused, so that nothing lies between them, "selective" keeps what
+products and attention make, and makes what is cheap again, op by op: norms, activations, casts,
+rotations, and the copies of these that are gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 
+from autoparallel.cost.op_costs import nbytes
+from autoparallel.cost.saved_tensors import SavedTensors
 from autoparallel.graph.checkpoints import find_checkpoints
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.repeated_blocks import Block, find_repeats
@@ -25,13 +29,15 @@ MODES = ("none", "selective", "full")
 class Recomputation:
     """The recompute modes of every block of a graph.
 
-    rules: per call node. weights: values computed from parameters alone. requested: "model" for the
+    rules: per call node. weights: values computed from parameters alone. saved: what calls save,
+    where it is known already. requested: "model" for the
     regions that the model checkpoints; or, whatever it checkpoints, one of MODES for all blocks (a
     block without products of activations has nothing to select, and saves all), or "auto" for a
     choice between all modes that a block has.
     blocks: the repeated blocks, or the regions. modes: per block, the modes to choose between.
-    groups: per block and mode, the names of the ops run again. place: by node name, the number of
-    its block.
+    groups: per block and mode, the names of the ops run again together. made: per block, the ops
+    that its mode "selective" makes again one by one, views of what they make among them; remade:
+    without the views. place: by node name, the number of its block.
     """
 
     def __init__(
@@ -40,13 +46,18 @@ class Recomputation:
         rules: Mapping[str, ShardingRule | None],
         weights: frozenset[str],
         requested: str,
+        saved: SavedTensors | None = None,
     ) -> None:
+        self.saved = saved
         self.graph, self.rules, self.weights = graph, rules, weights
         self.blocks = _blocks(graph, requested)
         self.modes: list[tuple[str, ...]] = []
         self.groups: list[dict[str, tuple[str, ...]]] = []
         self.place: dict[str, int] = {}
+        self.made: list[frozenset[str]] = []
+        self.remade: list[tuple[str, ...]] = []
         cores: dict[int, tuple[int, int] | None] = {}
+        cheap: dict[int, tuple[tuple[int, bool], ...]] = {}
         for index, block in enumerate(self.blocks):
             nodes = graph.nodes[block.start : block.stop]
             self.place.update((node.name, index) for node in nodes)
@@ -56,8 +67,17 @@ class Recomputation:
             core = cores[block.kind]
             names = tuple(node.name for node in nodes)
             groups: dict[str, tuple[str, ...]] = {"none": (), "full": names}
+            made: tuple[tuple[int, bool], ...] = ()
             if core is not None:
                 groups["selective"] = names[slice(*core)]
+            elif requested in ("selective", "auto"):
+                if block.kind not in cheap:
+                    cheap[block.kind] = tuple(self._cheap(nodes))
+                made = cheap[block.kind]
+                if made:
+                    groups["selective"] = ()
+            self.made.append(frozenset(names[at] for at, _ in made))
+            self.remade.append(tuple(names[at] for at, is_view in made if not is_view))
             modes = [mode for mode in MODES if mode in groups]
             if requested == "model":
                 modes = ["full"]
@@ -67,7 +87,11 @@ class Recomputation:
             self.modes.append(tuple(modes))
             self.groups.append(groups)
         self._members = [
-            {mode: frozenset(names) for mode, names in groups.items()} for groups in self.groups
+            {
+                mode: made if mode == "selective" and made else frozenset(names)
+                for mode, names in groups.items()
+            }
+            for groups, made in zip(self.groups, self.made, strict=True)
         ]
 
     def _core(self, nodes: tuple[Node, ...]) -> tuple[int, int] | None:
@@ -100,6 +124,81 @@ class Recomputation:
             if before:
                 reached.update((value.name, min(before)) for value in node.results)
         return core
+
+    def _cheap(self, nodes: tuple[Node, ...]) -> Iterator[tuple[int, bool]]:
+        """Yield the places of ops of a block that are made again one by one, and whether each is a
+        view of what another one has made.
+
+        What is made again is read in its block alone: chains of it end at the block's inputs. Its
+        own op does not save it, and the backward pass needs it.
+        """
+        made = self._able(nodes)
+        saved = self.saved
+        assert saved is not None
+        needed: set[str] = set()
+        chosen: list[tuple[int, bool]] = []
+        for place in reversed(range(len(nodes))):
+            node, seen = nodes[place], saved.of(nodes[place].name)
+            operands = node.operands()
+            is_needed = any(value.name in needed for value in node.results)
+            is_view = all(alias is not None for alias in seen.aliases)
+            if is_needed and place in made:
+                chosen.append((place, is_view))
+            if is_needed and (place in made or is_view):
+                needed.update(operands)
+            needed.update(name for name, kept in zip(operands, seen.operands, strict=True) if kept)
+        yield from reversed(chosen)
+
+    def _able(self, nodes: tuple[Node, ...]) -> frozenset[int]:
+        """Return the places of ops whose results need not be saved, and of views of these."""
+        saved = self.saved = self.saved or SavedTensors(self.graph, self.rules)
+        inside = {node.name for node in nodes}
+        able: set[int] = set()
+        made: set[str] = set()
+        kept: set[str] = set()
+        for place, node in enumerate(nodes):
+            seen, operands = saved.of(node.name), node.operands()
+            if node.results and all(alias is not None for alias in seen.aliases):
+                # A view lies in the memory of what it is a view of.
+                if any(operands[alias] in made for alias in seen.aliases if alias is not None):
+                    made.update(value.name for value in node.results)
+                    able.add(place)
+                continue
+            reads = dict.fromkeys(name for name in operands if name not in self.weights)
+            if reads and self._is_cheap(node, inside):
+                # An addition saves nothing: to keep what it reads takes as much as what it makes.
+                roots = {name: saved.storage_of(name) for name in reads}
+                added = sum(
+                    nbytes(self.graph.values[name])
+                    for name, root in roots.items()
+                    if root not in kept
+                    and name not in made
+                    and self.graph.producers[root].name in inside
+                )
+                if any(seen.operands) or added < nbytes(node.results[0]):
+                    made.add(node.results[0].name)
+                    kept.update(root for name, root in roots.items() if name not in made)
+                    able.add(place)
+                    continue
+            names = (*operands, *(value.name for value in node.results))
+            flags = (*seen.operands, *seen.results)
+            kept.update(saved.storage_of(n) for n, flag in zip(names, flags, strict=True) if flag)
+        return frozenset(able)
+
+    def _is_cheap(self, node: Node, inside: Container[str]) -> bool:
+        """Return whether an op takes little time, may be run again by itself, and makes what only
+        its block, of the ops `inside`, reads and its own backward pass does not save.
+        """
+        rule = self.rules.get(node.name)
+        if rule is None or rule.flops or rule.inner is not None or rule.random or rule.discovered:
+            return False
+        if len(node.results) != 1 or not node.results[0].requires_grad or rule.kernels:
+            return False
+        assert self.saved is not None
+        seen, name = self.saved.of(node.name), node.results[0].name
+        if seen.assumed or any(seen.results) or name in self.graph.outputs:
+            return False
+        return all(reader.name in inside for reader in self.graph.readers[name])
 
     def block_of(self, name: str) -> int | None:
         """Return the number of the block that a node belongs to, None for no block."""

@@ -57,12 +57,19 @@ class RecomputedEnds:
     """The ends of a redistribution that are run again in the backward pass.
 
     maker: the producer is. readers: per reader, whether it is. apart: the producer belongs to
-    another block than the readers, and may be recomputed there or not.
+    another block than the readers, and may be recomputed there or not. alone: each of them is by
+    itself, where its result is needed; so what the maker makes is saved for no reader.
     """
 
     maker: bool
     readers: tuple[bool, ...]
     apart: bool = False
+    alone: bool = False
+
+    @property
+    def moved_again(self) -> bool:
+        """Whether the redistribution is done once more in the backward pass."""
+        return all(self.readers) or (self.maker and self.alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +211,7 @@ class RedistributionTables:
             if len(readers) > 1:
                 offers = tuple(Table(offers_to_reader(groups, saved, reader)) for reader in readers)
             # Producers and readers are known by their ids: kept alive, no other object gets them.
-            again = tuple(all(mode.readers) for mode in plain)
+            again = tuple(mode.moved_again for mode in plain)
             edge = RedistributionTable(
                 groups, saved, stacked(tables), routes, produced, again, offers
             )
@@ -238,10 +245,10 @@ class RedistributionTables:
         # Forward seconds are needed where the step may be run twice: by recomputation, or instead
         # of saving.
         ahead = np.zeros_like(seconds)
-        if self.memory or all(mode.readers):
+        if self.memory or mode.moved_again:
             ahead = routes.forward_seconds(targets)[row]
         cost = sum_of_columns(seconds, targets, groups)
-        if all(mode.readers):
+        if mode.moved_again:
             cost = cost + sum_of_columns(ahead, targets, groups)
         if not self.memory:
             return Table(cost)
@@ -275,7 +282,7 @@ class RedistributionTables:
             ]
         )
         entering = any(mode.readers) and not mode.maker
-        if all(mode.readers):
+        if mode.moved_again:
             usage = np.broadcast_to(source[:, None] if entering else 0.0, cost.shape)
             return Table(cost, np.ascontiguousarray(usage))
         if not any(saved) and not entering:

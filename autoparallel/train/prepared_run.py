@@ -96,6 +96,7 @@ def plan_of_run(
             memory_limit=options.memory_limit or None,
             recompute=options.recompute or None,
             constraints=options.constraints,
+            layout=options.layout or None,
             microbatches=options.microbatches or None,
             schedule=options.schedule,
             stages_per_rank=options.stages_per_rank,

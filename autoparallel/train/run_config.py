@@ -250,6 +250,7 @@ class ParallelConfig(_Section):
     )
     sequence_parallel: bool = key(True, "activations may be split along the sequence")
     constraints: tuple[str, ...] = key([], "demands on the plan, as sentences")
+    layout: str = key("", 'the dims that axes split, and no others, as "batch:dp, heads:tp"')
     plan: str = key("", "a plan's JSON to be followed, in place of planning")
     timeout_seconds: float = key(600.0, "after which a rank that waits gives up", above=0)
     check_inputs: int = key(2, "first calls in which ranks compare all of their inputs", least=0)

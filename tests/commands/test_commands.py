@@ -433,3 +433,22 @@ def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if words[0] == "train" and "--dry-run" not in words:
             words += ["--training.steps=2", "--model.layers=1", "--data.source=my_text.txt"]
         assert main(words) == 0, line
+
+
+def test_dims_are_printed_by_the_names_that_demands_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each name once, with its size; a layout of them is a plan's demand."""
+    assert main(["dims", "gpt2", "--json", *SMALL[:-2]]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["heads"]["sizes"] == [12]
+    assert rows["feed-forward"]["sizes"] == [3072]
+    assert rows["heads"]["whole_in"] == [] != rows["hidden"]["whole_in"]
+    assert rows["batch"]["of_inputs"] > rows["heads"]["of_inputs"]
+    assert main(["dims", "gpt2", *SMALL[:-2]]) == 0
+    assert "d_ff (feed-forward)" in capsys.readouterr().out
+    layout = ["--layout", "heads:tp, d_ff:tp", "--world-size", "2", "--json"]
+    assert main(["plan", "gpt2", *SMALL, *layout]) == 0
+    assert "tp" in json.loads(capsys.readouterr().out)["mesh"]
+    assert main(["plan", "gpt2", *SMALL, "--layout", "hedas:tp", "--world-size", "2"]) == 2
+    assert "did you mean heads" in capsys.readouterr().err

@@ -116,6 +116,17 @@ def test_recomputed_blocks_dropout_and_written_buffers() -> None:
     assert {"recomputed", "dropout", "copy_.default"} <= called
 
 
+def test_ops_that_are_made_again_are_modules_of_their_own() -> None:
+    """Each is a function of one op in the program, and saves what the program saves."""
+    with Float64():
+        model, inputs = build("hf-llama"), inputs_for("hf-llama")
+        plan = autoparallel.make_plan(
+            model, mesh=Mesh(tp=2), example_inputs=inputs, recompute="selective"
+        )
+        assert plan.remade
+        assert "remade" in compare(model, plan, plan.captured, inputs)
+
+
 @pytest.mark.parametrize("seeds", [range(4), range(4, 8)], ids=str)
 def test_plans_that_nobody_would_choose(seeds: range) -> None:
     """Random states of the cost network: kernels, copies that are dropped, all conversions."""

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from autoparallel.rewrite.emit import Program, emit
+from autoparallel.rewrite.program import drops_copies
 from autoparallel.runtime import recompute as again
 
 __all__ = ["Kept", "watching"]
@@ -49,11 +50,16 @@ def watching(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Progr
     pack = again._Copies.pack
 
     def packed(copies: Any, tensor: torch.Tensor) -> Any:
-        """Note a saved tensor; for a dropped copy, the tensor that it is recomputed from."""
-        made = item = pack(copies, tensor)
-        while isinstance(item, again._View):
-            item = item.copy.source
-        seen.keep(item[0] if isinstance(item, tuple) else item)
+        """Note a saved tensor; for a dropped copy, what it is recomputed from."""
+        made = pack(copies, tensor)
+        items = [made]
+        while items:
+            item = items.pop()
+            if isinstance(item, again._View):
+                copy = item.copy
+                items += copy.sources if isinstance(copy, again._Made) else [copy.source]
+            else:
+                seen.keep(item[0] if isinstance(item, tuple) else item)
         return made
 
     monkeypatch.setattr(again._Copies, "pack", packed)
@@ -61,7 +67,7 @@ def watching(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Progr
     def watched(graph: Any, plan: Any, ranks: Any, *args: Any, **options: Any) -> Program:
         program = emit(graph, plan, ranks, *args, **options)
         kept.graph, kept.plan = graph, plan
-        drops = "convert_again(" in program.source
+        drops = drops_copies(program.source)
         hooks = nullcontext() if drops else saved_tensors_hooks(seen.keep, lambda tensor: tensor)
 
         def run(*given: Any) -> Any:

@@ -135,7 +135,7 @@ class _Pricer:
         parts = [self.strategy(op, call, rule, axis) for axis in range(len(self.sizes))]
         axes = tuple(zip(self.sizes, self.links, strict=True))
         (cost,) = op_costs(call, rule, [tuple(parts)], axes, self.hardware)
-        again = any(op.name in group for group in self.plan.recomputed)
+        again = any(op.name in group for group in (*self.plan.recomputed, self.plan.remade))
         return cost.product + cost.traffic + cost.communication + (cost.forward if again else 0.0)
 
     def strategy(
