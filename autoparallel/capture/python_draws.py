@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,12 @@ __all__ = ["PythonDraws"]
 
 # To look at a generator costs as much as some of the functions that are looked at.
 _LOOK_EVERY = 8
+# Python modules, and functions of the operating system, that give something else at each call. A
+# seed that may come from one of them is no seed of the forward's own.
+_MOVING = {"time", "datetime", "uuid", "secrets"}
+_MOVING_FUNCTIONS = {"urandom", "getrandom", "getpid"}
+# Functions that call one another which are looked at.
+_DEEPEST = 3
 
 
 class PythonDraws(TorchFunctionMode):
@@ -88,15 +95,42 @@ class PythonDraws(TorchFunctionMode):
     ) -> Any:
         """Seed a generator for the forward, or set its state, by a function of that name.
 
-        A seed that is no plain value is perhaps another one in the next call, as the clock is, and
-        so is a state, unless it is the one from before.
+        A seed that is no plain value is perhaps another one in the next call, and so is one where
+        the code around it asks a clock; and a state, unless it is the one from before.
         """
         self.check()
         self.seeded.discard(generator)
         plain = len(args) == 1 and not kwargs and type(args[0]) in (int, float, str, bytes)
-        if plain and setter == "seed":
+        if plain and setter == "seed" and not any(_moves(*code) for code in _users_code()):
             self.seeded.add(generator)
         return original(*args, **kwargs)
+
+
+def _users_code() -> Iterator[tuple[types.CodeType, dict[str, Any]]]:
+    """Yield the code of the user's functions that run now inside of the trace, with its globals."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "autoparallel.capture.export":
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "autoparallel"):
+            yield frame.f_code, frame.f_globals
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _moves(code: types.CodeType, variables: dict[str, Any], depth: int = 0) -> bool:
+    """Return whether code asks for what is another at each call, by what it has the names of.
+
+    variables: global ones. depth: functions that call one another.
+    """
+    for name in code.co_names:
+        value = variables.get(name, sys.modules.get(name))
+        of = "__name__" if isinstance(value, types.ModuleType) else "__module__"
+        home = getattr(value, of, None)
+        if (isinstance(home, str) and home in _MOVING) or name in _MOVING_FUNCTIONS:
+            return True
+        called = value if isinstance(value, types.FunctionType) and depth < _DEEPEST else None
+        if called and _moves(called.__code__, called.__globals__, depth + 1):
+            return True
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return any(_moves(const, variables, depth) for const in inner)
 
 
 def _setters() -> dict[str, tuple[Any, tuple[str, ...]]]:

@@ -316,6 +316,9 @@ class GradientReturn:
         bucket, is_leaf = self.bucket, ctx.is_leaf
         if torch.is_grad_enabled():
             return self.differentiable(grad, parameter)
+        if is_leaf and not parameter.requires_grad:
+            # It was frozen after the forward pass, and gets none, as of autograd itself.
+            return None
         if self.first != self.produced:
             (grad,) = reduced([grad], [self.produced], [self.first], [self.shape], bucket.ranks)
         elif (not self.waits or bucket.holds) and references_to(grad) != alone:

@@ -19,8 +19,10 @@ _NEAR = 4
 class MemoryOrder:
     """Decides where dims lie outermost.
 
-    is_free: all ops that may be given a value or a gradient in another order take any. moved:
-    values that may lie in another order than that of their dims, which a conversion has brought.
+    is_free: all ops that may be given a gradient in another order take any. ordered: values that
+    reach, themselves or by what is made of them, an op that does not, also where no gradient flows.
+    moved: values that may lie in another order than that of their dims, which a conversion has
+    brought.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -28,12 +30,17 @@ class MemoryOrder:
         self.moved: set[str] = set()
         self.outputs = set(graph.outputs)
         # Gradients flow to whatever needs one, and values to all that is made of that. The rest,
-        # such as masks and labels, is in no other order.
+        # such as masks and labels, has no gradient that could come in another order.
         flowing = self.made_of([name for name, v in graph.values.items() if v.requires_grad])
         self.is_free = all(
             takes_any_order(node.target) or flowing.isdisjoint(node.operands())
             for node in graph.calls
         )
+        self.ordered: set[str] = set()
+        for node in reversed(graph.calls):
+            makes = {value.name for value in node.results}
+            if not takes_any_order(node.target) or not self.ordered.isdisjoint(makes):
+                self.ordered.update(node.operands())
 
     def placed(self, value: Value, placement: Placement) -> Placement:
         """Return a placement between which and another one a value is moved, with its dim outermost
@@ -44,7 +51,9 @@ class MemoryOrder:
         rows = value.shape[: placement.dim]
         inside = 0 < placement.dim < len(value.shape) - 1 and any(size != 1 for size in rows)
         whole = placement.blocks == placement.repeat == 1
-        if not (inside and whole) or self.is_near_output(value.name):
+        if not (inside and whole) or value.name in self.ordered:
+            return placement
+        if self.is_near_output(value.name):
             return placement
         self.moved |= self.made_of([value.name])
         return replace(placement, outermost=True)
@@ -80,5 +89,5 @@ class MemoryOrder:
 
         name: by which it is read.
         """
-        is_moved = value.name in self.moved and len(value.shape) > 2
+        is_moved = value.name in self.moved and len(value.shape) > 1
         return f"{name}.contiguous()" if is_moved else name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +109,20 @@ def by_the_clock(number: int) -> list[int]:
     return random.sample(range(WIDTH), WIDTH)
 
 
+def now() -> int:
+    return int(time.time())
+
+
+def by_a_second(number: int) -> list[int]:
+    random.seed(now() + number)
+    return random.sample(range(WIDTH), WIDTH)
+
+
+def by_noise(number: int) -> list[int]:
+    np.random.seed(os.urandom(1)[0] + number)
+    return [int(index) for index in np.random.permutation(WIDTH)]
+
+
 def before_the_seed(number: int) -> list[int]:
     picked = random.sample(range(WIDTH), WIDTH)
     random.seed(7)
@@ -120,7 +136,9 @@ def put_back_unseeded(number: int) -> list[int]:
     return picked
 
 
-@pytest.mark.parametrize("pick", [by_chance, by_the_clock, before_the_seed, put_back_unseeded])
+@pytest.mark.parametrize(
+    "pick", [by_chance, by_the_clock, by_a_second, by_noise, before_the_seed, put_back_unseeded]
+)
 def test_numbers_that_are_others_in_each_call_stay_python(
     pick: Callable[[int], list[int]],
 ) -> None:

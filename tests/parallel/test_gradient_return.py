@@ -167,6 +167,22 @@ def several_passes(make: Callable[..., Tied]) -> Any:
     return [twice, some, gradients(module)]
 
 
+def frozen_after_the_forward(make: Callable[..., Tied]) -> Any:
+    """Parameters that need no gradient any more when the backward pass comes to them get none."""
+    module = make()
+    loss = module(tokens())
+    frozen = [module.norm.weight, module.up.weight, module.down.bias, module.table.weight]
+    for parameter in frozen:
+        parameter.requires_grad_(requires_grad=False)
+    loss.backward(retain_graph=True)
+    some = gradients(module)
+    for parameter in frozen[:3]:
+        parameter.requires_grad_()
+    module.zero_grad()
+    loss.backward()
+    return [some, gradients(module)]
+
+
 def hooks_on_tensors(make: Callable[..., Tied]) -> Any:
     """Hooks that change gradients, from before and after the split; one is removed."""
     calls: list[str] = []
@@ -256,6 +272,7 @@ KINDS = {
         hessian_product,
         kept_graph,
         several_passes,
+        frozen_after_the_forward,
         hooks_on_tensors,
         hooks_after_accumulation,
         hooks_on_one_rank,
