@@ -201,7 +201,8 @@ def read_texts(file: Path) -> list[str]:
     Raises TrainingError where it cannot be read.
     """
     try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
+        # Only this ends a line: a passage may hold others that splitlines knows, such as U+2028.
+        lines = [line for line in file.read_text().split("\n") if line.strip()]
         if file.suffix != ".jsonl":
             return lines
         return [str(json.loads(line)["text"]) for line in lines]
