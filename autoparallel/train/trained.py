@@ -65,7 +65,7 @@ class Trained:
         if own not in objectives:
             raise TrainingError(
                 f"{what} of a model that was trained on other labels: {own!r}",
-                why=f"the number would mean nothing; it is of {' and '.join(map(repr, objectives))}",
+                why=f"it would mean nothing; it is of {' and '.join(map(repr, objectives))}",
                 fix="measure what it was trained on, or set data.objective to what it learned",
             )
 

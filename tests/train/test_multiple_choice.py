@@ -234,7 +234,7 @@ def test_rows_are_longer_than_their_marks() -> None:
     assert words(rows_of([question], 4, 4).batch_of([question])["input_ids"][0, 0]) == (
         "[CLS] [SEP] yes [SEP]"
     )
-    with pytest.raises(CorpusError, match="data.sequence = 3 for multiple choice"):
+    with pytest.raises(CorpusError, match=r"data\.sequence = 3 for multiple choice"):
         rows_of([question], 4, 3)
 
 
