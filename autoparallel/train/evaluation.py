@@ -88,6 +88,9 @@ class Scorer:
         results = []
         for start in range(0, len(texts), self.rows):
             group = texts[start : start + self.rows]
+            if not any(scored[start : start + self.rows]):
+                results += [True] * len(group)  # texts of one token leave nothing to read
+                continue
             inputs, labels = self._batch(group, scored[start : start + self.rows])
             logits = whole(logits_of(self.module(input_ids=inputs, labels=labels)))
             if self.shifts:

@@ -84,7 +84,10 @@ def test_a_text_begins_after_an_end() -> None:
 
 def test_nothing_is_asked_after_nothing() -> None:
     """Without a token that begins texts the first one would be left out of the sum."""
-    model = asked(Counting(0.5))
+    module = Counting(0.5)
+    model = asked(module)
+    assert model.loglikelihood(requests(("a", ""))) == [(0.0, True)]
+    assert module.read == 0
     with pytest.raises(TrainingError, match="likelihood of 'a' after nothing"):
         model.loglikelihood(requests(("", "a")))
     with pytest.raises(TrainingError, match="an answer after nothing"):
