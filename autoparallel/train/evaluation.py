@@ -88,6 +88,9 @@ class Scorer:
         results = []
         for start in range(0, len(texts), self.rows):
             group = texts[start : start + self.rows]
+            if not any(scored[start : start + self.rows]):
+                results += [True] * len(group)  # texts of one token leave nothing to read
+                continue
             inputs, labels = self._batch(group, scored[start : start + self.rows])
             logits = whole(logits_of(self.module(input_ids=inputs, labels=labels)))
             if self.shifts:
@@ -201,7 +204,8 @@ def read_texts(file: Path) -> list[str]:
     Raises TrainingError where it cannot be read.
     """
     try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
+        # Only this ends a line: a passage may hold others that splitlines knows, such as U+2028.
+        lines = [line for line in file.read_text().split("\n") if line.strip()]
         if file.suffix != ".jsonl":
             return lines
         return [str(json.loads(line)["text"]) for line in lines]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from autoparallel.train.config import TrainingError
 from autoparallel.train.evaluation import Scorer
 from autoparallel.train.generation import Sampling, generate
 from autoparallel.train.trained import Trained
@@ -34,7 +35,8 @@ _NEW_TOKENS = 256  # where a task does not say how long an answer may be
 class LanguageModel(_Base):
     """The interface of lm_eval.api.model.LM. trained: a causal model, split or not.
 
-    A request is any object whose `args` are a tuple, as the harness's Instance.
+    Raises TrainingError for one that was trained on other labels. A request is any object whose
+    `args` are a tuple, as the harness's Instance.
     """
 
     # All ranks are one model, and none of them takes a part of the requests.
@@ -42,12 +44,11 @@ class LanguageModel(_Base):
 
     def __init__(self, trained: Trained) -> None:
         super().__init__()
+        trained.require("the likelihood of texts", "next", "same")
         self.trained = trained
         length = trained.config.data.sequence
         self.scorer = Scorer(trained.module, length, trained.shifts, device=trained.device)
         self.window = length if trained.shifts else length + 1
-        ends = (trained.tokenizer.token_to_id(name) for name in ("<|endoftext|>", "</s>"))
-        self.end = next((number for number in ends if number is not None), None)
 
     @property
     def tokenizer_name(self) -> str:
@@ -61,10 +62,13 @@ class LanguageModel(_Base):
 
         requests: with args (context, continuation). The context loses its beginning where both are
         longer than the model reads; a continuation that is longer by itself is scored at its end.
+        Raises TrainingError for one that nothing comes before, not even a token that begins texts.
         """
         texts, scored = [], []
         for request in requests:
             before, after = self._tokens(*request.args)
+            if not before and after:
+                raise _after_nothing(f"the likelihood of {request.args[1][:60]!r}")
             text = [*before, *after][-self.window :]
             texts.append(text)
             scored.append(min(len(after), len(text) - 1))
@@ -95,14 +99,22 @@ class LanguageModel(_Base):
         """Return how each context goes on, up to the first of the texts that end it.
 
         requests: with args (context, settings): until, max_gen_toks, do_sample, temperature, top_k,
-        top_p.
+        top_p. A context loses its beginning where the model does not read both it and the longest
+        answer; where a task does not say how long that is, at most half of what the model reads.
+        Raises TrainingError for an answer that leaves no place for a context.
         """
         return [self._answer(*request.args) for request in requests]
 
     def _answer(self, context: str, settings: dict[str, Any]) -> str:
         ends = settings.get("until") or []
-        ends = [ends] if isinstance(ends, str) else list(ends)
-        most = min(int(settings.get("max_gen_toks", _NEW_TOKENS)), self.window - 1)
+        ends = [end for end in ([ends] if isinstance(ends, str) else ends) if end]
+        most = int(settings.get("max_gen_toks", min(_NEW_TOKENS, self.window // 2)))
+        if not 0 < most < self.window:
+            raise TrainingError(
+                f"max_gen_toks = {most}",
+                why=f"the model reads {self.window - 1} tokens and one of the context at least",
+                fix="give a smaller max_gen_toks, above 0",
+            )
         drawn = settings.get("do_sample")
         temperature = float(settings.get("temperature", 1.0 if drawn else 0.0))
         sampling = Sampling(
@@ -111,13 +123,17 @@ class LanguageModel(_Base):
             float(settings.get("top_p", 1.0)),
         )
         tokens = (self._encode(context) or self._begin())[-max(1, self.window - most) :]
+        if not tokens:
+            raise _after_nothing("an answer")
         rows = torch.tensor([tokens], device=self.trained.device)
         written: list[int] = []
         text = ""
-        for chosen in generate(self.trained.module, rows, most, sampling, self.end):
+        for chosen in generate(self.trained.module, rows, most, sampling):
+            if int(chosen[0]) in self.trained.ends:
+                break
             written.append(int(chosen[0]))
             text = self._decode(written)
-            if written[-1] == self.end or any(end in text for end in ends):
+            if any(end in text for end in ends):
                 break
         return text[: min([len(text), *(text.find(end) for end in ends if end in text)])]
 
@@ -126,7 +142,11 @@ class LanguageModel(_Base):
         kept = context.rstrip()
         whole = self._encode(context + continuation)
         before = self._encode(kept) if kept else []
-        return (before or self._begin()), whole[len(before) :]
+        after = whole[len(before) :]
+        if continuation and not after:
+            # Tokens grew over the boundary: each text has tokens of its own.
+            after = self._encode(context[len(kept) :] + continuation)
+        return (before or self._begin()), after
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.trained.tokenizer.encode(text, add_special_tokens=False).ids
@@ -137,4 +157,12 @@ class LanguageModel(_Base):
         return text
 
     def _begin(self) -> list[int]:
-        return [] if self.end is None else [self.end]
+        return [] if self.trained.begin is None else [self.trained.begin]
+
+
+def _after_nothing(what: str) -> TrainingError:
+    return TrainingError(
+        f"{what} after nothing",
+        why="the context is empty, and the tokenizer has no token that begins or ends a text",
+        fix="give it one, such as </s>, as a special token",
+    )

@@ -36,6 +36,8 @@ __all__ = [
 
 # The longest question with its answer, in tokens; the passage has the rest of a row.
 _ASKED_TOKENS = 128
+_MARKS_OF_A_TEXT = 3  # at its beginning, between passage and question, at its end
+_LETTERS = "ABCDEFGHIJ"  # by which right answers are named
 _FORMAT = '{"article": "...", "questions": [...], "options": [[...]], "answers": ["A", ...]}'
 
 
@@ -140,6 +142,12 @@ class ChoiceRows:
     seed: int
 
     def __post_init__(self) -> None:
+        if self.sequence <= _MARKS_OF_A_TEXT:
+            raise CorpusError(
+                f"data.sequence = {self.sequence} for multiple choice",
+                why=f"a row holds {_MARKS_OF_A_TEXT} marks beside its text",
+                fix="give longer rows: data.sequence",
+            )
         if self.marks.first is None or self.marks.between is None:
             raise CorpusError(
                 "the tokenizer has no tokens that begin a row and end a segment",
@@ -183,8 +191,9 @@ class ChoiceRows:
         """Return the tokens of a text, and where its second segment begins."""
         first, between = self.marks.first or 0, self.marks.between or 0
         # An answer is at the end of what is asked.
-        asked = asked[-min(_ASKED_TOKENS, self.sequence - 3) :]
-        article = article[: self.sequence - 3 - len(asked)]
+        room = self.sequence - _MARKS_OF_A_TEXT
+        asked = asked[-min(_ASKED_TOKENS, room) :]
+        article = article[: room - len(asked)]
         return [first, *article, between, *asked, between], len(article) + 2
 
 
@@ -219,7 +228,8 @@ def _passages(path: Path) -> Iterator[tuple[Any, str]]:
             if file.suffix != ".jsonl":
                 yield json.loads(text), where
                 continue
-            for number, line in enumerate(text.splitlines(), 1):
+            # Only this ends a line: a text may hold others that splitlines knows, such as U+2028.
+            for number, line in enumerate(text.split("\n"), 1):
                 where = f"{file}, line {number}"
                 if line.strip():
                     yield json.loads(line), where
@@ -238,17 +248,24 @@ def _questions(passage: Any, where: str) -> Iterator[Question]:
         for asked, options, answer in zip(
             passage["questions"], passage["options"], answers, strict=True
         ):
-            right = "ABCDEFGHIJ".index(answer)
+            if not isinstance(options, list) or not _are_texts([article, asked, *options]):
+                raise TypeError("an article, a question or an option is no text")
+            # An empty answer, or one of two letters, is none of them.
+            letters = [*_LETTERS[: len(options)]]
+            if answer not in letters or len(options) < 2:
+                raise ValueError(f"{answer!r} of {len(options)} answers")
             texts = tuple(
                 asked.replace("_", option) if "_" in asked else f"{asked} {option}"
                 for option in options
             )
-            if not isinstance(article, str) or right >= len(texts):
-                raise ValueError(f"{answer} of {len(texts)} answers")
-            yield Question(article, texts, right)
+            yield Question(article, texts, letters.index(answer))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CorpusError(
             f"{where} is no passage with questions",
             why=f"{type(error).__name__}: {error}",
             fix=f"write {_FORMAT}",
         ) from error
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)

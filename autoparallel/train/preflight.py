@@ -25,6 +25,7 @@ __all__ = [
     "mesh_of_run",
     "rank_and_world",
     "require_room",
+    "require_same_data",
     "require_same_run",
 ]
 
@@ -93,17 +94,29 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def require_same_run(config: RunConfig, data: str) -> None:
+def require_same_run(config: RunConfig) -> None:
     """Raise TrainingError, on every rank, where ranks do not mean the same run.
 
-    A collective call. data: the digest of the token files, or a name of what makes the rows.
+    A collective call, and the first one of a run: by its configuration the others are made.
     """
-    rows = gathered({
+    _require_same({
         "the configuration": config_to_toml(config),
-        "the data": data,
         "the release of torch": torch.__version__,
         "the code of autoparallel": _digest_of_code(),
     })  # fmt: skip
+
+
+def require_same_data(digest: str) -> None:
+    """Raise TrainingError, on every rank, where ranks have other rows. A collective call.
+
+    digest: of the token files, or a name of what makes the rows.
+    """
+    _require_same({"the data": digest})
+
+
+def _require_same(values: dict[str, str]) -> None:
+    """Raise TrainingError, on every rank, where a value is not rank 0's. A collective call."""
+    rows = gathered(values)
     for what, value in rows[0].items():
         others = [rank for rank, row in enumerate(rows) if row[what] != value]
         if others:

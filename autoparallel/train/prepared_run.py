@@ -34,6 +34,7 @@ from autoparallel.train.preflight import (
     mesh_of_run,
     rank_and_world,
     require_room,
+    require_same_data,
     require_same_run,
 )
 from autoparallel.train.row_sources import open_rows
@@ -109,10 +110,11 @@ class Run:
     def __init__(self, config: RunConfig, log: RunLog, device: torch.device) -> None:
         self.config, self.log, self.device = config, log, device
         self.rank, self.world_size = rank_and_world()
+        require_same_run(config)
         source = open_rows(config, self.log.say if self.rank == 0 else lambda text: None)
         self.rows: Rows = source.rows
         self.folder = Path(config.folder)
-        require_same_run(config, source.digest)
+        require_same_data(source.digest)
         self.checkpoints = RunCheckpoints(config.checkpoint, self.folder, log.say)
         together("looking for checkpoints", self.checkpoints.require_start)
         plain = build_model(config, source.vocabulary)

@@ -16,7 +16,7 @@ from autoparallel.train.built_models import objective_of
 from autoparallel.train.documents import CorpusError
 from autoparallel.train.multiple_choice import ChoiceRows, Question, digest_of, questions_of
 from autoparallel.train.rows import FunctionRows, Rows, TokenRows
-from autoparallel.train.run_config import RunConfig
+from autoparallel.train.run_config import DataConfig, RunConfig
 from autoparallel.train.token_files import (
     Marks,
     TokenFiles,
@@ -128,7 +128,24 @@ def _choice_rows(
     encode: Callable[[str], list[int]],
     marks: Marks,
 ) -> ChoiceRows:
-    """Return the rows of questions, as the configuration wants them."""
+    """Return the rows of questions, as the configuration wants them.
+
+    Raises CorpusError for a configuration of which rows of questions would keep nothing.
+    """
+    # Words of a text that is cut into rows; the limit's default is of a text, too.
+    for name, unused in (
+        ("limit_bytes", (0, DataConfig.limit_bytes)),
+        ("field", (DataConfig.field,)),
+        ("subset", (DataConfig.subset,)),
+        ("split", (DataConfig.split,)),
+    ):
+        value = getattr(config.data, name)
+        if value not in unused:
+            raise CorpusError(
+                f"data.{name} = {value!r} for multiple choice",
+                why="the questions of all files are read, and it is of other texts",
+                fix="leave it out; name a file or a folder of fewer questions: data.source",
+            )
     training = config.training
     return ChoiceRows(questions, encode, marks, training.batch, config.data.sequence, training.seed)
 

@@ -149,7 +149,9 @@ class DataConfig(_Section):
     field: str = key("text", "the field of the text, in .jsonl and hf: sources")
     subset: str = key("", "the configuration of an hf: source")
     split: str = key("train", "the split of an hf: source")
-    limit_bytes: int = key(8_000_000, "text that is read at most; 0 for all", least=0)
+    limit_bytes: int = key(
+        8_000_000, "text that is read at most; 0 for all; questions are all read", least=0
+    )
     tokenizer: str = key("bpe", '"bpe", "wordpiece", or the path of a tokenizer.json')
     vocabulary: int = key(4096, "tokens of a tokenizer that is trained", least=1)
     sequence: int = key(128, "tokens of a row", least=2)

@@ -25,7 +25,15 @@ from autoparallel.support.cache_files import default_cache_folder
 from autoparallel.train.documents import CorpusError, Document, TextSource
 from autoparallel.train.run_config import DataConfig
 
-__all__ = ["Marks", "TokenFiles", "marks_of", "open_tokens", "prepare_tokens", "read_tokenizer"]
+__all__ = [
+    "END_NAMES",
+    "Marks",
+    "TokenFiles",
+    "marks_of",
+    "open_tokens",
+    "prepare_tokens",
+    "read_tokenizer",
+]
 
 FORMAT = 1  # Raised when the files change their meaning.
 # A tokenizer is trained on so much of the text at most, from its beginning.
@@ -33,9 +41,11 @@ TRAINED_BYTES = 200_000_000
 _BATCH = 256  # documents that are tokenized at once
 BYTE_ALPHABET = 256
 
+# Names of tokens that end a text, in the order of preference.
+END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 # Names of tokens with a meaning, by what is looked for, in the order of preference.
 _NAMES = {
-    "end": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]"),
+    "end": END_NAMES,
     "mask": ("[MASK]", "<mask>", "<|mask|>"),
     "first": ("[CLS]", "<s>", "<|begin_of_text|>", "<|endoftext|>"),
     "between": ("[SEP]", "</s>", "<|endoftext|>", "<|end_of_text|>"),

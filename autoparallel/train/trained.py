@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -22,6 +23,7 @@ from autoparallel.train.prepared_run import plan_of_run
 from autoparallel.train.row_sources import open_rows
 from autoparallel.train.rows import Rows
 from autoparallel.train.run_config import RunConfig
+from autoparallel.train.token_files import END_NAMES
 from autoparallel.train.weights import import_weights
 
 __all__ = ["Trained", "open_trained"]
@@ -32,7 +34,8 @@ class Trained:
     """A model in evaluation mode, split over the ranks that run, and what it was trained on.
 
     config: of the run. tokenizer: of its text. rows: its rows, None for a folder of Hugging Face's.
-    device: of the inputs. steps: after which it was saved, None where nobody says.
+    device: of the inputs. steps: after which it was saved, None where nobody says. begin: the token
+    before a text, ends: those after one, where files beside the weights name them.
     """
 
     module: nn.Module
@@ -41,6 +44,30 @@ class Trained:
     rows: Rows | None
     device: torch.device
     steps: int | None
+    begin: int | None = None
+    ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ends:
+            # Documents of a run end with this one, and each begins after the end of another.
+            known = (self.tokenizer.token_to_id(name) for name in END_NAMES)
+            found = next((number for number in known if number is not None), None)
+            object.__setattr__(self, "ends", () if found is None else (found,))
+        if self.begin is None and self.ends:
+            object.__setattr__(self, "begin", self.ends[0])
+
+    def require(self, what: str, *objectives: str) -> None:
+        """Raise TrainingError unless the model was trained on one of some kinds of labels.
+
+        what: what is asked of it. objectives: see `objective_of`.
+        """
+        own = objective_of(self.config)
+        if own not in objectives:
+            raise TrainingError(
+                f"{what} of a model that was trained on other labels: {own!r}",
+                why=f"it would mean nothing; it is of {' and '.join(map(repr, objectives))}",
+                fix="measure what it was trained on, or set data.objective to what it learned",
+            )
 
     def held_out(self, count: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield batches of held-out rows. Raises TrainingError where there are none."""
@@ -113,6 +140,7 @@ def _of_hugging_face(folder: Path, mesh: str) -> Trained:
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         rows = json.loads((folder / "config.json").read_text())
         vocabulary = int(rows["vocab_size"])
+        begin, ends = _marks_beside(folder, tokenizer)
     except Exception as error:  # the library raises plain exceptions for what is no tokenizer
         raise TrainingError(
             f"the folder {folder} cannot be opened",
@@ -126,7 +154,36 @@ def _of_hugging_face(folder: Path, mesh: str) -> Trained:
     device = join_processes(config.parallel.timeout_seconds)
     module = _split(config, vocabulary, device)
     import_weights(module, folder)
-    return Trained(module.eval(), config, tokenizer, None, device, None)
+    return Trained(module.eval(), config, tokenizer, None, device, None, begin, ends)
+
+
+def _marks_beside(
+    folder: Path, tokenizer: tokenizers.Tokenizer
+) -> tuple[int | None, tuple[int, ...]]:
+    """Return the token before a text, and those after one, as the files of a folder name them.
+
+    A token of tokenizer_config.json is asked first, as libraries do. Numbers of no special token
+    are left out: they are defaults of a model that has other tokens.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    files = [
+        json.loads(file.read_text()) if file.exists() else {}
+        for name in ("tokenizer_config.json", "config.json", "generation_config.json")
+        for file in [folder / name]
+    ]
+
+    def numbers(mark: str) -> list[int]:
+        named = files[0].get(f"{mark}_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        found: list[Any] = [] if named is None else [tokenizer.token_to_id(named)]
+        # What the tokenizer says not to have, it has not.
+        for file in [] if mark == "bos" and f"{mark}_token" in files[0] else files[1:]:
+            value = file.get(f"{mark}_token_id")
+            found += value if isinstance(value, list) else [value]
+        special = [number for number in found if number in added and added[number].special]
+        return list(dict.fromkeys(special))
+
+    return next(iter(numbers("bos")), None), tuple(numbers("eos"))
 
 
 def _on_mesh(config: RunConfig, mesh: str) -> RunConfig:

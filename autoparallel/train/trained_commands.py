@@ -93,6 +93,7 @@ def _generate(trained: Trained, options: argparse.Namespace) -> str:
     from autoparallel.train.generation import Sampling, generate
     from autoparallel.train.preflight import rank_and_world
 
+    trained.require("text", "next", "same")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     ids = trained.tokenizer.encode(options.prompt, add_special_tokens=False).ids
     most = trained.config.data.sequence - len(ids)
@@ -102,13 +103,13 @@ def _generate(trained: Trained, options: argparse.Namespace) -> str:
             why=f"the model reads {trained.config.data.sequence} positions",
             fix="give a prompt of one token at least, and fewer than that",
         )
-    ends = [trained.tokenizer.token_to_id(name) for name in ("<|endoftext|>", "</s>")]
-    end = next((number for number in ends if number is not None), None)
     tokens = torch.tensor([ids], device=trained.device)
     made, seconds, start = list(ids), [], time.perf_counter()
-    for chosen in generate(trained.module, tokens, min(options.tokens, most), sampling, end):
+    for chosen in generate(trained.module, tokens, min(options.tokens, most), sampling):
         made.append(int(chosen[0]))
         seconds.append(time.perf_counter() - start)
+        if made[-1] in trained.ends:
+            break
         start = time.perf_counter()
     # The first two tokens plan what the others run.
     rest = seconds[2:] or seconds
@@ -140,6 +141,10 @@ def _evaluate(trained: Trained, options: argparse.Namespace) -> str:
             why="nothing would be measured",
             fix="give positive whole numbers to --held-out, --masked and --stride",
         )
+    if options.perplexity is not None or options.cloze is not None:
+        trained.require("the likelihood of texts", "next", "same")
+    if options.masked is not None:
+        trained.require("masked accuracy", "masked")
     scorer = Scorer(
         trained.module, trained.config.data.sequence, trained.shifts, device=trained.device
     )

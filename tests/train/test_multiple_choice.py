@@ -79,7 +79,12 @@ def test_questions_are_read(tmp_path: Path) -> None:
     [
         ("{", "is no passage"),
         (json.dumps({**PASSAGE, "answers": ["B"]}), "shorter"),
-        (json.dumps({**PASSAGE, "answers": ["B", "F"]}), "F of 4 answers"),
+        (json.dumps({**PASSAGE, "answers": ["B", "F"]}), "'F' of 4 answers"),
+        (json.dumps({**PASSAGE, "answers": ["B", ""]}), "'' of 4 answers"),
+        (json.dumps({**PASSAGE, "answers": ["BC", "D"]}), "'BC' of 4 answers"),
+        (json.dumps({**PASSAGE, "options": ["abcd", "efgh"]}), "is no text"),
+        (json.dumps({**PASSAGE, "options": [["a", None], ["a", "b"]]}), "is no text"),
+        (json.dumps({**PASSAGE, "options": [["a"], ["b"]], "answers": ["A", "A"]}), "of 1 answers"),
         (json.dumps({**PASSAGE, "options": [["a", "b"], ["a", "b", "c", "d"]]}), "have 2, 4 answ"),
         ("", "is no passage"),
     ],
@@ -88,6 +93,12 @@ def test_what_is_no_passage_is_refused(tmp_path: Path, text: str, words: str) ->
     (tmp_path / "1.json").write_text(text)
     with pytest.raises(CorpusError, match=words):
         read_questions(tmp_path)
+
+
+def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
+    text = json.dumps({**PASSAGE, "article": "the sky\u2028is blue"}, ensure_ascii=False)
+    (tmp_path / "1.jsonl").write_text(f"{text}\r\n{text}\n")
+    assert len(read_questions(tmp_path)) == 4
 
 
 def test_no_questions_are_refused(tmp_path: Path) -> None:
@@ -210,6 +221,21 @@ def test_fine_tuning(race: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_the_tokenizer_must_be_named(race: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="for multiple choice"):
         run_on(1, config_of(race, tmp_path, "--data.tokenizer=wordpiece"))
+
+
+@pytest.mark.parametrize("key", ["limit_bytes=100", "field=article", "subset=high", "split=test"])
+def test_keys_that_questions_do_not_have_are_refused(race: Path, tmp_path: Path, key: str) -> None:
+    with pytest.raises(CorpusError, match=f"data.{key.partition('=')[0]} = .* multiple choice"):
+        run_on(1, config_of(race, tmp_path, f"--data.{key}"))
+
+
+def test_rows_are_longer_than_their_marks() -> None:
+    question = Question("sky", ("yes", "no"), 0)
+    assert words(rows_of([question], 4, 4).batch_of([question])["input_ids"][0, 0]) == (
+        "[CLS] [SEP] yes [SEP]"
+    )
+    with pytest.raises(CorpusError, match=r"data\.sequence = 3 for multiple choice"):
+        rows_of([question], 4, 3)
 
 
 def test_the_body_is_a_berts() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from faulty_rows import BAD
 from processes import run_processes
+from training_runs import small_config, write_text
 
 from autoparallel.errors import CheckpointError
 from autoparallel.parallel import background_checkpoint
@@ -88,6 +89,18 @@ def test_ranks_that_mean_other_runs_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="seed = 1', the other 'seed = 2'") as caught:
         run_processes(on_rank, 2, config_of(tmp_path, "good"), (1, 2))
     assert "the configuration of rank 1 is not rank 0's" in str(caught.value)
+
+
+def with_a_source(rank, config):
+    """Rank 1 has a function for its rows, and reads no files together with rank 0."""
+    source = "json:loads" if rank else config.data.source
+    with pytest.raises(TrainingError, match="the configuration of rank 1 is not rank 0's"):
+        run_training(replace(config, data=replace(config.data, source=source)))
+
+
+def test_ranks_whose_rows_come_from_elsewhere_are_refused(tmp_path):
+    write_text(tmp_path)
+    run_processes(with_a_source, 2, small_config(tmp_path))
 
 
 def test_a_device_without_room_is_told_at_the_start(tmp_path, monkeypatch):

@@ -70,6 +70,7 @@ def test_weights_begin_another_run(trained, capsys, tmp_path):
         (["generate", "{}/absent"], "no trained model"),
         (["evaluate", "{}"], "nothing is to be measured"),
         (["evaluate", "{}", "--cloze", "{}/absent"], "no passages"),
+        (["evaluate", "{}", "--masked", "1"], "masked accuracy of a model that was trained on oth"),
         (["generate", "{}", "--temperature", "-1"], "temperature 0 is greedy"),
         (["generate", "{}", "--mesh", "tp=2"], "on 1 ranks"),
         (["evaluate", "{}", "--held-out", "-2"], "nothing would be measured"),
