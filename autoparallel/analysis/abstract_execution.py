@@ -27,7 +27,7 @@ from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.graph.part_sizes import local_shape
 from autoparallel.placement import Layout, Movement, Shard, Step, whole_layout
 from autoparallel.plan import OpChoice, Plan
-from autoparallel.plan.cuts import cuts_of
+from autoparallel.plan.plan_cuts import cuts_of
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime import kernels as runtime_kernels

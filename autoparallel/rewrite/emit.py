@@ -23,7 +23,7 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.plan import OpChoice, Plan
-from autoparallel.plan.cuts import cuts_of
+from autoparallel.plan.plan_cuts import cuts_of
 from autoparallel.rewrite.conversions import (
     Conversions,
     Deferred,
