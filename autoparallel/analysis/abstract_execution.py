@@ -27,10 +27,12 @@ from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.graph.part_sizes import local_shape
 from autoparallel.placement import Layout, Movement, Shard, Step, whole_layout
 from autoparallel.plan import OpChoice, Plan
+from autoparallel.plan.plan_cuts import cuts_of
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime import kernels as runtime_kernels
 from autoparallel.runtime.collectives import move
+from autoparallel.runtime.recompute import cuts_are_alike
 
 __all__ = ["AbstractExecution", "LocalTensor", "Moment", "Seen", "Storage"]
 
@@ -134,6 +136,7 @@ class AbstractExecution:
         self._converted: dict[tuple[str, tuple[Step, ...], str], int] = {}
         self._layouts: dict[str, Layout] = {}
         self._routes = {(item.value, item.target): item for item in plan.conversions}
+        self._drops = any(item.again for item in plan.conversions) and self._parts_are_alike(plan)
         self._seen: Seen = {} if seen is None else seen
         self._specs: dict[Any, FakeTensorSpec] = {}
         self._choices = {op.name: op for op in plan.ops}
@@ -151,6 +154,13 @@ class AbstractExecution:
         # The caller holds these to the end of the forward pass.
         for number in (*self.returned, *self.written):
             self.storages[self.locals[number].storage].read = len(self.moments)
+
+    def _parts_are_alike(self, plan: Plan) -> bool:
+        """Return whether the program drops copies: it drops none where its ranks would make
+        different ones again.
+        """
+        cuts = dict.fromkeys((hint(size), *splits) for size, splits in cuts_of(self.graph, plan))
+        return cuts_are_alike(self.sizes, cuts)
 
     def _fake_spec(self, value: Value, layout: Layout) -> FakeTensorSpec:
         """Return the part of a value that the rank holds, with its elements in order."""
@@ -212,7 +222,7 @@ class AbstractExecution:
                 copy = self._step(self.graph.values[name], number, here, step, region)
                 self._converted[key] = copy
                 storage = self.locals[copy].storage
-                if again and storage != first:
+                if again and self._drops and storage != first:
                     self.storages[storage].remade = (first,)
             number, here = self._converted[key], step.applied(here)
         assert here == layout, (name, here, layout)

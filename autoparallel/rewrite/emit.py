@@ -23,6 +23,7 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.plan import OpChoice, Plan
+from autoparallel.plan.plan_cuts import cuts_of
 from autoparallel.rewrite.conversions import (
     Conversions,
     Deferred,
@@ -237,17 +238,9 @@ class _Emitter:
 
     def collect_cuts(self) -> None:
         """Collect every cut of a dim, once: the dim's size, and the mesh axes that cut it."""
-        for op in self.plan.ops:
-            names = (*op.reads, *op.makes)
-            for name, layout in zip(names, (*op.operands, *op.results), strict=True):
-                for dim, size in enumerate(self.graph.values[name].shape):
-                    cuts = [
-                        f"({axis}, {self.speller.placement(cut)})"
-                        for axis, cut in enumerate(layout)
-                        if isinstance(cut, Shard) and cut.dim == dim
-                    ]
-                    if cuts:
-                        self.cuts[f"({', '.join((self.speller.size(size), *cuts))})"] = None
+        for size, splits in dict.fromkeys(cuts_of(self.graph, self.plan)):
+            cuts = [f"({axis}, {self.speller.placement(cut)})" for axis, cut in splits]
+            self.cuts[f"({', '.join((self.speller.size(size), *cuts))})"] = None
 
     def add(self, text: str, reads: tuple[str, ...], makes: tuple[str, ...]) -> None:
         """Append one statement to the block that is open, or to the program."""

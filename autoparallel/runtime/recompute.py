@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from autoparallel.support.torch_private import (
 __all__ = [
     "convert_again",
     "convert_beside",
+    "cuts_are_alike",
     "dropping",
     "move_beside",
     "parts_are_alike",
@@ -76,11 +77,13 @@ class _Copy:
         self.wanted = 0
         self.held: torch.Tensor | None = None
 
-    def again(self) -> torch.Tensor:
+    def again(self, others: _Others) -> torch.Tensor:
         """Return the copy, recomputed. Raises RuntimeError where its source has been written to
         since.
+
+        others: what was made again for the same place, which is added to.
         """
-        source = _there(self.source, self.version)
+        source = _there(self.source, self.version, others)
         with torch.no_grad():
             moved = move(source, self.group, *self.placements, self.size)
             # Where the move returns its source, the first copy was a clone all the same: views of
@@ -91,7 +94,7 @@ class _Copy:
         """Return the copy for one of the places that want it; it is held until the last of them has
         had it.
         """
-        copy = self.again() if self.held is None else self.held
+        copy = self.again({}) if self.held is None else self.held
         self.wanted -= 1
         self.held = copy if self.wanted > 0 else None
         return copy
@@ -114,14 +117,16 @@ class _Made:
         self.wanted = 0
         self.held: torch.Tensor | None = None
 
-    def again(self) -> torch.Tensor:
+    def again(self, others: _Others) -> torch.Tensor:
         """Return the result, made again. It is held while it is wanted, by whomever it was asked:
         what is made of it needs it, and so will its own op.
+
+        others: what was made again for the same place, which is added to.
         """
         if self.held is not None:
             return self.held
         pairs = zip(self.sources, self.versions, strict=True)
-        tensors = [_there(source, version) for source, version in pairs]
+        tensors = [_there(source, version, others) for source, version in pairs]
         # The program has its casts written out, and a backward pass may be called in autocast.
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
             result: torch.Tensor
@@ -131,19 +136,29 @@ class _Made:
 
     def taken(self) -> torch.Tensor:
         """Return the result for one of the places that want it."""
-        result = self.again()
+        result = self.again({})
         self.wanted -= 1
         self.held = result if self.wanted > 0 else None
         return result
 
 
-def _there(source: torch.Tensor | _View, version: int) -> torch.Tensor:
+# What is made again for one place, by what it is a copy of. A graph that is walked a second time
+# holds nothing: without this, what two sources of a result are both made of would be made twice,
+# and along a chain of such results in 2 ** length steps.
+_Others = dict["_Copy | _Made", torch.Tensor]
+
+
+def _there(source: torch.Tensor | _View, version: int, others: _Others) -> torch.Tensor:
     """Return a source, itself made again where it is a place in a copy. version: as it was saved.
 
-    Raises RuntimeError where it has been written to since.
+    others: what was made again for the same place, which is added to. Raises RuntimeError where it
+    has been written to since.
     """
     if isinstance(source, _View):
-        return source.of(source.copy.again())
+        copy = source.copy
+        if copy not in others:
+            others[copy] = copy.again(others)
+        return source.of(others[copy])
     _require_version(source, version)
     return source
 
@@ -269,10 +284,20 @@ def parts_are_alike(ranks: Ranks, *cuts: Any) -> bool:
     >>> parts_are_alike(ranks, (4, (0, Shard(0)))), parts_are_alike(ranks, (3, (0, Shard(0))))
     (True, False)
     """
+    return cuts_are_alike(ranks.sizes, cuts)
+
+
+def cuts_are_alike(counts: Sequence[int], cuts: Iterable[Any]) -> bool:
+    """Say what `parts_are_alike` does, of a mesh. counts: of ranks, per axis. cuts: as there.
+
+    >>> from autoparallel.placement import Shard
+    >>> cuts_are_alike((2,), [(4, (0, Shard(0)))]), cuts_are_alike((2,), [(1, (0, Shard(0)))])
+    (True, False)
+    """
     for size, *splits in cuts:
         sizes = {size}
         for axis, shard in splits:
-            count = ranks.sizes[axis]
+            count = counts[axis]
             sizes = {local_size(n, shard, count, rank) for n in sizes for rank in range(count)}
         if 0 in sizes or (1 in sizes and len(sizes) > 1):
             return False

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Node
+from autoparallel.mesh import MICROBATCH, PIPELINE
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.pytree import leaf_paths
 from autoparallel.threads import Threads, find_threads
@@ -109,9 +110,13 @@ def axis_index(text: str, axis: str, names: Sequence[str]) -> int:
     >>> axis_index("heads on tp", "tp", ("dp", "tp"))
     1
     """
-    if axis not in names:
+    # Micro-batches are no ranks, and stages are no splits: what each stage has is cut afterwards.
+    able = [name for name in names if name != MICROBATCH]
+    if axis not in able:
+        has_stages = axis == PIPELINE and len(able) < len(names)
+        what = f"{axis} has stages, which split no tensor" if has_stages else ""
         raise PlanError(
-            f"constraint {text!r}: the mesh has no axis {axis!r}",
-            fix=f"its axes are {', '.join(names)}",
+            f"constraint {text!r}: {what or f'the mesh has no axis {axis!r}'}",
+            fix=f"its axes are {', '.join(able)}" if able else "leave the constraint out",
         )
     return names.index(axis)

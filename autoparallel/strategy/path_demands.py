@@ -156,7 +156,7 @@ class PathDemand(Demand):
                 )
         if states:
             return states
-        if not is_used:
+        if not is_used and not any(map(self.matches, model.captured.aliases)):
             raise self.about_nothing(model)
         raise PlanError(
             f"constraint {self.text!r} is about no product",

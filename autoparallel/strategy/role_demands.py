@@ -147,7 +147,7 @@ class RoleDemand(Demand):
         """Return the error for a role in which the axis would split no product."""
         axis, ranks = model.network.mesh.axes[self.axis]
         role, about = ROLES[self.role]
-        why = f"{self.role} splits {about.removesuffix(', everything else is whole')}"
+        why = f"{self.role} splits {about.removesuffix(' is split, everything else is whole')}"
         why += f", and no product can be split so over {ranks} ranks"
         if not model.network.options.data_parallel and role.split is not Split.TENSOR_SEQUENCE:
             why += "; data_parallel=False keeps products from being split along inputs' dims"

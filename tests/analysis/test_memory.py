@@ -107,18 +107,31 @@ def test_where_attention_is_fused_cheap_ops_are_made_again(
     compare(name, plan, monkeypatch, 0.0)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_copies_that_are_made_again(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is gathered is dropped: in its place stays the part that it was gathered of."""
-    plan = planned("gpt2", 3, data_parallel=True, recompute=recompute)  # 3 rows: a part for each
+def dropping(plan: Plan) -> Plan:
+    """The plan that drops all that it gathers."""
     rows = []
     for conversion in plan.conversions:
         gathers = any(move is Movement.ALL_GATHER for _, move, _ in conversion.moves)
         rows.append(replace(conversion, again=gathers and conversion.requires_grad))
     assert sum(row.again for row in rows) > 1
-    dropping = replace(plan, conversions=tuple(rows))
-    assert memory_of(dropping).activations < memory_of(plan).activations
-    compare("gpt2", dropping, monkeypatch)
+    return replace(plan, conversions=tuple(rows))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_copies_that_are_made_again(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered is dropped: in its place stays the part that it was gathered of."""
+    plan = planned("gpt2", 3, data_parallel=True, recompute=recompute)  # 3 rows: a part for each
+    dropped = dropping(plan)
+    assert memory_of(dropped).activations < memory_of(plan).activations
+    compare("gpt2", dropped, monkeypatch)
+
+
+def test_copies_are_kept_where_ranks_have_other_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 rows, one rank has 2 and the other 1: they would not make the same copies again."""
+    plan = planned("gpt2", Mesh(dp=2), constraints=("fsdp on dp",), data_parallel=True)
+    dropped = dropping(plan)
+    assert memory_of(dropped).activations == memory_of(plan).activations
+    compare("gpt2", dropped, monkeypatch)
 
 
 @pytest.mark.parametrize(

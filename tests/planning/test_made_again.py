@@ -184,3 +184,28 @@ def test_a_source_that_was_written_to_is_told() -> None:
         kept[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_second_pass_makes_a_chain_in_few_steps() -> None:
+    """Where both sources of each result come from the one before, in steps that do not double."""
+    x, calls = torch.rand(4, dtype=torch.float64, requires_grad=True), [0]
+
+    def counted(block: Any) -> Any:
+        def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+            calls[0] += 1
+            return [block(*tensors)]
+
+        return run
+
+    def chain(y: torch.Tensor) -> torch.Tensor:
+        for _ in range(8):
+            [factor] = remade(counted(torch.cos), y)
+            [y] = remade(counted(torch.mul), y, factor)
+        return y.square().sum()
+
+    loss = dropping(chain)(x)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert calls == [2 * 16]
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+    assert calls[0] < 2 * 16 + 16**2

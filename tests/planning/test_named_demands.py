@@ -139,6 +139,7 @@ def test_a_layout_is_a_demand_for_each_axis() -> None:
         ("experts on tp", "no dim of the model is called 'experts'"),
         ("heads on pp", "no axis 'pp'"),
         ("*.attention_norm is column on tp", "is about no product"),
+        ("*.expand.bias is column on tp", "is about no product"),
         ("*.expand on tp is split 3", "makes linear_2: it has 3 dims"),
         ("*.expand.weight on tp is split 2", "expand.weight cannot be as.*it has 2 dims"),
         ("*.expand on dp is column on tp", "names two axes"),
@@ -188,6 +189,21 @@ def test_demands_that_contradict_each_other_are_named(
     [
         (Mesh(tp=2), {"constraints": ["batch on tp"], "data_parallel": False}, "data_parallel"),
         (Mesh(tp=2), {"constraints": ["fsdp on tp"], "data_parallel": False}, "data_parallel"),
+        (
+            Mesh(tp=2),
+            {"constraints": ["ddp on tp"], "data_parallel": False},
+            "ddp splits the batch, and no product",
+        ),
+        (
+            Mesh(pp=2, dp=2),
+            {"constraints": ["fsdp on pp"], "microbatches": 2},
+            "pp has stages, which split no tensor\n  fix:   its axes are dp",
+        ),
+        (
+            Mesh(pp=2, dp=2),
+            {"constraints": ["fsdp on microbatch"], "microbatches": 2},
+            "no axis 'microbatch'",
+        ),
         (MESH, {"layout": "batch->dp"}, "'batch->dp' is no rule"),
         (MESH, {"layout": 3}, "layout=3"),
     ],
