@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 __all__ = ["planning_progress"]
 
@@ -25,10 +23,14 @@ def planning_progress() -> Iterator[Callable[[float, str], None] | None]:
 
     Example: `with planning_progress() as report: report and report(0.5, "8 of 16 families")`
     """
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield None
         return
+    # Imported where a person looks on: a GPU's image may lack it.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("planning"),
         BarColumn(bar_width=24),

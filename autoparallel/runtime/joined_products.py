@@ -244,7 +244,7 @@ def linear_then_convert(
     the conversion, as of `convert_filled`. gap, place: of an earlier conversion, as of
     `overlap.linear`: the gradient of the product's own weight is computed there.
 
-    >>> from autoparallel.placement import Partial
+    >>> from autoparallel.placement import Partial, Shard
     >>> from autoparallel.runtime.groups import SingleGroup
     >>> ends = (SingleGroup(), Partial(), Shard(0), 0)
     >>> linear_then_convert(torch.ones(1, 3), torch.ones(2, 3), *ends, [], gap=None, place=0)

@@ -66,7 +66,7 @@ def _parse(text: str, axes: Sequence[str]) -> Demand:
     if match is None:
         raise PlanError(
             f"{text!r} is no constraint",
-            fix='write "blocks.*.weight on dp is not split 0", "*.q_proj is column on tp", '
+            fix='write "blocks.*.weight on dp is not split 0", "*.up is column on tp", '
             '"heads on tp" or "fsdp on dp"',
         )
     only, names, axis = match.groups()

@@ -17,6 +17,7 @@ def loss_of(output: Any) -> Tensor:
 
     Raises TrainingError if there is no scalar loss.
 
+    >>> import torch
     >>> loss_of({"loss": torch.tensor(1.5)})
     tensor(1.5000)
     """
@@ -40,6 +41,7 @@ def logits_of(output: Any) -> Tensor:
 
     Raises TrainingError if there are none.
 
+    >>> import torch
     >>> logits_of({"logits": torch.zeros(1, 2, 3)}).shape
     torch.Size([1, 2, 3])
     """

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from race_questions import write_passages, write_weights
 
 from autoparallel.cli import _parser, main
 from autoparallel.commands.bundled_models import BUNDLED
@@ -424,6 +425,10 @@ def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(lines) > 5
     (tmp_path / "my_module.py").write_text(BUILD.replace("self.up", "self.fc1"))
     (tmp_path / "my_text.txt").write_text("def forward(self, x):\n    return x\n" * 2000)
+    for part in ("train", "dev", "test"):
+        write_passages(tmp_path / "RACE" / part, 8)
+    write_weights(tmp_path / "weights")
+    sizes = ["--model.hidden=24", "--model.heads=3", "--data.sequence=16", "--data.vocabulary=16"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for line in lines:
@@ -431,7 +436,8 @@ def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if words[1] in BUNDLED:
             words += ["--layers", "1", "--batch", "2", "--sequence", "32"]
         if words[0] == "train" and "--dry-run" not in words:
-            words += ["--training.steps=2", "--model.layers=1", "--data.source=my_text.txt"]
+            words += ["--training.steps=2", "--model.layers=1"]
+            words += sizes if "RACE" in line else ["--data.source=my_text.txt"]
         assert main(words) == 0, line
 
 

@@ -1,4 +1,4 @@
-"""torch.compile of split modules whose ranks are processes: one graph, and the same gradients."""
+"""torch.compile of split modules whose ranks are processes: one graph, and the same numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDE = ["bert", *(f"zoo/{name}" for name in zoo.FAMILIES)]
 
 
 def compared(rank: int, names: tuple[str, ...], backend: str, options: dict[str, Any]) -> list[Any]:
-    """Of each family: its name, whether all is equal to the eager module's, graphs and breaks."""
+    """Of each family: its name, whether all is the eager module's, graphs and breaks."""
     rows = []
     for name in names:
         torch._dynamo.reset()
@@ -34,9 +34,21 @@ def compared(rank: int, names: tuple[str, ...], backend: str, options: dict[str,
         module = autoparallel.apply_plan(model, eager.plan)
         compiled = torch.compile(module, backend=backend, fullgraph=True)
         found = [step(call, each, inputs) for call, each in ((eager, eager), (compiled, module))]
-        equal = len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
+        equal = len(found[0]) == len(found[1]) and all(map(same, *found))
         rows.append((name, equal, counters["stats"]["unique_graphs"], len(counters["graph_break"])))
     return rows
+
+
+def same(eager: torch.Tensor, compiled: torch.Tensor) -> bool:
+    """Whether two tensors are equal but for rounding.
+
+    A product adds up in an order that depends on how its operands lie in memory, and that is the
+    compiler's choice: in an eager program a split dim may lie outermost.
+    """
+    if not eager.is_floating_point() or not eager.numel():
+        return torch.equal(eager, compiled)
+    most = 16 * torch.finfo(eager.dtype).eps * eager.abs().max()
+    return eager.shape == compiled.shape and bool((eager - compiled).abs().max() <= most)
 
 
 def step(call: Any, module: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:

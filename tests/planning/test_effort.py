@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 import autoparallel
@@ -119,9 +119,10 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress.planning_progress() as report:
         assert report is None
     written = io.StringIO()
-    monkeypatch.setattr(
-        progress, "Console", lambda **_: Console(file=written, force_terminal=True, width=120)
-    )
+    monkeypatch.setattr(written, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(progress, "_SECONDS", 0.0)
     planned()
     assert "batch" in written.getvalue()

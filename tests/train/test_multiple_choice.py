@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from processes import run_processes
+from race_questions import WORDS, tokenizer, write_passages, write_weights
 from torch import Tensor, nn
 from training_runs import run_on, small_config
 
@@ -28,24 +28,13 @@ from autoparallel.train.run_config import RunConfig
 from autoparallel.train.runner import run_training
 from autoparallel.train.token_files import marks_of
 from autoparallel.train.trained import open_trained
-from autoparallel.train.weights import export_weights
 
-MARKS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = [*MARKS, *"the sky is what colour ? blue red green black no yes".split()]
 PASSAGE = {
     "article": "the sky is blue",
     "questions": ["what colour is the sky ?", "the sky is _ ?"],
     "options": [["red", "blue", "green", "black"], ["no", "red", "black", "blue"]],
     "answers": ["B", "D"],
 }
-
-
-def tokenizer() -> tokenizers.Tokenizer:
-    model = tokenizers.models.WordLevel({word: n for n, word in enumerate(WORDS)}, "[PAD]")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens(MARKS)
-    return made
 
 
 def rows_of(questions: Any, batch: int = 4, sequence: int = 16) -> ChoiceRows:
@@ -164,30 +153,17 @@ def test_accuracy_of_known_answers() -> None:
 @pytest.fixture(scope="module")
 def race(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions whose right answer is the colour that the passage names, and a BERT's weights."""
-    folder = tmp_path_factory.mktemp("race")
-    colours = "blue red green black".split()
-    for number in range(40):
-        right = number * 7 % 4
-        passage = {
-            "article": f"the sky is {colours[number * 3 % 4]}",
-            "questions": ["what is the sky ?"],
-            "options": [["yes" if place == right else "no" for place in range(4)]],
-            "answers": ["ABCD"[right]],
-        }
-        (folder / f"{number:02}.txt").write_text(json.dumps(passage))
-    torch.manual_seed(5)
-    sizes = BertConfig(1, 24, 3, len(WORDS), 16, norm="post", sentence_order=True)
-    (folder / "weights").mkdir()
-    export_weights(Bert(sizes), folder / "weights")
-    (folder / "weights" / "tokenizer").write_text(tokenizer().to_str())
+    folder = tmp_path_factory.mktemp("race") / "RACE"
+    write_passages(folder, 40)
+    write_weights(folder.parent / "weights")
     return folder
 
 
 def config_of(race: Path, folder: Path, *changes: str) -> RunConfig:
     return small_config(
         race, f"--folder={folder}", "--model=bert", "--model.norm=post", "--model.layers=1",
-        f"--model.weights={race / 'weights'}", "--data.objective=choices",
-        f"--data.source={race}", f"--data.tokenizer={race / 'weights' / 'tokenizer'}",
+        f"--model.weights={race.parent / 'weights'}", "--data.objective=choices",
+        f"--data.source={race}", f"--data.tokenizer={race.parent / 'weights' / 'tokenizer.json'}",
         "--data.held_out_every=4", "--training.steps=20", "--optimizer.learning_rate=1e-2",
         "--checkpoint.every=20",
         "--evaluation.every=20", *changes,
