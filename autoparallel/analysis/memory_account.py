@@ -1,4 +1,4 @@
-"""What takes a rank's memory, as items, and their sums: what every count of memory tells."""
+"""The account of a rank's memory: its items and their sum, which every count of memory returns."""
 
 from __future__ import annotations
 

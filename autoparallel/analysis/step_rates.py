@@ -1,4 +1,4 @@
-"""How much a step does: the tokens of its inputs, and the rate of products at its best."""
+"""The tokens of a step's inputs, and the highest rate of products, by which steps are rated."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def step_and_waits(
 
 @dataclass(frozen=True, slots=True)
 class StagePasses:
-    """What one micro-batch takes on one stage, and what is done once a step after all of them.
+    """The seconds of one micro-batch on one stage, and of what is done once a step after all.
 
     forward, backward: seconds of the passes. weights: those of `backward` that are gradients of
     weights alone. reduction: seconds of reducing the gradients of parameters. gathers: of gathering

@@ -1,4 +1,4 @@
-"""How one module is split, in words that other programs have: column, row, rows of a table."""
+"""The split of one module, in words that other programs have: column, row, rows of a table."""
 
 from __future__ import annotations
 

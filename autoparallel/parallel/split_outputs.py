@@ -60,7 +60,7 @@ class SplitOutputs:
 
 
 class _Outside(torch.autograd.Function):
-    """What `DTensor.from_local` does, for a part that lies as another DTensor says."""
+    """`DTensor.from_local` for a part that lies as another DTensor says."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, like: DTensor) -> DTensor:

@@ -1,4 +1,4 @@
-"""What may be chosen of a pipeline: stages, micro-batches, and the ranks of a stage."""
+"""The choices that make a pipeline: stages, micro-batches, and the ranks of a stage."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, hint, map_leaves
+from autoparallel.graph.loss_ops import MEAN, OF_ELEMENTS, OF_LABELS
 from autoparallel.graph.passes.editing import rebuilt
 from autoparallel.graph.passes.flattened_batches import is_pointwise, shifted_arguments
 
@@ -16,24 +17,6 @@ __all__ = ["unflatten_rows"]
 _RESHAPE, _GATHER = "aten.reshape.default", "aten.gather.default"
 _UNSQUEEZE = "aten.unsqueeze.default"
 _SUMS = {"aten.sum.default", "aten.sum.dim_IntList"}
-_OF_LABELS = {
-    "aten.cross_entropy_loss.default",
-    "aten.nll_loss.default",
-    "aten.nll_loss_nd.default",
-}
-# Losses of each element by itself; the place of `reduction` among their arguments.
-_OF_ELEMENTS = {
-    "aten.mse_loss.default": 2,
-    "aten.l1_loss.default": 2,
-    "aten.smooth_l1_loss.default": 2,
-    "aten.huber_loss.default": 2,
-    "aten.soft_margin_loss.default": 2,
-    "aten.kl_div.default": 2,
-    "aten.binary_cross_entropy.default": 3,
-    "aten.binary_cross_entropy_with_logits.default": 4,
-}
-# Torch's number for the mean, which is the usual `reduction`.
-_MEAN = 1
 
 
 def unflatten_rows(graph: Graph) -> Graph:
@@ -94,9 +77,9 @@ class _Unflattened:
             return self.reshaped(node, flat)
         if node.target in _SUMS:
             return self.summed(node, flat)
-        if node.target in _OF_LABELS:
+        if node.target in OF_LABELS:
             return self.of_labels(node, flat)
-        if node.target in _OF_ELEMENTS or (is_pointwise(node.target) and len(node.results) == 1):
+        if node.target in OF_ELEMENTS or (is_pointwise(node.target) and len(node.results) == 1):
             return self.of_elements(node, flat)
         return self.of_rows(node, flat)
 
@@ -181,9 +164,9 @@ class _Unflattened:
     def of_elements(self, node: Node, flat: str) -> bool:
         """An op that computes each element by itself, or a sum of such."""
         apart, rank = self.apart[flat], len(self.graph.values[flat].shape)
-        place = _OF_ELEMENTS.get(node.target)
+        place = OF_ELEMENTS.get(node.target)
         total = place is not None and not node.result.shape
-        if total and node.argument(place or 0, "reduction", _MEAN) == _MEAN:
+        if total and node.argument(place or 0, "reduction", MEAN) == MEAN:
             return False
         if not total and len(node.result.shape) != rank:
             return False

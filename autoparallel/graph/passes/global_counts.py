@@ -10,30 +10,12 @@ from typing import Any
 import torch
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, hint
+from autoparallel.graph.loss_ops import MEAN, OF_ELEMENTS, OF_LABELS, SUM
 from autoparallel.graph.passes.bias_and_mean import count_of
 from autoparallel.graph.passes.editing import rebuilt
 
 __all__ = ["split_loss_counts"]
 
-# Torch's numbers for `reduction`.
-_MEAN, _SUM = 1, 2
-# By op, the place of `reduction` among its arguments. Those of the second table divide by the
-# number of labels that are not ignored, and those of the first by the number of elements.
-_OF_ELEMENTS = {
-    "aten.mse_loss.default": 2,
-    "aten.l1_loss.default": 2,
-    "aten.smooth_l1_loss.default": 2,
-    "aten.huber_loss.default": 2,
-    "aten.soft_margin_loss.default": 2,
-    "aten.kl_div.default": 2,
-    "aten.binary_cross_entropy.default": 3,
-    "aten.binary_cross_entropy_with_logits.default": 4,
-}
-_OF_LABELS = {
-    "aten.cross_entropy_loss.default": 3,
-    "aten.nll_loss.default": 3,
-    "aten.nll_loss_nd.default": 3,
-}
 # What torch's schemas have before `reduction` and, of losses of labels, behind it.
 _IGNORED, _SMOOTHING = (4, "ignore_index", -100), (5, "label_smoothing", 0.0)
 
@@ -50,13 +32,13 @@ def split_loss_counts(graph: Graph) -> Graph:
     """
     nodes: list[Node] = []
     for node in graph.nodes:
-        place = {**_OF_ELEMENTS, **_OF_LABELS}.get(node.target)
-        if place is None or node.argument(place, "reduction", _MEAN) != _MEAN:
+        place = {**OF_ELEMENTS, **OF_LABELS}.get(node.target)
+        if place is None or node.argument(place, "reduction", MEAN) != MEAN:
             nodes.append(node)
             continue
         operands = [graph.values[name] for name in node.operands()]
         count: list[Node] | Dim | None
-        if node.target in _OF_LABELS:
+        if node.target in OF_LABELS:
             count = _labels(node, operands)
         else:
             count = _elements(operands)
@@ -79,9 +61,9 @@ def _with_sum(node: Node, total: Value, place: int) -> Node:
     """Return the loss with the sum in place of the mean, under another name."""
     args, kwargs = list(node.args), dict(node.kwargs)
     if len(args) > place:
-        args[place] = _SUM
+        args[place] = SUM
     else:
-        kwargs["reduction"] = _SUM
+        kwargs["reduction"] = SUM
     return replace(
         node, name=total.name, results=(total,), args=tuple(args), kwargs=tuple(kwargs.items())
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoparallel.graph.graph import numel_hint
+from autoparallel.graph.loss_ops import MEAN, OF_ELEMENTS
 from autoparallel.placement import Collective, Invariant, Partial
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 
-# Torch's numbers for `reduction`; 2 is the sum.
-_MEAN, _NONE = 1, 0
+# Torch's number for no `reduction`.
+_NONE = 0
 
 
 @rule("aten.cross_entropy_loss.default")
@@ -28,7 +29,7 @@ def cross_entropy(call: OpCall) -> ShardingRule:
         and not call.operands[1].dtype.is_floating_point
         and call.argument(4, "label_smoothing", 0.0) == 0.0
     )
-    reduction = call.argument(3, "reduction", _MEAN)
+    reduction = call.argument(3, "reduction", MEAN)
     # Weights, label smoothing and target probabilities have no kernel.
     if not plain:
         return _whole(call, reduction)
@@ -45,7 +46,7 @@ def cross_entropy(call: OpCall) -> ShardingRule:
         per_row = ShardingRule.parse(f"{rows} -> {' '.join(tokens)}", call, kernels={"c": classes})
         return replace(per_row, function=function)
     # The one all-reduce is of the count, 8 bytes: tokens may be ignored, unevenly over the ranks.
-    count = ((Collective.ALL_REDUCE, 8),) if reduction == _MEAN else ()
+    count = ((Collective.ALL_REDUCE, 8),) if reduction == MEAN else ()
     part = Kernel("cross_entropy_tokens", Partial(), count, wraps=True)
     kernels = {"c": classes, **dict.fromkeys(tokens, part)}
     rule_of_sum = ShardingRule.parse(f"{rows} -> ", call, kernels=kernels)
@@ -76,7 +77,7 @@ def nll_loss(call: OpCall) -> ShardingRule:
     """-x[t, target[t], ..]: classes stay whole; so does all else if the mean is taken,
     for its count.
     """
-    reduction = call.argument(3, "reduction", _MEAN)
+    reduction = call.argument(3, "reduction", MEAN)
     rank = len(call.operands[0].shape)
     names = ["c"] if rank == 1 else ["t", "c", *(f"x{i}" for i in range(rank - 2))]
     tokens = " ".join(name for name in names if name != "c")
@@ -84,7 +85,7 @@ def nll_loss(call: OpCall) -> ShardingRule:
     return ShardingRule.parse(
         f"{' '.join(names)}, {tokens}{weight} -> {tokens if reduction == _NONE else ''}",
         call,
-        whole=names if reduction == _MEAN else ["c"],
+        whole=names if reduction == MEAN else ["c"],
     )
 
 
@@ -94,31 +95,18 @@ def ctc_loss(call: OpCall) -> ShardingRule:
     return ShardingRule.parse("t n c, n s, n, n -> n", call, whole="tcs")
 
 
-# The position of `reduction` among each loss's arguments.
-_REDUCTION_AT = {
-    "aten.mse_loss.default": 2,
-    "aten.l1_loss.default": 2,
-    "aten.smooth_l1_loss.default": 2,
-    "aten.huber_loss.default": 2,
-    "aten.soft_margin_loss.default": 2,
-    "aten.kl_div.default": 2,
-    "aten.binary_cross_entropy.default": 3,
-    "aten.binary_cross_entropy_with_logits.default": 4,
-}
-
-
-@rule(*_REDUCTION_AT)
+@rule(*OF_ELEMENTS)
 def elementwise_loss(call: OpCall) -> ShardingRule:
     """A loss of each element by itself, or their sum.
 
     A mean stays whole: it needs the global count.
     """
-    reduction = call.argument(_REDUCTION_AT[call.node.target], "reduction", _MEAN)
+    reduction = call.argument(OF_ELEMENTS[call.node.target], "reduction", MEAN)
     rank = max(len(operand.shape) for operand in call.operands)
     names = [f"d{i}" for i in range(rank)]
     rows = [" ".join(names[rank - len(operand.shape) :]) for operand in call.operands]
     return ShardingRule.parse(
         f"{', '.join(rows)} -> {' '.join(names) if reduction == _NONE else ''}",
         call,
-        whole=names if reduction == _MEAN else [],
+        whole=names if reduction == MEAN else [],
     )
