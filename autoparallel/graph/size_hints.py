@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import sympy
@@ -14,7 +13,6 @@ from autoparallel.graph.graph import (
     Graph,
     Node,
     Sym,
-    map_leaves,
     numel_hint,
 )
 
@@ -118,13 +116,5 @@ def _resized(graph: Graph, sizes: dict[Any, int]) -> Graph | None:
             resized[leaf.expr] = Sym(leaf.expr, int(leaf.expr.subs(sizes)))
         return resized[leaf.expr]
 
-    nodes = tuple(
-        replace(
-            node,
-            results=tuple(replace(v, shape=map_leaves(resize, v.shape)) for v in node.results),
-            args=map_leaves(resize, node.args),
-            kwargs=map_leaves(resize, node.kwargs),
-        )
-        for node in graph.nodes
-    )
-    return replace(graph, nodes=nodes) if all(s.hint >= 0 for s in resized.values()) else None
+    grown = graph.map_leaves(resize)
+    return grown if all(size.hint >= 0 for size in resized.values()) else None
