@@ -58,8 +58,8 @@ class ObservedDependence:
         self.observe(shrunk.values)
 
     def observe(self, values: Values) -> None:
-        """Change each slice of each operand in turn,
-        and note which slices of the results differ.
+        """Change each slice of each operand in turn, and note which slices of the results
+        differ.
         """
         probe, pattern, sizes = self.probe, self.pattern, self.sizes
         changed: dict[tuple[Place, Place], torch.Tensor] = {}
@@ -126,8 +126,8 @@ class ObservedDependence:
                 changed[key][list(after)] |= rows
 
     def untouched(self, changed: dict[tuple[Place, Place], torch.Tensor]) -> None:
-        """Tie dims of equal size to an operand whose numbers change nothing:
-        it gives its shape alone.
+        """Tie dims of equal size to an operand whose numbers change nothing: it gives its shape
+        alone.
         """
         touching = {one[0] for (one, _), matrix in changed.items() if bool(matrix.any())}
         for (one, two), matrix in changed.items():
@@ -153,7 +153,7 @@ class ObservedDependence:
             self.ties.append(Tie(one, 1, two, 1, self.shapes[two[0]][two[1]]))
 
     def cuts(self, opaque: set[Place]) -> dict[Place, list[int]]:
-        """Return return, per dim, the strides at which its loops begin: 1, ..., the dim's size.
+        """Return, per dim, the strides at which its loops begin: 1, ..., the dim's size.
 
         opaque: dims that are left as they are; those whose cuts are not each a multiple of the one
         before are added to it.
@@ -183,7 +183,7 @@ class ObservedDependence:
     def spread(self, ties: list[Tie], points_of: dict[Place, set[int]]) -> None:
         """Cut each of two dims that run together where the other is cut.
 
-        found: points by dim, filled here.
+        points_of: the places of cuts by dim, filled here.
         """
         changed = True
         while changed:

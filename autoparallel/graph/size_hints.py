@@ -23,7 +23,8 @@ _COUNT, _RUNNING_SUM = "aten.arange.", "aten.cumsum.default"
 
 
 def with_larger_hints(captured: Captured, elements: int) -> Graph:
-    """The same program with hints as for inputs of at least `elements` elements, if it takes such.
+    """Return the same program with hints as for inputs of at least `elements` elements, if it takes
+    such.
 
     Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. Their
     batch grows: the first dims of the inputs, where they are symbolic, by one common factor; all
@@ -54,7 +55,7 @@ def with_larger_hints(captured: Captured, elements: int) -> Graph:
 
 
 def _batch(shapes: Sequence[tuple[Dim, ...]]) -> frozenset[Any]:
-    """The symbols that the batch consists of.
+    """Return the symbols that the batch consists of.
 
     They are first dims of inputs. A symbol that is a later dim of some input is the batch only
     where nothing else is: a mask of (sequence, sequence) does not make the sequence the batch, and
@@ -70,7 +71,8 @@ def _is_free(dim: Dim) -> TypeGuard[Sym]:
 
 
 def _table_bounds(graph: Graph) -> tuple[tuple[sympy.Expr, int], ...]:
-    """Sizes that are counted up to, (size, rows of the table that is read at the numbers counted).
+    """Return sizes that are counted up to, as (size, rows of the table that is read at the numbers
+    counted).
 
     The numbers may be shifted, masked or repeated on their way. Where the size is already beyond
     the rows they are put into buckets or the like, and it is no bound.
@@ -92,7 +94,7 @@ def _table_bounds(graph: Graph) -> tuple[tuple[sympy.Expr, int], ...]:
 
 
 def _counts(node: Node) -> Iterator[Sym]:
-    """The symbolic size up to which the results of a node count."""
+    """Yield the symbolic size up to which the results of a node count."""
     if node.target.startswith(_COUNT):
         dims: Iterable[Any] = node.result.shape
     elif node.target == _RUNNING_SUM:
@@ -103,7 +105,8 @@ def _counts(node: Node) -> Iterator[Sym]:
 
 
 def _resized(graph: Graph, sizes: dict[Any, int]) -> Graph | None:
-    """The program with hints for these sizes of the inputs; None where a size comes out negative.
+    """Return the program with hints for these sizes of the inputs; None where a size comes out
+    negative.
 
     Sizes that add up to a fixed one cannot all grow.
     """

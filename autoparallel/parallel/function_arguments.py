@@ -11,7 +11,7 @@ __all__ = ["replaced_tensors", "tensors_among", "without_own_device", "written_a
 
 
 def tensors_among(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors among a function's arguments."""
+    """Yield the tensors among a function's arguments."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

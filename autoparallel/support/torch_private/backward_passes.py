@@ -29,7 +29,7 @@ __all__ = [
 
 
 def in_backward() -> bool:
-    """True if this thread runs inside of a backward pass."""
+    """Return whether this thread runs inside of a backward pass."""
     return backward_pass() != -1
 
 
@@ -94,7 +94,7 @@ def gradient_hooks_of(parameter: torch.Tensor) -> tuple[Any, Any]:
 
 
 def saved_tensors_hooks_are_set() -> bool:
-    """True if torch.autograd.graph.saved_tensors_hooks are in force here."""
+    """Return whether torch.autograd.graph.saved_tensors_hooks are in force here."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -117,7 +117,7 @@ def call_hooks_of(modules: Iterable[torch.nn.Module]) -> tuple[dict[int, Any], .
 
 
 def carries_backward_hooks(function: Any) -> bool:
-    """True if it is the autograd Function by which hooks run around a module's backward pass."""
+    """Return whether it is the Function by which hooks run around a module's backward pass."""
     from torch.nn.modules._functions import BackwardHookFunction
 
     return function is BackwardHookFunction

@@ -72,7 +72,7 @@ def distributed_tensor_like(
 
 @cache
 def _distributed_class() -> type[DTensor]:
-    """DTensor, which takes long to import, and which is asked for in every backward pass."""
+    """Return DTensor, which takes long to import, and is asked for in every backward pass."""
     from torch.distributed.tensor import DTensor
 
     return DTensor

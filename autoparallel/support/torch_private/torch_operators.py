@@ -45,7 +45,7 @@ def schema_of(operation: Any) -> Any:
 
 
 def is_composite(operation: Any) -> bool:
-    """True if torch defines the op by other ops, which `operation.decompose` runs."""
+    """Return whether torch defines the op by other ops, which `operation.decompose` runs."""
     return bool(operation._can_decompose())
 
 
@@ -60,7 +60,7 @@ def _custom_op(name: str) -> Any:
 
 
 def is_custom_op(name: str) -> bool:
-    """True if an op was made by torch.library.custom_op. name: as in "mylib::scale"."""
+    """Return whether an op was made by torch.library.custom_op. name: as in "mylib::scale"."""
     return _custom_op(name) is not None
 
 
@@ -87,7 +87,7 @@ def differentiates_custom_op(function: Any) -> bool:
 
 
 def has_backward(name: str) -> bool:
-    """True unless an op is known to have no backward; only of custom ops that is known."""
+    """Return False for an op that is known to have no backward, as custom ops alone may be."""
     functions = custom_op_functions(name)
     return functions is None or functions[3] is not None
 
@@ -98,7 +98,7 @@ def nn_binding(name: str) -> Any:
 
 
 def has_torch_binding(name: str) -> bool:
-    """True if `torch.<name>` is the op's own Python binding, not a function written around it.
+    """Return whether `torch.<name>` is the op's own Python binding, and no function around it.
 
     >>> has_torch_binding("relu"), has_torch_binding("unique"), has_torch_binding("cdist")
     (True, False, False)
