@@ -1,4 +1,4 @@
-"""Which variables share a table, as a networkx graph: what can be solved apart, and how narrow.
+"""The networkx graph of variables that share a table: what is solved apart, and how narrow it is.
 
 Eliminating a variable joins all its neighbours. The largest number of neighbours that any variable
 has when it goes is the width of the order; no order has less than the graph's treewidth.
