@@ -29,8 +29,8 @@ from autoparallel.mesh import MICROBATCH
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.rewrite.gaps import find_gaps
+from autoparallel.runtime.joint_moves import bucket_nbytes as module_bucket
 from autoparallel.runtime.products import piece_count
-from autoparallel.runtime.tensor_parts import bucket_nbytes as module_bucket
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 
 __all__ = [
