@@ -59,6 +59,7 @@ from autoparallel.capture.side_effects import (
     refuse_effects,
     written_arguments,
 )
+from autoparallel.capture.source_files import ModelFiles
 from autoparallel.capture.steady_forward import is_steady
 from autoparallel.capture.tensor_facts import TensorFacts
 from autoparallel.capture.traced_calls import TracedCalls
@@ -70,7 +71,11 @@ from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, Skeleton, flatten, rebuild, with_constants
 from autoparallel.support.rng_state import PythonNumbers
-from autoparallel.support.torch_private import expression_of, remembering_fake_results
+from autoparallel.support.torch_private import (
+    expression_of,
+    keeping_frames,
+    remembering_fake_results,
+)
 
 __all__ = ["Captured", "capture"]
 
@@ -487,10 +492,12 @@ def _exported(
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
     start_autograd()
+    files = ModelFiles(wanted.around or model)
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())
-        with quiet(), kept, outer.forgotten(), folding.installed(), remembers:
+        framed = keeping_frames(files.__contains__, inside=__file__)
+        with quiet(), kept, outer.forgotten(), folding.installed(), remembers, framed:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure
@@ -511,7 +518,12 @@ def _exported(
     folding.require_called()
     trained = [part or tensor.requires_grad for tensor in tensors]
     importer = Importer(
-        program, GraphBuilder(), model=model, folding=folding, held=held, trained_inputs=trained
+        program,
+        GraphBuilder(files),
+        model=model,
+        folding=folding,
+        held=held,
+        trained_inputs=trained,
     )
     graph = importer.graph()
     outputs = with_constants(ran[-1].outputs, partial(_size_number, importer, model))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
+from traceback import StackSummary
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,7 @@ __all__ = [
     "is_custom_op",
     "is_fixed",
     "is_functorch_wrapped_tensor",
+    "keeping_frames",
     "local_part",
     "multiply_all_",
     "nn_binding",
@@ -683,6 +685,37 @@ def remembering_fake_results(enabled: bool) -> AbstractContextManager[Any]:
     config = import_module("torch._dynamo").config
     patch: AbstractContextManager[Any] = config.patch(fake_tensor_cache_enabled=enabled)
     return patch
+
+
+_filtering = threading.RLock()
+
+
+@contextmanager
+def keeping_frames(kept: Callable[[str], bool], inside: str) -> Iterator[None]:
+    """Let the stack traces of traced nodes have more frames, one thread after the other.
+
+    Torch keeps those of functions named "forward". kept: whether all frames of a file are kept, by
+    its name. inside: a file; no frame is kept up to the innermost one in it.
+    """
+    from torch.fx.proxy import TracerBase
+
+    with _filtering:
+        original = TracerBase._filter_traceback_frames
+
+        def filtered(tracer: TracerBase, frames: StackSummary) -> StackSummary:
+            places = (at + 1 for at, row in enumerate(frames) if row.filename == inside)
+            begin = max(places, default=0)
+            inner = StackSummary.from_list(frames[begin:])
+            torchs = {id(row) for row in original(tracer, inner)}
+            return StackSummary.from_list(
+                [row for row in inner if id(row) in torchs or kept(row.filename)]
+            )
+
+        TracerBase._filter_traceback_frames = filtered  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
 
 
 # Autograd.
