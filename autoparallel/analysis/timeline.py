@@ -22,7 +22,7 @@ from autoparallel.analysis.step_simulation import REDUCED, StagePasses, StepSimu
 from autoparallel.analysis.training_step import Timeline
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
 from autoparallel.plan import Plan
-from autoparallel.runtime.tensor_parts import bucket_nbytes as module_bucket
+from autoparallel.runtime.joint_moves import bucket_nbytes as module_bucket
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 
 __all__ = ["passes_of_stage", "step_and_waits", "timeline"]

@@ -277,6 +277,7 @@ def _with_stages(
 def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
     """Return a plan, which was read from JSON, with the graphs that it was made for.
 
+    Source lines are those of the code as it is now: a comment above makes no other program.
     traced: the model, traced again. Raises PlanError where its fingerprint is not the plan's.
     """
     if plan.pipeline is not None and isinstance(traced, Captured):
@@ -291,18 +292,31 @@ def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
     if isinstance(traced, Captured) == bool(plan.breaks or plan.parts):
         raise PlanError(f"the plan is no plan of {plan.model}, or of its parts", fix="plan again")
     if isinstance(traced, Captured):
-        return replace(plan, captured=traced)
+        return _with_graph(plan, traced)
     graphs = {path: part.captured for part in traced.parts for path in part.paths}
     told = [path for part in plan.parts for path in part.paths]
-    breaks = [item.path for item in plan.breaks]
-    if sorted(told) != sorted(graphs) or breaks != [item.path for item in traced.breaks]:
+    stay = {item.path: item.line for item in traced.breaks}
+    if sorted(told) != sorted(graphs) or [item.path for item in plan.breaks] != [*stay]:
         raise PlanError(
             f"the plan was made for another {plan.model}",
             why="the modules that are split, or those that stay Python, are others",
             fix="plan again",
         )
-    parts = (
-        replace(part, plan=replace(part.plan, captured=graphs[part.paths[0]]))
-        for part in plan.parts
+    parts = tuple(
+        replace(part, plan=_with_graph(part.plan, graphs[part.paths[0]])) for part in plan.parts
     )
-    return replace(plan, parts=tuple(parts))
+    named = ((f"{path}/", part.plan) for part in parts for path in part.paths)
+    lines = {prefix + op.name: op.line for prefix, one in named for op in one.ops}
+    breaks = tuple(replace(item, line=stay[item.path]) for item in plan.breaks)
+    return replace(_with_lines(plan, lines), parts=parts, breaks=breaks)
+
+
+def _with_graph(plan: Plan, captured: Captured) -> Plan:
+    """Return a plan of one program with its graph, and with the lines that the graph has."""
+    lines = {node.name: node.line for node in captured.graph.calls}
+    return replace(_with_lines(plan, lines), captured=captured)
+
+
+def _with_lines(plan: Plan, lines: Mapping[str, str]) -> Plan:
+    """Return a plan with other source lines of its ops, by their names."""
+    return replace(plan, ops=tuple(replace(op, line=lines.get(op.name, "")) for op in plan.ops))

@@ -303,15 +303,7 @@ class Explainer:
         """Return each state of an op or a parameter in words."""
         network = self.forcing.network
         if isinstance(choice, ParameterChoice):
-            told = []
-            for way in network.storages[node.name]:
-                text = self.words.layout(way.storage)
-                if way.gradient != way.storage:
-                    text += f", gradient {self.words.layout(way.gradient)}"
-                if way.state != way.storage:
-                    text += f", optimizer state {self.words.layout(way.state)}"
-                told.append(text)
-            return told
+            return [self.words.stored(way) for way in network.storages[node.name]]
         return [
             choice_text(
                 self.words,
@@ -322,13 +314,9 @@ class Explainer:
 
     def _without(self, choice: Conversion) -> list[Alternative]:
         """Return the two ways to do without a redistribution, the cheaper first."""
-        target = self.words.layout(choice.target)
-        ways = {
-            f"made as {target} at once": self.forcing.made_as(choice),
-            f"never read as {target}": self.forcing.never_read_as(choice),
-        }
+        ways = (self.forcing.made_as(choice), self.forcing.never_read_as(choice))
         found = []
-        for text, allowed in ways.items():
+        for text, allowed in zip(self.words.without(choice), ways, strict=True):
             if allowed is None:
                 found.append(Alternative(text, math.inf, math.inf))
             else:

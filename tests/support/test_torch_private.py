@@ -734,6 +734,30 @@ def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:
     assert re.search(r'File "[^"]+", line \d+', last)
 
 
+def test_frames_of_more_functions_are_kept() -> None:
+    """Of a file that is asked for, inside of the forward that is told by its file."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return self.helper(x)
+
+        def helper(self, x):
+            return torch.sin(x)
+
+    def functions() -> list[str]:
+        program = torch.export.export(Model(), (torch.ones(3),), strict=False)
+        (call,) = (node for node in program.graph.nodes if node.op == "call_function")
+        return re.findall(r"in (\w+)$", call.meta.get("stack_trace", ""), re.MULTILINE)
+
+    assert functions() == ["forward"]
+    with torch_private.keeping_frames(lambda file: file == __file__, inside=torch.nn.__file__):
+        kept = functions()
+    assert kept[-2:] == ["forward", "helper"]
+    with torch_private.keeping_frames(lambda file: file == __file__, inside=__file__):
+        assert functions() == []
+    assert functions() == ["forward"]
+
+
 def test_loggers_of_the_tracer_have_these_names() -> None:
     """Silencing them silences what is logged below them."""
     from torch._export import non_strict_utils

@@ -57,6 +57,7 @@ from autoparallel.support.torch_private.process_groups import (
     functional_collectives,
     pipeline_order,
 )
+from autoparallel.support.torch_private.stack_traces import keeping_frames
 from autoparallel.support.torch_private.symbolic_numbers import (
     EXPORT_LOGGERS,
     FAKE_TENSOR_LOGGER,
@@ -189,6 +190,7 @@ __all__ = [
     "is_custom_op",
     "is_fixed",
     "is_functorch_wrapped_tensor",
+    "keeping_frames",
     "local_part",
     "multiply_all_",
     "nn_binding",

@@ -115,6 +115,13 @@ def test_a_click_tells_of_an_op(page: Path, size: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_click_tells_of_a_collective(page: Path, size: str) -> None:
+    """Why it is there, what it sends, and what doing without it would cost."""
+    told = seen(page)["sizes"][size]
+    assert {"Why", "What crosses the links", "Alternatives"} <= set(told["collective"])
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_keys_are_enough(page: Path, size: str) -> None:
     """In the tree, in the graph, and among the views."""
     told = seen(page)["sizes"][size]
