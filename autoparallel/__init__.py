@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         autoparallelize,
         make_plan,
         simulate,
-        trace_threads,
         traced_plan,
     )
     from autoparallel.errors import AutoParallelError
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from autoparallel.parallel.state_dicts import full_state_dict
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
+    from autoparallel.planning.model_threads import trace_threads
     from autoparallel.planning.predicted_step import timeline
     from autoparallel.questions.differences import compare
     from autoparallel.questions.explain import Explainer, explain
@@ -55,7 +55,7 @@ _HOMES = {
     "autoparallelize": "api",
     "make_plan": "api",
     "simulate": "api",
-    "trace_threads": "api",
+    "trace_threads": "planning.model_threads",
     "traced_plan": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
