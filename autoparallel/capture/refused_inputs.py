@@ -185,7 +185,7 @@ def _place(error: BaseException, model: nn.Module) -> str:
 
 
 def _is_array(leaf: Any) -> bool:
-    """True for a numpy array; numpy is not imported to find out."""
+    """Return whether it is a numpy array; numpy is not imported to find out."""
     kind = type(leaf)
     return (kind.__module__, kind.__name__) == ("numpy", "ndarray")
 

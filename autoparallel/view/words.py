@@ -299,7 +299,7 @@ class Words:
 
 
 def is_unary(op: OpChoice) -> bool:
-    """True if an op reads one operand, and is neither a product nor run by a kernel of ours.
+    """Return whether an op reads one operand, and is neither a product nor run by a kernel of ours.
 
     Views and casts are such ops. The op's placements then say nothing that those of its operand
     do not.

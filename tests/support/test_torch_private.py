@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib
 import logging
 import pickle
 import re
@@ -190,16 +191,24 @@ def test_the_innermost_modes_are_told() -> None:
         assert torch_private.current_function_mode() is calls
 
 
-def test_private_names_are_used_in_one_file() -> None:
-    """So that a new release of torch breaks one file."""
-    adapter = Path(torch_private.__file__)
+def test_private_names_are_used_in_one_package() -> None:
+    """So that a new release of torch breaks files of one folder."""
+    adapter = Path(torch_private.__file__).parent
     used = []
     for folder in ("autoparallel", "planners", "megatron_rules", "examples", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path != adapter:
+            if path.parent != adapter:
                 used += private_names(path)
     assert not used
-    assert private_names(adapter)
+    assert all(private_names(path) for path in adapter.glob("*.py"))
+
+
+def test_every_public_name_of_the_adapter_is_importable_from_it() -> None:
+    """Its files are by subject, and nobody needs to know in which one a name is."""
+    for path in sorted(Path(torch_private.__file__).parent.glob("*.py")):
+        if path.stem != "__init__":
+            module = importlib.import_module(f"{torch_private.__name__}.{path.stem}")
+            assert set(module.__all__) <= set(torch_private.__all__), path
 
 
 def test_every_name_of_the_adapter_is_tested_here() -> None:
