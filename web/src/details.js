@@ -6,7 +6,7 @@ export function details(model, item) {
   if (item === null) return about(model.data);
   if (typeof item !== "number") return container(model, item);
   const element = model.data.elements[item];
-  if (element.k === "sync") return sync(model, element);
+  if (element.k === "sync") return sync(model, element, item);
   if (element.k === "input") return input(element);
   return op(model, element, item);
 }
@@ -125,9 +125,12 @@ function parameters(model, numbers) {
     (rest > 0 ? `<p>and ${rest} more</p>` : "");
 }
 
-function sync(model, element) {
+function sync(model, element, item) {
+  const path = model.chains[item][model.chains[item].length - 1].path;
   const rows = [
     ["value", `<code>${text(element.n)}</code>`],
+    ["module", `<code>${text(path || "(model)")}</code>`],
+    ["source", element.line ? `<code>${text(element.line)}</code>` : ""],
     ["shape", text(element.shape)],
     ["threads", text(element.threads)],
     ["size", bytesText(element.nb)],

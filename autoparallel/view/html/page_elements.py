@@ -313,8 +313,12 @@ class Elements:
             "again": conversion.again,
             "nb": conversion.nbytes,
         }
-        if instead := self.done_without(conversion):
-            row["alt"] = instead
+        maker = self.words.producers.get(conversion.value)
+        optional = {
+            "line": maker.line if maker is not None else "",
+            "alt": self.done_without(conversion),
+        }
+        row.update({key: value for key, value in optional.items() if value})
         content = ("sync", conversion.source, conversion.target, row["t"])
         self.number[_pill(conversion)] = self.add(Element(where, row, content))
 
