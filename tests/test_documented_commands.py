@@ -42,8 +42,8 @@ class Net(torch.nn.Module):
         super().__init__()
         self.embedding, self.head = torch.nn.Embedding(1024, 32), torch.nn.Linear(32, 1024)
 
-    def forward(self, tokens, labels):
-        logits = self.head(self.embedding(tokens).relu())
+    def forward(self, input_ids, labels):
+        logits = self.head(self.embedding(input_ids).relu())
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 def build():
