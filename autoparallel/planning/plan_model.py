@@ -13,8 +13,7 @@ from torch import nn
 
 from autoparallel.analysis.communication import collective_totals
 from autoparallel.analysis.memory import memory_of
-from autoparallel.capture.graph_breaks import GraphBreaks, trace, trace_parts
-from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
+from autoparallel.capture.graph_breaks import GraphBreaks, trace_parts
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Captured
@@ -29,6 +28,7 @@ from autoparallel.planning.request import require_clear, require_known
 from autoparallel.planning.search import search
 from autoparallel.planning.stage_cuts import with_memory
 from autoparallel.planning.traced_parts import search_parts
+from autoparallel.planning.whole_trace import trace_whole
 from autoparallel.rules.lookup import find_rule
 from planners.effort import Effort, current, effort
 
@@ -44,15 +44,12 @@ def trace_model(
     does not take, AliasError where the model keeps a view of a parameter, and CaptureError where
     strict_capture asks for one graph, or no part can be traced.
     """
-    refuse_arrays(model, args, kwargs)
     try:
-        return trace(model, args, kwargs, known=find_rule)
+        return trace_whole(model, args, kwargs)
     except AliasError:
         raise
     except CaptureError as error:
         whole = error
-    # Tracing also fails for inputs that the model does not take; that is told in the model's words.
-    refuse_inputs(model, args, kwargs)
     broken = trace_parts(model, args, kwargs, whole, known=find_rule)
     if options.strict_capture:
         raise CaptureError(

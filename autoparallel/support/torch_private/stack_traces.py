@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import StackSummary
 
+import torch
+
 __all__ = ["keeping_frames"]
 
 _filtering = threading.RLock()
@@ -22,7 +24,7 @@ def keeping_frames(kept: Callable[[str], bool], inside: str) -> Iterator[None]:
     from torch.fx.proxy import TracerBase
 
     with _filtering:
-        original = TracerBase._filter_traceback_frames
+        original = torch.fx.proxy.TracerBase._filter_traceback_frames
 
         def filtered(tracer: TracerBase, frames: StackSummary) -> StackSummary:
             places = (at + 1 for at, row in enumerate(frames) if row.filename == inside)
