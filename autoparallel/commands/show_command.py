@@ -29,8 +29,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="in place of the report, write a page to look into (.html), a picture (.svg, .png, "
-        ".dot), the report (.txt), or the step for ui.perfetto.dev (.trace.json); may be given "
-        "again",
+        ".dot; .stages.svg of stages side by side), the report (.txt), or the step for "
+        "ui.perfetto.dev (.trace.json); may be given again",
     )
 
 
@@ -52,8 +52,6 @@ def _run(options: argparse.Namespace) -> int:
 
         named = model_again(plan)
         plan = traced_plan(named.model, plan, example_inputs=named.inputs)
-    if options.formulas:
-        plan.refuse_stages("a closed form")  # before the report, which tells of all else
     for path in options.output:
         _write(plan, path)
         progress(f"written to {path}")
@@ -82,6 +80,8 @@ def _write(plan: object, path: Path) -> None:
     assert isinstance(plan, Plan)
     if path.name.endswith(".trace.json"):
         write_trace(timeline(plan), path)
+    elif path.name.endswith(".stages.svg"):
+        importlib.import_module("autoparallel.view.stages_svg").write_stages(plan, path)
     elif path.suffix == ".html":
         importlib.import_module("autoparallel.view.html.page").write_html(plan, path)
     elif path.suffix == ".txt":

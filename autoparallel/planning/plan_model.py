@@ -22,7 +22,7 @@ from autoparallel.mesh import PIPELINE, Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.pipeline_choices import best_mesh, in_parts
+from autoparallel.planning.pipeline_choices import best_mesh, in_parts, likely_meshes
 from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.planning_progress import planning_progress
 from autoparallel.planning.request import require_clear, require_known
@@ -33,6 +33,9 @@ from autoparallel.rules.lookup import find_rule
 from planners.effort import Effort, current, effort
 
 __all__ = ["fastest_plan", "trace_model", "with_graphs"]
+
+# Of more meshes than these, those are planned in full that estimates say are quickest.
+_MOST_IN_FULL = 6
 
 
 def trace_model(
@@ -90,10 +93,20 @@ def fastest_plan(
         )
         most = math.inf if options.seconds is None else options.seconds
         with effort(Effort(most, can_stop=alone, report=report)):
-            best, errors = _fastest(model, traced, meshes, options, pins, product_weight, start)
-            # Stages are tried last: they have to be better than what needs no micro-batches.
             free = stages and len(meshes) > 1 and not (pins or product_weight or start)
-            if free and isinstance(traced, Captured) and not current().is_over:
+            likely: tuple[Mesh, ...] | None = None
+            if free and isinstance(traced, Captured) and len(meshes) > _MOST_IN_FULL:
+                likely = likely_meshes(traced, meshes, options)
+            chosen = meshes if likely is None else likely
+            best, errors = _fastest(model, traced, chosen, options, pins, product_weight, start)
+            if likely is not None and best is not None:
+                left = len([mesh for mesh in meshes if mesh not in likely])
+                left_out = f"; {left} of {len(meshes)} meshes left out by estimates"
+                best = replace(best, method=best.method + left_out)
+            elif likely is not None:
+                best, errors = _fastest(model, traced, meshes, options, pins, product_weight, start)
+            # Stages are tried last: they have to be better than what needs no micro-batches.
+            elif free and isinstance(traced, Captured) and not current().is_over:
                 world_size = meshes[0].world_size
                 best = _or_with_stages(best, errors, model, traced, world_size, options)
             if best is None:
@@ -146,7 +159,8 @@ def _fastest(
         # that are demanded, and searches within a limit, are of the axes there are.
         if not waiting and best is not None and len(meshes) > 1 and mesh in meshes:
             devices = find_hardware(options.hardware).devices_per_node
-            third = None if pins or options.memory_limit else finer(best.mesh, devices)
+            fixed = pins or options.memory_limit or best.pipeline is not None
+            third = None if fixed else finer(best.mesh, devices)
             waiting += [third] if third is not None else []
     return best, errors
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Node
+from autoparallel.mesh import MICROBATCH
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.questions.demands import demanded, names_product
 from autoparallel.questions.differences import (
@@ -25,6 +25,7 @@ from autoparallel.questions.differences import (
 )
 from autoparallel.questions.forcing import Forcing
 from autoparallel.questions.subjects import Subject, find_subject
+from autoparallel.rewrite.stages import stages_of_calls
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.words import Words
@@ -72,7 +73,8 @@ class Explanation:
     in words. seconds: what it takes of a step by itself. alternatives: the cheapest first. asked:
     the one that was asked for by why_not. price: the seconds that a byte is charged in the costs of
     the alternatives, in place of a memory limit; 0 where there is none, and where they were
-    searched within it.
+    searched within it. stage: of an op of a plan with stages, the one that computes it, in words.
+    Seconds of such a plan are those of one micro-batch on all stages; steps are whole ones.
     """
 
     plan: Plan
@@ -83,6 +85,7 @@ class Explanation:
     alternatives: tuple[Alternative, ...]
     asked: Alternative | None = None
     price: float = 0.0
+    stage: str = ""
 
     def __str__(self) -> str:
         """Return a paragraph for the decision and one for each alternative."""
@@ -115,8 +118,9 @@ class Explanation:
             place = f", made{_place(op)}," if op is not None else ""
         name = choice.path if isinstance(choice, ParameterChoice) else self.subject.node
         share = self.seconds / self.plan.seconds if self.plan.seconds else 0.0
-        takes = f"; {seconds_text(self.seconds)} of a step ({share:.1%})" if self.seconds else ""
-        return f"{name}{place} is {self.chosen}{takes}."
+        takes = f"; {seconds_text(self.seconds)} of {self._unit} ({share:.1%})"
+        stage = f", in {self.stage}" if self.stage else ""
+        return f"{name}{place}{stage} is {self.chosen}{takes if self.seconds else ''}."
 
     def _alternative(self, other: Alternative, first: bool) -> list[str]:
         """Say what an alternative would cost, and by what."""
@@ -143,8 +147,10 @@ class Explanation:
             share = f" ({other.added_cost / self.plan.cost:+.2%})" if self.plan.cost else ""
             unit = " of weighted cost" if self._is_weighted else ""
             told = [f"would cost {signed(other.added_cost)}{unit}{share}"]
+            if self._is_of_microbatch:
+                told[0] += " a micro-batch"
             if self._is_weighted and other.plan is not None:
-                told[0] += f", {signed(other.added_seconds)} a step"
+                told[0] += f", {signed(other.added_seconds)} {self._unit}"
         if other.plan is not None:
             told[0] += " with all else planned anew"
         if abs(other.added_step) > least:
@@ -162,9 +168,30 @@ class Explanation:
         return told
 
     @property
+    def _is_of_microbatch(self) -> bool:
+        """Whether the plan is that of one micro-batch on all stages."""
+        return any(name == MICROBATCH for name, _ in self.plan.mesh.axes)
+
+    @property
+    def _unit(self) -> str:
+        """What the seconds of the plan are of."""
+        return "a micro-batch" if self._is_of_microbatch else "a step"
+
+    @property
     def _is_weighted(self) -> bool:
         """Whether the cost is another figure than the predicted seconds."""
         return self.plan.product_weight != 1.0 or not self.plan.options.sequence_parallel
+
+
+def stages_of_ops(plan: Plan) -> dict[str, str]:
+    """Return which stage computes each op of a plan with stages, in words; empty for another.
+
+    Example: `stages_of_ops(plan)["linear_3"]` is "stage 1 of 2"
+    """
+    if plan.pipeline is None or plan.captured is None:
+        return {}
+    places = stages_of_calls(plan.captured.graph, plan.pipeline.starts)
+    return {name: f"stage {stage} of {plan.pipeline.stages}" for name, stage in places.items()}
 
 
 def _place(op: OpChoice) -> str:
@@ -184,6 +211,8 @@ def explain(plan: Plan, subject: str, *, why_not: str = "", search: bool = False
     search: under a memory limit, each alternative is told with bytes charged at the price at which
     the plan's own search has ended, and with a bound on its cost within the limit. True looks for
     its best plan within the limit, which takes as long as planning.
+    Of a plan with stages, costs are those of one micro-batch on all stages, and each alternative is
+    cut into stages anew, so that what its step would take is told.
     For many questions about one plan, `Explainer` shares the work.
 
         >>> import autoparallel, torch
@@ -214,10 +243,11 @@ class Explainer:
 
     def __init__(self, plan: Plan) -> None:
         require_kind(plan, Plan, MAKE_ONE)
-        plan.refuse_stages("an explanation")
-        self.plan = plan
         self.forcing = Forcing(plan)
-        self.words = Words(plan)
+        # Of a plan with stages, decisions are those of one micro-batch on all of them.
+        self.plan, self.step = self.forcing.plan, plan.step_seconds
+        self.stages = stages_of_ops(plan)
+        self.words = Words(self.plan)
         self.search = False
 
     def explain(self, subject: str, *, why_not: str = "", search: bool = False) -> Explanation:
@@ -250,9 +280,9 @@ class Explainer:
             seconds = choice.seconds if isinstance(choice, OpChoice) else 0.0
         text = choice_text(self.words, choice)
         price = 0.0 if search else self.forcing.price
-        return Explanation(
-            self.plan, about, kind, text, seconds, tuple(alternatives[:_TOLD]), asked, price
-        )
+        told = tuple(alternatives[:_TOLD])
+        stage = self.stages.get(choice.name, "") if isinstance(choice, OpChoice) else ""
+        return Explanation(self.plan, about, kind, text, seconds, told, asked, price, stage)
 
     def _product_of(self, parameter: ParameterChoice) -> OpChoice | ParameterChoice:
         """Return the product that reads a parameter; itself where there is none."""
@@ -362,10 +392,12 @@ class Explainer:
 
     def _added_step(self, plan: Plan) -> float:
         """Return what another plan's step takes longer, NaN where this one's is not known."""
-        if not self.plan.step_seconds or self.plan.product_weight != 1.0:
+        if not self.step or self.plan.product_weight != 1.0:
             return math.nan
-        step, _ = step_and_waits(plan, self.forcing.network.hardware)
-        return step - self.plan.step_seconds
+        try:
+            return self.forcing.step_of(plan) - self.step
+        except PlanError:  # it cannot be cut into so many stages
+            return math.inf
 
 
 def _chain(plan: Plan, start: str, rows: tuple[Difference, ...]) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ def test_programs_of_stages_are_read() -> None:
     with pytest.raises(PlanError, match="rank 4"):
         autoparallel.emitted_program(plan, rank=4)
     with pytest.raises(PlanError, match="not told of a plan with stages"):
-        autoparallel.closed_forms(plan)
+        autoparallel.to_fx(plan, rank=0)
 
 
 class Branching(nn.Module):
