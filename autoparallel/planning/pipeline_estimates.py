@@ -31,6 +31,7 @@ from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
+from autoparallel.planning.memory_limit import Eased
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.planning.stage_work import NEAR, StageBytes, StageWork, fewer_places
@@ -62,13 +63,19 @@ class Estimate:
 
     seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
     not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
-    of one stage.
+    of one stage. price: as of `Eased`.
     """
 
     seconds: float
     nbytes: float
     recompute: str
     activations: float = 0.0
+    price: float = 0.0
+
+    @property
+    def eased(self) -> Eased:
+        """How a plan of the whole model keeps as little as this one."""
+        return Eased(self.recompute, self.price)
 
 
 class Estimator:
@@ -209,8 +216,8 @@ class Estimator:
         pinned = {nodes[path]: pin for path, pin in pins.items() if path in nodes}
         solve, problem = NetworkSolver(network), network.problem(1.0, pinned)
         solution = solve(problem)
-        if price and solution.usage:
-            solution = solve(problem.weighed(price * solution.cost / solution.usage))
+        if price:
+            solution = Eased(recompute, price).solved(solve, problem, solution)
         plan = plan_of_solution(self.captured, "", mesh, network, solution, 1.0)
         limit = self.options.memory_limit
         chain = _Chain(StageWork(self.graph, plan), self.short, count, limit is not None, seen)
@@ -262,7 +269,7 @@ class Estimator:
             np.zeros_like(chain.bytes.stays), chain.bytes.kept, chain.bytes.buffers, (), 0.0
         ).sizes(most)
         alone = max(float(kept(n, starts[n], ends[n])) for n in range(stages))
-        return Estimate(step, max(of_rank), recompute, alone)
+        return Estimate(step, max(of_rank), recompute, alone, price)
 
 
 def is_better(one: Estimate, other: Estimate, limit: int | None) -> bool:

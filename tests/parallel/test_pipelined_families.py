@@ -34,7 +34,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "zbv": {"schedule": "zbv", "stages_per_rank": 2},
     "dualpipev": {"schedule": "dualpipev", "stages_per_rank": 2},
 }
-FAMILIES = ("gpt", "bert", "llama", "t5", "bart", "mixtral", "vit", "unet")
+FAMILIES = ("gpt", "bert", "llama", "t5", "bart", "mixtral", "vit", "u-net")
 Case = tuple[str, str, int]
 
 
@@ -43,7 +43,7 @@ def model_of(family: str) -> nn.Module:
         return families.build(family, layers=4)
     if family == "mixtral":
         return expert_families.build(family, form="batched_mm")
-    return zoo.build(family, layers=2 if family in ("unet", "t5", "bart") else 4)
+    return zoo.build(family, layers=2 if family in ("u-net", "t5", "bart") else 4)
 
 
 def batch_of(family: str) -> dict[str, Any]:

@@ -106,6 +106,24 @@ def test_stages_are_balanced_and_send_little() -> None:
     assert 0.1 < plan.pipeline.bubble < 0.4
 
 
+@pytest.mark.parametrize("axes", [{"pp": 3}, {"pp": 2, "tp": 2}], ids=str)
+def test_what_is_put_off_is_predicted_as_it_is_run(axes: dict[str, int]) -> None:
+    """Stages of several ranks go back whole; of the first stage, nothing that came in has a
+    gradient, and all of its backward pass waits.
+    """
+    plan = language_plan(mesh=Mesh(**axes), schedule="zero_bubble", data_parallel=True)
+    pipeline = plan.pipeline
+    assert pipeline is not None
+    both = zip(pipeline.seconds, pipeline.forward_seconds, strict=True)
+    first, *others = (seconds - forward for seconds, forward in both)
+    if "tp" in axes:
+        assert set(pipeline.weight_seconds) == {0.0}
+        return
+    assert pipeline.weight_seconds[0] == pytest.approx(first)
+    for put_off, backward in zip(pipeline.weight_seconds[1:], others, strict=True):
+        assert 0 < put_off < backward
+
+
 def test_plan_is_read_as_it_was_written() -> None:
     """And checked: an edited one is refused, in words, before it runs."""
     plan = language_plan(data_parallel=False)
