@@ -53,6 +53,11 @@ class Eased:
     recompute: str
     price: float
 
+    @property
+    def keeps_less(self) -> bool:
+        """Whether it is another way than that of the quickest plan."""
+        return self.recompute != "none" or self.price > 0
+
     def solved(self, solve: Solver, problem: Problem, quickest: Solution) -> Solution:
         """Return the solution of a problem, with these bytes charged. quickest: without.
 
@@ -117,6 +122,14 @@ def plan_within(
     solve = NetworkSolver(free)
     problem = free.problem(1.0, pins)
     best = _solved(lambda: solve(problem))
+    if eased is not None and eased.keeps_less and solve.many and start is None:
+        plan = replace(_eased(captured, model, free, pins, eased), options=options)
+        account = judge(plan)
+        if account.total <= allowed:
+            bound = min(best.lower_bound, plan.cost)
+            rest = f"; blocks recomputed alike: {eased.recompute}"
+            rest += f"; bound without the limit by {best.method}"
+            return replace(plan, lower_bound=bound, method=plan.method + rest, memory=account.rows)
 
     def fits(plan: Plan) -> bool:
         """Say whether a plan without a limit is within it."""
@@ -150,13 +163,6 @@ def plan_within(
         if search.bound >= beat:
             # Nothing here is of use: another mesh has a shorter step.
             return told(replace(search.best.plan, step_seconds=search.bound))
-    if eased is not None and solve.many and start is None:
-        plan = _eased(captured, model, free, pins, eased)
-        if fits(plan):
-            bound = min(best.lower_bound, plan.cost)
-            rest = f"; blocks alike recomputed {eased.recompute}"
-            rest += f", bound without the limit by {best.method}"
-            return told(replace(plan, lower_bound=bound, method=plan.method + rest))
     network = rebuilt(free, options)
     constrain(network, captured)
     if not of_stages:

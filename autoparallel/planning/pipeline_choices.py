@@ -27,6 +27,7 @@ __all__ = [
     "batch_of",
     "best_mesh",
     "chosen_of",
+    "estimator_of",
     "in_parts",
     "is_even",
     "likely_meshes",
@@ -42,8 +43,6 @@ __all__ = [
 _PER_STAGE = 4
 # So many numbers of micro-batches are tried at most.
 _MOST_COUNTS = 12
-# More stages are no longer looked at after so many numbers of them that were worse.
-_MOST_WORSE = 2
 # Numbers of stages are looked at in steps of this factor first.
 _STEP = 1.6
 # Meshes of which the estimate is within this factor of the shortest are planned in full, and so
@@ -60,7 +59,7 @@ def best_mesh(captured: Captured, world_size: int, options: Options, beat: float
 
     Example: `best_mesh(captured, 64, Options(data_parallel=True), plan.step)`
     """
-    estimator = _estimator(captured, options)
+    estimator = estimator_of(captured, options)
     best = None if estimator is None else _with_stages(estimator, world_size, options)
     if best is None or not _fits(best[0], options):
         return None
@@ -68,20 +67,17 @@ def best_mesh(captured: Captured, world_size: int, options: Options, beat: float
 
 
 def likely_meshes(
-    captured: Captured, meshes: Sequence[Mesh], options: Options
+    estimator: Estimator, meshes: Sequence[Mesh], options: Options
 ) -> tuple[Mesh, ...] | None:
     """Return those of many meshes, and one with stages, of which the shortest steps are estimated,
-    the shortest first; None where no estimate fits, or where there is none.
+    the shortest first; None where no estimate fits.
 
     meshes: of the same number of ranks, without stages, in the order of their inner axes' sizes.
     From the one of whole nodes on, larger and smaller ones are looked at as long as they are
     better.
 
-    Example: `likely_meshes(captured, arrangements(1024, 8), Options(data_parallel=True))`
+    Example: `likely_meshes(estimator_of(captured, options), arrangements(1024, 8), options)`
     """
-    estimator = _estimator(captured, options)
-    if estimator is None:
-        return None
     found: list[tuple[Estimate, Mesh]] = []
     alone = shares_of(1, 1, options)
     limit = options.memory_limit
@@ -108,8 +104,11 @@ def likely_meshes(
     return tuple(mesh for estimate, mesh in found if estimate.seconds <= enough)[:_MOST_LIKELY]
 
 
-def _estimator(captured: Captured, options: Options) -> Estimator | None:
-    """Return what estimates pipelines of a model; None where there can be none, or no estimates."""
+def estimator_of(captured: Captured, options: Options) -> Estimator | None:
+    """Return what estimates pipelines of a model; None where there can be none, or no estimates.
+
+    Example: `estimator_of(captured, Options(data_parallel=True))`
+    """
     try:
         refuse_pipeline(captured, options)
     except PlanError:
@@ -130,10 +129,11 @@ def _with_stages(
     per_node = find_hardware(options.hardware).devices_per_node
     limit = options.memory_limit
     best: tuple[Estimate, Mesh] | None = None
+    fewest = 2
     for tensor in _widths(world_size, per_node):
         ladder = [
             pp
-            for pp in range(2, estimator.blocks // options.stages_per_rank + 1)
+            for pp in range(fewest, estimator.blocks // options.stages_per_rank + 1)
             if world_size % (pp * tensor) == 0
         ]
         of_width = _best_of_width(estimator, ladder, tensor, world_size, options)
@@ -143,6 +143,9 @@ def _with_stages(
             # Narrower ones send more between fewer ranks still.
             break
         best = of_width
+        if limit is not None:
+            # Fewer ranks hold more of a stage each, which takes more stages.
+            fewest = dict(of_width[1].axes)[PIPELINE]
         if current().is_over:
             break
     return best
@@ -175,7 +178,7 @@ def _best_of_width(
 
     best: tuple[Estimate, Mesh] | None = None
     limit = options.memory_limit
-    place, least, worse = -1, 0.0, 0
+    place, least = -1, 0.0
 
     def look(number: int) -> bool:
         """Look at a place of the ladder; say whether it is the best so far."""
@@ -193,8 +196,7 @@ def _best_of_width(
         # What a stage holds goes down as their number goes up.
         over = found[0].nbytes / limit if found is not None and limit is not None else 1.0
         least = pp * max(_STEP, over / _STEP)
-        worse = 0 if look(number) else worse + 1
-        if worse >= _MOST_WORSE or current().is_over:
+        if not look(number) or current().is_over:
             break
     for way in (-1, 1):
         while best is not None and 0 <= place + way < len(ladder) and not current().is_over:

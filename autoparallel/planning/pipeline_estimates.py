@@ -95,6 +95,7 @@ class Estimator:
         self._first = 0
         # How much more the way to recompute at a place saves than the next one.
         self._more: dict[int, float] = {}
+        self._estimates: dict[tuple[Mesh, StageShares, int], Estimate | None] = {}
         if self.short is not None:
             self.blocks = sum(times + 2 for _, _, times in self.short.times)
             self.captured = replace(captured, graph=self.short.graph)
@@ -113,14 +114,25 @@ class Estimator:
         inside: the mesh of the ranks of a stage. shares: of a pipeline of so many micro-batches,
         count. pins: layouts of parameters, by path, over micro-batches.
         """
+        key = inside, shares, count
+        if pins:
+            return self._estimated(inside, shares, count, pins)
+        if key not in self._estimates:
+            self._estimates[key] = self._estimated(inside, shares, count, {})
+        return self._estimates[key]
+
+    def _estimated(
+        self, inside: Mesh, shares: StageShares, count: int, pins: Mapping[str, Layout]
+    ) -> Estimate | None:
+        """Return the estimate, which is not known yet."""
         limit, asked = self.options.memory_limit, self.options.recompute
         if asked != "auto":
-            return self._fitting(inside, shares, count, asked, pins or {})
+            return self._fitting(inside, shares, count, asked, pins)
         tried: dict[int, Estimate | None] = {}
 
         def fits(place: int) -> bool:
             """Try a way to recompute; say whether it fits."""
-            found = self._fitting(inside, shares, count, _MODES[place], pins or {})
+            found = self._fitting(inside, shares, count, _MODES[place], pins)
             tried[place] = found
             return found is not None and (limit is None or found.nbytes <= limit)
 

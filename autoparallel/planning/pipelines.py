@@ -90,13 +90,14 @@ def pipeline_plan(
     stored: Mapping[str, Layout] | None = None,
     holders: Mapping[str, Collection[int]] | None = None,
     pins: Mapping[str, Layout] | None = None,
+    estimator: Estimator | None = None,
 ) -> Plan:
     """Return the plan of a traced model on a mesh with stages, of the shortest predicted step.
 
     model: the name that the plan gives it. stored: the layouts, by path, in which the ranks of a
     stage have parameters already, and holders: the places on the axis of stages that have each.
     Without them both are chosen. pins: layouts, by path, that parameters are to have on the mesh of
-    the ranks of a stage.
+    the ranks of a stage. estimator: of this model, which knows some estimates already.
     Raises PlanError where micro-batches cannot be computed one after the other, and where the model
     cannot be cut into so many stages, MemoryLimitError where no stages fit, and the errors of
     `search`.
@@ -128,7 +129,7 @@ def pipeline_plan(
         )
     if stored is not None and asked is not None and batch_of(captured.graph) == 1:
         asked = 1  # a call of a planned model with one row, which no number of others can share
-    request = _Request(captured, model, ranks, inside, options, stored, holders, pins)
+    request = _Request(captured, model, ranks, inside, options, stored, holders, pins, estimator)
     if asked is not None:
         found = None
         if options.memory_limit is not None and stored is None:
@@ -154,7 +155,9 @@ class _Request:
         stored: Mapping[str, Layout] | None,
         holders: Mapping[str, Collection[int]] | None,
         pins: Mapping[str, Layout] | None,
+        estimator: Estimator | None,
     ) -> None:
+        self.estimator = estimator
         self.captured, self.model, self.ranks, self.inside = captured, model, ranks, inside
         self.options, self.stored, self.holders, self.pins = options, stored, holders, pins
         # With the sizes for which the plan is made.
@@ -226,7 +229,7 @@ class _Request:
         """Return which of these numbers of micro-batches has the shortest step, by an estimate, and
         how its plan fits; None where there is none.
         """
-        estimator = Estimator(self.captured, self.options)
+        estimator = self.estimator or Estimator(self.captured, self.options)
         if estimator.short is None:
             return None
         best = chosen_of(estimator, counts, self.ranks, self.inside, self.options, self.pins)

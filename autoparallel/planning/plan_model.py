@@ -22,7 +22,8 @@ from autoparallel.mesh import PIPELINE, Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.pipeline_choices import best_mesh, in_parts, likely_meshes
+from autoparallel.planning.pipeline_choices import best_mesh, estimator_of, in_parts, likely_meshes
+from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.planning_progress import planning_progress
 from autoparallel.planning.request import require_clear, require_known
@@ -94,11 +95,15 @@ def fastest_plan(
         most = math.inf if options.seconds is None else options.seconds
         with effort(Effort(most, can_stop=alone, report=report)):
             free = stages and len(meshes) > 1 and not (pins or product_weight or start)
+            estimator: Estimator | None = None
             likely: tuple[Mesh, ...] | None = None
             if free and isinstance(traced, Captured) and len(meshes) > _MOST_IN_FULL:
-                likely = likely_meshes(traced, meshes, options)
+                estimator = estimator_of(traced, options)
+                likely = None if estimator is None else likely_meshes(estimator, meshes, options)
             chosen = meshes if likely is None else likely
-            best, errors = _fastest(model, traced, chosen, options, pins, product_weight, start)
+            best, errors = _fastest(
+                model, traced, chosen, options, pins, product_weight, start, estimator
+            )
             if likely is not None and best is not None:
                 left = len([mesh for mesh in meshes if mesh not in likely])
                 left_out = f"; {left} of {len(meshes)} meshes left out by estimates"
@@ -122,10 +127,11 @@ def _fastest(
     pins: Mapping[str, Layout | Placement] | None,
     product_weight: float | None,
     start: Plan | None,
+    estimator: Estimator | None = None,
 ) -> tuple[Plan | None, list[PlanError]]:
     """Return the fastest plan of all meshes, None where there is none, and the others' errors.
 
-    Arguments as of `fastest_plan`.
+    Arguments as of `fastest_plan`. estimator: as of `pipeline_plan`.
     """
     best: Plan | None = None
     errors: list[PlanError] = []
@@ -136,7 +142,9 @@ def _fastest(
             # A plan to begin with is of one mesh; for the other meshes there is none.
             begin = start if len(meshes) == 1 or (start and start.mesh == mesh) else None
             beat = best.step if best else math.inf
-            plan = _search(model, traced, mesh, options, pins, product_weight, begin, beat)
+            plan = _search(
+                model, traced, mesh, options, pins, product_weight, begin, beat, estimator
+            )
         # One mesh may have no plan, as where heads do not divide, and another one may.
         except PlanError as error:
             errors.append(error)
@@ -218,10 +226,11 @@ def _search(
     product_weight: float | None = None,
     start: Plan | None = None,
     beat: float = math.inf,
+    estimator: Estimator | None = None,
 ) -> Plan:
     """Search for the best plan on one mesh.
 
-    beat: the step of the best plan on another mesh, in seconds.
+    beat: the step of the best plan on another mesh, in seconds. estimator: as of `pipeline_plan`.
 
     Raises PlanError for pins that do not fit the mesh, and for demands that a model in parts cannot
     heed, because each part is planned by itself.
@@ -244,7 +253,7 @@ def _search(
                 fix=f"give one placement for each of {', '.join(axes)}",
             )
     if is_pipeline(mesh):
-        return _with_stages(model, traced, mesh, options, layouts, product_weight, start)
+        return _with_stages(model, traced, mesh, options, layouts, product_weight, start, estimator)
     if isinstance(traced, GraphBreaks):
         asked = [name for name in ("memory_limit", "constraints") if getattr(options, name)]
         asked += ["start"] * (start is not None)
@@ -268,8 +277,9 @@ def _with_stages(
     pins: Mapping[str, Layout],
     product_weight: float | None,
     start: Plan | None,
+    estimator: Estimator | None,
 ) -> Plan:
-    """Return the plan of a model on a mesh with stages.
+    """Return the plan of a model on a mesh with stages. estimator: as of `pipeline_plan`.
 
     Raises PlanError for a model in parts, and for demands that such a plan cannot heed.
     """
@@ -288,7 +298,8 @@ def _with_stages(
             fix="leave it out, or leave pp out of the mesh",
         )
     require_known(pins, traced.aliases)
-    return pipeline_plan(traced, type(model).__name__, mesh, options, pins=pins)
+    name = type(model).__name__
+    return pipeline_plan(traced, name, mesh, options, pins=pins, estimator=estimator)
 
 
 def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:

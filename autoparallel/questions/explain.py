@@ -280,9 +280,9 @@ class Explainer:
             seconds = choice.seconds if isinstance(choice, OpChoice) else 0.0
         text = choice_text(self.words, choice)
         price = 0.0 if search else self.forcing.price
-        told = tuple(alternatives[:_TOLD])
+        shown = tuple(alternatives[:_TOLD])
         stage = self.stages.get(choice.name, "") if isinstance(choice, OpChoice) else ""
-        return Explanation(self.plan, about, kind, text, seconds, told, asked, price, stage)
+        return Explanation(self.plan, about, kind, text, seconds, shown, asked, price, stage)
 
     def _product_of(self, parameter: ParameterChoice) -> OpChoice | ParameterChoice:
         """Return the product that reads a parameter; itself where there is none."""
