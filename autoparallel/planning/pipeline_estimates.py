@@ -59,7 +59,7 @@ _PRICES = (0.0, 0.1)
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a step of a pipeline would take.
+    """An Estimate tells what a step of a pipeline would take.
 
     seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
     not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
