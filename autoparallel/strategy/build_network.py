@@ -110,7 +110,8 @@ def rebuilt(
         network.whole_outputs,
         network.shares,
         network,
-        only=network.only,
+        # The states of one mesh say nothing of another's.
+        only=network.only if mesh is None else None,
     )
 
 
