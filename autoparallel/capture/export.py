@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +48,7 @@ from autoparallel.capture.intricate_sizes import (
 )
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import first_paths
+from autoparallel.capture.outside_answers import OutsideAnswers
 from autoparallel.capture.python_draws import PythonDraws
 from autoparallel.capture.refused_models import export_failure, refuse_running
 from autoparallel.capture.seeded_draws import SeededDraws
@@ -148,6 +150,7 @@ class _Flat(nn.Module):
             for name in changes
             if not name.startswith("its attribute ") and "_hooks of " not in name
         ]
+        others += self.wanted.outer.changed()
         if others or written.unknown:
             unknown = (f"its attribute {name}" for name in written.unknown)
             raise _unsteady(self.model, [*unknown, *others])
@@ -191,6 +194,7 @@ class _Flat(nn.Module):
         boxes = {k: v for k, v in arguments.items() if isinstance(v, (list, dict, set))}
         before = self.state(arguments) if wanted.part else written_arguments(boxes)
         draws = PythonDraws(type(self.model).__name__)
+        answers = OutsideAnswers(type(self.model).__name__, wanted.codes)
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
         no_replacing = self.no_replacing.installed(operators=False)
@@ -219,13 +223,14 @@ class _Flat(nn.Module):
             TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
         with contextlib.ExitStack() as stack:
-            for mode in (*modes, self.tensors):
+            for mode in (*modes, self.tensors, answers.installed()):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
         refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
         moving = (*self.reads.moving, *wanted.outer.moving)
         if moving:
             raise moving_error(moving)
+        answers.refuse()
         draws.finish()
         self.numbers = draws.left
         return results[0]
@@ -282,9 +287,10 @@ def capture(
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     # A guess is good for nothing where no example run can confirm it.
     guesses = find_ways is not None and not any(tensor.is_meta for tensor in tensors)
+    outer = OuterVariables(model)
     wanted = _Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
-        *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
+        *(device, autocast_type(device), torch.is_grad_enabled(), outer, outer.asking()),
         *(Switches(), NO_WAYS, Asked(guesses, likely)),
     )
     asked = wanted.asked
@@ -332,7 +338,8 @@ class _Wanted:
     symbolic. device: of the model's tensors. autocast: the type of the autocast region around the
     call, None where there is none. gradients: whether they are recorded around the call; the trace
     records them in any case, unless the forward asks for that. outer: the variables outside of the
-    model to which it may write. switches: of torch, around the call. ways: see `capture`.
+    model to which it may write. codes: the user's, where some of it may ask for what no graph
+    could. switches: of torch, around the call. ways: see `capture`.
     asked: what the ways do not tell.
     """
 
@@ -347,6 +354,7 @@ class _Wanted:
     autocast: torch.dtype | None
     gradients: bool
     outer: OuterVariables
+    codes: frozenset[types.CodeType]
     switches: Switches
     ways: Ways
     asked: Asked
@@ -490,7 +498,7 @@ def _exported(
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())
-        with quiet(), kept, outer.forgotten(), folding.installed(), remembers:
+        with quiet(), kept, outer.restored(), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure

@@ -229,7 +229,7 @@ def parallel_module(
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if checks > 0:
-        tree.headers = CallHeaders(ranks.world, type(model).__name__)
+        tree.headers = CallHeaders(ranks.world, type(model).__name__, checks)
     if plan.captured is not None:
         add_entry(module, state, plan)
     _open(module, state)
@@ -603,6 +603,10 @@ def _run_python(
             else common_numbers(state.generator, state.ranks.world)
         )
         with tree.whole.shown(), common:
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
     finally:
         tree.depth -= 1
+    if tree.headers is not None:
+        with without_function_overrides():
+            tree.headers.compare_results(result)
+    return result
