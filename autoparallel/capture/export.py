@@ -70,7 +70,11 @@ from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, Skeleton, flatten, rebuild, with_constants
 from autoparallel.support.rng_state import PythonNumbers
-from autoparallel.support.torch_private import expression_of, remembering_fake_results
+from autoparallel.support.torch_private import (
+    expression_of,
+    forward_frames_alone,
+    remembering_fake_results,
+)
 
 __all__ = ["Captured", "capture"]
 
@@ -486,11 +490,12 @@ def _exported(
     # Torch can remember what an op makes of tensors of which sizes. Where sizes are symbolic, that
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
+    frames = forward_frames_alone()
     start_autograd()
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())
-        with quiet(), kept, outer.forgotten(), folding.installed(), remembers:
+        with quiet(), frames, kept, outer.forgotten(), folding.installed(), remembers:
             flat = _Flat(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure

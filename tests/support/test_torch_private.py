@@ -12,6 +12,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -723,6 +724,55 @@ def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:
     last = [row for row in call.meta["stack_trace"].splitlines() if "File " in row][-1]
     assert Path(__file__).name in last
     assert re.search(r'File "[^"]+", line \d+', last)
+
+
+class Reshaped(nn.Module):
+    """Calls modules, functions and methods, one of which is named as a forward is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4))
+
+    def helped(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(0, 1).softmax(0)
+
+        return torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = x.abs().sum(0, keepdim=True)
+        return self.helped(self.layers(x) / scale)
+
+
+def test_frames_of_forwards_are_all_that_export_keeps() -> None:
+    """Nodes have the same stacks where the rest is not described; another thread has whole ones."""
+    x = torch.ones(3, 4)
+    dims = ({0: torch.export.Dim.AUTO},)
+
+    def stacks() -> list[tuple[str, str]]:
+        program = torch.export.export(Reshaped(), (x,), strict=False, dynamic_shapes=dims)
+        return [
+            (f"{module_name}{node.name}", node.meta.get("stack_trace", ""))
+            for module_name, module in program.graph_module.named_modules()
+            for node in getattr(module, "graph", torch.fx.Graph()).nodes
+        ]
+
+    def lines() -> list[str]:
+        return [frame.name for frame in fx_proxy.CapturedTraceback.extract().summary()]
+
+    from torch.fx import proxy as fx_proxy
+
+    before, whole = fx_proxy.CapturedTraceback, stacks()
+    with torch_private.forward_frames_alone(), torch_private.forward_frames_alone():
+        assert fx_proxy.CapturedTraceback is not before
+        assert stacks() == whole
+        assert lines() == []
+        with ThreadPoolExecutor(1) as pool:
+            assert "lines" in pool.submit(lines).result()
+    assert fx_proxy.CapturedTraceback is before
+    assert sum("in forward" in text for _, text in whole) > 5
+    assert "lines" in lines()
 
 
 def test_loggers_of_the_tracer_have_these_names() -> None:
