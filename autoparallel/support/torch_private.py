@@ -729,7 +729,7 @@ def forward_frames_alone() -> Iterator[None]:
 def _with_short_stacks(base: Any) -> Any:
     """Return torch's class of stacks, as it is within `forward_frames_alone`."""
 
-    class ShortStacks(base):  # type: ignore[misc]
+    class ShortStacks(base):
         """Stacks that are described by the frames that export keeps, in threads that ask for it."""
 
         @staticmethod
