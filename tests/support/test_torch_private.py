@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib
 import logging
 import pickle
 import re
@@ -191,16 +192,24 @@ def test_the_innermost_modes_are_told() -> None:
         assert torch_private.current_function_mode() is calls
 
 
-def test_private_names_are_used_in_one_file() -> None:
-    """So that a new release of torch breaks one file."""
-    adapter = Path(torch_private.__file__)
+def test_private_names_are_used_in_one_package() -> None:
+    """So that a new release of torch breaks files of one folder."""
+    adapter = Path(torch_private.__file__).parent
     used = []
     for folder in ("autoparallel", "planners", "megatron_rules", "examples", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path != adapter:
+            if path.parent != adapter:
                 used += private_names(path)
     assert not used
-    assert private_names(adapter)
+    assert all(private_names(path) for path in adapter.glob("*.py"))
+
+
+def test_every_public_name_of_the_adapter_is_importable_from_it() -> None:
+    """Its files are by subject, and nobody needs to know in which one a name is."""
+    for path in sorted(Path(torch_private.__file__).parent.glob("*.py")):
+        if path.stem != "__init__":
+            module = importlib.import_module(f"{torch_private.__name__}.{path.stem}")
+            assert set(module.__all__) <= set(torch_private.__all__), path
 
 
 def test_every_name_of_the_adapter_is_tested_here() -> None:
@@ -726,6 +735,30 @@ def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:
     assert re.search(r'File "[^"]+", line \d+', last)
 
 
+def test_frames_of_more_functions_are_kept() -> None:
+    """Of a file that is asked for, inside of the forward that is told by its file."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return self.helper(x)
+
+        def helper(self, x):
+            return torch.sin(x)
+
+    def functions() -> list[str]:
+        program = torch.export.export(Model(), (torch.ones(3),), strict=False)
+        (call,) = (node for node in program.graph.nodes if node.op == "call_function")
+        return re.findall(r"in (\w+)$", call.meta.get("stack_trace", ""), re.MULTILINE)
+
+    assert functions() == ["forward"]
+    with torch_private.keeping_frames(lambda file: file == __file__, inside=torch.nn.__file__):
+        kept = functions()
+    assert kept[-2:] == ["forward", "helper"]
+    with torch_private.keeping_frames(lambda file: file == __file__, inside=__file__):
+        assert functions() == []
+    assert functions() == ["forward"]
+
+
 class Reshaped(nn.Module):
     """Calls modules, functions and methods, one of which is named as a forward is."""
 
@@ -745,34 +778,36 @@ class Reshaped(nn.Module):
         return self.helped(self.layers(x) / scale)
 
 
-def test_frames_of_forwards_are_all_that_export_keeps() -> None:
-    """Nodes have the same stacks where the rest is not described; another thread has whole ones."""
-    x = torch.ones(3, 4)
-    dims = ({0: torch.export.Dim.AUTO},)
+@pytest.mark.parametrize("inside", [__file__, torch.export.__file__, torch.nn.functional.__file__])
+@pytest.mark.parametrize("kept", [__file__, torch.nn.functional.__file__, "none"])
+def test_frames_that_are_not_kept_are_not_described(kept: str, inside: str) -> None:
+    """The others are those that are left of a whole stack; another thread has whole ones."""
+    x, dims = torch.ones(3, 4), ({0: torch.export.Dim.AUTO},)
 
-    def stacks() -> list[tuple[str, str]]:
+    def stacks() -> list[str]:
         program = torch.export.export(Reshaped(), (x,), strict=False, dynamic_shapes=dims)
-        return [
-            (f"{module_name}{node.name}", node.meta.get("stack_trace", ""))
-            for module_name, module in program.graph_module.named_modules()
-            for node in getattr(module, "graph", torch.fx.Graph()).nodes
-        ]
+        graphs = [getattr(m, "graph", None) for m in program.graph_module.modules()]
+        nodes = [node for graph in graphs if graph is not None for node in graph.nodes]
+        return [f"{node.name}: {node.meta.get('stack_trace', '')}" for node in nodes]
 
-    def lines() -> list[str]:
-        return [frame.name for frame in fx_proxy.CapturedTraceback.extract().summary()]
+    def functions() -> list[str]:
+        return [frame.name for frame in proxy.CapturedTraceback.extract().summary()]
 
-    from torch.fx import proxy as fx_proxy
+    from torch.fx import proxy
 
-    before, whole = fx_proxy.CapturedTraceback, stacks()
-    with torch_private.forward_frames_alone(), torch_private.forward_frames_alone():
-        assert fx_proxy.CapturedTraceback is not before
-        assert stacks() == whole
-        assert lines() == []
+    whole = proxy.CapturedTraceback
+    with torch_private.keeping_frames(lambda file: file == kept, inside=inside):
+        assert proxy.CapturedTraceback is not whole
+        assert len(functions()) < 20
         with ThreadPoolExecutor(1) as pool:
-            assert "lines" in pool.submit(lines).result()
-    assert fx_proxy.CapturedTraceback is before
-    assert sum("in forward" in text for _, text in whole) > 5
-    assert "lines" in lines()
+            assert {"functions", "run"} <= set(pool.submit(functions).result())
+        found = []
+        for described in (proxy.CapturedTraceback, whole):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(proxy, "CapturedTraceback", described)
+                found.append(stacks())
+        assert found[0] == found[1]
+    assert proxy.CapturedTraceback is whole
 
 
 def test_loggers_of_the_tracer_have_these_names() -> None:

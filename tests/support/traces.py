@@ -28,7 +28,7 @@ def traced_once() -> Iterator[None]:
     by other objects.
     """
     traces: dict[Any, Any] = {}
-    trace, again = autoparallel.api.trace_model, replan.trace
+    trace, again = autoparallel.api.trace_model, replan.trace_whole
 
     def remembered(model: Any, args: Any, kwargs: Mapping[str, Any], options: Any) -> Any:
         key = "whole", options.strict_capture, _call_of(model, args, kwargs)
@@ -36,17 +36,15 @@ def traced_once() -> Iterator[None]:
             traces[key] = trace(model, args, kwargs, options)
         return traces[key]
 
-    def remembered_again(
-        model: Any, args: Any, kwargs: Mapping[str, Any], *, known: Any, ways: Any
-    ) -> Any:
+    def remembered_again(model: Any, args: Any, kwargs: Mapping[str, Any], ways: Any) -> Any:
         key = "again", repr(ways), _call_of(model, args, kwargs)
         if key not in traces:
-            traces[key] = again(model, args, kwargs, known=known, ways=ways)
+            traces[key] = again(model, args, kwargs, ways)
         return traces[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoparallel.api, "trace_model", remembered)
-        patch.setattr(replan, "trace", remembered_again)
+        patch.setattr(replan, "trace_whole", remembered_again)
         yield
 
 
