@@ -30,6 +30,7 @@ from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.torch_private import (
     FAKE_TENSOR_LOGGER,
     FakeTensorMode,
+    OpOverload,
     TorchDispatchMode,
     storage_key,
 )
@@ -39,6 +40,9 @@ __all__ += ["random_arguments", "runner", "skeleton"]
 
 # Ops that cannot run without data run on zeros, if they read no more elements than this.
 _FEW_ELEMENTS = 1 << 20
+# What torch's own ops saved, by all that decides it; so many, and then it is begun anew.
+_known: dict[Any, Observed] = {}
+_MOST_KNOWN = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +337,53 @@ def observe(
     (tensors of no device), "zeros" (CPU tensors, if they are small). backward: whether to run its
     backward too.
     Where no device works, the call is assumed to save all operands and results. Never raises.
+    Torch's own ops are run once for all plans: what they save follows from these arguments. Others
+    may be defined anew under the same name.
     """
+    key = None
+    if isinstance(function, OpOverload) and function.namespace == "aten":
+        written = skeleton(args), skeleton(tuple(kwargs.items()))
+        key = (
+            function,
+            written,
+            tuple(operands),
+            tuple(expected),
+            tuple(devices),
+            backward,
+            _settings(),
+        )
+        if key in _known:
+            return _known[key]
+    seen = _observed(function, args, kwargs, operands, expected, devices, backward)
+    if key is not None and not seen.assumed:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = seen
+    return seen
+
+
+def _settings() -> tuple[Any, ...]:
+    """Return the settings of torch that decide what its own ops make and save."""
+    attention = torch.backends.cuda
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        attention.flash_sdp_enabled(),
+        attention.mem_efficient_sdp_enabled(),
+        attention.math_sdp_enabled(),
+    )
+
+
+def _observed(
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any],
+    operands: Sequence[FakeTensorSpec],
+    expected: Sequence[FakeTensorSpec],
+    devices: Sequence[str],
+    backward: bool,
+) -> Observed:
+    """Run a call, see `observe`."""
     # Autograd records only where it would in the model; without gradients nothing is saved.
     enabled = any(stand.requires_grad for stand in operands)
     few = sum(prod(stand.shape) for stand in operands) <= _FEW_ELEMENTS

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from calls import Call, call, fixed, ints, x
 from sample_calls import CALLS
 
-from autoparallel.cost.fake_run import contiguous, observe, runner
+from autoparallel.cost import fake_run
+from autoparallel.cost.fake_run import FakeTensorSpec, contiguous, observe, runner
 from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe
 from autoparallel.discovery.example_calls import make_example
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
@@ -182,3 +185,38 @@ def test_the_users_random_numbers_stay_as_they_are() -> None:
     for graph, rules in cases:
         SavedTensors(graph, rules).of("y")
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_op_of_torch_is_run_once_for_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same tensors, under the same settings; what others define is run each time."""
+    runs: list[str] = []
+    run = fake_run._run
+
+    def counted(function: Any, *rest: Any) -> Any:
+        runs.append(str(function))
+        return run(function, *rest)
+
+    monkeypatch.setattr(fake_run, "_run", counted)
+    monkeypatch.setattr(fake_run, "_known", {})
+    stand, other = (contiguous((5, size), torch.float32, True) for size in (3, 7))
+    softmax = runner("aten._softmax.default")
+
+    def saved(function: Any, stand: FakeTensorSpec, dim: int = 1, backward: bool = True) -> Any:
+        return observe(function, (Ref("x"), dim, False), {}, [stand], [stand], backward=backward)
+
+    first = saved(softmax, stand)
+    assert saved(softmax, stand) == first
+    assert len(runs) == 1
+    for ask in ({"stand": other}, {"stand": stand, "dim": 0}, {"stand": stand, "backward": False}):
+        saved(softmax, **ask)
+    assert len(runs) == 4
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    saved(softmax, stand)
+    assert len(runs) == 5
+
+    def own(x: torch.Tensor, dim: int, _: bool) -> torch.Tensor:
+        return x.softmax(dim)
+
+    for _ in range(2):
+        assert saved(own, stand).saved
+    assert len(runs) == 7
