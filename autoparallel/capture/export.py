@@ -50,7 +50,11 @@ from autoparallel.graph.graph import Graph
 from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, flatten, with_constants
-from autoparallel.support.torch_private import expression_of, remembering_fake_results
+from autoparallel.support.torch_private import (
+    expression_of,
+    remembering_fake_results,
+    without_tensor_metadata,
+)
 
 __all__ = ["Captured", "capture"]
 
@@ -276,11 +280,12 @@ def _exported(
     # Torch can remember what an op makes of tensors of which sizes. Where sizes are symbolic, that
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
+    bare = without_tensor_metadata()
     start_autograd()
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())
-        with quiet(), kept, outer.forgotten(), folding.installed(), remembers:
+        with quiet(), kept, outer.forgotten(), folding.installed(), remembers, bare:
             flat = FlatForward(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure

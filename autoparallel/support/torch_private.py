@@ -115,6 +115,7 @@ __all__ = [
     "guards_of",
     "handle_distributed",
     "has_backward",
+    "has_meta_kernel",
     "has_torch_binding",
     "hint_of",
     "hook_handles_so_far",
@@ -156,6 +157,7 @@ __all__ = [
     "without_function_modes",
     "without_function_overrides",
     "without_modes",
+    "without_tensor_metadata",
     "wrapper_tensor",
 ]
 
@@ -281,6 +283,16 @@ def schema_of(operation: Any) -> Any:
 def is_composite(operation: Any) -> bool:
     """True if torch defines the op by other ops, which `operation.decompose` runs."""
     return bool(operation._can_decompose())
+
+
+def has_meta_kernel(operation: Any) -> bool:
+    """True if an op has a kernel of its own for tensors without device, and is not made of others.
+
+    operation: an overload, such as torch.ops.aten.mm.default.
+    """
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    name = operation.name()
+    return has(name, "Meta") and not has(name, "CompositeImplicitAutograd")
 
 
 def dispatch_registrations(name: str) -> str:
@@ -683,6 +695,49 @@ def remembering_fake_results(enabled: bool) -> AbstractContextManager[Any]:
     config = import_module("torch._dynamo").config
     patch: AbstractContextManager[Any] = config.patch(fake_tensor_cache_enabled=enabled)
     return patch
+
+
+class _BareTraces(threading.local):
+    """The thread's wish to have no metadata of tensors in its traces."""
+
+    wanted = False
+
+
+_bare_traces = _BareTraces()
+_bare_lock = threading.Lock()
+# How many threads have the wish now, and torch's function, which is replaced meanwhile.
+_bare_count, _noting = 0, None
+
+
+@contextmanager
+def without_tensor_metadata() -> Iterator[None]:
+    """Have traces of this thread leave `node.meta["tensor_meta"]` empty.
+
+    Torch notes there in which order each tensor lies in memory, and asks its symbolic sizes for
+    it, which takes a quarter of a trace. `node.meta["val"]` tells the same.
+    """
+    global _bare_count, _noting
+    tracer: Any = import_module("torch.fx.experimental.proxy_tensor")
+    before = _bare_traces.wanted
+    with _bare_lock:
+        if _bare_count == 0:
+            _noting, tracer._extract_tensor_metadata = tracer._extract_tensor_metadata, _noted
+        _bare_count += 1
+    _bare_traces.wanted = True
+    try:
+        yield
+    finally:
+        _bare_traces.wanted = before
+        with _bare_lock:
+            _bare_count -= 1
+            if _bare_count == 0:
+                tracer._extract_tensor_metadata = _noting
+
+
+def _noted(*args: Any, **kwargs: Any) -> Any:
+    """Return a tensor's metadata, or None in threads that want none."""
+    noting: Any = _noting
+    return None if _bare_traces.wanted else noting(*args, **kwargs)
 
 
 # Autograd.
