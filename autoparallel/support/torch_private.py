@@ -706,7 +706,8 @@ class _BareTraces(threading.local):
 _bare_traces = _BareTraces()
 _bare_lock = threading.Lock()
 # How many threads have the wish now, and torch's function, which is replaced meanwhile.
-_bare_count, _noting = 0, None
+_bare_count = 0
+_noting: Any = None
 
 
 @contextmanager
@@ -736,8 +737,7 @@ def without_tensor_metadata() -> Iterator[None]:
 
 def _noted(*args: Any, **kwargs: Any) -> Any:
     """Return a tensor's metadata, or None in threads that want none."""
-    noting: Any = _noting
-    return None if _bare_traces.wanted else noting(*args, **kwargs)
+    return None if _bare_traces.wanted else _noting(*args, **kwargs)
 
 
 # Autograd.
