@@ -31,7 +31,7 @@ from autoparallel.plan.plan_cuts import cuts_of
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime import kernels as runtime_kernels
-from autoparallel.runtime.collectives import move
+from autoparallel.runtime.moves import move
 from autoparallel.runtime.recompute import cuts_are_alike
 
 __all__ = ["AbstractExecution", "LocalTensor", "Moment", "Seen", "Storage"]

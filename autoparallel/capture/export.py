@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.capture import traced_forward
 from autoparallel.capture.asked_switches import (
     Switches,
 )
@@ -41,6 +42,7 @@ from autoparallel.capture.refused_models import export_failure
 from autoparallel.capture.side_effects import (
     refuse_backward_hooks,
 )
+from autoparallel.capture.source_files import ModelFiles
 from autoparallel.capture.steady_forward import is_steady
 from autoparallel.capture.traced_forward import FlatForward, Ran, Wanted, unsteady
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError
@@ -52,6 +54,7 @@ from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, flatten, with_constants
 from autoparallel.support.torch_private import (
     expression_of,
+    keeping_frames,
     remembering_fake_results,
     without_tensor_metadata,
 )
@@ -280,12 +283,20 @@ def _exported(
     # Torch can remember what an op makes of tensors of which sizes. Where sizes are symbolic, that
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
-    bare = without_tensor_metadata()
     start_autograd()
+    files = ModelFiles(wanted.around or model)
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())
-        with quiet(), kept, outer.forgotten(), folding.installed(), remembers, bare:
+        with (
+            quiet(),
+            kept,
+            outer.forgotten(),
+            folding.installed(),
+            remembers,
+            without_tensor_metadata(),
+            keeping_frames(files.__contains__, inside=traced_forward.__file__),
+        ):
             flat = FlatForward(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure
@@ -306,7 +317,12 @@ def _exported(
     folding.require_called()
     trained = [part or tensor.requires_grad for tensor in tensors]
     importer = Importer(
-        program, GraphBuilder(), model=model, folding=folding, held=held, trained_inputs=trained
+        program,
+        GraphBuilder(files),
+        model=model,
+        folding=folding,
+        held=held,
+        trained_inputs=trained,
     )
     graph = importer.graph()
     outputs = with_constants(ran[-1].outputs, partial(_size_number, importer, model))

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from autoparallel.cost.fit import Call, Fit, Move, Product, Samples, fit
 from autoparallel.cost.hardware import Hardware, Matmul, find_hardware
 from autoparallel.placement import Collective, Partial, Placement, Replicate, Shard
-from autoparallel.runtime.collectives import move
 from autoparallel.runtime.groups import Group, ProcessGroup
+from autoparallel.runtime.moves import move
 
 __all__ = ["Effort", "calibrate", "started"]
 

@@ -6,10 +6,8 @@ there is none yet, and runs the user's own forward where none can be made.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-import types
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
@@ -18,13 +16,15 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autoparallel.capture.branch_ways import Ways
-from autoparallel.capture.example_inputs import bind_inputs
-from autoparallel.errors import AliasError, AutoParallelError, CaptureError, PlanError
-from autoparallel.graph.captured import Modes, modes_of
-from autoparallel.graph.operators import BRANCH_TAKEN
+from autoparallel.errors import AutoParallelError, PlanError
+from autoparallel.graph.captured import modes_of
 from autoparallel.parallel.call_headers import CallHeaders
-from autoparallel.parallel.compiled_calls import CompiledCalls, refuse_full_graph
+from autoparallel.parallel.call_programs import (
+    compared,
+    note_branch,
+    prepared,
+)
+from autoparallel.parallel.compiled_calls import CompiledCalls
 from autoparallel.parallel.copies import (
     deep_copy,
     refuse_pickling,
@@ -42,7 +42,6 @@ from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.module_calls import add_entry, run_program
 from autoparallel.parallel.module_programs import program_text
 from autoparallel.parallel.module_state import (
-    Entry,
     Replan,
     State,
     Tree,
@@ -56,19 +55,22 @@ from autoparallel.parallel.parameters import (
 from autoparallel.parallel.pipeline_call import loss_alone
 from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.pipelined_parameters import note_stages
+from autoparallel.parallel.python_calls import (
+    Forward,
+    run_python,
+)
 from autoparallel.parallel.rank_agreement import (
-    require_equal,
     require_same_plan,
     require_same_start,
 )
 from autoparallel.parallel.refused_wrappers import RefusedWrappers
 from autoparallel.parallel.restructure import restructure
 from autoparallel.parallel.seeds import give_generator
-from autoparallel.parallel.skeletons import attributes_of, own_forward, traceable
+from autoparallel.parallel.skeletons import attributes_of, traceable
 from autoparallel.parallel.split_classes import class_of_classes
 from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.tree_shape import TreeShape
-from autoparallel.parallel.uncaptured_python import WholeParameters, common_numbers, held_by
+from autoparallel.parallel.uncaptured_python import WholeParameters, held_by
 from autoparallel.plan import Plan
 from autoparallel.rewrite.stages import cut_plan, holders_of
 from autoparallel.runtime.ranks import Ranks
@@ -80,55 +82,11 @@ from autoparallel.support.pytree import flatten
 from autoparallel.support.torch_private import (
     forward_gradients_are_on,
     in_function_transform,
-    saved_tensors_hooks_are_set,
-    without_function_overrides,
 )
 
 __all__ = ["parallel_module"]
 
 _log = logging.getLogger(__name__)
-
-# The most programs of one module. A constant argument that Python computes anew for every call
-# would have a program made for each of them.
-_MOST_PROGRAMS = 16
-# The number in headers of calls that run as Python; -1 is that of a program that is yet to be made.
-_AS_PYTHON = -2
-
-
-class _Forward:
-    """The attribute `forward` of a parallel module: its program, or what the user has put there.
-
-    A function that is assigned to it runs as Python on whole parameters, and may call the forward
-    that was there before. It lies where such an attribute of a plain module does, so that programs
-    of the modules around notice it. function: the one that runs programs.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __get__(self, module: Any, kind: Any = None) -> Any:
-        if module is None:
-            return self.function
-        if "forward" not in vars(module):
-            return types.MethodType(self.function, module)
-        return functools.partial(_run_replaced, module, vars(module)["forward"])
-
-    def __set__(self, module: Any, forward: Any) -> None:
-        own = isinstance(forward, types.MethodType) and forward.__func__ is self.function
-        if own and forward.__self__ is module:
-            vars(module).pop("forward", None)
-        else:
-            vars(module)["forward"] = forward
-
-    def __delete__(self, module: Any) -> None:
-        if "forward" not in vars(module):
-            raise AttributeError("forward")
-        del vars(module)["forward"]
-
-
-def _run_replaced(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a forward that the user has put in the place of the module's, as Python."""
-    return _run_python(module, state_of(module), args, kwargs, forward)
 
 
 class _Parallel(CompiledCalls, RefusedWrappers):
@@ -294,7 +252,7 @@ def _class_of(kind: Any, prefix: str, stages: bool = False) -> type[nn.Module]:
     body = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "forward": _Forward(forward),
+        "forward": Forward(forward),
         **saved_whole(kind, whole_module),
     }
     if stages and not hasattr(kind, "step"):
@@ -388,12 +346,12 @@ def _run_planned(
             _log.warning(
                 "%s runs as Python: hooks were registered in it", state.path or "the model"
             )
-        _compared(state, modes, args, kwargs)
+        compared(state, modes, args, kwargs)
     elif not torch.compiler.is_compiling() and (
         forward_gradients_are_on() or in_function_transform()
     ):
         _log.info("%s runs as Python: programs have no other derivatives", state.path)
-        _compared(state, modes, args, kwargs)
+        compared(state, modes, args, kwargs)
     # Where Python is all there is, and the ranks compare nothing, nothing is looked for.
     elif (
         (state.tree.headers is not None and not state.tree.depth)
@@ -401,40 +359,24 @@ def _run_planned(
         or modes not in state.python
     ):
         if not state.tree.depth:
-            entry, inputs = _prepared(module, state, modes, args, kwargs)
+            entry, inputs = prepared(module, state, modes, args, kwargs)
             if entry is not None:
                 try:
                     return run_program(module, state, entry, inputs, args, kwargs)
                 except OtherBranchError as other:
-                    _note_branch(state, entry, other)
+                    note_branch(state, entry, other)
         else:
             # The user's Python has called this part. It may have written to parameters, which the
             # program must see; what the program itself writes is not the user's.
             state.tree.whole.settle()
             with paused():
-                entry, inputs = _prepared(module, state, modes, args, kwargs)
+                entry, inputs = prepared(module, state, modes, args, kwargs)
                 if entry is not None:
                     try:
                         return run_program(module, state, entry, inputs, args, kwargs)
                     except OtherBranchError as other:
-                        _note_branch(state, entry, other)
-    return _run_python(module, state, args, kwargs)
-
-
-def _note_branch(state: State, entry: Entry, other: OtherBranchError) -> None:
-    """Tell, once for each program, that a call is computed as Python after all, and why."""
-    if entry.told:
-        return
-    entry.told = True
-    check = next(
-        node
-        for node in entry.captured.graph.calls
-        if node.target == BRANCH_TAKEN and node.args[2] == other.number
-    )
-    _log.warning(
-        "%s is computed as Python where a branch on values goes another way than in the example "
-        "(%s)", state.path or "the model", check.line or check.where,
-    )  # fmt: skip
+                        note_branch(state, entry, other)
+    return run_python(module, state, args, kwargs)
 
 
 def _restructured(module: nn.Module, state: State) -> State:
@@ -446,163 +388,3 @@ def _restructured(module: nn.Module, state: State) -> State:
     if "_autoparallel" not in vars(module):  # it has no parameters now
         _become(module, state.path, tree, tree.skeleton.get_submodule(state.path), {}, None)
     return state_of(module)
-
-
-def _prepared(
-    module: nn.Module,
-    state: State,
-    modes: Modes,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> tuple[Entry | None, list[torch.Tensor]]:
-    """Return the program for a call, None where Python must run, and the tensors it is given.
-
-    The ranks compare how they were called, and in the first calls all numbers of their inputs.
-    Raises InputMismatchError where they differ.
-    """
-    bound = bind_inputs(state.skeleton, args, kwargs)
-    inputs, skeleton = flatten(dict(bound.arguments))
-    surroundings = state.tree.surroundings()
-    number = -1
-    with without_function_overrides():
-        candidates = state.entries.get((modes, skeleton), ())
-        for index, candidate in enumerate(candidates):
-            if candidate.takes(skeleton) and candidate.fits(inputs, surroundings):
-                number = index
-                break
-    names = list(bound.arguments)
-    headers = None if state.tree.depth else state.tree.headers
-    if headers is not None:
-        parameters = state.tree.shape.parameters
-        with without_function_overrides():
-            headers.compare(modes, inputs, skeleton, parameters, number, names)
-    if state.checks > 0 and state.ranks.world_size > 1:
-        state.checks -= 1
-        require_equal(inputs, names, state.ranks.world, type(state.skeleton).__name__)
-    if number >= 0:
-        return candidates[number], inputs
-    return _new_entry(module, state, modes, args, kwargs), inputs
-
-
-def _compared(state: State, modes: Modes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Compare how the ranks were called, in a call that runs as Python on this one.
-
-    Others may have no hooks, and run a program. Raises InputMismatchError, on all of them.
-    """
-    headers = None if state.tree.depth else state.tree.headers
-    if headers is not None:
-        bound = bind_inputs(state.skeleton, args, kwargs)
-        inputs, skeleton = flatten(dict(bound.arguments))
-        parameters = state.tree.shape.parameters
-        with without_function_overrides():
-            headers.compare(modes, inputs, skeleton, parameters, _AS_PYTHON, list(bound.arguments))
-
-
-def _new_entry(
-    module: nn.Module,
-    state: State,
-    modes: Modes,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Entry | None:
-    """Return a program that is made now for a call; None where Python must run.
-
-    Raises CaptureError and PlanError under strict_capture, and AliasError always: what keeps a view
-    of a parameter would be wrong as Python, too.
-    """
-    if state.full or modes in state.python:
-        return None
-    # What is traced is the skeleton, in the modes of the module.
-    root = traceable(state.tree)
-    for path, inner in root.get_submodule(state.path).named_modules():
-        inner.training = module.get_submodule(path).training
-    part = state.path != "" or state.tree.depth > 0
-    try:
-        with own_forward(root.get_submodule(state.path), module), _own_saved_tensors():
-            ways = _known_ways(state)
-            plan = state.tree.replan(root, state.path, args, kwargs, state.storage, part, ways)
-    except (CaptureError, PlanError) as error:
-        if state.tree.strict or isinstance(error, AliasError) or state.tree.pipeline is not None:
-            raise
-        _log.warning("%s runs as plain Python from now on: %s", state.path or "the model", error)
-        state.python.add(modes)
-        return None
-    if sum(map(len, state.entries.values())) >= _MOST_PROGRAMS:
-        _log.warning(
-            "%s was called in %d ways and runs as plain Python from now on, where it is called in "
-            "others", state.path or "the model", _MOST_PROGRAMS,
-        )  # fmt: skip
-        state.full = True
-        return None
-    require_same_plan(plan, state.ranks.world)
-    entry = add_entry(module, state, plan)
-    if not entry.guards.hold():
-        _log.warning(
-            "%s runs as plain Python from now on: what its forward reads of %s is another object "
-            "at every look", state.path or "the model", entry.guards.doubtful(),
-        )  # fmt: skip
-        state.entries[plan.captured.modes, plan.captured.inputs].pop()  # type: ignore[union-attr]
-        state.python.add(modes)
-        return None
-    return entry
-
-
-def _known_ways(state: State) -> Ways:
-    """Return the ways that the module's programs go where it branches on values."""
-    ways: dict[Any, tuple[Any, ...]] = {}
-    for several in state.entries.values():
-        for entry in several:
-            for line, answers in entry.captured.ways.items():
-                ways.setdefault(line, answers)
-    return ways
-
-
-def _own_saved_tensors() -> Any:
-    """Return a context in which hooks on what autograd saves see nothing.
-
-    A checkpoint counts what is saved in its first pass. Planning, which tries the model out, falls
-    into that pass alone.
-    """
-    if not saved_tensors_hooks_are_set():
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
-
-
-def _run_python(
-    module: nn.Module,
-    state: State,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    forward: Any = None,
-) -> Any:
-    """Run the user's own forward, on whole parameters; what it calls is split where it can be.
-
-    forward: another function to run in its place.
-    """
-    forward = forward or state.forward
-    tree = state.tree
-    if tree.pipeline is not None:
-        raise AutoParallelError(
-            f"{state.path or type(state.skeleton).__name__} would run as Python, on a mesh with "
-            "stages",
-            why="no program is right for this call: hooks were registered in the model, a branch "
-            "on values goes another way, its forward was replaced, or torch.func transforms it; "
-            "and this rank has the parameters of its own stage alone",
-            fix="call it as it was planned for, or leave pp out of the mesh",
-        )
-    # A forward that another one calls finds the parameters shown and the numbers seeded.
-    if tree.depth:
-        return forward(*args, **kwargs)
-    refuse_full_graph(state.path or type(state.skeleton).__name__)
-    tree.depth += 1
-    try:
-        # Where nothing is split, numbers are drawn as a transform of torch.func wants them.
-        common = (
-            contextlib.nullcontext()
-            if in_function_transform()
-            else common_numbers(state.generator, state.ranks.world)
-        )
-        with tree.whole.shown(), common:
-            return forward(*args, **kwargs)
-    finally:
-        tree.depth -= 1

@@ -18,17 +18,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel.gradient_return import (
-    GradientBucket,
-    GradientReturn,
-    as_distributed,
-)
+from autoparallel.parallel.gradient_bucket import GradientBucket
+from autoparallel.parallel.gradient_return import GradientReturn, as_distributed
 from autoparallel.parallel.split_tensor import mark
 from autoparallel.placement import Layout, Shard, whole_layout
 from autoparallel.plan import ParameterChoice
 from autoparallel.plan.kept_layouts import kept_layout
+from autoparallel.runtime.joint_moves import gathered
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.runtime.tensor_parts import gathered, require_refined
+from autoparallel.runtime.tensor_parts import require_refined
 from autoparallel.support.torch_private import local_part
 
 __all__ = [

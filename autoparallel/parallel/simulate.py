@@ -23,8 +23,9 @@ from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import emit
 from autoparallel.rewrite.pipeline_program import program_in_turn
 from autoparallel.runtime import rng
+from autoparallel.runtime.joint_moves import reduced
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
-from autoparallel.runtime.tensor_parts import join_layout, reduced, take_layout_part
+from autoparallel.runtime.tensor_parts import join_layout, take_layout_part
 from autoparallel.runtime.value_branches import OtherBranchError
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
 

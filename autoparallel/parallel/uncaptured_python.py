@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel.gradient_return import GradientBucket
+from autoparallel.parallel.gradient_bucket import GradientBucket
 from autoparallel.parallel.launch import communication_device
 from autoparallel.parallel.parameters import (
     GatheredCopy,
@@ -38,9 +38,10 @@ from autoparallel.placement import (
 )
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
+from autoparallel.runtime.joint_moves import bucket_nbytes, gathered
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import Generator
-from autoparallel.runtime.tensor_parts import bucket_nbytes, gathered, take_layout_part
+from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.module_copy import referring
 from autoparallel.support.module_paths import join_path

@@ -15,8 +15,9 @@ import torch
 
 from autoparallel.graph.row_program import parts_met
 from autoparallel.placement import Invariant, Partial, Replicate, Shard
-from autoparallel.runtime.collectives import convert, move, pending_sum
+from autoparallel.runtime.collectives import convert, pending_sum
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.moves import move
 
 __all__ = ["experts_exchanged", "experts_inner", "experts_summed"]
 

@@ -15,8 +15,9 @@ import torch
 
 from autoparallel.placement import Placement, Shard, gradient
 from autoparallel.runtime.collectives import convert as convert_and_wait
-from autoparallel.runtime.collectives import is_type_checked, move, start_move
+from autoparallel.runtime.collectives import is_type_checked
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.moves import move, start_move
 from autoparallel.runtime.products import bias_gradient
 from autoparallel.support.torch_private import backward_pass
 

@@ -13,7 +13,7 @@ import torch
 
 from autoparallel.placement import Placement
 from autoparallel.runtime.collectives import convert as convert_and_wait
-from autoparallel.runtime.collectives import move, pending_sum, start_move
+from autoparallel.runtime.collectives import pending_sum
 from autoparallel.runtime.filled_gaps import (
     Ends,
     Gap,
@@ -27,6 +27,7 @@ from autoparallel.runtime.filled_gaps import (
 )
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.memory_order import in_rows, outer_dim
+from autoparallel.runtime.moves import move, start_move
 from autoparallel.runtime.products import Linear, Mm, bias_gradient
 from autoparallel.support.torch_private import backward_pass
 

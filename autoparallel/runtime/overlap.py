@@ -34,7 +34,7 @@ import torch
 
 from autoparallel.placement import Invariant, Partial, Placement, gradient
 from autoparallel.runtime.collectives import convert as convert_and_wait
-from autoparallel.runtime.collectives import for_parts, pending_sum, start_move
+from autoparallel.runtime.collectives import for_parts, pending_sum
 from autoparallel.runtime.filled_gaps import Gap, Later, back_size, convert_filled, is_plain
 from autoparallel.runtime.groups import Group, Result
 from autoparallel.runtime.joined_products import (
@@ -44,6 +44,7 @@ from autoparallel.runtime.joined_products import (
     mm_then_convert,
 )
 from autoparallel.runtime.memory_order import in_rows, outer_dim
+from autoparallel.runtime.moves import start_move
 from autoparallel.runtime.products import Linear, Mm, bias_gradient, summed_product
 from autoparallel.support.torch_private import backward_pass, place_in_backward, run_in_place
 

@@ -18,8 +18,8 @@ from autoparallel.errors import PlanError, WorldSizeError
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Partial, Shard, parse_layout
 from autoparallel.runtime import rng
-from autoparallel.runtime.collectives import move
 from autoparallel.runtime.groups import ProcessGroup
+from autoparallel.runtime.moves import move
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
 from autoparallel.runtime.tensor_parts import take_layout_part
 

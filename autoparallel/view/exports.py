@@ -19,7 +19,8 @@ from autoparallel.graph.interop import OUTPUT, dataflow, graph_module
 from autoparallel.parallel.module_programs import program_of
 from autoparallel.placement import layout_text
 from autoparallel.plan import Plan
-from autoparallel.rewrite.emit import emit, fusable
+from autoparallel.rewrite.emit import emit
+from autoparallel.rewrite.emitted_conversions import fusable
 from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.rewrite.program_module import program_module
 from autoparallel.rules.lookup import find_rule, known_rule

@@ -12,11 +12,12 @@ from torch import nn
 
 from autoparallel.mesh import Mesh
 from autoparallel.parallel import uncaptured_python
-from autoparallel.parallel.gradient_return import GradientBucket, GradientReturn
+from autoparallel.parallel.gradient_bucket import GradientBucket
+from autoparallel.parallel.gradient_return import GradientReturn
 from autoparallel.placement import Invariant, Partial
 from autoparallel.runtime.groups import LocalGroup, Result
+from autoparallel.runtime.joint_moves import bucket_nbytes
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
-from autoparallel.runtime.tensor_parts import bucket_nbytes
 
 
 class Stack(nn.Module):

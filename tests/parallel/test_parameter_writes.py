@@ -19,8 +19,8 @@ from autoparallel.parallel.module_state import state_of
 from autoparallel.placement import whole_layout
 from autoparallel.plan import Plan
 from autoparallel.planning.replan import Replanner
+from autoparallel.runtime.joint_moves import gathered
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
-from autoparallel.runtime.tensor_parts import gathered
 
 TOLERANCE = 1e-12
 Result = tuple[list[float], dict[str, torch.Tensor]]

@@ -28,8 +28,9 @@ from autoparallel.runtime.axis_parts import (
     runs_in_common,
     take_part,
 )
-from autoparallel.runtime.collectives import convert, move
+from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import thread_groups
+from autoparallel.runtime.moves import move
 
 SHAPE = (7, 12, 5)
 SHARDS = (

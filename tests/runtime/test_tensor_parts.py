@@ -21,12 +21,11 @@ from autoparallel.placement import (
     local_layout_size,
     whole_layout,
 )
+from autoparallel.runtime.joint_moves import gathered, reduced
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.tensor_parts import (
-    gathered,
     join_layout,
     layout_pieces,
-    reduced,
     require_refined,
     take_layout_part,
 )

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.rewrite.program import drops_copies
-from autoparallel.runtime import recompute as again
+from autoparallel.runtime import dropped_copies as again
 
 __all__ = ["Kept", "watching"]
 
@@ -47,7 +47,7 @@ class _Watched(threading.local):
 def watching(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Program]:
     """Return `emit` with programs that tell `kept` the tensors that they save."""
     seen = _Watched()
-    pack = again._Copies.pack
+    pack = again.Copies.pack
 
     def packed(copies: Any, tensor: torch.Tensor) -> Any:
         """Note a saved tensor; for a dropped copy, what it is recomputed from."""
@@ -62,7 +62,7 @@ def watching(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Progr
                 seen.keep(item[0] if isinstance(item, tuple) else item)
         return made
 
-    monkeypatch.setattr(again._Copies, "pack", packed)
+    monkeypatch.setattr(again.Copies, "pack", packed)
 
     def watched(graph: Any, plan: Any, ranks: Any, *args: Any, **options: Any) -> Program:
         program = emit(graph, plan, ranks, *args, **options)

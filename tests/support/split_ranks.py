@@ -17,8 +17,8 @@ from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.seeds import manual_seed
 from autoparallel.placement import whole_layout
 from autoparallel.planning.replan import Replanner
+from autoparallel.runtime.joint_moves import gathered
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
-from autoparallel.runtime.tensor_parts import gathered
 
 __all__ = ["as_unsplit", "programs_of", "whole_gradients"]
 
