@@ -66,6 +66,7 @@ from autoparallel.support.torch_private.symbolic_numbers import (
     hint_of,
     is_fixed,
     remembering_fake_results,
+    without_tensor_metadata,
 )
 from autoparallel.support.torch_private.tensor_records import (
     assert_on_device,
@@ -90,7 +91,6 @@ from autoparallel.support.torch_private.torch_operators import (
     schema_of,
     truncated_normal_replaced,
 )
-from autoparallel.support.torch_private.traced_metadata import without_tensor_metadata
 from autoparallel.support.torch_private.watching_modes import (
     current_dispatch_mode,
     current_function_mode,
