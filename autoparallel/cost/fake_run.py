@@ -322,7 +322,7 @@ def _run(
 
 
 @cache
-def _devices_for(function: Callable[..., Any]) -> tuple[str, ...]:
+def _devices_for(function: Any) -> tuple[str, ...]:
     """Return what to run a function on, in order; see `observe`.
 
     Shapes, order in memory and what autograd saves are the same on every device where a kernel for
