@@ -713,6 +713,30 @@ def test_results_of_fake_tensors_are_remembered_or_not(enabled: bool) -> None:
         assert sizes_found() == 3
 
 
+def test_kernels_for_tensors_without_device() -> None:
+    own = [aten.mm.default, aten.add.Tensor, aten.sum.dim_IntList]
+    assert all(map(torch_private.has_meta_kernel, own))
+    others = [aten.linear.default, aten.matmul.default, aten.slice.Tensor, aten.softmax.int]
+    assert not any(map(torch_private.has_meta_kernel, others))
+
+
+def test_traces_without_metadata_of_tensors() -> None:
+    """Within, no node has them; afterwards, in other threads too, torch notes them as ever."""
+
+    def metadata() -> list[Any]:
+        program = exported(lambda x: x.sin().cos(), torch.ones(3, 4))
+        return [node.meta.get("tensor_meta") for node in program.graph.nodes if node.op != "output"]
+
+    with torch_private.without_tensor_metadata():
+        with torch_private.without_tensor_metadata():
+            assert metadata() == [None] * 3
+        assert metadata() == [None] * 3
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(metadata).result()
+    for noted in (elsewhere, metadata()):
+        assert [tuple(item.shape)[1] for item in noted] == [4, 4, 4]
+
+
 def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:
     class Inner(nn.Module):
         def forward(self, x):
