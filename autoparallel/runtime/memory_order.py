@@ -21,7 +21,10 @@ def outer_dim(tensor: torch.Tensor) -> int:
     """
     if tensor.dim() < 3 or torch.compiler.is_compiling() or tensor.is_contiguous():
         return 0
-    for dim in range(1, tensor.dim() - 1):
+    # To exchange two dims takes a third of the time that it takes to move one.
+    if tensor.transpose(0, 1).is_contiguous():
+        return 1
+    for dim in range(2, tensor.dim() - 1):
         if tensor.movedim(dim, 0).is_contiguous():
             return dim
     return 0

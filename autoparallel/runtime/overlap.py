@@ -35,7 +35,7 @@ import torch
 from autoparallel.placement import Invariant, Partial, Placement, gradient
 from autoparallel.runtime.collectives import convert as convert_and_wait
 from autoparallel.runtime.collectives import for_parts, pending_sum
-from autoparallel.runtime.filled_gaps import Gap, Later, back_size, convert_filled, is_plain
+from autoparallel.runtime.filled_gaps import Gap, Later, convert_filled, is_plain
 from autoparallel.runtime.groups import Group, Result
 from autoparallel.runtime.joined_products import (
     convert_then_linear,
@@ -46,6 +46,7 @@ from autoparallel.runtime.joined_products import (
 from autoparallel.runtime.memory_order import in_rows, outer_dim
 from autoparallel.runtime.moves import start_move
 from autoparallel.runtime.products import Linear, Mm, bias_gradient, summed_product
+from autoparallel.runtime.routes import route_between
 from autoparallel.support.torch_private import backward_pass, place_in_backward, run_in_place
 
 __all__ = [
@@ -81,7 +82,7 @@ class _Flight:
         self, x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int
     ) -> None:
         self.group, self.source, self.target, self.size = group, source, target, size
-        self.back_size = back_size(x, source, target, size)
+        self.back_size = route_between(group, source, target).back_size(x, size)
         self.forward: tuple[torch.Tensor, Result] | None = None
         self.backward: Result | None = None
 

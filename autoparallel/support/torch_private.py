@@ -87,6 +87,7 @@ __all__ = [
     "ShapeEnv",
     "StorageWeakRef",
     "TorchDispatchMode",
+    "apply_directly",
     "assert_on_device",
     "at_end_of_backward",
     "backward_pass",
@@ -367,14 +368,37 @@ def _past_autograd(name: str) -> Callable[..., Any]:
     the call. A tracer is given the op itself.
     """
     function = getattr(torch.ops._c10d_functional, name).default
+    # The same without a function of Python around it.
+    direct, is_compiling = function._op, torch.compiler.is_compiling
+    below = torch._C._AutoDispatchBelowAutograd
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return function(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return function(*arguments)
+        with below():
+            return direct(*arguments)
 
     return call
+
+
+def apply_directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return `function.apply` for calls outside of transforms of torch.func, which it looks for,
+    operand by operand, before each of them.
+
+    >>> class Double(torch.autograd.Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x):
+    ...         return x * 2
+    ...     @staticmethod
+    ...     def backward(ctx, grad):
+    ...         return grad * 2
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> apply_directly(Double)(x).sum().backward()
+    >>> x.grad
+    tensor([2., 2.])
+    """
+    direct: Any = super(torch.autograd.Function, function)
+    return direct.apply  # type: ignore[no-any-return]
 
 
 def nn_binding(name: str) -> Any:
