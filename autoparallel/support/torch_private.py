@@ -12,6 +12,7 @@ documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, 
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -126,6 +127,7 @@ __all__ = [
     "is_fixed",
     "is_functorch_wrapped_tensor",
     "local_part",
+    "local_parts",
     "multiply_all_",
     "nn_binding",
     "norms_of",
@@ -450,6 +452,14 @@ def wrapper_tensor(
 def local_part(tensor: DTensor) -> torch.Tensor:
     """Return this rank's part of a DTensor, the tensor itself; `to_local` makes a view of it."""
     return tensor._local_tensor
+
+
+def local_parts(tensors: Iterable[DTensor]) -> Iterator[torch.Tensor]:
+    """Return `local_part` of each of many DTensors, by a loop that runs in C."""
+    return map(_LOCAL_PART, tensors)
+
+
+_LOCAL_PART = operator.attrgetter("_local_tensor")
 
 
 def placed_alike(one: DTensor, other: DTensor) -> bool:

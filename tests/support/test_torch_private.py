@@ -324,6 +324,25 @@ def test_a_fake_process_group_has_ranks_that_do_not_run() -> None:
     assert done.stdout.split() == ["1", "4"]
 
 
+def test_a_function_that_is_applied_directly_is_recorded() -> None:
+    """What its forward gets is what was passed, numbers and lists included."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factors):
+            ctx.factors = factors
+            return x * factors[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factors[0], None
+
+    x = torch.ones(2, requires_grad=True)
+    result = torch_private.apply_directly(Scaled)(x, [3.0])
+    result.sum().backward()
+    assert x.grad.tolist() == [3.0, 3.0]
+
+
 def test_functional_collectives_are_past_autograd(mesh) -> None:
     """What calls them has a backward pass of its own."""
     ops, group = torch_private.functional_collectives(), mesh.get_group()
@@ -580,6 +599,7 @@ def test_the_local_part_of_a_dtensor_is_what_it_holds(mesh) -> None:
     x = torch.arange(6.0)
     made = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     local = torch_private.local_part(made)
+    assert list(torch_private.local_parts([made, made])) == [local, local]
     local.mul_(2)
     assert torch.equal(made.full_tensor(), torch.arange(6.0) * 2)
     assert local.data_ptr() == x.data_ptr()
